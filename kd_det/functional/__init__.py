@@ -1,0 +1,1 @@
+"""The mathematics of detector distillation: pure functions on tensors, torch only."""

@@ -1,0 +1,315 @@
+"""What to compare in features: losses between the (N, C, H, W) maps of student and teacher.
+
+The teacher and every mask are taken as constants: no gradient flows into them. Results are finite for images without
+boxes, maps of one cell, and images that are all padding, and exactly 0 when the student equals the teacher.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd_det.functional.masks import channel_attention, spatial_attention, spatial_softmax
+
+_ELEMENT_DISTANCES = {
+    'mse': F.mse_loss,
+    'l1': F.l1_loss,
+    'smooth_l1': F.smooth_l1_loss,
+}
+
+
+def masked_imitation(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None = None,
+    channel_weight: Tensor | None = None,
+    distance: str = 'mse',
+    normalizer: str | Tensor = 'batch',
+) -> Tensor:
+    """Imitation of the teacher's feature where the mask says so: Σ M·d(s, t) / normalizer.
+
+    ===================== ============================================= ===================================
+    normalizer            value                                         used by
+    ===================== ============================================= ===================================
+    ``'batch'``           N                                             FGD (arXiv 2111.11837), MGD
+    ``'mask'``            ΣM                                            PGD, within one level
+    ``'twice_mask'``      2·ΣM                                          FGFI (arXiv 1906.03609)
+    ``'twice_elements'``  2·C·ΣM, the mask repeated over the channels   DeFeat (arXiv 2103.14475)
+    ``'cells'``           N·H·W                                         PFI (arXiv 2112.04840), per image
+    ``'mean'``            N·C·H·W                                       the size-normalised form
+    a scalar tensor       itself                                        a normalizer synchronised by caller
+    ===================== ============================================= ===================================
+
+    Args:
+        student: (N, C, H, W).
+        teacher: (N, C, H, W).
+        mask: (N, H, W), or None for 1 everywhere.
+        channel_weight: (N, C), or None for 1 everywhere.
+        distance: ``'mse'`` squared difference, ``'l1'``, ``'smooth_l1'`` (threshold 1), each summed over the
+            channels, or ``'cosine'``, 1 - cos of the two channel vectors of a cell.
+        normalizer: see the table; clamped away from 0, so that an empty mask gives 0.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError: for shapes that differ, an unknown distance or normalizer, or channel weights with ``'cosine'``.
+    """
+    difference = _cell_distance(student, teacher, channel_weight, distance)
+    total = difference.sum() if mask is None else (difference * mask.detach()).sum()
+    if isinstance(normalizer, str):
+        normalizer = _normalizer(normalizer, mask, student)
+    return total / normalizer
+
+
+def decoupled_imitation(student: Tensor, teacher: Tensor, foreground: Tensor,
+                        valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Imitation of the foreground and of the background apart, each Σ M·(s - t)² / (2·C·ΣM) (DeFeat, arXiv 2103.14475).
+
+    Args:
+        student: (N, C, H, W).
+        teacher: (N, C, H, W).
+        foreground: (N, H, W) in [0, 1], see :func:`kd_det.functional.masks.level_foreground`; the background is
+            1 - foreground.
+        valid: (N, H, W) bool; cells of padding belong to neither part.
+
+    Returns:
+        The loss of the foreground and of the background, two scalars.
+    """
+    difference = _cell_distance(student, teacher)
+    foreground = foreground.detach()
+    background = 1 - foreground
+    if valid is not None:
+        foreground, background = foreground * valid, background * valid
+    return tuple((difference * mask).sum() / _normalizer('twice_elements', mask, student)
+                 for mask in (foreground, background))
+
+
+def fgd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    foreground: Tensor,
+    background: Tensor,
+    temperature: float = 0.5,
+    student_context: Tensor | None = None,
+    teacher_context: Tensor | None = None,
+    alpha: float = 1e-3,
+    beta: float = 5e-4,
+    gamma: float = 5e-4,
+    lambda_: float = 5e-6,
+    valid: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Focal and global distillation of one level (FGD, arXiv 2111.11837).
+
+    The focal parts are Σ M · A_spatial · A_channel · (s - t)² / N with the attentions of the teacher and each of the two
+    masks; the others are :func:`attention_distance` and :func:`relation_distance`. The default weights are the paper's
+    for one-stage detectors.
+
+    Args:
+        student: (N, C, H, W).
+        teacher: (N, C, H, W).
+        foreground: (N, H, W), :func:`kd_det.functional.masks.box_foreground` with ``'inverse_area'``.
+        background: (N, H, W), :func:`kd_det.functional.masks.normalized_background`.
+        temperature: T of the attentions.
+        student_context: (N, C, H, W) global context of the student's feature; None leaves the relation part out.
+        teacher_context: (N, C, H, W) global context of the teacher's feature; its block trains too.
+        alpha: weight of the foreground.
+        beta: weight of the background.
+        gamma: weight of the attention.
+        lambda_: weight of the relation.
+        valid: (N, H, W) bool; cells of padding take no part.
+
+    Returns:
+        The weighted scalars ``foreground``, ``background``, ``attention`` and, with contexts, ``relation``.
+    """
+    teacher = teacher.detach()
+    teacher_attention = _attentions(teacher, temperature, valid)
+    student_attention = _attentions(student, temperature, valid)
+    spatial, channel = teacher_attention
+    difference = _cell_distance(student, teacher, channel) * spatial / len(student)
+    parts = dict(
+        foreground=alpha * (difference * foreground.detach()).sum(),
+        background=beta * (difference * background.detach()).sum(),
+        attention=gamma * _l1(student_attention, teacher_attention),
+    )
+    if student_context is not None and teacher_context is not None:
+        parts['relation'] = lambda_ * relation_distance(student_context, teacher_context, valid)
+    return parts
+
+
+def attention_distance(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
+    """Σ |A_s - A_t| / N of the spatial and of the channel attention, added (FGD, arXiv 2111.11837).
+
+    Args:
+        student: (N, C, H, W).
+        teacher: (N, C, H, W).
+        temperature: T of the attentions.
+        valid: (N, H, W) bool; the attentions are those of these cells alone.
+
+    Returns:
+        Scalar.
+    """
+    return _l1(_attentions(student, temperature, valid), _attentions(teacher.detach(), temperature, valid))
+
+
+def context_pool(feature: Tensor, logits: Tensor, valid: Tensor | None = None) -> Tensor:
+    """The context vector of GcBlock, Σ_hw softmax(logits)·x (arXiv 1904.11492), as in FGD's global part.
+
+    Args:
+        feature: (N, C, H, W).
+        logits: (N, 1, H, W), a 1×1 convolution of the feature.
+        valid: (N, H, W) bool; the softmax runs over these cells alone.
+
+    Returns:
+        (N, C, 1, 1).
+    """
+    attention = spatial_softmax(logits.squeeze(1), valid)
+    return torch.einsum('nchw,nhw->nc', feature, attention)[:, :, None, None]
+
+
+def relation_distance(student_context: Tensor, teacher_context: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Σ (c_s - c_t)² / N between the global contexts of both sides (FGD, arXiv 2111.11837).
+
+    The teacher's context keeps its gradient, since the block that makes it is trained: build it from a detached feature.
+
+    Args:
+        student_context: (N, C, H, W).
+        teacher_context: (N, C, H, W).
+        valid: (N, H, W) bool; cells of padding do not count.
+
+    Returns:
+        Scalar.
+    """
+    _check_shapes(student_context, teacher_context)
+    difference = (student_context - teacher_context).square()
+    if valid is not None:
+        difference = difference * valid[:, None]
+    return difference.sum() / len(student_context)
+
+
+def generation_distance(generated: Tensor, teacher: Tensor) -> Tensor:
+    """Σ (G(s) - t)² / N for the feature generated from the randomly masked student (MGD, arXiv 2205.01529).
+
+    Args:
+        generated: (N, C, H, W), the output of the generation block.
+        teacher: (N, C, H, W).
+
+    Returns:
+        Scalar.
+    """
+    return masked_imitation(generated, teacher, normalizer='batch')
+
+
+def channel_wise_kl(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
+    """Each channel as a distribution over the cells: T² · Σ KL(t ‖ s) / (N·C) (CWD, arXiv 2011.13256).
+
+    Args:
+        student: (N, C, H, W).
+        teacher: (N, C, H, W).
+        temperature: T of the softmax over the H·W cells.
+        valid: (N, H, W) bool; the softmax runs over these cells alone.
+
+    Returns:
+        Scalar.
+    """
+    _check_shapes(student, teacher)
+    student, teacher = student / temperature, teacher.detach() / temperature
+    if valid is not None:
+        # A finite floor: both sides give such a cell probability 0, and 0 · (finite - finite) is 0.
+        floor = torch.finfo(student.dtype).min
+        student, teacher = (feature.masked_fill(~valid[:, None], floor) for feature in (student, teacher))
+    divergence = F.kl_div(
+        student.flatten(2).log_softmax(2), teacher.flatten(2).log_softmax(2), reduction='sum', log_target=True)
+    return temperature**2 * divergence / (student.shape[0] * student.shape[1])
+
+
+def pearson_distance(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Half the mean squared difference of standardised channels, 1 - Pearson (PKD, arXiv 2207.02039).
+
+    Each channel is standardised over (N, H, W), with the unbiased deviation and ε = 1e-6; so the loss ignores scale and
+    offset of either side. Channels without variation, such as those of a single cell, count as 0.
+
+    Args:
+        student: (N, C, H, W) of one level.
+        teacher: (N, C, H, W) of one level.
+        valid: (N, H, W) bool; statistics and mean run over these cells alone.
+
+    Returns:
+        Scalar.
+    """
+    _check_shapes(student, teacher)
+    difference = _standardize(student, valid) - _standardize(teacher.detach(), valid)
+    count = difference.numel() if valid is None else student.shape[1] * valid.sum().clamp(min=1)
+    return difference.square().sum() / count / 2
+
+
+
+
+def _cell_distance(student: Tensor, teacher: Tensor, channel_weight: Tensor | None = None,
+                   distance: str = 'mse') -> Tensor:
+    """The distance of each cell's two channel vectors: (N, H, W)."""
+    _check_shapes(student, teacher)
+    teacher = teacher.detach()
+    if distance == 'cosine':
+        if channel_weight is not None:
+            raise ValueError("distance 'cosine' takes no channel weights")
+        # Half the squared distance of unit vectors is 1 - cos, and exactly 0 for equal ones.
+        return (unit(student, 1) - unit(teacher, 1)).square().sum(1) / 2
+    if distance not in _ELEMENT_DISTANCES:
+        raise ValueError(f'distance must be one of {[*_ELEMENT_DISTANCES, "cosine"]}, got {distance!r}')
+    difference = _ELEMENT_DISTANCES[distance](student, teacher, reduction='none')
+    if channel_weight is None:
+        return difference.sum(1)
+    return torch.einsum('nchw,nc->nhw', difference, channel_weight.detach())
+
+
+def _normalizer(name: str, mask: Tensor | None, feature: Tensor) -> Tensor | int:
+    """See the table of :func:`masked_imitation`."""
+    batch, channels, height, width = feature.shape
+    constants = dict(batch=batch, cells=batch * height * width, mean=feature.numel())
+    per_cell = dict(mask=1, twice_mask=2, twice_elements=2 * channels)
+    if name in constants:
+        return max(constants[name], 1)
+    if name not in per_cell:
+        raise ValueError(f'normalizer must be a tensor or one of {[*constants, *per_cell]}, got {name!r}')
+    total = feature.new_tensor(batch * height * width) if mask is None else mask.detach().sum()
+    return per_cell[name] * total.clamp(min=torch.finfo(feature.dtype).eps)
+
+
+def _attentions(feature: Tensor, temperature: float, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    return spatial_attention(feature, temperature, valid), channel_attention(feature, temperature, valid)
+
+
+def _l1(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> Tensor:
+    """Sum of absolute differences over the batch size, added over pairs."""
+    return sum((s - t).abs().sum() for s, t in zip(student, teacher)) / len(student[0])
+
+
+def _standardize(feature: Tensor, valid: Tensor | None) -> Tensor:
+    """Each channel over (N, H, W) with mean 0 and deviation 1; (N, C, H, W), 0 in cells that are not valid."""
+    dims = (0, 2, 3)
+    if valid is None:
+        count = feature.numel() // feature.shape[1]
+        centred = feature - feature.mean(dims, keepdim=True)
+        freedom = max(count - 1, 1)
+    else:
+        weight = valid[:, None].to(feature.dtype)
+        count = valid.sum()
+        mean = (feature * weight).sum(dims, keepdim=True) / count.clamp(min=1)
+        centred = (feature - mean) * weight
+        freedom = (count - 1).clamp(min=1)
+    # The norm, unlike the root of the variance, has a finite gradient at 0.
+    deviation = torch.linalg.vector_norm(centred, dim=dims, keepdim=True) / freedom**0.5
+    return centred / (deviation + 1e-6)
+
+
+def unit(vectors: Tensor, dim: int, eps: float = 1e-12) -> Tensor:
+    """Vectors of length 1 along ``dim``; those without a direction stay 0 and get a finite gradient."""
+    length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
+    return vectors / torch.where(length > eps, length, 1)
+
+
+def _check_shapes(student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape:
+        raise ValueError(f'student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have one shape: '
+                         'adapt the channels and pair the levels by stride')

@@ -1,0 +1,417 @@
+"""Where to look: weights over the cells or the channels of a feature map.
+
+Cell masks are (N, H, W), channel masks (N, C). Boxes are one ``(n, 4)`` tensor per image, ``x1, y1, x2, y2`` in pixels
+of the padded batch; ``n`` may be 0. Attentions are differentiable, because the student's is also compared with the
+teacher's; the functions that use them as weights detach them. All other masks carry no gradient.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import ceil, log2
+
+import torch
+from torch import Tensor
+
+# Elements of the largest (boxes, cells) table that masks made of box-to-prediction overlaps keep at once.
+_OVERLAP_BUDGET = 2**24
+
+
+@torch.no_grad()
+def box_foreground(
+    boxes: Sequence[Tensor],
+    batch_shape: tuple[int, int],
+    feature_shape: tuple[int, int],
+    weighting: str = 'binary',
+    image_shapes: Sequence[Sequence[int]] | None = None,
+) -> Tensor:
+    """Marks the cells that ground-truth boxes cover, as FGD does (arXiv 2111.11837).
+
+    A box covers the cells from ``floor(x1)`` to ``ceil(x2)`` inclusive, in units of cells, clipped to the map; its area
+    is counted in those cells before clipping. Time and memory are linear in cells and boxes, up to logarithms.
+
+    Args:
+        boxes: one (n, 4) tensor per image, pixels of the padded batch.
+        batch_shape: (h, w) of the padded batch in pixels.
+        feature_shape: (H, W) of the feature map in cells.
+        weighting: ``'binary'`` gives 1 to every covered cell, ``'inverse_area'`` the largest 1 / area of the boxes
+            that cover it.
+        image_shapes: the ``img_shape`` mapping of the released FGD code: boxes are scaled by each image's own
+            (h, w, ...) instead of the batch's, which stretches them on a padded batch. For parity only.
+
+    Returns:
+        (N, H, W) float32.
+
+    Raises:
+        ValueError: if ``weighting`` is neither of the two.
+    """
+    if weighting not in ('binary', 'inverse_area'):
+        raise ValueError(f"weighting must be 'binary' or 'inverse_area', got {weighting!r}")
+    corners, image = _concatenate(boxes)
+    shapes = [batch_shape] * len(boxes) if image_shapes is None else image_shapes
+    height, width = torch.tensor([tuple(shape[:2]) for shape in shapes]).to(corners)[image].unbind(-1)
+    x1, y1, x2, y2 = corners.unbind(-1)
+    left, right = (x1 * feature_shape[1] / width).floor(), (x2 * feature_shape[1] / width).ceil()
+    top, bottom = (y1 * feature_shape[0] / height).floor(), (y2 * feature_shape[0] / height).ceil()
+    if weighting == 'binary':
+        weight = torch.ones_like(left)
+    else:
+        weight = 1 / (bottom + 1 - top).clamp(min=1) / (right + 1 - left).clamp(min=1)
+    return _paint(left, top, right, bottom, weight, image, len(boxes), feature_shape)
+
+
+@torch.no_grad()
+def valid_cells(
+    image_shapes: Sequence[Sequence[int]],
+    batch_shape: tuple[int, int],
+    feature_shape: tuple[int, int],
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Marks the cells that hold a pixel of the image, as opposed to the batch's padding alone.
+
+    Args:
+        image_shapes: (h, w, ...) of each image in pixels, before padding.
+        batch_shape: (h, w) of the padded batch in pixels.
+        feature_shape: (H, W) of the feature map in cells.
+        device: where the mask goes.
+
+    Returns:
+        (N, H, W) bool.
+    """
+    shapes = torch.tensor([tuple(shape[:2]) for shape in image_shapes], dtype=torch.long).reshape(-1, 2)
+    # Cell i begins at pixel i * h / H; integers keep the comparison exact.
+    rows, columns = (
+        torch.arange(cells) * pixels < shapes[:, dim, None] * cells
+        for dim, (cells, pixels) in enumerate(zip(feature_shape, batch_shape)))
+    return (rows[:, :, None] & columns[:, None, :]).to(device)
+
+
+@torch.no_grad()
+def normalized_background(foreground: Tensor, valid: Tensor | None = None) -> Tensor:
+    """The background of FGD: 1 where the foreground is 0, divided by the number of such cells in the image.
+
+    Args:
+        foreground: (N, H, W), 0 outside of the boxes.
+        valid: (N, H, W) bool; cells of padding are neither background nor counted.
+
+    Returns:
+        (N, H, W) in the foreground's dtype; each image sums to 1, or to 0 if it has no background.
+    """
+    background = foreground == 0
+    if valid is not None:
+        background = background & valid
+    background = background.to(foreground.dtype)
+    return background / background.sum((1, 2), keepdim=True).clamp(min=1)
+
+
+def spatial_attention(feature: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
+    """How strongly each cell responds: H·W · softmax over cells of mean_c |F| / T (FGD, FKD).
+
+    Args:
+        feature: (N, C, H, W).
+        temperature: T; the smaller, the sharper.
+        valid: (N, H, W) bool; the softmax runs over these cells alone, their number replaces H·W, others get 0.
+
+    Returns:
+        (N, H, W); each image has mean 1 over its (valid) cells.
+    """
+    response = feature.abs().mean(1) / temperature
+    count = response.shape[1] * response.shape[2] if valid is None else valid.sum((1, 2), keepdim=True)
+    return count * spatial_softmax(response, valid)
+
+
+def channel_attention(feature: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
+    """How strongly each channel responds: C · softmax over channels of mean_hw |F| / T (FGD, FKD).
+
+    Args:
+        feature: (N, C, H, W).
+        temperature: T; the smaller, the sharper.
+        valid: (N, H, W) bool; the mean runs over these cells alone.
+
+    Returns:
+        (N, C); each image has mean 1 over its channels, or 0 if none of its cells is valid.
+    """
+    if valid is None:
+        response = feature.abs().mean((2, 3))
+        return feature.shape[1] * (response / temperature).softmax(1)
+    count = valid.sum((1, 2))[:, None]
+    response = (feature.abs() * valid[:, None]).sum((2, 3)) / count.clamp(min=1)
+    return feature.shape[1] * (response / temperature).softmax(1) * (count > 0)
+
+
+def spatial_softmax(logits: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Softmax over the cells of each map, or over its valid cells alone, where the others get 0.
+
+    Args:
+        logits: (N, H, W).
+        valid: (N, H, W) bool.
+
+    Returns:
+        (N, H, W); each image sums to 1, or to 0 if none of its cells is valid.
+    """
+    if valid is None:
+        return logits.flatten(1).softmax(1).view_as(logits)
+    # A finite floor: a softmax over -inf alone, the image that is all padding, would be nan.
+    floored = logits.masked_fill(~valid, torch.finfo(logits.dtype).min)
+    return floored.flatten(1).softmax(1).view_as(logits) * valid
+
+
+@torch.no_grad()
+def assign_levels(boxes: Sequence[Tensor], num_levels: int, finest_scale: float = 56) -> list[Tensor]:
+    """The pyramid level of each box by its size, floor(log2(sqrt(area) / finest_scale)), as DeFeat (arXiv 2103.14475).
+
+    Args:
+        boxes: one (n, 4) tensor per image; the area counts both end pixels, (x2 - x1 + 1)·(y2 - y1 + 1).
+        num_levels: number of levels; larger and smaller boxes go to the last and the first.
+        finest_scale: boxes up to twice this size, in pixels, belong to the first level.
+
+    Returns:
+        One (n,) long tensor per image.
+    """
+    corners, _ = _concatenate(boxes)
+    size = (corners[:, 2:] - corners[:, :2] + 1).clamp(min=0).prod(1).sqrt()
+    level = (size / finest_scale + 1e-6).log2().floor().clamp(0, num_levels - 1).long()
+    return list(level.split([len(image_boxes) for image_boxes in boxes]))
+
+
+@torch.no_grad()
+def level_foreground(
+    boxes: Sequence[Tensor],
+    levels: Sequence[Tensor],
+    stride: int,
+    feature_shape: tuple[int, int],
+    level: int | None = None,
+) -> Tensor:
+    """Marks on one pyramid level the cells of the boxes that belong to it (DeFeat, arXiv 2103.14475).
+
+    A box covers the cells from ``int(x1 / stride)`` up to, not including, ``int(x2 / stride)``; one that would cover
+    none marks the cell of its top left corner.
+
+    Args:
+        boxes: one (n, 4) tensor per image, pixels of the padded batch.
+        levels: one (n,) tensor per image: the level of each box, see :func:`assign_levels`; or, as bool, whether the
+            box belongs to this level.
+        stride: pixels per cell of this level.
+        feature_shape: (H, W) of the feature map in cells.
+        level: index of this level; by default that of ``stride`` in a pyramid whose finest stride is 4.
+
+    Returns:
+        (N, H, W) float32 of 0 and 1.
+    """
+    corners, image = _concatenate(boxes)
+    level = round(log2(stride / 4)) if level is None else level
+    belongs = _on_level(levels, level, corners.device)
+    size = corners.new_tensor([feature_shape[1], feature_shape[0]])
+    first = (corners[:, :2] / stride).trunc().clamp(min=0)
+    stop = torch.minimum((corners[:, 2:] / stride).trunc(), size)
+    empty = (first >= stop).any(1, keepdim=True)
+    first = torch.where(empty, torch.minimum(first, size - 1), first)
+    last = torch.where(empty, first, stop - 1)
+    weight = belongs.to(corners.dtype)
+    return _paint(*first.unbind(1), *last.unbind(1), weight, image, len(boxes), feature_shape)
+
+
+@torch.no_grad()
+def near_anchor_foreground(
+    boxes: Sequence[Tensor],
+    levels: Sequence[Tensor],
+    level: int,
+    priors: Tensor,
+    feature_shape: tuple[int, int],
+    phi: float = 0.5,
+) -> Tensor:
+    """Marks the cells with an anchor that overlaps a box well (FGFI, arXiv 1906.03609).
+
+    A cell is on where one of its anchors has an IoU with a box of this level above ``phi`` times the best IoU that the
+    box has with any anchor of this level.
+
+    Args:
+        boxes: one (n, 4) tensor per image, pixels of the padded batch.
+        levels: one (n,) tensor per image: the level of each box, see :func:`assign_levels`; or, as bool, whether the
+            box belongs to this level.
+        level: index of this level.
+        priors: (H·W·A, 4) anchors of this level, those of one cell together, cells row by row.
+        feature_shape: (H, W) of the feature map in cells.
+        phi: share of the best IoU that an anchor must exceed.
+
+    Returns:
+        (N, H, W) float32 of 0 and 1.
+    """
+    corners, image = _concatenate(boxes)
+    belongs = _on_level(levels, level, corners.device)
+    cells = feature_shape[0] * feature_shape[1]
+    mask = corners.new_zeros(len(boxes), cells)
+    for part in _chunks(len(corners), len(priors)):
+        overlap = _iou(corners[part, None], priors.to(corners))
+        near = overlap > phi * overlap.amax(1, keepdim=True)
+        near = near.view(len(near), cells, -1).any(-1) & belongs[part, None]
+        mask.index_add_(0, image[part], near.to(mask.dtype))
+    return mask.clamp(max=1).view(-1, *feature_shape)
+
+
+@torch.no_grad()
+def prediction_difference(student_probs: Tensor, teacher_probs: Tensor) -> Tensor:
+    """Where the two detectors disagree: mean over classes of (p_t - p_s)² (PFI, arXiv 2112.04840).
+
+    Args:
+        student_probs: (N, classes, H, W) class probabilities of the student.
+        teacher_probs: (N, classes, H, W) class probabilities of the teacher.
+
+    Returns:
+        (N, H, W).
+    """
+    return (teacher_probs - student_probs).square().mean(1)
+
+
+@torch.no_grad()
+def teacher_confidence(teacher_probs: Tensor) -> Tensor:
+    """The richness of a cell: its largest class probability (FRS, arXiv 2111.00674).
+
+    Args:
+        teacher_probs: (N, classes, H, W) class probabilities of the teacher.
+
+    Returns:
+        (N, H, W).
+    """
+    return teacher_probs.amax(1)
+
+
+@torch.no_grad()
+def prediction_quality(
+    probabilities: Tensor,
+    predictions: Tensor,
+    points: Tensor,
+    boxes: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    xi: float = 0.8,
+    top_k: int = 30,
+) -> Tensor:
+    """The cells from which the teacher detects each box best (PGD, arXiv 2203.05469).
+
+    The quality of a cell inside a box is p(class)^(1 - ξ) · IoU(prediction, box)^ξ. The ``top_k`` best cells of a box,
+    over all levels, get the height of the Gaussian fitted to their positions (1 at its mean), all other cells 0. Where
+    boxes meet, the largest value counts.
+
+    Args:
+        probabilities: (N, P, classes) class probabilities of the teacher; P runs over the cells of all levels.
+        predictions: (N, P, 4) its decoded boxes in pixels.
+        points: (P, 2) the cells' centres (x, y) in pixels.
+        boxes: one (n, 4) tensor of ground truth per image.
+        labels: one (n,) tensor of classes per image.
+        xi: ξ, the share of localisation in the quality.
+        top_k: number of cells per box.
+
+    Returns:
+        (N, P) in [0, 1].
+    """
+    corners, image = _concatenate(boxes)
+    label = torch.cat(list(labels)).to(corners.device)
+    importance = corners.new_zeros(len(boxes) * len(points))
+    inside_of = points.to(corners)
+    for part in _chunks(len(corners), 4 * len(points)):
+        box = corners[part, None]
+        overlap = _iou(box, predictions[image[part]].to(corners))
+        probability = probabilities.transpose(1, 2)[image[part], label[part]].to(corners)
+        inside = ((inside_of >= box[..., :2]) & (inside_of <= box[..., 2:])).all(-1)
+        quality = probability**(1 - xi) * overlap**xi * inside
+        best, cell = quality.topk(min(top_k, len(points)), dim=1)
+        weight = _gaussian_height(points[cell], best > 0).to(corners)
+        importance.scatter_reduce_(0, (image[part, None] * len(points) + cell).flatten(), weight.flatten(), 'amax')
+    return importance.view(len(boxes), len(points))
+
+
+def _gaussian_height(points: Tensor, chosen: Tensor) -> Tensor:
+    """exp(-½ d' Σ⁻¹ d) of the points (B, K, 2) under the Gaussian fitted to the chosen ones (B, K); 0 for the rest."""
+    # Points on a line have a singular covariance: double precision leaves room for a ridge too small to matter.
+    points = points.double()
+    share = chosen.double() / chosen.sum(1, keepdim=True).clamp(min=1)
+    offset = points - (share[..., None] * points).sum(1, keepdim=True)
+    covariance = torch.einsum('bk,bki,bkj->bij', share, offset, offset)
+    ridge = 1e-9 * (1 + covariance.diagonal(dim1=1, dim2=2).sum(1))
+    covariance = covariance + ridge[:, None, None] * torch.eye(2, dtype=points.dtype, device=points.device)
+    distance = torch.einsum('bki,bki->bk', offset, torch.linalg.solve(covariance, offset.mT).mT)
+    return (-0.5 * distance).exp() * chosen
+
+
+def _concatenate(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """All boxes of the batch as (B, 4) float32 and the image that each belongs to as (B,) long."""
+    corners = torch.cat([image_boxes.reshape(-1, 4) for image_boxes in boxes]).float()
+    # Counts are known to the host: made there, the index needs no synchronisation.
+    counts = torch.tensor([len(image_boxes) for image_boxes in boxes])
+    image = torch.arange(len(boxes)).repeat_interleave(counts)
+    return corners, image.to(corners.device, non_blocking=True)
+
+
+def _on_level(levels: Sequence[Tensor], level: int, device: torch.device) -> Tensor:
+    assigned = torch.cat(list(levels)).to(device)
+    return assigned if assigned.dtype == torch.bool else assigned == level
+
+
+def _chunks(count: int, width: int) -> Iterator[slice]:
+    """Cuts ``count`` rows of ``width`` elements into slices that stay within the overlap budget."""
+    step = max(1, _OVERLAP_BUDGET // max(1, width))
+    return (slice(start, start + step) for start in range(0, count, step))
+
+
+def _iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of boxes (..., 4) that broadcast against each other."""
+    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    area_a, area_b = ((box[..., 2:] - box[..., :2]).clamp(min=0).prod(-1) for box in (a, b))
+    return overlap / (area_a + area_b - overlap).clamp(min=1e-6)
+
+
+def _paint(
+    left: Tensor,
+    top: Tensor,
+    right: Tensor,
+    bottom: Tensor,
+    weight: Tensor,
+    image: Tensor,
+    num_images: int,
+    feature_shape: tuple[int, int],
+) -> Tensor:
+    """At each cell the largest weight of the rectangles (inclusive ends) that cover it: (N, H, W).
+
+    A two-dimensional segment tree: each rectangle is a few aligned blocks whose sides are powers of two; their weights
+    are scattered once and then handed down, size by size, to the single cells. No table of cells × boxes.
+    """
+    height, width = feature_shape
+    rows, in_rows, num_rows = _aligned_blocks(top, bottom, height)
+    columns, in_columns, num_columns = _aligned_blocks(left, right, width)
+    index = (image[:, None] * num_rows + rows)[:, :, None] * num_columns + columns[:, None, :]
+    used = in_rows[:, :, None] & in_columns[:, None, :]
+    blocks = weight.new_zeros(num_images * num_rows * num_columns)
+    blocks.scatter_reduce_(0, index.flatten(), (weight[:, None, None] * used).flatten(), 'amax')
+    blocks = _hand_down(blocks.view(num_images, num_rows, num_columns), width)
+    return _hand_down(blocks.mT, height).mT.contiguous()
+
+
+def _block_counts(length: int) -> list[int]:
+    """How many aligned blocks of 1, 2, 4, ... cells cover a line of ``length`` cells, up to a single block."""
+    return [ceil(length / 2**size) for size in range((length - 1).bit_length() + 1)]
+
+
+def _aligned_blocks(first: Tensor, last: Tensor, length: int) -> tuple[Tensor, Tensor, int]:
+    """Covers each interval ``first..last`` of a line exactly by aligned blocks, at most two of each size.
+
+    Returns:
+        Block indices (B, 2·sizes), whether each is in use (same shape), and the number of blocks of all sizes.
+    """
+    counts = _block_counts(length)
+    size = torch.arange(len(counts), device=first.device)
+    count = torch.tensor(counts).to(first.device, non_blocking=True)
+    begin = first.clamp(0, length).long()[:, None]
+    end = last.clamp(-1, length - 1).long()[:, None] + 1
+    # What is left of the interval once blocks smaller than 2^size have been taken off both of its ends.
+    begin, end = (begin + (1 << size) - 1) >> size, end >> size
+    remains = begin < end
+    used = torch.cat([remains & (begin % 2 == 1), remains & (end % 2 == 1)], 1)
+    block = torch.stack([begin, end - 1], 1).clamp(min=0).minimum(count - 1) + count.cumsum(0) - count
+    return block.flatten(1), used, sum(counts)
+
+
+def _hand_down(blocks: Tensor, length: int) -> Tensor:
+    """Gives each cell of the last dimension the largest weight of the blocks of all sizes that hold it."""
+    *finer, covered = blocks.split(_block_counts(length), dim=-1)
+    for level in reversed(finer):
+        covered = torch.maximum(level, covered.repeat_interleave(2, dim=-1)[..., :level.shape[-1]])
+    return covered
