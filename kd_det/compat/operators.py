@@ -4,7 +4,6 @@ mmcv-lite, and wheels built without operators, lack the extension module ``mmcv.
 ``sys.meta_path`` and therefore answers only where Python found no compiled one.
 """
 import importlib.util
-import logging
 import sys
 from functools import lru_cache
 from importlib.abc import Loader, MetaPathFinder
@@ -82,6 +81,15 @@ def operator_backend() -> Optional[str]:
         return None
     compiled = PathFinder.find_spec(EXTENSION, mmcv.submodule_search_locations)
     return TORCHVISION if compiled is None else COMPILED
+
+
+@lru_cache(maxsize=None)
+def log_operator_backend() -> None:
+    """Logs, once in a process and in the run's own log, who serves ``mmcv.ops``."""
+    import torchvision
+    from mmengine.logging import print_log
+    served_by = f'torchvision {torchvision.__version__}' if operator_backend() == TORCHVISION else operator_backend()
+    print_log(f"mmcv's operators are served by {served_by}.", logger='current')
 
 
 def served_operators() -> Tuple[str, ...]:

@@ -1,0 +1,165 @@
+"""Checkpoints load without running code from the file.
+
+A pickle can call anything. ``torch.load(weights_only=True)``, the default since torch 2.6, calls only what is allowed:
+tensors and plain containers. mmengine also saves its logging history, numpy numbers and a scheduler's method.
+:func:`install_safe_globals` allows these, none of which runs code of the file's choosing; all else stays refused.
+"""
+import importlib.util
+import os
+import pickle
+import re
+from contextlib import contextmanager
+from functools import lru_cache, wraps
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, Union
+
+import numpy as np
+import torch
+
+CAN_ALLOW_GLOBALS = hasattr(torch.serialization, 'add_safe_globals')  # torch >= 2.4
+
+
+class CheckpointError(RuntimeError):
+    """A file is not a checkpoint, or not all of one."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A checkpoint would run code when loaded, and was refused."""
+
+
+def load_checkpoint(path_or_url: Union[str, Path], map_location: Any = 'cpu') -> Dict[str, Any]:
+    """Loads a checkpoint and never runs code from it.
+
+    Args:
+        path_or_url: a file, or anything that mmengine's ``CheckpointLoader`` knows (``https://``, ``torchvision://``, …).
+        map_location: as for :func:`torch.load`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: the file is damaged, is no checkpoint, or cannot be downloaded.
+        UnsafeCheckpointError: the file refers to code.
+    """
+    name = str(path_or_url)
+    if '://' in name:
+        from mmengine.runner.checkpoint import CheckpointLoader
+        load = CheckpointLoader.load_checkpoint
+    else:
+        load = _load_file
+    with _weights_only(name):
+        checkpoint = load(name, map_location)
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f'{name} holds a {type(checkpoint).__name__}, not the dict of a checkpoint.')
+    return checkpoint
+
+
+def install_safe_loading() -> None:
+    """Lets torch load what mmengine saves, and gives mmengine's own loading the errors of :func:`load_checkpoint`."""
+    if not CAN_ALLOW_GLOBALS or importlib.util.find_spec('mmengine') is None:
+        return
+    from mmengine.runner import checkpoint
+    torch.serialization.add_safe_globals(_safe_globals())
+    checkpoint.CheckpointLoader.register_scheme('', _clear_errors(checkpoint.load_from_local), force=True)
+    checkpoint.CheckpointLoader.register_scheme(('http://', 'https://'), _clear_errors(checkpoint.load_from_http),
+                                                force=True)
+
+
+@lru_cache(maxsize=None)
+def _safe_globals() -> list:
+    """What mmengine 0.10's checkpoints refer to beyond torch's own list. Calling any of it only builds data."""
+    from mmengine.config import ConfigDict
+    from mmengine.logging import HistoryBuffer
+    from mmengine.optim import OneCycleParamScheduler
+
+    methods = {
+        HistoryBuffer: ('min', 'max', 'mean', 'current'),
+        OneCycleParamScheduler: ('_annealing_cos', '_annealing_linear'),
+    }
+
+    def attribute(owner, name):
+        """In place of ``getattr``, by which pickle refers to methods and which could reach anything."""
+        for cls, names in methods.items():
+            if owner is cls and name in names:
+                return getattr(cls, name)
+        raise pickle.UnpicklingError(f'GLOBAL builtins.getattr({getattr(owner, "__name__", owner)},{name})')
+
+    reconstruct, scalar = np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]
+    codes = np.typecodes['AllInteger'] + np.typecodes['AllFloat'] + '?SU'
+    return [
+        ConfigDict, HistoryBuffer, OneCycleParamScheduler, _alias(attribute, 'builtins', 'getattr'),
+        np.ndarray, np.dtype, *{type(np.dtype(code)) for code in codes},
+        *(_alias(function, module, function.__name__)
+          for function in (reconstruct, scalar)
+          for module in ('numpy.core.multiarray', 'numpy._core.multiarray')),  # numpy 1, numpy 2
+    ]  # yapf: disable
+
+
+def _alias(function: Callable, module: str, name: str) -> Callable:
+    """``function`` as torch's allow-list finds it: by the module and name that the pickle holds."""
+
+    def alias(*args):
+        return function(*args)
+
+    alias.__module__, alias.__name__, alias.__qualname__ = module, name, name
+    return alias
+
+
+def _load_file(name: str, map_location: Any) -> Any:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f'No checkpoint at {path.absolute()}.')
+    return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _clear_errors(loader: Callable) -> Callable:
+    """One of mmengine's loaders, safe and with the errors of :func:`load_checkpoint`."""
+
+    @wraps(loader)
+    def load(filename, *args, **kwargs):
+        with _weights_only(filename):
+            return loader(filename, *args, **kwargs)
+
+    return load
+
+
+@contextmanager
+def _weights_only(name: str) -> Iterator[None]:
+    """Forces ``weights_only`` on every ``torch.load`` inside and says what is wrong with the checkpoint ``name``."""
+    forced, forbidden = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
+    before = {key: os.environ.pop(key, None) for key in (forced, forbidden)}
+    os.environ[forced] = '1'
+    try:
+        yield
+    except (FileNotFoundError, MemoryError, CheckpointError):
+        raise
+    except pickle.UnpicklingError as error:
+        raise _explain(name, error) from None  # torch's message advises to give up weights_only
+    except Exception as error:
+        raise _explain(name, error) from error
+    finally:
+        del os.environ[forced]
+        os.environ.update({key: value for key, value in before.items() if value is not None})
+
+
+def _explain(name: str, error: Exception) -> CheckpointError:
+    refused = re.search(r'GLOBAL (\S+)|unrecognized function (.+)|`add_safe_globals`,? but got (.+)', str(error))
+    if isinstance(error, pickle.UnpicklingError) and refused:
+        code = next(group for group in refused.groups() if group)
+        advice = ('If you trust its author, save it again with its state_dict alone; a class of your own can be '
+                  'allowed with torch.serialization.add_safe_globals.')
+        if not CAN_ALLOW_GLOBALS:
+            advice = (f'torch {torch.__version__} refuses the training history in checkpoints of mmengine too: '
+                      'use torch >= 2.4, or save the file again with its state_dict alone.')
+        return UnsafeCheckpointError(f'{name} was refused, and nothing in it was run: it refers to {code}, and a '
+                                     f'checkpoint that calls code can do anything to this machine. {advice}')
+    if '://' in name and isinstance(error, OSError):
+        return CheckpointError(f'{name} cannot be downloaded ({error}). Fetch it by hand and give the path of the file.')
+    return CheckpointError(f'{name} cannot be read as a PyTorch checkpoint: {_damage(error)}. '
+                           'If it should be one, it is damaged: copy or download it again.')
+
+
+def _damage(error: Exception) -> str:
+    if isinstance(error, EOFError):
+        return 'it is empty or ends early'
+    if isinstance(error, pickle.UnpicklingError):
+        return 'it holds something else'
+    return str(error).partition('\n')[0].rstrip('.')
