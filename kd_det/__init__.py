@@ -1,0 +1,20 @@
+"""kd_det distils large object detectors into small ones, inside MMDetection 3.x.
+
+Importing it is all that a config needs (``custom_imports = dict(imports=['kd_det'])``): MMDetection gets operators and
+checkpoint loading that work on today's PyTorch, and the distiller, terms, masks and hooks join MMDetection's registries.
+Without MMDetection :mod:`kd_det.functional`, which needs PyTorch alone, is still there.
+"""
+from importlib.util import find_spec
+
+from kd_det.version import __version__
+
+if find_spec('mmengine') and find_spec('mmcv') and find_spec('mmdet'):
+    from kd_det.compat import install
+    install()  # before anything imports mmcv.ops
+
+    from kd_det.registration import register_config_scope
+    register_config_scope()
+
+    from kd_det import distillers, hooks, losses, masks  # noqa: F401  registers their classes
+
+__all__ = ['__version__']

@@ -1,0 +1,96 @@
+"""What every distillation term may read in one step, and nothing else."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Dict, List, NamedTuple, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from kd_det.functional.masks import valid_cells
+from kd_det.taps import Levels
+
+
+class Level(NamedTuple):
+    """The form of one feature level: its number of channels and its stride in pixels."""
+    channels: int
+    stride: int
+
+
+class Progress(NamedTuple):
+    """Where the training stands: steps done, and epochs done (with the fraction of the current one)."""
+    iteration: int = 0
+    epoch: float = 0.0
+
+
+@dataclass
+class DistillContext:
+    """One step as the terms see it. It is made anew each step and nothing keeps it.
+
+    Attributes:
+        student: Tapped features by module path; each a tuple of (N, C, H, W), finest level as the module orders them.
+        teachers: The same of each teacher, without gradient.
+        student_levels: Channels and stride of each level in ``student``.
+        teacher_levels: The same for ``teachers``.
+        boxes: Ground truth, one (n, 4) of x1, y1, x2, y2 per image, in pixels of the padded batch; n may be 0.
+        labels: Ground truth, one (n,) of class indices per image.
+        batch_shape: Height and width of the padded batch, in pixels.
+        image_shapes: Height and width of each image within it.
+        progress: Iterations and epochs done.
+    """
+    student: Dict[str, Levels]
+    teachers: List[Dict[str, Levels]]
+    student_levels: Dict[str, Tuple[Level, ...]]
+    teacher_levels: List[Dict[str, Tuple[Level, ...]]]
+    boxes: List[Tensor]
+    labels: List[Tensor]
+    batch_shape: Tuple[int, int]
+    image_shapes: List[Tuple[int, int]]
+    progress: Progress = Progress()
+    _valid: Dict[Tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.boxes[0].device
+
+    def valid(self, feature_shape: Sequence[int]) -> Tensor:
+        """The cells that hold a part of an image and not only padding.
+
+        Args:
+            feature_shape: Height and width of the level, in cells.
+
+        Returns:
+            (N, H, W) of bool.
+        """
+        shape = tuple(feature_shape)
+        if shape not in self._valid:
+            self._valid[shape] = valid_cells(self.image_shapes, self.batch_shape, shape, self.device)
+        return self._valid[shape]
+
+
+@dataclass
+class ComparedLevel:
+    """One level of one tap in one step: what a mask and a distance look at.
+
+    Attributes:
+        student: (N, C, H, W), after the adapter.
+        teacher: (N, C, H, W), without gradient.
+        stride: Of the level, in pixels.
+        index: Of the level among the student's.
+        context: The step.
+    """
+    student: Tensor
+    teacher: Tensor
+    stride: int
+    index: int
+    context: DistillContext
+
+    @property
+    def shape(self) -> Tuple[int, int]:
+        """Height and width of the level, in cells."""
+        return tuple(self.teacher.shape[-2:])
+
+    @property
+    def valid(self) -> Tensor:
+        """(N, H, W) of bool: the cells that hold a part of an image."""
+        return self.context.valid(self.shape)

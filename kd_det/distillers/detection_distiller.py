@@ -1,0 +1,264 @@
+"""The student, seen from outside as an ordinary mmdet detector, plus what it learns from its teacher."""
+from __future__ import annotations
+
+import copy
+from typing import Dict, List, Optional, Sequence, Tuple, Union
+
+import torch
+from mmdet.registry import MODELS
+from mmengine.model import BaseModel
+from torch import Tensor, nn
+
+from kd_det.context import DistillContext, Progress
+from kd_det.distillers.provenance import Provenance, inherit, pretrained_parameters
+from kd_det.distillers.weights import build_weight
+from kd_det.losses import DistillTerm
+from kd_det.randomness import preserved_randomness
+from kd_det.taps import Levels, Taps
+from kd_det.teachers import Teacher, TeacherError, probe_config, probe_levels, read_model_config
+
+TERMS = 'distill_terms'  # the only child that a plain student lacks
+
+
+@MODELS.register_module()
+class DetectionDistiller(BaseModel):
+    """Trains a student detector under the guidance of one or several frozen teachers.
+
+    The student's own children are this module's children, under their own names: parameter names, ``state_dict`` keys and
+    attributes such as ``bbox_head`` are those of the plain student, and prediction is its own. The terms' weights stay out
+    of ``state_dict`` (:class:`~kd_det.hooks.DistillHook` stores them beside it), and a teacher is no module of it at all.
+
+    Args:
+        student: Model dict of the student, as in any mmdet config.
+        teacher: ``dict(config=…, checkpoint=…)``, or a list of those; see :class:`~kd_det.teachers.Teacher`. They are built
+            when training starts, never for a test run.
+        distill: Name -> term. Beside the term's own arguments each takes ``weight``: a number or a schedule, see
+            :mod:`kd_det.distillers.weights`; a term whose weight is 0 throughout is left out. Each is logged as
+            ``loss_<name>``, its parts as ``distill/<name>_<part>``.
+        inherit: Parts of the student (``('neck', 'rpn_head', 'roi_head')``) that start from the first teacher's weights
+            where shapes agree.
+
+    Raises:
+        ValueError: A term's name or argument is wrong; the message says where in the config.
+        TeacherError: A teacher lacks its config or checkpoint.
+    """
+
+    def __init__(self,
+                 student: dict,
+                 teacher: Union[dict, Sequence[dict]],
+                 distill: Dict[str, dict],
+                 inherit: Union[str, Sequence[str]] = ()) -> None:
+        detector = MODELS.build(student)
+        super().__init__(data_preprocessor=detector.data_preprocessor)
+        self._adopt(detector)
+        self.provenance = Provenance(detector)
+        self.inherited_parts = (inherit, ) if isinstance(inherit, str) else tuple(inherit)
+        self.not_inherited: List[str] = []
+        self.terms_origin = 'random'
+        self.progress = Progress()
+        self.teacher_configs = _checked_teachers(teacher)
+        self.teachers: Optional[List[Teacher]] = None
+
+        with preserved_randomness():  # the student is drawn as if there were no distillation
+            self.weights, terms = _build_terms(distill, len(self.teacher_configs))
+            self._connect(terms)
+        self._modules[TERMS] = nn.ModuleDict(terms)
+
+    # ------------------------------------------------------------------------------------ seen as the student
+
+    def _adopt(self, detector: nn.Module) -> None:
+        """Shows the detector's children, parameters and buffers as this module's own, under the same names."""
+        self.__dict__['student'] = detector  # past nn.Module.__setattr__: its weights are registered only once
+        self._parameters, self._buffers = detector._parameters, detector._buffers
+        self._non_persistent_buffers_set = detector._non_persistent_buffers_set
+        self._modules.update(detector._modules)
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if 'student' not in self.__dict__:
+                raise
+            return getattr(self.__dict__['student'], name)
+
+    def train(self, mode: bool = True) -> DetectionDistiller:
+        self.training = mode
+        self.student.train(mode)
+        self.terms.train(mode)
+        return self
+
+    def forward(self, inputs: Tensor, data_samples: Optional[list] = None, mode: str = 'tensor'):
+        """As the student's; only ``mode='loss'`` distils."""
+        if mode == 'loss':
+            return self.loss(inputs, data_samples)
+        return self.student(inputs, data_samples, mode=mode)
+
+    def state_dict(self, *args, destination=None, prefix: str = '', keep_vars: bool = False):
+        """The plain student's state dict."""
+        state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        for entries in (state, getattr(state, '_metadata', {})):
+            for key in [key for key in entries if f'{key}.'.startswith(f'{prefix}{TERMS}.')]:
+                del entries[key]
+        return state
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        # A plain student's weights are complete: the terms, which are stored apart, keep theirs.
+        for key, value in self.terms.state_dict(prefix=f'{prefix}{TERMS}.').items():
+            state_dict.setdefault(key, value)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    # ------------------------------------------------------------------------------------ the teachers
+
+    @property
+    def terms(self) -> nn.ModuleDict:
+        """The distillation terms by name; those with a weight."""
+        return self._modules[TERMS]
+
+    @property
+    def teacher(self) -> Optional[Teacher]:
+        """The first teacher, once training has begun."""
+        return self.teachers[0] if self.teachers else None
+
+    def build_teachers(self) -> List[Teacher]:
+        """Builds and loads the teachers unless that is done.
+
+        Raises:
+            TeacherError: A checkpoint is absent or does not fit; the message names the keys.
+        """
+        if self.teachers is None:
+            anchor = next(self.student.parameters())
+            self.teachers = [
+                Teacher(**config, taps=taps, student_preprocessor=self.data_preprocessor).to_like(anchor)
+                for config, taps in zip(self.teacher_configs, self._teacher_taps)
+            ]
+        return self.teachers
+
+    def _apply(self, function, *args, **kwargs) -> DetectionDistiller:
+        super()._apply(function, *args, **kwargs)
+        for teacher in self.teachers or ():
+            teacher._apply(function)
+        return self
+
+    def init_weights(self) -> None:
+        """Initialises the student as it would itself, builds the teachers, and lets the student inherit."""
+        self.student.init_weights()
+        self._is_init = True
+        self.provenance.mark(pretrained_parameters(self.student), 'pretrained')
+        teachers = self.build_teachers()
+        inherited, self.not_inherited = inherit(self.student, teachers[0].model, self.inherited_parts)
+        self.provenance.mark(inherited, 'inherited')
+
+    # ------------------------------------------------------------------------------------ the terms
+
+    def _connect(self, terms: Dict[str, DistillTerm]) -> None:
+        """Sets the taps that the terms ask for, and tells the terms what these read."""
+        self._student_taps = Taps(self.student, (path for term in terms.values() for path in term.student_taps))
+        self._student_levels = probe_levels(self.student, self._student_taps) if terms else {}
+        self._teacher_taps = [[path for term in terms.values() if term.teacher == index for path in term.teacher_taps]
+                              for index in range(len(self.teacher_configs))]
+        self._teacher_levels = [probe_config(read_model_config(config['config']), taps) if taps else {}
+                                for config, taps in zip(self.teacher_configs, self._teacher_taps)]
+        for name, term in terms.items():
+            try:
+                term.connect(self._student_levels, self._teacher_levels[term.teacher])
+            except ValueError as error:
+                raise type(error)(f"model.distill.{name}: {error}") from error
+
+    def load_terms(self, state: Dict[str, Tensor]) -> None:
+        """Restores the terms' weights from a checkpoint.
+
+        Raises:
+            RuntimeError: They are another term's, or of another shape; the message names the keys.
+        """
+        self.terms.load_state_dict(state)
+        self.terms_origin = 'checkpoint'
+
+    def set_progress(self, iteration: int, epoch: float) -> None:
+        """Tells the schedules where the training stands."""
+        self.progress = Progress(iteration, epoch)
+
+    def loss(self, inputs: Tensor, data_samples: list) -> Dict[str, Tensor]:
+        """One training step: the student's own losses and the terms'.
+
+        Args:
+            inputs: (N, 3, H, W), preprocessed.
+            data_samples: mmdet's data samples with ``gt_instances``.
+
+        Returns:
+            The student's losses; ``loss_<name>`` of each term; its parts, for the log only.
+        """
+        weights = {name: weight(self.progress) for name, weight in self.weights.items()}
+        active = {name: weight for name, weight in weights.items() if weight != 0}
+        boxes = [sample.gt_instances.bboxes for sample in data_samples]
+        boxes = [getattr(each, 'tensor', each).detach() for each in boxes]
+        labels = [sample.gt_instances.labels for sample in data_samples]
+        with self._student_taps.capture() as student:
+            losses = dict(self.student.loss(inputs, data_samples))
+        if active:
+            image_shapes = [tuple(sample.img_shape[:2]) for sample in data_samples]
+            used = {self.terms[name].teacher for name in active}
+            context = DistillContext(
+                student=student,
+                teachers=[teacher.features(inputs, image_shapes) if index in used and teacher.taps.paths else {}
+                          for index, teacher in enumerate(self.build_teachers())],
+                student_levels=self._student_levels,
+                teacher_levels=self._teacher_levels,
+                boxes=boxes,
+                labels=labels,
+                batch_shape=tuple(inputs.shape[-2:]),
+                image_shapes=image_shapes,
+                progress=self.progress)
+            with torch.autocast(inputs.device.type, enabled=False):
+                for name, weight in active.items():
+                    losses.update(_logged(name, self.terms[name](context), weight))
+        losses.update({f'loss_{name}': _untouched(self.terms[name], inputs) for name in weights if name not in active})
+        return losses
+
+
+def _checked_teachers(teacher: Union[dict, Sequence[dict]]) -> List[dict]:
+    configs = [teacher] if isinstance(teacher, dict) else list(teacher)
+    for config in configs:
+        if 'config' not in config:
+            raise TeacherError("model.teacher lacks 'config': a config file, 'mmdet::…' or a model dict.")
+    if not configs:
+        raise TeacherError('model.teacher is an empty list: at least one teacher is needed.')
+    return configs
+
+
+def _build_terms(distill: Dict[str, dict], teachers: int) -> Tuple[dict, Dict[str, DistillTerm]]:
+    """Builds the terms whose weight is not 0 throughout, and their weights."""
+    weights, terms = {}, {}
+    for name, config in distill.items():
+        where = f'model.distill.{name}'
+        if 'loss' in name:
+            raise ValueError(f"{where}: a term's name may not contain 'loss', which mmengine takes for a loss to add; the "
+                             f"term is logged as 'loss_{name}' by itself. Rename it.")
+        if not isinstance(config, dict) or 'type' not in config:
+            raise ValueError(f"{where} = {config!r:.80}: expected a dict with a 'type', e.g. dict(type='FGD', tap='neck').")
+        config = copy.deepcopy(dict(config))
+        try:
+            weight = build_weight(config.pop('weight', 1.0))
+            if weight.is_zero:
+                continue
+            term = MODELS.build(config)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f'{where}: {error}') from error
+        if not isinstance(term, DistillTerm):
+            raise ValueError(f"{where}: '{config['type']}' is a {type(term).__name__}, not a distillation term.")
+        if not 0 <= term.teacher < teachers:
+            raise ValueError(f'{where}: teacher={term.teacher}, but there are {teachers} teachers, counted from 0.')
+        weights[name], terms[name] = weight, term
+    return weights, terms
+
+
+def _logged(name: str, value: Union[Tensor, Dict[str, Tensor]], weight: float) -> Dict[str, Tensor]:
+    """The loss to add, and the parts to look at (without 'loss' in their names, or mmengine would add them too)."""
+    parts = value if isinstance(value, dict) else {}
+    total = sum(parts.values()) if parts else value
+    return {f'loss_{name}': weight * total,
+            **{f'distill/{name}_{part}': weight * each.detach() for part, each in parts.items()}}
+
+
+def _untouched(term: DistillTerm, inputs: Tensor) -> Tensor:
+    """0 with a gradient of 0 for every weight of the term: data-parallel training waits for each of them in every step."""
+    return sum((parameter.sum() * 0 for parameter in term.parameters()), inputs.new_zeros(()).float())

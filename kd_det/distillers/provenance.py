@@ -1,0 +1,86 @@
+"""Where each weight came from: the answer to «why is my student random?»."""
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import Dict, Iterable, Iterator, List, Tuple
+
+from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint_with_prefix
+from torch import Tensor, nn
+
+ORIGINS = ('random', 'pretrained', 'inherited', 'checkpoint')
+
+
+class Provenance:
+    """Keeps, for each parameter of a model, the last source that set it.
+
+    Args:
+        model: The model; all its parameters start as ``'random'``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        self._origins = dict.fromkeys(self._sizes, 'random')
+
+    def mark(self, names: Iterable[str], origin: str) -> None:
+        """Notes that ``origin`` (one of :data:`ORIGINS`) set these parameters; unknown names are passed over."""
+        if origin not in ORIGINS:
+            raise ValueError(f"origin='{origin}': expected one of {', '.join(ORIGINS)}.")
+        self._origins.update(dict.fromkeys(self._sizes.keys() & set(names), origin))
+
+    def by_part(self) -> Dict[str, Dict[str, int]]:
+        """Number of weights by part (``backbone``, ``neck``, …) and origin."""
+        parts: Dict[str, Dict[str, int]] = defaultdict(lambda: dict.fromkeys(ORIGINS, 0))
+        for name, origin in self._origins.items():
+            parts[name.split('.')[0]][origin] += self._sizes[name]
+        return dict(parts)
+
+
+def pretrained_parameters(model: nn.Module) -> Iterator[str]:
+    """Yields the names of the parameters that an ``init_cfg=dict(type='Pretrained', …)`` sets.
+
+    mmengine loads such files without strictness, so what they hold decides, not the config.
+    """
+    for path, module in model.named_modules():
+        init_cfg = getattr(module, 'init_cfg', None) or ()
+        for config in (init_cfg, ) if isinstance(init_cfg, dict) else init_cfg:
+            if config['type'] == 'Pretrained':
+                held = _pretrained_state(config)
+                yield from (f'{path}.{name}'.lstrip('.') for name, parameter in module.named_parameters()
+                            if name in held and held[name].shape == parameter.shape)
+
+
+def _pretrained_state(config: dict) -> Dict[str, Tensor]:
+    if config.get('prefix'):
+        return _load_checkpoint_with_prefix(config['prefix'], config['checkpoint'], map_location='cpu')
+    loaded = CheckpointLoader.load_checkpoint(config['checkpoint'], map_location='cpu', logger='silent')
+    return {re.sub(r'^module\.', '', key): value for key, value in loaded.get('state_dict', loaded).items()}
+
+
+def inherit(student: nn.Module, teacher: nn.Module, parts: Iterable[str]) -> Tuple[List[str], List[str]]:
+    """Starts parts of the student from the teacher's, wherever name and shape agree.
+
+    Args:
+        student: The detector that is written to.
+        teacher: The detector that is read.
+        parts: Names of modules of the student, e.g. ``('neck', 'rpn_head', 'roi_head')``.
+
+    Returns:
+        The state-dict keys that were inherited, and those that could not be.
+
+    Raises:
+        ValueError: The student has no such part.
+    """
+    source, target = teacher.state_dict(), student.state_dict()
+    inherited, left = [], []
+    for part in parts:
+        keys = [key for key in target if key.startswith(f'{part}.')]
+        if not keys:
+            known = sorted({key.split('.')[0] for key in target})
+            raise ValueError(f"inherit: the student has no part '{part}'; it has {', '.join(known)}.")
+        for key in keys:
+            fits = key in source and source[key].shape == target[key].shape
+            (inherited if fits else left).append(key)
+    for key in inherited:
+        target[key].copy_(source[key])
+    return inherited, left

@@ -1,0 +1,130 @@
+"""Connects a distiller with mmengine's Runner: checkpoints, schedules, pre-flight, and the table of origins."""
+from __future__ import annotations
+
+from io import StringIO
+from typing import Optional
+
+from mmdet.registry import HOOKS
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner, set_random_seed
+from mmengine.runner.checkpoint import weights_to_cpu
+from rich.console import Console
+from rich.table import Table
+
+from kd_det.distillers.detection_distiller import DetectionDistiller
+from kd_det.distillers.provenance import ORIGINS
+from kd_det.hooks.preflight import evaluate_teacher, require_skill
+
+CHECKPOINT_KEY = 'distill'
+
+
+@HOOKS.register_module()
+class DistillHook(Hook):
+    """What distillation needs of the training loop. Every distillation config lists it:
+    ``default_hooks=dict(distill=dict(type='DistillHook'))``. With a plain detector it does nothing.
+
+    - Before training the teacher is loaded, evaluated (pre-flight), and a table tells where all weights came from.
+    - Each step the weights' schedules move, and the random numbers are set from seed and iteration, so that a resumed run
+      goes on as the uninterrupted one would. (Not when every term's weight is 0: then nothing differs from plain training.)
+    - Each checkpoint gets the terms' weights under ``'distill'``, beside the student's ``state_dict``.
+    - After training the teacher's fingerprint must be what it was.
+
+    Args:
+        preflight: ``images`` (at most so many validation images) and ``min_map`` (the mAP, 0 to 1, below which training
+            stops); None for no pre-flight.
+    """
+    priority = 'ABOVE_NORMAL'  # before EMAHook exchanges weights at the same point
+
+    def __init__(self, preflight: Optional[dict] = dict(images=64, min_map=0.01)) -> None:
+        self.preflight = None if preflight is None else {**dict(images=64, min_map=0.01), **preflight}
+        self._fingerprints = []
+
+    def before_train(self, runner: Runner) -> None:
+        distiller = _distiller_of(runner)
+        if distiller is None:
+            return
+        teachers = distiller.build_teachers()
+        self._fingerprints = [teacher.fingerprint() for teacher in teachers]
+        for teacher in teachers:
+            # A random teacher is the user's explicit wish, and detects nothing.
+            if self.preflight is not None and teacher.checkpoint:
+                metrics = evaluate_teacher(runner, teacher, self.preflight['images'])
+                if metrics is None:
+                    runner.logger.warning('Pre-flight: the config has no validation data, so the teacher goes unchecked.')
+                    continue
+                runner.logger.info(f'Pre-flight: teacher {teacher.checkpoint} on up to {self.preflight["images"]} images: '
+                                   + ', '.join(f'{name} {value:.3f}' for name, value in metrics.items()))
+                require_skill(metrics, self.preflight['min_map'], self.preflight['images'])
+        if is_main_process():
+            runner.logger.info('Where the weights came from:\n' + origin_table(distiller))
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        self._follow(runner)  # the first batch is loaded before the first iteration is announced
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
+        self._follow(runner)
+
+    def _follow(self, runner: Runner) -> None:
+        distiller = _distiller_of(runner)
+        if distiller is None or not len(distiller.terms):
+            return
+        distiller.set_progress(runner.iter, runner.iter / len(runner.train_dataloader))
+        set_random_seed((runner.seed * 1_000_003 + runner.iter) % 2**32)
+
+    def after_train(self, runner: Runner) -> None:
+        distiller = _distiller_of(runner)
+        if distiller is not None and [teacher.fingerprint() for teacher in distiller.teachers] != self._fingerprints:
+            raise RuntimeError("The teacher's weights or buffers changed during training. Some hook or module writes to it.")
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        distiller = _distiller_of(runner)
+        if distiller is not None:
+            checkpoint[CHECKPOINT_KEY] = dict(terms=weights_to_cpu(distiller.terms.state_dict()))
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        distiller = _distiller_of(runner)
+        if distiller is None:
+            return
+        distiller.provenance.mark(checkpoint.get('state_dict', checkpoint), 'checkpoint')
+        if not runner._resume:
+            return
+        if CHECKPOINT_KEY in checkpoint:
+            distiller.load_terms(checkpoint[CHECKPOINT_KEY]['terms'])
+        elif len(distiller.terms):
+            runner.logger.warning("The resumed checkpoint holds no 'distill': it was not written by a distillation. The "
+                                  'adapters start anew.')
+
+
+def _distiller_of(runner: Runner) -> Optional[DetectionDistiller]:
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    return model if isinstance(model, DetectionDistiller) else None
+
+
+def origin_table(distiller: DetectionDistiller) -> str:
+    """A table of how many weights each part has, and where they came from."""
+    table = Table('part', *ORIGINS, 'weights')
+    for column in table.columns[1:]:
+        column.justify = 'right'
+
+    def add(part: str, counts: dict) -> None:
+        table.add_row(part, *(f'{counts.get(origin, 0):,}' if counts.get(origin) else '–' for origin in ORIGINS),
+                      f'{sum(counts.values()):,}')
+
+    for part, counts in distiller.provenance.by_part().items():
+        add(f'student.{part}', counts)
+    for name, term in distiller.terms.items():
+        count = sum(parameter.numel() for parameter in term.parameters())
+        if count:
+            add(f'adapters of {name}', {distiller.terms_origin: count})
+    for index, teacher in enumerate(distiller.teachers or ()):
+        count = sum(parameter.numel() for parameter in teacher.model.parameters())
+        add(f'teacher {index}' if len(distiller.teachers) > 1 else 'teacher',
+            {'checkpoint' if teacher.checkpoint else 'random': count})
+    output = StringIO()
+    Console(file=output, width=110, no_color=True).print(table)
+    if distiller.not_inherited:
+        output.write(f'Could not be inherited (absent in the teacher, or of another shape): '
+                     f"{', '.join(distiller.not_inherited)}\n")
+    return output.getvalue()

@@ -1,0 +1,115 @@
+"""What all distillation terms share."""
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Dict, Optional, Sequence, Tuple, Union
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kd_det.adapters import build_adapter, pair_levels
+from kd_det.context import ComparedLevel, DistillContext, Level
+
+Parts = Dict[str, Tensor]
+
+
+class DistillTerm(nn.Module):
+    """One comparison of student and teacher.
+
+    A term declares what it reads (:attr:`student_taps`, :attr:`teacher_taps`), makes its adapters once the form of that is
+    known (:meth:`connect`), and turns each step's :class:`~kd_det.context.DistillContext` into named parts. It does not
+    know its weight: the distiller multiplies, and runs the terms in float32.
+
+    Args:
+        teacher: Which teacher to learn from, where there are several.
+    """
+
+    def __init__(self, teacher: int = 0) -> None:
+        super().__init__()
+        self.teacher = teacher
+
+    @property
+    def student_taps(self) -> Tuple[str, ...]:
+        """Module paths that the term reads in the student."""
+        return ()
+
+    @property
+    def teacher_taps(self) -> Tuple[str, ...]:
+        """Module paths that the term reads in its teacher."""
+        return ()
+
+    def connect(self, student: Dict[str, Tuple[Level, ...]], teacher: Dict[str, Tuple[Level, ...]]) -> None:
+        """Makes what depends on the form of the taps. Called once, before the optimizer is made.
+
+        Args:
+            student: Levels of each of :attr:`student_taps`.
+            teacher: Levels of each of :attr:`teacher_taps`.
+        """
+
+    def forward(self, context: DistillContext) -> Union[Tensor, Parts]:
+        """Returns the term's value, or its parts by name; scalars."""
+        raise NotImplementedError
+
+
+class FeatureTerm(DistillTerm):
+    """A term that compares features level by level; a subclass implements :meth:`compare`.
+
+    Args:
+        tap: What to read: ``'neck'``, ``'backbone'`` or any module path within them; or a dict with the keys ``student``
+            and ``teacher`` where the paths differ.
+        levels: Indices of the student's levels to compare; all by default. Each is paired with the teacher level of the
+            same stride.
+        adapter: Student channels -> teacher channels, see :func:`~kd_det.adapters.build_adapter`.
+        resize: Interpolate the teacher's level where it differs in stride or size.
+        teacher: See :class:`DistillTerm`.
+    """
+
+    def __init__(self, tap: Union[str, Dict[str, str]] = 'neck', levels: Optional[Sequence[int]] = None,
+                 adapter: str = 'auto', resize: bool = False, teacher: int = 0) -> None:
+        super().__init__(teacher)
+        paths = dict(student=tap, teacher=tap) if isinstance(tap, str) else tap
+        self.student_path, self.teacher_path = paths['student'], paths['teacher']
+        self.levels, self.adapter, self.resize = levels, adapter, resize
+
+    @property
+    def student_taps(self) -> Tuple[str, ...]:
+        return (self.student_path, )
+
+    @property
+    def teacher_taps(self) -> Tuple[str, ...]:
+        return (self.teacher_path, )
+
+    def connect(self, student: Dict[str, Tuple[Level, ...]], teacher: Dict[str, Tuple[Level, ...]]) -> None:
+        self.pairs = pair_levels(student[self.student_path], teacher[self.teacher_path], self.levels, self.resize)
+        self.adapters = nn.ModuleList(
+            build_adapter(self.adapter, pair.student.channels, pair.teacher.channels) for pair in self.pairs)
+
+    def forward(self, context: DistillContext) -> Parts:
+        parts: Parts = defaultdict(float)
+        for position, pair in enumerate(self.pairs):
+            for name, value in self.compare(self._level(context, position), position).items():
+                parts[name] = parts[name] + value
+        return dict(parts)
+
+    def compare(self, level: ComparedLevel, position: int) -> Parts:
+        """Compares one level.
+
+        Args:
+            level: Student (after its adapter) and teacher.
+            position: Of the level among the compared ones, which is the index of the term's own modules for it.
+
+        Returns:
+            The parts by name, scalars; they are summed over the levels.
+        """
+        raise NotImplementedError
+
+    def _level(self, context: DistillContext, position: int) -> ComparedLevel:
+        pair = self.pairs[position]
+        student = self.adapters[position](context.student[self.student_path][pair.student_index].float())
+        teacher = context.teachers[self.teacher][self.teacher_path][pair.teacher_index].float()
+        if student.shape[-2:] != teacher.shape[-2:]:
+            if not self.resize:
+                raise ValueError(f"Level {pair.student_index} of '{self.student_path}': the student's {tuple(student.shape)} and "
+                                 f"the teacher's {tuple(teacher.shape)} cover the same image with other cells. Allow resize=True.")
+            teacher = F.interpolate(teacher, student.shape[-2:], mode='bilinear', align_corners=False)
+        return ComparedLevel(student, teacher, pair.student.stride, pair.student_index, context)

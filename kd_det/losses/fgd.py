@@ -1,0 +1,52 @@
+"""Focal and global distillation, the whole method as one term."""
+from __future__ import annotations
+
+from mmdet.registry import MODELS
+
+from kd_det.context import ComparedLevel
+from kd_det.functional.features import fgd_loss
+from kd_det.losses.base import Parts
+from kd_det.losses.global_relation import ContextTerm
+from kd_det.masks import BoxBackground, BoxForeground
+from kd_det.masks.boxes import BOX_MAPPINGS
+
+
+@MODELS.register_module()
+class FGD(ContextTerm):
+    """Focal and Global Knowledge Distillation for Detectors (Yang et al., CVPR 2022, arXiv 2111.11837).
+
+    Foreground and background are imitated apart, where the teacher's spatial and channel attention look; the student
+    imitates these attentions, and how each cell relates to the whole image. It equals the sum of two
+    :class:`~kd_det.losses.FeatureImitation`, an :class:`~kd_det.losses.AttentionImitation` and a
+    :class:`~kd_det.losses.GlobalRelation`, and computes what they share once.
+
+    The sums grow with channels and image: the defaults are the paper's for RetinaNet and GFL on COCO at 256 channels.
+
+    Args:
+        temperature: Of both attentions (0.5; FCOS 0.8).
+        alpha: Weight of the foreground (two-stage 5e-5, one-stage 1e-3, anchor-free 1.6e-3).
+        beta: Weight of the background (2.5e-5, 5e-4, 8e-4).
+        gamma: Weight of the attention (5e-5, 5e-4, 8e-4).
+        lambda_: Weight of the relation (5e-7, 5e-6, 8e-6).
+        box_mapping: ``'batch'`` maps boxes to cells by the padded batch and gives padding no weight anywhere. ``'image'``
+            is what the released code does, for parity only, see :class:`~kd_det.masks.BoxForeground`.
+        **kwargs: See :class:`~kd_det.losses.base.FeatureTerm`.
+
+    Example:
+        >>> dict(type='FGD', tap='neck', levels=(0, 1, 2, 3), alpha=5e-5, beta=2.5e-5, gamma=5e-5, lambda_=5e-7)
+    """
+
+    def __init__(self, temperature: float = 0.5, alpha: float = 1e-3, beta: float = 5e-4, gamma: float = 5e-4,
+                 lambda_: float = 5e-6, box_mapping: str = 'batch', **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.weights = dict(alpha=alpha, beta=beta, gamma=gamma, lambda_=lambda_)
+        self.temperature, self.pad_aware = temperature, box_mapping == BOX_MAPPINGS[0]
+        self.foreground = BoxForeground('inverse_area', box_mapping)
+        self.background = BoxBackground(box_mapping)
+
+    def compare(self, level: ComparedLevel, position: int) -> Parts:
+        valid = level.valid if self.pad_aware else None
+        return fgd_loss(level.student, level.teacher, self.foreground.cells(level), self.background.cells(level),
+                        temperature=self.temperature, valid=valid, **self.weights,
+                        student_context=self.student_context[position](level.student, valid),
+                        teacher_context=self.teacher_context[position](level.teacher, valid))

@@ -1,0 +1,8 @@
+"""Where student and teacher are compared: registered modules over :mod:`kd_det.functional.masks`; they combine."""
+from kd_det.masks.attention import ChannelAttention, SpatialAttention
+from kd_det.masks.base import Mask, build_mask
+from kd_det.masks.boxes import BoxBackground, BoxForeground
+from kd_det.masks.combine import MaskProduct, MaskSum
+
+__all__ = ['BoxBackground', 'BoxForeground', 'ChannelAttention', 'Mask', 'MaskProduct', 'MaskSum', 'SpatialAttention',
+           'build_mask']

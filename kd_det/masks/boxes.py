@@ -1,0 +1,48 @@
+"""Masks from the ground-truth boxes."""
+from __future__ import annotations
+
+from mmdet.registry import MODELS
+from torch import Tensor
+
+from kd_det.context import ComparedLevel
+from kd_det.functional.masks import box_foreground, normalized_background
+from kd_det.masks.base import CellMask
+
+BOX_MAPPINGS = ('batch', 'image')
+
+
+@MODELS.register_module()
+class BoxForeground(CellMask):
+    """The cells that ground-truth boxes cover, see :func:`~kd_det.functional.masks.box_foreground`.
+
+    Args:
+        weighting: ``'binary'``, or ``'inverse_area'``: at each cell the largest 1/area over the boxes on it (FGD).
+        box_mapping: ``'batch'`` maps pixels to cells by the padded batch, which the feature covers. ``'image'`` is the
+            mapping of FGD's released code, by each image's own size, for parity only: it stretches boxes on padded batches.
+    """
+
+    def __init__(self, weighting: str = 'binary', box_mapping: str = 'batch') -> None:
+        super().__init__()
+        if box_mapping not in BOX_MAPPINGS:
+            raise ValueError(f"box_mapping='{box_mapping}': expected one of {', '.join(BOX_MAPPINGS)}.")
+        self.weighting, self.box_mapping = weighting, box_mapping
+
+    def cells(self, level: ComparedLevel) -> Tensor:
+        context = level.context
+        return box_foreground(context.boxes, context.batch_shape, level.shape, self.weighting,
+                              image_shapes=context.image_shapes if self.box_mapping == 'image' else None)
+
+
+@MODELS.register_module()
+class BoxBackground(BoxForeground):
+    """The cells of the image that no ground-truth box covers, each weighing 1 / their number in the image (FGD).
+
+    Args:
+        box_mapping: See :class:`BoxForeground`. With ``'image'`` padding counts as background, as in the released code.
+    """
+
+    def __init__(self, box_mapping: str = 'batch') -> None:
+        super().__init__('binary', box_mapping)
+
+    def cells(self, level: ComparedLevel) -> Tensor:
+        return normalized_background(super().cells(level), level.valid if self.box_mapping == 'batch' else None)

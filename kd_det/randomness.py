@@ -1,0 +1,21 @@
+"""Keeps distillation from moving the random numbers of the student's own training."""
+from __future__ import annotations
+
+import random
+from contextlib import contextmanager
+from typing import Iterator
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def preserved_randomness() -> Iterator[None]:
+    """Whatever is drawn inside, Python's, NumPy's and PyTorch's (all devices') generators come out as they went in."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

@@ -1,0 +1,123 @@
+"""Taps read what a module puts out during one forward, without touching the model's code."""
+from __future__ import annotations
+
+import difflib
+from contextlib import contextmanager
+from typing import Dict, Iterable, Iterator, List, Tuple
+
+import torch
+from torch import Tensor, nn
+
+Levels = Tuple[Tensor, ...]
+
+
+class TapError(RuntimeError):
+    """A tap names no module, or saw no forward, more than one, or something that is not a feature."""
+
+
+def find_module(model: nn.Module, path: str) -> nn.Module:
+    """Returns the submodule at ``path``.
+
+    Args:
+        model: The model to search.
+        path: Dotted name as in ``model.named_modules()``, e.g. ``'neck'`` or ``'backbone.layer3'``.
+
+    Raises:
+        TapError: No module has that name; the message lists the nearest names.
+    """
+    modules = dict(model.named_modules())
+    if path in modules and path:
+        return modules[path]
+    parent = path.rpartition('.')[0]
+    siblings = [name for name in modules if name and name.rpartition('.')[0] == parent]
+    nearest = difflib.get_close_matches(path, modules, n=5, cutoff=0.5) or siblings[:8] or list(modules)[1:9]
+    raise TapError(f"{type(model).__name__} has no module '{path}'. Nearest names: {', '.join(nearest)}.")
+
+
+class Taps:
+    """Reads the outputs of some modules of one model, each as a tuple of levels.
+
+    The hooks are set once, at construction, because hooks set after a model was first compiled never fire; outside of
+    :meth:`capture` they do nothing. What a tap holds is the value at the moment the module returned it, even if a later
+    layer works in place: the output is copied until one forward has shown that nothing writes to it.
+
+    Args:
+        model: The model to read.
+        paths: Dotted module names, see :func:`find_module`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True))
+        >>> taps = Taps(model, ['0'])
+        >>> with taps.capture() as features:
+        ...     _ = model(torch.zeros(1, 3, 2, 2))
+        >>> features['0'][0].shape
+        torch.Size([1, 4, 2, 2])
+    """
+
+    def __init__(self, model: nn.Module, paths: Iterable[str]) -> None:
+        self.paths = tuple(dict.fromkeys(paths))
+        self._reading = False
+        self._seen: Dict[str, List[_Reading]] = {}
+        self._written_later = {path: True for path in self.paths}
+        for path in self.paths:
+            find_module(model, path).register_forward_hook(self._hook(path))
+
+    def _hook(self, path: str):
+
+        def read(module: nn.Module, inputs: tuple, output) -> None:
+            if self._reading:
+                self._seen[path].append(_Reading(path, output, copy=self._written_later[path]))
+
+        return read
+
+    @contextmanager
+    def capture(self) -> Iterator[Dict[str, Levels]]:
+        """Reads one forward.
+
+        Yields:
+            A dict that is filled when the block ends: path -> tuple of (N, C, H, W), one per level.
+
+        Raises:
+            TapError: A tapped module did not run, ran more than once, or returned no feature.
+        """
+        features: Dict[str, Levels] = {}
+        self._seen = {path: [] for path in self.paths}
+        self._reading = True
+        try:
+            yield features
+        finally:
+            self._reading = False
+            seen, self._seen = self._seen, {}
+        for path, readings in seen.items():
+            if len(readings) != 1:
+                raise TapError(f"Tap '{path}' saw {len(readings)} forwards where one was expected: "
+                               + ('the module did not run. Tap one that the training forward calls.' if not readings
+                                  else 'the module is shared. Tap the module that feeds it or collects its outputs.'))
+            features[path], self._written_later[path] = readings[0].close()
+
+
+class _Reading:
+    """One output of one module, with what is needed to tell whether a later layer wrote into it."""
+
+    def __init__(self, path: str, output, copy: bool) -> None:
+        levels = tuple(output) if isinstance(output, (tuple, list)) else (output, )
+        if not levels or not all(isinstance(level, Tensor) and level.dim() == 4 for level in levels):
+            shapes = [tuple(level.shape) if isinstance(level, Tensor) else type(level).__name__ for level in levels]
+            raise TapError(f"Tap '{path}' read {shapes}, not features of shape (N, C, H, W).")
+        self.path, self.copied = path, copy
+        self.originals = levels
+        self.versions = tuple(_version(level) for level in levels)
+        self.levels = tuple(level.clone() for level in levels) if copy else levels
+
+    def close(self) -> Tuple[Levels, bool]:
+        """Returns the levels, and whether the module's output was written to after it was read."""
+        written = any(_version(level) != version for level, version in zip(self.originals, self.versions))
+        if written and not self.copied:
+            raise TapError(f"The output of '{self.path}' was changed in place by a later layer in this step but in no "
+                           'step before. Tap the layer after it.')
+        return self.levels, written
+
+
+def _version(tensor: Tensor) -> int:
+    """Autograd's count of in-place writes; tensors of inference mode have none and are taken for constant."""
+    return 0 if torch.is_inference(tensor) else tensor._version

@@ -1,0 +1,7 @@
+"""The frozen teacher: strict loading, the input bridge, its taps."""
+from kd_det.teachers.bridge import InputBridge
+from kd_det.teachers.loading import TeacherError, load_strictly, read_model_config
+from kd_det.teachers.probe import probe_config, probe_levels
+from kd_det.teachers.teacher import Teacher
+
+__all__ = ['InputBridge', 'Teacher', 'TeacherError', 'load_strictly', 'probe_config', 'probe_levels', 'read_model_config']

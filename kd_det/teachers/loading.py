@@ -1,0 +1,98 @@
+"""Finds a teacher's config and loads its weights, strictly: nothing is missing, left over or misshapen unnoticed."""
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Dict, Sequence, Union
+
+from mmengine.config import Config, ConfigDict
+from mmengine.hub import get_config
+from torch import Tensor, nn
+
+from kd_det.compat import load_checkpoint
+
+ModelConfig = Union[str, Path, dict]
+
+
+class TeacherError(ValueError):
+    """The teacher's config or checkpoint can not serve."""
+
+
+def read_model_config(config: ModelConfig) -> ConfigDict:
+    """Returns the model dict of a detector.
+
+    Args:
+        config: A config file, a name such as ``'mmdet::faster_rcnn/faster-rcnn_r101_fpn_1x_coco.py'``, a whole config
+            as a dict (with a key ``model``), or a model dict (with a key ``type``).
+
+    Raises:
+        TeacherError: The config holds no model.
+        FileNotFoundError: There is no such file.
+    """
+    if isinstance(config, (str, Path)):
+        name = str(config)
+        if '::' not in name and not Path(name).is_file():
+            raise FileNotFoundError(f"There is no config file '{name}' (from the folder {Path.cwd()}).")
+        loaded = get_config(name) if '::' in name else Config.fromfile(name)
+    else:
+        loaded = ConfigDict(config)
+    model = loaded.get('model', loaded)
+    if 'type' not in model:
+        raise TeacherError(f"The config {config!r:.200} holds no model: expected a key 'model', or a model dict with a 'type'.")
+    # A student that was itself distilled may teach: what counts is the detector inside.
+    return model.student if model.type == 'DetectionDistiller' else model
+
+
+def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str] = (),
+                  allow_unexpected: Sequence[str] = ()) -> dict:
+    """Loads a checkpoint into a detector, and refuses what does not fit to the last key.
+
+    Args:
+        model: The detector.
+        checkpoint: A file, or an address that mmengine's ``CheckpointLoader`` knows.
+        allow_missing: Shell patterns (``'roi_head.*'``) of keys that the file may lack.
+        allow_unexpected: Shell patterns of keys in the file that the model need not have.
+
+    Returns:
+        The checkpoint's ``meta``.
+
+    Raises:
+        TeacherError: Keys are missing, unexpected or of another shape; the message names them.
+    """
+    loaded = load_checkpoint(checkpoint, map_location='cpu')
+    state = _plain_state_dict(loaded)
+    expected = model.state_dict()
+    # Very old checkpoints lack BatchNorm's step counters, which inference does not read.
+    missing = [key for key in expected if key not in state and not key.endswith('num_batches_tracked')]
+    unexpected = [key for key in state if key not in expected]
+    misshapen = [f'{key} (file {tuple(state[key].shape)}, model {tuple(expected[key].shape)})'
+                 for key in expected if key in state and state[key].shape != expected[key].shape]
+    faults = {'missing from the file': _not_allowed(missing, allow_missing),
+              'unexpected in the file': _not_allowed(unexpected, allow_unexpected),
+              'of another shape': misshapen}
+    if any(faults.values()):
+        lines = [f'{len(keys)} keys {fault}: {_shortened(keys)}' for fault, keys in faults.items() if keys]
+        raise TeacherError(f"The checkpoint '{checkpoint}' does not fit the teacher {type(model).__name__}.\n  "
+                           + '\n  '.join(lines)
+                           + '\nUse the config that the checkpoint was trained with; if these keys do not matter, allow '
+                           'them with teacher.allow_missing / teacher.allow_unexpected (shell patterns).')
+    model.load_state_dict(state, strict=False)
+    return loaded.get('meta', {})
+
+
+def _plain_state_dict(checkpoint: dict) -> Dict[str, Tensor]:
+    """The weights within a checkpoint, without the prefix that data-parallel wrappers add."""
+    state = checkpoint.get('state_dict', checkpoint.get('model', checkpoint))
+    return OrderedDict((re.sub(r'^module\.', '', key), value) for key, value in state.items() if isinstance(value, Tensor))
+
+
+def _not_allowed(keys: Sequence[str], patterns: Sequence[str]) -> list:
+    patterns = (patterns, ) if isinstance(patterns, str) else patterns
+    return [key for key in keys if not any(fnmatch(key, pattern) for pattern in patterns)]
+
+
+def _shortened(keys: Sequence[str], most: int = 12) -> str:
+    rest = len(keys) - most
+    return ', '.join(keys[:most]) + (f', … and {rest} more' if rest > 0 else '')

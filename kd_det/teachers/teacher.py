@@ -1,0 +1,100 @@
+"""The frozen teacher: a detector that is read and never changed."""
+from __future__ import annotations
+
+import hashlib
+from typing import Dict, Iterable, List, Optional, Sequence, Tuple
+
+import torch
+from mmdet.registry import MODELS
+from torch import Tensor, nn
+
+from kd_det.randomness import preserved_randomness
+from kd_det.taps import Levels, Taps
+from kd_det.teachers.bridge import InputBridge
+from kd_det.teachers.loading import ModelConfig, TeacherError, load_strictly, read_model_config
+
+
+class Teacher:
+    """A frozen detector in evaluation mode with its taps and its input bridge.
+
+    It is deliberately no ``nn.Module``: held as an attribute of one, it joins neither its parameters nor its state dict,
+    its training mode, its data-parallel buckets or its copies.
+
+    Args:
+        config: See :func:`~kd_det.teachers.loading.read_model_config`.
+        checkpoint: File or address of the weights.
+        random_teacher: Take the weights as they are drawn; for tests and dry runs only.
+        allow_missing: See :func:`~kd_det.teachers.loading.load_strictly`.
+        allow_unexpected: See :func:`~kd_det.teachers.loading.load_strictly`.
+        taps: Module paths whose outputs are read.
+        student_preprocessor: The student's data preprocessor, whose batches the teacher is given.
+
+    Raises:
+        TeacherError: No checkpoint and not ``random_teacher``, or a checkpoint that does not fit.
+    """
+
+    def __init__(self,
+                 config: ModelConfig,
+                 checkpoint: Optional[str] = None,
+                 random_teacher: bool = False,
+                 allow_missing: Sequence[str] = (),
+                 allow_unexpected: Sequence[str] = (),
+                 *,
+                 taps: Iterable[str],
+                 student_preprocessor: nn.Module) -> None:
+        if not checkpoint and not random_teacher:
+            raise TeacherError('The teacher has no checkpoint: set teacher.checkpoint to its weights. A random teacher '
+                               'teaches noise; for a dry run say so with teacher.random_teacher=True.')
+        if checkpoint and random_teacher:
+            raise TeacherError(f"teacher.random_teacher=True contradicts teacher.checkpoint='{checkpoint}': remove one.")
+        self.checkpoint = checkpoint
+        with preserved_randomness():
+            self.model = MODELS.build(read_model_config(config))
+        self.meta = load_strictly(self.model, checkpoint, allow_missing, allow_unexpected) if checkpoint else {}
+        self.model.eval().requires_grad_(False)
+        self.taps = Taps(self.model, taps)
+        self.bridge = InputBridge(student_preprocessor, self.model.data_preprocessor)
+
+    def __deepcopy__(self, memo: dict) -> Teacher:
+        return self  # nothing changes it, so copies of the student (EMA) share it
+
+    def to_like(self, parameter: Tensor) -> Teacher:
+        """Moves the teacher to the device and floating-point type of ``parameter``."""
+        return self._apply(lambda tensor: tensor.to(parameter.device, parameter.dtype if tensor.is_floating_point() else None))
+
+    def _apply(self, function) -> Teacher:
+        self.model._apply(function)
+        self.bridge._apply(function)
+        return self
+
+    @torch.no_grad()
+    def features(self, images: Tensor, image_shapes: Sequence[Tuple[int, int]]) -> Dict[str, Levels]:
+        """Runs the part of the teacher that the taps read.
+
+        Args:
+            images: (N, 3, H, W), preprocessed for the student.
+            image_shapes: Height and width of each image within the batch.
+
+        Returns:
+            Module path -> tuple of (N, C, H, W), without gradient.
+        """
+        images = self.bridge(images, image_shapes)
+        with self.taps.capture() as features:
+            if all(path.split('.')[0] == 'backbone' for path in self.taps.paths):
+                self.model.backbone(images)
+            else:
+                self.model.extract_feat(images)
+        return features
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, data_samples: List) -> List:
+        """Detects, on a batch preprocessed for the student; returns mmdet's data samples with ``pred_instances``."""
+        return self.model.predict(self.bridge(images, [sample.img_shape for sample in data_samples]), data_samples)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all parameters and buffers: the same before and after training, or something changed them."""
+        digest = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()

@@ -1,0 +1,182 @@
+"""Small detectors, batches and runners that all tests share."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import ConfigDict
+
+import kd_det  # noqa: F401  registers everything, and serves mmcv's operators
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope='session')
+def mmdet_scope():
+    """As the Runner does for a config: type names are MMDetection's."""
+    from mmdet.utils import register_all_modules
+    register_all_modules(init_default_scope=True)
+
+
+PREPROCESSOR = dict(type='DetDataPreprocessor', mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375],
+                    bgr_to_rgb=True, pad_size_divisor=32)
+
+
+def _backbone(depth: int, width: int) -> dict:
+    return dict(type='ResNet', depth=depth, base_channels=width, stem_channels=width, num_stages=4, out_indices=(0, 1, 2, 3),
+                norm_cfg=dict(type='BN'), norm_eval=False, style='pytorch')
+
+
+def _stage_channels(depth: int, width: int) -> list:
+    return [width * 2**stage * (4 if depth >= 50 else 1) for stage in range(4)]
+
+
+@pytest.fixture
+def retinanet():
+    """Makes the model dict of a RetinaNet of a few thousand weights."""
+
+    def make(depth: int = 18, width: int = 4, neck: int = 8, classes: int = 3, levels: int = 5, **changes) -> dict:
+        return ConfigDict(
+            type='RetinaNet', data_preprocessor=PREPROCESSOR, backbone=_backbone(depth, width),
+            neck=dict(type='FPN', in_channels=_stage_channels(depth, width), out_channels=neck, start_level=1,
+                      add_extra_convs='on_input', num_outs=levels),
+            bbox_head=dict(
+                type='RetinaHead', num_classes=classes, in_channels=neck, stacked_convs=1, feat_channels=neck,
+                anchor_generator=dict(type='AnchorGenerator', octave_base_scale=4, scales_per_octave=1, ratios=[1.0],
+                                      strides=[8 * 2**level for level in range(levels)]),
+                bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_stds=[0.1, 0.1, 0.2, 0.2])),
+            train_cfg=dict(assigner=dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0, ignore_iof_thr=-1),
+                           sampler=dict(type='PseudoSampler'), allowed_border=-1, pos_weight=-1, debug=False),
+            test_cfg=dict(nms_pre=100, min_bbox_size=0, score_thr=0.05, nms=dict(type='nms', iou_threshold=0.5), max_per_img=20),
+            **changes)
+
+    return make
+
+
+@pytest.fixture
+def faster_rcnn():
+    """Makes the model dict of a Faster R-CNN of a few thousand weights."""
+
+    def make(depth: int = 18, width: int = 4, neck: int = 8, classes: int = 3, **changes) -> dict:
+        sampler = dict(type='RandomSampler', num=16, pos_fraction=0.5, neg_pos_ub=-1, add_gt_as_proposals=True)
+        assigner = dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.5, min_pos_iou=0.3, match_low_quality=True,
+                        ignore_iof_thr=-1)
+        proposals = dict(nms_pre=50, max_per_img=20, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0)
+        return ConfigDict(
+            type='FasterRCNN', data_preprocessor=PREPROCESSOR, backbone=_backbone(depth, width),
+            neck=dict(type='FPN', in_channels=_stage_channels(depth, width), out_channels=neck, num_outs=5),
+            rpn_head=dict(
+                type='RPNHead', in_channels=neck, feat_channels=neck,
+                anchor_generator=dict(type='AnchorGenerator', scales=[4], ratios=[0.5, 1.0], strides=[4, 8, 16, 32, 64]),
+                bbox_coder=dict(type='DeltaXYWHBBoxCoder'),
+                loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=True), loss_bbox=dict(type='L1Loss')),
+            roi_head=dict(
+                type='StandardRoIHead',
+                bbox_roi_extractor=dict(type='SingleRoIExtractor', roi_layer=dict(type='RoIAlign', output_size=3, sampling_ratio=0),
+                                        out_channels=neck, featmap_strides=[4, 8, 16, 32]),
+                bbox_head=dict(type='Shared2FCBBoxHead', in_channels=neck, fc_out_channels=16, roi_feat_size=3, num_classes=classes,
+                               bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_stds=[0.1, 0.1, 0.2, 0.2]),
+                               reg_class_agnostic=False, loss_cls=dict(type='CrossEntropyLoss'), loss_bbox=dict(type='L1Loss'))),
+            train_cfg=dict(
+                rpn=dict(assigner=assigner, sampler=dict(sampler, add_gt_as_proposals=False), allowed_border=-1, pos_weight=-1,
+                         debug=False),
+                rpn_proposal=proposals,
+                rcnn=dict(assigner=assigner, sampler=sampler, pos_weight=-1, debug=False)),
+            test_cfg=dict(rpn=proposals, rcnn=dict(score_thr=0.05, nms=dict(type='nms', iou_threshold=0.5), max_per_img=20)),
+            **changes)
+
+    return make
+
+
+@pytest.fixture
+def batch():
+    """Makes a batch as a data loader gives it: images of the given (height, width), each with its boxes."""
+    from mmdet.structures import DetDataSample
+    from mmengine.structures import InstanceData
+
+    def make(shapes=((64, 64), (64, 64)), boxes=(((8, 8, 40, 40), ), ((20, 4, 60, 30), (2, 30, 30, 62))), seed: int = 0) -> dict:
+        random = torch.Generator().manual_seed(seed)
+        samples = []
+        for index, (shape, image_boxes) in enumerate(zip(shapes, boxes)):
+            image_boxes = torch.tensor(image_boxes, dtype=torch.float32).reshape(-1, 4)
+            sample = DetDataSample(metainfo=dict(img_id=index, img_shape=shape, ori_shape=shape, scale_factor=(1.0, 1.0)))
+            sample.gt_instances = InstanceData(bboxes=image_boxes, labels=torch.arange(len(image_boxes)) % 3)
+            sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4))
+            samples.append(sample)
+        images = [torch.randint(0, 256, (3, *shape), generator=random, dtype=torch.uint8) for shape in shapes]
+        return dict(inputs=images, data_samples=samples)
+
+    return make
+
+
+@pytest.fixture
+def distiller():
+    """Makes a distiller of a student and a random teacher."""
+    from mmdet.registry import MODELS
+
+    def make(student: dict, taught_by: dict, seed: int = 0, **changes):
+        torch.manual_seed(seed)
+        config = dict(type='DetectionDistiller', student=student, teacher=dict(config=taught_by, random_teacher=True),
+                      distill=dict(fgd=dict(type='FGD')))
+        return MODELS.build({**config, **changes})
+
+    return make
+
+
+@pytest.fixture(scope='session')
+def coco_folder(tmp_path_factory) -> Path:
+    """Eight images of 64×64 with coloured rectangles of three classes, in COCO format."""
+    import mmcv
+    folder = tmp_path_factory.mktemp('coco')
+    random = np.random.RandomState(0)
+    images, annotations = [], []
+    for index in range(8):
+        image = random.randint(0, 60, (64, 64, 3)).astype(np.uint8)
+        for _ in range(2):
+            x, y = random.randint(0, 40, 2)
+            width, height = random.randint(12, 24, 2)
+            category = int(random.randint(3))
+            image[y:y + height, x:x + width, category] = 220
+            annotations.append(dict(id=len(annotations) + 1, image_id=index, category_id=category + 1, iscrowd=0,
+                                    bbox=[int(x), int(y), int(width), int(height)], area=int(width * height)))
+        mmcv.imwrite(image, str(folder / f'{index}.png'))
+        images.append(dict(id=index, file_name=f'{index}.png', width=64, height=64))
+    categories = [dict(id=index + 1, name=name) for index, name in enumerate(('blue', 'green', 'red'))]
+    (folder / 'all.json').write_text(json.dumps(dict(images=images, annotations=annotations, categories=categories)))
+    return folder
+
+
+@pytest.fixture
+def make_runner(coco_folder, tmp_path):
+    """Makes mmengine's Runner over :func:`coco_folder` for a model dict; like mmdet's own configs otherwise."""
+    from mmengine.config import Config
+    from mmengine.runner import Runner
+
+    def make(model: dict, epochs: int = 2, name: str = 'run', val: bool = False, seed: int = 0, **changes) -> Runner:
+        dataset = dict(type='CocoDataset', data_root=str(coco_folder), ann_file='all.json', data_prefix=dict(img=''),
+                       metainfo=dict(classes=('blue', 'green', 'red')),
+                       pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True),
+                                 dict(type='RandomFlip', prob=0.5), dict(type='PackDetInputs')])
+        val_dataset = dict(dataset, test_mode=True, pipeline=[
+            dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True), dict(type='Resize', scale=(64, 64)),
+            dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))])
+        config = dict(
+            default_scope='mmdet', work_dir=str(tmp_path / name), model=model,
+            train_dataloader=dict(batch_size=4, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=True), dataset=dataset),
+            train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=1),
+            optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=1e-4)),
+            param_scheduler=[dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=6)],
+            default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1), distill=dict(type='DistillHook', preflight=None)),
+            randomness=dict(seed=seed), log_level='WARNING', visualizer=dict(type='Visualizer', name=str(tmp_path / name)),
+            experiment_name=f'{tmp_path.name}_{name}')
+        if val:
+            config.update(val_dataloader=dict(batch_size=4, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False),
+                                              dataset=val_dataset),
+                          val_cfg=dict(type='ValLoop'),
+                          val_evaluator=dict(type='CocoMetric', ann_file=str(coco_folder / 'all.json'), metric='bbox'))
+        config = Config(config)
+        config.merge_from_dict(changes)
+        return Runner.from_cfg(config)
+
+    return make

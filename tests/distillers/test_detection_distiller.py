@@ -1,0 +1,242 @@
+"""The contracts of DetectionDistiller, each tested against what a plain wrapper would do."""
+import copy
+from functools import partial
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmengine.model import ExponentialMovingAverage
+from mmengine.optim import OptimWrapper
+from mmengine.runner.checkpoint import load_state_dict as mmengine_load_state_dict
+
+from kd_det.context import DistillContext
+from kd_det.losses import DistillTerm
+from kd_det.taps import TapError
+from kd_det.teachers import TeacherError
+
+
+def _step(model, data):
+    data = model.data_preprocessor(copy.deepcopy(data), True)
+    return model(**data, mode='loss')
+
+
+def _train(model, data, steps=3):
+    optimizer = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
+    torch.manual_seed(5)
+    for _ in range(steps):
+        model.train_step(copy.deepcopy(data), optimizer)
+    return model
+
+
+@pytest.fixture(params=['retinanet', 'faster_rcnn'])
+def pair(request):
+    """A student and a wider, deeper teacher whose neck is wider too, so that adapters are needed."""
+    make = request.getfixturevalue(request.param)
+    return make(), make(depth=50, neck=12)
+
+
+def test_names_are_those_of_the_plain_student(pair, distiller):
+    model, plain = distiller(*pair), MODELS.build(pair[0])
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert set(dict(plain.named_parameters())) < set(dict(model.named_parameters()))
+    assert {name.split('.')[0] for name, _ in model.named_parameters()} - {'backbone', 'neck', 'bbox_head', 'rpn_head', 'roi_head'} \
+        == {'distill_terms'}
+    assert model.with_neck and model.neck is model.student.neck
+
+
+def test_plain_weights_load_with_nothing_missing_or_unexpected(pair, distiller):
+    model, plain = distiller(*pair), MODELS.build(pair[0])
+    model.load_state_dict(plain.state_dict(), strict=True)
+    plain.load_state_dict(model.state_dict(), strict=True)
+    averaged = ExponentialMovingAverage(model)
+    averaged.load_state_dict(averaged.state_dict(), strict=True)
+    adapters = copy.deepcopy(model.terms.state_dict())
+    other = {key: value + 1 for key, value in plain.state_dict().items()}
+    mmengine_load_state_dict(model, other, strict=True)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in other.items())
+    assert adapters and all(torch.equal(model.terms.state_dict()[key], value) for key, value in adapters.items())
+
+
+@pytest.mark.parametrize('weight', [0, dict(type='Stop', value=0.0, epochs=1)])
+def test_weights_of_zero_train_the_plain_student_bit_for_bit(pair, distiller, batch, weight):
+    model = distiller(*pair, distill=dict(fgd=dict(type='FGD', weight=weight)), seed=3)
+    model.init_weights()
+    torch.manual_seed(3)
+    plain = MODELS.build(pair[0])
+    plain.init_weights()
+    _train(model, batch()), _train(plain, batch())
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in plain.state_dict().items())
+
+
+def test_initialisation_is_that_of_the_plain_student(pair, distiller):
+    model = distiller(*pair, seed=3)
+    model.init_weights()
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    plain = MODELS.build(pair[0])
+    plain.init_weights()
+    assert torch.equal(after, torch.rand(1))
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in plain.state_dict().items())
+
+
+def test_teacher_is_built_for_training_only(pair, distiller, batch):
+    model = distiller(*pair, teacher=dict(config=pair[1], checkpoint='nowhere.pth'))
+    model.eval()
+    assert len(model.val_step(batch())) == 2 and model.teacher is None
+    model.train()
+    with pytest.raises(FileNotFoundError, match='nowhere.pth'):
+        _step(model, batch())
+
+
+def test_prediction_is_the_students(pair, distiller, batch):
+    model, data = distiller(*pair).eval(), batch()
+    expected = model.student.eval().test_step(copy.deepcopy(data))
+    for sample, other in zip(model.test_step(copy.deepcopy(data)), expected):
+        assert torch.equal(sample.pred_instances.bboxes, other.pred_instances.bboxes)
+
+
+def test_teacher_belongs_to_nothing_and_nothing_changes_it(pair, distiller, batch):
+    pair[1]['backbone']['plugins'] = [dict(cfg=dict(type='DropBlock', drop_prob=0.9, block_size=3), position='after_conv2')]
+    model = distiller(*pair)
+    teacher = model.build_teachers()[0]
+    before, weights = teacher.fingerprint(), {id(parameter) for parameter in teacher.model.parameters()}
+    model.train()
+    images, shapes = torch.randn(2, 3, 64, 64), [(64, 64)] * 2
+    first, second = teacher.features(images, shapes), teacher.features(images, shapes)
+    assert all(torch.equal(a, b) for a, b in zip(first['neck'], second['neck']))  # dropping is off
+    _train(model, batch())
+    assert not any(module.training for module in teacher.model.modules())
+    assert teacher.fingerprint() == before
+    assert all(parameter.grad is None for parameter in teacher.model.parameters())
+    assert not weights & {id(parameter) for parameter in model.parameters()}
+    averaged = ExponentialMovingAverage(model)
+    assert averaged.module.teacher is teacher
+    assert averaged.module.student.backbone is averaged.module.backbone is not model.backbone
+
+
+def test_teacher_follows_to_and_half(pair, distiller):
+    model = distiller(*pair)
+    model.build_teachers()
+    model.half()
+    assert {parameter.dtype for parameter in model.teacher.model.parameters()} == {torch.float16}
+    later = distiller(*pair).double()
+    assert next(later.build_teachers()[0].model.parameters()).dtype == torch.float64
+
+
+def test_student_and_teacher_run_once_and_each_adapter_learns(pair, distiller, batch):
+    model = distiller(*pair)
+    runs = dict(student=0, teacher=0)
+
+    def count(who, *args):
+        runs[who] += 1
+
+    model.backbone.register_forward_hook(partial(count, 'student'))
+    model.build_teachers()[0].model.backbone.register_forward_hook(partial(count, 'teacher'))
+    losses = _step(model, batch())
+    assert runs == dict(student=1, teacher=1)
+    assert losses['loss_fgd'].isfinite() and losses['loss_fgd'] > 0
+    total, log = model.parse_losses(losses)
+    parts = [log[f'distill/fgd_{part}'] for part in ('foreground', 'background', 'attention', 'relation')]
+    torch.testing.assert_close(sum(parts), log['loss_fgd'].detach())
+    torch.testing.assert_close(total, sum(value for name, value in log.items() if name.startswith('loss_')))
+    total.backward()
+    # A context block that starts as the identity passes gradients to its last layer only; after one step, to all.
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    model.zero_grad()
+    model.parse_losses(_step(model, batch()))[0].backward()
+    assert all(parameter.grad is not None for parameter in model.terms.parameters())
+    assert all(parameter.grad.abs().sum() > 0 for name, parameter in model.terms.named_parameters() if 'adapters' in name)
+
+
+def test_nothing_of_the_step_is_kept(pair, distiller, batch):
+    class Spy(DistillTerm):
+
+        def forward(self, context):
+            contexts.append(context)
+            return context.student['neck'][0].mean() * 0 + 1.0
+
+    contexts, model = [], distiller(*pair)
+    model.terms['fgd'].forward = partial(Spy.forward, None)
+    _step(model, batch())
+    assert isinstance(contexts[0], DistillContext) and not contexts[0].teachers[0]['neck'][0].requires_grad
+    assert not model._student_taps._seen and not model.teacher.taps._seen
+
+
+def test_a_stopped_term_leaves_the_teacher_alone_and_still_feeds_every_adapter_a_gradient(pair, distiller, batch):
+    model = distiller(*pair, distill=dict(fgd=dict(type='FGD', weight=dict(type='Stop', value=1.0, epochs=2))))
+    model.set_progress(iteration=20, epoch=2.0)
+    model.build_teachers()[0].model.backbone.forward = None  # running it would fail
+    losses = _step(model, batch())
+    assert losses['loss_fgd'] == 0
+    model.parse_losses(losses)[0].backward()
+    assert all(parameter.grad is not None for parameter in model.terms.parameters())
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_finite_under_autocast_and_on_hard_batches(pair, distiller, batch, dtype):
+    model = distiller(*pair)
+    for data in (batch(boxes=((), ())),  # no boxes at all
+                 batch(shapes=((64, 64), ), boxes=(((2, 2, 20, 20), ), )),  # 1×1 level, batch of one
+                 batch(shapes=((64, 96), (33, 40)))):  # padding
+        model.zero_grad()
+        with torch.autocast('cpu', dtype=dtype):
+            losses = _step(model, data)
+        assert losses['loss_fgd'].dtype == torch.float32
+        model.parse_losses(losses)[0].backward()
+        assert all(value.isfinite().all() for name, value in losses.items() if name.startswith('loss_fgd'))
+        assert all(parameter.grad.isfinite().all() for parameter in model.terms.parameters())
+
+
+def test_inheritance_copies_what_fits_and_tells_what_does_not(faster_rcnn, distiller):
+    model = distiller(faster_rcnn(), faster_rcnn(depth=50), inherit=('neck', 'rpn_head', 'roi_head'))
+    model.init_weights()
+    teacher = model.teacher.model.state_dict()
+    for key, value in model.state_dict().items():
+        part, fits = key.split('.')[0], key in teacher and teacher[key].shape == value.shape
+        assert (part in model.inherited_parts and fits) == (key in teacher and torch.equal(teacher[key], value) and part != 'backbone')
+        assert (part in model.inherited_parts and not fits) == (key in model.not_inherited)
+    assert any(key.startswith('neck.lateral_convs') for key in model.not_inherited)
+    counts = model.provenance.by_part()
+    assert counts['rpn_head']['inherited'] == sum(parameter.numel() for parameter in model.rpn_head.parameters())
+    assert counts['backbone']['random'] and counts['neck']['random'] and counts['neck']['inherited']
+
+
+def test_pretrained_weights_are_told_apart(retinanet, distiller, tmp_path):
+    donor = MODELS.build(retinanet()['backbone'])
+    state = {key: value for key, value in donor.state_dict().items() if not key.startswith('layer4')}
+    torch.save(dict(state_dict=state), tmp_path / 'backbone.pth')
+    student = retinanet()
+    student['backbone']['init_cfg'] = dict(type='Pretrained', checkpoint=str(tmp_path / 'backbone.pth'))
+    model = distiller(student, retinanet())
+    model.init_weights()
+    counts = model.provenance.by_part()['backbone']
+    assert counts['random'] == sum(parameter.numel() for parameter in donor.layer4.parameters())
+    assert counts['pretrained'] == sum(parameter.numel() for parameter in donor.parameters()) - counts['random']
+
+
+def test_several_teachers(retinanet, distiller, batch):
+    teachers = [dict(config=retinanet(neck=12), random_teacher=True), dict(config=retinanet(neck=16), random_teacher=True)]
+    model = distiller(retinanet(), None, teacher=teachers, distill=dict(first=dict(type='FGD'), second=dict(type='FGD', teacher=1)))
+    losses = _step(model, batch())
+    assert losses['loss_first'] > 0 and losses['loss_second'] > 0
+    assert model.terms['second'].adapters[0].out_channels == 16
+
+
+@pytest.mark.parametrize('changes, error, message', [
+    (dict(distill=dict(fgd=dict(type='FGD', tap='nek'))), TapError, "no module 'nek'.*neck"),
+    (dict(distill=dict(fgd=dict(type='FGD', tap='bbox_head'))), TapError, 'bbox_head'),
+    (dict(distill=dict(fgd=dict(type='FGD', levels=(0, 7)))), ValueError, 'model.distill.fgd: .*there is no level 7'),
+    (dict(distill=dict(fgd=dict(type='FGD', temprature=1))), ValueError, 'model.distill.fgd: .*temprature'),
+    (dict(distill=dict(fgd=dict(type='FDG'))), ValueError, 'model.distill.fgd: .*FDG'),
+    (dict(distill=dict(loss_fgd=dict(type='FGD'))), ValueError, "may not contain 'loss'"),
+    (dict(distill=dict(fgd=dict(tap='neck'))), ValueError, "expected a dict with a 'type'"),
+    (dict(distill=dict(fgd=dict(type='FPN', in_channels=[1], out_channels=1, num_outs=1))), ValueError, 'not a distillation term'),
+    (dict(distill=dict(fgd=dict(type='FGD', weight='1'))), ValueError, 'expected a number or a schedule'),
+    (dict(distill=dict(fgd=dict(type='FGD', teacher=1))), ValueError, 'there are 1 teachers'),
+    (dict(teacher=dict(checkpoint='x.pth')), TeacherError, "lacks 'config'"),
+    (dict(teacher=dict(config='nowhere.py')), FileNotFoundError, "no config file 'nowhere.py'"),
+    (dict(inherit='head'), ValueError, "no part 'head'; it has backbone, bbox_head, neck"),
+])
+def test_errors_say_what_is_wrong_and_where(retinanet, distiller, changes, error, message):
+    with pytest.raises(error, match=message):
+        distiller(retinanet(), retinanet(), **changes).init_weights()

@@ -1,0 +1,59 @@
+import pytest
+import torch
+from mmdet.registry import MODELS
+
+from kd_det.teachers import TeacherError, load_strictly, read_model_config
+
+
+@pytest.fixture
+def detector(retinanet):
+    return MODELS.build(retinanet())
+
+
+def _save(tmp_path, state, **others):
+    path = tmp_path / 'teacher.pth'
+    torch.save(dict(state_dict=state, meta=dict(epoch=12), **others), path)
+    return str(path)
+
+
+def test_whole_checkpoint_loads_with_wrapper_prefix_and_without_step_counters(detector, tmp_path):
+    state = {f'module.{key}': torch.randn_like(value) if value.is_floating_point() else value
+             for key, value in detector.state_dict().items() if not key.endswith('num_batches_tracked')}
+    assert load_strictly(detector, _save(tmp_path, state)) == dict(epoch=12)
+    for key, value in state.items():
+        assert torch.equal(detector.state_dict()[key[len('module.'):]], value)
+
+
+def test_faulty_keys_are_named_and_nothing_is_loaded(detector, tmp_path):
+    state = {key: torch.zeros_like(value) for key, value in detector.state_dict().items()}
+    del state['bbox_head.retina_cls.weight']
+    state['neck.extra.weight'] = torch.zeros(1)
+    state['bbox_head.retina_reg.weight'] = torch.zeros(3, 2)
+    before = {key: value.clone() for key, value in detector.state_dict().items()}
+    with pytest.raises(TeacherError) as error:
+        load_strictly(detector, _save(tmp_path, state))
+    for fault in ('1 keys missing from the file: bbox_head.retina_cls.weight', '1 keys unexpected in the file: neck.extra.weight',
+                  'bbox_head.retina_reg.weight (file (3, 2), model (4, 8, 3, 3))'):
+        assert fault in str(error.value)
+    assert all(torch.equal(before[key], value) for key, value in detector.state_dict().items())
+
+
+def test_chosen_keys_can_be_allowed(detector, tmp_path):
+    state = {key: value for key, value in detector.state_dict().items() if not key.startswith('bbox_head.')}
+    state['ema_neck'] = torch.zeros(1)
+    load_strictly(detector, _save(tmp_path, state), allow_missing='bbox_head.*', allow_unexpected=['ema_*'])
+
+
+def test_config_forms(retinanet, distiller):
+    assert read_model_config(retinanet()).type == 'RetinaNet'
+    assert read_model_config(dict(model=retinanet())).type == 'RetinaNet'
+    assert read_model_config('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py').backbone.depth == 18
+    distilled = dict(type='DetectionDistiller', student=retinanet(), teacher={}, distill={})
+    assert read_model_config(dict(model=distilled)).type == 'RetinaNet'
+
+
+def test_faulty_configs():
+    with pytest.raises(FileNotFoundError, match="no config file 'nowhere.py'"):
+        read_model_config('nowhere.py')
+    with pytest.raises(TeacherError, match='holds no model'):
+        read_model_config(dict(optimizer='SGD'))

@@ -1,0 +1,67 @@
+import pytest
+import torch
+from torch import nn
+
+from kd_det.taps import TapError, Taps, find_module
+
+
+class Net(nn.Module):
+
+    def __init__(self):
+        super().__init__()
+        self.neck = nn.Conv2d(3, 4, 1)
+        self.after = nn.ReLU(inplace=True)
+
+    def forward(self, images):
+        return self.after(self.neck(images))
+
+
+def test_unknown_path_names_the_nearest():
+    with pytest.raises(TapError, match="no module 'nek'.*neck"):
+        find_module(Net(), 'nek')
+
+
+def test_value_is_safe_from_later_in_place_layers():
+    net, images = Net(), torch.randn(2, 3, 4, 4)
+    taps = Taps(net, ['neck'])
+    for _ in range(3):  # also once it is known what is written to
+        with taps.capture() as features:
+            net(images)
+        torch.testing.assert_close(features['neck'][0], nn.functional.conv2d(images, net.neck.weight, net.neck.bias))
+    assert features['neck'][0].requires_grad
+
+
+def test_copy_is_dropped_where_nothing_writes():
+    net, images = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), torch.randn(2, 3, 4, 4)
+    taps, outputs = Taps(net, ['0']), []
+    net[0].register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    for _ in range(2):
+        with taps.capture() as features:
+            net(images)
+    assert features['0'][0] is outputs[1]
+
+
+@pytest.mark.parametrize('forwards', [0, 2])
+def test_a_tap_that_saw_nothing_or_too_much_is_an_error(forwards):
+    net = Net()
+    taps = Taps(net, ['neck'])
+    with pytest.raises(TapError, match=f'saw {forwards} forwards'):
+        with taps.capture():
+            for _ in range(forwards):
+                net(torch.randn(1, 3, 2, 2))
+
+
+def test_nothing_is_read_or_kept_outside_of_capture():
+    net = Net()
+    taps = Taps(net, ['neck'])
+    net(torch.randn(1, 3, 2, 2))
+    with taps.capture() as features:
+        net(torch.randn(1, 3, 2, 2))
+    assert set(features) == {'neck'} and not taps._seen
+
+
+def test_output_that_is_no_feature_is_an_error():
+    net = nn.Sequential(nn.Flatten())
+    with pytest.raises(TapError, match=r'\(N, C, H, W\)'):
+        with Taps(net, ['0']).capture():
+            net(torch.randn(1, 3, 2, 2))
