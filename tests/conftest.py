@@ -48,7 +48,7 @@ def retinanet():
                 bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_stds=[0.1, 0.1, 0.2, 0.2])),
             train_cfg=dict(assigner=dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0, ignore_iof_thr=-1),
                            sampler=dict(type='PseudoSampler'), allowed_border=-1, pos_weight=-1, debug=False),
-            test_cfg=dict(nms_pre=100, min_bbox_size=0, score_thr=0.05, nms=dict(type='nms', iou_threshold=0.5), max_per_img=20),
+            test_cfg=dict(nms_pre=100, min_bbox_size=0, score_thr=0.001, nms=dict(type='nms', iou_threshold=0.5), max_per_img=20),
             **changes)
 
     return make
@@ -83,7 +83,7 @@ def faster_rcnn():
                          debug=False),
                 rpn_proposal=proposals,
                 rcnn=dict(assigner=assigner, sampler=sampler, pos_weight=-1, debug=False)),
-            test_cfg=dict(rpn=proposals, rcnn=dict(score_thr=0.05, nms=dict(type='nms', iou_threshold=0.5), max_per_img=20)),
+            test_cfg=dict(rpn=proposals, rcnn=dict(score_thr=0.001, nms=dict(type='nms', iou_threshold=0.5), max_per_img=20)),
             **changes)
 
     return make
@@ -153,7 +153,8 @@ def make_runner(coco_folder, tmp_path):
     from mmengine.config import Config
     from mmengine.runner import Runner
 
-    def make(model: dict, epochs: int = 2, name: str = 'run', val: bool = False, seed: int = 0, **changes) -> Runner:
+    def make(model: dict, epochs: int = 2, name: str = 'run', val: bool = False, seed: int = 0, preflight=None,
+             optimizer=dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=1e-4), **changes) -> Runner:
         dataset = dict(type='CocoDataset', data_root=str(coco_folder), ann_file='all.json', data_prefix=dict(img=''),
                        metainfo=dict(classes=('blue', 'green', 'red')),
                        pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True),
@@ -165,9 +166,9 @@ def make_runner(coco_folder, tmp_path):
             default_scope='mmdet', work_dir=str(tmp_path / name), model=model,
             train_dataloader=dict(batch_size=4, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=True), dataset=dataset),
             train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=1),
-            optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=1e-4)),
+            optim_wrapper=dict(type='OptimWrapper', optimizer=optimizer),
             param_scheduler=[dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=6)],
-            default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1), distill=dict(type='DistillHook', preflight=None)),
+            default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1), distill=dict(type='DistillHook', preflight=preflight)),
             randomness=dict(seed=seed), log_level='WARNING', visualizer=dict(type='Visualizer', name=str(tmp_path / name)),
             experiment_name=f'{tmp_path.name}_{name}')
         if val:
