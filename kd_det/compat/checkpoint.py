@@ -4,6 +4,7 @@ A pickle can call anything. ``torch.load(weights_only=True)``, the default since
 tensors and plain containers. mmengine also saves its logging history, numpy numbers and a scheduler's method.
 :func:`install_safe_globals` allows these, none of which runs code of the file's choosing; all else stays refused.
 """
+import codecs
 import importlib.util
 import os
 import pickle
@@ -86,6 +87,7 @@ def _safe_globals() -> list:
     codes = np.typecodes['AllInteger'] + np.typecodes['AllFloat'] + '?SU'
     return [
         ConfigDict, HistoryBuffer, OneCycleParamScheduler, _alias(attribute, 'builtins', 'getattr'),
+        codecs.encode,  # bytes; torch 2.4 does not allow it itself
         np.ndarray, np.dtype, *{type(np.dtype(code)) for code in codes},
         *(_alias(function, module, function.__name__)
           for function in (reconstruct, scalar)

@@ -5,16 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip('mmcv')
-
-import kd_det.compat
-
-kd_det.compat.install()
-
 from mmcv import ops
 
-GOLDENS = Path(__file__).parents[1] / 'goldens' / 'mmcv_ops.npz'
+GOLDENS = Path(__file__).parents[2] / 'goldens' / 'mmcv_ops.npz'
 
 
 @pytest.fixture(scope='module')
