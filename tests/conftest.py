@@ -8,6 +8,7 @@ import torch
 from mmengine.config import ConfigDict
 
 import kd_det  # noqa: F401  registers everything, and serves mmcv's operators
+from kd_det.context import DistillContext, Level
 
 torch.set_num_threads(1)
 
@@ -181,3 +182,28 @@ def make_runner(coco_folder, tmp_path):
         return Runner.from_cfg(config)
 
     return make
+
+
+@pytest.fixture
+def make_context():
+    """Makes the context of a step from features of one stride, boxes and shapes."""
+
+    def make(student, teacher, boxes, batch_shape=(64, 96), image_shapes=None, stride=8) -> DistillContext:
+        return DistillContext(
+            student=dict(neck=(student, )), teachers=[dict(neck=(teacher, ))],
+            student_levels=dict(neck=(Level(student.shape[1], stride), )), teacher_levels=[dict(neck=(Level(teacher.shape[1], stride), ))],
+            boxes=boxes, labels=[torch.zeros(len(each), dtype=torch.long) for each in boxes], batch_shape=batch_shape,
+            image_shapes=image_shapes or [batch_shape] * len(student))
+
+    return make
+
+
+@pytest.fixture
+def connected():
+    """Connects a term to a context as the distiller does."""
+
+    def connect(term, context):
+        term.connect(context.student_levels, context.teacher_levels[0])
+        return term
+
+    return connect

@@ -1,0 +1,33 @@
+import pytest
+
+from kd_det.context import Progress
+from kd_det.distillers import build_weight
+
+
+def _at(config, *points):
+    weight = build_weight(config)
+    return [weight(Progress(iteration=100 * epoch, epoch=epoch)) for epoch in points]
+
+
+@pytest.mark.parametrize('config, expected', [
+    (2, [2, 2, 2, 2]),
+    (dict(type='Warmup', value=2.0, epochs=2), [0, 1, 2, 2]),
+    (dict(type='Warmup', value=2.0, iterations=200, start=0.5), [1, 1.5, 2, 2]),
+    (dict(type='Decay', value=2.0, epochs=2, begin=1), [2, 2, 1, 0]),
+    (dict(type='Decay', value=2.0, epochs=1, end=0.25), [2, 0.5, 0.5, 0.5]),
+    (dict(type='Stop', value=2.0, epochs=2), [2, 2, 0, 0]),
+    (dict(type='Stop', value=dict(type='Warmup', value=2.0, epochs=2), epochs=3), [0, 1, 2, 0]),
+])
+def test_weight_at_epochs_0_to_3(config, expected):
+    assert _at(config, 0, 1, 2, 3) == pytest.approx(expected)
+
+
+def test_length_is_given_in_one_unit():
+    for faulty in (dict(type='Stop', value=1.0), dict(type='Stop', value=1.0, epochs=1, iterations=2)):
+        with pytest.raises(ValueError, match='either in epochs or in iterations'):
+            build_weight(faulty)
+
+
+def test_zero_throughout():
+    assert build_weight(0).is_zero and build_weight(dict(type='Warmup', value=0, epochs=1)).is_zero
+    assert not build_weight(dict(type='Warmup', value=1, epochs=1)).is_zero

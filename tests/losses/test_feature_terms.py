@@ -1,0 +1,70 @@
+import pytest
+import torch
+from mmdet.registry import MODELS
+
+from kd_det.context import DistillContext, Level
+
+
+@pytest.fixture
+def context(make_context):
+    torch.manual_seed(0)
+    boxes = [torch.tensor([[8., 8., 24., 24.]]), torch.zeros(0, 4)]
+    return make_context(torch.randn(2, 4, 8, 12, requires_grad=True), torch.randn(2, 4, 8, 12), boxes)
+
+
+def test_unmasked_imitation_is_the_mean_squared_error(context, connected):
+    term = connected(MODELS.build(dict(type='FeatureImitation', normalizer='mean')), context)
+    expected = torch.nn.functional.mse_loss(context.student['neck'][0], context.teachers[0]['neck'][0])
+    torch.testing.assert_close(term(context)['imitation'], expected)
+
+
+def test_masked_imitation_sees_only_the_mask(context, connected):
+    term = connected(MODELS.build(dict(type='FeatureImitation', mask='BoxForeground', distance='l1')), context)
+    term(context)['imitation'].backward()
+    gradient = context.student['neck'][0].grad
+    assert gradient[0, :, 1:4, 1:4].abs().min() > 0
+    assert gradient[0, :, 4:].abs().max() == 0 and gradient[1].abs().max() == 0
+
+
+def test_sum_of_masks_is_the_sum_of_terms(context, connected):
+    masks = ['BoxForeground', dict(type='MaskProduct', masks=['BoxBackground', dict(type='ChannelAttention', temperature=0.5)])]
+    whole = connected(MODELS.build(dict(type='FeatureImitation', mask=dict(type='MaskSum', masks=masks, weights=[1.0, 0.5]))), context)
+    parts = [connected(MODELS.build(dict(type='FeatureImitation', mask=mask)), context)(context)['imitation'] for mask in masks]
+    torch.testing.assert_close(whole(context)['imitation'], parts[0] + 0.5 * parts[1])
+
+
+def test_levels_are_compared_with_those_of_their_stride():
+    torch.manual_seed(0)
+    student, teacher = ([torch.randn(1, 4, 64 // stride, 64 // stride) for stride in strides] for strides in ((8, 16), (4, 8, 16)))
+    teacher[2] = student[1]
+    context = DistillContext(
+        student=dict(neck=tuple(student)), teachers=[dict(neck=tuple(teacher))],
+        student_levels=dict(neck=(Level(4, 8), Level(4, 16))), teacher_levels=[dict(neck=(Level(4, 4), Level(4, 8), Level(4, 16)))],
+        boxes=[torch.zeros(0, 4)], labels=[torch.zeros(0)], batch_shape=(64, 64), image_shapes=[(64, 64)])
+    for levels, expected in (((1, ), torch.tensor(0.)), ((0, ), torch.nn.functional.mse_loss(student[0], teacher[1]))):
+        term = MODELS.build(dict(type='FeatureImitation', levels=levels, normalizer='mean'))
+        term.connect(context.student_levels, context.teacher_levels[0])
+        torch.testing.assert_close(term(context)['imitation'], expected)
+
+
+def test_unlike_strides_need_resize(make_context, connected):
+    context = make_context(torch.randn(1, 4, 4, 6), torch.randn(1, 4, 8, 12), [torch.zeros(0, 4)], image_shapes=[(64, 96)])
+    context.student_levels['neck'] = (Level(4, 16), )
+    with pytest.raises(ValueError, match='no partner'):
+        connected(MODELS.build(dict(type='FeatureImitation')), context)
+    assert connected(MODELS.build(dict(type='FeatureImitation', resize=True)), context)(context)['imitation'].isfinite()
+
+
+def test_sizes_that_differ_at_equal_stride_are_an_error(make_context, connected):
+    context = make_context(torch.randn(1, 4, 8, 12), torch.randn(1, 4, 8, 13), [torch.zeros(0, 4)])
+    with pytest.raises(ValueError, match='cover the same image with other cells'):
+        connected(MODELS.build(dict(type='FeatureImitation')), context)(context)
+
+
+def test_different_paths_in_student_and_teacher(make_context, connected):
+    context = make_context(torch.randn(1, 4, 8, 12), torch.randn(1, 4, 8, 12), [torch.zeros(0, 4)])
+    for held in (context.teachers[0], context.teacher_levels[0]):
+        held['backbone.layer2'] = held.pop('neck')
+    term = MODELS.build(dict(type='FeatureImitation', tap=dict(student='neck', teacher='backbone.layer2')))
+    assert (term.student_taps, term.teacher_taps) == (('neck', ), ('backbone.layer2', ))
+    assert connected(term, context)(context)['imitation'] > 0

@@ -1,0 +1,74 @@
+import pytest
+import torch
+from mmdet.registry import MODELS
+
+from kd_det.context import ComparedLevel
+from kd_det.functional import masks as functional
+from kd_det.masks import build_mask
+
+
+@pytest.fixture
+def level(make_context):
+    """One level of stride 8 of a batch of two, the second image padded."""
+    torch.manual_seed(0)
+    boxes = [torch.tensor([[8., 16., 31., 40.]]), torch.tensor([[0., 0., 7., 7.]])]
+    context = make_context(torch.randn(2, 6, 8, 12), torch.randn(2, 6, 8, 12), boxes, image_shapes=[(64, 96), (40, 56)])
+    return ComparedLevel(context.student['neck'][0], context.teachers[0]['neck'][0], 8, 0, context)
+
+
+def test_boxes_land_in_the_right_cells_of_a_padded_batch(level):
+    foreground = build_mask('BoxForeground').cells(level)
+    # x from 8 to 31 and y from 16 to 40 at stride 8; the last cell is included, as in FGD
+    assert foreground[0, 2:6, 1:5].all() and foreground[0].sum() == 16
+    # the padded image's box of 8 pixels stays in its corner instead of being stretched by 96/56
+    assert foreground[1, :2, :2].all() and foreground[1].sum() == 4
+    stretched = build_mask(dict(type='BoxForeground', box_mapping='image')).cells(level)
+    assert stretched[1].sum() > foreground[1].sum()
+
+
+def test_background_is_the_rest_of_the_image_and_no_padding(level):
+    background = build_mask('BoxBackground').cells(level)
+    torch.testing.assert_close(background.sum((1, 2)), torch.ones(2))
+    assert (background[1, 5:] == 0).all() and (background[1, :, 7:] == 0).all() and background[1, 4, 6] > 0
+    assert ((background > 0) & (build_mask('BoxForeground').cells(level) > 0)).sum() == 0
+
+
+@pytest.mark.parametrize('source', ['teacher', 'student', 'both'])
+def test_attention_sources(level, source):
+    features = dict(teacher=[level.teacher], student=[level.student], both=[level.teacher, level.student])[source]
+    (spatial, ), (channel, ) = (build_mask(dict(type=kind, source=source, temperature=0.3, pad_aware=False))(level)
+                                for kind in ('SpatialAttention', 'ChannelAttention'))
+    torch.testing.assert_close(spatial.cells, sum(functional.spatial_attention(each, 0.3) for each in features) / len(features))
+    torch.testing.assert_close(channel.channels, sum(functional.channel_attention(each, 0.3) for each in features) / len(features))
+    assert spatial.channels is None and channel.cells is None
+
+
+def test_pad_aware_attention_gives_padding_nothing(level):
+    cells = build_mask('SpatialAttention').cells(level)
+    assert (cells[~level.valid] == 0).all()
+    torch.testing.assert_close(cells.sum((1, 2)), level.valid.sum((1, 2)).float())
+
+
+def _dense(level, mask):
+    """The (N, C, H, W) that the weightings of a mask stand for."""
+    total = torch.zeros_like(level.teacher)
+    for cells, channels in mask(level):
+        cells = level.valid.float() if cells is None else cells
+        total += cells[:, None] * (1 if channels is None else channels[..., None, None])
+    return total
+
+
+def test_products_distribute_over_sums(level):
+    attention, channel = dict(type='SpatialAttention'), dict(type='ChannelAttention')
+    either = dict(type='MaskSum', masks=['BoxForeground', channel], weights=[2.0, 0.5])
+    nested = build_mask(dict(type='MaskProduct', masks=[either, attention]))
+    foreground, spatial, channels = (_dense(level, build_mask(mask)) for mask in ('BoxForeground', attention, channel))
+    torch.testing.assert_close(_dense(level, nested), (2 * foreground + 0.5 * channels) * spatial)
+
+
+def test_faulty_masks_are_errors():
+    for config, message in ((dict(type='SpatialAttention', source='me'), "source='me'"), (dict(type='MaskProduct', masks=[]), 'at least one'),
+                            (dict(type='MaskSum', masks=['BoxForeground'], weights=[1, 2]), '1 masks but 2 weights'),
+                            (dict(type='BoxForeground', box_mapping='pad'), "box_mapping='pad'")):
+        with pytest.raises(ValueError, match=message):
+            MODELS.build(config)
