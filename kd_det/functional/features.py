@@ -11,10 +11,12 @@ from torch import Tensor
 
 from kd_det.functional.masks import channel_attention, spatial_attention, spatial_softmax
 
-_ELEMENT_DISTANCES = {
-    'mse': F.mse_loss,
-    'l1': F.l1_loss,
-    'smooth_l1': F.smooth_l1_loss,
+_DISTANCES = {
+    'mse': lambda student, teacher: (student - teacher).square(),
+    'l1': lambda student, teacher: (student - teacher).abs(),
+    'smooth_l1': lambda student, teacher: F.smooth_l1_loss(student, teacher, reduction='none'),
+    # Half the squared distance of unit vectors: equal to 1 - cos, but exactly 0 where the two agree.
+    'cosine': lambda student, teacher: (unit(student, 1) - unit(teacher, 1)).square() / 2,
 }
 
 
@@ -28,35 +30,48 @@ def masked_imitation(
 ) -> Tensor:
     """Imitation of the teacher's feature where the mask says so: Σ M·d(s, t) / normalizer.
 
-    ===================== ============================================= ===================================
-    normalizer            value                                         used by
-    ===================== ============================================= ===================================
-    ``'batch'``           N                                             FGD (arXiv 2111.11837), MGD
-    ``'mask'``            ΣM                                            PGD, within one level
-    ``'twice_mask'``      2·ΣM                                          FGFI (arXiv 1906.03609)
-    ``'twice_elements'``  2·C·ΣM, the mask repeated over the channels   DeFeat (arXiv 2103.14475)
-    ``'cells'``           N·H·W                                         PFI (arXiv 2112.04840), per image
-    ``'mean'``            N·C·H·W                                       the size-normalised form
-    a scalar tensor       itself                                        a normalizer synchronised by caller
-    ===================== ============================================= ===================================
+    ===================== ============================================ ============================================
+    normalizer            value                                        used by
+    ===================== ============================================ ============================================
+    ``'batch'``           N                                            FGD (arXiv 2111.11837), MGD (2205.01529)
+    ``'mask'``            ΣM over the cells                            PGD (2203.05469), within one level
+    ``'twice_mask'``      2·ΣM                                         FGFI (1906.03609)
+    ``'twice_elements'``  2·C·ΣM, the mask repeated over the channels  DeFeat (2103.14475)
+    ``'cells'``           N·H·W                                        PFI (2112.04840), mean over images
+    ``'mean'``            N·C·H·W                                      no method: the size-normalised form
+    a scalar tensor       itself                                       a normalizer that the caller synchronised
+    ===================== ============================================ ============================================
 
     Args:
         student: (N, C, H, W).
         teacher: (N, C, H, W).
-        mask: (N, H, W), or None for 1 everywhere.
-        channel_weight: (N, C), or None for 1 everywhere.
-        distance: ``'mse'`` squared difference, ``'l1'``, ``'smooth_l1'`` (threshold 1), each summed over the
-            channels, or ``'cosine'``, 1 - cos of the two channel vectors of a cell.
-        normalizer: see the table; clamped away from 0, so that an empty mask gives 0.
+        mask: (N, H, W), or four dimensions that broadcast to (N, C, H, W); None for 1 everywhere.
+        channel_weight: (N, C), a factor of the mask; None for 1 everywhere.
+        distance: ``'mse'`` squared difference, ``'l1'``, ``'smooth_l1'`` with threshold 1, each summed over the
+            channels; or ``'cosine'``, 1 - cos of the two channel vectors of a cell.
+        normalizer: See the table; ΣM is kept from 0, so that an empty mask gives 0. A mask that differs between
+            channels counts with its mean over them, and ``channel_weight`` does not count.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: for shapes that differ, an unknown distance or normalizer, or channel weights with ``'cosine'``.
+        ValueError: Shapes that differ, or an unknown distance or normalizer.
     """
-    difference = _cell_distance(student, teacher, channel_weight, distance)
-    total = difference.sum() if mask is None else (difference * mask.detach()).sum()
+    _check_shapes(student, teacher)
+    if distance not in _DISTANCES:
+        raise ValueError(f'distance={distance!r}: expected one of {", ".join(_DISTANCES)}.')
+    difference = _DISTANCES[distance](student, teacher.detach())
+    if mask is not None:
+        mask = mask.detach() if mask.dim() == 4 else mask.detach()[:, None]
+        # Channels are summed first where the mask is the same for all of them: one product of the full size less.
+        if mask.shape[1] == 1:
+            difference = _sum_channels(difference, channel_weight)
+        elif channel_weight is not None:
+            difference = difference * channel_weight.detach()[:, :, None, None]
+        total = (difference * mask).sum()
+    else:
+        total = _sum_channels(difference, channel_weight).sum()
     if isinstance(normalizer, str):
         normalizer = _normalizer(normalizer, mask, student)
     return total / normalizer
@@ -76,11 +91,12 @@ def decoupled_imitation(student: Tensor, teacher: Tensor, foreground: Tensor,
     Returns:
         The loss of the foreground and of the background, two scalars.
     """
-    difference = _cell_distance(student, teacher)
-    foreground = foreground.detach()
+    _check_shapes(student, teacher)
+    difference = _sum_channels((student - teacher.detach()).square())
+    foreground = foreground.detach()[:, None]
     background = 1 - foreground
     if valid is not None:
-        foreground, background = foreground * valid, background * valid
+        foreground, background = foreground * valid[:, None], background * valid[:, None]
     return tuple((difference * mask).sum() / _normalizer('twice_elements', mask, student)
                  for mask in (foreground, background))
 
@@ -101,9 +117,9 @@ def fgd_loss(
 ) -> dict[str, Tensor]:
     """Focal and global distillation of one level (FGD, arXiv 2111.11837).
 
-    The focal parts are Σ M · A_spatial · A_channel · (s - t)² / N with the attentions of the teacher and each of the two
-    masks; the others are :func:`attention_distance` and :func:`relation_distance`. The default weights are the paper's
-    for one-stage detectors.
+    The focal parts are Σ M · A_spatial · A_channel · (s - t)² / N with the attentions of the teacher and each of the
+    two masks; the others are :func:`attention_distance` and :func:`relation_distance`. The default weights are the
+    paper's for one-stage detectors.
 
     Args:
         student: (N, C, H, W).
@@ -113,20 +129,21 @@ def fgd_loss(
         temperature: T of the attentions.
         student_context: (N, C, H, W) global context of the student's feature; None leaves the relation part out.
         teacher_context: (N, C, H, W) global context of the teacher's feature; its block trains too.
-        alpha: weight of the foreground.
-        beta: weight of the background.
-        gamma: weight of the attention.
-        lambda_: weight of the relation.
+        alpha: Weight of the foreground.
+        beta: Weight of the background.
+        gamma: Weight of the attention.
+        lambda_: Weight of the relation.
         valid: (N, H, W) bool; cells of padding take no part.
 
     Returns:
         The weighted scalars ``foreground``, ``background``, ``attention`` and, with contexts, ``relation``.
     """
+    _check_shapes(student, teacher)
     teacher = teacher.detach()
     teacher_attention = _attentions(teacher, temperature, valid)
     student_attention = _attentions(student, temperature, valid)
     spatial, channel = teacher_attention
-    difference = _cell_distance(student, teacher, channel) * spatial / len(student)
+    difference = _sum_channels((student - teacher).square(), channel).squeeze(1) * spatial / len(student)
     parts = dict(
         foreground=alpha * (difference * foreground.detach()).sum(),
         background=beta * (difference * background.detach()).sum(),
@@ -170,7 +187,7 @@ def context_pool(feature: Tensor, logits: Tensor, valid: Tensor | None = None) -
 def relation_distance(student_context: Tensor, teacher_context: Tensor, valid: Tensor | None = None) -> Tensor:
     """Σ (c_s - c_t)² / N between the global contexts of both sides (FGD, arXiv 2111.11837).
 
-    The teacher's context keeps its gradient, since the block that makes it is trained: build it from a detached feature.
+    The teacher's context keeps its gradient, since the block that makes it is trained: make it from a detached feature.
 
     Args:
         student_context: (N, C, H, W).
@@ -245,35 +262,72 @@ def pearson_distance(student: Tensor, teacher: Tensor, valid: Tensor | None = No
 
 
 
-def _cell_distance(student: Tensor, teacher: Tensor, channel_weight: Tensor | None = None,
-                   distance: str = 'mse') -> Tensor:
-    """The distance of each cell's two channel vectors: (N, H, W)."""
+def fkd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    student_channels: Tensor,
+    student_cells: Tensor,
+    student_relation: Tensor | None = None,
+    teacher_relation: Tensor | None = None,
+    feature_weight: float = 7e-5,
+    pooling_weight: float = 4e-3,
+    relation_weight: float = 7e-5,
+) -> dict[str, Tensor]:
+    """Attention-guided and non-local distillation of one level (FKD, ICLR 2021, openreview uKhGRvM8QNH).
+
+    All parts are L2 norms over the whole batch, not their squares: the difference weighted by the attention, the
+    difference of the means over cells and over channels, and that of the non-local relations
+    (:func:`kd_det.functional.relations.non_local`). The default weights are the released ones.
+
+    Args:
+        student: (N, C, H, W), after its 1×1 adapter.
+        teacher: (N, C, H, W).
+        mask: (N, H, W), the mean of both spatial attentions, see :func:`kd_det.functional.masks.spatial_attention`.
+        student_channels: (N, C), the student's mean over cells after its linear adapter.
+        student_cells: (N, 1, H, W), the student's mean over channels after its 3×3 adapter.
+        student_relation: (N, C, H, W), after its 1×1 adapter; None leaves the relation part out.
+        teacher_relation: (N, C, H, W); keeps its gradient, since the block that makes it is trained.
+        feature_weight: Weight of the attended difference.
+        pooling_weight: Weight of both pooled differences.
+        relation_weight: Weight of the relation.
+
+    Returns:
+        The weighted scalars ``imitation``, ``channel``, ``spatial`` and, with relations, ``relation``.
+    """
     _check_shapes(student, teacher)
     teacher = teacher.detach()
-    if distance == 'cosine':
-        if channel_weight is not None:
-            raise ValueError("distance 'cosine' takes no channel weights")
-        # Half the squared distance of unit vectors is 1 - cos, and exactly 0 for equal ones.
-        return (unit(student, 1) - unit(teacher, 1)).square().sum(1) / 2
-    if distance not in _ELEMENT_DISTANCES:
-        raise ValueError(f'distance must be one of {[*_ELEMENT_DISTANCES, "cosine"]}, got {distance!r}')
-    difference = _ELEMENT_DISTANCES[distance](student, teacher, reduction='none')
+    norm = torch.linalg.vector_norm
+    parts = dict(
+        imitation=feature_weight * norm((student - teacher) * mask.detach()[:, None].sqrt()),
+        channel=pooling_weight * norm(student_channels - teacher.mean((2, 3))),
+        spatial=pooling_weight * norm(student_cells - teacher.mean(1, keepdim=True)),
+    )
+    if student_relation is not None and teacher_relation is not None:
+        parts['relation'] = relation_weight * norm(student_relation - teacher_relation)
+    return parts
+
+
+def _sum_channels(difference: Tensor, channel_weight: Tensor | None = None) -> Tensor:
+    """(N, C, H, W) to (N, 1, H, W), weighted by (N, C)."""
     if channel_weight is None:
-        return difference.sum(1)
-    return torch.einsum('nchw,nc->nhw', difference, channel_weight.detach())
+        return difference.sum(1, keepdim=True)
+    return torch.einsum('nchw,nc->nhw', difference, channel_weight.detach())[:, None]
 
 
 def _normalizer(name: str, mask: Tensor | None, feature: Tensor) -> Tensor | int:
-    """See the table of :func:`masked_imitation`."""
+    """See the table of :func:`masked_imitation`; the mask has four dimensions or is None."""
     batch, channels, height, width = feature.shape
     constants = dict(batch=batch, cells=batch * height * width, mean=feature.numel())
-    per_cell = dict(mask=1, twice_mask=2, twice_elements=2 * channels)
+    factors = dict(mask=1, twice_mask=2, twice_elements=2 * channels)
     if name in constants:
-        return max(constants[name], 1)
-    if name not in per_cell:
-        raise ValueError(f'normalizer must be a tensor or one of {[*constants, *per_cell]}, got {name!r}')
-    total = feature.new_tensor(batch * height * width) if mask is None else mask.detach().sum()
-    return per_cell[name] * total.clamp(min=torch.finfo(feature.dtype).eps)
+        return constants[name]
+    if name not in factors:
+        raise ValueError(f'normalizer={name!r}: expected a tensor or one of {", ".join([*constants, *factors])}.')
+    if mask is None:
+        return factors[name] * batch * height * width
+    total = mask.sum() * (constants['cells'] / mask[:, 0].numel() / mask.shape[1])
+    return factors[name] * total.clamp(min=torch.finfo(feature.dtype).eps)
 
 
 def _attentions(feature: Tensor, temperature: float, valid: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -283,6 +337,12 @@ def _attentions(feature: Tensor, temperature: float, valid: Tensor | None) -> tu
 def _l1(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> Tensor:
     """Sum of absolute differences over the batch size, added over pairs."""
     return sum((s - t).abs().sum() for s, t in zip(student, teacher)) / len(student[0])
+
+
+def unit(vectors: Tensor, dim: int) -> Tensor:
+    """Vectors of length 1 along ``dim``; those of length 0 stay 0 and get a finite gradient."""
+    length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
+    return vectors / torch.where(length > 1e-12, length, 1)
 
 
 def _standardize(feature: Tensor, valid: Tensor | None) -> Tensor:
@@ -303,13 +363,7 @@ def _standardize(feature: Tensor, valid: Tensor | None) -> Tensor:
     return centred / (deviation + 1e-6)
 
 
-def unit(vectors: Tensor, dim: int, eps: float = 1e-12) -> Tensor:
-    """Vectors of length 1 along ``dim``; those without a direction stay 0 and get a finite gradient."""
-    length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
-    return vectors / torch.where(length > eps, length, 1)
-
-
 def _check_shapes(student: Tensor, teacher: Tensor) -> None:
     if student.shape != teacher.shape:
         raise ValueError(f'student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have one shape: '
-                         'adapt the channels and pair the levels by stride')
+                         'adapt the channels and pair the levels by stride.')

@@ -30,25 +30,28 @@ def box_foreground(
     is counted in those cells before clipping. Time and memory are linear in cells and boxes, up to logarithms.
 
     Args:
-        boxes: one (n, 4) tensor per image, pixels of the padded batch.
+        boxes: One (n, 4) tensor per image, pixels of the padded batch.
         batch_shape: (h, w) of the padded batch in pixels.
         feature_shape: (H, W) of the feature map in cells.
         weighting: ``'binary'`` gives 1 to every covered cell, ``'inverse_area'`` the largest 1 / area of the boxes
             that cover it.
-        image_shapes: the ``img_shape`` mapping of the released FGD code: boxes are scaled by each image's own
+        image_shapes: The ``img_shape`` mapping of the released FGD code: boxes are scaled by each image's own
             (h, w, ...) instead of the batch's, which stretches them on a padded batch. For parity only.
 
     Returns:
         (N, H, W) float32.
 
     Raises:
-        ValueError: if ``weighting`` is neither of the two.
+        ValueError: An unknown ``weighting``.
     """
     if weighting not in ('binary', 'inverse_area'):
-        raise ValueError(f"weighting must be 'binary' or 'inverse_area', got {weighting!r}")
+        raise ValueError(f"weighting={weighting!r}: expected 'binary' or 'inverse_area'.")
     corners, image = _concatenate(boxes)
-    shapes = [batch_shape] * len(boxes) if image_shapes is None else image_shapes
-    height, width = torch.tensor([tuple(shape[:2]) for shape in shapes]).to(corners)[image].unbind(-1)
+    if image_shapes is None:
+        height, width = batch_shape
+    else:
+        shapes = torch.tensor([tuple(shape[:2]) for shape in image_shapes], dtype=corners.dtype)
+        height, width = shapes.to(corners.device, non_blocking=True)[image].unbind(1)
     x1, y1, x2, y2 = corners.unbind(-1)
     left, right = (x1 * feature_shape[1] / width).floor(), (x2 * feature_shape[1] / width).ceil()
     top, bottom = (y1 * feature_shape[0] / height).floor(), (y2 * feature_shape[0] / height).ceil()
@@ -72,7 +75,7 @@ def valid_cells(
         image_shapes: (h, w, ...) of each image in pixels, before padding.
         batch_shape: (h, w) of the padded batch in pixels.
         feature_shape: (H, W) of the feature map in cells.
-        device: where the mask goes.
+        device: Where the mask goes.
 
     Returns:
         (N, H, W) bool.
@@ -82,7 +85,7 @@ def valid_cells(
     rows, columns = (
         torch.arange(cells) * pixels < shapes[:, dim, None] * cells
         for dim, (cells, pixels) in enumerate(zip(feature_shape, batch_shape)))
-    return (rows[:, :, None] & columns[:, None, :]).to(device)
+    return (rows[:, :, None] & columns[:, None, :]).to(device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -160,9 +163,9 @@ def assign_levels(boxes: Sequence[Tensor], num_levels: int, finest_scale: float 
     """The pyramid level of each box by its size, floor(log2(sqrt(area) / finest_scale)), as DeFeat (arXiv 2103.14475).
 
     Args:
-        boxes: one (n, 4) tensor per image; the area counts both end pixels, (x2 - x1 + 1)·(y2 - y1 + 1).
-        num_levels: number of levels; larger and smaller boxes go to the last and the first.
-        finest_scale: boxes up to twice this size, in pixels, belong to the first level.
+        boxes: One (n, 4) tensor per image; the area counts both end pixels, (x2 - x1 + 1)·(y2 - y1 + 1).
+        num_levels: Number of levels; larger and smaller boxes go to the last and the first.
+        finest_scale: Boxes up to twice this size, in pixels, belong to the first level.
 
     Returns:
         One (n,) long tensor per image.
@@ -187,12 +190,12 @@ def level_foreground(
     none marks the cell of its top left corner.
 
     Args:
-        boxes: one (n, 4) tensor per image, pixels of the padded batch.
-        levels: one (n,) tensor per image: the level of each box, see :func:`assign_levels`; or, as bool, whether the
+        boxes: One (n, 4) tensor per image, pixels of the padded batch.
+        levels: One (n,) tensor per image: the level of each box, see :func:`assign_levels`; or, as bool, whether the
             box belongs to this level.
-        stride: pixels per cell of this level.
+        stride: Pixels per cell of this level.
         feature_shape: (H, W) of the feature map in cells.
-        level: index of this level; by default that of ``stride`` in a pyramid whose finest stride is 4.
+        level: Index of this level; by default that of ``stride`` in a pyramid whose finest stride is 4.
 
     Returns:
         (N, H, W) float32 of 0 and 1.
@@ -225,13 +228,13 @@ def near_anchor_foreground(
     box has with any anchor of this level.
 
     Args:
-        boxes: one (n, 4) tensor per image, pixels of the padded batch.
-        levels: one (n,) tensor per image: the level of each box, see :func:`assign_levels`; or, as bool, whether the
+        boxes: One (n, 4) tensor per image, pixels of the padded batch.
+        levels: One (n,) tensor per image: the level of each box, see :func:`assign_levels`; or, as bool, whether the
             box belongs to this level.
-        level: index of this level.
+        level: Index of this level.
         priors: (H·W·A, 4) anchors of this level, those of one cell together, cells row by row.
         feature_shape: (H, W) of the feature map in cells.
-        phi: share of the best IoU that an anchor must exceed.
+        phi: Share of the best IoU that an anchor must exceed.
 
     Returns:
         (N, H, W) float32 of 0 and 1.
@@ -295,10 +298,10 @@ def prediction_quality(
         probabilities: (N, P, classes) class probabilities of the teacher; P runs over the cells of all levels.
         predictions: (N, P, 4) its decoded boxes in pixels.
         points: (P, 2) the cells' centres (x, y) in pixels.
-        boxes: one (n, 4) tensor of ground truth per image.
-        labels: one (n,) tensor of classes per image.
+        boxes: One (n, 4) tensor of ground truth per image.
+        labels: One (n,) tensor of classes per image.
         xi: ξ, the share of localisation in the quality.
-        top_k: number of cells per box.
+        top_k: Number of cells per box.
 
     Returns:
         (N, P) in [0, 1].
@@ -321,14 +324,14 @@ def prediction_quality(
 
 def _gaussian_height(points: Tensor, chosen: Tensor) -> Tensor:
     """exp(-½ d' Σ⁻¹ d) of the points (B, K, 2) under the Gaussian fitted to the chosen ones (B, K); 0 for the rest."""
-    # Points on a line have a singular covariance: double precision leaves room for a ridge too small to matter.
     points = points.double()
     share = chosen.double() / chosen.sum(1, keepdim=True).clamp(min=1)
-    offset = points - (share[..., None] * points).sum(1, keepdim=True)
-    covariance = torch.einsum('bk,bki,bkj->bij', share, offset, offset)
-    ridge = 1e-9 * (1 + covariance.diagonal(dim1=1, dim2=2).sum(1))
-    covariance = covariance + ridge[:, None, None] * torch.eye(2, dtype=points.dtype, device=points.device)
-    distance = torch.einsum('bki,bki->bk', offset, torch.linalg.solve(covariance, offset.mT).mT)
+    x, y = (points - (share[..., None] * points).sum(1, keepdim=True)).unbind(-1)
+    xx, xy, yy = ((share * product).sum(1, keepdim=True) for product in (x * x, x * y, y * y))
+    # Points on a line have a singular covariance: double precision leaves room for a ridge too small to matter.
+    ridge = 1e-9 * (1 + xx + yy)
+    xx, yy = xx + ridge, yy + ridge
+    distance = (yy * x * x - 2 * xy * x * y + xx * y * y) / (xx * yy - xy * xy)
     return (-0.5 * distance).exp() * chosen
 
 
@@ -398,7 +401,7 @@ def _aligned_blocks(first: Tensor, last: Tensor, length: int) -> tuple[Tensor, T
     """
     counts = _block_counts(length)
     size = torch.arange(len(counts), device=first.device)
-    count = torch.tensor(counts).to(first.device, non_blocking=True)
+    count = (length + (1 << size) - 1) >> size
     begin = first.clamp(0, length).long()[:, None]
     end = last.clamp(-1, length - 1).long()[:, None] + 1
     # What is left of the interval once blocks smaller than 2^size have been taken off both of its ends.

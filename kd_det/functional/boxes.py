@@ -1,0 +1,78 @@
+"""What to compare in box outputs: losses per box between student and teacher.
+
+The teacher is taken as a constant. Results are (n,), finite also for boxes without area, and 0 where the student equals
+the teacher, unless stated.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def bounded_regression(student: Tensor, teacher: Tensor, target: Tensor, margin: float = 0.0) -> Tensor:
+    """The student's error, where it is not clearly better than the teacher's (Chen et al., NeurIPS 2017).
+
+    ‖s - y‖² where ‖s - y‖² + m > ‖t - y‖², else 0. With m > 0, a student that equals the teacher keeps its error.
+
+    Args:
+        student: (n, 4) box regressions.
+        teacher: (n, 4) box regressions in the same encoding.
+        target: (n, 4) ground truth in the same encoding.
+        margin: m, in squared units of the encoding.
+
+    Returns:
+        (n,).
+    """
+    target = target.detach()
+    student_error = (student - target).square().sum(-1)
+    teacher_error = (teacher.detach() - target).square().sum(-1)
+    return torch.where(student_error + margin > teacher_error, student_error, 0)
+
+
+def distribution_kl(student: Tensor, teacher: Tensor, temperature: float = 10.0, reduction: str = 'sum') -> Tensor:
+    """Localisation distillation: T² · KL of the distributions over the offset of each side (LD, arXiv 2102.12252).
+
+    Args:
+        student: (n, 4, bins) logits of a distributional (DFL) head; or (n, bins) for one side each.
+        teacher: (n, 4, bins) logits, or (n, bins).
+        temperature: T.
+        reduction: ``'sum'`` over sides and bins, which is the divergence, or ``'mean'``, as mmdet's ``LDHead``, for
+            which the published weight 0.25 is meant.
+
+    Returns:
+        (n,).
+
+    Raises:
+        ValueError: An unknown reduction.
+    """
+    if reduction not in ('sum', 'mean'):
+        raise ValueError(f"reduction={reduction!r}: expected 'sum' or 'mean'.")
+    divergence = F.kl_div((student / temperature).log_softmax(-1), (teacher.detach() / temperature).log_softmax(-1),
+                          reduction='none', log_target=True).flatten(1)
+    return temperature**2 * (divergence.sum(1) if reduction == 'sum' else divergence.mean(1))
+
+
+def giou_imitation(student: Tensor, teacher: Tensor) -> Tensor:
+    """1 - GIoU of the decoded boxes (arXiv 1902.09630); the caller weighs it by the teacher's score.
+
+    Args:
+        student: (n, 4) decoded boxes x1, y1, x2, y2.
+        teacher: (n, 4) decoded boxes in the same units.
+
+    Returns:
+        (n,) in [0, 2]; boxes without area have no overlap, not even with themselves.
+    """
+    teacher = teacher.detach()
+    smallest = torch.finfo(student.dtype).eps
+    overlap = _area(torch.maximum(student[:, :2], teacher[:, :2]), torch.minimum(student[:, 2:], teacher[:, 2:]))
+    union = _area(student[:, :2], student[:, 2:]) + _area(teacher[:, :2], teacher[:, 2:]) - overlap
+    hull = _area(torch.minimum(student[:, :2], teacher[:, :2]), torch.maximum(student[:, 2:], teacher[:, 2:]))
+    iou = overlap / union.clamp(min=smallest)
+    return 1 - iou + (hull - union) / hull.clamp(min=smallest)
+
+
+def _area(top_left: Tensor, bottom_right: Tensor) -> Tensor:
+    """Area between two corners (n, 2), 0 where they are out of order."""
+    width, height = (bottom_right - top_left).clamp(min=0).unbind(-1)
+    return width * height

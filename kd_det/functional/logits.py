@@ -1,0 +1,181 @@
+"""What to compare in class outputs: losses between the logits of student and teacher.
+
+Logits are (N, classes): RoIs, queries, or the cells of dense heads. The teacher is taken as a constant. All results are
+finite for N = 0, and exactly 0 when the student equals the teacher, but for cross-entropies, which are then the
+teacher's entropy.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def soft_target_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, class_reduction: str = 'sum',
+                   reduction: str = 'mean') -> Tensor:
+    """Soft targets: T² · KL(softmax(t / T) ‖ softmax(s / T)) (Hinton et al., arXiv 1503.02531).
+
+    Args:
+        student: (N, classes) logits.
+        teacher: (N, classes) logits.
+        temperature: T.
+        class_reduction: ``'sum'`` over the classes, which is the divergence, or ``'mean'``, as mmdet's
+            ``KnowledgeDistillationKLDivLoss``.
+        reduction: ``'mean'`` over the samples, or ``'none'``.
+
+    Returns:
+        Scalar, or (N,) without reduction.
+
+    Raises:
+        ValueError: An unknown reduction.
+    """
+    if class_reduction not in ('sum', 'mean') or reduction not in ('mean', 'none'):
+        raise ValueError(f"class_reduction={class_reduction!r}, reduction={reduction!r}: expected 'sum' or 'mean', and "
+                         "'mean' or 'none'.")
+    divergence = temperature**2 * _kl((student / temperature).log_softmax(-1),
+                                      (teacher.detach() / temperature).log_softmax(-1))
+    if class_reduction == 'mean':
+        divergence = divergence / student.shape[-1]
+    return divergence if reduction == 'none' else divergence.sum() / max(divergence.numel(), 1)
+
+
+def decoupled_kl(student: Tensor, teacher: Tensor, labels: Tensor,
+                 temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """The two parts of which soft targets consist (DKD, arXiv 2203.08679), each times T².
+
+    The target part compares the probability of the labelled class against all others together; the non-target part the
+    distribution among those others. :func:`combine_decoupled` weighs them.
+
+    Args:
+        student: (N, classes) logits, two classes or more.
+        teacher: (N, classes) logits.
+        labels: (N,) long, the ground-truth class of each sample.
+        temperature: T.
+
+    Returns:
+        Target divergence, non-target divergence, and the teacher's probability of the target at this temperature: (N,)
+        each.
+
+    Raises:
+        ValueError: Fewer than two classes.
+    """
+    if student.shape[-1] < 2:
+        raise ValueError(f'decoupled_kl needs two classes or more, got logits {tuple(student.shape)}: a sigmoid head '
+                         'takes quality_bce.')
+    is_target = F.one_hot(labels, student.shape[-1]).bool()
+    student_target, student_others = _split_target(student / temperature, is_target)
+    teacher_target, teacher_others = _split_target(teacher.detach() / temperature, is_target)
+    target = temperature**2 * _kl(student_target, teacher_target)
+    non_target = temperature**2 * _kl(student_others, teacher_others)
+    return target, non_target, teacher_target[:, 0].exp()
+
+
+def combine_decoupled(target: Tensor, non_target: Tensor, teacher_target_probability: Tensor, alpha: float = 1.0,
+                      beta: float = 8.0, form: str = 'decoupled') -> Tensor:
+    """Puts the parts of :func:`decoupled_kl` together (DKD, arXiv 2203.08679).
+
+    Args:
+        target: (N,).
+        non_target: (N,).
+        teacher_target_probability: (N,).
+        alpha: Weight of the target part.
+        beta: Weight of the non-target part.
+        form: ``'decoupled'`` gives α·target + β·non_target; ``'coupled'`` α·target + β·(1 - p_t)·non_target, which with
+            α = β = 1 is the plain divergence.
+
+    Returns:
+        (N,).
+
+    Raises:
+        ValueError: An unknown form.
+    """
+    if form not in ('decoupled', 'coupled'):
+        raise ValueError(f"form={form!r}: expected 'decoupled' or 'coupled'.")
+    if form == 'coupled':
+        non_target = (1 - teacher_target_probability) * non_target
+    return alpha * target + beta * non_target
+
+
+def quality_bce(student: Tensor, teacher: Tensor, beta: float = 1.0) -> Tensor:
+    """Soft labels of sigmoid heads: Σ_classes BCE(s, σ(t)) · |σ(t) - σ(s)|^β (BCKD 2308.14286, CrossKD 2306.11369).
+
+    Args:
+        student: (N, classes) logits.
+        teacher: (N, classes) logits.
+        beta: Exponent of the modulating gap, 1 or more; 0 is the plain cross-entropy.
+
+    Returns:
+        (N,).
+
+    Raises:
+        ValueError: ``beta`` between 0 and 1, whose gradient is infinite where student and teacher agree, or negative.
+    """
+    if beta != 0 and beta < 1:
+        raise ValueError(f'beta={beta}: expected 0, or 1 or more.')
+    target = teacher.detach().sigmoid()
+    loss = F.binary_cross_entropy_with_logits(student, target, reduction='none')
+    return (loss * (target - student.sigmoid()).abs()**beta).sum(-1)
+
+
+def weighted_cross_entropy(student: Tensor, teacher: Tensor, background_weight: float = 1.5, background: int = -1,
+                           temperature: float = 1.0) -> Tensor:
+    """Class-weighted soft targets: -Σ_c w_c · p_t · log p_s · T² (Chen et al., NeurIPS 2017).
+
+    Args:
+        student: (N, classes) logits, background among the classes.
+        teacher: (N, classes) logits.
+        background_weight: w of the background; that of the other classes is 1.
+        background: Index of the background, the last in mmdet.
+        temperature: T of both softmaxes.
+
+    Returns:
+        (N,).
+    """
+    weight = student.new_ones(student.shape[-1])
+    weight[background] = background_weight
+    target = (teacher.detach() / temperature).softmax(-1)
+    return -temperature**2 * (weight * target * (student / temperature).log_softmax(-1)).sum(-1)
+
+
+def rank_mimicking(student: Tensor, teacher: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    """Rank mimicking: KL(t ‖ s) of the softmax over the scores of one box's candidates (RM, arXiv 2112.04840).
+
+    Args:
+        student: (M,) scores of the candidates of all boxes.
+        teacher: (M,) scores.
+        groups: (M,) long, the box to which each candidate belongs; negative for none.
+        num_groups: Number of boxes.
+
+    Returns:
+        (num_groups,), 0 for boxes with fewer than two candidates.
+    """
+    # Candidates of no box fall into one more group, which is cut off at the end.
+    groups = torch.where(groups < 0, num_groups, groups)
+    log_student = _grouped_log_softmax(student, groups, num_groups + 1)
+    log_teacher = _grouped_log_softmax(teacher.detach(), groups, num_groups + 1)
+    divergence = F.kl_div(log_student, log_teacher, reduction='none', log_target=True)
+    return divergence.new_zeros(num_groups + 1).index_add(0, groups, divergence)[:-1]
+
+
+def _kl(log_student: Tensor, log_teacher: Tensor) -> Tensor:
+    """KL(t ‖ s) of log-probabilities over the last dimension."""
+    return F.kl_div(log_student, log_teacher, reduction='none', log_target=True).sum(-1)
+
+
+def _split_target(logits: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of target against the rest (N, 2), and of the classes among the rest (N, classes)."""
+    log_probability = logits.log_softmax(-1)
+    # A finite floor: both sides give the target probability 0 among the rest, and 0 · (finite - finite) is 0.
+    floor = torch.finfo(logits.dtype).min
+    target = log_probability.masked_fill(~is_target, 0).sum(-1)
+    rest = log_probability.masked_fill(is_target, floor).logsumexp(-1)
+    return torch.stack([target, rest], -1), logits.masked_fill(is_target, floor).log_softmax(-1)
+
+
+def _grouped_log_softmax(scores: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    """log-softmax within each group of (M,) scores."""
+    fixed = scores.detach()
+    largest = fixed.new_zeros(num_groups).scatter_reduce(0, groups, fixed, 'amax', include_self=False)
+    shifted = scores - largest[groups]
+    total = shifted.new_zeros(num_groups).index_add(0, groups, shifted.exp())
+    return shifted - total[groups].log()
