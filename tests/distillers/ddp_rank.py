@@ -1,0 +1,42 @@
+"""One rank of test_ddp.py: trains two steps on its share of a batch and saves the gradients of the first.
+
+Usage: torchrun ddp_rank.py INPUT OUTPUT
+"""
+import sys
+
+import torch
+import torch.distributed as dist
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.model import MMDistributedDataParallel
+
+import kd_det  # noqa: F401
+
+
+def distilled_gradients(config, images, samples, wrap=lambda model: model):
+    """Gradients of the distillation terms alone; the student's own losses stay in the graph with weight 0."""
+    register_all_modules(init_default_scope=True)
+    torch.manual_seed(0)
+    plain = MODELS.build(config)
+    plain.init_weights()
+    plain.train()
+    for block in (block for name, block in plain.terms.named_modules() if name.endswith('expand')):
+        torch.nn.init.normal_(block.weight, std=0.1)  # a block that starts as the identity hides most gradients
+    model = wrap(plain)
+    for step in range(2):  # the second forward fails if the first left a parameter without gradient
+        plain.zero_grad()
+        losses = model(images, samples, mode='loss')
+        total, _ = plain.parse_losses({name: value if 'fgd' in name else [each * 0 for each in value] if isinstance(value, list)
+                                       else value * 0 for name, value in losses.items()})
+        total.backward()
+    return {name: parameter.grad.clone() for name, parameter in plain.named_parameters() if parameter.requires_grad}
+
+
+if __name__ == '__main__':
+    source, target = sys.argv[1:]
+    dist.init_process_group('gloo')
+    config, images, samples = torch.load(source, weights_only=False)
+    share = slice(dist.get_rank() * 2, dist.get_rank() * 2 + 2)
+    gradients = distilled_gradients(config, images[share], samples[share], MMDistributedDataParallel)
+    if dist.get_rank() == 0:
+        torch.save(gradients, target)

@@ -1,0 +1,32 @@
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from mmdet.registry import MODELS
+
+RANK = Path(__file__).with_name('ddp_rank.py')
+
+
+def test_two_ranks_give_the_gradients_of_one_process_with_the_whole_batch(retinanet, batch, tmp_path):
+    student = retinanet()
+    student.backbone.norm_eval = True  # BatchNorm's own batch statistics would differ between the two
+    config = dict(type='DetectionDistiller', student=student, teacher=dict(config=retinanet(neck=12), random_teacher=True),
+                  distill=dict(fgd=dict(type='FGD', alpha=0.1, beta=0.1, gamma=0.1, lambda_=0.1)))
+    shapes = ((64, 64), (64, 48), (40, 64), (64, 64))
+    boxes = (((8, 8, 40, 40), ), (), ((20, 4, 60, 30), (2, 10, 30, 38)), ((4, 4, 20, 60), ))
+    data = MODELS.build(student.data_preprocessor)(batch(shapes, boxes), True)
+    torch.save((config, data['inputs'], data['data_samples']), tmp_path / 'input.pth')
+    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0',
+                    '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0', str(RANK), str(tmp_path / 'input.pth'), str(tmp_path / 'output.pth')],
+                   check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=240)
+    spec = importlib.util.spec_from_file_location('ddp_rank', RANK)
+    rank = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rank)
+    expected = rank.distilled_gradients(config, data['inputs'], data['data_samples'])
+    gradients = torch.load(tmp_path / 'output.pth', weights_only=True)
+    assert gradients.keys() == expected.keys() and any(name.startswith('distill_terms') for name in gradients)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=lambda text: f'{name}: {text}')
