@@ -166,6 +166,7 @@ def attention_distance(student: Tensor, teacher: Tensor, temperature: float, val
     Returns:
         Scalar.
     """
+    _check_shapes(student, teacher)
     return _l1(_attentions(student, temperature, valid), _attentions(teacher.detach(), temperature, valid))
 
 

@@ -1,0 +1,82 @@
+"""Nothing on the training path waits for the device: no value is read back, no shape depends on values."""
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kd_det.functional import boxes, features, logits, masks, relations
+
+BATCH, CELLS = (64, 96), (8, 12)
+BOXES = [torch.tensor([[8., 8., 40., 30.], [50., 10., 90., 60.]]), torch.zeros(0, 4)]
+LABELS = [torch.tensor([0, 2]), torch.zeros(0, dtype=torch.long)]
+LEVELS = [torch.tensor([0, 1]), torch.zeros(0, dtype=torch.long)]
+
+
+class NoHostSync(TorchDispatchMode):
+    """Fails where an operation, forward or backward, would make the host wait for a GPU."""
+
+    WAITING = ('_local_scalar_dense', 'nonzero', 'masked_select', '_unique', 'equal', 'linalg_solve')
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split('.')[0]
+        indices = args[1] if name in ('index', 'index_put_') else ()
+        by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
+        assert name not in self.WAITING and not by_mask, f'{func} waits for the device'
+        return func(*args, **(kwargs or {}))
+
+
+def feature(*shape):
+    return torch.randn(*(shape or (2, 3, *CELLS)), generator=torch.Generator().manual_seed(0))
+
+
+def box_masks():
+    valid = masks.valid_cells([BATCH, (40, 56)], BATCH, CELLS)
+    foreground = masks.box_foreground(BOXES, BATCH, CELLS, 'inverse_area', image_shapes=[BATCH, (40, 56)])
+    return foreground, masks.normalized_background(foreground, valid), valid
+
+
+def fgd(student):
+    foreground, background, valid = box_masks()
+    return sum(features.fgd_loss(student, feature() + 1, foreground, background, student_context=student,
+                                 teacher_context=feature(), valid=valid).values())
+
+
+def level_masks(student):
+    masks.assign_levels(BOXES, 2)
+    masks.near_anchor_foreground(BOXES, LEVELS, 1, 50 * feature(96 * 2, 4), CELLS)
+    masks.prediction_quality(feature(2, 96, 3).sigmoid(), 50 * feature(2, 96, 4), 50 * feature(96, 2), BOXES, LABELS)
+    return sum(features.decoupled_imitation(student, feature() + 1, masks.level_foreground(BOXES, LEVELS, 8, CELLS)))
+
+
+PATHS = dict(
+    fgd=fgd,
+    level_masks=level_masks,
+    imitation=lambda s: features.masked_imitation(s, feature() + 1, box_masks()[0], distance='cosine',
+                                                  normalizer='twice_mask'),
+    channel_wise=lambda s: features.channel_wise_kl(s, feature() + 1, 1.0, box_masks()[2]),
+    pearson=lambda s: features.pearson_distance(s, feature() + s.detach()**2, box_masks()[2]),
+    flow=lambda s: relations.flow_distance(relations.flow_matrix(s, s[:, :, ::2, ::2]), feature(2, 3, 3)),
+    distances=lambda s: relations.distance_relation(s[0], feature()[0] + s[0].detach()**2),
+    angles=lambda s: relations.angle_relation(s[:, :, 0, 0], s.detach()[:, :, 1, 1]),
+    dist=lambda s: relations.dist_loss(s[:, :, 0, 0], feature(2, 3)),
+    soft=lambda s: logits.soft_target_kl(s[:, :, 0, 0], feature(2, 3), 2.0),
+    quality=lambda s: logits.quality_bce(s[:, :, 0, 0], feature(2, 3)).sum(),
+    weighted=lambda s: logits.weighted_cross_entropy(s[:, :, 0, 0], feature(2, 3)).sum(),
+    ranks=lambda s: logits.rank_mimicking(s[0, 0, 0], s.detach()[1, 1, 1], torch.arange(12) % 4 - 1, 3).sum(),
+    bounded=lambda s: boxes.bounded_regression(s[0, 0, :, :4], feature(8, 4), feature(8, 4) + 1, 9.0).sum(),
+    distribution=lambda s: boxes.distribution_kl(s[:, :, :4], feature(2, 3, 4, 12)).sum(),
+    giou=lambda s: boxes.giou_imitation(s[0, 0, :, :4], 5 * feature(8, 4)).sum(),
+)
+
+
+@pytest.mark.parametrize('path', PATHS.values(), ids=PATHS.keys())
+def test_training_path_never_waits_for_the_device(path):
+    student = feature().requires_grad_()
+    with NoHostSync():
+        path(student).backward()
+    assert student.grad.isfinite().all() and student.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize('wait', [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x.nonzero()])
+def test_the_check_notices_waiting(wait):
+    with pytest.raises(AssertionError, match='waits for the device'), NoHostSync():
+        wait(feature(3))

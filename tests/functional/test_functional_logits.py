@@ -1,0 +1,152 @@
+"""Class outputs: the formulas, extreme logits, no samples."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kd_det.functional import logits
+
+
+@pytest.fixture
+def pair():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (2 * torch.randn(6, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    return student.requires_grad_(), teacher.requires_grad_()
+
+
+LABELS = torch.tensor([0, 1, 2, 3, 3, 0])
+GROUPS = torch.tensor([0, 2, 0, 2, 2, -1])
+
+
+def coupled(student, teacher):
+    return logits.combine_decoupled(*logits.decoupled_kl(student, teacher, LABELS[:len(student)], 2.0), form='coupled')
+
+
+# Every loss of two sets of logits, per sample or per group; those marked True are 0 for equals.
+LOSSES = dict(
+    soft=(lambda s, t: logits.soft_target_kl(s, t, 2.0, reduction='none'), True),
+    decoupled=(lambda s, t: logits.combine_decoupled(*logits.decoupled_kl(s, t, LABELS[:len(s)], 2.0)), True),
+    coupled=(coupled, True),
+    quality=(logits.quality_bce, True),
+    quality_squared=(lambda s, t: logits.quality_bce(s, t, beta=2.0), True),
+    weighted=(logits.weighted_cross_entropy, False),
+    ranks=(lambda s, t: logits.rank_mimicking(s[:, 0], t[:, 0], GROUPS[:len(s)], 4), True),
+)
+every_loss = pytest.mark.parametrize('loss, zero_for_equals', LOSSES.values(), ids=LOSSES.keys())
+
+
+@every_loss
+def test_loss_teaches_the_student_alone(loss, zero_for_equals, pair):
+    student, teacher = pair
+    value = loss(student, teacher)
+    assert value.min() >= 0 and value.sum() > 0
+    value.sum().backward()
+    assert student.grad.abs().sum() > 0 and teacher.grad is None
+
+
+@every_loss
+def test_gradient_is_that_of_the_formula(loss, zero_for_equals, pair):
+    student, teacher = pair
+    assert torch.autograd.gradcheck(lambda s: loss(s, teacher.detach()), student)
+
+
+@every_loss
+def test_equal_logits_are_a_minimum(loss, zero_for_equals, pair):
+    student, _ = pair
+    value = loss(student, student.detach().clone())
+    gradient, = torch.autograd.grad(value.sum(), student)
+    if zero_for_equals:
+        assert value.abs().max() == 0
+        assert gradient.abs().max() < 1e-12
+    else:
+        assert (loss(student + 0.1 * torch.randn_like(student), student.detach()) != value).all()
+
+
+@every_loss
+def test_no_samples_and_extreme_logits_are_finite(loss, zero_for_equals):
+    none = torch.zeros(0, 4, requires_grad=True)
+    assert loss(none, none.detach()).sum() == 0
+    extreme = 1e4 * torch.eye(6, 4)
+    for student, teacher in [(extreme, -extreme), (-extreme, extreme), (torch.zeros(6, 4), extreme)]:
+        student = student.clone().requires_grad_()
+        value = loss(student, teacher)
+        gradient, = torch.autograd.grad(value.sum(), student)
+        assert value.isfinite().all() and gradient.isfinite().all()
+
+
+def loop_kl(student, teacher):
+    return sum(t * (t / s).log() for s, t in zip(student, teacher))
+
+
+def test_soft_target_kl_equals_the_loop(pair):
+    student, teacher = ((side / 3).softmax(1) for side in pair)
+    expected = torch.stack([9 * loop_kl(s, t) for s, t in zip(student, teacher)])
+    torch.testing.assert_close(logits.soft_target_kl(*pair, 3.0, reduction='none'), expected)
+    torch.testing.assert_close(logits.soft_target_kl(*pair, 3.0), expected.mean())
+    torch.testing.assert_close(logits.soft_target_kl(*pair, 3.0, 'sum'), expected.mean())
+    torch.testing.assert_close(logits.soft_target_kl(*pair, 3.0, 'mean'), expected.mean() / 4)
+    assert logits.soft_target_kl(torch.zeros(0, 4), torch.zeros(0, 4), 3.0) == 0
+    with pytest.raises(ValueError, match="class_reduction='max'"):
+        logits.soft_target_kl(*pair, 3.0, 'max')
+
+
+def test_decoupled_kl_equals_the_loop(pair):
+    target, non_target, probability = logits.decoupled_kl(*pair, LABELS, 3.0)
+    assert not probability.requires_grad
+    student, teacher = ((side / 3).softmax(1) for side in pair)
+    for n, label in enumerate(LABELS.tolist()):
+        others = [c for c in range(4) if c != label]
+        binary = [torch.stack([side[n, label], 1 - side[n, label]]) for side in (student, teacher)]
+        rest = [side[n, others] / side[n, others].sum() for side in (student, teacher)]
+        torch.testing.assert_close(target[n], 9 * loop_kl(*binary))
+        torch.testing.assert_close(non_target[n], 9 * loop_kl(*rest))
+        torch.testing.assert_close(probability[n], teacher[n, label])
+
+
+@pytest.mark.parametrize('temperature', [1.0, 4.0])
+def test_coupled_form_equals_soft_targets_for_each_sample(pair, temperature):
+    parts = logits.decoupled_kl(*pair, LABELS, temperature)
+    actual = logits.combine_decoupled(*parts, alpha=1, beta=1, form='coupled')
+    torch.testing.assert_close(actual, logits.soft_target_kl(*pair, temperature, reduction='none'))
+    decoupled = logits.combine_decoupled(*parts, alpha=2, beta=3)
+    torch.testing.assert_close(decoupled, 2 * parts[0] + 3 * parts[1])
+
+
+def test_decoupled_kl_rejects_what_it_cannot_decouple(pair):
+    with pytest.raises(ValueError, match='two classes or more'):
+        logits.decoupled_kl(torch.zeros(3, 1), torch.zeros(3, 1), torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match="form='plain': expected 'decoupled' or 'coupled'"):
+        logits.combine_decoupled(*logits.decoupled_kl(*pair, LABELS), form='plain')
+
+
+@pytest.mark.parametrize('beta', [0, 1, 2.5])
+def test_quality_bce_equals_the_loop(pair, beta):
+    student, teacher = (side.detach().sigmoid() for side in pair)
+    bce = -(teacher * student.log() + (1 - teacher) * (1 - student).log())
+    torch.testing.assert_close(logits.quality_bce(*pair, beta), (bce * (teacher - student).abs()**beta).sum(1))
+
+
+@pytest.mark.parametrize('beta', [-1, 0.5])
+def test_quality_bce_rejects_exponents_of_infinite_gradient(pair, beta):
+    with pytest.raises(ValueError, match='expected 0, or 1 or more'):
+        logits.quality_bce(*pair, beta)
+
+
+def test_weighted_cross_entropy_equals_the_loop(pair):
+    student, teacher = (side.detach().softmax(1) for side in pair)
+    weights = torch.tensor([1, 1, 1, 1.5], dtype=torch.float64)
+    torch.testing.assert_close(logits.weighted_cross_entropy(*pair), -(weights * teacher * student.log()).sum(1))
+    torch.testing.assert_close(logits.weighted_cross_entropy(*pair, background_weight=1),
+                               F.cross_entropy(pair[0], teacher, reduction='none'))
+    first = logits.weighted_cross_entropy(*(side.flip(1) for side in pair), background=0)
+    torch.testing.assert_close(first, logits.weighted_cross_entropy(*pair))
+
+
+def test_rank_mimicking_equals_the_loop(pair):
+    student, teacher = (side[:, 0].detach() for side in pair)
+    actual = logits.rank_mimicking(student, teacher, GROUPS, 4)
+    for group in range(4):
+        members = GROUPS == group
+        expected = loop_kl(student[members].softmax(0), teacher[members].softmax(0)) if members.any() else 0.
+        assert actual[group].item() == pytest.approx(float(expected))
+    assert (actual > 0).tolist() == [True, False, True, False]
+    torch.testing.assert_close(logits.rank_mimicking(student + 5, teacher, GROUPS, 4), actual)
