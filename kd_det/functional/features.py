@@ -48,7 +48,8 @@ def masked_imitation(
         mask: (N, H, W), or four dimensions that broadcast to (N, C, H, W); None for 1 everywhere.
         channel_weight: (N, C), a factor of the mask; None for 1 everywhere.
         distance: ``'mse'`` squared difference, ``'l1'``, ``'smooth_l1'`` with threshold 1, each summed over the
-            channels; or ``'cosine'``, 1 - cos of the two channel vectors of a cell.
+            channels; or ``'cosine'``, 1 - cos of the two channel vectors of a cell, as half the squared difference of
+            the unit vectors, which is what channel weights then weigh.
         normalizer: See the table; ΣM is kept from 0, so that an empty mask gives 0. A mask that differs between
             channels counts with its mean over them, and ``channel_weight`` does not count.
 
@@ -259,8 +260,6 @@ def pearson_distance(student: Tensor, teacher: Tensor, valid: Tensor | None = No
     difference = _standardize(student, valid) - _standardize(teacher.detach(), valid)
     count = difference.numel() if valid is None else student.shape[1] * valid.sum().clamp(min=1)
     return difference.square().sum() / count / 2
-
-
 
 
 def fkd_loss(

@@ -309,12 +309,12 @@ def prediction_quality(
     corners, image = _concatenate(boxes)
     label = torch.cat(list(labels)).to(corners.device)
     importance = corners.new_zeros(len(boxes) * len(points))
-    inside_of = points.to(corners)
+    centres = points.to(corners)
     for part in _chunks(len(corners), 4 * len(points)):
         box = corners[part, None]
         overlap = _iou(box, predictions[image[part]].to(corners))
         probability = probabilities.transpose(1, 2)[image[part], label[part]].to(corners)
-        inside = ((inside_of >= box[..., :2]) & (inside_of <= box[..., 2:])).all(-1)
+        inside = ((centres >= box[..., :2]) & (centres <= box[..., 2:])).all(-1)
         quality = probability**(1 - xi) * overlap**xi * inside
         best, cell = quality.topk(min(top_k, len(points)), dim=1)
         weight = _gaussian_height(points[cell], best > 0).to(corners)

@@ -170,7 +170,8 @@ def test_assign_levels():
 
 
 def test_level_foreground_equals_the_loop():
-    boxes = [random_boxes(12, 5, outside=0.2), torch.zeros(0, 4), torch.tensor([[8., 8., 9., 30.], [159., 95., 160., 96.]])]
+    tiny = torch.tensor([[8., 8., 9., 30.], [159., 95., 160., 96.]])
+    boxes = [random_boxes(12, 5, outside=0.2), torch.zeros(0, 4), tiny]
     levels = [torch.arange(12) % 3, torch.zeros(0, dtype=torch.long), torch.tensor([1, 1])]
     for level, stride in enumerate([4, 8, 16]):
         height, width = BATCH[0] // stride, BATCH[1] // stride

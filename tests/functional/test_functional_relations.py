@@ -5,9 +5,13 @@ import torch.nn.functional as F
 
 from kd_det.functional import relations
 
+
+def flow_of(members):
+    return relations.flow_matrix(members[:, :, None, None], members[:, :, None, None])
+
+
 LOSSES = dict(distance=relations.distance_relation, angle=relations.angle_relation, dist=relations.dist_loss,
-              flow=lambda s, t: relations.flow_distance(relations.flow_matrix(s[:, :, None, None], s[:, :, None, None]),
-                                                        relations.flow_matrix(t[:, :, None, None], t[:, :, None, None])))
+              flow=lambda s, t: relations.flow_distance(flow_of(s), flow_of(t)))
 every_loss = pytest.mark.parametrize('loss', LOSSES.values(), ids=LOSSES.keys())
 
 
