@@ -19,6 +19,10 @@ import torch
 
 CAN_ALLOW_GLOBALS = hasattr(torch.serialization, 'add_safe_globals')  # torch >= 2.4
 
+# Where the messages of torch's unpickler, from 2.0 on, name what they refuse.
+REFUSED = re.compile(r'(?:GLOBAL|Unsupported class|unrecognized function|add_safe_globals`,? but got) '
+                     r'(.+?)(?: was | whose |$)', re.MULTILINE)
+
 
 class CheckpointError(RuntimeError):
     """A file is not a checkpoint, or not all of one."""
@@ -143,9 +147,9 @@ def _weights_only(name: str) -> Iterator[None]:
 
 
 def _explain(name: str, error: Exception) -> CheckpointError:
-    refused = re.search(r'GLOBAL (\S+)|unrecognized function (.+)|`add_safe_globals`,? but got (.+)', str(error))
+    refused = REFUSED.search(str(error))
     if isinstance(error, pickle.UnpicklingError) and refused:
-        code = next(group for group in refused.groups() if group)
+        code = refused.group(1)
         advice = ('If you trust its author, save it again with its state_dict alone; a class of your own can be '
                   'allowed with torch.serialization.add_safe_globals.')
         if not CAN_ALLOW_GLOBALS:

@@ -92,24 +92,24 @@ def test_compiled_mmcv_is_left_alone(tmp_path):
                                      '    return lambda *args, **kwargs: f"compiled {name}"\n')
     output = run_python(
         'import sys, kd_det.compat\n'
-        'before = list(sys.meta_path)\n'
         'kd_det.compat.install()\n'
         'from mmcv import _ext\n'
         'from mmcv.ops import get_compiler_version\n'
         'from kd_det.compat.operators import OperatorFinder\n'
         'print(kd_det.compat.operator_backend(), _ext.__file__, get_compiler_version(), sep="\\n")\n'
-        'print(sys.meta_path == before, any(isinstance(finder, OperatorFinder) for finder in sys.meta_path))\n',
+        'print(any(isinstance(finder, OperatorFinder) for finder in sys.meta_path))\n',
         tmp_path)
     assert output.splitlines()[-4:] == [
-        'compiled mmcv', str(package / '_ext.py'), 'compiled get_compiler_version', 'True False']
+        'compiled mmcv', str(package / '_ext.py'), 'compiled get_compiler_version', 'False']
 
 
 def test_without_mmcv_nothing_is_installed():
     output = run_python(
         'import sys\n'
         'for name in ("mmcv", "mmdet", "mmengine"): sys.modules[name] = None\n'
-        'before = list(sys.meta_path)\n'
         'import kd_det.compat\n'
+        'from kd_det.compat.operators import OperatorFinder\n'
         'kd_det.compat.install()\n'
-        'print(sys.meta_path == before, kd_det.compat.operator_backend())\n')
-    assert output.split() == ['True', 'None']
+        'print(any(isinstance(finder, OperatorFinder) for finder in sys.meta_path), '
+        'kd_det.compat.operator_backend())\n')
+    assert output.split() == ['False', 'None']

@@ -11,11 +11,12 @@ def inputs(dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     feature, weight, bias = normal(2, 4, 5, 7), normal(6, 2, 3, 2), normal(6)
     shape = F.conv2d(feature, weight, None, (1, 2), (2, 1), (2, 1), 2).shape[2:]
-    return feature, normal(2, 2 * 2 * 6, *shape), normal(2, 2 * 6, *shape).sigmoid(), weight, bias
+    offset, mask = normal(2, 2 * 2 * 6, *shape), normal(2, 2 * 6, *shape).sigmoid()
+    return [tensor.to(dtype) for tensor in (feature, offset, mask, weight, bias)]
 
 
 def test_without_offsets_it_is_a_convolution():
