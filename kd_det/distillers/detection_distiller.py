@@ -9,6 +9,7 @@ from mmdet.registry import MODELS
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
+from kd_det.configuration import ConfigurationError
 from kd_det.context import DistillContext, Progress
 from kd_det.distillers.provenance import Provenance, inherit, pretrained_parameters
 from kd_det.distillers.weights import build_weight
@@ -39,7 +40,7 @@ class DetectionDistiller(BaseModel):
             where shapes agree.
 
     Raises:
-        ValueError: A term's name or argument is wrong; the message says where in the config.
+        ConfigurationError: A term's name or argument is wrong; the message says where in the config.
         TeacherError: A teacher lacks its config or checkpoint.
     """
 
@@ -162,7 +163,7 @@ class DetectionDistiller(BaseModel):
             try:
                 term.connect(self._student_levels, self._teacher_levels[term.teacher])
             except ValueError as error:
-                raise type(error)(f"model.distill.{name}: {error}") from error
+                raise ConfigurationError(f'model.distill.{name}: {error}') from error
 
     def load_terms(self, state: Dict[str, Tensor]) -> None:
         """Restores the terms' weights from a checkpoint.
@@ -231,10 +232,10 @@ def _build_terms(distill: Dict[str, dict], teachers: int) -> Tuple[dict, Dict[st
     for name, config in distill.items():
         where = f'model.distill.{name}'
         if 'loss' in name:
-            raise ValueError(f"{where}: a term's name may not contain 'loss', which mmengine takes for a loss to add; the "
+            raise ConfigurationError(f"{where}: a term's name may not contain 'loss', which mmengine takes for a loss to add; the "
                              f"term is logged as 'loss_{name}' by itself. Rename it.")
         if not isinstance(config, dict) or 'type' not in config:
-            raise ValueError(f"{where} = {config!r:.80}: expected a dict with a 'type', e.g. dict(type='FGD', tap='neck').")
+            raise ConfigurationError(f"{where} = {config!r:.80}: expected a dict with a 'type', e.g. dict(type='FGD', tap='neck').")
         config = copy.deepcopy(dict(config))
         try:
             weight = build_weight(config.pop('weight', 1.0))
@@ -242,11 +243,11 @@ def _build_terms(distill: Dict[str, dict], teachers: int) -> Tuple[dict, Dict[st
                 continue
             term = MODELS.build(config)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f'{where}: {error}') from error
+            raise ConfigurationError(f'{where}: {error}') from error
         if not isinstance(term, DistillTerm):
-            raise ValueError(f"{where}: '{config['type']}' is a {type(term).__name__}, not a distillation term.")
+            raise ConfigurationError(f"{where}: '{config['type']}' is a {type(term).__name__}, not a distillation term.")
         if not 0 <= term.teacher < teachers:
-            raise ValueError(f'{where}: teacher={term.teacher}, but there are {teachers} teachers, counted from 0.')
+            raise ConfigurationError(f'{where}: teacher={term.teacher}, but there are {teachers} teachers, counted from 0.')
         weights[name], terms[name] = weight, term
     return weights, terms
 

@@ -8,6 +8,8 @@ from typing import Dict, Iterable, Iterator, List, Tuple
 from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint_with_prefix
 from torch import Tensor, nn
 
+from kd_det.configuration import ConfigurationError
+
 ORIGINS = ('random', 'pretrained', 'inherited', 'checkpoint')
 
 
@@ -69,7 +71,7 @@ def inherit(student: nn.Module, teacher: nn.Module, parts: Iterable[str]) -> Tup
         The state-dict keys that were inherited, and those that could not be.
 
     Raises:
-        ValueError: The student has no such part.
+        ConfigurationError: The student has no such part.
     """
     source, target = teacher.state_dict(), student.state_dict()
     inherited, left = [], []
@@ -77,7 +79,7 @@ def inherit(student: nn.Module, teacher: nn.Module, parts: Iterable[str]) -> Tup
         keys = [key for key in target if key.startswith(f'{part}.')]
         if not keys:
             known = sorted({key.split('.')[0] for key in target})
-            raise ValueError(f"inherit: the student has no part '{part}'; it has {', '.join(known)}.")
+            raise ConfigurationError(f"inherit: the student has no part '{part}'; it has {', '.join(known)}.")
         for key in keys:
             fits = key in source and source[key].shape == target[key].shape
             (inherited if fits else left).append(key)

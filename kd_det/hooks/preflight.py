@@ -10,6 +10,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from kd_det.configuration import ConfigurationError
 from kd_det.randomness import preserved_randomness
 from mmdet.registry import DATASETS
 from kd_det.teachers import Teacher, TeacherError
@@ -55,7 +56,7 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int) -> Optional[
 
     Raises:
         TeacherError: See :func:`check_classes`.
-        ValueError: The validation data is empty.
+        ConfigurationError: The validation data is empty.
     """
     loader, evaluator = runner.cfg.get('val_dataloader'), runner.cfg.get('val_evaluator')
     if not loader or not evaluator:
@@ -64,7 +65,7 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int) -> Optional[
     with preserved_randomness():
         dataset = DATASETS.build(copy.deepcopy(loader['dataset']))
         if len(dataset) == 0:
-            raise ValueError('The validation data is empty: check val_dataloader.dataset (ann_file, data_prefix, data_root).')
+            raise ConfigurationError('The validation data is empty: check val_dataloader.dataset (ann_file, data_prefix, data_root).')
         check_classes(teacher, len(dataset.metainfo['classes']))
         count = min(images, len(dataset))
         evaluator = runner.build_evaluator(copy.deepcopy(evaluator))

@@ -7,11 +7,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Dict, Sequence, Union
 
-from mmengine.config import Config, ConfigDict
-from mmengine.hub import get_config
+from mmengine.config import ConfigDict
 from torch import Tensor, nn
 
 from kd_det.compat import load_checkpoint
+from kd_det.configuration import DISTILLER, load_config
 
 ModelConfig = Union[str, Path, dict]
 
@@ -30,19 +30,15 @@ def read_model_config(config: ModelConfig) -> ConfigDict:
     Raises:
         TeacherError: The config holds no model.
         FileNotFoundError: There is no such file.
+        ConfigurationError: The file has an error.
     """
-    if isinstance(config, (str, Path)):
-        name = str(config)
-        if '::' not in name and not Path(name).is_file():
-            raise FileNotFoundError(f"There is no config file '{name}' (from the folder {Path.cwd()}).")
-        loaded = get_config(name) if '::' in name else Config.fromfile(name)
-    else:
-        loaded = ConfigDict(config)
+    loaded = load_config(config) if isinstance(config, (str, Path)) else ConfigDict(config)
     model = loaded.get('model', loaded)
     if 'type' not in model:
-        raise TeacherError(f"The config {config!r:.200} holds no model: expected a key 'model', or a model dict with a 'type'.")
+        raise TeacherError(f"The teacher's config {config!r:.200} holds no model: expected a key 'model', or a model dict with "
+                           "a 'type'.")
     # A student that was itself distilled may teach: what counts is the detector inside.
-    return model.student if model.type == 'DetectionDistiller' else model
+    return model.student if model.type == DISTILLER else model
 
 
 def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str] = (),
