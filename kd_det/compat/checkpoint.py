@@ -2,7 +2,7 @@
 
 A pickle can call anything. ``torch.load(weights_only=True)``, the default since torch 2.6, calls only what is allowed:
 tensors and plain containers. mmengine also saves its logging history, numpy numbers and a scheduler's method.
-:func:`install_safe_globals` allows these, none of which runs code of the file's choosing; all else stays refused.
+:func:`install_safe_loading` allows these, none of which runs code of the file's choosing; all else stays refused.
 """
 import codecs
 import importlib.util
@@ -36,7 +36,7 @@ def load_checkpoint(path_or_url: Union[str, Path], map_location: Any = 'cpu') ->
     """Loads a checkpoint and never runs code from it.
 
     Args:
-        path_or_url: a file, or anything that mmengine's ``CheckpointLoader`` knows (``https://``, ``torchvision://``, …).
+        path_or_url: a file, or anything that mmengine's ``CheckpointLoader`` knows (``https://``, ``torchvision://``).
         map_location: as for :func:`torch.load`.
 
     Raises:
@@ -135,7 +135,7 @@ def _weights_only(name: str) -> Iterator[None]:
     os.environ[forced] = '1'
     try:
         yield
-    except (FileNotFoundError, MemoryError, CheckpointError):
+    except (FileNotFoundError, PermissionError, MemoryError, CheckpointError):
         raise
     except pickle.UnpicklingError as error:
         raise _explain(name, error) from None  # torch's message advises to give up weights_only
@@ -158,7 +158,8 @@ def _explain(name: str, error: Exception) -> CheckpointError:
         return UnsafeCheckpointError(f'{name} was refused, and nothing in it was run: it refers to {code}, and a '
                                      f'checkpoint that calls code can do anything to this machine. {advice}')
     if '://' in name and isinstance(error, OSError):
-        return CheckpointError(f'{name} cannot be downloaded ({error}). Fetch it by hand and give the path of the file.')
+        return CheckpointError(f'{name} cannot be downloaded ({error}). '
+                               'Fetch it by hand and give the path of the file.')
     return CheckpointError(f'{name} cannot be read as a PyTorch checkpoint: {_damage(error)}. '
                            'If it should be one, it is damaged: copy or download it again.')
 

@@ -20,7 +20,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     """
     boxes, scores = at_least_float32(boxes, scores)
     if offset:
-        boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
+        boxes = torch.cat([boxes[:, :2], boxes[:, 2:] + offset], dim=1)
     # mmcv compares in float32: an IoU equal to the threshold must not exceed it by the threshold's rounding.
     return torchvision.ops.nms(boxes, scores, float(np.float32(iou_threshold)))
 

@@ -28,8 +28,8 @@ def roi_align_forward(input: Tensor, rois: Tensor, output: Tensor, argmax_y: Ten
     """
     _refuse_max_pooling(pool_mode)
     input, rois = at_least_float32(input, rois)
-    output.copy_(torchvision.ops.roi_align(input, rois, (aligned_height, aligned_width), spatial_scale,
-                                           sampling_ratio, aligned))
+    output.copy_(torch.ops.torchvision.roi_align(input, rois, spatial_scale, aligned_height, aligned_width,
+                                                 sampling_ratio, aligned))
 
 
 def roi_align_backward(grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argmax_x: Tensor, grad_input: Tensor,
@@ -38,17 +38,23 @@ def roi_align_backward(grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argm
     """Writes ``grad_input``, (N, C, H, W); the other arguments are those of :func:`roi_align_forward`."""
     _refuse_max_pooling(pool_mode)
     grad_output, rois = at_least_float32(grad_output, rois)
-    if grad_output.is_cuda and torch.are_deterministic_algorithms_enabled():
-        # The kernel adds in any order and PyTorch refuses it; torchvision's own deterministic RoIAlign is differentiable.
-        with torch.enable_grad():
-            input = grad_output.new_zeros(grad_input.shape, requires_grad=True)
-            pooled = torchvision.ops.roi_align(input, rois, (aligned_height, aligned_width), spatial_scale,
-                                               sampling_ratio, aligned)
-        gradient, = torch.autograd.grad(pooled, input, grad_output)
-    else:
-        gradient = torch.ops.torchvision._roi_align_backward(grad_output, rois, spatial_scale, aligned_height,
-                                                             aligned_width, *grad_input.shape, sampling_ratio, aligned)
-    grad_input.copy_(gradient)
+    # The CUDA kernel adds up in any order, which PyTorch refuses in a deterministic run.
+    deterministic = grad_output.is_cuda and torch.are_deterministic_algorithms_enabled()
+    backward = _deterministic_backward if deterministic else torch.ops.torchvision._roi_align_backward
+    grad_input.copy_(backward(grad_output, rois, spatial_scale, aligned_height, aligned_width, *grad_input.shape,
+                              sampling_ratio, aligned))
+
+
+def _deterministic_backward(grad_output: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int,
+                            pooled_width: int, batch_size: int, channels: int, height: int, width: int,
+                            sampling_ratio: int, aligned: bool) -> Tensor:
+    """Through ``torchvision.ops.roi_align``, which in a deterministic run is differentiable PyTorch code on the GPU."""
+    with torch.enable_grad():
+        # RoIAlign is linear, so the input's values do not matter.
+        input = grad_output.new_zeros(batch_size, channels, height, width).requires_grad_()
+        pooled = torchvision.ops.roi_align(input, rois, (pooled_height, pooled_width), spatial_scale, sampling_ratio,
+                                           aligned)
+    return torch.autograd.grad(pooled, input, grad_output)[0]
 
 
 def _refuse_max_pooling(pool_mode: int) -> None:

@@ -2,6 +2,8 @@ import pytest
 import torch
 from mmcv.ops import RoIAlign, roi_align
 
+from kd_det.compat.ops.roi_align import _deterministic_backward
+
 
 def inputs(dtype=torch.float64, height=9, width=11):
     generator = torch.Generator().manual_seed(0)
@@ -57,6 +59,27 @@ def test_no_rois():
     output.sum().backward()
     assert output.shape == (0, 3, 7, 7)
     assert torch.equal(feature.grad, torch.zeros_like(feature))
+
+
+def test_deterministic_backward_is_the_same():
+    _, rois = inputs()
+    grad_output = torch.rand(3, 3, 2, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    arguments = (grad_output, rois, 0.25, 2, 4, 2, 3, 9, 11, 2, True)
+    torch.testing.assert_close(_deterministic_backward(*arguments),
+                               torch.ops.torchvision._roi_align_backward(*arguments))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='on the CPU the kernel is deterministic')
+def test_deterministic_run_on_the_gpu():
+    feature, rois = (tensor.float().cuda() for tensor in inputs())
+    exact = feature.clone().requires_grad_()
+    roi_align(exact, rois, 2, 0.25).sum().backward()
+    torch.use_deterministic_algorithms(True)
+    try:
+        roi_align(feature.requires_grad_(), rois, 2, 0.25).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(feature.grad, exact.grad)
 
 
 def test_max_pooling_names_itself():
