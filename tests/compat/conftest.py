@@ -1,8 +1,4 @@
 """The operators are tested through ``mmcv.ops``, as mmdet calls them."""
-import pytest
-
-pytest.importorskip('mmcv')
-
 import kd_det.compat
 
 kd_det.compat.install()
