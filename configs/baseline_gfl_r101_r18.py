@@ -1,0 +1,2 @@
+"""The twin of fgd_gfl_r101_r18.py without distillation: the same student, schedule, seed and initialisation."""
+_base_ = './_base_/students/gfl_r18.py'
