@@ -1,0 +1,34 @@
+# kd_det: `make demo` shows it at work, `make test` tests it. Both need Python and make, nothing else.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+# Written when an install has finished; it is done again only when what it installs from has changed.
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test clean
+
+help:  ## Show this help.
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+	@echo 'PYTHON=python3.11 chooses the Python that makes $(VENV); WORKERS=4 the processes of the tests.'
+
+install: $(INSTALLED)  ## Make the virtual environment .venv and install kd_det with MMDetection into it.
+
+demo: $(INSTALLED)  ## Generate data, train a teacher and two students, and compare them: plain and distilled.
+	$(BIN)/kd-det demo
+
+test: $(INSTALLED)  ## Run all tests.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests
+
+clean:  ## Remove the virtual environment and what builds leave behind; data and runs stay.
+	rm -rf $(VENV) build dist *.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): setup.py pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --constraint constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation --editable '.[mmdet,test]'
+	@touch $@
