@@ -1,0 +1,132 @@
+"""Reads configs and derives others from them: the plain student's, or the same on another data root."""
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, Callable, List, Union
+
+from mmengine.config import Config, ConfigDict
+from mmengine.hub import get_config
+
+DISTILLER = 'DetectionDistiller'
+DISTILL_HOOK = 'DistillHook'
+
+# Configs and tools travel inside the package, where MMEngine and mim look for them.
+CONFIG_ROOT = Path(__file__).parent / '.mim' / 'configs'
+
+
+class ConfigurationError(ValueError):
+    """A config can not be read, or can not serve."""
+
+
+def load_config(name: Union[str, Path]) -> Config:
+    """Reads a config.
+
+    Args:
+        name: A file, or ``'package::folder/file.py'`` for one that a package ships, such as
+            ``'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'`` or ``'kd_det::fgd_r101_r18.py'``.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ConfigurationError: The file, or one of its bases, has an error; the message says which and where.
+    """
+    name = str(name)
+    scope, _, path = name.rpartition('::')
+    if scope == 'kd_det':  # MMEngine refuses names without a folder
+        path = str(CONFIG_ROOT / path)
+    if scope in ('', 'kd_det') and not Path(path).is_file():
+        raise FileNotFoundError(f"There is no config file '{path}'.")
+    try:
+        return Config.fromfile(path) if scope in ('', 'kd_det') else get_config(name)
+    except SyntaxError as error:
+        raise ConfigurationError(f"The config '{name}' is not valid Python: {error}") from error
+    except Exception as error:  # a config is code, its bases too: whatever it raises is a fault of the config
+        raise ConfigurationError(f"The config '{name}' can not be read: {type(error).__name__}: {error}") from error
+
+
+def renamed(config: Config, path: Union[str, Path]) -> Config:
+    """The same config under another file name, which is where MMEngine's Runner writes it within the work dir."""
+    return Config(config.to_dict(), cfg_text=config.text or config.pretty_text, filename=str(path))
+
+
+def is_distillation(config: Config) -> bool:
+    """Whether the config's model is a distiller."""
+    return config.get('model', {}).get('type') == DISTILLER
+
+
+def student_model(config: Config) -> ConfigDict:
+    """The model dict of the detector that a run of this config yields."""
+    if 'type' not in config.get('model', {}):
+        raise ConfigurationError(f"The config '{config.filename}' has no model: expected model=dict(type=…, …).")
+    return config.model.student if is_distillation(config) else config.model
+
+
+def student_config(config: Config) -> Config:
+    """The config without distillation: the plain student as the model, the rest unchanged.
+
+    A test run on it never builds a teacher, and its checkpoints are the same.
+    """
+    plain = copy.deepcopy(config)
+    plain.model = student_model(plain)
+    for name, hook in list(plain.get('default_hooks', {}).items()):
+        if hook and hook.get('type') == DISTILL_HOOK:
+            del plain.default_hooks[name]
+    if plain.get('custom_hooks'):
+        plain.custom_hooks = [hook for hook in plain.custom_hooks if hook.get('type') != DISTILL_HOOK]
+    return plain
+
+
+def merge_options(config: Config, options: dict) -> None:
+    """Applies ``--cfg-options``; unlike in plain MMEngine, ``data_root=…`` reaches every path that starts with it.
+
+    Raises:
+        ConfigurationError: An option goes through something that holds no keys, or past the end of a list.
+    """
+    options = dict(options)
+    data_root = options.pop('data_root', None)
+    try:
+        config.merge_from_dict(options)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ConfigurationError(f'--cfg-options {options}: {error}') from error
+    if data_root is not None:
+        set_data_root(config, data_root)
+
+
+def set_data_root(config: Config, data_root: str) -> None:
+    """Moves the data: every path in the config that starts with the old data root starts with the new one.
+
+    Raises:
+        ConfigurationError: The config names no data root.
+    """
+    old = config.get('data_root') or config.get('train_dataloader', {}).get('dataset', {}).get('data_root')
+    if not old:
+        raise ConfigurationError(
+            f"The config '{config.filename}' has no data_root to replace by '{data_root}': set the "
+            'paths of its data sets with --cfg-options instead.')
+    old, new = str(old).rstrip('/'), str(data_root).rstrip('/') or '/'
+
+    def move(text: str) -> str:
+        if text.rstrip('/') == old:
+            return new + '/'
+        return str(Path(new) / text[len(old) + 1:]) if text.startswith(old + '/') else text
+
+    for key, value in config.items():
+        config[key] = _map_strings(value, move)
+
+
+def _map_strings(value: Any, function: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, dict):
+        return ConfigDict({key: _map_strings(item, function) for key, item in value.items()})
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_strings(item, function) for item in value)
+    return value
+
+
+def leaf_datasets(dataset: dict) -> List[dict]:
+    """The data sets within wrappers such as ``RepeatDataset``, ``MultiImageMixDataset`` and ``ConcatDataset``."""
+    inner = dataset.get('datasets', dataset.get('dataset'))
+    if inner is None:
+        return [dataset]
+    return [leaf for item in (inner if isinstance(inner, (list, tuple)) else [inner]) for leaf in leaf_datasets(item)]

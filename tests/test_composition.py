@@ -1,0 +1,93 @@
+"""Distillation configs made out of a student's."""
+import pytest
+from mmengine.config import Config
+
+from kd_det.composition import METHOD_ROOT, available_methods, distillation_config, head_family, method_terms
+from kd_det.configuration import ConfigurationError, load_config, student_config
+
+RETINANET = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
+TEACHER = 'mmdet::retinanet/retinanet_r101_fpn_1x_coco.py'
+
+
+def test_every_method_file_is_found_and_holds_its_method():
+    methods = available_methods()
+    assert set(methods['fgd']) == {'two_stage', 'one_stage', 'anchor_free'}
+    assert sorted(file for files in methods.values() for file in files.values()) == sorted(METHOD_ROOT.glob('*.py'))
+    for method, files in methods.items():
+        for file in files.values():
+            terms = load_config(file)[method]
+            assert terms and all('type' in term for term in terms.values())
+
+
+@pytest.mark.parametrize('config, family', [
+    ('faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', 'two_stage'),
+    ('cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py', 'two_stage'),
+    ('retinanet/retinanet_r18_fpn_1x_coco.py', 'one_stage'),
+    ('gfl/gfl_r50_fpn_1x_coco.py', 'one_stage'),
+    ('rtmdet/rtmdet_s_8xb32-300e_coco.py', 'one_stage'),
+    ('fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py', 'anchor_free'),
+    ('reppoints/reppoints-moment_r50_fpn_1x_coco.py', 'anchor_free'),
+    ('yolox/yolox_s_8xb8-300e_coco.py', 'anchor_free'),
+])
+def test_family_is_told_by_the_heads(config, family):
+    assert head_family(load_config(f'mmdet::{config}').model) == family
+
+
+def test_family_of_something_else():
+    with pytest.raises(ConfigurationError, match='SOLO has neither roi_head nor bbox_head'):
+        head_family(dict(type='SOLO', mask_head=dict(type='SOLOHead')))
+
+
+def test_composed_config_is_the_shipped_one():
+    shipped = load_config('kd_det::fgd_retinanet_r101_r18.py')
+    teacher = shipped.model.teacher
+    made = distillation_config('kd_det::baseline_retinanet_r101_r18.py', teacher.config, teacher.checkpoint, 'fgd')
+    assert made.model.pop('inherit') == ()
+    assert shipped.pop('fgd') == made.model.distill
+    assert made.to_dict() == shipped.to_dict()
+
+
+def test_nothing_of_the_students_training_changes():
+    student = load_config('mmdet::yolox/yolox_s_8xb8-300e_coco.py')
+    before = student.to_dict()
+    made = distillation_config(student, TEACHER, 'teacher.pth', 'fgd')
+    assert student.to_dict() == before
+    assert made.pop('custom_imports').imports == ['kd_det']
+    assert student_config(made).to_dict() == before
+
+
+def test_a_users_imports_stay():
+    student = load_config(RETINANET)
+    student.custom_imports = dict(imports='json')
+    assert distillation_config(student, TEACHER, 'x.pth', 'fgd').custom_imports.imports == ['json', 'kd_det']
+
+
+def test_family_can_be_chosen():
+    made = distillation_config(RETINANET, TEACHER, 'x.pth', 'fgd', family='two_stage', inherit=['neck'])
+    assert made.model.distill.fgd.alpha == 5e-5
+    assert made.model.inherit == ('neck', )
+
+
+def test_methods_add_up(tmp_path, monkeypatch):
+    monkeypatch.setattr('kd_det.composition.METHOD_ROOT', tmp_path)
+    (tmp_path / 'a.py').write_text("a = dict(a=dict(type='A'))\n")
+    (tmp_path / 'b_one_stage.py').write_text("b = dict(b=dict(type='B'), c=dict(type='C'))\n")
+    assert list(method_terms('a+b', 'one_stage')) == ['a', 'b', 'c']
+    assert list(method_terms('a', 'two_stage')) == ['a']
+    with pytest.raises(ConfigurationError, match="'b' has no weights for two_stage detectors, only for one_stage"):
+        method_terms('a+b', 'two_stage')
+
+
+def test_unknown_method_lists_the_known():
+    with pytest.raises(ConfigurationError, match="no method 'fgx'. Choose from .*fgd"):
+        distillation_config(RETINANET, TEACHER, 'x.pth', 'fgx')
+
+
+def test_a_distillation_is_no_student():
+    with pytest.raises(ConfigurationError, match='is a distillation already'):
+        distillation_config('kd_det::fgd_r101_r18.py', TEACHER, 'x.pth', 'fgd')
+
+
+def test_a_config_without_a_model_is_no_student():
+    with pytest.raises(ConfigurationError, match='no model'):
+        distillation_config(Config(dict(train_cfg=None)), TEACHER, 'x.pth', 'fgd')
