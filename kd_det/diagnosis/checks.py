@@ -1,0 +1,59 @@
+"""The inspections together: all of them for ``kd-det doctor``, the cheap ones at the start of a run."""
+from __future__ import annotations
+
+from contextlib import contextmanager
+from itertools import chain
+from typing import Iterator, Sequence
+
+from mmengine.config import Config
+
+from kd_det.configuration import ConfigurationError
+from kd_det.diagnosis.data import SPLITS, inspect_annotations, inspect_classes, inspect_paths
+from kd_det.diagnosis.finding import Finding, raise_faults
+from kd_det.diagnosis.weights import (inspect_checkpoints, inspect_start, inspect_teacher_classes,
+                                      inspect_teacher_weights)
+
+
+def inspect_config(config: Config) -> Iterator[Finding]:
+    """All that can be told without training; reads the annotations and loads the teacher's weights."""
+    return chain(_inspect_cheaply(config, SPLITS), inspect_annotations(config), inspect_teacher_weights(config))
+
+
+def check_config(config: Config, splits: Sequence[str]) -> None:
+    """Looks at what is cheap to look at: paths and numbers of classes.
+
+    Args:
+        config: The config.
+        splits: Whose data a run needs, of :data:`~kd_det.diagnosis.data.SPLITS`; weights matter where it trains.
+
+    Raises:
+        DiagnosisError: A file is missing or class counts differ; all faults are listed.
+    """
+    raise_faults(_inspect_cheaply(config, splits))
+
+
+@contextmanager
+def explain(config: Config) -> Iterator[None]:
+    """Looks for the cause when building something from the config fails.
+
+    Raises:
+        DiagnosisError: The annotations are the cause.
+        ConfigurationError: The config is.
+    """
+    try:
+        yield
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        if type(error).__module__.split('.')[0] == 'kd_det':
+            raise
+        raise_faults(inspect_annotations(config))
+        raise ConfigurationError(f"The config '{config.filename}' can not be built: {type(error).__name__}: {error} "
+                                 '(--debug shows where)') from error
+
+
+def _inspect_cheaply(config: Config, splits: Sequence[str]) -> Iterator[Finding]:
+    found = chain(inspect_paths(config, splits), inspect_classes(config, splits), inspect_start(config))
+    if 'train' in splits:
+        found = chain(found, inspect_checkpoints(config), inspect_teacher_classes(config))
+    return found

@@ -1,0 +1,201 @@
+"""Inspects the data of a config: files, annotations, classes and images."""
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
+
+from mmdet.registry import DATASETS
+from mmengine.config import Config
+from PIL import Image
+
+from kd_det.configuration import leaf_datasets, student_model
+from kd_det.diagnosis.finding import DiagnosisError, Finding
+
+SPLITS = ('train', 'val', 'test')
+SET_DATA_ROOT = 'Set the folder of the data with --data-root, or the path with --cfg-options'
+IMAGES_OPENED = 500
+
+
+def inspect_paths(config: Config, splits: Sequence[str] = SPLITS) -> Iterator[Finding]:
+    """Whether the annotation files and image folders of the data sets and evaluators exist, each path once."""
+    paths: Dict[str, str] = {}
+    for split, dataset in _datasets(config, splits):
+        if dataset.get('ann_file'):
+            paths.setdefault(_join(dataset, dataset['ann_file']), f'{split} annotations')
+        folders = dataset.get('data_prefix') or {}
+        for prefix in folders.values() if isinstance(folders, dict) else [folders]:
+            paths.setdefault(_join(dataset, prefix), f'{split} images')
+    for split in splits:
+        evaluators = config.get(f'{split}_evaluator') or []
+        for evaluator in [evaluators] if isinstance(evaluators, dict) else evaluators:
+            if evaluator.get('ann_file'):
+                paths.setdefault(evaluator['ann_file'], f'{split} evaluator')
+    for path, subject in paths.items():
+        yield _existing(subject, path)
+
+
+def inspect_annotations(config: Config, splits: Sequence[str] = SPLITS) -> Iterator[Finding]:
+    """Reads the COCO annotation files: their form, how much of them the config's classes use, and the images."""
+    for split, dataset in _datasets(config, splits):
+        path = _join(dataset, dataset.get('ann_file') or '')
+        if path.endswith('.json') and Path(path).is_file():
+            yield from _inspect_coco(split, dataset, path)
+
+
+def inspect_classes(config: Config, splits: Sequence[str] = SPLITS) -> Iterator[Finding]:
+    """Whether the student's heads have as many classes as the data."""
+    heads = class_counts(student_model(config))
+    for split, dataset in _datasets(config, splits):
+        classes = dataset_classes(dataset)
+        if isinstance(classes, str):
+            yield Finding(f'{split} classes', f"classes='{classes}' is a text, which counts as {len(classes)} classes",
+                          f"Write a tuple: metainfo=dict(classes=('{classes}', ))", fault=True)
+        elif classes is not None and heads and heads != {len(classes)}:
+            yield Finding(
+                f'{split} classes',
+                f"the model's heads have num_classes={_listed(sorted(heads))}, the data set has {len(classes)}",
+                'Set num_classes of every head to the number of classes, and metainfo=dict(classes=…) of every '
+                'data set to their names',
+                fault=True)
+
+
+def check_images(dataset: object) -> None:
+    """Checks a built data set: that it holds images, and that those looked at (500, evenly spread) can be opened.
+
+    Raises:
+        DiagnosisError: It is empty, or an image is missing or damaged.
+    """
+    if len(dataset) == 0:
+        raise DiagnosisError(
+            'The data set is empty: no image has boxes of its classes. Run kd-det doctor on the config.')
+    for leaf in _built_leaves(dataset):
+        if hasattr(leaf, 'get_data_info') and not getattr(leaf, 'backend_args', None):
+            paths = (leaf.get_data_info(index).get('img_path') for index in _spread(len(leaf)))
+            fault = next(_broken_images(path for path in paths if path), None)
+            if fault:
+                raise DiagnosisError(fault)
+
+
+def dataset_classes(dataset: dict) -> Optional[Sequence[str]]:
+    """The class names of a data set: its config's, a file's, or its type's; a text where that is the mistake."""
+    classes = (dataset.get('metainfo') or {}).get('classes')
+    if isinstance(classes, str) and Path(classes).is_file():
+        return Path(classes).read_text(encoding='utf-8').splitlines()
+    if classes is None:
+        dataset_class = DATASETS.get(dataset['type']) if isinstance(dataset['type'], str) else dataset['type']
+        classes = getattr(dataset_class, 'METAINFO', {}).get('classes')
+    return classes
+
+
+def class_counts(model: dict) -> Set[int]:
+    """All values of ``num_classes`` in the heads that classify objects (an RPN does not)."""
+
+    def search(node: object) -> Iterator[int]:
+        if isinstance(node, dict):
+            if isinstance(node.get('num_classes'), int):
+                yield node['num_classes']
+            node = list(node.values())
+        if isinstance(node, (list, tuple)):
+            for item in node:
+                yield from search(item)
+
+    return {count for head in ('bbox_head', 'roi_head') for count in search(model.get(head))}
+
+
+def _datasets(config: Config, splits: Sequence[str]) -> Iterator[Tuple[str, dict]]:
+    """Each leaf data set with its split; data that serves two splits, as val and test, is not looked at twice."""
+    seen: List[tuple] = []
+    for split in splits:
+        loader = config.get(f'{split}_dataloader')
+        for dataset in leaf_datasets(loader['dataset']) if loader else ():
+            data = tuple(dataset.get(key) for key in ('data_root', 'ann_file', 'data_prefix', 'metainfo'))
+            if data not in seen:
+                seen.append(data)
+                yield split, dataset
+
+
+def _join(dataset: dict, path: str) -> str:
+    """A path as the data set joins it to its root."""
+    root = str(dataset.get('data_root') or '')
+    if _is_address(path):
+        return path
+    return f"{root.rstrip('/')}/{path}" if _is_address(root) else str(Path(root) / path)
+
+
+def _is_address(path: str) -> bool:
+    return re.match(r'\w+://', str(path)) is not None
+
+
+def _existing(subject: str, path: str) -> Finding:
+    if _is_address(path):
+        return Finding(subject, f'{path} (not looked up)')
+    if Path(path).exists():
+        return Finding(subject, path)
+    return Finding(subject, f"'{path}' does not exist", SET_DATA_ROOT, fault=True)
+
+
+def _inspect_coco(split: str, dataset: dict, path: str) -> Iterator[Finding]:
+    subject = f'{split} data'
+    try:
+        content = json.loads(Path(path).read_text(encoding='utf-8'))
+        images = {image['id']: image['file_name'] for image in content['images']}
+        names = {category['id']: category['name'] for category in content['categories']}
+        boxes = [(box['image_id'], names[box['category_id']]) for box in content['annotations']]
+    except (ValueError, KeyError, TypeError) as error:
+        yield Finding(subject, f"'{path}' is no COCO annotation file ({type(error).__name__}: {error})",
+                      'Expected a JSON object with the lists images, categories and annotations', fault=True)
+        return
+    classes = dataset_classes(dataset) or tuple(names.values())
+    missing = [name for name in classes if name not in names.values()]
+    annotated = {image for image, name in boxes if name in classes}
+    if not images:
+        yield Finding(subject, f"'{path}' lists no images", 'Give a file with images', fault=True)
+    elif not annotated:
+        yield Finding(
+            subject, f"'{path}' has no box of the config's classes ({_listed(classes)}); the file's categories are "
+            f'{_listed(sorted(names.values()))}',
+            "Set metainfo=dict(classes=…) of the data set to the file's names, and num_classes of every head to "
+            'their number',
+            fault=True)
+    else:
+        yield Finding(subject, f'{len(images)} images, {len(annotated)} of them with boxes of {len(classes)} classes',
+                      f"The file has no category for {_listed(missing)}: check their spelling" if missing else '')
+    folder = (dataset.get('data_prefix') or {}).get('img', '')
+    files = [_join(dataset, str(Path(folder) / name)) for name in images.values()]
+    if not any(_is_address(file) for file in files[:1]):
+        fault = next(_broken_images(files[index] for index in _spread(len(files))), None)
+        if fault:
+            yield Finding(f'{split} images', fault, 'Replace the image, or take it out of the annotations', fault=True)
+
+
+def _broken_images(paths: Iterable[str]) -> Iterator[str]:
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                image.verify()
+        except FileNotFoundError:
+            yield f"The image '{path}' does not exist"
+        except Exception as error:  # Pillow's decoders raise what they like
+            yield f"The image '{path}' can not be read ({error})"
+
+
+def _spread(length: int) -> List[int]:
+    """Up to :data:`IMAGES_OPENED` indices, evenly spread."""
+    count = min(length, IMAGES_OPENED)
+    return [index * length // count for index in range(count)]
+
+
+def _built_leaves(dataset: object) -> Iterator[object]:
+    inner = getattr(dataset, 'datasets', None) or getattr(dataset, 'dataset', None)
+    if inner is None:
+        yield dataset
+    else:
+        for item in inner if isinstance(inner, (list, tuple)) else [inner]:
+            yield from _built_leaves(item)
+
+
+def _listed(values: Sequence, most: int = 6) -> str:
+    rest = len(values) - most
+    return ', '.join(map(str, values[:most])) + (f', … and {rest} more' if rest > 0 else '')

@@ -1,0 +1,95 @@
+"""Inspects the teachers of a config and the weights that it starts from."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Iterator, List, Set, Tuple
+
+from mmdet.registry import MODELS
+from mmengine.config import Config
+
+from kd_det.configuration import DISTILL_HOOK, is_distillation, student_model
+from kd_det.diagnosis.data import class_counts
+from kd_det.diagnosis.finding import Finding
+from kd_det.teachers.loading import load_strictly, read_model_config
+
+SET_TEACHER = 'Set it with --cfg-options model.teacher.checkpoint=FILE'
+
+
+def inspect_checkpoints(config: Config) -> Iterator[Finding]:
+    """Whether the files of the teacher's and the student's initial weights exist; addresses are listed."""
+    for name, teacher in _teachers(config):
+        if teacher.get('checkpoint'):
+            yield _existing(f'{name} checkpoint', teacher['checkpoint'], SET_TEACHER)
+        elif not teacher.get('random_teacher'):
+            yield Finding(f'{name} checkpoint', 'none is given', SET_TEACHER, fault=True)
+    for checkpoint in _pretrained(student_model(config)):
+        yield _existing('student init_cfg', checkpoint, 'Correct the init_cfg of the student')
+
+
+def inspect_start(config: Config) -> Iterator[Finding]:
+    """Whether the checkpoint that is loaded or resumed exists."""
+    if config.get('load_from'):
+        yield _existing('checkpoint', config.load_from, 'Give the path of a checkpoint')
+
+
+def inspect_teacher_classes(config: Config) -> Iterator[Finding]:
+    """Whether each teacher has as many classes as the student."""
+    expected = class_counts(student_model(config))
+    hooks = [hook for hook in config.get('default_hooks', {}).values() if hook and hook.get('type') == DISTILL_HOOK]
+    preflight = any(hook.get('preflight') for hook in hooks)
+    for name, teacher in _teachers(config):
+        try:
+            found = class_counts(read_model_config(teacher['config']))
+        except (ValueError, OSError) as error:
+            yield Finding(f'{name} config', str(error), "Give a config file, or 'mmdet::folder/file.py'", fault=True)
+            continue
+        if expected and found and expected != found:
+            yield Finding(f'{name} classes', f'{_number(found)}, the student has {_number(expected)}',
+                          "Take a teacher of the student's classes; one of others can teach features alone, with "
+                          'default_hooks.distill.preflight=None', fault=preflight)
+
+
+def inspect_teacher_weights(config: Config) -> Iterator[Finding]:
+    """Builds each teacher and loads its checkpoint where that is a file."""
+    for name, teacher in _teachers(config):
+        checkpoint = teacher.get('checkpoint')
+        if checkpoint and Path(checkpoint).is_file():
+            try:
+                model = MODELS.build(read_model_config(teacher['config']))
+                load_strictly(model, checkpoint, teacher.get('allow_missing', ()), teacher.get('allow_unexpected', ()))
+                yield Finding(f'{name} weights', f'fit {type(model).__name__}')
+            except Exception as error:  # whatever stops it here would stop the run
+                yield Finding(f'{name} weights', str(error), 'Give config and checkpoint of the same model', fault=True)
+
+
+def _teachers(config: Config) -> List[Tuple[str, dict]]:
+    """Name and config of each teacher; none for a plain detector."""
+    if not is_distillation(config):
+        return []
+    found = config.model.teacher
+    if isinstance(found, dict):
+        return [('teacher', found)]
+    return [(f'teacher {index}', teacher) for index, teacher in enumerate(found)]
+
+
+def _pretrained(node: object) -> Iterator[str]:
+    """The checkpoints of all ``init_cfg`` in a model dict."""
+    if isinstance(node, dict):
+        if node.get('type') == 'Pretrained' and node.get('checkpoint'):
+            yield node['checkpoint']
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for item in node:
+            yield from _pretrained(item)
+
+
+def _existing(subject: str, checkpoint: str, remedy: str) -> Finding:
+    if '://' in str(checkpoint):
+        return Finding(subject, f'{checkpoint} (downloaded when first used)')
+    if Path(checkpoint).is_file():
+        return Finding(subject, str(checkpoint))
+    return Finding(subject, f"there is no file '{checkpoint}'", remedy, fault=True)
+
+
+def _number(counts: Set[int]) -> str:
+    return ' and '.join(map(str, sorted(counts)))

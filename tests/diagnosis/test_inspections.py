@@ -1,0 +1,289 @@
+"""What would fail is found, and the finding says what to do."""
+import json
+import shutil
+
+import pytest
+import torch
+from mmdet.registry import DATASETS, MODELS
+from mmengine.config import Config
+
+from kd_det.configuration import ConfigurationError
+from kd_det.diagnosis import environment
+from kd_det.diagnosis.checks import check_config, explain, inspect_config
+from kd_det.diagnosis.data import check_images, class_counts, inspect_annotations, inspect_classes, inspect_paths
+from kd_det.diagnosis.finding import DiagnosisError, Finding, raise_faults
+from kd_det.diagnosis.weights import (inspect_checkpoints, inspect_start, inspect_teacher_classes,
+                                      inspect_teacher_weights)
+
+CLASSES = ('blue', 'green', 'red')
+
+
+@pytest.fixture
+def folder(coco_folder, tmp_path):
+    """A copy of the shared data, to damage."""
+    return shutil.copytree(coco_folder, tmp_path / 'coco')
+
+
+@pytest.fixture
+def config(folder, retinanet):
+    dataset = dict(type='CocoDataset', data_root=str(folder), ann_file='all.json', data_prefix=dict(img=''),
+                   metainfo=dict(classes=CLASSES), pipeline=[])
+    return Config(dict(
+        model=retinanet(),
+        train_dataloader=dict(dataset=dict(type='RepeatDataset', times=2, dataset=dataset)),
+        val_dataloader=dict(dataset=dict(dataset, test_mode=True)),
+        test_dataloader=dict(dataset=dict(dataset, test_mode=True)),
+        val_evaluator=dict(type='CocoMetric', ann_file=f'{folder}/all.json')))
+
+
+@pytest.fixture
+def distilling(config, retinanet, tmp_path):
+    """A distillation whose teacher's checkpoint fits."""
+    teacher = retinanet(depth=50)
+    torch.save(dict(state_dict=MODELS.build(teacher).state_dict()), tmp_path / 'teacher.pth')
+    config.model = dict(type='DetectionDistiller', student=config.model, distill=dict(),
+                        teacher=dict(config=teacher, checkpoint=str(tmp_path / 'teacher.pth')))
+    config.default_hooks = dict(distill=dict(type='DistillHook', preflight=dict(images=8)))
+    return config
+
+
+def dataset_of(config):
+    return config.train_dataloader.dataset.dataset
+
+
+def rewrite(folder, change):
+    content = json.loads((folder / 'all.json').read_text())
+    change(content)
+    (folder / 'all.json').write_text(json.dumps(content))
+
+
+def fault_of(findings) -> Finding:
+    faults = [finding for finding in findings if finding.fault]
+    assert len(faults) == 1 and faults[0].remedy
+    return faults[0]
+
+
+def test_nothing_to_find(distilling):
+    findings = list(inspect_config(distilling))
+    assert not any(finding.fault for finding in findings)
+    found = {finding.subject: finding.found for finding in findings}
+    assert found['train data'] == '8 images, 8 of them with boxes of 3 classes'
+    assert found['teacher weights'] == 'fit RetinaNet'
+    assert 'val data' not in found  # the same files as train
+    check_config(distilling, ('train', 'val'))
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_paths_that_do_not_exist(config):
+    dataset_of(config).ann_file, dataset_of(config).data_prefix = 'no.json', dict(img='nowhere/')
+    config.val_evaluator = [dict(ann_file='/no/such.json')]
+    found = {finding.subject: finding.found for finding in inspect_paths(config) if finding.fault}
+    root = dataset_of(config).data_root
+    assert found == {
+        'train annotations': f"'{root}/no.json' does not exist",
+        'train images': f"'{root}/nowhere' does not exist",
+        'val evaluator': "'/no/such.json' does not exist"
+    }
+
+
+def test_only_the_splits_that_a_run_needs(config):
+    config.test_dataloader.dataset.ann_file = 'no.json'
+    check_config(config, ('train', 'val'))
+    with pytest.raises(DiagnosisError, match='no.json'):
+        check_config(config, ('test', ))
+
+
+def test_addresses_are_not_looked_up(config):
+    dataset_of(config).data_root = 's3://bucket/coco/'
+    assert not any(finding.fault for finding in inspect_paths(config))
+
+
+def test_all_missing_files_are_told_at_once_and_the_remedy_once(config):
+    dataset_of(config).data_root = config.val_dataloader.dataset.data_root = '/nowhere'
+    with pytest.raises(DiagnosisError) as error:
+        check_config(config, ('train', 'val'))
+    assert str(error.value).count('does not exist') == 2 and str(error.value).count('--data-root') == 1
+
+
+@pytest.mark.parametrize(
+    'text', ['{"images": [', '[]', '{"images": []}', '{"images": [{"id": 1}], "categories": [], "annotations": []}'])
+def test_a_file_that_is_no_annotation_file(config, folder, text):
+    (folder / 'all.json').write_text(text)
+    assert 'is no COCO annotation file' in fault_of(inspect_annotations(config)).found
+
+
+def test_a_file_without_images(config, folder):
+    rewrite(folder, lambda content: content.update(images=[], annotations=[]))
+    assert 'lists no images' in fault_of(inspect_annotations(config)).found
+
+
+def test_classes_that_the_file_does_not_have(config):
+    for dataset in (dataset_of(config), config.val_dataloader.dataset, config.test_dataloader.dataset):
+        dataset.metainfo.classes = ('cat', 'dog', 'cow')
+    fault = fault_of(inspect_annotations(config))
+    assert "no box of the config's classes (cat, dog, cow); the file's categories are blue, green, red" in fault.found
+
+
+def test_a_class_that_the_file_does_not_have_is_a_note(config):
+    dataset_of(config).metainfo.classes = ('blue', 'green', 'rde')
+    finding = next(inspect_annotations(config, ['train']))
+    assert not finding.fault and 'no category for rde' in finding.remedy
+
+
+@pytest.mark.parametrize('damage, said', [
+    (lambda image: image.unlink(), 'does not exist'),
+    (lambda image: image.write_bytes(b''), 'can not be read'),
+    (lambda image: image.write_bytes(image.read_bytes()[:60]), 'can not be read'),
+    (lambda image: image.write_text('no image'), 'can not be read'),
+])
+def test_a_damaged_image(config, folder, damage, said):
+    damage(folder / '5.png')
+    found = fault_of(inspect_annotations(config)).found
+    assert '5.png' in found and said in found
+    dataset = DATASETS.build(config.train_dataloader.dataset)
+    with pytest.raises(DiagnosisError, match='5.png'):
+        check_images(dataset)
+
+
+def test_sound_images_pass(config):
+    check_images(DATASETS.build(config.train_dataloader.dataset))
+
+
+def test_a_built_data_set_without_images():
+    with pytest.raises(DiagnosisError, match='empty'):
+        check_images([])
+
+
+def test_class_counts_look_into_all_heads(faster_rcnn):
+    assert class_counts(faster_rcnn(classes=7)) == {7}
+    assert class_counts(
+        dict(rpn_head=dict(num_classes=1),
+             roi_head=dict(bbox_head=[dict(num_classes=5), dict(num_classes=6)]))) == {5, 6}
+    assert class_counts(dict(type='Detector')) == set()
+
+
+def test_numbers_of_classes_that_differ(config, retinanet):
+    config.model = retinanet(classes=80)
+    fault = fault_of(inspect_classes(config))
+    assert 'num_classes=80, the data set has 3' in fault.found and 'metainfo' in fault.remedy
+
+
+def test_classes_default_to_those_of_the_data_sets_type(config):
+    dataset_of(config).pop('metainfo')
+    assert 'the data set has 80' in fault_of(inspect_classes(config)).found
+
+
+def test_a_forgotten_comma(config):
+    dataset_of(config).metainfo.classes = 'cell'
+    assert "('cell', )" in fault_of(inspect_classes(config, ['train'])).remedy
+
+
+# ---------------------------------------------------------------- weights
+
+
+def test_a_teacher_without_a_file(distilling):
+    distilling.model.teacher.checkpoint = '/no/such.pth'
+    fault = fault_of(inspect_checkpoints(distilling))
+    assert fault.subject == 'teacher checkpoint' and '/no/such.pth' in fault.found
+    distilling.model.teacher = [distilling.model.teacher]
+    assert fault_of(inspect_checkpoints(distilling)).subject == 'teacher 0 checkpoint'
+
+
+def test_a_teacher_without_a_checkpoint(distilling):
+    distilling.model.teacher.checkpoint = None
+    assert fault_of(inspect_checkpoints(distilling)).found == 'none is given'
+    distilling.model.teacher.random_teacher = True
+    assert not any(finding.fault for finding in inspect_checkpoints(distilling))
+
+
+def test_initial_weights(config):
+    config.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='/no/backbone.pth')
+    assert '/no/backbone.pth' in fault_of(inspect_checkpoints(config)).found
+    config.model.backbone.init_cfg.checkpoint = 'torchvision://resnet18'
+    assert [finding.fault for finding in inspect_checkpoints(config)] == [False]
+
+
+def test_checkpoint_to_start_from(config):
+    assert not list(inspect_start(config))
+    config.load_from = '/no/such.pth'
+    assert '/no/such.pth' in fault_of(inspect_start(config)).found
+
+
+@pytest.mark.parametrize('preflight', [None, dict(images=8)])
+def test_a_teacher_of_other_classes(distilling, retinanet, preflight):
+    """It could teach features; the pre-flight would stop it."""
+    distilling.model.teacher.config = retinanet(classes=80)
+    distilling.default_hooks.distill.preflight = preflight
+    finding, = inspect_teacher_classes(distilling)
+    assert finding.found == '80, the student has 3' and finding.fault is bool(preflight)
+
+
+def test_a_teacher_without_a_config(distilling):
+    distilling.model.teacher.config = 'nowhere.py'
+    assert 'nowhere.py' in fault_of(inspect_teacher_classes(distilling)).found
+
+
+def test_a_teacher_whose_weights_do_not_fit(distilling, retinanet):
+    distilling.model.teacher.config = retinanet(depth=18)
+    fault = fault_of(inspect_teacher_weights(distilling))
+    assert 'layer1.0.conv3.weight' in fault.found
+    distilling.model.teacher.checkpoint = 'https://host/teacher.pth'  # nothing is downloaded for a diagnosis
+    assert not list(inspect_teacher_weights(distilling))
+
+
+# ---------------------------------------------------------------- explaining a failure
+
+
+def test_a_failure_is_explained_by_the_annotations(config, folder):
+    (folder / 'all.json').write_text('{')
+    with pytest.raises(DiagnosisError, match='no COCO annotation file'), explain(config):
+        DATASETS.build(config.train_dataloader.dataset)
+
+
+def test_a_failure_is_explained_by_the_config(config):
+    with pytest.raises(ConfigurationError, match="can not be built: TypeError.*'unknown'"), explain(config):
+        MODELS.build(dict(config.model, unknown=1))
+
+
+def test_an_error_that_says_enough_passes(config):
+    with pytest.raises(FileNotFoundError, match='^gone$'), explain(config):
+        raise FileNotFoundError('gone')
+    with pytest.raises(DiagnosisError, match='^mine$'), explain(config):
+        raise DiagnosisError('mine')
+
+
+def test_raise_faults_passes_over_the_rest():
+    raise_faults([Finding('a', 'fine'), Finding('b', 'so so', 'do something')])
+
+
+# ---------------------------------------------------------------- installation
+
+
+def test_installation_is_sound_here():
+    findings = {finding.subject: finding for finding in environment.inspect_environment()}
+    assert not any(finding.fault for finding in findings.values())
+    assert findings['mmdet'].found.endswith('3.3.0') or findings['mmdet'].found.startswith('onedl')
+    assert {'Python', 'kd_det', 'torch', 'torchvision', 'mmengine', 'mmcv', 'mmdet', 'operators',
+            'GPU'} <= set(findings)
+
+
+def test_a_module_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(environment.DISTRIBUTIONS, 'no_such_module', ('no-such', ))
+    fault = fault_of(environment.inspect_environment())
+    assert (fault.subject, fault.found, fault.remedy) == ('no_such_module', 'not installed',
+                                                          "pip install 'kd-det[mmdet]'")
+
+
+def test_a_module_that_breaks_when_imported(monkeypatch, tmp_path):
+    (tmp_path / 'breaks_on_import.py').write_text("raise ImportError('libGL.so.1')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(environment.DISTRIBUTIONS, 'breaks_on_import', ())
+    assert 'libGL.so.1' in fault_of(environment.inspect_environment()).found
+
+
+def test_setuptools_without_pkg_resources(monkeypatch):
+    find_spec = environment.find_spec
+    monkeypatch.setattr(environment, 'find_spec', lambda name: None if name == 'pkg_resources' else find_spec(name))
+    assert fault_of(environment.inspect_environment()).remedy == "pip install 'setuptools<81'"
