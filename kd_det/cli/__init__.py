@@ -1,0 +1,1 @@
+"""The command line: ``kd-det``, and what the files in ``tools/`` call."""

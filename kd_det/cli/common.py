@@ -1,0 +1,64 @@
+"""The options that several commands share, and what they do to a config."""
+from __future__ import annotations
+
+import os
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from mmdet.utils import setup_cache_size_limit_of_dynamo
+from mmengine.config import Config, DictAction
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from kd_det.configuration import merge_options, set_data_root
+
+
+def add_config_options(parser: ArgumentParser) -> None:
+    """Adds the options that change a config."""
+    parser.add_argument('--data-root', metavar='DIR', help="folder of the data, in place of the config's data_root")
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        default={},
+        metavar='KEY=VALUE',
+        help='settings that override the config, such as train_dataloader.batch_size=4; lists as key="[a,b]" or '
+        'key=a,b, no white space')
+
+
+def add_run_options(parser: ArgumentParser) -> None:
+    """Adds the options of a run, MMDetection's own, beside those that change its config."""
+    parser.add_argument('--work-dir',
+                        metavar='DIR',
+                        help='folder for logs and checkpoints (work_dirs/CONFIG by default)')
+    add_config_options(parser)
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
+    # torch.distributed.launch passes --local-rank, older versions --local_rank; torchrun sets the variable instead.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, metavar='RANK', help='set by the launcher')
+
+
+def apply_config_options(config: Config, options: Namespace) -> None:
+    """Applies what :func:`add_config_options` added."""
+    if options.data_root:
+        set_data_root(config, options.data_root)
+    merge_options(config, options.cfg_options)
+
+
+def apply_run_options(config: Config, options: Namespace, name: str) -> None:
+    """Applies what :func:`add_run_options` added.
+
+    Args:
+        config: The config; changed.
+        options: The parsed command line.
+        name: Of the work dir within ``work_dirs/``, unless the config or the command line give another.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(options.local_rank))
+    apply_config_options(config, options)
+    config.launcher = options.launcher
+    config.work_dir = options.work_dir or config.get('work_dir') or str(Path('work_dirs') / name)
+
+
+def build_runner(config: Config) -> Runner:
+    """Builds the runner that the config asks for."""
+    setup_cache_size_limit_of_dynamo()
+    return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)

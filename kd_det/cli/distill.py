@@ -1,0 +1,61 @@
+"""``kd-det distill``: composes a distillation out of a student's config and a teacher, saves it, and trains it."""
+from __future__ import annotations
+
+import os
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from mmengine.config import Config
+from rich.console import Console
+from rich.syntax import Syntax
+
+from kd_det.cli.train import add_training_options, apply_training_options, train
+from kd_det.composition import FAMILIES, available_methods, distillation_config
+from kd_det.configuration import renamed
+from kd_det.diagnosis.checks import check_config
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument('student', metavar='STUDENT_CONFIG',
+                        help="config of the detector to train: a file, or 'mmdet::folder/file.py'")
+    parser.add_argument('--teacher',
+                        required=True,
+                        metavar='CONFIG',
+                        help="config of the teacher, or 'mmdet::folder/file.py'")
+    parser.add_argument('--teacher-checkpoint',
+                        required=True,
+                        metavar='FILE',
+                        help="the teacher's weights: a file or address")
+    parser.add_argument('--method', required=True, help=f"{', '.join(available_methods())}, or a sum of them: a+b")
+    parser.add_argument('--family', choices=FAMILIES, default='',
+                        help="whose published weights to use (told by the student's heads by default)")
+    parser.add_argument(
+        '--inherit',
+        nargs='+',
+        default=(),
+        metavar='PART',
+        help="parts of the student that start from the teacher's weights, such as neck rpn_head roi_head")
+    add_training_options(parser)
+
+
+def run(options: Namespace) -> int:
+    config = distillation_config(options.student, options.teacher, options.teacher_checkpoint, options.method,
+                                 options.inherit, options.family)
+    name = f'{Path(options.student).stem}_{options.method}'
+    apply_training_options(config, options, name)
+    config = renamed(config, Path(config.work_dir) / f'{name}.py')
+    check_config(config, splits=('train', 'val'))  # before anything is written
+    if int(os.environ.get('RANK', 0)) == 0:
+        save(config)
+    train(config, options.resume)
+    return 0
+
+
+def save(config: Config) -> None:
+    """Shows the config and saves it under its name, so that ``kd-det train`` and ``tools/train.py`` repeat the run."""
+    console = Console()
+    console.print(Syntax(config.pretty_text, 'python', background_color='default'))
+    Path(config.filename).parent.mkdir(parents=True, exist_ok=True)
+    config.dump(config.filename)
+    console.print(
+        f'This config is saved as [bold]{config.filename}[/bold]. To repeat the run: kd-det train {config.filename}')

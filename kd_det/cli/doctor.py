@@ -1,0 +1,63 @@
+"""``kd-det doctor``: a table of what was looked at, what it is like, and what to do about it."""
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from importlib.util import find_spec
+from typing import Iterable, List
+
+from rich.console import Console
+from rich.table import Table
+
+from kd_det.diagnosis.environment import inspect_environment
+from kd_det.diagnosis.finding import Finding
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument('config', nargs='?', help='also check this config: its data, its checkpoints, its classes')
+    parser.add_argument('--teacher-checkpoint', metavar='FILE', help="check this file as the teacher's weights")
+    if find_spec('mmdet'):
+        from kd_det.cli.common import add_config_options
+        add_config_options(parser)
+
+
+def run(options: Namespace) -> int:
+    findings = list(inspect_environment())
+    installed = not any(finding.fault for finding in findings)
+    if options.config and installed:
+        findings.extend(diagnose_config(options))
+    faults = sum(finding.fault for finding in findings)
+    console = Console()
+    console.print(render(findings))
+    console.print(f'[red]Faults that would stop a run: {faults}[/red]' if faults else '[green]No faults found.[/green]')
+    return 1 if faults else 0
+
+
+def diagnose_config(options: Namespace) -> List[Finding]:
+    """What there is to say about the config on the command line."""
+    from kd_det.cli.common import apply_config_options
+    from kd_det.configuration import ConfigurationError, is_distillation, load_config
+    from kd_det.diagnosis.checks import inspect_config
+    try:
+        config = load_config(options.config)
+        apply_config_options(config, options)
+        if options.teacher_checkpoint:
+            if not is_distillation(config):
+                raise ConfigurationError(
+                    '--teacher-checkpoint: the config has no teacher, its model is a plain detector')
+            config.model.teacher.checkpoint = options.teacher_checkpoint
+        return [Finding('config', options.config), *inspect_config(config)]
+    except (ConfigurationError, OSError) as error:
+        return [Finding('config', str(error), 'Correct the config', fault=True)]
+
+
+def render(findings: Iterable[Finding]) -> Table:
+    """The findings as a table."""
+    table = Table(show_lines=False)
+    table.add_column('')
+    table.add_column('Looked at')
+    table.add_column('Found', overflow='fold')
+    table.add_column('What to do', overflow='fold')
+    for finding in findings:
+        colour, mark = ('red', 'fault') if finding.fault else ('yellow', 'note') if finding.remedy else ('green', 'ok')
+        table.add_row(f'[{colour}]{mark}[/{colour}]', finding.subject, finding.found, finding.remedy)
+    return table

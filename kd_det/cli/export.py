@@ -1,0 +1,68 @@
+"""``kd-det export``: a plain student's checkpoint and config, for stock MMDetection and whatever reads its models."""
+from __future__ import annotations
+
+import copy
+import os
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config
+
+from kd_det.cli.common import add_config_options, apply_config_options
+from kd_det.compat import load_checkpoint
+from kd_det.composition import available_methods
+from kd_det.configuration import ConfigurationError, load_config, student_config
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument('config', help='config of the run that wrote the checkpoint')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('out',
+                        metavar='OUT.pth',
+                        type=Path,
+                        help='file to write; the config comes beside it, as OUT.py')
+    add_config_options(parser)
+
+
+def run(options: Namespace) -> int:
+    config = load_config(options.config)
+    apply_config_options(config, options)
+    config = plain_config(config)
+    checkpoint = load_checkpoint(options.checkpoint)
+    model = MODELS.build(copy.deepcopy(config.model))
+    try:
+        model.load_state_dict(checkpoint.get('state_dict', checkpoint))
+    except RuntimeError as error:
+        raise ConfigurationError(f"The checkpoint '{options.checkpoint}' is not of the student in '{options.config}': "
+                                 f'{error}') from error
+    meta = {key: value for key, value in checkpoint.get('meta', {}).items() if key in ('dataset_meta', 'epoch', 'iter')}
+    write(dict(meta=meta, state_dict=model.state_dict()), options.out)
+    config_file = options.out.with_suffix('.py')
+    config.dump(config_file)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f'{options.out} holds the {count:,} parameters of a {config.model.type}, {config_file} its config.')
+    return 0
+
+
+def plain_config(config: Config) -> Config:
+    """The config of the plain student, which needs kd_det no more."""
+    plain = student_config(config)
+    for method in available_methods():
+        plain.pop(method, None)
+    imports = plain.get('custom_imports', {}).get('imports', [])
+    others = [name for name in ([imports] if isinstance(imports, str) else imports) if name.split('.')[0] != 'kd_det']
+    if others:
+        plain.custom_imports.imports = others
+    else:
+        plain.pop('custom_imports', None)
+    return plain
+
+
+def write(checkpoint: dict, path: Path) -> None:
+    """Saves a checkpoint whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f'{path.name}.partial')
+    torch.save(checkpoint, partial)
+    os.replace(partial, path)

@@ -1,0 +1,97 @@
+"""The entry point ``kd-det``: finds the command, and turns what goes wrong into one clear line."""
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+import warnings
+from importlib import import_module
+from typing import Optional, Sequence
+
+COMMANDS = {
+    'train': 'train a detector from a config, with or without distillation',
+    'test': 'evaluate a checkpoint: the student alone, no teacher is built',
+    'distill': "distil a teacher into a student given the student's config; no config to write",
+    'export': "write a plain student: its weights alone, and a config that stock MMDetection reads",
+    'doctor': 'check the installation and a config: what would fail, and what to do about it',
+    'demo': 'generate data, train a teacher and two students, with and without distillation, and compare them',
+}
+
+# What MMDetection brings; without it only kd_det.functional works.
+MMDETECTION = ('mmengine', 'mmcv', 'mmdet', 'pycocotools')
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Runs ``kd-det``.
+
+    Args:
+        arguments: The command line after the program's name.
+
+    Returns:
+        The exit status: 0, 1 if ``doctor`` found faults, 2 for an error, 130 if interrupted.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser('kd-det', description='Knowledge distillation for MMDetection.')
+    commands = parser.add_subparsers(metavar='COMMAND', required=True)
+    asked = next((argument for argument in arguments if not argument.startswith('-')), None)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=f'{summary[0].upper()}{summary[1:]}.')
+        if name == asked:  # the others' modules are not even imported
+            _prepare(command, name)
+    return _run(parser, arguments)
+
+
+def run_tool(command: str, arguments: Optional[Sequence[str]] = None) -> int:
+    """Runs one command as a program of its own, as the files in ``tools/`` do."""
+    parser = argparse.ArgumentParser(description=f'{COMMANDS[command][0].upper()}{COMMANDS[command][1:]}.')
+    _prepare(parser, command)
+    return _run(parser, sys.argv[1:] if arguments is None else arguments)
+
+
+def _prepare(parser: argparse.ArgumentParser, command: str) -> None:
+    parser.add_argument('--debug', action='store_true', default=bool(os.environ.get('KD_DET_DEBUG')),
+                        help='show the full traceback of an error (also: KD_DET_DEBUG=1)')
+    # MMEngine imports pkg_resources for each config it looks up, and each time setuptools complains.
+    warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
+    try:
+        module = import_module(f'kd_det.cli.{command}')
+    except ModuleNotFoundError as error:
+        if (error.name or '').split('.')[0] not in MMDETECTION:
+            raise
+        parser.exit(2, f"kd-det: error: '{command}' needs MMDetection, but there is no module '{error.name}'. "
+                       "Install it: pip install 'kd-det[mmdet]'\n")
+    module.add_arguments(parser)
+    parser.set_defaults(run=module.run)
+
+
+def _run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print('kd-det: interrupted', file=sys.stderr)
+        return 130
+    except Exception as error:
+        if options.debug or not is_expected(error):
+            traceback.print_exc()
+        print(f'kd-det: error: {describe(error)}', file=sys.stderr)
+        return 2
+
+
+def is_expected(error: Exception) -> bool:
+    """Whether an error speaks for itself: kd_det's own, a file that can not be used, or a name in no registry.
+
+    Anything else may be a fault of the program, and comes with its traceback.
+    """
+    return (type(error).__module__.split('.')[0] == 'kd_det' or isinstance(error, OSError)
+            or isinstance(error, KeyError) and 'registry' in str(error))
+
+
+def describe(error: Exception) -> str:
+    """The message of an error, with its kind where the message alone would not say much."""
+    # A KeyError shows its message quoted, and a data-loader worker puts its whole traceback into it.
+    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
+    if message.startswith('Caught ') and 'DataLoader worker' in message:
+        message = message.splitlines()[-1]
+    return message if is_expected(error) and message else f'{type(error).__name__}: {message}'

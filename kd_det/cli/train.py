@@ -1,0 +1,80 @@
+"""``kd-det train``: MMDetection's training, with its options."""
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Optional
+
+from mmengine.config import Config
+from mmengine.device import get_device
+
+from kd_det.cli.common import add_run_options, apply_run_options, build_runner
+from kd_det.configuration import ConfigurationError, load_config
+from kd_det.diagnosis.checks import check_config, explain
+from kd_det.diagnosis.data import check_images
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument('config', help="config file, or 'package::folder/file.py'")
+    add_training_options(parser)
+
+
+def run(options: Namespace) -> int:
+    config = load_config(options.config)
+    apply_training_options(config, options, name=Path(options.config).stem)
+    train(config, options.resume)
+    return 0
+
+
+def add_training_options(parser: ArgumentParser) -> None:
+    """Adds the options of a training run."""
+    parser.add_argument('--amp', action='store_true', help='train with automatic mixed precision')
+    parser.add_argument('--auto-scale-lr', action='store_true',
+                        help="scale the learning rate with the batch size, by the config's base_batch_size")
+    parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
+                        help='resume from this checkpoint, or from the latest one in the work dir')
+    add_run_options(parser)
+
+
+def apply_training_options(config: Config, options: Namespace, name: str) -> None:
+    """Applies what :func:`add_training_options` added to the config, all but ``--resume``.
+
+    Raises:
+        ConfigurationError: Mixed precision without a GPU, or a config that does not tell how to scale its learning
+            rate.
+    """
+    apply_run_options(config, options, name)
+    if options.amp:
+        if get_device() == 'cpu':
+            raise ConfigurationError('--amp needs a GPU, and there is none: leave it out.')
+        config.optim_wrapper.type = 'AmpOptimWrapper'
+        config.optim_wrapper.loss_scale = 'dynamic'
+    if options.auto_scale_lr:
+        if 'base_batch_size' not in config.get('auto_scale_lr', {}):
+            raise ConfigurationError(
+                '--auto-scale-lr: the config does not tell for which batch size its learning rate is '
+                'meant; expected auto_scale_lr=dict(base_batch_size=…).')
+        config.auto_scale_lr.enable = True
+
+
+def train(config: Config, resume: Optional[str] = None) -> None:
+    """Trains, after a look at what would fail.
+
+    Args:
+        config: The config.
+        resume: A checkpoint, or ``'auto'`` for the latest one in the work dir.
+
+    Raises:
+        DiagnosisError: A file is missing, the data is empty or unreadable, or class counts differ.
+        ConfigurationError: Something of the config can not be built.
+    """
+    if resume:
+        config.resume = True
+        config.load_from = None if resume == 'auto' else resume
+    check_config(config, splits=('train', 'val'))
+    with explain(config):
+        runner = build_runner(config)
+        for loop in (runner.train_loop, runner.val_loop):
+            if loop is not None:
+                check_images(loop.dataloader.dataset)
+    runner.train()

@@ -1,0 +1,349 @@
+"""The command line as a user meets it: help, runs, and one clear line for each mistake."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from kd_det.cli import main as entry
+from kd_det.cli.main import main, run_tool
+from kd_det.configuration import load_config
+
+ROOT = Path(__file__).parents[2]
+CLASSES = ('blue', 'green', 'red')
+
+
+@pytest.fixture
+def workspace(coco_folder, tmp_path, monkeypatch, retinanet):
+    """A folder with data, the configs of a teacher and of a student, and the teacher's weights; the current one."""
+    from mmdet.registry import MODELS
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    monkeypatch.delenv('KD_DET_DEBUG', raising=False)
+    shutil.copytree(coco_folder, tmp_path / 'coco')
+    pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True),
+                dict(type='Resize', scale=(64, 64), keep_ratio=True),
+                dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))]
+    dataset = dict(type='CocoDataset', data_root='coco/', ann_file='all.json', data_prefix=dict(img=''),
+                   metainfo=dict(classes=CLASSES), pipeline=pipeline)
+    loader = dict(batch_size=4, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False))
+    validation = dict(loader, dataset=dict(dataset, test_mode=True))
+    evaluator = dict(type='CocoMetric', ann_file='coco/all.json', metric='bbox')
+    common = dict(default_scope='mmdet',
+                  data_root='coco/',
+                  train_dataloader=dict(loader, dataset=dataset),
+                  val_dataloader=validation,
+                  test_dataloader=validation,
+                  val_evaluator=evaluator,
+                  test_evaluator=evaluator,
+                  train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=1),
+                  val_cfg=dict(type='ValLoop'),
+                  test_cfg=dict(type='TestLoop'),
+                  optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01)),
+                  randomness=dict(seed=0),
+                  visualizer=dict(type='DetLocalVisualizer', name=str(tmp_path)),
+                  log_level='WARNING',
+                  default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1),
+                                     visualization=dict(type='DetVisualizationHook')))
+    models = dict(student=retinanet(), teacher=retinanet(depth=50))
+    for name, model in models.items():
+        Config(dict(common, model=model)).dump(f'{name}.py')
+    torch.manual_seed(0)
+    torch.save(dict(state_dict=MODELS.build(models['teacher']).state_dict()), 'teacher.pth')
+    return tmp_path
+
+
+DISTILL = ['distill', 'student.py', '--teacher', 'teacher.py', '--teacher-checkpoint', 'teacher.pth', '--method', 'fgd']
+NO_PREFLIGHT = ['--cfg-options', 'default_hooks.distill.preflight=None']
+
+
+def error_of(arguments, capsys) -> str:
+    """The one line of a command that fails."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert 'Traceback' not in captured.err
+    assert captured.err.startswith('kd-det: error: ') and captured.err.count('kd-det:') == 1
+    return captured.err
+
+
+# ---------------------------------------------------------------- help
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(['--help'])
+    assert exit_.value.code == 0
+    listed = capsys.readouterr().out
+    assert all(re.search(rf'^    {command} ', listed, re.MULTILINE) for command in entry.COMMANDS)
+
+
+@pytest.mark.parametrize('command, options', [
+    ('train', ['--work-dir', '--amp', '--resume', '--cfg-options', '--launcher', '--auto-scale-lr', '--data-root']),
+    ('test',
+     ['--work-dir', '--out', '--show-dir', '--wait-time', '--tta', '--cfg-options', '--launcher', '--data-root']),
+    ('distill',
+     ['--teacher', '--teacher-checkpoint', '--method', '--family', '--inherit', '--resume', '--cfg-options', 'fgd']),
+    ('export', ['OUT.pth', '--cfg-options']),
+    ('doctor', ['--teacher-checkpoint', '--data-root']),
+])
+def test_help_of_each_command_lists_its_options(command, options, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, '--help'])
+    assert exit_.value.code == 0
+    listed = capsys.readouterr().out
+    assert all(option in listed for option in [*options, '--debug'])
+
+
+def test_only_the_asked_command_is_imported(monkeypatch, capsys):
+    monkeypatch.setattr(entry, 'import_module', lambda name: pytest.fail(f'{name} was imported'))
+    with pytest.raises(SystemExit):
+        main(['--help'])
+    assert 'COMMAND' in capsys.readouterr().out
+
+
+def test_no_command_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([])
+    assert exit_.value.code == 2 and 'COMMAND' in capsys.readouterr().err
+
+
+def test_without_mmdetection_the_way_to_install_it_is_told(monkeypatch, capsys):
+
+    def missing(name):
+        raise ModuleNotFoundError("No module named 'mmdet'", name='mmdet.utils')
+
+    monkeypatch.setattr(entry, 'import_module', missing)
+    with pytest.raises(SystemExit) as exit_:
+        main(['train', 'student.py'])
+    assert exit_.value.code == 2
+    assert "'train' needs MMDetection" in (said := capsys.readouterr().err) and "pip install 'kd-det[mmdet]'" in said
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_distill_then_test_then_export(workspace, capsys):
+    """The whole way of a user: to a checkpoint and a config that stock MMDetection reads, without the distiller."""
+    assert main([*DISTILL, '--work-dir', 'run', *NO_PREFLIGHT]) == 0
+    assert "type='DetectionDistiller'" in capsys.readouterr().out  # the config is shown
+    made = load_config('run/student_fgd.py')
+    assert made.model.type == 'DetectionDistiller' and made.model.distill.fgd.alpha == 1e-3
+    assert made.default_hooks.distill == dict(type='DistillHook', preflight=None)
+
+    assert main(['test', 'run/student_fgd.py', 'run/epoch_1.pth', '--out', 'predictions.pkl']) == 0
+    assert Path('predictions.pkl').is_file()
+    assert load_config('run/student_fgd.py').to_dict() == made.to_dict()  # testing keeps the config of the training
+
+    assert main(['export', 'run/student_fgd.py', 'run/epoch_1.pth', 'plain/student.pth']) == 0
+    exported = load_config('plain/student.py')
+    assert exported.model.type == 'RetinaNet' and set(exported.default_hooks) == {'checkpoint', 'visualization'}
+    assert not {'custom_imports', 'fgd'} & set(exported)
+    checkpoint = torch.load('plain/student.pth', weights_only=True)
+    assert set(checkpoint) == {'meta', 'state_dict'} and checkpoint['meta']['dataset_meta']['classes'] == CLASSES
+
+    from mmdet.apis import inference_detector, init_detector
+    image = 'coco/0.png'
+    boxes = [inference_detector(init_detector(config, checkpoint, device='cpu'), image).pred_instances.bboxes
+             for config, checkpoint in (('plain/student.py', 'plain/student.pth'), ('student.py', 'run/epoch_1.pth'))]
+    assert torch.equal(*boxes)
+
+
+def test_the_saved_config_repeats_the_run(workspace):
+    """With tools/train.py, in a process of its own, to identical weights."""
+    assert main([*DISTILL, '--work-dir', 'run', *NO_PREFLIGHT]) == 0
+    first = torch.load('run/epoch_1.pth', weights_only=True)['state_dict']
+    result = subprocess.run(
+        [sys.executable, ROOT / 'tools' / 'train.py', 'run/student_fgd.py', '--work-dir', 'again'],
+        env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    second = torch.load('again/epoch_1.pth', weights_only=True)['state_dict']
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_train_takes_mmdets_options(workspace):
+    assert main(['train', 'student.py', '--data-root', str(workspace / 'coco'), '--work-dir', 'run',
+                 '--cfg-options', 'train_dataloader.batch_size=2']) == 0
+    config = load_config('run/student.py')
+    assert config.train_dataloader.batch_size == 2
+    assert config.train_dataloader.dataset.data_root == f'{workspace}/coco/'
+    assert config.val_evaluator.ann_file == f'{workspace}/coco/all.json'
+
+    assert main(['train', 'student.py', '--resume', '--work-dir', 'run', '--cfg-options',
+                 'train_cfg.max_epochs=2']) == 0
+    assert torch.load('run/epoch_2.pth', weights_only=True)['meta']['epoch'] == 2
+    assert load_config('run/student.py').resume is True
+
+    assert main(['train', 'student.py', '--auto-scale-lr', '--cfg-options', 'auto_scale_lr.base_batch_size=8']) == 0
+    assert load_config('work_dirs/student/student.py').auto_scale_lr.enable is True
+
+
+def test_test_never_builds_a_teacher(workspace, monkeypatch):
+    assert main([*DISTILL, '--work-dir', 'run', *NO_PREFLIGHT]) == 0
+    Path('teacher.pth').unlink(), Path('teacher.py').unlink()
+    assert main(['test', 'run/student_fgd.py', 'run/epoch_1.pth', '--tta', '--show-dir', 'painted']) == 0
+    assert load_config('run/student_fgd_test.py').model.module.type == 'RetinaNet'
+    assert list(Path('run').glob('*/painted/*.png'))
+
+
+def test_tools_are_the_commands(workspace, capsys, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['test.py', 'student.py', 'teacher.pth', '--out', 'x.json'])
+    with pytest.raises(SystemExit) as exit_:
+        run_tool('test')
+    assert exit_.value.code == 2 and "'x.json' does not end in .pkl" in capsys.readouterr().err
+    for tool in ('train', 'test'):
+        assert f"run_tool('{tool}')" in (ROOT / 'tools' / f'{tool}.py').read_text()
+
+
+@pytest.mark.parametrize('tool, arguments', [('train', ['student.py']), ('test', ['student.py', 'student.pth'])])
+def test_distributed_tools_launch_one_process_per_gpu(tool, arguments, tmp_path):
+    launcher = tmp_path / 'python'
+    launcher.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    launcher.chmod(0o755)
+    launched = subprocess.run([ROOT / 'tools' / f'dist_{tool}.sh', *arguments, '4', '--work-dir', 'a b'],
+                              check=True,
+                              text=True,
+                              stdout=subprocess.PIPE,
+                              env={
+                                  **os.environ, 'PYTHON': str(launcher),
+                                  'NNODES': '2'
+                              }).stdout.splitlines()
+    assert launched == ['-m', 'torch.distributed.run', '--nnodes=2', '--node_rank=0', '--master_addr=127.0.0.1',
+                        '--master_port=29500', '--nproc_per_node=4', str(ROOT / 'tools' / f'{tool}.py'), *arguments,
+                        '--launcher', 'pytorch', '--work-dir', 'a b']
+
+
+def test_mixed_precision_needs_a_gpu(workspace, capsys, monkeypatch):
+    monkeypatch.setattr('kd_det.cli.train.get_device', lambda: 'cpu')
+    assert '--amp needs a GPU' in error_of(['train', 'student.py', '--amp'], capsys)
+    trained = []
+    monkeypatch.setattr('kd_det.cli.train.get_device', lambda: 'cuda')
+    monkeypatch.setattr('kd_det.cli.train.train', lambda config, resume: trained.append(config.optim_wrapper))
+    assert main(['train', 'student.py', '--amp']) == 0
+    assert trained[0].type == 'AmpOptimWrapper' and trained[0].loss_scale == 'dynamic'
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize('arguments, said', [
+    (['train', 'nowhere.py'], "no config file 'nowhere.py'"),
+    (['train', 'broken.py'], 'broken.py.*not valid Python.*line 1'),
+    (['train', 'student.py', '--data-root', '/nowhere'], '/nowhere/all.json.*does not exist'),
+    (['train', 'student.py', '--resume', 'nowhere.pth'], "no file 'nowhere.pth'"),
+    (['train', 'student.py', '--auto-scale-lr'], 'base_batch_size'),
+    (['train', 'student.py', '--cfg-options', 'model.bbox_head.num_classes=80'], 'num_classes=80, the data set has 3'),
+    (['train', 'student.py', '--cfg-options', 'model.neck.type=FPNN'], 'FPNN is not in the .*registry'),
+    (['train', 'student.py', '--cfg-options', 'model.neck.unknown=1'], "unexpected keyword argument 'unknown'"),
+    (['train', 'student.py', '--cfg-options', 'model.type.x=1'], '--cfg-options'),
+    (['test', 'student.py', 'nowhere.pth'], "no file 'nowhere.pth'"),
+    (['export', 'student.py', 'teacher.pth', 'out.pth'], 'is not of the student.*layer1.0.conv3.weight'),
+    (['export', 'student.py', 'nowhere.pth', 'out.pth'], 'nowhere.pth'),
+    ([*DISTILL[:-1], 'fgx'], "no method 'fgx'. Choose from .*fgd"),
+    (['distill', 'run.py', *DISTILL[2:]], 'is a distillation already'),
+    ([*DISTILL, '--cfg-options', 'model.distill.fgd.tap=nek', 'default_hooks.distill.preflight=None'
+      ], "no module 'nek'.*neck"),
+    ([*DISTILL, '--cfg-options', 'model.teacher.checkpoint=nowhere.pth'
+      ], "teacher checkpoint: there is no file 'nowhere.pth'"),
+    ([*DISTILL, '--cfg-options', 'model.teacher.config=student.py'], 'does not fit the teacher'),
+    ([*DISTILL, '--cfg-options', 'model.teacher.config=nowhere.py'], "no config file 'nowhere.py'"),
+])
+def test_a_mistake_is_one_clear_line(arguments, said, workspace, capsys):
+    Path('broken.py').write_text('model = dict(\n')
+    Path('run.py').write_text("model = dict(type='DetectionDistiller')\n")
+    assert re.search(said, error_of(arguments, capsys), re.DOTALL)
+    assert not list(workspace.glob('**/*epoch*.pth')) and not Path('out.pth').exists()
+
+
+def test_empty_data_is_one_clear_line(workspace, capsys):
+    Path('coco/all.json').write_text('{"images": [], "annotations": [], "categories": []}')
+    assert 'lists no images' in error_of(['train', 'student.py'], capsys)
+
+
+def test_data_without_the_configs_classes_is_one_clear_line(workspace, capsys):
+    options = [f'{split}_dataloader.dataset.metainfo.classes=cat,dog,cow' for split in ('train', 'val', 'test')]
+    said = error_of(['train', 'student.py', '--cfg-options', *options,
+                     'train_dataloader.dataset.filter_cfg.filter_empty_gt=True'], capsys)
+    assert 'cat, dog, cow' in said and 'blue, green, red' in said
+
+
+def test_an_unreadable_image_is_one_clear_line(workspace, capsys):
+    Path('coco/3.png').write_bytes(b'no image')
+    assert '3.png' in error_of(['train', 'student.py'], capsys)
+    assert not list(workspace.glob('work_dirs/**/*.pth'))
+
+
+def test_debug_shows_the_traceback(workspace, capsys, monkeypatch):
+    assert main(['train', 'nowhere.py', '--debug']) == 2
+    assert 'Traceback' in capsys.readouterr().err
+    monkeypatch.setenv('KD_DET_DEBUG', '1')
+    assert main(['train', 'nowhere.py']) == 2
+    assert 'Traceback' in capsys.readouterr().err
+
+
+def test_an_unexpected_error_keeps_its_traceback(workspace, capsys, monkeypatch):
+    monkeypatch.setattr('mmengine.runner.Runner.train', lambda self: 1 / 0)
+    assert main(['train', 'student.py']) == 2
+    said = capsys.readouterr().err
+    assert 'Traceback' in said and said.endswith('kd-det: error: ZeroDivisionError: division by zero\n')
+
+
+def test_a_workers_error_is_told_by_its_last_line():
+    error = AssertionError(
+        'Caught AssertionError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n'
+        '  File "x.py", line 1\nAssertionError: failed to load image: 3.png\n')
+    assert entry.describe(error) == 'AssertionError: AssertionError: failed to load image: 3.png'
+
+
+def test_interruption_is_no_traceback(workspace, capsys, monkeypatch):
+
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('mmengine.runner.Runner.train', interrupt)
+    assert main(['train', 'student.py']) == 130
+    assert capsys.readouterr().err == 'kd-det: interrupted\n'
+
+
+# ---------------------------------------------------------------- doctor
+
+
+def test_doctor_finds_nothing(workspace, capsys):
+    assert main(['doctor', 'student.py']) == 0
+    assert 'No faults found' in capsys.readouterr().out
+
+
+def test_doctor_of_the_installation_alone(capsys):
+    assert main(['doctor']) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in ('torchvision', 'mmengine', 'mmcv', 'mmdet', 'operators', 'GPU'))
+
+
+@pytest.mark.parametrize('arguments, said', [
+    (['student.py', '--data-root', '/nowhere'], '/nowhere/all.json'),
+    (['student.py', '--teacher-checkpoint', 'teacher.pth'], 'has no teacher'),
+    (['nowhere.py'], 'nowhere.py'),
+    (['run.py', '--teacher-checkpoint', 'nowhere.pth'], 'nowhere.pth'),
+    (['run.py', '--teacher-checkpoint', 'student.pth'], 'does not fit'),
+])
+def test_doctor_finds_faults(arguments, said, workspace, capsys, monkeypatch):
+    from kd_det.composition import distillation_config
+    from mmdet.registry import MODELS
+    monkeypatch.setenv('COLUMNS', '300')
+    distillation_config('student.py', 'teacher.py', 'teacher.pth', 'fgd').dump('run.py')
+    torch.save(dict(state_dict=MODELS.build(load_config('student.py').model).state_dict()), 'student.pth')
+    assert main(['doctor', *arguments]) == 1
+    assert said in (listed := capsys.readouterr().out) and 'fault' in listed
+
+
+def test_doctor_accepts_another_teacher_checkpoint(workspace, capsys):
+    from kd_det.composition import distillation_config
+    distillation_config('student.py', 'teacher.py', 'nowhere.pth', 'fgd').dump('run.py')
+    assert main(['doctor', 'run.py']) == 1
+    assert main(['doctor', 'run.py', '--teacher-checkpoint', 'teacher.pth']) == 0
