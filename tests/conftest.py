@@ -149,13 +149,12 @@ def coco_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def make_runner(coco_folder, tmp_path):
-    """Makes mmengine's Runner over :func:`coco_folder` for a model dict; like mmdet's own configs otherwise."""
+def run_config(coco_folder, tmp_path):
+    """Makes the config of a run over :func:`coco_folder` for a model dict; like mmdet's own configs otherwise."""
     from mmengine.config import Config
-    from mmengine.runner import Runner
 
     def make(model: dict, epochs: int = 2, name: str = 'run', val: bool = False, seed: int = 0, preflight=None,
-             optimizer=dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=1e-4), **changes) -> Runner:
+             optimizer=dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=1e-4), **changes) -> Config:
         dataset = dict(type='CocoDataset', data_root=str(coco_folder), ann_file='all.json', data_prefix=dict(img=''),
                        metainfo=dict(classes=('blue', 'green', 'red')),
                        pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True),
@@ -179,9 +178,16 @@ def make_runner(coco_folder, tmp_path):
                           val_evaluator=dict(type='CocoMetric', ann_file=str(coco_folder / 'all.json'), metric='bbox'))
         config = Config(config)
         config.merge_from_dict(changes)
-        return Runner.from_cfg(config)
+        return config
 
     return make
+
+
+@pytest.fixture
+def make_runner(run_config):
+    """Makes mmengine's Runner of :func:`run_config`."""
+    from mmengine.runner import Runner
+    return lambda *args, **kwargs: Runner.from_cfg(run_config(*args, **kwargs))
 
 
 @pytest.fixture
