@@ -5,6 +5,7 @@ VENV ?= .venv
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 # Written when an install has finished; it is done again only when what it installs from has changed.
 INSTALLED := $(VENV)/.installed
 
@@ -29,6 +30,8 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): setup.py pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --constraint constraints.txt setuptools wheel
-	$(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation --editable '.[mmdet,test]'
+	$(PIP_INSTALL) setuptools wheel
+	$(PIP_INSTALL) --no-build-isolation --editable '.[mmdet,test]'
+	@# A machine without a screen may lack libGL, which OpenCV's desktop build wants.
+	$(BIN)/python -c 'import cv2' 2>/dev/null || $(PIP_INSTALL) --force-reinstall --no-deps opencv-python-headless
 	@touch $@

@@ -14,6 +14,7 @@ echo "$(basename "$0") $*" >> calls.txt
 case "$*" in
     "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; cp "$0" "$3/bin/kd-det";;
     *"pip install"*) exit ${PIP_STATUS:-0};;
+    "-c import cv2") exit ${CV2_STATUS:-0};;
 esac
 '''
 
@@ -62,6 +63,13 @@ def test_a_change_of_what_is_installed_installs_again(make):
 def test_a_failed_install_is_done_again(make):
     make('make', 'install', check=False, PIP_STATUS='1')
     assert any('pip install' in call for call in make('make', 'install'))
+
+
+def test_without_libgl_opencv_is_headless(make):
+    assert not any('headless' in call for call in make('make', 'install'))
+    (make.folder / '.venv' / '.installed').unlink()
+    assert 'opencv-python-headless' in make('make', 'install', CV2_STATUS='1')[-1]
+    assert make('make', 'install', CV2_STATUS='1') == []
 
 
 def test_continuous_integration_runs_the_tests(make):
