@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kd_det.functional.masks import valid_cells
+from kd_det.heads import StudentOutputs, TeacherOutputs
 from kd_det.taps import Levels
 
 
@@ -37,6 +38,8 @@ class DistillContext:
         batch_shape: Height and width of the padded batch, in pixels.
         image_shapes: Height and width of each image within it.
         progress: Iterations and epochs done.
+        student_outputs: What the student's heads put out, of the heads that terms ask for, by name.
+        teacher_outputs: The same of each teacher, without gradient.
     """
     student: Dict[str, Levels]
     teachers: List[Dict[str, Levels]]
@@ -47,6 +50,8 @@ class DistillContext:
     batch_shape: Tuple[int, int]
     image_shapes: List[Tuple[int, int]]
     progress: Progress = Progress()
+    student_outputs: StudentOutputs = field(default_factory=dict)
+    teacher_outputs: List[TeacherOutputs] = field(default_factory=list)
     _valid: Dict[Tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -78,12 +83,14 @@ class ComparedLevel:
         stride: Of the level, in pixels.
         index: Of the level among the student's.
         context: The step.
+        teacher_index: Which of the teachers it is.
     """
     student: Tensor
     teacher: Tensor
     stride: int
     index: int
     context: DistillContext
+    teacher_index: int = 0
 
     @property
     def shape(self) -> Tuple[int, int]:

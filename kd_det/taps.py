@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import difflib
 from contextlib import contextmanager
-from typing import Dict, Iterable, Iterator, List, Tuple
+from typing import Dict, Iterable, Iterator, List, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ class Taps:
     Args:
         model: The model to read.
         paths: Dotted module names, see :func:`find_module`.
+        grouped: The modules return several such tuples, as a dense head does: class maps, box maps, … Each is read and
+            checked like a feature, and a tap holds a tuple of them.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True))
@@ -54,8 +56,8 @@ class Taps:
         torch.Size([1, 4, 2, 2])
     """
 
-    def __init__(self, model: nn.Module, paths: Iterable[str]) -> None:
-        self.paths = tuple(dict.fromkeys(paths))
+    def __init__(self, model: nn.Module, paths: Iterable[str], grouped: bool = False) -> None:
+        self.paths, self.grouped = tuple(dict.fromkeys(paths)), grouped
         self._reading = False
         self._seen: Dict[str, List[_Reading]] = {}
         self._written_later = {path: True for path in self.paths}
@@ -66,21 +68,22 @@ class Taps:
 
         def read(module: nn.Module, inputs: tuple, output) -> None:
             if self._reading:
-                self._seen[path].append(_Reading(path, output, copy=self._written_later[path]))
+                groups = output if self.grouped else (output, )
+                self._seen[path].append(_Reading(path, groups, copy=self._written_later[path]))
 
         return read
 
     @contextmanager
-    def capture(self) -> Iterator[Dict[str, Levels]]:
+    def capture(self) -> Iterator[Dict[str, Union[Levels, Tuple[Levels, ...]]]]:
         """Reads one forward.
 
         Yields:
-            A dict that is filled when the block ends: path -> tuple of (N, C, H, W), one per level.
+            A dict that is filled when the block ends: path -> tuple of (N, C, H, W), one per level; or a tuple of those.
 
         Raises:
             TapError: A tapped module did not run, ran more than once, or returned no feature.
         """
-        features: Dict[str, Levels] = {}
+        features: dict = {}
         self._seen = {path: [] for path in self.paths}
         self._reading = True
         try:
@@ -93,29 +96,37 @@ class Taps:
                 raise TapError(f"Tap '{path}' saw {len(readings)} forwards where one was expected: "
                                + ('the module did not run. Tap one that the training forward calls.' if not readings
                                   else 'the module is shared. Tap the module that feeds it or collects its outputs.'))
-            features[path], self._written_later[path] = readings[0].close()
+            groups, self._written_later[path] = readings[0].close()
+            features[path] = groups if self.grouped else groups[0]
 
 
 class _Reading:
     """One output of one module, with what is needed to tell whether a later layer wrote into it."""
 
-    def __init__(self, path: str, output, copy: bool) -> None:
-        levels = tuple(output) if isinstance(output, (tuple, list)) else (output, )
-        if not levels or not all(isinstance(level, Tensor) and level.dim() == 4 for level in levels):
-            shapes = [tuple(level.shape) if isinstance(level, Tensor) else type(level).__name__ for level in levels]
-            raise TapError(f"Tap '{path}' read {shapes}, not features of shape (N, C, H, W).")
+    def __init__(self, path: str, groups: Sequence, copy: bool) -> None:
         self.path, self.copied = path, copy
-        self.originals = levels
-        self.versions = tuple(_version(level) for level in levels)
-        self.levels = tuple(level.clone() for level in levels) if copy else levels
+        self.originals = tuple(_levels(path, group) for group in groups)
+        self.versions = self._versions()
+        self.groups = tuple(tuple(level.clone() for level in levels) for levels in self.originals) if copy else self.originals
 
-    def close(self) -> Tuple[Levels, bool]:
-        """Returns the levels, and whether the module's output was written to after it was read."""
-        written = any(_version(level) != version for level, version in zip(self.originals, self.versions))
+    def close(self) -> Tuple[Tuple[Levels, ...], bool]:
+        """Returns the groups of levels, and whether the module's output was written to after it was read."""
+        written = self._versions() != self.versions
         if written and not self.copied:
             raise TapError(f"The output of '{self.path}' was changed in place by a later layer in this step but in no "
                            'step before. Tap the layer after it.')
-        return self.levels, written
+        return self.groups, written
+
+    def _versions(self) -> List[int]:
+        return [_version(level) for levels in self.originals for level in levels]
+
+
+def _levels(path: str, output) -> Levels:
+    levels = tuple(output) if isinstance(output, (tuple, list)) else (output, )
+    if not levels or not all(isinstance(level, Tensor) and level.dim() == 4 for level in levels):
+        shapes = [tuple(level.shape) if isinstance(level, Tensor) else type(level).__name__ for level in levels]
+        raise TapError(f"Tap '{path}' read {shapes}, not features of shape (N, C, H, W).")
+    return levels
 
 
 def _version(tensor: Tensor) -> int:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Dict, List, Optional, Sequence, Tuple, Union
+from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 from mmdet.registry import MODELS
@@ -13,6 +13,7 @@ from kd_det.configuration import ConfigurationError
 from kd_det.context import DistillContext, Progress
 from kd_det.distillers.provenance import Provenance, inherit, pretrained_parameters
 from kd_det.distillers.weights import build_weight
+from kd_det.heads import StudentHeads, StudentOutputs, TeacherOutputs, find_head
 from kd_det.losses import DistillTerm
 from kd_det.randomness import preserved_randomness
 from kd_det.taps import Levels, Taps
@@ -129,8 +130,8 @@ class DetectionDistiller(BaseModel):
         if self.teachers is None:
             anchor = next(self.student.parameters())
             self.teachers = [
-                Teacher(**config, taps=taps, student_preprocessor=self.data_preprocessor).to_like(anchor)
-                for config, taps in zip(self.teacher_configs, self._teacher_taps)
+                Teacher(**config, taps=taps, heads=heads, student_preprocessor=self.data_preprocessor).to_like(anchor)
+                for config, taps, heads in zip(self.teacher_configs, self._teacher_taps, self._teacher_heads)
             ]
         return self.teachers
 
@@ -152,18 +153,23 @@ class DetectionDistiller(BaseModel):
     # ------------------------------------------------------------------------------------ the terms
 
     def _connect(self, terms: Dict[str, DistillTerm]) -> None:
-        """Sets the taps that the terms ask for, and tells the terms what these read."""
+        """Sets the taps and the readers of heads that the terms ask for, and tells the terms what the taps read."""
         self._student_taps = Taps(self.student, (path for term in terms.values() for path in term.student_taps))
         self._student_levels = probe_levels(self.student, self._student_taps) if terms else {}
         self._teacher_taps = [[path for term in terms.values() if term.teacher == index for path in term.teacher_taps]
                               for index in range(len(self.teacher_configs))]
+        self._teacher_heads = [[head for term in terms.values() if term.teacher == index for head in term.teacher_heads]
+                               for index in range(len(self.teacher_configs))]
         self._teacher_levels = [probe_config(read_model_config(config['config']), taps) if taps else {}
                                 for config, taps in zip(self.teacher_configs, self._teacher_taps)]
         for name, term in terms.items():
             try:
+                for head in term.student_heads:
+                    find_head(self.student, head)
                 term.connect(self._student_levels, self._teacher_levels[term.teacher])
             except ValueError as error:
                 raise ConfigurationError(f'model.distill.{name}: {error}') from error
+        self._student_heads = StudentHeads(self.student, (head for term in terms.values() for head in term.student_heads))
 
     def load_terms(self, state: Dict[str, Tensor]) -> None:
         """Restores the terms' weights from a checkpoint.
@@ -193,27 +199,37 @@ class DetectionDistiller(BaseModel):
         boxes = [sample.gt_instances.bboxes for sample in data_samples]
         boxes = [getattr(each, 'tensor', each).detach() for each in boxes]
         labels = [sample.gt_instances.labels for sample in data_samples]
-        with self._student_taps.capture() as student:
+        with self._student_taps.capture() as student, self._student_heads.capture() as student_outputs:
             losses = dict(self.student.loss(inputs, data_samples))
         if active:
             image_shapes = [tuple(sample.img_shape[:2]) for sample in data_samples]
-            used = {self.terms[name].teacher for name in active}
+            teachers, teacher_outputs = zip(*self._observe_teachers(active, inputs, image_shapes, student_outputs))
             context = DistillContext(
                 student=student,
-                teachers=[teacher.features(inputs, image_shapes) if index in used and teacher.taps.paths else {}
-                          for index, teacher in enumerate(self.build_teachers())],
+                teachers=list(teachers),
                 student_levels=self._student_levels,
                 teacher_levels=self._teacher_levels,
                 boxes=boxes,
                 labels=labels,
                 batch_shape=tuple(inputs.shape[-2:]),
                 image_shapes=image_shapes,
-                progress=self.progress)
+                progress=self.progress,
+                student_outputs=student_outputs,
+                teacher_outputs=list(teacher_outputs))
             with torch.autocast(inputs.device.type, enabled=False):
                 for name, weight in active.items():
                     losses.update(_logged(name, self.terms[name](context), weight))
         losses.update({f'loss_{name}': _untouched(self.terms[name], inputs) for name in weights if name not in active})
         return losses
+
+    def _observe_teachers(self, active: Iterable[str], images: Tensor, image_shapes: Sequence[Tuple[int, int]],
+                          student: StudentOutputs) -> Iterator[Tuple[Dict[str, Levels], TeacherOutputs]]:
+        """Runs what the active terms read of each teacher, and nothing of a teacher that none of them reads."""
+        for index, teacher in enumerate(self.build_teachers()):
+            terms = [self.terms[name] for name in active if self.terms[name].teacher == index]
+            heads = tuple(dict.fromkeys(head for term in terms for head in term.teacher_heads))
+            reads = terms and (heads or teacher.taps.paths)
+            yield teacher.observe(images, image_shapes, heads, student) if reads else ({}, {})
 
 
 def _checked_teachers(teacher: Union[dict, Sequence[dict]]) -> List[dict]:

@@ -16,7 +16,7 @@ Parts = Dict[str, Tensor]
 class DistillTerm(nn.Module):
     """One comparison of student and teacher.
 
-    A term declares what it reads (:attr:`student_taps`, :attr:`teacher_taps`), makes its adapters once the form of that is
+    A term declares what it reads (:attr:`student_taps`, :attr:`student_heads` and the teacher's), makes its adapters once the form of that is
     known (:meth:`connect`), and turns each step's :class:`~kd_det.context.DistillContext` into named parts. It does not
     know its weight: the distiller multiplies, and runs the terms in float32.
 
@@ -36,6 +36,16 @@ class DistillTerm(nn.Module):
     @property
     def teacher_taps(self) -> Tuple[str, ...]:
         """Module paths that the term reads in its teacher."""
+        return ()
+
+    @property
+    def student_heads(self) -> Tuple[str, ...]:
+        """Heads whose outputs the term reads in the student, see :func:`~kd_det.heads.find_head`."""
+        return ()
+
+    @property
+    def teacher_heads(self) -> Tuple[str, ...]:
+        """Heads whose outputs the term reads in its teacher. They run for the steps in which the term has a weight."""
         return ()
 
     def connect(self, student: Dict[str, Tuple[Level, ...]], teacher: Dict[str, Tuple[Level, ...]]) -> None:
@@ -112,4 +122,4 @@ class FeatureTerm(DistillTerm):
                 raise ValueError(f"Level {pair.student_index} of '{self.student_path}': the student's {tuple(student.shape)} and "
                                  f"the teacher's {tuple(teacher.shape)} cover the same image with other cells. Allow resize=True.")
             teacher = F.interpolate(teacher, student.shape[-2:], mode='bilinear', align_corners=False)
-        return ComparedLevel(student, teacher, pair.student.stride, pair.student_index, context)
+        return ComparedLevel(student, teacher, pair.student.stride, pair.student_index, context, self.teacher)

@@ -25,6 +25,16 @@ class Weighting(NamedTuple):
 class Mask(nn.Module):
     """Says where, and how much, student and teacher are compared on one level. No gradient flows through a mask."""
 
+    @property
+    def student_heads(self) -> Tuple[str, ...]:
+        """Heads whose outputs the mask reads in the student, see :func:`~kd_det.heads.find_head`."""
+        return ()
+
+    @property
+    def teacher_heads(self) -> Tuple[str, ...]:
+        """Heads whose outputs the mask reads in the teacher."""
+        return ()
+
     def forward(self, level: ComparedLevel) -> Tuple[Weighting, ...]:
         """Returns the weightings whose sum is the mask."""
         raise NotImplementedError

@@ -8,6 +8,7 @@ import torch
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
+from kd_det.heads import HeadError, StudentOutputs, TeacherOutputs, find_head, run_heads
 from kd_det.randomness import preserved_randomness
 from kd_det.taps import Levels, Taps
 from kd_det.teachers.bridge import InputBridge
@@ -27,10 +28,12 @@ class Teacher:
         allow_missing: See :func:`~kd_det.teachers.loading.load_strictly`.
         allow_unexpected: See :func:`~kd_det.teachers.loading.load_strictly`.
         taps: Module paths whose outputs are read.
+        heads: Heads whose outputs may be asked for, see :func:`~kd_det.heads.find_head`.
         student_preprocessor: The student's data preprocessor, whose batches the teacher is given.
 
     Raises:
-        TeacherError: No checkpoint and not ``random_teacher``, or a checkpoint that does not fit.
+        TeacherError: No checkpoint and not ``random_teacher``, a checkpoint that does not fit, or a head that is absent or
+            can not be read.
     """
 
     def __init__(self,
@@ -41,6 +44,7 @@ class Teacher:
                  allow_unexpected: Sequence[str] = (),
                  *,
                  taps: Iterable[str],
+                 heads: Iterable[str] = (),
                  student_preprocessor: nn.Module) -> None:
         if not checkpoint and not random_teacher:
             raise TeacherError('The teacher has no checkpoint: set teacher.checkpoint to its weights. A random teacher '
@@ -52,6 +56,11 @@ class Teacher:
             self.model = MODELS.build(read_model_config(config))
         self.meta = load_strictly(self.model, checkpoint, allow_missing, allow_unexpected) if checkpoint else {}
         self.model.eval().requires_grad_(False)
+        for name in heads:
+            try:
+                find_head(self.model, name)
+            except HeadError as error:
+                raise TeacherError(f"A term learns from the teacher's {name}. {error}") from error
         self.taps = Taps(self.model, taps)
         self.bridge = InputBridge(student_preprocessor, self.model.data_preprocessor)
 
@@ -67,24 +76,34 @@ class Teacher:
         self.bridge._apply(function)
         return self
 
-    @torch.no_grad()
     def features(self, images: Tensor, image_shapes: Sequence[Tuple[int, int]]) -> Dict[str, Levels]:
-        """Runs the part of the teacher that the taps read.
+        """Runs the part of the teacher that the taps read, see :meth:`observe`."""
+        return self.observe(images, image_shapes)[0]
+
+    @torch.no_grad()
+    def observe(self,
+                images: Tensor,
+                image_shapes: Sequence[Tuple[int, int]],
+                heads: Sequence[str] = (),
+                student: Optional[StudentOutputs] = None) -> Tuple[Dict[str, Levels], TeacherOutputs]:
+        """Runs the part of the teacher that the taps read, and some heads.
 
         Args:
             images: (N, 3, H, W), preprocessed for the student.
             image_shapes: Height and width of each image within the batch.
+            heads: Names of the heads to run.
+            student: The student's outputs in this step, which hold the regions for the teacher's RoI head.
 
         Returns:
-            Module path -> tuple of (N, C, H, W), without gradient.
+            Module path -> tuple of (N, C, H, W), and name of the head -> outputs; all without gradient.
         """
-        images = self.bridge(images, image_shapes)
+        images, outputs = self.bridge(images, image_shapes), {}
         with self.taps.capture() as features:
-            if all(path.split('.')[0] == 'backbone' for path in self.taps.paths):
+            if not heads and all(path.split('.')[0] == 'backbone' for path in self.taps.paths):
                 self.model.backbone(images)
             else:
-                self.model.extract_feat(images)
-        return features
+                outputs = run_heads(self.model, heads, self.model.extract_feat(images), student)
+        return features, outputs
 
     @torch.no_grad()
     def predict(self, images: Tensor, data_samples: List) -> List:

@@ -1,0 +1,109 @@
+"""What a dense head says about one batch, in one form for all heads."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Callable, Optional, Tuple
+
+from torch import Tensor
+
+from kd_det.heads.errors import HeadError
+from kd_det.taps import Levels
+
+
+@dataclass
+class DenseOutputs:
+    """The outputs of one dense head for one batch, the same in train and eval mode, in float32, level by level.
+
+    On each level a row of a tensor is one prior; the A priors of a cell follow one another, cells row by row. K is the
+    number of classes; a softmax head has one more logit, the background's, as the last.
+
+    Attributes:
+        logits: (N, H·W·A, K) class logits.
+        activation: ``'sigmoid'`` or ``'softmax'``: what turns them into probabilities.
+        regressions: (N, H·W·A, 4) box regressions, in the same units for all heads of a kind. Heads with anchors and
+            deltas: shift of the centre in anchor widths and heights, logarithm of the scale. Heads that regress the
+            distances to the four sides: pixels. YOLOX and YOLOv3: as the head puts them out.
+        shapes: Height and width of the level, in cells.
+        strides: Of the level, in pixels.
+        decode: Makes :attr:`boxes`.
+        generate_priors: Makes :attr:`priors`.
+        objectness: (N, H·W·A) logits; class logits are then conditional on an object, as in YOLOX and YOLOv3.
+        centerness: (N, H·W·A) logits of the predicted box quality, as in FCOS and ATSS; trained on positive priors only.
+        distributions: (N, H·W·A, 4, bins) logits of the distance to each side, as in GFL.
+        labels: (N, H·W·A) classes that the head's own assigner gave to its priors in this step, the background's for
+            negatives. Of a student alone, and where :data:`~kd_det.heads.readers.READERS` knows how to read it.
+    """
+    logits: Levels
+    activation: str
+    regressions: Levels
+    shapes: Tuple[Tuple[int, int], ...]
+    strides: Tuple[int, ...]
+    decode: Callable[[], Levels] = field(repr=False)
+    generate_priors: Callable[[], Levels] = field(repr=False)
+    objectness: Optional[Levels] = None
+    centerness: Optional[Levels] = None
+    distributions: Optional[Levels] = None
+    labels: Optional[Levels] = None
+
+    @cached_property
+    def boxes(self) -> Levels:
+        """(N, H·W·A, 4) decoded boxes x1, y1, x2, y2 in pixels of the padded batch, not clipped. Decoded when first read."""
+        return self.decode()
+
+    @cached_property
+    def priors(self) -> Levels:
+        """(H·W·A, 4) anchors x1, y1, x2, y2; the prior of a head of points is a square of one stride around the point."""
+        return self.generate_priors()
+
+    @property
+    def num_classes(self) -> int:
+        return self.logits[0].shape[-1] - (self.activation == 'softmax')
+
+    def level_of(self, stride: int) -> int:
+        """The index of the level of that stride.
+
+        Raises:
+            HeadError: There is none.
+        """
+        if stride not in self.strides:
+            raise HeadError(f'The head has no level of stride {stride}; its strides are {list(self.strides)}.')
+        return self.strides.index(stride)
+
+    def probabilities(self, level: int) -> Tensor:
+        """(N, H·W·A, K) class probabilities, times that of an object where the head predicts it; without background."""
+        logits = self.logits[level]
+        probabilities = logits.sigmoid() if self.activation == 'sigmoid' else logits.softmax(-1)[..., :-1]
+        return probabilities if self.objectness is None else probabilities * self.objectness[level].sigmoid().unsqueeze(-1)
+
+    def scores(self, level: int) -> Tensor:
+        """(N, H·W·A): how sure the head is of an object there, the largest class probability times the box quality."""
+        scores = self.probabilities(level).amax(-1)
+        return scores if self.centerness is None else scores * self.centerness[level].sigmoid()
+
+    def cell_probabilities(self, level: int, reduction: str = 'max') -> Tensor:
+        """Class probabilities of the cells.
+
+        Args:
+            level: Its index.
+            reduction: ``'max'`` or ``'mean'`` over the priors of a cell.
+
+        Returns:
+            (N, K, H, W).
+        """
+        height, width = self.shapes[level]
+        by_prior = self.probabilities(level).unflatten(1, (height, width, -1))
+        by_cell = by_prior.amax(3) if reduction == 'max' else by_prior.mean(3)
+        return by_cell.permute(0, 3, 1, 2)
+
+    def positives(self, level: int) -> Tensor:
+        """(N, H·W·A) of bool: the priors that the head's own assigner gave to a ground-truth box.
+
+        Raises:
+            HeadError: Its assignment can not be read.
+        """
+        if self.labels is None:
+            raise HeadError('Which priors are positive is known for a student that assigns its priors once per step: '
+                            'heads of the families of RetinaNet, ATSS, GFL, FCOS and RTMDet.')
+        labels = self.labels[level]
+        return (labels >= 0) & (labels < self.num_classes)

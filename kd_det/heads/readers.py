@@ -1,0 +1,200 @@
+"""How the raw outputs of each family of MMDetection's dense heads become :class:`~kd_det.heads.DenseOutputs`.
+
+A reader is registered for a head class and serves its subclasses too, as long as these do not bring a forward of their own,
+which might put out anything.
+"""
+from __future__ import annotations
+
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
+
+import torch
+from mmdet.models.dense_heads import (ATSSHead, FCOSHead, GFLHead, RetinaHead, RetinaSepBNHead, RPNHead, RTMDetHead,
+                                      RTMDetSepBNHead, SSDHead, YOLOFHead, YOLOV3Head, YOLOXHead)
+from mmdet.models.task_modules import DeltaXYWHBBoxCoder, MlvlPointGenerator
+from mmdet.structures.bbox import get_box_tensor
+from torch import Tensor, nn
+
+from kd_det.heads.dense import DenseOutputs
+from kd_det.heads.errors import HeadError
+from kd_det.taps import Levels
+
+Maps = Sequence[Tensor]
+Decoder = Callable[[Tensor, Tensor], Tensor]  # priors and regressions, (n, 4) each, to boxes
+
+
+class Reader(NamedTuple):
+    """How one family of heads is read.
+
+    Attributes:
+        read: Turns head and raw outputs into :class:`~kd_det.heads.DenseOutputs`.
+        labels: The place of the labels among what the head's ``get_targets`` returns; None where it has no such method.
+    """
+    read: Callable[..., DenseOutputs]
+    labels: Optional[int]
+
+
+READERS: Dict[Type[nn.Module], Reader] = {}
+
+
+def reads(*heads: Type[nn.Module], labels: Optional[int] = None) -> Callable:
+    """Registers a reader for some head classes.
+
+    Args:
+        heads: The classes.
+        labels: See :class:`Reader`.
+
+    Example:
+        >>> @reads(MyHead, labels=0)
+        ... def read_my_head(head, class_maps, box_maps): ...
+    """
+
+    def register(read: Callable[..., DenseOutputs]) -> Callable[..., DenseOutputs]:
+        READERS.update({head: Reader(read, labels) for head in heads})
+        return read
+
+    return register
+
+
+def find_reader(head: nn.Module) -> Reader:
+    """Returns the reader of a dense head.
+
+    Raises:
+        HeadError: There is none.
+    """
+    overridden = set()
+    for ancestor in type(head).__mro__:
+        if ancestor in READERS and not overridden & {'forward', 'forward_single'}:
+            reader = READERS[ancestor]
+            return reader._replace(labels=None) if 'get_targets' in overridden else reader
+        overridden.update(vars(ancestor))
+    raise HeadError(f'The outputs of a {type(head).__name__} can not be read. Known are '
+                    f"{', '.join(sorted(known.__name__ for known in READERS))} and their subclasses without a forward of "
+                    'their own; kd_det.heads.reads registers a reader for another head.')
+
+
+def read_dense(head: nn.Module, outputs: Sequence[Maps], targets: Optional[tuple] = None) -> DenseOutputs:
+    """Reads the raw outputs of a dense head.
+
+    Args:
+        head: The head, in the mode (train or eval) in which it made the outputs.
+        outputs: What its forward returned: maps of (N, channels, H, W) by kind, then by level.
+        targets: What its ``get_targets`` returned in the same step, if it was called.
+
+    Raises:
+        HeadError: The head is of no known family.
+    """
+    reader = find_reader(head)
+    dense = reader.read(head, *outputs)
+    if targets is not None and reader.labels is not None:
+        images = len(dense.logits[0])
+        dense.labels = tuple(labels.reshape(images, -1) for labels in targets[reader.labels])
+    return dense
+
+
+# ---------------------------------------------------------------------------------------------------- the families
+
+
+@reads(RetinaHead, RetinaSepBNHead, YOLOFHead, SSDHead, RPNHead, labels=0)
+@reads(ATSSHead, labels=1)
+def _read_anchors(head: nn.Module, logits: Maps, deltas: Maps, centerness: Optional[Maps] = None) -> DenseOutputs:
+    deltas, coder = _by_prior(deltas, 4), head.bbox_coder
+    regressions = deltas
+    if isinstance(coder, DeltaXYWHBBoxCoder):  # without the coder's own normalisation
+        regressions = tuple(each * each.new_tensor(coder.stds) + each.new_tensor(coder.means) for each in deltas)
+    return _outputs(head, logits, regressions, coder.decode, encoded=deltas, centerness=_scalars(centerness))
+
+
+@reads(GFLHead, labels=1)
+def _read_distributions(head: nn.Module, logits: Maps, distributions: Maps) -> DenseOutputs:
+    bins = head.reg_max + 1
+    distributions = tuple(each.unflatten(-1, (4, bins)) for each in _by_prior(distributions, 4 * bins))
+    distances = tuple(head.integral(each).view(each.shape[:3]) * stride
+                      for each, stride in zip(distributions, _strides(head)))
+    return _outputs(head, logits, distances,
+                    lambda priors, distances: head.bbox_coder.decode(head.anchor_center(priors), distances),
+                    distributions=distributions)
+
+
+@reads(RTMDetHead, RTMDetSepBNHead, labels=1)
+def _read_rtmdet(head: nn.Module, logits: Maps, distances: Maps) -> DenseOutputs:
+    return _outputs(head, logits, _by_prior(distances, 4), _from_points(head))
+
+
+@reads(FCOSHead, labels=0)
+def _read_fcos(head: nn.Module, logits: Maps, distances: Maps, centerness: Maps) -> DenseOutputs:
+    distances = _by_prior(distances, 4)
+    if head.norm_on_bbox and head.training:  # in units of the stride; in eval mode the head multiplies by it
+        distances = tuple(each * stride for each, stride in zip(distances, _strides(head)))
+    return _outputs(head, logits, distances, _from_points(head), centerness=_scalars(centerness))
+
+
+@reads(YOLOXHead)
+def _read_yolox(head: nn.Module, logits: Maps, regressions: Maps, objectness: Maps) -> DenseOutputs:
+    return _outputs(head, logits, _by_prior(regressions, 4), head._bbox_decode, objectness=_scalars(objectness))
+
+
+@reads(YOLOV3Head)
+def _read_yolov3(head: nn.Module, maps: Maps) -> DenseOutputs:
+    predictions = _by_prior(maps, head.num_attrib)
+    # The coder takes the place of the centre within its cell, 0 to 1, and a stride to multiply it by.
+    shift_in_pixels = tuple(torch.cat([(each[..., :2].sigmoid() - 0.5) * stride, each[..., 2:4]], -1)
+                            for each, stride in zip(predictions, _strides(head)))
+    return _outputs(head, maps, shift_in_pixels,
+                    lambda priors, shift: head.bbox_coder.decode(priors, shift + shift.new_tensor([0.5, 0.5, 0, 0]), 1),
+                    logits=tuple(each[..., 5:] for each in predictions), activation='sigmoid',
+                    objectness=tuple(each[..., 4] for each in predictions))
+
+
+# ---------------------------------------------------------------------------------------------------- what they share
+
+
+def _outputs(head: nn.Module, class_maps: Maps, regressions: Levels, decode: Decoder, encoded: Optional[Levels] = None,
+             logits: Optional[Levels] = None, activation: Optional[str] = None, **others: Optional[Levels]) -> DenseOutputs:
+    """Puts the form together; ``encoded`` is what ``decode`` takes, where that is not the regressions themselves."""
+    shapes = tuple(tuple(each.shape[-2:]) for each in class_maps)
+    encoded = regressions if encoded is None else encoded
+
+    def own_priors() -> List[Tensor]:
+        with_stride = dict(with_stride=True) if _has_points(head) else {}
+        priors = head.prior_generator.grid_priors(shapes, dtype=torch.float32, device=class_maps[0].device, **with_stride)
+        return [get_box_tensor(each) for each in priors]
+
+    def boxes() -> Levels:
+        return tuple(get_box_tensor(decode(priors.repeat(len(level), 1), level.flatten(0, 1))).view_as(level)
+                     for priors, level in zip(own_priors(), encoded))
+
+    def priors() -> Levels:
+        if not _has_points(head):
+            return tuple(own_priors())
+        return tuple(torch.cat([each[:, :2] - each[:, 2:] / 2, each[:, :2] + each[:, 2:] / 2], 1) for each in own_priors())
+
+    return DenseOutputs(
+        logits=_by_prior(class_maps, head.cls_out_channels) if logits is None else logits,
+        activation=activation or ('sigmoid' if head.use_sigmoid_cls else 'softmax'),
+        regressions=regressions,
+        shapes=shapes,
+        strides=_strides(head),
+        decode=boxes,
+        generate_priors=priors,
+        **others)
+
+
+def _by_prior(maps: Maps, values: int) -> Levels:
+    """(N, A·values, H, W) maps as (N, H·W·A, values), in float32."""
+    return tuple(each.float().permute(0, 2, 3, 1).reshape(len(each), -1, values) for each in maps)
+
+
+def _scalars(maps: Optional[Maps]) -> Optional[Levels]:
+    return None if maps is None else tuple(each.squeeze(-1) for each in _by_prior(maps, 1))
+
+
+def _strides(head: nn.Module) -> Tuple[int, ...]:
+    return tuple(int(stride[0]) for stride in head.prior_generator.strides)
+
+
+def _has_points(head: nn.Module) -> bool:
+    return isinstance(head.prior_generator, MlvlPointGenerator)
+
+
+def _from_points(head: nn.Module) -> Decoder:
+    return lambda priors, distances: head.bbox_coder.decode(priors[:, :2], distances)

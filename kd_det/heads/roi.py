@@ -1,0 +1,126 @@
+"""What RoI heads say about the regions that the student samples in its own loss."""
+from __future__ import annotations
+
+from typing import List, NamedTuple, Sequence, Tuple
+
+import torch
+from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
+from mmdet.models.roi_heads.bbox_heads import BBoxHead
+from mmdet.models.task_modules import DeltaXYWHBBoxCoder
+from torch import Tensor, nn
+
+from kd_det.heads.errors import HeadError
+from kd_det.heads.recording import Call
+from kd_det.taps import Levels
+
+
+class Regions(NamedTuple):
+    """The R regions that the student sampled from its proposals; those of a cascade's stages follow one another.
+
+    Attributes:
+        rois: (R, 5) image index and x1, y1, x2, y2 in pixels of the padded batch.
+        labels: (R,) class that the student's sampler gave to the region; the number of classes for background.
+        targets: (R, 4) regression to the region's ground-truth box, in the units of :class:`RoIOutputs`; 0 for background.
+        stds: (R, 4) by which the student's coder divides regressions.
+    """
+    rois: Tensor
+    labels: Tensor
+    targets: Tensor
+    stds: Tensor
+
+
+class RoIOutputs(NamedTuple):
+    """The outputs of a RoI head for R regions, in float32.
+
+    Regressions are shifts of the centre in widths and heights of the region, and logarithms of the scale, without the
+    normalisation of the head's own coder: so heads of any normalisation, and the stages of a cascade, can be compared.
+
+    Attributes:
+        regions: What the student sampled.
+        logits: (R, K + 1) class logits, the background's as the last.
+        deltas: (R, K, 4) box regressions by class, or (R, 1, 4) of a class-agnostic head.
+    """
+    regions: Regions
+    logits: Tensor
+    deltas: Tensor
+
+    @property
+    def num_classes(self) -> int:
+        return self.logits.shape[1] - 1
+
+    def labelled_deltas(self) -> Tensor:
+        """(R, 4): the regressions for each region's label; for background, which has none, those of some class."""
+        chosen = self.regions.labels.clamp(max=self.deltas.shape[1] - 1)
+        return self.deltas.gather(1, chosen[:, None, None].expand(-1, 1, 4)).squeeze(1)
+
+
+def stages_of(roi_head: nn.Module) -> List[nn.Module]:
+    """The box heads of a RoI head, one per stage.
+
+    Raises:
+        HeadError: Their outputs can not be read.
+    """
+    stages = list(roi_head.bbox_head) if isinstance(roi_head.bbox_head, nn.ModuleList) else [roi_head.bbox_head]
+    for head in stages:
+        known = (isinstance(roi_head, (StandardRoIHead, CascadeRoIHead)) and isinstance(head, BBoxHead)
+                 and type(head).loss_and_target is BBoxHead.loss_and_target and head.with_cls and head.with_reg)
+        if not known or not isinstance(head.bbox_coder, DeltaXYWHBBoxCoder):
+            raise HeadError(f'The outputs of a {type(roi_head).__name__} with a {type(head).__name__} can not be read: only '
+                            'those of StandardRoIHead, CascadeRoIHead and heads derived from them, whose box head both '
+                            'classifies and regresses by DeltaXYWHBBoxCoder.')
+    return stages
+
+
+def read_sampled(stages: Sequence[nn.Module], calls: Sequence[Sequence[Call]]) -> RoIOutputs:
+    """Reads the student's outputs from its own loss.
+
+    Args:
+        stages: The student's box heads.
+        calls: The calls of each one's ``loss_and_target``, where logits, regressions, regions and their targets meet.
+
+    Raises:
+        HeadError: The RoI head computed no loss.
+    """
+    outputs = [_read_call(head, call) for head, made in zip(stages, calls) for call in made]
+    if not outputs:
+        raise HeadError("The student's RoI head computed no loss in this step, so it sampled no regions.")
+    regions = Regions(*map(torch.cat, zip(*(each.regions for each in outputs))))
+    return RoIOutputs(regions, torch.cat([each.logits for each in outputs]), torch.cat([each.deltas for each in outputs]))
+
+
+def _read_call(head: nn.Module, call: Call) -> RoIOutputs:
+    labels, _, targets, _ = call.returned['bbox_targets']
+    rois = call.arguments['rois'].float()
+    if head.reg_decoded_bbox:  # the targets are boxes, or 0 for background, which becomes its own target
+        boxes = torch.where((labels < head.num_classes).unsqueeze(1), targets.float(), rois[:, 1:])
+        targets = head.bbox_coder.encode(rois[:, 1:], boxes)
+    stds = rois.new_tensor(head.bbox_coder.stds).expand_as(targets)
+    regions = Regions(rois, labels, _without_normalization(head, targets), stds)
+    return _outputs(head, regions, call.arguments['cls_score'], call.arguments['bbox_pred'])
+
+
+def run_roi_head(roi_head: nn.Module, features: Levels, regions: Regions) -> Tuple[RoIOutputs, ...]:
+    """Runs a teacher's RoI head, its own RoI extractor included, on the student's regions.
+
+    Args:
+        roi_head: The teacher's.
+        features: What the teacher's neck puts out.
+        regions: What the student sampled.
+
+    Returns:
+        The outputs of each stage; all stages see the same regions, none the boxes that the stage before it refined.
+    """
+    outputs = []
+    for stage, head in enumerate(stages_of(roi_head)):
+        which = (stage, ) if isinstance(roi_head, CascadeRoIHead) else ()
+        results = roi_head._bbox_forward(*which, features, regions.rois)
+        outputs.append(_outputs(head, regions, results['cls_score'], results['bbox_pred']))
+    return tuple(outputs)
+
+
+def _outputs(head: nn.Module, regions: Regions, logits: Tensor, deltas: Tensor) -> RoIOutputs:
+    return RoIOutputs(regions, logits.float(), _without_normalization(head, deltas.float().view(len(deltas), -1, 4)))
+
+
+def _without_normalization(head: nn.Module, deltas: Tensor) -> Tensor:
+    return deltas * deltas.new_tensor(head.bbox_coder.stds) + deltas.new_tensor(head.bbox_coder.means)
