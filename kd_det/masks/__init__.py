@@ -3,6 +3,7 @@ from kd_det.masks.attention import ChannelAttention, SpatialAttention
 from kd_det.masks.base import Mask, build_mask
 from kd_det.masks.boxes import BoxBackground, BoxForeground
 from kd_det.masks.combine import MaskProduct, MaskSum
+from kd_det.masks.pyramid import LevelForeground, NearAnchorForeground
 
-__all__ = ['BoxBackground', 'BoxForeground', 'ChannelAttention', 'Mask', 'MaskProduct', 'MaskSum', 'SpatialAttention',
-           'build_mask']
+__all__ = ['BoxBackground', 'BoxForeground', 'ChannelAttention', 'LevelForeground', 'Mask', 'MaskProduct', 'MaskSum',
+           'NearAnchorForeground', 'SpatialAttention', 'build_mask']

@@ -1,0 +1,84 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kd_det.context import ComparedLevel, DistillContext, Level
+from kd_det.masks import build_mask
+
+GOLDENS = Path(__file__).parents[1] / 'goldens'
+STRIDES = (4, 8, 16, 32, 64)
+
+
+@pytest.fixture
+def compared():
+    """Makes the compared levels of a batch, one for each stride."""
+
+    def make(boxes, strides=STRIDES, batch_shape=(128, 192), image_shapes=None, taps=('neck', )) -> list:
+        levels = tuple(Level(2, stride) for stride in strides)
+        context = DistillContext(
+            student={}, teachers=[], student_levels={tap: levels for tap in taps}, teacher_levels=[], boxes=boxes,
+            labels=[torch.zeros(len(each)) for each in boxes], batch_shape=batch_shape,
+            image_shapes=image_shapes or [batch_shape] * len(boxes))
+        features = [torch.zeros(len(boxes), 2, *(-(-side // stride) for side in batch_shape)) for stride in strides]
+        return [ComparedLevel(feature, feature, stride, index, context)
+                for index, (feature, stride) in enumerate(zip(features, strides))]
+
+    return make
+
+
+@pytest.mark.parametrize('name, mask', [
+    ('defeat', 'LevelForeground'),
+    ('fgfi', dict(type='NearAnchorForeground', anchors=dict(scales=[8], ratios=[0.5, 1.0, 2.0]), phi=0.5))])
+def test_reproduces_the_authors_masks(name, mask, compared):
+    golden = np.load(GOLDENS / f'{name}.npz')
+    assert json.loads(str(golden['meta']))['strides'] == list(STRIDES)
+    mask = build_mask(mask)
+    for level in compared([torch.tensor(golden['gt0']), torch.tensor(golden['gt1'])]):
+        assert torch.equal(mask.cells(level).double(), torch.tensor(golden[f'mask{level.index}']))
+
+
+@pytest.mark.parametrize('strides', [(8, 16, 32), (8, 16, 32, 64, 128), STRIDES])
+@pytest.mark.parametrize('mask', ['LevelForeground', 'NearAnchorForeground'])
+def test_each_box_is_on_one_level_however_many_there_are(mask, strides, compared):
+    """The largest box belongs to the last level of this pyramid, not to one that the pyramid lacks."""
+    for size in (30, 130, 300, 1500):
+        levels = compared([torch.tensor([[4., 4., 4. + size, 4. + size]])], strides, batch_shape=(1536, 1536))
+        found = [build_mask(mask).cells(level).any().item() for level in levels]
+        expected = min(max(int(np.log2(size / 56)), 0), len(strides) - 1)
+        assert found == [index == expected for index in range(len(strides))]
+
+
+def test_number_of_levels_is_that_of_the_tap(compared):
+    """A backbone of four levels, tapped as well, does not shorten the neck's five; what is given goes before."""
+    level = compared([torch.tensor([[0., 0., 1000., 1000.]])])[3]
+    level.context.student_levels['backbone'] = level.context.student_levels['neck'][:4]
+    assert not build_mask('LevelForeground').cells(level).any()
+    assert build_mask(dict(type='LevelForeground', num_levels=4)).cells(level).any()
+
+
+def test_anchors_of_the_students_head_serve(compared):
+    """Its strides are replaced by the level's."""
+    level = compared([torch.tensor([[40., 40., 104., 104.]])])[0]
+    head = dict(type='AnchorGenerator', octave_base_scale=4, scales_per_octave=3, ratios=[1.0], strides=[8, 16, 32])
+    cells = build_mask(dict(type='NearAnchorForeground', anchors=head)).cells(level)[0]
+    # The best of the anchors, of side 4·2^(2/3)·4 = 25 pixels, lie wholly within the box of 64: their IoU is (25/64)².
+    inside = cells.nonzero() * 4
+    assert inside.min() >= 40 - 12 and inside.max() <= 104 + 12 and cells[72 // 4, 72 // 4] == 1
+
+
+def test_near_anchors_are_not_in_the_padding(compared):
+    boxes, shapes = [torch.tensor([[124., 20., 140., 60.]])], [(128, 140)]
+    level = compared(boxes, image_shapes=shapes)[0]
+    aware, paper = (build_mask(dict(type='NearAnchorForeground', pad_aware=aware)).cells(level)
+                    for aware in (True, False))
+    assert paper[~level.valid].any() and not aware[~level.valid].any()
+    assert torch.equal(aware[level.valid], paper[level.valid])
+
+
+@pytest.mark.parametrize('mask', ['LevelForeground', 'NearAnchorForeground'])
+def test_no_boxes_no_foreground(mask, compared):
+    for level in compared([torch.zeros(0, 4), torch.zeros(0, 4)]):
+        assert build_mask(mask).cells(level).abs().max() == 0
