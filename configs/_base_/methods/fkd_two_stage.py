@@ -1,0 +1,3 @@
+"""FKD (openreview uKhGRvM8QNH) with its authors' weights for two-stage detectors: all levels of the neck."""
+fkd = dict(
+    fkd=dict(type='FKD', tap='neck', temperature=0.5, feature_weight=7e-5, pooling_weight=4e-3, relation_weight=7e-5))
