@@ -1,0 +1,7 @@
+"""FitNets (arXiv 1412.6550): a hint at the last stage of the backbone.
+
+The paper distils classifiers, with ½·Σ(s − t)²; for detectors no weight is published. So it is ½ of the mean, which
+depends neither on the channels nor on the image. For the paper's sum: normalizer='batch'.
+"""
+fitnets = dict(
+    hint=dict(type='FeatureImitation', tap='backbone', levels=(-1, ), distance='mse', normalizer='mean', weight=0.5))
