@@ -1,0 +1,2 @@
+"""DIST (arXiv 2205.10536) with its released weights, on pooled features: all levels of the neck."""
+dist = dict(dist=dict(type='DIST', tap='neck', temperature=1.0, inter=1.0, intra=1.0))
