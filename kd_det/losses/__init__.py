@@ -1,8 +1,17 @@
 """The distillation terms."""
 from kd_det.losses.attention_imitation import AttentionImitation
 from kd_det.losses.base import DistillTerm, FeatureTerm
+from kd_det.losses.cwd import CWD
+from kd_det.losses.decoupled_imitation import DecoupledImitation
+from kd_det.losses.dist import DIST
 from kd_det.losses.feature_imitation import FeatureImitation
 from kd_det.losses.fgd import FGD
+from kd_det.losses.fkd import FKD
+from kd_det.losses.fsp import FSP
 from kd_det.losses.global_relation import GlobalRelation
+from kd_det.losses.mgd import MGD
+from kd_det.losses.pkd import PKD
+from kd_det.losses.rkd import RKD
 
-__all__ = ['AttentionImitation', 'DistillTerm', 'FGD', 'FeatureImitation', 'FeatureTerm', 'GlobalRelation']
+__all__ = ['AttentionImitation', 'CWD', 'DIST', 'DecoupledImitation', 'DistillTerm', 'FGD', 'FKD', 'FSP',
+           'FeatureImitation', 'FeatureTerm', 'GlobalRelation', 'MGD', 'PKD', 'RKD']

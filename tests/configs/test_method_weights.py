@@ -1,0 +1,24 @@
+"""The published weights of the feature methods, where they differ between families of detectors."""
+import pytest
+
+from kd_det.composition import FAMILIES, method_terms
+
+
+@pytest.mark.parametrize('method, two_stage, one_stage, anchor_free', [
+    ('pkd', dict(weight=6.0, levels=(0, 1, 2, 3)), dict(weight=10.0, levels=(0, 1, 2, 3)), dict(weight=10.0)),
+    ('cwd', *[dict(weight=10.0, temperature=1.0)] * 3),
+    ('mgd', dict(weight=5e-7, ratio=0.45, levels=(0, 1, 2, 3)), *[dict(weight=2e-5, ratio=0.65)] * 2),
+    ('defeat', *[dict(foreground_weight=3.0, background_weight=12.0)] * 3),
+    ('fkd', dict(temperature=0.5, feature_weight=7e-5, pooling_weight=4e-3, relation_weight=7e-5),
+     *[dict(temperature=0.1, feature_weight=4.2e-4, pooling_weight=2.4e-2, relation_weight=4.2e-4)] * 2),
+    ('fgfi', *[dict(weight=0.01, normalizer='twice_mask')] * 2, None),
+])
+def test_method_has_the_published_weights_of_the_family(method, two_stage, one_stage, anchor_free):
+    for family, expected in zip(FAMILIES, (two_stage, one_stage, anchor_free)):
+        if expected is None:  # it needs anchors
+            with pytest.raises(ValueError, match=f'no weights for {family}'):
+                method_terms(method, family)
+            continue
+        (term, ) = method_terms(method, family).values()
+        assert {key: term.get(key) for key in expected} == expected
+        assert ('levels' in term) == ('levels' in expected)
