@@ -4,17 +4,26 @@ Importing it is all that a config needs (``custom_imports = dict(imports=['kd_de
 checkpoint loading that work on today's PyTorch, and the distiller, terms, masks and hooks join MMDetection's registries.
 Without MMDetection :mod:`kd_det.functional`, which needs PyTorch alone, is still there.
 """
+import warnings
 from importlib.util import find_spec
+from typing import Optional
 
 from kd_det.version import __version__
 
+MMDETECTION_ERROR: Optional[Exception] = None  # why an installed MMDetection can not be imported
+
 if find_spec('mmengine') and find_spec('mmcv') and find_spec('mmdet'):
-    from kd_det.compat import install
-    install()  # before anything imports mmcv.ops
+    try:
+        from kd_det.compat import install
+        install()  # before anything imports mmcv.ops
 
-    from kd_det.registration import register_config_scope
-    register_config_scope()
+        from kd_det.registration import register_config_scope
+        register_config_scope()
 
-    from kd_det import distillers, hooks, losses, masks  # noqa: F401  registers their classes
+        from kd_det import distillers, hooks, losses, masks  # noqa: F401  registers their classes
+    except Exception as error:  # a library without its system files, versions that do not fit: the doctor must still run
+        MMDETECTION_ERROR = error
+        warnings.warn(f'kd_det registered nothing, for MMDetection can not be imported: {type(error).__name__}: {error}. '
+                      'Run `kd-det doctor`.')
 
-__all__ = ['__version__']
+__all__ = ['MMDETECTION_ERROR', '__version__']

@@ -10,6 +10,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from kd_det.compat import log_operator_backend
 from kd_det.configuration import merge_options, set_data_root
 
 
@@ -61,4 +62,6 @@ def apply_run_options(config: Config, options: Namespace, name: str) -> None:
 def build_runner(config: Config) -> Runner:
     """Builds the runner that the config asks for."""
     setup_cache_size_limit_of_dynamo()
-    return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+    runner = RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+    log_operator_backend()  # into the log that the runner has opened
+    return runner

@@ -8,6 +8,7 @@ from typing import Iterable, List
 from rich.console import Console
 from rich.table import Table
 
+import kd_det
 from kd_det.diagnosis.environment import inspect_environment
 from kd_det.diagnosis.finding import Finding
 
@@ -15,7 +16,7 @@ from kd_det.diagnosis.finding import Finding
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('config', nargs='?', help='also check this config: its data, its checkpoints, its classes')
     parser.add_argument('--teacher-checkpoint', metavar='FILE', help="check this file as the teacher's weights")
-    if find_spec('mmdet'):
+    if find_spec('mmdet') and not kd_det.MMDETECTION_ERROR:
         from kd_det.cli.common import add_config_options
         add_config_options(parser)
 

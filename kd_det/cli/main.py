@@ -9,6 +9,8 @@ import warnings
 from importlib import import_module
 from typing import Optional, Sequence
 
+import kd_det
+
 COMMANDS = {
     'train': 'train a detector from a config, with or without distillation',
     'test': 'evaluate a checkpoint: the student alone, no teacher is built',
@@ -54,6 +56,9 @@ def _prepare(parser: argparse.ArgumentParser, command: str) -> None:
                         help='show the full traceback of an error (also: KD_DET_DEBUG=1)')
     # MMEngine imports pkg_resources for each config it looks up, and each time setuptools complains.
     warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
+    if kd_det.MMDETECTION_ERROR and command != 'doctor':
+        error = kd_det.MMDETECTION_ERROR
+        parser.exit(2, f'kd-det: error: MMDetection can not be imported: {type(error).__name__}: {error}. Run kd-det doctor.\n')
     try:
         module = import_module(f'kd_det.cli.{command}')
     except ModuleNotFoundError as error:

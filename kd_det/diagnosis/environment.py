@@ -15,12 +15,14 @@ from kd_det.version import __version__
 # The distributions that provide a module: MMDetection's stack is published under several names.
 DISTRIBUTIONS = {
     'torchvision': ('torchvision', ),
+    'cv2': ('opencv-python', 'opencv-python-headless'),
     'mmengine': ('mmengine', 'mmengine-lite', 'onedl-mmengine'),
     'mmcv': ('mmcv', 'mmcv-lite', 'mmcv-full', 'onedl-mmcv'),
     'mmdet': ('mmdet', 'onedl-mmdetection'),
     'pycocotools': ('pycocotools', ),
 }
 INSTALL = "pip install 'kd-det[mmdet]'"
+HEADLESS = 'pip install --force-reinstall --no-deps opencv-python-headless'  # OpenCV's desktop build needs a screen's libraries
 
 
 def inspect_environment() -> Iterator[Finding]:
@@ -50,7 +52,8 @@ def _inspect_module(module: str, names: Tuple[str, ...]) -> Finding:
     try:
         loaded = import_module(module)
     except Exception as error:  # an import that fails may raise anything
-        return Finding(module, f'can not be imported ({type(error).__name__}: {error})', INSTALL, fault=True)
+        remedy = HEADLESS if 'libGL' in str(error) else INSTALL
+        return Finding(module, f'can not be imported ({type(error).__name__}: {error})', remedy, fault=True)
     found = installed(names) or f'{getattr(loaded, "__version__", "?")} (from {loaded.__file__})'
     if module == 'mmengine' and found.startswith('mmengine') and find_spec('pkg_resources') is None:
         return Finding(module, f'{found}, which needs pkg_resources', "pip install 'setuptools<81'", fault=True)

@@ -13,6 +13,7 @@ from mmengine.runner.checkpoint import weights_to_cpu
 from rich.console import Console
 from rich.table import Table
 
+from kd_det.compat import log_operator_backend
 from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.distillers.provenance import ORIGINS
 from kd_det.hooks.preflight import evaluate_teacher, require_skill
@@ -45,6 +46,7 @@ class DistillHook(Hook):
         distiller = _distiller_of(runner)
         if distiller is None:
             return
+        log_operator_backend()
         teachers = distiller.build_teachers()
         self._fingerprints = [teacher.fingerprint() for teacher in teachers]
         for teacher in teachers:

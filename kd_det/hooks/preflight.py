@@ -96,7 +96,8 @@ def require_skill(metrics: Dict[str, float], minimum: float, images: int) -> Non
     """Raises:
         TeacherError: The teacher's mAP is below ``minimum``.
     """
-    skill = mean_average_precision(metrics)
+    # CocoMetric reports nothing at all where nothing was detected.
+    skill = mean_average_precision(metrics) if metrics else 0.0
     if skill is not None and skill < minimum:
         raise TeacherError(f'Pre-flight: on up to {images} validation images the teacher reaches {skill:.3f} mAP, under the '
                            f'minimum of {minimum:.3f}. A student would learn noise.\n{LIKELY_CAUSES}')

@@ -347,3 +347,14 @@ def test_doctor_accepts_another_teacher_checkpoint(workspace, capsys):
     distillation_config('student.py', 'teacher.py', 'nowhere.pth', 'fgd').dump('run.py')
     assert main(['doctor', 'run.py']) == 1
     assert main(['doctor', 'run.py', '--teacher-checkpoint', 'teacher.pth']) == 0
+
+
+def test_doctor_runs_where_mmdetection_can_not_be_imported(tmp_path):
+    """OpenCV without the libraries of a screen is the most frequent broken installation."""
+    (tmp_path / 'cv2').mkdir()
+    (tmp_path / 'cv2' / '__init__.py').write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
+    env = {**os.environ, 'PYTHONPATH': str(tmp_path), 'COLUMNS': '200'}
+    doctor, train = (subprocess.run([sys.executable, '-m', 'kd_det', *command], env=env, capture_output=True, text=True)
+                     for command in (['doctor'], ['train', 'config.py']))
+    assert doctor.returncode == 1 and 'opencv-python-headless' in doctor.stdout and 'Traceback' not in doctor.stderr
+    assert train.returncode == 2 and 'libGL.so.1' in train.stderr and 'Run kd-det doctor' in train.stderr

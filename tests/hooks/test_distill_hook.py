@@ -165,8 +165,11 @@ def test_a_faulty_teacher_stops_the_run_before_the_first_step(retinanet, distill
     assert runner.iter == 0 and not list(Path(runner.work_dir).glob('*.pth'))
 
 
-def test_preflight_stops_a_teacher_that_detects_nothing(retinanet, distilled, make_runner, teacher_checkpoint):
-    model = distilled(dict(config=retinanet(neck=12), checkpoint=teacher_checkpoint))
+@pytest.mark.parametrize('score_thr', [0.001, 0.9])  # useless boxes; no boxes at all
+def test_preflight_stops_a_teacher_that_detects_nothing(retinanet, distilled, make_runner, teacher_checkpoint, score_thr):
+    teacher = retinanet(neck=12)
+    teacher.test_cfg.score_thr = score_thr
+    model = distilled(dict(config=teacher, checkpoint=teacher_checkpoint))
     runner = make_runner(model, val=True, preflight=dict(images=6))
     with pytest.raises(TeacherError, match='Pre-flight: .*mAP.*\n.*Likely causes'):
         runner.train()
