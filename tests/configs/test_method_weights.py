@@ -1,7 +1,12 @@
 """The published weights of the feature methods, where they differ between families of detectors."""
+import re
+from pathlib import Path
+
 import pytest
 
-from kd_det.composition import FAMILIES, method_terms
+from kd_det.composition import FAMILIES, available_methods, method_terms
+
+DOCUMENTATION = Path(__file__).parents[2] / 'docs' / 'methods.md'
 
 
 @pytest.mark.parametrize('method, two_stage, one_stage, anchor_free', [
@@ -22,3 +27,13 @@ def test_method_has_the_published_weights_of_the_family(method, two_stage, one_s
         (term, ) = method_terms(method, family).values()
         assert {key: term.get(key) for key in expected} == expected
         assert ('levels' in term) == ('levels' in expected)
+
+
+def test_documentation_shows_methods_as_their_files_have_them():
+    shown = {}
+    for snippet in re.findall(r'```python\n([a-z]\w* = .*?)```', DOCUMENTATION.read_text(encoding='utf-8'), re.DOTALL):
+        exec(snippet, {}, shown)
+    methods = {name: files for name, files in available_methods().items() if name in shown}
+    assert {'cwd', 'defeat', 'dist', 'fgd', 'fgfi', 'fitnets', 'fkd', 'fsp', 'mgd', 'pkd', 'rkd'} <= set(methods)
+    for name, files in methods.items():
+        assert shown[name] in [method_terms(name, family).to_dict() for family in files], name
