@@ -91,6 +91,90 @@ def faster_rcnn():
 
 
 @pytest.fixture
+def dense_head_config():
+    """Makes the dict of one small head of a family, for features of strides 8, 16 and 32."""
+
+    strides = [8, 16, 32]
+    sigmoid, groups = dict(type='CrossEntropyLoss', use_sigmoid=True), dict(type='GN', num_groups=2, requires_grad=True)
+    deltas, distances = (dict(type='DeltaXYWHBBoxCoder', target_stds=[0.1, 0.1, 0.2, 0.2]), dict(type='DistancePointBBoxCoder'))
+    points = dict(type='MlvlPointGenerator', offset=0, strides=strides)
+    anchors = dict(type='AnchorGenerator', octave_base_scale=4, scales_per_octave=2, ratios=[0.5, 1.0], strides=strides)
+    one_anchor = dict(type='AnchorGenerator', ratios=[1.0], octave_base_scale=8, scales_per_octave=1, strides=strides)
+    quality = dict(loss_cls=dict(type='QualityFocalLoss', use_sigmoid=True), loss_bbox=dict(type='GIoULoss'))
+    max_iou = dict(assigner=dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0, ignore_iof_thr=-1),
+                   sampler=dict(type='PseudoSampler'), allowed_border=-1, pos_weight=-1, debug=False)
+    atss, soft = (dict(max_iou, assigner=dict(type=kind, topk=9)) for kind in ('ATSSAssigner', 'DynamicSoftLabelAssigner'))
+    ranges = ((-1, 64), (64, 128), (128, 1e8))
+
+    def make(family: str, channels: int = 8, classes: int = 3, **changes) -> dict:
+        common = dict(num_classes=classes, in_channels=channels, feat_channels=channels, stacked_convs=1)
+        configs = dict(
+            retina=dict(common, type='RetinaHead', anchor_generator=anchors, bbox_coder=deltas, train_cfg=max_iou),
+            retina_softmax=dict(common, type='RetinaHead', anchor_generator=anchors, bbox_coder=deltas, train_cfg=max_iou,
+                                loss_cls=dict(type='CrossEntropyLoss')),
+            atss=dict(common, type='ATSSHead', anchor_generator=one_anchor, bbox_coder=deltas, train_cfg=atss, norm_cfg=groups,
+                      loss_centerness=sigmoid, loss_bbox=dict(type='GIoULoss')),
+            gfl=dict(common, type='GFLHead', anchor_generator=one_anchor, train_cfg=atss, norm_cfg=groups, reg_max=4, **quality),
+            fcos=dict(common, type='FCOSHead', strides=strides, norm_cfg=groups, regress_ranges=ranges),
+            fcos_normalized=dict(common, type='FCOSHead', strides=strides, norm_cfg=groups, norm_on_bbox=True,
+                                 regress_ranges=ranges),
+            rtmdet=dict(common, type='RTMDetHead', anchor_generator=points, bbox_coder=distances, with_objectness=False,
+                        norm_cfg=dict(type='BN'), train_cfg=soft, **quality),
+            rtmdet_separate=dict(common, type='RTMDetSepBNHead', anchor_generator=points, bbox_coder=distances,
+                                 with_objectness=True, exp_on_reg=True, norm_cfg=dict(type='BN'), act_cfg=dict(type='SiLU'),
+                                 train_cfg=soft, **quality),
+            yolox=dict(common, type='YOLOXHead', strides=strides, train_cfg=dict(assigner=dict(type='SimOTAAssigner'))),
+            rpn=dict(type='RPNHead', in_channels=channels, feat_channels=channels, num_classes=1, loss_cls=sigmoid,
+                     anchor_generator=dict(type='AnchorGenerator', scales=[4], ratios=[0.5, 1.0], strides=strides),
+                     bbox_coder=deltas, train_cfg=max_iou),
+            ssd=dict(type='SSDHead', num_classes=classes, in_channels=(channels, ) * 3, bbox_coder=deltas,
+                     anchor_generator=dict(type='SSDAnchorGenerator', input_size=64, min_sizes=[12, 24, 40],
+                                           max_sizes=[24, 40, 60], strides=strides, ratios=[[2], [2, 3], [2]]),
+                     train_cfg=dict(max_iou, smoothl1_beta=1.0, neg_pos_ratio=3)),
+            yolov3=dict(type='YOLOV3Head', num_classes=classes, in_channels=[channels] * 3, out_channels=[channels] * 3,
+                        anchor_generator=dict(type='YOLOAnchorGenerator', strides=strides, base_sizes=[[(10, 13), (16, 30)]] * 3),
+                        bbox_coder=dict(type='YOLOBBoxCoder'), featmap_strides=strides,
+                        loss_cls=sigmoid, loss_conf=sigmoid, loss_xy=sigmoid, loss_wh=dict(type='MSELoss'),
+                        train_cfg=dict(assigner=dict(type='GridAssigner', pos_iou_thr=0.5, neg_iou_thr=0.5, min_pos_iou=0))))
+        test_cfg = dict(nms_pre=10**6, score_thr=0.0, conf_thr=-1.0, min_bbox_size=-1)
+        return ConfigDict({**configs[family], 'test_cfg': test_cfg, **changes})
+
+    return make
+
+
+@pytest.fixture
+def one_stage(retinanet, dense_head_config):
+    """Makes the model dict of a small one-stage detector with a head of the given family."""
+
+    def make(family: str, depth: int = 18, neck: int = 8, classes: int = 3, **changes) -> dict:
+        model = retinanet(depth=depth, neck=neck, levels=3)
+        head = dense_head_config(family, neck, classes, **changes)
+        model['type'], model['bbox_head'] = 'SingleStageDetector', head  # item by item: a ConfigDict updates by merging
+        model['train_cfg'], model['test_cfg'] = head.pop('train_cfg', None), head.pop('test_cfg')
+        return model
+
+    return make
+
+
+@pytest.fixture
+def cascade_rcnn(faster_rcnn):
+    """Makes the model dict of a Cascade R-CNN of two stages, class-agnostic, with coders of their own."""
+
+    def make(**kwargs) -> dict:
+        model = faster_rcnn(**kwargs)
+        head, extractor, train_cfg = model.roi_head.bbox_head, model.roi_head.bbox_roi_extractor, model.train_cfg.rcnn
+        model.type = 'CascadeRCNN'
+        model.roi_head = ConfigDict(
+            type='CascadeRoIHead', num_stages=2, stage_loss_weights=[1, 0.5], bbox_roi_extractor=extractor,
+            bbox_head=[dict(head, reg_class_agnostic=True, bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_stds=stds))
+                       for stds in ([0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1])])
+        model.train_cfg.rcnn = [train_cfg, train_cfg]
+        return model
+
+    return make
+
+
+@pytest.fixture
 def batch():
     """Makes a batch as a data loader gives it: images of the given (height, width), each with its boxes."""
     from mmdet.structures import DetDataSample

@@ -1,15 +1,15 @@
 """Gets the outputs of heads: a student's from its own loss, a teacher's by running it."""
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
-from typing import Dict, Iterable, Iterator, Sequence, Tuple, Union
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import ContextManager, Dict, Iterable, Iterator, List, Sequence, Tuple, Union
 
 from torch import nn
 
 from kd_det.heads.dense import DenseOutputs
 from kd_det.heads.errors import HeadError
 from kd_det.heads.readers import find_reader, read_dense
-from kd_det.heads.recording import recorded_calls
+from kd_det.heads.recording import Call, recorded_calls
 from kd_det.heads.roi import RoIOutputs, read_sampled, run_roi_head, stages_of
 from kd_det.taps import Levels, Taps
 
@@ -70,15 +70,19 @@ class StudentHeads:
         outputs: StudentOutputs = {}
         with ExitStack() as stack:
             maps = stack.enter_context(self.taps.capture())
-            assignments = {name: stack.enter_context(recorded_calls(self.heads[name], 'get_targets')) for name in self.dense}
+            assignments = {name: stack.enter_context(_recorded_assignments(self.heads[name])) for name in self.dense}
             stages = stages_of(self.heads[ROI_HEAD]) if ROI_HEAD in self.heads else []
             sampled = [stack.enter_context(recorded_calls(stage, 'loss_and_target')) for stage in stages]
             yield outputs
         for name in self.dense:
-            targets = assignments[name][-1].returned if assignments[name] else None
-            outputs[name] = read_dense(self.heads[name], maps[name], targets)
+            outputs[name] = read_dense(self.heads[name], maps[name], [call.returned for call in assignments[name]])
         if stages:
             outputs[ROI_HEAD] = read_sampled(stages, sampled)
+
+
+def _recorded_assignments(head: nn.Module) -> ContextManager[List[Call]]:
+    assignment = find_reader(head).assignment
+    return nullcontext([]) if assignment is None else recorded_calls(head, assignment.method)
 
 
 def run_heads(model: nn.Module, names: Sequence[str], features: Levels, student: StudentOutputs) -> TeacherOutputs:

@@ -31,8 +31,8 @@ class DenseOutputs:
         objectness: (N, H·W·A) logits; class logits are then conditional on an object, as in YOLOX and YOLOv3.
         centerness: (N, H·W·A) logits of the predicted box quality, as in FCOS and ATSS; trained on positive priors only.
         distributions: (N, H·W·A, 4, bins) logits of the distance to each side, as in GFL.
-        labels: (N, H·W·A) classes that the head's own assigner gave to its priors in this step, the background's for
-            negatives. Of a student alone, and where :data:`~kd_det.heads.readers.READERS` knows how to read it.
+        assigned: (N, H·W·A) of bool, the priors that the head's own assigner gave to a box in this step. Of a student alone,
+            and where its family's reader finds them.
     """
     logits: Levels
     activation: str
@@ -44,7 +44,7 @@ class DenseOutputs:
     objectness: Optional[Levels] = None
     centerness: Optional[Levels] = None
     distributions: Optional[Levels] = None
-    labels: Optional[Levels] = None
+    assigned: Optional[Levels] = None
 
     @cached_property
     def boxes(self) -> Levels:
@@ -102,8 +102,7 @@ class DenseOutputs:
         Raises:
             HeadError: Its assignment can not be read.
         """
-        if self.labels is None:
-            raise HeadError('Which priors are positive is known for a student that assigns its priors once per step: '
-                            'heads of the families of RetinaNet, ATSS, GFL, FCOS and RTMDet.')
-        labels = self.labels[level]
-        return (labels >= 0) & (labels < self.num_classes)
+        if self.assigned is None:
+            raise HeadError('Which priors are positive is not known for this head: it does not assign them in the way of its '
+                            "family. Choose a form without them, such as normalizer='confidence'.")
+        return self.assigned[level]

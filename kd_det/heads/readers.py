@@ -22,34 +22,45 @@ Maps = Sequence[Tensor]
 Decoder = Callable[[Tensor, Tensor], Tensor]  # priors and regressions, (n, 4) each, to boxes
 
 
+class Assignment(NamedTuple):
+    """Where a family of heads assigns its priors to boxes.
+
+    Attributes:
+        method: The method of the head that does.
+        positives: Makes (N, priors of all levels) of bool from the head, what each call of the method returned, and N.
+    """
+    method: str
+    positives: Callable[[nn.Module, Sequence, int], Tensor]
+
+
 class Reader(NamedTuple):
     """How one family of heads is read.
 
     Attributes:
         read: Turns head and raw outputs into :class:`~kd_det.heads.DenseOutputs`.
-        labels: The place of the labels among what the head's ``get_targets`` returns; None where it has no such method.
+        assignment: Where its positive priors are found; None where they are not.
     """
     read: Callable[..., DenseOutputs]
-    labels: Optional[int]
+    assignment: Optional[Assignment] = None
 
 
 READERS: Dict[Type[nn.Module], Reader] = {}
 
 
-def reads(*heads: Type[nn.Module], labels: Optional[int] = None) -> Callable:
+def reads(*heads: Type[nn.Module], assignment: Optional[Assignment] = None) -> Callable:
     """Registers a reader for some head classes.
 
     Args:
         heads: The classes.
-        labels: See :class:`Reader`.
+        assignment: See :class:`Reader`.
 
     Example:
-        >>> @reads(MyHead, labels=0)
+        >>> @reads(MyHead)
         ... def read_my_head(head, class_maps, box_maps): ...
     """
 
     def register(read: Callable[..., DenseOutputs]) -> Callable[..., DenseOutputs]:
-        READERS.update({head: Reader(read, labels) for head in heads})
+        READERS.update({head: Reader(read, assignment) for head in heads})
         return read
 
     return register
@@ -65,37 +76,52 @@ def find_reader(head: nn.Module) -> Reader:
     for ancestor in type(head).__mro__:
         if ancestor in READERS and not overridden & {'forward', 'forward_single'}:
             reader = READERS[ancestor]
-            return reader._replace(labels=None) if 'get_targets' in overridden else reader
+            assigns_otherwise = reader.assignment and reader.assignment.method in overridden
+            return reader._replace(assignment=None) if assigns_otherwise else reader
         overridden.update(vars(ancestor))
     raise HeadError(f'The outputs of a {type(head).__name__} can not be read. Known are '
                     f"{', '.join(sorted(known.__name__ for known in READERS))} and their subclasses without a forward of "
                     'their own; kd_det.heads.reads registers a reader for another head.')
 
 
-def read_dense(head: nn.Module, outputs: Sequence[Maps], targets: Optional[tuple] = None) -> DenseOutputs:
+def read_dense(head: nn.Module, outputs: Sequence[Maps], assignments: Sequence = ()) -> DenseOutputs:
     """Reads the raw outputs of a dense head.
 
     Args:
         head: The head, in the mode (train or eval) in which it made the outputs.
         outputs: What its forward returned: maps of (N, channels, H, W) by kind, then by level.
-        targets: What its ``get_targets`` returned in the same step, if it was called.
+        assignments: What its :class:`Assignment` method returned in the same step, call by call.
 
     Raises:
         HeadError: The head is of no known family.
     """
     reader = find_reader(head)
     dense = reader.read(head, *outputs)
-    if targets is not None and reader.labels is not None:
-        images = len(dense.logits[0])
-        dense.labels = tuple(labels.reshape(images, -1) for labels in targets[reader.labels])
+    if assignments:
+        positives = reader.assignment.positives(head, assignments, len(dense.logits[0]))
+        dense.assigned = positives.split([level.shape[1] for level in dense.logits], 1)
     return dense
+
+
+def _labels_at(place: int) -> Assignment:
+    """For heads whose ``get_targets`` returns labels level by level, at that place of a tuple."""
+
+    def positives(head: nn.Module, returned: Sequence[tuple], images: int) -> Tensor:
+        labels = torch.cat([level.reshape(images, -1) for level in returned[-1][place]], 1)
+        return (labels >= 0) & (labels < head.num_classes)
+
+    return Assignment('get_targets', positives)
+
+
+def _yolox_positives(head: nn.Module, returned: Sequence[tuple], images: int) -> Tensor:
+    return torch.stack([foreground for foreground, *_ in returned]).bool()
 
 
 # ---------------------------------------------------------------------------------------------------- the families
 
 
-@reads(RetinaHead, RetinaSepBNHead, YOLOFHead, SSDHead, RPNHead, labels=0)
-@reads(ATSSHead, labels=1)
+@reads(RetinaHead, RetinaSepBNHead, YOLOFHead, SSDHead, RPNHead, assignment=_labels_at(0))
+@reads(ATSSHead, assignment=_labels_at(1))
 def _read_anchors(head: nn.Module, logits: Maps, deltas: Maps, centerness: Optional[Maps] = None) -> DenseOutputs:
     deltas, coder = _by_prior(deltas, 4), head.bbox_coder
     regressions = deltas
@@ -104,7 +130,7 @@ def _read_anchors(head: nn.Module, logits: Maps, deltas: Maps, centerness: Optio
     return _outputs(head, logits, regressions, coder.decode, encoded=deltas, centerness=_scalars(centerness))
 
 
-@reads(GFLHead, labels=1)
+@reads(GFLHead, assignment=_labels_at(1))
 def _read_distributions(head: nn.Module, logits: Maps, distributions: Maps) -> DenseOutputs:
     bins = head.reg_max + 1
     distributions = tuple(each.unflatten(-1, (4, bins)) for each in _by_prior(distributions, 4 * bins))
@@ -115,12 +141,12 @@ def _read_distributions(head: nn.Module, logits: Maps, distributions: Maps) -> D
                     distributions=distributions)
 
 
-@reads(RTMDetHead, RTMDetSepBNHead, labels=1)
+@reads(RTMDetHead, RTMDetSepBNHead, assignment=_labels_at(1))
 def _read_rtmdet(head: nn.Module, logits: Maps, distances: Maps) -> DenseOutputs:
     return _outputs(head, logits, _by_prior(distances, 4), _from_points(head))
 
 
-@reads(FCOSHead, labels=0)
+@reads(FCOSHead, assignment=_labels_at(0))
 def _read_fcos(head: nn.Module, logits: Maps, distances: Maps, centerness: Maps) -> DenseOutputs:
     distances = _by_prior(distances, 4)
     if head.norm_on_bbox and head.training:  # in units of the stride; in eval mode the head multiplies by it
@@ -128,7 +154,7 @@ def _read_fcos(head: nn.Module, logits: Maps, distances: Maps, centerness: Maps)
     return _outputs(head, logits, distances, _from_points(head), centerness=_scalars(centerness))
 
 
-@reads(YOLOXHead)
+@reads(YOLOXHead, assignment=Assignment('_get_targets_single', _yolox_positives))
 def _read_yolox(head: nn.Module, logits: Maps, regressions: Maps, objectness: Maps) -> DenseOutputs:
     return _outputs(head, logits, _by_prior(regressions, 4), head._bbox_decode, objectness=_scalars(objectness))
 

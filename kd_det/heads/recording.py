@@ -20,16 +20,13 @@ def recorded_calls(module: nn.Module, method: str) -> Iterator[List[Call]]:
 
     Args:
         module: The module.
-        method: Name of the method. It may be absent; nothing is recorded then.
+        method: Name of the method.
 
     Yields:
         A list that grows with each call.
     """
     calls: List[Call] = []
-    original = getattr(module, method, None)
-    if original is None:
-        yield calls
-        return
+    original = getattr(module, method)
 
     def record(*args, **kwargs):
         returned = original(*args, **kwargs)

@@ -1,0 +1,56 @@
+"""The student's dense head classifies every prior as the teacher's does."""
+from __future__ import annotations
+
+from mmdet.registry import MODELS
+
+from kd_det.functional.logits import quality_bce, soft_target_kl
+from kd_det.losses.base import Parts
+from kd_det.losses.outputs import ComparedOutputs, DenseTerm
+
+WEIGHTINGS = ('all', 'confidence')
+
+
+@MODELS.register_module()
+class DenseClassification(DenseTerm):
+    """Class distillation of dense heads.
+
+    Heads with sigmoid classes: Σ_classes BCE(s, σ(t))·|σ(t) − σ(s)|^β (BCKD, Yang et al., arXiv 2308.14286; beta = 1).
+    Heads with softmax classes: T²·KL(t ‖ s). The class logits of a head that predicts objectness (YOLOX, YOLOv3) mean
+    nothing where there is no object: they weigh with the teacher's objectness, which is then distilled as a part of its own.
+
+    Args:
+        beta: Exponent of the gap, see :func:`~kd_det.functional.logits.quality_bce`; with 0 the loss of a student that
+            equals the teacher is the teacher's entropy, not 0.
+        temperature: T of softmax heads.
+        weighting: ``'all'`` priors alike, or by the teacher's ``'confidence'``, its largest score there (FRS, Du et al.,
+            arXiv 2111.00674).
+        **kwargs: See :class:`~kd_det.losses.outputs.DenseTerm`.
+
+    Raises:
+        ValueError: An unknown weighting.
+
+    Example:
+        >>> dict(type='DenseClassification', head='bbox_head', beta=1.0)
+    """
+
+    def __init__(self, beta: float = 1.0, temperature: float = 1.0, weighting: str = 'all', **kwargs) -> None:
+        super().__init__(**kwargs)
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting='{weighting}': expected one of {', '.join(WEIGHTINGS)}.")
+        self.beta, self.temperature, self.weighting = beta, temperature, weighting
+
+    def compare(self, level: ComparedOutputs) -> Parts:
+        weight = level.valid
+        if self.weighting == 'confidence':
+            weight = weight * level.teacher.scores(level.teacher_level)
+        parts, class_weight = {}, weight
+        if level.teacher.objectness is not None:
+            student, teacher = (each.unsqueeze(-1) for each in level.both('objectness'))
+            parts['objectness'] = (weight * quality_bce(student, teacher, self.beta)).sum()
+            class_weight = weight * teacher.squeeze(-1).sigmoid()
+        student, teacher = level.both('logits')
+        if level.student.activation == 'sigmoid':
+            divergence = quality_bce(student, teacher, self.beta)
+        else:
+            divergence = soft_target_kl(student, teacher, self.temperature, reduction='none')
+        return dict(parts, classes=(class_weight * divergence).sum())

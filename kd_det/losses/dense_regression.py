@@ -1,0 +1,85 @@
+"""The student's dense head places every box as the teacher's does."""
+from __future__ import annotations
+
+
+from typing import Tuple
+
+from mmdet.registry import MODELS
+from torch import Tensor
+
+from kd_det.functional.boxes import distribution_kl, giou_imitation
+from kd_det.heads import HeadError
+from kd_det.losses.base import Parts
+from kd_det.losses.outputs import ComparedOutputs, DenseTerm
+
+FORMS = ('giou', 'distribution')
+WEIGHTINGS = ('confidence', 'gap', 'positives')
+
+
+@MODELS.register_module()
+class DenseRegression(DenseTerm):
+    """Box distillation of dense heads.
+
+    Forms:
+
+    - ``'giou'``: 1 − GIoU of the decoded boxes, for heads of any box encoding. A box of the teacher without area teaches
+      nothing.
+    - ``'distribution'``: T²·KL of the distributions over the distance to each side, for GFL and its kin (localisation
+      distillation, Zheng et al., arXiv 2102.12252), as mean over bins and sides, which the published weight is meant for.
+
+    Weightings of the priors:
+
+    - ``'confidence'``: the teacher's score.
+    - ``'gap'``: the largest difference of a class probability between the two (BCKD, arXiv 2308.14286).
+    - ``'positives'``: the student's own score on the priors that its assigner gave to a box, 0 on others (LD).
+
+    Args:
+        form: See above.
+        weighting: See above.
+        temperature: T of the distributions.
+        **kwargs: See :class:`~kd_det.losses.outputs.DenseTerm`.
+
+    Raises:
+        ValueError: An unknown form or weighting.
+
+    Example:
+        >>> dict(type='DenseRegression', form='giou', weighting='gap', weight=4.0)
+    """
+
+    def __init__(self, form: str = 'giou', weighting: str = 'confidence', temperature: float = 10.0, **kwargs) -> None:
+        super().__init__(**kwargs)
+        for name, value, known in (('form', form, FORMS), ('weighting', weighting, WEIGHTINGS)):
+            if value not in known:
+                raise ValueError(f"{name}='{value}': expected one of {', '.join(known)}.")
+        self.form, self.weighting, self.temperature = form, weighting, temperature
+
+    def compare(self, level: ComparedOutputs) -> Parts:
+        weight = level.valid * self._weight(level)
+        if self.form == 'distribution':
+            student, teacher = (each.flatten(0, 1) for each in _distributions(level))
+            distance = distribution_kl(student, teacher, self.temperature, reduction='mean')
+        else:
+            student, teacher = (each.flatten(0, 1) for each in level.both('boxes'))
+            distance = giou_imitation(student, teacher) * (teacher[:, 2:] > teacher[:, :2]).all(1)
+        return {self.form: (weight.flatten() * distance).sum()}
+
+    def _weight(self, level: ComparedOutputs) -> Tensor:
+        """(N, H·W·A), without gradient."""
+        if self.weighting == 'confidence':
+            return level.teacher.scores(level.teacher_level)
+        if self.weighting == 'gap':
+            student, teacher = (each.detach() for each in (level.student.probabilities(level.student_level),
+                                                           level.teacher.probabilities(level.teacher_level)))
+            return (teacher - student).abs().amax(-1)
+        return level.student.scores(level.student_level).detach() * level.student.positives(level.student_level)
+
+
+def _distributions(level: ComparedOutputs) -> Tuple[Tensor, Tensor]:
+    if level.student.distributions is None or level.teacher.distributions is None:
+        raise HeadError("form='distribution' compares the distributions over distances of GFL and its kin, which the head of the "
+                        "student, or of the teacher, does not predict. Use form='giou'.")
+    student, teacher = level.both('distributions')
+    if student.shape != teacher.shape:
+        raise HeadError(f'The student distributes distances over {student.shape[-1]} bins, the teacher over '
+                        f"{teacher.shape[-1]} (reg_max + 1). Use form='giou'.")
+    return student, teacher

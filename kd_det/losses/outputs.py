@@ -1,0 +1,182 @@
+"""What the terms that compare outputs of heads share."""
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Dict, List, NamedTuple, Sequence, Tuple, Union
+
+import torch
+from mmdet.utils import reduce_mean
+from torch import Tensor
+
+from kd_det.context import DistillContext
+from kd_det.heads import ROI_HEAD, DenseOutputs, HeadError, RoIOutputs
+from kd_det.losses.base import DistillTerm, Parts
+
+DENSE_NORMALIZERS = ('positives', 'confidence', 'none')
+ROI_NORMALIZERS = ('regions', 'own')
+
+
+class ComparedOutputs(NamedTuple):
+    """One level of two dense heads with the same priors.
+
+    Attributes:
+        student: All levels of the student's outputs.
+        teacher: All levels of the teacher's, without gradient.
+        student_level: The index of this level among the student's.
+        teacher_level: The same for the teacher's.
+        valid: (N, H·W·A), 1 for priors on cells that hold a part of the image, 0 for those on padding alone.
+    """
+    student: DenseOutputs
+    teacher: DenseOutputs
+    student_level: int
+    teacher_level: int
+    valid: Tensor
+
+    def both(self, name: str) -> Tuple[Tensor, Tensor]:
+        """The student's and the teacher's tensor of that name on this level."""
+        return getattr(self.student, name)[self.student_level], getattr(self.teacher, name)[self.teacher_level]
+
+
+class DenseTerm(DistillTerm):
+    """A term that compares two dense heads prior by prior; a subclass implements :meth:`compare`.
+
+    Levels are paired by stride. Both heads must have the same priors per cell, classes, and activation.
+
+    Args:
+        head: ``'bbox_head'`` of one-stage detectors or ``'rpn_head'``; or a dict with the keys ``student`` and ``teacher``.
+        normalizer: What the sum over all priors is divided by. ``'positives'``: the number of priors that the student's
+            assigner gave to boxes, as the task's own loss; ``'confidence'``: the sum of the teacher's scores, a soft
+            count of positives that needs no ground truth; both as mean over ranks and at least 1. ``'none'``: nothing.
+        teacher: See :class:`~kd_det.losses.base.DistillTerm`.
+
+    Raises:
+        ValueError: An unknown normalizer.
+    """
+
+    def __init__(self, head: Union[str, Dict[str, str]] = 'bbox_head', normalizer: str = 'positives', teacher: int = 0) -> None:
+        super().__init__(teacher)
+        if normalizer not in DENSE_NORMALIZERS:
+            raise ValueError(f"normalizer='{normalizer}': expected one of {', '.join(DENSE_NORMALIZERS)}.")
+        heads = dict(student=head, teacher=head) if isinstance(head, str) else head
+        self.student_head, self.teacher_head, self.normalizer = heads['student'], heads['teacher'], normalizer
+
+    @property
+    def student_heads(self) -> Tuple[str, ...]:
+        return (self.student_head, )
+
+    @property
+    def teacher_heads(self) -> Tuple[str, ...]:
+        return (self.teacher_head, )
+
+    def forward(self, context: DistillContext) -> Parts:
+        student = context.student_outputs[self.student_head]
+        teacher = context.teacher_outputs[self.teacher][self.teacher_head]
+        _require_same_classes(student, teacher)
+        parts: Parts = defaultdict(float)
+        count = 0
+        for level in self._levels(context, student, teacher):
+            for name, value in self.compare(level).items():
+                parts[name] = parts[name] + value
+            count = count + self._count(level)
+        divisor = 1 if self.normalizer == 'none' else reduce_mean(count).clamp(min=1)
+        return {name: value / divisor for name, value in parts.items()}
+
+    def compare(self, level: ComparedOutputs) -> Parts:
+        """Compares one level; returns the parts by name, each a sum over the level's priors."""
+        raise NotImplementedError
+
+    def _count(self, level: ComparedOutputs) -> Union[Tensor, int]:
+        if self.normalizer == 'positives':
+            return level.student.positives(level.student_level).sum().float()
+        if self.normalizer == 'confidence':
+            return (level.teacher.scores(level.teacher_level) * level.valid).sum()
+        return 0
+
+    def _levels(self, context: DistillContext, student: DenseOutputs, teacher: DenseOutputs) -> List[ComparedOutputs]:
+        levels = []
+        for index, (stride, shape) in enumerate(zip(student.strides, student.shapes)):
+            other = teacher.level_of(stride)
+            if student.logits[index].shape != teacher.logits[other].shape or shape != teacher.shapes[other]:
+                raise HeadError(
+                    f'On the level of stride {stride} the student has {_layout(student, index)}, the teacher '
+                    f'{_layout(teacher, other)}: dense outputs are compared prior by prior. Use heads with the same anchors.')
+            valid = context.valid(shape).flatten(1)
+            priors = student.logits[index].shape[1] // valid.shape[1]
+            levels.append(ComparedOutputs(student, teacher, index, other, valid.repeat_interleave(priors, 1).float()))
+        return levels
+
+
+class RoITerm(DistillTerm):
+    """A term that compares two RoI heads on the regions that the student sampled.
+
+    Args:
+        stage: Of a cascade teacher: the index of the stage to learn from, or ``'mean'`` for the mean of the stages'
+            logits and regressions.
+        normalizer: What the sums over foreground and over background regions are divided by: ``'regions'``, the number of
+            all regions, as the task's own loss; or ``'own'``, the number of each kind, as DeFeat does. As mean over ranks,
+            at least 1.
+        teacher: See :class:`~kd_det.losses.base.DistillTerm`.
+
+    Raises:
+        ValueError: An unknown stage or normalizer.
+    """
+
+    def __init__(self, stage: Union[str, int] = 'mean', normalizer: str = 'regions', teacher: int = 0) -> None:
+        super().__init__(teacher)
+        if stage != 'mean' and not isinstance(stage, int):
+            raise ValueError(f"stage={stage!r}: expected the index of a stage, or 'mean'.")
+        if normalizer not in ROI_NORMALIZERS:
+            raise ValueError(f"normalizer='{normalizer}': expected one of {', '.join(ROI_NORMALIZERS)}.")
+        self.stage, self.normalizer = stage, normalizer
+
+    @property
+    def student_heads(self) -> Tuple[str, ...]:
+        return (ROI_HEAD, )
+
+    @property
+    def teacher_heads(self) -> Tuple[str, ...]:
+        return (ROI_HEAD, )
+
+    def outputs(self, context: DistillContext) -> Tuple[RoIOutputs, RoIOutputs]:
+        """The student's outputs, and the teacher's on the same regions.
+
+        Raises:
+            HeadError: The two tell other classes apart, or the teacher has no such stage.
+        """
+        student, stages = context.student_outputs[ROI_HEAD], context.teacher_outputs[self.teacher][ROI_HEAD]
+        if self.stage != 'mean' and not 0 <= self.stage < len(stages):
+            raise HeadError(f"stage={self.stage}: the teacher's RoI head has {len(stages)} stages, counted from 0.")
+        chosen = stages if self.stage == 'mean' else stages[self.stage:self.stage + 1]
+        _require_same_classes(student, chosen[0])
+        return student, _mean(chosen)
+
+    def normalized(self, values: Tensor, chosen: Sequence[Tensor]) -> List[Tensor]:
+        """Sums of one value per region over subsets of the regions, normalised.
+
+        Args:
+            values: (R,).
+            chosen: Subsets that share no region, (R,) of bool each.
+
+        Returns:
+            One scalar for each subset.
+        """
+        masks = torch.stack([each.float() for each in chosen])
+        counts = masks.sum(1) if self.normalizer == 'own' else values.new_full((len(chosen), ), float(len(values)))
+        return list((masks * values).sum(1) / reduce_mean(counts).clamp(min=1))
+
+
+def _mean(stages: Sequence[RoIOutputs]) -> RoIOutputs:
+    return stages[0]._replace(logits=sum(stage.logits for stage in stages) / len(stages),
+                              deltas=sum(stage.deltas for stage in stages) / len(stages))
+
+
+def _require_same_classes(student: Union[DenseOutputs, RoIOutputs], teacher: Union[DenseOutputs, RoIOutputs]) -> None:
+    if student.num_classes != teacher.num_classes:
+        raise HeadError(f'The student tells {student.num_classes} classes apart, the teacher {teacher.num_classes}: outputs '
+                        'are compared class by class. Give a teacher of the same classes, or distil features alone.')
+
+
+def _layout(outputs: DenseOutputs, level: int) -> str:
+    height, width = outputs.shapes[level]
+    priors = outputs.logits[level].shape[1] // (height * width)
+    return f'{priors} priors on each of {height} × {width} cells with {outputs.activation} classes'

@@ -1,0 +1,181 @@
+"""Terms on the outputs of dense heads, in whole training steps and against their formulas."""
+import pytest
+import torch
+import torch.nn.functional as F
+from mmdet.registry import MODELS
+
+from kd_det.configuration import ConfigurationError
+from kd_det.context import DistillContext
+from kd_det.functional.boxes import distribution_kl, giou_imitation
+from kd_det.functional.logits import quality_bce
+from kd_det.heads import DenseOutputs, HeadError
+from kd_det.teachers import TeacherError
+
+FAMILIES = ['retina', 'retina_softmax', 'atss', 'gfl', 'fcos', 'fcos_normalized', 'rtmdet', 'rtmdet_separate', 'yolox', 'ssd',
+            'yolov3']
+CLASSES, BOXES = dict(type='DenseClassification'), dict(type='DenseRegression')
+LD = dict(type='DenseRegression', form='distribution', weighting='positives', normalizer='none')
+WITH_POSITIVES = [name for name in FAMILIES if name != 'yolov3']
+CASES = [(name, dict(term, normalizer='confidence')) for name in FAMILIES for term in (CLASSES, BOXES)] + [
+    ('gfl', CLASSES), ('gfl', LD), ('yolox', dict(BOXES, weighting='gap')), ('fcos', dict(BOXES, weighting='positives')),
+    ('retina', dict(CLASSES, weighting='confidence'))]
+
+
+def _sharp(model):
+    """Detectors start with tiny scores and equal boxes; these differ between cells."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+
+
+@pytest.mark.parametrize('family, term', CASES)
+def test_gradient_reaches_the_students_head_and_not_the_teacher(family, term, one_stage, distiller, parts_of):
+    model = distiller(one_stage(family), one_stage(family, depth=50, neck=12), distill=dict(term=term))
+    _sharp(model.bbox_head), _sharp(model.build_teachers()[0].model.bbox_head)
+    before = model.teacher.fingerprint()
+    parts, loss = parts_of(model.train())
+    assert loss.isfinite() and loss > 0 and all(value.isfinite() for value in parts.values())
+    loss.backward()
+    assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.bbox_head.parameters())
+    assert model.backbone.conv1.weight.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in model.teacher.model.parameters())
+    assert model.teacher.fingerprint() == before
+
+
+@pytest.mark.parametrize('family, term', CASES)
+def test_is_0_where_the_student_equals_the_teacher(family, term, one_stage, pupil_of_itself, parts_of):
+    parts, loss = parts_of(pupil_of_itself(one_stage(family), **term))
+    assert loss == 0 and all(value == 0 for value in parts.values())
+
+
+@pytest.mark.parametrize('family, term', CASES)
+def test_finite_without_boxes(family, term, one_stage, distiller, parts_of, batch):
+    model = distiller(one_stage(family), one_stage(family), distill=dict(term=term)).train()
+    _, loss = parts_of(model, batch(boxes=((), ())))
+    loss.backward()
+    assert loss.isfinite() and all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def _outputs(logits, boxes, **others):
+    """Outputs of one level of 4 × 6 cells, one prior each."""
+    return DenseOutputs(logits=(logits, ), activation='sigmoid', regressions=(boxes, ), shapes=((4, 6), ), strides=(8, ),
+                        decode=lambda: (boxes, ), generate_priors=None, **others)
+
+
+@pytest.fixture
+def context():
+    """A step whose second image covers 2 × 3 of its 4 × 6 cells."""
+    random = torch.Generator().manual_seed(0)
+
+    def outputs(**others):
+        corners = torch.rand(2, 24, 2, generator=random) * 20
+        boxes = torch.cat([corners, corners + 5 + torch.rand(2, 24, 2, generator=random) * 20], -1).requires_grad_()
+        return _outputs(torch.randn(2, 24, 3, generator=random).requires_grad_(), boxes,
+                        distributions=(torch.randn(2, 24, 4, 5, generator=random), ), **others)
+
+    assigned = torch.rand(2, 24, generator=random) > 0.8
+    return DistillContext(
+        student={}, teachers=[{}], student_levels={}, teacher_levels=[{}], boxes=[torch.zeros(0, 4)] * 2, labels=[],
+        batch_shape=(32, 48), image_shapes=[(32, 48), (16, 24)], student_outputs=dict(bbox_head=outputs(assigned=(assigned, ))),
+        teacher_outputs=[dict(bbox_head=outputs())])
+
+
+@pytest.fixture
+def inside():
+    """(2, 24) the cells of the images."""
+    inside = torch.zeros(2, 4, 6, dtype=torch.bool)
+    inside[0], inside[1, :2, :3] = True, True
+    return inside.flatten(1)
+
+
+def test_classification_is_its_formula_over_the_cells_of_the_images(context, inside):
+    student, teacher = context.student_outputs['bbox_head'], context.teacher_outputs[0]['bbox_head']
+    s, t = student.logits[0][inside], teacher.logits[0][inside].detach()
+    each = F.binary_cross_entropy_with_logits(s, t.sigmoid(), reduction='none') * (t.sigmoid() - s.sigmoid()).abs()
+    positives, confidence = student.assigned[0].sum(), t.sigmoid().amax(1)
+    for arguments, expected in ((dict(), each.sum() / positives), (dict(normalizer='none'), each.sum()),
+                                (dict(normalizer='confidence'), each.sum() / confidence.sum()),
+                                (dict(weighting='confidence', normalizer='none'), (each.sum(1) * confidence).sum())):
+        torch.testing.assert_close(MODELS.build(dict(CLASSES, **arguments))(context)['classes'], expected)
+    MODELS.build(CLASSES)(context)['classes'].backward()
+    assert student.logits[0].grad[inside].abs().min() > 0 and student.logits[0].grad[~inside].abs().max() == 0
+
+
+def test_regression_is_its_formula_over_the_cells_of_the_images(context, inside):
+    student, teacher = context.student_outputs['bbox_head'], context.teacher_outputs[0]['bbox_head']
+    giou = giou_imitation(student.boxes[0][inside], teacher.boxes[0][inside])
+    s, t = student.logits[0][inside].sigmoid().detach(), teacher.logits[0][inside].sigmoid().detach()
+    assigned = student.assigned[0][inside]
+    kl = distribution_kl(student.distributions[0][inside], teacher.distributions[0][inside], 10.0, 'mean')
+    for arguments, expected in ((dict(), giou * t.amax(1)), (dict(weighting='gap'), giou * (t - s).abs().amax(1)),
+                                (dict(weighting='positives'), giou * s.amax(1) * assigned),
+                                (dict(form='distribution', weighting='positives'), kl * s.amax(1) * assigned)):
+        value, = MODELS.build(dict(BOXES, normalizer='none', **arguments))(context).values()
+        torch.testing.assert_close(value, expected.sum())
+
+
+def test_a_teachers_box_without_area_teaches_nothing(context):
+    boxes = context.teacher_outputs[0]['bbox_head'].boxes[0]
+    boxes.data[..., 2] = boxes.data[..., 0]
+    value, = MODELS.build(dict(BOXES, normalizer='none'))(context).values()
+    assert value == 0
+
+
+def test_classes_of_a_head_with_objectness_count_where_the_teacher_sees_an_object(context, inside):
+    student, teacher = context.student_outputs['bbox_head'], context.teacher_outputs[0]['bbox_head']
+    student.objectness, teacher.objectness = (torch.randn(2, 24), ), (torch.randn(2, 24), )
+    parts = MODELS.build(dict(CLASSES, normalizer='none'))(context)
+    s, t = (each.objectness[0][inside].unsqueeze(1) for each in (student, teacher))
+    torch.testing.assert_close(parts['objectness'], quality_bce(s, t).sum())
+    classes = quality_bce(student.logits[0][inside], teacher.logits[0][inside]) * t[:, 0].sigmoid()
+    torch.testing.assert_close(parts['classes'], classes.sum())
+
+
+def test_normalisers_are_at_least_1(context):
+    student = context.student_outputs['bbox_head']
+    student.assigned = (torch.zeros(2, 24, dtype=torch.bool), )
+    torch.testing.assert_close(MODELS.build(CLASSES)(context)['classes'],
+                               MODELS.build(dict(CLASSES, normalizer='none'))(context)['classes'])
+
+
+def test_levels_are_paired_by_stride(one_stage, distiller, parts_of):
+    """A teacher with one more, finer level: each of the student's is compared with that of its stride."""
+    teacher = one_stage('retina')
+    teacher.neck.update(start_level=0, num_outs=4)
+    teacher.bbox_head.anchor_generator.strides = [4, 8, 16, 32]
+    parts, loss = parts_of(distiller(one_stage('retina'), teacher, distill=dict(term=CLASSES)).train())
+    assert loss > 0
+    with pytest.raises(HeadError, match=r'no level of stride 4; its strides are \[8, 16, 32\]'):
+        parts_of(distiller(teacher, one_stage('retina'), distill=dict(term=CLASSES)).train())
+
+
+@pytest.mark.parametrize('student, teacher, changes, message', [
+    ('retina', 'retina', dict(classes=5), 'student tells 3 classes apart, the teacher 5'),
+    ('gfl', 'retina', {}, 'student has 1 priors on each of 8 × 8 cells with sigmoid classes, the teacher 4 priors'),
+    ('retina', 'retina_softmax', {}, 'teacher 4 priors on each of 8 × 8 cells with softmax classes'),
+])
+def test_heads_that_can_not_be_compared(student, teacher, changes, message, one_stage, distiller, parts_of):
+    model = distiller(one_stage(student), one_stage(teacher, **changes), distill=dict(term=CLASSES)).train()
+    with pytest.raises(HeadError, match=message):
+        parts_of(model)
+
+
+def test_distributions_that_can_not_be_compared(one_stage, distiller, parts_of):
+    with pytest.raises(HeadError, match="does not predict. Use form='giou'"):
+        parts_of(distiller(one_stage('atss'), one_stage('atss'), distill=dict(term=LD)).train())
+    with pytest.raises(HeadError, match='over 5 bins, the teacher over 9'):
+        parts_of(distiller(one_stage('gfl'), one_stage('gfl', reg_max=8), distill=dict(term=LD)).train())
+
+
+def test_a_head_that_is_not_there(retinanet, faster_rcnn, distiller):
+    with pytest.raises(ConfigurationError, match="model.distill.term: A FasterRCNN has no 'bbox_head'; it has rpn_head, roi_head"):
+        distiller(faster_rcnn(), retinanet(), distill=dict(term=CLASSES))
+    with pytest.raises(TeacherError, match="learns from the teacher's bbox_head. A FasterRCNN has no 'bbox_head'"):
+        distiller(retinanet(), faster_rcnn(), distill=dict(term=CLASSES)).build_teachers()
+
+
+@pytest.mark.parametrize('arguments', [dict(CLASSES, normalizer='x'), dict(CLASSES, weighting='x'), dict(BOXES, form='x'),
+                                       dict(BOXES, weighting='x')])
+def test_unknown_arguments(arguments):
+    with pytest.raises(ValueError, match="='x': expected one of"):
+        MODELS.build(arguments)
