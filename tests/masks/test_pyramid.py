@@ -61,12 +61,13 @@ def test_number_of_levels_is_that_of_the_tap(compared):
 
 def test_anchors_of_the_students_head_serve(compared):
     """Its strides are replaced by the level's."""
-    level = compared([torch.tensor([[40., 40., 104., 104.]])])[0]
-    head = dict(type='AnchorGenerator', octave_base_scale=4, scales_per_octave=3, ratios=[1.0], strides=[8, 16, 32])
+    level = compared([torch.tensor([[40., 40., 170., 170.]])], batch_shape=(256, 256))[1]
+    head = dict(type='AnchorGenerator', octave_base_scale=4, scales_per_octave=3, ratios=[1.0], strides=[16, 32, 64])
     cells = build_mask(dict(type='NearAnchorForeground', anchors=head)).cells(level)[0]
-    # The best of the anchors, of side 4·2^(2/3)·4 = 25 pixels, lie wholly within the box of 64: their IoU is (25/64)².
-    inside = cells.nonzero() * 4
-    assert inside.min() >= 40 - 12 and inside.max() <= 104 + 12 and cells[72 // 4, 72 // 4] == 1
+    # The best anchors, of side 8·4·2^(2/3) = 51 pixels, lie wholly within the box; those centred on its edge are not half
+    # as good any more, those a cell further in are.
+    near = 8 * cells.nonzero()
+    assert (near.min(), near.max()) == (48, 168) and cells[12, 12] == 1
 
 
 def test_near_anchors_are_not_in_the_padding(compared):
