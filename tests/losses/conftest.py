@@ -1,8 +1,79 @@
-"""Pairs for the terms that compare outputs of heads."""
+"""Golden values and a padded batch for the feature terms; pairs for the terms that compare outputs of heads."""
 import copy
+import json
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from mmdet.registry import MODELS
+
+GOLDENS = Path(__file__).parents[1] / 'goldens'
+
+
+@pytest.fixture
+def golden():
+    """Loads ``tests/goldens/<name>.npz``: its tensors, its ``meta``, and its module parameters as ``params``."""
+
+    def load(name: str) -> SimpleNamespace:
+        with np.load(GOLDENS / f'{name}.npz') as file:
+            tensors = {key: torch.from_numpy(file[key]) for key in file.files if key != 'meta'}
+            meta = json.loads(str(file['meta']))
+        params = {key[len('param:'):]: tensors.pop(key) for key in list(tensors) if key.startswith('param:')}
+        return SimpleNamespace(meta=meta, params=params, **tensors)
+
+    return load
+
+
+@pytest.fixture
+def check_gradient():
+    """Asserts a loss, and its gradients with respect to students, with a relative error under 1e-5."""
+
+    def check(loss, students, expected_loss, expected_gradients) -> None:
+        torch.testing.assert_close(loss.detach(), expected_loss, rtol=1e-5, atol=0)
+        for actual, expected in zip(torch.autograd.grad(loss, students), expected_gradients):
+            assert (actual - expected).norm() < 1e-5 * expected.norm()
+
+    return check
+
+
+@pytest.fixture
+def term_of(connected):
+    """Builds a term from its config and connects it to a context."""
+    return lambda context, **config: connected(MODELS.build(config), context)
+
+
+@pytest.fixture
+def padded(make_context):
+    """Two images, the second padded in height and width, with features that differ between student and teacher."""
+    torch.manual_seed(0)
+    boxes = [torch.tensor([[4., 4., 60., 40.], [50., 8., 90., 60.]]), torch.tensor([[0., 0., 30., 20.]])]
+    return make_context(torch.randn(2, 6, 8, 12, requires_grad=True), torch.randn(2, 6, 8, 12), boxes,
+                        image_shapes=[(64, 96), (40, 56)])
+
+
+@pytest.fixture
+def check_padding(padded):
+    """Asserts that a term's value and the student's gradient know nothing of the padding of :func:`padded`."""
+
+    def check(term) -> None:
+        student, teacher = padded.student['neck'][0], padded.teachers[0]['neck'][0]
+        outside = ~padded.valid((8, 12))[:, None].expand_as(student)
+
+        def value():
+            torch.manual_seed(0)
+            return sum(term(padded).values())
+
+        before = value()
+        gradient, = torch.autograd.grad(before, student)
+        assert gradient[outside].abs().max() == 0 and gradient[~outside].abs().max() > 0
+        with torch.no_grad():
+            student[outside] += 3
+            teacher[outside] -= 2
+        torch.testing.assert_close(value(), before)
+
+    return check
 
 
 @pytest.fixture
