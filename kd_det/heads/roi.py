@@ -22,11 +22,13 @@ class Regions(NamedTuple):
         labels: (R,) class that the student's sampler gave to the region; the number of classes for background.
         targets: (R, 4) regression to the region's ground-truth box, in the units of :class:`RoIOutputs`; 0 for background.
         stds: (R, 4) by which the student's coder divides regressions.
+        stages: (R,) index of the student's stage that sampled the region.
     """
     rois: Tensor
     labels: Tensor
     targets: Tensor
     stds: Tensor
+    stages: Tensor
 
 
 class RoIOutputs(NamedTuple):
@@ -81,21 +83,21 @@ def read_sampled(stages: Sequence[nn.Module], calls: Sequence[Sequence[Call]]) -
     Raises:
         HeadError: The RoI head computed no loss.
     """
-    outputs = [_read_call(head, call) for head, made in zip(stages, calls) for call in made]
+    outputs = [_read_call(index, head, call) for index, (head, made) in enumerate(zip(stages, calls)) for call in made]
     if not outputs:
         raise HeadError("The student's RoI head computed no loss in this step, so it sampled no regions.")
     regions = Regions(*map(torch.cat, zip(*(each.regions for each in outputs))))
     return RoIOutputs(regions, torch.cat([each.logits for each in outputs]), torch.cat([each.deltas for each in outputs]))
 
 
-def _read_call(head: nn.Module, call: Call) -> RoIOutputs:
+def _read_call(stage: int, head: nn.Module, call: Call) -> RoIOutputs:
     labels, _, targets, _ = call.returned['bbox_targets']
     rois = call.arguments['rois'].float()
     if head.reg_decoded_bbox:  # the targets are boxes, or 0 for background, which becomes its own target
         boxes = torch.where((labels < head.num_classes).unsqueeze(1), targets.float(), rois[:, 1:])
         targets = head.bbox_coder.encode(rois[:, 1:], boxes)
     stds = rois.new_tensor(head.bbox_coder.stds).expand_as(targets)
-    regions = Regions(rois, labels, _without_normalization(head, targets), stds)
+    regions = Regions(rois, labels, _without_normalization(head, targets), stds, torch.full_like(labels, stage))
     return _outputs(head, regions, call.arguments['cls_score'], call.arguments['bbox_pred'])
 
 

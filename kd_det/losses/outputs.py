@@ -110,8 +110,8 @@ class RoITerm(DistillTerm):
     """A term that compares two RoI heads on the regions that the student sampled.
 
     Args:
-        stage: Of a cascade teacher: the index of the stage to learn from, or ``'mean'`` for the mean of the stages'
-            logits and regressions.
+        stage: Of a cascade teacher: ``'mean'`` to learn from the mean of the stages' logits and regressions, the index of
+            one stage, or ``'same'``: each stage of a cascade student learns from the teacher's stage of its index, or the last.
         normalizer: What the sums over foreground and over background regions are divided by: ``'regions'``, the number of
             all regions, as the task's own loss; or ``'own'``, the number of each kind, as DeFeat does. As mean over ranks,
             at least 1.
@@ -123,8 +123,8 @@ class RoITerm(DistillTerm):
 
     def __init__(self, stage: Union[str, int] = 'mean', normalizer: str = 'regions', teacher: int = 0) -> None:
         super().__init__(teacher)
-        if stage != 'mean' and not isinstance(stage, int):
-            raise ValueError(f"stage={stage!r}: expected the index of a stage, or 'mean'.")
+        if stage not in ('mean', 'same') and not isinstance(stage, int):
+            raise ValueError(f"stage={stage!r}: expected the index of a stage, 'mean' or 'same'.")
         if normalizer not in ROI_NORMALIZERS:
             raise ValueError(f"normalizer='{normalizer}': expected one of {', '.join(ROI_NORMALIZERS)}.")
         self.stage, self.normalizer = stage, normalizer
@@ -144,11 +144,17 @@ class RoITerm(DistillTerm):
             HeadError: The two tell other classes apart, or the teacher has no such stage.
         """
         student, stages = context.student_outputs[ROI_HEAD], context.teacher_outputs[self.teacher][ROI_HEAD]
-        if self.stage != 'mean' and not 0 <= self.stage < len(stages):
-            raise HeadError(f"stage={self.stage}: the teacher's RoI head has {len(stages)} stages, counted from 0.")
-        chosen = stages if self.stage == 'mean' else stages[self.stage:self.stage + 1]
-        _require_same_classes(student, chosen[0])
-        return student, _mean(chosen)
+        _require_same_classes(student, stages[0])
+        if isinstance(self.stage, int):
+            if not 0 <= self.stage < len(stages):
+                raise HeadError(f"stage={self.stage}: the teacher's RoI head has {len(stages)} stages, counted from 0.")
+            return student, stages[self.stage]
+        logits, deltas = (torch.stack([getattr(stage, name) for stage in stages]) for name in ('logits', 'deltas'))
+        if self.stage == 'mean':
+            return student, stages[0]._replace(logits=logits.mean(0), deltas=deltas.mean(0))
+        everyone = torch.arange(logits.shape[1], device=logits.device)
+        same = student.regions.stages.clamp(max=len(stages) - 1)
+        return student, stages[0]._replace(logits=logits[same, everyone], deltas=deltas[same, everyone])
 
     def normalized(self, values: Tensor, chosen: Sequence[Tensor]) -> List[Tensor]:
         """Sums of one value per region over subsets of the regions, normalised.
@@ -163,11 +169,6 @@ class RoITerm(DistillTerm):
         masks = torch.stack([each.float() for each in chosen])
         counts = masks.sum(1) if self.normalizer == 'own' else values.new_full((len(chosen), ), float(len(values)))
         return list((masks * values).sum(1) / reduce_mean(counts).clamp(min=1))
-
-
-def _mean(stages: Sequence[RoIOutputs]) -> RoIOutputs:
-    return stages[0]._replace(logits=sum(stage.logits for stage in stages) / len(stages),
-                              deltas=sum(stage.deltas for stage in stages) / len(stages))
 
 
 def _require_same_classes(student: Union[DenseOutputs, RoIOutputs], teacher: Union[DenseOutputs, RoIOutputs]) -> None:

@@ -1,0 +1,149 @@
+"""The student's heads are read from its own loss, the teacher's run on its own features."""
+import copy
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+
+from kd_det.heads import HeadError, StudentHeads, find_head, run_heads
+from kd_det.heads.recording import recorded_calls
+from kd_det.taps import TapError
+
+
+@pytest.fixture
+def step(batch):
+    """Builds a detector and reads its heads in one training step; returns the detector and the outputs."""
+
+    def run(config, names, data=None):
+        torch.manual_seed(0)
+        model = MODELS.build(config).train()
+        data = model.data_preprocessor(copy.deepcopy(data or batch()), True)
+        heads = StudentHeads(model, names)
+        with heads.capture() as outputs:
+            model(**data, mode='loss')
+        return model, outputs
+
+    return run
+
+
+def _spied(head, method, given):
+    """Keeps what a method is given."""
+    original = getattr(head, method)
+    setattr(head, method, lambda *args, **kwargs: given.append((args, kwargs)) or original(*args, **kwargs))
+
+
+@pytest.mark.parametrize('detector, name', [('retinanet', 'bbox_head'), ('faster_rcnn', 'rpn_head')])
+def test_dense_outputs_are_what_the_loss_sees(detector, name, request, batch):
+    model, given = MODELS.build(request.getfixturevalue(detector)()), []
+    head = getattr(model, name)
+    heads = StudentHeads(model, [name])
+    _spied(head, 'loss_by_feat_single', given)
+    with heads.capture() as outputs:
+        model(**model.data_preprocessor(batch(), True), mode='loss')
+    dense = outputs[name]
+    assert len(given) == len(dense.logits) == 5 and any(positives.any() for positives in dense.assigned)
+    for (args, _), logits, positives in zip(given, dense.logits, dense.assigned):
+        maps, _, _, labels = args[:4]
+        assert torch.equal(logits, maps.permute(0, 2, 3, 1).reshape(2, -1, head.cls_out_channels)) and logits.requires_grad
+        assert torch.equal(positives, labels.reshape(2, -1) < head.num_classes)
+
+
+def test_regions_and_outputs_are_those_of_the_loss(faster_rcnn, batch):
+    model, given = MODELS.build(faster_rcnn()), []
+    heads, head = StudentHeads(model, ['roi_head']), model.roi_head.bbox_head
+    _spied(head, 'loss', given)
+    with heads.capture() as outputs:
+        model(**model.data_preprocessor(batch(), True), mode='loss')
+    (logits, deltas, rois, labels, _, targets, _), _ = given[0]
+    roi, stds = outputs['roi_head'], torch.tensor([0.1, 0.1, 0.2, 0.2])
+    assert roi.logits.requires_grad and roi.deltas.requires_grad
+    assert all(torch.equal(*pair) for pair in ((roi.logits, logits), (roi.regions.rois, rois), (roi.regions.labels, labels)))
+    torch.testing.assert_close(roi.deltas.flatten(1) / stds.repeat(3), deltas)
+    torch.testing.assert_close(roi.regions.targets / roi.regions.stds, targets)
+    foreground = labels < 3
+    assert foreground.any() and not foreground.all()
+    torch.testing.assert_close(roi.labelled_deltas()[foreground],
+                               roi.deltas[foreground, labels[foreground]])
+
+
+def test_targets_of_a_head_that_regresses_decoded_boxes(faster_rcnn, step):
+    config = faster_rcnn()
+    config.roi_head.bbox_head.update(reg_decoded_bbox=True, loss_bbox=dict(type='GIoULoss'))
+    model, outputs = step(config, ['roi_head'])
+    regions = outputs['roi_head'].regions
+    foreground = regions.labels < 3
+    boxes = model.roi_head.bbox_head.bbox_coder.decode(regions.rois[:, 1:], regions.targets / regions.stds)[foreground]
+    truth = torch.tensor([[8., 8, 40, 40], [20, 4, 60, 30], [2, 30, 30, 62]])
+    assert torch.cdist(boxes, truth).amin(1).max() < 1e-2 and regions.targets[~foreground].abs().max() == 0
+
+
+def test_stages_of_a_cascade_follow_one_another(cascade_rcnn, step):
+    model, outputs = step(cascade_rcnn(), ['roi_head', 'rpn_head'])
+    roi = outputs['roi_head']
+    assert len(roi.logits) > 32 and roi.deltas.shape[1:] == (1, 4) and set(outputs) == {'roi_head', 'rpn_head'}
+    assert {tuple(stds) for stds in roi.regions.stds.tolist()} == {
+        tuple(torch.tensor(stage.bbox_coder.stds).tolist()) for stage in model.roi_head.bbox_head}
+    assert (roi.regions.stages == (roi.regions.stds[:, 0] < 0.1)).all()
+
+
+def test_the_model_is_left_as_it_was(faster_rcnn, batch):
+    model = MODELS.build(faster_rcnn())
+    head = model.roi_head.bbox_head
+    before = dict(vars(head)), dict(vars(model.rpn_head))
+    heads = StudentHeads(model, ['rpn_head', 'roi_head'])
+    with pytest.raises(RuntimeError, match='in the loss'):
+        with heads.capture():
+            assert 'loss_and_target' in vars(head)
+            raise RuntimeError('in the loss')
+    assert (set(vars(head)), set(vars(model.rpn_head))) == tuple(map(set, before))
+
+
+def test_a_head_that_did_not_run_is_an_error(retinanet, faster_rcnn):
+    with pytest.raises(TapError, match="'bbox_head' saw 0 forwards"):
+        with StudentHeads(MODELS.build(retinanet()), ['bbox_head']).capture():
+            pass
+    with pytest.raises(HeadError, match='computed no loss'):
+        with StudentHeads(MODELS.build(faster_rcnn()), ['roi_head']).capture():
+            pass
+
+
+def test_heads_that_can_not_be_read(retinanet, faster_rcnn):
+    model = MODELS.build(retinanet())
+    with pytest.raises(HeadError, match="A RetinaNet has no 'roi_head'; it has bbox_head"):
+        find_head(model, 'roi_head')
+    config = faster_rcnn()
+    config.roi_head.bbox_head.bbox_coder = dict(type='TBLRBBoxCoder')
+    with pytest.raises(HeadError, match='StandardRoIHead with a Shared2FCBBoxHead can not be read'):
+        find_head(MODELS.build(config), 'roi_head')
+
+
+def test_recorded_calls_bind_arguments_by_name():
+
+    class Module(torch.nn.Module):
+
+        def method(self, first, second=2):
+            return first + second
+
+    module = Module()
+    with recorded_calls(module, 'method') as calls:
+        assert module.method(1) + module.method(second=1, first=0) == 4
+    assert [(call.arguments, call.returned) for call in calls] == [(dict(first=1), 3), (dict(first=0, second=1), 1)]
+    assert module.method(1) == 3 and len(calls) == 2
+
+
+@pytest.mark.parametrize('kind, stages', [('faster_rcnn', 1), ('cascade_rcnn', 2)])
+def test_the_teacher_looks_at_the_students_regions_in_its_own_features(kind, stages, faster_rcnn, request, step):
+    _, student = step(faster_rcnn(), ['roi_head'])
+    torch.manual_seed(1)
+    teacher = MODELS.build(request.getfixturevalue(kind)(depth=50, neck=12)).eval()
+    features = teacher.extract_feat(torch.randn(2, 3, 64, 64))
+    regions = student['roi_head'].regions
+    outputs = run_heads(teacher, ['rpn_head', 'roi_head'], features, student)
+    assert len(outputs['roi_head']) == stages and outputs['rpn_head'].logits[0].shape == (2, 16 * 16 * 2, 1)
+    for stage, read in enumerate(outputs['roi_head']):
+        extractor, head = teacher.roi_head.bbox_roi_extractor, teacher.roi_head.bbox_head
+        extractor, head = (extractor[stage], head[stage]) if stages > 1 else (extractor, head)
+        logits, deltas = head(extractor(features[:4], regions.rois))
+        assert read.regions is regions and torch.equal(read.logits, logits)
+        normalized = read.deltas / torch.tensor(head.bbox_coder.stds)
+        torch.testing.assert_close(normalized.flatten(1), deltas)
