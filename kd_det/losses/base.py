@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kd_det.adapters import build_adapter, pair_levels
 from kd_det.context import ComparedLevel, DistillContext, Level
+from kd_det.masks.base import Mask
 
 Parts = Dict[str, Tensor]
 
@@ -64,6 +65,8 @@ class DistillTerm(nn.Module):
 class FeatureTerm(DistillTerm):
     """A term that compares features level by level; a subclass implements :meth:`compare`.
 
+    It reads the heads that its masks read.
+
     Args:
         tap: What to read: ``'neck'``, ``'backbone'`` or any module path within them; or a dict with the keys ``student``
             and ``teacher`` where the paths differ.
@@ -88,6 +91,14 @@ class FeatureTerm(DistillTerm):
     @property
     def teacher_taps(self) -> Tuple[str, ...]:
         return (self.teacher_path, )
+
+    @property
+    def student_heads(self) -> Tuple[str, ...]:
+        return tuple(head for module in self.modules() if isinstance(module, Mask) for head in module.student_heads)
+
+    @property
+    def teacher_heads(self) -> Tuple[str, ...]:
+        return tuple(head for module in self.modules() if isinstance(module, Mask) for head in module.teacher_heads)
 
     def connect(self, student: Dict[str, Tuple[Level, ...]], teacher: Dict[str, Tuple[Level, ...]]) -> None:
         self.pairs = pair_levels(student[self.student_path], teacher[self.teacher_path], self.levels, self.resize)

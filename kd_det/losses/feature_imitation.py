@@ -1,7 +1,7 @@
 """Masked feature imitation: the base of most methods."""
 from __future__ import annotations
 
-from typing import Optional, Tuple
+from typing import Optional
 
 from mmdet.registry import MODELS
 from torch import Tensor
@@ -35,14 +35,6 @@ class FeatureImitation(FeatureTerm):
         super().__init__(**kwargs)
         self.mask = None if mask is None else build_mask(mask)
         self.distance, self.normalizer = distance, normalizer
-
-    @property
-    def student_heads(self) -> Tuple[str, ...]:
-        return self.mask.student_heads if self.mask is not None else ()
-
-    @property
-    def teacher_heads(self) -> Tuple[str, ...]:
-        return self.mask.teacher_heads if self.mask is not None else ()
 
     def compare(self, level: ComparedLevel, position: int) -> Parts:
         weightings = (Weighting(), ) if self.mask is None else self.mask(level)

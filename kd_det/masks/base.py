@@ -27,12 +27,12 @@ class Mask(nn.Module):
 
     @property
     def student_heads(self) -> Tuple[str, ...]:
-        """Heads whose outputs the mask reads in the student, see :func:`~kd_det.heads.find_head`."""
+        """Heads whose outputs the mask itself reads in the student, see :func:`~kd_det.heads.find_head`."""
         return ()
 
     @property
     def teacher_heads(self) -> Tuple[str, ...]:
-        """Heads whose outputs the mask reads in the teacher."""
+        """Heads whose outputs the mask itself reads in the teacher."""
         return ()
 
     def forward(self, level: ComparedLevel) -> Tuple[Weighting, ...]:

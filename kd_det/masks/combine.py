@@ -21,14 +21,6 @@ class _Combination(Mask):
             raise ValueError(f'{type(self).__name__} needs at least one mask.')
         self.masks = nn.ModuleList(build_mask(mask) for mask in masks)
 
-    @property
-    def student_heads(self) -> Tuple[str, ...]:
-        return tuple(name for mask in self.masks for name in mask.student_heads)
-
-    @property
-    def teacher_heads(self) -> Tuple[str, ...]:
-        return tuple(name for mask in self.masks for name in mask.teacher_heads)
-
 
 @MODELS.register_module()
 class MaskProduct(_Combination):
