@@ -1,7 +1,7 @@
 """Which student level is compared with which teacher level: the one of the same stride, never of the same index."""
 from __future__ import annotations
 
-from typing import List, NamedTuple, Optional, Sequence
+from typing import List, NamedTuple, Optional, Sequence, Union
 
 from kd_det.context import Level
 
@@ -18,20 +18,24 @@ class LevelError(ValueError):
     """Levels that can not be paired."""
 
 
-def pair_levels(student: Sequence[Level], teacher: Sequence[Level], levels: Optional[Sequence[int]] = None,
+def pair_levels(student: Sequence[Level], teacher: Sequence[Level], levels: Optional[Union[int, Sequence[int]]] = None,
                 resize: bool = False) -> List[LevelPair]:
     """Pairs levels by stride.
 
     Args:
         student: The student's levels.
         teacher: The teacher's levels.
-        levels: Indices into ``student``; all levels by default.
+        levels: Indices into ``student``; or a number, which is that many from the first on, or all where there are fewer;
+            all by default.
         resize: Pair a level that has no partner of its stride with the nearest one, for a term that resizes it.
 
     Raises:
-        LevelError: An index out of range, or a level without a partner.
+        LevelError: An index out of range, a number below 1, or a level without a partner.
     """
-    indices = range(len(student)) if levels is None else levels
+    if isinstance(levels, int) and levels < 1:
+        raise LevelError(f'levels={levels}: as a number it is how many to compare, at least 1. For the level of this index: '
+                         f'levels=({levels},).')
+    indices = range(len(student))[:levels] if levels is None or isinstance(levels, int) else levels
     beyond = [index for index in indices if not -len(student) <= index < len(student)]
     if beyond:
         raise LevelError(f'levels={tuple(indices)}: the tap has {len(student)} levels, of strides '

@@ -70,15 +70,16 @@ class FeatureTerm(DistillTerm):
     Args:
         tap: What to read: ``'neck'``, ``'backbone'`` or any module path within them; or a dict with the keys ``student``
             and ``teacher`` where the paths differ.
-        levels: Indices of the student's levels to compare; all by default. Each is paired with the teacher level of the
-            same stride.
+        levels: Indices of the student's levels to compare; or a number: the first so many, all where it has fewer; all
+            by default. Each is paired with the teacher level of the same stride.
         adapter: Student channels -> teacher channels, see :func:`~kd_det.adapters.build_adapter`.
         resize: Interpolate the teacher's level where it differs in stride or size.
         teacher: See :class:`DistillTerm`.
     """
 
-    def __init__(self, tap: Union[str, Dict[str, str]] = 'neck', levels: Optional[Sequence[int]] = None,
-                 adapter: str = 'auto', resize: bool = False, teacher: int = 0) -> None:
+    def __init__(self, tap: Union[str, Dict[str, str]] = 'neck',
+                 levels: Optional[Union[int, Sequence[int]]] = None, adapter: str = 'auto', resize: bool = False,
+                 teacher: int = 0) -> None:
         super().__init__(teacher)
         paths = dict(student=tap, teacher=tap) if isinstance(tap, str) else tap
         self.student_path, self.teacher_path = paths['student'], paths['teacher']

@@ -31,7 +31,7 @@ class RKD(BatchRelation):
         >>> dict(type='RKD', tap='neck', distance_weight=25.0, angle_weight=50.0)
     """
 
-    def __init__(self, tap: Union[str, Dict[str, str]] = 'neck', levels: Optional[Sequence[int]] = None,
+    def __init__(self, tap: Union[str, Dict[str, str]] = 'neck', levels: Optional[Union[int, Sequence[int]]] = None,
                  resize: bool = False, teacher: int = 0, distance_weight: float = 25.0, angle_weight: float = 50.0,
                  pad_aware: bool = True) -> None:
         super().__init__(pad_aware, tap=tap, levels=levels, resize=resize, teacher=teacher)

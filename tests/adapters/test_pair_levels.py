@@ -4,6 +4,7 @@ from kd_det.adapters import LevelError, pair_levels
 from kd_det.context import Level
 
 RETINANET = [Level(256, stride) for stride in (8, 16, 32, 64, 128)]
+YOLOX = [Level(256, stride) for stride in (8, 16, 32)]
 FASTER_RCNN = [Level(256, stride) for stride in (4, 8, 16, 32, 64)]
 
 
@@ -21,3 +22,16 @@ def test_a_level_without_partner_is_an_error_unless_resized():
 def test_index_out_of_range_is_an_error():
     with pytest.raises(LevelError, match='there is no level 5'):
         pair_levels(RETINANET, RETINANET, levels=(0, 5))
+
+
+def test_a_number_of_levels_is_the_first_so_many_at_most():
+    """So that one file serves pyramids of five levels and of three."""
+    assert [pair.student.stride for pair in pair_levels(RETINANET, RETINANET, levels=4)] == [8, 16, 32, 64]
+    assert pair_levels(YOLOX, RETINANET, levels=4) == pair_levels(YOLOX, RETINANET)
+
+
+@pytest.mark.parametrize('levels', [0, -1])
+def test_a_number_of_levels_below_one_is_an_error(levels):
+    """-1 as a number would leave the last level out; who writes it means that level."""
+    with pytest.raises(LevelError, match=rf'at least 1.*levels=\({levels},\)'):
+        pair_levels(RETINANET, RETINANET, levels=levels)
