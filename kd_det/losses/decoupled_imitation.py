@@ -1,7 +1,7 @@
 """Foreground and background imitated apart, each with its own weight and normaliser."""
 from __future__ import annotations
 
-from typing import Tuple, Union
+from typing import Union
 
 import torch
 from mmdet.registry import MODELS
@@ -43,14 +43,6 @@ class DecoupledImitation(FeatureTerm):
                              f'{type(self.mask).__name__} has other parts too.')
         self.weights = dict(foreground=foreground_weight, background=background_weight)
         self.pad_aware = pad_aware
-
-    @property
-    def student_heads(self) -> Tuple[str, ...]:
-        return self.mask.student_heads
-
-    @property
-    def teacher_heads(self) -> Tuple[str, ...]:
-        return self.mask.teacher_heads
 
     def compare(self, level: ComparedLevel, position: int) -> Parts:
         foreground = self.mask.cells(level)

@@ -3,11 +3,11 @@ from __future__ import annotations
 
 from mmdet.registry import MODELS
 
-from kd_det.functional.logits import quality_bce, soft_target_kl
+from kd_det.functional.logits import soft_target_kl
 from kd_det.losses.base import Parts
-from kd_det.losses.outputs import ComparedOutputs, DenseTerm
+from kd_det.losses.outputs import ComparedOutputs, DenseTerm, sigmoid_divergence
 
-WEIGHTINGS = ('all', 'confidence')
+WEIGHTINGS = ('all', 'richness')
 
 
 @MODELS.register_module()
@@ -19,11 +19,10 @@ class DenseClassification(DenseTerm):
     nothing where there is no object: they weigh with the teacher's objectness, which is then distilled as a part of its own.
 
     Args:
-        beta: Exponent of the gap, see :func:`~kd_det.functional.logits.quality_bce`; with 0 the loss of a student that
-            equals the teacher is the teacher's entropy, not 0.
+        beta: Exponent of the gap; 0 for the plain cross-entropy, see :func:`~kd_det.losses.outputs.sigmoid_divergence`.
         temperature: T of softmax heads.
-        weighting: ``'all'`` priors alike, or by the teacher's ``'confidence'``, its largest score there (FRS, Du et al.,
-            arXiv 2111.00674).
+        weighting: ``'all'`` priors alike, or by the ``'richness'`` of their cell, the teacher's largest probability there
+            (FRS, Du et al., arXiv 2111.00674).
         **kwargs: See :class:`~kd_det.losses.outputs.DenseTerm`.
 
     Raises:
@@ -40,17 +39,15 @@ class DenseClassification(DenseTerm):
         self.beta, self.temperature, self.weighting = beta, temperature, weighting
 
     def compare(self, level: ComparedOutputs) -> Parts:
-        weight = level.valid
-        if self.weighting == 'confidence':
-            weight = weight * level.teacher.scores(level.teacher_level)
+        weight = level.richness() if self.weighting == 'richness' else level.valid
         parts, class_weight = {}, weight
         if level.teacher.objectness is not None:
             student, teacher = (each.unsqueeze(-1) for each in level.both('objectness'))
-            parts['objectness'] = (weight * quality_bce(student, teacher, self.beta)).sum()
+            parts['objectness'] = (weight * sigmoid_divergence(student, teacher, self.beta)).sum()
             class_weight = weight * teacher.squeeze(-1).sigmoid()
         student, teacher = level.both('logits')
         if level.student.activation == 'sigmoid':
-            divergence = quality_bce(student, teacher, self.beta)
+            divergence = sigmoid_divergence(student, teacher, self.beta)
         else:
             divergence = soft_target_kl(student, teacher, self.temperature, reduction='none')
         return dict(parts, classes=(class_weight * divergence).sum())

@@ -9,10 +9,11 @@ from mmdet.utils import reduce_mean
 from torch import Tensor
 
 from kd_det.context import DistillContext
+from kd_det.functional.logits import quality_bce
 from kd_det.heads import ROI_HEAD, DenseOutputs, HeadError, RoIOutputs
 from kd_det.losses.base import DistillTerm, Parts
 
-DENSE_NORMALIZERS = ('positives', 'confidence', 'none')
+DENSE_NORMALIZERS = ('positives', 'confidence', 'richness', 'none')
 ROI_NORMALIZERS = ('regions', 'own')
 
 
@@ -36,6 +37,11 @@ class ComparedOutputs(NamedTuple):
         """The student's and the teacher's tensor of that name on this level."""
         return getattr(self.student, name)[self.student_level], getattr(self.teacher, name)[self.teacher_level]
 
+    def richness(self) -> Tensor:
+        """(N, H·W·A): the largest class probability that the teacher gives to any prior of the cell (FRS, arXiv 2111.00674)."""
+        cells = self.teacher.cell_probabilities(self.teacher_level).amax(1).flatten(1)
+        return cells.repeat_interleave(self.valid.shape[1] // cells.shape[1], 1) * self.valid
+
 
 class DenseTerm(DistillTerm):
     """A term that compares two dense heads prior by prior; a subclass implements :meth:`compare`.
@@ -44,9 +50,10 @@ class DenseTerm(DistillTerm):
 
     Args:
         head: ``'bbox_head'`` of one-stage detectors or ``'rpn_head'``; or a dict with the keys ``student`` and ``teacher``.
-        normalizer: What the sum over all priors is divided by. ``'positives'``: the number of priors that the student's
-            assigner gave to boxes, as the task's own loss; ``'confidence'``: the sum of the teacher's scores, a soft
-            count of positives that needs no ground truth; both as mean over ranks and at least 1. ``'none'``: nothing.
+        normalizer: What the sum over all priors is divided by, as mean over ranks. ``'positives'``: the number of priors that
+            the student's assigner gave to boxes, as the task's own loss; ``'confidence'``: the sum of the teacher's
+            scores, a soft count of positives that needs no ground truth; both at least 1. ``'richness'``: each level by
+            the sum over its cells of the teacher's largest probability (FRS). ``'none'``: nothing.
         teacher: See :class:`~kd_det.losses.base.DistillTerm`.
 
     Raises:
@@ -72,25 +79,33 @@ class DenseTerm(DistillTerm):
         student = context.student_outputs[self.student_head]
         teacher = context.teacher_outputs[self.teacher][self.teacher_head]
         _require_same_classes(student, teacher)
+        levels = self._levels(context, student, teacher)
         parts: Parts = defaultdict(float)
-        count = 0
-        for level in self._levels(context, student, teacher):
+        for level, divisor in zip(levels, self._divisors(levels)):
             for name, value in self.compare(level).items():
-                parts[name] = parts[name] + value
-            count = count + self._count(level)
-        divisor = 1 if self.normalizer == 'none' else reduce_mean(count).clamp(min=1)
-        return {name: value / divisor for name, value in parts.items()}
+                parts[name] = parts[name] + value / divisor
+        return dict(parts)
 
     def compare(self, level: ComparedOutputs) -> Parts:
         """Compares one level; returns the parts by name, each a sum over the level's priors."""
         raise NotImplementedError
 
-    def _count(self, level: ComparedOutputs) -> Union[Tensor, int]:
+    def _divisors(self, levels: Sequence[ComparedOutputs]) -> Tensor:
+        """One for each level."""
+        if self.normalizer == 'none':
+            return levels[0].valid.new_ones(len(levels))
+        counts = reduce_mean(torch.stack([self._count(level) for level in levels]))
+        if self.normalizer == 'richness':
+            return counts.clamp(min=torch.finfo(counts.dtype).tiny)
+        return counts.sum().clamp(min=1).expand(len(levels))
+
+    def _count(self, level: ComparedOutputs) -> Tensor:
         if self.normalizer == 'positives':
             return level.student.positives(level.student_level).sum().float()
         if self.normalizer == 'confidence':
             return (level.teacher.scores(level.teacher_level) * level.valid).sum()
-        return 0
+        height, width = level.teacher.shapes[level.teacher_level]
+        return level.richness().sum() * height * width / level.valid.shape[1]  # each cell once, not once per prior
 
     def _levels(self, context: DistillContext, student: DenseOutputs, teacher: DenseOutputs) -> List[ComparedOutputs]:
         levels = []
@@ -169,6 +184,13 @@ class RoITerm(DistillTerm):
         masks = torch.stack([each.float() for each in chosen])
         counts = masks.sum(1) if self.normalizer == 'own' else values.new_full((len(chosen), ), float(len(values)))
         return list((masks * values).sum(1) / reduce_mean(counts).clamp(min=1))
+
+
+def sigmoid_divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """:func:`~kd_det.functional.logits.quality_bce`; with ``beta=0`` less the teacher's own entropy, which leaves the gradient
+    and makes it 0, as for any other ``beta``, where the two agree."""
+    divergence = quality_bce(student, teacher, beta)
+    return divergence - quality_bce(teacher, teacher, beta) if beta == 0 else divergence
 
 
 def _require_same_classes(student: Union[DenseOutputs, RoIOutputs], teacher: Union[DenseOutputs, RoIOutputs]) -> None:

@@ -3,9 +3,9 @@ from __future__ import annotations
 
 from mmdet.registry import MODELS
 
-from kd_det.functional.logits import quality_bce, soft_target_kl
+from kd_det.functional.logits import soft_target_kl
 from kd_det.losses.base import Parts
-from kd_det.losses.outputs import ComparedOutputs, DenseTerm
+from kd_det.losses.outputs import ComparedOutputs, DenseTerm, sigmoid_divergence
 
 
 @MODELS.register_module()
@@ -34,7 +34,7 @@ class RPNImitation(DenseTerm):
     def compare(self, level: ComparedOutputs) -> Parts:
         student, teacher = level.both('logits')
         if level.student.activation == 'sigmoid':
-            divergence = quality_bce(student, teacher, beta=0) - quality_bce(teacher, teacher, beta=0)
+            divergence = sigmoid_divergence(student, teacher, beta=0)
         else:
             divergence = soft_target_kl(student, teacher, reduction='none')
         moved, target = level.both('regressions')

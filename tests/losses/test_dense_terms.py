@@ -18,7 +18,7 @@ LD = dict(type='DenseRegression', form='distribution', weighting='positives', no
 WITH_POSITIVES = [name for name in FAMILIES if name != 'yolov3']
 CASES = [(name, dict(term, normalizer='confidence')) for name in FAMILIES for term in (CLASSES, BOXES)] + [
     ('gfl', CLASSES), ('gfl', LD), ('yolox', dict(BOXES, weighting='gap')), ('fcos', dict(BOXES, weighting='positives')),
-    ('retina', dict(CLASSES, weighting='confidence'))]
+    ('retina', dict(CLASSES, weighting='richness', normalizer='richness', beta=0))]
 
 
 def _sharp(model):
@@ -95,7 +95,8 @@ def test_classification_is_its_formula_over_the_cells_of_the_images(context, ins
     positives, confidence = student.assigned[0].sum(), t.sigmoid().amax(1)
     for arguments, expected in ((dict(), each.sum() / positives), (dict(normalizer='none'), each.sum()),
                                 (dict(normalizer='confidence'), each.sum() / confidence.sum()),
-                                (dict(weighting='confidence', normalizer='none'), (each.sum(1) * confidence).sum())):
+                                (dict(weighting='richness', normalizer='none'), (each.sum(1) * confidence).sum()),
+                                (dict(weighting='richness', normalizer='richness'), (each.sum(1) * confidence).sum() / confidence.sum())):
         torch.testing.assert_close(MODELS.build(dict(CLASSES, **arguments))(context)['classes'], expected)
     MODELS.build(CLASSES)(context)['classes'].backward()
     assert student.logits[0].grad[inside].abs().min() > 0 and student.logits[0].grad[~inside].abs().max() == 0
@@ -112,6 +113,37 @@ def test_regression_is_its_formula_over_the_cells_of_the_images(context, inside)
                                 (dict(form='distribution', weighting='positives'), kl * s.amax(1) * assigned)):
         value, = MODELS.build(dict(BOXES, normalizer='none', **arguments))(context).values()
         torch.testing.assert_close(value, expected.sum())
+
+
+def test_plain_cross_entropy_counts_from_the_teachers_entropy(context):
+    student, teacher = context.student_outputs['bbox_head'].logits[0], context.teacher_outputs[0]['bbox_head'].logits[0]
+    value = MODELS.build(dict(CLASSES, beta=0, normalizer='none'))(context)['classes']
+    value.backward()
+    inside = context.valid((4, 6)).flatten(1).unsqueeze(-1)
+    torch.testing.assert_close(student.grad, (student.sigmoid() - teacher.sigmoid()).detach() * inside)
+    assert value > 0
+
+
+@pytest.mark.parametrize('anchors', [1, 3])
+def test_richness_of_a_cell_is_shared_by_its_priors_and_counted_once(anchors):
+    """Two levels, each over its own richness."""
+    random = torch.Generator().manual_seed(0)
+
+    def outputs():
+        logits = tuple(torch.randn(1, cells * anchors, 2, generator=random) for cells in (8, 2))
+        return DenseOutputs(logits=logits, activation='sigmoid', regressions=(), shapes=((2, 4), (1, 2)), strides=(8, 16),
+                            decode=None, generate_priors=None)
+
+    student, teacher = outputs(), outputs()
+    context = DistillContext(student={}, teachers=[{}], student_levels={}, teacher_levels=[{}], boxes=[torch.zeros(0, 4)], labels=[],
+                             batch_shape=(16, 32), image_shapes=[(16, 32)], student_outputs=dict(bbox_head=student),
+                             teacher_outputs=[dict(bbox_head=teacher)])
+    expected = 0
+    for s, t in zip(student.logits, teacher.logits):
+        cells = t.sigmoid().view(-1, anchors * 2).amax(1)
+        expected = expected + (quality_bce(s, t).view(-1, anchors).sum(1) * cells).sum() / cells.sum()
+    parts = MODELS.build(dict(CLASSES, weighting='richness', normalizer='richness'))(context)
+    torch.testing.assert_close(parts['classes'], expected)
 
 
 def test_a_teachers_box_without_area_teaches_nothing(context):
@@ -179,3 +211,22 @@ def test_a_head_that_is_not_there(retinanet, faster_rcnn, distiller):
 def test_unknown_arguments(arguments):
     with pytest.raises(ValueError, match="='x': expected one of"):
         MODELS.build(arguments)
+
+
+def test_localisation_distillation_equals_mmdets_own_head(one_stage, distiller, batch):
+    """The same student, teacher and batch in LDHead, whose loss is a sum over the positive priors."""
+    model = distiller(one_stage('gfl'), one_stage('gfl', depth=50, neck=12), distill=dict(term=LD)).train()
+    teacher = model.build_teachers()[0].model
+    _sharp(model.bbox_head), _sharp(teacher.bbox_head)
+    boxes = ((8, 8, 40, 40), ), ((20, 4, 60, 30), (2, 10, 30, 46))
+    data = model.data_preprocessor(batch(shapes=((64, 96), (48, 64)), boxes=boxes), True)
+    features = []
+    model.neck.register_forward_hook(lambda module, inputs, output: features.append(output))
+    ours = model(**data, mode='loss')['loss_term']
+    config = one_stage('gfl')
+    head = MODELS.build(dict(config.bbox_head, type='LDHead', train_cfg=config.train_cfg, test_cfg=config.test_cfg,
+                             loss_ld=dict(type='KnowledgeDistillationKLDivLoss', loss_weight=1.0, T=10)))
+    head.load_state_dict(model.bbox_head.state_dict())
+    theirs = head.loss(features[0], teacher.bbox_head(teacher.extract_feat(data['inputs'])), data['data_samples'])
+    torch.testing.assert_close(ours, sum(theirs['loss_ld']), rtol=1e-4, atol=0)
+    assert ours > 0

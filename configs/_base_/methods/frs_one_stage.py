@@ -1,0 +1,11 @@
+"""FRS (arXiv 2111.00674) with its authors' weights for RetinaNet: where the teacher sees objects, features and classes.
+
+Their weights for GFL are 0.1 and 0.05.
+"""
+frs = dict(
+    frs_features=dict(
+        type='FeatureImitation', tap='neck', adapter='conv3x3', mask=dict(type='TeacherConfidence', head='bbox_head'),
+        normalizer='mask', weight=dict(type='Warmup', value=0.005, iterations=500)),
+    frs_classes=dict(
+        type='DenseClassification', head='bbox_head', beta=0, weighting='richness', normalizer='richness',
+        weight=dict(type='Warmup', value=0.02, iterations=500)))

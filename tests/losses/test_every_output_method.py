@@ -1,0 +1,106 @@
+"""Every method that reads heads, as its config files have it, on every family of heads that it claims."""
+import copy
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+
+from kd_det.composition import available_methods, head_family, method_terms
+
+DETECTORS = dict(
+    two_stage=['faster_rcnn', 'cascade_rcnn'],
+    one_stage=['retina', 'retina_softmax', 'atss', 'gfl', 'rtmdet', 'ssd'],
+    anchor_free=['fcos', 'fcos_normalized', 'yolox'])
+NOT_FOR = dict(ld={'retina', 'retina_softmax', 'atss', 'rtmdet', 'ssd'})  # they predict no distributions
+
+
+def reads_heads(config: dict) -> bool:
+    term = MODELS.build({key: value for key, value in config.items() if key != 'weight'})
+    return bool(term.student_heads or term.teacher_heads)
+
+
+METHODS = {method: files for method, files in available_methods().items()
+           if any(map(reads_heads, method_terms(method, next(iter(files))).values()))}
+CASES = [(method, family, detector) for method, files in METHODS.items() for family in files for detector in DETECTORS[family]
+         if detector not in NOT_FOR.get(method, ())]
+
+
+@pytest.fixture
+def make(request):
+    """Makes the model dict of a detector, or of a one-stage detector with that head."""
+
+    def make(name: str, **kwargs) -> dict:
+        if name in DETECTORS['two_stage']:
+            return request.getfixturevalue(name)(**kwargs)
+        return request.getfixturevalue('one_stage')(name, **kwargs)
+
+    return make
+
+
+@pytest.fixture
+def step(batch):
+
+    def run(model, data=None) -> dict:
+        model.set_progress(iteration=1000, epoch=1.0)  # behind any warm-up
+        data = model.data_preprocessor(copy.deepcopy(data or batch()), True)
+        return model(**data, mode='loss')
+
+    return run
+
+
+def test_the_output_methods_are_all_here():
+    assert set(METHODS) >= {'bckd', 'dkd', 'frs', 'kd', 'ld', 'pfi'}
+
+
+def test_names_of_terms_do_not_meet_in_sums_of_methods():
+    names = [name for method, files in available_methods().items() for name in method_terms(method, next(iter(files)))]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize('method, family, detector', CASES)
+def test_method_trains_the_student_and_nothing_else(method, family, detector, make, distiller, step):
+    student, terms = make(detector), method_terms(method, family)
+    assert head_family(student) == family
+    model = distiller(student, make(detector, depth=50, neck=12), distill=terms).train()
+    teacher = model.build_teachers()[0].model
+    for each in (model.student, teacher):  # heads start with the same small scores everywhere
+        for name, parameter in each.named_parameters():
+            if '_head' in name and parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.15)
+    losses = step(model)
+    values = [losses[f'loss_{name}'] for name in terms]
+    assert all(value.isfinite() and value > 0 for value in values)
+    sum(values).backward()
+    assert model.backbone.conv1.weight.grad.any()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.terms.parameters())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    if method != 'pfi':  # which compares features
+        assert any(parameter.grad is not None and parameter.grad.any() for name, parameter in model.student.named_parameters()
+                   if '_head' in name)
+
+
+@pytest.mark.parametrize('method, family, detector', CASES)
+def test_method_is_finite_without_boxes_on_a_padded_batch(method, family, detector, make, distiller, step, batch):
+    model = distiller(make(detector), make(detector), distill=method_terms(method, family)).train()
+    losses = step(model, batch(shapes=((64, 96), (33, 40)), boxes=((), ())))
+    values = [losses[f'loss_{name}'] for name in model.terms]
+    assert all(value.isfinite() for value in values)
+    sum(values).backward()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize('method, term, expected', [
+    ('dkd', 'dkd', dict(two_stage=dict(form='decoupled', alpha=1.0, beta=0.25, temperature=1.0))),
+    ('bckd', 'bckd_classes', {family: dict(beta=1.0, weight=1.0) for family in ('one_stage', 'anchor_free')}),
+    ('bckd', 'bckd_boxes', {family: dict(weighting='gap', weight=4.0) for family in ('one_stage', 'anchor_free')}),
+    ('ld', 'ld', dict(one_stage=dict(weight=0.25, temperature=10.0, normalizer='none'))),
+    ('frs', 'frs_features', {family: dict(weight=dict(type='Warmup', value=value, iterations=500), adapter='conv3x3') for family, value in
+                             (('two_stage', 0.002), ('one_stage', 0.005), ('anchor_free', 0.01))}),
+    ('frs', 'frs_classes', {family: dict(weight=dict(type='Warmup', value=value, iterations=500), beta=0) for family, value in
+                            (('two_stage', 0.1), ('one_stage', 0.02), ('anchor_free', 0.05))}),
+])
+def test_weights_are_the_published_ones(method, term, expected):
+    assert set(available_methods()[method]) == set(expected)
+    for family, arguments in expected.items():
+        config = method_terms(method, family)[term]
+        assert {key: config[key] for key in arguments} == arguments
