@@ -22,11 +22,11 @@ def distilled_gradients(config, images, samples, wrap=lambda model: model):
     plain.train()
     for block in (block for name, block in plain.terms.named_modules() if name.endswith('expand')):
         torch.nn.init.normal_(block.weight, std=0.1)  # a block that starts as the identity hides most gradients
-    model = wrap(plain)
+    model, distilled = wrap(plain), {f'loss_{name}' for name in config['distill']}
     for step in range(2):  # the second forward fails if the first left a parameter without gradient
         plain.zero_grad()
         losses = model(images, samples, mode='loss')
-        total, _ = plain.parse_losses({name: value if 'fgd' in name else [each * 0 for each in value] if isinstance(value, list)
+        total, _ = plain.parse_losses({name: value if name in distilled else [each * 0 for each in value] if isinstance(value, list)
                                        else value * 0 for name, value in losses.items()})
         total.backward()
     return {name: parameter.grad.clone() for name, parameter in plain.named_parameters() if parameter.requires_grad}

@@ -14,7 +14,11 @@ def test_two_ranks_give_the_gradients_of_one_process_with_the_whole_batch(retina
     student = retinanet()
     student.backbone.norm_eval = True  # BatchNorm's own batch statistics would differ between the two
     config = dict(type='DetectionDistiller', student=student, teacher=dict(config=retinanet(neck=12), random_teacher=True),
-                  distill=dict(fgd=dict(type='FGD', alpha=0.1, beta=0.1, gamma=0.1, lambda_=0.1)))
+                  distill=dict(fgd=dict(type='FGD', alpha=0.1, beta=0.1, gamma=0.1, lambda_=0.1),
+                               seen=dict(type='FeatureImitation', mask='TeacherConfidence', normalizer='mask'),
+                               classes=dict(type='DenseClassification', normalizer='positives', weight=100.0),
+                               rich=dict(type='DenseClassification', weighting='richness', normalizer='richness', weight=100.0),
+                               boxes=dict(type='DenseRegression', weighting='confidence', normalizer='confidence')))
     shapes = ((64, 64), (64, 48), (40, 64), (64, 64))
     boxes = (((8, 8, 40, 40), ), (), ((20, 4, 60, 30), (2, 10, 30, 38)), ((4, 4, 20, 60), ))
     data = MODELS.build(student.data_preprocessor)(batch(shapes, boxes), True)
