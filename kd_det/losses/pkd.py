@@ -20,7 +20,7 @@ class PKD(FeatureTerm):
         **kwargs: See :class:`~kd_det.losses.base.FeatureTerm`.
 
     Example:
-        >>> dict(type='PKD', tap='neck', levels=(0, 1, 2, 3), weight=6.0)
+        >>> dict(type='PKD', tap='neck', levels=4, weight=6.0)
     """
 
     def __init__(self, pad_aware: bool = True, **kwargs) -> None:

@@ -10,7 +10,10 @@ DOCUMENTATION = Path(__file__).parents[2] / 'docs' / 'methods.md'
 
 
 @pytest.mark.parametrize('method, two_stage, one_stage, anchor_free', [
-    ('pkd', dict(weight=6.0, levels=(0, 1, 2, 3)), dict(weight=10.0, levels=(0, 1, 2, 3)), dict(weight=10.0)),
+    ('fgd', dict(temperature=0.5, alpha=5e-5, beta=2.5e-5, gamma=5e-5, lambda_=5e-7, levels=(0, 1, 2, 3)),
+     dict(temperature=0.5, alpha=1e-3, beta=5e-4, gamma=5e-4, lambda_=5e-6),
+     dict(temperature=0.8, alpha=1.6e-3, beta=8e-4, gamma=8e-4, lambda_=8e-6)),
+    ('pkd', dict(weight=6.0, levels=4), *[dict(weight=10.0, levels=4)] * 2),
     ('cwd', *[dict(weight=10.0, temperature=1.0)] * 3),
     ('mgd', dict(weight=5e-7, ratio=0.45, levels=(0, 1, 2, 3)), *[dict(weight=2e-5, ratio=0.65)] * 2),
     ('defeat', *[dict(foreground_weight=3.0, background_weight=12.0)] * 3),
