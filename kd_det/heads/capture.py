@@ -32,7 +32,8 @@ def find_head(model: nn.Module, name: str) -> nn.Module:
     """
     present = [each for each in HEADS if isinstance(getattr(model, each, None), nn.Module)]
     if name not in present:
-        raise HeadError(f"A {type(model).__name__} has no '{name}'; it has {', '.join(present) or 'none that can be read'}.")
+        known = ', '.join(present) or 'none that can be read'
+        raise HeadError(f"A {type(model).__name__} has no '{name}'; it has {known}.")
     head = getattr(model, name)
     stages_of(head) if name == ROI_HEAD else find_reader(head)
     return head

@@ -29,10 +29,10 @@ class DenseOutputs:
         decode: Makes :attr:`boxes`.
         generate_priors: Makes :attr:`priors`.
         objectness: (N, H·W·A) logits; class logits are then conditional on an object, as in YOLOX and YOLOv3.
-        centerness: (N, H·W·A) logits of the predicted box quality, as in FCOS and ATSS; trained on positive priors only.
+        centerness: (N, H·W·A) logits of the predicted box quality, as in FCOS and ATSS; trained on positive priors.
         distributions: (N, H·W·A, 4, bins) logits of the distance to each side, as in GFL.
-        assigned: (N, H·W·A) of bool, the priors that the head's own assigner gave to a box in this step. Of a student alone,
-            and where its family's reader finds them.
+        assigned: (N, H·W·A) of bool, the priors that the head's own assigner gave to a box in this step. Of a student
+            alone, and where its family's reader finds them.
     """
     logits: Levels
     activation: str
@@ -48,12 +48,12 @@ class DenseOutputs:
 
     @cached_property
     def boxes(self) -> Levels:
-        """(N, H·W·A, 4) decoded boxes x1, y1, x2, y2 in pixels of the padded batch, not clipped. Decoded when first read."""
+        """(N, H·W·A, 4) boxes x1, y1, x2, y2 in pixels of the padded batch, not clipped; decoded when first read."""
         return self.decode()
 
     @cached_property
     def priors(self) -> Levels:
-        """(H·W·A, 4) anchors x1, y1, x2, y2; the prior of a head of points is a square of one stride around the point."""
+        """(H·W·A, 4) anchors x1, y1, x2, y2; for a head of points the square of one stride around the point."""
         return self.generate_priors()
 
     @property
@@ -74,7 +74,9 @@ class DenseOutputs:
         """(N, H·W·A, K) class probabilities, times that of an object where the head predicts it; without background."""
         logits = self.logits[level]
         probabilities = logits.sigmoid() if self.activation == 'sigmoid' else logits.softmax(-1)[..., :-1]
-        return probabilities if self.objectness is None else probabilities * self.objectness[level].sigmoid().unsqueeze(-1)
+        if self.objectness is not None:
+            probabilities = probabilities * self.objectness[level].sigmoid().unsqueeze(-1)
+        return probabilities
 
     def scores(self, level: int) -> Tensor:
         """(N, H·W·A): how sure the head is of an object there, the largest class probability times the box quality."""
@@ -103,6 +105,6 @@ class DenseOutputs:
             HeadError: Its assignment can not be read.
         """
         if self.assigned is None:
-            raise HeadError('Which priors are positive is not known for this head: it does not assign them in the way of its '
-                            "family. Choose a form without them, such as normalizer='confidence'.")
+            raise HeadError('Which priors are positive is not known for this head: it does not assign them in the way '
+                            "of its family. Choose a form without them, such as normalizer='confidence'.")
         return self.assigned[level]

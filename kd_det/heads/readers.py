@@ -1,7 +1,7 @@
 """How the raw outputs of each family of MMDetection's dense heads become :class:`~kd_det.heads.DenseOutputs`.
 
-A reader is registered for a head class and serves its subclasses too, as long as these do not bring a forward of their own,
-which might put out anything.
+A reader is registered for a head class and serves its subclasses too, as long as these do not bring a forward of their
+own, which might put out anything.
 """
 from __future__ import annotations
 
@@ -79,9 +79,9 @@ def find_reader(head: nn.Module) -> Reader:
             assigns_otherwise = reader.assignment and reader.assignment.method in overridden
             return reader._replace(assignment=None) if assigns_otherwise else reader
         overridden.update(vars(ancestor))
-    raise HeadError(f'The outputs of a {type(head).__name__} can not be read. Known are '
-                    f"{', '.join(sorted(known.__name__ for known in READERS))} and their subclasses without a forward of "
-                    'their own; kd_det.heads.reads registers a reader for another head.')
+    known = ', '.join(sorted(each.__name__ for each in READERS))
+    raise HeadError(f'The outputs of a {type(head).__name__} can not be read. Known are {known} and their subclasses '
+                    'without a forward of their own; kd_det.heads.reads registers a reader for another head.')
 
 
 def read_dense(head: nn.Module, outputs: Sequence[Maps], assignments: Sequence = ()) -> DenseOutputs:
@@ -174,16 +174,23 @@ def _read_yolov3(head: nn.Module, maps: Maps) -> DenseOutputs:
 # ---------------------------------------------------------------------------------------------------- what they share
 
 
-def _outputs(head: nn.Module, class_maps: Maps, regressions: Levels, decode: Decoder, encoded: Optional[Levels] = None,
-             logits: Optional[Levels] = None, activation: Optional[str] = None, **others: Optional[Levels]) -> DenseOutputs:
+def _outputs(head: nn.Module,
+             class_maps: Maps,
+             regressions: Levels,
+             decode: Decoder,
+             encoded: Optional[Levels] = None,
+             logits: Optional[Levels] = None,
+             activation: Optional[str] = None,
+             **others: Optional[Levels]) -> DenseOutputs:
     """Puts the form together; ``encoded`` is what ``decode`` takes, where that is not the regressions themselves."""
     shapes = tuple(tuple(each.shape[-2:]) for each in class_maps)
     encoded = regressions if encoded is None else encoded
 
     def own_priors() -> List[Tensor]:
-        with_stride = dict(with_stride=True) if _has_points(head) else {}
-        priors = head.prior_generator.grid_priors(shapes, dtype=torch.float32, device=class_maps[0].device, **with_stride)
-        return [get_box_tensor(each) for each in priors]
+        options = dict(dtype=torch.float32, device=class_maps[0].device)
+        if _has_points(head):
+            options['with_stride'] = True
+        return [get_box_tensor(each) for each in head.prior_generator.grid_priors(shapes, **options)]
 
     def boxes() -> Levels:
         return tuple(get_box_tensor(decode(priors.repeat(len(level), 1), level.flatten(0, 1))).view_as(level)
@@ -192,7 +199,8 @@ def _outputs(head: nn.Module, class_maps: Maps, regressions: Levels, decode: Dec
     def priors() -> Levels:
         if not _has_points(head):
             return tuple(own_priors())
-        return tuple(torch.cat([each[:, :2] - each[:, 2:] / 2, each[:, :2] + each[:, 2:] / 2], 1) for each in own_priors())
+        points_and_strides = [each.chunk(2, 1) for each in own_priors()]
+        return tuple(torch.cat([point - stride / 2, point + stride / 2], 1) for point, stride in points_and_strides)
 
     return DenseOutputs(
         logits=_by_prior(class_maps, head.cls_out_channels) if logits is None else logits,

@@ -20,7 +20,8 @@ class Regions(NamedTuple):
     Attributes:
         rois: (R, 5) image index and x1, y1, x2, y2 in pixels of the padded batch.
         labels: (R,) class that the student's sampler gave to the region; the number of classes for background.
-        targets: (R, 4) regression to the region's ground-truth box, in the units of :class:`RoIOutputs`; 0 for background.
+        targets: (R, 4) regression to the region's ground-truth box, in the units of :class:`RoIOutputs`; 0 for
+            background.
         stds: (R, 4) by which the student's coder divides regressions.
         stages: (R,) index of the student's stage that sampled the region.
     """
@@ -67,9 +68,9 @@ def stages_of(roi_head: nn.Module) -> List[nn.Module]:
         known = (isinstance(roi_head, (StandardRoIHead, CascadeRoIHead)) and isinstance(head, BBoxHead)
                  and type(head).loss_and_target is BBoxHead.loss_and_target and head.with_cls and head.with_reg)
         if not known or not isinstance(head.bbox_coder, DeltaXYWHBBoxCoder):
-            raise HeadError(f'The outputs of a {type(roi_head).__name__} with a {type(head).__name__} can not be read: only '
-                            'those of StandardRoIHead, CascadeRoIHead and heads derived from them, whose box head both '
-                            'classifies and regresses by DeltaXYWHBBoxCoder.')
+            raise HeadError(f'The outputs of a {type(roi_head).__name__} with a {type(head).__name__} can not be read: '
+                            'only those of StandardRoIHead, CascadeRoIHead and heads derived from them, whose box head '
+                            'both classifies and regresses by DeltaXYWHBBoxCoder.')
     return stages
 
 
@@ -87,7 +88,8 @@ def read_sampled(stages: Sequence[nn.Module], calls: Sequence[Sequence[Call]]) -
     if not outputs:
         raise HeadError("The student's RoI head computed no loss in this step, so it sampled no regions.")
     regions = Regions(*map(torch.cat, zip(*(each.regions for each in outputs))))
-    return RoIOutputs(regions, torch.cat([each.logits for each in outputs]), torch.cat([each.deltas for each in outputs]))
+    logits, deltas = torch.cat([each.logits for each in outputs]), torch.cat([each.deltas for each in outputs])
+    return RoIOutputs(regions, logits, deltas)
 
 
 def _read_call(stage: int, head: nn.Module, call: Call) -> RoIOutputs:

@@ -14,6 +14,7 @@ from kd_det.losses.global_relation import GlobalRelation
 from kd_det.losses.mgd import MGD
 from kd_det.losses.outputs import DenseTerm, RoITerm
 from kd_det.losses.pkd import PKD
+from kd_det.losses.rank_mimicking import RankMimicking
 from kd_det.losses.rkd import RKD
 from kd_det.losses.roi_classification import RoIClassification
 from kd_det.losses.roi_regression import RoIRegression
@@ -21,4 +22,4 @@ from kd_det.losses.rpn_imitation import RPNImitation
 
 __all__ = ['AttentionImitation', 'CWD', 'DIST', 'DecoupledImitation', 'DenseClassification', 'DenseRegression',
            'DenseTerm', 'DistillTerm', 'FGD', 'FKD', 'FSP', 'FeatureImitation', 'FeatureTerm', 'GlobalRelation', 'MGD',
-           'PKD', 'RKD', 'RPNImitation', 'RoIClassification', 'RoIRegression', 'RoITerm']
+           'PKD', 'RKD', 'RPNImitation', 'RankMimicking', 'RoIClassification', 'RoIRegression', 'RoITerm']

@@ -17,9 +17,10 @@ Parts = Dict[str, Tensor]
 class DistillTerm(nn.Module):
     """One comparison of student and teacher.
 
-    A term declares what it reads (:attr:`student_taps`, :attr:`student_heads` and the teacher's), makes its adapters once the form of that is
-    known (:meth:`connect`), and turns each step's :class:`~kd_det.context.DistillContext` into named parts. It does not
-    know its weight: the distiller multiplies, and runs the terms in float32.
+    A term declares what it reads (:attr:`student_taps`, :attr:`student_heads`, and the teacher's), makes its adapters
+    once the form of the taps is known (:meth:`connect`), and turns each step's
+    :class:`~kd_det.context.DistillContext` into named parts. It does not know its weight: the distiller multiplies, and
+    runs the terms in float32.
 
     Args:
         teacher: Which teacher to learn from, where there are several.

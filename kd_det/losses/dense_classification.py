@@ -16,13 +16,13 @@ class DenseClassification(DenseTerm):
 
     Heads with sigmoid classes: Σ_classes BCE(s, σ(t))·|σ(t) − σ(s)|^β (BCKD, Yang et al., arXiv 2308.14286; beta = 1).
     Heads with softmax classes: T²·KL(t ‖ s). The class logits of a head that predicts objectness (YOLOX, YOLOv3) mean
-    nothing where there is no object: they weigh with the teacher's objectness, which is then distilled as a part of its own.
+    nothing where there is no object: they weigh with the teacher's objectness, which is distilled as a part of its own.
 
     Args:
         beta: Exponent of the gap; 0 for the plain cross-entropy, see :func:`~kd_det.losses.outputs.sigmoid_divergence`.
         temperature: T of softmax heads.
-        weighting: ``'all'`` priors alike, or by the ``'richness'`` of their cell, the teacher's largest probability there
-            (FRS, Du et al., arXiv 2111.00674).
+        weighting: ``'all'`` priors alike, or by the ``'richness'`` of their cell, the teacher's largest probability
+            there (FRS, Du et al., arXiv 2111.00674).
         **kwargs: See :class:`~kd_det.losses.outputs.DenseTerm`.
 
     Raises:

@@ -22,10 +22,10 @@ class DenseRegression(DenseTerm):
 
     Forms:
 
-    - ``'giou'``: 1 − GIoU of the decoded boxes, for heads of any box encoding. A box of the teacher without area teaches
-      nothing.
+    - ``'giou'``: 1 − GIoU of the decoded boxes, for heads of any box encoding. A box of the teacher without area
+      teaches nothing.
     - ``'distribution'``: T²·KL of the distributions over the distance to each side, for GFL and its kin (localisation
-      distillation, Zheng et al., arXiv 2102.12252), as mean over bins and sides, which the published weight is meant for.
+      distillation, LD, Zheng et al., arXiv 2102.12252), as mean over bins and sides, for which the published weight is.
 
     Weightings of the priors:
 
@@ -76,8 +76,8 @@ class DenseRegression(DenseTerm):
 
 def _distributions(level: ComparedOutputs) -> Tuple[Tensor, Tensor]:
     if level.student.distributions is None or level.teacher.distributions is None:
-        raise HeadError("form='distribution' compares the distributions over distances of GFL and its kin, which the head of the "
-                        "student, or of the teacher, does not predict. Use form='giou'.")
+        raise HeadError("form='distribution' compares the distributions over distances of GFL and its kin, which the "
+                        "head of the student, or of the teacher, does not predict. Use form='giou'.")
     student, teacher = level.both('distributions')
     if student.shape != teacher.shape:
         raise HeadError(f'The student distributes distances over {student.shape[-1]} bins, the teacher over '

@@ -38,7 +38,7 @@ class ComparedOutputs(NamedTuple):
         return getattr(self.student, name)[self.student_level], getattr(self.teacher, name)[self.teacher_level]
 
     def richness(self) -> Tensor:
-        """(N, H·W·A): the largest class probability that the teacher gives to any prior of the cell (FRS, arXiv 2111.00674)."""
+        """(N, H·W·A): the teacher's largest class probability of any prior of the same cell (FRS, arXiv 2111.00674)."""
         cells = self.teacher.cell_probabilities(self.teacher_level).amax(1).flatten(1)
         return cells.repeat_interleave(self.valid.shape[1] // cells.shape[1], 1) * self.valid
 
@@ -49,18 +49,21 @@ class DenseTerm(DistillTerm):
     Levels are paired by stride. Both heads must have the same priors per cell, classes, and activation.
 
     Args:
-        head: ``'bbox_head'`` of one-stage detectors or ``'rpn_head'``; or a dict with the keys ``student`` and ``teacher``.
-        normalizer: What the sum over all priors is divided by, as mean over ranks. ``'positives'``: the number of priors that
-            the student's assigner gave to boxes, as the task's own loss; ``'confidence'``: the sum of the teacher's
-            scores, a soft count of positives that needs no ground truth; both at least 1. ``'richness'``: each level by
-            the sum over its cells of the teacher's largest probability (FRS). ``'none'``: nothing.
+        head: ``'bbox_head'`` of one-stage detectors or ``'rpn_head'``; or a dict with the keys ``student`` and
+            ``teacher``.
+        normalizer: What the sum over all priors is divided by, as mean over ranks. ``'positives'``: the number of
+            priors that the student's assigner gave to boxes, as in the task's own loss; ``'confidence'``: the sum of
+            the teacher's scores, a soft count of positives that needs no ground truth; both at least 1.
+            ``'richness'``: each level by the sum over its cells of the teacher's largest probability (FRS).
+            ``'none'``: nothing.
         teacher: See :class:`~kd_det.losses.base.DistillTerm`.
 
     Raises:
         ValueError: An unknown normalizer.
     """
 
-    def __init__(self, head: Union[str, Dict[str, str]] = 'bbox_head', normalizer: str = 'positives', teacher: int = 0) -> None:
+    def __init__(self, head: Union[str, Dict[str, str]] = 'bbox_head', normalizer: str = 'positives',
+                 teacher: int = 0) -> None:
         super().__init__(teacher)
         if normalizer not in DENSE_NORMALIZERS:
             raise ValueError(f"normalizer='{normalizer}': expected one of {', '.join(DENSE_NORMALIZERS)}.")
@@ -76,10 +79,7 @@ class DenseTerm(DistillTerm):
         return (self.teacher_head, )
 
     def forward(self, context: DistillContext) -> Parts:
-        student = context.student_outputs[self.student_head]
-        teacher = context.teacher_outputs[self.teacher][self.teacher_head]
-        _require_same_classes(student, teacher)
-        levels = self._levels(context, student, teacher)
+        levels = self.levels(context)
         parts: Parts = defaultdict(float)
         for level, divisor in zip(levels, self._divisors(levels)):
             for name, value in self.compare(level).items():
@@ -107,14 +107,23 @@ class DenseTerm(DistillTerm):
         height, width = level.teacher.shapes[level.teacher_level]
         return level.richness().sum() * height * width / level.valid.shape[1]  # each cell once, not once per prior
 
-    def _levels(self, context: DistillContext, student: DenseOutputs, teacher: DenseOutputs) -> List[ComparedOutputs]:
+    def levels(self, context: DistillContext) -> List[ComparedOutputs]:
+        """The levels of the two heads, paired by stride.
+
+        Raises:
+            HeadError: The two can not be compared prior by prior and class by class.
+        """
+        student = context.student_outputs[self.student_head]
+        teacher = context.teacher_outputs[self.teacher][self.teacher_head]
+        _require_same_classes(student, teacher)
         levels = []
         for index, (stride, shape) in enumerate(zip(student.strides, student.shapes)):
             other = teacher.level_of(stride)
             if student.logits[index].shape != teacher.logits[other].shape or shape != teacher.shapes[other]:
                 raise HeadError(
                     f'On the level of stride {stride} the student has {_layout(student, index)}, the teacher '
-                    f'{_layout(teacher, other)}: dense outputs are compared prior by prior. Use heads with the same anchors.')
+                    f'{_layout(teacher, other)}: dense outputs are compared prior by prior. Use heads with the same '
+                    'anchors.')
             valid = context.valid(shape).flatten(1)
             priors = student.logits[index].shape[1] // valid.shape[1]
             levels.append(ComparedOutputs(student, teacher, index, other, valid.repeat_interleave(priors, 1).float()))
@@ -125,11 +134,12 @@ class RoITerm(DistillTerm):
     """A term that compares two RoI heads on the regions that the student sampled.
 
     Args:
-        stage: Of a cascade teacher: ``'mean'`` to learn from the mean of the stages' logits and regressions, the index of
-            one stage, or ``'same'``: each stage of a cascade student learns from the teacher's stage of its index, or the last.
-        normalizer: What the sums over foreground and over background regions are divided by: ``'regions'``, the number of
-            all regions, as the task's own loss; or ``'own'``, the number of each kind, as DeFeat does. As mean over ranks,
-            at least 1.
+        stage: Of a cascade teacher: ``'mean'`` to learn from the mean of the stages' logits and regressions, the index
+            of one stage, or ``'same'``: each stage of a cascade student learns from the teacher's stage of its index,
+            or the last.
+        normalizer: What the sums over foreground and over background regions are divided by: ``'regions'``, the number
+            of all regions, as in the task's own loss; or ``'own'``, the number of each kind, as in DeFeat. As mean over
+            ranks, at least 1.
         teacher: See :class:`~kd_det.losses.base.DistillTerm`.
 
     Raises:
@@ -187,16 +197,17 @@ class RoITerm(DistillTerm):
 
 
 def sigmoid_divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    """:func:`~kd_det.functional.logits.quality_bce`; with ``beta=0`` less the teacher's own entropy, which leaves the gradient
-    and makes it 0, as for any other ``beta``, where the two agree."""
+    """:func:`~kd_det.functional.logits.quality_bce`; with ``beta=0`` less the teacher's own entropy, which leaves the
+    gradient, and makes it 0 where the two agree, as it is for any other ``beta``."""
     divergence = quality_bce(student, teacher, beta)
     return divergence - quality_bce(teacher, teacher, beta) if beta == 0 else divergence
 
 
 def _require_same_classes(student: Union[DenseOutputs, RoIOutputs], teacher: Union[DenseOutputs, RoIOutputs]) -> None:
     if student.num_classes != teacher.num_classes:
-        raise HeadError(f'The student tells {student.num_classes} classes apart, the teacher {teacher.num_classes}: outputs '
-                        'are compared class by class. Give a teacher of the same classes, or distil features alone.')
+        raise HeadError(f'The student tells {student.num_classes} classes apart, the teacher {teacher.num_classes}: '
+                        'outputs are compared class by class. Give a teacher of the same classes, or distil features '
+                        'alone.')
 
 
 def _layout(outputs: DenseOutputs, level: int) -> str:

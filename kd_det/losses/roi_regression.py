@@ -15,8 +15,8 @@ FORMS = ('bounded', 'l1', 'mse')
 class RoIRegression(RoITerm):
     """Box distillation of two-stage detectors, on the foreground regions that the student sampled.
 
-    Regressions of the region's class (or the only ones of a class-agnostic head; the two detectors may differ in that) are
-    compared in the units of the student's coder. Forms:
+    Regressions of the region's class (or the only ones of a class-agnostic head; the two detectors may differ in that)
+    are compared in the units of the student's coder. Forms:
 
     - ``'bounded'``: ‖s − y‖² where it is not better than the teacher's ‖t − y‖² by the margin, else 0 (Chen et al.,
       NeurIPS 2017).

@@ -12,14 +12,15 @@ from kd_det.losses.outputs import ComparedOutputs, DenseTerm, sigmoid_divergence
 class RPNImitation(DenseTerm):
     """Objectness and box distillation of region proposal networks with the same anchors.
 
-    Objectness: BCE(s, σ(t)), less the teacher's own entropy, which leaves the gradient and makes it 0 where the two agree; or
-    KL(t ‖ s) of softmax heads. Boxes: |s − t| summed over the four regressions, weighted by the teacher's objectness.
+    Objectness: BCE(s, σ(t)), less the teacher's own entropy, which leaves the gradient and makes it 0 where the two
+    agree; or KL(t ‖ s) of softmax heads. Boxes: |s − t| summed over the four regressions, weighted by the teacher's
+    objectness.
 
     Args:
         objectness_weight: Factor of the objectness part.
         regression_weight: Factor of the box part.
-        normalizer: See :class:`~kd_det.losses.outputs.DenseTerm`; the teacher's confidence by default, because the sampler
-            of an RPN leaves most of its positive anchors out.
+        normalizer: See :class:`~kd_det.losses.outputs.DenseTerm`; the teacher's confidence by default, because the
+            sampler of an RPN may leave positive anchors out.
         **kwargs: See :class:`~kd_det.losses.outputs.DenseTerm`.
 
     Example:

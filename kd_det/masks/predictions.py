@@ -18,8 +18,8 @@ class _PredictionMask(CellMask):
     """A mask from the class probabilities at each cell, of the head's level of the same stride.
 
     Args:
-        head: ``'bbox_head'`` of one-stage detectors, or ``'rpn_head'``, whose only class is the object; or a dict with the
-            keys ``student`` and ``teacher``.
+        head: ``'bbox_head'`` of one-stage detectors, or ``'rpn_head'``, whose only class is the object; or a dict with
+            the keys ``student`` and ``teacher``.
         anchors: ``'max'`` or ``'mean'`` over the anchors of a cell.
 
     Raises:
@@ -50,7 +50,7 @@ class _PredictionMask(CellMask):
         index = outputs.level_of(level.stride)
         if outputs.shapes[index] != level.shape:
             raise HeadError(f'On the level of stride {level.stride} the features have {level.shape} cells but the head '
-                            f'{outputs.shapes[index]}: a mask of predictions needs the features that the head is given.')
+                            f'{outputs.shapes[index]}: a mask of predictions needs the features that the head sees.')
         return outputs.cell_probabilities(index, self.anchors).detach()
 
 
@@ -61,8 +61,8 @@ class PredictionDifference(_PredictionMask):
     It is made anew each step from the predictions of both, and fades as the student approaches the teacher.
 
     Args:
-        class_agnostic: Compare the largest class probability alone: for heads that tell other classes apart, such as an RPN
-            and a one-stage head.
+        class_agnostic: Compare the largest class probability alone: for heads that tell other classes apart, such as an
+            RPN and a one-stage head.
         **kwargs: ``head`` (``'bbox_head'`` or ``'rpn_head'``, or a dict with the keys ``student`` and ``teacher``) and
             ``anchors`` (``'max'`` or ``'mean'`` over those of a cell).
 
@@ -84,14 +84,14 @@ class PredictionDifference(_PredictionMask):
         if self.class_agnostic:
             student, teacher = student.amax(1, keepdim=True), teacher.amax(1, keepdim=True)
         if student.shape != teacher.shape:
-            raise HeadError(f'The student tells {student.shape[1]} classes apart, the teacher {teacher.shape[1]}: give a teacher '
-                            'of the same classes, or set class_agnostic=True.')
+            raise HeadError(f'The student tells {student.shape[1]} classes apart, the teacher {teacher.shape[1]}: give '
+                            'a teacher of the same classes, or set class_agnostic=True.')
         return prediction_difference(student, teacher) * level.valid
 
 
 @MODELS.register_module()
 class TeacherConfidence(_PredictionMask):
-    """Where the teacher sees any object: its largest class probability (feature richness, FRS, Du et al., arXiv 2111.00674).
+    """Where the teacher sees an object: its largest class probability (feature richness, FRS, arXiv 2111.00674).
 
     Args:
         **kwargs: See :class:`PredictionDifference`; of ``head`` the teacher's counts.

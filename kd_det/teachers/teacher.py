@@ -32,8 +32,8 @@ class Teacher:
         student_preprocessor: The student's data preprocessor, whose batches the teacher is given.
 
     Raises:
-        TeacherError: No checkpoint and not ``random_teacher``, a checkpoint that does not fit, or a head that is absent or
-            can not be read.
+        TeacherError: No checkpoint and not ``random_teacher``, a checkpoint that does not fit, or a head that is absent
+            or can not be read.
     """
 
     def __init__(self,

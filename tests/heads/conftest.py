@@ -25,6 +25,7 @@ def features():
 
     def make(seed: int = 0) -> list:
         random = torch.Generator().manual_seed(seed)
-        return [torch.randn(2, 8, 64 // stride, 96 // stride, generator=random).requires_grad_() for stride in (8, 16, 32)]
+        return [torch.randn(2, 8, 64 // stride, 96 // stride, generator=random).requires_grad_()
+                for stride in (8, 16, 32)]
 
     return make

@@ -44,7 +44,8 @@ def test_dense_outputs_are_what_the_loss_sees(detector, name, request, batch):
     assert len(given) == len(dense.logits) == 5 and any(positives.any() for positives in dense.assigned)
     for (args, _), logits, positives in zip(given, dense.logits, dense.assigned):
         maps, _, _, labels = args[:4]
-        assert torch.equal(logits, maps.permute(0, 2, 3, 1).reshape(2, -1, head.cls_out_channels)) and logits.requires_grad
+        assert torch.equal(logits, maps.permute(0, 2, 3, 1).reshape(2, -1, head.cls_out_channels))
+        assert logits.requires_grad
         assert torch.equal(positives, labels.reshape(2, -1) < head.num_classes)
 
 
@@ -57,7 +58,8 @@ def test_regions_and_outputs_are_those_of_the_loss(faster_rcnn, batch):
     (logits, deltas, rois, labels, _, targets, _), _ = given[0]
     roi, stds = outputs['roi_head'], torch.tensor([0.1, 0.1, 0.2, 0.2])
     assert roi.logits.requires_grad and roi.deltas.requires_grad
-    assert all(torch.equal(*pair) for pair in ((roi.logits, logits), (roi.regions.rois, rois), (roi.regions.labels, labels)))
+    assert torch.equal(roi.logits, logits)
+    assert torch.equal(roi.regions.rois, rois) and torch.equal(roi.regions.labels, labels)
     torch.testing.assert_close(roi.deltas.flatten(1) / stds.repeat(3), deltas)
     torch.testing.assert_close(roi.regions.targets / roi.regions.stds, targets)
     foreground = labels < 3

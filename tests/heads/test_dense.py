@@ -10,26 +10,27 @@ from kd_det.heads.readers import READERS, find_reader
 from kd_det.heads.recording import recorded_calls
 
 HEIGHT, WIDTH = 64, 96
-FAMILIES = ['retina', 'retina_softmax', 'atss', 'gfl', 'fcos', 'fcos_normalized', 'rtmdet', 'rtmdet_separate', 'yolox', 'rpn',
-            'ssd', 'yolov3']
+FAMILIES = ['retina', 'retina_softmax', 'atss', 'gfl', 'fcos', 'fcos_normalized', 'rtmdet', 'rtmdet_separate', 'yolox',
+            'rpn', 'ssd', 'yolov3']
 DISTRIBUTED = ['gfl']
 
 
 def _sample(boxes=((8, 8, 60, 50), )):
     shape = (HEIGHT, WIDTH)
-    sample = DetDataSample(metainfo=dict(img_shape=shape, pad_shape=shape, batch_input_shape=shape, scale_factor=(1.0, 1.0)))
+    sample = DetDataSample(metainfo=dict(img_shape=shape, pad_shape=shape, batch_input_shape=shape))
     bboxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     sample.gt_instances = InstanceData(bboxes=bboxes, labels=torch.zeros(len(bboxes), dtype=torch.long))
     return sample
 
 
 def _predicted(head, maps):
-    """Rows of class, score and box that the head itself predicts on the first image, with no threshold nor suppression."""
+    """Rows of class, score and box that the head itself predicts on the first image, without threshold and NMS."""
     if not hasattr(head, 'loss_cls'):
         head.loss_cls = None  # MMDetection 3.3.0 reads it when it predicts, but its SSDHead has none
     config = head.test_cfg.copy()
     config.update(nms=dict(type='nms', iou_threshold=1.1), max_per_img=10**6)  # an RPN suppresses in any case
-    results = head.predict_by_feat(*maps, batch_img_metas=[_sample().metainfo] * 2, cfg=config, with_nms=head.num_classes == 1)[0]
+    results = head.predict_by_feat(
+        *maps, batch_img_metas=[_sample().metainfo] * 2, cfg=config, with_nms=head.num_classes == 1)[0]
     return torch.cat([results.labels[:, None], results.scores[:, None], results.bboxes], 1)
 
 
@@ -121,8 +122,9 @@ def test_a_prior_lies_on_its_cell(name, dense_head, features):
     outputs = read_dense(head, head(features()))
     for priors, (height, width), stride in zip(outputs.priors, outputs.shapes, outputs.strides):
         centers = ((priors[:, :2] + priors[:, 2:]) / 2).view(height, width, -1, 2)
-        steps = torch.stack(torch.meshgrid(torch.arange(width), torch.arange(height), indexing='xy'), -1)[:, :, None] * stride
-        torch.testing.assert_close(centers - centers[0, 0], steps.float().expand_as(centers))
+        columns, rows = torch.meshgrid(torch.arange(width), torch.arange(height), indexing='xy')
+        steps = torch.stack([columns, rows], -1)[:, :, None].float() * stride
+        torch.testing.assert_close(centers - centers[0, 0], steps.expand_as(centers))
         assert (centers[0, 0] >= 0).all() and (centers[0, 0] <= stride).all()
 
 

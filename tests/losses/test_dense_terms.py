@@ -11,13 +11,14 @@ from kd_det.functional.logits import quality_bce
 from kd_det.heads import DenseOutputs, HeadError
 from kd_det.teachers import TeacherError
 
-FAMILIES = ['retina', 'retina_softmax', 'atss', 'gfl', 'fcos', 'fcos_normalized', 'rtmdet', 'rtmdet_separate', 'yolox', 'ssd',
-            'yolov3']
+FAMILIES = ['retina', 'retina_softmax', 'atss', 'gfl', 'fcos', 'fcos_normalized', 'rtmdet', 'rtmdet_separate', 'yolox',
+            'ssd', 'yolov3']
 CLASSES, BOXES = dict(type='DenseClassification'), dict(type='DenseRegression')
 LD = dict(type='DenseRegression', form='distribution', weighting='positives', normalizer='none')
-WITH_POSITIVES = [name for name in FAMILIES if name != 'yolov3']
+RM = dict(type='RankMimicking')
 CASES = [(name, dict(term, normalizer='confidence')) for name in FAMILIES for term in (CLASSES, BOXES)] + [
-    ('gfl', CLASSES), ('gfl', LD), ('yolox', dict(BOXES, weighting='gap')), ('fcos', dict(BOXES, weighting='positives')),
+    ('gfl', CLASSES), ('gfl', LD), ('gfl', RM), ('fcos', RM), ('yolox', dict(BOXES, weighting='gap')),
+    ('fcos', dict(BOXES, weighting='positives')),
     ('retina', dict(CLASSES, weighting='richness', normalizer='richness', beta=0))]
 
 
@@ -36,7 +37,7 @@ def test_gradient_reaches_the_students_head_and_not_the_teacher(family, term, on
     parts, loss = parts_of(model.train())
     assert loss.isfinite() and loss > 0 and all(value.isfinite() for value in parts.values())
     loss.backward()
-    assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.bbox_head.parameters())
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in model.bbox_head.parameters())
     assert model.backbone.conv1.weight.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in model.teacher.model.parameters())
     assert model.teacher.fingerprint() == before
@@ -53,13 +54,15 @@ def test_finite_without_boxes(family, term, one_stage, distiller, parts_of, batc
     model = distiller(one_stage(family), one_stage(family), distill=dict(term=term)).train()
     _, loss = parts_of(model, batch(boxes=((), ())))
     loss.backward()
-    assert loss.isfinite() and all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert loss.isfinite()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def _outputs(logits, boxes, **others):
     """Outputs of one level of 4 × 6 cells, one prior each."""
-    return DenseOutputs(logits=(logits, ), activation='sigmoid', regressions=(boxes, ), shapes=((4, 6), ), strides=(8, ),
-                        decode=lambda: (boxes, ), generate_priors=None, **others)
+    return DenseOutputs(
+        logits=(logits, ), activation='sigmoid', regressions=(boxes, ), shapes=((4, 6), ), strides=(8, ),
+        decode=lambda: (boxes, ), generate_priors=None, **others)
 
 
 @pytest.fixture
@@ -76,8 +79,8 @@ def context():
     assigned = torch.rand(2, 24, generator=random) > 0.8
     return DistillContext(
         student={}, teachers=[{}], student_levels={}, teacher_levels=[{}], boxes=[torch.zeros(0, 4)] * 2, labels=[],
-        batch_shape=(32, 48), image_shapes=[(32, 48), (16, 24)], student_outputs=dict(bbox_head=outputs(assigned=(assigned, ))),
-        teacher_outputs=[dict(bbox_head=outputs())])
+        batch_shape=(32, 48), image_shapes=[(32, 48), (16, 24)],
+        student_outputs=dict(bbox_head=outputs(assigned=(assigned, ))), teacher_outputs=[dict(bbox_head=outputs())])
 
 
 @pytest.fixture
@@ -93,10 +96,11 @@ def test_classification_is_its_formula_over_the_cells_of_the_images(context, ins
     s, t = student.logits[0][inside], teacher.logits[0][inside].detach()
     each = F.binary_cross_entropy_with_logits(s, t.sigmoid(), reduction='none') * (t.sigmoid() - s.sigmoid()).abs()
     positives, confidence = student.assigned[0].sum(), t.sigmoid().amax(1)
+    rich = (each.sum(1) * confidence).sum()
     for arguments, expected in ((dict(), each.sum() / positives), (dict(normalizer='none'), each.sum()),
                                 (dict(normalizer='confidence'), each.sum() / confidence.sum()),
-                                (dict(weighting='richness', normalizer='none'), (each.sum(1) * confidence).sum()),
-                                (dict(weighting='richness', normalizer='richness'), (each.sum(1) * confidence).sum() / confidence.sum())):
+                                (dict(weighting='richness', normalizer='none'), rich),
+                                (dict(weighting='richness', normalizer='richness'), rich / confidence.sum())):
         torch.testing.assert_close(MODELS.build(dict(CLASSES, **arguments))(context)['classes'], expected)
     MODELS.build(CLASSES)(context)['classes'].backward()
     assert student.logits[0].grad[inside].abs().min() > 0 and student.logits[0].grad[~inside].abs().max() == 0
@@ -131,13 +135,14 @@ def test_richness_of_a_cell_is_shared_by_its_priors_and_counted_once(anchors):
 
     def outputs():
         logits = tuple(torch.randn(1, cells * anchors, 2, generator=random) for cells in (8, 2))
-        return DenseOutputs(logits=logits, activation='sigmoid', regressions=(), shapes=((2, 4), (1, 2)), strides=(8, 16),
-                            decode=None, generate_priors=None)
+        return DenseOutputs(logits=logits, activation='sigmoid', regressions=(), shapes=((2, 4), (1, 2)),
+                            strides=(8, 16), decode=None, generate_priors=None)
 
     student, teacher = outputs(), outputs()
-    context = DistillContext(student={}, teachers=[{}], student_levels={}, teacher_levels=[{}], boxes=[torch.zeros(0, 4)], labels=[],
-                             batch_shape=(16, 32), image_shapes=[(16, 32)], student_outputs=dict(bbox_head=student),
-                             teacher_outputs=[dict(bbox_head=teacher)])
+    context = DistillContext(
+        student={}, teachers=[{}], student_levels={}, teacher_levels=[{}], boxes=[torch.zeros(0, 4)], labels=[],
+        batch_shape=(16, 32), image_shapes=[(16, 32)], student_outputs=dict(bbox_head=student),
+        teacher_outputs=[dict(bbox_head=teacher)])
     expected = 0
     for s, t in zip(student.logits, teacher.logits):
         cells = t.sigmoid().view(-1, anchors * 2).amax(1)
@@ -200,14 +205,15 @@ def test_distributions_that_can_not_be_compared(one_stage, distiller, parts_of):
 
 
 def test_a_head_that_is_not_there(retinanet, faster_rcnn, distiller):
-    with pytest.raises(ConfigurationError, match="model.distill.term: A FasterRCNN has no 'bbox_head'; it has rpn_head, roi_head"):
+    absent = "A FasterRCNN has no 'bbox_head'; it has rpn_head, roi_head"
+    with pytest.raises(ConfigurationError, match=f'model.distill.term: {absent}'):
         distiller(faster_rcnn(), retinanet(), distill=dict(term=CLASSES))
-    with pytest.raises(TeacherError, match="learns from the teacher's bbox_head. A FasterRCNN has no 'bbox_head'"):
+    with pytest.raises(TeacherError, match=f"learns from the teacher's bbox_head. {absent}"):
         distiller(retinanet(), faster_rcnn(), distill=dict(term=CLASSES)).build_teachers()
 
 
-@pytest.mark.parametrize('arguments', [dict(CLASSES, normalizer='x'), dict(CLASSES, weighting='x'), dict(BOXES, form='x'),
-                                       dict(BOXES, weighting='x')])
+@pytest.mark.parametrize('arguments', [
+    dict(CLASSES, normalizer='x'), dict(CLASSES, weighting='x'), dict(BOXES, form='x'), dict(BOXES, weighting='x')])
 def test_unknown_arguments(arguments):
     with pytest.raises(ValueError, match="='x': expected one of"):
         MODELS.build(arguments)
@@ -230,3 +236,24 @@ def test_localisation_distillation_equals_mmdets_own_head(one_stage, distiller, 
     theirs = head.loss(features[0], teacher.bbox_head(teacher.extract_feat(data['inputs'])), data['data_samples'])
     torch.testing.assert_close(ours, sum(theirs['loss_ld']), rtol=1e-4, atol=0)
     assert ours > 0
+
+
+def test_rank_mimicking_is_its_formula_box_by_box(context):
+    """Two boxes on the first image, one on the second, with three, two and one candidates."""
+    student, teacher = context.student_outputs['bbox_head'], context.teacher_outputs[0]['bbox_head']
+    truth = torch.tensor([[0., 0, 10, 10], [20, 20, 40, 30], [5, 5, 20, 12]])
+    context.boxes, context.labels = [truth[:2], truth[2:]], [torch.tensor([2, 0]), torch.tensor([1])]
+    candidates = {(0, 0): [3, 9, 20], (0, 1): [5, 6], (1, 2): [2]}
+    assigned = torch.zeros(2, 24, dtype=torch.bool)
+    expected = 0
+    for ((image, box), priors), label in zip(candidates.items(), (2, 0, 1)):
+        assigned[image, priors] = True
+        teacher.boxes[0].data[image, priors] = truth[box] + torch.rand(len(priors), 4)
+        s, t = (side.logits[0][image, priors, label].detach() / 2 for side in (student, teacher))
+        expected = expected + (t.softmax(0) * (t.log_softmax(0) - s.log_softmax(0))).sum() / 3
+    student.assigned = (assigned, )
+    value = MODELS.build(dict(RM, temperature=2.0))(context)['rank']
+    torch.testing.assert_close(value.detach(), expected)
+    value.backward()
+    assert (student.logits[0].grad.abs().sum(-1) > 0)[assigned].tolist() == [True, True, True, True, True, False]
+    assert student.logits[0].grad[~assigned].abs().max() == 0

@@ -1,7 +1,8 @@
-"""Localisation distillation (arXiv 2102.12252) for GFL and its kin, the main region, with the weight of MMDetection's LDHead.
+"""LD, localisation distillation (arXiv 2102.12252), its main region, for GFL and its kin.
 
-As there, it is a sum over the positive priors of a process, not a mean.
+With the weight of MMDetection's LDHead, and as there a sum over the positive priors of a process, not a mean.
 """
 ld = dict(
     ld=dict(
-        type='DenseRegression', form='distribution', weighting='positives', temperature=10.0, normalizer='none', weight=0.25))
+        type='DenseRegression', form='distribution', weighting='positives', temperature=10.0, normalizer='none',
+        weight=0.25))

@@ -1,4 +1,4 @@
-"""PFI (arXiv 2112.04840): features of the neck where the classes that the two detectors see differ. The weight is not its authors'."""
+"""PFI (arXiv 2112.04840): features of the neck where the class predictions differ. The weight is not its authors'."""
 pfi = dict(
     pfi=dict(
         type='FeatureImitation', tap='neck', mask=dict(type='PredictionDifference', head='bbox_head'), distance='mse',
