@@ -1,2 +1,2 @@
-"""The twin of fgd_r101_r18.py without distillation: the same student, schedule, seed and initialisation."""
+"""Faster R-CNN R18 without distillation: same schedule, seed and start as the student of Faster R-CNN R101."""
 _base_ = './_base_/students/faster_rcnn_r18.py'

@@ -1,2 +1,2 @@
-"""The twin of fgd_gfl_r101_r18.py without distillation: the same student, schedule, seed and initialisation."""
+"""GFL R18 without distillation: same schedule, seed and start as the student of GFL R101."""
 _base_ = './_base_/students/gfl_r18.py'

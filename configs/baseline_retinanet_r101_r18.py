@@ -1,2 +1,2 @@
-"""The twin of fgd_retinanet_r101_r18.py without distillation: the same student, schedule, seed and initialisation."""
+"""RetinaNet R18 without distillation: same schedule, seed and start as the student of RetinaNet R101."""
 _base_ = './_base_/students/retinanet_r18.py'

@@ -1,2 +1,2 @@
-"""The twin of fgd_yolox_l_s.py without distillation: the same student, schedule, seed and initialisation."""
+"""YOLOX-S without distillation: same schedule, seed and start as the student of YOLOX-L."""
 _base_ = './_base_/students/yolox_s.py'
