@@ -66,8 +66,10 @@ def stages_of(roi_head: nn.Module) -> List[nn.Module]:
     stages = list(roi_head.bbox_head) if isinstance(roi_head.bbox_head, nn.ModuleList) else [roi_head.bbox_head]
     for head in stages:
         known = (isinstance(roi_head, (StandardRoIHead, CascadeRoIHead)) and isinstance(head, BBoxHead)
-                 and type(head).loss_and_target is BBoxHead.loss_and_target and head.with_cls and head.with_reg)
-        if not known or not isinstance(head.bbox_coder, DeltaXYWHBBoxCoder):
+                 and type(head).loss_and_target is BBoxHead.loss_and_target
+                 and isinstance(head.bbox_coder, DeltaXYWHBBoxCoder)
+                 and head.with_cls and head.with_reg and not head.custom_cls_channels)
+        if not known:
             raise HeadError(f'The outputs of a {type(roi_head).__name__} with a {type(head).__name__} can not be read: '
                             'only those of StandardRoIHead, CascadeRoIHead and heads derived from them, whose box head '
                             'both classifies and regresses by DeltaXYWHBBoxCoder.')

@@ -117,6 +117,9 @@ def test_heads_that_can_not_be_read(retinanet, faster_rcnn):
     config.roi_head.bbox_head.bbox_coder = dict(type='TBLRBBoxCoder')
     with pytest.raises(HeadError, match='StandardRoIHead with a Shared2FCBBoxHead can not be read'):
         find_head(MODELS.build(config), 'roi_head')
+    config.roi_head['bbox_head'] = dict(type='SABLHead', num_classes=3, cls_in_channels=8, reg_in_channels=8)
+    with pytest.raises(HeadError, match='StandardRoIHead with a SABLHead can not be read'):
+        find_head(MODELS.build(config), 'roi_head')
 
 
 def test_recorded_calls_bind_arguments_by_name():
