@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Tuple
 
+import torch
 from mmdet.registry import MODELS
 from torch import Tensor
 
@@ -60,7 +61,9 @@ class DenseRegression(DenseTerm):
             distance = distribution_kl(student, teacher, self.temperature, reduction='mean')
         else:
             student, teacher = (each.flatten(0, 1) for each in level.both('boxes'))
-            distance = giou_imitation(student, teacher) * (teacher[:, 2:] > teacher[:, :2]).all(1)
+            # A box that overflowed or has no area teaches nothing. Masking its distance would leave NaN in the gradient.
+            usable = teacher.isfinite().all(1) & (teacher[:, 2:] > teacher[:, :2]).all(1)
+            distance = giou_imitation(student, torch.where(usable[:, None], teacher, student.detach())) * usable
         return {self.form: (weight.flatten() * distance).sum()}
 
     def _weight(self, level: ComparedOutputs) -> Tensor:

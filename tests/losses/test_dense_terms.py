@@ -151,11 +151,13 @@ def test_richness_of_a_cell_is_shared_by_its_priors_and_counted_once(anchors):
     torch.testing.assert_close(parts['classes'], expected)
 
 
-def test_a_teachers_box_without_area_teaches_nothing(context):
+@pytest.mark.parametrize('right', ['left', float('inf'), float('nan')])
+def test_a_teachers_box_without_area_or_that_overflowed_teaches_nothing(context, right):
     boxes = context.teacher_outputs[0]['bbox_head'].boxes[0]
-    boxes.data[..., 2] = boxes.data[..., 0]
+    boxes.data[..., 2] = boxes.data[..., 0] if right == 'left' else right
     value, = MODELS.build(dict(BOXES, normalizer='none'))(context).values()
-    assert value == 0
+    gradient, = torch.autograd.grad(value, context.student_outputs['bbox_head'].boxes)
+    assert value == 0 and (gradient == 0).all()
 
 
 def test_classes_of_a_head_with_objectness_count_where_the_teacher_sees_an_object(context, inside):
