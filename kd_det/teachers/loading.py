@@ -5,7 +5,7 @@ import re
 from collections import OrderedDict
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Dict, Sequence, Union
+from typing import Sequence, Union
 
 from mmengine.config import ConfigDict
 from torch import Tensor, nn
@@ -60,28 +60,30 @@ def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str
     loaded = load_checkpoint(checkpoint, map_location='cpu')
     state = _plain_state_dict(loaded)
     expected = model.state_dict()
+    misshapen = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    shapes = {key: f'{key} (file {tuple(state.pop(key).shape)}, model {tuple(expected[key].shape)})' for key in misshapen}
+    # Only PyTorch's own loading knows the keys that a module renames from older versions of itself.
+    missing, unexpected = model.load_state_dict(state, strict=False)
     # Very old checkpoints lack BatchNorm's step counters, which inference does not read.
-    missing = [key for key in expected if key not in state and not key.endswith('num_batches_tracked')]
-    unexpected = [key for key in state if key not in expected]
-    misshapen = [f'{key} (file {tuple(state[key].shape)}, model {tuple(expected[key].shape)})'
-                 for key in expected if key in state and state[key].shape != expected[key].shape]
+    missing = [key for key in missing if key not in shapes and not key.endswith('num_batches_tracked')]
     faults = {'missing from the file': _not_allowed(missing, allow_missing),
               'unexpected in the file': _not_allowed(unexpected, allow_unexpected),
-              'of another shape': misshapen}
+              'of another shape': list(shapes.values())}
     if any(faults.values()):
         lines = [f'{len(keys)} keys {fault}: {_shortened(keys)}' for fault, keys in faults.items() if keys]
         raise TeacherError(f"The checkpoint '{checkpoint}' does not fit the teacher {type(model).__name__}.\n  "
                            + '\n  '.join(lines)
                            + '\nUse the config that the checkpoint was trained with; if these keys do not matter, allow '
                            'them with teacher.allow_missing / teacher.allow_unexpected (shell patterns).')
-    model.load_state_dict(state, strict=False)
     return loaded.get('meta', {})
 
 
-def _plain_state_dict(checkpoint: dict) -> Dict[str, Tensor]:
+def _plain_state_dict(checkpoint: dict) -> 'OrderedDict[str, Tensor]':
     """The weights within a checkpoint, without the prefix that data-parallel wrappers add."""
     state = checkpoint.get('state_dict', checkpoint.get('model', checkpoint))
-    return OrderedDict((re.sub(r'^module\.', '', key), value) for key, value in state.items() if isinstance(value, Tensor))
+    plain = OrderedDict((re.sub(r'^module\.', '', key), value) for key, value in state.items() if isinstance(value, Tensor))
+    plain._metadata = getattr(state, '_metadata', None)  # versions of the modules, by which they rename keys
+    return plain
 
 
 def _not_allowed(keys: Sequence[str], patterns: Sequence[str]) -> list:
