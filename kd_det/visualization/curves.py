@@ -8,6 +8,7 @@ from typing import Dict, Mapping, Sequence, Union
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 Curve = Dict[int, float]  # epoch -> value
 
@@ -70,6 +71,7 @@ def draw_curves(panels: Mapping[str, Mapping[str, Sequence[Curve]]]) -> Figure:
             if len(curves) > 1:
                 axes.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
         axes.set(xlabel='epoch', title=quantity)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     return figure

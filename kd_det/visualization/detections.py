@@ -32,7 +32,7 @@ def draw_detections(image: np.ndarray,
     if not panels:
         raise ValueError('There is no panel to draw: expected at least one title with its instances.')
     height, width = image.shape[:2]
-    figure = Figure(figsize=(3.4 * len(panels), 3.4 * height / width + 1.0), layout='constrained')
+    figure = Figure(figsize=(3.4 * len(panels), 3.4 * height / width + 0.8), layout='constrained')
     shown = set()
     for axes, (title, instances) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         axes.imshow(image, interpolation='nearest')
