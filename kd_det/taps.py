@@ -38,8 +38,9 @@ class Taps:
     """Reads the outputs of some modules of one model, each as a tuple of levels.
 
     The hooks are set once, at construction, because hooks set after a model was first compiled never fire; outside of
-    :meth:`capture` they do nothing. What a tap holds is the value at the moment the module returned it, even if a later
-    layer works in place: the output is copied until one forward has shown that nothing writes to it.
+    :meth:`capture` they do nothing. What a tap holds is the module's very output, on the path to the model's own
+    losses, and is safe from later layers that work in place: these get a copy, until one forward has shown that nothing
+    writes to it.
 
     Args:
         model: The model to read.
@@ -66,10 +67,12 @@ class Taps:
 
     def _hook(self, path: str):
 
-        def read(module: nn.Module, inputs: tuple, output) -> None:
-            if self._reading:
-                groups = output if self.grouped else (output, )
-                self._seen[path].append(_Reading(path, groups, copy=self._written_later[path]))
+        def read(module: nn.Module, inputs: tuple, output):
+            if not self._reading:
+                return output
+            reading = _Reading(path, output, self.grouped, copy=self._written_later[path])
+            self._seen[path].append(reading)
+            return reading.passed_on
 
         return read
 
@@ -103,22 +106,35 @@ class Taps:
 class _Reading:
     """One output of one module, with what is needed to tell whether a later layer wrote into it."""
 
-    def __init__(self, path: str, groups: Sequence, copy: bool) -> None:
-        self.path, self.copied = path, copy
-        self.originals = tuple(_levels(path, group) for group in groups)
-        self.versions = self._versions()
-        self.groups = tuple(tuple(level.clone() for level in levels) for levels in self.originals) if copy else self.originals
+    def __init__(self, path: str, output, grouped: bool, copy: bool) -> None:
+        self.path = path
+        self.held = _groups(path, output, grouped)
+        self.passed_on = _copied(output) if copy else output
+        self._watched = self.held, _groups(path, self.passed_on, grouped)
+        self._before = [_versions(groups) for groups in self._watched]
 
     def close(self) -> Tuple[Tuple[Levels, ...], bool]:
-        """Returns the groups of levels, and whether the module's output was written to after it was read."""
-        written = self._versions() != self.versions
-        if written and not self.copied:
-            raise TapError(f"The output of '{self.path}' was changed in place by a later layer in this step but in no "
-                           'step before. Tap the layer after it.')
-        return self.groups, written
+        """Returns the groups of levels, and whether a later layer wrote to what it was given."""
+        changed, written = (_versions(groups) != before for groups, before in zip(self._watched, self._before))
+        if changed:
+            raise TapError(f"The output of '{self.path}' was changed in place by a later layer, though in no step before or "
+                           'not through the copy that it was given. Tap the layer after it.')
+        return self.held, written
 
-    def _versions(self) -> List[int]:
-        return [_version(level) for levels in self.originals for level in levels]
+
+def _groups(path: str, output, grouped: bool) -> Tuple[Levels, ...]:
+    return tuple(_levels(path, group) for group in (output if grouped else (output, )))
+
+
+def _copied(output):
+    """The same tensors, or tuples and lists of them, in memory of their own."""
+    if isinstance(output, Tensor):
+        return output.clone()
+    return getattr(output, '_make', type(output))(map(_copied, output))  # a named tuple is made of one iterable as well
+
+
+def _versions(groups: Sequence[Levels]) -> List[int]:
+    return [_version(level) for levels in groups for level in levels]
 
 
 def _levels(path: str, output) -> Levels:

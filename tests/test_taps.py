@@ -1,3 +1,6 @@
+from collections import OrderedDict
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
@@ -39,6 +42,63 @@ def test_copy_is_dropped_where_nothing_writes():
         with taps.capture() as features:
             net(images)
     assert features['0'][0] is outputs[1]
+
+
+def test_a_value_lies_on_the_models_own_path():
+    """So gradients with respect to it are those of the model's losses too, copied or not."""
+    for net in (Net(), nn.Sequential(OrderedDict(neck=nn.Conv2d(3, 4, 1), after=nn.Tanh()))):
+        taps = Taps(net, ['neck'])
+        for _ in range(2):
+            with taps.capture() as features:
+                output = net(torch.randn(2, 3, 4, 4))
+            gradient, = torch.autograd.grad(output.sum(), features['neck'])
+            value = features['neck'][0].detach()
+            expected = 1 - value.tanh()**2 if isinstance(net, nn.Sequential) else (value > 0).float()
+            torch.testing.assert_close(gradient, expected)
+
+
+def test_outputs_keep_their_kind_when_copies_are_passed_on():
+
+    class Pair(NamedTuple):
+        fine: torch.Tensor
+        coarse: torch.Tensor
+
+    class Pyramid(nn.Module):
+
+        def forward(self, image):
+            return Pair(image * 1, image[..., ::2, ::2] * 1)
+
+    class Groups(nn.Module):
+
+        def forward(self, image):
+            return [image * 1], (image * 2, )
+
+    image, net = torch.ones(1, 3, 4, 4), nn.ModuleDict(dict(pyramid=Pyramid(), groups=Groups()))
+    with Taps(net, ['pyramid']).capture() as features:
+        assert net['pyramid'](image).coarse.shape[-1] == 2
+    assert len(features['pyramid']) == 2
+    with Taps(net, ['groups'], grouped=True).capture() as features:
+        assert [type(group) for group in net['groups'](image)] == [list, tuple]
+    assert torch.equal(features['groups'][1][0], image * 2)
+
+
+def test_a_write_that_no_copy_can_keep_away_is_an_error():
+
+    class Net(nn.Module):
+
+        def __init__(self):
+            super().__init__()
+            self.same = nn.Identity()
+
+        def forward(self, image):
+            image = image * 1
+            self.same(image)
+            return image.add_(1)
+
+    net = Net()
+    with pytest.raises(TapError, match="output of 'same' was changed in place"):
+        with Taps(net, ['same']).capture():
+            net(torch.ones(1, 3, 4, 4))
 
 
 @pytest.mark.parametrize('forwards', [0, 2])
