@@ -1,8 +1,7 @@
 """The student, seen from outside as an ordinary mmdet detector, plus what it learns from its teacher."""
 from __future__ import annotations
 
-import copy
-from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from mmdet.registry import MODELS
@@ -11,15 +10,25 @@ from torch import Tensor, nn
 
 from kd_det.configuration import ConfigurationError
 from kd_det.context import DistillContext, Progress
+from kd_det.distillers.building import build_task_weight, build_terms, checked_teachers
+from kd_det.distillers.monitor import GradientMonitor
 from kd_det.distillers.provenance import Provenance, inherit, pretrained_parameters
-from kd_det.distillers.weights import build_weight
+from kd_det.distillers.weighting import Losses, Value, logged_weights, scaled, total, untouched, weighted
+from kd_det.distillers.weights import WeightConfig
 from kd_det.heads import StudentHeads, StudentOutputs, TeacherOutputs, find_head
 from kd_det.losses import DistillTerm
 from kd_det.randomness import preserved_randomness
 from kd_det.taps import Levels, Taps
-from kd_det.teachers import Teacher, TeacherError, probe_config, probe_levels, read_model_config
+from kd_det.teachers import Teacher, probe_config, probe_levels, read_model_config
 
 TERMS = 'distill_terms'  # the only child that a plain student lacks
+
+
+class Observation(NamedTuple):
+    """One step before anything is weighted: the student's own losses, what the terms may read, and their values."""
+    losses: Losses
+    context: DistillContext
+    values: Dict[str, Value]
 
 
 @MODELS.register_module()
@@ -36,9 +45,12 @@ class DetectionDistiller(BaseModel):
             when training starts, never for a test run.
         distill: Name -> term. Beside the term's own arguments each takes ``weight``: a number or a schedule, see
             :mod:`kd_det.distillers.weights`; a term whose weight is 0 throughout is left out. Each is logged as
-            ``loss_<name>``, its parts as ``distill/<name>_<part>``.
+            ``loss_<name>``, its parts as ``distill/<name>_<part>``, a weight that changes as ``distill/<name>_weight``.
         inherit: Parts of the student (``('neck', 'rpn_head', 'roi_head')``) that start from the first teacher's weights
             where shapes agree.
+        task_weight: Of the student's own losses: a number or a schedule, such as
+            ``dict(type='Start', value=1.0, epochs=2)`` for a student that at first learns from its teacher alone
+            (FitNets, arXiv 1412.6550).
 
     Raises:
         ConfigurationError: A term's name or argument is wrong; the message says where in the config.
@@ -49,7 +61,8 @@ class DetectionDistiller(BaseModel):
                  student: dict,
                  teacher: Union[dict, Sequence[dict]],
                  distill: Dict[str, dict],
-                 inherit: Union[str, Sequence[str]] = ()) -> None:
+                 inherit: Union[str, Sequence[str]] = (),
+                 task_weight: WeightConfig = 1.0) -> None:
         detector = MODELS.build(student)
         super().__init__(data_preprocessor=detector.data_preprocessor)
         self._adopt(detector)
@@ -58,13 +71,16 @@ class DetectionDistiller(BaseModel):
         self.not_inherited: List[str] = []
         self.terms_origin = 'random'
         self.progress = Progress()
-        self.teacher_configs = _checked_teachers(teacher)
+        self.teacher_configs = checked_teachers(teacher)
         self.teachers: Optional[List[Teacher]] = None
+        self.task_weight = build_task_weight(task_weight)
 
         with preserved_randomness():  # the student is drawn as if there were no distillation
-            self.weights, terms = _build_terms(distill, len(self.teacher_configs))
+            self.weights, terms = build_terms(distill, len(self.teacher_configs))
             self._connect(terms)
         self._modules[TERMS] = nn.ModuleDict(terms)
+        self.monitor = GradientMonitor(self.weights)
+        self._changing_weights = [name for name, weight in self.weights.items() if not weight.is_constant]
 
     # ------------------------------------------------------------------------------------ seen as the student
 
@@ -154,7 +170,7 @@ class DetectionDistiller(BaseModel):
 
     def _connect(self, terms: Dict[str, DistillTerm]) -> None:
         """Sets the taps and the readers of heads that the terms ask for, and tells the terms what the taps read."""
-        self._student_taps = Taps(self.student, (path for term in terms.values() for path in term.student_taps))
+        self._student_taps = Taps(self.student, (path for term in terms.values() for path in self.measured_taps(term)))
         self._student_levels = probe_levels(self.student, self._student_taps) if terms else {}
         self._teacher_taps = [[path for term in terms.values() if term.teacher == index for path in term.teacher_taps]
                               for index in range(len(self.teacher_configs))]
@@ -184,7 +200,11 @@ class DetectionDistiller(BaseModel):
         """Tells the schedules where the training stands."""
         self.progress = Progress(iteration, epoch)
 
-    def loss(self, inputs: Tensor, data_samples: list) -> Dict[str, Tensor]:
+    def measured_taps(self, term: DistillTerm) -> Tuple[str, ...]:
+        """The paths where the gradient of a term is measured: its own, or the neck's for one that reads heads alone."""
+        return term.student_taps or ('neck' if getattr(self.student, 'neck', None) is not None else 'backbone', )
+
+    def loss(self, inputs: Tensor, data_samples: list) -> Losses:
         """One training step: the student's own losses and the terms'.
 
         Args:
@@ -192,35 +212,68 @@ class DetectionDistiller(BaseModel):
             data_samples: mmdet's data samples with ``gt_instances``.
 
         Returns:
-            The student's losses; ``loss_<name>`` of each term; its parts, for the log only.
+            The student's losses; ``loss_<name>`` of each term; its parts and changing weights, for the log only.
         """
         weights = {name: weight(self.progress) for name, weight in self.weights.items()}
-        active = {name: weight for name, weight in weights.items() if weight != 0}
+        active = [name for name, weight in weights.items() if weight != 0]
+        observation = self.observe(inputs, data_samples, active)
+        self._measure(observation)
+        weights = {name: weight * self.monitor.scale(name) for name, weight in weights.items()}
+        task_weight = self.task_weight(self.progress)
+        losses = scaled(observation.losses, task_weight)
+        for name, weight in weights.items():
+            if name in active:
+                losses.update(weighted(name, observation.values[name], weight))
+            else:
+                losses.update(untouched(name, self.terms[name], inputs.device))
+        losses.update(logged_weights({name: weights[name] for name in self._changing_weights}))
+        if not self.task_weight.is_constant:
+            losses.update(logged_weights(dict(task=task_weight)))
+        return losses
+
+    def _measure(self, observation: Observation) -> None:
+        """Compares the gradients of terms with the task's, where that is due in this step."""
+        losses, context, values = observation
+        due = self.monitor.due(self.progress, values) if torch.is_grad_enabled() else []
+        if due:
+            features = {name: self.measured_features(name, context) for name in due}
+            totals = {name: total(values[name]) for name in due}
+            self.monitor.measure(self.parse_losses(losses)[0], totals, features)
+
+    def observe(self, inputs: Tensor, data_samples: list, names: Iterable[str]) -> Observation:
+        """Runs the student's own loss, and the terms of these names with what they read of the teachers.
+
+        Args:
+            inputs: (N, 3, H, W), preprocessed.
+            data_samples: mmdet's data samples with ``gt_instances``.
+            names: Of the terms; without any the teachers do not run.
+        """
+        names = tuple(names)
         boxes = [sample.gt_instances.bboxes for sample in data_samples]
         boxes = [getattr(each, 'tensor', each).detach() for each in boxes]
         labels = [sample.gt_instances.labels for sample in data_samples]
+        image_shapes = [tuple(sample.img_shape[:2]) for sample in data_samples]
         with self._student_taps.capture() as student, self._student_heads.capture() as student_outputs:
             losses = dict(self.student.loss(inputs, data_samples))
-        if active:
-            image_shapes = [tuple(sample.img_shape[:2]) for sample in data_samples]
-            teachers, teacher_outputs = zip(*self._observe_teachers(active, inputs, image_shapes, student_outputs))
-            context = DistillContext(
-                student=student,
-                teachers=list(teachers),
-                student_levels=self._student_levels,
-                teacher_levels=self._teacher_levels,
-                boxes=boxes,
-                labels=labels,
-                batch_shape=tuple(inputs.shape[-2:]),
-                image_shapes=image_shapes,
-                progress=self.progress,
-                student_outputs=student_outputs,
-                teacher_outputs=list(teacher_outputs))
-            with torch.autocast(inputs.device.type, enabled=False):
-                for name, weight in active.items():
-                    losses.update(_logged(name, self.terms[name](context), weight))
-        losses.update({f'loss_{name}': _untouched(self.terms[name], inputs) for name in weights if name not in active})
-        return losses
+        teachers, teacher_outputs = zip(*self._observe_teachers(names, inputs, image_shapes, student_outputs))
+        context = DistillContext(
+            student=student,
+            teachers=list(teachers),
+            student_levels=self._student_levels,
+            teacher_levels=self._teacher_levels,
+            boxes=boxes,
+            labels=labels,
+            batch_shape=tuple(inputs.shape[-2:]),
+            image_shapes=image_shapes,
+            progress=self.progress,
+            student_outputs=student_outputs,
+            teacher_outputs=list(teacher_outputs))
+        with torch.autocast(inputs.device.type, enabled=False):
+            return Observation(losses, context, {name: self.terms[name](context) for name in names})
+
+    def measured_features(self, name: str, context: DistillContext) -> List[Tensor]:
+        """The student's features where the gradient of a term is measured."""
+        return [level for path in self.measured_taps(self.terms[name]) for level in context.student[path]]
 
     def _observe_teachers(self, active: Iterable[str], images: Tensor, image_shapes: Sequence[Tuple[int, int]],
                           student: StudentOutputs) -> Iterator[Tuple[Dict[str, Levels], TeacherOutputs]]:
@@ -230,52 +283,3 @@ class DetectionDistiller(BaseModel):
             heads = tuple(dict.fromkeys(head for term in terms for head in term.teacher_heads))
             reads = terms and (heads or teacher.taps.paths)
             yield teacher.observe(images, image_shapes, heads, student) if reads else ({}, {})
-
-
-def _checked_teachers(teacher: Union[dict, Sequence[dict]]) -> List[dict]:
-    configs = [teacher] if isinstance(teacher, dict) else list(teacher)
-    for config in configs:
-        if 'config' not in config:
-            raise TeacherError("model.teacher lacks 'config': a config file, 'mmdet::…' or a model dict.")
-    if not configs:
-        raise TeacherError('model.teacher is an empty list: at least one teacher is needed.')
-    return configs
-
-
-def _build_terms(distill: Dict[str, dict], teachers: int) -> Tuple[dict, Dict[str, DistillTerm]]:
-    """Builds the terms whose weight is not 0 throughout, and their weights."""
-    weights, terms = {}, {}
-    for name, config in distill.items():
-        where = f'model.distill.{name}'
-        if 'loss' in name:
-            raise ConfigurationError(f"{where}: a term's name may not contain 'loss', which mmengine takes for a loss to add; the "
-                             f"term is logged as 'loss_{name}' by itself. Rename it.")
-        if not isinstance(config, dict) or 'type' not in config:
-            raise ConfigurationError(f"{where} = {config!r:.80}: expected a dict with a 'type', e.g. dict(type='FGD', tap='neck').")
-        config = copy.deepcopy(dict(config))
-        try:
-            weight = build_weight(config.pop('weight', 1.0))
-            if weight.is_zero:
-                continue
-            term = MODELS.build(config)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigurationError(f'{where}: {error}') from error
-        if not isinstance(term, DistillTerm):
-            raise ConfigurationError(f"{where}: '{config['type']}' is a {type(term).__name__}, not a distillation term.")
-        if not 0 <= term.teacher < teachers:
-            raise ConfigurationError(f'{where}: teacher={term.teacher}, but there are {teachers} teachers, counted from 0.')
-        weights[name], terms[name] = weight, term
-    return weights, terms
-
-
-def _logged(name: str, value: Union[Tensor, Dict[str, Tensor]], weight: float) -> Dict[str, Tensor]:
-    """The loss to add, and the parts to look at (without 'loss' in their names, or mmengine would add them too)."""
-    parts = value if isinstance(value, dict) else {}
-    total = sum(parts.values()) if parts else value
-    return {f'loss_{name}': weight * total,
-            **{f'distill/{name}_{part}': weight * each.detach() for part, each in parts.items()}}
-
-
-def _untouched(term: DistillTerm, inputs: Tensor) -> Tensor:
-    """0 with a gradient of 0 for every weight of the term: data-parallel training waits for each of them in every step."""
-    return sum((parameter.sum() * 0 for parameter in term.parameters()), inputs.new_zeros(()).float())

@@ -1,4 +1,4 @@
-"""A term's weight: a number, or a number that follows the training."""
+"""A weight: a number, or a number that follows the training."""
 from __future__ import annotations
 
 from typing import Optional, Union
@@ -27,7 +27,22 @@ class Weight:
     @property
     def is_zero(self) -> bool:
         """Whether the weight is 0 throughout."""
-        return self.value == 0 if isinstance(self.value, (float, int)) else self.value.is_zero
+        return self.full == 0
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the weight never changes."""
+        return type(self) is Weight
+
+    @property
+    def full(self) -> float:
+        """The number within, which the schedules shape."""
+        return float(self.value) if isinstance(self.value, (float, int)) else self.value.full
+
+    @property
+    def balance(self) -> Optional[Weight]:
+        """The :class:`~kd_det.distillers.balance.Balance` within, if there is one: the weight is then a ratio."""
+        return None if isinstance(self.value, (float, int)) else self.value.balance
 
 
 class _Ramp(Weight):
@@ -83,6 +98,14 @@ class Decay(_Ramp):
 
     def __call__(self, progress: Progress) -> float:
         return super().__call__(progress) * (1 - (1 - self.end) * self.done(progress))
+
+
+@TASK_UTILS.register_module()
+class Start(_Ramp):
+    __doc__ = 'Is 0 for that long, then its value.\n' + _Ramp.__doc__
+
+    def __call__(self, progress: Progress) -> float:
+        return super().__call__(progress) if self.done(progress) == 1 else 0.0
 
 
 @TASK_UTILS.register_module()

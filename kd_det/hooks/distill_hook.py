@@ -29,7 +29,8 @@ class DistillHook(Hook):
     - Before training the teacher is loaded, evaluated (pre-flight), and a table tells where all weights came from.
     - Each step the weights' schedules move, and the random numbers are set from seed and iteration, so that a resumed run
       goes on as the uninterrupted one would. (Not when every term's weight is 0: then nothing differs from plain training.)
-    - Each checkpoint gets the terms' weights under ``'distill'``, beside the student's ``state_dict``.
+    - Each checkpoint gets the terms' weights, and what their balance has measured, under ``'distill'``, beside the
+      student's ``state_dict``.
     - After training the teacher's fingerprint must be what it was.
 
     Args:
@@ -70,10 +71,11 @@ class DistillHook(Hook):
 
     def _follow(self, runner: Runner) -> None:
         distiller = _distiller_of(runner)
-        if distiller is None or not len(distiller.terms):
+        if distiller is None:
             return
         distiller.set_progress(runner.iter, runner.iter / len(runner.train_dataloader))
-        set_random_seed((runner.seed * 1_000_003 + runner.iter) % 2**32)
+        if len(distiller.terms):
+            set_random_seed((runner.seed * 1_000_003 + runner.iter) % 2**32)
 
     def after_train(self, runner: Runner) -> None:
         distiller = _distiller_of(runner)
@@ -83,7 +85,8 @@ class DistillHook(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         distiller = _distiller_of(runner)
         if distiller is not None:
-            checkpoint[CHECKPOINT_KEY] = dict(terms=weights_to_cpu(distiller.terms.state_dict()))
+            checkpoint[CHECKPOINT_KEY] = dict(
+                terms=weights_to_cpu(distiller.terms.state_dict()), weights=distiller.monitor.state_dict())
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         distiller = _distiller_of(runner)
@@ -94,6 +97,7 @@ class DistillHook(Hook):
             return
         if CHECKPOINT_KEY in checkpoint:
             distiller.load_terms(checkpoint[CHECKPOINT_KEY]['terms'])
+            distiller.monitor.load_state_dict(checkpoint[CHECKPOINT_KEY].get('weights', {}))
         elif len(distiller.terms):
             runner.logger.warning("The resumed checkpoint holds no 'distill': it was not written by a distillation. The "
                                   'adapters start anew.')

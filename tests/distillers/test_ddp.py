@@ -4,13 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from mmdet.registry import MODELS
 
 RANK = Path(__file__).with_name('ddp_rank.py')
 
 
-def test_two_ranks_give_the_gradients_of_one_process_with_the_whole_batch(retinanet, batch, tmp_path):
+@pytest.mark.parametrize('weight', [1.0, dict(type='Balance', ratio=0.5)])
+def test_two_ranks_give_the_gradients_of_one_process_with_the_whole_batch(retinanet, batch, tmp_path, weight):
     student = retinanet()
     student.backbone.norm_eval = True  # BatchNorm's own batch statistics would differ between the two
     config = dict(type='DetectionDistiller', student=student, teacher=dict(config=retinanet(neck=12), random_teacher=True),

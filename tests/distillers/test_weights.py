@@ -16,6 +16,7 @@ def _at(config, *points):
     (dict(type='Decay', value=2.0, epochs=2, begin=1), [2, 2, 1, 0]),
     (dict(type='Decay', value=2.0, epochs=1, end=0.25), [2, 0.5, 0.5, 0.5]),
     (dict(type='Stop', value=2.0, epochs=2), [2, 2, 0, 0]),
+    (dict(type='Start', value=2.0, epochs=2), [0, 0, 2, 2]),
     (dict(type='Stop', value=dict(type='Warmup', value=2.0, epochs=2), epochs=3), [0, 1, 2, 0]),
 ])
 def test_weight_at_epochs_0_to_3(config, expected):

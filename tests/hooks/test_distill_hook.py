@@ -81,10 +81,15 @@ def test_stock_mmdet_loads_the_file_and_detects_the_same(retinanet, distilled, m
     assert len(detected) and torch.equal(detected.bboxes, expected.bboxes) and torch.equal(detected.scores, expected.scores)
 
 
-@pytest.mark.parametrize('family', ['retinanet', 'faster_rcnn'])
-def test_a_resumed_run_ends_where_the_uninterrupted_one_does(family, request, distilled, make_runner):
+# Measured at iterations 0, 3 and 6; the run is resumed at 4.
+BALANCE = dict(type='Balance', ratio=0.5, interval=3)
+
+
+@pytest.mark.parametrize('family, weight', [('retinanet', BALANCE), ('faster_rcnn', 1.0)])
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(family, weight, request, distilled, make_runner):
     make = request.getfixturevalue(family)  # Faster R-CNN samples its proposals at random
     model = dict(distilled(), student=make(), teacher=dict(config=make(neck=12), random_teacher=True))
+    model['distill']['fgd']['weight'] = weight
     make_runner(model, epochs=4, name='straight', val=True).train()
     first = make_runner(model, epochs=4, name='resumed', val=True)
     first.register_hook(_StopAfter(epochs=2), priority='LOWEST')
@@ -95,6 +100,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(family, request, di
     straight, resumed = (_load(Path(again.work_dir).parent / name / 'epoch_4.pth') for name in ('straight', 'resumed'))
     _assert_equal({key: straight[key] for key in ('state_dict', 'distill', 'optimizer', 'param_schedulers')},
                   {key: resumed[key] for key in ('state_dict', 'distill', 'optimizer', 'param_schedulers')})
+    assert bool(straight['distill']['weights']) == (weight == BALANCE)
     assert 'student.backbone' in _table(again) and 'adapters of fgd' in _table(again)
 
 
@@ -139,6 +145,13 @@ def test_whole_runs_with_weights_of_zero_are_plain_runs(faster_rcnn, distilled, 
     zero, plain = files
     _assert_equal({key: zero[key] for key in ('state_dict', 'optimizer')}, {key: plain[key] for key in ('state_dict', 'optimizer')})
     assert 'distill' not in plain
+
+
+def test_the_tasks_weight_follows_the_runner_without_any_term(distilled, make_runner):
+    runner, seen = make_runner(distilled(task_weight=dict(type='Warmup', value=1.0, epochs=2)) | dict(distill={}), epochs=2), []
+    runner.model.task_weight.done = lambda progress: seen.append(progress.epoch) or 1.0
+    runner.train()
+    assert seen == [0.0, 0.5, 1.0, 1.5]
 
 
 def test_schedules_follow_the_runner(distilled, make_runner):

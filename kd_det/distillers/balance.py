@@ -1,0 +1,73 @@
+"""A weight that keeps a term's gradient in proportion to the task's."""
+from __future__ import annotations
+
+from typing import Dict, Optional
+
+import torch
+from mmdet.registry import TASK_UTILS
+from torch import Tensor
+
+from kd_det.context import Progress
+from kd_det.distillers.gradients import GradientNorms
+from kd_det.distillers.weights import Weight, WeightConfig
+
+
+@TASK_UTILS.register_module()
+class Balance(Weight):
+    """Keeps the norm of the term's gradient on the student's features at ``ratio`` times that of the task's gradient.
+
+    The features are those that the term taps, or the neck's for a term that reads heads alone. Both norms are moving
+    averages over the same measurements, so that the bias of their start at 0 cancels. The term's weight is
+    ratio · task's / term's, and 0 until both have been positive in one measurement.
+
+    Args:
+        ratio: Share of the task's gradient, or a schedule of it.
+        interval: Iterations between measurements; the first is made in the first step of the term.
+        momentum: Share of the averages that a measurement keeps.
+
+    Raises:
+        ValueError: An argument is out of its range, or the ratio is balanced itself.
+
+    Example:
+        >>> dict(type='Balance', ratio=0.5)
+        >>> dict(type='Warmup', epochs=1, value=dict(type='Balance', ratio=0.5))
+    """
+
+    def __init__(self, ratio: WeightConfig = 0.5, interval: int = 10, momentum: float = 0.9) -> None:
+        super().__init__(ratio)
+        if super().balance is not None:
+            raise ValueError('Balance: its ratio is a Balance too. Give a number, or a schedule of numbers.')
+        if self.full < 0 or interval < 1 or not 0 <= momentum < 1:
+            raise ValueError(f'Balance: ratio={ratio}, interval={interval}, momentum={momentum}: expected a ratio of '
+                             'at least 0, an interval of at least 1, and a momentum in [0, 1).')
+        self.interval, self.momentum = interval, momentum
+        self.averages: Optional[Tensor] = None  # (2,): the term's norm and the task's, both times the same factor
+
+    @property
+    def balance(self) -> Balance:
+        return self
+
+    def due(self, progress: Progress) -> bool:
+        """Whether to measure in this step."""
+        return self.averages is None or progress.iteration % self.interval == 0
+
+    def update(self, norms: GradientNorms) -> None:
+        """Takes in a measurement; one that is not finite, or in which either gradient vanishes, changes nothing."""
+        measured = torch.stack(norms)
+        before = torch.zeros_like(measured) if self.averages is None else self.averages.to(measured.device)
+        counts = (torch.isfinite(measured) & (measured > 0)).all()
+        self.averages = torch.where(counts, self.momentum * before + (1 - self.momentum) * measured, before)
+
+    @property
+    def scale(self) -> Tensor:
+        """The weight that makes the two norms equal, a scalar."""
+        term, task = torch.zeros(2) if self.averages is None else self.averages
+        return torch.where(term > 0, task / term, torch.zeros_like(term))
+
+    def state_dict(self) -> Dict[str, Tensor]:
+        """What a checkpoint keeps."""
+        return {} if self.averages is None else dict(averages=self.averages.cpu())
+
+    def load_state_dict(self, state: Dict[str, Tensor]) -> None:
+        """Goes on from what :meth:`state_dict` gave."""
+        self.averages = state.get('averages')

@@ -1,0 +1,58 @@
+"""How strongly a loss pulls at features: the norm of its gradient there."""
+from __future__ import annotations
+
+from typing import Dict, List, NamedTuple, Optional, Sequence
+
+import torch
+from mmdet.utils import reduce_mean
+from torch import Tensor
+
+# Of the losses, as in mixed-precision training: in float16 a gradient below 6e-8 is 0. A power of 2 rounds nothing.
+SCALE = 2.0**12
+
+
+class GradientNorms(NamedTuple):
+    """Norms of two gradients with respect to the same features; scalars, the same on all ranks."""
+    term: Tensor
+    task: Tensor
+
+
+def gradient_norms(task: Tensor, terms: Dict[str, Tensor],
+                   features: Dict[str, Sequence[Tensor]]) -> Dict[str, GradientNorms]:
+    """Compares the gradient of each term with that of the task.
+
+    Both are taken over the features that both depend on. No parameter gets a gradient, no hook of data-parallel
+    training fires, and the graph remains for the step's own backward pass. Every rank must call this.
+
+    Args:
+        task: The task's loss, a scalar.
+        terms: Values of the terms by name, scalars.
+        features: For each term the features to look at.
+
+    Returns:
+        The norms by the terms' names, each as that of one process with the whole batch but for a common factor; 0 where
+        the two losses share no feature.
+    """
+    everything = list({id(feature): feature for name in terms for feature in features[name]}.values())
+    of_task = dict(zip(map(id, everything), _gradients(task, everything)))
+    squares = []
+    for name, value in terms.items():
+        pairs = zip(_gradients(value, features[name]), (of_task[id(feature)] for feature in features[name]))
+        shared = [pair for pair in pairs if all(gradient is not None for gradient in pair)]
+        squares.append(torch.stack([_square_norm([pair[side] for pair in shared], task.device) for side in (0, 1)]))
+    norms = reduce_mean(torch.stack(squares)).sqrt() / SCALE
+    return {name: GradientNorms(*each) for name, each in zip(terms, norms)}
+
+
+def _gradients(loss: Tensor, features: Sequence[Tensor]) -> List[Optional[Tensor]]:
+    """The gradient with respect to each feature, or None where there is none."""
+    learning = [feature for feature in features if feature.requires_grad]
+    if not learning or not loss.requires_grad:
+        return [None] * len(features)
+    found = iter(torch.autograd.grad(loss * SCALE, learning, retain_graph=True, allow_unused=True))
+    return [next(found) if feature.requires_grad else None for feature in features]
+
+
+def _square_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    squares = (torch.linalg.vector_norm(each, dtype=torch.float32).square() for each in gradients)
+    return sum(squares, torch.zeros((), device=device))

@@ -1,0 +1,113 @@
+"""When the gradients of which terms are measured, and who is told."""
+from __future__ import annotations
+
+import logging
+import math
+from typing import Dict, Iterable, List, Sequence, Union
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor
+
+from kd_det.configuration import ConfigurationError
+from kd_det.context import Progress
+from kd_det.distillers.balance import Balance
+from kd_det.distillers.gradients import GradientNorms, gradient_norms
+from kd_det.distillers.weights import Weight
+
+
+class DominanceWatch:
+    """Warns, once, where a term drowns the task: by the first measurements of a run.
+
+    Args:
+        name: Of the term.
+        weight: Of the term, without the schedules that shape it.
+        limit: How many times the task's gradient is too much.
+        interval: Iterations between measurements.
+        measurements: How many decide.
+    """
+
+    def __init__(self, name: str, weight: float, limit: float = 5.0, interval: int = 10, measurements: int = 5) -> None:
+        self.name, self.weight, self.limit, self.interval, self.left = name, weight, limit, interval, measurements
+        self.sums: Union[Tensor, float] = 0.0
+
+    def due(self, progress: Progress) -> bool:
+        """Whether to measure in this step."""
+        return self.left > 0 and progress.iteration % self.interval == 0
+
+    def update(self, norms: GradientNorms) -> None:
+        """Takes in a measurement; the last one decides."""
+        self.left -= 1
+        self.sums = self.sums + torch.stack(norms)
+        if self.left:
+            return
+        term, task = self.sums.tolist()
+        term *= self.weight
+        if math.inf > term > self.limit * task > 0:
+            print_log(
+                f"The gradient of '{self.name}' on the student's features is {term / task:.1f} times the task's: the "
+                'student may learn to imitate at the expense of detecting. Published weights are made for their own '
+                f"data and widths. Lower model.distill.{self.name}.weight, or let it follow the task: "
+                "weight=dict(type='Balance', ratio=0.5).",
+                'current', logging.WARNING)
+
+
+class GradientMonitor:
+    """Measures the gradients of the terms that are balanced, and of the others at the beginning of a run.
+
+    Args:
+        weights: The terms' weights by name.
+    """
+
+    def __init__(self, weights: Dict[str, Weight]) -> None:
+        self.balances = {name: weight.balance for name, weight in weights.items() if weight.balance is not None}
+        self.watches = {name: DominanceWatch(name, weight.full) for name, weight in weights.items()
+                        if name not in self.balances}
+        self.observers: Dict[str, Union[Balance, DominanceWatch]] = {**self.balances, **self.watches}
+
+    def due(self, progress: Progress, names: Iterable[str]) -> List[str]:
+        """Those of the terms that are to be measured in this step."""
+        return [name for name in names if self.observers[name].due(progress)]
+
+    def measure(self, task: Tensor, values: Dict[str, Tensor], features: Dict[str, Sequence[Tensor]]) -> None:
+        """Measures terms and tells their balance or watch.
+
+        Args:
+            task: The student's own loss.
+            values: The terms to measure, scalars without weights.
+            features: For each term the student's features to look at.
+
+        Raises:
+            ConfigurationError: A term is balanced, but its gradients can not be measured.
+        """
+        try:
+            norms = gradient_norms(task, values, features)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # compiled graphs, and checkpointing that re-enters, allow one backward pass only
+            self._give_up(error, [name for name in values if name in self.balances])
+            return
+        for name, measured in norms.items():
+            self.observers[name].update(measured)
+
+    def scale(self, name: str) -> Union[Tensor, float]:
+        """What a term's weight is multiplied by: 1 unless it is balanced."""
+        return self.balances[name].scale if name in self.balances else 1.0
+
+    def state_dict(self) -> Dict[str, dict]:
+        """What the balances have measured, by the terms' names."""
+        return {name: balance.state_dict() for name, balance in self.balances.items()}
+
+    def load_state_dict(self, state: Dict[str, dict]) -> None:
+        """Goes on from what :meth:`state_dict` gave; a balance that it does not know starts anew."""
+        for name, balance in self.balances.items():
+            balance.load_state_dict(state.get(name, {}))
+
+    def _give_up(self, error: RuntimeError, balanced: List[str]) -> None:
+        if balanced:
+            raise ConfigurationError(
+                f"model.distill.{balanced[0]}.weight: Balance can not measure gradients in this model: {error}. Give a "
+                'number, or do without with_cp=True and compilation.') from error
+        for watch in self.watches.values():
+            watch.left = 0
+        print_log(f"The terms' gradients can not be compared with the task's: {error}", 'current', logging.DEBUG)

@@ -1,0 +1,231 @@
+"""Weights that follow the task's gradient, and the measurement behind them."""
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kd_det.configuration import ConfigurationError
+from kd_det.context import Progress
+from kd_det.distillers import build_weight, monitor
+from kd_det.distillers.gradients import GradientNorms, gradient_norms
+
+BALANCE = dict(type='Balance', ratio=0.5)
+TERMS = dict(
+    features=('retinanet', dict(type='FGD')),
+    tiny=('retinanet', dict(type='FGD', alpha=1e-9, beta=1e-9, gamma=1e-9, lambda_=1e-9)),
+    backbone=('faster_rcnn', dict(type='FeatureImitation', tap='backbone')),
+    written_to=('retinanet', dict(type='FeatureImitation', tap='backbone.layer2.0.bn1')),  # an in-place ReLU follows
+    outputs=('faster_rcnn', dict(type='RoIClassification')))
+
+
+def _norms(term, task, measurements=1, **balance):
+    weight = build_weight(dict(BALANCE, **balance))
+    for _ in range(measurements):
+        weight.update(GradientNorms(torch.tensor(float(term)), torch.tensor(float(task))))
+    return weight
+
+
+def _losses(model, data):
+    model.train()
+    return model(**model.data_preprocessor(copy.deepcopy(data), True), mode='loss')
+
+
+# ---------------------------------------------------------------- the measurement
+
+
+def test_norms_are_those_of_the_backward_pass_and_leave_no_trace():
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Conv2d(2, 2, 1) for _ in range(3))
+    fine = layers[0](torch.randn(1, 2, 8, 8))
+    coarse, unread, off_path = layers[1](fine[..., ::2, ::2]), layers[2](fine), layers[2](fine)
+    task = coarse.square().sum() + unread.sum()
+    term = coarse.abs().sum() + fine.pow(4).sum() + off_path.square().sum()
+    norms = gradient_norms(task, dict(term=term), dict(term=[fine, coarse, unread, off_path]))['term']
+    assert all(parameter.grad is None for parameter in layers.parameters())
+    fine.retain_grad(), coarse.retain_grad()
+    for loss, norm in ((task, norms.task), (term, norms.term)):
+        loss.backward(retain_graph=True)
+        torch.testing.assert_close(norm, (fine.grad.square().sum() + coarse.grad.square().sum()).sqrt())
+        fine.grad = coarse.grad = None
+
+
+def test_norms_of_losses_that_share_nothing_are_0():
+    feature, frozen = torch.ones(1, 1, 2, 2, requires_grad=True), torch.ones(1, 1, 2, 2)
+    losses = dict(apart=frozen.sum(), frozen=feature.sum())
+    norms = gradient_norms(feature.sum(), losses, dict(apart=[feature], frozen=[frozen]))
+    assert all(norm == 0 for pair in norms.values() for norm in pair)
+
+
+def test_gradients_that_float16_would_lose_are_measured():
+    feature = torch.ones(1, 1, 4, 4, dtype=torch.float16, requires_grad=True)
+    norms = gradient_norms(feature.float().sum(), dict(term=feature.float().sum() * 2e-8), dict(term=[feature]))['term']
+    assert norms.term.dtype == torch.float32 and norms.term / norms.task == pytest.approx(2e-8, rel=1e-2)
+
+
+# ---------------------------------------------------------------- the weight
+
+
+def test_scale_is_the_ratio_of_two_averages_without_bias():
+    for measurements in (1, 2, 50):
+        assert _norms(4.0, 2.0, measurements).scale == pytest.approx(0.5)
+    weight = _norms(4.0, 2.0, momentum=0.5)
+    weight.update(GradientNorms(torch.tensor(2.0), torch.tensor(8.0)))
+    assert weight.scale == pytest.approx((0.5 * 2 + 8) / (0.5 * 4 + 2))
+
+
+@pytest.mark.parametrize('term, task', [(0.0, 1.0), (1.0, 0.0), (float('inf'), 1.0), (1.0, float('nan'))])
+def test_a_measurement_without_a_ratio_changes_nothing(term, task):
+    assert _norms(term, task).scale == 0
+    weight = _norms(4.0, 2.0)
+    weight.update(GradientNorms(torch.tensor(term), torch.tensor(task)))
+    assert weight.scale == pytest.approx(0.5)
+
+
+def test_schedules_shape_the_ratio_from_within_and_without():
+    warmup = dict(type='Warmup', epochs=2)
+    for config in (dict(warmup, value=BALANCE), dict(BALANCE, ratio=dict(warmup, value=0.5))):
+        weight = build_weight(config)
+        assert weight.balance is not None and weight.full == 0.5 and not weight.is_constant
+        assert [weight(Progress(epoch=epoch)) for epoch in range(4)] == [0, 0.25, 0.5, 0.5]
+    assert build_weight(dict(BALANCE, ratio=0)).is_zero
+
+
+def test_it_measures_first_and_then_at_every_interval():
+    weight, measured = build_weight(dict(BALANCE, interval=3)), []
+    for iteration in range(4, 14):
+        if weight.due(Progress(iteration)):
+            measured.append(iteration)
+            weight.update(GradientNorms(torch.tensor(1.0), torch.tensor(1.0)))
+    assert measured == [4, 6, 9, 12]
+
+
+@pytest.mark.parametrize('faulty', [dict(ratio=-1.0), dict(interval=0), dict(momentum=1.0), dict(ratio=dict(BALANCE))])
+def test_arguments_out_of_range_are_refused(faulty):
+    with pytest.raises(ValueError, match='Balance'):
+        build_weight(dict(BALANCE, **faulty))
+
+
+# ---------------------------------------------------------------- in a step
+
+
+@pytest.mark.parametrize('case', TERMS)
+def test_the_gradient_has_the_ratio_to_the_tasks(case, request, distiller, batch):
+    family, term = TERMS[case]
+    make = request.getfixturevalue(family)
+    teacher = make() if case == 'written_to' else make(depth=50, neck=12)
+    model = distiller(make(), teacher, distill=dict(term=dict(term, weight=BALANCE)))
+    levels = []
+    (path, ) = model.measured_taps(model.terms['term'])
+
+    def note(module, inputs, output):
+        levels.extend([output] if isinstance(output, torch.Tensor) else output)
+
+    model.student.get_submodule(path).register_forward_hook(note, prepend=True)  # before the tap's
+    losses = _losses(model, batch())
+    task = model.parse_losses({name: value for name, value in losses.items() if name != 'loss_term'})[0]
+    pairs = [torch.autograd.grad(loss, levels, retain_graph=True, allow_unused=True)
+             for loss in (losses['loss_term'], task)]
+    norms = [sum(each.square().sum() for each in side if each is not None).sqrt() for side in pairs]
+    assert norms[0] / norms[1] == pytest.approx(0.5, rel=1e-3)
+    assert losses['distill/term_weight'] > 0
+
+
+def test_a_step_without_anything_to_learn_is_finite(retinanet, distiller, batch):
+    """No boxes, of which the term's mask is made: its gradient is 0, and so is its weight."""
+    term = dict(type='FeatureImitation', mask='BoxForeground', weight=BALANCE)
+    model = distiller(retinanet(), retinanet(), distill=dict(term=term))
+    losses = _losses(model, batch(boxes=((), ())))
+    assert losses['loss_term'] == 0 and losses['distill/term_weight'] == 0
+    model.parse_losses(losses)[0].backward()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_balance_under_autocast_is_float32_and_near_that_of_full_precision(dtype, retinanet, distiller, batch):
+    weights = []
+    for enabled in (True, False):
+        model = distiller(retinanet(), retinanet(neck=12), distill=dict(fgd=dict(type='FGD', weight=BALANCE)))
+        with torch.autocast('cpu', dtype=dtype, enabled=enabled):
+            losses = _losses(model, batch())
+        assert losses['loss_fgd'].dtype == torch.float32
+        weights.append(float(losses['distill/fgd_weight']))
+    assert weights[0] == pytest.approx(weights[1], rel=0.05)
+
+
+# ---------------------------------------------------------------- the warning
+
+
+@pytest.fixture
+def warnings_of(monkeypatch):
+    """Trains some steps in which the watch measures; returns what it says."""
+
+    def run(model, data, steps=8):
+        said = []
+        monkeypatch.setattr(monitor, 'print_log', lambda message, *args: said.append(message))
+        for _ in range(steps):
+            _losses(model, data)
+        return said
+
+    return run
+
+
+def test_a_term_that_drowns_the_task_is_warned_of_once(retinanet, distiller, batch, warnings_of):
+    terms = dict(loud=dict(type='FGD', weight=1e5), quiet=dict(type='PKD', weight=1e-3),
+                 balanced=dict(type='FGD', weight=dict(BALANCE, ratio=100.0)))  # the user's explicit wish
+    said = warnings_of(distiller(retinanet(), retinanet(neck=12), distill=terms), batch())
+    assert len(said) == 1 and "The gradient of 'loud'" in said[0] and "weight=dict(type='Balance'" in said[0]
+
+
+def test_gradients_that_can_not_be_measured_stop_a_balance_but_not_a_run(retinanet, distiller, batch, warnings_of):
+    for weight in (1.0, BALANCE):
+        term = dict(type='FGD', tap='backbone', weight=weight)
+        model = distiller(retinanet(), retinanet(neck=12), distill=dict(fgd=term))
+        layer, forward = model.student.backbone.layer3, model.student.backbone.layer3.forward
+        layer.forward = lambda image: torch.utils.checkpoint.checkpoint(forward, image, use_reentrant=True)
+        if weight == 1.0:
+            said = warnings_of(model, batch())
+            assert len(said) == 1 and 'can not be compared' in said[0]
+            model.parse_losses(_losses(model, batch()))[0].backward()
+        else:
+            with pytest.raises(ConfigurationError, match='model.distill.fgd.weight: Balance can not measure'):
+                _losses(model, batch())
+
+
+# ---------------------------------------------------------------- the task's weight
+
+
+def test_the_tasks_weight_scales_its_losses_and_nothing_else(faster_rcnn, distiller, batch):
+    losses = []
+    for weight in (1.0, 0.25):
+        term = dict(type='FGD', weight=BALANCE)
+        model = distiller(faster_rcnn(), faster_rcnn(neck=12), distill=dict(fgd=term), task_weight=weight)
+        torch.manual_seed(1)  # of the sampler
+        losses.append(_losses(model, batch()))
+    full, quarter = losses
+    assert full.keys() == quarter.keys() and 'acc' in full
+    for name in full:
+        ratio = 0.25 if 'loss' in name and name != 'loss_fgd' else 1.0
+        values = [each[name] for each in (full, quarter)]
+        sums = [(sum(value) if isinstance(value, list) else value).detach() for value in values]
+        torch.testing.assert_close(sums[0] * ratio, sums[1])
+
+
+def test_a_hint_first_and_the_task_after(retinanet, distiller, batch):
+    """FitNets' two stages."""
+    hint = dict(type='FeatureImitation', tap='backbone', weight=dict(type='Stop', value=1.0, epochs=2))
+    task = dict(type='Start', value=1.0, epochs=2)
+    model = distiller(retinanet(), retinanet(), distill=dict(hint=hint), task_weight=task)
+    model.train()
+    for epoch, guided in ((0, True), (1.9, True), (2, False), (5, False)):
+        model.set_progress(int(epoch * 10), epoch)
+        losses = _losses(model, batch())
+        assert (losses['loss_hint'] > 0) == guided and losses['distill/task_weight'] == (not guided)
+        assert (model.parse_losses(dict(losses, loss_hint=losses['loss_hint'] * 0))[0] > 0) == (not guided)
+
+
+def test_the_tasks_weight_can_not_be_balanced(retinanet, distiller):
+    with pytest.raises(ConfigurationError, match='model.task_weight: .*number or a'):
+        distiller(retinanet(), retinanet(), task_weight=BALANCE)
+    with pytest.raises(ConfigurationError, match='model.task_weight: .*either in epochs'):
+        distiller(retinanet(), retinanet(), task_weight=dict(type='Start', value=1.0))
