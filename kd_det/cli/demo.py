@@ -1,26 +1,19 @@
 """``kd-det demo``: distillation at work on generated data, from nothing to a table and pictures."""
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import platform
-import shlex
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from contextlib import redirect_stderr, redirect_stdout
-from importlib.metadata import version
 from pathlib import Path
-from typing import Dict, List
+from typing import Optional
 
 from mmengine.config import Config
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from kd_det import __version__
-from kd_det.cli.demo_report import draw_pictures, results_table, summarize
-from kd_det.cli.demo_run import Run, finished_run, train_run
-from kd_det.configuration import load_config, set_data_root
+from kd_det.cli.demo_report import draw_pictures, results_table, summarize, write_results
+from kd_det.cli.demo_runs import train_once
+from kd_det.configuration import ConfigurationError, is_distillation, load_config, set_data_root
 from kd_det.datasets import generate_shapes
 
 TEACHER_CONFIG = 'kd_det::demo/teacher_faster_rcnn_r101.py'
@@ -30,46 +23,83 @@ DISTILLED_CONFIG = 'kd_det::demo/fgd_faster_rcnn_r101_r18.py'
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('--out', type=Path, default=Path('demo'), metavar='DIR',
-                        help='folder of data, runs, results and pictures (demo)')
+                        help='folder of data, trainings, results and pictures (demo)')
     parser.add_argument('--seeds', type=_positive, default=1, metavar='N',
-                        help='train both students N times, from seeds 0 to N - 1, with one teacher (1)')
+                        help='train both students N times, from seeds 0 to N - 1, under one teacher (1)')
     parser.add_argument('--epochs', type=_positive, metavar='N', help="epochs of the students (their config's)")
     parser.add_argument('--teacher-epochs', type=_positive, metavar='N', help="epochs of the teacher (its config's)")
     parser.add_argument('--images', type=_positive, default=240, metavar='N', help='training images (240)')
     parser.add_argument('--val-images', type=_positive, default=80, metavar='N', help='validation images (80)')
-    parser.add_argument('--size', type=_positive, default=128, metavar='PIXELS', help='height and width of the images (128)')
+    parser.add_argument('--size', type=_positive, default=128, metavar='PIXELS',
+                        help='height and width of the images (128)')
     parser.add_argument('--config', default=DISTILLED_CONFIG, metavar='CONFIG',
                         help=f'how the distilled student learns ({DISTILLED_CONFIG})')
 
 
 def run(options: Namespace) -> int:
+    console = Console(file=sys.stdout)  # the real one, not what it is redirected to below
     options.out.mkdir(parents=True, exist_ok=True)
-    console = Console()
-    # The trainings log much: that goes to a file, and one line an epoch to the console.
+    # MMEngine logs much: that goes to a file, a line for each epoch to the console.
     with open(options.out / 'log.txt', 'a', encoding='utf-8') as log, redirect_stdout(log), redirect_stderr(log):
         _demo(options, console)
     return 0
 
 
 def _demo(options: Namespace, console: Console) -> None:
-    columns = TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
         data = _generate(options, progress)
-        teacher = _train_once('teacher', _config(TEACHER_CONFIG, options, options.teacher_epochs), data, progress)
+        config = _config(TEACHER_CONFIG, 'teacher', options, options.teacher_epochs)
+        teacher = train_once('teacher', config, data, progress)
         plain, distilled = [], []
         for seed in range(options.seeds):
-            config = _config(PLAIN_CONFIG, options, options.epochs, seed)
-            plain.append(_train_once(f'plain_seed{seed}', config, data, progress))
-            config = _config(options.config, options, options.epochs, seed)
-            config.model.teacher.update(config=TEACHER_CONFIG, checkpoint=str(teacher.checkpoint))
-            distilled.append(_train_once(f'distilled_seed{seed}', config, [data, teacher.identity], progress))
-            if plain[-1].start != distilled[-1].start:
-                raise RuntimeError(f'The two students of seed {seed} did not start from the same weights, so they can not be '
-                                   f'compared. Does {options.config} start its student otherwise?')
+            name = f'plain student, seed {seed}'
+            config = _config(PLAIN_CONFIG, f'plain_{seed}', options, options.epochs, seed)
+            plain.append(train_once(name, config, data, progress))
+            name = f'distilled student, seed {seed}'
+            config = _config(options.config, f'distilled_{seed}', options, options.epochs, seed)
+            if not is_distillation(config):
+                raise ConfigurationError(f'--config {options.config} is no distillation: its model is not a '
+                                         'DetectionDistiller.')
+            config.model.teacher = dict(config=TEACHER_CONFIG, checkpoint=teacher.checkpoint)
+            distilled.append(train_once(name, config, [data, teacher.identity], progress))
     runs = dict(teacher=[teacher], plain=plain, distilled=distilled)
-    console.print(results_table(runs))
     summary = summarize(runs)
-    console.print(summary['text'])
-    pictures = draw_pictures(options.out, runs, dict(teacher=TEACHER_CONFIG, plain=PLAIN_CONFIG, distilled=PLAIN_CONFIG))
-    _write_results(options.out / 'results.json', runs, summary, data)
-    console.print(f"Saved {', '.join(str(path) for path in [options.out / 'results.json', *pictures])}")
+    console.print(results_table(runs, summary))
+    plain_config = _config(PLAIN_CONFIG, 'plain', options)
+    configs = dict(teacher=_config(TEACHER_CONFIG, 'teacher', options), plain=plain_config, distilled=plain_config)
+    saved = [write_results(options.out, runs, summary, data), *draw_pictures(options.out, runs, configs)]
+    console.print(f"Saved {', '.join(map(str, saved))}.", highlight=False)
+
+
+def _generate(options: Namespace, progress: Progress) -> dict:
+    """Writes the data unless it is there; returns what decides it."""
+    data = dict(train_images=options.images, val_images=options.val_images, size=options.size)
+    task = progress.add_task('data', total=None)
+    written = generate_shapes(options.out / 'data', **data,
+                              progress=lambda done, total: progress.update(task, completed=done, total=total))
+    progress.remove_task(task)
+    progress.console.print(f'data: {options.images} + {options.val_images} images of {options.size} x {options.size} pixels '
+                           f"in {options.out / 'data'}{'' if written else ', kept from before'}", highlight=False)
+    return data
+
+
+def _config(name: str, folder: str, options: Namespace, epochs: Optional[int] = None, seed: int = 0) -> Config:
+    """A config of the demo, on the generated data."""
+    config = load_config(name)
+    set_data_root(config, str(options.out / 'data'))
+    config.work_dir = str(options.out / 'runs' / folder)
+    config.randomness = dict(seed=seed)
+    if epochs is not None:
+        config.train_cfg.max_epochs = epochs
+        for scheduler in config.param_scheduler:
+            if 'T_max' in scheduler:
+                scheduler.T_max = epochs
+    return config
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise ArgumentTypeError(f"expected a whole number of at least 1, got '{text}'")
+    return int(text)

@@ -90,10 +90,10 @@ class Instance(NamedTuple):
 
 
 def draw_scene(stream: Stream, height: int, width: int) -> tuple[np.ndarray, list[Instance]]:
-    """Draws a scene: objects of ``CLASSES`` among clutter, partly hidden by each other, by bars and by the image's edge.
+    """Draws a scene: objects of ``CLASSES`` among clutter, partly hidden by each other, by bars and by the border.
 
-    An object's class is decided by its outline and its texture together: clutter has the outline of a class with another
-    texture. At least three fifths of every object can be seen.
+    An object's class is decided by its outline and its texture together: clutter has the outline of a class with
+    another texture. At least three fifths of every object can be seen.
 
     Args:
         stream: Source of all that is random.
@@ -181,13 +181,13 @@ def _render(figure: Figure, shape: tuple[int, int]) -> tuple[tuple[slice, slice]
     """The window of the canvas around a figure, the cells it covers there (h, w), and their colours (h, w, 3)."""
     reach = _reach(figure)
     (cx, cy), (height, width) = figure.centre, shape
-    window = slice(max(cy - reach, 0), min(cy + reach + 1, height)), slice(max(cx - reach, 0), min(cx + reach + 1, width))
-    u, v = _local(figure, *np.meshgrid(np.arange(window[1].start, window[1].stop),
-                                       np.arange(window[0].start, window[0].stop)))
+    top, bottom = max(cy - reach, 0), min(cy + reach + 1, height)
+    left, right = max(cx - reach, 0), min(cx + reach + 1, width)
+    u, v = _local(figure, *np.meshgrid(np.arange(left, right), np.arange(top, bottom)))
     second = TEXTURES[figure.texture](u, v, figure.period)
     shade = 100 + (u + v).clip(-UNIT, UNIT) * 22 // UNIT  # per cent: lit from one side
     colour = figure.colours[second.astype(np.int64)] * shade[..., None] // 100
-    return window, SHAPES[figure.shape](u, v), colour.clip(0, 255)
+    return (slice(top, bottom), slice(left, right)), SHAPES[figure.shape](u, v), colour.clip(0, 255)
 
 
 def _whole_area(figure: Figure) -> int:

@@ -59,9 +59,11 @@ def generate_shapes(root: str | Path,
                 name = f'{index:06d}.bmp'
                 write_bitmap(folder / name, image)
                 images.append(dict(id=index + 1, file_name=name, height=size, width=size))
-                annotations += [dict(id=len(annotations) + number, image_id=index + 1, category_id=instance.category + 1,
-                                     bbox=instance.bbox, area=instance.area, iscrowd=0)
-                                for number, instance in enumerate(instances, start=1)]
+                annotations += [
+                    dict(id=len(annotations) + number, image_id=index + 1, category_id=instance.category + 1,
+                         bbox=instance.bbox, area=instance.area, iscrowd=0)
+                    for number, instance in enumerate(instances, start=1)
+                ]
                 if progress:
                     progress(done + index + 1, sum(counts.values()))
             categories = [dict(id=index, name=name) for index, name in enumerate(CLASSES, start=1)]

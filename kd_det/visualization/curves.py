@@ -20,8 +20,8 @@ def read_scalars(files: Union[str, Path, Sequence[Union[str, Path]]]) -> Dict[st
         files: One file; or those of a run and of the runs that resumed it, oldest first.
 
     Returns:
-        Name -> epoch -> value of every number that was logged: in training the mean over the epoch's lines, in validation
-        the value after so many epochs. Where a step was logged twice, as after a resume, the later value holds.
+        Name -> epoch -> value of every number that was logged: in training the mean over the epoch's lines, in
+        validation the value after so many epochs. Where a step was logged twice, as after a resume, the later value holds.
 
     Raises:
         ValueError: A line is not what mmengine writes; the message tells which.
@@ -33,7 +33,8 @@ def read_scalars(files: Union[str, Path, Sequence[Union[str, Path]]]) -> Dict[st
                 record = json.loads(line)
                 step = record['step']
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{file}, line {number}: expected a JSON object with a 'step', found {line!r:.80}") from error
+                raise ValueError(f"{file}, line {number}: expected a JSON object with a 'step', "
+                                 f'found {line!r:.80}') from error
             epoch = record.get('epoch', step)  # a line of validation holds no epoch: its step is one
             for name, value in record.items():
                 if name not in ('step', 'iter', 'epoch') and isinstance(value, (int, float)):
@@ -49,7 +50,7 @@ def _mean_by_epoch(values: Dict[tuple, float]) -> Curve:
 
 
 def draw_curves(panels: Mapping[str, Mapping[str, Sequence[Curve]]]) -> Figure:
-    """Draws one panel for each quantity, with one line for each kind of run: its mean, and a band from lowest to highest.
+    """Draws one panel for each quantity, one line for each kind of run: its mean, and a band from lowest to highest.
 
     Args:
         panels: Quantity -> kind of run -> one curve of each run of that kind.

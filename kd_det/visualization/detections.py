@@ -17,8 +17,8 @@ def draw_detections(image: np.ndarray,
 
     Args:
         image: (H, W, 3) uint8, red first.
-        panels: Title -> instances with ``bboxes`` (n, 4) as x1, y1, x2, y2 in pixels, ``labels`` (n,) and, unless they are
-            ground truth, ``scores`` (n,): for instance mmdet's ``gt_instances`` and ``pred_instances``.
+        panels: Title -> instances with ``bboxes`` (n, 4) as x1, y1, x2, y2 in pixels, ``labels`` (n,) and, unless they
+            are ground truth, ``scores`` (n,): for instance mmdet's ``gt_instances`` and ``pred_instances``.
         classes: Name of each class.
         palette: Colour of each class, 0 to 255.
         score_threshold: Boxes with a lower score are left out.
@@ -33,6 +33,7 @@ def draw_detections(image: np.ndarray,
         raise ValueError('There is no panel to draw: expected at least one title with its instances.')
     height, width = image.shape[:2]
     figure = Figure(figsize=(3.4 * len(panels), 3.4 * height / width + 0.8), layout='constrained')
+    colours = [tuple(channel / 255 for channel in colour) for colour in palette]
     shown = set()
     for axes, (title, instances) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         axes.imshow(image, interpolation='nearest')
@@ -42,16 +43,15 @@ def draw_detections(image: np.ndarray,
         for (x1, y1, x2, y2), label, score in zip(boxes, labels, scores):
             if score is not None and score < score_threshold:
                 continue
-            colour = tuple(channel / 255 for channel in palette[label])
             # Pixel i spans i - 0.5 to i + 0.5 in matplotlib's coordinates, i to i + 1 in a box's.
-            axes.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, linewidth=1.8, edgecolor=colour))
+            axes.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, linewidth=1.8,
+                                     edgecolor=colours[label]))
             if score is not None:
                 axes.text(x1, y1, f'{score:.2f}', color='white', fontsize=6, verticalalignment='bottom', clip_on=True,
-                          bbox=dict(facecolor=colour, edgecolor='none', pad=0.6))
+                          bbox=dict(facecolor=colours[label], edgecolor='none', pad=0.6))
             shown.add(int(label))
-    handles = [Rectangle((0, 0), 1, 1, color=tuple(channel / 255 for channel in palette[label])) for label in sorted(shown)]
-    figure.legend(handles, [classes[label] for label in sorted(shown)], loc='outside lower center', ncols=max(len(handles), 1),
-                  frameon=False, fontsize=8)
+    handles = [Rectangle((0, 0), 1, 1, color=colours[label], label=classes[label]) for label in sorted(shown)]
+    figure.legend(handles=handles, loc='outside lower center', ncols=max(len(handles), 1), frameon=False, fontsize=8)
     return figure
 
 

@@ -89,7 +89,8 @@ def test_mmdet_reads_every_class_and_box(tmp_path):
     dataset = CocoDataset(data_root=str(tmp_path), ann_file='annotations/train.json', data_prefix=dict(img='train/'),
                           metainfo=config.metainfo, pipeline=[])
     content = json.loads((tmp_path / 'annotations' / 'train.json').read_text())
-    labels = [instance['bbox_label'] for index in range(len(dataset)) for instance in dataset.get_data_info(index)['instances']]
+    images = [dataset.get_data_info(index) for index in range(len(dataset))]
+    labels = [instance['bbox_label'] for image in images for instance in image['instances']]
     assert labels == [annotation['category_id'] - 1 for annotation in content['annotations']]
 
 

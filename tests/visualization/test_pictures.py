@@ -26,7 +26,8 @@ def where(panel, colour):
     if not len(rows):
         return None
     height, width = panel.shape[:2]
-    return np.array([columns.min() / width, rows.min() / height, (columns.max() + 1) / width, (rows.max() + 1) / height])
+    left, top, right, bottom = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+    return np.array([left / width, top / height, right / width, bottom / height])
 
 
 @pytest.fixture
@@ -107,13 +108,15 @@ def write_lines(file, *records):
 def test_scalars_are_means_over_training_epochs_and_values_after_validation(tmp_path):
     file = write_lines(
         tmp_path / 'scalars.json',
-        dict(loss=4.0, epoch=1, iter=10, step=10), dict(loss=2.0, epoch=1, iter=20, step=20), {'coco/bbox_mAP': 0.25, 'step': 1},
+        dict(loss=4.0, epoch=1, iter=10, step=10), dict(loss=2.0, epoch=1, iter=20, step=20),
+        {'coco/bbox_mAP': 0.25, 'step': 1},
         dict(loss=1.0, epoch=2, iter=30, step=30, note='text'), {'coco/bbox_mAP': 0.5, 'step': 2})
     assert read_scalars(file) == {'loss': {1: 3.0, 2: 1.0}, 'coco/bbox_mAP': {1: 0.25, 2: 0.5}}
 
 
 def test_scalars_of_a_resumed_run_replace_what_was_lost(tmp_path):
-    first = write_lines(tmp_path / 'first.json', dict(loss=4.0, epoch=1, iter=10, step=10), dict(loss=9.0, epoch=2, iter=20, step=20))
+    first = write_lines(tmp_path / 'first.json',
+                        dict(loss=4.0, epoch=1, iter=10, step=10), dict(loss=9.0, epoch=2, iter=20, step=20))
     second = write_lines(tmp_path / 'second.json', dict(loss=2.0, epoch=2, iter=20, step=20))
     assert read_scalars([first, second]) == {'loss': {1: 4.0, 2: 2.0}}
 
@@ -126,7 +129,8 @@ def test_a_broken_line_is_named(tmp_path):
 
 
 def test_curves_are_means_with_a_band_of_all_runs():
-    figure = draw_curves({'mAP': {'plain': [{1: 0.0, 2: 1.0}, {1: 0.5, 2: 2.0, 3: 9.0}], 'distilled': [{1: 1.0, 2: 3.0}]}})
+    curves = dict(plain=[{1: 0.0, 2: 1.0}, {1: 0.5, 2: 2.0, 3: 9.0}], distilled=[{1: 1.0, 2: 3.0}])
+    figure = draw_curves({'mAP': curves})
     axes, = figure.axes
     plain, distilled = axes.get_lines()
     np.testing.assert_allclose(plain.get_xydata(), [[1, 0.25], [2, 1.5]])

@@ -1,0 +1,3 @@
+"""The demo's plain student: a slim Faster R-CNN R18."""
+_base_ = ['./_base_/faster_rcnn_slim.py', './_base_/shapes_detection.py', './_base_/schedule.py']
+model = dict(backbone=dict(depth=18, base_channels=16, stem_channels=16), neck=dict(in_channels=[16, 32, 64, 128]))
