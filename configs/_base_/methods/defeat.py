@@ -1,4 +1,7 @@
-"""DeFeat (arXiv 2103.14475), its part in the neck, with its authors' weights: all levels."""
+"""DeFeat (arXiv 2103.14475): features, foreground and background apart.
+
+Its part in the neck, with its authors' weights: all levels.
+"""
 defeat = dict(
     defeat=dict(
         type='DecoupledImitation', tap='neck', mask='LevelForeground', foreground_weight=3.0, background_weight=12.0))

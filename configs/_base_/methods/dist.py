@@ -1,2 +1,5 @@
-"""DIST (arXiv 2205.10536) with its released weights, on pooled features: all levels of the neck."""
+"""DIST (arXiv 2205.10536): correlation within and across the images of a batch.
+
+Its released weights, on pooled features: all levels of the neck.
+"""
 dist = dict(dist=dict(type='DIST', tap='neck', temperature=1.0, inter=1.0, intra=1.0))

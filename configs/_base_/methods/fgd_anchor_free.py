@@ -1,2 +1,5 @@
-"""FGD (arXiv 2111.11837) with its authors' weights for FCOS: all levels of the neck."""
+"""FGD (arXiv 2111.11837): features where teacher and boxes look, attention, and relation to the image.
+
+Its authors' weights for FCOS: all levels of the neck.
+"""
 fgd = dict(fgd=dict(type='FGD', tap='neck', temperature=0.8, alpha=1.6e-3, beta=8e-4, gamma=8e-4, lambda_=8e-6))

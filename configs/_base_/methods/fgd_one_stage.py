@@ -1,2 +1,5 @@
-"""FGD (arXiv 2111.11837) with its authors' weights for RetinaNet, GFL and SOLO: all levels of the neck."""
+"""FGD (arXiv 2111.11837): features where teacher and boxes look, attention, and relation to the image.
+
+Its authors' weights for RetinaNet, GFL and SOLO: all levels of the neck.
+"""
 fgd = dict(fgd=dict(type='FGD', tap='neck', temperature=0.5, alpha=1e-3, beta=5e-4, gamma=5e-4, lambda_=5e-6))

@@ -1,4 +1,7 @@
-"""FGD (arXiv 2111.11837) with its authors' weights for two-stage detectors: the four levels of the FPN with strides 4 to 32."""
+"""FGD (arXiv 2111.11837): features where teacher and boxes look, attention, and relation to the image.
+
+Its authors' weights for two-stage detectors: the four levels of the FPN with strides 4 to 32.
+"""
 fgd = dict(
     fgd=dict(
         type='FGD', tap='neck', levels=(0, 1, 2, 3), temperature=0.5, alpha=5e-5, beta=2.5e-5, gamma=5e-5, lambda_=5e-7))

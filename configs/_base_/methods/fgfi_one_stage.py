@@ -1,4 +1,7 @@
-"""FGFI (arXiv 1906.03609) with its authors' weight and the anchors of RetinaNet: all levels of the neck."""
+"""FGFI (arXiv 1906.03609): features near the anchors that fit the boxes.
+
+Its authors' weight and the anchors of RetinaNet: all levels of the neck.
+"""
 fgfi = dict(
     fgfi=dict(
         type='FeatureImitation', tap='neck', normalizer='twice_mask', weight=0.01,

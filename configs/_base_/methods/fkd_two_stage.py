@@ -1,3 +1,6 @@
-"""FKD (openreview uKhGRvM8QNH) with its authors' weights for two-stage detectors: all levels of the neck."""
+"""FKD (openreview uKhGRvM8QNH): features where either attends, their means, and relations between cells.
+
+Its authors' weights for two-stage detectors: all levels of the neck.
+"""
 fkd = dict(
     fkd=dict(type='FKD', tap='neck', temperature=0.5, feature_weight=7e-5, pooling_weight=4e-3, relation_weight=7e-5))

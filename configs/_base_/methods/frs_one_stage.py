@@ -1,6 +1,6 @@
-"""FRS (arXiv 2111.00674) with its authors' weights for RetinaNet: where the teacher sees objects, features and classes.
+"""FRS (arXiv 2111.00674): features and classes where the teacher sees objects.
 
-Their weights for GFL are 0.1 and 0.05.
+Its authors' weights for RetinaNet; those for GFL are 0.1 and 0.05.
 """
 frs = dict(
     frs_features=dict(

@@ -1,6 +1,6 @@
-"""Soft targets (arXiv 1503.02531) between RoI heads, on the regions that the student samples.
+"""KD (arXiv 1503.02531): the classes of regions, as soft targets.
 
-The paper distils classifiers; for detectors no weight is published. It is the mean over the regions, as the task's own
-class loss.
+Between RoI heads, on the regions that the student samples. The paper distils classifiers; for detectors no weight is
+published. It is the mean over the regions, as the task's own class loss.
 """
 kd = dict(kd=dict(type='RoIClassification', form='plain', temperature=2.0))

@@ -1,6 +1,7 @@
-"""LD, localisation distillation (arXiv 2102.12252), its main region, for GFL and its kin.
+"""LD (arXiv 2102.12252): distributions over the distance to each side of a box.
 
-With the weight of MMDetection's LDHead, and as there a sum over the positive priors of a process, not a mean.
+Its main region, for GFL and its kin, with the weight of MMDetection's LDHead, and as there a sum over the positive
+priors of a process, not a mean.
 """
 ld = dict(
     ld=dict(

@@ -1,2 +1,5 @@
-"""MGD (arXiv 2205.01529) with its authors' weights for two-stage detectors: the FPN's strides 4 to 32."""
+"""MGD (arXiv 2205.01529): the teacher's feature, generated from a part of the student's.
+
+Its authors' weights for two-stage detectors: the FPN's strides 4 to 32.
+"""
 mgd = dict(mgd=dict(type='MGD', tap='neck', levels=(0, 1, 2, 3), ratio=0.45, weight=5e-7))

@@ -1,4 +1,7 @@
-"""PFI (arXiv 2112.04840): features of the neck where the class predictions differ. The weight is not its authors'."""
+"""PFI (arXiv 2112.04840): features where the predictions differ.
+
+The features are the neck's, the predictions classes. The weight is not its authors'.
+"""
 pfi = dict(
     pfi=dict(
         type='FeatureImitation', tap='neck', mask=dict(type='PredictionDifference', head='bbox_head'), distance='mse',

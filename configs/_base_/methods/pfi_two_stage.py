@@ -1,6 +1,7 @@
-"""PFI (arXiv 2112.04840) for two-stage detectors: features of the neck where the objectness of the two RPNs differs.
+"""PFI (arXiv 2112.04840): features where the predictions differ.
 
-The paper has one-stage detectors only; the weight is not its authors'.
+The features are the neck's, the predictions the objectness of the two RPNs. The paper has one-stage detectors only;
+the weight is not its authors'.
 """
 pfi = dict(
     pfi=dict(

@@ -1,2 +1,5 @@
-"""PKD (arXiv 2207.02039) with its authors' weight for one-stage teachers: the neck's first four levels, at most."""
+"""PKD (arXiv 2207.02039): correlation of each channel.
+
+Its authors' weight for one-stage teachers: the neck's first four levels, at most.
+"""
 pkd = dict(pkd=dict(type='PKD', tap='neck', levels=4, weight=10.0))

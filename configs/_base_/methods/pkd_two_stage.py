@@ -1,2 +1,5 @@
-"""PKD (arXiv 2207.02039) with its authors' weight for two-stage teachers: the first four levels of the neck."""
+"""PKD (arXiv 2207.02039): correlation of each channel.
+
+Its authors' weight for two-stage teachers: the first four levels of the neck.
+"""
 pkd = dict(pkd=dict(type='PKD', tap='neck', levels=4, weight=6.0))

@@ -1,0 +1,70 @@
+"""What each method is, read from its files in ``configs/_base_/methods``: from their first lines and their terms."""
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Tuple
+
+from mmdet.registry import MODELS
+
+from kd_det.composition import FAMILIES, available_methods
+from kd_det.configuration import ConfigurationError, load_config
+
+FIRST_LINE = re.compile(r'\S.* \((?P<paper>.+?)\): (?P<idea>.+)\.')
+READS = dict(backbone='backbone features', neck='neck features', bbox_head='dense head', rpn_head='RPN',
+             roi_head='RoI head')
+
+
+class MethodEntry(NamedTuple):
+    """One method.
+
+    Attributes:
+        name: As ``kd-det distill --method`` takes it.
+        families: The families of detectors that it has weights for, of :data:`~kd_det.composition.FAMILIES`.
+        paper: Where it was published.
+        needs: What it reads of student and teacher.
+        idea: What it compares.
+    """
+    name: str
+    families: Tuple[str, ...]
+    paper: str
+    needs: Tuple[str, ...]
+    idea: str
+
+
+def catalogue() -> List[MethodEntry]:
+    """All methods.
+
+    Raises:
+        ConfigurationError: A file does not say what it is.
+    """
+    return [_entry(name, files) for name, files in available_methods().items()]
+
+
+def read_first_line(file: Path) -> Dict[str, str]:
+    """The ``paper`` and the ``idea`` in the first line of a method's file: ``NAME (PAPER): IDEA.``
+
+    Raises:
+        ConfigurationError: It has another form.
+    """
+    first, *_ = (ast.get_docstring(ast.parse(file.read_text(encoding='utf-8'))) or '').splitlines() or ['']
+    match = FIRST_LINE.fullmatch(first)
+    if match is None:
+        raise ConfigurationError(f"{file}: its first line is '{first}', expected the form NAME (PAPER): IDEA., such as "
+                                 'CWD (arXiv 2011.13256): each channel as a distribution over the cells.')
+    return match.groupdict()
+
+
+def _entry(name: str, files: Dict[str, Path]) -> MethodEntry:
+    needs = [READS[part] for file in files.values() for term in load_config(file)[name].values() for part in _reads(term)]
+    return MethodEntry(name=name,
+                       families=tuple(family for family in FAMILIES if family in files or '' in files),
+                       needs=tuple(dict.fromkeys(needs)),
+                       **read_first_line(next(iter(files.values()))))
+
+
+def _reads(config: dict) -> List[str]:
+    """The parts of the student that a term reads."""
+    term = MODELS.build({key: value for key, value in config.items() if key != 'weight'})
+    return [path.split('.')[0] for path in (*term.student_taps, *term.student_heads)]
