@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Dict, Sequence, Union
+from typing import Dict, Optional, Sequence, Union
 
 from mmdet.registry import MODELS
 from mmengine.config import Config, ConfigDict
@@ -68,7 +68,7 @@ def method_terms(method: str, family: str) -> ConfigDict:
 
 
 def distillation_config(student: Union[str, Config], teacher_config: str, teacher_checkpoint: str, method: str,
-                        inherit: Sequence[str] = (), family: str = '') -> Config:
+                        inherit: Sequence[str] = (), family: str = '', balance: Optional[float] = None) -> Config:
     """Makes the config that distils a teacher into a student.
 
     The student's config alone decides data, classes, schedule and evaluation; nothing of that changes.
@@ -80,6 +80,8 @@ def distillation_config(student: Union[str, Config], teacher_config: str, teache
         method: Name of a method, or a sum of names, see :func:`available_methods`.
         inherit: Parts of the student, such as ``'neck'``, that start from the teacher's weights where shapes agree.
         family: Whose published weights to use, one of :data:`FAMILIES`; told by the student's heads by default.
+        balance: The ratio of each term's gradient to the task's, in place of its published weight, see
+            :class:`~kd_det.distillers.Balance`. Weights of the parts within a term stay.
 
     Raises:
         ConfigurationError: The student is a distiller already, or the method does not serve.
@@ -91,6 +93,8 @@ def distillation_config(student: Union[str, Config], teacher_config: str, teache
             f'{DISTILLER}): give the config of a plain detector, or train this one with kd-det train.')
     model = student_model(config)
     terms = method_terms(method, family or head_family(model))
+    for term in terms.values() if balance is not None else ():
+        term['weight'] = dict(type='Balance', ratio=balance)
     config.model = dict(
         type=DISTILLER,
         student=model,

@@ -68,6 +68,13 @@ def test_family_can_be_chosen():
     assert made.model.inherit == ('neck', )
 
 
+def test_balance_takes_the_place_of_every_published_weight():
+    made = distillation_config(RETINANET, TEACHER, 'x.pth', 'frs+mgd', balance=0.3)
+    assert list(made.model.distill) == ['frs_features', 'frs_classes', 'mgd']
+    assert all(term.weight == dict(type='Balance', ratio=0.3) for term in made.model.distill.values())
+    assert distillation_config(RETINANET, TEACHER, 'x.pth', 'mgd').model.distill.mgd.weight == 2e-5
+
+
 def test_methods_add_up(tmp_path, monkeypatch):
     monkeypatch.setattr('kd_det.composition.METHOD_ROOT', tmp_path)
     (tmp_path / 'a.py').write_text("a = dict(a=dict(type='A'))\n")

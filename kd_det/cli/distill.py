@@ -35,12 +35,15 @@ def add_arguments(parser: ArgumentParser) -> None:
         default=(),
         metavar='PART',
         help="parts of the student that start from the teacher's weights, such as neck rpn_head roi_head")
+    parser.add_argument('--balance', type=float, metavar='RATIO',
+                        help="keep each term's gradient on the student's features at RATIO times the task's, whatever its "
+                        'published weight')
     add_training_options(parser)
 
 
 def run(options: Namespace) -> int:
     config = distillation_config(options.student, options.teacher, options.teacher_checkpoint, options.method,
-                                 options.inherit, options.family)
+                                 options.inherit, options.family, options.balance)
     name = f'{Path(options.student).stem}_{options.method}'
     apply_training_options(config, options, name)
     config = renamed(config, Path(config.work_dir) / f'{name}.py')

@@ -88,9 +88,10 @@ def test_help_lists_the_commands(capsys):
     ('test',
      ['--work-dir', '--out', '--show-dir', '--wait-time', '--tta', '--cfg-options', '--launcher', '--data-root']),
     ('distill',
-     ['--teacher', '--teacher-checkpoint', '--method', '--family', '--inherit', '--resume', '--cfg-options', 'fgd']),
+     ['--teacher', '--teacher-checkpoint', '--method', '--family', '--inherit', '--balance', '--resume', '--cfg-options', 'fgd']),
     ('export', ['OUT.pth', '--cfg-options']),
     ('doctor', ['--teacher-checkpoint', '--data-root']),
+    ('methods', []),
 ])
 def test_help_of_each_command_lists_its_options(command, options, capsys):
     with pytest.raises(SystemExit) as exit_:
@@ -130,10 +131,11 @@ def test_without_mmdetection_the_way_to_install_it_is_told(monkeypatch, capsys):
 
 def test_distill_then_test_then_export(workspace, capsys):
     """The whole way of a user: to a checkpoint and a config that stock MMDetection reads, without the distiller."""
-    assert main([*DISTILL, '--work-dir', 'run', *NO_PREFLIGHT]) == 0
+    assert main([*DISTILL, '--balance', '0.5', '--work-dir', 'run', *NO_PREFLIGHT]) == 0
     assert "type='DetectionDistiller'" in capsys.readouterr().out  # the config is shown
     made = load_config('run/student_fgd.py')
     assert made.model.type == 'DetectionDistiller' and made.model.distill.fgd.alpha == 1e-3
+    assert made.model.distill.fgd.weight == dict(type='Balance', ratio=0.5)
     assert made.default_hooks.distill == dict(type='DistillHook', preflight=None)
 
     assert main(['test', 'run/student_fgd.py', 'run/epoch_1.pth', '--out', 'predictions.pkl']) == 0
