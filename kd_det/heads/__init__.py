@@ -1,9 +1,12 @@
 """The outputs of heads, in one form per family of heads."""
-from kd_det.heads.capture import ROI_HEAD, StudentHeads, StudentOutputs, TeacherOutputs, find_head, run_heads
+from kd_det.heads.capture import (ROI_HEAD, TOWERS_OF, StudentHeads, StudentOutputs, TeacherOutputs, find_head,
+                                  run_heads)
 from kd_det.heads.dense import DenseOutputs
 from kd_det.heads.errors import HeadError
 from kd_det.heads.readers import read_dense, reads
 from kd_det.heads.roi import Regions, RoIOutputs
+from kd_det.heads.towers import TeacherTowers, TowerFeatures
 
 __all__ = ['DenseOutputs', 'HeadError', 'ROI_HEAD', 'Regions', 'RoIOutputs', 'StudentHeads', 'StudentOutputs',
-           'TeacherOutputs', 'find_head', 'read_dense', 'reads', 'run_heads']
+           'TOWERS_OF', 'TeacherOutputs', 'TeacherTowers', 'TowerFeatures', 'find_head', 'read_dense', 'reads',
+           'run_heads']

@@ -11,13 +11,16 @@ from kd_det.heads.errors import HeadError
 from kd_det.heads.readers import find_reader, read_dense
 from kd_det.heads.recording import Call, recorded_calls
 from kd_det.heads.roi import RoIOutputs, read_sampled, run_roi_head, stages_of
+from kd_det.heads.towers import TeacherTowers, TowerFeatures, read_towers, recorded_towers, require_towers
 from kd_det.taps import Levels, Taps
 
 ROI_HEAD = 'roi_head'
 HEADS = ('bbox_head', 'rpn_head', ROI_HEAD)
+TOWERS_OF = '.towers'  # 'bbox_head.towers' names what is within a dense head
 
-StudentOutputs = Dict[str, Union[DenseOutputs, RoIOutputs]]
-TeacherOutputs = Dict[str, Union[DenseOutputs, Tuple[RoIOutputs, ...]]]  # of a RoI head, one for each of its stages
+StudentOutputs = Dict[str, Union[DenseOutputs, RoIOutputs, TowerFeatures]]
+# Of a teacher's RoI head there is one for each of its stages.
+TeacherOutputs = Dict[str, Union[DenseOutputs, Tuple[RoIOutputs, ...], TeacherTowers]]
 
 
 def find_head(model: nn.Module, name: str) -> nn.Module:
@@ -25,11 +28,16 @@ def find_head(model: nn.Module, name: str) -> nn.Module:
 
     Args:
         model: The detector.
-        name: ``'bbox_head'`` of one-stage detectors, ``'rpn_head'`` and ``'roi_head'`` of two-stage detectors.
+        name: ``'bbox_head'`` of one-stage detectors, ``'rpn_head'`` and ``'roi_head'`` of two-stage detectors; with
+            ``'.towers'`` after it, that the towers of this dense head can be read as well.
 
     Raises:
         HeadError: The detector has no such head, or its outputs can not be read.
     """
+    if name.endswith(TOWERS_OF):
+        head = find_head(model, name[:-len(TOWERS_OF)])
+        require_towers(head)
+        return head
     present = [each for each in HEADS if isinstance(getattr(model, each, None), nn.Module)]
     if name not in present:
         known = ', '.join(present) or 'none that can be read'
@@ -58,7 +66,8 @@ class StudentHeads:
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self.heads = {name: find_head(model, name) for name in names}
-        self.dense = [name for name in self.heads if name != ROI_HEAD]
+        self.towers = [name for name in self.heads if name.endswith(TOWERS_OF)]
+        self.dense = [name for name in self.heads if name != ROI_HEAD and name not in self.towers]
         self.taps = Taps(model, self.dense, grouped=True)
 
     @contextmanager
@@ -72,11 +81,14 @@ class StudentHeads:
         with ExitStack() as stack:
             maps = stack.enter_context(self.taps.capture())
             assignments = {name: stack.enter_context(_recorded_assignments(self.heads[name])) for name in self.dense}
+            towers = {name: stack.enter_context(recorded_towers(self.heads[name])) for name in self.towers}
             stages = stages_of(self.heads[ROI_HEAD]) if ROI_HEAD in self.heads else []
             sampled = [stack.enter_context(recorded_calls(stage, 'loss_and_target')) for stage in stages]
             yield outputs
         for name in self.dense:
             outputs[name] = read_dense(self.heads[name], maps[name], [call.returned for call in assignments[name]])
+        for name in self.towers:
+            outputs[name] = read_towers(towers[name])
         if stages:
             outputs[ROI_HEAD] = read_sampled(stages, sampled)
 
@@ -101,8 +113,10 @@ def run_heads(model: nn.Module, names: Sequence[str], features: Levels, student:
     outputs: TeacherOutputs = {}
     for name in names:
         head = find_head(model, name)
-        if name != ROI_HEAD:
-            outputs[name] = read_dense(head, head(features))
-        else:
+        if name == ROI_HEAD:
             outputs[name] = run_roi_head(head, features, student[ROI_HEAD].regions)
+        elif name.endswith(TOWERS_OF):
+            outputs[name] = TeacherTowers(head)
+        else:
+            outputs[name] = read_dense(head, head(features))
     return outputs

@@ -39,20 +39,23 @@ class Reader(NamedTuple):
     Attributes:
         read: Turns head and raw outputs into :class:`~kd_det.heads.DenseOutputs`.
         assignment: Where its positive priors are found; None where they are not.
+        towers: All levels share its ``cls_convs`` and ``reg_convs``, stacks of layers before those that predict.
     """
     read: Callable[..., DenseOutputs]
     assignment: Optional[Assignment] = None
+    towers: bool = False
 
 
 READERS: Dict[Type[nn.Module], Reader] = {}
 
 
-def reads(*heads: Type[nn.Module], assignment: Optional[Assignment] = None) -> Callable:
+def reads(*heads: Type[nn.Module], assignment: Optional[Assignment] = None, towers: bool = False) -> Callable:
     """Registers a reader for some head classes.
 
     Args:
         heads: The classes.
         assignment: See :class:`Reader`.
+        towers: See :class:`Reader`.
 
     Example:
         >>> @reads(MyHead)
@@ -60,7 +63,7 @@ def reads(*heads: Type[nn.Module], assignment: Optional[Assignment] = None) -> C
     """
 
     def register(read: Callable[..., DenseOutputs]) -> Callable[..., DenseOutputs]:
-        READERS.update({head: Reader(read, assignment) for head in heads})
+        READERS.update({head: Reader(read, assignment, towers) for head in heads})
         return read
 
     return register
@@ -120,8 +123,9 @@ def _yolox_positives(head: nn.Module, returned: Sequence[tuple], images: int) ->
 # ---------------------------------------------------------------------------------------------------- the families
 
 
-@reads(RetinaHead, RetinaSepBNHead, YOLOFHead, SSDHead, RPNHead, assignment=_labels_at(0))
-@reads(ATSSHead, assignment=_labels_at(1))
+@reads(RetinaSepBNHead, YOLOFHead, SSDHead, RPNHead, assignment=_labels_at(0))
+@reads(RetinaHead, assignment=_labels_at(0), towers=True)
+@reads(ATSSHead, assignment=_labels_at(1), towers=True)
 def _read_anchors(head: nn.Module, logits: Maps, deltas: Maps, centerness: Optional[Maps] = None) -> DenseOutputs:
     deltas, coder = _by_prior(deltas, 4), head.bbox_coder
     regressions = deltas
@@ -130,7 +134,7 @@ def _read_anchors(head: nn.Module, logits: Maps, deltas: Maps, centerness: Optio
     return _outputs(head, logits, regressions, coder.decode, encoded=deltas, centerness=_scalars(centerness))
 
 
-@reads(GFLHead, assignment=_labels_at(1))
+@reads(GFLHead, assignment=_labels_at(1), towers=True)
 def _read_distributions(head: nn.Module, logits: Maps, distributions: Maps) -> DenseOutputs:
     bins = head.reg_max + 1
     distributions = tuple(each.unflatten(-1, (4, bins)) for each in _by_prior(distributions, 4 * bins))
@@ -141,12 +145,13 @@ def _read_distributions(head: nn.Module, logits: Maps, distributions: Maps) -> D
                     distributions=distributions)
 
 
-@reads(RTMDetHead, RTMDetSepBNHead, assignment=_labels_at(1))
+@reads(RTMDetHead, assignment=_labels_at(1), towers=True)
+@reads(RTMDetSepBNHead, assignment=_labels_at(1))
 def _read_rtmdet(head: nn.Module, logits: Maps, distances: Maps) -> DenseOutputs:
     return _outputs(head, logits, _by_prior(distances, 4), _from_points(head))
 
 
-@reads(FCOSHead, assignment=_labels_at(0))
+@reads(FCOSHead, assignment=_labels_at(0), towers=True)
 def _read_fcos(head: nn.Module, logits: Maps, distances: Maps, centerness: Maps) -> DenseOutputs:
     distances = _by_prior(distances, 4)
     if head.norm_on_bbox and head.training:  # in units of the stride; in eval mode the head multiplies by it

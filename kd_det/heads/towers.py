@@ -1,0 +1,136 @@
+"""The two stacks of convolutions in a dense head, its towers: a student's are read, a teacher's entered midway."""
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from typing import Iterator, List, NamedTuple, Sequence, Tuple
+
+from torch import Tensor, nn
+
+from kd_det.heads.dense import DenseOutputs
+from kd_det.heads.errors import HeadError
+from kd_det.heads.readers import find_reader, read_dense
+from kd_det.heads.recording import Call, recorded_calls
+from kd_det.taps import Levels
+
+TOWERS = ('cls_convs', 'reg_convs')
+
+
+class TowerFeatures(NamedTuple):
+    """The features within the towers of a head, depth by depth, each a tuple of levels (N, C, H, W).
+
+    Depth 0 is what the first convolution is given, the last depth what the layers that predict are given.
+
+    Attributes:
+        classes: Of the tower for classes.
+        boxes: Of the tower for boxes.
+    """
+    classes: Tuple[Levels, ...]
+    boxes: Tuple[Levels, ...]
+
+    def before(self, remaining: int) -> Tuple[Levels, Levels]:
+        """The levels of both towers that have so many convolutions still before them.
+
+        Raises:
+            HeadError: A tower has fewer.
+        """
+        for tower in self:
+            _require_depth('student', len(tower) - 1, remaining)
+        return self.classes[-1 - remaining], self.boxes[-1 - remaining]
+
+
+class TeacherTowers(NamedTuple):
+    """The towers of a teacher's head, to be run from a depth on.
+
+    Attributes:
+        head: The head; its weights are frozen, so that a gradient reaches the features alone.
+    """
+    head: nn.Module
+
+    def channels(self, remaining: int) -> int:
+        """Width of the features that have so many convolutions still before them.
+
+        Raises:
+            HeadError: A tower has fewer.
+        """
+        for depth in self._depths():
+            _require_depth('teacher', depth, remaining)
+        return self.head.in_channels if remaining == max(self._depths()) else self.head.feat_channels
+
+    def resume(self, classes: Levels, boxes: Levels, remaining: int) -> DenseOutputs:
+        """Runs the head from the last convolutions of its towers on, with all that comes after them: the layers that
+        predict, scales, and units.
+
+        Args:
+            classes: Features for the tower of classes, on every level of the head, in its order.
+            boxes: The same for the tower of boxes.
+            remaining: How many convolutions of each tower they pass.
+        """
+        dtype = next(self.head.parameters()).dtype
+        with ExitStack() as stack:
+            for name, levels in zip(TOWERS, (classes, boxes)):
+                given = [level.to(dtype) for level in levels]
+                stack.enter_context(_entered(self.head, name, given, remaining))
+            return read_dense(self.head, self.head(classes))
+
+    def _depths(self) -> List[int]:
+        return [len(getattr(self.head, name)) for name in TOWERS]
+
+
+def require_towers(head: nn.Module) -> None:
+    """Checks that a dense head has towers which all levels share.
+
+    Raises:
+        HeadError: It has none.
+    """
+    if not find_reader(head).towers:
+        raise HeadError(f'A {type(head).__name__} has no towers, convolutions before its predictions that all levels '
+                        'share, as the heads of RetinaNet, ATSS, GFL, FCOS and RTMDet have.')
+
+
+@contextmanager
+def recorded_towers(head: nn.Module) -> Iterator[List[List[List[Call]]]]:
+    """Records what passes the towers of a head while the block runs.
+
+    Yields:
+        The calls of each convolution of each tower, one per level, for :func:`read_towers`.
+    """
+    with ExitStack() as stack:
+        yield [[stack.enter_context(recorded_calls(layer, 'forward')) for layer in getattr(head, name)]
+               for name in TOWERS]
+
+
+def read_towers(calls: Sequence[Sequence[Sequence[Call]]]) -> TowerFeatures:
+    """Reads the features from one step's calls, see :func:`recorded_towers`."""
+    return TowerFeatures(*map(_features, calls))
+
+
+def _features(tower: Sequence[Sequence[Call]]) -> Tuple[Levels, ...]:
+    given = tuple(next(iter(call.arguments.values())) for call in tower[0]) if tower else ()
+    return (given, *(tuple(call.returned for call in layer) for layer in tower))
+
+
+class _Given(nn.Module):
+    """Stands in a tower for the convolutions that are left out: on each level it returns what it was made with."""
+
+    def __init__(self, levels: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.levels = iter(levels)
+
+    def forward(self, _: Tensor) -> Tensor:
+        return next(self.levels)
+
+
+@contextmanager
+def _entered(head: nn.Module, name: str, levels: Sequence[Tensor], remaining: int) -> Iterator[None]:
+    """Shortens a tower of a head to its last convolutions, which are given those features, while the block runs."""
+    layers = getattr(head, name)
+    setattr(head, name, nn.ModuleList([_Given(levels), *layers[len(layers) - remaining:]]))
+    try:
+        yield
+    finally:
+        setattr(head, name, layers)
+
+
+def _require_depth(owner: str, depth: int, remaining: int) -> None:
+    if remaining > depth:
+        raise HeadError(f"remaining={remaining} convolutions: the depth of a tower in the {owner}'s head is {depth}.")
