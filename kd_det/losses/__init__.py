@@ -1,6 +1,7 @@
 """The distillation terms."""
 from kd_det.losses.attention_imitation import AttentionImitation
 from kd_det.losses.base import DistillTerm, FeatureTerm
+from kd_det.losses.crosskd import CrossKD
 from kd_det.losses.cwd import CWD
 from kd_det.losses.decoupled_imitation import DecoupledImitation
 from kd_det.losses.dense_classification import DenseClassification
@@ -20,6 +21,7 @@ from kd_det.losses.roi_classification import RoIClassification
 from kd_det.losses.roi_regression import RoIRegression
 from kd_det.losses.rpn_imitation import RPNImitation
 
-__all__ = ['AttentionImitation', 'CWD', 'DIST', 'DecoupledImitation', 'DenseClassification', 'DenseRegression',
-           'DenseTerm', 'DistillTerm', 'FGD', 'FKD', 'FSP', 'FeatureImitation', 'FeatureTerm', 'GlobalRelation', 'MGD',
-           'PKD', 'RKD', 'RPNImitation', 'RankMimicking', 'RoIClassification', 'RoIRegression', 'RoITerm']
+__all__ = ['AttentionImitation', 'CWD', 'CrossKD', 'DIST', 'DecoupledImitation', 'DenseClassification',
+           'DenseRegression', 'DenseTerm', 'DistillTerm', 'FGD', 'FKD', 'FSP', 'FeatureImitation', 'FeatureTerm',
+           'GlobalRelation', 'MGD', 'PKD', 'RKD', 'RPNImitation', 'RankMimicking', 'RoIClassification',
+           'RoIRegression', 'RoITerm']

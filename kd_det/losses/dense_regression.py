@@ -14,6 +14,7 @@ from kd_det.losses.base import Parts
 from kd_det.losses.outputs import ComparedOutputs, DenseTerm
 
 FORMS = ('giou', 'distribution')
+REDUCTIONS = ('mean', 'sum')
 WEIGHTINGS = ('confidence', 'gap', 'positives')
 
 
@@ -26,7 +27,7 @@ class DenseRegression(DenseTerm):
     - ``'giou'``: 1 − GIoU of the decoded boxes, for heads of any box encoding. A box of the teacher without area
       teaches nothing.
     - ``'distribution'``: T²·KL of the distributions over the distance to each side, for GFL and its kin (localisation
-      distillation, LD, Zheng et al., arXiv 2102.12252), as mean over bins and sides, for which the published weight is.
+      distillation, LD, Zheng et al., arXiv 2102.12252).
 
     Weightings of the priors:
 
@@ -38,27 +39,30 @@ class DenseRegression(DenseTerm):
         form: See above.
         weighting: See above.
         temperature: T of the distributions.
+        reduction: ``'mean'`` over their bins and sides, for which LD's published weight is, or ``'sum'``.
         **kwargs: See :class:`~kd_det.losses.outputs.DenseTerm`.
 
     Raises:
-        ValueError: An unknown form or weighting.
+        ValueError: An unknown form, weighting or reduction.
 
     Example:
         >>> dict(type='DenseRegression', form='giou', weighting='gap', weight=4.0)
     """
 
-    def __init__(self, form: str = 'giou', weighting: str = 'confidence', temperature: float = 10.0, **kwargs) -> None:
+    def __init__(self, form: str = 'giou', weighting: str = 'confidence', temperature: float = 10.0,
+                 reduction: str = 'mean', **kwargs) -> None:
         super().__init__(**kwargs)
-        for name, value, known in (('form', form, FORMS), ('weighting', weighting, WEIGHTINGS)):
+        for name, value, known in (('form', form, FORMS), ('weighting', weighting, WEIGHTINGS),
+                                   ('reduction', reduction, REDUCTIONS)):
             if value not in known:
                 raise ValueError(f"{name}='{value}': expected one of {', '.join(known)}.")
-        self.form, self.weighting, self.temperature = form, weighting, temperature
+        self.form, self.weighting, self.temperature, self.reduction = form, weighting, temperature, reduction
 
     def compare(self, level: ComparedOutputs) -> Parts:
         weight = level.valid * self._weight(level)
         if self.form == 'distribution':
             student, teacher = (each.flatten(0, 1) for each in _distributions(level))
-            distance = distribution_kl(student, teacher, self.temperature, reduction='mean')
+            distance = distribution_kl(student, teacher, self.temperature, self.reduction)
         else:
             student, teacher = (each.flatten(0, 1) for each in level.both('boxes'))
             # A box that overflowed or has no area teaches nothing. Masking its distance would leave NaN in the gradient.

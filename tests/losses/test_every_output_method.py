@@ -13,7 +13,12 @@ DETECTORS = dict(
     anchor_free=['fcos', 'fcos_normalized', 'yolox'])
 NOT_FOR = dict(
     ld={'retina', 'retina_softmax', 'atss', 'rtmdet', 'ssd'},  # they predict no distributions
+    crosskd={'ssd', 'yolox'},  # their heads have no towers
     rm={'yolox'})  # untrained, its assigner gives each box a single candidate, which ranks alone
+
+
+# The heads differ in width, and their towers have a single convolution, which is to be the student's.
+FOR_THESE_HEADS = dict(crosskd=dict(crosskd=dict(channels=(8, 12), remaining=0)))
 
 
 def reads_heads(config: dict) -> bool:
@@ -51,7 +56,7 @@ def step(batch):
 
 
 def test_the_output_methods_are_all_here():
-    assert set(METHODS) >= {'bckd', 'dkd', 'frs', 'kd', 'ld', 'pfi', 'rm'}
+    assert set(METHODS) >= {'bckd', 'crosskd', 'dkd', 'frs', 'kd', 'ld', 'pfi', 'rm'}
 
 
 def test_names_of_terms_do_not_meet_in_sums_of_methods():
@@ -62,6 +67,7 @@ def test_names_of_terms_do_not_meet_in_sums_of_methods():
 @pytest.mark.parametrize('method, family, detector', CASES)
 def test_method_trains_the_student_and_nothing_else(method, family, detector, make, distiller, step):
     student, terms = make(detector), method_terms(method, family)
+    terms.update(FOR_THESE_HEADS.get(method, {}))
     assert head_family(student) == family
     model = distiller(student, make(detector, depth=50, neck=12), distill=terms).train()
     teacher = model.build_teachers()[0].model

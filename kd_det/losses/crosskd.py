@@ -1,0 +1,104 @@
+"""The teacher's head finishes what the student's head begins, and must predict what it predicts by itself."""
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Optional, Tuple
+
+from mmdet.registry import MODELS
+from torch import nn
+
+from kd_det.adapters import build_adapter
+from kd_det.context import DistillContext
+from kd_det.heads import TOWERS_OF, DenseOutputs, HeadError
+from kd_det.losses.base import Parts
+from kd_det.losses.dense_classification import DenseClassification
+from kd_det.losses.dense_regression import DenseRegression
+from kd_det.losses.outputs import DenseTerm
+from kd_det.taps import Levels
+
+
+@MODELS.register_module()
+class CrossKD(DenseTerm):
+    """Cross-head distillation of dense heads (CrossKD, Wang et al., arXiv 2306.11369).
+
+    Features from within the student's head pass the last layers of the teacher's, which are frozen but let the gradient
+    through. These cross predictions imitate the teacher's own. The last layers of the student's head learn from the
+    ground truth alone, so that the two do not contradict each other there.
+
+    For heads with towers, as those of RetinaNet, ATSS, GFL, FCOS and RTMDet. Classes are compared by
+    :class:`~kd_det.losses.DenseClassification`, over the student's positives; boxes by
+    :class:`~kd_det.losses.DenseRegression`, weighted by the teacher's score: the divergence of the distributions over
+    distances where the teacher predicts them, else the GIoU.
+
+    Args:
+        remaining: How many convolutions of the teacher's towers the features pass, before the layers that predict.
+            1 is the paper's choice: of four, three are the student's. With 0 only what predicts is the teacher's.
+        channels: Widths of the student's and of the teacher's features there, where they differ: an adapter between
+            them trains with the student, one for each tower.
+        adapter: See :func:`~kd_det.adapters.build_adapter`.
+        beta: See :class:`~kd_det.losses.DenseClassification`.
+        temperature: T of the distributions over distances.
+        box_weight: Weight of the boxes beside the classes.
+        **kwargs: ``head`` and ``teacher``, see :class:`~kd_det.losses.outputs.DenseTerm`.
+
+    Raises:
+        ValueError: A negative ``remaining``, or an adapter that does not fit ``channels``.
+
+    Example:
+        >>> dict(type='CrossKD', head='bbox_head', remaining=1)
+    """
+
+    def __init__(self, remaining: int = 1, channels: Optional[Tuple[int, int]] = None, adapter: str = 'auto',
+                 beta: float = 1.0, temperature: float = 1.0, box_weight: float = 1.0, **kwargs) -> None:
+        super().__init__(**kwargs)
+        if remaining < 0:
+            raise ValueError(f'remaining={remaining}: expected the number of convolutions, 0 or more.')
+        self.remaining, self.channels, self.box_weight = remaining, channels and tuple(channels), box_weight
+        self.classes = DenseClassification(beta=beta, **kwargs)
+        boxes = dict(kwargs, weighting='confidence', normalizer='confidence')
+        self.boxes = DenseRegression(form='giou', **boxes)
+        self.distributions = DenseRegression(form='distribution', temperature=temperature, reduction='sum', **boxes)
+        self.adapters = nn.ModuleList(
+            build_adapter(adapter, *channels) if channels else nn.Identity() for _ in ('classes', 'boxes'))
+
+    @property
+    def student_heads(self) -> Tuple[str, ...]:
+        return (self.student_head, self.student_head + TOWERS_OF)
+
+    @property
+    def teacher_heads(self) -> Tuple[str, ...]:
+        return (self.teacher_head, self.teacher_head + TOWERS_OF)
+
+    def forward(self, context: DistillContext) -> Parts:
+        crossed = replace(context, student_outputs={self.student_head: self.cross_outputs(context)})
+        teacher = context.teacher_outputs[self.teacher][self.teacher_head]
+        boxes = (self.boxes if teacher.distributions is None else self.distributions)(crossed)
+        return dict(self.classes(crossed), **{name: self.box_weight * value for name, value in boxes.items()})
+
+    def cross_outputs(self, context: DistillContext) -> DenseOutputs:
+        """What the teacher's head predicts from the student's features; the priors' assignment is the student's.
+
+        Raises:
+            HeadError: The two heads have other levels, priors, classes or widths.
+        """
+        self.levels(context)  # the student's own outputs must be comparable, too: its positives are counted
+        student, teacher = context.student_outputs[self.student_head], context.teacher_outputs[self.teacher]
+        strides, towers = teacher[self.teacher_head].strides, teacher[self.teacher_head + TOWERS_OF]
+        if set(strides) != set(student.strides):
+            raise HeadError(f"The student's head has levels of the strides {list(student.strides)}, the teacher's "
+                            f'{list(strides)}: CrossKD needs the same.')
+        order = [student.level_of(stride) for stride in strides]
+        features = context.student_outputs[self.student_head + TOWERS_OF].before(self.remaining)
+        crossing = (self._adapted(adapter, [levels[index] for index in order], towers.channels(self.remaining))
+                    for adapter, levels in zip(self.adapters, features))
+        outputs = towers.resume(*crossing, self.remaining)
+        if student.assigned is not None:
+            outputs.assigned = tuple(student.assigned[index] for index in order)
+        return outputs
+
+    def _adapted(self, adapter: nn.Module, levels: Levels, teacher_width: int) -> Levels:
+        widths = (levels[0].shape[1], teacher_width)
+        if widths != (self.channels or (teacher_width, teacher_width)):
+            raise HeadError(f"The features have {widths[0]} channels in the student's head and {widths[1]} in the "
+                            f"teacher's, not channels={self.channels}. Set channels={widths} for an adapter.")
+        return tuple(adapter(level.float()) for level in levels)
