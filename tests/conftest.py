@@ -5,19 +5,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmengine.config import ConfigDict
 
-import kd_det  # noqa: F401  registers everything, and serves mmcv's operators
+import kd_det  # noqa: F401  isort:skip  first: it serves the operators that mmdet imports
 from kd_det.context import DistillContext, Level
+from mmdet.utils import register_all_modules
+from mmengine.config import ConfigDict
+from mmengine.registry import init_default_scope
 
 torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True, scope='session')
+@pytest.fixture(autouse=True)
 def mmdet_scope():
-    """As the Runner does for a config: type names are MMDetection's."""
-    from mmdet.utils import register_all_modules
-    register_all_modules(init_default_scope=True)
+    """As the Runner does for a config: type names are MMDetection's, whatever scope an earlier test left behind."""
+    register_all_modules(init_default_scope=False)
+    init_default_scope('mmdet')
 
 
 PREPROCESSOR = dict(type='DetDataPreprocessor', mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375],
