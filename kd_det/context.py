@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Dict, List, NamedTuple, Sequence, Tuple
+from typing import Callable, Dict, Hashable, List, NamedTuple, Sequence, Tuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch import Tensor
 from kd_det.functional.masks import valid_cells
 from kd_det.heads import StudentOutputs, TeacherOutputs
 from kd_det.taps import Levels
+
+Result = TypeVar('Result')
 
 
 class Level(NamedTuple):
@@ -52,7 +54,7 @@ class DistillContext:
     progress: Progress = Progress()
     student_outputs: StudentOutputs = field(default_factory=dict)
     teacher_outputs: List[TeacherOutputs] = field(default_factory=list)
-    _valid: Dict[Tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
+    _computed: Dict[Hashable, object] = field(default_factory=dict, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -68,9 +70,18 @@ class DistillContext:
             (N, H, W) of bool.
         """
         shape = tuple(feature_shape)
-        if shape not in self._valid:
-            self._valid[shape] = valid_cells(self.image_shapes, self.batch_shape, shape, self.device)
-        return self._valid[shape]
+        return self.once(('valid', shape), lambda: valid_cells(self.image_shapes, self.batch_shape, shape, self.device))
+
+    def once(self, key: Hashable, compute: Callable[[], Result]) -> Result:
+        """Computes once in this step what several levels or terms need.
+
+        Args:
+            key: Tells this result from all others; the same for all that share it.
+            compute: Makes it.
+        """
+        if key not in self._computed:
+            self._computed[key] = compute()
+        return self._computed[key]
 
 
 @dataclass
