@@ -287,21 +287,23 @@ def prediction_quality(
     labels: Sequence[Tensor],
     xi: float = 0.8,
     top_k: int = 30,
+    cells: Tensor | None = None,
 ) -> Tensor:
     """The cells from which the teacher detects each box best (PGD, arXiv 2203.05469).
 
-    The quality of a cell inside a box is p(class)^(1 - ξ) · IoU(prediction, box)^ξ. The ``top_k`` best cells of a box,
-    over all levels, get the height of the Gaussian fitted to their positions (1 at its mean), all other cells 0. Where
-    boxes meet, the largest value counts.
+    The quality of a cell inside a box is p(class)^(1 - ξ) · IoU(prediction, box)^ξ, of its best prediction. The
+    ``top_k`` best cells of a box, over all levels, get the height of the Gaussian fitted to their positions (1 at its
+    mean), all other cells 0. Where boxes meet, the largest value counts.
 
     Args:
-        probabilities: (N, P, classes) class probabilities of the teacher; P runs over the cells of all levels.
-        predictions: (N, P, 4) its decoded boxes in pixels.
+        probabilities: (N, Q, classes) class probabilities of the teacher, for all levels.
+        predictions: (N, Q, 4) its decoded boxes in pixels.
         points: (P, 2) the cells' centres (x, y) in pixels.
         boxes: One (n, 4) tensor of ground truth per image.
         labels: One (n,) tensor of classes per image.
         xi: ξ, the share of localisation in the quality.
         top_k: Number of cells per box.
+        cells: (Q,) long, the cell of each prediction; by default there is one for each, and Q = P.
 
     Returns:
         (N, P) in [0, 1].
@@ -310,13 +312,15 @@ def prediction_quality(
     label = torch.cat(list(labels)).to(corners.device)
     importance = corners.new_zeros(len(boxes) * len(points))
     centres = points.to(corners)
-    for part in _chunks(len(corners), 4 * len(points)):
+    for part in _chunks(len(corners), 4 * predictions.shape[1]):
         box = corners[part, None]
         overlap = _iou(box, predictions[image[part]].to(corners))
         probability = probabilities.transpose(1, 2)[image[part], label[part]].to(corners)
         inside = ((centres >= box[..., :2]) & (centres <= box[..., 2:])).all(-1)
-        quality = probability**(1 - xi) * overlap**xi * inside
-        best, cell = quality.topk(min(top_k, len(points)), dim=1)
+        quality = probability**(1 - xi) * overlap**xi
+        if cells is not None:
+            quality = quality.new_zeros(inside.shape).scatter_reduce(1, cells.expand_as(quality), quality, 'amax')
+        best, cell = (quality * inside).topk(min(top_k, len(points)), dim=1)
         weight = _gaussian_height(points[cell], best > 0).to(corners)
         importance.scatter_reduce_(0, (image[part, None] * len(points) + cell).flatten(), weight.flatten(), 'amax')
     return importance.view(len(boxes), len(points))

@@ -3,8 +3,9 @@ from kd_det.masks.attention import ChannelAttention, SpatialAttention
 from kd_det.masks.base import Mask, build_mask
 from kd_det.masks.boxes import BoxBackground, BoxForeground
 from kd_det.masks.combine import MaskProduct, MaskSum
-from kd_det.masks.predictions import PredictionDifference, TeacherConfidence
+from kd_det.masks.predictions import PredictionDifference, PredictionQuality, TeacherConfidence
 from kd_det.masks.pyramid import LevelForeground, NearAnchorForeground
 
 __all__ = ['BoxBackground', 'BoxForeground', 'ChannelAttention', 'LevelForeground', 'Mask', 'MaskProduct', 'MaskSum',
-           'NearAnchorForeground', 'PredictionDifference', 'SpatialAttention', 'TeacherConfidence', 'build_mask']
+           'NearAnchorForeground', 'PredictionDifference', 'PredictionQuality', 'SpatialAttention', 'TeacherConfidence',
+           'build_mask']

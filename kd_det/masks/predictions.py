@@ -1,13 +1,14 @@
-"""Masks from what dense heads predict; they need no ground truth."""
+"""Masks from what dense heads predict; only that of prediction quality needs ground truth."""
 from __future__ import annotations
 
-from typing import Dict, Tuple, Union
+from typing import Dict, List, Tuple, Union
 
+import torch
 from mmdet.registry import MODELS
 from torch import Tensor
 
-from kd_det.context import ComparedLevel
-from kd_det.functional.masks import prediction_difference, teacher_confidence
+from kd_det.context import ComparedLevel, DistillContext
+from kd_det.functional.masks import prediction_difference, prediction_quality, teacher_confidence
 from kd_det.heads import DenseOutputs, HeadError
 from kd_det.masks.base import CellMask
 
@@ -47,11 +48,15 @@ class _PredictionMask(CellMask):
         Raises:
             HeadError: The head has no such level.
         """
-        index = outputs.level_of(level.stride)
-        if outputs.shapes[index] != level.shape:
-            raise HeadError(f'On the level of stride {level.stride} the features have {level.shape} cells but the head '
-                            f'{outputs.shapes[index]}: a mask of predictions needs the features that the head sees.')
-        return outputs.cell_probabilities(index, self.anchors).detach()
+        return outputs.cell_probabilities(_head_level(level, outputs), self.anchors).detach()
+
+
+def _head_level(level: ComparedLevel, outputs: DenseOutputs) -> int:
+    index = outputs.level_of(level.stride)
+    if outputs.shapes[index] != level.shape:
+        raise HeadError(f'On the level of stride {level.stride} the features have {level.shape} cells but the head '
+                        f'{outputs.shapes[index]}: a mask of predictions needs the features that the head sees.')
+    return index
 
 
 @MODELS.register_module()
@@ -102,3 +107,50 @@ class TeacherConfidence(_PredictionMask):
 
     def cells(self, level: ComparedLevel) -> Tensor:
         return teacher_confidence(self.teacher_probabilities(level)) * level.valid
+
+
+@MODELS.register_module()
+class PredictionQuality(CellMask):
+    """From where the teacher detects each box best (PGD, Yang et al., ECCV 2022, arXiv 2203.05469).
+
+    The quality of a cell inside a box is p(class)^(1 − ξ)·IoU(prediction, box)^ξ, of its best prior. The best cells of
+    each box, of all levels of the head, get the height of the Gaussian fitted to their positions; all others get 0.
+
+    Args:
+        head: The teacher's: ``'bbox_head'``, with the classes of the ground truth, or ``'rpn_head'``, whose only class
+            is the object.
+        xi: ξ, the share of the localisation in the quality.
+        top_k: Number of cells for each box.
+
+    Example:
+        >>> dict(type='FeatureImitation', mask=dict(type='PredictionQuality', top_k=30), normalizer='mask')
+    """
+
+    def __init__(self, head: str = 'bbox_head', xi: float = 0.8, top_k: int = 30) -> None:
+        super().__init__()
+        self.head, self.xi, self.top_k = head, xi, top_k
+
+    @property
+    def teacher_heads(self) -> Tuple[str, ...]:
+        return (self.head, )
+
+    def cells(self, level: ComparedLevel) -> Tensor:
+        context, teacher = level.context, level.teacher_index
+        outputs = context.teacher_outputs[teacher][self.head]
+        index = _head_level(level, outputs)
+        key = ('quality', teacher, self.head, self.xi, self.top_k)  # boxes compete for the cells of all levels together
+        return context.once(key, lambda: self._levels(context, outputs))[index] * level.valid
+
+    def _levels(self, context: DistillContext, outputs: DenseOutputs) -> List[Tensor]:
+        """(N, H, W) of each level of the head."""
+        sizes = [height * width for height, width in outputs.shapes]
+        anchors = [len(priors) // size for priors, size in zip(outputs.priors, sizes)]
+        centers = [priors[::each].unflatten(1, (2, 2)).mean(1) for priors, each in zip(outputs.priors, anchors)]
+        points = torch.cat(centers)
+        cells = torch.cat([cell.repeat_interleave(each) for cell, each in
+                           zip(torch.arange(len(points), device=points.device).split(sizes), anchors)])
+        probabilities = torch.cat([outputs.probabilities(index) for index in range(len(sizes))], 1)
+        boxes = torch.cat(outputs.boxes, 1).nan_to_num(0, 0, 0)  # a box that overflowed overlaps with none
+        labels = [each * 0 for each in context.labels] if outputs.num_classes == 1 else context.labels
+        quality = prediction_quality(probabilities, boxes, points, context.boxes, labels, self.xi, self.top_k, cells)
+        return [level.view(-1, *shape) for level, shape in zip(quality.split(sizes, 1), outputs.shapes)]

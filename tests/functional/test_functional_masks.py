@@ -265,6 +265,21 @@ def test_prediction_quality_equals_the_loop(budget, monkeypatch):
     assert (actual[0] > 0).sum() >= top_k
 
 
+def test_quality_of_a_cell_is_that_of_its_best_prediction():
+    """Two predictions on the first half of the cells, three on the others."""
+    points = torch.stack(torch.meshgrid(torch.arange(4., 96, 8), torch.arange(4., 160, 8), indexing='ij'), -1).flip(-1)
+    points, boxes, labels = points.reshape(-1, 2), [torch.tensor([[10., 10., 90., 80.]])], [torch.tensor([1])]
+    half = len(points) // 2
+    cells = torch.arange(len(points)).repeat_interleave(torch.tensor([2, 3]).repeat_interleave(half))
+    probabilities, predictions = torch.rand(1, len(cells), 3), random_boxes(len(cells), 9)[None]
+    actual = masks.prediction_quality(probabilities, predictions, points, boxes, labels, 0.6, 5, cells)
+    overlap = torch.tensor([loop_iou(boxes[0][0].tolist(), each.tolist()) for each in predictions[0]])
+    quality = probabilities[0, :, 1]**0.4 * overlap**0.6
+    best = torch.stack([(quality - 2.0 * (cells != cell)).argmax() for cell in range(len(points))])
+    expected = masks.prediction_quality(probabilities[:, best], predictions[:, best], points, boxes, labels, 0.6, 5)
+    assert torch.equal(actual, expected) and (actual > 0).sum() == 5
+
+
 def test_masks_of_boxes_carry_no_gradient():
     boxes = [random_boxes(3, 12).requires_grad_()]
     levels = masks.assign_levels(boxes, 2)

@@ -6,7 +6,7 @@ import torch
 
 from kd_det.context import ComparedLevel
 from kd_det.heads import DenseOutputs, HeadError
-from kd_det.masks import build_mask
+from kd_det.masks import PredictionQuality, build_mask
 
 
 def _outputs(anchors=2, classes=3, seed=0, activation='sigmoid', stride=8, shape=(8, 12)):
@@ -75,6 +75,63 @@ def test_a_head_that_does_not_look_at_these_features(level):
         build_mask('TeacherConfidence').cells(level(teacher=_outputs(stride=16)))
     with pytest.raises(HeadError, match=r'features have \(8, 12\) cells but the head \(4, 6\)'):
         build_mask('TeacherConfidence').cells(level(teacher=_outputs(shape=(4, 6))))
+
+
+def _priors(strides, shapes, anchors):
+    """Squares of two strides around the centre of each cell."""
+    priors = []
+    for stride, (height, width) in zip(strides, shapes):
+        rows, columns = (torch.arange(cells) * stride + stride / 2 for cells in (height, width))
+        centers = torch.stack(torch.meshgrid(rows, columns, indexing='ij'), -1).flip(-1).reshape(-1, 2)
+        priors.append(torch.cat([centers - stride, centers + stride], 1).repeat_interleave(anchors, 0))
+    return tuple(priors)
+
+
+@pytest.fixture
+def detecting(level):
+    """A teacher of two levels that predicts its priors, and the first box best from two cells of the second level."""
+    shapes, strides, anchors = ((8, 12), (4, 6)), (8, 16), 2
+    boxes = [priors.expand(2, -1, 4).clone() for priors in _priors(strides, shapes, anchors)]
+    truth = torch.tensor([[30., 14., 70., 50.], [8., 8., 24., 24.]])
+    boxes[1][0, [(6 + 2) * 2 + 1, (12 + 3) * 2]] = truth[0]
+    boxes[0][1, 0] = float('inf')
+    logits = tuple(torch.zeros(2, len(each[0]), 3) for each in boxes)
+    teacher = DenseOutputs(logits=logits, activation='sigmoid', regressions=(), shapes=shapes, strides=strides,
+                           decode=lambda: tuple(boxes), generate_priors=lambda: _priors(strides, shapes, anchors))
+    compared = level(teacher=teacher)
+    compared.context.boxes = [truth[:1], truth[1:]]
+    compared.context.labels = [torch.tensor([2]), torch.tensor([0])]
+    return compared
+
+
+def test_quality_is_where_the_teacher_detects_a_box_best(detecting):
+    """The boxes compete for the cells of all levels; both of these are as far from their mean."""
+    context, mask = detecting.context, build_mask(dict(type='PredictionQuality', top_k=2))
+    coarse = ComparedLevel(torch.zeros(2, 6, 4, 6), torch.zeros(2, 6, 4, 6), 16, 1, context)
+    fine, coarse = mask.cells(detecting), mask.cells(coarse)
+    assert fine.shape == (2, 8, 12) and coarse.shape == (2, 4, 6)
+    assert fine[0].max() == 0 and coarse[0].nonzero().tolist() == [[1, 2], [2, 3]]
+    torch.testing.assert_close(coarse[0, 1, 2], torch.tensor(-0.5).exp(), rtol=1e-3, atol=0)
+    # The second image: two of the four cells of the first level within its box, which predict it equally well.
+    assert (fine[1] > 0).sum() == (fine[1, 1:3, 1:3] > 0).sum() == 2 and coarse[1].max() == 0
+
+
+def test_quality_is_computed_once_for_all_levels(detecting, monkeypatch):
+    mask = build_mask('PredictionQuality')
+    first = mask.cells(detecting)
+    monkeypatch.setattr(PredictionQuality, '_levels', None)
+    assert torch.equal(mask.cells(detecting), first)
+
+
+def test_quality_of_the_only_class_and_of_no_boxes(detecting):
+    outputs = detecting.context.teacher_outputs[0]['bbox_head']
+    expected = build_mask('PredictionQuality').cells(detecting)
+    outputs.logits = tuple(logits[..., :1] for logits in outputs.logits)
+    detecting.context._computed.clear()
+    assert torch.equal(build_mask('PredictionQuality').cells(detecting), expected)
+    detecting.context.boxes, detecting.context.labels = [torch.zeros(0, 4)] * 2, [torch.zeros(0, dtype=torch.long)] * 2
+    detecting.context._computed.clear()
+    assert build_mask('PredictionQuality').cells(detecting).abs().max() == 0
 
 
 def test_unknown_word_for_anchors():

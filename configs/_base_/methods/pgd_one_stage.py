@@ -1,0 +1,11 @@
+"""PGD (arXiv 2203.05469): features of the neck from where the teacher detects each box best, and the background.
+
+The mask is its authors', with their teacher's attentions; the weights are not.
+"""
+pgd = dict(
+    pgd_foreground=dict(
+        type='FeatureImitation', tap='neck', normalizer='mask', weight=0.005,
+        mask=dict(type='MaskProduct', masks=[
+            dict(type='PredictionQuality', head='bbox_head', xi=0.8, top_k=30),
+            dict(type='SpatialAttention', temperature=0.8), dict(type='ChannelAttention', temperature=0.8)])),
+    pgd_background=dict(type='FeatureImitation', tap='neck', mask='BoxBackground', normalizer='mask', weight=0.0025))
