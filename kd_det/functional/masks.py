@@ -326,6 +326,50 @@ def prediction_quality(
     return importance.view(len(boxes), len(points))
 
 
+@torch.no_grad()
+def valuable_region(
+    priors: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    gamma: float = 0.25,
+    top_k: int = 9,
+) -> Tensor:
+    """The priors around those that an adaptive assigner gives to boxes (the VLR of LD, arXiv 2102.12252).
+
+    A prior is valuable to a box where γ·α ≤ DIoU(prior, box) ≤ α. α is the box's threshold of ATSS (arXiv 1912.02424):
+    mean + standard deviation of the IoU over the candidates, on each level the ``top_k`` priors nearest to the box.
+
+    Args:
+        priors: One (P, 4) tensor per level, pixels.
+        boxes: One (n, 4) tensor of ground truth per image.
+        gamma: γ.
+        top_k: Candidates of each level.
+
+    Returns:
+        (N, ΣP) bool: whether the prior is valuable to any box of the image.
+    """
+    corners, image = _concatenate(boxes)
+    sizes = [len(level) for level in priors]
+    every = torch.cat(list(priors)).to(corners)
+    votes = corners.new_zeros(len(boxes), len(every))
+    for part in _chunks(len(corners), 4 * len(every)):
+        box = corners[part, None]
+        distance = (_centre(box) - _centre(every)).square().sum(-1)
+        hull = torch.maximum(box[..., 2:], every[:, 2:]) - torch.minimum(box[..., :2], every[:, :2])
+        overlap = _iou(box, every)
+        candidates = torch.cat([
+            here.gather(1, there.topk(min(top_k, size), dim=1, largest=False)[1])
+            for here, there, size in zip(overlap.split(sizes, 1), distance.split(sizes, 1), sizes)], 1)
+        threshold = (candidates.mean(1) + candidates.std(1))[:, None]
+        overlap = overlap - distance / hull.square().sum(-1).clamp(min=1e-6)
+        valuable = (overlap >= gamma * threshold) & (overlap <= threshold)
+        votes.index_add_(0, image[part], valuable.to(votes.dtype))
+    return votes > 0
+
+
+def _centre(boxes: Tensor) -> Tensor:
+    return (boxes[..., :2] + boxes[..., 2:]) / 2
+
+
 def _gaussian_height(points: Tensor, chosen: Tensor) -> Tensor:
     """exp(-½ d' Σ⁻¹ d) of the points (B, K, 2) under the Gaussian fitted to the chosen ones (B, K); 0 for the rest."""
     points = points.double()

@@ -1,7 +1,6 @@
 """The student's dense head places every box as the teacher's does."""
 from __future__ import annotations
 
-
 from typing import Tuple
 
 import torch
@@ -9,13 +8,14 @@ from mmdet.registry import MODELS
 from torch import Tensor
 
 from kd_det.functional.boxes import distribution_kl, giou_imitation
+from kd_det.functional.masks import valuable_region
 from kd_det.heads import HeadError
 from kd_det.losses.base import Parts
 from kd_det.losses.outputs import ComparedOutputs, DenseTerm
 
 FORMS = ('giou', 'distribution')
 REDUCTIONS = ('mean', 'sum')
-WEIGHTINGS = ('confidence', 'gap', 'positives')
+WEIGHTINGS = ('confidence', 'gap', 'positives', 'valuable')
 
 
 @MODELS.register_module()
@@ -33,7 +33,10 @@ class DenseRegression(DenseTerm):
 
     - ``'confidence'``: the teacher's score.
     - ``'gap'``: the largest difference of a class probability between the two (BCKD, arXiv 2308.14286).
-    - ``'positives'``: the student's own score on the priors that its assigner gave to a box, 0 on others (LD).
+    - ``'positives'``: the student's own score on the priors that its assigner gave to a box, 0 on others (LD's main
+      region).
+    - ``'valuable'``: the student's own score on the other priors near a box (LD's valuable localisation region), see
+      :func:`~kd_det.functional.masks.valuable_region`.
 
     Args:
         form: See above.
@@ -65,7 +68,7 @@ class DenseRegression(DenseTerm):
             distance = distribution_kl(student, teacher, self.temperature, self.reduction)
         else:
             student, teacher = (each.flatten(0, 1) for each in level.both('boxes'))
-            # A box that overflowed or has no area teaches nothing. Masking its distance would leave NaN in the gradient.
+            # A box that overflowed or has no area teaches nothing. Masking its distance would leave NaN in gradients.
             usable = teacher.isfinite().all(1) & (teacher[:, 2:] > teacher[:, :2]).all(1)
             distance = giou_imitation(student, torch.where(usable[:, None], teacher, student.detach())) * usable
         return {self.form: (weight.flatten() * distance).sum()}
@@ -78,7 +81,17 @@ class DenseRegression(DenseTerm):
             student, teacher = (each.detach() for each in (level.student.probabilities(level.student_level),
                                                            level.teacher.probabilities(level.teacher_level)))
             return (teacher - student).abs().amax(-1)
-        return level.student.scores(level.student_level).detach() * level.student.positives(level.student_level)
+        region = level.student.positives(level.student_level)
+        if self.weighting == 'valuable':
+            region = _valuable(level) & ~region
+        return level.student.scores(level.student_level).detach() * region
+
+
+def _valuable(level: ComparedOutputs) -> Tensor:
+    priors = level.student.priors  # a box's threshold is one for all levels
+    regions = level.context.once(('valuable', level.student.strides, priors[0].shape),
+                                 lambda: valuable_region(priors, level.context.boxes))
+    return regions.split([len(each) for each in priors], 1)[level.student_level]
 
 
 def _distributions(level: ComparedOutputs) -> Tuple[Tensor, Tensor]:

@@ -26,12 +26,14 @@ class ComparedOutputs(NamedTuple):
         student_level: The index of this level among the student's.
         teacher_level: The same for the teacher's.
         valid: (N, H·W·A), 1 for priors on cells that hold a part of the image, 0 for those on padding alone.
+        context: The step.
     """
     student: DenseOutputs
     teacher: DenseOutputs
     student_level: int
     teacher_level: int
     valid: Tensor
+    context: DistillContext
 
     def both(self, name: str) -> Tuple[Tensor, Tensor]:
         """The student's and the teacher's tensor of that name on this level."""
@@ -126,7 +128,8 @@ class DenseTerm(DistillTerm):
                     'anchors.')
             valid = context.valid(shape).flatten(1)
             priors = student.logits[index].shape[1] // valid.shape[1]
-            levels.append(ComparedOutputs(student, teacher, index, other, valid.repeat_interleave(priors, 1).float()))
+            valid = valid.repeat_interleave(priors, 1).float()
+            levels.append(ComparedOutputs(student, teacher, index, other, valid, context))
         return levels
 
 

@@ -280,6 +280,35 @@ def test_quality_of_a_cell_is_that_of_its_best_prediction():
     assert torch.equal(actual, expected) and (actual > 0).sum() == 5
 
 
+@pytest.mark.parametrize('budget', [2**24, 100])
+def test_valuable_region_equals_the_loop(budget, monkeypatch):
+    """DIoU by its definition, prior by prior; the second image has no boxes."""
+    monkeypatch.setattr(masks, '_OVERLAP_BUDGET', budget)
+    gamma, top_k = 0.3, 4
+    centers = [torch.cartesian_prod(*[torch.arange(stride / 2, 96, stride)] * 2) for stride in (16, 32)]
+    priors = [torch.cat([each - 2 * stride, each + 2 * stride], 1) for each, stride in zip(centers, (8, 16))]
+    boxes = [torch.tensor([[10., 20., 50., 48.], [30., 30., 93., 90.], [80., 2., 90., 9.]]), torch.zeros(0, 4)]
+    actual = masks.valuable_region(priors, boxes, gamma, top_k)
+
+    expected = torch.zeros(2, 45, dtype=torch.bool)
+    for box in boxes[0].tolist():
+        overlaps, candidates = [], []
+        for level in priors:
+            distances, here = [], []
+            for prior in level.tolist():
+                distance = sum((box[side] + box[side + 2] - prior[side] - prior[side + 2])**2 / 4 for side in (0, 1))
+                hull = sum((max(box[side + 2], prior[side + 2]) - min(box[side], prior[side]))**2 for side in (0, 1))
+                distances.append(distance)
+                here.append(loop_iou(box, prior))
+                overlaps.append(here[-1] - distance / hull)
+            nearest = sorted(range(len(here)), key=distances.__getitem__)[:top_k]
+            candidates += [here[index] for index in nearest]
+        threshold = torch.tensor(candidates).mean() + torch.tensor(candidates).std()
+        overlaps = torch.tensor(overlaps)
+        expected[0] |= (gamma * threshold <= overlaps) & (overlaps <= threshold)
+    assert torch.equal(actual, expected) and 5 < expected.sum() < 40
+
+
 def test_masks_of_boxes_carry_no_gradient():
     boxes = [random_boxes(3, 12).requires_grad_()]
     levels = masks.assign_levels(boxes, 2)

@@ -8,6 +8,7 @@ from kd_det.configuration import ConfigurationError
 from kd_det.context import DistillContext
 from kd_det.functional.boxes import distribution_kl, giou_imitation
 from kd_det.functional.logits import quality_bce
+from kd_det.functional.masks import valuable_region
 from kd_det.heads import DenseOutputs, HeadError
 from kd_det.teachers import TeacherError
 
@@ -18,7 +19,7 @@ LD = dict(type='DenseRegression', form='distribution', weighting='positives', no
 RM = dict(type='RankMimicking')
 CASES = [(name, dict(term, normalizer='confidence')) for name in FAMILIES for term in (CLASSES, BOXES)] + [
     ('gfl', CLASSES), ('gfl', LD), ('gfl', RM), ('fcos', RM), ('yolox', dict(BOXES, weighting='gap')),
-    ('fcos', dict(BOXES, weighting='positives')),
+    ('fcos', dict(BOXES, weighting='positives')), ('gfl', dict(LD, weighting='valuable')),
     ('retina', dict(CLASSES, weighting='richness', normalizer='richness', beta=0))]
 
 
@@ -215,7 +216,8 @@ def test_a_head_that_is_not_there(retinanet, faster_rcnn, distiller):
 
 
 @pytest.mark.parametrize('arguments', [
-    dict(CLASSES, normalizer='x'), dict(CLASSES, weighting='x'), dict(BOXES, form='x'), dict(BOXES, weighting='x')])
+    dict(CLASSES, normalizer='x'), dict(CLASSES, weighting='x'), dict(BOXES, form='x'), dict(BOXES, weighting='x'),
+    dict(BOXES, reduction='x')])
 def test_unknown_arguments(arguments):
     with pytest.raises(ValueError, match="='x': expected one of"):
         MODELS.build(arguments)
@@ -238,6 +240,24 @@ def test_localisation_distillation_equals_mmdets_own_head(one_stage, distiller, 
     theirs = head.loss(features[0], teacher.bbox_head(teacher.extract_feat(data['inputs'])), data['data_samples'])
     torch.testing.assert_close(ours, sum(theirs['loss_ld']), rtol=1e-4, atol=0)
     assert ours > 0
+
+
+def test_the_valuable_region_is_beside_the_positives(context):
+    """Around a box of the first image; weighted as the positives are."""
+    student, teacher = context.student_outputs['bbox_head'], context.teacher_outputs[0]['bbox_head']
+    rows, columns = torch.meshgrid(torch.arange(4) * 8. + 4, torch.arange(6) * 8. + 4, indexing='ij')
+    centers = torch.stack([columns, rows], -1).reshape(-1, 2)
+    priors = torch.cat([centers - 16, centers + 16], 1)
+    student.generate_priors = lambda: (priors, )
+    context.boxes = [torch.tensor([[8., 2., 38., 30.]]), torch.zeros(0, 4)]
+    region = valuable_region([priors], context.boxes)
+    student.assigned = (region & (torch.arange(24) % 2 == 0), )  # some of it is positive
+    chosen = region & ~student.assigned[0]
+    assert chosen.any() and student.assigned[0].any() and not region[1].any()
+    kl = distribution_kl(student.distributions[0][chosen], teacher.distributions[0][chosen], 10.0, 'mean')
+    expected = (kl * student.logits[0][chosen].sigmoid().amax(1)).sum()
+    value, = MODELS.build(dict(LD, weighting='valuable'))(context).values()
+    torch.testing.assert_close(value, expected.detach())
 
 
 def test_rank_mimicking_is_its_formula_box_by_box(context):
