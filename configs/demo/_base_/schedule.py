@@ -1,6 +1,6 @@
-"""AdamW, a short warm-up, then a cosine to zero."""
+"""The students' schedule: AdamW, a short warm-up, then a cosine to zero."""
 _base_ = 'mmdet::_base_/default_runtime.py'
-max_epochs = 12
+max_epochs = 8
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=max_epochs)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
