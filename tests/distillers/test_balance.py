@@ -160,10 +160,11 @@ def test_balance_under_autocast_is_float32_and_near_that_of_full_precision(dtype
 def warnings_of(monkeypatch):
     """Trains some steps in which the watch measures; returns what it says."""
 
-    def run(model, data, steps=8):
+    def run(model, data):
         said = []
         monkeypatch.setattr(monitor, 'print_log', lambda message, *args: said.append(message))
-        for _ in range(steps):
+        for iteration in range(0, 300, 25):
+            model.set_progress(iteration, epoch=0)
             _losses(model, data)
         return said
 
@@ -190,6 +191,17 @@ def test_gradients_that_can_not_be_measured_stop_a_balance_but_not_a_run(retinan
         else:
             with pytest.raises(ConfigurationError, match='model.distill.fgd.weight: Balance can not measure'):
                 _losses(model, batch())
+
+
+def test_the_task_is_watched_seldom_and_not_before_it_has_learnt_something(retinanet, distiller, batch, monkeypatch):
+    measured = []
+    monkeypatch.setattr(monitor, 'gradient_norms', lambda task, values, features: measured.append(iteration) or {
+        name: GradientNorms(torch.tensor(25.0), torch.tensor(1.0)) for name in values})
+    model = distiller(retinanet(), retinanet(neck=12), distill=dict(fgd=dict(type='FGD', weight=0.5)))
+    for iteration in (0, 1, 50, 51, 100, 150, 200, 250):
+        model.set_progress(iteration, epoch=0)
+        _losses(model, batch())
+    assert measured == [50, 100, 150, 200]
 
 
 # ---------------------------------------------------------------- the task's weight
