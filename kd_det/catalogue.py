@@ -57,7 +57,8 @@ def read_first_line(file: Path) -> Dict[str, str]:
 
 
 def _entry(name: str, files: Dict[str, Path]) -> MethodEntry:
-    needs = [READS[part] for file in files.values() for term in load_config(file)[name].values() for part in _reads(term)]
+    terms = [term for file in files.values() for term in load_config(file)[name].values()]
+    needs = [READS[part] for term in terms for part in _reads(term)]
     return MethodEntry(name=name,
                        families=tuple(family for family in FAMILIES if family in files or '' in files),
                        needs=tuple(dict.fromkeys(needs)),

@@ -36,8 +36,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar='PART',
         help="parts of the student that start from the teacher's weights, such as neck rpn_head roi_head")
     parser.add_argument('--balance', type=float, metavar='RATIO',
-                        help="keep each term's gradient on the student's features at RATIO times the task's, whatever its "
-                        'published weight')
+                        help="keep each term's gradient on the student's features at RATIO times the task's, whatever "
+                        'its published weight')
     add_training_options(parser)
 
 

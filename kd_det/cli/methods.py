@@ -18,7 +18,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> int:
     console = Console()
     console.print(render(catalogue()))
-    console.print("kd-det distill … --method NAME takes one for the student's family, or a sum: fgd+dkd.", highlight=False)
+    console.print('Take one with kd-det distill … --method fgd, or a sum of them: fgd+dkd.', highlight=False)
     return 0
 
 

@@ -92,6 +92,7 @@ def test_help_lists_the_commands(capsys):
     ('export', ['OUT.pth', '--cfg-options']),
     ('doctor', ['--teacher-checkpoint', '--data-root']),
     ('methods', []),
+    ('inspect', ['--image', '--out', '--random-teacher', '--teacher-checkpoint', '--data-root', '--cfg-options']),
 ])
 def test_help_of_each_command_lists_its_options(command, options, capsys):
     with pytest.raises(SystemExit) as exit_:
@@ -311,6 +312,55 @@ def test_interruption_is_no_traceback(workspace, capsys, monkeypatch):
     monkeypatch.setattr('mmengine.runner.Runner.train', interrupt)
     assert main(['train', 'student.py']) == 130
     assert capsys.readouterr().err == 'kd-det: interrupted\n'
+
+
+# ---------------------------------------------------------------- methods and inspect
+
+
+def test_methods_are_listed(capsys, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '200')
+    assert main(['methods']) == 0
+    lines = [line.split('│') for line in capsys.readouterr().out.splitlines() if line.count('│') > 1]
+    rows = {cells[1].strip(): cells for cells in lines}
+    assert 'neck features' in rows['fgd'][3] and 'arXiv 2111.11837' in rows['fgd'][5] and 'all' in rows['fgd'][4]
+    assert 'two-stage' in rows['dkd'][4] and 'RoI head' in rows['dkd'][3]
+
+
+def test_inspect_shows_a_batch_and_an_image(workspace, capsys, monkeypatch):
+    from kd_det.composition import distillation_config
+    monkeypatch.setenv('COLUMNS', '200')
+    distillation_config('student.py', 'teacher.py', 'nowhere.pth', 'fgd+bckd').dump('run.py')
+    assert main(['inspect', 'run.py', '--random-teacher', '--out', 'looks']) == 0
+    shown = capsys.readouterr().out
+    assert 'neck[0]' in shown and 'bckd_boxes' in shown and 'there are no boxes' not in shown
+    assert len(list(Path('looks').glob('*.png'))) == 4 * 6  # images; two masks, and two attentions to cells and channels
+
+    from mmdet.registry import MODELS
+    torch.save(dict(state_dict=MODELS.build(load_config('student.py').model).state_dict()), 'student.pth')
+    assert main(['inspect', 'run.py', '--teacher-checkpoint', 'teacher.pth', '--checkpoint', 'student.pth',
+                 '--image', 'coco/0.png', '--cfg-options', 'model.distill.fgd.levels=0,1']) == 0
+    shown = capsys.readouterr().out
+    assert 'neck[1]' in shown and 'neck[2]' not in shown and 'there are no boxes' in shown
+    assert (workspace / 'work_dirs' / 'run' / 'inspection' / '0_fgd_foreground_BoxForeground.png').is_file()
+
+
+@pytest.mark.parametrize('arguments, said', [
+    (['student.py'], 'is a plain detector'),
+    (['run.py'], "there is no file 'nowhere.pth'"),
+    (['run.py', '--random-teacher', '--image', 'nowhere.png'], "no image 'nowhere.png'"),
+    (['run.py', '--random-teacher', '--checkpoint', 'nowhere.pth'], 'nowhere.pth can not be found'),
+    (['run.py', '--random-teacher', '--checkpoint', 'teacher.pth'], 'size mismatch'),
+    (['two.py', '--teacher-checkpoint', 'teacher.pth'], 'is for one teacher, and this config has 2'),
+    (['run.py', '--random-teacher', '--data-root', '/nowhere'], '/nowhere/all.json'),
+    (['run.py', '--random-teacher', '--cfg-options', 'model.distill.fgd.tap=nek'], "no module 'nek'"),
+])
+def test_a_mistake_with_inspect_is_one_clear_line(arguments, said, workspace, capsys):
+    from kd_det.composition import distillation_config
+    config = distillation_config('student.py', 'teacher.py', 'nowhere.pth', 'fgd')
+    config.dump('run.py')
+    config.model.teacher = [config.model.teacher] * 2
+    config.dump('two.py')
+    assert said in error_of(['inspect', *arguments], capsys)
 
 
 # ---------------------------------------------------------------- doctor

@@ -1,0 +1,84 @@
+"""``kd-det inspect``: one batch of a distillation, as tables and pictures."""
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Optional
+
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.runner import load_checkpoint, set_random_seed
+from rich.console import Console
+
+from kd_det.cli.common import add_config_options, apply_config_options
+from kd_det.configuration import ConfigurationError, is_distillation, load_config
+from kd_det.diagnosis.checks import check_config, explain
+from kd_det.distillers import DetectionDistiller
+from kd_det.hooks.distill_hook import CHECKPOINT_KEY
+from kd_det.inspection import draw_step, first_training_batch, image_batch, inspect_step, tap_table, term_table
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument('config', help="config of a distillation: a file, or 'package::folder/file.py'; kd-det distill "
+                        'saves one in its work dir')
+    parser.add_argument('--image', metavar='FILE', help='look at this image, without ground truth, prepared as for '
+                        'validation (at the first training batch by default)')
+    parser.add_argument('--out', metavar='DIR', type=Path, help='folder for the pictures (work_dirs/CONFIG/inspection)')
+    parser.add_argument('--checkpoint', metavar='FILE', help='of the student: look at what it is after some training; '
+                        'through an untrained head hardly any gradient of the task passes')
+    teacher = parser.add_mutually_exclusive_group()
+    teacher.add_argument('--teacher-checkpoint', metavar='FILE', help="the teacher's weights, in place of the config's")
+    teacher.add_argument('--random-teacher', action='store_true', help='a dry run without the weights of any teacher')
+    add_config_options(parser)
+
+
+def run(options: Namespace) -> int:
+    config = load_config(options.config)
+    apply_config_options(config, options)
+    if not is_distillation(config):
+        raise ConfigurationError(f"The model of '{options.config}' is a plain detector: give the config of a "
+                                 'distillation, such as one that kd-det distill saved.')
+    set_teacher(config, options)
+    check_config(config, splits=() if options.image else ('train', ))
+    register_all_modules(init_default_scope=True)
+    MMLogger.get_current_instance().setLevel('WARNING')  # or every weight that is initialised is announced
+    set_random_seed(config.get('randomness', {}).get('seed') or 0)
+    MessageHub.get_current_instance().update_info('iter', 0)  # some preprocessors and losses ask for it
+    with explain(config):
+        distiller = build_distiller(config, options.checkpoint)
+        batch = image_batch(config, options.image) if options.image else first_training_batch(config)
+        step = inspect_step(distiller, batch)
+    console = Console()
+    console.print(tap_table(distiller, step), term_table(distiller, step))
+    files = draw_step(distiller, step, options.out or Path('work_dirs') / Path(options.config).stem / 'inspection')
+    if files:
+        console.print(f'{len(files)} pictures of masks and attentions are in {files[0].parent}.', highlight=False)
+    return 0
+
+
+def set_teacher(config: Config, options: Namespace) -> None:
+    """Applies ``--teacher-checkpoint`` and ``--random-teacher``."""
+    teachers = [config.model.teacher] if isinstance(config.model.teacher, dict) else config.model.teacher
+    if options.teacher_checkpoint and len(teachers) > 1:
+        raise ConfigurationError(f'--teacher-checkpoint is for one teacher, and this config has {len(teachers)}: set '
+                                 'theirs with --cfg-options model.teacher.0.checkpoint=FILE …')
+    for teacher in teachers:
+        if options.teacher_checkpoint:
+            teacher.checkpoint = options.teacher_checkpoint
+        elif options.random_teacher:
+            teacher.update(checkpoint=None, random_teacher=True)
+
+
+def build_distiller(config: Config, checkpoint: Optional[str] = None) -> DetectionDistiller:
+    """The distiller as it is when training starts, or as a checkpoint has it."""
+    distiller = MODELS.build(config.model)
+    distiller.init_weights()
+    checkpoint = checkpoint or config.get('load_from')
+    if checkpoint:
+        loaded = load_checkpoint(distiller, checkpoint, map_location='cpu', strict=True)
+        if CHECKPOINT_KEY in loaded:
+            distiller.load_terms(loaded[CHECKPOINT_KEY]['terms'])
+    return distiller.to(get_device()).train()

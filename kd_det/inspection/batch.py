@@ -1,0 +1,59 @@
+"""A batch to look at: the first that a run would train on, or a single image."""
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Union
+
+import mmcv
+import torch
+from mmdet.structures.mask import BitmapMasks
+from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.runner import Runner
+from mmengine.structures import InstanceData
+
+from kd_det.configuration import ConfigurationError, leaf_datasets
+from kd_det.diagnosis.data import check_images
+
+
+def first_training_batch(config: Config) -> dict:
+    """The first batch of the config's training data, loaded in this process.
+
+    Raises:
+        DiagnosisError: The data is empty, or an image can not be read.
+    """
+    settings = copy.deepcopy(config.train_dataloader)
+    settings.update(num_workers=0, persistent_workers=False)
+    settings.pop('prefetch_factor', None)
+    loader = Runner.build_dataloader(settings, seed=config.get('randomness', {}).get('seed') or 0)
+    check_images(loader.dataset)
+    return next(iter(loader))
+
+
+def image_batch(config: Config, file: Union[str, Path]) -> dict:
+    """One image, prepared as for validation, without ground truth.
+
+    Args:
+        config: Its ``val_dataloader`` says how to prepare an image.
+        file: The image.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ConfigurationError: It is no image, or the config has no validation data.
+    """
+    if not config.get('val_dataloader'):
+        raise ConfigurationError(f"The config '{config.filename}' has no val_dataloader, whose pipeline would prepare "
+                                 'the image. Leave --image out to look at training data.')
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"There is no image '{file}'.")
+    if mmcv.imread(file) is None:
+        raise ConfigurationError(f"'{file}' can not be read as an image.")
+    pipeline = leaf_datasets(config.val_dataloader.dataset)[0]['pipeline']
+    prepare = Compose([step for step in pipeline if 'Annotations' not in str(step['type'])])
+    data = prepare(dict(img_path=str(file), img_id=0))
+    nothing = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
+    data['data_samples'].ignored_instances = nothing
+    data['data_samples'].gt_instances = nothing.clone()
+    data['data_samples'].gt_instances.masks = BitmapMasks([], *data['data_samples'].img_shape[:2])
+    return pseudo_collate([data])

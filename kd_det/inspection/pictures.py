@@ -1,0 +1,109 @@
+"""Where the terms look: their masks and attentions over the images of a batch."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
+
+import mmcv
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from kd_det.context import ComparedLevel
+from kd_det.distillers.detection_distiller import DetectionDistiller
+from kd_det.functional.masks import channel_attention, spatial_attention
+from kd_det.inspection.step import InspectedStep
+from kd_det.losses import FGD, FKD, AttentionImitation, FeatureTerm
+from kd_det.masks import Mask
+from kd_det.visualization import draw_channels, draw_maps
+
+MOST_IMAGES = 4  # of a batch
+TEMPERATURE = 0.5  # of the attentions of a term that has none itself
+
+
+class Look(NamedTuple):
+    """Where a term looks on one level: the weights of the cells, (N, H, W), and of the channels, (N, C)."""
+    stride: int
+    cells: Optional[Tensor]
+    channels: Optional[Tensor]
+
+
+@torch.no_grad()
+def draw_step(distiller: DetectionDistiller, step: InspectedStep, folder: Path) -> List[Path]:
+    """Draws every mask and attention of the terms, all levels of one in a picture, one picture for each image.
+
+    Args:
+        distiller: The distiller.
+        step: What was seen.
+        folder: Where to save; made if need be.
+
+    Returns:
+        The files: ``<image>_<term>_<mask or attention>.png``, with ``_channels`` for weights of channels.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    images = restored_images(step.inputs[:MOST_IMAGES], distiller.data_preprocessor)
+    for index, (image, boxes) in enumerate(zip(images, step.observation.context.boxes)):
+        image = mmcv.imshow_bboxes(image, boxes.cpu().numpy(), colors='green', show=False)
+        for name, levels in step.levels.items():
+            for title, looks in _looks(distiller.terms[name], levels):
+                for figure, suffix in _figures(image, looks, index):
+                    files.append(folder / f'{index}_{name}_{title}{suffix}.png')
+                    figure.savefig(files[-1], dpi=100)
+    return files
+
+
+def restored_images(inputs: Tensor, preprocessor: nn.Module) -> List[np.ndarray]:
+    """The images as they were before normalisation, padding included.
+
+    Args:
+        inputs: (N, 3, H, W), preprocessed.
+        preprocessor: The detector's data preprocessor.
+
+    Returns:
+        (H, W, 3) uint8 each, red first.
+    """
+    images = inputs.float()
+    if preprocessor._enable_normalize:
+        images = images * preprocessor.std + preprocessor.mean
+    if not preprocessor._channel_conversion:  # images are loaded blue first
+        images = images.flip(1)
+    return list(images.clamp(0, 255).round().byte().permute(0, 2, 3, 1).cpu().contiguous().numpy())
+
+
+def _looks(term: FeatureTerm, levels: List[ComparedLevel]) -> Iterator[Tuple[str, List[Look]]]:
+    """The masks of a term, parts of combined masks too, and the attentions of the two features that it compares."""
+    for path, module in term.named_modules():
+        if isinstance(module, Mask):
+            yield f"{path.replace('.', '_')}_{type(module).__name__}", [_mask_look(module, level) for level in levels]
+    temperature = term.temperature if isinstance(term, (FGD, FKD, AttentionImitation)) else TEMPERATURE
+    attends_to_channels = isinstance(term, (FGD, AttentionImitation))
+    for side in ('student', 'teacher'):
+        features = [getattr(level, side) for level in levels]
+        yield f'attention_{side}', [
+            Look(level.stride, spatial_attention(feature, temperature, level.valid),
+                 channel_attention(feature, temperature, level.valid) if attends_to_channels else None)
+            for level, feature in zip(levels, features)]
+
+
+def _mask_look(mask: Mask, level: ComparedLevel) -> Look:
+    weightings = mask(level)
+    cells = [weighting.cells for weighting in weightings if weighting.cells is not None]
+    channels = [weighting.channels for weighting in weightings if weighting.channels is not None]
+    return Look(level.stride, sum(cells) if cells else None, sum(channels) if channels else None)
+
+
+def _figures(image: np.ndarray, looks: List[Look], index: int) -> Iterator[Tuple[Figure, str]]:
+    """The pictures of one mask or attention on one image, each with the end of its file's name."""
+    cells = {look.stride: look.cells[index].cpu().numpy() for look in looks if look.cells is not None}
+    channels = {f'stride {look.stride}': look.channels[index].cpu().numpy() for look in looks
+                if look.channels is not None}
+    if cells:
+        yield draw_maps(image, {_title(stride, each): each for stride, each in cells.items()}, columns=3), ''
+    if channels:
+        yield draw_channels(channels), '_channels'
+
+
+def _title(stride: int, cells: np.ndarray) -> str:
+    return f'stride {stride}: {cells.min():.2g} to {cells.max():.2g}'

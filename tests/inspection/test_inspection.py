@@ -1,0 +1,131 @@
+"""One step as tables and pictures."""
+import copy
+
+import numpy as np
+import pytest
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from PIL import Image
+
+from kd_det.configuration import ConfigurationError
+from kd_det.inspection import draw_step, first_training_batch, image_batch, inspect_step, tap_table, term_table
+from kd_det.inspection.pictures import restored_images
+
+TERMS = dict(
+    neck=dict(type='FeatureImitation', weight=dict(type='Warmup', value=2.0, epochs=1), mask=dict(
+        type='MaskProduct', masks=['BoxForeground', dict(type='ChannelAttention', temperature=0.5)])),
+    fgd=dict(type='FGD', levels=(0, 1), weight=dict(type='Balance', ratio=0.5)),
+    regions=dict(type='RoIClassification'),
+    proposals=dict(type='RPNImitation'))
+
+
+def rows_of(table):
+    return list(zip(*(column.cells for column in table.columns)))
+
+
+@pytest.fixture
+def seen(faster_rcnn, distiller, batch):
+    """A distiller, and the step that was inspected."""
+    model = distiller(faster_rcnn(), faster_rcnn(depth=50, neck=12), distill=TERMS).train()
+    return model, inspect_step(model, batch(shapes=((64, 96), (40, 64))))
+
+
+def test_taps_are_shown_with_what_they_are_paired_with(seen):
+    rows = rows_of(tap_table(*seen))
+    assert rows[0] == ('neck[0]', '2 × 8 × 16 × 24', '4', 'neck[0]', '2 × 12 × 16 × 24', 'neck, fgd')
+    assert rows[4] == ('neck[4]', '2 × 8 × 1 × 2', '64', 'neck[4]', '2 × 12 × 1 × 2', 'neck')
+    by_path = {row[0]: row for row in rows}
+    assert by_path['roi_head logits'][1:] == ('32 × 4', '–', 'roi_head logits', '32 × 4', 'regions')
+    assert by_path['rpn_head logits'][1:3] == ('2 × 4 × 1', '64') and by_path['rpn_head logits'][-1] == 'proposals'
+
+
+def test_terms_are_shown_with_value_weight_and_pull(seen):
+    model, step = seen
+    table = rows_of(term_table(model, step))
+    rows = {row[0]: row for row in table}
+    losses = step.observation.losses
+    assert rows["the student's own loss"][1] == f'{model.parse_losses(losses)[0].item():.4g}'
+    name, value, weight, weighted, path, gradient, task, ratio = rows['[bold]neck[/bold]']
+    assert weight == '2 (Warmup)' and path == 'neck'  # not what it is in the first step: 0
+    assert float(weighted) == pytest.approx(2 * float(value), rel=1e-3) and float(gradient) > 0
+    assert float(ratio) == pytest.approx(float(gradient) / float(task), rel=1e-2)
+    assert rows['[bold]fgd[/bold]'][-1] == '0.50' and rows['[bold]fgd[/bold]'][2].endswith(' (Balance)')
+    parts = table[table.index(rows['[bold]fgd[/bold]']) + 1:][:4]
+    assert [row[0].strip() for row in parts] == ['foreground', 'background', 'attention', 'relation']
+    assert sum(float(row[1]) for row in parts) == pytest.approx(float(rows['[bold]fgd[/bold]'][1]), rel=1e-2)
+    assert rows['[bold]regions[/bold]'][4] == 'neck'  # it reads heads alone
+
+
+def test_inspecting_leaves_the_model_able_to_train(seen, batch):
+    model, _ = seen
+    assert all(parameter.grad is None for parameter in model.parameters())
+    losses = model(**model.data_preprocessor(batch(), True), mode='loss')
+    model.parse_losses(losses)[0].backward()
+    assert 'compare' not in vars(model.terms['fgd'])
+
+
+def test_every_mask_and_attention_becomes_a_picture(seen, tmp_path):
+    files = draw_step(*seen, tmp_path / 'pictures')
+    assert sorted(tmp_path.glob('pictures/*')) == sorted(files)
+    names = {file.stem for file in files}
+    assert {f'{image}_{name}' for image in range(2) for name in (
+        'neck_mask_MaskProduct', 'neck_mask_MaskProduct_channels', 'neck_mask_masks_0_BoxForeground',
+        'neck_mask_masks_1_ChannelAttention_channels', 'fgd_foreground_BoxForeground', 'fgd_background_BoxBackground',
+        'fgd_attention_student', 'fgd_attention_student_channels', 'fgd_attention_teacher',
+        'fgd_attention_teacher_channels', 'neck_attention_student', 'neck_attention_teacher')} == names
+    for file in files:
+        with Image.open(file) as picture:
+            assert np.ptp(np.asarray(picture.convert('RGB'))) > 100
+
+
+@pytest.mark.parametrize('preprocessor', [dict(bgr_to_rgb=True), dict(bgr_to_rgb=False), dict(mean=None, std=None)])
+def test_images_are_restored(preprocessor, retinanet, batch):
+    settings = {**retinanet()['data_preprocessor'], 'bgr_to_rgb': False, **preprocessor}
+    preprocessor, data = MODELS.build(settings), batch()
+    inputs = preprocessor(copy.deepcopy(data), True)['inputs']
+    for image, expected in zip(restored_images(inputs.float(), preprocessor), data['inputs']):
+        assert np.array_equal(image, expected.flip(0).permute(1, 2, 0).numpy())
+
+
+def test_first_training_batch_is_that_of_a_run(run_config, retinanet, make_runner):
+    config = run_config(retinanet(), seed=3)
+    config.train_dataloader.update(num_workers=2, persistent_workers=True, prefetch_factor=2)
+    first = first_training_batch(config)
+    assert config.train_dataloader.num_workers == 2
+    expected = next(iter(make_runner(retinanet(), seed=3).build_dataloader(dict(
+        config.train_dataloader, num_workers=0, persistent_workers=False, prefetch_factor=None), seed=3)))
+    assert [sample.img_id for sample in first['data_samples']] == [sample.img_id for sample in expected['data_samples']]
+    assert all(len(sample.gt_instances) for sample in first['data_samples'])
+
+
+def test_an_image_has_no_boxes_and_is_prepared_as_for_validation(run_config, retinanet, distiller, coco_folder):
+    config = run_config(retinanet(), val=True)
+    config.val_dataloader.dataset.pipeline[2].scale = (96, 96)
+    data = image_batch(config, coco_folder / '0.png')
+    assert data['inputs'][0].shape == (3, 96, 96) and not len(data['data_samples'][0].gt_instances)
+    model = distiller(retinanet(), retinanet(neck=12), distill=dict(fgd=TERMS['fgd'])).train()
+    step = inspect_step(model, data)
+    assert step.observation.values['fgd']['foreground'] == 0 < step.observation.values['fgd']['background']
+    assert 'there are no boxes' in term_table(model, step).caption
+
+
+@pytest.mark.parametrize('content, error, said', [
+    (None, FileNotFoundError, "no image '.*x.png'"), (b'no image', ConfigurationError, "x.png' can not be read")])
+def test_what_is_no_image_is_named(content, error, said, run_config, retinanet, tmp_path):
+    if content:
+        (tmp_path / 'x.png').write_bytes(content)
+    with pytest.raises(error, match=said):
+        image_batch(run_config(retinanet(), val=True), tmp_path / 'x.png')
+
+
+def test_an_image_needs_a_pipeline():
+    with pytest.raises(ConfigurationError, match='no val_dataloader'):
+        image_batch(Config(dict(train_dataloader={})), 'x.png')
+
+
+def test_of_several_teachers_the_table_says_which(retinanet, distiller, batch):
+    teachers = [dict(config=retinanet(neck=width), random_teacher=True) for width in (12, 16)]
+    terms = dict(a=dict(type='PKD'), b=dict(type='PKD', teacher=1))
+    model = distiller(retinanet(), None, teacher=teachers, distill=terms).train()
+    paired = {row[3]: row[4] for row in rows_of(tap_table(model, inspect_step(model, batch())))}
+    assert paired['teacher 0: neck[0]'].startswith('2 × 12') and paired['teacher 1: neck[0]'].startswith('2 × 16')
