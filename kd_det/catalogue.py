@@ -66,6 +66,6 @@ def _entry(name: str, files: Dict[str, Path]) -> MethodEntry:
 
 
 def _reads(config: dict) -> List[str]:
-    """The parts of the student that a term reads."""
+    """The parts of student and teacher that a term reads."""
     term = MODELS.build({key: value for key, value in config.items() if key != 'weight'})
-    return [path.split('.')[0] for path in (*term.student_taps, *term.student_heads)]
+    return [path.split('.')[0] for path in (*term.student_taps, *term.student_heads, *term.teacher_heads)]

@@ -24,6 +24,7 @@ def test_entries_are_what_the_files_hold(entries):
     assert entries['fsp'].paper == 'Yim et al., CVPR 2017' and entries['fsp'].needs == ('backbone features', )
     assert entries['dkd'].families == ('two_stage', ) and entries['dkd'].needs == ('RoI head', )
     assert entries['frs'].needs == ('neck features', 'dense head', 'RPN')  # for one-stage and for two-stage detectors
+    assert entries['pgd'].needs == ('neck features', 'dense head')  # a mask reads the teacher's head alone
     assert entries['pkd'].families == FAMILIES  # two files: one family's, and all others'
 
 

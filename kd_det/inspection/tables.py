@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from itertools import zip_longest
-from typing import Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 from rich.table import Table
 from torch import Tensor
@@ -48,13 +48,12 @@ def _heads(term: DistillTerm, step: InspectedStep) -> Iterator[Row]:
             yield student, _shape(students.get(stride)), stride, teacher, _shape(teachers.get(stride))
 
 
-def _logits(outputs: Union[None, DenseOutputs, RoIOutputs, Tuple[RoIOutputs, ...]]) -> Dict[str, Tensor]:
-    """Class logits by stride; a RoI head, of whose stages the first is shown, has none."""
-    if outputs is None:
-        return {}
+def _logits(outputs: Any) -> Dict[str, Tensor]:
+    """Class logits by stride; those of a RoI head, of whose stages the first is shown, have none."""
     if isinstance(outputs, DenseOutputs):
         return dict(zip(map(str, outputs.strides), outputs.logits))
-    return {'–': (outputs if isinstance(outputs, RoIOutputs) else outputs[0]).logits}
+    first = outputs[0] if isinstance(outputs, tuple) and not isinstance(outputs, RoIOutputs) else outputs
+    return {'–': first.logits} if isinstance(first, RoIOutputs) else {}
 
 
 def _teacher(term: DistillTerm, step: InspectedStep) -> str:
