@@ -32,7 +32,7 @@ class CrossKD(DenseTerm):
 
     Args:
         remaining: How many convolutions of the teacher's towers the features pass, before the layers that predict.
-            1 is the paper's choice: of four, three are the student's. With 0 only what predicts is the teacher's.
+            With 1, of four convolutions three are the student's. With 0 only what predicts is the teacher's.
         channels: Widths of the student's and of the teacher's features there, where they differ: an adapter between
             them trains with the student, one for each tower.
         adapter: See :func:`~kd_det.adapters.build_adapter`.
