@@ -1,7 +1,7 @@
 """The students' schedule: AdamW, a short warm-up, then a cosine to zero."""
 _base_ = 'mmdet::_base_/default_runtime.py'
 max_epochs = 8
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=max_epochs)
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=2)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
