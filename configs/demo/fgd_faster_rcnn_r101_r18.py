@@ -1,7 +1,7 @@
 """The slim Faster R-CNN R101 teaches the R18 with FGD on the demo's data: the twin of baseline_faster_rcnn_r18.py.
 
-Published weights are made for COCO at 256 channels. These were chosen on this data with a seed (10) that the demo does not
-use: foreground and background ten times the paper's one-stage weights, attention and relation little.
+Published weights are made for COCO at 256 channels. These were chosen on this data with a seed (10) that the demo does
+not use: foreground and background ten times the paper's one-stage weights, attention and relation little.
 """
 _base_ = './baseline_faster_rcnn_r18.py'
 custom_imports = dict(imports=['kd_det'])

@@ -60,7 +60,8 @@ def _prepare(parser: argparse.ArgumentParser, command: str) -> None:
     warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
     if kd_det.MMDETECTION_ERROR and command != 'doctor':
         error = kd_det.MMDETECTION_ERROR
-        parser.exit(2, f'kd-det: error: MMDetection can not be imported: {type(error).__name__}: {error}. Run kd-det doctor.\n')
+        parser.exit(2, f'kd-det: error: MMDetection can not be imported: {type(error).__name__}: {error}. '
+                       'Run kd-det doctor.\n')
     try:
         module = import_module(f'kd_det.cli.{command}')
     except ModuleNotFoundError as error:

@@ -22,7 +22,8 @@ DISTRIBUTIONS = {
     'pycocotools': ('pycocotools', ),
 }
 INSTALL = "pip install 'kd-det[mmdet]'"
-HEADLESS = 'pip install --force-reinstall --no-deps opencv-python-headless'  # OpenCV's desktop build needs a screen's libraries
+# OpenCV's desktop build needs the libraries of a screen.
+HEADLESS = 'pip install --force-reinstall --no-deps opencv-python-headless'
 
 
 def inspect_environment() -> Iterator[Finding]:

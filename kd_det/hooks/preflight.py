@@ -65,7 +65,8 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int) -> Optional[
     with preserved_randomness():
         dataset = DATASETS.build(copy.deepcopy(loader['dataset']))
         if len(dataset) == 0:
-            raise ConfigurationError('The validation data is empty: check val_dataloader.dataset (ann_file, data_prefix, data_root).')
+            raise ConfigurationError('The validation data is empty: check val_dataloader.dataset (ann_file, data_prefix, '
+                                     'data_root).')
         check_classes(teacher, len(dataset.metainfo['classes']))
         count = min(images, len(dataset))
         evaluator = runner.build_evaluator(copy.deepcopy(evaluator))

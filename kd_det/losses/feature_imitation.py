@@ -28,10 +28,11 @@ class FeatureImitation(FeatureTerm):
         **kwargs: See :class:`~kd_det.losses.base.FeatureTerm`.
 
     Example:
-        >>> dict(type='FeatureImitation', tap='neck', mask=dict(type='MaskProduct', masks=['BoxForeground', 'SpatialAttention']))
+        >>> dict(type='FeatureImitation', mask=dict(type='MaskProduct', masks=['BoxForeground', 'SpatialAttention']))
     """
 
-    def __init__(self, mask: Optional[MaskConfig] = None, distance: str = 'mse', normalizer: str = 'batch', **kwargs) -> None:
+    def __init__(self, mask: Optional[MaskConfig] = None, distance: str = 'mse', normalizer: str = 'batch',
+                 **kwargs) -> None:
         super().__init__(**kwargs)
         self.mask = None if mask is None else build_mask(mask)
         self.distance, self.normalizer = distance, normalizer

@@ -35,8 +35,8 @@ def read_model_config(config: ModelConfig) -> ConfigDict:
     loaded = load_config(config) if isinstance(config, (str, Path)) else ConfigDict(config)
     model = loaded.get('model', loaded)
     if 'type' not in model:
-        raise TeacherError(f"The teacher's config {config!r:.200} holds no model: expected a key 'model', or a model dict with "
-                           "a 'type'.")
+        raise TeacherError(f"The teacher's config {config!r:.200} holds no model: expected a key 'model', or a model dict "
+                           "with a 'type'.")
     # A student that was itself distilled may teach: what counts is the detector inside.
     return model.student if model.type == DISTILLER else model
 

@@ -69,7 +69,8 @@ class Teacher:
 
     def to_like(self, parameter: Tensor) -> Teacher:
         """Moves the teacher to the device and floating-point type of ``parameter``."""
-        return self._apply(lambda tensor: tensor.to(parameter.device, parameter.dtype if tensor.is_floating_point() else None))
+        return self._apply(lambda tensor: tensor.to(parameter.device,
+                                                    parameter.dtype if tensor.is_floating_point() else None))
 
     def _apply(self, function) -> Teacher:
         self.model._apply(function)
