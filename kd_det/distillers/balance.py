@@ -16,14 +16,15 @@ from kd_det.distillers.weights import Weight, WeightConfig
 class Balance(Weight):
     """Keeps the norm of the term's gradient on the student's features at ``ratio`` times that of the task's gradient.
 
-    The features are those that the term taps, or the neck's for a term that reads heads alone. Both norms are moving
-    averages over the same measurements, so that the bias of their start at 0 cancels. The term's weight is
-    ratio · task's / term's, and 0 until both have been positive in one measurement.
+    The features are those that the term taps, or the neck's for a term that reads heads alone. The term's weight is
+    ratio · task's norm / term's norm, as moving geometric mean of the measurements: while a head is new both norms
+    change by orders of magnitude, and an arithmetic mean would long remember the largest. It is 0 until both norms have
+    been positive in one measurement.
 
     Args:
         ratio: Share of the task's gradient, or a schedule of it.
         interval: Iterations between measurements; the first is made in the first step of the term.
-        momentum: Share of the averages that a measurement keeps.
+        momentum: Share of the mean that a measurement keeps; the bias of its start at 0 is corrected.
 
     Raises:
         ValueError: An argument is out of its range, or the ratio is balanced itself.
@@ -33,7 +34,7 @@ class Balance(Weight):
         >>> dict(type='Warmup', epochs=1, value=dict(type='Balance', ratio=0.5))
     """
 
-    def __init__(self, ratio: WeightConfig = 0.5, interval: int = 10, momentum: float = 0.9) -> None:
+    def __init__(self, ratio: WeightConfig = 0.5, interval: int = 10, momentum: float = 0.8) -> None:
         super().__init__(ratio)
         if super().balance is not None:
             raise ValueError('Balance: its ratio is a Balance too. Give a number, or a schedule of numbers.')
@@ -41,7 +42,7 @@ class Balance(Weight):
             raise ValueError(f'Balance: ratio={ratio}, interval={interval}, momentum={momentum}: expected a ratio of '
                              'at least 0, an interval of at least 1, and a momentum in [0, 1).')
         self.interval, self.momentum = interval, momentum
-        self.averages: Optional[Tensor] = None  # (2,): the term's norm and the task's, both times the same factor
+        self.averages: Optional[Tensor] = None  # (2,): of log(task's / term's), and of 1, which it is to be divided by
 
     @property
     def balance(self) -> Balance:
@@ -53,16 +54,17 @@ class Balance(Weight):
 
     def update(self, norms: GradientNorms) -> None:
         """Takes in a measurement; one that is not finite, or in which either gradient vanishes, changes nothing."""
-        measured = torch.stack(norms)
-        before = torch.zeros_like(measured) if self.averages is None else self.averages.to(measured.device)
-        counts = (torch.isfinite(measured) & (measured > 0)).all()
+        both = torch.stack(norms)
+        before = torch.zeros_like(both) if self.averages is None else self.averages.to(both.device)
+        measured = torch.stack([torch.log(norms.task / norms.term), torch.ones_like(norms.task)])
+        counts = (torch.isfinite(both) & (both > 0)).all()
         self.averages = torch.where(counts, self.momentum * before + (1 - self.momentum) * measured, before)
 
     @property
     def scale(self) -> Tensor:
         """The weight that makes the two norms equal, a scalar."""
-        term, task = torch.zeros(2) if self.averages is None else self.averages
-        return torch.where(term > 0, task / term, torch.zeros_like(term))
+        logarithm, weight = torch.zeros(2) if self.averages is None else self.averages
+        return torch.where(weight > 0, torch.exp(logarithm / weight), torch.zeros_like(weight))
 
     def state_dict(self) -> Dict[str, Tensor]:
         """What a checkpoint keeps."""
