@@ -1,6 +1,7 @@
 """Small detectors, batches and runners that all tests share."""
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from mmengine.config import ConfigDict
 from mmengine.registry import init_default_scope
 
 torch.set_num_threads(1)
+
+GOLDENS = Path(__file__).parent / 'goldens'
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +36,20 @@ def _backbone(depth: int, width: int) -> dict:
 
 def _stage_channels(depth: int, width: int) -> list:
     return [width * 2**stage * (4 if depth >= 50 else 1) for stage in range(4)]
+
+
+@pytest.fixture
+def golden():
+    """Loads ``tests/goldens/<name>.npz``: its tensors, its ``meta``, and its module parameters as ``params``."""
+
+    def load(name: str) -> SimpleNamespace:
+        with np.load(GOLDENS / f'{name}.npz') as file:
+            tensors = {key: torch.from_numpy(file[key]) for key in file.files if key != 'meta'}
+            meta = json.loads(str(file['meta']))
+        params = {key[len('param:'):]: tensors.pop(key) for key in list(tensors) if key.startswith('param:')}
+        return SimpleNamespace(meta=meta, params=params, **tensors)
+
+    return load
 
 
 @pytest.fixture

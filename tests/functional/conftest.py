@@ -1,28 +1,7 @@
 """Golden values and helpers for the pure functions."""
-import json
-from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-
-GOLDENS = Path(__file__).parents[1] / 'goldens'
-
-
-@pytest.fixture
-def golden():
-    """Loads ``tests/goldens/<name>.npz``: its tensors, its ``meta``, and its module parameters as ``params``."""
-
-    def load(name: str) -> SimpleNamespace:
-        with np.load(GOLDENS / f'{name}.npz') as file:
-            tensors = {key: torch.from_numpy(file[key]) for key in file.files if key != 'meta'}
-            meta = json.loads(str(file['meta']))
-        params = {key[len('param:'):]: tensors.pop(key) for key in list(tensors) if key.startswith('param:')}
-        return SimpleNamespace(meta=meta, params=params, **tensors)
-
-    return load
-
 
 @pytest.fixture
 def close():

@@ -1,30 +1,9 @@
 """Golden values and a padded batch for the feature terms; pairs for the terms that compare outputs of heads."""
 import copy
-import json
-from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from mmdet.registry import MODELS
-
-GOLDENS = Path(__file__).parents[1] / 'goldens'
-
-
-@pytest.fixture
-def golden():
-    """Loads ``tests/goldens/<name>.npz``: its tensors, its ``meta``, and its module parameters as ``params``."""
-
-    def load(name: str) -> SimpleNamespace:
-        with np.load(GOLDENS / f'{name}.npz') as file:
-            tensors = {key: torch.from_numpy(file[key]) for key in file.files if key != 'meta'}
-            meta = json.loads(str(file['meta']))
-        params = {key[len('param:'):]: tensors.pop(key) for key in list(tensors) if key.startswith('param:')}
-        return SimpleNamespace(meta=meta, params=params, **tensors)
-
-    return load
-
 
 @pytest.fixture
 def check_gradient():

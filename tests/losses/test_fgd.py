@@ -1,57 +1,42 @@
-import json
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from mmdet.registry import MODELS
 
 from kd_det.losses import FGD
 
-GOLDENS = Path(__file__).parents[1] / 'goldens'
 BLOCKS = dict(student='student_context.0', teacher='teacher_context.0')
+WEIGHTS = dict(alpha='alpha', beta='beta', gamma='gamma', lambda_='lambda')
 
 
-def _load_parameters(term, golden):
+def _load_parameters(term, params):
     """Fills the term from the authors' parameters."""
     state = {}
     for side, block in BLOCKS.items():
-        for ours, theirs in dict(attend=f'context_mask_{side}', reduce=f'context_mlp_{side}.reduce', norm=f'context_mlp_{side}.norm',
-                                 expand=f'context_mlp_{side}.expand').items():
-            for kind in ('weight', 'bias'):
-                state[f'{block}.{ours}.{kind}'] = torch.tensor(golden[f'param:{theirs}.{kind}'])
-    if 'param:align.weight' in golden:
-        state.update({f'adapters.0.{kind}': torch.tensor(golden[f'param:align.{kind}']) for kind in ('weight', 'bias')})
+        for ours, theirs in dict(attend=f'context_mask_{side}', reduce=f'context_mlp_{side}.reduce',
+                                 norm=f'context_mlp_{side}.norm', expand=f'context_mlp_{side}.expand').items():
+            state.update({f'{block}.{ours}.{kind}': params[f'{theirs}.{kind}'] for kind in ('weight', 'bias')})
+    if 'align.weight' in params:
+        state.update({f'adapters.0.{kind}': params[f'align.{kind}'] for kind in ('weight', 'bias')})
     term.load_state_dict(state, strict=True)
 
 
 @pytest.mark.parametrize('name', ['fgd_same', 'fgd_align', 'fgd_nogt', 'fgd_padded'])
-def test_reproduces_the_authors_values(name, make_context, connected):
-    golden = np.load(GOLDENS / f'{name}.npz')
-    meta = json.loads(str(golden['meta']))
-    student, teacher, *boxes = (torch.tensor(golden[key]) for key in ('student', 'teacher', 'gt0', 'gt1'))
-    student.requires_grad_()
-    context = make_context(student, teacher, boxes, tuple(meta['batch_shape']), [tuple(shape) for shape in meta['img_shapes']])
-    weights = {short: meta[f'{long}_fgd'] for short, long in dict(alpha='alpha', beta='beta', gamma='gamma', lambda_='lambda').items()}
+def test_reproduces_the_authors_values(name, golden, make_context, connected):
+    values = golden(name)
+    meta, student = values.meta, values.student.requires_grad_()
+    context = make_context(student, values.teacher, [values.gt0, values.gt1], tuple(meta['batch_shape']),
+                           [tuple(shape) for shape in meta['img_shapes']])
+    weights = {ours: meta[f'{theirs}_fgd'] for ours, theirs in WEIGHTS.items()}
     # The padded golden holds the authors' own box mapping; where no image is padded, the two are the same.
-    term = connected(FGD(temperature=meta['temp'], box_mapping='image' if name == 'fgd_padded' else 'batch', **weights), context)
-    _load_parameters(term, golden)
+    mapping = 'image' if name == 'fgd_padded' else 'batch'
+    term = connected(FGD(temperature=meta['temp'], box_mapping=mapping, **weights), context)
+    _load_parameters(term, values.params)
     parts = term(context)
     sum(parts.values()).backward()
-    torch.testing.assert_close(sum(parts.values()).detach(), torch.tensor(golden['loss']), rtol=1e-5, atol=0)
+    torch.testing.assert_close(sum(parts.values()).detach(), values.loss, rtol=1e-5, atol=0)
     for (part, value), weight in zip(parts.items(), weights.values()):
-        torch.testing.assert_close(value.detach(), weight * torch.tensor(golden[f'loss_{part}']), rtol=1e-5, atol=0)
-    expected = torch.tensor(golden['grad_student'])
-    assert (student.grad - expected).norm() < 1e-5 * expected.norm()
-
-
-@pytest.fixture
-def padded(make_context):
-    """Two images, the second padded in height and width, with features that differ between student and teacher."""
-    torch.manual_seed(0)
-    boxes = [torch.tensor([[4., 4., 60., 40.], [50., 8., 90., 60.]]), torch.tensor([[0., 0., 30., 20.]])]
-    return make_context(torch.randn(2, 6, 8, 12, requires_grad=True), torch.randn(2, 6, 8, 12), boxes,
-                        image_shapes=[(64, 96), (40, 56)])
+        torch.testing.assert_close(value.detach(), weight * getattr(values, f'loss_{part}'), rtol=1e-5, atol=0)
+    assert (student.grad - values.grad_student).norm() < 1e-5 * values.grad_student.norm()
 
 
 @pytest.mark.parametrize('box_mapping', ['batch', 'image'])
