@@ -72,7 +72,7 @@ def train_once(name: str, config: Config, inputs: Any, progress: Progress) -> Ru
         identity=identity,
         start=watch.start,
         checkpoint=str(Path(config.work_dir, f'epoch_{runner.max_epochs}.pth')),
-        scalars=str(Path(runner.log_dir, 'vis_data', 'scalars.json')),
+        scalars=os.path.relpath(Path(runner.log_dir, 'vis_data', 'scalars.json')),  # as the checkpoint, from here
         metrics=watch.metrics,
         parameters=sum(parameter.numel() for parameter in detector.parameters()),
         seconds_per_iteration=float(np.median(watch.seconds)),
