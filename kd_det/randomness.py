@@ -11,9 +11,11 @@ import torch
 
 @contextmanager
 def preserved_randomness() -> Iterator[None]:
-    """Whatever is drawn inside, Python's, NumPy's and PyTorch's (all devices') generators come out as they went in."""
+    """Whatever is drawn inside, Python's, NumPy's and PyTorch's (CPU and current GPU) generators come out as they went in."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    # Asking for all GPUs would give this rank a context on each of them.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
         try:
             yield
         finally:
