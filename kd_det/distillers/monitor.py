@@ -19,9 +19,9 @@ from kd_det.distillers.weights import Weight
 class DominanceWatch:
     """Warns, once, where a term drowns the task: by some measurements at the beginning of a run.
 
-    Not by the very first: through a head that has learnt nothing yet hardly any gradient of the task passes. A term
-    that looks everywhere may pull harder than the task, which looks at few places, and still help: on BCCD_Dataset
-    (RetinaNet, published weights) PKD, which helped, pulled 15 times as hard, FGD, which hurt, 40 times.
+    Not by the very first: through a head that has learnt nothing yet hardly any gradient of the task passes. And a term
+    that looks everywhere may pull several times as hard as the task, which looks at few places, and still help: the
+    limit is far above 1.
 
     Args:
         name: Of the term.
