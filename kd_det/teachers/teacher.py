@@ -77,10 +77,6 @@ class Teacher:
         self.bridge._apply(function)
         return self
 
-    def features(self, images: Tensor, image_shapes: Sequence[Tuple[int, int]]) -> Dict[str, Levels]:
-        """Runs the part of the teacher that the taps read, see :meth:`observe`."""
-        return self.observe(images, image_shapes)[0]
-
     @torch.no_grad()
     def observe(self,
                 images: Tensor,

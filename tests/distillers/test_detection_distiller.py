@@ -102,7 +102,7 @@ def test_teacher_belongs_to_nothing_and_nothing_changes_it(pair, distiller, batc
     before, weights = teacher.fingerprint(), {id(parameter) for parameter in teacher.model.parameters()}
     model.train()
     images, shapes = torch.randn(2, 3, 64, 64), [(64, 64)] * 2
-    first, second = teacher.features(images, shapes), teacher.features(images, shapes)
+    first, second = teacher.observe(images, shapes)[0], teacher.observe(images, shapes)[0]
     assert all(torch.equal(a, b) for a, b in zip(first['neck'], second['neck']))  # dropping is off
     _train(model, batch())
     assert not any(module.training for module in teacher.model.modules())

@@ -1,5 +1,4 @@
 """Distillation under mmengine's Runner: every saved file is the student's, and a resumed run is the uninterrupted one."""
-import copy
 from pathlib import Path
 
 import pytest

@@ -5,7 +5,6 @@ from types import MappingProxyType
 import pytest
 import torch
 import torch.nn.functional as F
-from mmdet.registry import MODELS
 
 from kd_det.configuration import ConfigurationError
 from kd_det.functional.boxes import distribution_kl, giou_imitation

@@ -29,7 +29,7 @@ def test_features_are_those_of_the_plain_detector_in_eval_mode(retinanet, batch)
     teacher = Teacher(config, random_teacher=True, taps=['neck', 'backbone.layer2'],
                       student_preprocessor=MODELS.build(config['data_preprocessor']))
     images = torch.randn(2, 3, 64, 64)
-    features = teacher.features(images, [(64, 64)] * 2)
+    features = teacher.observe(images, [(64, 64)] * 2)[0]
     for read, expected in zip(features['neck'], teacher.model.eval().extract_feat(images)):
         assert torch.equal(read, expected) and not read.requires_grad
     assert features['backbone.layer2'][0].shape[1] == 4 * 2 * 4
@@ -38,7 +38,7 @@ def test_features_are_those_of_the_plain_detector_in_eval_mode(retinanet, batch)
 def test_backbone_taps_do_not_run_the_neck(retinanet):
     teacher = Teacher(retinanet(), random_teacher=True, taps=['backbone'], student_preprocessor=DetDataPreprocessor())
     teacher.model.neck.forward = None  # calling it would fail
-    assert len(teacher.features(torch.randn(1, 3, 64, 64), [(64, 64)])['backbone']) == 4
+    assert len(teacher.observe(torch.randn(1, 3, 64, 64), [(64, 64)])[0]['backbone']) == 4
 
 
 def test_a_copy_shares_the_teacher(retinanet):

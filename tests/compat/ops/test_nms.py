@@ -82,7 +82,7 @@ def test_nms_of_numpy_arrays():
 
 
 def test_no_boxes():
-    boxes, scores, ids = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long)
+    boxes, scores = torch.zeros(0, 4), torch.zeros(0)
     for dets, inds in (nms(boxes, scores, 0.5), soft_nms(boxes, scores, 0.5)):
         assert dets.shape == (0, 5) and inds.shape == (0, ) and inds.dtype == torch.long
     assert batched_nms(random_boxes(3), torch.ones(3), torch.arange(3), dict(type='nms', iou_threshold=0.1))[0].shape \
