@@ -33,14 +33,15 @@ def seconds(call: Call, device: Device = 'cpu', repeats: int = 5, warmup: int = 
 
 
 def peak_memory(call: Call, device: Device = 'cpu') -> int:
-    """The most bytes that tensors took at once during a call, above those that were there before it.
+    """The most bytes that tensors made by a call took at once.
 
     It counts what PyTorch's allocator hands out, temporaries within operators and tensors saved for the backward pass
     included, and what ``call`` returns; neither scratch space of libraries (oneDNN, cuBLAS) nor unused parts of pools.
     The number is exact and the same each time, unlike the size of the process.
 
     Args:
-        call: Takes nothing. It runs once; call it before if its first run does more than the later ones.
+        call: Takes nothing. It runs once; call it before if its first run does more than the later ones. It should let go
+            of no tensor that was there before, such as gradients of an earlier step: on a GPU that would be subtracted.
         device: Where it computes.
     """
     if torch.device(device).type != 'cuda':
