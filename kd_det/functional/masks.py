@@ -7,10 +7,12 @@ teacher's; the functions that use them as weights detach them. All other masks c
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import ceil, log2
+from math import log2
 
 import torch
 from torch import Tensor
+
+from kd_det.functional.painting import paint_rectangles
 
 # Elements of the largest (boxes, cells) table that masks made of box-to-prediction overlaps keep at once.
 _OVERLAP_BUDGET = 2**24
@@ -59,7 +61,7 @@ def box_foreground(
         weight = torch.ones_like(left)
     else:
         weight = 1 / (bottom + 1 - top).clamp(min=1) / (right + 1 - left).clamp(min=1)
-    return _paint(left, top, right, bottom, weight, image, len(boxes), feature_shape)
+    return paint_rectangles(left, top, right, bottom, weight, image, len(boxes), feature_shape)
 
 
 @torch.no_grad()
@@ -210,7 +212,7 @@ def level_foreground(
     first = torch.where(empty, torch.minimum(first, size - 1), first)
     last = torch.where(empty, first, stop - 1)
     weight = belongs.to(corners.dtype)
-    return _paint(*first.unbind(1), *last.unbind(1), weight, image, len(boxes), feature_shape)
+    return paint_rectangles(*first.unbind(1), *last.unbind(1), weight, image, len(boxes), feature_shape)
 
 
 @torch.no_grad()
@@ -252,15 +254,45 @@ def near_anchor_foreground(
 
 
 @torch.no_grad()
+def region_foreground(
+    rois: Tensor,
+    values: Tensor,
+    num_images: int,
+    batch_shape: tuple[int, int],
+    feature_shape: tuple[int, int],
+) -> Tensor:
+    """Spreads one value per region over the cells that the region overlaps; where several do, the largest counts.
+
+    Time and memory are linear in cells and regions, up to logarithms.
+
+    Args:
+        rois: (R, 5) index of the image and x1, y1, x2, y2 in pixels of the padded batch.
+        values: (R,) at least 0.
+        num_images: N.
+        batch_shape: (h, w) of the padded batch in pixels.
+        feature_shape: (H, W) of the feature map in cells.
+
+    Returns:
+        (N, H, W); 0 where no region is.
+    """
+    rois = rois.float()
+    cells = rois.new_tensor([feature_shape[1], feature_shape[0]])
+    scale = cells / rois.new_tensor([batch_shape[1], batch_shape[0]])
+    first = (rois[:, 1:3] * scale).floor()
+    last = torch.maximum((rois[:, 3:] * scale).ceil() - 1, first)  # a region without area is on one cell
+    return paint_rectangles(*first.unbind(1), *last.unbind(1), values, rois[:, 0].long(), num_images, feature_shape)
+
+
+@torch.no_grad()
 def prediction_difference(student_probs: Tensor, teacher_probs: Tensor) -> Tensor:
     """Where the two detectors disagree: mean over classes of (p_t - p_s)² (PFI, arXiv 2112.04840).
 
     Args:
-        student_probs: (N, classes, H, W) class probabilities of the student.
-        teacher_probs: (N, classes, H, W) class probabilities of the teacher.
+        student_probs: (N, classes, ...) class probabilities of the student, of cells (H, W) or of regions ().
+        teacher_probs: (N, classes, ...) class probabilities of the teacher.
 
     Returns:
-        (N, H, W).
+        (N, ...).
     """
     return (teacher_probs - student_probs).square().mean(1)
 
@@ -333,9 +365,9 @@ def valuable_region(
     gamma: float = 0.25,
     top_k: int = 9,
 ) -> Tensor:
-    """The priors around those that an adaptive assigner gives to boxes (the VLR of LD, arXiv 2102.12252).
+    """How valuable the priors around those that an adaptive assigner gives to boxes are (VLR of LD, arXiv 2102.12252).
 
-    A prior is valuable to a box where γ·α ≤ DIoU(prior, box) ≤ α. α is the box's threshold of ATSS (arXiv 1912.02424):
+    A prior is valuable to a box where γ·α ≤ DIoU(prior, box) < α, and as much as the two overlap. α is the box's threshold of ATSS (arXiv 1912.02424):
     mean + standard deviation of the IoU over the candidates, on each level the ``top_k`` priors nearest to the box.
 
     Args:
@@ -345,12 +377,12 @@ def valuable_region(
         top_k: Candidates of each level.
 
     Returns:
-        (N, ΣP) bool: whether the prior is valuable to any box of the image.
+        (N, ΣP) in [0, 1]: the largest IoU of the prior with a box to which it is valuable, 0 where there is none.
     """
     corners, image = _concatenate(boxes)
     sizes = [len(level) for level in priors]
     every = torch.cat(list(priors)).to(corners)
-    votes = corners.new_zeros(len(boxes), len(every))
+    values = corners.new_zeros(len(boxes), len(every))
     for part in _chunks(len(corners), 4 * len(every)):
         box = corners[part, None]
         distance = (_centre(box) - _centre(every)).square().sum(-1)
@@ -360,10 +392,10 @@ def valuable_region(
             here.gather(1, there.topk(min(top_k, size), dim=1, largest=False)[1])
             for here, there, size in zip(overlap.split(sizes, 1), distance.split(sizes, 1), sizes)], 1)
         threshold = (candidates.mean(1) + candidates.std(1))[:, None]
-        overlap = overlap - distance / hull.square().sum(-1).clamp(min=1e-6)
-        valuable = (overlap >= gamma * threshold) & (overlap <= threshold)
-        votes.index_add_(0, image[part], valuable.to(votes.dtype))
-    return votes > 0
+        proximity = overlap - distance / hull.square().sum(-1).clamp(min=1e-6)
+        valuable = (proximity >= gamma * threshold) & (proximity < threshold)
+        values.scatter_reduce_(0, image[part, None].expand_as(overlap), overlap * valuable, 'amax')
+    return values
 
 
 def _centre(boxes: Tensor) -> Tensor:
@@ -408,61 +440,3 @@ def _iou(a: Tensor, b: Tensor) -> Tensor:
     overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
     area_a, area_b = ((box[..., 2:] - box[..., :2]).clamp(min=0).prod(-1) for box in (a, b))
     return overlap / (area_a + area_b - overlap).clamp(min=1e-6)
-
-
-def _paint(
-    left: Tensor,
-    top: Tensor,
-    right: Tensor,
-    bottom: Tensor,
-    weight: Tensor,
-    image: Tensor,
-    num_images: int,
-    feature_shape: tuple[int, int],
-) -> Tensor:
-    """At each cell the largest weight of the rectangles (inclusive ends) that cover it: (N, H, W).
-
-    A two-dimensional segment tree: each rectangle is a few aligned blocks whose sides are powers of two; their weights
-    are scattered once and then handed down, size by size, to the single cells. No table of cells × boxes.
-    """
-    height, width = feature_shape
-    rows, in_rows, num_rows = _aligned_blocks(top, bottom, height)
-    columns, in_columns, num_columns = _aligned_blocks(left, right, width)
-    index = (image[:, None] * num_rows + rows)[:, :, None] * num_columns + columns[:, None, :]
-    used = in_rows[:, :, None] & in_columns[:, None, :]
-    blocks = weight.new_zeros(num_images * num_rows * num_columns)
-    blocks.scatter_reduce_(0, index.flatten(), (weight[:, None, None] * used).flatten(), 'amax')
-    blocks = _hand_down(blocks.view(num_images, num_rows, num_columns), width)
-    return _hand_down(blocks.mT, height).mT.contiguous()
-
-
-def _block_counts(length: int) -> list[int]:
-    """How many aligned blocks of 1, 2, 4, ... cells cover a line of ``length`` cells, up to a single block."""
-    return [ceil(length / 2**size) for size in range((length - 1).bit_length() + 1)]
-
-
-def _aligned_blocks(first: Tensor, last: Tensor, length: int) -> tuple[Tensor, Tensor, int]:
-    """Covers each interval ``first..last`` of a line exactly by aligned blocks, at most two of each size.
-
-    Returns:
-        Block indices (B, 2·sizes), whether each is in use (same shape), and the number of blocks of all sizes.
-    """
-    counts = _block_counts(length)
-    size = torch.arange(len(counts), device=first.device)
-    count = (length + (1 << size) - 1) >> size
-    begin = first.clamp(0, length).long()[:, None]
-    end = last.clamp(-1, length - 1).long()[:, None] + 1
-    # What is left of the interval once blocks smaller than 2^size have been taken off both of its ends.
-    begin, end = (begin + (1 << size) - 1) >> size, end >> size
-    remains = begin < end
-    used = torch.cat([remains & (begin % 2 == 1), remains & (end % 2 == 1)], 1)
-    block = torch.stack([begin, end - 1], 1).clamp(min=0).minimum(count - 1) + count.cumsum(0) - count
-    return block.flatten(1), used, sum(counts)
-
-
-def _hand_down(blocks: Tensor, length: int) -> Tensor:
-    """Gives each cell of the last dimension the largest weight of the blocks of all sizes that hold it."""
-    *finer, covered = blocks.split(_block_counts(length), dim=-1)
-    for level in reversed(finer):
-        covered = torch.maximum(level, covered.repeat_interleave(2, dim=-1)[..., :level.shape[-1]])
-    return covered

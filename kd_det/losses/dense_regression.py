@@ -35,7 +35,7 @@ class DenseRegression(DenseTerm):
     - ``'gap'``: the largest difference of a class probability between the two (BCKD, arXiv 2308.14286).
     - ``'positives'``: the student's own score on the priors that its assigner gave to a box, 0 on others (LD's main
       region).
-    - ``'valuable'``: the student's own score on the other priors near a box (LD's valuable localisation region), see
+    - ``'valuable'``: the overlap with a box, on the other priors around boxes (LD's valuable localisation region), see
       :func:`~kd_det.functional.masks.valuable_region`.
 
     Args:
@@ -81,10 +81,10 @@ class DenseRegression(DenseTerm):
             student, teacher = (each.detach() for each in (level.student.probabilities(level.student_level),
                                                            level.teacher.probabilities(level.teacher_level)))
             return (teacher - student).abs().amax(-1)
-        region = level.student.positives(level.student_level)
+        positives = level.student.positives(level.student_level)
         if self.weighting == 'valuable':
-            region = _valuable(level) & ~region
-        return level.student.scores(level.student_level).detach() * region
+            return _valuable(level) * ~positives
+        return level.student.scores(level.student_level).detach() * positives
 
 
 def _valuable(level: ComparedOutputs) -> Tensor:
@@ -95,9 +95,6 @@ def _valuable(level: ComparedOutputs) -> Tensor:
 
 
 def _distributions(level: ComparedOutputs) -> Tuple[Tensor, Tensor]:
-    if level.student.distributions is None or level.teacher.distributions is None:
-        raise HeadError("form='distribution' compares the distributions over distances of GFL and its kin, which the "
-                        "head of the student, or of the teacher, does not predict. Use form='giou'.")
     student, teacher = level.both('distributions')
     if student.shape != teacher.shape:
         raise HeadError(f'The student distributes distances over {student.shape[-1]} bins, the teacher over '

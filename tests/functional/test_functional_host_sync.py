@@ -44,6 +44,8 @@ def level_masks(student):
     masks.assign_levels(BOXES, 2)
     masks.near_anchor_foreground(BOXES, LEVELS, 1, 50 * feature(96 * 2, 4), CELLS)
     masks.prediction_quality(feature(2, 96, 3).sigmoid(), 50 * feature(2, 96, 4), 50 * feature(96, 2), BOXES, LABELS)
+    masks.valuable_region([50 * feature(96, 4), 50 * feature(24, 4)], BOXES)
+    masks.region_foreground(50 * feature(7, 5).abs().clamp(max=0.03), feature(7).abs(), 2, BATCH, CELLS)
     return sum(features.decoupled_imitation(student, feature() + 1, masks.level_foreground(BOXES, LEVELS, 8, CELLS)))
 
 

@@ -282,7 +282,7 @@ def test_quality_of_a_cell_is_that_of_its_best_prediction():
 
 @pytest.mark.parametrize('budget', [2**24, 100])
 def test_valuable_region_equals_the_loop(budget, monkeypatch):
-    """DIoU by its definition, prior by prior; the second image has no boxes."""
+    """DIoU by its definition, prior by prior, weighted by the IoU; the second image has no boxes."""
     monkeypatch.setattr(masks, '_OVERLAP_BUDGET', budget)
     gamma, top_k = 0.3, 4
     centers = [torch.cartesian_prod(*[torch.arange(stride / 2, 96, stride)] * 2) for stride in (16, 32)]
@@ -290,9 +290,9 @@ def test_valuable_region_equals_the_loop(budget, monkeypatch):
     boxes = [torch.tensor([[10., 20., 50., 48.], [30., 30., 93., 90.], [80., 2., 90., 9.]]), torch.zeros(0, 4)]
     actual = masks.valuable_region(priors, boxes, gamma, top_k)
 
-    expected = torch.zeros(2, 45, dtype=torch.bool)
+    expected = torch.zeros(2, 45)
     for box in boxes[0].tolist():
-        overlaps, candidates = [], []
+        overlaps, proximities, candidates = [], [], []
         for level in priors:
             distances, here = [], []
             for prior in level.tolist():
@@ -300,13 +300,39 @@ def test_valuable_region_equals_the_loop(budget, monkeypatch):
                 hull = sum((max(box[side + 2], prior[side + 2]) - min(box[side], prior[side]))**2 for side in (0, 1))
                 distances.append(distance)
                 here.append(loop_iou(box, prior))
-                overlaps.append(here[-1] - distance / hull)
+                proximities.append(here[-1] - distance / hull)
+            overlaps += here
             nearest = sorted(range(len(here)), key=distances.__getitem__)[:top_k]
             candidates += [here[index] for index in nearest]
         threshold = torch.tensor(candidates).mean() + torch.tensor(candidates).std()
-        overlaps = torch.tensor(overlaps)
-        expected[0] |= (gamma * threshold <= overlaps) & (overlaps <= threshold)
-    assert torch.equal(actual, expected) and 5 < expected.sum() < 40
+        proximities, overlaps = torch.tensor(proximities), torch.tensor(overlaps)
+        valuable = (gamma * threshold <= proximities) & (proximities < threshold)
+        expected[0] = torch.maximum(expected[0], overlaps * valuable)
+    torch.testing.assert_close(actual, expected)
+    assert 5 < (expected > 0).sum() < 40
+
+
+@pytest.mark.parametrize('feature_shape', [(1, 1), (3, 5), (12, 20), (17, 33)])
+def test_regions_equal_the_loop(feature_shape):
+    """At each cell the largest value of the regions that overlap it; an image may have none."""
+    special = torch.tensor([[0., 0, 160, 96], [8, 8, 8, 8], [16, 8, 24, 16], [150, 90, 170, 100], [170, 100, 180, 110]])
+    boxes, image = torch.cat([special, random_boxes(20, 3)]), torch.tensor([0] * 8 + [2] * 17)
+    values = torch.rand(25, generator=torch.Generator().manual_seed(0))
+    values[0] = 0.01  # below the others: it counts where it is alone
+    rois = torch.cat([image[:, None].float(), boxes], 1)
+    actual = masks.region_foreground(rois, values, 3, BATCH, feature_shape)
+    height, width = feature_shape
+    expected = torch.zeros(3, height, width)
+    for (x1, y1, x2, y2), index, value in zip(boxes.tolist(), image.tolist(), values):
+        left, right, top, bottom = (edge * cells / pixels for edge, cells, pixels in (
+            (x1, width, BATCH[1]), (x2, width, BATCH[1]), (y1, height, BATCH[0]), (y2, height, BATCH[0])))
+        for row, column in ((row, column) for row in range(height) for column in range(width)):
+            overlaps = left < column + 1 and top < row + 1 and right > column and bottom > row
+            corner = math.floor(left) == column and math.floor(top) == row
+            if overlaps or corner:
+                expected[index, row, column] = torch.maximum(expected[index, row, column], value)
+    torch.testing.assert_close(actual, expected)
+    assert actual[1].max() == 0 and (actual[0] > 0).all()
 
 
 def test_masks_of_boxes_carry_no_gradient():

@@ -107,7 +107,8 @@ def _warmed_up(two_stage: float, one_stage: float, anchor_free: float, **others)
     ('dkd', 'dkd', dict(two_stage=dict(form='decoupled', alpha=1.0, beta=0.25, temperature=1.0))),
     ('bckd', 'bckd_classes', {family: dict(beta=1.0, weight=1.0) for family in ('one_stage', 'anchor_free')}),
     ('bckd', 'bckd_boxes', {family: dict(weighting='gap', weight=4.0) for family in ('one_stage', 'anchor_free')}),
-    ('ld', 'ld', dict(one_stage=dict(weight=0.25, temperature=10.0, normalizer='none'))),
+    ('ld', 'ld', dict(one_stage=dict(weighting='positives', weight=0.25, temperature=10.0, normalizer='none'))),
+    ('ld', 'ld_valuable', dict(one_stage=dict(weighting='valuable', weight=0.25 * 4 / 16, temperature=10.0))),
     ('frs', 'frs_features', _warmed_up(0.002, 0.005, 0.01, adapter='conv3x3', normalizer='mask')),
     ('frs', 'frs_classes', _warmed_up(0.1, 0.02, 0.05, beta=0, weighting='richness')),
 ])
