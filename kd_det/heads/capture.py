@@ -10,13 +10,10 @@ from kd_det.heads.dense import DenseOutputs
 from kd_det.heads.errors import HeadError
 from kd_det.heads.readers import find_reader, read_dense
 from kd_det.heads.recording import Call, recorded_calls
+from kd_det.heads.requirements import HEADS, ROI_HEAD, TOWERS_OF, check_head
 from kd_det.heads.roi import RoIOutputs, read_sampled, run_roi_head, stages_of
-from kd_det.heads.towers import TeacherTowers, TowerFeatures, read_towers, recorded_towers, require_towers
+from kd_det.heads.towers import TeacherTowers, TowerFeatures, read_towers, recorded_towers
 from kd_det.taps import Levels, Taps
-
-ROI_HEAD = 'roi_head'
-HEADS = ('bbox_head', 'rpn_head', ROI_HEAD)
-TOWERS_OF = '.towers'  # 'bbox_head.towers' names what is within a dense head
 
 StudentOutputs = Dict[str, Union[DenseOutputs, RoIOutputs, TowerFeatures]]
 # Of a teacher's RoI head there is one for each of its stages.
@@ -28,22 +25,17 @@ def find_head(model: nn.Module, name: str) -> nn.Module:
 
     Args:
         model: The detector.
-        name: ``'bbox_head'`` of one-stage detectors, ``'rpn_head'`` and ``'roi_head'`` of two-stage detectors; with
-            ``'.towers'`` after it, that the towers of this dense head can be read as well.
+        name: ``'bbox_head'`` of one-stage detectors, ``'rpn_head'`` and ``'roi_head'`` of two-stage detectors; after it
+            perhaps what else it must have, see :func:`~kd_det.heads.requirements.check_head`.
 
     Raises:
         HeadError: The detector has no such head, or its outputs can not be read.
     """
-    if name.endswith(TOWERS_OF):
-        head = find_head(model, name[:-len(TOWERS_OF)])
-        require_towers(head)
-        return head
-    present = [each for each in HEADS if isinstance(getattr(model, each, None), nn.Module)]
-    if name not in present:
-        known = ', '.join(present) or 'none that can be read'
-        raise HeadError(f"A {type(model).__name__} has no '{name}'; it has {known}.")
-    head = getattr(model, name)
-    stages_of(head) if name == ROI_HEAD else find_reader(head)
+    present = {each: type(getattr(model, each)) for each in HEADS if isinstance(getattr(model, each, None), nn.Module)}
+    check_head(type(model).__name__, present, name)
+    head = getattr(model, name.partition('.')[0])
+    if name == ROI_HEAD:
+        stages_of(head)
     return head
 
 
@@ -67,7 +59,7 @@ class StudentHeads:
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self.heads = {name: find_head(model, name) for name in names}
         self.towers = [name for name in self.heads if name.endswith(TOWERS_OF)]
-        self.dense = [name for name in self.heads if name != ROI_HEAD and name not in self.towers]
+        self.dense = [name for name in self.heads if name in HEADS and name != ROI_HEAD]
         self.taps = Taps(model, self.dense, grouped=True)
 
     @contextmanager
@@ -117,6 +109,6 @@ def run_heads(model: nn.Module, names: Sequence[str], features: Levels, student:
             outputs[name] = run_roi_head(head, features, student[ROI_HEAD].regions)
         elif name.endswith(TOWERS_OF):
             outputs[name] = TeacherTowers(head)
-        else:
+        elif name in HEADS:
             outputs[name] = read_dense(head, head(features))
     return outputs

@@ -40,22 +40,26 @@ class Reader(NamedTuple):
         read: Turns head and raw outputs into :class:`~kd_det.heads.DenseOutputs`.
         assignment: Where its positive priors are found; None where they are not.
         towers: All levels share its ``cls_convs`` and ``reg_convs``, stacks of layers before those that predict.
+        distributions: It predicts distributions over the distance to each side.
     """
     read: Callable[..., DenseOutputs]
     assignment: Optional[Assignment] = None
     towers: bool = False
+    distributions: bool = False
 
 
 READERS: Dict[Type[nn.Module], Reader] = {}
 
 
-def reads(*heads: Type[nn.Module], assignment: Optional[Assignment] = None, towers: bool = False) -> Callable:
+def reads(*heads: Type[nn.Module], assignment: Optional[Assignment] = None, towers: bool = False,
+          distributions: bool = False) -> Callable:
     """Registers a reader for some head classes.
 
     Args:
         heads: The classes.
         assignment: See :class:`Reader`.
         towers: See :class:`Reader`.
+        distributions: See :class:`Reader`.
 
     Example:
         >>> @reads(MyHead)
@@ -63,7 +67,7 @@ def reads(*heads: Type[nn.Module], assignment: Optional[Assignment] = None, towe
     """
 
     def register(read: Callable[..., DenseOutputs]) -> Callable[..., DenseOutputs]:
-        READERS.update({head: Reader(read, assignment, towers) for head in heads})
+        READERS.update({head: Reader(read, assignment, towers, distributions) for head in heads})
         return read
 
     return register
@@ -75,15 +79,24 @@ def find_reader(head: nn.Module) -> Reader:
     Raises:
         HeadError: There is none.
     """
+    return reader_of(type(head))
+
+
+def reader_of(head: Type[nn.Module]) -> Reader:
+    """Returns the reader of a class of dense heads.
+
+    Raises:
+        HeadError: There is none.
+    """
     overridden = set()
-    for ancestor in type(head).__mro__:
+    for ancestor in head.__mro__:
         if ancestor in READERS and not overridden & {'forward', 'forward_single'}:
             reader = READERS[ancestor]
             assigns_otherwise = reader.assignment and reader.assignment.method in overridden
             return reader._replace(assignment=None) if assigns_otherwise else reader
         overridden.update(vars(ancestor))
     known = ', '.join(sorted(each.__name__ for each in READERS))
-    raise HeadError(f'The outputs of a {type(head).__name__} can not be read. Known are {known} and their subclasses '
+    raise HeadError(f'The outputs of a {head.__name__} can not be read. Known are {known} and their subclasses '
                     'without a forward of their own; kd_det.heads.reads registers a reader for another head.')
 
 
@@ -134,7 +147,7 @@ def _read_anchors(head: nn.Module, logits: Maps, deltas: Maps, centerness: Optio
     return _outputs(head, logits, regressions, coder.decode, encoded=deltas, centerness=_scalars(centerness))
 
 
-@reads(GFLHead, assignment=_labels_at(1), towers=True)
+@reads(GFLHead, assignment=_labels_at(1), towers=True, distributions=True)
 def _read_distributions(head: nn.Module, logits: Maps, distributions: Maps) -> DenseOutputs:
     bins = head.reg_max + 1
     distributions = tuple(each.unflatten(-1, (4, bins)) for each in _by_prior(distributions, 4 * bins))

@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from typing import Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from torch import Tensor, nn
 
 from kd_det.heads.dense import DenseOutputs
 from kd_det.heads.errors import HeadError
-from kd_det.heads.readers import find_reader, read_dense
+from kd_det.heads.readers import read_dense
 from kd_det.heads.recording import Call, recorded_calls
 from kd_det.taps import Levels
 
@@ -43,8 +43,14 @@ class TeacherTowers(NamedTuple):
 
     Attributes:
         head: The head; its weights are frozen, so that a gradient reaches the features alone.
+        classes: The classes whose predictions count, by label; all by default.
     """
     head: nn.Module
+    classes: Optional[Tuple[int, ...]] = None
+
+    def restricted(self, classes: Sequence[int]) -> TeacherTowers:
+        """The same for predictions of some classes alone, in this order."""
+        return self._replace(classes=tuple(classes))
 
     def channels(self, remaining: int) -> int:
         """Width of the features that have so many convolutions still before them.
@@ -70,21 +76,11 @@ class TeacherTowers(NamedTuple):
             for name, levels in zip(TOWERS, (classes, boxes)):
                 given = [level.to(dtype) for level in levels]
                 stack.enter_context(_entered(self.head, name, given, remaining))
-            return read_dense(self.head, self.head(classes))
+            outputs = read_dense(self.head, self.head(classes))
+        return outputs if self.classes is None else outputs.restricted(self.classes)
 
     def _depths(self) -> List[int]:
         return [len(getattr(self.head, name)) for name in TOWERS]
-
-
-def require_towers(head: nn.Module) -> None:
-    """Checks that a dense head has towers which all levels share.
-
-    Raises:
-        HeadError: It has none.
-    """
-    if not find_reader(head).towers:
-        raise HeadError(f'A {type(head).__name__} has no towers, convolutions before its predictions that all levels '
-                        'share, as the heads of RetinaNet, ATSS, GFL, FCOS and RTMDet have.')
 
 
 @contextmanager

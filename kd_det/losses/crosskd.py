@@ -63,7 +63,7 @@ class CrossKD(DenseTerm):
 
     @property
     def student_heads(self) -> Tuple[str, ...]:
-        return (self.student_head, self.student_head + TOWERS_OF)
+        return (*self.classes.student_heads, self.student_head + TOWERS_OF)
 
     @property
     def teacher_heads(self) -> Tuple[str, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kd_det.functional.boxes import distribution_kl, giou_imitation
 from kd_det.functional.masks import valuable_region
-from kd_det.heads import HeadError
+from kd_det.heads import DISTRIBUTIONS_OF, POSITIVES_OF, HeadError
 from kd_det.losses.base import Parts
 from kd_det.losses.outputs import ComparedOutputs, DenseTerm
 
@@ -60,6 +60,18 @@ class DenseRegression(DenseTerm):
             if value not in known:
                 raise ValueError(f"{name}='{value}': expected one of {', '.join(known)}.")
         self.form, self.weighting, self.temperature, self.reduction = form, weighting, temperature, reduction
+
+    @property
+    def student_heads(self) -> Tuple[str, ...]:
+        positives = (self.student_head + POSITIVES_OF, ) if self.weighting in ('positives', 'valuable') else ()
+        return (*super().student_heads, *positives, *self._distributions_of(self.student_head))
+
+    @property
+    def teacher_heads(self) -> Tuple[str, ...]:
+        return (*super().teacher_heads, *self._distributions_of(self.teacher_head))
+
+    def _distributions_of(self, head: str) -> Tuple[str, ...]:
+        return (head + DISTRIBUTIONS_OF, ) if self.form == 'distribution' else ()
 
     def compare(self, level: ComparedOutputs) -> Parts:
         weight = level.valid * self._weight(level)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kd_det.context import DistillContext
 from kd_det.functional.logits import quality_bce
-from kd_det.heads import ROI_HEAD, DenseOutputs, HeadError, RoIOutputs
+from kd_det.heads import POSITIVES_OF, ROI_HEAD, DenseOutputs, HeadError, RoIOutputs
 from kd_det.losses.base import DistillTerm, Parts
 
 DENSE_NORMALIZERS = ('positives', 'confidence', 'richness', 'none')
@@ -74,7 +74,7 @@ class DenseTerm(DistillTerm):
 
     @property
     def student_heads(self) -> Tuple[str, ...]:
-        return (self.student_head, )
+        return (self.student_head, *((self.student_head + POSITIVES_OF, ) if self.normalizer == 'positives' else ()))
 
     @property
     def teacher_heads(self) -> Tuple[str, ...]:

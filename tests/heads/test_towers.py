@@ -5,8 +5,8 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 
-from kd_det.heads import HeadError, StudentHeads, TeacherTowers, TowerFeatures, find_head, read_dense
-from kd_det.heads.towers import read_towers, recorded_towers, require_towers
+from kd_det.heads import HeadError, StudentHeads, TeacherTowers, TowerFeatures, check_head, find_head, read_dense
+from kd_det.heads.towers import read_towers, recorded_towers
 
 FAMILIES = ['retina', 'atss', 'gfl', 'fcos', 'fcos_normalized', 'rtmdet']
 FIELDS = ('logits', 'regressions', 'boxes', 'centerness', 'distributions')
@@ -71,8 +71,9 @@ def test_widths_and_depths(dense_head, features):
 
 def test_a_head_without_towers(dense_head, one_stage):
     for family in ('ssd', 'yolox', 'rpn', 'rtmdet_separate'):
+        heads = dict(bbox_head=type(dense_head(family)))
         with pytest.raises(HeadError, match='has no towers.*RetinaNet, ATSS, GFL, FCOS and RTMDet'):
-            require_towers(dense_head(family))
+            check_head('Detector', heads, 'bbox_head.towers')
     with pytest.raises(HeadError, match='A SSDHead has no towers'):
         find_head(MODELS.build(one_stage('ssd')), 'bbox_head.towers')
 

@@ -201,8 +201,10 @@ def test_heads_that_can_not_be_compared(student, teacher, changes, message, one_
 
 
 def test_distributions_that_can_not_be_compared(one_stage, distiller, parts_of):
-    with pytest.raises(HeadError, match="does not predict. Use form='giou'"):
-        parts_of(distiller(one_stage('atss'), one_stage('atss'), distill=dict(term=LD)).train())
+    with pytest.raises(ConfigurationError, match="A ATSSHead predicts no distributions.*choose form='giou'"):
+        distiller(one_stage('atss'), one_stage('gfl'), distill=dict(term=LD))
+    with pytest.raises(TeacherError, match="teacher's bbox_head.distributions. A ATSSHead predicts no"):
+        distiller(one_stage('gfl'), one_stage('atss'), distill=dict(term=LD)).build_teachers()
     with pytest.raises(HeadError, match='over 5 bins, the teacher over 9'):
         parts_of(distiller(one_stage('gfl'), one_stage('gfl', reg_max=8), distill=dict(term=LD)).train())
 
