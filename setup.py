@@ -20,7 +20,7 @@ setup(
     package_data={'kd_det': ['.mim/*', '.mim/**/*']},
     exclude_package_data={'': ['__pycache__/*', '*.pyc']},
     zip_safe=False,
-    install_requires=['torch', 'torchvision', 'numpy', 'rich', 'matplotlib'],
+    install_requires=['torch', 'torchvision', 'numpy', 'scipy', 'rich', 'matplotlib'],
     extras_require={
         'mmdet': [
             'mmengine>=0.10,<0.11',
@@ -28,7 +28,7 @@ setup(
             'mmcv-lite>=2.0.1,<2.2',
             'setuptools<81',  # mmengine imports pkg_resources
         ],
-        'test': ['pytest', 'pytest-timeout', 'pytest-xdist', 'setuptools<81', 'wheel'],
+        'test': ['pytest', 'pytest-timeout', 'pytest-xdist', 'setuptools<81', 'tensorboard', 'wheel'],
     },
     entry_points={'console_scripts': ['kd-det = kd_det.cli.main:main']},
     classifiers=[
