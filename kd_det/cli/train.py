@@ -8,10 +8,12 @@ from typing import Optional
 from mmengine.config import Config
 from mmengine.device import get_device
 
-from kd_det.cli.common import add_run_options, apply_run_options, build_runner
+from kd_det.cli.common import add_run_options, apply_run_options
+from kd_det.cli.tracking import add_tracking_option, track
 from kd_det.configuration import ConfigurationError, load_config
 from kd_det.diagnosis.checks import check_config, explain
 from kd_det.diagnosis.data import check_images
+from kd_det.runner import build_runner
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -33,6 +35,7 @@ def add_training_options(parser: ArgumentParser) -> None:
                         help="scale the learning rate with the batch size, by the config's base_batch_size")
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
                         help='resume from this checkpoint, or from the latest one in the work dir')
+    add_tracking_option(parser)
     add_run_options(parser)
 
 
@@ -44,6 +47,7 @@ def apply_training_options(config: Config, options: Namespace, name: str) -> Non
             rate.
     """
     apply_run_options(config, options, name)
+    track(config, options.track)
     if options.amp:
         if get_device() == 'cpu':
             raise ConfigurationError('--amp needs a GPU, and there is none: leave it out.')
