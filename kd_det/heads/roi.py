@@ -1,7 +1,7 @@
 """What RoI heads say about the regions that the student samples in its own loss."""
 from __future__ import annotations
 
-from typing import List, NamedTuple, Sequence, Tuple
+from typing import List, NamedTuple, Sequence, Tuple, Union
 
 import torch
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
@@ -73,6 +73,10 @@ def stages_of(roi_head: nn.Module) -> List[nn.Module]:
             raise HeadError(f'The outputs of a {type(roi_head).__name__} with a {type(head).__name__} can not be read: '
                             'only those of StandardRoIHead, CascadeRoIHead and heads derived from them, whose box head '
                             'both classifies and regresses by DeltaXYWHBBoxCoder.')
+    def probabilities(self) -> Tensor:
+        """(R, K) class probabilities, without that of the background."""
+        return self.logits.softmax(1)[:, :-1]
+
     return stages
 
 
@@ -130,3 +134,26 @@ def _outputs(head: nn.Module, regions: Regions, logits: Tensor, deltas: Tensor) 
 
 def _without_normalization(head: nn.Module, deltas: Tensor) -> Tensor:
     return deltas * deltas.new_tensor(head.bbox_coder.stds) + deltas.new_tensor(head.bbox_coder.means)
+def at_stage(outputs: Sequence[RoIOutputs], stage: Union[int, str]) -> RoIOutputs:
+    """One teacher's outputs out of those of its stages.
+
+    Args:
+        outputs: Of each stage, for the same regions, see :func:`run_roi_head`.
+        stage: The index of one; ``'mean'`` of all, of their logits and regressions; or ``'same'``: for each region those
+            of the stage with the index of the student's stage that sampled it, or of the last.
+
+    Raises:
+        HeadError: There is no such stage.
+    """
+    if isinstance(stage, int):
+        if not 0 <= stage < len(outputs):
+            raise HeadError(f"stage={stage}: the teacher's RoI head has {len(outputs)} stages, counted from 0.")
+        return outputs[stage]
+    logits, deltas = (torch.stack([getattr(each, name) for each in outputs]) for name in ('logits', 'deltas'))
+    if stage == 'mean':
+        return outputs[0]._replace(logits=logits.mean(0), deltas=deltas.mean(0))
+    everyone = torch.arange(logits.shape[1], device=logits.device)
+    same = outputs[0].regions.stages.clamp(max=len(outputs) - 1)
+    return outputs[0]._replace(logits=logits[same, everyone], deltas=deltas[same, everyone])
+
+

@@ -11,6 +11,7 @@ from torch import Tensor
 from kd_det.context import DistillContext
 from kd_det.functional.logits import quality_bce
 from kd_det.heads import POSITIVES_OF, ROI_HEAD, DenseOutputs, HeadError, RoIOutputs
+from kd_det.heads.roi import at_stage
 from kd_det.losses.base import DistillTerm, Parts
 
 DENSE_NORMALIZERS = ('positives', 'confidence', 'richness', 'none')
@@ -173,16 +174,7 @@ class RoITerm(DistillTerm):
         """
         student, stages = context.student_outputs[ROI_HEAD], context.teacher_outputs[self.teacher][ROI_HEAD]
         _require_same_classes(student, stages[0])
-        if isinstance(self.stage, int):
-            if not 0 <= self.stage < len(stages):
-                raise HeadError(f"stage={self.stage}: the teacher's RoI head has {len(stages)} stages, counted from 0.")
-            return student, stages[self.stage]
-        logits, deltas = (torch.stack([getattr(stage, name) for stage in stages]) for name in ('logits', 'deltas'))
-        if self.stage == 'mean':
-            return student, stages[0]._replace(logits=logits.mean(0), deltas=deltas.mean(0))
-        everyone = torch.arange(logits.shape[1], device=logits.device)
-        same = student.regions.stages.clamp(max=len(stages) - 1)
-        return student, stages[0]._replace(logits=logits[same, everyone], deltas=deltas[same, everyone])
+        return student, at_stage(stages, self.stage)
 
     def normalized(self, values: Tensor, chosen: Sequence[Tensor]) -> List[Tensor]:
         """Sums of one value per region over subsets of the regions, normalised.

@@ -1,9 +1,11 @@
 """PFI (arXiv 2112.04840): features where the predictions differ.
 
-The features are the neck's, the predictions the objectness of the two RPNs. The paper has one-stage detectors only;
-the weight is not its authors'.
+The features are the neck's; the predictions are the objectness of the two RPNs and, in box space, the classes that the two
+RoI heads give to the student's regions. The paper has one-stage detectors only; the weights are not its authors'.
 """
 pfi = dict(
     pfi=dict(
-        type='FeatureImitation', tap='neck', mask=dict(type='PredictionDifference', head='rpn_head'), distance='mse',
-        normalizer='cells', weight=1.5))
+        type='FeatureImitation', tap='neck', distance='mse', normalizer='cells', weight=1.5,
+        mask=dict(
+            type='MaskSum', weights=[1.0, 1.0],
+            masks=[dict(type='PredictionDifference', head='rpn_head'), dict(type='RoIPredictionDifference')])))
