@@ -56,6 +56,10 @@ class RoIOutputs(NamedTuple):
         chosen = self.regions.labels.clamp(max=self.deltas.shape[1] - 1)
         return self.deltas.gather(1, chosen[:, None, None].expand(-1, 1, 4)).squeeze(1)
 
+    def probabilities(self) -> Tensor:
+        """(R, K) class probabilities, without that of the background."""
+        return self.logits.softmax(1)[:, :-1]
+
 
 def stages_of(roi_head: nn.Module) -> List[nn.Module]:
     """The box heads of a RoI head, one per stage.
@@ -73,10 +77,6 @@ def stages_of(roi_head: nn.Module) -> List[nn.Module]:
             raise HeadError(f'The outputs of a {type(roi_head).__name__} with a {type(head).__name__} can not be read: '
                             'only those of StandardRoIHead, CascadeRoIHead and heads derived from them, whose box head '
                             'both classifies and regresses by DeltaXYWHBBoxCoder.')
-    def probabilities(self) -> Tensor:
-        """(R, K) class probabilities, without that of the background."""
-        return self.logits.softmax(1)[:, :-1]
-
     return stages
 
 
@@ -128,12 +128,6 @@ def run_roi_head(roi_head: nn.Module, features: Levels, regions: Regions) -> Tup
     return tuple(outputs)
 
 
-def _outputs(head: nn.Module, regions: Regions, logits: Tensor, deltas: Tensor) -> RoIOutputs:
-    return RoIOutputs(regions, logits.float(), _without_normalization(head, deltas.float().view(len(deltas), -1, 4)))
-
-
-def _without_normalization(head: nn.Module, deltas: Tensor) -> Tensor:
-    return deltas * deltas.new_tensor(head.bbox_coder.stds) + deltas.new_tensor(head.bbox_coder.means)
 def at_stage(outputs: Sequence[RoIOutputs], stage: Union[int, str]) -> RoIOutputs:
     """One teacher's outputs out of those of its stages.
 
@@ -157,3 +151,9 @@ def at_stage(outputs: Sequence[RoIOutputs], stage: Union[int, str]) -> RoIOutput
     return outputs[0]._replace(logits=logits[same, everyone], deltas=deltas[same, everyone])
 
 
+def _outputs(head: nn.Module, regions: Regions, logits: Tensor, deltas: Tensor) -> RoIOutputs:
+    return RoIOutputs(regions, logits.float(), _without_normalization(head, deltas.float().view(len(deltas), -1, 4)))
+
+
+def _without_normalization(head: nn.Module, deltas: Tensor) -> Tensor:
+    return deltas * deltas.new_tensor(head.bbox_coder.stds) + deltas.new_tensor(head.bbox_coder.means)
