@@ -1,4 +1,5 @@
-"""What each method is, read from its files in ``configs/_base_/methods``: from their first lines and their terms."""
+"""What each method is and which detectors it serves, read from its files in ``configs/_base_/methods``: from their first
+lines and from what their terms read."""
 from __future__ import annotations
 
 import ast
@@ -6,10 +7,9 @@ import re
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Tuple
 
-from mmdet.registry import MODELS
-
-from kd_det.composition import FAMILIES, available_methods
+from kd_det.composition import available_methods, build_term, check_terms, method_terms
 from kd_det.configuration import ConfigurationError, load_config
+from kd_det.detectors import DETECTORS, FAMILIES, family_of
 
 FIRST_LINE = re.compile(r'\S.* \((?P<paper>.+?)\): (?P<idea>.+)\.')
 READS = dict(backbone='backbone features', neck='neck features', bbox_head='dense head', rpn_head='RPN',
@@ -21,13 +21,15 @@ class MethodEntry(NamedTuple):
 
     Attributes:
         name: As ``kd-det distill --method`` takes it.
-        families: The families of detectors that it has weights for, of :data:`~kd_det.composition.FAMILIES`.
+        families: The families of detectors that it has weights for, of :data:`~kd_det.detectors.FAMILIES`.
+        detectors: Those that it serves, of :data:`~kd_det.detectors.DETECTORS`.
         paper: Where it was published.
         needs: What it reads of student and teacher.
         idea: What it compares.
     """
     name: str
     families: Tuple[str, ...]
+    detectors: Tuple[str, ...]
     paper: str
     needs: Tuple[str, ...]
     idea: str
@@ -61,11 +63,21 @@ def _entry(name: str, files: Dict[str, Path]) -> MethodEntry:
     needs = [READS[part] for term in terms for part in _reads(term)]
     return MethodEntry(name=name,
                        families=tuple(family for family in FAMILIES if family in files or '' in files),
+                       detectors=tuple(detector for detector in DETECTORS if _serves(name, detector)),
                        needs=tuple(dict.fromkeys(needs)),
                        **read_first_line(next(iter(files.values()))))
 
 
+def _serves(method: str, detector: str) -> bool:
+    heads = DETECTORS[detector]
+    try:
+        check_terms(method, method_terms(method, family_of(detector, heads)), detector, heads)
+    except ConfigurationError:
+        return False
+    return True
+
+
 def _reads(config: dict) -> List[str]:
     """The parts of student and teacher that a term reads."""
-    term = MODELS.build({key: value for key, value in config.items() if key != 'weight'})
+    term = build_term(config)
     return [path.split('.')[0] for path in (*term.student_taps, *term.student_heads, *term.teacher_heads)]

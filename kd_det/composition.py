@@ -10,17 +10,20 @@ from mmengine.config import Config, ConfigDict
 
 from kd_det.configuration import (CONFIG_ROOT, DISTILL_HOOK, DISTILLER, ConfigurationError, is_distillation,
                                   load_config, student_model)
+from kd_det.detectors import FAMILIES, HeadClasses, family_of, head_classes
+from kd_det.heads import HeadError, check_head
+from kd_det.losses import DistillTerm
 
+NO_METHOD = 'none'  # no terms: the student may still inherit
 METHOD_ROOT = CONFIG_ROOT / '_base_' / 'methods'
-
-# Published weights differ between these families of heads, so a method has one file for each, <method>_<family>.py, or
-# one for all, <method>.py.
-FAMILIES = ('two_stage', 'one_stage', 'anchor_free')
-ANCHOR_FREE_HEADS = ('AnchorFreeHead', 'YOLOXHead', 'CenterNetHead')
 
 
 def available_methods() -> Dict[str, Dict[str, Path]]:
-    """The methods that have configs: name -> family (or ``''`` where one file serves all) -> file."""
+    """The methods that have configs: name -> family -> file.
+
+    A method has one file for each family of heads, ``<method>_<family>.py``, or one for all others, ``<method>.py``, whose
+    family is ``''``.
+    """
     methods: Dict[str, Dict[str, Path]] = {}
     for file in sorted(METHOD_ROOT.glob('*.py')):
         family = next((family for family in FAMILIES if file.stem.endswith(f'_{family}')), '')
@@ -30,33 +33,23 @@ def available_methods() -> Dict[str, Dict[str, Path]]:
 
 
 def head_family(model: dict) -> str:
-    """Tells to which of :data:`FAMILIES` a detector belongs, by its heads.
+    """Tells to which of :data:`~kd_det.detectors.FAMILIES` a detector belongs, from its model dict.
 
     Raises:
         ConfigurationError: It has neither a RoI head nor a dense head.
     """
-    if model.get('roi_head'):
-        return 'two_stage'
-    head = model.get('bbox_head')
-    if not head:
-        raise ConfigurationError(
-            f"A {model.get('type')} has neither roi_head nor bbox_head: its family is not known. Choose "
-            f"the weights yourself with --family {{{','.join(FAMILIES)}}}.")
-    with MODELS.switch_scope_and_registry(head.get('_scope_')) as registry:
-        head_class = registry.get(head['type']) if isinstance(head['type'], str) else head['type']
-    ancestors = {ancestor.__name__ for ancestor in getattr(head_class, '__mro__', ())}
-    return 'anchor_free' if ancestors.intersection(ANCHOR_FREE_HEADS) else 'one_stage'
+    return family_of(model['type'], head_classes(model))
 
 
 def method_terms(method: str, family: str) -> ConfigDict:
-    """The distillation terms of one method, or of a sum of methods such as ``'fgd+dkd'``.
+    """The distillation terms of one method, or of a sum of methods such as ``'fgd+dkd'``; of ``'none'`` no terms.
 
     Raises:
         ConfigurationError: There is no such method, or none of its files fits the family.
     """
     methods = available_methods()
     terms = ConfigDict()
-    for name in method.split('+'):
+    for name in method.split('+') if method != NO_METHOD else ():
         if name not in methods:
             raise ConfigurationError(f"There is no method '{name}'. Choose from {', '.join(methods)}, or a sum: a+b.")
         file = methods[name].get(family, methods[name].get(''))
@@ -65,6 +58,32 @@ def method_terms(method: str, family: str) -> ConfigDict:
                                      f"{', '.join(methods[name])}. Choose others with --family.")
         terms.update(load_config(file)[name])
     return terms
+
+
+def build_term(config: dict) -> DistillTerm:
+    """Builds a term from its config, which holds its weight too."""
+    return MODELS.build({key: value for key, value in config.items() if key != 'weight'})
+
+
+def check_terms(method: str, terms: Dict[str, dict], detector: str, heads: HeadClasses) -> None:
+    """Checks that a student has the heads that a method's terms read, and in them what they read.
+
+    Args:
+        method: Its name, for the message.
+        terms: See :func:`method_terms`.
+        detector: The student's type, for the message.
+        heads: See :func:`~kd_det.detectors.head_classes`.
+
+    Raises:
+        ConfigurationError: It has not.
+    """
+    for name, term in terms.items():
+        for head in build_term(term).student_heads:
+            try:
+                check_head(detector, heads, head)
+            except HeadError as error:
+                raise ConfigurationError(f"The method '{method}' does not serve this student, by its term '{name}': "
+                                         f'{error} kd-det methods shows which detectors each method serves.') from error
 
 
 def distillation_config(student: Union[str, Config], teacher_config: str, teacher_checkpoint: str, method: str,
@@ -77,14 +96,15 @@ def distillation_config(student: Union[str, Config], teacher_config: str, teache
         student: Config of the detector to train: a file, ``'mmdet::…'``, or a config.
         teacher_config: Config of the teacher: a file or ``'mmdet::…'``.
         teacher_checkpoint: The teacher's weights: a file or an address.
-        method: Name of a method, or a sum of names, see :func:`available_methods`.
+        method: Name of a method, or a sum of names, see :func:`available_methods`; ``'none'`` for no terms.
         inherit: Parts of the student, such as ``'neck'``, that start from the teacher's weights where shapes agree.
-        family: Whose published weights to use, one of :data:`FAMILIES`; told by the student's heads by default.
+        family: Whose published weights to use, one of :data:`~kd_det.detectors.FAMILIES`; told by the student's heads
+            by default.
         balance: The ratio of each term's gradient to the task's, in place of its published weight, see
             :class:`~kd_det.distillers.Balance`. Weights of the parts within a term stay.
 
     Raises:
-        ConfigurationError: The student is a distiller already, or the method does not serve.
+        ConfigurationError: The student is a distiller already, or the method does not serve it.
     """
     config = copy.deepcopy(student) if isinstance(student, Config) else load_config(student)
     if is_distillation(config):
@@ -93,6 +113,7 @@ def distillation_config(student: Union[str, Config], teacher_config: str, teache
             f'{DISTILLER}): give the config of a plain detector, or train this one with kd-det train.')
     model = student_model(config)
     terms = method_terms(method, family or head_family(model))
+    check_terms(method, terms, model.type, head_classes(model))
     for term in terms.values() if balance is not None else ():
         term['weight'] = dict(type='Balance', ratio=balance)
     config.model = dict(

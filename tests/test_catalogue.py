@@ -2,8 +2,9 @@
 import pytest
 
 from kd_det.catalogue import READS, catalogue, read_first_line
-from kd_det.composition import FAMILIES, available_methods
+from kd_det.composition import available_methods
 from kd_det.configuration import ConfigurationError
+from kd_det.detectors import DETECTORS, FAMILIES
 
 
 @pytest.fixture(scope='module')
@@ -26,6 +27,15 @@ def test_entries_are_what_the_files_hold(entries):
     assert entries['frs'].needs == ('neck features', 'dense head', 'RPN')  # for one-stage and for two-stage detectors
     assert entries['pgd'].needs == ('neck features', 'dense head')  # a mask reads the teacher's head alone
     assert entries['pkd'].families == FAMILIES  # two files: one family's, and all others'
+
+
+def test_a_method_serves_the_detectors_whose_heads_have_what_its_terms_read(entries):
+    assert entries['fgd'].detectors == tuple(DETECTORS)
+    assert entries['dkd'].detectors == ('Faster R-CNN', 'Cascade R-CNN', 'Mask R-CNN')
+    assert entries['ld'].detectors == ('GFL', )  # distributions
+    assert entries['crosskd'].detectors == ('RetinaNet', 'ATSS', 'GFL', 'FCOS')  # towers
+    assert 'SSD' in entries['rm'].detectors and 'YOLOv3' not in entries['rm'].detectors  # positives
+    assert 'FCOS' not in entries['fgfi'].detectors  # no weights for its family
 
 
 @pytest.mark.parametrize('text', ['', '"""FGD."""', '"""FGD (arXiv 2111.11837) for FCOS."""', 'fgd = dict()'])

@@ -90,6 +90,22 @@ def test_unknown_method_lists_the_known():
         distillation_config(RETINANET, TEACHER, 'x.pth', 'fgx')
 
 
+@pytest.mark.parametrize('method, family, said', [
+    ('fgd+ld', '', "'fgd.ld' does not serve this student, by its term 'ld': A RetinaHead predicts no distributions"),
+    ('dkd', 'two_stage', "by its term 'dkd': A RetinaNet has no 'roi_head'; it has bbox_head"),
+])
+def test_a_method_that_does_not_serve_the_student_says_why(method, family, said):
+    with pytest.raises(ConfigurationError, match=said):
+        distillation_config(RETINANET, TEACHER, 'x.pth', method, family=family)
+
+
+def test_a_head_that_is_in_no_registry_is_named():
+    student = load_config(RETINANET)
+    student.model.bbox_head.type = 'MyHead'
+    with pytest.raises(ConfigurationError, match="model.bbox_head: there is no 'MyHead'.*custom_imports"):
+        distillation_config(student, TEACHER, 'x.pth', 'fgd')
+
+
 def test_a_distillation_is_no_student():
     with pytest.raises(ConfigurationError, match='is a distillation already'):
         distillation_config('kd_det::fgd_r101_r18.py', TEACHER, 'x.pth', 'fgd')

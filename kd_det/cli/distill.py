@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.syntax import Syntax
 
 from kd_det.cli.train import add_training_options, apply_training_options, train
-from kd_det.composition import FAMILIES, available_methods, distillation_config
+from kd_det.composition import available_methods, distillation_config
 from kd_det.configuration import renamed
+from kd_det.detectors import FAMILIES
 from kd_det.diagnosis.checks import check_config
 
 

@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from typing import Iterable
+from typing import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from kd_det.catalogue import MethodEntry, catalogue
-from kd_det.composition import FAMILIES
+from kd_det.detectors import DETECTORS
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -22,10 +22,17 @@ def run(options: Namespace) -> int:
     return 0
 
 
-def render(entries: Iterable[MethodEntry]) -> Table:
+def render(entries: Sequence[MethodEntry]) -> Table:
     """The methods as a table."""
-    table = Table('Method', 'Compares', 'Reads', 'Weights for', 'Paper')
+    table = Table('Method', 'Compares', 'Reads', 'Serves', 'Paper', caption=f"all: {', '.join(DETECTORS)}")
     for entry in entries:
-        families = 'all' if entry.families == FAMILIES else ', '.join(entry.families).replace('_', '-')
-        table.add_row(f'[bold]{entry.name}[/bold]', entry.idea, ', '.join(entry.needs), families, entry.paper)
+        table.add_row(f'[bold]{entry.name}[/bold]', entry.idea, ', '.join(entry.needs), _served(entry), entry.paper)
     return table
+
+
+def _served(entry: MethodEntry) -> str:
+    """The detectors that a method serves, or those that it does not where these are fewer."""
+    others = [detector for detector in DETECTORS if detector not in entry.detectors]
+    if not others:
+        return 'all'
+    return f"all but {', '.join(others)}" if len(others) < len(entry.detectors) else ', '.join(entry.detectors)

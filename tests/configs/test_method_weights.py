@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from kd_det.composition import FAMILIES, available_methods, method_terms
+from kd_det.composition import available_methods, method_terms
+from kd_det.detectors import FAMILIES
 
 DOCUMENTATION = Path(__file__).parents[2] / 'docs' / 'methods.md'
 
