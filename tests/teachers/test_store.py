@@ -1,0 +1,120 @@
+"""Entries are whole or absent, whatever happens to the process that writes them or to the file."""
+import hashlib
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kd_det.teachers.store import ArrayStore, StoreFullError
+
+KEY = 'ab' * 16
+
+
+def _arrays():
+    return dict(a=np.arange(6, dtype=np.float32).reshape(2, 3), b=np.ones((1, 2), np.float16))
+
+
+def _equal(found, expected) -> bool:
+    return found is not None and found.keys() == expected.keys() and all(
+        found[name].dtype == expected[name].dtype and np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def _bytes_on_disk(folder) -> int:
+    return sum(file.stat().st_size for file in Path(folder).glob('??/*'))
+
+
+def test_what_was_put_is_what_one_gets(tmp_path):
+    store = ArrayStore(tmp_path / 'new' / 'folder', 10**6)
+    assert store.get(KEY) is None
+    written = store.put(KEY, _arrays())
+    assert _equal(store.get(KEY), _arrays()) and _equal(ArrayStore(store.folder, 10**6).get(KEY), _arrays())
+    assert store.put(KEY, dict(a=np.zeros(1))) == 0 and _equal(store.get(KEY), _arrays())  # the first one stays
+    assert store.size == written == _bytes_on_disk(store.folder)
+
+
+def test_no_damage_to_any_byte_is_ever_read(tmp_path):
+    store = ArrayStore(tmp_path, 10**6)
+    store.put(KEY, _arrays())
+    path = store._path(KEY)
+    whole = path.read_bytes()
+    damaged = [whole[:place] + bytes([whole[place] ^ 0xff]) + whole[place + 1:] for place in range(len(whole))]
+    cut = [whole[:length] for length in range(0, len(whole), 7)]
+    for content in damaged + cut:
+        path.write_bytes(content)
+        found = store.get(KEY)
+        assert found is None and not path.exists()  # so that it is written anew
+
+
+def test_the_limit_counts_what_all_processes_wrote(tmp_path):
+    one, other = ArrayStore(tmp_path, 10_000), ArrayStore(tmp_path, 10_000)
+    entry = dict(values=np.zeros(1000, np.float32))
+    one.put('00', entry)
+    other.put('01', entry)
+    with pytest.raises(StoreFullError):
+        one.put('02', entry)
+    assert one.get('02') is None and other.get('00') is not None
+    assert one.size == _bytes_on_disk(tmp_path) <= 10_000
+    os.truncate(one._path('00'), 100)
+    assert other.get('00') is None  # damaged, removed, and no longer counted beyond what the file held
+    assert ArrayStore(tmp_path, 10_000).put('02', entry)
+
+
+def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path, monkeypatch):
+    store = ArrayStore(tmp_path, 10**6)
+
+    def fail(path, content):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(Path, 'write_bytes', fail)
+    with pytest.raises(OSError, match='No space'):
+        store.put(KEY, _arrays())
+    assert store.size == 0 == _bytes_on_disk(tmp_path)
+
+
+def _key_of(number: int) -> str:
+    return hashlib.sha256(str(number).encode()).hexdigest()
+
+
+def _arrays_of(number: int) -> dict:
+    return dict(values=np.full((100, 1000), number, np.float32), more=np.arange(number % 7))
+
+
+def _write_for_ever(folder, ready) -> None:
+    store, number = ArrayStore(folder, 10**9), 0
+    ready.set()
+    while True:
+        store.put(_key_of(number), _arrays_of(number))
+        number += 1
+
+
+def test_killed_in_the_middle_of_writing(tmp_path):
+    """Two processes write the same entries, and are killed without warning, again and again."""
+    fork = multiprocessing.get_context('fork')
+    for attempt in range(5):
+        begun = [fork.Event(), fork.Event()]
+        writers = [fork.Process(target=_write_for_ever, args=(tmp_path, each)) for each in begun]
+        for writer, each in zip(writers, begun):
+            writer.start()
+            assert each.wait(60)
+        time.sleep(0.02 + 0.007 * attempt)
+        for writer in writers:
+            writer.kill()
+            writer.join()
+        store = ArrayStore(tmp_path, 10**9)
+        stored = [number for number in range(10_000) if store._path(_key_of(number)).exists()]
+        assert stored and all(_equal(store.get(_key_of(number)), _arrays_of(number)) for number in stored)
+        assert store.size == _bytes_on_disk(tmp_path)
+
+
+def test_what_a_killed_process_left_is_removed_when_it_is_old(tmp_path):
+    store = ArrayStore(tmp_path, 10**6)
+    store.put(KEY, _arrays())
+    left = store._path(KEY).with_suffix('.0123.tmp')
+    left.write_bytes(b'half an entry')
+    assert ArrayStore(tmp_path, 10**6).size == store._path(KEY).stat().st_size + 13  # its process may be at work still
+    os.utime(left, (time.time() - 7200, ) * 2)
+    assert ArrayStore(tmp_path, 10**6).size == store._path(KEY).stat().st_size and not left.exists()
+    assert _equal(store.get(KEY), _arrays())
