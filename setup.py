@@ -20,7 +20,7 @@ setup(
     package_data={'kd_det': ['.mim/*', '.mim/**/*']},
     exclude_package_data={'': ['__pycache__/*', '*.pyc']},
     zip_safe=False,
-    install_requires=['torch', 'torchvision', 'numpy', 'scipy', 'rich', 'matplotlib'],
+    install_requires=['torch', 'torchvision', 'numpy', 'scipy', 'filelock', 'rich', 'matplotlib'],
     extras_require={
         'mmdet': [
             'mmengine>=0.10,<0.11',
