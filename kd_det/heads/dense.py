@@ -33,6 +33,8 @@ class DenseOutputs:
         distributions: (N, H·W·A, 4, bins) logits of the distance to each side, as in GFL.
         assigned: (N, H·W·A) of bool, the priors that the head's own assigner gave to a box in this step. Of a student
             alone, and where its family's reader finds them.
+        targets: (N, H·W·A, 4) the regressions of assigned priors to their boxes, in the units of :attr:`regressions`; 0
+            for other priors. Of a student with anchors and deltas alone.
     """
     logits: Levels
     activation: str
@@ -45,6 +47,7 @@ class DenseOutputs:
     centerness: Optional[Levels] = None
     distributions: Optional[Levels] = None
     assigned: Optional[Levels] = None
+    targets: Optional[Levels] = None
 
     @cached_property
     def boxes(self) -> Levels:

@@ -28,9 +28,13 @@ class Assignment(NamedTuple):
     Attributes:
         method: The method of the head that does.
         positives: Makes (N, priors of all levels) of bool from the head, what each call of the method returned, and N.
+        targets: Makes (N, priors of all levels, 4) regressions to the assigned boxes, in the units of
+            :class:`~kd_det.heads.DenseOutputs`, from the head, what each call of the method returned, and the outputs;
+            None where it does not tell them.
     """
     method: str
     positives: Callable[[nn.Module, Sequence, int], Tensor]
+    targets: Optional[Callable[[nn.Module, Sequence, DenseOutputs], Tensor]] = None
 
 
 class Reader(NamedTuple):
@@ -115,18 +119,30 @@ def read_dense(head: nn.Module, outputs: Sequence[Maps], assignments: Sequence =
     dense = reader.read(head, *outputs)
     if assignments:
         positives = reader.assignment.positives(head, assignments, len(dense.logits[0]))
-        dense.assigned = positives.split([level.shape[1] for level in dense.logits], 1)
+        sizes = [level.shape[1] for level in dense.logits]
+        dense.assigned = positives.split(sizes, 1)
+        if reader.assignment.targets is not None and isinstance(head.bbox_coder, DeltaXYWHBBoxCoder):
+            dense.targets = reader.assignment.targets(head, assignments, dense).split(sizes, 1)
     return dense
 
 
-def _labels_at(place: int) -> Assignment:
-    """For heads whose ``get_targets`` returns labels level by level, at that place of a tuple."""
+def _labels_at(place: int, targets_at: Optional[int] = None) -> Assignment:
+    """For heads whose ``get_targets`` returns labels, and perhaps deltas, level by level, at these places of a tuple."""
 
     def positives(head: nn.Module, returned: Sequence[tuple], images: int) -> Tensor:
         labels = torch.cat([level.reshape(images, -1) for level in returned[-1][place]], 1)
         return (labels >= 0) & (labels < head.num_classes)
 
-    return Assignment('get_targets', positives)
+    def targets(head: nn.Module, returned: Sequence[tuple], dense: DenseOutputs) -> Tensor:
+        assigned = torch.cat(dense.assigned, 1)
+        deltas = torch.cat([level.reshape(len(assigned), -1, 4) for level in returned[-1][targets_at]], 1).float()
+        if head.reg_decoded_bbox:  # the targets are boxes; priors without one become their own target
+            priors = torch.cat(dense.priors).expand_as(deltas)
+            boxes = torch.where(assigned.unsqueeze(-1), deltas, priors)
+            deltas = head.bbox_coder.encode(priors.flatten(0, 1), boxes.flatten(0, 1)).view_as(deltas)
+        return _without_normalization(head.bbox_coder, deltas) * assigned.unsqueeze(-1)
+
+    return Assignment('get_targets', positives, None if targets_at is None else targets)
 
 
 def _yolox_positives(head: nn.Module, returned: Sequence[tuple], images: int) -> Tensor:
@@ -136,14 +152,15 @@ def _yolox_positives(head: nn.Module, returned: Sequence[tuple], images: int) ->
 # ---------------------------------------------------------------------------------------------------- the families
 
 
-@reads(RetinaSepBNHead, YOLOFHead, SSDHead, RPNHead, assignment=_labels_at(0))
-@reads(RetinaHead, assignment=_labels_at(0), towers=True)
-@reads(ATSSHead, assignment=_labels_at(1), towers=True)
+@reads(YOLOFHead, assignment=_labels_at(0))
+@reads(RetinaSepBNHead, SSDHead, RPNHead, assignment=_labels_at(0, targets_at=2))
+@reads(RetinaHead, assignment=_labels_at(0, targets_at=2), towers=True)
+@reads(ATSSHead, assignment=_labels_at(1, targets_at=3), towers=True)
 def _read_anchors(head: nn.Module, logits: Maps, deltas: Maps, centerness: Optional[Maps] = None) -> DenseOutputs:
     deltas, coder = _by_prior(deltas, 4), head.bbox_coder
     regressions = deltas
-    if isinstance(coder, DeltaXYWHBBoxCoder):  # without the coder's own normalisation
-        regressions = tuple(each * each.new_tensor(coder.stds) + each.new_tensor(coder.means) for each in deltas)
+    if isinstance(coder, DeltaXYWHBBoxCoder):
+        regressions = tuple(_without_normalization(coder, each) for each in deltas)
     return _outputs(head, logits, regressions, coder.decode, encoded=deltas, centerness=_scalars(centerness))
 
 
@@ -234,6 +251,10 @@ def _outputs(head: nn.Module,
 def _by_prior(maps: Maps, values: int) -> Levels:
     """(N, A·values, H, W) maps as (N, H·W·A, values), in float32."""
     return tuple(each.float().permute(0, 2, 3, 1).reshape(len(each), -1, values) for each in maps)
+
+
+def _without_normalization(coder: DeltaXYWHBBoxCoder, deltas: Tensor) -> Tensor:
+    return deltas * deltas.new_tensor(coder.stds) + deltas.new_tensor(coder.means)
 
 
 def _scalars(maps: Optional[Maps]) -> Optional[Levels]:

@@ -13,7 +13,7 @@ from kd_det.heads import DISTRIBUTIONS_OF, POSITIVES_OF, HeadError
 from kd_det.losses.base import Parts
 from kd_det.losses.outputs import ComparedOutputs, DenseTerm
 
-FORMS = ('giou', 'distribution')
+FORMS = ('giou', 'distribution', 'bounded')
 REDUCTIONS = ('mean', 'sum')
 WEIGHTINGS = ('confidence', 'gap', 'positives', 'valuable')
 
@@ -28,8 +28,11 @@ class DenseRegression(DenseTerm):
       teaches nothing.
     - ``'distribution'``: T²·KL of the distributions over the distance to each side, for GFL and its kin (localisation
       distillation, LD, Zheng et al., arXiv 2102.12252).
+    - ``'bounded'``: ‖s − y‖² of positive priors, each alike, where it is not better than the teacher's ‖t − y‖² by the
+      margin, else 0 (Chen et al., NeurIPS 2017); for heads with anchors and deltas, in the units of
+      :class:`~kd_det.heads.DenseOutputs`.
 
-    Weightings of the priors:
+    Weightings of the priors, for the other two forms:
 
     - ``'confidence'``: the teacher's score.
     - ``'gap'``: the largest difference of a class probability between the two (BCKD, arXiv 2308.14286).
@@ -43,6 +46,7 @@ class DenseRegression(DenseTerm):
         weighting: See above.
         temperature: T of the distributions.
         reduction: ``'mean'`` over their bins and sides, for which LD's published weight is, or ``'sum'``.
+        margin: Of the bounded form.
         **kwargs: See :class:`~kd_det.losses.outputs.DenseTerm`.
 
     Raises:
@@ -53,17 +57,19 @@ class DenseRegression(DenseTerm):
     """
 
     def __init__(self, form: str = 'giou', weighting: str = 'confidence', temperature: float = 10.0,
-                 reduction: str = 'mean', **kwargs) -> None:
+                 reduction: str = 'mean', margin: float = 0.0, **kwargs) -> None:
         super().__init__(**kwargs)
         for name, value, known in (('form', form, FORMS), ('weighting', weighting, WEIGHTINGS),
                                    ('reduction', reduction, REDUCTIONS)):
             if value not in known:
                 raise ValueError(f"{name}='{value}': expected one of {', '.join(known)}.")
         self.form, self.weighting, self.temperature, self.reduction = form, weighting, temperature, reduction
+        self.margin = margin
 
     @property
     def student_heads(self) -> Tuple[str, ...]:
-        positives = (self.student_head + POSITIVES_OF, ) if self.weighting in ('positives', 'valuable') else ()
+        assigns = self.form == 'bounded' or self.weighting in ('positives', 'valuable')
+        positives = (self.student_head + POSITIVES_OF, ) if assigns else ()
         return (*super().student_heads, *positives, *self._distributions_of(self.student_head))
 
     @property
@@ -74,6 +80,8 @@ class DenseRegression(DenseTerm):
         return (head + DISTRIBUTIONS_OF, ) if self.form == 'distribution' else ()
 
     def compare(self, level: ComparedOutputs) -> Parts:
+        if self.form == 'bounded':
+            return dict(bounded=level.bounded_errors(self.margin).sum())
         weight = level.valid * self._weight(level)
         if self.form == 'distribution':
             student, teacher = (each.flatten(0, 1) for each in _distributions(level))

@@ -9,6 +9,7 @@ from mmdet.utils import reduce_mean
 from torch import Tensor
 
 from kd_det.context import DistillContext
+from kd_det.functional.boxes import bounded_regression
 from kd_det.functional.logits import quality_bce
 from kd_det.heads import POSITIVES_OF, ROI_HEAD, DenseOutputs, HeadError, RoIOutputs
 from kd_det.heads.roi import at_stage
@@ -44,6 +45,21 @@ class ComparedOutputs(NamedTuple):
         """(N, H·W·A): the teacher's largest class probability of any prior of the same cell (FRS, arXiv 2111.00674)."""
         cells = self.teacher.cell_probabilities(self.teacher_level).amax(1).flatten(1)
         return cells.repeat_interleave(self.valid.shape[1] // cells.shape[1], 1) * self.valid
+
+    def bounded_errors(self, margin: float) -> Tensor:
+        """(N, H·W·A): the student's squared error on its positive priors, where it is not better than the teacher's by
+        the margin, else 0, see :func:`~kd_det.functional.boxes.bounded_regression`.
+
+        Raises:
+            HeadError: The student's targets are not known.
+        """
+        if self.student.targets is None:
+            raise HeadError("form='bounded' compares the errors of anchors' deltas, as RetinaNet, ATSS, SSD and RPN heads "
+                            'predict them; what the positive priors of this head regress to is not known.')
+        student, teacher = (each.flatten(0, 1) for each in self.both('regressions'))
+        targets = self.student.targets[self.student_level]
+        errors = bounded_regression(student, teacher, targets.flatten(0, 1), margin).view(targets.shape[:2])
+        return errors * self.valid * self.student.positives(self.student_level)
 
 
 class DenseTerm(DistillTerm):

@@ -143,6 +143,28 @@ def test_positives_are_those_of_the_heads_own_assigner(name, dense_head, feature
     assert ((priors[:, 0] < 60) & (priors[:, 2] > 8) & (priors[:, 1] < 50) & (priors[:, 3] > 8)).all()
 
 
+@pytest.mark.parametrize('name', [name for name in FAMILIES if name != 'yolov3'])
+def test_targets_lead_positive_priors_to_their_boxes(name, dense_head, features):
+    """Of heads with anchors and deltas; ATSS keeps its targets as boxes, the others as normalised deltas."""
+    head = dense_head(name).train()
+    head.init_weights()
+    boxes = (8, 8, 60, 50), (30, 40, 90, 62)
+    with recorded_calls(head, find_reader(head).assignment.method) as calls:
+        head.loss(features(), [_sample(boxes), _sample(())])
+    outputs = read_dense(head, head(features()), [call.returned for call in calls])
+    if name not in ('retina', 'retina_softmax', 'atss', 'rpn', 'ssd'):
+        assert outputs.targets is None
+        return
+    found = set()
+    for targets, assigned, priors in zip(outputs.targets, outputs.assigned, outputs.priors):
+        assert targets[~assigned].abs().sum() == 0 and targets.shape[:2] == assigned.shape
+        priors, (shift, scale) = priors[assigned[0]], targets[0][assigned[0]].chunk(2, 1)
+        sizes = priors[:, 2:] - priors[:, :2]
+        centers, sizes = (priors[:, :2] + priors[:, 2:]) / 2 + shift * sizes, sizes * scale.exp()
+        found |= {tuple(box) for box in torch.cat([centers - sizes / 2, centers + sizes / 2], 1).round().tolist()}
+    assert found and found <= set(boxes)
+
+
 def test_positives_of_a_head_that_does_not_tell(dense_head, features):
     head = dense_head('yolov3').eval()
     with pytest.raises(HeadError, match="not known for this head.*normalizer='confidence'"):

@@ -16,10 +16,12 @@ FAMILIES = ['retina', 'retina_softmax', 'atss', 'gfl', 'fcos', 'fcos_normalized'
             'ssd', 'yolov3']
 CLASSES, BOXES = dict(type='DenseClassification'), dict(type='DenseRegression')
 LD = dict(type='DenseRegression', form='distribution', weighting='positives', normalizer='none')
+BOUNDED = dict(type='DenseRegression', form='bounded')
 RM = dict(type='RankMimicking')
 CASES = [(name, dict(term, normalizer='confidence')) for name in FAMILIES for term in (CLASSES, BOXES)] + [
     ('gfl', CLASSES), ('gfl', LD), ('gfl', RM), ('fcos', RM), ('yolox', dict(BOXES, weighting='gap')),
-    ('fcos', dict(BOXES, weighting='positives')), ('gfl', dict(LD, weighting='valuable')),
+    ('fcos', dict(BOXES, weighting='positives')), ('retina', BOUNDED), ('atss', BOUNDED), ('ssd', BOUNDED),
+    ('gfl', dict(LD, weighting='valuable')),
     ('retina', dict(CLASSES, weighting='richness', normalizer='richness', beta=0))]
 
 
@@ -176,6 +178,20 @@ def test_normalisers_are_at_least_1(context):
     student.assigned = (torch.zeros(2, 24, dtype=torch.bool), )
     torch.testing.assert_close(MODELS.build(CLASSES)(context)['classes'],
                                MODELS.build(dict(CLASSES, normalizer='none'))(context)['classes'])
+
+
+def test_bounded_form_is_its_formula_over_the_positive_priors_of_the_images(context, inside):
+    student, teacher = context.student_outputs['bbox_head'], context.teacher_outputs[0]['bbox_head']
+    student.targets = (torch.randn(2, 24, 4) * student.assigned[0].unsqueeze(-1), )
+    chosen = student.assigned[0] & inside
+    s, t, y = (each[0][chosen] for each in (student.regressions, teacher.regressions, student.targets))
+    ours, theirs = (s - y).square().sum(1), (t - y).square().sum(1)
+    for margin in (0.0, 100.0):
+        value = MODELS.build(dict(BOUNDED, margin=margin))(context)['bounded']
+        torch.testing.assert_close(value, ours[ours + margin > theirs].sum() / student.assigned[0].sum())
+    student.targets = None
+    with pytest.raises(HeadError, match="form='bounded' compares the errors of anchors' deltas"):
+        MODELS.build(BOUNDED)(context)
 
 
 def test_levels_are_paired_by_stride(one_stage, distiller, parts_of):

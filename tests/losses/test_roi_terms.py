@@ -9,7 +9,8 @@ from kd_det.heads import HeadError, Regions, RoIOutputs
 
 CLASSES, MOVES = dict(type='RoIClassification'), dict(type='RoIRegression')
 TERMS = [CLASSES, dict(CLASSES, temperature=4.0), dict(CLASSES, form='decoupled'), dict(CLASSES, form='coupled'), MOVES,
-         dict(MOVES, form='l1', normalizer='own'), dict(MOVES, form='mse'), dict(type='RPNImitation')]
+         dict(MOVES, form='l1', normalizer='own'), dict(MOVES, form='mse'), dict(type='RPNImitation'),
+         dict(type='RPNImitation', form='bounded', normalizer='positives')]
 PAIRS = [('faster_rcnn', 'faster_rcnn'), ('faster_rcnn', 'cascade_rcnn'), ('cascade_rcnn', 'faster_rcnn'),
          ('cascade_rcnn', 'cascade_rcnn')]
 
@@ -156,10 +157,32 @@ def test_what_can_not_be_compared(context, regions, faster_rcnn, distiller, part
 
 
 @pytest.mark.parametrize('arguments', [dict(CLASSES, form='x'), dict(CLASSES, normalizer='x'), dict(CLASSES, stage='x'),
-                                       dict(MOVES, form='x')])
+                                       dict(MOVES, form='x'), dict(type='RPNImitation', form='x')])
 def test_unknown_arguments(arguments):
     with pytest.raises(ValueError, match="='x': expected"):
         MODELS.build(arguments)
+
+
+@pytest.mark.parametrize('margin', [0.0, 0.01])
+def test_bounded_regression_of_the_rpn_is_its_formula(margin, faster_rcnn, distiller, parts_of):
+    """‖s − y‖² of the sampled positive anchors, where it is not better than the teacher's by the margin."""
+    term = dict(type='RPNImitation', form='bounded', margin=margin, regression_weight=0.5, normalizer='positives')
+    model = distiller(faster_rcnn(), faster_rcnn(), distill=dict(term=term)).train()
+    _sharp(model.rpn_head), _sharp(model.build_teachers()[0].model.rpn_head)
+    seen, compare = [], model.terms['term'].forward
+    model.terms['term'].forward = lambda context: seen.append(context) or compare(context)
+    parts_of(model)
+    student, teacher = seen[0].student_outputs['rpn_head'], seen[0].teacher_outputs[0]['rpn_head']
+    teacher.regressions = tuple(2 * torch.rand_like(each) * each.detach() for each in student.regressions)
+    parts = compare(seen[0])
+    positives = torch.cat(student.assigned, 1)
+    s, t, y = (torch.cat(each, 1)[positives] for each in (student.regressions, teacher.regressions, student.targets))
+    ours, theirs = (s - y).square().sum(1), (t - y).square().sum(1)
+    counted = ours + margin > theirs
+    assert counted.any() and not counted.all()
+    torch.testing.assert_close(parts['regression'], 0.5 * ours[counted].sum() / positives.sum())
+    parts['regression'].backward()
+    assert model.rpn_head.rpn_reg.weight.grad.abs().sum() > 0
 
 
 def test_rpn_imitation_is_its_formula(faster_rcnn, distiller, parts_of):
