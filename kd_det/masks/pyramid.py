@@ -1,7 +1,7 @@
 """Masks in which each ground-truth box belongs to one level of the pyramid, by its size."""
 from __future__ import annotations
 
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 from mmdet.registry import MODELS, TASK_UTILS
 from torch import Tensor
@@ -24,12 +24,13 @@ class PyramidMask(CellMask):
         super().__init__()
         self.finest_scale, self.num_levels = finest_scale, num_levels
 
-    def box_levels(self, level: ComparedLevel) -> List[Tensor]:
-        """The index of the level that each box belongs to, one (n,) per image."""
-        taps = level.context.student_levels.values()
-        num_levels = self.num_levels or max(len(levels) for levels in taps if len(levels) > level.index
-                                            and levels[level.index].stride == level.stride)
-        return assign_levels(level.context.boxes, num_levels, self.finest_scale)
+    def box_levels(self, level: ComparedLevel) -> Tuple[List[Tensor], int]:
+        """The level that each box belongs to, one (n,) per image, and which level this is; both counted from the finest."""
+        taps = level.context.student_levels.values()  # some, as YOLOv3's neck, begin with the coarsest level
+        strides = max((sorted(each.stride for each in levels) for levels in taps if len(levels) > level.index
+                       and levels[level.index].stride == level.stride), key=len)
+        box_levels = assign_levels(level.context.boxes, self.num_levels or len(strides), self.finest_scale)
+        return box_levels, strides.index(level.stride)
 
 
 @MODELS.register_module()
@@ -38,7 +39,8 @@ class LevelForeground(PyramidMask):
                + PyramidMask.__doc__.partition('\n')[2])
 
     def cells(self, level: ComparedLevel) -> Tensor:
-        return level_foreground(level.context.boxes, self.box_levels(level), level.stride, level.shape, level.index)
+        box_levels, index = self.box_levels(level)
+        return level_foreground(level.context.boxes, box_levels, level.stride, level.shape, index)
 
 
 @MODELS.register_module()
@@ -64,7 +66,7 @@ class NearAnchorForeground(PyramidMask):
         self.phi, self.pad_aware = phi, pad_aware
 
     def cells(self, level: ComparedLevel) -> Tensor:
-        boxes, box_levels = level.context.boxes, self.box_levels(level)
+        box_levels, index = self.box_levels(level)
         priors = level.stride * self.anchors.single_level_grid_priors(level.shape, 0, device=level.context.device)
-        foreground = near_anchor_foreground(boxes, box_levels, level.index, priors, level.shape, self.phi)
+        foreground = near_anchor_foreground(level.context.boxes, box_levels, index, priors, level.shape, self.phi)
         return foreground * level.valid if self.pad_aware else foreground

@@ -59,6 +59,15 @@ def test_number_of_levels_is_that_of_the_tap(compared):
     assert build_mask(dict(type='LevelForeground', num_levels=4)).cells(level).any()
 
 
+@pytest.mark.parametrize('mask', ['LevelForeground', 'NearAnchorForeground'])
+def test_levels_that_begin_with_the_coarsest(mask, compared):
+    """As those of YOLOv3's neck: a small box is on the finest level, wherever that is."""
+    boxes = [torch.tensor([[4., 4., 44., 44.], [100., 100., 250., 250.]])]
+    finest_first, coarsest_first = (compared(boxes, strides, (256, 256)) for strides in ((8, 16, 32), (32, 16, 8)))
+    for level, same in zip(finest_first, reversed(coarsest_first)):
+        assert torch.equal(build_mask(mask).cells(level), build_mask(mask).cells(same))
+
+
 def test_anchors_of_the_students_head_serve(compared):
     """Its strides are replaced by the level's."""
     level = compared([torch.tensor([[40., 40., 170., 170.]])], batch_shape=(256, 256))[1]
