@@ -5,12 +5,8 @@ import os
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, DictAction
-from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
 
-from kd_det.compat import log_operator_backend
 from kd_det.configuration import merge_options, set_data_root
 
 
@@ -57,11 +53,3 @@ def apply_run_options(config: Config, options: Namespace, name: str) -> None:
     apply_config_options(config, options)
     config.launcher = options.launcher
     config.work_dir = options.work_dir or config.get('work_dir') or str(Path('work_dirs') / name)
-
-
-def build_runner(config: Config) -> Runner:
-    """Builds the runner that the config asks for."""
-    setup_cache_size_limit_of_dynamo()
-    runner = RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
-    log_operator_backend()  # into the log that the runner has opened
-    return runner

@@ -15,7 +15,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from rich.progress import Progress
 
-from kd_det.cli.common import build_runner
+from kd_det.runner import build_runner
 
 RESULT_FILE = 'result.json'
 

@@ -15,10 +15,11 @@ COMMANDS = {
     'train': 'train a detector from a config, with or without distillation',
     'test': 'evaluate a checkpoint: the student alone, no teacher is built',
     'distill': "distil a teacher into a student given the student's config; no config to write",
-    'methods': 'list the methods: what they compare, what they read, and which detectors they have weights for',
+    'methods': 'list the methods: what they compare, what they read, which detectors they serve, and the papers',
     'inspect': "look at one batch of a distillation: taps, each term's value and gradient, masks over the image",
     'export': "write a plain student: its weights alone, and a config that stock MMDetection reads",
     'doctor': 'check the installation and a config: what would fail, and what to do about it',
+    'benchmark': 'train a pair with several methods and seeds, and tell which difference is more than chance',
     'demo': 'generate data, train a teacher and two students, with and without distillation, and compare them',
 }
 

@@ -9,9 +9,10 @@ from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 from mmengine.config import Config, ConfigDict
 
-from kd_det.cli.common import add_run_options, apply_run_options, build_runner
+from kd_det.cli.common import add_run_options, apply_run_options
 from kd_det.configuration import leaf_datasets, load_config, renamed, student_config
 from kd_det.diagnosis.checks import check_config, explain
+from kd_det.runner import build_runner
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -1,0 +1,14 @@
+"""The benchmark: a pair of detectors, the methods side by side, several seeds, and what can be said about it.
+
+The layout of its work dir::
+
+    results.json                    everything, see kd_det.benchmark.results
+    results.md                      the table of it
+    teacher/                        one run, unless a checkpoint was given
+    <variant>/seed<k>/              one run of each method, such as fgd@paper/seed0
+        config.py                   the whole config that the run was trained with
+        result.json                 kd_det.benchmark.runs.Run; written when the run has finished, and not before
+        log.txt                     what the run said
+        epoch_8.pth                 the trained detector: a plain student; result.json names it
+        20260131_120000/vis_data/scalars.json   mmengine's losses and metrics, one JSON object a line; result.json names it
+"""

@@ -1,0 +1,116 @@
+"""A student and its teacher: what a benchmark is about."""
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+from mmengine.config import Config
+
+from kd_det.configuration import (ConfigurationError, is_distillation, leaf_datasets, load_config, set_data_root,
+                                  student_config)
+from kd_det.benchmark.runs import sha256
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A student and its teacher.
+
+    Attributes:
+        student: Config of the plain student: it decides data, classes, schedule and evaluation of all runs but the teacher's.
+        teacher: Name of the teacher's config.
+        checkpoint: The teacher's weights, an address or a file; None if the teacher is to be trained.
+    """
+    student: Config
+    teacher: str
+    checkpoint: Optional[str] = None
+
+    def teacher_config(self) -> Config:
+        """The config that trains the teacher."""
+        return student_config(load_config(self.teacher))
+
+
+def read_pair(pair: Optional[str] = None, student: Optional[str] = None, teacher: Optional[str] = None,
+              checkpoint: Optional[str] = None) -> Pair:
+    """Reads a pair.
+
+    Args:
+        pair: Config of a distillation, such as ``configs/_base_/pairs/retinanet_r101_r18.py``; its terms do not count.
+        student: Config of a plain detector, in place of ``pair`` or of its student.
+        teacher: Config of the teacher, in place of the pair's.
+        checkpoint: The teacher's weights. By default the pair's, if it names an address or a file that is there.
+
+    Raises:
+        ConfigurationError: There is no student or no teacher, the pair is no distillation, or it has several teachers.
+    """
+    config, named = None, {}
+    if pair is not None:
+        config = load_config(pair)
+        if not is_distillation(config):
+            raise ConfigurationError(f"PAIR '{pair}' is no distillation: give the config of one (its model a "
+                                     'DetectionDistiller), or --student and --teacher in its place.')
+        named = config.model.teacher
+        if not isinstance(named, dict):
+            raise ConfigurationError(f"PAIR '{pair}' has {len(named)} teachers: expected one.")
+        config = student_config(config)
+    config = student_config(load_config(student)) if student else config
+    if checkpoint is None and teacher is None and _exists(named.get('checkpoint')):
+        checkpoint = named['checkpoint']
+    teacher = teacher or named.get('config')
+    if config is None or not teacher:
+        raise ConfigurationError('There is no pair: give the config of a distillation, or --student and --teacher.')
+    if not isinstance(teacher, str):
+        raise ConfigurationError(f"PAIR '{pair}' holds its teacher as a model dict: give the file that trains it with "
+                                 '--teacher.')
+    return Pair(config, teacher, checkpoint)
+
+
+def _exists(checkpoint: Optional[str]) -> bool:
+    return bool(checkpoint) and ('://' in checkpoint or Path(checkpoint).is_file())
+
+
+def adapted(config: Config, data_root: Optional[str] = None, epochs: Optional[int] = None) -> Config:
+    """A copy of a config with another data root and with other epochs, its schedules stretched with them.
+
+    Raises:
+        ConfigurationError: It does not count in epochs, or has no CocoMetric.
+    """
+    config = copy.deepcopy(config)
+    if data_root is not None:
+        set_data_root(config, data_root)
+    if epochs is not None:
+        before = config.train_cfg.get('max_epochs')
+        if before is None:
+            raise ConfigurationError(f"--epochs: the config '{config.filename}' does not count in epochs.")
+        config.train_cfg.max_epochs = epochs
+        config.train_cfg.val_interval = min(config.train_cfg.get('val_interval', 1), epochs)
+        schedulers = config.get('param_scheduler') or []
+        for scheduler in [schedulers] if isinstance(schedulers, dict) else schedulers:
+            _stretch(scheduler, before, epochs)
+    return config
+
+
+def _stretch(scheduler: dict, before: int, after: int) -> None:
+    """Scales what a scheduler counts in epochs; one that counts iterations, such as a warm-up, stays."""
+    if not scheduler.get('by_epoch', True):
+        return
+    for key in ('begin', 'end', 'T_max', 'milestones'):
+        value = scheduler.get(key)
+        if isinstance(value, (list, tuple)):
+            scheduler[key] = [round(each * after / before) for each in value]
+        elif isinstance(value, int):
+            scheduler[key] = round(value * after / before)
+
+
+def data_hash(config: Config) -> str:
+    """The hash of a config's training and validation data: annotations by content, images by name and size."""
+    parts = []
+    for split in ('train', 'val'):
+        for dataset in leaf_datasets(config[f'{split}_dataloader'].dataset):
+            root = Path(dataset.get('data_root') or '')
+            parts.append(Path(root, dataset['ann_file']).read_bytes())
+            images = Path(root, dataset.get('data_prefix', {}).get('img', ''))
+            files = sorted(file for file in images.iterdir() if file.is_file())
+            parts.append('\n'.join(f'{file.name} {file.stat().st_size}' for file in files).encode())
+    return sha256(b'\0'.join(parts))

@@ -1,0 +1,107 @@
+"""What a benchmark found out, as ``results.json`` holds it::
+
+    command, versions, machine      what made it, and where
+    pair                            student and teacher: their configs, the teacher's weights and their hash
+    data                            data root (null: the config's) and the hash of the data
+    seeds                           list of numbers
+    teacher                         its run, or null where a checkpoint was given
+    runs                            one object for each variant and seed:
+        variant, method, seed, settings     which it is; settings: what is not the default (balance, paper, inherit, settings)
+        folder                              its work dir
+        status                              "finished" or "failed"; with error and log where it failed
+        identity … iterations               those of kd_det.benchmark.runs.Run; checkpoint and scalars within its folder
+        same_start, same_order              whether the first weights and the images' order are those of the plain student of
+                                            that seed; null where that is missing. Inherited weights start otherwise.
+    summary                         variant -> metric (bbox_mAP, bbox_mAP_50, …) -> mean, std, and, but for "none", against the
+                                    plain student: by_seed, difference, interval (95 %, null for one seed), verdict.
+                                    In points (0 to 100). Metrics that no object counts for are left out.
+
+Paths are relative to the work dir of the benchmark.
+"""
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Dict, List, Mapping
+
+import numpy as np
+import torch
+
+from kd_det.benchmark.runs import Run
+from kd_det.benchmark.scheduling import Failure, Outcome
+from kd_det.benchmark.statistics import paired_difference
+from kd_det.benchmark.variants import PLAIN, Variant
+from kd_det.version import __version__
+
+METRICS = {'bbox_mAP': 'mAP', 'bbox_mAP_50': 'AP50', 'bbox_mAP_75': 'AP75', 'bbox_mAP_s': 'APs', 'bbox_mAP_m': 'APm',
+           'bbox_mAP_l': 'APl'}
+PACKAGES = ('torch', 'torchvision', 'mmengine', 'mmdet', 'mmcv', 'mmcv-lite', 'numpy', 'faster-coco-eval', 'pycocotools')
+
+
+def environment() -> dict:
+    """The command that runs, the versions of what it uses, and the machine."""
+    program = Path(sys.argv[0])
+    program = ['python', sys.argv[0]] if program.suffix == '.py' and program.stem != '__main__' else ['kd-det']
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # mmcv or mmcv-lite, or a fork under another name
+            pass
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return dict(
+        command=shlex.join([*program, *sys.argv[1:]]),
+        versions=dict(python=platform.python_version(), kd_det=__version__, **found),
+        machine=dict(system=platform.platform(), processors=os.cpu_count(), devices=devices))
+
+
+def run_entry(variant: Variant, seed: int, folder: Path, outcome: Outcome, root: Path) -> dict:
+    """One element of ``runs``."""
+    settings = dict(balance=variant.balance, paper=variant.paper, inherit=list(variant.inherit), settings=variant.settings)
+    entry = dict(variant=variant.name, method=variant.method, seed=seed,
+                 settings={name: value for name, value in settings.items() if value}, folder=os.path.relpath(folder, root))
+    if isinstance(outcome, Failure):
+        return dict(entry, status='failed', error=outcome.error, log=os.path.relpath(outcome.log, root))
+    return dict(entry, status='finished', **relative(outcome, root))
+
+
+def relative(run: Run, root: Path) -> dict:
+    """A run as a dict, with paths relative to a folder."""
+    return dict(asdict(run), checkpoint=os.path.relpath(run.checkpoint, root), scalars=os.path.relpath(run.scalars, root))
+
+
+def mark_twins(entries: List[dict]) -> None:
+    """Notes of each run whether it began as the plain student of its seed, and saw the images in the same order."""
+    plain = {entry['seed']: entry for entry in entries if entry['variant'] == PLAIN and entry['status'] == 'finished'}
+    for entry in entries:
+        if entry['status'] == 'finished':
+            twin = plain.get(entry['seed'])
+            for key in ('start', 'order'):
+                entry[f'same_{key}'] = None if twin is None else entry[key] == twin[key]
+
+
+def summarize(entries: List[dict]) -> Dict[str, Dict[str, dict]]:
+    """Mean and spread of every variant, and its paired difference to the plain student, by metric."""
+    values: Dict[str, Dict[str, Dict[int, float]]] = {}  # variant -> metric -> seed -> points
+    for entry in entries:
+        by_metric = values.setdefault(entry['variant'], {})
+        for metric in METRICS if entry['status'] == 'finished' else ():
+            if entry['metrics'].get(metric, -1) >= 0:
+                by_metric.setdefault(metric, {})[entry['seed']] = 100 * entry['metrics'][metric]
+    return {variant: {metric: _summary(variant, by_seed, values.get(PLAIN, {}).get(metric, {}))
+                      for metric, by_seed in by_metric.items()} for variant, by_metric in values.items()}
+
+
+def _summary(variant: str, by_seed: Mapping[int, float], plain: Mapping[int, float]) -> dict:
+    points = list(by_seed.values())
+    summary = dict(mean=float(np.mean(points)), std=float(np.std(points, ddof=1)) if len(points) > 1 else None)
+    difference = None if variant == PLAIN else paired_difference(plain, by_seed)
+    if difference is not None:
+        summary.update(by_seed=difference.by_seed, difference=difference.mean, interval=difference.interval,
+                       verdict=difference.verdict)
+    return summary

@@ -1,0 +1,197 @@
+"""One training: done once, watched, and remembered."""
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import Runner, find_latest_checkpoint
+
+from kd_det.benchmark.complexity import multiply_adds
+from kd_det.configuration import ConfigurationError, is_distillation
+from kd_det.diagnosis.checks import explain
+from kd_det.runner import build_runner
+
+RESULT_FILE = 'result.json'
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came of a training.
+
+    Attributes:
+        identity: Hash of all that the run depends on; equal identities give equal results.
+        start: Hash of the detector's weights before the first step.
+        order: Hash of the images' ids in the order in which they were trained on.
+        checkpoint: The trained detector; a file within the run's folder.
+        scalars: mmengine's log of losses and metrics; a file within the run's folder.
+        metrics: CocoMetric's numbers after the last epoch, 0 to 1; -1 where there is no object of that size.
+        parameters: Number of the detector's parameters.
+        flops: Multiply-adds of the detector for one image, see :func:`~kd_det.benchmark.complexity.multiply_adds`.
+        seconds_per_iteration: Median over the training steps, without the loading of data.
+        peak_memory: The most bytes that the process held until the training ended (resident set).
+        peak_device_memory: The most bytes that tensors took on the GPU; None without one.
+        epochs: Passes through the training images.
+        iterations: Training steps.
+    """
+    identity: str
+    start: str
+    order: str
+    checkpoint: str
+    scalars: str
+    metrics: Dict[str, float]
+    parameters: int
+    flops: Optional[int]
+    seconds_per_iteration: float
+    peak_memory: Optional[int]
+    peak_device_memory: Optional[int]
+    epochs: int
+    iterations: int
+
+    def within(self, folder: Path) -> Run:
+        """The same with the paths of its files as they are seen from where the folder is."""
+        return replace(self, checkpoint=str(Path(folder, self.checkpoint)), scalars=str(Path(folder, self.scalars)))
+
+
+def identity(config: Config, inputs: Any = None) -> str:
+    """The hash of all that a run depends on.
+
+    Args:
+        config: The run's config. Where the run and its teacher lie does not count.
+        inputs: What the result depends on beside the config, such as hashes of data and teacher; anything that JSON holds.
+    """
+    settings = copy.deepcopy(config.to_dict())
+    settings.pop('work_dir', None)
+    if is_distillation(config):
+        teachers = settings['model']['teacher']
+        for teacher in [teachers] if isinstance(teachers, dict) else teachers:
+            teacher.pop('checkpoint', None)
+    return sha256(json.dumps([settings, inputs], sort_keys=True, default=str).encode())
+
+
+def finished_run(folder: Path, expected: str) -> Optional[Run]:
+    """The run that was finished in a folder, with paths as seen from here; None unless it has the expected identity."""
+    file = Path(folder, RESULT_FILE)
+    if not file.is_file():
+        return None
+    stored = json.loads(file.read_text(encoding='utf-8'))
+    if stored.get('identity') != expected or set(stored) != {field.name for field in fields(Run)}:
+        return None
+    run = Run(**stored).within(folder)
+    return run if Path(run.checkpoint).is_file() and Path(run.scalars).is_file() else None
+
+
+def train(name: str, config: Config, expected: str, say: Callable[[str], None] = print,
+          step: Callable[[Runner], None] = lambda runner: None) -> Run:
+    """Trains and evaluates, and remembers what came of it in the config's work dir.
+
+    Args:
+        name: What is said begins with it.
+        config: The config, with its work dir and a CocoMetric.
+        expected: The run's :func:`identity`.
+        say: Told after each epoch how it goes.
+        step: Called after each training step.
+
+    Returns:
+        The run, with paths as seen from here.
+    """
+    folder = Path(config.work_dir)
+    file = folder / RESULT_FILE
+    file.unlink(missing_ok=True)
+    config.experiment_name = f'{name}_{time.time_ns()}'  # mmengine keeps loggers and visualizers by name
+    config.setdefault('visualizer', dict(type='DetLocalVisualizer')).name = config.experiment_name
+    with explain(config):
+        runner = build_runner(config)
+    watch = Watch(name, say, step)
+    runner.register_hook(watch, priority='LOWEST')
+    runner.train()
+    memory, device_memory = peak_memory()  # of the training, not of what follows
+    detector = getattr(runner.model, 'student', runner.model)
+    run = Run(
+        identity=expected,
+        start=watch.start,
+        order=watch.order.hexdigest(),
+        checkpoint=Path(find_latest_checkpoint(runner.work_dir)).name,
+        scalars=str(Path(runner.log_dir, 'vis_data', 'scalars.json').relative_to(runner.work_dir)),
+        metrics=watch.metrics,
+        parameters=sum(parameter.numel() for parameter in detector.parameters()),
+        flops=multiply_adds(detector, runner.val_dataloader),
+        seconds_per_iteration=float(np.median(watch.seconds)),
+        peak_memory=memory,
+        peak_device_memory=device_memory,
+        epochs=runner.max_epochs,
+        iterations=runner.max_iters)
+    partial = file.with_suffix('.partial')
+    partial.write_text(json.dumps(asdict(run), indent=2), encoding='utf-8')
+    os.replace(partial, file)
+    return run.within(folder)
+
+
+def sha256(content: bytes) -> str:
+    """The hash of bytes, in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def peak_memory() -> tuple:
+    """The most bytes that this process held so far, in main memory and by tensors on the GPU; None what is not known."""
+    on_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None, on_device
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, on_device
+
+
+class Watch(Hook):
+    """Takes notes of a training."""
+
+    def __init__(self, name: str, say: Callable[[str], None], step: Callable[[Runner], None]) -> None:
+        self.name, self.say, self.step = name, say, step
+        self.seconds, self.metrics, self.order = [], {}, hashlib.sha256()
+
+    def before_train(self, runner: Runner) -> None:
+        state = runner.model.state_dict()  # of a distiller: the student's
+        self.start = sha256(b''.join(key.encode() + value.cpu().numpy().tobytes() for key, value in state.items()))
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
+        images = [getattr(sample, 'img_id', None) for sample in data_batch['data_samples']]
+        self.order.update(json.dumps(images, default=str).encode())
+        self._began = _now()
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        self.seconds.append(_now() - self._began)
+        self.step(runner)
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        loss = runner.message_hub.get_scalar('train/loss').mean(len(runner.train_dataloader))
+        pace = np.median(self.seconds)
+        left = pace * (runner.max_iters - len(self.seconds))
+        self.say(f'{self.name}: epoch {runner.epoch + 1}/{runner.max_epochs}, loss {loss:.3f}, {pace:.2f} s per iteration, '
+                 f'about {left:.0f} s left')
+
+    def after_val_epoch(self, runner: Runner, metrics: Optional[Dict[str, float]] = None) -> None:
+        if not metrics:  # CocoMetric's answer to no detection at all
+            metrics = dict.fromkeys(('bbox_mAP', 'bbox_mAP_50', 'bbox_mAP_75'), 0.0)
+        self.metrics = {name[len('coco/'):] if name.startswith('coco/') else name: float(value)
+                        for name, value in metrics.items()}
+        if 'bbox_mAP' not in self.metrics:
+            raise ConfigurationError(f"The val_evaluator gives {', '.join(metrics)}, but no bbox_mAP: expected a CocoMetric "
+                                     "with metric='bbox'.")
+        self.say(f"{self.name}: mAP {100 * self.metrics['bbox_mAP']:.1f}")
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # what the step asked for is done
+    return time.perf_counter()

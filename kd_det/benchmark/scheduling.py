@@ -1,0 +1,130 @@
+"""Runs trainings in processes of their own, several at once."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+from typing import Callable, Iterable, List, Optional, Sequence, Union
+
+from mmengine.config import Config
+
+from kd_det.benchmark.runs import Run, finished_run, identity
+
+LOG_FILE, CONFIG_FILE = 'log.txt', 'config.py'
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training to be done.
+
+    Attributes:
+        name: Shown to the user.
+        folder: Its work dir.
+        config: Its config.
+        inputs: What the result depends on beside the config, see :func:`~kd_det.benchmark.runs.identity`.
+    """
+    name: str
+    folder: Path
+    config: Config
+    inputs: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a training did not finish.
+
+    Attributes:
+        error: What it said last.
+        log: All that it said.
+    """
+    error: str
+    log: str
+
+
+Outcome = Union[Run, Failure]
+
+
+class Machine:
+    """Where trainings run.
+
+    Args:
+        devices: One training at a time on each: numbers of GPUs as ``CUDA_VISIBLE_DEVICES`` has them, or ``cpu``. Without
+            any the processes see what this one sees.
+        jobs: Trainings at once; as many as devices by default, and dealt out to them in turn.
+        threads: PyTorch's threads of each training; the processors divided by the jobs by default.
+    """
+
+    def __init__(self, devices: Sequence[str] = (), jobs: Optional[int] = None, threads: Optional[int] = None) -> None:
+        self.jobs = jobs or max(1, len(devices))
+        self.threads = threads or max(1, (os.cpu_count() or 1) // self.jobs)
+        self.slots: Queue = Queue()
+        for slot in range(self.jobs):
+            self.slots.put(devices[slot % len(devices)] if devices else None)
+        self._processes: List[subprocess.Popen] = []
+
+    def run(self, jobs: Iterable[Job], say: Callable[[str], None]) -> List[Outcome]:
+        """Does the jobs, all but those that were finished before; one that fails does not stop the others.
+
+        Args:
+            jobs: The trainings.
+            say: Told what begins, is kept, ends or fails.
+
+        Returns:
+            What came of each, in the order of the jobs.
+        """
+        jobs = list(jobs)
+        with ThreadPoolExecutor(self.jobs) as pool:
+            futures = {pool.submit(self._do, job, say): index for index, job in enumerate(jobs)}
+            try:
+                outcomes = {futures[future]: future.result() for future in as_completed(futures)}
+            except BaseException:  # Ctrl-C: no training outlives the benchmark
+                for future in futures:
+                    future.cancel()
+                for process in self._processes:
+                    process.terminate()
+                raise
+        return [outcomes[index] for index in range(len(jobs))]
+
+    def _do(self, job: Job, say: Callable[[str], None]) -> Outcome:
+        expected = identity(job.config, job.inputs)
+        kept = finished_run(job.folder, expected)
+        if kept is not None:
+            say(f'{job.name}: kept from before, {_ap(kept)}')
+            return kept
+        device = self.slots.get()
+        try:
+            return self._train(job, expected, device, say)
+        finally:
+            self.slots.put(device)
+
+    def _train(self, job: Job, expected: str, device: Optional[str], say: Callable[[str], None]) -> Outcome:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        config = Config(dict(job.config.to_dict(), work_dir=str(job.folder)))
+        config.dump(job.folder / CONFIG_FILE)
+        environment = dict(os.environ, OMP_NUM_THREADS=str(self.threads))
+        if device is not None:
+            environment['CUDA_VISIBLE_DEVICES'] = '' if device == 'cpu' else device
+        say(f'{job.name}: begins' + ('' if device is None else f' on {device}'))
+        began, log = time.monotonic(), job.folder / LOG_FILE
+        command = [sys.executable, '-m', 'kd_det.benchmark.worker', str(job.folder / CONFIG_FILE), expected]
+        with open(log, 'w', encoding='utf-8') as output:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+            self._processes.append(process)
+            process.wait()
+        run = finished_run(job.folder, expected) if process.returncode == 0 else None
+        if run is None:
+            lines = log.read_text(encoding='utf-8', errors='replace').strip().splitlines()
+            failure = Failure(lines[-1] if lines else f'exit status {process.returncode}', str(log))
+            say(f'{job.name}: failed: {failure.error} (see {log})')
+            return failure
+        say(f'{job.name}: {_ap(run)}, {time.monotonic() - began:.0f} s')
+        return run
+
+
+def _ap(run: Run) -> str:
+    return f"mAP {100 * run.metrics['bbox_mAP']:.1f}"

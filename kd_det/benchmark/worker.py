@@ -1,0 +1,33 @@
+"""One training in a process of its own: ``python -m kd_det.benchmark.worker CONFIG IDENTITY``."""
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+import torch
+
+from kd_det.benchmark.evaluation import use_fast_coco_evaluation
+from kd_det.benchmark.runs import train
+from kd_det.cli.main import describe
+from kd_det.configuration import load_config
+from kd_det.diagnosis.checks import check_config
+
+
+def main(config_file: str, identity: str) -> int:
+    """Trains; the exit status is 0, or 1 after an error, which is then the last line of the output."""
+    torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
+    use_fast_coco_evaluation()
+    try:
+        config = load_config(config_file)
+        check_config(config, splits=('train', 'val'))
+        train(config.work_dir, config, identity)
+    except Exception as error:
+        traceback.print_exc()
+        print(describe(error).replace('\n', ' '), file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == '__main__':
+    raise SystemExit(main(*sys.argv[1:]))

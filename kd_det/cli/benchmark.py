@@ -1,0 +1,123 @@
+"""``kd-det benchmark``: methods side by side on one pair, over seeds."""
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import List
+
+from mmengine.config import Config, DictAction
+from rich.console import Console
+
+from kd_det.benchmark.pair import adapted, data_hash, read_pair
+from kd_det.benchmark.results import environment, mark_twins, relative, run_entry, summarize
+from kd_det.benchmark.runs import sha256
+from kd_det.benchmark.scheduling import Failure, Job, Machine
+from kd_det.benchmark.tables import markdown_table, rich_table
+from kd_det.benchmark.variants import PLAIN, Variant, parse_variants, variant_config
+
+TEACHER_SEED = 0
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    pair = parser.add_argument_group('what is compared')
+    pair.add_argument('pair', nargs='?', metavar='PAIR', help="config of a distillation: its student and its teacher count, "
+                      'its terms do not; such as configs/_base_/pairs/retinanet_r101_r18.py')
+    pair.add_argument('--student', metavar='CONFIG', help="the student's config, in place of the pair's")
+    pair.add_argument('--teacher', metavar='CONFIG', help="the teacher's config, in place of the pair's")
+    pair.add_argument('--teacher-checkpoint', metavar='FILE', help="the teacher's weights; without any, and where the pair's "
+                      'are not there, the teacher is trained first, with its own config')
+    pair.add_argument('--methods', default='none,kd,fgd,pkd', metavar='A,B+C,D@SETTING', help='methods, sums of methods, or '
+                      'inherit; @paper, @balance=RATIO, @inherit=PART+PART and @dotted.key=value are settings of one of them. '
+                      "none, the plain student, always takes part ('none,kd,fgd,pkd')")
+    pair.add_argument('--seeds', type=_seeds, default='3', metavar='N', help='number of seeds, from 0 on, or a list: 3,5,8 (3)')
+    training = parser.add_argument_group('how it is trained')
+    training.add_argument('--data', metavar='DIR', help="folder of the data, in place of the configs' data_root")
+    training.add_argument('--epochs', type=int, metavar='N', help="epochs of the students (their config's), and their schedules "
+                          'with them')
+    training.add_argument('--teacher-epochs', type=int, metavar='N', help="epochs of the teacher (its config's)")
+    weights = training.add_mutually_exclusive_group()
+    weights.add_argument('--balance', type=float, metavar='RATIO', help="each term's gradient at this ratio of the task's")
+    weights.add_argument('--paper-weights', action='store_true', help='the published weights')
+    training.add_argument('--inherit', nargs='+', default=(), metavar='PART', help='parts of all distilled students that start '
+                          "from the teacher's weights, such as neck bbox_head")
+    training.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE',
+                          help='settings that override the config of every student; model.distill… and default_hooks.distill… '
+                          'reach the distilled ones')
+    machine = parser.add_argument_group('where')
+    machine.add_argument('--work-dir', type=Path, default=Path('work_dirs/benchmark'), metavar='DIR',
+                         help='folder of runs and results (work_dirs/benchmark); finished runs that are there are kept')
+    machine.add_argument('--devices', type=lambda text: text.split(','), default=(), metavar='A,B',
+                         help='numbers of GPUs, one training on each, or cpu')
+    machine.add_argument('--jobs', type=int, metavar='N', help='trainings at once (as many as devices)')
+    machine.add_argument('--threads', type=int, metavar='N', help="PyTorch's threads of each (processors / jobs)")
+
+
+def _seeds(text: str) -> List[int]:
+    try:
+        numbers = [int(number) for number in text.split(',')]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers) or numbers == [0] and ',' not in text:
+        raise ArgumentTypeError(f"expected a number of seeds, 1 or more, or a list such as 3,5,8, got '{text}'")
+    return numbers if ',' in text else list(range(numbers[0]))
+
+
+def run(options: Namespace) -> int:
+    console = Console(highlight=False)
+    root: Path = options.work_dir
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, markup=False)
+
+    pair = read_pair(options.pair, options.student, options.teacher, options.teacher_checkpoint)
+    student = adapted(pair.student, options.data, options.epochs)
+    pair = replace(pair, student=student)
+    common = Variant('', PLAIN, options.balance, options.paper_weights, tuple(options.inherit), options.cfg_options)
+    variants = parse_variants(options.methods, common)
+    for variant in variants:  # what can not be composed is told before a teacher is trained
+        variant_config(variant, pair, checkpoint='')
+    data = data_hash(student)
+    machine = Machine(options.devices, options.jobs, options.threads)
+
+    teacher = None
+    if pair.checkpoint is None:
+        config = seeded(adapted(pair.teacher_config(), options.data, options.teacher_epochs), TEACHER_SEED)
+        teacher, = machine.run([Job('teacher', root / 'teacher', config, [data])], say)
+        if isinstance(teacher, Failure):
+            console.print(f'Without a teacher there is nothing to compare. All that was said is in {teacher.log}.')
+            return 1
+    checkpoint = pair.checkpoint if teacher is None else teacher.checkpoint
+    teacher_hash = sha256(Path(checkpoint).read_bytes()) if Path(checkpoint).is_file() else checkpoint
+
+    jobs, runs = [], []
+    for seed in options.seeds:
+        for variant in variants:
+            config = seeded(variant_config(variant, pair, checkpoint), seed)
+            folder = root / variant.folder / f'seed{seed}'
+            jobs.append(Job(f'{variant.name}, seed {seed}', folder, config, [data] if variant.is_plain else [data, teacher_hash]))
+            runs.append((variant, seed, folder))
+    outcomes = machine.run(jobs, say)
+
+    entries = [run_entry(*each, outcome, root) for each, outcome in zip(runs, outcomes)]
+    mark_twins(entries)
+    results = dict(
+        **environment(),
+        pair=dict(student=str(student.filename), teacher=pair.teacher, checkpoint=str(checkpoint), checkpoint_hash=teacher_hash),
+        data=dict(root=options.data, hash=data),
+        seeds=options.seeds,
+        teacher=None if teacher is None else relative(teacher, root),
+        runs=entries,
+        summary=summarize(entries))
+    (root / 'results.json').write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
+    (root / 'results.md').write_text(markdown_table(results), encoding='utf-8')
+    console.print(rich_table(results))
+    console.print(f"Saved {root / 'results.json'}, {root / 'results.md'}.")
+    return 1 if any(isinstance(outcome, Failure) for outcome in outcomes) else 0
+
+
+def seeded(config: Config, seed: int) -> Config:
+    """The config with a seed."""
+    config.randomness = dict(config.get('randomness') or {}, seed=seed)
+    return config
