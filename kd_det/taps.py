@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 Levels = Tuple[Tensor, ...]
+ENCODER = 'encoder'  # of a DETR; puts out the tokens of several levels in a row
 
 
 class TapError(RuntimeError):
@@ -42,6 +43,9 @@ class Taps:
     losses, and is safe from later layers that work in place: these get a copy, until one forward has shown that nothing
     writes to it.
 
+    The tokens of a DETR's encoder, (N, ΣH·W, C), are read as the maps of the neck's levels that they stand for: the last
+    ones that have as many cells.
+
     Args:
         model: The model to read.
         paths: Dotted module names, see :func:`find_module`.
@@ -62,17 +66,31 @@ class Taps:
         self._reading = False
         self._seen: Dict[str, List[_Reading]] = {}
         self._written_later = {path: True for path in self.paths}
+        self._token_shapes: List[torch.Size] = []
+        if any(map(is_within_encoder, self.paths)):
+            source = 'neck' if getattr(model, 'neck', None) is not None else 'backbone'
+            find_module(model, source).register_forward_hook(self._note_token_shapes)
         for path in self.paths:
             find_module(model, path).register_forward_hook(self._hook(path))
+
+    def _note_token_shapes(self, module: nn.Module, inputs: tuple, output) -> None:
+        self._token_shapes = [level.shape[-2:] for level in output]
+
+    def awaits(self, path: str) -> bool:
+        """Whether, in a forward that is being read, a tap at or within this module has seen nothing yet."""
+        return any((tap == path or tap.startswith(f'{path}.')) and not seen for tap, seen in self._seen.items())
 
     def _hook(self, path: str):
 
         def read(module: nn.Module, inputs: tuple, output):
             if not self._reading:
                 return output
+            tokens = is_within_encoder(path) and isinstance(output, Tensor) and output.dim() == 3
+            if tokens:
+                output = _split_tokens(path, output, self._token_shapes)
             reading = _Reading(path, output, self.grouped, copy=self._written_later[path])
             self._seen[path].append(reading)
-            return reading.passed_on
+            return _join_tokens(reading.passed_on) if tokens else reading.passed_on
 
         return read
 
@@ -120,6 +138,26 @@ class _Reading:
             raise TapError(f"The output of '{self.path}' was changed in place by a later layer, though in no step before or "
                            'not through the copy that it was given. Tap the layer after it.')
         return self.held, written
+
+
+def is_within_encoder(path: str) -> bool:
+    """Whether a path is that of a DETR's encoder, or of a module in it."""
+    return path.split('.')[0] == ENCODER
+
+
+def _split_tokens(path: str, tokens: Tensor, shapes: Sequence[torch.Size]) -> Levels:
+    """(N, ΣH·W, C) as (N, C, H, W) of the last levels that have as many cells."""
+    for first in range(len(shapes)):
+        cells = [shape.numel() for shape in shapes[first:]]
+        if sum(cells) == tokens.shape[1]:
+            return tuple(level.mT.unflatten(-1, shape) for level, shape in zip(tokens.split(cells, 1), shapes[first:]))
+    raise TapError(f"Tap '{path}' read {tokens.shape[1]} tokens, which are not the cells of the neck's last levels "
+                   f'{[tuple(shape) for shape in shapes]}.')
+
+
+def _join_tokens(levels: Levels) -> Tensor:
+    """(N, C, H, W) each as (N, ΣH·W, C)."""
+    return torch.cat([level.flatten(2).mT for level in levels], 1)
 
 
 def _groups(path: str, output, grouped: bool) -> Tuple[Levels, ...]:

@@ -165,8 +165,8 @@ def dense_head_config():
 def one_stage(retinanet, dense_head_config):
     """Makes the model dict of a small one-stage detector with a head of the given family."""
 
-    def make(family: str, depth: int = 18, neck: int = 8, classes: int = 3, **changes) -> dict:
-        model = retinanet(depth=depth, neck=neck, levels=3)
+    def make(family: str, depth: int = 18, width: int = 4, neck: int = 8, classes: int = 3, **changes) -> dict:
+        model = retinanet(depth=depth, width=width, neck=neck, levels=3)
         head = dense_head_config(family, neck, classes, **changes)
         model['type'], model['bbox_head'] = 'SingleStageDetector', head  # item by item: a ConfigDict updates by merging
         model['train_cfg'], model['test_cfg'] = head.pop('train_cfg', None), head.pop('test_cfg')
@@ -189,6 +189,52 @@ def cascade_rcnn(faster_rcnn):
                        for stds in ([0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1])])
         model.train_cfg.rcnn = [train_cfg, train_cfg]
         return model
+
+    return make
+
+
+@pytest.fixture
+def detr():
+    """Makes the model dict of a DETR of a kind: 'DETR', 'ConditionalDETR', 'DABDETR', 'DeformableDETR' or 'DINO'."""
+
+    def make(kind: str = 'DeformableDETR', depth: int = 18, width: int = 4, embed: int = 0, queries: int = 10, layers: int = 2,
+             classes: int = 3, num_outs: int = 4, **changes) -> dict:
+        embed = embed or (256 if kind in ('ConditionalDETR', 'DINO') else 32)  # mmdet's code for these two knows 256 alone
+        deformable = kind in ('DeformableDETR', 'DINO')
+        sigmoid, stages = kind != 'DETR', slice(1, 4) if deformable else slice(3, 4)
+        attention = dict(embed_dims=embed, num_heads=4, dropout=0.0, batch_first=True)
+        sampling = dict(attention, num_levels=num_outs, num_points=2) if deformable else attention
+        conditional = dict(embed_dims=embed, num_heads=4, attn_drop=0.0)
+        activation = dict(type='PReLU') if kind == 'DABDETR' else dict(type='ReLU')
+        ffn = dict(embed_dims=embed, feedforward_channels=2 * embed, num_fcs=2, ffn_drop=0.0, act_cfg=activation)
+        attentions = dict(self_attn_cfg=attention, cross_attn_cfg=sampling)
+        if kind in ('ConditionalDETR', 'DABDETR'):
+            attentions = dict(self_attn_cfg=dict(conditional, cross_attn=False), cross_attn_cfg=dict(conditional, cross_attn=True))
+        decoder = dict(num_layers=layers, return_intermediate=True, layer_cfg=dict(ffn_cfg=ffn, **attentions))
+        if kind == 'DABDETR':
+            decoder.update(query_dim=4, query_scale_type='cond_elewise', with_modulated_hw_attn=True)
+        if deformable:
+            decoder['post_norm_cfg'] = None
+        loss_cls = dict(type='FocalLoss', use_sigmoid=True) if sigmoid else dict(type='CrossEntropyLoss', bg_cls_weight=0.1,
+                                                                                use_sigmoid=False, class_weight=1.0)
+        options = dict(DABDETR=dict(with_random_refpoints=False, num_patterns=0),
+                       DeformableDETR=dict(num_feature_levels=num_outs, with_box_refine=True),
+                       DINO=dict(num_feature_levels=num_outs, with_box_refine=True, as_two_stage=True,
+                                 dn_cfg=dict(label_noise_scale=0.5, box_noise_scale=1.0,
+                                             group_cfg=dict(dynamic=True, num_groups=None, num_dn_queries=4))))
+        costs = [dict(type='FocalLossCost' if sigmoid else 'ClassificationCost', weight=2.0),
+                 dict(type='BBoxL1Cost', weight=5.0, box_format='xywh'), dict(type='IoUCost', iou_mode='giou', weight=2.0)]
+        return ConfigDict(
+            type=kind, num_queries=queries, data_preprocessor=dict(PREPROCESSOR, pad_size_divisor=1),
+            backbone=dict(_backbone(depth, width), out_indices=tuple(range(4))[stages]),
+            neck=dict(type='ChannelMapper', in_channels=_stage_channels(depth, width)[stages], kernel_size=1, out_channels=embed,
+                      act_cfg=None, norm_cfg=dict(type='GN', num_groups=4), num_outs=num_outs if deformable else 1),
+            encoder=dict(num_layers=layers, layer_cfg=dict(self_attn_cfg=sampling, ffn_cfg=ffn)), decoder=decoder,
+            positional_encoding=dict(num_feats=embed // 2, normalize=True),
+            bbox_head=dict(type=f'{kind}Head', num_classes=classes, embed_dims=embed, loss_cls=loss_cls,
+                           loss_bbox=dict(type='L1Loss', loss_weight=5.0), loss_iou=dict(type='GIoULoss', loss_weight=2.0)),
+            train_cfg=dict(assigner=dict(type='HungarianAssigner', match_costs=costs)), test_cfg=dict(max_per_img=5),
+            **options.get(kind, {}), **changes)
 
     return make
 

@@ -125,3 +125,46 @@ def test_output_that_is_no_feature_is_an_error():
     with pytest.raises(TapError, match=r'\(N, C, H, W\)'):
         with Taps(net, ['0']).capture():
             net(torch.randn(1, 3, 2, 2))
+
+
+class Transformer(nn.Module):
+    """Two levels to tokens and through an encoder; or the coarser one alone."""
+
+    def __init__(self, levels: int = 2):
+        super().__init__()
+        self.levels = levels
+        self.neck = nn.ModuleList([nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1, stride=2)])
+        self.neck.forward = lambda images: tuple(each(images) for each in self.neck)
+        self.encoder = nn.Sequential(nn.Linear(4, 5), nn.Tanh())
+
+    def forward(self, images):
+        tokens = torch.cat([level.flatten(2).mT for level in self.neck(images)[-self.levels:]], 1)
+        return self.encoder(tokens)
+
+
+@pytest.mark.parametrize('path', ['encoder', 'encoder.0'])
+@pytest.mark.parametrize('levels', [1, 2])
+def test_tokens_of_an_encoder_are_read_as_maps(path, levels):
+    net, images = Transformer(levels), torch.randn(2, 3, 4, 6)
+    expected, taps = net(images), Taps(net, [path])
+    for _ in range(2):
+        with taps.capture() as features:
+            assert taps.awaits('encoder') and not taps.awaits('neck')
+            output = net(images)
+            assert not taps.awaits('encoder')
+        assert torch.equal(output, expected)
+        maps = features[path]
+        assert [tuple(each.shape) for each in maps] == [(2, 5, 4, 6), (2, 5, 2, 3)][-levels:]
+        assert torch.autograd.grad(output.sum(), maps)[0].abs().sum() > 0  # they lie on the model's own path
+    value = maps[-1] if path == 'encoder' else maps[-1].tanh()
+    assert torch.equal(value[1, :, 1, 2], expected[1, -1]) and torch.equal(value[0, :, 0, 1], expected[0, -5])
+
+
+def test_tokens_of_another_number_than_cells_are_an_error():
+    net = Transformer()
+    net.encoder = nn.Flatten(1, 1)
+    taps = Taps(net, ['encoder'])
+    with pytest.raises(TapError, match=r"'encoder' read 29 tokens, which are not the cells of .*\[\(4, 6\), \(2, 3\)\]"):
+        with taps.capture():
+            net.neck(torch.randn(1, 3, 4, 6))
+            net.encoder(torch.zeros(1, 29, 4))

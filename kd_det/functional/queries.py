@@ -56,7 +56,8 @@ def match_queries(cost: Tensor, candidates: Tensor, box_cost: Tensor, num_boxes:
     Args:
         cost: (P, Q, C) of pairing the student's queries with the candidates, see :func:`query_cost`.
         candidates: (P, C) long: which of the teacher's M queries they are, each once.
-        box_cost: (P, M, n) of assigning the teacher's queries to ground-truth boxes.
+        box_cost: (P, M, n) of assigning the teacher's queries to ground-truth boxes; a box whose costs are infinite is
+            nobody's.
         num_boxes: P numbers of boxes, n or fewer; the rest of ``box_cost`` is padding.
         assigned: (P, Q) long: the index of the box to which the student's query is assigned; -1 for none.
 
@@ -75,6 +76,8 @@ def match_queries(cost: Tensor, candidates: Tensor, box_cost: Tensor, num_boxes:
 def _match(cost: np.ndarray, candidates: np.ndarray, box_cost: np.ndarray, assigned: np.ndarray) -> np.ndarray:
     """The index of the teacher's query for each of the student's, (Q,)."""
     queries, boxes = linear_sum_assignment(box_cost)
+    affordable = box_cost[queries, boxes] < UNAFFORDABLE
+    queries, boxes = queries[affordable], boxes[affordable]
     query_of = np.full(box_cost.shape[1] + 1, -1)  # by box; the last for no box, to which the index -1 leads
     query_of[boxes] = queries
     paired = query_of[assigned]

@@ -2,22 +2,53 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import ContextManager, Dict, Iterable, Iterator, List, Sequence, Tuple, Union
+from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
 
 from torch import nn
 
 from kd_det.heads.dense import DenseOutputs
 from kd_det.heads.errors import HeadError
+from kd_det.heads.queries import QueryOutputs, read_queries
 from kd_det.heads.readers import find_reader, read_dense
-from kd_det.heads.recording import Call, recorded_calls
-from kd_det.heads.requirements import HEADS, ROI_HEAD, TOWERS_OF, check_head
+from kd_det.heads.recording import recorded_calls
+from kd_det.heads.requirements import HEADS, QUERIES_OF, ROI_HEAD, TOWERS_OF, check_head
 from kd_det.heads.roi import RoIOutputs, read_sampled, run_roi_head, stages_of
 from kd_det.heads.towers import TeacherTowers, TowerFeatures, read_towers, recorded_towers
 from kd_det.taps import Levels, Taps
 
-StudentOutputs = Dict[str, Union[DenseOutputs, RoIOutputs, TowerFeatures]]
+StudentOutputs = Dict[str, Union[DenseOutputs, QueryOutputs, RoIOutputs, TowerFeatures]]
 # Of a teacher's RoI head there is one for each of its stages.
-TeacherOutputs = Dict[str, Union[DenseOutputs, Tuple[RoIOutputs, ...], TeacherTowers]]
+TeacherOutputs = Dict[str, Union[DenseOutputs, QueryOutputs, Tuple[RoIOutputs, ...], TeacherTowers]]
+
+
+class TeacherForward(NamedTuple):
+    """What there is of a teacher's forward before its heads run.
+
+    Attributes:
+        model: The teacher, in eval mode.
+        features: What its neck puts out.
+        student: The student's outputs; its RoI head's hold the regions for the teacher's.
+        samples: mmdet's data samples with the shapes of the images and of the batch, which DETRs ask for; no ground truth.
+    """
+    model: nn.Module
+    features: Levels
+    student: StudentOutputs
+    samples: Sequence = ()
+
+
+class Kind(NamedTuple):
+    """How one kind of outputs is had.
+
+    Attributes:
+        record: Records what the student's loss computes of it beside the head's own forward, from the head.
+        read: Makes the outputs of a student, from the head, what its forward returned, and what was recorded.
+        run: Makes the outputs of a teacher, from the head and the forward.
+        tapped: Whether the head's own forward is read.
+    """
+    record: Callable[[nn.Module], ContextManager]
+    read: Callable[[nn.Module, Tuple[Levels, ...], Any], Any]
+    run: Callable[[nn.Module, TeacherForward], Any]
+    tapped: bool = False
 
 
 def find_head(model: nn.Module, name: str) -> nn.Module:
@@ -25,15 +56,16 @@ def find_head(model: nn.Module, name: str) -> nn.Module:
 
     Args:
         model: The detector.
-        name: ``'bbox_head'`` of one-stage detectors, ``'rpn_head'`` and ``'roi_head'`` of two-stage detectors; after it
-            perhaps what else it must have, see :func:`~kd_det.heads.requirements.check_head`.
+        name: ``'bbox_head'`` of one-stage detectors, ``'rpn_head'`` and ``'roi_head'`` of two-stage detectors,
+            ``'bbox_head.queries'`` of DETRs; after it perhaps what else it must have, see
+            :func:`~kd_det.heads.requirements.check_head`.
 
     Raises:
         HeadError: The detector has no such head, or its outputs can not be read.
     """
     present = {each: type(getattr(model, each)) for each in HEADS if isinstance(getattr(model, each, None), nn.Module)}
     check_head(type(model).__name__, present, name)
-    head = getattr(model, name.partition('.')[0])
+    head = getattr(model, _base(name))
     if name == ROI_HEAD:
         stages_of(head)
     return head
@@ -57,10 +89,9 @@ class StudentHeads:
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
-        self.heads = {name: find_head(model, name) for name in names}
-        self.towers = [name for name in self.heads if name.endswith(TOWERS_OF)]
-        self.dense = [name for name in self.heads if name in HEADS and name != ROI_HEAD]
-        self.taps = Taps(model, self.dense, grouped=True)
+        heads = {name: find_head(model, name) for name in names}
+        self.heads = {name: head for name, head in heads.items() if _kind_of(name) is not None}
+        self.taps = Taps(model, (_base(name) for name in self.heads if _kind_of(name).tapped), grouped=True)
 
     @contextmanager
     def capture(self) -> Iterator[StudentOutputs]:
@@ -72,43 +103,71 @@ class StudentHeads:
         outputs: StudentOutputs = {}
         with ExitStack() as stack:
             maps = stack.enter_context(self.taps.capture())
-            assignments = {name: stack.enter_context(_recorded_assignments(self.heads[name])) for name in self.dense}
-            towers = {name: stack.enter_context(recorded_towers(self.heads[name])) for name in self.towers}
-            stages = stages_of(self.heads[ROI_HEAD]) if ROI_HEAD in self.heads else []
-            sampled = [stack.enter_context(recorded_calls(stage, 'loss_and_target')) for stage in stages]
+            recorded = {name: stack.enter_context(_kind_of(name).record(head)) for name, head in self.heads.items()}
             yield outputs
-        for name in self.dense:
-            outputs[name] = read_dense(self.heads[name], maps[name], [call.returned for call in assignments[name]])
-        for name in self.towers:
-            outputs[name] = read_towers(towers[name])
-        if stages:
-            outputs[ROI_HEAD] = read_sampled(stages, sampled)
+        for name, head in self.heads.items():
+            outputs[name] = _kind_of(name).read(head, maps.get(_base(name)), recorded[name])
 
 
-def _recorded_assignments(head: nn.Module) -> ContextManager[List[Call]]:
-    assignment = find_reader(head).assignment
-    return nullcontext([]) if assignment is None else recorded_calls(head, assignment.method)
-
-
-def run_heads(model: nn.Module, names: Sequence[str], features: Levels, student: StudentOutputs) -> TeacherOutputs:
-    """Runs some heads of a teacher on its own features.
+def run_heads(names: Sequence[str], forward: TeacherForward) -> TeacherOutputs:
+    """Runs some heads of a teacher.
 
     Args:
-        model: The teacher, in eval mode.
         names: See :func:`find_head`.
-        features: What its neck puts out.
-        student: The student's outputs; its RoI head's hold the regions for the teacher's.
+        forward: What there is before they run.
 
     Raises:
         HeadError: See :func:`find_head`.
     """
-    outputs: TeacherOutputs = {}
-    for name in names:
-        head = find_head(model, name)
-        if name == ROI_HEAD:
-            outputs[name] = run_roi_head(head, features, student[ROI_HEAD].regions)
-        elif name.endswith(TOWERS_OF):
-            outputs[name] = TeacherTowers(head)
-        elif name in HEADS:
-            outputs[name] = read_dense(head, head(features))
-    return outputs
+    heads = {name: find_head(forward.model, name) for name in names}
+    return {name: _kind_of(name).run(head, forward) for name, head in heads.items() if _kind_of(name) is not None}
+
+
+# ---------------------------------------------------------------------------------------------------- the kinds
+
+
+def _record_dense(head: nn.Module) -> ContextManager:
+    assignment = find_reader(head).assignment
+    return nullcontext(()) if assignment is None else recorded_calls(head, assignment.method)
+
+
+@contextmanager
+def _record_stages(head: nn.Module) -> Iterator[list]:
+    with ExitStack() as stack:
+        yield [stack.enter_context(recorded_calls(stage, 'loss_and_target')) for stage in stages_of(head)]
+
+
+def _run_queries(head: nn.Module, forward: TeacherForward) -> QueryOutputs:
+    return read_queries(head, *head(**forward.model.forward_transformer(forward.features, forward.samples)))
+
+
+DENSE = Kind(
+    record=_record_dense,
+    read=lambda head, maps, calls: read_dense(head, maps, [call.returned for call in calls]),
+    run=lambda head, forward: read_dense(head, head(forward.features)),
+    tapped=True)
+QUERIES = Kind(
+    record=lambda head: recorded_calls(head.assigner, 'assign'),
+    read=lambda head, maps, calls: read_queries(head, *(layers for layers, in maps), [call.returned for call in calls]),
+    run=_run_queries,
+    tapped=True)
+TOWERS = Kind(
+    record=recorded_towers,
+    read=lambda head, _, calls: read_towers(calls),
+    run=lambda head, _: TeacherTowers(head))
+ROIS = Kind(
+    record=_record_stages,
+    read=lambda head, _, calls: read_sampled(stages_of(head), calls),
+    run=lambda head, forward: run_roi_head(head, forward.features, forward.student[ROI_HEAD].regions))
+
+KINDS = {**dict.fromkeys(HEADS, DENSE), ROI_HEAD: ROIS, TOWERS_OF: TOWERS, QUERIES_OF: QUERIES}
+
+
+def _kind_of(name: str) -> Optional[Kind]:
+    """The kind of outputs that a name means; None for one that only asks what a head has."""
+    head, dot, part = name.partition('.')
+    return KINDS.get(dot + part or head)
+
+
+def _base(name: str) -> str:
+    return name.partition('.')[0]

@@ -1,6 +1,7 @@
 """Finds a teacher's config and loads its weights, strictly: nothing is missing, left over or misshapen unnoticed."""
 from __future__ import annotations
 
+import copy
 import re
 from collections import OrderedDict
 from fnmatch import fnmatch
@@ -37,8 +38,8 @@ def read_model_config(config: ModelConfig) -> ConfigDict:
     if 'type' not in model:
         raise TeacherError(f"The teacher's config {config!r:.200} holds no model: expected a key 'model', or a model dict "
                            "with a 'type'.")
-    # A student that was itself distilled may teach: what counts is the detector inside.
-    return model.student if model.type == DISTILLER else model
+    # A student that was itself distilled may teach: what counts is the detector inside. Building may write into it.
+    return copy.deepcopy(model.student if model.type == DISTILLER else model)
 
 
 def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str] = (),

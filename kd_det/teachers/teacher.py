@@ -8,11 +8,12 @@ import torch
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from kd_det.heads import HeadError, StudentOutputs, TeacherOutputs, find_head, run_heads
+from kd_det.heads import HeadError, StudentOutputs, TeacherForward, TeacherOutputs, find_head, run_heads
 from kd_det.randomness import preserved_randomness
-from kd_det.taps import Levels, Taps
+from kd_det.taps import ENCODER, Levels, Taps
 from kd_det.teachers.bridge import InputBridge
 from kd_det.teachers.loading import ModelConfig, TeacherError, load_strictly, read_model_config
+from kd_det.teachers.transformer import run_encoder, shape_samples
 
 
 class Teacher:
@@ -99,7 +100,11 @@ class Teacher:
             if not heads and all(path.split('.')[0] == 'backbone' for path in self.taps.paths):
                 self.model.backbone(images)
             else:
-                outputs = run_heads(self.model, heads, self.model.extract_feat(images), student)
+                samples = shape_samples(images.shape[-2:], image_shapes)
+                forward = TeacherForward(self.model, self.model.extract_feat(images), student, samples)
+                outputs = run_heads(heads, forward)
+                if self.taps.awaits(ENCODER):  # a head that reads queries has run it
+                    run_encoder(self.model, forward.features, samples)
         return features, outputs
 
     @torch.no_grad()

@@ -102,6 +102,12 @@ def test_costs_that_are_not_finite_come_last():
     assert sorted(paired[0].tolist()) == [0, 1]
 
 
+def test_a_box_of_infinite_costs_is_nobodys():
+    box_cost = torch.tensor([[[float('inf'), 1.], [float('inf'), 0]]])
+    paired = queries.match_queries(torch.rand(1, 3, 2), torch.tensor([[0, 1]]), box_cost, [2], torch.tensor([[0, 1, -1]]))
+    assert paired.tolist() == [[-1, 1, 0]]
+
+
 def test_one_transfer_to_the_host(monkeypatch):
     given, transfer = [], torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, 'cpu', lambda self: given.append(self.shape) or transfer(self))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 
-from kd_det.heads import HeadError, StudentHeads, find_head, run_heads
+from kd_det.heads import HeadError, StudentHeads, TeacherForward, find_head, run_heads
 from kd_det.heads.recording import recorded_calls
 from kd_det.taps import TapError
 
@@ -143,7 +143,7 @@ def test_the_teacher_looks_at_the_students_regions_in_its_own_features(kind, sta
     teacher = MODELS.build(request.getfixturevalue(kind)(depth=50, neck=12)).eval()
     features = teacher.extract_feat(torch.randn(2, 3, 64, 64))
     regions = student['roi_head'].regions
-    outputs = run_heads(teacher, ['rpn_head', 'roi_head'], features, student)
+    outputs = run_heads(['rpn_head', 'roi_head'], TeacherForward(teacher, features, student))
     assert len(outputs['roi_head']) == stages and outputs['rpn_head'].logits[0].shape == (2, 16 * 16 * 2, 1)
     for stage, read in enumerate(outputs['roi_head']):
         extractor, head = teacher.roi_head.bbox_roi_extractor, teacher.roi_head.bbox_head

@@ -5,7 +5,8 @@ import torch
 from mmdet.models.data_preprocessors import DetDataPreprocessor
 from mmdet.registry import MODELS
 
-from kd_det.teachers import Teacher, TeacherError, probe_config
+from kd_det.taps import TapError, Taps
+from kd_det.teachers import Teacher, TeacherError, probe_config, probe_levels
 
 
 def test_absent_or_contradictory_checkpoint_is_an_error(retinanet):
@@ -64,3 +65,40 @@ def test_probe_tells_channels_and_strides(retinanet, path, levels):
 def test_probe_of_a_backbone_that_computes_while_it_is_built():
     swin = dict(backbone=dict(type='SwinTransformer', embed_dims=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), window_size=2))
     assert probe_config(swin, ['backbone'])['backbone'] == ((12, 4), (24, 8), (48, 16), (96, 32))
+
+
+@pytest.mark.parametrize('kind, levels', [
+    ('DETR', [(32, 32)]), ('ConditionalDETR', [(256, 32)]), ('DABDETR', [(32, 32)]),
+    ('DeformableDETR', [(32, 8), (32, 16), (32, 32), (32, 64)]), ('DINO', [(256, 8), (256, 16), (256, 32), (256, 64)])])
+def test_probe_of_an_encoder(kind, levels, detr):
+    config = detr(kind)
+    before = copy.deepcopy(config)
+    assert probe_config(config, ['encoder', 'encoder.layers.0']) == {path: tuple(levels)
+                                                                     for path in ('encoder', 'encoder.layers.0')}
+    assert config == before
+    student = MODELS.build(config)
+    assert probe_levels(student, Taps(student, ['encoder', 'neck']))['encoder'] == tuple(levels)
+    assert 'forward' not in vars(student.encoder)
+
+
+def test_only_a_detr_has_an_encoder(retinanet):
+    with pytest.raises(TapError, match="RetinaNet has no module 'encoder'"):
+        probe_config(retinanet(), ['encoder'])
+
+
+@pytest.mark.parametrize('heads', [[], ['bbox_head.queries']])
+@pytest.mark.parametrize('kind', ['DETR', 'DINO'])
+def test_an_encoder_runs_once_and_the_decoder_only_for_its_queries(kind, heads, detr, batch):
+    config = detr(kind)
+    teacher = Teacher(config, random_teacher=True, taps=['encoder'], heads=heads,
+                      student_preprocessor=MODELS.build(config['data_preprocessor']))
+    data = teacher.model.data_preprocessor(batch(shapes=((64, 64), (48, 56))), False)
+    if not heads:
+        teacher.model.decoder.forward = None  # calling it would fail
+    features, outputs = teacher.observe(data['inputs'], [(64, 64), (48, 56)], heads, {})
+    maps, list_of_outputs = features['encoder'], list(outputs)
+    assert list_of_outputs == heads and not maps[0].requires_grad
+    with torch.no_grad():
+        inputs, _ = teacher.model.pre_transformer(teacher.model.extract_feat(data['inputs']), data['data_samples'])
+        memory = teacher.model.forward_encoder(**inputs)['memory']
+    torch.testing.assert_close(torch.cat([level.flatten(2).mT for level in maps], 1), memory)

@@ -1,0 +1,105 @@
+"""What the head of a DETR says about one batch: its queries, and the boxes that its own matcher gave them."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Callable, Optional, Sequence, Tuple, Type
+
+import torch
+from mmdet.models.dense_heads import ConditionalDETRHead, DABDETRHead, DeformableDETRHead, DETRHead, DINOHead
+from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+
+from kd_det.heads.errors import HeadError
+
+# Subclasses too, unless they bring a forward of their own, as DDQ and Grounding DINO do.
+QUERY_HEADS = (ConditionalDETRHead, DABDETRHead, DETRHead, DINOHead, DeformableDETRHead)
+
+BoxCost = Callable[[Tensor, Tensor, Tensor, Tensor, Tuple[int, int]], Tensor]
+
+
+@dataclass
+class QueryOutputs:
+    """The outputs of a DETR's head for one batch, the same in train and eval mode, in float32, layer by layer.
+
+    Of D decoder layers, N images and Q queries; K is the number of classes. A softmax head has one more logit, the
+    background's, as the last. The denoising queries of DINO are left out.
+
+    Attributes:
+        logits: (D, N, Q, K) class logits.
+        boxes: (D, N, Q, 4) centre x, centre y, width and height, as shares of the image without its padding.
+        activation: ``'sigmoid'`` or ``'softmax'``: what turns logits into probabilities.
+        assigned: (D, N, Q) long: the index of the ground-truth box to which the head's own matcher assigned the query in
+            this step; -1 for none. Of a student alone.
+        box_cost: (n, m) costs by which this matcher assigns queries to boxes, from their logits (n, K) and boxes (n, 4),
+            the ground truth (m, 4) in pixels with its labels (m,), and the image's height and width. Of a student alone.
+    """
+    logits: Tensor
+    boxes: Tensor
+    activation: str
+    assigned: Optional[Tensor] = None
+    box_cost: Optional[BoxCost] = field(default=None, repr=False)
+
+    @property
+    def num_classes(self) -> int:
+        return self.logits.shape[-1] - (self.activation == 'softmax')
+
+    def last(self, layers: int) -> QueryOutputs:
+        """The same of the last decoder layers alone."""
+        return replace(self, logits=self.logits[-layers:], boxes=self.boxes[-layers:],
+                       assigned=None if self.assigned is None else self.assigned[-layers:])
+
+    def scores(self) -> Tensor:
+        """(D, N, Q): how sure the head is of an object, the largest class probability; the background's does not count."""
+        if self.activation == 'sigmoid':
+            return self.logits.sigmoid().amax(-1)
+        return self.logits.softmax(-1)[..., :-1].amax(-1)
+
+
+def has_queries(head: Type[nn.Module]) -> bool:
+    """Whether the outputs of a class of heads can be read as queries."""
+    for ancestor in head.__mro__:
+        if ancestor in QUERY_HEADS:
+            return True
+        if 'forward' in vars(ancestor):
+            return False
+    return False
+
+
+def read_queries(head: nn.Module, logits: Tensor, boxes: Tensor, assignments: Sequence = ()) -> QueryOutputs:
+    """Reads the raw outputs of a DETR's head.
+
+    Args:
+        head: The head.
+        logits: (D, N, queries, K) as its forward returned them.
+        boxes: (D, N, queries, 4).
+        assignments: What its assigner returned in the same step, call by call: decoder layer by decoder layer and image
+            by image. Later calls, for the encoder's proposals, do not count.
+
+    Raises:
+        HeadError: It assigned fewer times, or by an assigner without costs.
+    """
+    outputs = QueryOutputs(logits.float(), boxes.float(), 'sigmoid' if head.loss_cls.use_sigmoid else 'softmax')
+    if not assignments:
+        return outputs
+    layers, images = logits.shape[:2]
+    if len(assignments) < layers * images or not hasattr(head.assigner, 'match_costs'):
+        raise HeadError(f'A {type(head.assigner).__name__} made {len(assignments)} assignments for {layers} decoder layers '
+                        f'and {images} images: only a HungarianAssigner, which makes one for each, can be read.')
+    assigned = torch.stack([each.gt_inds for each in assignments[:layers * images]]).unflatten(0, (layers, images)) - 1
+    matched = assigned.shape[-1]  # denoising queries, which come first, are not
+    return replace(outputs, logits=outputs.logits[:, :, -matched:], boxes=outputs.boxes[:, :, -matched:],
+                   assigned=assigned, box_cost=_box_cost(head.assigner.match_costs))
+
+
+def _box_cost(match_costs: Sequence[Callable]) -> BoxCost:
+
+    @torch.no_grad()
+    def cost(logits: Tensor, boxes: Tensor, truth: Tensor, labels: Tensor, image_shape: Tuple[int, int]) -> Tensor:
+        height, width = image_shape
+        pixels = bbox_cxcywh_to_xyxy(boxes) * boxes.new_tensor([width, height, width, height])
+        predicted, boxes_and_labels = InstanceData(scores=logits, bboxes=pixels), InstanceData(bboxes=truth, labels=labels)
+        known = dict(img_shape=image_shape)
+        return sum(each(pred_instances=predicted, gt_instances=boxes_and_labels, img_meta=known) for each in match_costs)
+
+    return cost
