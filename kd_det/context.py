@@ -36,7 +36,8 @@ class DistillContext:
         student_levels: Channels and stride of each level in ``student``.
         teacher_levels: The same for ``teachers``.
         boxes: Ground truth, one (n, 4) of x1, y1, x2, y2 per image, in pixels of the padded batch; n may be 0.
-        labels: Ground truth, one (n,) of class indices per image.
+        labels: Ground truth, one (n,) of class indices per image, as the heads' outputs count them; -1 for a class that
+            the teacher does not know.
         batch_shape: Height and width of the padded batch, in pixels.
         image_shapes: Height and width of each image within it.
         progress: Iterations and epochs done.

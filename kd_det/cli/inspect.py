@@ -13,6 +13,7 @@ from mmengine.logging import MessageHub, MMLogger
 from mmengine.runner import load_checkpoint, set_random_seed
 from rich.console import Console
 
+from kd_det.classes import training_classes
 from kd_det.cli.common import add_config_options, apply_config_options
 from kd_det.configuration import ConfigurationError, is_distillation, load_config
 from kd_det.diagnosis.checks import check_config, explain
@@ -76,6 +77,7 @@ def build_distiller(config: Config, checkpoint: Optional[str] = None) -> Detecti
     """The distiller as it is when training starts, or as a checkpoint has it."""
     distiller = MODELS.build(config.model)
     distiller.init_weights()
+    distiller.match_classes(training_classes(config))
     checkpoint = checkpoint or config.get('load_from')
     if checkpoint:
         loaded = load_checkpoint(distiller, checkpoint, map_location='cpu', strict=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Dict, Iterable, Iterator, List, Sequence, Set, Tuple
 
-from mmdet.registry import DATASETS
 from mmengine.config import Config
 from PIL import Image
 
+from kd_det.classes import dataset_classes
 from kd_det.configuration import leaf_datasets, student_model
 from kd_det.diagnosis.finding import DiagnosisError, Finding
 
@@ -76,17 +76,6 @@ def check_images(dataset: object) -> None:
             fault = next(_broken_images(path for path in paths if path), None)
             if fault:
                 raise DiagnosisError(fault)
-
-
-def dataset_classes(dataset: dict) -> Optional[Sequence[str]]:
-    """The class names of a data set: its config's, a file's, or its type's; a text where that is the mistake."""
-    classes = (dataset.get('metainfo') or {}).get('classes')
-    if isinstance(classes, str) and Path(classes).is_file():
-        return Path(classes).read_text(encoding='utf-8').splitlines()
-    if classes is None:
-        dataset_class = DATASETS.get(dataset['type']) if isinstance(dataset['type'], str) else dataset['type']
-        classes = getattr(dataset_class, 'METAINFO', {}).get('classes')
-    return classes
 
 
 def class_counts(model: dict) -> Set[int]:

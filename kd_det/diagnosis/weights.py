@@ -2,14 +2,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Iterator, List, Set, Tuple
+from typing import Iterator, List, Optional, Sequence, Set, Tuple
 
 from mmdet.registry import MODELS
 from mmengine.config import Config
 
-from kd_det.configuration import DISTILL_HOOK, is_distillation, student_model
+from kd_det.classes import match_classes, training_classes
+from kd_det.compat.checkpoint import CheckpointError, load_checkpoint
+from kd_det.configuration import DISTILL_HOOK, ConfigurationError, is_distillation, student_model
 from kd_det.diagnosis.data import class_counts
 from kd_det.diagnosis.finding import Finding
+from kd_det.teachers.class_names import teacher_classes
 from kd_det.teachers.loading import load_strictly, read_model_config
 
 SET_TEACHER = 'Set it with --cfg-options model.teacher.checkpoint=FILE'
@@ -33,20 +36,49 @@ def inspect_start(config: Config) -> Iterator[Finding]:
 
 
 def inspect_teacher_classes(config: Config) -> Iterator[Finding]:
-    """Whether each teacher has as many classes as the student."""
-    expected = class_counts(student_model(config))
+    """Which classes each teacher shares with the student: by name, or by their number where names are not known."""
+    expected, student = class_counts(student_model(config)), _student_classes(config)
     hooks = [hook for hook in config.get('default_hooks', {}).values() if hook and hook.get('type') == DISTILL_HOOK]
     preflight = any(hook.get('preflight') for hook in hooks)
     for name, teacher in _teachers(config):
         try:
             found = class_counts(read_model_config(teacher['config']))
+            names = teacher_classes(next(iter(found), None), teacher.get('classes', ()), _meta(teacher), teacher['config'])
         except (ValueError, OSError) as error:
             yield Finding(f'{name} config', str(error), "Give a config file, or 'mmdet::folder/file.py'", fault=True)
             continue
-        if expected and found and expected != found:
+        if names and student:
+            yield _shared(name, student, names, preflight)
+        elif expected and found and expected != found:
             yield Finding(f'{name} classes', f'{_number(found)}, the student has {_number(expected)}',
-                          "Take a teacher of the student's classes; one of others can teach features alone, with "
+                          "Name the teacher's classes, by label, with model.teacher.classes=[…]; or take a teacher of the "
+                          "student's classes; one of others can teach features alone, with "
                           'default_hooks.distill.preflight=None', fault=preflight)
+
+
+def _shared(name: str, student: Sequence[str], teacher: Sequence[str], preflight: bool) -> Finding:
+    try:
+        return Finding(f'{name} classes', match_classes(student, teacher).report())
+    except ConfigurationError as error:
+        return Finding(f'{name} classes', str(error), 'To learn from its features alone, set '
+                       'default_hooks.distill.preflight=None', fault=preflight)
+
+
+def _student_classes(config: Config) -> Optional[Sequence[str]]:
+    """The names of the training data, where they are as many as the student's heads have classes."""
+    names = training_classes(config)
+    return names if names and class_counts(student_model(config)) <= {len(names)} else None
+
+
+def _meta(teacher: dict) -> dict:
+    """What the teacher's checkpoint tells beside its weights, where it is a file that can be read."""
+    checkpoint = teacher.get('checkpoint')
+    if not checkpoint or not Path(checkpoint).is_file():
+        return {}
+    try:
+        return load_checkpoint(checkpoint).get('meta') or {}
+    except CheckpointError:
+        return {}
 
 
 def inspect_teacher_weights(config: Config) -> Iterator[Finding]:

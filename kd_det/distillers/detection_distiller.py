@@ -9,9 +9,11 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from kd_det.configuration import ConfigurationError
+from kd_det.classes import number_of_classes
 from kd_det.context import DistillContext, Progress
 from kd_det.distillers.building import build_task_weight, build_terms, checked_teachers
 from kd_det.distillers.monitor import GradientMonitor
+from kd_det.distillers.class_sets import ClassSets
 from kd_det.distillers.provenance import Provenance, inherit, pretrained_parameters
 from kd_det.distillers.weighting import Losses, Value, logged_weights, scaled, total, untouched, weighted
 from kd_det.distillers.weights import WeightConfig
@@ -76,6 +78,7 @@ class DetectionDistiller(BaseModel):
         self.task_weight = build_task_weight(task_weight)
 
         with preserved_randomness():  # the student is drawn as if there were no distillation
+        self.class_sets = ClassSets()
             self.weights, terms = build_terms(distill, len(self.teacher_configs))
             self._connect(terms)
         self._modules[TERMS] = nn.ModuleDict(terms)
@@ -154,6 +157,19 @@ class DetectionDistiller(BaseModel):
     def _apply(self, function, *args, **kwargs) -> DetectionDistiller:
         super()._apply(function, *args, **kwargs)
         for teacher in self.teachers or ():
+    def match_classes(self, classes: Optional[Sequence[str]]) -> List[str]:
+        """Matches the teachers' classes with the student's, see :meth:`~kd_det.distillers.class_sets.ClassSets.match`.
+
+        Args:
+            classes: Names of the student's classes, by label; None where the training data does not tell them.
+
+        Returns:
+            What was found of each teacher, for the log.
+        """
+        if classes is not None and number_of_classes(self.student) not in (None, len(classes)):
+            classes = None  # the head's labels are then not those of the data
+        return self.class_sets.match(classes, self.build_teachers(), self._teacher_heads, self.inherited_parts)
+
             teacher._apply(function)
         return self
 
@@ -269,13 +285,15 @@ class DetectionDistiller(BaseModel):
             student_outputs=student_outputs,
             teacher_outputs=list(teacher_outputs))
         with torch.autocast(inputs.device.type, enabled=False):
-            return Observation(losses, context, {name: self.terms[name](context) for name in names})
+            values = {name: self.terms[name](seen_by[self.terms[name].teacher]) for name in names}
+        return Observation(losses, context, values)
 
     def measured_features(self, name: str, context: DistillContext) -> List[Tensor]:
         """The student's features where the gradient of a term is measured."""
         return [level for path in self.measured_taps(self.terms[name]) for level in context.student[path]]
 
     def _observe_teachers(self, active: Iterable[str], images: Tensor, image_shapes: Sequence[Tuple[int, int]],
+        seen_by = [self.class_sets.restricted(context, index) for index in range(len(teachers))]
                           student: StudentOutputs) -> Iterator[Tuple[Dict[str, Levels], TeacherOutputs]]:
         """Runs what the active terms read of each teacher, and nothing of a teacher that none of them reads."""
         for index, teacher in enumerate(self.build_teachers()):

@@ -6,6 +6,8 @@ teacher's entropy.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -155,6 +157,31 @@ def rank_mimicking(student: Tensor, teacher: Tensor, groups: Tensor, num_groups:
     log_teacher = _grouped_log_softmax(teacher.detach(), groups, num_groups + 1)
     divergence = F.kl_div(log_student, log_teacher, reduction='none', log_target=True)
     return divergence.new_zeros(num_groups + 1).index_add(0, groups, divergence)[:-1]
+
+
+def restricted_logits(logits: Tensor, classes: Sequence[int], background: bool) -> Tensor:
+    """The logits of some classes alone.
+
+    Without background each class has a probability of its own, and the others are left out. With it the softmax of the
+    result gives the chosen classes the probability that they had, and the background the rest: it then stands for "none
+    of these", which two detectors that share no more than the chosen classes mean alike.
+
+    Args:
+        logits: (..., all classes), the background's as the last if there is one.
+        classes: Indices of the chosen classes; their order becomes that of the result.
+        background: Whether the last logit is the background's.
+
+    Returns:
+        (..., chosen), or (..., chosen + 1) with background.
+    """
+    count = logits.shape[-1]
+    if list(classes) == list(range(count - background)):
+        return logits
+    chosen = logits[..., list(classes)]
+    if not background:
+        return chosen
+    rest = [index for index in range(count) if index not in classes]
+    return torch.cat([chosen, logits[..., rest].logsumexp(-1, keepdim=True)], -1)
 
 
 def _kl(log_student: Tensor, log_teacher: Tensor) -> Tensor:

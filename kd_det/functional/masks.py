@@ -332,7 +332,7 @@ def prediction_quality(
         predictions: (N, Q, 4) its decoded boxes in pixels.
         points: (P, 2) the cells' centres (x, y) in pixels.
         boxes: One (n, 4) tensor of ground truth per image.
-        labels: One (n,) tensor of classes per image.
+        labels: One (n,) tensor of classes per image; a box of a class that the teacher does not have gives nothing.
         xi: ξ, the share of localisation in the quality.
         top_k: Number of cells per box.
         cells: (Q,) long, the cell of each prediction; by default there is one for each, and Q = P.
@@ -342,13 +342,15 @@ def prediction_quality(
     """
     corners, image = _concatenate(boxes)
     label = torch.cat(list(labels)).to(corners.device)
+    known = (label >= 0) & (label < probabilities.shape[-1])
+    label = torch.where(known, label, 0)
     importance = corners.new_zeros(len(boxes) * len(points))
     centres = points.to(corners)
     for part in _chunks(len(corners), 4 * predictions.shape[1]):
         box = corners[part, None]
         overlap = _iou(box, predictions[image[part]].to(corners))
         probability = probabilities.transpose(1, 2)[image[part], label[part]].to(corners)
-        inside = ((centres >= box[..., :2]) & (centres <= box[..., 2:])).all(-1)
+        inside = ((centres >= box[..., :2]) & (centres <= box[..., 2:])).all(-1) & known[part, None]
         quality = probability**(1 - xi) * overlap**xi
         if cells is not None:
             quality = quality.new_zeros(inside.shape).scatter_reduce(1, cells.expand_as(quality), quality, 'amax')

@@ -1,12 +1,13 @@
 """What a dense head says about one batch, in one form for all heads."""
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Callable, Optional, Tuple
+from typing import Callable, Optional, Sequence, Tuple
 
 from torch import Tensor
 
+from kd_det.functional.logits import restricted_logits
 from kd_det.heads.errors import HeadError
 from kd_det.taps import Levels
 
@@ -62,6 +63,11 @@ class DenseOutputs:
     @property
     def num_classes(self) -> int:
         return self.logits[0].shape[-1] - (self.activation == 'softmax')
+
+    def restricted(self, classes: Sequence[int]) -> DenseOutputs:
+        """The same of some classes alone, in this order, see :func:`~kd_det.functional.logits.restricted_logits`."""
+        background = self.activation == 'softmax'
+        return replace(self, logits=tuple(restricted_logits(each, classes, background) for each in self.logits))
 
     def level_of(self, stride: int) -> int:
         """The index of the level of that stride.

@@ -9,6 +9,7 @@ from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.models.task_modules import DeltaXYWHBBoxCoder
 from torch import Tensor, nn
 
+from kd_det.functional.logits import restricted_logits
 from kd_det.heads.errors import HeadError
 from kd_det.heads.recording import Call
 from kd_det.taps import Levels
@@ -31,6 +32,10 @@ class Regions(NamedTuple):
     stds: Tensor
     stages: Tensor
 
+    def chosen(self, rows: Tensor) -> Regions:
+        """Those of the R regions where ``rows``, (R,) of bool, is true."""
+        return Regions(*(each[rows] for each in self))
+
 
 class RoIOutputs(NamedTuple):
     """The outputs of a RoI head for R regions, in float32.
@@ -50,6 +55,18 @@ class RoIOutputs(NamedTuple):
     @property
     def num_classes(self) -> int:
         return self.logits.shape[1] - 1
+
+    def restricted(self, classes: Sequence[int], regions: Regions, rows: Tensor) -> RoIOutputs:
+        """The same of some classes and some regions alone.
+
+        Args:
+            classes: The labels to keep; their order becomes that of the result, see
+                :func:`~kd_det.functional.logits.restricted_logits`.
+            regions: The kept regions, with labels among those classes.
+            rows: (R,) of bool: which of the regions are kept.
+        """
+        deltas = self.deltas if self.deltas.shape[1] == 1 else self.deltas[:, list(classes)]
+        return RoIOutputs(regions, restricted_logits(self.logits, classes, background=True)[rows], deltas[rows])
 
     def labelled_deltas(self) -> Tensor:
         """(R, 4): the regressions for each region's label; for background, which has none, those of some class."""

@@ -50,18 +50,19 @@ class DistillHook(Hook):
         log_operator_backend()
         teachers = distiller.build_teachers()
         self._fingerprints = [teacher.fingerprint() for teacher in teachers]
+        classes = distiller.match_classes(getattr(runner.train_dataloader.dataset, 'metainfo', {}).get('classes'))
         for teacher in teachers:
             # A random teacher is the user's explicit wish, and detects nothing.
             if self.preflight is not None and teacher.checkpoint:
-                metrics = evaluate_teacher(runner, teacher, self.preflight['images'])
-                if metrics is None:
+                skill = evaluate_teacher(runner, teacher, self.preflight['images'])
+                if skill is None:
                     runner.logger.warning('Pre-flight: the config has no validation data, so the teacher goes unchecked.')
                     continue
                 runner.logger.info(f'Pre-flight: teacher {teacher.checkpoint} on up to {self.preflight["images"]} images: '
-                                   + ', '.join(f'{name} {value:.3f}' for name, value in metrics.items()))
-                require_skill(metrics, self.preflight['min_map'], self.preflight['images'])
+                                   + ', '.join(f'{name} {value:.3f}' for name, value in skill.metrics.items()))
+                require_skill(skill, self.preflight['min_map'], self.preflight['images'])
         if is_main_process():
-            runner.logger.info('Where the weights came from:\n' + origin_table(distiller))
+            runner.logger.info('\n'.join(['Where the weights came from:', origin_table(distiller), *classes]))
 
     def before_train_epoch(self, runner: Runner) -> None:
         self._follow(runner)  # the first batch is loaded before the first iteration is announced

@@ -2,21 +2,22 @@
 from __future__ import annotations
 
 import copy
-from typing import Dict, List, Optional
+from typing import Dict, List, NamedTuple, Optional, Sequence
 
 from mmengine.dataset import pseudo_collate
 from mmengine.dist import get_rank, get_world_size
 from mmengine.runner import Runner
-from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from kd_det.classes import ClassMatch, match_classes, number_of_classes
 from kd_det.configuration import ConfigurationError
 from kd_det.randomness import preserved_randomness
 from mmdet.registry import DATASETS
 from kd_det.teachers import Teacher, TeacherError
 
 LIKELY_CAUSES = """Likely causes:
-  - the checkpoint was trained on other classes, or on the same in another order;
+  - the checkpoint was trained on other classes, or on the same in another order, and does not name them
+    (teacher.classes=[…] names them, by label);
   - the teacher's config is not the one that the checkpoint was trained with (normalisation, channel order, head);
   - the validation annotations do not belong to the images;
   - the teacher is not trained yet.
@@ -24,27 +25,37 @@ Look at its boxes with `kd-det test TEACHER_CONFIG CHECKPOINT --show-dir DIR`. T
 default_hooks.distill.preflight=None, or lower its min_map."""
 
 
-def number_of_classes(model: nn.Module) -> Optional[int]:
-    """The number of classes that a detector tells apart, or None where its head does not say."""
-    head = getattr(model, 'roi_head', None) or getattr(model, 'bbox_head', None)
-    head = getattr(head, 'bbox_head', head)
-    head = head[-1] if isinstance(head, nn.ModuleList) else head
-    return getattr(head, 'num_classes', None)
+def classes_on(teacher: Teacher, classes: Sequence[str]) -> Optional[ClassMatch]:
+    """Matches the teacher's classes with those of the data; None where its names are not known, but their number fits.
 
-
-def check_classes(teacher: Teacher, classes: int) -> None:
-    """Raises:
-        TeacherError: The teacher's number of classes is not that of the data.
+    Raises:
+        TeacherError: The teacher's names are not known, and their number is not that of the data.
+        ConfigurationError: No class is shared.
     """
     known = number_of_classes(teacher.model)
-    if known is not None and known != classes:
-        raise TeacherError(f'The teacher tells {known} classes apart, but the data has {classes}. Give a teacher that was '
-                           "trained on this data's classes; to learn from its features alone, set "
-                           'default_hooks.distill.preflight=None.')
+    if teacher.classes is None and known not in (None, len(classes)):
+        raise TeacherError(f'The teacher tells {known} classes apart, but the data has {len(classes)}, and neither the '
+                           "checkpoint nor the config names the teacher's. Name them, by label, with "
+                           'teacher.classes=[…]; or give a teacher of these classes; to learn from its features alone, '
+                           'set default_hooks.distill.preflight=None.')
+    return None if teacher.classes is None else match_classes(classes, teacher.classes)
 
 
-def evaluate_teacher(runner: Runner, teacher: Teacher, images: int) -> Optional[Dict[str, float]]:
+class Skill(NamedTuple):
+    """What a teacher reaches on validation images.
+
+    Attributes:
+        metrics: By name, over all classes of the data.
+        shared: The share of these classes that the teacher knows.
+    """
+    metrics: Dict[str, float]
+    shared: float
+
+
+def evaluate_teacher(runner: Runner, teacher: Teacher, images: int) -> Optional[Skill]:
     """Evaluates the teacher on the first validation images, fed with the student's preprocessed batches as in training.
+
+    Its detections count with the labels that their names have in the data; those of other classes are left out.
 
     Args:
         runner: Holds the validation data and metric (``val_dataloader``, ``val_evaluator``) and the student.
@@ -52,10 +63,10 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int) -> Optional[
         images: At most this many images.
 
     Returns:
-        The metrics, the same on every rank; None where the config has no validation data.
+        The teacher's skill, the same on every rank; None where the config has no validation data.
 
     Raises:
-        TeacherError: See :func:`check_classes`.
+        TeacherError: See :func:`classes_on`.
         ConfigurationError: The validation data is empty.
     """
     loader, evaluator = runner.cfg.get('val_dataloader'), runner.cfg.get('val_evaluator')
@@ -67,7 +78,7 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int) -> Optional[
         if len(dataset) == 0:
             raise ConfigurationError('The validation data is empty: check val_dataloader.dataset (ann_file, data_prefix, '
                                      'data_root).')
-        check_classes(teacher, len(dataset.metainfo['classes']))
+        match = classes_on(teacher, dataset.metainfo['classes'])
         count = min(images, len(dataset))
         evaluator = runner.build_evaluator(copy.deepcopy(evaluator))
         evaluator.dataset_meta = dataset.metainfo
@@ -77,8 +88,11 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int) -> Optional[
         share = DataLoader(_rank_share(dataset, count), batch_size=loader.get('batch_size') or 1, collate_fn=pseudo_collate)
         for batch in share:
             data = preprocess(batch, False)
-            evaluator.process(data_samples=teacher.predict(data['inputs'], data['data_samples']), data_batch=batch)
-        return evaluator.evaluate(count)
+            samples = teacher.predict(data['inputs'], data['data_samples'])
+            for sample in samples if match else ():
+                sample.pred_instances = match.translated(sample.pred_instances)
+            evaluator.process(data_samples=samples, data_batch=batch)
+        return Skill(evaluator.evaluate(count), len(match.of_student) / len(match.student) if match else 1.0)
 
 
 def _rank_share(dataset: Dataset, count: int) -> Subset:
@@ -93,12 +107,13 @@ def mean_average_precision(metrics: Dict[str, float]) -> Optional[float]:
     return next((value for name, value in metrics.items() if name.endswith(('bbox_mAP', '/mAP'))), None)
 
 
-def require_skill(metrics: Dict[str, float], minimum: float, images: int) -> None:
+def require_skill(skill: Skill, minimum: float, images: int) -> None:
     """Raises:
-        TeacherError: The teacher's mAP is below ``minimum``.
+        TeacherError: The teacher's mAP is below ``minimum``, of which classes that it does not know are not demanded.
     """
+    minimum = minimum * skill.shared
     # CocoMetric reports nothing at all where nothing was detected.
-    skill = mean_average_precision(metrics) if metrics else 0.0
-    if skill is not None and skill < minimum:
-        raise TeacherError(f'Pre-flight: on up to {images} validation images the teacher reaches {skill:.3f} mAP, under the '
-                           f'minimum of {minimum:.3f}. A student would learn noise.\n{LIKELY_CAUSES}')
+    reached = mean_average_precision(skill.metrics) if skill.metrics else 0.0
+    if reached is not None and reached < minimum:
+        raise TeacherError(f'Pre-flight: on up to {images} validation images the teacher reaches {reached:.3f} mAP, under '
+                           f'the minimum of {minimum:.3f}. A student would learn noise.\n{LIKELY_CAUSES}')

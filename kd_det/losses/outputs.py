@@ -217,8 +217,8 @@ def sigmoid_divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
 def _require_same_classes(student: Union[DenseOutputs, RoIOutputs], teacher: Union[DenseOutputs, RoIOutputs]) -> None:
     if student.num_classes != teacher.num_classes:
         raise HeadError(f'The student tells {student.num_classes} classes apart, the teacher {teacher.num_classes}: '
-                        'outputs are compared class by class. Give a teacher of the same classes, or distil features '
-                        'alone.')
+                        'outputs are compared class by class, and classes are matched by name where both sides tell '
+                        "theirs. Name the teacher's, by label, with teacher.classes=[…], or distil features alone.")
 
 
 def _layout(outputs: DenseOutputs, level: int) -> str:

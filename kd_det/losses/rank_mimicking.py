@@ -43,8 +43,9 @@ class RankMimicking(DenseTerm):
         for image, (truth, labels) in enumerate(zip(context.boxes, context.labels)):
             if len(truth):
                 nearest = box_iou(boxes[image], truth).argmax(1)
-                groups[image] = torch.where(positives[image], nearest + offset, -1)
-                classes[image] = labels[nearest]
+                known = labels >= 0  # a box of a class that the teacher lacks has no candidates
+                groups[image] = torch.where(positives[image] & known[nearest], nearest + offset, -1)
+                classes[image] = labels.clamp(min=0)[nearest]
                 offset += len(truth)
         classes = classes.unsqueeze(-1)
         student, teacher = (each.gather(-1, classes).flatten() / self.temperature for each in (student, teacher))

@@ -117,8 +117,8 @@ class PredictionQuality(CellMask):
     each box, of all levels of the head, get the height of the Gaussian fitted to their positions; all others get 0.
 
     Args:
-        head: The teacher's: ``'bbox_head'``, with the classes of the ground truth, or ``'rpn_head'``, whose only class
-            is the object.
+        head: The teacher's: ``'bbox_head'``, or ``'rpn_head'``, whose only class is the object. Boxes of a class that
+            the head does not have get no cells.
         xi: ξ, the share of the localisation in the quality.
         top_k: Number of cells for each box.
 
@@ -151,6 +151,8 @@ class PredictionQuality(CellMask):
                            zip(torch.arange(len(points), device=points.device).split(sizes), anchors)])
         probabilities = torch.cat([outputs.probabilities(index) for index in range(len(sizes))], 1)
         boxes = torch.cat(outputs.boxes, 1).nan_to_num(0, 0, 0)  # a box that overflowed overlaps with none
-        labels = [each * 0 for each in context.labels] if outputs.num_classes == 1 else context.labels
+        labels = context.labels
+        if outputs.num_classes == 1:  # an object, whatever its class; but -1 is a class that the teacher does not know
+            labels = [each.clamp(max=0) for each in labels]
         quality = prediction_quality(probabilities, boxes, points, context.boxes, labels, self.xi, self.top_k, cells)
         return [level.view(-1, *shape) for level, shape in zip(quality.split(sizes, 1), outputs.shapes)]

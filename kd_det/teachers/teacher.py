@@ -8,10 +8,12 @@ import torch
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
+from kd_det.classes import number_of_classes
 from kd_det.heads import HeadError, StudentOutputs, TeacherForward, TeacherOutputs, find_head, run_heads
 from kd_det.randomness import preserved_randomness
 from kd_det.taps import ENCODER, Levels, Taps
 from kd_det.teachers.bridge import InputBridge
+from kd_det.teachers.class_names import teacher_classes
 from kd_det.teachers.loading import ModelConfig, TeacherError, load_strictly, read_model_config
 from kd_det.teachers.transformer import run_encoder, shape_samples
 
@@ -28,13 +30,18 @@ class Teacher:
         random_teacher: Take the weights as they are drawn; for tests and dry runs only.
         allow_missing: See :func:`~kd_det.teachers.loading.load_strictly`.
         allow_unexpected: See :func:`~kd_det.teachers.loading.load_strictly`.
+        classes: Names of its classes, by label; by default those that the checkpoint or the config names, see
+            :func:`~kd_det.teachers.class_names.teacher_classes`.
         taps: Module paths whose outputs are read.
         heads: Heads whose outputs may be asked for, see :func:`~kd_det.heads.find_head`.
         student_preprocessor: The student's data preprocessor, whose batches the teacher is given.
 
+    Attributes:
+        classes: Names of its classes, by label; None where nothing tells them.
+
     Raises:
-        TeacherError: No checkpoint and not ``random_teacher``, a checkpoint that does not fit, or a head that is absent
-            or can not be read.
+        TeacherError: No checkpoint and not ``random_teacher``, a checkpoint that does not fit, a head that is absent or
+            can not be read, or another number of classes than it has.
     """
 
     def __init__(self,
@@ -43,6 +50,7 @@ class Teacher:
                  random_teacher: bool = False,
                  allow_missing: Sequence[str] = (),
                  allow_unexpected: Sequence[str] = (),
+                 classes: Sequence[str] = (),
                  *,
                  taps: Iterable[str],
                  heads: Iterable[str] = (),
@@ -56,6 +64,7 @@ class Teacher:
         with preserved_randomness():
             self.model = MODELS.build(read_model_config(config))
         self.meta = load_strictly(self.model, checkpoint, allow_missing, allow_unexpected) if checkpoint else {}
+        self.classes = teacher_classes(number_of_classes(self.model), classes, self.meta, config)
         self.model.eval().requires_grad_(False)
         for name in heads:
             try:

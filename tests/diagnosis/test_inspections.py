@@ -220,6 +220,26 @@ def test_a_teacher_of_other_classes(distilling, retinanet, preflight):
     assert finding.found == '80, the student has 3' and finding.fault is bool(preflight)
 
 
+def test_classes_are_matched_by_name(distilling, retinanet):
+    distilling.model.teacher.update(config=retinanet(classes=4), classes=['red', 'Dog', 'Green', 'cat'])
+    finding, = inspect_teacher_classes(distilling)
+    assert not finding.fault and "2 of the student's 3 are among the teacher's 4" in finding.found
+    assert "Not shared: blue. Taken for the same: 'green' = 'Green'." in finding.found
+    distilling.model.teacher.classes = ['ant', 'dog', 'bee', 'cat']
+    assert 'no name in common' in fault_of(inspect_teacher_classes(distilling)).found
+    distilling.model.teacher.classes = ['ant']
+    assert 'gives 1 names, but the teacher tells 4' in fault_of(inspect_teacher_classes(distilling)).found
+
+
+def test_the_checkpoint_names_the_teachers_classes(distilling, tmp_path):
+    checkpoint = torch.load(distilling.model.teacher.checkpoint, weights_only=True)
+    checkpoint['meta'] = dict(dataset_meta=dict(classes=('red', 'green', 'blue')))
+    torch.save(checkpoint, tmp_path / 'named.pth')
+    distilling.model.teacher.checkpoint = str(tmp_path / 'named.pth')
+    finding, = inspect_teacher_classes(distilling)
+    assert not finding.fault and "the teacher's 3 are the student's, in another order" in finding.found
+
+
 def test_a_teacher_without_a_config(distilling):
     distilling.model.teacher.config = 'nowhere.py'
     assert 'nowhere.py' in fault_of(inspect_teacher_classes(distilling)).found

@@ -150,3 +150,14 @@ def test_rank_mimicking_equals_the_loop(pair):
         assert actual[group].item() == pytest.approx(float(expected))
     assert (actual > 0).tolist() == [True, False, True, False]
     torch.testing.assert_close(logits.rank_mimicking(student + 5, teacher, GROUPS, 4), actual)
+
+
+def test_restricted_classes_keep_their_probability(pair):
+    student, _ = pair
+    probabilities = student.softmax(-1)
+    restricted = logits.restricted_logits(student, (2, 0), background=True).softmax(-1)
+    torch.testing.assert_close(restricted[:, :2], probabilities[:, [2, 0]])
+    torch.testing.assert_close(restricted[:, 2], probabilities[:, [1, 3]].sum(1))  # of none of these
+    assert torch.equal(logits.restricted_logits(student, (2, 0), background=False), student[:, [2, 0]])
+    assert logits.restricted_logits(student, (0, 1, 2), background=True) is student
+    assert logits.restricted_logits(student, range(4), background=False) is student

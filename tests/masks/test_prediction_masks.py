@@ -134,6 +134,17 @@ def test_quality_of_the_only_class_and_of_no_boxes(detecting):
     assert build_mask('PredictionQuality').cells(detecting).abs().max() == 0
 
 
+def test_boxes_of_classes_that_the_teacher_lacks_get_no_quality(detecting):
+    """Beyond its classes, or -1 where only some are shared."""
+    detecting.context.labels = [torch.tensor([3]), torch.tensor([-1])]
+    assert build_mask('PredictionQuality').cells(detecting).abs().max() == 0
+    outputs = detecting.context.teacher_outputs[0]['bbox_head']
+    outputs.logits = tuple(logits[..., :1] for logits in outputs.logits)  # with a single class every known box is one
+    detecting.context._computed.clear()
+    cells = build_mask(dict(type='PredictionQuality', top_k=100)).cells(detecting)
+    assert cells[0].max() > 0 and cells[1].max() == 0
+
+
 def test_unknown_word_for_anchors():
     with pytest.raises(ValueError, match="anchors='sum': expected one of max, mean"):
         build_mask(dict(type='TeacherConfidence', anchors='sum'))

@@ -1,0 +1,97 @@
+"""Restricts what a teacher's terms read to the classes that it shares with the student."""
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Dict, List, Optional, Sequence
+
+from kd_det.classes import ClassMatch, match_classes
+from kd_det.configuration import ConfigurationError
+from kd_det.context import DistillContext
+from kd_det.heads import ROI_HEAD, DenseOutputs, TeacherTowers
+from kd_det.teachers import Teacher
+
+CLASSLESS_HEAD = 'rpn_head'  # it tells objects from background, whatever the classes
+
+
+class ClassSets:
+    """Which classes each teacher shares with the student. A teacher that was not matched has the student's."""
+
+    def __init__(self) -> None:
+        self.matches: Dict[int, ClassMatch] = {}
+
+    def match(self, student: Optional[Sequence[str]], teachers: Sequence[Teacher], heads: Sequence[Sequence[str]],
+              inherited: Sequence[str] = ()) -> List[str]:
+        """Matches the teachers' classes with the student's by name, where both are known.
+
+        Args:
+            student: Names of the student's classes, by label, or None.
+            teachers: The teachers.
+            heads: For each of them the heads that are read. One of which no classes are read may share none.
+            inherited: The parts of the student that started from the first teacher.
+
+        Returns:
+            What was found, one report for each teacher.
+
+        Raises:
+            ConfigurationError: A teacher whose classes are read shares none with the student.
+        """
+        self.matches, reports = {}, []
+        for index, teacher in enumerate(teachers):
+            try:
+                report = self._match(index, student, teacher.classes)
+            except ConfigurationError:
+                if any(not head.startswith(CLASSLESS_HEAD) for head in heads[index]):
+                    raise
+                report = "the teacher shares none with the student, and none of its outputs by class is read."
+            wrong = [part for part in inherited if part in ('bbox_head', 'roi_head')]
+            if wrong and index == 0 and index in self.matches and not self.matches[index].is_identity:
+                report += f' The outputs by class that {wrong[0]} inherited are in the order of the teacher: inherit less.'
+            reports.append(f'Classes of teacher {index}: {report}' if len(teachers) > 1 else f'Classes: {report}')
+        return reports
+
+    def _match(self, index: int, student: Optional[Sequence[str]], teacher: Optional[Sequence[str]]) -> str:
+        if student is None or teacher is None:
+            return (f"the {'student' if student is None else 'teacher'}'s names are not known; labels are taken to mean "
+                    'the same to both.')
+        self.matches[index] = match_classes(student, teacher)
+        return self.matches[index].report()
+
+    def restricted(self, context: DistillContext, teacher: int) -> DistillContext:
+        """The step as the terms of one teacher see it, see :func:`restricted_to_shared`."""
+        match = self.matches.get(teacher)
+        return context if match is None or match.is_identity else restricted_to_shared(context, teacher, match)
+
+
+def restricted_to_shared(context: DistillContext, teacher: int, match: ClassMatch) -> DistillContext:
+    """The step as the terms of one teacher see it: outputs and labels of the shared classes alone.
+
+    Each side's logits, class probabilities and regressions by class are those of the shared classes, in the student's
+    order. The background of softmax heads stands for "none of these". Labels are indices among the shared classes; boxes
+    of other classes keep their place, labelled -1, and regions sampled for such boxes are left out.
+
+    Args:
+        context: The step.
+        teacher: Which of the teachers it is.
+        match: The classes that it shares with the student.
+    """
+    student = _restricted(context.student_outputs, match.of_student)
+    taught = _restricted(context.teacher_outputs[teacher], match.of_teacher)
+    if ROI_HEAD in student:
+        regions = student[ROI_HEAD].regions
+        background, shared = regions.labels == len(match.student), len(match.of_student)
+        labels = match.shared(regions.labels.masked_fill(background, 0)).masked_fill(background, shared)
+        regions, kept = regions._replace(labels=labels).chosen(labels >= 0), labels >= 0
+        student[ROI_HEAD] = student[ROI_HEAD].restricted(match.of_student, regions, kept)
+        if ROI_HEAD in taught:
+            taught[ROI_HEAD] = tuple(each.restricted(match.of_teacher, regions, kept) for each in taught[ROI_HEAD])
+    teachers = list(context.teacher_outputs)
+    teachers[teacher] = taught
+    return replace(context, student_outputs=student, teacher_outputs=teachers,
+                   labels=[match.shared(labels) for labels in context.labels], _computed={})
+
+
+def _restricted(outputs: Dict[str, Any], classes: Sequence[int]) -> Dict[str, Any]:
+    """The outputs of dense heads restricted, the others as they are."""
+    return {name: each.restricted(classes)
+            if isinstance(each, (DenseOutputs, TeacherTowers)) and not name.startswith(CLASSLESS_HEAD) else each
+            for name, each in outputs.items()}
