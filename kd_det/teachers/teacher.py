@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 
 import torch
@@ -10,9 +12,11 @@ from torch import Tensor, nn
 
 from kd_det.classes import number_of_classes
 from kd_det.heads import HeadError, StudentOutputs, TeacherForward, TeacherOutputs, find_head, run_heads
+from kd_det.heads.keeping import read_maps, recorded_maps
 from kd_det.randomness import preserved_randomness
 from kd_det.taps import ENCODER, Levels, Taps
 from kd_det.teachers.bridge import InputBridge
+from kd_det.teachers.cache import Answer, TeacherCache
 from kd_det.teachers.class_names import teacher_classes
 from kd_det.teachers.loading import ModelConfig, TeacherError, load_strictly, read_model_config
 from kd_det.teachers.transformer import run_encoder, shape_samples
@@ -32,6 +36,8 @@ class Teacher:
         allow_unexpected: See :func:`~kd_det.teachers.loading.load_strictly`.
         classes: Names of its classes, by label; by default those that the checkpoint or the config names, see
             :func:`~kd_det.teachers.class_names.teacher_classes`.
+        cache: The arguments of a :class:`~kd_det.teachers.cache.TeacherCache`, which keeps the outputs on disk; None for
+            none. Outputs of heads must be of those that :func:`~kd_det.heads.keeping.can_be_kept`.
         taps: Module paths whose outputs are read.
         heads: Heads whose outputs may be asked for, see :func:`~kd_det.heads.find_head`.
         student_preprocessor: The student's data preprocessor, whose batches the teacher is given.
@@ -51,6 +57,7 @@ class Teacher:
                  allow_missing: Sequence[str] = (),
                  allow_unexpected: Sequence[str] = (),
                  classes: Sequence[str] = (),
+                 cache: Optional[dict] = None,
                  *,
                  taps: Iterable[str],
                  heads: Iterable[str] = (),
@@ -62,7 +69,9 @@ class Teacher:
             raise TeacherError(f"teacher.random_teacher=True contradicts teacher.checkpoint='{checkpoint}': remove one.")
         self.checkpoint = checkpoint
         with preserved_randomness():
-            self.model = MODELS.build(read_model_config(config))
+            model_config = read_model_config(config)
+            self._config = json.dumps(model_config.to_dict(), sort_keys=True, default=str)  # building may write into it
+            self.model = MODELS.build(model_config)
         self.meta = load_strictly(self.model, checkpoint, allow_missing, allow_unexpected) if checkpoint else {}
         self.classes = teacher_classes(number_of_classes(self.model), classes, self.meta, config)
         self.model.eval().requires_grad_(False)
@@ -73,6 +82,11 @@ class Teacher:
                 raise TeacherError(f"A term learns from the teacher's {name}. {error}") from error
         self.taps = Taps(self.model, taps)
         self.bridge = InputBridge(student_preprocessor, self.model.data_preprocessor)
+        try:
+            self.cache = None if cache is None else TeacherCache(**cache)
+        except TypeError as error:
+            raise TeacherError(f'model.teacher.cache: {error}') from error
+        self._hashed: Tuple[tuple, str] = ((), '')
 
     def __deepcopy__(self, memo: dict) -> Teacher:
         return self  # nothing changes it, so copies of the student (EMA) share it
@@ -104,7 +118,14 @@ class Teacher:
         Returns:
             Module path -> tuple of (N, C, H, W), and name of the head -> outputs; all without gradient.
         """
-        images, outputs = self.bridge(images, image_shapes), {}
+        images = self.bridge(images, image_shapes)
+        if self.cache is not None:
+            return self._recall(images, image_shapes, heads)
+        return self._run(images, image_shapes, heads, student)
+
+    def _run(self, images: Tensor, image_shapes: Sequence[Tuple[int, int]], heads: Sequence[str],
+             student: Optional[StudentOutputs] = None) -> Tuple[Dict[str, Levels], TeacherOutputs]:
+        outputs: TeacherOutputs = {}
         with self.taps.capture() as features:
             if not heads and all(path.split('.')[0] == 'backbone' for path in self.taps.paths):
                 self.model.backbone(images)
@@ -115,6 +136,27 @@ class Teacher:
                 if self.taps.awaits(ENCODER):  # a head that reads queries has run it
                     run_encoder(self.model, forward.features, samples)
         return features, outputs
+
+    def _recall(self, images: Tensor, image_shapes: Sequence[Tuple[int, int]],
+                heads: Sequence[str]) -> Tuple[Dict[str, Levels], TeacherOutputs]:
+        """As :meth:`_run`, by way of the cache."""
+
+        def compute() -> Answer:
+            with recorded_maps(self.model, heads) as maps:
+                features, _ = self._run(images, image_shapes, heads)
+            return {**features, **maps}
+
+        question = repr((self._hashed_weights(), self._config, self.taps.paths, tuple(heads), torch.__version__))
+        answer = self.cache.recall(question, images, image_shapes, compute)
+        return {path: answer[path] for path in self.taps.paths}, read_maps(self.model, heads, answer)
+
+    def _hashed_weights(self) -> str:
+        """The fingerprint, taken again where a weight was written to."""
+        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
+        versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+        if self._hashed[0] != versions:
+            self._hashed = versions, self.fingerprint()
+        return self._hashed[1]
 
     @torch.no_grad()
     def predict(self, images: Tensor, data_samples: List) -> List:

@@ -1,0 +1,164 @@
+"""What a frozen teacher puts out, computed once for each image and then read from disk."""
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import astuple, dataclass
+from functools import cached_property
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+from mmengine.dist import all_reduce
+from mmengine.logging import print_log
+from torch import Tensor
+
+from kd_det.configuration import ConfigurationError
+from kd_det.taps import Levels
+from kd_det.teachers.store import Arrays, ArrayStore, StoreFullError
+
+Answer = Dict[str, Levels]
+
+DTYPES = dict(float16=torch.float16, float32=torch.float32)
+GIGABYTE = 10**9
+
+
+@dataclass
+class Counts:
+    """What a cache did: images read and computed, bytes read and written."""
+    hits: int = 0
+    misses: int = 0
+    read: int = 0
+    written: int = 0
+
+
+class TeacherCache:
+    """Keeps a teacher's outputs on disk, image by image.
+
+    The key of an entry is a hash of all that the outputs depend on: the question (the teacher's weights and config, what
+    is read of it, how it is run), the shape of the batch, and the very pixels that the teacher is given, whatever file
+    and transform made them. So an entry is found when an image recurs pixel by pixel in a batch of the same shape, and
+    never otherwise. The number of images is part of that shape, because convolutions choose their kernels by it, and
+    results differ in the last bits: a batch of which some image is absent is computed as a whole.
+
+    Results do not depend on what the cache holds: a batch that is computed passes through the form in which it is kept.
+    With ``dtype='float32'`` that changes no bit, with ``'float16'`` it rounds; an image with a value beyond the range of
+    float16 is kept in float32.
+
+    Args:
+        dir: The folder, see :class:`~kd_det.teachers.store.ArrayStore`; runs, ranks and teachers may share it.
+        dtype: ``'float16'`` or ``'float32'``, the form in which numbers are kept.
+        max_gb: Gigabytes (10⁹ bytes) that the folder may hold. When it is full, nothing more is kept.
+
+    Raises:
+        ConfigurationError: An unknown ``dtype``, or a ``max_gb`` that is not positive.
+    """
+
+    def __init__(self, dir: str, dtype: str = 'float16', max_gb: float = 20.0) -> None:
+        if dtype not in DTYPES:
+            raise ConfigurationError(f"model.teacher.cache.dtype='{dtype}': expected {' or '.join(map(repr, DTYPES))}.")
+        if not max_gb > 0:
+            raise ConfigurationError(f'model.teacher.cache.max_gb={max_gb}: expected a number of gigabytes above 0.')
+        self.folder, self.dtype, self.max_gb = str(dir), dtype, max_gb
+        self.counts = Counts()
+        self._stores = True
+
+    @cached_property
+    def store(self) -> ArrayStore:
+        """The folder; made when it is first needed."""
+        try:
+            return ArrayStore(self.folder, int(self.max_gb * GIGABYTE))
+        except OSError as error:
+            raise ConfigurationError(f"model.teacher.cache.dir='{self.folder}' can not be written to: {error}") from error
+
+    def recall(self, question: str, images: Tensor, image_shapes: Sequence[Tuple[int, int]],
+               compute: Callable[[], Answer]) -> Answer:
+        """Reads the answer for a batch, or computes it and keeps it.
+
+        Args:
+            question: All that the answer depends on beside the batch.
+            images: (N, 3, H, W), as the teacher is given them.
+            image_shapes: Height and width of each image within the batch.
+            compute: Makes the answer: name -> tuple of (N, C, H, W).
+
+        Returns:
+            The answer.
+        """
+        keys = self._keys(question, images, image_shapes)
+        entries = [self.store.get(key) for key in keys]
+        if all(entry is not None for entry in entries):
+            self.counts.hits += len(keys)
+            self.counts.read += sum(array.nbytes for entry in entries for array in entry.values())
+        else:
+            self.counts.misses += len(keys)
+            entries = list(self._entries(compute()))
+            for key, entry in zip(keys, entries):
+                self._keep(key, entry)
+        return _joined(entries, images.device)
+
+    def report(self) -> str:
+        """One line on what was done on all ranks since the last report."""
+        hits, misses, read, written = _summed(self.counts)
+        self.counts = Counts()
+        return (f'Teacher cache: {hits} images read ({read / GIGABYTE:.3f} GB), {misses} computed '
+                f'({written / GIGABYTE:.3f} GB written); {self.folder} holds {self.store.size / GIGABYTE:.3f} of '
+                f'{self.max_gb:g} GB')
+
+    def _keys(self, question: str, images: Tensor, image_shapes: Sequence[Tuple[int, int]]) -> List[str]:
+        # What a matrix product comes out as tells of an autocast around the step.
+        one = images.new_ones(1, 1)
+        common = repr((question, self.dtype, tuple(images.shape), images.dtype, (one @ one).dtype, images.device.type))
+        start = hashlib.sha256(common.encode())
+        keys = []
+        for image, shape in zip(images.detach().cpu(), image_shapes):
+            digest = start.copy()
+            digest.update(repr(tuple(shape)).encode())
+            digest.update(image.contiguous().view(-1).view(torch.uint8).numpy())
+            keys.append(digest.hexdigest())
+        return keys
+
+    def _keep(self, key: str, entry: Arrays) -> None:
+        if not self._stores:
+            return
+        try:
+            self.counts.written += self.store.put(key, entry)
+        except (StoreFullError, OSError) as error:
+            self._stores = False
+            print_log(f"The teacher cache '{self.folder}' takes no more images: {error}. What it holds is still read, all "
+                      'else is computed in each step. Raise model.teacher.cache.max_gb, or empty the folder.',
+                      logger='current', level=logging.WARNING)
+
+    def _entries(self, answer: Answer) -> Iterator[Arrays]:
+        """The answer image by image, each array named ``name/level/dtype/memory format``."""
+        levels = {f'{name}/{index}/{str(level.dtype)[6:]}/{_format_of(level)}': level.detach().cpu()
+                  for name, each in answer.items() for index, level in enumerate(each)}
+        for image in range(len(next(iter(levels.values())))):
+            yield {name: self._rounded(level[image]).contiguous().numpy() for name, level in levels.items()}
+
+    def _rounded(self, values: Tensor) -> Tensor:
+        kept = values.to(DTYPES[self.dtype])
+        return kept if self.dtype == 'float32' or kept.isfinite().all() else values.float()
+
+
+def _format_of(level: Tensor) -> str:
+    contiguous = level.is_contiguous() or not level.is_contiguous(memory_format=torch.channels_last)
+    return 'contiguous_format' if contiguous else 'channels_last'
+
+
+def _joined(entries: Sequence[Arrays], device: torch.device) -> Answer:
+    """The batch of these images, with the floating-point type and memory format that the teacher had put out."""
+    answer: Dict[str, List[Tensor]] = {}
+    for name in entries[0]:
+        path, _, dtype, memory_format = name.rsplit('/', 3)
+        arrays = [torch.from_numpy(entry[name]) for entry in entries]
+        level = torch.empty((len(arrays), *arrays[0].shape), dtype=getattr(torch, dtype),
+                            memory_format=getattr(torch, memory_format))
+        for image, array in zip(level, arrays):
+            image.copy_(array)
+        answer.setdefault(path, []).append(level.to(device))
+    return {path: tuple(levels) for path, levels in answer.items()}
+
+
+def _summed(counts: Counts) -> List[int]:
+    total = torch.tensor(astuple(counts), dtype=torch.long)
+    all_reduce(total)
+    return total.tolist()
