@@ -8,12 +8,12 @@ from mmdet.registry import MODELS
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from kd_det.configuration import ConfigurationError
 from kd_det.classes import number_of_classes
+from kd_det.configuration import ConfigurationError
 from kd_det.context import DistillContext, Progress
 from kd_det.distillers.building import build_task_weight, build_terms, checked_teachers
-from kd_det.distillers.monitor import GradientMonitor
 from kd_det.distillers.class_sets import ClassSets
+from kd_det.distillers.monitor import GradientMonitor
 from kd_det.distillers.provenance import Provenance, inherit, pretrained_parameters
 from kd_det.distillers.weighting import Losses, Value, logged_weights, scaled, total, untouched, weighted
 from kd_det.distillers.weights import WeightConfig
@@ -75,10 +75,10 @@ class DetectionDistiller(BaseModel):
         self.progress = Progress()
         self.teacher_configs = checked_teachers(teacher)
         self.teachers: Optional[List[Teacher]] = None
+        self.class_sets = ClassSets()
         self.task_weight = build_task_weight(task_weight)
 
         with preserved_randomness():  # the student is drawn as if there were no distillation
-        self.class_sets = ClassSets()
             self.weights, terms = build_terms(distill, len(self.teacher_configs))
             self._connect(terms)
         self._modules[TERMS] = nn.ModuleDict(terms)
@@ -154,9 +154,6 @@ class DetectionDistiller(BaseModel):
             ]
         return self.teachers
 
-    def _apply(self, function, *args, **kwargs) -> DetectionDistiller:
-        super()._apply(function, *args, **kwargs)
-        for teacher in self.teachers or ():
     def match_classes(self, classes: Optional[Sequence[str]]) -> List[str]:
         """Matches the teachers' classes with the student's, see :meth:`~kd_det.distillers.class_sets.ClassSets.match`.
 
@@ -170,6 +167,9 @@ class DetectionDistiller(BaseModel):
             classes = None  # the head's labels are then not those of the data
         return self.class_sets.match(classes, self.build_teachers(), self._teacher_heads, self.inherited_parts)
 
+    def _apply(self, function, *args, **kwargs) -> DetectionDistiller:
+        super()._apply(function, *args, **kwargs)
+        for teacher in self.teachers or ():
             teacher._apply(function)
         return self
 
@@ -284,6 +284,7 @@ class DetectionDistiller(BaseModel):
             progress=self.progress,
             student_outputs=student_outputs,
             teacher_outputs=list(teacher_outputs))
+        seen_by = [self.class_sets.restricted(context, index) for index in range(len(teachers))]
         with torch.autocast(inputs.device.type, enabled=False):
             values = {name: self.terms[name](seen_by[self.terms[name].teacher]) for name in names}
         return Observation(losses, context, values)
@@ -293,7 +294,6 @@ class DetectionDistiller(BaseModel):
         return [level for path in self.measured_taps(self.terms[name]) for level in context.student[path]]
 
     def _observe_teachers(self, active: Iterable[str], images: Tensor, image_shapes: Sequence[Tuple[int, int]],
-        seen_by = [self.class_sets.restricted(context, index) for index in range(len(teachers))]
                           student: StudentOutputs) -> Iterator[Tuple[Dict[str, Levels], TeacherOutputs]]:
         """Runs what the active terms read of each teacher, and nothing of a teacher that none of them reads."""
         for index, teacher in enumerate(self.build_teachers()):
