@@ -80,7 +80,7 @@ def test_help_lists_the_commands(capsys):
         main(['--help'])
     assert exit_.value.code == 0
     listed = capsys.readouterr().out
-    assert all(re.search(rf'^    {command} ', listed, re.MULTILINE) for command in entry.COMMANDS)
+    assert all(re.search(rf'^    {command}( |$)', listed, re.MULTILINE) for command in entry.COMMANDS)
 
 
 @pytest.mark.parametrize('command, options', [
