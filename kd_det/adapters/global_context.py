@@ -38,5 +38,12 @@ class GlobalContext(nn.Module):
             feature: (N, C, H, W).
             valid: (N, H, W) of bool; the other cells (padding) are not looked at. All cells by default.
         """
-        context = context_pool(feature, self.attend(feature), valid)
-        return feature + self.expand(self.norm(self.reduce(context)).relu())
+        return feature + self.addition(context_pool(feature, self.attend(feature), valid))
+
+    def addition(self, context: Tensor) -> Tensor:
+        """What every cell gets, from the context vector; both (N, C, 1, 1)."""
+        return self.expand(self.norm(self.reduce(context)).relu())
+
+    def attention_weight(self) -> Tensor:
+        """(C, ), of which the logits are made. The softmax over the cells does not see the bias, whose gradient is 0."""
+        return self.attend.weight.flatten() + 0 * self.attend.bias

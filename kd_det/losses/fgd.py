@@ -4,7 +4,7 @@ from __future__ import annotations
 from mmdet.registry import MODELS
 
 from kd_det.context import ComparedLevel
-from kd_det.functional.features import fgd_loss
+from kd_det.functional.fused import fgd_parts, fgd_sums
 from kd_det.losses.base import Parts
 from kd_det.losses.global_relation import ContextTerm
 from kd_det.masks import BoxBackground, BoxForeground
@@ -46,7 +46,8 @@ class FGD(ContextTerm):
 
     def compare(self, level: ComparedLevel, position: int) -> Parts:
         valid = level.valid if self.pad_aware else None
-        return fgd_loss(level.student, level.teacher, self.foreground.cells(level), self.background.cells(level),
-                        temperature=self.temperature, valid=valid, **self.weights,
-                        student_context=self.student_context[position](level.student, valid),
-                        teacher_context=self.teacher_context[position](level.teacher, valid))
+        student, teacher = self.student_context[position], self.teacher_context[position]
+        sums = fgd_sums(level.student, level.teacher, student.attention_weight(), teacher.attention_weight(),
+                        self.temperature, valid)
+        shift = student.addition(sums.student_context) - teacher.addition(sums.teacher_context)
+        return fgd_parts(sums, shift, self.foreground.cells(level), self.background.cells(level), **self.weights, valid=valid)

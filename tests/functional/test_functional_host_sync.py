@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kd_det.functional import boxes, features, logits, masks, relations
+from kd_det.functional import boxes, features, fused, logits, masks, relations
 
 BATCH, CELLS = (64, 96), (8, 12)
 BOXES = [torch.tensor([[8., 8., 40., 30.], [50., 10., 90., 60.]]), torch.zeros(0, 4)]
@@ -40,6 +40,13 @@ def fgd(student):
                                  teacher_context=feature(), valid=valid).values())
 
 
+def fused_fgd(student):
+    foreground, background, valid = box_masks()
+    sums = fused.fgd_sums(student, feature() + 1, feature(3), feature(3), 0.5, valid)
+    return sum(fused.fgd_parts(sums, sums.student_context - sums.teacher_context, foreground, background,
+                               valid=valid).values())
+
+
 def level_masks(student):
     masks.assign_levels(BOXES, 2)
     masks.near_anchor_foreground(BOXES, LEVELS, 1, 50 * feature(96 * 2, 4), CELLS)
@@ -51,6 +58,7 @@ def level_masks(student):
 
 PATHS = dict(
     fgd=fgd,
+    fused_fgd=fused_fgd,
     level_masks=level_masks,
     imitation=lambda s: features.masked_imitation(s, feature() + 1, box_masks()[0], distance='cosine',
                                                   normalizer='twice_mask'),
