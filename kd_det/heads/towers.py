@@ -28,14 +28,35 @@ class TowerFeatures(NamedTuple):
     boxes: Tuple[Levels, ...]
 
     def before(self, remaining: int) -> Tuple[Levels, Levels]:
-        """The levels of both towers that have so many convolutions still before them.
+        """The levels of both towers that have so many convolutions still before them."""
+        return self.classes[-1 - remaining], self.boxes[-1 - remaining]
+
+
+class TowerWidths(NamedTuple):
+    """The channels of the features within the towers of a head, depth by depth, as in :class:`TowerFeatures`.
+
+    Attributes:
+        classes: Of the tower for classes.
+        boxes: Of the tower for boxes.
+    """
+    classes: Tuple[int, ...]
+    boxes: Tuple[int, ...]
+
+    def before(self, remaining: int) -> Tuple[int, int]:
+        """The channels of both towers' features that have so many convolutions still before them.
 
         Raises:
             HeadError: A tower has fewer.
         """
-        for tower in self:
-            _require_depth('student', len(tower) - 1, remaining)
+        depth = min(map(len, self)) - 1
+        if remaining > depth:
+            raise HeadError(f'remaining={remaining} convolutions: the depth of a tower is {depth}.')
         return self.classes[-1 - remaining], self.boxes[-1 - remaining]
+
+
+def tower_widths(head: nn.Module) -> TowerWidths:
+    """The channels within the towers of a head."""
+    return TowerWidths(*((head.in_channels, *(head.feat_channels for _ in getattr(head, name))) for name in TOWERS))
 
 
 class TeacherTowers(NamedTuple):
@@ -51,16 +72,6 @@ class TeacherTowers(NamedTuple):
     def restricted(self, classes: Sequence[int]) -> TeacherTowers:
         """The same for predictions of some classes alone, in this order."""
         return self._replace(classes=tuple(classes))
-
-    def channels(self, remaining: int) -> int:
-        """Width of the features that have so many convolutions still before them.
-
-        Raises:
-            HeadError: A tower has fewer.
-        """
-        for depth in self._depths():
-            _require_depth('teacher', depth, remaining)
-        return self.head.in_channels if remaining == max(self._depths()) else self.head.feat_channels
 
     def resume(self, classes: Levels, boxes: Levels, remaining: int) -> DenseOutputs:
         """Runs the head from the last convolutions of its towers on, with all that comes after them: the layers that
@@ -78,9 +89,6 @@ class TeacherTowers(NamedTuple):
                 stack.enter_context(_entered(self.head, name, given, remaining))
             outputs = read_dense(self.head, self.head(classes))
         return outputs if self.classes is None else outputs.restricted(self.classes)
-
-    def _depths(self) -> List[int]:
-        return [len(getattr(self.head, name)) for name in TOWERS]
 
 
 @contextmanager
@@ -125,8 +133,3 @@ def _entered(head: nn.Module, name: str, levels: Sequence[Tensor], remaining: in
         yield
     finally:
         setattr(head, name, layers)
-
-
-def _require_depth(owner: str, depth: int, remaining: int) -> None:
-    if remaining > depth:
-        raise HeadError(f"remaining={remaining} convolutions: the depth of a tower in the {owner}'s head is {depth}.")

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from kd_det.adapters import build_adapter, pair_levels
 from kd_det.context import ComparedLevel, DistillContext, Level
+from kd_det.heads.towers import TowerWidths
 from kd_det.masks.base import Mask
 
 Parts = Dict[str, Tensor]
+Forms = Dict[str, Union[Tuple[Level, ...], TowerWidths]]
 
 
 class DistillTerm(nn.Module):
@@ -50,12 +52,12 @@ class DistillTerm(nn.Module):
         """Heads whose outputs the term reads in its teacher. They run for the steps in which the term has a weight."""
         return ()
 
-    def connect(self, student: Dict[str, Tuple[Level, ...]], teacher: Dict[str, Tuple[Level, ...]]) -> None:
-        """Makes what depends on the form of the taps. Called once, before the optimizer is made.
+    def connect(self, student: Forms, teacher: Forms) -> None:
+        """Makes what depends on the form of what the term reads. Called once, before the optimizer is made.
 
         Args:
-            student: Levels of each of :attr:`student_taps`.
-            teacher: Levels of each of :attr:`teacher_taps`.
+            student: Levels of each of :attr:`student_taps`; widths of those :attr:`student_heads` that are towers.
+            teacher: The same of the teacher.
         """
 
     def forward(self, context: DistillContext) -> Union[Tensor, Parts]:
@@ -102,7 +104,7 @@ class FeatureTerm(DistillTerm):
     def teacher_heads(self) -> Tuple[str, ...]:
         return tuple(head for module in self.modules() if isinstance(module, Mask) for head in module.teacher_heads)
 
-    def connect(self, student: Dict[str, Tuple[Level, ...]], teacher: Dict[str, Tuple[Level, ...]]) -> None:
+    def connect(self, student: Forms, teacher: Forms) -> None:
         self.pairs = pair_levels(student[self.student_path], teacher[self.teacher_path], self.levels, self.resize)
         self.adapters = nn.ModuleList(
             build_adapter(self.adapter, pair.student.channels, pair.teacher.channels) for pair in self.pairs)

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Optional, Tuple
+from typing import Tuple
 
 from mmdet.registry import MODELS
 from torch import nn
@@ -10,11 +10,10 @@ from torch import nn
 from kd_det.adapters import build_adapter
 from kd_det.context import DistillContext
 from kd_det.heads import TOWERS_OF, DenseOutputs, HeadError
-from kd_det.losses.base import Parts
+from kd_det.losses.base import Forms, Parts
 from kd_det.losses.dense_classification import DenseClassification
 from kd_det.losses.dense_regression import DenseRegression
 from kd_det.losses.outputs import DenseTerm
-from kd_det.taps import Levels
 
 
 @MODELS.register_module()
@@ -33,33 +32,32 @@ class CrossKD(DenseTerm):
     Args:
         remaining: How many convolutions of the teacher's towers the features pass, before the layers that predict.
             With 1, of four convolutions three are the student's. With 0 only what predicts is the teacher's.
-        channels: Widths of the student's and of the teacher's features there, where they differ: an adapter between
-            them trains with the student, one for each tower.
-        adapter: See :func:`~kd_det.adapters.build_adapter`.
+        adapter: Student channels -> teacher channels there, see :func:`~kd_det.adapters.build_adapter`; one for each
+            tower, which train with the student.
         beta: See :class:`~kd_det.losses.DenseClassification`.
         temperature: T of the distributions over distances.
-        box_weight: Weight of the boxes beside the classes.
+        box_weight: Weight of the boxes beside the classes, compared by GIoU.
+        distribution_weight: The same where they are compared by their distributions.
         **kwargs: ``head`` and ``teacher``, see :class:`~kd_det.losses.outputs.DenseTerm`.
 
     Raises:
-        ValueError: A negative ``remaining``, or an adapter that does not fit ``channels``.
+        ValueError: A negative ``remaining``.
 
     Example:
         >>> dict(type='CrossKD', head='bbox_head', remaining=1)
     """
 
-    def __init__(self, remaining: int = 1, channels: Optional[Tuple[int, int]] = None, adapter: str = 'auto',
-                 beta: float = 1.0, temperature: float = 1.0, box_weight: float = 1.0, **kwargs) -> None:
+    def __init__(self, remaining: int = 1, adapter: str = 'auto', beta: float = 1.0, temperature: float = 1.0,
+                 box_weight: float = 1.0, distribution_weight: float = 4.0, **kwargs) -> None:
         super().__init__(**kwargs)
         if remaining < 0:
             raise ValueError(f'remaining={remaining}: expected the number of convolutions, 0 or more.')
-        self.remaining, self.channels, self.box_weight = remaining, channels and tuple(channels), box_weight
+        self.remaining, self.adapter = remaining, adapter
+        self.box_weight, self.distribution_weight = box_weight, distribution_weight
         self.classes = DenseClassification(beta=beta, **kwargs)
         boxes = dict(kwargs, weighting='confidence', normalizer='confidence')
         self.boxes = DenseRegression(form='giou', **boxes)
         self.distributions = DenseRegression(form='distribution', temperature=temperature, reduction='sum', **boxes)
-        self.adapters = nn.ModuleList(
-            build_adapter(adapter, *channels) if channels else nn.Identity() for _ in ('classes', 'boxes'))
 
     @property
     def student_heads(self) -> Tuple[str, ...]:
@@ -69,17 +67,31 @@ class CrossKD(DenseTerm):
     def teacher_heads(self) -> Tuple[str, ...]:
         return (self.teacher_head, self.teacher_head + TOWERS_OF)
 
+    def connect(self, student: Forms, teacher: Forms) -> None:
+        """Makes an adapter for the features of each tower.
+
+        Raises:
+            HeadError: A tower has fewer convolutions.
+            ValueError: The adapter does not fit the widths.
+        """
+        widths = (towers.before(self.remaining) for towers in (student[self.student_head + TOWERS_OF],
+                                                               teacher[self.teacher_head + TOWERS_OF]))
+        self.adapters = nn.ModuleList(build_adapter(self.adapter, *each) for each in zip(*widths))
+
     def forward(self, context: DistillContext) -> Parts:
         crossed = replace(context, student_outputs={self.student_head: self.cross_outputs(context)})
-        teacher = context.teacher_outputs[self.teacher][self.teacher_head]
-        boxes = (self.boxes if teacher.distributions is None else self.distributions)(crossed)
-        return dict(self.classes(crossed), **{name: self.box_weight * value for name, value in boxes.items()})
+        parts = self.classes(crossed)
+        if context.teacher_outputs[self.teacher][self.teacher_head].distributions is None:
+            weight, boxes = self.box_weight, self.boxes(crossed)
+        else:
+            weight, boxes = self.distribution_weight, self.distributions(crossed)
+        return dict(parts, **{name: weight * value for name, value in boxes.items()})
 
     def cross_outputs(self, context: DistillContext) -> DenseOutputs:
         """What the teacher's head predicts from the student's features; the priors' assignment is the student's.
 
         Raises:
-            HeadError: The two heads have other levels, priors, classes or widths.
+            HeadError: The two heads have other levels, priors or classes.
         """
         self.levels(context)  # the student's own outputs must be comparable, too: its positives are counted
         student, teacher = context.student_outputs[self.student_head], context.teacher_outputs[self.teacher]
@@ -89,16 +101,9 @@ class CrossKD(DenseTerm):
                             f'{list(strides)}: CrossKD needs the same.')
         order = [student.level_of(stride) for stride in strides]
         features = context.student_outputs[self.student_head + TOWERS_OF].before(self.remaining)
-        crossing = (self._adapted(adapter, [levels[index] for index in order], towers.channels(self.remaining))
+        crossing = (tuple(adapter(levels[index].float()) for index in order)
                     for adapter, levels in zip(self.adapters, features))
         outputs = towers.resume(*crossing, self.remaining)
         if student.assigned is not None:
             outputs.assigned = tuple(student.assigned[index] for index in order)
         return outputs
-
-    def _adapted(self, adapter: nn.Module, levels: Levels, teacher_width: int) -> Levels:
-        widths = (levels[0].shape[1], teacher_width)
-        if widths != (self.channels or (teacher_width, teacher_width)):
-            raise HeadError(f"The features have {widths[0]} channels in the student's head and {widths[1]} in the "
-                            f"teacher's, not channels={self.channels}. Set channels={widths} for an adapter.")
-        return tuple(adapter(level.float()) for level in levels)

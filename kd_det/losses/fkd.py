@@ -1,8 +1,6 @@
 """Attention-guided and non-local distillation, the whole method as one term."""
 from __future__ import annotations
 
-from typing import Dict, Tuple
-
 from mmdet.registry import MODELS
 from torch import nn
 
@@ -10,7 +8,7 @@ from kd_det.adapters import NonLocal
 from kd_det.context import ComparedLevel, Level
 from kd_det.functional.features import fkd_loss
 from kd_det.functional.masks import spatial_attention
-from kd_det.losses.base import FeatureTerm, Parts
+from kd_det.losses.base import FeatureTerm, Forms, Parts
 
 RELATION_STRIDE = 64  # pixels: the cells to which the released code pools keys and values, but at least 4 × 4 into one
 RELATION_POOL = 4
@@ -57,7 +55,7 @@ class FKD(FeatureTerm):
             feature_weight=feature_weight, pooling_weight=pooling_weight, relation_weight=relation_weight)
         self.temperature, self.pad_aware = temperature, pad_aware
 
-    def connect(self, student: Dict[str, Tuple[Level, ...]], teacher: Dict[str, Tuple[Level, ...]]) -> None:
+    def connect(self, student: Forms, teacher: Forms) -> None:
         super().connect(student, teacher)
         self.blocks = nn.ModuleList(_Adapters(pair.student, pair.teacher) for pair in self.pairs)
 

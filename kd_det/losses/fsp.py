@@ -1,14 +1,14 @@
 """How features flow from one stage of the network to the next."""
 from __future__ import annotations
 
-from typing import Dict, List, Tuple, Union
+from typing import Dict, List, Union
 
 from mmdet.registry import MODELS
 from torch import Tensor
 
-from kd_det.context import DistillContext, Level
+from kd_det.context import DistillContext
 from kd_det.functional.relations import flow_distance, flow_matrix
-from kd_det.losses.base import FeatureTerm, Parts
+from kd_det.losses.base import FeatureTerm, Forms, Parts
 
 NORMALIZERS = ('batch', 'mean')
 
@@ -40,7 +40,7 @@ class FSP(FeatureTerm):
             raise ValueError(f"normalizer='{normalizer}': expected one of {', '.join(NORMALIZERS)}.")
         self.normalizer, self.pad_aware = normalizer, pad_aware
 
-    def connect(self, student: Dict[str, Tuple[Level, ...]], teacher: Dict[str, Tuple[Level, ...]]) -> None:
+    def connect(self, student: Forms, teacher: Forms) -> None:
         super().connect(student, teacher)
         if len(self.pairs) < 2:
             raise ValueError(f"A flow needs at least two levels, but '{self.student_path}' gives {len(self.pairs)}.")

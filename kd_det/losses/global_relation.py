@@ -1,21 +1,19 @@
 """The student's cells relate to the whole image as the teacher's do."""
 from __future__ import annotations
 
-from typing import Dict, Tuple
-
 from mmdet.registry import MODELS
 from torch import nn
 
 from kd_det.adapters import GlobalContext
-from kd_det.context import ComparedLevel, Level
+from kd_det.context import ComparedLevel
 from kd_det.functional.features import relation_distance
-from kd_det.losses.base import FeatureTerm, Parts
+from kd_det.losses.base import FeatureTerm, Forms, Parts
 
 
 class ContextTerm(FeatureTerm):
     """A term with a global context block for each side of each level. Both blocks train, as in FGD's released code."""
 
-    def connect(self, student: Dict[str, Tuple[Level, ...]], teacher: Dict[str, Tuple[Level, ...]]) -> None:
+    def connect(self, student: Forms, teacher: Forms) -> None:
         super().connect(student, teacher)
         channels = [pair.teacher.channels for pair in self.pairs]
         self.student_context = nn.ModuleList(map(GlobalContext, channels))

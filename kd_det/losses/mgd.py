@@ -1,16 +1,14 @@
 """The student completes the teacher's feature from a part of its own."""
 from __future__ import annotations
 
-from typing import Dict, Tuple
-
 import torch
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
 from kd_det.adapters import GenerationBlock
-from kd_det.context import ComparedLevel, Level
+from kd_det.context import ComparedLevel
 from kd_det.functional.features import masked_imitation
-from kd_det.losses.base import FeatureTerm, Parts
+from kd_det.losses.base import FeatureTerm, Forms, Parts
 
 
 @MODELS.register_module()
@@ -40,7 +38,7 @@ class MGD(FeatureTerm):
             raise ValueError(f'ratio={ratio}: expected the share of the cells to drop, at least 0 and less than 1.')
         self.ratio, self.normalizer, self.pad_aware = ratio, normalizer, pad_aware
 
-    def connect(self, student: Dict[str, Tuple[Level, ...]], teacher: Dict[str, Tuple[Level, ...]]) -> None:
+    def connect(self, student: Forms, teacher: Forms) -> None:
         super().connect(student, teacher)
         self.generation = nn.ModuleList(GenerationBlock(pair.teacher.channels) for pair in self.pairs)
 

@@ -6,7 +6,7 @@ import torch
 from mmdet.registry import MODELS
 
 from kd_det.heads import HeadError, StudentHeads, TeacherTowers, TowerFeatures, check_head, find_head, read_dense
-from kd_det.heads.towers import read_towers, recorded_towers
+from kd_det.heads.towers import read_towers, recorded_towers, tower_widths
 
 FAMILIES = ['retina', 'atss', 'gfl', 'fcos', 'fcos_normalized', 'rtmdet']
 FIELDS = ('logits', 'regressions', 'boxes', 'centerness', 'distributions')
@@ -61,12 +61,15 @@ def test_the_students_features_are_those_of_its_loss(one_stage, batch):
 
 
 def test_widths_and_depths(dense_head, features):
-    head = dense_head('gfl', stacked_convs=2, feat_channels=6)
-    assert [TeacherTowers(head).channels(remaining) for remaining in (0, 1, 2)] == [6, 6, 8]
-    with pytest.raises(HeadError, match="remaining=3 convolutions: the depth of a tower in the teacher's head is 2"):
-        TeacherTowers(head).channels(3)
-    with pytest.raises(HeadError, match="remaining=3 convolutions: the depth of a tower in the student's head is 2"):
-        _passed(head, features()).before(3)
+    """As the features have them, in every family."""
+    for family in FAMILIES:
+        head = dense_head(family, stacked_convs=2, feat_channels=6).eval()
+        widths, passed = tower_widths(head), _passed(head, features())
+        for remaining, expected in enumerate((6, 6, 8)):
+            assert widths.before(remaining) == (expected, expected)
+            assert [levels[0].shape[1] for levels in passed.before(remaining)] == [expected, expected]
+        with pytest.raises(HeadError, match='remaining=3 convolutions: the depth of a tower is 2'):
+            widths.before(3)
 
 
 def test_a_head_without_towers(dense_head, one_stage):

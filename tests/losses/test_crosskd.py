@@ -5,11 +5,11 @@ from types import MappingProxyType
 import pytest
 import torch
 import torch.nn.functional as F
+from mmdet.registry import MODELS
 
 from kd_det.configuration import ConfigurationError
 from kd_det.functional.boxes import distribution_kl, giou_imitation
 from kd_det.heads import HeadError
-from kd_det.teachers import TeacherError
 
 CROSSKD = dict(type='CrossKD')
 
@@ -57,7 +57,7 @@ def test_reaches_the_students_first_layers_alone(family, pair, parts_of):
 @pytest.mark.parametrize('family', ['gfl', 'fcos_normalized'])
 def test_is_its_formula(family, pair, batch):
     """The teacher's last convolutions and predictions, applied by hand to the student's features."""
-    model = pair(family, box_weight=2.0)
+    model = pair(family, box_weight=2.0, distribution_weight=2.0)
     data = model.data_preprocessor(copy.deepcopy(batch()), True)
     context = model.observe(**data, names=['term']).context
     head, passed = model.teacher.model.bbox_head, context.student_outputs['bbox_head.towers']
@@ -106,23 +106,38 @@ def test_levels_are_paired_by_stride(pair, batch):
         model.terms['term'](context)
 
 
-def test_heads_of_other_widths_take_an_adapter(pair, parts_of):
-    model = pair('gfl', dict(feat_channels=12), channels=(8, 12))
+@pytest.mark.parametrize('family', ['retina', 'atss', 'gfl', 'fcos', 'fcos_normalized', 'rtmdet'])
+def test_heads_of_other_widths_take_an_adapter_by_themselves(family, one_stage, distiller, parts_of):
+    """It is there when the optimizer is made, before there is a teacher, and leaves the student's random numbers alone."""
+    student, teacher = one_stage(family, stacked_convs=2), one_stage(family, stacked_convs=2, feat_channels=12)
+    model = distiller(student, teacher, distill=dict(term=CROSSKD)).train()
+    adapters = model.terms['term'].adapters
+    assert model.teachers is None and [tuple(each.weight.shape[:2]) for each in adapters] == [(12, 8)] * 2
+    assert set(adapters.parameters()) <= set(model.parameters())
+    torch.manual_seed(0)
+    assert torch.equal(MODELS.build(copy.deepcopy(student)).backbone.conv1.weight, model.backbone.conv1.weight)
+    _sharp(model.bbox_head, model.build_teachers()[0].model.bbox_head)
     _, loss = parts_of(model)
     loss.backward()
+    assert all(each.weight.grad.any() for each in adapters)
+    with pytest.raises(ConfigurationError, match="adapter='none' needs equal channels, but the student has 8 and the teacher"):
+        distiller(student, teacher, distill=dict(term=dict(CROSSKD, adapter='none')))
+
+
+def test_width_of_the_neck_before_all_convolutions(pair, parts_of):
+    """With the whole tower the teacher's, it is its neck's width that counts, not its head's."""
+    model = pair('gfl', dict(feat_channels=10, neck=12), remaining=2)
     assert [tuple(each.weight.shape[:2]) for each in model.terms['term'].adapters] == [(12, 8)] * 2
-    assert all(each.weight.grad.any() for each in model.terms['term'].adapters)
-    for channels in (None, (8, 10)):
-        with pytest.raises(HeadError, match=r"8 channels in the student's head and 12 in .*channels=\(8, 12\)"):
-            parts_of(pair('gfl', dict(feat_channels=12), channels=channels))
+    _, loss = parts_of(model)
+    assert loss > 0
 
 
 def test_towers_of_other_depths_share_their_last_convolutions(one_stage, distiller, parts_of):
     student, teacher = one_stage('fcos', stacked_convs=1), one_stage('fcos', depth=50, stacked_convs=3)
     _, loss = parts_of(distiller(student, teacher, distill=dict(term=CROSSKD)).train())
     assert loss.isfinite() and loss > 0
-    with pytest.raises(HeadError, match="remaining=2 convolutions: the depth of a tower in the student's head is 1"):
-        parts_of(distiller(student, teacher, distill=dict(term=dict(CROSSKD, remaining=2))).train())
+    with pytest.raises(ConfigurationError, match='model.distill.term: remaining=2 convolutions: the depth of a tower is 1'):
+        distiller(student, teacher, distill=dict(term=dict(CROSSKD, remaining=2)))
 
 
 def test_mistakes_are_named_where_they_are(one_stage, distiller):
@@ -130,5 +145,5 @@ def test_mistakes_are_named_where_they_are(one_stage, distiller):
         distiller(one_stage('gfl'), one_stage('gfl'), distill=dict(term=dict(CROSSKD, remaining=-1)))
     with pytest.raises(ConfigurationError, match='model.distill.term: A SSDHead has no towers'):
         distiller(one_stage('ssd'), one_stage('gfl'), distill=dict(term=CROSSKD))
-    with pytest.raises(TeacherError, match='A YOLOXHead has no towers'):
-        distiller(one_stage('gfl'), one_stage('yolox'), distill=dict(term=CROSSKD)).build_teachers()
+    with pytest.raises(ConfigurationError, match="teacher's bbox_head.towers. A YOLOXHead has no towers"):
+        distiller(one_stage('gfl'), one_stage('yolox'), distill=dict(term=CROSSKD))

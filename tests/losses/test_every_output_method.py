@@ -17,8 +17,8 @@ NOT_FOR = dict(
     rm={'yolox'})  # untrained, its assigner gives each box a single candidate, which ranks alone
 
 
-# The heads differ in width, and their towers have a single convolution, which is to be the student's.
-FOR_THESE_HEADS = dict(crosskd=dict(crosskd=dict(channels=(8, 12), remaining=0)))
+# Their towers have a single convolution, which is to be the student's.
+FOR_THESE_HEADS = dict(crosskd=dict(crosskd=dict(type='CrossKD', remaining=0)))
 
 
 def reads_heads(config: dict) -> bool:
@@ -67,7 +67,7 @@ def test_names_of_terms_do_not_meet_in_sums_of_methods():
 @pytest.mark.parametrize('method, family, detector', CASES)
 def test_method_trains_the_student_and_nothing_else(method, family, detector, make, distiller, step):
     student, terms = make(detector), method_terms(method, family)
-    terms.update(FOR_THESE_HEADS.get(method, {}))
+    terms = {**terms, **FOR_THESE_HEADS.get(method, {})}
     assert head_family(student) == family
     model = distiller(student, make(detector, depth=50, neck=12), distill=terms).train()
     teacher = model.build_teachers()[0].model
@@ -89,7 +89,8 @@ def test_method_trains_the_student_and_nothing_else(method, family, detector, ma
 
 @pytest.mark.parametrize('method, family, detector', CASES)
 def test_method_is_finite_without_boxes_on_a_padded_batch(method, family, detector, make, distiller, step, batch):
-    model = distiller(make(detector), make(detector), distill=method_terms(method, family)).train()
+    terms = {**method_terms(method, family), **FOR_THESE_HEADS.get(method, {})}
+    model = distiller(make(detector), make(detector), distill=terms).train()
     losses = step(model, batch(shapes=((64, 96), (33, 40)), boxes=((), ())))
     values = [losses[f'loss_{name}'] for name in model.terms]
     assert all(value.isfinite() for value in values)
@@ -109,6 +110,8 @@ def _warmed_up(two_stage: float, one_stage: float, anchor_free: float, **others)
     ('bckd', 'bckd_boxes', {family: dict(weighting='gap', weight=4.0) for family in ('one_stage', 'anchor_free')}),
     ('ld', 'ld', dict(one_stage=dict(weighting='positives', weight=0.25, temperature=10.0, normalizer='none'))),
     ('ld', 'ld_valuable', dict(one_stage=dict(weighting='valuable', weight=0.25 * 4 / 16, temperature=10.0))),
+    ('crosskd', 'crosskd', dict(one_stage=dict(remaining=1, beta=1.0, box_weight=1.0, distribution_weight=4.0),
+                                anchor_free=dict(remaining=2, weight=0.4, box_weight=0.75 / 0.4))),
     ('frs', 'frs_features', _warmed_up(0.002, 0.005, 0.01, adapter='conv3x3', normalizer='mask')),
     ('frs', 'frs_classes', _warmed_up(0.1, 0.02, 0.05, beta=0, weighting='richness')),
 ])
