@@ -1,6 +1,7 @@
 """The student, seen from outside as an ordinary mmdet detector, plus what it learns from its teacher."""
 from __future__ import annotations
 
+import copy
 from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -11,17 +12,19 @@ from torch import Tensor, nn
 from kd_det.classes import number_of_classes
 from kd_det.configuration import ConfigurationError
 from kd_det.context import DistillContext, Progress
-from kd_det.distillers.building import build_task_weight, build_terms, checked_teachers
+from kd_det.distillers.building import build_task_weight, build_terms, check_cached, checked_teachers
 from kd_det.distillers.class_sets import ClassSets
 from kd_det.distillers.monitor import GradientMonitor
 from kd_det.distillers.provenance import Provenance, inherit, pretrained_parameters
 from kd_det.distillers.weighting import Losses, Value, logged_weights, scaled, total, untouched, weighted
 from kd_det.distillers.weights import WeightConfig
-from kd_det.heads import StudentHeads, StudentOutputs, TeacherOutputs, find_head
+from kd_det.heads import TOWERS_OF, StudentHeads, StudentOutputs, TeacherOutputs, find_head
+from kd_det.heads.towers import tower_widths
 from kd_det.losses import DistillTerm
+from kd_det.losses.base import Forms
 from kd_det.randomness import preserved_randomness
 from kd_det.taps import Levels, Taps
-from kd_det.teachers import Teacher, probe_config, probe_levels, read_model_config
+from kd_det.teachers import Teacher, probe_config, probe_levels, probe_towers, read_model_config
 
 TERMS = 'distill_terms'  # the only child that a plain student lacks
 
@@ -65,7 +68,7 @@ class DetectionDistiller(BaseModel):
                  distill: Dict[str, dict],
                  inherit: Union[str, Sequence[str]] = (),
                  task_weight: WeightConfig = 1.0) -> None:
-        detector = MODELS.build(student)
+        detector = MODELS.build(copy.deepcopy(student))  # building may write into it
         super().__init__(data_preprocessor=detector.data_preprocessor)
         self._adopt(detector)
         self.provenance = Provenance(detector)
@@ -196,12 +199,18 @@ class DetectionDistiller(BaseModel):
                                 for config, taps in zip(self.teacher_configs, self._teacher_taps)]
         for name, term in terms.items():
             try:
-                for head in term.student_heads:
-                    find_head(self.student, head)
-                term.connect(self._student_levels, self._teacher_levels[term.teacher])
+                check_cached(self.teacher_configs[term.teacher], term.teacher_heads)
+                term.connect(*self._forms(term))
             except ValueError as error:
                 raise ConfigurationError(f'model.distill.{name}: {error}') from error
         self._student_heads = StudentHeads(self.student, (head for term in terms.values() for head in term.student_heads))
+
+    def _forms(self, term: DistillTerm) -> Tuple[Forms, Forms]:
+        """The form of what a term reads in the student and in its teacher, see :meth:`DistillTerm.connect`."""
+        heads = {name: find_head(self.student, name) for name in term.student_heads}
+        student = {name: tower_widths(head) for name, head in heads.items() if name.endswith(TOWERS_OF)}
+        teacher = probe_towers(self.teacher_configs[term.teacher]['config'], term.teacher_heads)
+        return {**self._student_levels, **student}, {**self._teacher_levels[term.teacher], **teacher}
 
     def load_terms(self, state: Dict[str, Tensor]) -> None:
         """Restores the terms' weights from a checkpoint.
