@@ -8,6 +8,8 @@ from mmdet.registry import MODELS
 
 from kd_det.configuration import ConfigurationError
 from kd_det.distillers.weights import Weight, WeightConfig, build_weight
+from kd_det.heads import ROI_HEAD
+from kd_det.heads.keeping import can_be_kept
 from kd_det.losses import DistillTerm
 from kd_det.teachers import TeacherError
 
@@ -25,6 +27,19 @@ def checked_teachers(teacher: Union[dict, Sequence[dict]]) -> List[dict]:
     if not configs:
         raise TeacherError('model.teacher is an empty list: at least one teacher is needed.')
     return configs
+
+
+def check_cached(teacher: dict, heads: Sequence[str]) -> None:
+    """Checks that a teacher's cache, if it has one, can keep what a term reads of its heads.
+
+    Raises:
+        ConfigurationError: It can not; the message says what.
+    """
+    unkept = [head for head in heads if not can_be_kept(head)] if teacher.get('cache') else []
+    if unkept:
+        reason = ', which depend on the regions that the student samples in each step' if unkept[0] == ROI_HEAD else ''
+        raise ConfigurationError(f"it reads the outputs of the teacher's {unkept[0]}{reason}: a cache keeps features and "
+                                 'the maps of dense heads alone. Remove model.teacher.cache, or this term.')
 
 
 def build_terms(distill: Dict[str, dict], teachers: int) -> Tuple[Dict[str, Weight], Dict[str, DistillTerm]]:
