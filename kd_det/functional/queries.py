@@ -22,8 +22,8 @@ def query_cost(student_logits: Tensor, teacher_logits: Tensor, student_boxes: Te
                activation: str = 'sigmoid', weights: Tuple[float, float, float] = (2.0, 5.0, 2.0)) -> Tensor:
     """What it costs to pair each of the student's queries with each of the teacher's.
 
-    The divergence of the classes, KL(t ‖ s), summed over the classes of a sigmoid head; the L1 distance of the boxes; and
-    1 - GIoU (arXiv 1902.09630).
+    The divergence of the classes, KL(t ‖ s), summed over the classes of a sigmoid head; the L1 distance of the boxes;
+    and 1 - GIoU (arXiv 1902.09630).
 
     Args:
         student_logits: (N, Q, K).
@@ -48,10 +48,10 @@ def match_queries(cost: Tensor, candidates: Tensor, box_cost: Tensor, num_boxes:
                   assigned: Tensor) -> Tensor:
     """Finds the teacher's query for each of the student's, in P images or layers at once.
 
-    A student's query that is assigned to a ground-truth box gets the teacher's query for the same box. Each of the others
-    gets one of the candidates that have no box, none of them twice. Both matchings, of the teacher's queries to boxes
-    and of the queries without a box, are those that cost least in all: the Hungarian method (scipy's), which runs on the
-    host. The values go there in one transfer, the only one.
+    A student's query that is assigned to a ground-truth box gets the teacher's query for the same box. Each of the
+    others gets one of the candidates that have no box, none of them twice. Both matchings, of the teacher's queries to
+    boxes and of the queries without a box, are those that cost least in all: the Hungarian method (scipy's), which runs
+    on the host. The values go there in one transfer, the only one.
 
     Args:
         cost: (P, Q, C) of pairing the student's queries with the candidates, see :func:`query_cost`.

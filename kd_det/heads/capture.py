@@ -28,7 +28,7 @@ class TeacherForward(NamedTuple):
         model: The teacher, in eval mode.
         features: What its neck puts out.
         student: The student's outputs; its RoI head's hold the regions for the teacher's.
-        samples: mmdet's data samples with the shapes of the images and of the batch, which DETRs ask for; no ground truth.
+        samples: mmdet's data samples with the shapes of images and batch, which DETRs ask for; without ground truth.
     """
     model: nn.Module
     features: Levels

@@ -10,6 +10,7 @@ from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from kd_det.functional.logits import restricted_logits
 from kd_det.heads.errors import HeadError
 
 # Subclasses too, unless they bring a forward of their own, as DDQ and Grounding DINO do.
@@ -29,10 +30,11 @@ class QueryOutputs:
         logits: (D, N, Q, K) class logits.
         boxes: (D, N, Q, 4) centre x, centre y, width and height, as shares of the image without its padding.
         activation: ``'sigmoid'`` or ``'softmax'``: what turns logits into probabilities.
-        assigned: (D, N, Q) long: the index of the ground-truth box to which the head's own matcher assigned the query in
-            this step; -1 for none. Of a student alone.
-        box_cost: (n, m) costs by which this matcher assigns queries to boxes, from their logits (n, K) and boxes (n, 4),
-            the ground truth (m, 4) in pixels with its labels (m,), and the image's height and width. Of a student alone.
+        assigned: (D, N, Q) long: the index of the ground-truth box to which the head's own matcher assigned the query
+            in this step; -1 for none. Of a student alone.
+        box_cost: Makes the (n, m) costs by which this matcher assigns queries to boxes, from their logits (n, K) and
+            boxes (n, 4), the ground truth (m, 4) in pixels with its labels (m,), and the image's height and width. Of a
+            student alone.
     """
     logits: Tensor
     boxes: Tensor
@@ -44,13 +46,17 @@ class QueryOutputs:
     def num_classes(self) -> int:
         return self.logits.shape[-1] - (self.activation == 'softmax')
 
+    def restricted(self, classes: Sequence[int]) -> QueryOutputs:
+        """The same of some classes alone, in this order, see :func:`~kd_det.functional.logits.restricted_logits`."""
+        return replace(self, logits=restricted_logits(self.logits, classes, self.activation == 'softmax'))
+
     def last(self, layers: int) -> QueryOutputs:
         """The same of the last decoder layers alone."""
         return replace(self, logits=self.logits[-layers:], boxes=self.boxes[-layers:],
                        assigned=None if self.assigned is None else self.assigned[-layers:])
 
     def scores(self) -> Tensor:
-        """(D, N, Q): how sure the head is of an object, the largest class probability; the background's does not count."""
+        """(D, N, Q): how sure the head is of an object, the largest class probability; without background."""
         if self.activation == 'sigmoid':
             return self.logits.sigmoid().amax(-1)
         return self.logits.softmax(-1)[..., :-1].amax(-1)
@@ -84,8 +90,8 @@ def read_queries(head: nn.Module, logits: Tensor, boxes: Tensor, assignments: Se
         return outputs
     layers, images = logits.shape[:2]
     if len(assignments) < layers * images or not hasattr(head.assigner, 'match_costs'):
-        raise HeadError(f'A {type(head.assigner).__name__} made {len(assignments)} assignments for {layers} decoder layers '
-                        f'and {images} images: only a HungarianAssigner, which makes one for each, can be read.')
+        raise HeadError(f'A {type(head.assigner).__name__} made {len(assignments)} assignments for {layers} decoder '
+                        f'layers and {images} images: only a HungarianAssigner, which makes one for each, can be read.')
     assigned = torch.stack([each.gt_inds for each in assignments[:layers * images]]).unflatten(0, (layers, images)) - 1
     matched = assigned.shape[-1]  # denoising queries, which come first, are not
     return replace(outputs, logits=outputs.logits[:, :, -matched:], boxes=outputs.boxes[:, :, -matched:],
@@ -98,8 +104,8 @@ def _box_cost(match_costs: Sequence[Callable]) -> BoxCost:
     def cost(logits: Tensor, boxes: Tensor, truth: Tensor, labels: Tensor, image_shape: Tuple[int, int]) -> Tensor:
         height, width = image_shape
         pixels = bbox_cxcywh_to_xyxy(boxes) * boxes.new_tensor([width, height, width, height])
-        predicted, boxes_and_labels = InstanceData(scores=logits, bboxes=pixels), InstanceData(bboxes=truth, labels=labels)
-        known = dict(img_shape=image_shape)
-        return sum(each(pred_instances=predicted, gt_instances=boxes_and_labels, img_meta=known) for each in match_costs)
+        given = dict(pred_instances=InstanceData(scores=logits, bboxes=pixels),
+                     gt_instances=InstanceData(bboxes=truth, labels=labels), img_meta=dict(img_shape=image_shape))
+        return sum(match_cost(**given) for match_cost in match_costs)
 
     return cost

@@ -15,6 +15,9 @@ from kd_det.losses.global_relation import GlobalRelation
 from kd_det.losses.mgd import MGD
 from kd_det.losses.outputs import DenseTerm, RoITerm
 from kd_det.losses.pkd import PKD
+from kd_det.losses.queries import QueryTerm
+from kd_det.losses.query_classification import QueryClassification
+from kd_det.losses.query_regression import QueryRegression
 from kd_det.losses.rank_mimicking import RankMimicking
 from kd_det.losses.rkd import RKD
 from kd_det.losses.roi_classification import RoIClassification
@@ -23,5 +26,5 @@ from kd_det.losses.rpn_imitation import RPNImitation
 
 __all__ = ['AttentionImitation', 'CWD', 'CrossKD', 'DIST', 'DecoupledImitation', 'DenseClassification',
            'DenseRegression', 'DenseTerm', 'DistillTerm', 'FGD', 'FKD', 'FSP', 'FeatureImitation', 'FeatureTerm',
-           'GlobalRelation', 'MGD', 'PKD', 'RKD', 'RPNImitation', 'RankMimicking', 'RoIClassification',
-           'RoIRegression', 'RoITerm']
+           'GlobalRelation', 'MGD', 'PKD', 'QueryClassification', 'QueryRegression', 'QueryTerm', 'RKD', 'RPNImitation',
+           'RankMimicking', 'RoIClassification', 'RoIRegression', 'RoITerm']

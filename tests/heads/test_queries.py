@@ -80,6 +80,7 @@ def test_costs_of_boxes_are_those_by_which_the_matcher_assigns(kind, detr, batch
 def test_a_teachers_queries_are_those_that_it_predicts_from(kind, detr, batch):
     torch.manual_seed(0)
     model = MODELS.build(detr(kind, queries=12, layers=3)).eval()
+    model.init_weights()
     data = model.data_preprocessor(batch(**IMAGES), False)
     shapes = [sample.img_shape for sample in data['data_samples']]
     images = data['inputs']
@@ -103,6 +104,14 @@ def test_scores_are_the_largest_probability_of_a_class(detr, step):
         assert torch.equal(queries.scores(), probabilities.max(-1).values)
         last = queries.last(1)
         assert torch.equal(last.logits[0], queries.logits[1]) and torch.equal(last.assigned[0], queries.assigned[1])
+
+
+@pytest.mark.parametrize('kind', ['DETR', 'DINO'])
+def test_some_classes_alone(kind, detr, step):
+    queries = step(detr(kind))[1]
+    restricted = queries.restricted([2, 0])
+    assert restricted.num_classes == 2 and torch.equal(restricted.logits[..., :2], queries.logits[..., [2, 0]])
+    assert restricted.boxes is queries.boxes and restricted.assigned is queries.assigned
 
 
 def test_what_is_no_head_of_queries(detr, retinanet):
