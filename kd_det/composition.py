@@ -15,6 +15,7 @@ from kd_det.heads import HeadError, check_head
 from kd_det.losses import DistillTerm
 
 NO_METHOD = 'none'  # no terms: the student may still inherit
+RATIO = 1.0  # of a method's gradient to the task's: what served best on data of other sizes than COCO, see docs/results.md
 METHOD_ROOT = CONFIG_ROOT / '_base_' / 'methods'
 
 
@@ -41,8 +42,14 @@ def head_family(model: dict) -> str:
     return family_of(model['type'], head_classes(model))
 
 
-def method_terms(method: str, family: str) -> ConfigDict:
+def method_terms(method: str, family: str, balance: Optional[float] = None) -> ConfigDict:
     """The distillation terms of one method, or of a sum of methods such as ``'fgd+dkd'``; of ``'none'`` no terms.
+
+    Args:
+        method: The name or names.
+        family: One of :data:`~kd_det.detectors.FAMILIES`.
+        balance: The ratio of each method's gradient to the task's, which its terms share equally; None for the published
+            weights.
 
     Raises:
         ConfigurationError: There is no such method, or none of its files fits the family.
@@ -56,8 +63,18 @@ def method_terms(method: str, family: str) -> ConfigDict:
         if file is None:
             raise ConfigurationError(f"The method '{name}' has no weights for {family} detectors, only for "
                                      f"{', '.join(methods[name])}. Choose others with --family.")
-        terms.update(load_config(file)[name])
+        of_method = load_config(file)[name]
+        for term in of_method.values() if balance is not None else ():
+            term['weight'] = balanced(term.get('weight', 1.0), balance / len(of_method))
+        terms.update(of_method)
     return terms
+
+
+def balanced(weight: Union[float, dict], ratio: float) -> dict:
+    """A weight whose number gives way to :class:`~kd_det.distillers.Balance`; schedules around it stay."""
+    if isinstance(weight, dict):
+        return dict(weight, value=balanced(weight['value'], ratio))
+    return dict(type='Balance', ratio=ratio)
 
 
 def build_term(config: dict) -> DistillTerm:
@@ -87,7 +104,7 @@ def check_terms(method: str, terms: Dict[str, dict], detector: str, heads: HeadC
 
 
 def distillation_config(student: Union[str, Config], teacher_config: str, teacher_checkpoint: str, method: str,
-                        inherit: Sequence[str] = (), family: str = '', balance: Optional[float] = None) -> Config:
+                        inherit: Sequence[str] = (), family: str = '', balance: Optional[float] = RATIO) -> Config:
     """Makes the config that distils a teacher into a student.
 
     The student's config alone decides data, classes, schedule and evaluation; nothing of that changes.
@@ -100,8 +117,9 @@ def distillation_config(student: Union[str, Config], teacher_config: str, teache
         inherit: Parts of the student, such as ``'neck'``, that start from the teacher's weights where shapes agree.
         family: Whose published weights to use, one of :data:`~kd_det.detectors.FAMILIES`; told by the student's heads
             by default.
-        balance: The ratio of each term's gradient to the task's, in place of its published weight, see
-            :class:`~kd_det.distillers.Balance`. Weights of the parts within a term stay.
+        balance: The ratio of each method's gradient to the task's, see :func:`method_terms` and
+            :class:`~kd_det.distillers.Balance`; weights of the parts within a term stay. None for the published weights,
+            which are made for COCO.
 
     Raises:
         ConfigurationError: The student is a distiller already, or the method does not serve it.
@@ -112,10 +130,8 @@ def distillation_config(student: Union[str, Config], teacher_config: str, teache
             f"The student's config '{config.filename}' is a distillation already (its model is a "
             f'{DISTILLER}): give the config of a plain detector, or train this one with kd-det train.')
     model = student_model(config)
-    terms = method_terms(method, family or head_family(model))
+    terms = method_terms(method, family or head_family(model), balance)
     check_terms(method, terms, model.type, head_classes(model))
-    for term in terms.values() if balance is not None else ():
-        term['weight'] = dict(type='Balance', ratio=balance)
     config.model = dict(
         type=DISTILLER,
         student=model,

@@ -2,7 +2,8 @@
 import pytest
 from mmengine.config import Config
 
-from kd_det.composition import METHOD_ROOT, available_methods, distillation_config, head_family, method_terms
+from kd_det.composition import (METHOD_ROOT, RATIO, available_methods, distillation_config, head_family,
+                                method_terms)
 from kd_det.configuration import ConfigurationError, load_config, student_config
 
 RETINANET = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
@@ -41,7 +42,8 @@ def test_family_of_something_else():
 def test_composed_config_is_the_shipped_one():
     shipped = load_config('kd_det::fgd_retinanet_r101_r18.py')
     teacher = shipped.model.teacher
-    made = distillation_config('kd_det::baseline_retinanet_r101_r18.py', teacher.config, teacher.checkpoint, 'fgd')
+    made = distillation_config(
+        'kd_det::baseline_retinanet_r101_r18.py', teacher.config, teacher.checkpoint, 'fgd', balance=None)
     assert made.model.pop('inherit') == ()
     assert shipped.pop('fgd') == made.model.distill
     assert made.to_dict() == shipped.to_dict()
@@ -68,11 +70,18 @@ def test_family_can_be_chosen():
     assert made.model.inherit == ('neck', )
 
 
-def test_balance_takes_the_place_of_every_published_weight():
-    made = distillation_config(RETINANET, TEACHER, 'x.pth', 'frs+mgd', balance=0.3)
-    assert list(made.model.distill) == ['frs_features', 'frs_classes', 'mgd']
-    assert all(term.weight == dict(type='Balance', ratio=0.3) for term in made.model.distill.values())
-    assert distillation_config(RETINANET, TEACHER, 'x.pth', 'mgd').model.distill.mgd.weight == 2e-5
+def test_each_method_is_balanced_by_default_and_its_terms_share_the_ratio():
+    made = distillation_config(RETINANET, TEACHER, 'x.pth', 'frs+mgd', balance=0.3).model.distill
+    assert list(made) == ['frs_features', 'frs_classes', 'mgd']
+    assert made.mgd.weight == dict(type='Balance', ratio=0.3)
+    assert made.frs_classes.weight == dict(type='Warmup', iterations=500, value=dict(type='Balance', ratio=0.15))
+    assert distillation_config(RETINANET, TEACHER, 'x.pth', 'mgd').model.distill.mgd.weight.ratio == RATIO
+
+
+def test_published_weights_on_demand():
+    made = distillation_config(RETINANET, TEACHER, 'x.pth', 'frs+mgd', balance=None).model.distill
+    assert made.mgd.weight == 2e-5
+    assert made.frs_classes.weight == dict(type='Warmup', value=0.02, iterations=500)
 
 
 def test_methods_add_up(tmp_path, monkeypatch):

@@ -6,7 +6,8 @@
     seeds                           list of numbers
     teacher                         its run, or null where a checkpoint was given
     runs                            one object for each variant and seed:
-        variant, method, seed, settings     which it is; settings: what is not the default (balance, paper, inherit, settings)
+        variant, method, seed, settings     which it is; settings: balance (null: the published weights), inherit, and what else
+                                            was set for this variant alone; empty for the plain student
         folder                              its work dir
         status                              "finished" or "failed"; with error and log where it failed
         identity … iterations               those of kd_det.benchmark.runs.Run; checkpoint and scalars within its folder
@@ -27,7 +28,7 @@ import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Dict, List, Mapping
+from typing import Dict, List, Mapping, Optional
 
 import numpy as np
 import torch
@@ -43,8 +44,8 @@ METRICS = {'bbox_mAP': 'mAP', 'bbox_mAP_50': 'AP50', 'bbox_mAP_75': 'AP75', 'bbo
 PACKAGES = ('torch', 'torchvision', 'mmengine', 'mmdet', 'mmcv', 'mmcv-lite', 'numpy', 'faster-coco-eval', 'pycocotools')
 
 
-def environment() -> dict:
-    """The command that runs, the versions of what it uses, and the machine."""
+def environment(threads: Optional[int] = None) -> dict:
+    """The command that runs, the versions of what it uses, and the machine, with PyTorch's threads of one training."""
     program = Path(sys.argv[0])
     program = ['python', sys.argv[0]] if program.suffix == '.py' and program.stem != '__main__' else ['kd-det']
     found = {}
@@ -57,14 +58,15 @@ def environment() -> dict:
     return dict(
         command=shlex.join([*program, *sys.argv[1:]]),
         versions=dict(python=platform.python_version(), kd_det=__version__, **found),
-        machine=dict(system=platform.platform(), processors=os.cpu_count(), devices=devices))
+        machine=dict(system=platform.platform(), processors=os.cpu_count(), devices=devices,
+                     threads=threads or torch.get_num_threads()))
 
 
 def run_entry(variant: Variant, seed: int, folder: Path, outcome: Outcome, root: Path) -> dict:
     """One element of ``runs``."""
-    settings = dict(balance=variant.balance, paper=variant.paper, inherit=list(variant.inherit), settings=variant.settings)
-    entry = dict(variant=variant.name, method=variant.method, seed=seed,
-                 settings={name: value for name, value in settings.items() if value}, folder=os.path.relpath(folder, root))
+    settings = dict(balance=variant.balance, inherit=list(variant.inherit), **variant.settings)
+    entry = dict(variant=variant.name, method=variant.method, seed=seed, settings={} if variant.is_plain else settings,
+                 folder=os.path.relpath(folder, root))
     if isinstance(outcome, Failure):
         return dict(entry, status='failed', error=outcome.error, log=os.path.relpath(outcome.log, root))
     return dict(entry, status='finished', **relative(outcome, root))

@@ -1,30 +1,32 @@
-"""The table of a benchmark, for the console and in Markdown."""
+"""The tables of a benchmark, for the console and in Markdown."""
 from __future__ import annotations
 
-from typing import List, Optional
+from typing import Dict, List, Optional
 
 import numpy as np
 from rich.table import Table
 
 from kd_det.benchmark.results import METRICS
 
-COLUMNS = ('method', 'seeds', *METRICS.values(), 'Δ mAP, 95 %', 'parameters', 'FLOPs', 's / iteration', 'memory')
+COSTS = ('parameters', 'FLOPs', 's / iteration', 'memory')
+NONE = '–'
 
 
-def rows(results: dict) -> List[List[str]]:
-    """One row of text for the teacher and for each variant, as :data:`COLUMNS` has them."""
+def rows(results: dict) -> List[Dict[str, str]]:
+    """Column -> text of one row for the teacher, where it was trained here, and for each variant."""
     made = []
-    if results['teacher'] is not None:
-        teacher = results['teacher']
-        points = {metric: 100 * teacher['metrics'].get(metric, -1) for metric in METRICS}
-        made.append(['teacher', '1', *(_spread(value, None) if value >= 0 else '–' for value in points.values()), '',
-                     *_costs([teacher])])
+    teacher = results['teacher']
+    if teacher is not None:
+        points = {name: 100 * teacher['metrics'].get(metric, -1) for metric, name in METRICS.items()}
+        made.append(dict(method='teacher', seeds='1', **{name: _spread(value) if value >= 0 else NONE
+                                                         for name, value in points.items()}, **_costs([teacher])))
     for variant, summary in results['summary'].items():
         runs = [run for run in results['runs'] if run['variant'] == variant]
         finished = [run for run in runs if run['status'] == 'finished']
-        count = f'{len(finished)}' if len(finished) == len(runs) else f'{len(finished)} of {len(runs)}'
-        metrics = [_spread(summary[metric]['mean'], summary[metric]['std']) if metric in summary else '–' for metric in METRICS]
-        made.append([variant, count, *metrics, difference_text(summary.get('bbox_mAP', {})), *_costs(finished)])
+        metrics = {name: _spread(summary[metric]['mean'], summary[metric]['std']) if metric in summary else NONE
+                   for metric, name in METRICS.items()}
+        made.append(dict(method=variant, seeds=f'{len(finished)}' if len(finished) == len(runs) else f'{len(finished)} of {len(runs)}',
+                         **metrics, **{'Δ mAP': difference_text(summary.get('bbox_mAP', {}))}, **_costs(finished)))
     return made
 
 
@@ -33,41 +35,53 @@ def difference_text(summary: dict) -> str:
     if 'verdict' not in summary:
         return ''
     if summary['interval'] is None:
-        return f"{summary['difference']:+.1f} ({summary['verdict']})"
+        return f"{summary['verdict']} ({summary['difference']:+.1f})"
     half = summary['interval'][1] - summary['difference']
     text = f"{summary['difference']:+.1f} ± {half:.1f}"
     return text if summary['verdict'] in ('gain', 'loss') else f"{summary['verdict']} ({text})"
 
 
-def _spread(mean: float, std: Optional[float]) -> str:
+def _spread(mean: float, std: Optional[float] = None) -> str:
     return f'{mean:.1f}' + ('' if std is None else f' ± {std:.1f}')
 
 
-def _costs(runs: List[dict]) -> List[str]:
+def _costs(runs: List[dict]) -> Dict[str, str]:
     if not runs:
-        return ['–'] * 4
-    flops = '–' if runs[0]['flops'] is None else f"{runs[0]['flops'] / 1e9:.2f} G"
-    memory = [run['peak_device_memory'] or run['peak_memory'] or 0 for run in runs]
-    return [f"{runs[0]['parameters'] / 1e6:.2f} M", flops,
-            f"{np.median([run['seconds_per_iteration'] for run in runs]):.3f}", f'{max(memory) / 2**30:.2f} GiB']
+        return dict.fromkeys(COSTS, NONE)
+    first = runs[0]
+    memory = max(run['peak_device_memory'] or run['peak_memory'] or 0 for run in runs)
+    texts = (f"{first['parameters'] / 1e6:.2f} M", NONE if first['flops'] is None else f"{first['flops'] / 1e9:.2f} G",
+             f"{np.median([run['seconds_per_iteration'] for run in runs]):.3f}", f'{memory / 2**30:.2f} GiB')
+    return dict(zip(COSTS, texts))
 
 
-def rich_table(results: dict) -> Table:
-    """The table for the console."""
-    table = Table(title='COCO metric on the validation images, in points; ± standard deviation over seeds')
-    for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify='right' if index else 'left')
-    for row in rows(results):
-        table.add_row(*row)
+def rich_tables(results: dict) -> List[Table]:
+    """For the console: what the detectors detect, and what they cost."""
+    made = rows(results)
+    tables = [_table('COCO metric on the validation images, in points; mean ± standard deviation over seeds',
+                     ('seeds', 'Δ mAP', *METRICS.values()), made),
+              _table('Costs of inference (parameters, multiply-adds) and of training', COSTS, made)]
+    tables[0].caption = 'Δ: paired mean over seeds against the plain student ± half of its 95 % interval'
+    return tables
+
+
+def _table(title: str, columns: tuple, made: List[Dict[str, str]]) -> Table:
+    table = Table(title=title)
+    table.add_column('method', no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify='right', min_width=7)
+    for row in made:
+        table.add_row(row['method'], *(row.get(column, '') for column in columns))
     return table
 
 
 def markdown_table(results: dict) -> str:
-    """The same in Markdown, with the runs that failed below it."""
-    lines = ['| ' + ' | '.join(COLUMNS) + ' |', '| --- |' + ' ---: |' * (len(COLUMNS) - 1)]
-    lines += ['| ' + ' | '.join(row) + ' |' for row in rows(results)]
-    lines += ['', 'mAP and the others in points, ± standard deviation over seeds. Δ: paired mean over seeds against the plain '
-              'student (none), ± half of its 95 % interval (Student\'s t).']
+    """Both tables in one, in Markdown, with the runs that failed below it."""
+    columns = ('method', 'seeds', 'Δ mAP', *METRICS.values(), *COSTS)
+    lines = ['| ' + ' | '.join(columns) + ' |', '| --- |' + ' ---: |' * (len(columns) - 1)]
+    lines += ['| ' + ' | '.join(row.get(column, '') for column in columns) + ' |' for row in rows(results)]
+    lines += ['', 'mAP and the others in points, ± standard deviation over seeds. Δ: paired mean over seeds against the plain student '
+              "(none), ± half of its 95 % interval (Student's t). FLOPs are multiply-adds."]
     failed = [run for run in results['runs'] if run['status'] == 'failed']
     lines += [f"- {run['variant']}, seed {run['seed']} failed: {run['error']}" for run in failed]
     return '\n'.join(lines) + '\n'

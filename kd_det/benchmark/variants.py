@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional, Tuple
 from mmengine.config import Config, DictAction
 
 from kd_det.benchmark.pair import Pair
-from kd_det.composition import NO_METHOD, available_methods, distillation_config
+from kd_det.composition import NO_METHOD, RATIO, available_methods, distillation_config
 from kd_det.configuration import ConfigurationError, merge_options
 
 PLAIN = NO_METHOD
@@ -26,15 +26,13 @@ class Variant:
     Attributes:
         name: As the user wrote it: ``fgd@paper``.
         method: Name of a method, a sum of names, or ``none``: no terms.
-        balance: Each term's gradient at this ratio of the task's; None leaves the weights to the method.
-        paper: The published weights.
+        balance: Each method's gradient at this ratio of the task's; None for the published weights.
         inherit: Parts of the student that start from the teacher's weights.
         settings: Overrides of the student's config by dotted key; those of :data:`DISTILLATION_KEYS` reach the distillation.
     """
     name: str
     method: str
-    balance: Optional[float] = None
-    paper: bool = False
+    balance: Optional[float] = RATIO
     inherit: Tuple[str, ...] = ()
     settings: Dict[str, Any] = field(default_factory=dict)
 
@@ -57,7 +55,7 @@ def parse_variants(text: str, common: Variant = Variant('', PLAIN)) -> List[Vari
             method each ``@`` begins a setting:
 
             - ``@paper``: the published weights;
-            - ``@balance=RATIO``: each term's gradient at that ratio of the task's;
+            - ``@balance=RATIO``: each method's gradient at that ratio of the task's;
             - ``@inherit``: the student starts from the teacher's neck and heads where shapes agree; ``@inherit=neck+bbox_head``
               names the parts. ``inherit`` alone is ``none@inherit``;
             - ``@dotted.key=value``: overrides the student's config, as ``--cfg-options`` does, or what the distillation
@@ -89,7 +87,7 @@ def _parse(text: str, common: Variant) -> Variant:
             raise ConfigurationError(f"--methods: there is no method '{name}'. Choose from none, inherit, "
                                      f"{', '.join(available_methods())}, or a sum: a+b.")
     if method == PLAIN:
-        common = replace(common, balance=None, paper=False, inherit=())
+        common = replace(common, balance=RATIO, inherit=())
     variant = replace(common, name=text, method=method)
     for setting in settings:
         variant = _with_setting(variant, setting)
@@ -99,10 +97,10 @@ def _parse(text: str, common: Variant) -> Variant:
 def _with_setting(variant: Variant, setting: str) -> Variant:
     key, given, value = setting.partition('=')
     if key == 'paper' and not given:
-        return replace(variant, paper=True, balance=None)
+        return replace(variant, balance=None)
     if key == 'balance':
         try:
-            return replace(variant, balance=float(value), paper=False)
+            return replace(variant, balance=float(value))
         except ValueError:
             raise ConfigurationError(f"--methods {variant.name}: expected @balance=RATIO, a number, got '{value}'.") from None
     if key == 'inherit':

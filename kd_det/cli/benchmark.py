@@ -14,8 +14,9 @@ from kd_det.benchmark.pair import adapted, data_hash, read_pair
 from kd_det.benchmark.results import environment, mark_twins, relative, run_entry, summarize
 from kd_det.benchmark.runs import sha256
 from kd_det.benchmark.scheduling import Failure, Job, Machine
-from kd_det.benchmark.tables import markdown_table, rich_table
+from kd_det.benchmark.tables import markdown_table, rich_tables
 from kd_det.benchmark.variants import PLAIN, Variant, parse_variants, variant_config
+from kd_det.composition import RATIO
 
 TEACHER_SEED = 0
 
@@ -38,8 +39,9 @@ def add_arguments(parser: ArgumentParser) -> None:
                           'with them')
     training.add_argument('--teacher-epochs', type=int, metavar='N', help="epochs of the teacher (its config's)")
     weights = training.add_mutually_exclusive_group()
-    weights.add_argument('--balance', type=float, metavar='RATIO', help="each term's gradient at this ratio of the task's")
-    weights.add_argument('--paper-weights', action='store_true', help='the published weights')
+    weights.add_argument('--balance', type=float, default=RATIO, metavar='RATIO',
+                         help="each method's gradient at this ratio of the task's (%(default)s)")
+    weights.add_argument('--paper-weights', dest='balance', action='store_const', const=None, help='the published weights')
     training.add_argument('--inherit', nargs='+', default=(), metavar='PART', help='parts of all distilled students that start '
                           "from the teacher's weights, such as neck bbox_head")
     training.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE',
@@ -74,7 +76,7 @@ def run(options: Namespace) -> int:
     pair = read_pair(options.pair, options.student, options.teacher, options.teacher_checkpoint)
     student = adapted(pair.student, options.data, options.epochs)
     pair = replace(pair, student=student)
-    common = Variant('', PLAIN, options.balance, options.paper_weights, tuple(options.inherit), options.cfg_options)
+    common = Variant('', PLAIN, options.balance, tuple(options.inherit), options.cfg_options)
     variants = parse_variants(options.methods, common)
     for variant in variants:  # what can not be composed is told before a teacher is trained
         variant_config(variant, pair, checkpoint='')
@@ -103,7 +105,7 @@ def run(options: Namespace) -> int:
     entries = [run_entry(*each, outcome, root) for each, outcome in zip(runs, outcomes)]
     mark_twins(entries)
     results = dict(
-        **environment(),
+        **environment(machine.threads),
         pair=dict(student=str(student.filename), teacher=pair.teacher, checkpoint=str(checkpoint), checkpoint_hash=teacher_hash),
         data=dict(root=options.data, hash=data),
         seeds=options.seeds,

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.syntax import Syntax
 
 from kd_det.cli.train import add_training_options, apply_training_options, train
-from kd_det.composition import available_methods, distillation_config
+from kd_det.composition import RATIO, available_methods, distillation_config
 from kd_det.configuration import renamed
 from kd_det.detectors import FAMILIES
 from kd_det.diagnosis.checks import check_config
@@ -36,9 +36,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         default=(),
         metavar='PART',
         help="parts of the student that start from the teacher's weights, such as neck rpn_head roi_head")
-    parser.add_argument('--balance', type=float, metavar='RATIO',
-                        help="keep each term's gradient on the student's features at RATIO times the task's, whatever "
-                        'its published weight')
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument('--balance', type=float, metavar='RATIO', default=RATIO,
+                         help="keep each method's gradient on the student's features at RATIO times the task's (%(default)s)")
+    weights.add_argument('--paper-weights', dest='balance', action='store_const', const=None,
+                         help="the method's published weights, which are made for COCO")
     add_training_options(parser)
 
 

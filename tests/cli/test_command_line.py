@@ -4,14 +4,17 @@ import re
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
 
+from kd_det.cli import distill
 from kd_det.cli import main as entry
 from kd_det.cli.main import main, run_tool
+from kd_det.composition import RATIO
 from kd_det.configuration import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -128,6 +131,18 @@ def test_without_mmdetection_the_way_to_install_it_is_told(monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------- runs
+
+
+def test_weights_are_balanced_unless_the_published_ones_are_wanted():
+    parser = ArgumentParser()
+    distill.add_arguments(parser)
+
+    def balance(*options):
+        return parser.parse_args([*DISTILL[1:], *options]).balance
+
+    assert (balance(), balance('--balance', '2'), balance('--paper-weights')) == (RATIO, 2, None)
+    with pytest.raises(SystemExit):
+        balance('--balance', '2', '--paper-weights')
 
 
 def test_distill_then_test_then_export(workspace, capsys):
