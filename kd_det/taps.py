@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import difflib
 from contextlib import contextmanager
-from typing import Dict, Iterable, Iterator, List, Sequence, Tuple, Union
+from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +35,17 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
     raise TapError(f"{type(model).__name__} has no module '{path}'. Nearest names: {', '.join(nearest)}.")
 
 
+class _AllRead(Exception):
+    """Ends a forward of which nothing more is read."""
+
+
 class Taps:
     """Reads the outputs of some modules of one model, each as a tuple of levels.
 
     The hooks are set once, at construction, because hooks set after a model was first compiled never fire; outside of
-    :meth:`capture` they do nothing. What a tap holds is the module's very output, on the path to the model's own
-    losses, and is safe from later layers that work in place: these get a copy, until one forward has shown that nothing
-    writes to it.
+    :meth:`capture`, and for paths that it does not read, they do nothing. What a tap holds is the module's very output, on the path to the model's own
+    losses, and is safe from later layers that work in place: these get a copy, until one forward of the same kind has
+    shown that nothing writes to it.
 
     The tokens of a DETR's encoder, (N, ΣH·W, C), are read as the maps of the neck's levels that they stand for: the last
     ones that have as many cells.
@@ -63,9 +67,9 @@ class Taps:
 
     def __init__(self, model: nn.Module, paths: Iterable[str], grouped: bool = False) -> None:
         self.paths, self.grouped = tuple(dict.fromkeys(paths)), grouped
-        self._reading = False
         self._seen: Dict[str, List[_Reading]] = {}
-        self._written_later = {path: True for path in self.paths}
+        self._kind: Tuple[Tuple[str, ...], bool] = self.paths, False  # of forward: what is read, whether it then stops
+        self._written_later: Dict[tuple, bool] = {}  # by kind and path
         self._token_shapes: List[torch.Size] = []
         if any(map(is_within_encoder, self.paths)):
             source = 'neck' if getattr(model, 'neck', None) is not None else 'backbone'
@@ -83,20 +87,27 @@ class Taps:
     def _hook(self, path: str):
 
         def read(module: nn.Module, inputs: tuple, output):
-            if not self._reading:
+            if path not in self._seen:
                 return output
             tokens = is_within_encoder(path) and isinstance(output, Tensor) and output.dim() == 3
             if tokens:
                 output = _split_tokens(path, output, self._token_shapes)
-            reading = _Reading(path, output, self.grouped, copy=self._written_later[path])
+            reading = _Reading(path, output, self.grouped, copy=self._written_later.get((self._kind, path), True))
             self._seen[path].append(reading)
+            if self._kind[1] and all(self._seen.values()):
+                raise _AllRead
             return _join_tokens(reading.passed_on) if tokens else reading.passed_on
 
         return read
 
     @contextmanager
-    def capture(self) -> Iterator[Dict[str, Union[Levels, Tuple[Levels, ...]]]]:
+    def capture(self, paths: Optional[Iterable[str]] = None,
+                stop: bool = False) -> Iterator[Dict[str, Union[Levels, Tuple[Levels, ...]]]]:
         """Reads one forward.
+
+        Args:
+            paths: Which of the taps read; all by default.
+            stop: Leave the block as soon as each of them has read: what comes after is not computed.
 
         Yields:
             A dict that is filled when the block ends: path -> tuple of (N, C, H, W), one per level; or a tuple of those.
@@ -105,19 +116,20 @@ class Taps:
             TapError: A tapped module did not run, ran more than once, or returned no feature.
         """
         features: dict = {}
-        self._seen = {path: [] for path in self.paths}
-        self._reading = True
+        paths = self.paths if paths is None else tuple(dict.fromkeys(paths))
+        self._seen, self._kind = {path: [] for path in paths}, (paths, stop)
         try:
             yield features
+        except _AllRead:
+            pass
         finally:
-            self._reading = False
             seen, self._seen = self._seen, {}
         for path, readings in seen.items():
             if len(readings) != 1:
                 raise TapError(f"Tap '{path}' saw {len(readings)} forwards where one was expected: "
                                + ('the module did not run. Tap one that the training forward calls.' if not readings
                                   else 'the module is shared. Tap the module that feeds it or collects its outputs.'))
-            groups, self._written_later[path] = readings[0].close()
+            groups, self._written_later[self._kind, path] = readings[0].close()
             features[path] = groups if self.grouped else groups[0]
 
 

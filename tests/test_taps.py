@@ -168,3 +168,29 @@ def test_tokens_of_another_number_than_cells_are_an_error():
         with taps.capture():
             net.neck(torch.randn(1, 3, 4, 6))
             net.encoder(torch.zeros(1, 29, 4))
+
+
+def test_a_forward_stops_when_everything_has_been_read():
+    net, later = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.Conv2d(4, 5, 1)), []
+    taps = Taps(net, ['0', '1'])
+    net[2].register_forward_hook(lambda *args: later.append(args))
+    image = torch.randn(1, 3, 2, 2)
+    expected = net[0](image)
+    for _ in range(2):
+        with taps.capture(['0'], stop=True) as features:
+            net(image)
+        assert set(features) == {'0'} and torch.equal(features['0'][0], expected)
+        with taps.capture(stop=True) as features:
+            net(image)
+        assert set(features) == {'0', '1'} and torch.equal(features['0'][0], expected)  # ReLU writes into a copy
+    assert not later and not taps._seen
+    with taps.capture(['1']) as features:
+        net(image)
+    assert len(later) == 1 and set(features) == {'1'}
+
+
+def test_errors_within_a_forward_pass_through_a_capture_that_may_stop():
+    taps = Taps(nn.Sequential(nn.Conv2d(3, 4, 1)), ['0'])
+    with pytest.raises(ZeroDivisionError):
+        with taps.capture(stop=True):
+            1 / 0
