@@ -8,6 +8,7 @@ from typing import Iterator, Sequence
 from mmengine.config import Config
 
 from kd_det.configuration import ConfigurationError
+from kd_det.diagnosis.cache import inspect_cache
 from kd_det.diagnosis.data import SPLITS, inspect_annotations, inspect_classes, inspect_paths
 from kd_det.diagnosis.finding import Finding, raise_faults
 from kd_det.diagnosis.weights import (inspect_checkpoints, inspect_start, inspect_teacher_classes,
@@ -55,5 +56,5 @@ def explain(config: Config) -> Iterator[None]:
 def _inspect_cheaply(config: Config, splits: Sequence[str]) -> Iterator[Finding]:
     found = chain(inspect_paths(config, splits), inspect_classes(config, splits), inspect_start(config))
     if 'train' in splits:
-        found = chain(found, inspect_checkpoints(config), inspect_teacher_classes(config))
+        found = chain(found, inspect_checkpoints(config), inspect_teacher_classes(config), inspect_cache(config))
     return found

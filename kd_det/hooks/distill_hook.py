@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kd_det.compat import log_operator_backend
+from kd_det.datasets.replay import training_epoch
 from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.distillers.provenance import ORIGINS
 from kd_det.hooks.preflight import evaluate_teacher, require_skill
@@ -24,11 +25,13 @@ CHECKPOINT_KEY = 'distill'
 @HOOKS.register_module()
 class DistillHook(Hook):
     """What distillation needs of the training loop. Every distillation config lists it:
-    ``default_hooks=dict(distill=dict(type='DistillHook'))``. With a plain detector it does nothing.
+    ``default_hooks=dict(distill=dict(type='DistillHook'))``. With a plain detector it only tells the epoch.
 
     - Before training the teacher is loaded, evaluated (pre-flight), and a table tells where all weights came from.
     - Each step the weights' schedules move, and the random numbers are set from seed and iteration, so that a resumed run
       goes on as the uninterrupted one would. (Not when every term's weight is 0: then nothing differs from plain training.)
+    - At the start of each epoch :class:`~kd_det.datasets.ReplayedRandomness` is told which it is; at its end the teachers'
+      caches report.
     - Each checkpoint gets the terms' weights, and what their balance has measured, under ``'distill'``, beside the
       student's ``state_dict``.
     - After training the teacher's fingerprint must be what it was.
@@ -65,6 +68,7 @@ class DistillHook(Hook):
             runner.logger.info('\n'.join(['Where the weights came from:', origin_table(distiller), *classes]))
 
     def before_train_epoch(self, runner: Runner) -> None:
+        training_epoch().set(runner.epoch)
         self._follow(runner)  # the first batch is loaded before the first iteration is announced
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
@@ -77,6 +81,12 @@ class DistillHook(Hook):
         distiller.set_progress(runner.iter, runner.iter / len(runner.train_dataloader))
         if len(distiller.terms):
             set_random_seed((runner.seed * 1_000_003 + runner.iter) % 2**32)
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        distiller = _distiller_of(runner)
+        for teacher in () if distiller is None else distiller.teachers:
+            if teacher.cache is not None:
+                runner.logger.info(teacher.cache.report())
 
     def after_train(self, runner: Runner) -> None:
         distiller = _distiller_of(runner)
