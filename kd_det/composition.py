@@ -104,7 +104,7 @@ def check_terms(method: str, terms: Dict[str, dict], detector: str, heads: HeadC
 
 
 def distillation_config(student: Union[str, Config], teacher_config: str, teacher_checkpoint: str, method: str,
-                        inherit: Sequence[str] = (), family: str = '', balance: Optional[float] = RATIO) -> Config:
+                        inherit: Union[str, Sequence[str]] = 'auto', family: str = '', balance: Optional[float] = RATIO) -> Config:
     """Makes the config that distils a teacher into a student.
 
     The student's config alone decides data, classes, schedule and evaluation; nothing of that changes.
@@ -114,7 +114,8 @@ def distillation_config(student: Union[str, Config], teacher_config: str, teache
         teacher_config: Config of the teacher: a file or ``'mmdet::…'``.
         teacher_checkpoint: The teacher's weights: a file or an address.
         method: Name of a method, or a sum of names, see :func:`available_methods`; ``'none'`` for no terms.
-        inherit: Parts of the student, such as ``'neck'``, that start from the teacher's weights where shapes agree.
+        inherit: Parts of the student, such as ``('neck', 'bbox_head')``, that start from the teacher's weights where shapes
+            agree; ``'auto'`` for all but the backbone that are of the same type in both; empty for none.
         family: Whose published weights to use, one of :data:`~kd_det.detectors.FAMILIES`; told by the student's heads
             by default.
         balance: The ratio of each method's gradient to the task's, see :func:`method_terms` and
@@ -137,7 +138,7 @@ def distillation_config(student: Union[str, Config], teacher_config: str, teache
         student=model,
         teacher=dict(config=teacher_config, checkpoint=teacher_checkpoint),
         distill=terms,
-        inherit=tuple(inherit))
+        inherit=inherit if isinstance(inherit, str) else tuple(inherit))
     config.setdefault('default_hooks', ConfigDict())['distill'] = dict(
         type=DISTILL_HOOK, preflight=dict(images=64, min_map=0.01))
     imports = config.get('custom_imports', {}).get('imports', [])

@@ -29,6 +29,9 @@ def test_every_method_file_is_found_and_holds_its_method():
     ('fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py', 'anchor_free'),
     ('reppoints/reppoints-moment_r50_fpn_1x_coco.py', 'anchor_free'),
     ('yolox/yolox_s_8xb8-300e_coco.py', 'anchor_free'),
+    ('detr/detr_r50_8xb2-150e_coco.py', 'detr'),
+    ('dino/dino-4scale_r50_8xb2-12e_coco.py', 'detr'),
+    ('ddq/ddq-detr-4scale_r50_8xb2-12e_coco.py', 'detr'),
 ])
 def test_family_is_told_by_the_heads(config, family):
     assert head_family(load_config(f'mmdet::{config}').model) == family
@@ -43,7 +46,7 @@ def test_composed_config_is_the_shipped_one():
     shipped = load_config('kd_det::fgd_retinanet_r101_r18.py')
     teacher = shipped.model.teacher
     made = distillation_config(
-        'kd_det::baseline_retinanet_r101_r18.py', teacher.config, teacher.checkpoint, 'fgd', balance=None)
+        'kd_det::baseline_retinanet_r101_r18.py', teacher.config, teacher.checkpoint, 'fgd', inherit=(), balance=None)
     assert made.model.pop('inherit') == ()
     assert shipped.pop('fgd') == made.model.distill
     assert made.to_dict() == shipped.to_dict()

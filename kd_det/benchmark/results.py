@@ -64,7 +64,7 @@ def environment(threads: Optional[int] = None) -> dict:
 
 def run_entry(variant: Variant, seed: int, folder: Path, outcome: Outcome, root: Path) -> dict:
     """One element of ``runs``."""
-    settings = dict(balance=variant.balance, inherit=list(variant.inherit), **variant.settings)
+    settings = dict(balance=variant.balance, inherit=variant.inherit, **variant.settings)
     entry = dict(variant=variant.name, method=variant.method, seed=seed, settings={} if variant.is_plain else settings,
                  folder=os.path.relpath(folder, root))
     if isinstance(outcome, Failure):

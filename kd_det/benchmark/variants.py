@@ -4,7 +4,7 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass, field, replace
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 from mmengine.config import Config, DictAction
 
@@ -13,7 +13,6 @@ from kd_det.composition import NO_METHOD, RATIO, available_methods, distillation
 from kd_det.configuration import ConfigurationError, merge_options
 
 PLAIN = NO_METHOD
-ALL_PARTS = ('neck', 'rpn_head', 'roi_head', 'bbox_head')
 
 # Settings of the distillation; all others are the student's.
 DISTILLATION_KEYS = ('model.teacher', 'model.distill', 'model.inherit', 'model.task_weight', 'default_hooks.distill')
@@ -27,13 +26,13 @@ class Variant:
         name: As the user wrote it: ``fgd@paper``.
         method: Name of a method, a sum of names, or ``none``: no terms.
         balance: Each method's gradient at this ratio of the task's; None for the published weights.
-        inherit: Parts of the student that start from the teacher's weights.
+        inherit: Parts of the student that start from the teacher's weights; ``'auto'`` for all but the backbone.
         settings: Overrides of the student's config by dotted key; those of :data:`DISTILLATION_KEYS` reach the distillation.
     """
     name: str
     method: str
     balance: Optional[float] = RATIO
-    inherit: Tuple[str, ...] = ()
+    inherit: Union[str, Tuple[str, ...]] = 'auto'
     settings: Dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -56,8 +55,8 @@ def parse_variants(text: str, common: Variant = Variant('', PLAIN)) -> List[Vari
 
             - ``@paper``: the published weights;
             - ``@balance=RATIO``: each method's gradient at that ratio of the task's;
-            - ``@inherit``: the student starts from the teacher's neck and heads where shapes agree; ``@inherit=neck+bbox_head``
-              names the parts. ``inherit`` alone is ``none@inherit``;
+            - ``@inherit=neck+bbox_head``: the parts that start from the teacher's weights where shapes agree; ``@inherit=none``
+              for none, ``@inherit`` for all but the backbone. ``inherit`` as a method is that, without terms;
             - ``@dotted.key=value``: overrides the student's config, as ``--cfg-options`` does, or what the distillation
               adds to it: ``@model.distill.fgd.temperature=0.8``.
         common: The settings that hold unless a variant has its own; for the plain student only ``settings`` hold.
@@ -104,7 +103,7 @@ def _with_setting(variant: Variant, setting: str) -> Variant:
         except ValueError:
             raise ConfigurationError(f"--methods {variant.name}: expected @balance=RATIO, a number, got '{value}'.") from None
     if key == 'inherit':
-        return replace(variant, inherit=tuple(value.split('+')) if given else ALL_PARTS)
+        return replace(variant, inherit='auto' if not given else () if value == 'none' else tuple(value.split('+')))
     if '.' in key and given:
         return replace(variant, settings={**variant.settings, key: DictAction._parse_iterable(value)})
     raise ConfigurationError(f"--methods {variant.name}: there is no setting '@{setting}'. Expected @paper, @balance=RATIO, "
@@ -124,9 +123,6 @@ def variant_config(variant: Variant, pair: Pair, checkpoint: Optional[str] = Non
     merge_options(config, {key: value for key, value in variant.settings.items() if key not in of_distillation})
     if variant.is_plain:
         return config
-    parts = variant.inherit
-    if parts == ALL_PARTS:
-        parts = tuple(part for part in parts if config.model.get(part))
-    config = distillation_config(config, pair.teacher, checkpoint, variant.method, parts, balance=variant.balance)
+    config = distillation_config(config, pair.teacher, checkpoint, variant.method, variant.inherit, balance=variant.balance)
     merge_options(config, of_distillation)
     return config

@@ -16,6 +16,7 @@ from kd_det.benchmark.runs import sha256
 from kd_det.benchmark.scheduling import Failure, Job, Machine
 from kd_det.benchmark.tables import markdown_table, rich_tables
 from kd_det.benchmark.variants import PLAIN, Variant, parse_variants, variant_config
+from kd_det.cli.common import add_inheritance_option, inherited_parts
 from kd_det.composition import RATIO
 
 TEACHER_SEED = 0
@@ -42,8 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     weights.add_argument('--balance', type=float, default=RATIO, metavar='RATIO',
                          help="each method's gradient at this ratio of the task's (%(default)s)")
     weights.add_argument('--paper-weights', dest='balance', action='store_const', const=None, help='the published weights')
-    training.add_argument('--inherit', nargs='+', default=(), metavar='PART', help='parts of all distilled students that start '
-                          "from the teacher's weights, such as neck bbox_head")
+    add_inheritance_option(training)
     training.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE',
                           help='settings that override the config of every student; model.distill… and default_hooks.distill… '
                           'reach the distilled ones')
@@ -76,7 +76,7 @@ def run(options: Namespace) -> int:
     pair = read_pair(options.pair, options.student, options.teacher, options.teacher_checkpoint)
     student = adapted(pair.student, options.data, options.epochs)
     pair = replace(pair, student=student)
-    common = Variant('', PLAIN, options.balance, tuple(options.inherit), options.cfg_options)
+    common = Variant('', PLAIN, options.balance, inherited_parts(options), options.cfg_options)
     variants = parse_variants(options.methods, common)
     for variant in variants:  # what can not be composed is told before a teacher is trained
         variant_config(variant, pair, checkpoint='')
@@ -88,7 +88,7 @@ def run(options: Namespace) -> int:
         config = seeded(adapted(pair.teacher_config(), options.data, options.teacher_epochs), TEACHER_SEED)
         teacher, = machine.run([Job('teacher', root / 'teacher', config, [data])], say)
         if isinstance(teacher, Failure):
-            console.print(f'Without a teacher there is nothing to compare. All that was said is in {teacher.log}.')
+            say(f'Without a teacher there is nothing to compare. All that was said is in {teacher.log}.')
             return 1
     checkpoint = pair.checkpoint if teacher is None else teacher.checkpoint
     teacher_hash = sha256(Path(checkpoint).read_bytes()) if Path(checkpoint).is_file() else checkpoint
@@ -114,8 +114,9 @@ def run(options: Namespace) -> int:
         summary=summarize(entries))
     (root / 'results.json').write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
     (root / 'results.md').write_text(markdown_table(results), encoding='utf-8')
-    console.print(rich_table(results))
-    console.print(f"Saved {root / 'results.json'}, {root / 'results.md'}.")
+    for table in rich_tables(results):
+        console.print(table)
+    say(f"Saved {root / 'results.json'}, {root / 'results.md'}.")
     return 1 if any(isinstance(outcome, Failure) for outcome in outcomes) else 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import Tuple, Union
 
 from mmengine.config import Config, DictAction
 
@@ -53,3 +54,16 @@ def apply_run_options(config: Config, options: Namespace, name: str) -> None:
     apply_config_options(config, options)
     config.launcher = options.launcher
     config.work_dir = options.work_dir or config.get('work_dir') or str(Path('work_dirs') / name)
+
+
+def add_inheritance_option(parser: ArgumentParser) -> None:
+    """Adds ``--inherit``."""
+    parser.add_argument('--inherit', nargs='+', default=['auto'], metavar='PART',
+                        help="parts of the student that start from the teacher's weights where shapes agree, such as neck "
+                        'rpn_head roi_head; all but the backbone by default (auto), or none')
+
+
+def inherited_parts(options: Namespace) -> Union[str, Tuple[str, ...]]:
+    """What ``--inherit`` says, as :func:`~kd_det.composition.distillation_config` takes it."""
+    parts = tuple(options.inherit)
+    return {('auto', ): 'auto', ('none', ): ()}.get(parts, parts)

@@ -9,6 +9,7 @@ from mmengine.config import Config
 from rich.console import Console
 from rich.syntax import Syntax
 
+from kd_det.cli.common import add_inheritance_option, inherited_parts
 from kd_det.cli.train import add_training_options, apply_training_options, train
 from kd_det.composition import RATIO, available_methods, distillation_config
 from kd_det.configuration import renamed
@@ -30,12 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('--method', required=True, help=f"{', '.join(available_methods())}, or a sum of them: a+b")
     parser.add_argument('--family', choices=FAMILIES, default='',
                         help="whose published weights to use (told by the student's heads by default)")
-    parser.add_argument(
-        '--inherit',
-        nargs='+',
-        default=(),
-        metavar='PART',
-        help="parts of the student that start from the teacher's weights, such as neck rpn_head roi_head")
+    add_inheritance_option(parser)
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument('--balance', type=float, metavar='RATIO', default=RATIO,
                          help="keep each method's gradient on the student's features at RATIO times the task's (%(default)s)")
@@ -46,7 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     config = distillation_config(options.student, options.teacher, options.teacher_checkpoint, options.method,
-                                 options.inherit, options.family, options.balance)
+                                 inherited_parts(options), options.family, options.balance)
     name = f'{Path(options.student).stem}_{options.method}'
     apply_training_options(config, options, name)
     config = renamed(config, Path(config.work_dir) / f'{name}.py')

@@ -15,7 +15,7 @@ from kd_det.context import DistillContext, Progress
 from kd_det.distillers.building import build_task_weight, build_terms, check_cached, checked_teachers
 from kd_det.distillers.class_sets import ClassSets
 from kd_det.distillers.monitor import GradientMonitor
-from kd_det.distillers.provenance import Provenance, inherit, pretrained_parameters
+from kd_det.distillers.provenance import Provenance, inherit, parts_in_common, pretrained_parameters
 from kd_det.distillers.weighting import Losses, Value, logged_weights, scaled, total, untouched, weighted
 from kd_det.distillers.weights import WeightConfig
 from kd_det.heads import TOWERS_OF, StudentHeads, StudentOutputs, TeacherOutputs, find_head
@@ -52,7 +52,7 @@ class DetectionDistiller(BaseModel):
             :mod:`kd_det.distillers.weights`; a term whose weight is 0 throughout is left out. Each is logged as
             ``loss_<name>``, its parts as ``distill/<name>_<part>``, a weight that changes as ``distill/<name>_weight``.
         inherit: Parts of the student (``('neck', 'rpn_head', 'roi_head')``) that start from the first teacher's weights
-            where shapes agree.
+            where shapes agree; ``'auto'`` for all but the backbone that are of the same type in both.
         task_weight: Of the student's own losses: a number or a schedule, such as
             ``dict(type='Start', value=1.0, epochs=2)`` for a student that at first learns from its teacher alone
             (FitNets, arXiv 1412.6550).
@@ -182,6 +182,8 @@ class DetectionDistiller(BaseModel):
         self._is_init = True
         self.provenance.mark(pretrained_parameters(self.student), 'pretrained')
         teachers = self.build_teachers()
+        if self.inherited_parts == ('auto', ):
+            self.inherited_parts = parts_in_common(self.student, teachers[0].model)
         inherited, self.not_inherited = inherit(self.student, teachers[0].model, self.inherited_parts)
         self.provenance.mark(inherited, 'inherited')
 

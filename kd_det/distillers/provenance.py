@@ -59,6 +59,13 @@ def _pretrained_state(config: dict) -> Dict[str, Tensor]:
     return {re.sub(r'^module\.', '', key): value for key, value in loaded.get('state_dict', loaded).items()}
 
 
+def parts_in_common(student: nn.Module, teacher: nn.Module) -> Tuple[str, ...]:
+    """The parts of two detectors that are of the same type and hold weights, without the backbones."""
+    theirs = dict(teacher.named_children())
+    return tuple(name for name, part in student.named_children()
+                 if name != 'backbone' and type(part) is type(theirs.get(name)) and part.state_dict())
+
+
 def inherit(student: nn.Module, teacher: nn.Module, parts: Iterable[str]) -> Tuple[List[str], List[str]]:
     """Starts parts of the student from the teacher's, wherever name and shape agree.
 

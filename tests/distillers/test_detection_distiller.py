@@ -187,6 +187,16 @@ def test_finite_under_autocast_and_on_hard_batches(pair, distiller, batch, dtype
         assert all(parameter.grad.isfinite().all() for parameter in model.terms.parameters())
 
 
+def test_automatic_inheritance_takes_all_parts_of_the_same_type_but_the_backbone(faster_rcnn, retinanet, distiller):
+    def inherited(*pair):
+        model = distiller(*pair, inherit='auto', distill=dict())
+        model.init_weights()
+        return model.inherited_parts
+
+    assert inherited(faster_rcnn(), faster_rcnn(depth=50)) == ('neck', 'rpn_head', 'roi_head')
+    assert inherited(retinanet(), faster_rcnn()) == ('neck', )
+
+
 def test_inheritance_copies_what_fits_and_tells_what_does_not(faster_rcnn, distiller):
     model = distiller(faster_rcnn(), faster_rcnn(depth=50), inherit=('neck', 'rpn_head', 'roi_head'))
     model.init_weights()
