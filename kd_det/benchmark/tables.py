@@ -69,7 +69,7 @@ def _table(title: str, columns: tuple, made: List[Dict[str, str]]) -> Table:
     table = Table(title=title)
     table.add_column('method', no_wrap=True)
     for column in columns:
-        table.add_column(column, justify='right', min_width=7)
+        table.add_column(column, justify='right', no_wrap=column in ('Δ mAP', 'mAP'))
     for row in made:
         table.add_row(row['method'], *(row.get(column, '') for column in columns))
     return table

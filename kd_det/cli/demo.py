@@ -5,14 +5,14 @@ import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from mmengine.config import Config
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from kd_det.benchmark.runs import Run, finished_run, identity, train
 from kd_det.cli.demo_report import draw_pictures, results_table, summarize, write_results
-from kd_det.cli.demo_runs import train_once
 from kd_det.configuration import ConfigurationError, is_distillation, load_config, set_data_root
 from kd_det.datasets import generate_shapes
 
@@ -51,19 +51,19 @@ def _demo(options: Namespace, console: Console) -> None:
     with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
         data = _generate(options, progress)
         config = _config(TEACHER_CONFIG, 'teacher', options, options.teacher_epochs)
-        teacher = train_once('teacher', config, data, progress)
+        teacher = _train_once('teacher', config, data, progress)
         plain, distilled = [], []
         for seed in range(options.seeds):
             name = f'plain student, seed {seed}'
             config = _config(PLAIN_CONFIG, f'plain_{seed}', options, options.epochs, seed)
-            plain.append(train_once(name, config, data, progress))
+            plain.append(_train_once(name, config, data, progress))
             name = f'distilled student, seed {seed}'
             config = _config(options.config, f'distilled_{seed}', options, options.epochs, seed)
             if not is_distillation(config):
                 raise ConfigurationError(f'--config {options.config} is no distillation: its model is not a '
                                          'DetectionDistiller.')
             config.model.teacher = dict(config=TEACHER_CONFIG, checkpoint=teacher.checkpoint)
-            distilled.append(train_once(name, config, [data, teacher.identity], progress))
+            distilled.append(_train_once(name, config, [data, teacher.identity], progress))
     runs = dict(teacher=[teacher], plain=plain, distilled=distilled)
     summary = summarize(runs)
     console.print(results_table(runs, summary))
@@ -97,6 +97,20 @@ def _config(name: str, folder: str, options: Namespace, epochs: Optional[int] = 
             if 'T_max' in scheduler:
                 scheduler.T_max = epochs
     return config
+
+
+def _train_once(name: str, config: Config, inputs: Any, progress: Progress) -> Run:
+    """Trains and evaluates, unless the same run was finished before."""
+    expected = identity(config, inputs)
+    kept = finished_run(Path(config.work_dir), expected)
+    if kept is not None:
+        progress.console.print(f"{name}: kept from before, mAP {100 * kept.metrics['bbox_mAP']:.1f}")
+        return kept
+    task = progress.add_task(name, total=None)
+    run = train(name, config, expected, say=lambda text: progress.console.print(text, highlight=False),
+                step=lambda runner: progress.update(task, advance=1, total=runner.max_iters))
+    progress.remove_task(task)
+    return run
 
 
 def _positive(text: str) -> int:

@@ -2,14 +2,9 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import shlex
-import sys
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Dict, List, Mapping
+from typing import List, Mapping
 
 import cv2
 import numpy as np
@@ -21,9 +16,9 @@ from mmengine.structures import InstanceData
 from rich.table import Table
 from torch import Tensor
 
-from kd_det.cli.demo_runs import Run
+from kd_det.benchmark.results import environment
+from kd_det.benchmark.runs import Run
 from kd_det.functional.masks import box_foreground, normalized_background, spatial_attention
-from kd_det.version import __version__
 from kd_det.visualization import draw_curves, draw_detections, draw_maps, read_scalars
 
 TITLES = dict(teacher='teacher', plain='plain student', distilled='distilled student')
@@ -68,25 +63,13 @@ def _gain_text(gain: dict) -> str:
 def write_results(folder: Path, runs: Mapping[str, List[Run]], gains: dict, data: dict) -> Path:
     """Writes ``results.json``: the command, the versions, every run's numbers, and the gains."""
     results = dict(
-        command=shlex.join(['kd-det', *sys.argv[1:]]),
-        versions=dict(python=platform.python_version(), kd_det=__version__, **_versions()),
-        machine=dict(system=platform.platform(), processors=os.cpu_count(), threads=torch.get_num_threads()),
+        **environment(),
         data=data,
         gain=gains,
         runs={kind: [asdict(run) for run in group] for kind, group in runs.items()})
     file = folder / 'results.json'
     file.write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
     return file
-
-
-def _versions() -> Dict[str, str]:
-    found = {}
-    for package in ('torch', 'torchvision', 'mmengine', 'mmdet', 'mmcv', 'mmcv-lite', 'numpy'):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # mmcv or mmcv-lite, or a fork under another name
-            pass
-    return found
 
 
 def draw_pictures(folder: Path, runs: Mapping[str, List[Run]], configs: Mapping[str, Config]) -> List[Path]:
