@@ -11,16 +11,37 @@ from mmdet.registry import MODELS
 RANK = Path(__file__).with_name('ddp_rank.py')
 
 
-@pytest.mark.parametrize('weight', [1.0, dict(type='Balance', ratio=0.5)])
-def test_two_ranks_give_the_gradients_of_one_process_with_the_whole_batch(retinanet, batch, tmp_path, weight):
-    student = retinanet()
+DENSE = dict(
+    fgd=dict(type='FGD', alpha=0.1, beta=0.1, gamma=0.1, lambda_=0.1),
+    seen=dict(type='FeatureImitation', mask='TeacherConfidence', normalizer='mask'),
+    classes=dict(type='DenseClassification', normalizer='positives', weight=100.0),
+    rich=dict(type='DenseClassification', weighting='richness', normalizer='richness', weight=100.0),
+    boxes=dict(type='DenseRegression', weighting='confidence', normalizer='confidence'),
+    bounded=dict(type='DenseRegression', form='bounded', normalizer='positives', margin=1.0),
+    ranks=dict(type='RankMimicking', weight=100.0))
+TWO_STAGE = dict(
+    regions=dict(type='FeatureImitation', mask='RoIPredictionDifference', normalizer='mask'),
+    classes=dict(type='RoIClassification', normalizer='regions', weight=100.0),
+    apart=dict(type='RoIClassification', form='decoupled', normalizer='own', weight=100.0),
+    moves=dict(type='RoIRegression', form='l1', normalizer='own'),
+    rpn=dict(type='RPNImitation'),
+    bounded=dict(type='RPNImitation', form='bounded', normalizer='positives', margin=1.0))
+
+
+def whole(faster_rcnn, **kwargs):
+    """A Faster R-CNN whose samplers keep all anchors and regions, so that nothing is drawn."""
+    model = faster_rcnn(**kwargs)
+    for part in (model.train_cfg.rpn, model.train_cfg.rcnn):
+        part.sampler.num = 10**6
+    return model
+
+
+@pytest.mark.parametrize('detector, terms', [('retinanet', DENSE), ('faster_rcnn', TWO_STAGE)])
+def test_two_ranks_give_the_gradients_of_one_process_with_the_whole_batch(detector, terms, request, batch, tmp_path):
+    make = request.getfixturevalue(detector)
+    student, teacher = (make() if detector == 'retinanet' else whole(make), make(neck=12))
     student.backbone.norm_eval = True  # BatchNorm's own batch statistics would differ between the two
-    config = dict(type='DetectionDistiller', student=student, teacher=dict(config=retinanet(neck=12), random_teacher=True),
-                  distill=dict(fgd=dict(type='FGD', alpha=0.1, beta=0.1, gamma=0.1, lambda_=0.1),
-                               seen=dict(type='FeatureImitation', mask='TeacherConfidence', normalizer='mask'),
-                               classes=dict(type='DenseClassification', normalizer='positives', weight=100.0),
-                               rich=dict(type='DenseClassification', weighting='richness', normalizer='richness', weight=100.0),
-                               boxes=dict(type='DenseRegression', weighting='confidence', normalizer='confidence')))
+    config = dict(type='DetectionDistiller', student=student, teacher=dict(config=teacher, random_teacher=True), distill=terms)
     shapes = ((64, 64), (64, 48), (40, 64), (64, 64))
     boxes = (((8, 8, 40, 40), ), (), ((20, 4, 60, 30), (2, 10, 30, 38)), ((4, 4, 20, 60), ))
     data = MODELS.build(student.data_preprocessor)(batch(shapes, boxes), True)
