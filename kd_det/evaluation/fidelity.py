@@ -1,0 +1,189 @@
+"""FidelityMetric: how closely a student follows its teacher, whatever its mAP."""
+from __future__ import annotations
+
+import copy
+from typing import Dict, List, Optional, Sequence
+
+import torch
+from mmdet.registry import METRICS, MODELS
+from mmdet.structures import DetDataSample
+from mmengine.dist import all_reduce
+from mmengine.evaluator import BaseMetric
+from mmengine.logging import print_log
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+
+from kd_det.classes import number_of_classes
+from kd_det.configuration import ConfigurationError
+from kd_det.evaluation.distributions import class_kl, comparable_head
+from kd_det.evaluation.matching import match_detections, true_positives
+from kd_det.functional.fidelity import Moments, expected_calibration_error, linear_cka, moments
+from kd_det.functional.masks import valid_cells
+from kd_det.taps import Taps
+from kd_det.teachers import Teacher, probe_levels, read_model_config
+
+
+@METRICS.register_module()
+class FidelityMetric(BaseMetric):
+    """Compares a student with its teacher on the images of a validation loop, beside CocoMetric.
+
+    What the two detect is compared by itself. The distributions of classes and the features need the student's modules:
+    :class:`~kd_det.hooks.FidelityHook` shows them to the metric, in any run.
+
+    Gives, under ``fidelity/`` (nothing for a number that no box counts for), of the teacher's *confident* boxes:
+
+    - ``found``: the share that the student detects: confident too, of the same class, with enough overlap;
+    - ``copied_errors``: the same share among those of them that are wrong, that is, match no ground truth;
+    - ``agreement``: how often the classes agree where a box of the student overlaps one of the teacher;
+    - ``teacher_iou``: mean IoU of these pairs;
+    - ``class_kl``: mean KL(teacher ‖ student) of the class distributions there, in nats, see
+      :func:`~kd_det.evaluation.distributions.class_kl`;
+
+    and ``teacher_errors``, the share of wrong ones among the teacher's confident boxes; ``student_ece`` and ``teacher_ece``,
+    the calibration errors of both; and ``cka_<stride>``, the linear CKA of the neck's features over all cells.
+
+    Args:
+        teacher: ``config`` and ``checkpoint``, as of :class:`~kd_det.teachers.Teacher`. Its classes are the student's.
+        confidence: Score from which on a box is confident.
+        min_iou: Overlap from which on boxes match.
+        calibrated_from: Score from which on detections count for the calibration.
+        bins: Of the calibration error.
+        collect_device: See mmengine's ``BaseMetric``.
+        prefix: See mmengine's ``BaseMetric``.
+
+    Raises:
+        TeacherError: See :class:`~kd_det.teachers.Teacher`.
+        ConfigurationError: Student and teacher do not have the same number of classes.
+    """
+    default_prefix = 'fidelity'
+
+    def __init__(self, teacher: dict, confidence: float = 0.3, min_iou: float = 0.5, calibrated_from: float = 0.05,
+                 bins: int = 15, collect_device: str = 'cpu', prefix: Optional[str] = None) -> None:
+        super().__init__(collect_device, prefix)
+        self.teacher_config = dict(teacher)
+        self.confidence, self.min_iou = confidence, min_iou
+        self.calibrated_from, self.bins = calibrated_from, bins
+        self.teacher: Optional[Teacher] = None
+        self.student: Optional[nn.Module] = None
+        self.similarity: Dict[int, Moments] = {}  # stride -> sums
+
+    def attach(self, student: nn.Module) -> None:
+        """Shows the student's modules: a detector, or a distiller, whose student counts."""
+        self.student = getattr(student, 'student', student)
+
+    # ---------------------------------------------------------------------------------------------- image by image
+
+    @torch.no_grad()
+    def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
+        """Compares one batch.
+
+        Args:
+            data_batch: As the data loader gives it.
+            data_samples: The student's detections, and ground truth, both in pixels of the original images.
+        """
+        teacher = self._built_teacher()
+        data = self._preprocessor(copy.deepcopy(data_batch), False)
+        images, samples = data['inputs'], data['data_samples']
+        boxes = teacher.to_like(images).detect(images, samples)
+        divergences = self._compare_insides(teacher, images, samples, boxes) if self.student is not None else None
+        for index, (sample, of_teacher) in enumerate(zip(data_samples, boxes)):
+            result = self._compare(sample, of_teacher.cpu())
+            if divergences is not None:
+                result['class_kl'] = divergences[index].cpu()
+            self.results.append(result)
+
+    def _built_teacher(self) -> Teacher:
+        if self.teacher is None:
+            model = read_model_config(self.teacher_config['config'])
+            # Without the student's modules the teacher sees the images as its own preprocessing makes them.
+            self._preprocessor = (MODELS.build(model['data_preprocessor']) if self.student is None
+                                  else self.student.data_preprocessor)
+            self.teacher = Teacher(**self.teacher_config, taps=(), student_preprocessor=self._preprocessor)
+            if self.student is None:
+                print_log("FidelityMetric compares detections alone: custom_hooks=[dict(type='FidelityHook')] shows it the "
+                          "student's modules for class_kl and cka.", 'current')
+            else:
+                self._check_classes()
+                self._head = comparable_head(self.student, self.teacher.model)
+                self._strides = [_strides(each) for each in (self.student, self.teacher.model)]
+        return self.teacher
+
+    def _check_classes(self) -> None:
+        mine, theirs = number_of_classes(self.student), number_of_classes(self.teacher.model)
+        if mine != theirs:
+            raise ConfigurationError(f'FidelityMetric: the student has {mine} classes and the teacher {theirs}; expected a '
+                                     "teacher of the student's classes, in the same order.")
+
+    def _compare(self, sample: dict, teacher: InstanceData) -> dict:
+        """The numbers of one image that add up to those of all."""
+        student = InstanceData(**{key: torch.as_tensor(sample['pred_instances'][key]).cpu()
+                                  for key in ('bboxes', 'scores', 'labels')})
+        teacher.bboxes = teacher.bboxes / teacher.bboxes.new_tensor(sample['scale_factor']).repeat(2)
+        truth = sample['gt_instances']
+        true_boxes = getattr(truth['bboxes'], 'tensor', torch.as_tensor(truth['bboxes'])).cpu()
+        true_labels = torch.as_tensor(truth['labels']).cpu()
+        calibration = {}
+        for name, detected in (('student', student), ('teacher', teacher)):
+            correct = true_positives(detected.bboxes, detected.scores, detected.labels, true_boxes, true_labels, self.min_iou)
+            detected.correct = correct
+            counted = detected.scores >= self.calibrated_from
+            calibration[name] = (detected.scores[counted], correct[counted])
+        student, teacher = (each[each.scores >= self.confidence] for each in (student, teacher))
+        rows, columns, overlaps = match_detections(teacher.bboxes, teacher.labels, student.bboxes, student.labels, self.min_iou)
+        agree = teacher.labels[rows] == student.labels[columns]
+        found = torch.zeros(len(teacher), dtype=torch.bool)
+        found[rows[agree]] = True
+        return dict(found=found, wrong=~teacher.correct, agree=agree, overlaps=overlaps, calibration=calibration)
+
+    def _compare_insides(self, teacher: Teacher, images: Tensor, samples: Sequence[DetDataSample],
+                         boxes: Sequence[InstanceData]) -> Optional[List[Tensor]]:
+        """Adds to the sums of the features, and gives the divergence of the classes at each image's confident boxes."""
+        shapes = [sample.img_shape[:2] for sample in samples]
+        mine = self.student.extract_feat(images)
+        theirs = teacher.model.extract_feat(teacher.bridge(images, shapes))
+        levels = [dict(zip(strides, features)) for strides, features in zip(self._strides, (mine, theirs))]
+        for stride in set(levels[0]) & set(levels[1]):
+            valid = valid_cells(shapes, images.shape[-2:], levels[0][stride].shape[-2:], images.device)
+            sums = moments(*(each[stride].permute(0, 2, 3, 1)[valid] for each in levels))
+            self.similarity[stride] = self.similarity[stride] + sums if stride in self.similarity else sums
+        if not self._head:
+            return None
+        confident = [each.bboxes[each.scores >= self.confidence] for each in boxes]
+        return class_kl(self._head, self.student, teacher.model, mine, theirs, confident, shapes)
+
+    # -------------------------------------------------------------------------------------------------- all images
+
+    def evaluate(self, size: int) -> dict:
+        """The numbers of all ranks; the same on each."""
+        self._cka = {}
+        for stride, sums in sorted(self.similarity.items()):
+            for each in sums:
+                all_reduce(each)
+            self._cka[stride] = linear_cka(sums).item()
+        self.similarity.clear()
+        return super().evaluate(size)
+
+    def compute_metrics(self, results: List[dict]) -> Dict[str, float]:
+        """From the images of all ranks."""
+
+        def joined(name: str) -> Tensor:
+            return torch.cat([result[name].double() for result in results])
+
+        found, wrong = joined('found'), joined('wrong').bool()
+        values = dict(found=found, copied_errors=found[wrong], teacher_errors=wrong.double(), agreement=joined('agree'),
+                      teacher_iou=joined('overlaps'))
+        if 'class_kl' in results[0]:
+            values['class_kl'] = joined('class_kl')
+        metrics = {name: each.mean().item() for name, each in values.items() if len(each)}
+        for name in ('student', 'teacher'):
+            scores, correct = (torch.cat([result['calibration'][name][place] for result in results]) for place in (0, 1))
+            if len(scores):
+                metrics[f'{name}_ece'] = expected_calibration_error(scores, correct, self.bins).item()
+        metrics.update({f'cka_{stride}': value for stride, value in self._cka.items()})
+        return metrics
+
+
+def _strides(detector: nn.Module) -> List[int]:
+    """The strides of what a detector's ``extract_feat`` returns."""
+    path = 'neck' if getattr(detector, 'neck', None) is not None else 'backbone'
+    return [level.stride for level in probe_levels(detector, Taps(detector, [path]))[path]]
