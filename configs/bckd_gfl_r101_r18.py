@@ -1,0 +1,3 @@
+"""GFL R101 teaches GFL R18 with BCKD, on COCO."""
+_base_ = ['./_base_/pairs/gfl_r101_r18.py', './_base_/methods/bckd_one_stage.py']
+model = dict(distill=_base_.bckd)

@@ -1,0 +1,3 @@
+"""ATSS R101 teaches ATSS R18 with CrossKD, on COCO."""
+_base_ = ['./_base_/pairs/atss_r101_r18.py', './_base_/methods/crosskd_one_stage.py']
+model = dict(distill=_base_.crosskd)

@@ -1,0 +1,3 @@
+"""RetinaNet R101 teaches RetinaNet R18 with CWD, on COCO."""
+_base_ = ['./_base_/pairs/retinanet_r101_r18.py', './_base_/methods/cwd.py']
+model = dict(distill=_base_.cwd)

@@ -1,0 +1,3 @@
+"""Faster R-CNN R101 teaches Faster R-CNN R18 with PFI, on COCO."""
+_base_ = ['./_base_/pairs/faster_rcnn_r101_r18.py', './_base_/methods/pfi_two_stage.py']
+model = dict(distill=_base_.pfi)
