@@ -8,6 +8,7 @@ The layout of its work dir::
     <variant>/seed<k>/              one run of each method, such as fgd@paper/seed0
         config.py                   the whole config that the run was trained with
         result.json                 kd_det.benchmark.runs.Run; written when the run has finished, and not before
+        fidelity.json               with --fidelity: FidelityMetric's numbers, by split, and the identity of the run
         log.txt                     what the run said
         epoch_8.pth                 the trained detector: a plain student; result.json names it
         20260131_120000/vis_data/scalars.json   mmengine's losses and metrics, one JSON object a line; result.json names it

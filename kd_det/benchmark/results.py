@@ -16,6 +16,8 @@
     summary                         variant -> metric (bbox_mAP, bbox_mAP_50, …) -> mean, std, and, but for "none", against the
                                     plain student: by_seed, difference, interval (95 %, null for one seed), verdict.
                                     In points (0 to 100). Metrics that no object counts for are left out.
+    fidelity                        split (val, train) -> variant -> number of FidelityMetric -> mean, std; only what --fidelity
+                                    asked for. Each run has its own under fidelity: split -> number -> value.
 
 Paths are relative to the work dir of the benchmark.
 """

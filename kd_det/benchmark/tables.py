@@ -9,6 +9,7 @@ from rich.table import Table
 from kd_det.benchmark.results import METRICS
 
 COSTS = ('parameters', 'FLOPs', 's / iteration', 'memory')
+FIDELITY = ('found', 'copied_errors', 'agreement', 'teacher_iou', 'class_kl', 'student_ece', 'teacher_ece', 'cka')
 NONE = '–'
 
 
@@ -61,6 +62,7 @@ def rich_tables(results: dict) -> List[Table]:
     tables = [_table('COCO metric on the validation images, in points; mean ± standard deviation over seeds',
                      ('seeds', 'Δ mAP', *METRICS.values()), made),
               _table('Costs of inference (parameters, multiply-adds) and of training', COSTS, made)]
+    tables += [_fidelity_table(split, variants) for split, variants in results['fidelity'].items()]
     tables[0].caption = 'Δ: paired mean over seeds against the plain student ± half of its 95 % interval'
     return tables
 
@@ -75,13 +77,33 @@ def _table(title: str, columns: tuple, made: List[Dict[str, str]]) -> Table:
     return table
 
 
+def fidelity_rows(variants: Dict[str, Dict[str, dict]]) -> List[Dict[str, str]]:
+    """Column -> text of one row for each variant: the numbers of FidelityMetric, its mean CKA over the levels."""
+    made = []
+    for variant, numbers in variants.items():
+        texts = {name: f"{each['mean']:.3f}" for name, each in numbers.items() if not name.startswith('cka_')}
+        levels = [each['mean'] for name, each in numbers.items() if name.startswith('cka_')]
+        made.append(dict(method=variant, **texts, **(dict(cka=f'{np.mean(levels):.3f}') if levels else {})))
+    return made
+
+
+def _fidelity_table(split: str, variants: Dict[str, Dict[str, dict]]) -> Table:
+    return _table(f'Fidelity on {split} images, mean over seeds; cka: mean over levels', FIDELITY, fidelity_rows(variants))
+
+
 def markdown_table(results: dict) -> str:
-    """Both tables in one, in Markdown, with the runs that failed below it."""
-    columns = ('method', 'seeds', 'Δ mAP', *METRICS.values(), *COSTS)
-    lines = ['| ' + ' | '.join(columns) + ' |', '| --- |' + ' ---: |' * (len(columns) - 1)]
-    lines += ['| ' + ' | '.join(row.get(column, '') for column in columns) + ' |' for row in rows(results)]
+    """The same in Markdown, accuracy and costs in one, with the runs that failed below it."""
+    lines = _markdown(('method', 'seeds', 'Δ mAP', *METRICS.values(), *COSTS), rows(results))
     lines += ['', 'mAP and the others in points, ± standard deviation over seeds. Δ: paired mean over seeds against the plain student '
               "(none), ± half of its 95 % interval (Student's t). FLOPs are multiply-adds."]
     failed = [run for run in results['runs'] if run['status'] == 'failed']
     lines += [f"- {run['variant']}, seed {run['seed']} failed: {run['error']}" for run in failed]
+    for split, variants in results['fidelity'].items():
+        lines += ['', f'Fidelity on {split} images, mean over seeds (cka: and over levels):', '']
+        lines += _markdown(('method', *FIDELITY), fidelity_rows(variants))
     return '\n'.join(lines) + '\n'
+
+
+def _markdown(columns: tuple, made: List[Dict[str, str]]) -> List[str]:
+    return ['| ' + ' | '.join(columns) + ' |', '| --- |' + ' ---: |' * (len(columns) - 1),
+            *('| ' + ' | '.join(row.get(column, '') for column in columns) + ' |' for row in made)]

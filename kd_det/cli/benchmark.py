@@ -10,6 +10,7 @@ from typing import List
 from mmengine.config import Config, DictAction
 from rich.console import Console
 
+from kd_det.benchmark.fidelity import add_fidelity, summarize_fidelity
 from kd_det.benchmark.pair import adapted, data_hash, read_pair
 from kd_det.benchmark.results import environment, mark_twins, relative, run_entry, summarize
 from kd_det.benchmark.runs import sha256
@@ -18,6 +19,7 @@ from kd_det.benchmark.tables import markdown_table, rich_tables
 from kd_det.benchmark.variants import PLAIN, Variant, parse_variants, variant_config
 from kd_det.cli.common import add_inheritance_option, inherited_parts
 from kd_det.composition import RATIO
+from kd_det.evaluation import SPLITS
 
 TEACHER_SEED = 0
 
@@ -47,6 +49,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     training.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE',
                           help='settings that override the config of every student; model.distill… and default_hooks.distill… '
                           'reach the distilled ones')
+    training.add_argument('--fidelity', nargs='*', choices=SPLITS, metavar='SPLIT', help='also measure how closely the students '
+                          'follow the teacher, on val (if none is named) and train images')
     machine = parser.add_argument_group('where')
     machine.add_argument('--work-dir', type=Path, default=Path('work_dirs/benchmark'), metavar='DIR',
                          help='folder of runs and results (work_dirs/benchmark); finished runs that are there are kept')
@@ -104,6 +108,8 @@ def run(options: Namespace) -> int:
 
     entries = [run_entry(*each, outcome, root) for each, outcome in zip(runs, outcomes)]
     mark_twins(entries)
+    splits = ('val', ) if options.fidelity == [] else options.fidelity or ()
+    add_fidelity(entries, root, dict(config=pair.teacher, checkpoint=str(checkpoint)), splits, say)
     results = dict(
         **environment(machine.threads),
         pair=dict(student=str(student.filename), teacher=pair.teacher, checkpoint=str(checkpoint), checkpoint_hash=teacher_hash),
@@ -111,7 +117,8 @@ def run(options: Namespace) -> int:
         seeds=options.seeds,
         teacher=None if teacher is None else relative(teacher, root),
         runs=entries,
-        summary=summarize(entries))
+        summary=summarize(entries),
+        fidelity=summarize_fidelity(entries, splits))
     (root / 'results.json').write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
     (root / 'results.md').write_text(markdown_table(results), encoding='utf-8')
     for table in rich_tables(results):

@@ -1,0 +1,59 @@
+"""The fidelity of the students that a benchmark trained: measured once for each, and summed up over seeds."""
+from __future__ import annotations
+
+import json
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Callable, Dict, List, Sequence
+
+import numpy as np
+from mmdet.utils import register_all_modules
+
+from kd_det.benchmark.scheduling import CONFIG_FILE
+from kd_det.configuration import load_config
+from kd_det.evaluation import measure_fidelity
+
+FIDELITY_FILE = 'fidelity.json'
+
+
+def add_fidelity(entries: List[dict], root: Path, teacher: dict, splits: Sequence[str], say: Callable[[str], None]) -> None:
+    """Adds ``fidelity`` to every finished run of ``results.json``: split -> number -> value.
+
+    What was measured lies beside ``result.json``, with the identity of the run that it was measured for.
+
+    Args:
+        entries: The runs; changed.
+        root: The work dir of the benchmark.
+        teacher: ``config`` and ``checkpoint``.
+        splits: ``'val'`` and ``'train'``, or one of them.
+        say: Told what is measured.
+    """
+    register_all_modules(init_default_scope=True)
+    for entry in entries if splits else ():
+        if entry['status'] != 'finished':
+            continue
+        file = root / entry['folder'] / FIDELITY_FILE
+        stored = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
+        measured = stored['splits'] if stored.get('identity') == entry['identity'] else {}
+        for split in splits:
+            if split not in measured:
+                say(f"{entry['variant']}, seed {entry['seed']}: fidelity on {split}")
+                config = load_config(file.parent / CONFIG_FILE)
+                with redirect_stdout(StringIO()):  # of pycocotools
+                    measured[split] = measure_fidelity(config, str(root / entry['checkpoint']), teacher, split)
+        file.write_text(json.dumps(dict(identity=entry['identity'], splits=measured), indent=2) + '\n', encoding='utf-8')
+        entry['fidelity'] = {split: measured[split] for split in splits}
+
+
+def summarize_fidelity(entries: Sequence[dict], splits: Sequence[str]) -> Dict[str, Dict[str, Dict[str, dict]]]:
+    """Split -> variant -> number -> mean and standard deviation over the seeds that have it."""
+    values: Dict[str, Dict[str, Dict[str, list]]] = {split: {} for split in splits}
+    for entry in entries:
+        for split, numbers in entry.get('fidelity', {}).items():
+            by_name = values[split].setdefault(entry['variant'], {})
+            for name, value in numbers.items():
+                by_name.setdefault(name, []).append(value)
+    return {split: {variant: {name: dict(mean=float(np.mean(each)), std=float(np.std(each, ddof=1)) if len(each) > 1 else None)
+                              for name, each in by_name.items()} for variant, by_name in variants.items()}
+            for split, variants in values.items()}

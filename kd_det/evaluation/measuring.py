@@ -1,0 +1,54 @@
+"""Measures the fidelity of a trained student, on validation or training images."""
+from __future__ import annotations
+
+import copy
+from typing import Dict
+
+from mmdet.registry import DATASETS, MODELS
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.device import get_device
+from mmengine.evaluator import Evaluator
+from torch.utils.data import DataLoader
+
+from kd_det.configuration import leaf_datasets, student_model
+from kd_det.evaluation.fidelity import FidelityMetric
+from kd_det.teachers import load_strictly
+
+SPLITS = ('val', 'train')
+
+
+def measure_fidelity(config: Config, checkpoint: str, teacher: dict, split: str = 'val', **options) -> Dict[str, float]:
+    """Compares a trained student with its teacher.
+
+    Args:
+        config: The student's, or that of its distillation.
+        checkpoint: The trained student.
+        teacher: ``config`` and ``checkpoint``.
+        split: ``'val'``, or ``'train'``: the training images, prepared as for validation, without augmentation.
+        options: Of :class:`~kd_det.evaluation.FidelityMetric`.
+
+    Returns:
+        The metric's numbers.
+    """
+    detector = MODELS.build(copy.deepcopy(student_model(config)))
+    load_strictly(detector, checkpoint)
+    detector.to(get_device()).eval()
+    metric = FidelityMetric(teacher, **options)
+    metric.attach(detector)
+    dataset = DATASETS.build(_prepared_as_for_validation(config, split))
+    evaluator = Evaluator([metric])
+    evaluator.dataset_meta = dataset.metainfo
+    for batch in DataLoader(dataset, batch_size=config.val_dataloader.get('batch_size') or 1, collate_fn=pseudo_collate):
+        evaluator.process(data_samples=detector.val_step(batch), data_batch=batch)
+    return {name.split('/')[-1]: value for name, value in evaluator.evaluate(len(dataset)).items()}
+
+
+def _prepared_as_for_validation(config: Config, split: str) -> dict:
+    """A data set of the config, with the pipeline of its validation."""
+    validation = leaf_datasets(config.val_dataloader.dataset)[0]
+    if split == 'val':
+        return copy.deepcopy(validation)
+    dataset = copy.deepcopy(leaf_datasets(config.train_dataloader.dataset)[0])
+    dataset.update(pipeline=copy.deepcopy(validation['pipeline']), test_mode=True)
+    return dataset
