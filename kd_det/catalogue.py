@@ -12,8 +12,8 @@ from kd_det.configuration import ConfigurationError, load_config
 from kd_det.detectors import DETECTORS, FAMILIES, family_of
 
 FIRST_LINE = re.compile(r'\S.* \((?P<paper>.+?)\): (?P<idea>.+)\.')
-READS = dict(backbone='backbone features', neck='neck features', bbox_head='dense head', rpn_head='RPN',
-             roi_head='RoI head')
+READS = {'backbone': 'backbone features', 'neck': 'neck features', 'encoder': 'encoder features', 'bbox_head': 'dense head',
+         'bbox_head.queries': 'queries', 'rpn_head': 'RPN', 'roi_head': 'RoI head'}
 
 
 class MethodEntry(NamedTuple):
@@ -80,4 +80,5 @@ def _serves(method: str, detector: str) -> bool:
 def _reads(config: dict) -> List[str]:
     """The parts of student and teacher that a term reads."""
     term = build_term(config)
-    return [path.split('.')[0] for path in (*term.student_taps, *term.student_heads, *term.teacher_heads)]
+    paths = (*term.student_taps, *term.student_heads, *term.teacher_heads)
+    return [path if path in READS else path.split('.')[0] for path in paths]

@@ -3,8 +3,9 @@ from __future__ import annotations
 
 from typing import Dict, Type
 
-from mmdet.models.dense_heads import (ATSSHead, FCOSHead, GFLHead, RetinaHead, RPNHead, RTMDetSepBNHead, SSDHead,
-                                      YOLOV3Head, YOLOXHead)
+from mmdet.models.dense_heads import (ATSSHead, ConditionalDETRHead, DABDETRHead, DeformableDETRHead, DETRHead, DINOHead,
+                                      FCOSHead, GFLHead, RetinaHead, RPNHead, RTMDetSepBNHead, SSDHead, YOLOV3Head,
+                                      YOLOXHead)
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from mmdet.registry import MODELS
 from torch import nn
@@ -15,7 +16,7 @@ from kd_det.heads.requirements import HEADS
 HeadClasses = Dict[str, Type[nn.Module]]  # by their name in the detector
 
 # Published weights differ between these families of heads.
-FAMILIES = ('two_stage', 'one_stage', 'anchor_free')
+FAMILIES = ('two_stage', 'one_stage', 'anchor_free', 'detr')
 ANCHOR_FREE_HEADS = ('AnchorFreeHead', 'YOLOXHead', 'CenterNetHead')
 
 # Each is in tests/test_matrix.py, with every method that serves it.
@@ -30,7 +31,12 @@ DETECTORS: Dict[str, HeadClasses] = {
     'YOLOv3': dict(bbox_head=YOLOV3Head),
     'Faster R-CNN': dict(rpn_head=RPNHead, roi_head=StandardRoIHead),
     'Cascade R-CNN': dict(rpn_head=RPNHead, roi_head=CascadeRoIHead),
-    'Mask R-CNN': dict(rpn_head=RPNHead, roi_head=StandardRoIHead)}
+    'Mask R-CNN': dict(rpn_head=RPNHead, roi_head=StandardRoIHead),
+    'DETR': dict(bbox_head=DETRHead),
+    'Conditional DETR': dict(bbox_head=ConditionalDETRHead),
+    'DAB-DETR': dict(bbox_head=DABDETRHead),
+    'Deformable DETR': dict(bbox_head=DeformableDETRHead),
+    'DINO': dict(bbox_head=DINOHead)}
 
 
 def head_classes(model: dict) -> HeadClasses:
@@ -66,5 +72,7 @@ def family_of(detector: str, heads: HeadClasses) -> str:
     if 'bbox_head' not in heads:
         raise ConfigurationError(f'A {detector} has neither roi_head nor bbox_head: its family is not known. Choose the '
                                  f"weights yourself with --family {{{','.join(FAMILIES)}}}.")
+    if issubclass(heads['bbox_head'], DETRHead):
+        return 'detr'
     ancestors = {ancestor.__name__ for ancestor in heads['bbox_head'].__mro__}
     return 'anchor_free' if ancestors.intersection(ANCHOR_FREE_HEADS) else 'one_stage'

@@ -21,16 +21,19 @@ def test_every_file_of_a_method_says_what_it_is(method, entries):
 
 
 def test_entries_are_what_the_files_hold(entries):
-    assert entries['fgd'].paper == 'arXiv 2111.11837' and entries['fgd'].families == FAMILIES
+    assert entries['fgd'].paper == 'arXiv 2111.11837' and entries['fgd'].families == FAMILIES[:3]
     assert entries['fsp'].paper == 'Yim et al., CVPR 2017' and entries['fsp'].needs == ('backbone features', )
     assert entries['dkd'].families == ('two_stage', ) and entries['dkd'].needs == ('RoI head', )
     assert entries['frs'].needs == ('neck features', 'dense head', 'RPN')  # for one-stage and for two-stage detectors
     assert entries['pgd'].needs == ('neck features', 'dense head')  # a mask reads the teacher's head alone
     assert entries['pkd'].families == FAMILIES  # two files: one family's, and all others'
+    assert entries['querykd'].families == ('detr', ) and entries['querykd'].needs == ('queries', )
+    assert entries['encoder'].needs == ('encoder features', 'queries')
 
 
 def test_a_method_serves_the_detectors_whose_heads_have_what_its_terms_read(entries):
-    assert entries['fgd'].detectors == tuple(DETECTORS)
+    assert entries['cwd'].detectors == tuple(DETECTORS)
+    assert set(DETECTORS) - set(entries['fgd'].detectors) == {*entries['querykd'].detectors}  # the DETRs
     assert entries['dkd'].detectors == ('Faster R-CNN', 'Cascade R-CNN', 'Mask R-CNN')
     assert entries['ld'].detectors == ('GFL', )  # distributions
     assert entries['crosskd'].detectors == ('RetinaNet', 'ATSS', 'GFL', 'FCOS')  # towers

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.distillers.weighting import total
-from kd_det.heads import DenseOutputs, RoIOutputs
+from kd_det.heads import DenseOutputs, QueryOutputs, RoIOutputs
 from kd_det.inspection.step import InspectedStep
 from kd_det.losses import DistillTerm, FeatureTerm
 
@@ -49,11 +49,11 @@ def _heads(term: DistillTerm, step: InspectedStep) -> Iterator[Row]:
 
 
 def _logits(outputs: Any) -> Dict[str, Tensor]:
-    """Class logits by stride; those of a RoI head, of whose stages the first is shown, have none."""
+    """Class logits by stride; those of queries, and of a RoI head, of whose stages the first is shown, have none."""
     if isinstance(outputs, DenseOutputs):
         return dict(zip(map(str, outputs.strides), outputs.logits))
     first = outputs[0] if isinstance(outputs, tuple) and not isinstance(outputs, RoIOutputs) else outputs
-    return {'–': first.logits} if isinstance(first, RoIOutputs) else {}
+    return {'–': first.logits} if isinstance(first, (QueryOutputs, RoIOutputs)) else {}
 
 
 def _teacher(term: DistillTerm, step: InspectedStep) -> str:

@@ -5,8 +5,9 @@ from kd_det.masks.boxes import BoxBackground, BoxForeground
 from kd_det.masks.combine import MaskProduct, MaskSum
 from kd_det.masks.predictions import PredictionDifference, PredictionQuality, TeacherConfidence
 from kd_det.masks.pyramid import LevelForeground, NearAnchorForeground
+from kd_det.masks.queries import QueryConfidence
 from kd_det.masks.regions import RoIPredictionDifference
 
 __all__ = ['BoxBackground', 'BoxForeground', 'ChannelAttention', 'LevelForeground', 'Mask', 'MaskProduct', 'MaskSum',
-           'NearAnchorForeground', 'PredictionDifference', 'PredictionQuality', 'RoIPredictionDifference',
-           'SpatialAttention', 'TeacherConfidence', 'build_mask']
+           'NearAnchorForeground', 'PredictionDifference', 'PredictionQuality', 'QueryConfidence',
+           'RoIPredictionDifference', 'SpatialAttention', 'TeacherConfidence', 'build_mask']

@@ -1,6 +1,4 @@
 """The queries of DETRs: a student's from its own loss, a teacher's by running its transformer."""
-import copy
-
 import pytest
 import torch
 from mmdet.registry import MODELS
@@ -21,8 +19,7 @@ def step(batch):
 
     def run(config, data=None):
         torch.manual_seed(0)
-        model = MODELS.build(copy.deepcopy(config)).train()
-        model.init_weights()
+        model = MODELS.build(config).train()
         data = model.data_preprocessor(data or batch(**IMAGES), True)
         heads = StudentHeads(model, [NAME])
         with heads.capture() as outputs:
@@ -80,7 +77,6 @@ def test_costs_of_boxes_are_those_by_which_the_matcher_assigns(kind, detr, batch
 def test_a_teachers_queries_are_those_that_it_predicts_from(kind, detr, batch):
     torch.manual_seed(0)
     model = MODELS.build(detr(kind, queries=12, layers=3)).eval()
-    model.init_weights()
     data = model.data_preprocessor(batch(**IMAGES), False)
     shapes = [sample.img_shape for sample in data['data_samples']]
     images = data['inputs']

@@ -10,7 +10,8 @@ from kd_det.composition import available_methods, head_family, method_terms
 DETECTORS = dict(
     two_stage=['faster_rcnn', 'cascade_rcnn'],
     one_stage=['retina', 'retina_softmax', 'atss', 'gfl', 'rtmdet', 'ssd'],
-    anchor_free=['fcos', 'fcos_normalized', 'yolox'])
+    anchor_free=['fcos', 'fcos_normalized', 'yolox'],
+    detr=['DETR', 'ConditionalDETR', 'DABDETR', 'DeformableDETR', 'DINO'])
 NOT_FOR = dict(
     ld={'retina', 'retina_softmax', 'atss', 'rtmdet', 'ssd'},  # they predict no distributions
     crosskd={'ssd', 'yolox'},  # their heads have no towers
@@ -39,6 +40,9 @@ def make(request):
     def make(name: str, **kwargs) -> dict:
         if name in DETECTORS['two_stage']:
             return request.getfixturevalue(name)(**kwargs)
+        if name in DETECTORS['detr']:
+            kwargs.pop('neck', None)  # as wide as the transformer
+            return request.getfixturevalue('detr')(name, **kwargs)
         return request.getfixturevalue('one_stage')(name, **kwargs)
 
     return make
@@ -56,7 +60,7 @@ def step(batch):
 
 
 def test_the_output_methods_are_all_here():
-    assert set(METHODS) >= {'bckd', 'crosskd', 'dkd', 'frs', 'kd', 'ld', 'pfi', 'pgd', 'rm'}
+    assert set(METHODS) >= {'bckd', 'crosskd', 'dkd', 'frs', 'kd', 'ld', 'pfi', 'pgd', 'querykd', 'rm'}
 
 
 def test_names_of_terms_do_not_meet_in_sums_of_methods():
@@ -82,7 +86,7 @@ def test_method_trains_the_student_and_nothing_else(method, family, detector, ma
     assert model.backbone.conv1.weight.grad.any()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.terms.parameters())
     assert all(parameter.grad is None for parameter in teacher.parameters())
-    if method not in ('pfi', 'pgd'):  # which compare features
+    if method not in ('encoder', 'pfi', 'pgd'):  # which compare features
         heads = [parameter for name, parameter in model.student.named_parameters() if '_head' in name]
         assert any(parameter.grad is not None and parameter.grad.any() for parameter in heads)
 

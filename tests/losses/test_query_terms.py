@@ -19,20 +19,12 @@ TERMS = dict(classes=dict(type='QueryClassification'), boxes=dict(type='QueryReg
 IMAGES = dict(shapes=((64, 96), (48, 56), (64, 64)), boxes=(((8, 8, 40, 40), (50, 10, 90, 60)), ((4, 4, 40, 44), ), ()))
 
 
-def draw_level_embeddings(model) -> None:
-    """mmdet leaves them as the memory was, until a model's init_weights or checkpoint."""
-    for each in (model.student, model.build_teachers()[0].model):
-        if hasattr(each, 'level_embed'):
-            torch.nn.init.normal_(each.level_embed, generator=torch.Generator().manual_seed(0))
-
-
 @pytest.fixture
 def make(distiller):
     """Makes a distiller of two DETRs, whose outputs differ from query to query."""
 
     def build(student: dict, teacher: dict, distill=TERMS):
         model = distiller(student, teacher, distill=distill).train()
-        draw_level_embeddings(model)
         for each in (model.student, model.build_teachers()[0].model):
             torch.manual_seed(len(each.state_dict()))
             for parameter in each.bbox_head.parameters():
@@ -74,9 +66,7 @@ def test_terms_teach_the_student_and_nothing_else(kind, detr, make, observed):
 @pytest.mark.parametrize('kind', KINDS)
 def test_0_where_the_student_equals_the_teacher(kind, detr, pupil_of_itself, observed):
     for term in TERMS.values():
-        model = pupil_of_itself(detr(kind), **term)
-        draw_level_embeddings(model)
-        context, values = observed(model)
+        context, values = observed(pupil_of_itself(detr(kind), **term))
         assert all(value.abs() < 1e-4 for value in values['term'].values())
         student, teacher = context.student_outputs[NAME], context.teacher_outputs[0][NAME]
         torch.testing.assert_close(student.boxes, teacher.boxes)

@@ -92,7 +92,6 @@ def test_an_encoder_runs_once_and_the_decoder_only_for_its_queries(kind, heads, 
     config = detr(kind)
     teacher = Teacher(config, random_teacher=True, taps=['encoder'], heads=heads,
                       student_preprocessor=MODELS.build(config['data_preprocessor']))
-    teacher.model.init_weights()
     data = teacher.model.data_preprocessor(batch(shapes=((64, 64), (48, 56))), False)
     if not heads:
         teacher.model.decoder.forward = None  # calling it would fail

@@ -1,0 +1,8 @@
+"""Encoder imitation (after FRS, arXiv 2111.00674): features of the encoder where the teacher's queries see objects.
+
+The form and the weight are those of FRS for the neck of RetinaNet; for encoders none are published.
+"""
+encoder = dict(
+    encoder=dict(
+        type='FeatureImitation', tap='encoder', mask=dict(type='QueryConfidence', head='bbox_head'), normalizer='mask',
+        weight=dict(type='Warmup', value=0.005, iterations=500)))

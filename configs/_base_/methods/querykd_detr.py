@@ -1,0 +1,7 @@
+"""Query distillation (after DETRDistill, arXiv 2211.10156): classes and boxes of queries, paired by box and by cost.
+
+Neither the form of the classes nor the weights are DETRDistill's: those of the boxes are the task's own.
+"""
+querykd = dict(
+    querykd_classes=dict(type='QueryClassification', head='bbox_head', beta=1.0, background=100, weight=1.0),
+    querykd_boxes=dict(type='QueryRegression', head='bbox_head', l1_weight=5.0, giou_weight=2.0, background=100))
