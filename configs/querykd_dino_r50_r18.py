@@ -1,0 +1,3 @@
+"""DINO R50 teaches DINO R18 query by query, on COCO."""
+_base_ = ['./_base_/pairs/dino_r50_r18.py', './_base_/methods/querykd_detr.py']
+model = dict(distill=_base_.querykd)
