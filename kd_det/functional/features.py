@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd_det.functional.blocks import by_channels
 from kd_det.functional.masks import channel_attention, spatial_attention, spatial_softmax
 
 _DISTANCES = {
@@ -62,17 +63,16 @@ def masked_imitation(
     _check_shapes(student, teacher)
     if distance not in _DISTANCES:
         raise ValueError(f'distance={distance!r}: expected one of {", ".join(_DISTANCES)}.')
-    difference = _DISTANCES[distance](student, teacher.detach())
+    teacher = teacher.detach()
     if mask is not None:
         mask = mask.detach() if mask.dim() == 4 else mask.detach()[:, None]
-        # Channels are summed first where the mask is the same for all of them: one product of the full size less.
-        if mask.shape[1] == 1:
-            difference = _sum_channels(difference, channel_weight)
-        elif channel_weight is not None:
-            difference = difference * channel_weight.detach()[:, :, None, None]
-        total = (difference * mask).sum()
+    # Channels are summed first where the mask is the same for all of them: no product of the full size.
+    if mask is None or mask.shape[1] == 1:
+        difference = _difference(student, teacher, channel_weight, distance)
+        total = (difference if mask is None else difference * mask).sum()
     else:
-        total = _sum_channels(difference, channel_weight).sum()
+        weight = mask if channel_weight is None else mask * channel_weight.detach()[:, :, None, None]
+        total = (_DISTANCES[distance](student, teacher) * weight).sum()
     if isinstance(normalizer, str):
         normalizer = _normalizer(normalizer, mask, student)
     return total / normalizer
@@ -93,7 +93,7 @@ def decoupled_imitation(student: Tensor, teacher: Tensor, foreground: Tensor,
         The loss of the foreground and of the background, two scalars.
     """
     _check_shapes(student, teacher)
-    difference = _sum_channels((student - teacher.detach()).square())
+    difference = _difference(student, teacher.detach())
     foreground = foreground.detach()[:, None]
     background = 1 - foreground
     if valid is not None:
@@ -232,14 +232,15 @@ def channel_wise_kl(student: Tensor, teacher: Tensor, temperature: float, valid:
         Scalar.
     """
     _check_shapes(student, teacher)
-    student, teacher = student / temperature, teacher.detach() / temperature
-    if valid is not None:
-        # A finite floor: both sides give such a cell probability 0, and 0 · (finite - finite) is 0.
-        floor = torch.finfo(student.dtype).min
-        student, teacher = (feature.masked_fill(~valid[:, None], floor) for feature in (student, teacher))
-    divergence = F.kl_div(
-        student.flatten(2).log_softmax(2), teacher.flatten(2).log_softmax(2), reduction='sum', log_target=True)
-    return temperature**2 * divergence / (student.shape[0] * student.shape[1])
+
+    def divergence(*features: Tensor) -> Tensor:
+        logits = (feature / temperature for feature in features)
+        if valid is not None:
+            # A finite floor: both sides give such a cell probability 0, and 0 · (finite - finite) is 0.
+            logits = (each.masked_fill(~valid[:, None], torch.finfo(each.dtype).min) for each in logits)
+        return F.kl_div(*(each.flatten(2).log_softmax(2) for each in logits), reduction='sum', log_target=True)
+
+    return temperature**2 * by_channels(divergence, student, teacher.detach()) / (student.shape[0] * student.shape[1])
 
 
 def pearson_distance(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -257,9 +258,12 @@ def pearson_distance(student: Tensor, teacher: Tensor, valid: Tensor | None = No
         Scalar.
     """
     _check_shapes(student, teacher)
-    difference = _standardize(student, valid) - _standardize(teacher.detach(), valid)
-    count = difference.numel() if valid is None else student.shape[1] * valid.sum().clamp(min=1)
-    return difference.square().sum() / count / 2
+
+    def square(student: Tensor, teacher: Tensor) -> Tensor:
+        return (_standardize(student, valid) - _standardize(teacher, valid)).square().sum()
+
+    count = student.numel() if valid is None else student.shape[1] * valid.sum().clamp(min=1)
+    return by_channels(square, student, teacher.detach()) / count / 2
 
 
 def fkd_loss(
@@ -299,7 +303,7 @@ def fkd_loss(
     teacher = teacher.detach()
     norm = torch.linalg.vector_norm
     parts = dict(
-        imitation=feature_weight * norm((student - teacher) * mask.detach()[:, None].sqrt()),
+        imitation=feature_weight * _root((_difference(student, teacher) * mask.detach()[:, None]).sum()),
         channel=pooling_weight * norm(student_channels - teacher.mean((2, 3))),
         spatial=pooling_weight * norm(student_cells - teacher.mean(1, keepdim=True)),
     )
@@ -308,11 +312,24 @@ def fkd_loss(
     return parts
 
 
+def _difference(student: Tensor, teacher: Tensor, channel_weight: Tensor | None = None, distance: str = 'mse') -> Tensor:
+    """The distance of each cell, summed over the channels with their (N, C) weight: (N, 1, H, W)."""
+    if distance == 'cosine':  # no sum over channels: each has a part in the length
+        return _sum_channels(_DISTANCES[distance](student, teacher), channel_weight)
+    features = [student, teacher] + ([] if channel_weight is None else [channel_weight.detach()])
+    return by_channels(lambda s, t, *weight: _sum_channels(_DISTANCES[distance](s, t), *weight), *features)
+
+
+def _root(square: Tensor) -> Tensor:
+    """The square root, with the gradient 0 at 0, as that of a norm."""
+    return torch.where(square > 0, square, 1).sqrt() * (square > 0)
+
+
 def _sum_channels(difference: Tensor, channel_weight: Tensor | None = None) -> Tensor:
     """(N, C, H, W) to (N, 1, H, W), weighted by (N, C)."""
     if channel_weight is None:
         return difference.sum(1, keepdim=True)
-    return torch.einsum('nchw,nc->nhw', difference, channel_weight.detach())[:, None]
+    return torch.einsum('nchw,nc->nhw', difference, channel_weight)[:, None]
 
 
 def _normalizer(name: str, mask: Tensor | None, feature: Tensor) -> Tensor | int:

@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kd_det.functional import blocks
 from kd_det.functional.masks import channel_attention, spatial_attention, spatial_softmax
-
-# Elements of a block on the CPU: 1 MB in float32, so that the few that are at work stay in the cache.
-_BLOCK = 2**18
 
 
 class FGDSums(NamedTuple):
@@ -208,8 +206,8 @@ def _over_cells(feature: Tensor, weight: Tensor) -> Tensor:
 def _blocks(feature: Tensor, scratch: int) -> Iterator[tuple[tuple[slice, slice], list[Tensor]]]:
     """Cuts (N, C, K) into slices of images and channels, with as many buffers of their size; one slice on a GPU."""
     batch, channels, cells = feature.shape
-    images, step = 1, max(1, _BLOCK // cells)
-    if feature.device.type != 'cpu' or feature.numel() <= _BLOCK:
+    images, step = 1, max(1, blocks.BLOCK // cells)
+    if feature.device.type != 'cpu' or feature.numel() <= blocks.BLOCK:
         images, step = batch, channels
     buffers = feature.new_empty(scratch, images, min(step, channels), cells)
     for image in range(0, batch, images):

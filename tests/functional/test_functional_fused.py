@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from kd_det.functional import features, fused, masks
+from kd_det.functional import blocks, features, fused, masks
 from kd_det.measuring import peak_memory
 
 BATCH = (64, 96)
@@ -60,7 +60,7 @@ CASES = dict(
 @pytest.mark.parametrize('block', [2**18, 200, 1])
 @pytest.mark.parametrize('case', CASES.values(), ids=CASES.keys())
 def test_values_and_gradients_are_those_of_the_formula(case, block, monkeypatch):
-    monkeypatch.setattr(fused, '_BLOCK', block)
+    monkeypatch.setattr(blocks, 'BLOCK', block)
     inputs = Inputs(**case)
     expected, actual = inputs.plain(), inputs.fused()
     assert actual.keys() == expected.keys()
@@ -73,7 +73,7 @@ def test_values_and_gradients_are_those_of_the_formula(case, block, monkeypatch)
 
 @pytest.mark.parametrize('block', [2**18, 40])
 def test_gradient_is_that_of_the_formula(block, monkeypatch):
-    monkeypatch.setattr(fused, '_BLOCK', block)
+    monkeypatch.setattr(blocks, 'BLOCK', block)
     inputs = Inputs(shape=(2, 3, 4, 6), padding=True)
 
     def parts(*learning):
@@ -114,7 +114,7 @@ def test_shapes_that_differ_are_an_error():
 
 def test_nothing_of_the_features_size_is_made_but_the_gradient(monkeypatch):
     """Memory, by count: the formula makes several maps, the fused form one and what fits into the cache."""
-    monkeypatch.setattr(fused, '_BLOCK', 2**12)
+    monkeypatch.setattr(blocks, 'BLOCK', 2**12)
     inputs = Inputs(shape=(2, 128, 32, 48), dtype=torch.float32)
     size = 4 * inputs.student.numel()
     peaks = [peak_memory(lambda: torch.autograd.grad(sum(form().values()), inputs.learning))
