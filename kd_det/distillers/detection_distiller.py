@@ -202,7 +202,6 @@ class DetectionDistiller(BaseModel):
         for name, term in terms.items():
             try:
                 check_cached(self.teacher_configs[term.teacher], term.teacher_heads)
-                check_cached(self.teacher_configs[term.teacher], term.teacher_heads)
                 term.connect(*self._forms(term))
             except ValueError as error:
                 raise ConfigurationError(f'model.distill.{name}: {error}') from error
