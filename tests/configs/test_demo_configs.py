@@ -4,6 +4,7 @@ import copy
 import pytest
 import torch
 
+from kd_det.composition import distillation_config
 from kd_det.configuration import load_config
 
 PAIRS = {'baseline_faster_rcnn_r18': 'teacher_faster_rcnn_r101', 'baseline_retinanet_r18': 'teacher_retinanet_r50'}
@@ -32,6 +33,13 @@ def test_students_differ_in_their_heads_alone():
     assert strides[0] == strides[1] == [4, 8, 16, 32]
     for key in set(first) - {'model'}:
         assert first[key] == second[key], key
+
+
+def test_distilled_student_is_what_kd_det_distill_makes():
+    shown = load('fgd_faster_rcnn_r101_r18').model
+    made = distillation_config(
+        'kd_det::demo/baseline_faster_rcnn_r18.py', shown.teacher.config, shown.teacher.checkpoint, 'fgd')
+    assert made.model == shown
 
 
 @pytest.mark.parametrize('name', PAIRS)
