@@ -60,14 +60,15 @@ class ReplayedRandomness(BaseTransform):
         >>> dict(type='ReplayedRandomness', period=2, transforms=[dict(type='RandomFlip', prob=0.5)])
     """
 
-    def __init__(self, transforms: Sequence[Union[dict, BaseTransform]], period: Optional[int] = 2, seed: int = 0) -> None:
+    def __init__(self, transforms: Sequence[Union[dict, BaseTransform]], period: Optional[int] = 2,
+                 seed: int = 0) -> None:
         if period is not None and period < 1:
             raise ValueError(f'ReplayedRandomness: period={period}, expected the number of variants, 1 or more.')
         self.transforms = [TRANSFORMS.build(each) if isinstance(each, dict) else each for each in transforms]
         for each in self.transforms:
             if hasattr(each, 'get_indexes') or hasattr(each, 'results_cache'):
-                raise ValueError(f'ReplayedRandomness: {type(each).__name__} mixes an image with others, which are drawn '
-                                 'elsewhere, so it can not be replayed.')
+                raise ValueError(f'ReplayedRandomness: {type(each).__name__} mixes an image with others, which are '
+                                 'drawn elsewhere, so it can not be replayed.')
         self.period, self.seed, self.epoch = period, seed, training_epoch()
 
     def transform(self, results: dict) -> Optional[dict]:

@@ -26,13 +26,14 @@ def inspect_cache(config: Config) -> Iterator[Finding]:
         return
     drawing = list(dict.fromkeys(name for pipeline in pipelines for name in random_transforms(pipeline)))
     if drawing:
-        yield Finding('teacher cache', f"the training pipeline is random ({', '.join(drawing)}): images seldom or never "
-                      'recur pixel by pixel, and the cache finds nothing else',
+        yield Finding('teacher cache', f"the training pipeline is random ({', '.join(drawing)}): images seldom or "
+                      'never recur pixel by pixel, and the cache finds nothing else',
                       f"Put them into dict(type='{REPLAYED}', period=2, transforms=[…]), or leave them out; transforms "
                       'that mix images can not be replayed')
     elif _shapes_vary(config, pipelines):
-        yield Finding('teacher cache', 'images keep their aspect ratio, so the shape of a batch, and with it the padding '
-                      'of an image, depends on the other images in it; an image is found in batches of the same shape only',
+        yield Finding('teacher cache', 'images keep their aspect ratio, so the shape of a batch, and with it the '
+                      'padding of an image, depends on the other images in it; an image is found in batches of the '
+                      'same shape only',
                       "Resize with keep_ratio=False, or pad all batches to one size: data_preprocessor.batch_augments="
                       "[dict(type='BatchFixedSizePad', size=(height, width))]")
     else:
@@ -81,7 +82,8 @@ def _pipelines(config: Config) -> List[List[dict]]:
 
 
 def _shapes_vary(config: Config, pipelines: List[List[dict]]) -> bool:
-    padded = [each.get('type') for each in student_model(config).get('data_preprocessor', {}).get('batch_augments') or ()]
+    preprocessor = student_model(config).get('data_preprocessor', {})
+    padded = [each.get('type') for each in preprocessor.get('batch_augments') or ()]
     keeps = any(transform.get('keep_ratio') for pipeline in pipelines for transform in pipeline)
     return keeps and 'BatchFixedSizePad' not in padded and (config.train_dataloader.get('batch_size') or 1) > 1
 
@@ -90,8 +92,8 @@ def _inspect_replay(config: Config) -> Iterator[Finding]:
     hooks = [*config.get('default_hooks', {}).values(), *(config.get('custom_hooks') or ())]
     if not any(hook and hook.get('type') == DISTILL_HOOK for hook in hooks):
         yield Finding(REPLAYED, 'nothing tells it the epoch, so that every image would stay in its first variant',
-                      f"Add default_hooks=dict(distill=dict(type='{DISTILL_HOOK}')), which a plain detector can have, too",
+                      f"Add default_hooks=dict(distill=dict(type='{DISTILL_HOOK}')); a plain detector can have it, too",
                       fault=True)
     if (config.get('train_cfg') or {}).get('type') == 'IterBasedTrainLoop':
-        yield Finding(REPLAYED, 'training counts iterations, not epochs, so that every image would stay in its first variant',
+        yield Finding(REPLAYED, 'training counts iterations, so that every image would stay in its first variant',
                       "Train by epochs: train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=…)", fault=True)

@@ -34,15 +34,15 @@ class Counts:
 class TeacherCache:
     """Keeps a teacher's outputs on disk, image by image.
 
-    The key of an entry is a hash of all that the outputs depend on: the question (the teacher's weights and config, what
-    is read of it, how it is run), the shape of the batch, and the very pixels that the teacher is given, whatever file
-    and transform made them. So an entry is found when an image recurs pixel by pixel in a batch of the same shape, and
+    The key of an entry is a hash of all that the outputs depend on: the question (the teacher's weights and config,
+    what is read of it, how it is run), the shape of the batch, and the very pixels that the teacher is given, whatever
+    file and transform made them. So an entry is found when an image recurs pixel by pixel in a batch of the same shape, and
     never otherwise. The number of images is part of that shape, because convolutions choose their kernels by it, and
     results differ in the last bits: a batch of which some image is absent is computed as a whole.
 
     Results do not depend on what the cache holds: a batch that is computed passes through the form in which it is kept.
-    With ``dtype='float32'`` that changes no bit, with ``'float16'`` it rounds; an image with a value beyond the range of
-    float16 is kept in float32.
+    With ``dtype='float32'`` that changes no bit, with ``'float16'`` it rounds; a level with a value beyond the range
+    of float16 is kept in float32.
 
     Args:
         dir: The folder, see :class:`~kd_det.teachers.store.ArrayStore`; runs, ranks and teachers may share it.
@@ -68,7 +68,8 @@ class TeacherCache:
         try:
             return ArrayStore(self.folder, int(self.max_gb * GIGABYTE))
         except OSError as error:
-            raise ConfigurationError(f"model.teacher.cache.dir='{self.folder}' can not be written to: {error}") from error
+            raise ConfigurationError(
+                f"model.teacher.cache.dir='{self.folder}' can not be written to: {error}") from error
 
     def recall(self, question: str, images: Tensor, image_shapes: Sequence[Tuple[int, int]],
                compute: Callable[[], Answer]) -> Answer:
@@ -123,8 +124,8 @@ class TeacherCache:
             self.counts.written += self.store.put(key, entry)
         except (StoreFullError, OSError) as error:
             self._stores = False
-            print_log(f"The teacher cache '{self.folder}' takes no more images: {error}. What it holds is still read, all "
-                      'else is computed in each step. Raise model.teacher.cache.max_gb, or empty the folder.',
+            print_log(f"The teacher cache '{self.folder}' takes no more images: {error}. What it holds is still read, "
+                      'all else is computed in each step. Raise model.teacher.cache.max_gb, or empty the folder.',
                       logger='current', level=logging.WARNING)
 
     def _entries(self, answer: Answer) -> Iterator[Arrays]:

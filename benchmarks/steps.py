@@ -1,0 +1,92 @@
+"""The training steps that the benchmarks time: of a pair's student alone, and distilled."""
+from __future__ import annotations
+
+from typing import Callable, List, Sequence, Tuple
+
+import torch
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmdet.utils import register_all_modules
+from mmengine.logging import MMLogger
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+
+import kd_det  # noqa: F401  registers the distiller
+from kd_det.configuration import load_config
+
+PAIRS = {
+    'demo': ('kd_det::demo/fgd_faster_rcnn_r101_r18.py', 'kd_det::demo/teacher_faster_rcnn_r101.py', 6),
+    'coco': ('kd_det::fgd_r101_r18.py', 'mmdet::faster_rcnn/faster-rcnn_r101_fpn_1x_coco.py', 80),
+}
+
+
+def build_distiller(pair: str) -> Tuple[nn.Module, int]:
+    """Faster R-CNN R101 teaches R18 with FGD, all weights random.
+
+    Args:
+        pair: ``'demo'``, the slim one of the demo, or ``'coco'``, that of full width.
+
+    Returns:
+        The distiller in training mode, and the number of classes.
+    """
+    register_all_modules(init_default_scope=True)
+    config, teacher_config, classes = PAIRS[pair]
+    model = load_config(config).model
+    model.student.backbone.init_cfg = None
+    taught_by = load_config(teacher_config).model
+    taught_by.backbone.init_cfg = None
+    model.teacher = dict(config=taught_by, random_teacher=True)
+    MMLogger.get_instance('benchmark', log_level='ERROR')  # else every weight's initialisation is reported
+    torch.manual_seed(0)
+    distiller = MODELS.build(model)
+    distiller.student.init_weights()
+    distiller.build_teachers()
+    return distiller.train(), classes
+
+
+def make_batch(size: Tuple[int, int], images: int, boxes: int, classes: int,
+               seed: int = 0) -> Tuple[Tensor, List[DetDataSample]]:
+    """A preprocessed batch of noise.
+
+    Args:
+        size: Height and width in pixels.
+        images: How many.
+        boxes: How many on each, from 1/16 to 1/4 of the image wide and high.
+        classes: How many there are.
+        seed: Another one gives another batch.
+    """
+    random = torch.Generator().manual_seed(seed)
+    height, width = size
+    samples = []
+    for index in range(images):
+        corner = torch.rand(boxes, 2, generator=random) * 0.75
+        extent = torch.rand(boxes, 2, generator=random) * 3 / 16 + 1 / 16
+        scale = torch.tensor([width, height, width, height], dtype=torch.float32)
+        sample = DetDataSample(metainfo=dict(img_id=index, img_shape=size, pad_shape=size, batch_input_shape=size,
+                                             ori_shape=size, scale_factor=(1.0, 1.0)))
+        sample.gt_instances = InstanceData(bboxes=torch.cat([corner, corner + extent], 1) * scale,
+                                           labels=torch.randint(classes, (boxes, ), generator=random))
+        sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4))
+        samples.append(sample)
+    return torch.randn(images, 3, height, width, generator=random), samples
+
+
+def training_step(loss: Callable, parse: Callable, parameters: Sequence[Tensor], images: Tensor,
+                  samples: List[DetDataSample]) -> Callable[[], None]:
+    """One step of SGD: forward, backward, and the update, which has no length, so that all steps have the same work.
+
+    Args:
+        loss: Makes the losses from images and data samples.
+        parse: Sums them up, as mmengine's ``BaseModel.parse_losses``.
+        parameters: What is trained.
+        images: (N, 3, H, W).
+        samples: Their data samples.
+    """
+    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        parse(loss(images, samples))[0].backward()
+        optimizer.step()
+
+    return step
