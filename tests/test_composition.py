@@ -42,13 +42,14 @@ def test_family_of_something_else():
         head_family(dict(type='SOLO', mask_head=dict(type='SOLOHead')))
 
 
-def test_composed_config_is_the_shipped_one():
-    shipped = load_config('kd_det::fgd_retinanet_r101_r18.py')
+@pytest.mark.parametrize('method, pair', [('fgd', 'retinanet_r101_r18'), ('querykd', 'dino_r50_r18')])
+def test_composed_config_is_the_shipped_one(method, pair):
+    shipped = load_config(f'kd_det::{method}_{pair}.py')
     teacher = shipped.model.teacher
     made = distillation_config(
-        'kd_det::baseline_retinanet_r101_r18.py', teacher.config, teacher.checkpoint, 'fgd', inherit=(), balance=None)
+        f'kd_det::baseline_{pair}.py', teacher.config, teacher.checkpoint, method, inherit=(), balance=None)
     assert made.model.pop('inherit') == ()
-    assert shipped.pop('fgd') == made.model.distill
+    assert shipped.pop(method) == made.model.distill
     assert made.to_dict() == shipped.to_dict()
 
 

@@ -60,10 +60,14 @@ def _pretrained_state(config: dict) -> Dict[str, Tensor]:
 
 
 def parts_in_common(student: nn.Module, teacher: nn.Module) -> Tuple[str, ...]:
-    """The parts of two detectors that are of the same type and hold weights, without the backbones."""
-    theirs = dict(teacher.named_children())
-    return tuple(name for name, part in student.named_children()
-                 if name != 'backbone' and type(part) is type(theirs.get(name)) and part.state_dict())
+    """The parts of two detectors that are of the same type and hold weights, without the backbones.
+
+    A weight of the detector itself, as the level embeddings of a Deformable DETR, is a part too.
+    """
+    theirs = {**dict(teacher.named_children()), **teacher._parameters}
+    modules = [name for name, part in student.named_children()
+               if name != 'backbone' and type(part) is type(theirs.get(name)) and part.state_dict()]
+    return (*modules, *(name for name in student._parameters if name in theirs))
 
 
 def inherit(student: nn.Module, teacher: nn.Module, parts: Iterable[str]) -> Tuple[List[str], List[str]]:
@@ -83,7 +87,7 @@ def inherit(student: nn.Module, teacher: nn.Module, parts: Iterable[str]) -> Tup
     source, target = teacher.state_dict(), student.state_dict()
     inherited, left = [], []
     for part in parts:
-        keys = [key for key in target if key.startswith(f'{part}.')]
+        keys = [key for key in target if f'{key}.'.startswith(f'{part}.')]
         if not keys:
             known = sorted({key.split('.')[0] for key in target})
             raise ConfigurationError(f"inherit: the student has no part '{part}'; it has {', '.join(known)}.")

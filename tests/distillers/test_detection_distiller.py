@@ -197,6 +197,16 @@ def test_automatic_inheritance_takes_all_parts_of_the_same_type_but_the_backbone
     assert inherited(retinanet(), faster_rcnn()) == ('neck', )
 
 
+def test_automatic_inheritance_takes_the_whole_transformer_of_a_detr(detr, distiller):
+    model = distiller(detr('DINO'), detr('DINO', depth=50), inherit='auto', distill=dict())
+    model.init_weights()
+    student, teacher = model.state_dict(), model.teacher.model.state_dict()
+    others = {key for key in student if key in teacher and student[key].shape != teacher[key].shape
+              or key.startswith('backbone.')}
+    assert 'level_embed' in student.keys() - others and all('convs' in key for key in others if key.startswith('neck'))
+    assert all(torch.equal(student[key], teacher[key]) for key in student.keys() - others)
+
+
 def test_inheritance_copies_what_fits_and_tells_what_does_not(faster_rcnn, distiller):
     model = distiller(faster_rcnn(), faster_rcnn(depth=50), inherit=('neck', 'rpn_head', 'roi_head'))
     model.init_weights()
