@@ -20,7 +20,8 @@ TRAPS = {
         'functional/test_functional_masks.py': ['test_image_shapes_stretch_the_boxes_of_smaller_images'],
         'functional/test_functional_features.py': ['test_padding_cells_neither_matter_nor_learn']},
     'loops over boxes: masks of a batch are made at once, and the host waits for nothing': {
-        'functional/test_functional_masks.py': ['test_box_foreground_of_many_boxes_makes_no_table_of_cells_times_boxes'],
+        'functional/test_functional_masks.py': [
+            'test_box_foreground_of_many_boxes_makes_no_table_of_cells_times_boxes'],
         'functional/test_functional_host_sync.py': ['test_training_path_never_waits_for_the_device']},
     'images without boxes: finite losses, finite gradients': {
         'masks/test_pyramid.py': ['test_no_boxes_no_foreground'],

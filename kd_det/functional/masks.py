@@ -369,8 +369,8 @@ def valuable_region(
 ) -> Tensor:
     """How valuable the priors around those that an adaptive assigner gives to boxes are (VLR of LD, arXiv 2102.12252).
 
-    A prior is valuable to a box where γ·α ≤ DIoU(prior, box) < α, and as much as the two overlap. α is the box's threshold of ATSS (arXiv 1912.02424):
-    mean + standard deviation of the IoU over the candidates, on each level the ``top_k`` priors nearest to the box.
+    A prior is valuable to a box where γ·α ≤ DIoU(prior, box) < α, and as much as the two overlap. α is the box's
+    threshold of ATSS (arXiv 1912.02424): mean + standard deviation of the IoU over the candidates, on each level the ``top_k`` priors nearest to the box.
 
     Args:
         priors: One (P, 4) tensor per level, pixels.

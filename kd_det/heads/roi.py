@@ -150,8 +150,8 @@ def at_stage(outputs: Sequence[RoIOutputs], stage: Union[int, str]) -> RoIOutput
 
     Args:
         outputs: Of each stage, for the same regions, see :func:`run_roi_head`.
-        stage: The index of one; ``'mean'`` of all, of their logits and regressions; or ``'same'``: for each region those
-            of the stage with the index of the student's stage that sampled it, or of the last.
+        stage: The index of one; ``'mean'`` of all, of their logits and regressions; or ``'same'``: for each region
+            those of the stage with the index of the student's stage that sampled it, or of the last.
 
     Raises:
         HeadError: There is no such stage.

@@ -54,8 +54,8 @@ class ComparedOutputs(NamedTuple):
             HeadError: The student's targets are not known.
         """
         if self.student.targets is None:
-            raise HeadError("form='bounded' compares the errors of anchors' deltas, as RetinaNet, ATSS, SSD and RPN heads "
-                            'predict them; what the positive priors of this head regress to is not known.')
+            raise HeadError("form='bounded' compares the errors of anchors' deltas, as RetinaNet, ATSS, SSD and RPN "
+                            'heads predict them; what the positive priors of this head regress to is not known.')
         student, teacher = (each.flatten(0, 1) for each in self.both('regressions'))
         targets = self.student.targets[self.student_level]
         errors = bounded_regression(student, teacher, targets.flatten(0, 1), margin).view(targets.shape[:2])

@@ -19,8 +19,8 @@ class RoIPredictionDifference(CellMask):
 
     Both RoI heads classify the regions that the student sampled. The difference of a region, the mean over classes of
     (p_t − p_s)², goes to the cells that the region covers, on the level whose features the heads read for it; where
-    regions overlap, the largest counts. Cells without a region get 0, and so do levels that no RoI head reads: the RPN's
-    :class:`PredictionDifference` sees those.
+    regions overlap, the largest counts. Cells without a region get 0, and so do levels that no RoI head reads: the
+    :class:`PredictionDifference` of the RPN sees those.
 
     Args:
         stage: Of a cascade teacher: ``'mean'``, ``'same'`` or an index, see :func:`~kd_det.heads.roi.at_stage`.

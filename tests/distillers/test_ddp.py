@@ -41,7 +41,8 @@ def test_two_ranks_give_the_gradients_of_one_process_with_the_whole_batch(detect
     make = request.getfixturevalue(detector)
     student, teacher = (make() if detector == 'retinanet' else whole(make), make(neck=12))
     student.backbone.norm_eval = True  # BatchNorm's own batch statistics would differ between the two
-    config = dict(type='DetectionDistiller', student=student, teacher=dict(config=teacher, random_teacher=True), distill=terms)
+    config = dict(type='DetectionDistiller', student=student, teacher=dict(config=teacher, random_teacher=True),
+                  distill=terms)
     shapes = ((64, 64), (64, 48), (40, 64), (64, 64))
     boxes = (((8, 8, 40, 40), ), (), ((20, 4, 60, 30), (2, 10, 30, 38)), ((4, 4, 20, 60), ))
     data = MODELS.build(student.data_preprocessor)(batch(shapes, boxes), True)

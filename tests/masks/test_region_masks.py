@@ -86,7 +86,8 @@ def test_class_sets_that_differ(levels):
 def test_in_a_training_step(student, teacher, request, distiller, batch):
     make, taught_by = (request.getfixturevalue(kind) for kind in (student, teacher))
     masks = dict(type='MaskSum', masks=[dict(type='PredictionDifference', head='rpn_head'), 'RoIPredictionDifference'])
-    model = distiller(make(), taught_by(depth=50, neck=12), distill=dict(term=dict(type='FeatureImitation', mask=masks)))
+    term = dict(type='FeatureImitation', mask=masks)
+    model = distiller(make(), taught_by(depth=50, neck=12), distill=dict(term=term))
     for data in (batch(), batch(boxes=((), ()))):
         data = model.data_preprocessor(copy.deepcopy(data), True)
         loss = model(**data, mode='loss')['loss_term']

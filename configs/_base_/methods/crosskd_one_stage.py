@@ -1,7 +1,7 @@
 """CrossKD (arXiv 2306.11369): what the teacher's head makes of the features in the student's head.
 
-Its authors' weights for RetinaNet and ATSS, and for the distributions of GFL. Whether their sums are divided as here is not
-verified.
+Its authors' weights for RetinaNet and ATSS, and for the distributions of GFL. Whether their sums are divided as here
+is not verified.
 """
 crosskd = dict(
     crosskd=dict(type='CrossKD', head='bbox_head', remaining=1, beta=1.0, box_weight=1.0, distribution_weight=4.0))

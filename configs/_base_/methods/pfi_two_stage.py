@@ -1,7 +1,7 @@
 """PFI (arXiv 2112.04840): features where the predictions differ.
 
-The features are the neck's; the predictions are the objectness of the two RPNs and, in box space, the classes that the two
-RoI heads give to the student's regions. The paper has one-stage detectors only; the weights are not its authors'.
+The features are the neck's; the predictions are the objectness of the two RPNs and, in box space, the classes that the
+two RoI heads give to the student's regions. The paper has one-stage detectors only; the weights are not its authors'.
 """
 pfi = dict(
     pfi=dict(

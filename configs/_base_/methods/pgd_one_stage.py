@@ -1,7 +1,7 @@
 """PGD (arXiv 2203.05469): features of the neck from where the teacher detects each box best, and the background.
 
-The mask is its authors', with their ξ, top_k, T and their teacher's attentions; the weights are not. Theirs, 0.04 for the
-foreground of FCOS and GFL (ATSS 0.08) and half of it for the background, are for features within the head, level by level.
+The mask is its authors', with their ξ, top_k, T and their teacher's attentions; the weights are not. Theirs, 0.04 for
+the foreground of FCOS and GFL (ATSS 0.08) and half of it for the background, are for features within the head.
 """
 pgd = dict(
     pgd_foreground=dict(
