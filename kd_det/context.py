@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Callable, Dict, Hashable, List, NamedTuple, Sequence, Tuple, TypeVar
+from typing import Callable, Dict, Hashable, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,9 +35,11 @@ class DistillContext:
         teachers: The same of each teacher, without gradient.
         student_levels: Channels and stride of each level in ``student``.
         teacher_levels: The same for ``teachers``.
-        boxes: Ground truth, one (n, 4) of x1, y1, x2, y2 per image, in pixels of the padded batch; n may be 0.
+        boxes: Ground truth, a teacher's pseudo-labels among it, one (n, 4) of x1, y1, x2, y2 per image, in pixels of the
+            padded batch; n may be 0.
         labels: Ground truth, one (n,) of class indices per image, as the heads' outputs count them; -1 for a class that
             the teacher does not know.
+        labelled: Whether it is known what an image shows, so that cells without a box are background; None for all.
         batch_shape: Height and width of the padded batch, in pixels.
         image_shapes: Height and width of each image within it.
         progress: Iterations and epochs done.
@@ -53,6 +55,7 @@ class DistillContext:
     batch_shape: Tuple[int, int]
     image_shapes: List[Tuple[int, int]]
     progress: Progress = Progress()
+    labelled: Optional[Tuple[bool, ...]] = None
     student_outputs: StudentOutputs = field(default_factory=dict)
     teacher_outputs: List[TeacherOutputs] = field(default_factory=list)
     _computed: Dict[Hashable, object] = field(default_factory=dict, repr=False)
@@ -72,6 +75,17 @@ class DistillContext:
         """
         shape = tuple(feature_shape)
         return self.once(('valid', shape), lambda: valid_cells(self.image_shapes, self.batch_shape, shape, self.device))
+
+    @property
+    def fully_labelled(self) -> bool:
+        """Whether it is known of every image what it shows."""
+        return self.labelled is None or all(self.labelled)
+
+    def where_labelled(self, values: Tensor) -> Tensor:
+        """The values, (N, …), with 0 for unlabelled images."""
+        if self.fully_labelled:
+            return values
+        return values * values.new_tensor(self.labelled).view(-1, *[1] * (values.dim() - 1))
 
     def once(self, key: Hashable, compute: Callable[[], Result]) -> Result:
         """Computes once in this step what several levels or terms need.

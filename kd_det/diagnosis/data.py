@@ -11,6 +11,7 @@ from PIL import Image
 
 from kd_det.classes import dataset_classes
 from kd_det.configuration import leaf_datasets, student_model
+from kd_det.datasets.unlabelled import Unlabelled
 from kd_det.diagnosis.finding import DiagnosisError, Finding
 
 SPLITS = ('train', 'val', 'test')
@@ -131,7 +132,9 @@ def _inspect_coco(split: str, dataset: dict, path: str) -> Iterator[Finding]:
         content = json.loads(Path(path).read_text(encoding='utf-8'))
         images = {image['id']: image['file_name'] for image in content['images']}
         names = {category['id']: category['name'] for category in content['categories']}
-        boxes = [(box['image_id'], names[box['category_id']]) for box in content['annotations']]
+        unlabelled = _ends_unlabelled(dataset)
+        annotations = () if unlabelled else content['annotations']
+        boxes = [(box['image_id'], names[box['category_id']]) for box in annotations]
     except (ValueError, KeyError, TypeError) as error:
         yield Finding(subject, f"'{path}' is no COCO annotation file ({type(error).__name__}: {error})",
                       'Expected a JSON object with the lists images, categories and annotations', fault=True)
@@ -141,6 +144,11 @@ def _inspect_coco(split: str, dataset: dict, path: str) -> Iterator[Finding]:
     annotated = {image for image, name in boxes if name in classes}
     if not images:
         yield Finding(subject, f"'{path}' lists no images", 'Give a file with images', fault=True)
+    elif unlabelled and (dataset.get('filter_cfg') or {}).get('filter_empty_gt'):
+        yield Finding(subject, f'{len(images)} images, unlabelled, which filter_empty_gt passes over',
+                      'Set filter_cfg=dict(filter_empty_gt=False) of the data set', fault=True)
+    elif unlabelled:
+        yield Finding(subject, f'{len(images)} images, unlabelled')
     elif not annotated:
         yield Finding(
             subject, f"'{path}' has no box of the config's classes ({_listed(classes)}); the file's categories are "
@@ -157,6 +165,12 @@ def _inspect_coco(split: str, dataset: dict, path: str) -> Iterator[Finding]:
         fault = next(_broken_images(files[index] for index in _spread(len(files))), None)
         if fault:
             yield Finding(f'{split} images', fault, 'Replace the image, or take it out of the annotations', fault=True)
+
+
+def _ends_unlabelled(dataset: dict) -> bool:
+    """Whether the pipeline marks every image as unlabelled."""
+    pipeline = dataset.get('pipeline') or ()
+    return bool(pipeline) and pipeline[-1].get('type') == Unlabelled.__name__
 
 
 def _broken_images(paths: Iterable[str]) -> Iterator[str]:

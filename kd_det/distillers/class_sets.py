@@ -2,15 +2,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Container, Dict, List, Optional, Sequence, Tuple
+
+from mmengine.structures import InstanceData
 
 from kd_det.classes import ClassMatch, match_classes
 from kd_det.configuration import ConfigurationError
 from kd_det.context import DistillContext
-from kd_det.heads import ROI_HEAD, DenseOutputs, TeacherTowers
+from kd_det.heads import ROI_HEAD, DenseOutputs, QueryOutputs, TeacherTowers
 from kd_det.teachers import Teacher
 
 CLASSLESS_HEAD = 'rpn_head'  # it tells objects from background, whatever the classes
+
+
+def has_classes(head: str) -> bool:
+    """Whether the outputs of a head of that name tell classes apart."""
+    return not head.startswith(CLASSLESS_HEAD)
 
 
 class ClassSets:
@@ -19,14 +26,14 @@ class ClassSets:
     def __init__(self) -> None:
         self.matches: Dict[int, ClassMatch] = {}
 
-    def match(self, student: Optional[Sequence[str]], teachers: Sequence[Teacher], heads: Sequence[Sequence[str]],
+    def match(self, student: Optional[Sequence[str]], teachers: Sequence[Teacher], read: Container[int],
               inherited: Sequence[str] = ()) -> List[str]:
         """Matches the teachers' classes with the student's by name, where both are known.
 
         Args:
             student: Names of the student's classes, by label, or None.
             teachers: The teachers.
-            heads: For each of them the heads that are read. One of which no classes are read may share none.
+            read: Indices of those whose outputs by class are read; another may share no class.
             inherited: The parts of the student that started from the first teacher.
 
         Returns:
@@ -40,7 +47,7 @@ class ClassSets:
             try:
                 report = self._match(index, student, teacher.classes)
             except ConfigurationError:
-                if any(not head.startswith(CLASSLESS_HEAD) for head in heads[index]):
+                if index in read:
                     raise
                 report = "the teacher shares none with the student, and none of its outputs by class is read."
             wrong = [part for part in inherited if part in ('bbox_head', 'roi_head')]
@@ -60,6 +67,24 @@ class ClassSets:
         """The step as the terms of one teacher see it, see :func:`restricted_to_shared`."""
         match = self.matches.get(teacher)
         return context if match is None or match.is_identity else restricted_to_shared(context, teacher, match)
+
+    def translated(self, detections: List[InstanceData], index: int, counts: Tuple[Optional[int], ...]) -> List[InstanceData]:
+        """A teacher's detections with the student's labels.
+
+        Args:
+            detections: Of one teacher, one for each image.
+            index: Which of the teachers it is.
+            counts: How many classes the teacher and the student tell apart.
+
+        Raises:
+            ConfigurationError: The two numbers differ, and the names are not known.
+        """
+        if index in self.matches:
+            return [self.matches[index].translated(each) for each in detections]
+        if None not in counts and len(set(counts)) > 1:
+            raise ConfigurationError(f'The teacher tells {counts[0]} classes apart, the student {counts[1]}, and which are '
+                                     "the same is not known. Name the teacher's, by label, with teacher.classes=[…].")
+        return detections
 
 
 def restricted_to_shared(context: DistillContext, teacher: int, match: ClassMatch) -> DistillContext:
@@ -91,7 +116,7 @@ def restricted_to_shared(context: DistillContext, teacher: int, match: ClassMatc
 
 
 def _restricted(outputs: Dict[str, Any], classes: Sequence[int]) -> Dict[str, Any]:
-    """The outputs of dense heads restricted, the others as they are."""
+    """The outputs of dense heads and of queries restricted, the others as they are."""
     return {name: each.restricted(classes)
-            if isinstance(each, (DenseOutputs, TeacherTowers)) and not name.startswith(CLASSLESS_HEAD) else each
+            if isinstance(each, (DenseOutputs, QueryOutputs, TeacherTowers)) and has_classes(name) else each
             for name, each in outputs.items()}

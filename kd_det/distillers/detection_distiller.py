@@ -13,12 +13,15 @@ from kd_det.classes import number_of_classes
 from kd_det.configuration import ConfigurationError
 from kd_det.context import DistillContext, Progress
 from kd_det.distillers.building import build_task_weight, build_terms, check_cached, checked_teachers
-from kd_det.distillers.class_sets import ClassSets
+from kd_det.distillers.class_sets import ClassSets, has_classes
 from kd_det.distillers.monitor import GradientMonitor
 from kd_det.distillers.provenance import Provenance, inherit, parts_in_common, pretrained_parameters
+from kd_det.distillers.pseudo_labels import build_pseudo_labels
+from kd_det.distillers.supervision import Supervision, given, labelled_losses
 from kd_det.distillers.weighting import Losses, Value, logged_weights, scaled, total, untouched, weighted
 from kd_det.distillers.weights import WeightConfig
 from kd_det.heads import TOWERS_OF, StudentHeads, StudentOutputs, TeacherOutputs, find_head
+from kd_det.heads.recording import recorded_calls
 from kd_det.heads.towers import tower_widths
 from kd_det.losses import DistillTerm
 from kd_det.losses.base import Forms
@@ -56,6 +59,8 @@ class DetectionDistiller(BaseModel):
         task_weight: Of the student's own losses: a number or a schedule, such as
             ``dict(type='Start', value=1.0, epochs=2)`` for a student that at first learns from its teacher alone
             (FitNets, arXiv 1412.6550).
+        pseudo_labels: ``dict(score=0.5, …)`` for confident boxes of a teacher as ground truth, see
+            :class:`~kd_det.distillers.pseudo_labels.PseudoLabels`.
 
     Raises:
         ConfigurationError: A term's name or argument is wrong; the message says where in the config.
@@ -67,7 +72,8 @@ class DetectionDistiller(BaseModel):
                  teacher: Union[dict, Sequence[dict]],
                  distill: Dict[str, dict],
                  inherit: Union[str, Sequence[str]] = (),
-                 task_weight: WeightConfig = 1.0) -> None:
+                 task_weight: WeightConfig = 1.0,
+                 pseudo_labels: Optional[dict] = None) -> None:
         detector = MODELS.build(copy.deepcopy(student))  # building may write into it
         super().__init__(data_preprocessor=detector.data_preprocessor)
         self._adopt(detector)
@@ -79,6 +85,7 @@ class DetectionDistiller(BaseModel):
         self.teacher_configs = checked_teachers(teacher)
         self.teachers: Optional[List[Teacher]] = None
         self.class_sets = ClassSets()
+        self.pseudo_labels = build_pseudo_labels(pseudo_labels, detector, len(self.teacher_configs))
         self.task_weight = build_task_weight(task_weight)
 
         with preserved_randomness():  # the student is drawn as if there were no distillation
@@ -168,7 +175,9 @@ class DetectionDistiller(BaseModel):
         """
         if classes is not None and number_of_classes(self.student) not in (None, len(classes)):
             classes = None  # the head's labels are then not those of the data
-        return self.class_sets.match(classes, self.build_teachers(), self._teacher_heads, self.inherited_parts)
+        read = {term.teacher for term in self.terms.values() if any(map(has_classes, term.teacher_heads))}
+        read |= {self.pseudo_labels.teacher} if self.pseudo_labels else set()
+        return self.class_sets.match(classes, self.build_teachers(), read, self.inherited_parts)
 
     def _apply(self, function, *args, **kwargs) -> DetectionDistiller:
         super()._apply(function, *args, **kwargs)
@@ -275,21 +284,23 @@ class DetectionDistiller(BaseModel):
             data_samples: mmdet's data samples with ``gt_instances``.
             names: Of the terms; without any the teachers do not run.
         """
-        names = tuple(names)
-        boxes = [sample.gt_instances.bboxes for sample in data_samples]
-        boxes = [getattr(each, 'tensor', each).detach() for each in boxes]
-        labels = [sample.gt_instances.labels for sample in data_samples]
+        names, supervision = tuple(names), self._supervise(inputs, data_samples)
         image_shapes = [tuple(sample.img_shape[:2]) for sample in data_samples]
-        with self._student_taps.capture() as student, self._student_heads.capture() as student_outputs:
-            losses = dict(self.student.loss(inputs, data_samples))
+        with self._student_taps.capture() as student, self._student_heads.capture() as student_outputs, \
+                recorded_calls(self.student, 'extract_feat') as extractions:
+            losses = dict(self.student.loss(inputs, supervision.samples))
+        if not all(supervision.labelled):
+            losses = labelled_losses(self.student, inputs, extractions[0].returned, supervision, losses)
+        losses.update(supervision.log)
         teachers, teacher_outputs = zip(*self._observe_teachers(names, inputs, image_shapes, student_outputs))
         context = DistillContext(
             student=student,
             teachers=list(teachers),
             student_levels=self._student_levels,
             teacher_levels=self._teacher_levels,
-            boxes=boxes,
-            labels=labels,
+            boxes=supervision.boxes,
+            labels=supervision.labels,
+            labelled=supervision.labelled,
             batch_shape=tuple(inputs.shape[-2:]),
             image_shapes=image_shapes,
             progress=self.progress,
@@ -299,6 +310,16 @@ class DetectionDistiller(BaseModel):
         with torch.autocast(inputs.device.type, enabled=False):
             values = {name: self.terms[name](seen_by[self.terms[name].teacher]) for name in names}
         return Observation(losses, context, values)
+
+    def _supervise(self, inputs: Tensor, data_samples: list) -> Supervision:
+        """What is known of the objects in a batch, from its data and from the teacher of the pseudo-labels."""
+        supervision, pseudo_labels = given(data_samples), self.pseudo_labels
+        if pseudo_labels is None or not pseudo_labels.wants(supervision, self.progress):
+            return supervision
+        teacher = self.build_teachers()[pseudo_labels.teacher]
+        counts = number_of_classes(teacher.model), number_of_classes(self.student)
+        found = self.class_sets.translated(teacher.detect(inputs, data_samples), pseudo_labels.teacher, counts)
+        return pseudo_labels(supervision, found, self.progress)
 
     def measured_features(self, name: str, context: DistillContext) -> List[Tensor]:
         """The student's features where the gradient of a term is measured."""

@@ -79,7 +79,7 @@ class DistillHook(Hook):
         if distiller is None:
             return
         distiller.set_progress(runner.iter, runner.iter / len(runner.train_dataloader))
-        if len(distiller.terms):
+        if len(distiller.terms) or distiller.pseudo_labels is not None:
             set_random_seed((runner.seed * 1_000_003 + runner.iter) % 2**32)
 
     def after_train_epoch(self, runner: Runner) -> None:
@@ -138,7 +138,7 @@ def origin_table(distiller: DetectionDistiller) -> str:
     for index, teacher in enumerate(distiller.teachers or ()):
         count = sum(parameter.numel() for parameter in teacher.model.parameters())
         add(f'teacher {index}' if len(distiller.teachers) > 1 else 'teacher',
-            {'checkpoint' if teacher.checkpoint else 'random': count})
+            {'checkpoint' if teacher.checkpoint else 'random': teacher.weights})
     output = StringIO()
     Console(file=output, width=110, no_color=True).print(table)
     if distiller.not_inherited:

@@ -47,6 +47,8 @@ class DecoupledImitation(FeatureTerm):
     def compare(self, level: ComparedLevel, position: int) -> Parts:
         foreground = self.mask.cells(level)
         valid = level.valid if self.pad_aware else torch.ones_like(level.valid)
+        if self.mask.needs_boxes:  # of an unlabelled image nobody knows the background
+            valid = level.context.where_labelled(valid)
         values = decoupled_imitation(level.student, level.teacher, foreground, valid)
         shares = (rank_share(cells * valid) for cells in (foreground, 1 - foreground))
         return {name: weight / len(self.pairs) * share * value

@@ -41,6 +41,10 @@ class ComparedOutputs(NamedTuple):
         """The student's and the teacher's tensor of that name on this level."""
         return getattr(self.student, name)[self.student_level], getattr(self.teacher, name)[self.teacher_level]
 
+    def confidence(self) -> Tensor:
+        """(N, H·W·A): the teacher's scores."""
+        return self.teacher.scores(self.teacher_level) * self.valid
+
     def richness(self) -> Tensor:
         """(N, H·W·A): the teacher's largest class probability of any prior of the same cell (FRS, arXiv 2111.00674)."""
         cells = self.teacher.cell_probabilities(self.teacher_level).amax(1).flatten(1)
@@ -72,7 +76,8 @@ class DenseTerm(DistillTerm):
             ``teacher``.
         normalizer: What the sum over all priors is divided by, as mean over ranks. ``'positives'``: the number of
             priors that the student's assigner gave to boxes, as in the task's own loss; ``'confidence'``: the sum of
-            the teacher's scores, a soft count of positives that needs no ground truth; both at least 1.
+            the teacher's scores, a soft count of positives that needs no ground truth, and stands for the positives of
+            unlabelled images; both at least 1.
             ``'richness'``: each level by the sum over its cells of the teacher's largest probability (FRS).
             ``'none'``: nothing.
         teacher: See :class:`~kd_det.losses.base.DistillTerm`.
@@ -119,12 +124,15 @@ class DenseTerm(DistillTerm):
         return counts.sum().clamp(min=1).expand(len(levels))
 
     def _count(self, level: ComparedOutputs) -> Tensor:
-        if self.normalizer == 'positives':
-            return level.student.positives(level.student_level).sum().float()
+        if self.normalizer == 'richness':
+            height, width = level.teacher.shapes[level.teacher_level]
+            return level.richness().sum() * height * width / level.valid.shape[1]  # each cell once, not once per prior
         if self.normalizer == 'confidence':
-            return (level.teacher.scores(level.teacher_level) * level.valid).sum()
-        height, width = level.teacher.shapes[level.teacher_level]
-        return level.richness().sum() * height * width / level.valid.shape[1]  # each cell once, not once per prior
+            return level.confidence().sum()
+        positives = level.student.positives(level.student_level).sum().float()
+        if level.context.fully_labelled:
+            return positives
+        return positives + (level.confidence() - level.context.where_labelled(level.confidence())).sum()
 
     def levels(self, context: DistillContext) -> List[ComparedOutputs]:
         """The levels of the two heads, paired by stride.

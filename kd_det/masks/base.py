@@ -35,6 +35,11 @@ class Mask(nn.Module):
         """Heads whose outputs the mask itself reads in the teacher."""
         return ()
 
+    @property
+    def needs_boxes(self) -> bool:
+        """Whether 0 means nothing on an image whose boxes are not known."""
+        return False
+
     def forward(self, level: ComparedLevel) -> Tuple[Weighting, ...]:
         """Returns the weightings whose sum is the mask."""
         raise NotImplementedError

@@ -27,6 +27,10 @@ class BoxForeground(CellMask):
             raise ValueError(f"box_mapping='{box_mapping}': expected one of {', '.join(BOX_MAPPINGS)}.")
         self.weighting, self.box_mapping = weighting, box_mapping
 
+    @property
+    def needs_boxes(self) -> bool:
+        return True
+
     def cells(self, level: ComparedLevel) -> Tensor:
         context = level.context
         return box_foreground(context.boxes, context.batch_shape, level.shape, self.weighting,
@@ -37,6 +41,8 @@ class BoxForeground(CellMask):
 class BoxBackground(BoxForeground):
     """The cells of the image that no ground-truth box covers, each weighing 1 / their number in the image (FGD).
 
+    An unlabelled image has no background that anybody knows.
+
     Args:
         box_mapping: See :class:`BoxForeground`. With ``'image'`` padding counts as background, as in the released code.
     """
@@ -45,4 +51,5 @@ class BoxBackground(BoxForeground):
         super().__init__('binary', box_mapping)
 
     def cells(self, level: ComparedLevel) -> Tensor:
-        return normalized_background(super().cells(level), level.valid if self.box_mapping == 'batch' else None)
+        valid = level.valid if self.box_mapping == 'batch' else None
+        return level.context.where_labelled(normalized_background(super().cells(level), valid))

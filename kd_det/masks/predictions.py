@@ -134,6 +134,10 @@ class PredictionQuality(CellMask):
     def teacher_heads(self) -> Tuple[str, ...]:
         return (self.head, )
 
+    @property
+    def needs_boxes(self) -> bool:
+        return True
+
     def cells(self, level: ComparedLevel) -> Tensor:
         context, teacher = level.context, level.teacher_index
         outputs = context.teacher_outputs[teacher][self.head]

@@ -24,6 +24,10 @@ class PyramidMask(CellMask):
         super().__init__()
         self.finest_scale, self.num_levels = finest_scale, num_levels
 
+    @property
+    def needs_boxes(self) -> bool:
+        return True
+
     def box_levels(self, level: ComparedLevel) -> Tuple[List[Tensor], int]:
         """The level that each box belongs to, one (n,) per image, and which level this is; both counted from the finest."""
         taps = level.context.student_levels.values()  # some, as YOLOv3's neck, begin with the coarsest level

@@ -8,6 +8,8 @@ from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from kd_det.classes import number_of_classes
@@ -162,6 +164,18 @@ class Teacher:
     def predict(self, images: Tensor, data_samples: List) -> List:
         """Detects, on a batch preprocessed for the student; returns mmdet's data samples with ``pred_instances``."""
         return self.model.predict(self.bridge(images, [sample.img_shape for sample in data_samples]), data_samples)
+
+    @torch.no_grad()
+    def detect(self, images: Tensor, data_samples: Sequence) -> List[InstanceData]:
+        """Detects on a batch preprocessed for the student, in its coordinates; the data samples stay as they are.
+
+        Returns:
+            ``bboxes``, ``scores`` and ``labels`` of each image, after the suppression of the teacher's ``test_cfg``.
+        """
+        samples = [DetDataSample(metainfo=sample.metainfo) for sample in data_samples]
+        images = self.bridge(images, [sample.img_shape[:2] for sample in samples])
+        found = [sample.pred_instances for sample in self.model.predict(images, samples, rescale=False)]
+        return [InstanceData(bboxes=each.bboxes, scores=each.scores, labels=each.labels) for each in found]
 
     def fingerprint(self) -> str:
         """SHA-256 over all parameters and buffers: the same before and after training, or something changed them."""

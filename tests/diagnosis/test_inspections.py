@@ -156,6 +156,16 @@ def test_a_built_data_set_without_images():
         check_images([])
 
 
+def test_unlabelled_images_have_no_annotations(config, folder):
+    rewrite(folder, lambda content: content.pop('annotations'))
+    dataset = dataset_of(config)
+    assert 'KeyError' in fault_of(inspect_annotations(config, ['train'])).found
+    dataset.pipeline = [dict(type='LoadImageFromFile'), dict(type='PackDetInputs'), dict(type='Unlabelled')]
+    assert [(finding.found, finding.fault) for finding in inspect_annotations(config, ['train'])] == [('8 images, unlabelled', False)]
+    dataset.filter_cfg = dict(filter_empty_gt=True)
+    assert 'filter_empty_gt=False' in fault_of(inspect_annotations(config, ['train'])).remedy
+
+
 def test_class_counts_look_into_all_heads(faster_rcnn):
     assert class_counts(faster_rcnn(classes=7)) == {7}
     assert class_counts(
