@@ -10,7 +10,7 @@ from mmengine.config import Config, ConfigDict
 
 from kd_det.configuration import (CONFIG_ROOT, DISTILL_HOOK, DISTILLER, ConfigurationError, is_distillation,
                                   load_config, student_model)
-from kd_det.detectors import FAMILIES, HeadClasses, family_of, head_classes
+from kd_det.detectors import FAMILIES, HeadClasses, family_of, has_one_level, head_classes
 from kd_det.heads import HeadError, check_head
 from kd_det.losses import DistillTerm
 
@@ -83,7 +83,7 @@ def build_term(config: dict) -> DistillTerm:
 
 
 def check_terms(method: str, terms: Dict[str, dict], detector: str, heads: HeadClasses) -> None:
-    """Checks that a student has the heads that a method's terms read, and in them what they read.
+    """Checks that a student has the heads that a method's terms read, in them what they read, and as many levels.
 
     Args:
         method: Its name, for the message.
@@ -94,13 +94,16 @@ def check_terms(method: str, terms: Dict[str, dict], detector: str, heads: HeadC
     Raises:
         ConfigurationError: It has not.
     """
-    for name, term in terms.items():
-        for head in build_term(term).student_heads:
-            try:
+    for name, config in terms.items():
+        term = build_term(config)
+        try:
+            for head in term.student_heads:
                 check_head(detector, heads, head)
-            except HeadError as error:
-                raise ConfigurationError(f"The method '{method}' does not serve this student, by its term '{name}': "
-                                         f'{error} kd-det methods shows which detectors each method serves.') from error
+            if term.least_levels > 1 and has_one_level(heads):
+                raise HeadError(f'A {detector} has features of one level, not of {term.least_levels}.')
+        except HeadError as error:
+            raise ConfigurationError(f"The method '{method}' does not serve this student, by its term '{name}': "
+                                     f'{error} kd-det methods shows which detectors each method serves.') from error
 
 
 def distillation_config(student: Union[str, Config], teacher_config: str, teacher_checkpoint: str, method: str,

@@ -3,9 +3,9 @@ from __future__ import annotations
 
 from typing import Dict, Type
 
-from mmdet.models.dense_heads import (ATSSHead, ConditionalDETRHead, DABDETRHead, DeformableDETRHead, DETRHead, DINOHead,
-                                      FCOSHead, GFLHead, RetinaHead, RPNHead, RTMDetSepBNHead, SSDHead, YOLOV3Head,
-                                      YOLOXHead)
+from mmdet.models.dense_heads import (ATSSHead, ConditionalDETRHead, DABDETRHead, DeformableDETRHead, DETRHead,
+                                      DINOHead, FCOSHead, GFLHead, RetinaHead, RPNHead, RTMDetSepBNHead, SSDHead,
+                                      YOLOV3Head, YOLOXHead)
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from mmdet.registry import MODELS
 from torch import nn
@@ -19,7 +19,7 @@ HeadClasses = Dict[str, Type[nn.Module]]  # by their name in the detector
 FAMILIES = ('two_stage', 'one_stage', 'anchor_free', 'detr')
 ANCHOR_FREE_HEADS = ('AnchorFreeHead', 'YOLOXHead', 'CenterNetHead')
 
-# Each is in tests/test_matrix.py, with every method that serves it.
+# Each is in tests/matrix, with every method that serves it.
 DETECTORS: Dict[str, HeadClasses] = {
     'RetinaNet': dict(bbox_head=RetinaHead),
     'ATSS': dict(bbox_head=ATSSHead),
@@ -55,6 +55,12 @@ def head_classes(model: dict) -> HeadClasses:
                 raise ConfigurationError(f"model.{name}: there is no '{head['type']}' among MMDetection's models. If it "
                                          'is your own, import it with custom_imports.')
     return classes
+
+
+def has_one_level(heads: HeadClasses) -> bool:
+    """Whether a detector has features of one level alone, as the DETRs without deformable attention."""
+    head = heads.get('bbox_head', nn.Module)
+    return issubclass(head, (DETRHead, ConditionalDETRHead, DABDETRHead)) and not issubclass(head, DeformableDETRHead)
 
 
 def family_of(detector: str, heads: HeadClasses) -> str:

@@ -39,6 +39,7 @@ def test_a_method_serves_the_detectors_whose_heads_have_what_its_terms_read(entr
     assert entries['crosskd'].detectors == ('RetinaNet', 'ATSS', 'GFL', 'FCOS')  # towers
     assert 'SSD' in entries['rm'].detectors and 'YOLOv3' not in entries['rm'].detectors  # positives
     assert 'FCOS' not in entries['fgfi'].detectors  # no weights for its family
+    assert 'DETR' not in entries['fsp'].detectors and 'DINO' in entries['fsp'].detectors  # several levels
 
 
 @pytest.mark.parametrize('text', ['', '"""FGD."""', '"""FGD (arXiv 2111.11837) for FCOS."""', 'fgd = dict()'])

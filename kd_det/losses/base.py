@@ -26,7 +26,12 @@ class DistillTerm(nn.Module):
 
     Args:
         teacher: Which teacher to learn from, where there are several.
+
+    Attributes:
+        least_levels: How many levels a tap must have for the term to say anything.
     """
+
+    least_levels = 1
 
     def __init__(self, teacher: int = 0) -> None:
         super().__init__()

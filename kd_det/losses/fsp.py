@@ -40,9 +40,11 @@ class FSP(FeatureTerm):
             raise ValueError(f"normalizer='{normalizer}': expected one of {', '.join(NORMALIZERS)}.")
         self.normalizer, self.pad_aware = normalizer, pad_aware
 
+    least_levels = 2
+
     def connect(self, student: Forms, teacher: Forms) -> None:
         super().connect(student, teacher)
-        if len(self.pairs) < 2:
+        if len(self.pairs) < self.least_levels:
             raise ValueError(f"A flow needs at least two levels, but '{self.student_path}' gives {len(self.pairs)}.")
 
     def forward(self, context: DistillContext) -> Parts:
