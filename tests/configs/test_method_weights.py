@@ -1,4 +1,4 @@
-"""The published weights of the feature methods, where they differ between families of detectors."""
+"""The published weights of the methods, where they differ between families of detectors."""
 import re
 from pathlib import Path
 
@@ -31,6 +31,30 @@ def test_method_has_the_published_weights_of_the_family(method, two_stage, one_s
         (term, ) = method_terms(method, family).values()
         assert {key: term.get(key) for key in expected} == expected
         assert ('levels' in term) == ('levels' in expected)
+
+
+def _warmed_up(two_stage: float, one_stage: float, anchor_free: float, **others) -> dict:
+    values = dict(two_stage=two_stage, one_stage=one_stage, anchor_free=anchor_free)
+    return {family: dict(weight=dict(type='Warmup', value=value, iterations=500), **others)
+            for family, value in values.items()}
+
+
+@pytest.mark.parametrize('method, term, expected', [
+    ('dkd', 'dkd', dict(two_stage=dict(form='decoupled', alpha=1.0, beta=0.25, temperature=1.0))),
+    ('bckd', 'bckd_classes', {family: dict(beta=1.0, weight=1.0) for family in ('one_stage', 'anchor_free')}),
+    ('bckd', 'bckd_boxes', {family: dict(weighting='gap', weight=4.0) for family in ('one_stage', 'anchor_free')}),
+    ('ld', 'ld', dict(one_stage=dict(weighting='positives', weight=0.25, temperature=10.0, normalizer='none'))),
+    ('ld', 'ld_valuable', dict(one_stage=dict(weighting='valuable', weight=0.25 * 4 / 16, temperature=10.0))),
+    ('crosskd', 'crosskd', dict(one_stage=dict(remaining=1, beta=1.0, box_weight=1.0, distribution_weight=4.0),
+                                anchor_free=dict(remaining=2, weight=0.4, box_weight=0.75 / 0.4))),
+    ('frs', 'frs_features', _warmed_up(0.002, 0.005, 0.01, adapter='conv3x3', normalizer='mask')),
+    ('frs', 'frs_classes', _warmed_up(0.1, 0.02, 0.05, beta=0, weighting='richness')),
+])
+def test_method_that_reads_heads_has_the_published_weights(method, term, expected):
+    assert set(available_methods()[method]) == set(expected)
+    for family, arguments in expected.items():
+        config = method_terms(method, family)[term]
+        assert {key: config[key] for key in arguments} == arguments
 
 
 def test_documentation_shows_methods_as_their_files_have_them():

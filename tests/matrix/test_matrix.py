@@ -1,0 +1,216 @@
+"""Every method on every kind of detector that the catalogue says it serves, and its refusal of all others.
+
+One step of a tiny pair serves all methods of a kind at once.
+"""
+from inspect import signature
+from typing import Dict, Iterable, List, NamedTuple, Sequence
+
+import pytest
+import torch
+from mmengine.config import Config
+from torch import Tensor, nn
+
+from kd_det.catalogue import catalogue
+from kd_det.composition import distillation_config, head_family, method_terms
+from kd_det.configuration import ConfigurationError
+from kd_det.detectors import DETECTORS
+from kd_det.distillers import DetectionDistiller
+from kd_det.distillers.detection_distiller import TERMS, Observation
+from kd_det.losses import (CrossKD, DenseClassification, DenseRegression, DistillTerm, FeatureTerm, QueryClassification,
+                           QueryRegression, RankMimicking, RoIClassification)
+from kd_det.teachers import Teacher
+
+SERVED = {entry.name: entry.detectors for entry in catalogue()}
+CASES = [(method, detector) for detector in DETECTORS for method in SERVED if detector in SERVED[method]]
+REFUSED = [(method, detector) for detector in DETECTORS for method in SERVED if detector not in SERVED[method]]
+
+# One image is padded. Some necks end with a level of few cells; relations need as many images.
+THREE_IMAGES = dict(
+    shapes=((96, 96), (64, 80), (96, 96)),
+    boxes=(((8, 8, 40, 40), (30, 20, 94, 90), (52, 4, 68, 20)), ((20, 4, 60, 50), ), ((4, 10, 70, 80), (2, 30, 30, 62))))
+NO_BOXES = dict(shapes=((32, 32), (32, 20)), boxes=((), ()))  # and necks that end with a single cell
+
+# What the terms that compare outputs of heads read; those that compare features read what they tap.
+OUTPUTS = {DenseClassification: ('logits', 'objectness'), DenseRegression: ('regressions', ), RankMimicking: ('logits', ),
+           RoIClassification: ('logits', ), QueryClassification: ('logits', ), QueryRegression: ('boxes', )}
+
+# These look at some places alone, so that some levels of these small images may teach nothing.
+LOCAL = dict(
+    fgfi='all boxes here are small enough for the finest level',
+    pgd='boxes here cover the whole of the coarsest level, which has no background then',
+    ld='priors that the assigner gave to a box', rm='boxes with several such priors',
+    kd='regions, all small enough for the finest level', dkd='as kd',
+    querykd='the queries of Conditional DETR and DAB-DETR begin without content, so that their first attention learns nothing')
+
+# Terms whose value is not 0 where the student equals the teacher.
+NEVER_ZERO = dict(
+    fkd='each comparison has an adapter, drawn at random, of equal widths too',
+    frs_features='a 3×3 convolution, drawn at random, of equal widths too',
+    mgd='it generates the feature from a random part of its cells')
+ROUNDING = 1e-5
+ROUNDED = 'attention takes another path through PyTorch where nothing learns'
+ALMOST_ZERO = dict(encoder=ROUNDED, querykd_classes=ROUNDED, querykd_boxes=ROUNDED)
+NOT_ZERO = {('Cascade R-CNN', term): "it learns from the mean of a cascade teacher's stages" for term in ('kd', 'dkd')}
+
+# The teacher computes as the student does, in the same order.
+AS_LOADED = {name: False for name in ('fuse', 'channels_last') if name in signature(Teacher).parameters}
+
+
+class Lesson(NamedTuple):
+    """One step with all methods that serve a kind of detectors."""
+    distiller: DetectionDistiller
+    observation: Observation
+    terms: Dict[str, List[str]]  # their names, by method
+
+    def parts(self, method: str, without: Iterable[str] = ()) -> Dict[str, Tensor]:
+        return {f'{name}_{part}': value for name in self.terms[method] if name not in without
+                for part, value in self.observation.values[name].items()}
+
+    def gradients(self, values: Sequence[Tensor]) -> Dict[str, Tensor]:
+        """Of the sum of some tensors, for each parameter that they depend on."""
+        names, parameters = zip(*self.distiller.named_parameters())
+        total = sum(value.sum() for value in values)
+        gradients = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
+        return {name: gradient for name, gradient in zip(names, gradients) if gradient is not None}
+
+
+@pytest.fixture(scope='module')
+def last_lesson():
+    return {}
+
+
+@pytest.fixture
+def lesson(last_lesson, detector_config, distiller, batch_for):
+    """Makes the :class:`Lesson` of a kind of detectors, once for the tests that follow one another."""
+
+    def make(detector: str, images: dict, equal: bool = False) -> Lesson:
+        key = (detector, str(images), equal)
+        if key not in last_lesson:
+            student = detector_config(detector)
+            methods = {method: method_terms(method, head_family(student)) for method in SERVED
+                       if detector in SERVED[method]}
+            teacher = dict(config=detector_config(detector, teacher=not equal), random_teacher=True, **AS_LOADED)
+            model = distiller(student, teacher['config'], teacher=teacher,
+                              distill={name: term for terms in methods.values() for name, term in terms.items()})
+            awake(model, equal)
+            data = model.data_preprocessor(batch_for(detector, **images), True)
+            last_lesson.clear()
+            last_lesson[key] = Lesson(model, model.observe(data['inputs'], data['data_samples'], model.terms),
+                                      {method: list(terms) for method, terms in methods.items()})
+        return last_lesson[key]
+
+    return make
+
+
+def awake(model: DetectionDistiller, equal: bool = False) -> DetectionDistiller:
+    """Trained a little, as it were: heads begin with the same small scores everywhere, some blocks as the identity."""
+    teacher = model.build_teachers()[0].model
+    for module in (model.student, teacher):
+        module.init_weights()
+    for module in (model.student, teacher, *(() if equal else (model.terms, ))):
+        for name, parameter in module.named_parameters():
+            if '_head' in name and parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.15)
+            elif not parameter.any():
+                nn.init.constant_(parameter, 0.01)
+    if equal:
+        teacher.load_state_dict(model.student.state_dict())
+    for module in model.train().modules():
+        if equal and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()  # by its running statistics, as in the teacher
+    return model
+
+
+def read_by(term: DistillTerm, observation: Observation) -> List[Tensor]:
+    """What a term compares of the student."""
+    student = observation.context.student_outputs
+    if isinstance(term, FeatureTerm):
+        return [observation.context.student[term.student_path][pair.student_index] for pair in term.pairs]
+    if isinstance(term, CrossKD):
+        towers = student[f'{term.student_head}.towers'].before(term.remaining)
+        return [level for tower in towers for level in tower]
+    outputs = student[term.student_heads[0]]
+    fields = [getattr(outputs, name, None) for name in OUTPUTS[type(term)]]
+    return [level for field in fields if field is not None for level in (field if isinstance(field, tuple) else [field])]
+
+
+def is_weight(parameter: Tensor) -> bool:
+    """Not a bias: its gradient may cancel where a softmax or a standardisation follows."""
+    return parameter.dim() > 1
+
+
+def parts_of_detectors(names: Iterable[str]) -> set:
+    """``'backbone'``, ``'neck'``, …, and each term's own."""
+    return {'.'.join(name.split('.')[:2 if name.startswith(TERMS) else 1]) for name in names}
+
+
+def test_names_of_terms_do_not_meet_in_sums_of_methods():
+    for family in ('one_stage', 'two_stage'):
+        names = [name for method, served in SERVED.items()
+                 if ('GFL' if family == 'one_stage' else 'Faster R-CNN') in served for name in method_terms(method, family)]
+        assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize('method, detector', CASES)
+def test_a_method_teaches_what_it_reads_and_leaves_the_teacher(method, detector, lesson):
+    seen = lesson(detector, THREE_IMAGES)
+    values = seen.parts(method)
+    assert values and all(value.isfinite() for value in values.values()) and sum(values.values()) > 0
+    gradients = seen.gradients(list(values.values()))
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    learning = [name for name, gradient in gradients.items() if gradient.any()]
+    terms = {name: seen.distiller.terms[name] for name in seen.terms[method]}
+    read = [name for term in terms.values() for name in seen.gradients(read_by(term, seen.observation))]
+    read = [name for name in read if 'dn_query' not in name]  # DINO's denoising queries, which are left out
+    expected = [name for name, parameter in seen.distiller.named_parameters() if is_weight(parameter)
+                and (name in read or any(name.startswith(f'{TERMS}.{term}.') for term in terms))]
+    if method in LOCAL:
+        learning, expected = parts_of_detectors(learning), parts_of_detectors(expected)
+    assert {'backbone.conv1.weight', 'backbone'} & set(expected) and set(expected) <= set(learning)
+    teacher = seen.distiller.teacher.model
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize('method, detector', CASES)
+def test_a_method_is_exactly_0_where_the_student_equals_the_teacher(method, detector, lesson):
+    seen = lesson(detector, THREE_IMAGES, equal=True)
+    unequal = {*NEVER_ZERO, *(term for kind, term in NOT_ZERO if kind == detector)}
+    assert {name: value.item() for name, value in seen.parts(method, without=unequal.union(ALMOST_ZERO)).items()
+            if value != 0} == {}
+    assert all(value.abs() < ROUNDING for name in set(ALMOST_ZERO).intersection(seen.terms[method])
+               for value in seen.observation.values[name].values())
+    assert all(value > 0 for name in unequal.intersection(seen.terms[method])
+               for value in seen.observation.values[name].values())  # or it would not belong into the tables above
+
+
+@pytest.mark.parametrize('method, detector', CASES)
+def test_a_method_is_finite_without_boxes(method, detector, lesson):
+    seen = lesson(detector, NO_BOXES)
+    values = list(seen.parts(method).values())
+    assert all(value.isfinite() for value in values)
+    assert all(gradient.isfinite().all() for gradient in seen.gradients(values).values())
+
+
+@pytest.mark.parametrize('method', SERVED)
+def test_a_method_trains_alone(method, detector_config, distiller, batch_for):
+    """As a run has it: what other methods tap is not there."""
+    detector = SERVED[method][0]
+    student = detector_config(detector)
+    terms = method_terms(method, head_family(student))
+    model = awake(distiller(student, detector_config(detector, teacher=True), distill=terms))
+    model.set_progress(iteration=1000, epoch=1.0)  # behind any warm-up
+    before = model.teacher.fingerprint()
+    losses = model(**model.data_preprocessor(batch_for(detector, **THREE_IMAGES), True), mode='loss')
+    assert all(losses[f'loss_{name}'] > 0 for name in terms)
+    assert all(any(key.startswith(f'distill/{name}_') for key in losses) for name in terms)
+    model.parse_losses(losses)[0].backward()
+    assert model.backbone.conv1.weight.grad.any()
+    assert all(parameter.grad is None for parameter in model.teacher.model.parameters())
+    assert model.teacher.fingerprint() == before
+
+
+@pytest.mark.parametrize('method, detector', REFUSED)
+def test_a_method_refuses_a_detector_that_it_does_not_serve(method, detector, detector_config):
+    student = Config(dict(model=detector_config(detector)))
+    with pytest.raises(ConfigurationError, match=f"method '{method}' (does not serve this student|has no weights for)"):
+        distillation_config(student, 'teacher.py', 'teacher.pth', method)
