@@ -11,5 +11,5 @@ The layout of its work dir::
         fidelity.json               with --fidelity: FidelityMetric's numbers, by split, and the identity of the run
         log.txt                     what the run said
         epoch_8.pth                 the trained detector: a plain student; result.json names it
-        20260131_120000/vis_data/scalars.json   mmengine's losses and metrics, one JSON object a line; result.json names it
+        20260131_120000/vis_data/scalars.json   mmengine's losses and metrics, one JSON object a line; named there too
 """

@@ -30,7 +30,8 @@ def multiply_adds(detector: nn.Module, images: DataLoader) -> Optional[int]:
     batch = detector.data_preprocessor(batch, False)
     detector.forward = partial(detector.forward, data_samples=batch['data_samples'])
     try:
-        return int(get_model_complexity_info(detector, inputs=batch['inputs'], show_table=False, show_arch=False)['flops'])
+        found = get_model_complexity_info(detector, inputs=batch['inputs'], show_table=False, show_arch=False)
+        return int(found['flops'])
     except Exception as error:  # the tracer's: it must not cost the training that came before
         print_log(f'FLOPs are not known: {type(error).__name__}: {error}', 'current')
         return None

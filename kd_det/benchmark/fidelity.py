@@ -7,17 +7,18 @@ from io import StringIO
 from pathlib import Path
 from typing import Callable, Dict, List, Sequence
 
-import numpy as np
 from mmdet.utils import register_all_modules
 
 from kd_det.benchmark.scheduling import CONFIG_FILE
+from kd_det.benchmark.statistics import mean_and_std
 from kd_det.configuration import load_config
 from kd_det.evaluation import measure_fidelity
 
 FIDELITY_FILE = 'fidelity.json'
 
 
-def add_fidelity(entries: List[dict], root: Path, teacher: dict, splits: Sequence[str], say: Callable[[str], None]) -> None:
+def add_fidelity(entries: List[dict], root: Path, teacher: dict, splits: Sequence[str],
+                 say: Callable[[str], None]) -> None:
     """Adds ``fidelity`` to every finished run of ``results.json``: split -> number -> value.
 
     What was measured lies beside ``result.json``, with the identity of the run that it was measured for.
@@ -42,7 +43,8 @@ def add_fidelity(entries: List[dict], root: Path, teacher: dict, splits: Sequenc
                 config = load_config(file.parent / CONFIG_FILE)
                 with redirect_stdout(StringIO()):  # of pycocotools
                     measured[split] = measure_fidelity(config, str(root / entry['checkpoint']), teacher, split)
-        file.write_text(json.dumps(dict(identity=entry['identity'], splits=measured), indent=2) + '\n', encoding='utf-8')
+        content = dict(identity=entry['identity'], splits=measured)
+        file.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
         entry['fidelity'] = {split: measured[split] for split in splits}
 
 
@@ -54,6 +56,5 @@ def summarize_fidelity(entries: Sequence[dict], splits: Sequence[str]) -> Dict[s
             by_name = values[split].setdefault(entry['variant'], {})
             for name, value in numbers.items():
                 by_name.setdefault(name, []).append(value)
-    return {split: {variant: {name: dict(mean=float(np.mean(each)), std=float(np.std(each, ddof=1)) if len(each) > 1 else None)
-                              for name, each in by_name.items()} for variant, by_name in variants.items()}
-            for split, variants in values.items()}
+    return {split: {variant: {name: mean_and_std(each) for name, each in by_name.items()}
+                    for variant, by_name in variants.items()} for split, variants in values.items()}

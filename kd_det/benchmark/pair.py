@@ -18,7 +18,8 @@ class Pair:
     """A student and its teacher.
 
     Attributes:
-        student: Config of the plain student: it decides data, classes, schedule and evaluation of all runs but the teacher's.
+        student: Config of the plain student: it decides data, classes, schedule and evaluation of all runs but the
+            teacher's.
         teacher: Name of the teacher's config.
         checkpoint: The teacher's weights, an address or a file; None if the teacher is to be trained.
     """

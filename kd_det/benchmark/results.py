@@ -6,18 +6,18 @@
     seeds                           list of numbers
     teacher                         its run, or null where a checkpoint was given
     runs                            one object for each variant and seed:
-        variant, method, seed, settings     which it is; settings: balance (null: the published weights), inherit, and what else
+        variant, method, seed, settings     which it is; settings: balance (null: the published weights), inherit, more
                                             was set for this variant alone; empty for the plain student
         folder                              its work dir
         status                              "finished" or "failed"; with error and log where it failed
         identity … iterations               those of kd_det.benchmark.runs.Run; checkpoint and scalars within its folder
-        same_start, same_order              whether the first weights and the images' order are those of the plain student of
-                                            that seed; null where that is missing. Inherited weights start otherwise.
-    summary                         variant -> metric (bbox_mAP, bbox_mAP_50, …) -> mean, std, and, but for "none", against the
-                                    plain student: by_seed, difference, interval (95 %, null for one seed), verdict.
+        same_start, same_order              whether the first weights and the images' order are those of the plain
+                                            student of that seed; null where that is missing. Inherited weights start otherwise.
+    summary                         variant -> metric (bbox_mAP, bbox_mAP_50, …) -> mean, std, and, but for "none", against
+                                    the plain student: by_seed, difference, interval (95 %, null for one seed), verdict.
                                     In points (0 to 100). Metrics that no object counts for are left out.
-    fidelity                        split (val, train) -> variant -> number of FidelityMetric -> mean, std; only what --fidelity
-                                    asked for. Each run has its own under fidelity: split -> number -> value.
+    fidelity                        split (val, train) -> variant -> number of FidelityMetric -> mean, std; only what
+                                    --fidelity asked for. Each run has its own under fidelity: split -> number -> value.
 
 Paths are relative to the work dir of the benchmark.
 """
@@ -32,18 +32,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Dict, List, Mapping, Optional
 
-import numpy as np
 import torch
 
 from kd_det.benchmark.runs import Run
 from kd_det.benchmark.scheduling import Failure, Outcome
-from kd_det.benchmark.statistics import paired_difference
+from kd_det.benchmark.statistics import mean_and_std, paired_difference
 from kd_det.benchmark.variants import PLAIN, Variant
 from kd_det.version import __version__
 
 METRICS = {'bbox_mAP': 'mAP', 'bbox_mAP_50': 'AP50', 'bbox_mAP_75': 'AP75', 'bbox_mAP_s': 'APs', 'bbox_mAP_m': 'APm',
            'bbox_mAP_l': 'APl'}
-PACKAGES = ('torch', 'torchvision', 'mmengine', 'mmdet', 'mmcv', 'mmcv-lite', 'numpy', 'faster-coco-eval', 'pycocotools')
+PACKAGES = ('torch', 'torchvision', 'mmengine', 'mmdet', 'mmcv', 'mmcv-lite', 'numpy', 'pycocotools',
+            'faster-coco-eval')
 
 
 def environment(threads: Optional[int] = None) -> dict:
@@ -76,7 +76,8 @@ def run_entry(variant: Variant, seed: int, folder: Path, outcome: Outcome, root:
 
 def relative(run: Run, root: Path) -> dict:
     """A run as a dict, with paths relative to a folder."""
-    return dict(asdict(run), checkpoint=os.path.relpath(run.checkpoint, root), scalars=os.path.relpath(run.scalars, root))
+    paths = {name: os.path.relpath(getattr(run, name), root) for name in ('checkpoint', 'scalars')}
+    return dict(asdict(run), **paths)
 
 
 def mark_twins(entries: List[dict]) -> None:
@@ -102,8 +103,7 @@ def summarize(entries: List[dict]) -> Dict[str, Dict[str, dict]]:
 
 
 def _summary(variant: str, by_seed: Mapping[int, float], plain: Mapping[int, float]) -> dict:
-    points = list(by_seed.values())
-    summary = dict(mean=float(np.mean(points)), std=float(np.std(points, ddof=1)) if len(points) > 1 else None)
+    summary = mean_and_std(list(by_seed.values()))
     difference = None if variant == PLAIN else paired_difference(plain, by_seed)
     if difference is not None:
         summary.update(by_seed=difference.by_seed, difference=difference.mean, interval=difference.interval,

@@ -68,7 +68,8 @@ def identity(config: Config, inputs: Any = None) -> str:
 
     Args:
         config: The run's config. Where the run and its teacher lie does not count.
-        inputs: What the result depends on beside the config, such as hashes of data and teacher; anything that JSON holds.
+        inputs: What the result depends on beside the config, such as hashes of data and teacher; anything that JSON
+            holds.
     """
     settings = copy.deepcopy(config.to_dict())
     settings.pop('work_dir', None)
@@ -109,7 +110,8 @@ def train(name: str, config: Config, expected: str, say: Callable[[str], None] =
     file = folder / RESULT_FILE
     file.unlink(missing_ok=True)
     config.experiment_name = f'{name}_{time.time_ns()}'  # mmengine keeps loggers and visualizers by name
-    config.setdefault('visualizer', dict(type='DetLocalVisualizer')).name = config.experiment_name
+    config.visualizer = {'type': 'DetLocalVisualizer', 'vis_backends': [dict(type='LocalVisBackend')],
+                         **(config.get('visualizer') or {}), 'name': config.experiment_name}
     with explain(config):
         runner = build_runner(config)
     watch = Watch(name, say, step)
@@ -143,7 +145,7 @@ def sha256(content: bytes) -> str:
 
 
 def peak_memory() -> tuple:
-    """The most bytes that this process held so far, in main memory and by tensors on the GPU; None what is not known."""
+    """The most bytes that this process held so far, in memory and by tensors on the GPU; None for what is not known."""
     on_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     try:
         import resource
@@ -177,8 +179,8 @@ class Watch(Hook):
         loss = runner.message_hub.get_scalar('train/loss').mean(len(runner.train_dataloader))
         pace = np.median(self.seconds)
         left = pace * (runner.max_iters - len(self.seconds))
-        self.say(f'{self.name}: epoch {runner.epoch + 1}/{runner.max_epochs}, loss {loss:.3f}, {pace:.2f} s per iteration, '
-                 f'about {left:.0f} s left')
+        self.say(f'{self.name}: epoch {runner.epoch + 1}/{runner.max_epochs}, loss {loss:.3f}, {pace:.2f} s per '
+                 f'iteration, about {left:.0f} s left')
 
     def after_val_epoch(self, runner: Runner, metrics: Optional[Dict[str, float]] = None) -> None:
         if not metrics:  # CocoMetric's answer to no detection at all
@@ -186,8 +188,8 @@ class Watch(Hook):
         self.metrics = {name[len('coco/'):] if name.startswith('coco/') else name: float(value)
                         for name, value in metrics.items()}
         if 'bbox_mAP' not in self.metrics:
-            raise ConfigurationError(f"The val_evaluator gives {', '.join(metrics)}, but no bbox_mAP: expected a CocoMetric "
-                                     "with metric='bbox'.")
+            raise ConfigurationError(f"The val_evaluator gives {', '.join(metrics)}, but no bbox_mAP: expected a "
+                                     "CocoMetric with metric='bbox'.")
         self.say(f"{self.name}: mAP {100 * self.metrics['bbox_mAP']:.1f}")
 
 

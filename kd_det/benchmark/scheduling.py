@@ -53,8 +53,8 @@ class Machine:
     """Where trainings run.
 
     Args:
-        devices: One training at a time on each: numbers of GPUs as ``CUDA_VISIBLE_DEVICES`` has them, or ``cpu``. Without
-            any the processes see what this one sees.
+        devices: One training at a time on each: numbers of GPUs as ``CUDA_VISIBLE_DEVICES`` has them, or ``cpu``.
+            Without any the processes see what this one sees.
         jobs: Trainings at once; as many as devices by default, and dealt out to them in turn.
         threads: PyTorch's threads of each training; the processors divided by the jobs by default.
     """

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Mapping, Optional, Tuple
+from typing import Dict, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 from scipy.stats import t as student_t
@@ -32,6 +32,11 @@ class Difference:
         return 'gain' if low > 0 else 'loss' if high < 0 else 'no difference shown'
 
 
+def mean_and_std(values: Sequence[float]) -> Dict[str, Optional[float]]:
+    """``mean`` and ``std`` of a sample; of a single value there is no standard deviation."""
+    return dict(mean=float(np.mean(values)), std=float(np.std(values, ddof=1)) if len(values) > 1 else None)
+
+
 def paired_difference(baseline: Mapping[int, float], other: Mapping[int, float]) -> Optional[Difference]:
     """Compares two variants seed by seed.
 
@@ -52,6 +57,7 @@ def paired_difference(baseline: Mapping[int, float], other: Mapping[int, float])
     differences = np.array([other[seed] - baseline[seed] for seed in seeds])
     mean, interval = float(differences.mean()), None
     if len(seeds) > 1:
-        half = float(student_t.ppf((1 + CONFIDENCE) / 2, len(seeds) - 1) * differences.std(ddof=1) / np.sqrt(len(seeds)))
+        quantile = student_t.ppf((1 + CONFIDENCE) / 2, len(seeds) - 1)
+        half = float(quantile * differences.std(ddof=1) / np.sqrt(len(seeds)))
         interval = (mean - half, mean + half)
     return Difference(dict(zip(seeds, differences.tolist())), mean, interval)

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from kd_det.benchmark.results import METRICS
 
-COSTS = ('parameters', 'FLOPs', 's / iteration', 'memory')
+COSTS = ('parameters', 'FLOPs', 's/iteration', 'memory')
 FIDELITY = ('found', 'copied_errors', 'agreement', 'teacher_iou', 'class_kl', 'student_ece', 'teacher_ece', 'cka')
 NONE = '–'
 
@@ -26,8 +26,8 @@ def rows(results: dict) -> List[Dict[str, str]]:
         finished = [run for run in runs if run['status'] == 'finished']
         metrics = {name: _spread(summary[metric]['mean'], summary[metric]['std']) if metric in summary else NONE
                    for metric, name in METRICS.items()}
-        made.append(dict(method=variant, seeds=f'{len(finished)}' if len(finished) == len(runs) else f'{len(finished)} of {len(runs)}',
-                         **metrics, **{'Δ mAP': difference_text(summary.get('bbox_mAP', {}))}, **_costs(finished)))
+        seeds = f'{len(runs)}' if len(finished) == len(runs) else f'{len(finished)} of {len(runs)}'
+        made.append(dict(method=variant, seeds=seeds, **metrics, **{'Δ mAP': difference_text(summary.get('bbox_mAP', {}))}, **_costs(finished)))
     return made
 
 
@@ -60,8 +60,9 @@ def rich_tables(results: dict) -> List[Table]:
     """For the console: what the detectors detect, and what they cost."""
     made = rows(results)
     tables = [_table('COCO metric on the validation images, in points; mean ± standard deviation over seeds',
-                     ('seeds', 'Δ mAP', *METRICS.values()), made),
-              _table('Costs of inference (parameters, multiply-adds) and of training', COSTS, made)]
+                     ('seeds', 'mAP', 'Δ mAP', 'AP50', 'AP75'), made),
+              _table('By size of the objects; costs of inference (parameters, multiply-adds) and of training',
+                     ('APs', 'APm', 'APl', *COSTS), made)]
     tables += [_fidelity_table(split, variants) for split, variants in results['fidelity'].items()]
     tables[0].caption = 'Δ: paired mean over seeds against the plain student ± half of its 95 % interval'
     return tables
@@ -71,7 +72,7 @@ def _table(title: str, columns: tuple, made: List[Dict[str, str]]) -> Table:
     table = Table(title=title)
     table.add_column('method', no_wrap=True)
     for column in columns:
-        table.add_column(column, justify='right', no_wrap=column in ('Δ mAP', 'mAP'))
+        table.add_column(column, justify='right', no_wrap=column in METRICS.values())
     for row in made:
         table.add_row(row['method'], *(row.get(column, '') for column in columns))
     return table
@@ -88,14 +89,15 @@ def fidelity_rows(variants: Dict[str, Dict[str, dict]]) -> List[Dict[str, str]]:
 
 
 def _fidelity_table(split: str, variants: Dict[str, Dict[str, dict]]) -> Table:
-    return _table(f'Fidelity on {split} images, mean over seeds; cka: mean over levels', FIDELITY, fidelity_rows(variants))
+    title = f'Fidelity on {split} images, mean over seeds; cka: mean over levels'
+    return _table(title, FIDELITY, fidelity_rows(variants))
 
 
 def markdown_table(results: dict) -> str:
     """The same in Markdown, accuracy and costs in one, with the runs that failed below it."""
-    lines = _markdown(('method', 'seeds', 'Δ mAP', *METRICS.values(), *COSTS), rows(results))
-    lines += ['', 'mAP and the others in points, ± standard deviation over seeds. Δ: paired mean over seeds against the plain student '
-              "(none), ± half of its 95 % interval (Student's t). FLOPs are multiply-adds."]
+    lines = _markdown(('method', 'seeds', *METRICS.values(), 'Δ mAP', *COSTS), rows(results))
+    lines += ['', 'mAP and the others in points, ± standard deviation over seeds. Δ: paired mean over seeds against the '
+              "plain student (none), ± half of its 95 % interval (Student's t). FLOPs are multiply-adds."]
     failed = [run for run in results['runs'] if run['status'] == 'failed']
     lines += [f"- {run['variant']}, seed {run['seed']} failed: {run['error']}" for run in failed]
     for split, variants in results['fidelity'].items():

@@ -27,7 +27,8 @@ class Variant:
         method: Name of a method, a sum of names, or ``none``: no terms.
         balance: Each method's gradient at this ratio of the task's; None for the published weights.
         inherit: Parts of the student that start from the teacher's weights; ``'auto'`` for all but the backbone.
-        settings: Overrides of the student's config by dotted key; those of :data:`DISTILLATION_KEYS` reach the distillation.
+        settings: Overrides of the student's config by dotted key; those of :data:`DISTILLATION_KEYS` reach the
+            distillation.
     """
     name: str
     method: str
@@ -50,13 +51,13 @@ def parse_variants(text: str, common: Variant = Variant('', PLAIN)) -> List[Vari
     """Reads ``--methods``.
 
     Args:
-        text: Variants with commas between them: ``none,fgd,fgd@paper,inherit,fgd+dkd@balance=0.5@inherit=neck``. After the
-            method each ``@`` begins a setting:
+        text: Variants with commas between them: ``none,fgd,fgd@paper,inherit,fgd+dkd@balance=0.5@inherit=neck``. After
+            the method each ``@`` begins a setting:
 
             - ``@paper``: the published weights;
             - ``@balance=RATIO``: each method's gradient at that ratio of the task's;
-            - ``@inherit=neck+bbox_head``: the parts that start from the teacher's weights where shapes agree; ``@inherit=none``
-              for none, ``@inherit`` for all but the backbone. ``inherit`` as a method is that, without terms;
+            - ``@inherit=neck+bbox_head``: the parts that start from the teacher's weights where shapes agree;
+              ``@inherit=none`` for none, ``@inherit`` for all but the backbone. ``inherit`` as a method is that, without terms;
             - ``@dotted.key=value``: overrides the student's config, as ``--cfg-options`` does, or what the distillation
               adds to it: ``@model.distill.fgd.temperature=0.8``.
         common: The settings that hold unless a variant has its own; for the plain student only ``settings`` hold.
@@ -101,13 +102,14 @@ def _with_setting(variant: Variant, setting: str) -> Variant:
         try:
             return replace(variant, balance=float(value))
         except ValueError:
-            raise ConfigurationError(f"--methods {variant.name}: expected @balance=RATIO, a number, got '{value}'.") from None
+            raise ConfigurationError(f"--methods {variant.name}: expected @balance=RATIO, a number, got "
+                                     f"'{value}'.") from None
     if key == 'inherit':
         return replace(variant, inherit='auto' if not given else () if value == 'none' else tuple(value.split('+')))
     if '.' in key and given:
         return replace(variant, settings={**variant.settings, key: DictAction._parse_iterable(value)})
-    raise ConfigurationError(f"--methods {variant.name}: there is no setting '@{setting}'. Expected @paper, @balance=RATIO, "
-                             '@inherit, @inherit=PART+PART or @dotted.key=value.')
+    raise ConfigurationError(f"--methods {variant.name}: there is no setting '@{setting}'. Expected @paper, "
+                             '@balance=RATIO, @inherit, @inherit=PART+PART or @dotted.key=value.')
 
 
 def variant_config(variant: Variant, pair: Pair, checkpoint: Optional[str] = None) -> Config:
@@ -123,6 +125,7 @@ def variant_config(variant: Variant, pair: Pair, checkpoint: Optional[str] = Non
     merge_options(config, {key: value for key, value in variant.settings.items() if key not in of_distillation})
     if variant.is_plain:
         return config
-    config = distillation_config(config, pair.teacher, checkpoint, variant.method, variant.inherit, balance=variant.balance)
+    config = distillation_config(config, pair.teacher, checkpoint, variant.method, variant.inherit,
+                                 balance=variant.balance)
     merge_options(config, of_distillation)
     return config

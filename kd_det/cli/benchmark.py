@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import List
 
@@ -25,32 +26,43 @@ TEACHER_SEED = 0
 
 
 def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument('--methods', default='none,kd,fgd,pkd', metavar='A,B+C,D@SETTING',
+                        help='methods, sums of methods, or inherit; @paper, @balance=RATIO, @inherit=PART+PART and '
+                        '@dotted.key=value are settings of one of them. none, the plain student, always takes part '
+                        "('none,kd,fgd,pkd')")
+    add_common_arguments(parser)
+
+
+def add_common_arguments(parser: ArgumentParser) -> None:
+    """Adds the options that a sweep has too."""
     pair = parser.add_argument_group('what is compared')
-    pair.add_argument('pair', nargs='?', metavar='PAIR', help="config of a distillation: its student and its teacher count, "
-                      'its terms do not; such as configs/_base_/pairs/retinanet_r101_r18.py')
+    pair.add_argument('pair', nargs='?', metavar='PAIR',
+                      help='config of a distillation: its student and its teacher count, its terms do not; such as '
+                      'configs/_base_/pairs/retinanet_r101_r18.py')
     pair.add_argument('--student', metavar='CONFIG', help="the student's config, in place of the pair's")
     pair.add_argument('--teacher', metavar='CONFIG', help="the teacher's config, in place of the pair's")
-    pair.add_argument('--teacher-checkpoint', metavar='FILE', help="the teacher's weights; without any, and where the pair's "
-                      'are not there, the teacher is trained first, with its own config')
-    pair.add_argument('--methods', default='none,kd,fgd,pkd', metavar='A,B+C,D@SETTING', help='methods, sums of methods, or '
-                      'inherit; @paper, @balance=RATIO, @inherit=PART+PART and @dotted.key=value are settings of one of them. '
-                      "none, the plain student, always takes part ('none,kd,fgd,pkd')")
-    pair.add_argument('--seeds', type=_seeds, default='3', metavar='N', help='number of seeds, from 0 on, or a list: 3,5,8 (3)')
+    pair.add_argument('--teacher-checkpoint', metavar='FILE',
+                      help="the teacher's weights; without any, and where the pair's are not there, the teacher is "
+                      'trained first, with its own config')
+    pair.add_argument('--seeds', type=_seeds, default='3', metavar='N',
+                      help='number of seeds, from 0 on, or a list: 3,5,8 (3)')
+    pair.add_argument('--fidelity', nargs='*', choices=SPLITS, metavar='SPLIT',
+                      help='also measure how closely the students follow the teacher, on val (if none is named) and '
+                      'train images')
     training = parser.add_argument_group('how it is trained')
     training.add_argument('--data', metavar='DIR', help="folder of the data, in place of the configs' data_root")
-    training.add_argument('--epochs', type=int, metavar='N', help="epochs of the students (their config's), and their schedules "
-                          'with them')
+    training.add_argument('--epochs', type=int, metavar='N',
+                          help="epochs of the students (their config's), and their schedules with them")
     training.add_argument('--teacher-epochs', type=int, metavar='N', help="epochs of the teacher (its config's)")
     weights = training.add_mutually_exclusive_group()
     weights.add_argument('--balance', type=float, default=RATIO, metavar='RATIO',
                          help="each method's gradient at this ratio of the task's (%(default)s)")
-    weights.add_argument('--paper-weights', dest='balance', action='store_const', const=None, help='the published weights')
+    weights.add_argument('--paper-weights', dest='balance', action='store_const', const=None,
+                         help='the published weights')
     add_inheritance_option(training)
     training.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE',
-                          help='settings that override the config of every student; model.distill… and default_hooks.distill… '
-                          'reach the distilled ones')
-    training.add_argument('--fidelity', nargs='*', choices=SPLITS, metavar='SPLIT', help='also measure how closely the students '
-                          'follow the teacher, on val (if none is named) and train images')
+                          help='settings that override the config of every student; model.distill… and '
+                          'default_hooks.distill… reach the distilled ones')
     machine = parser.add_argument_group('where')
     machine.add_argument('--work-dir', type=Path, default=Path('work_dirs/benchmark'), metavar='DIR',
                          help='folder of runs and results (work_dirs/benchmark); finished runs that are there are kept')
@@ -78,13 +90,12 @@ def run(options: Namespace) -> int:
         console.print(text, soft_wrap=True, markup=False)
 
     pair = read_pair(options.pair, options.student, options.teacher, options.teacher_checkpoint)
-    student = adapted(pair.student, options.data, options.epochs)
-    pair = replace(pair, student=student)
+    pair = replace(pair, student=adapted(pair.student, options.data, options.epochs))
     common = Variant('', PLAIN, options.balance, inherited_parts(options), options.cfg_options)
     variants = parse_variants(options.methods, common)
     for variant in variants:  # what can not be composed is told before a teacher is trained
         variant_config(variant, pair, checkpoint='')
-    data = data_hash(student)
+    data = data_hash(pair.student)
     machine = Machine(options.devices, options.jobs, options.threads)
 
     teacher = None
@@ -94,25 +105,26 @@ def run(options: Namespace) -> int:
         if isinstance(teacher, Failure):
             say(f'Without a teacher there is nothing to compare. All that was said is in {teacher.log}.')
             return 1
-    checkpoint = pair.checkpoint if teacher is None else teacher.checkpoint
-    teacher_hash = sha256(Path(checkpoint).read_bytes()) if Path(checkpoint).is_file() else checkpoint
+        pair = replace(pair, checkpoint=teacher.checkpoint)
+    taught_by = sha256(Path(pair.checkpoint).read_bytes()) if Path(pair.checkpoint).is_file() else pair.checkpoint
 
     jobs, runs = [], []
-    for seed in options.seeds:
-        for variant in variants:
-            config = seeded(variant_config(variant, pair, checkpoint), seed)
-            folder = root / variant.folder / f'seed{seed}'
-            jobs.append(Job(f'{variant.name}, seed {seed}', folder, config, [data] if variant.is_plain else [data, teacher_hash]))
-            runs.append((variant, seed, folder))
+    for seed, variant in product(options.seeds, variants):
+        folder = root / variant.folder / f'seed{seed}'
+        config = seeded(variant_config(variant, pair, pair.checkpoint), seed)
+        jobs.append(Job(f'{variant.name}, seed {seed}', folder, config,
+                        [data] if variant.is_plain else [data, taught_by]))
+        runs.append((variant, seed, folder))
     outcomes = machine.run(jobs, say)
 
     entries = [run_entry(*each, outcome, root) for each, outcome in zip(runs, outcomes)]
     mark_twins(entries)
     splits = ('val', ) if options.fidelity == [] else options.fidelity or ()
-    add_fidelity(entries, root, dict(config=pair.teacher, checkpoint=str(checkpoint)), splits, say)
+    add_fidelity(entries, root, dict(config=pair.teacher, checkpoint=pair.checkpoint), splits, say)
     results = dict(
         **environment(machine.threads),
-        pair=dict(student=str(student.filename), teacher=pair.teacher, checkpoint=str(checkpoint), checkpoint_hash=teacher_hash),
+        pair=dict(student=str(pair.student.filename), teacher=pair.teacher, checkpoint=pair.checkpoint,
+                  checkpoint_hash=taught_by),
         data=dict(root=options.data, hash=data),
         seeds=options.seeds,
         teacher=None if teacher is None else relative(teacher, root),

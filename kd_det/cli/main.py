@@ -20,6 +20,7 @@ COMMANDS = {
     'export': "write a plain student: its weights alone, and a config that stock MMDetection reads",
     'doctor': 'check the installation and a config: what would fail, and what to do about it',
     'benchmark': 'train a pair with several methods and seeds, and tell which difference is more than chance',
+    'sweep': 'benchmark one method over a grid of settings, such as its temperature',
     'demo': 'generate data, train a teacher and two students, with and without distillation, and compare them',
 }
 

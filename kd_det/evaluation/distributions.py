@@ -4,6 +4,7 @@ from __future__ import annotations
 from typing import List, Sequence
 
 import torch
+from mmdet.structures.bbox import bbox2roi
 from torch import Tensor, nn
 from torchvision.ops import box_iou, clip_boxes_to_image
 
@@ -34,9 +35,9 @@ def class_kl(head: str, student: nn.Module, teacher: nn.Module, student_features
              boxes: Sequence[Tensor], shapes: Sequence) -> List[Tensor]:
     """KL(teacher ‖ student) of the class distributions at the teacher's boxes, in nats.
 
-    RoI heads: both run on the teacher's boxes; a distribution over the classes and the background (of a cascade: from the
-    mean of its stages' logits). Dense heads: each detector speaks by the one of its own priors for which IoU of its decoded
-    box and the teacher's box, times score, is largest; heads with sigmoid give one yes-no distribution for every class,
+    RoI heads: both run on the teacher's boxes; a distribution over the classes and the background (of a cascade: from
+    the mean of its stages' logits). Dense heads: each detector speaks by the one of its own priors for which IoU of its
+    decoded box and the teacher's box, times score, is largest; heads with sigmoid give one yes-no distribution for every class,
     summed.
 
     Args:
@@ -54,7 +55,7 @@ def class_kl(head: str, student: nn.Module, teacher: nn.Module, student_features
     pairs = ((student, student_features), (teacher, teacher_features))
     counts = [len(each) for each in boxes]
     if head == 'roi_head':
-        rois = torch.cat([torch.cat([each.new_full((len(each), 1), index), each], 1) for index, each in enumerate(boxes)])
+        rois = bbox2roi(boxes)
         unknown = rois.new_zeros(len(rois), dtype=torch.long)
         regions = Regions(rois, unknown, rois[:, 1:], rois[:, 1:], unknown)
         logits = [at_stage(run_roi_head(model.roi_head, features, regions), 'mean').logits for model, features in pairs]

@@ -39,8 +39,8 @@ class FidelityMetric(BaseMetric):
     - ``class_kl``: mean KL(teacher ‖ student) of the class distributions there, in nats, see
       :func:`~kd_det.evaluation.distributions.class_kl`;
 
-    and ``teacher_errors``, the share of wrong ones among the teacher's confident boxes; ``student_ece`` and ``teacher_ece``,
-    the calibration errors of both; and ``cka_<stride>``, the linear CKA of the neck's features over all cells.
+    and ``teacher_errors``, the share of wrong ones among the teacher's confident boxes; ``student_ece`` and
+    ``teacher_ece``, the calibration errors of both; and ``cka_<stride>``, the linear CKA of the neck's features over all cells.
 
     Args:
         teacher: ``config`` and ``checkpoint``, as of :class:`~kd_det.teachers.Teacher`. Its classes are the student's.
@@ -100,8 +100,8 @@ class FidelityMetric(BaseMetric):
                                   else self.student.data_preprocessor)
             self.teacher = Teacher(**self.teacher_config, taps=(), student_preprocessor=self._preprocessor)
             if self.student is None:
-                print_log("FidelityMetric compares detections alone: custom_hooks=[dict(type='FidelityHook')] shows it the "
-                          "student's modules for class_kl and cka.", 'current')
+                print_log("FidelityMetric compares detections alone: custom_hooks=[dict(type='FidelityHook')] shows it "
+                          "the student's modules for class_kl and cka.", 'current')
             else:
                 self._check_classes()
                 self._head = comparable_head(self.student, self.teacher.model)
@@ -111,8 +111,8 @@ class FidelityMetric(BaseMetric):
     def _check_classes(self) -> None:
         mine, theirs = number_of_classes(self.student), number_of_classes(self.teacher.model)
         if mine != theirs:
-            raise ConfigurationError(f'FidelityMetric: the student has {mine} classes and the teacher {theirs}; expected a '
-                                     "teacher of the student's classes, in the same order.")
+            raise ConfigurationError(f'FidelityMetric: the student has {mine} classes and the teacher {theirs}; expected '
+                                     "a teacher of the student's classes, in the same order.")
 
     def _compare(self, sample: dict, teacher: InstanceData) -> dict:
         """The numbers of one image that add up to those of all."""
@@ -124,12 +124,13 @@ class FidelityMetric(BaseMetric):
         true_labels = torch.as_tensor(truth['labels']).cpu()
         calibration = {}
         for name, detected in (('student', student), ('teacher', teacher)):
-            correct = true_positives(detected.bboxes, detected.scores, detected.labels, true_boxes, true_labels, self.min_iou)
-            detected.correct = correct
+            detected.correct = correct = true_positives(detected.bboxes, detected.scores, detected.labels, true_boxes,
+                                                        true_labels, self.min_iou)
             counted = detected.scores >= self.calibrated_from
             calibration[name] = (detected.scores[counted], correct[counted])
         student, teacher = (each[each.scores >= self.confidence] for each in (student, teacher))
-        rows, columns, overlaps = match_detections(teacher.bboxes, teacher.labels, student.bboxes, student.labels, self.min_iou)
+        rows, columns, overlaps = match_detections(teacher.bboxes, teacher.labels, student.bboxes, student.labels,
+                                                   self.min_iou)
         agree = teacher.labels[rows] == student.labels[columns]
         found = torch.zeros(len(teacher), dtype=torch.bool)
         found[rows[agree]] = True
@@ -176,7 +177,7 @@ class FidelityMetric(BaseMetric):
             values['class_kl'] = joined('class_kl')
         metrics = {name: each.mean().item() for name, each in values.items() if len(each)}
         for name in ('student', 'teacher'):
-            scores, correct = (torch.cat([result['calibration'][name][place] for result in results]) for place in (0, 1))
+            scores, correct = map(torch.cat, zip(*(result['calibration'][name] for result in results)))
             if len(scores):
                 metrics[f'{name}_ece'] = expected_calibration_error(scores, correct, self.bins).item()
         metrics.update({f'cka_{stride}': value for stride, value in self._cka.items()})

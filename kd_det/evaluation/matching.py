@@ -28,8 +28,9 @@ def match_detections(boxes: Tensor, labels: Tensor, other_boxes: Tensor, other_l
         (p,) indices of the first, (p,) indices of the second, and (p,) their IoU.
     """
     overlap = box_iou(boxes.double(), other_boxes.double())
-    gain = torch.where(overlap >= min_iou, overlap + TIE * (labels[:, None] == other_labels[None]), overlap.new_zeros(()))
-    rows, columns = (torch.as_tensor(each, dtype=torch.long) for each in linear_sum_assignment(gain.numpy(), maximize=True))
+    preferred = overlap + TIE * (labels[:, None] == other_labels[None])
+    gain = torch.where(overlap >= min_iou, preferred, torch.zeros_like(overlap))
+    rows, columns = map(torch.from_numpy, linear_sum_assignment(gain.numpy(), maximize=True))
     paired = gain[rows, columns] > 0
     rows, columns = rows[paired], columns[paired]
     return rows, columns, overlap[rows, columns]

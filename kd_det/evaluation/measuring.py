@@ -39,7 +39,8 @@ def measure_fidelity(config: Config, checkpoint: str, teacher: dict, split: str 
     dataset = DATASETS.build(_prepared_as_for_validation(config, split))
     evaluator = Evaluator([metric])
     evaluator.dataset_meta = dataset.metainfo
-    for batch in DataLoader(dataset, batch_size=config.val_dataloader.get('batch_size') or 1, collate_fn=pseudo_collate):
+    batch_size = config.val_dataloader.get('batch_size') or 1
+    for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=pseudo_collate):
         evaluator.process(data_samples=detector.val_step(batch), data_batch=batch)
     return {name.split('/')[-1]: value for name, value in evaluator.evaluate(len(dataset)).items()}
 

@@ -46,9 +46,9 @@ def moments(x: Tensor, y: Tensor) -> Moments:
 def linear_cka(sums: Moments) -> Tensor:
     """Linear centered kernel alignment of two sets of features (arXiv 1905.00414).
 
-    ``‖YᵀX‖² / (‖XᵀX‖ ‖YᵀY‖)`` in Frobenius norms, of features whose mean over the rows is subtracted. It does not change
-    when features are rotated or scaled. It is the plain estimate: with fewer rows than channels it is too high, so there
-    should be many more.
+    ``‖YᵀX‖² / (‖XᵀX‖ ‖YᵀY‖)`` in Frobenius norms, of features whose mean over the rows is subtracted. It does not
+    change when features are rotated or scaled. It is the plain estimate: with fewer rows than channels it is too high,
+    so there should be many more.
 
     Args:
         sums: See :func:`moments`.
@@ -66,8 +66,8 @@ def expected_calibration_error(scores: Tensor, correct: Tensor, bins: int = 15) 
     """Detection ECE: by how much scores differ from the share of detections that are correct (arXiv 2004.13546).
 
     The detections are put into bins of equal width by their score; of every bin the distance between mean score and
-    precision counts with the share of detections in it. (Of the position-dependent error of the paper this is the part by
-    score alone.)
+    precision counts with the share of detections in it. (Of the position-dependent error of the paper this is the part
+    by score alone.)
 
     Args:
         scores: (n,) between 0 and 1.

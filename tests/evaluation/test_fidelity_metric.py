@@ -74,14 +74,16 @@ def test_without_modules_detections_alone_are_compared(model, saved, batch):
 def instances(rows):
     """Boxes of 10 pixels with x, score and label."""
     return dict(bboxes=torch.tensor([[x, 0.0, x + 10.0, 10.0] for x, _, _ in rows]).reshape(-1, 4),
-                scores=torch.tensor([score for _, score, _ in rows]), labels=torch.tensor([label for _, _, label in rows]).long())
+                scores=torch.tensor([score for _, score, _ in rows]),
+                labels=torch.tensor([label for _, _, label in rows]).long())
 
 
 def test_numbers_by_hand():
-    """The teacher is sure of four boxes: two right, two wrong. The student has one of each, and one in another class."""
+    """The teacher is sure of two right and two wrong boxes. The student has one of each, and one in another class."""
     metric = FidelityMetric(dict(config=dict(type='none')), confidence=0.5, bins=1, calibrated_from=0.5)
     metric._cka = {}
-    sample = dict(scale_factor=(2.0, 2.0), pred_instances=instances([(0, .9, 0), (40, .8, 1), (20, .7, 1), (60, .1, 1)]),
+    sample = dict(scale_factor=(2.0, 2.0),
+                  pred_instances=instances([(0, .9, 0), (40, .8, 1), (20, .7, 1), (60, .1, 1)]),
                   gt_instances=dict(bboxes=instances([(0, 1., 0), (20, 1., 0)])['bboxes'], labels=torch.tensor([0, 0])))
     teacher = instances([(0, .9, 0), (20, .9, 0), (40, .9, 1), (60, .9, 1), (80, .2, 0)])
     teacher['bboxes'] = teacher['bboxes'] * 2  # in pixels of the image as it was scaled for the network
@@ -121,9 +123,10 @@ def test_the_prior_that_speaks_fits_and_is_sure(retinanet):
         dense = read_dense(head, head([torch.randn(1, 8, size, size) for size in (8, 4, 2, 1, 1)]))
     boxes = torch.tensor([[5.0, 6.0, 40.0, 44.0], [30.0, 2.0, 62.0, 30.0]])
     chosen = speaking_priors(dense, 0, boxes, (64, 64))
-    decoded, scores = torch.cat([level[0] for level in dense.boxes]), torch.cat([level[0].sigmoid().amax(-1) for level in dense.logits])
+    decoded = clip_boxes_to_image(torch.cat([level[0] for level in dense.boxes]), (64, 64))
+    scores = torch.cat([level[0].sigmoid().amax(-1) for level in dense.logits])
     for box, prior in zip(boxes, chosen):
-        products = [float(score * box_iou(box[None], clip_boxes_to_image(each[None], (64, 64)))) for each, score in zip(decoded, scores)]
+        products = [float(score * box_iou(box[None], each[None])) for each, score in zip(decoded, scores)]
         assert products[prior] == pytest.approx(max(products), rel=1e-6)
 
 

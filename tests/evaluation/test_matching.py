@@ -20,7 +20,8 @@ def test_pairs_have_the_largest_sum_of_overlaps(seed):
     boxes, others = random_boxes(4, seed), random_boxes(5, seed + 100)
     overlap = box_iou(boxes, others).double()
     overlap[overlap < 0.3] = 0
-    best = max(sum(overlap[row, column] for row, column in enumerate(columns)) for columns in itertools.permutations(range(5), 4))
+    best = max(sum(overlap[row, column] for row, column in enumerate(columns))
+               for columns in itertools.permutations(range(5), 4))
     rows, columns, ious = match_detections(boxes, torch.zeros(4), others, torch.zeros(5), min_iou=0.3)
     assert ious.sum() == pytest.approx(best.item(), abs=1e-5) and (ious >= 0.3).all()
     assert len(set(rows.tolist())) == len(set(columns.tolist())) == len(rows)
@@ -43,7 +44,8 @@ def test_nothing_matches_nothing():
 def test_an_object_is_found_once_by_the_surest_box_of_its_class():
     boxes = torch.tensor([[1.0, 0.0, 11.0, 10.0], SQUARE, SQUARE, [50.0, 50.0, 60.0, 60.0]])
     scores, labels = torch.tensor([0.9, 0.8, 0.95, 0.7]), torch.tensor([0, 0, 1, 0])
-    assert true_positives(boxes, scores, labels, torch.tensor([SQUARE]), torch.tensor([0])).tolist() == [True, False, False, False]
+    correct = true_positives(boxes, scores, labels, torch.tensor([SQUARE]), torch.tensor([0]))
+    assert correct.tolist() == [True, False, False, False]
 
 
 def test_without_objects_nothing_is_correct():

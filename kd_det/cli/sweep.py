@@ -1,0 +1,43 @@
+"""``kd-det sweep``: one method over a grid of settings; a benchmark whose methods are made of the settings."""
+from __future__ import annotations
+
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from itertools import product
+from typing import List, Tuple
+
+from kd_det.benchmark.pair import read_pair
+from kd_det.cli import benchmark
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument('--method', required=True, help='a method, or a sum of methods: a+b')
+    parser.add_argument('--set', nargs='+', type=_setting, required=True, metavar='KEY=A,B,C',
+                        help='values to try, such as kd.temperature=1,2,4: of a term by its name, or of the config by '
+                        'its dotted key; several of these make a grid')
+    benchmark.add_common_arguments(parser)
+
+
+def run(options: Namespace) -> int:
+    pair = read_pair(options.pair, options.student, options.teacher, options.teacher_checkpoint)
+    options.methods = ','.join(grid(options.method, options.set, tuple(pair.student)))
+    return benchmark.run(options)
+
+
+def grid(method: str, settings: List[Tuple[str, List[str]]], config_keys: Tuple[str, ...]) -> List[str]:
+    """Names a variant for every combination of values, as ``kd-det benchmark --methods`` reads them.
+
+    Args:
+        method: The method.
+        settings: Key and values of each setting.
+        config_keys: The keys at the top of the student's config; a key that begins with none of them is a term's.
+    """
+    keys = [key if key.split('.')[0] in config_keys else f'model.distill.{key}' for key, _ in settings]
+    return ['@'.join([method, *(f'{key}={value}' for key, value in zip(keys, values))])
+            for values in product(*(values for _, values in settings))]
+
+
+def _setting(text: str) -> Tuple[str, List[str]]:
+    key, _, values = text.partition('=')
+    if '.' not in key or not values:
+        raise ArgumentTypeError(f"expected KEY=A,B,C with a dotted key, such as kd.temperature=1,2,4, got '{text}'")
+    return key, values.split(',')

@@ -1,0 +1,83 @@
+"""``kd-det benchmark`` from its command line to its results, on trainings of two steps."""
+import json
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from kd_det.cli.main import main
+from kd_det.cli.sweep import grid
+from kd_det.compat import load_checkpoint
+
+BROKEN = 'fgd@model.distill.fgd.tap=nowhere'
+
+
+@pytest.fixture
+def benchmark(run_config, retinanet, tmp_path, monkeypatch):
+    """Runs the command for one seed, and gives its exit status and what results.json holds."""
+    monkeypatch.chdir(tmp_path)
+    for name, model in dict(student=retinanet(), teacher=retinanet(depth=50)).items():
+        config = run_config(model, epochs=1, val=True).to_dict()
+        del config['default_hooks']['distill'], config['work_dir'], config['experiment_name'], config['visualizer']
+        Config(config).dump(f'{name}.py')
+
+    def run(*options: str):
+        status = main(['benchmark', '--student', 'student.py', '--teacher', 'teacher.py', '--seeds', '1', '--threads',
+                       '1', '--work-dir', 'work', '--cfg-options', 'default_hooks.distill.preflight=None', *options])
+        return status, json.loads((tmp_path / 'work' / 'results.json').read_text())
+
+    return run
+
+
+def test_a_benchmark_from_beginning_to_end(benchmark, tmp_path, capsys):
+    status, results = benchmark('--methods', f'none,fgd@inherit=none,{BROKEN}', '--fidelity', '--jobs', '2')
+    assert status == 1  # for one run failed
+    teacher = results['teacher']  # trained first, for there is no checkpoint
+    assert (tmp_path / 'work' / teacher['checkpoint']).is_file()
+    assert results['pair']['checkpoint'].endswith(teacher['checkpoint'])
+    assert teacher['parameters'] > results['runs'][0]['parameters']
+    plain, fgd, broken = results['runs']
+    assert plain['status'] == fgd['status'] == 'finished'
+    assert plain['same_start'] and fgd['same_start'] and fgd['same_order']
+    assert plain['iterations'] == fgd['iterations'] == 2 and plain['flops'] == fgd['flops'] > 0
+    assert plain['parameters'] == fgd['parameters'] > 0
+    assert fgd['seconds_per_iteration'] > 0 and fgd['peak_memory'] > 2**20
+    states = [load_checkpoint(tmp_path / 'work' / run['checkpoint'])['state_dict'] for run in (plain, fgd)]
+    assert states[0].keys() == states[1].keys() and any((states[0][key] != states[1][key]).any() for key in states[0])
+    assert (tmp_path / 'work' / fgd['scalars']).is_file()
+    assert set(fgd['fidelity']) == {'val'} and 'cka_8' in fgd['fidelity']['val']
+    assert broken['status'] == 'failed' and 'nowhere' in broken['error']
+    assert (tmp_path / 'work' / broken['log']).is_file()
+    assert results['summary']['fgd@inherit=none']['bbox_mAP']['verdict'] == 'one seed, no statement'
+    assert 'one seed, no statement' in (tmp_path / 'work' / 'results.md').read_text()
+
+    # What has finished is kept, what was killed begins anew and ends in the same weights.
+    (tmp_path / 'work' / plain['folder'] / 'result.json').unlink()
+    capsys.readouterr()
+    status, again = benchmark('--methods', 'fgd@inherit=none')
+    said = capsys.readouterr().out
+    assert status == 0 and 'teacher: kept from before' in said and 'fgd@inherit=none, seed 0: kept from before' in said
+    assert '\nnone, seed 0: begins' in said
+    assert again['runs'][1]['identity'] == fgd['identity'] and again['runs'][0]['start'] == plain['start']
+    state = load_checkpoint(tmp_path / 'work' / again['runs'][0]['checkpoint'])['state_dict']
+    assert all(torch.equal(state[key], states[0][key]) for key in state)
+
+
+@pytest.mark.parametrize('seeds', ['0', 'many', '1,1', '-2'])
+def test_seeds_that_are_none_are_named(seeds, capsys):
+    with pytest.raises(SystemExit):
+        main(['benchmark', 'pair.py', f'--seeds={seeds}'])
+    assert 'expected a number of seeds' in capsys.readouterr().err
+
+
+def test_a_sweep_is_a_benchmark_of_a_grid():
+    settings = [('kd.temperature', ['1', '2']), ('train_cfg.max_epochs', ['8', '16'])]
+    assert grid('kd', settings, ('model', 'train_cfg')) == [
+        f'kd@model.distill.kd.temperature={temperature}@train_cfg.max_epochs={epochs}'
+        for temperature in (1, 2) for epochs in (8, 16)]
+
+
+def test_what_can_not_be_composed_is_told_before_anything_is_trained(benchmark, tmp_path, capsys):
+    with pytest.raises(FileNotFoundError):  # there are no results
+        benchmark('--methods', 'none,unheard')
+    assert "no method 'unheard'" in capsys.readouterr().err and not (tmp_path / 'work').exists()

@@ -1,0 +1,63 @@
+"""From the runs' numbers to what is printed."""
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from kd_det.benchmark.results import mark_twins, summarize
+from kd_det.benchmark.tables import difference_text, markdown_table, rich_tables
+
+
+def entry(variant, seed, ap, **changes):
+    run = dict(variant=variant, seed=seed, status='finished', start=f'start {seed}', order=f'order {seed}', flops=None,
+               metrics=dict(bbox_mAP=ap, bbox_mAP_50=2 * ap, bbox_mAP_l=-1.0), parameters=2_000_000,
+               seconds_per_iteration=0.25, peak_memory=2**30, peak_device_memory=None)
+    return dict(run, **changes)
+
+
+@pytest.fixture
+def results():
+    runs = [entry('none', seed, ap) for seed, ap in enumerate((0.30, 0.32, 0.34))]
+    runs += [entry('better', seed, ap) for seed, ap in enumerate((0.32, 0.342, 0.358))]
+    runs += [entry('other', seed, ap) for seed, ap in enumerate((0.35, 0.30, 0.34))]
+    runs.append(dict(variant='broken', seed=0, status='failed', error='out of memory', log='log.txt'))
+    fidelity = {name: dict(mean=value, std=None) for name, value in dict(found=0.8, cka_8=0.9, cka_16=0.7).items()}
+    return dict(teacher=None, runs=runs, summary=summarize(runs), fidelity=dict(val=dict(better=fidelity)))
+
+
+def test_summary_is_in_points_and_paired(results):
+    better = results['summary']['better']['bbox_mAP']
+    assert better['mean'] == pytest.approx(34.0) and better['difference'] == pytest.approx(2.0)
+    assert list(better['by_seed'].values()) == pytest.approx([2.0, 2.2, 1.8]) and better['verdict'] == 'gain'
+    assert 'bbox_mAP_l' not in results['summary']['better']  # no object is large
+    assert 'difference' not in results['summary']['none']['bbox_mAP']
+
+
+def test_an_interval_with_zero_is_never_printed_as_a_gain(results):
+    table, _, fidelity = markdown_table(results).partition('Fidelity on val')
+    rows = {line.split(' | ')[0].strip('| '): line for line in table.splitlines() if line.startswith('| ')}
+    assert '| +2.0 ± 0.5 |' in rows['better']
+    assert 'no difference shown (+1.0 ± ' in rows['other']
+    assert '0 of 1' in rows['broken'] and 'broken, seed 0 failed: out of memory' in table
+    assert '| better | 0.800 |  |  |  |  |  |  | 0.800 |' in fidelity  # found, and the mean of both levels' CKA
+
+
+def test_console_shows_the_same(results):
+    console = Console(width=200, record=True, file=StringIO())
+    for table in rich_tables(results):
+        console.print(table)
+    shown = console.export_text()
+    assert 'no difference shown (+1.0' in shown and '1.00 GiB' in shown and '2.00 M' in shown and '0.800' in shown
+
+
+def test_one_seed_is_no_statement():
+    runs = [entry('none', 0, 0.3), entry('better', 0, 0.5)]
+    assert difference_text(summarize(runs)['better']['bbox_mAP']) == 'one seed, no statement (+20.0)'
+
+
+def test_runs_that_did_not_begin_like_their_twin_are_marked():
+    runs = [entry('none', 0, 0.3), entry('same', 0, 0.3), entry('other', 0, 0.3, start='elsewhere'),
+            entry('alone', 1, 0.3)]
+    mark_twins(runs)
+    assert [run['same_start'] for run in runs] == [True, True, False, None]
+    assert [run['same_order'] for run in runs] == [True, True, True, None]
