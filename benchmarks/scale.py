@@ -108,7 +108,9 @@ def plot(points: List[dict], folder: Path) -> None:
         below.set(ylim=(0, None), xlabel=LABELS[name])
         for axis in (above, below):
             axis.grid(alpha=0.3)
-            axis.set_xticks(values)
+            axis.set_xscale('log' if name == 'boxes' else 'linear')
+            axis.set_xticks(values, [str(value) for value in values])
+            axis.minorticks_off()
     axes[0, 0].set_ylabel('seconds a step')
     axes[1, 0].set_ylabel('peak MB of tensors')
     axes[0, 0].legend()
