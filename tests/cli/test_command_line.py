@@ -95,6 +95,8 @@ def test_help_lists_the_commands(capsys):
     ('export', ['OUT.pth', '--cfg-options']),
     ('doctor', ['--teacher-checkpoint', '--data-root']),
     ('methods', []),
+    ('benchmark', ['PAIR', '--methods', '--seeds', '--fidelity', '--paper-weights', '--devices', '--jobs', '--threads']),
+    ('sweep', ['PAIR', '--method', '--set', '--seeds', '--fidelity']),
     ('inspect', ['--image', '--out', '--random-teacher', '--teacher-checkpoint', '--data-root', '--cfg-options']),
 ])
 def test_help_of_each_command_lists_its_options(command, options, capsys):
