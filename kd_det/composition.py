@@ -22,8 +22,8 @@ METHOD_ROOT = CONFIG_ROOT / '_base_' / 'methods'
 def available_methods() -> Dict[str, Dict[str, Path]]:
     """The methods that have configs: name -> family -> file.
 
-    A method has one file for each family of heads, ``<method>_<family>.py``, or one for all others, ``<method>.py``, whose
-    family is ``''``.
+    A method has one file for each family of heads, ``<method>_<family>.py``, or one for all others, ``<method>.py``,
+    whose family is ``''``.
     """
     methods: Dict[str, Dict[str, Path]] = {}
     for file in sorted(METHOD_ROOT.glob('*.py')):

@@ -6,8 +6,8 @@ from mmengine.config import ConfigDict
 
 DENSE = {'RetinaNet': 'retina', 'ATSS': 'atss', 'GFL': 'gfl', 'FCOS': 'fcos_normalized', 'RTMDet': 'rtmdet_separate',
          'YOLOX': 'yolox', 'SSD': 'ssd', 'YOLOv3': 'yolov3'}
-DETRS = {'DETR': 'DETR', 'Conditional DETR': 'ConditionalDETR', 'DAB-DETR': 'DABDETR', 'Deformable DETR': 'DeformableDETR',
-         'DINO': 'DINO'}
+DETRS = {'DETR': 'DETR', 'Conditional DETR': 'ConditionalDETR', 'DAB-DETR': 'DABDETR',
+         'Deformable DETR': 'DeformableDETR', 'DINO': 'DINO'}
 
 
 @pytest.fixture
@@ -32,8 +32,8 @@ def detector_config(one_stage, faster_rcnn, cascade_rcnn, detr):
         model = faster_rcnn(**kwargs)
         model.type, model.train_cfg.rcnn.mask_size = 'MaskRCNN', 6
         model.roi_head.mask_roi_extractor = model.roi_head.bbox_roi_extractor
-        model.roi_head.mask_head = dict(type='FCNMaskHead', num_convs=1, in_channels=kwargs['neck'], conv_out_channels=8,
-                                        num_classes=3)
+        model.roi_head.mask_head = dict(type='FCNMaskHead', num_convs=1, in_channels=kwargs['neck'],
+                                        conv_out_channels=8, num_classes=3)
         return model
 
     def make(kind: str, teacher: bool = False) -> dict:

@@ -27,12 +27,14 @@ REFUSED = [(method, detector) for detector in DETECTORS for method in SERVED if 
 # One image is padded. Some necks end with a level of few cells; relations need as many images.
 THREE_IMAGES = dict(
     shapes=((96, 96), (64, 80), (96, 96)),
-    boxes=(((8, 8, 40, 40), (30, 20, 94, 90), (52, 4, 68, 20)), ((20, 4, 60, 50), ), ((4, 10, 70, 80), (2, 30, 30, 62))))
+    boxes=(((8, 8, 40, 40), (30, 20, 94, 90), (52, 4, 68, 20)), ((20, 4, 60, 50), ),
+           ((4, 10, 70, 80), (2, 30, 30, 62))))
 NO_BOXES = dict(shapes=((32, 32), (32, 20)), boxes=((), ()))  # and necks that end with a single cell
 
 # What the terms that compare outputs of heads read; those that compare features read what they tap.
-OUTPUTS = {DenseClassification: ('logits', 'objectness'), DenseRegression: ('regressions', ), RankMimicking: ('logits', ),
-           RoIClassification: ('logits', ), QueryClassification: ('logits', ), QueryRegression: ('boxes', )}
+OUTPUTS = {DenseClassification: ('logits', 'objectness'), DenseRegression: ('regressions', ),
+           RankMimicking: ('logits', ), RoIClassification: ('logits', ),
+           QueryClassification: ('logits', ), QueryRegression: ('boxes', )}
 
 # These look at some places alone, so that some levels of these small images may teach nothing.
 LOCAL = dict(
@@ -40,7 +42,7 @@ LOCAL = dict(
     pgd='boxes here cover the whole of the coarsest level, which has no background then',
     ld='priors that the assigner gave to a box', rm='boxes with several such priors',
     kd='regions, all small enough for the finest level', dkd='as kd',
-    querykd='the queries of Conditional DETR and DAB-DETR begin without content, so that their first attention learns nothing')
+    querykd='the queries of Conditional DETR and DAB-DETR begin without content: their first attention learns nothing')
 
 # Terms whose value is not 0 where the student equals the teacher.
 NEVER_ZERO = dict(
@@ -131,7 +133,8 @@ def read_by(term: DistillTerm, observation: Observation) -> List[Tensor]:
         return [level for tower in towers for level in tower]
     outputs = student[term.student_heads[0]]
     fields = [getattr(outputs, name, None) for name in OUTPUTS[type(term)]]
-    return [level for field in fields if field is not None for level in (field if isinstance(field, tuple) else [field])]
+    levels = [field if isinstance(field, tuple) else (field, ) for field in fields if field is not None]
+    return [level for field in levels for level in field]
 
 
 def is_weight(parameter: Tensor) -> bool:
@@ -145,9 +148,8 @@ def parts_of_detectors(names: Iterable[str]) -> set:
 
 
 def test_names_of_terms_do_not_meet_in_sums_of_methods():
-    for family in ('one_stage', 'two_stage'):
-        names = [name for method, served in SERVED.items()
-                 if ('GFL' if family == 'one_stage' else 'Faster R-CNN') in served for name in method_terms(method, family)]
+    for family, detector in (('one_stage', 'GFL'), ('two_stage', 'Faster R-CNN'), ('detr', 'DINO')):
+        names = [name for method, served in SERVED.items() if detector in served for name in method_terms(method, family)]
         assert len(names) == len(set(names))
 
 
