@@ -12,8 +12,8 @@ from kd_det.configuration import ConfigurationError, load_config
 from kd_det.detectors import DETECTORS, FAMILIES, family_of
 
 FIRST_LINE = re.compile(r'\S.* \((?P<paper>.+?)\): (?P<idea>.+)\.')
-READS = {'backbone': 'backbone features', 'neck': 'neck features', 'encoder': 'encoder features', 'bbox_head': 'dense head',
-         'bbox_head.queries': 'queries', 'rpn_head': 'RPN', 'roi_head': 'RoI head'}
+READS = {'backbone': 'backbone features', 'neck': 'neck features', 'encoder': 'encoder features',
+         'bbox_head': 'dense head', 'bbox_head.queries': 'queries', 'rpn_head': 'RPN', 'roi_head': 'RoI head'}
 
 
 class MethodEntry(NamedTuple):

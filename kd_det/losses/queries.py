@@ -23,11 +23,18 @@ class QueryPairs(NamedTuple):
         teacher: The teacher's in the order of the student's, without gradient; where a query has none, any.
         foreground: (D, N, Q), 1 where the two are for the same ground-truth box.
         background: (D, N, Q), 1 where the two are for none.
+        divisor: Number of ground-truth boxes, and of unlabelled images the sum of the teacher's scores, as mean over
+            ranks, at least 1; scalar.
     """
     student: QueryOutputs
     teacher: QueryOutputs
     foreground: Tensor
     background: Tensor
+    divisor: Tensor
+
+    def normalized(self, values: Tensor) -> Tensor:
+        """The sum of (D, N, Q) values over layers, images and queries, by the number of boxes."""
+        return values.sum() / self.divisor
 
 
 class QueryTerm(DistillTerm):
@@ -78,10 +85,6 @@ class QueryTerm(DistillTerm):
         key = ('queries', self.teacher, self.student_head, self.teacher_head, self.layers, self.background, self.costs)
         return context.once(key, lambda: self._pairs(context))
 
-    def normalized(self, values: Tensor, context: DistillContext) -> Tensor:
-        """The sum over layers, images and queries, over the number of boxes: as mean over ranks, at least 1."""
-        return values.sum() / reduce_mean(values.new_tensor(float(sum(map(len, context.boxes))))).clamp(min=1)
-
     def _pairs(self, context: DistillContext) -> QueryPairs:
         student = context.student_outputs[self.student_head]
         teacher = context.teacher_outputs[self.teacher][self.teacher_head]
@@ -89,10 +92,12 @@ class QueryTerm(DistillTerm):
         layers = min(len(student.logits), len(teacher.logits), self.layers or len(student.logits))
         student, teacher = student.last(layers), teacher.last(layers)
         paired = self._match(student, teacher, context)
-        found = paired >= 0
+        found, scores = paired >= 0, teacher.scores()[-1]
+        count = (scores - context.where_labelled(scores)).sum() + sum(map(len, context.boxes))
         return QueryPairs(student, _ordered(teacher, paired.clamp(min=0)),
                           foreground=(found & (student.assigned >= 0)).float(),
-                          background=(found & (student.assigned < 0)).float())
+                          background=(found & (student.assigned < 0)).float(),
+                          divisor=reduce_mean(count).clamp(min=1))
 
     @torch.no_grad()
     def _match(self, student: QueryOutputs, teacher: QueryOutputs, context: DistillContext) -> Tensor:
@@ -135,5 +140,5 @@ def _box_cost(student: QueryOutputs, teacher: QueryOutputs, context: DistillCont
 def _require_same_classes(student: QueryOutputs, teacher: QueryOutputs) -> None:
     told = [f'{each.num_classes} classes apart by {each.activation}' for each in (student, teacher)]
     if told[0] != told[1]:
-        raise HeadError(f'The student tells {told[0]}, the teacher {told[1]}: queries are compared class by class. Give '
-                        'a teacher of the same classes and kind, or distil features alone.')
+        raise HeadError(f'The student tells {told[0]}, the teacher {told[1]}: queries are compared class by class. '
+                        'Give a teacher of the same classes and kind, or distil features alone.')

@@ -14,9 +14,9 @@ from kd_det.losses.queries import QueryTerm
 class QueryClassification(QueryTerm):
     """Class distillation of DETRs, query by query (after DETRDistill, Chang et al., arXiv 2211.10156).
 
-    Heads with sigmoid classes (Conditional DETR, DAB-DETR, Deformable DETR, DINO): Σ_classes BCE(s, σ(t))·|σ(t) − σ(s)|^β
-    (BCKD, arXiv 2308.14286), which fades where the two agree, as on most of the background. Heads with softmax classes
-    (DETR): T²·KL(t ‖ s).
+    Heads with sigmoid classes (Conditional DETR, DAB-DETR, Deformable DETR, DINO): Σ_classes
+    BCE(s, σ(t))·|σ(t) − σ(s)|^β (BCKD, arXiv 2308.14286), which fades where the two agree, as on most of the background.
+    Heads with softmax classes (DETR): T²·KL(t ‖ s).
 
     Args:
         beta: Exponent of the gap; 0 for the plain cross-entropy, see :func:`~kd_det.losses.outputs.sigmoid_divergence`.
@@ -42,5 +42,5 @@ class QueryClassification(QueryTerm):
             divergence = sigmoid_divergence(student, teacher, self.beta)
         else:
             divergence = soft_target_kl(student, teacher, self.temperature, reduction='none')
-        return dict(foreground=self.foreground_weight * self.normalized(divergence * pairs.foreground, context),
-                    background=self.background_weight * self.normalized(divergence * pairs.background, context))
+        return dict(foreground=self.foreground_weight * pairs.normalized(divergence * pairs.foreground),
+                    background=self.background_weight * pairs.normalized(divergence * pairs.background))

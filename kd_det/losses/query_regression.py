@@ -36,5 +36,5 @@ class QueryRegression(QueryTerm):
         student, teacher = pairs.student.boxes, pairs.teacher.boxes
         l1 = (student - teacher).abs().sum(-1)
         giou = giou_imitation(*(corners(boxes).flatten(0, 2) for boxes in (student, teacher))).view_as(weight)
-        return dict(l1=self.l1_weight * self.normalized(weight * l1, context),
-                    giou=self.giou_weight * self.normalized(weight * giou, context))
+        return dict(l1=self.l1_weight * pairs.normalized(weight * l1),
+                    giou=self.giou_weight * pairs.normalized(weight * giou))

@@ -163,6 +163,17 @@ def test_a_box_of_a_class_that_the_teacher_lacks_is_compared_with_nothing(detr, 
     assert (pairs.foreground + pairs.background)[:, 0][unknown].sum() == 0
 
 
+def test_the_teachers_scores_count_for_the_boxes_of_unlabelled_images(detr, make, observed):
+    model = make(detr(), detr())
+    context, values = observed(model)
+    context.labelled = (True, True, False)
+    context._computed.clear()
+    scores = context.teacher_outputs[0][NAME].scores()[-1, 2].sum()
+    assert scores > 1
+    for part, value in model.terms['boxes'](context).items():
+        torch.testing.assert_close(value, values['boxes'][part] * 3 / (3 + scores))
+
+
 def test_queries_are_matched_once_a_step(detr, make, observed, monkeypatch):
     calls, original = [], module.match_queries
     monkeypatch.setattr(module, 'match_queries', lambda *args: calls.append(args) or original(*args))
