@@ -124,5 +124,8 @@ def build_weight(config: WeightConfig) -> Weight:
     if isinstance(config, (float, int)):
         return Weight(config)
     if isinstance(config, dict) and 'type' in config:
+        if isinstance(config['type'], str) and TASK_UTILS.get(config['type']) is None:
+            raise ValueError(f"weight: there is no schedule '{config['type']}': expected one of Warmup, Decay, Start, Stop "
+                             'and Balance.')
         return TASK_UTILS.build(config)
     raise ValueError(f"weight={config!r}: expected a number or a schedule such as dict(type='Warmup', value=1.0, epochs=1).")

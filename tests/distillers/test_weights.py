@@ -32,3 +32,8 @@ def test_length_is_given_in_one_unit():
 def test_zero_throughout():
     assert build_weight(0).is_zero and build_weight(dict(type='Warmup', value=0, epochs=1)).is_zero
     assert not build_weight(dict(type='Warmup', value=1, epochs=1)).is_zero
+
+
+def test_a_schedule_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="no schedule 'Warmupp': expected one of Warmup, Decay"):
+        build_weight(dict(type='Warmupp', value=1.0, epochs=1))
