@@ -1,10 +1,20 @@
-"""Runs with unlabelled images: alone, and with a teacher's boxes."""
+"""Runs with unlabelled images: alone, and with a teacher's boxes; a resumed one ends as the uninterrupted one."""
 import json
+from pathlib import Path
 
 import pytest
+import torch
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 TERMS = dict(pkd=dict(type='PKD'), fgd=dict(type='FGD'), classes=dict(type='RoIClassification'))
+
+
+class _StopAfter(Hook):
+
+    def before_train_epoch(self, runner):
+        if runner.epoch == 1:
+            raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -55,3 +65,17 @@ def test_a_run_learns_from_both(runner, monkeypatch, pseudo_labels):
         assert ('distill/pseudo_boxes' in losses) == (pseudo_labels is not None and any(flags))
     if pseudo_labels:
         assert sum(losses.get('distill/pseudo_boxes', 0) for losses, *_ in steps) > 0
+
+
+def test_a_resumed_run_draws_the_same_boxes(runner):
+    options = dict(pseudo_labels=dict(score=0.2, weight='score'))
+    runner('straight', **options).train()
+    first = runner('resumed', **options)
+    first.register_hook(_StopAfter(), priority='LOWEST')
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    again = runner('resumed', resume=True, **options)
+    again.train()
+    straight, resumed = (torch.load(Path(again.work_dir).parent / name / 'epoch_2.pth', weights_only=True)['state_dict']
+                         for name in ('straight', 'resumed'))
+    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
