@@ -68,7 +68,8 @@ class ClassSets:
         match = self.matches.get(teacher)
         return context if match is None or match.is_identity else restricted_to_shared(context, teacher, match)
 
-    def translated(self, detections: List[InstanceData], index: int, counts: Tuple[Optional[int], ...]) -> List[InstanceData]:
+    def translated(self, detections: List[InstanceData], index: int,
+                   counts: Tuple[Optional[int], ...]) -> List[InstanceData]:
         """A teacher's detections with the student's labels.
 
         Args:
