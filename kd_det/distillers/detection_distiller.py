@@ -14,6 +14,7 @@ from kd_det.configuration import ConfigurationError
 from kd_det.context import DistillContext, Progress
 from kd_det.distillers.building import build_task_weight, build_terms, check_cached, checked_teachers
 from kd_det.distillers.class_sets import ClassSets, has_classes
+from kd_det.distillers.cost import StepCost
 from kd_det.distillers.monitor import GradientMonitor
 from kd_det.distillers.provenance import Provenance, inherit, parts_in_common, pretrained_parameters
 from kd_det.distillers.pseudo_labels import build_pseudo_labels
@@ -81,7 +82,7 @@ class DetectionDistiller(BaseModel):
         self.inherited_parts = (inherit, ) if isinstance(inherit, str) else tuple(inherit)
         self.not_inherited: List[str] = []
         self.terms_origin = 'random'
-        self.progress = Progress()
+        self.progress, self.cost = Progress(), StepCost()
         self.teacher_configs = checked_teachers(teacher)
         self.teachers: Optional[List[Teacher]] = None
         self.class_sets = ClassSets()
@@ -193,7 +194,7 @@ class DetectionDistiller(BaseModel):
         teachers = self.build_teachers()
         if self.inherited_parts == ('auto', ):
             self.inherited_parts = parts_in_common(self.student, teachers[0].model)
-        inherited, self.not_inherited = inherit(self.student, teachers[0].model, self.inherited_parts)
+        inherited, self.not_inherited = inherit(self.student, teachers[0], self.inherited_parts)
         self.provenance.mark(inherited, 'inherited')
 
     # ------------------------------------------------------------------------------------ the terms
@@ -292,23 +293,25 @@ class DetectionDistiller(BaseModel):
         if not all(supervision.labelled):
             losses = labelled_losses(self.student, inputs, extractions[0].returned, supervision, losses)
         losses.update(supervision.log)
-        teachers, teacher_outputs = zip(*self._observe_teachers(names, inputs, image_shapes, student_outputs))
-        context = DistillContext(
-            student=student,
-            teachers=list(teachers),
-            student_levels=self._student_levels,
-            teacher_levels=self._teacher_levels,
-            boxes=supervision.boxes,
-            labels=supervision.labels,
-            labelled=supervision.labelled,
-            batch_shape=tuple(inputs.shape[-2:]),
-            image_shapes=image_shapes,
-            progress=self.progress,
-            student_outputs=student_outputs,
-            teacher_outputs=list(teacher_outputs))
-        seen_by = [self.class_sets.restricted(context, index) for index in range(len(teachers))]
-        with torch.autocast(inputs.device.type, enabled=False):
-            values = {name: self.terms[name](seen_by[self.terms[name].teacher]) for name in names}
+        with self.cost.measured(inputs.device):
+            teachers, teacher_outputs = zip(*self.observe_teachers(names, inputs, image_shapes, student_outputs))
+            self.cost.hold(teachers)
+            context = DistillContext(
+                student=student,
+                teachers=list(teachers),
+                student_levels=self._student_levels,
+                teacher_levels=self._teacher_levels,
+                boxes=supervision.boxes,
+                labels=supervision.labels,
+                labelled=supervision.labelled,
+                batch_shape=tuple(inputs.shape[-2:]),
+                image_shapes=image_shapes,
+                progress=self.progress,
+                student_outputs=student_outputs,
+                teacher_outputs=list(teacher_outputs))
+            seen_by = [self.class_sets.restricted(context, index) for index in range(len(teachers))]
+            with torch.autocast(inputs.device.type, enabled=False):
+                values = {name: self.terms[name](seen_by[self.terms[name].teacher]) for name in names}
         return Observation(losses, context, values)
 
     def _supervise(self, inputs: Tensor, data_samples: list) -> Supervision:
@@ -325,11 +328,11 @@ class DetectionDistiller(BaseModel):
         """The student's features where the gradient of a term is measured."""
         return [level for path in self.measured_taps(self.terms[name]) for level in context.student[path]]
 
-    def _observe_teachers(self, active: Iterable[str], images: Tensor, image_shapes: Sequence[Tuple[int, int]],
-                          student: StudentOutputs) -> Iterator[Tuple[Dict[str, Levels], TeacherOutputs]]:
+    def observe_teachers(self, active: Iterable[str], images: Tensor, image_shapes: Sequence[Tuple[int, int]],
+                         student: StudentOutputs) -> Iterator[Tuple[Dict[str, Levels], TeacherOutputs]]:
         """Runs what the active terms read of each teacher, and nothing of a teacher that none of them reads."""
         for index, teacher in enumerate(self.build_teachers()):
             terms = [self.terms[name] for name in active if self.terms[name].teacher == index]
             heads = tuple(dict.fromkeys(head for term in terms for head in term.teacher_heads))
-            reads = terms and (heads or teacher.taps.paths)
-            yield teacher.observe(images, image_shapes, heads, student) if reads else ({}, {})
+            taps = tuple(dict.fromkeys(path for term in terms for path in term.teacher_taps))
+            yield teacher.observe(images, image_shapes, heads, student, taps) if heads or taps else ({}, {})

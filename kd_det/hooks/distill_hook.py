@@ -30,6 +30,8 @@ class DistillHook(Hook):
     - Before training the teacher is loaded, evaluated (pre-flight), and a table tells where all weights came from.
     - Each step the weights' schedules move, and the random numbers are set from seed and iteration, so that a resumed run
       goes on as the uninterrupted one would. (Not when every term's weight is 0: then nothing differs from plain training.)
+    - The log gets what distilling costs each step, ``kd_time`` in seconds and ``kd_memory`` in MiB, see
+      :class:`~kd_det.distillers.cost.StepCost`.
     - At the start of each epoch :class:`~kd_det.datasets.ReplayedRandomness` is told which it is; at its end the teachers'
       caches report.
     - Each checkpoint gets the terms' weights, and what their balance has measured, under ``'distill'``, beside the
@@ -81,6 +83,12 @@ class DistillHook(Hook):
         distiller.set_progress(runner.iter, runner.iter / len(runner.train_dataloader))
         if len(distiller.terms) or distiller.pseudo_labels is not None:
             set_random_seed((runner.seed * 1_000_003 + runner.iter) % 2**32)
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        distiller = _distiller_of(runner)
+        if distiller is not None and distiller.teachers:
+            runner.message_hub.update_scalar('train/kd_time', distiller.cost.seconds)
+            runner.message_hub.update_scalar('train/kd_memory', distiller.cost.megabytes)
 
     def after_train_epoch(self, runner: Runner) -> None:
         distiller = _distiller_of(runner)
@@ -136,7 +144,6 @@ def origin_table(distiller: DetectionDistiller) -> str:
         if count:
             add(f'adapters of {name}', {distiller.terms_origin: count})
     for index, teacher in enumerate(distiller.teachers or ()):
-        count = sum(parameter.numel() for parameter in teacher.model.parameters())
         add(f'teacher {index}' if len(distiller.teachers) > 1 else 'teacher',
             {'checkpoint' if teacher.checkpoint else 'random': teacher.weights})
     output = StringIO()

@@ -4,7 +4,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from typing import Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import torch
 from mmdet.registry import MODELS
@@ -20,6 +20,7 @@ from kd_det.taps import ENCODER, Levels, Taps
 from kd_det.teachers.bridge import InputBridge
 from kd_det.teachers.cache import Answer, TeacherCache
 from kd_det.teachers.class_names import teacher_classes
+from kd_det.teachers.engine import Engine
 from kd_det.teachers.loading import ModelConfig, TeacherError, load_strictly, read_model_config
 from kd_det.teachers.transformer import run_encoder, shape_samples
 
@@ -40,16 +41,21 @@ class Teacher:
             :func:`~kd_det.teachers.class_names.teacher_classes`.
         cache: The arguments of a :class:`~kd_det.teachers.cache.TeacherCache`, which keeps the outputs on disk; None for
             none. Outputs of heads must be of those that :func:`~kd_det.heads.keeping.can_be_kept`.
+        fuse: See :class:`~kd_det.teachers.engine.Engine`.
+        channels_last: See :class:`~kd_det.teachers.engine.Engine`.
+        precision: See :class:`~kd_det.teachers.engine.Engine`.
+        compile: See :class:`~kd_det.teachers.engine.Engine`.
         taps: Module paths whose outputs are read.
         heads: Heads whose outputs may be asked for, see :func:`~kd_det.heads.find_head`.
         student_preprocessor: The student's data preprocessor, whose batches the teacher is given.
 
     Attributes:
         classes: Names of its classes, by label; None where nothing tells them.
+        weights: How many weights it has.
 
     Raises:
         TeacherError: No checkpoint and not ``random_teacher``, a checkpoint that does not fit, a head that is absent or
-            can not be read, or another number of classes than it has.
+            can not be read, another number of classes than it has, or an unknown precision.
     """
 
     def __init__(self,
@@ -60,6 +66,10 @@ class Teacher:
                  allow_unexpected: Sequence[str] = (),
                  classes: Sequence[str] = (),
                  cache: Optional[dict] = None,
+                 fuse: bool = True,
+                 channels_last: bool = True,
+                 precision: str = 'float32',
+                 compile: Union[bool, dict] = False,
                  *,
                  taps: Iterable[str],
                  heads: Iterable[str] = (),
@@ -70,6 +80,8 @@ class Teacher:
         if checkpoint and random_teacher:
             raise TeacherError(f"teacher.random_teacher=True contradicts teacher.checkpoint='{checkpoint}': remove one.")
         self.checkpoint = checkpoint
+        self.engine = Engine(fuse, channels_last, precision, compile)
+        self._digests: Optional[Tuple[str, str]] = None  # of the weights as loaded, and as the engine runs them
         with preserved_randomness():
             model_config = read_model_config(config)
             self._config = json.dumps(model_config.to_dict(), sort_keys=True, default=str)  # building may write into it
@@ -77,6 +89,7 @@ class Teacher:
         self.meta = load_strictly(self.model, checkpoint, allow_missing, allow_unexpected) if checkpoint else {}
         self.classes = teacher_classes(number_of_classes(self.model), classes, self.meta, config)
         self.model.eval().requires_grad_(False)
+        self.weights = sum(parameter.numel() for parameter in self.model.parameters())
         for name in heads:
             try:
                 find_head(self.model, name)
@@ -103,54 +116,74 @@ class Teacher:
         self.bridge._apply(function)
         return self
 
-    @torch.no_grad()
+    def state_dict(self) -> Dict[str, Tensor]:
+        """The weights as they were loaded.
+
+        Raises:
+            TeacherError: The teacher has run, and its engine has changed them.
+        """
+        if self._digests is not None and self._digests[0] != self._digests[1]:
+            raise TeacherError('The weights of a teacher that has run are no longer those of its checkpoint. Let the '
+                               'student inherit before the first step.')
+        return self.model.state_dict()
+
+    def _start(self) -> None:
+        """Starts the engine. Not before the first forward: until then the student may inherit."""
+        if self._digests is None:
+            loaded = self._digest()
+            self.engine.start(self.model)
+            self._digests = loaded, self._digest()
+
+    @torch.no_grad()  # tensors of inference mode could not be saved for the backward pass, as the terms do
     def observe(self,
                 images: Tensor,
                 image_shapes: Sequence[Tuple[int, int]],
                 heads: Sequence[str] = (),
-                student: Optional[StudentOutputs] = None) -> Tuple[Dict[str, Levels], TeacherOutputs]:
-        """Runs the part of the teacher that the taps read, and some heads.
+                student: Optional[StudentOutputs] = None,
+                taps: Optional[Sequence[str]] = None) -> Tuple[Dict[str, Levels], TeacherOutputs]:
+        """Runs the teacher as far as the taps read it, and some heads.
 
         Args:
             images: (N, 3, H, W), preprocessed for the student.
             image_shapes: Height and width of each image within the batch.
             heads: Names of the heads to run.
             student: The student's outputs in this step, which hold the regions for the teacher's RoI head.
+            taps: Which of the taps to read; all by default.
 
         Returns:
             Module path -> tuple of (N, C, H, W), and name of the head -> outputs; all without gradient.
         """
-        images = self.bridge(images, image_shapes)
+        images, taps = self.bridge(images, image_shapes), self.taps.paths if taps is None else tuple(taps)
         if self.cache is not None:
-            return self._recall(images, image_shapes, heads)
-        return self._run(images, image_shapes, heads, student)
+            return self._recall(images, image_shapes, heads, taps)
+        return self._run(images, image_shapes, heads, taps, student)
 
-    def _run(self, images: Tensor, image_shapes: Sequence[Tuple[int, int]], heads: Sequence[str],
+    def _run(self, images: Tensor, image_shapes: Sequence[Tuple[int, int]], heads: Sequence[str], taps: Sequence[str],
              student: Optional[StudentOutputs] = None) -> Tuple[Dict[str, Levels], TeacherOutputs]:
+        self._start()
         outputs: TeacherOutputs = {}
-        with self.taps.capture() as features:
-            if not heads and all(path.split('.')[0] == 'backbone' for path in self.taps.paths):
-                self.model.backbone(images)
-            else:
-                samples = shape_samples(images.shape[-2:], image_shapes)
-                forward = TeacherForward(self.model, self.model.extract_feat(images), student, samples)
-                outputs = run_heads(heads, forward)
-                if self.taps.awaits(ENCODER):  # a head that reads queries has run it
-                    run_encoder(self.model, forward.features, samples)
-        return features, outputs
+        with self.taps.capture(taps, stop=not heads) as features:
+            samples = shape_samples(images.shape[-2:], image_shapes)
+            forward = TeacherForward(self.model, self.model.extract_feat(images), student, samples)
+            outputs = run_heads(heads, forward)
+            if self.taps.awaits(ENCODER):  # a head that reads queries has run it
+                run_encoder(self.model, forward.features, samples)
+        # The terms go through features channel by channel, as the student's lie.
+        return {path: tuple(level.contiguous() for level in levels) for path, levels in features.items()}, outputs
 
-    def _recall(self, images: Tensor, image_shapes: Sequence[Tuple[int, int]],
-                heads: Sequence[str]) -> Tuple[Dict[str, Levels], TeacherOutputs]:
+    def _recall(self, images: Tensor, image_shapes: Sequence[Tuple[int, int]], heads: Sequence[str],
+                taps: Sequence[str]) -> Tuple[Dict[str, Levels], TeacherOutputs]:
         """As :meth:`_run`, by way of the cache."""
 
         def compute() -> Answer:
             with recorded_maps(self.model, heads) as maps:
-                features, _ = self._run(images, image_shapes, heads)
+                features, _ = self._run(images, image_shapes, heads, taps)
             return {**features, **maps}
 
-        question = repr((self._hashed_weights(), self._config, self.taps.paths, tuple(heads), torch.__version__))
+        weights = self._hashed_weights()
+        question = repr((weights, self._config, self.engine, tuple(taps), tuple(heads), torch.__version__))
         answer = self.cache.recall(question, images, image_shapes, compute)
-        return {path: answer[path] for path in self.taps.paths}, read_maps(self.model, heads, answer)
+        return {path: answer[path] for path in taps}, read_maps(self.model, heads, answer)
 
     def _hashed_weights(self) -> str:
         """The fingerprint, taken again where a weight was written to."""
@@ -163,6 +196,7 @@ class Teacher:
     @torch.no_grad()
     def predict(self, images: Tensor, data_samples: List) -> List:
         """Detects, on a batch preprocessed for the student; returns mmdet's data samples with ``pred_instances``."""
+        self._start()
         return self.model.predict(self.bridge(images, [sample.img_shape for sample in data_samples]), data_samples)
 
     @torch.no_grad()
@@ -172,13 +206,18 @@ class Teacher:
         Returns:
             ``bboxes``, ``scores`` and ``labels`` of each image, after the suppression of the teacher's ``test_cfg``.
         """
+        self._start()
         samples = [DetDataSample(metainfo=sample.metainfo) for sample in data_samples]
         images = self.bridge(images, [sample.img_shape[:2] for sample in samples])
         found = [sample.pred_instances for sample in self.model.predict(images, samples, rescale=False)]
         return [InstanceData(bboxes=each.bboxes, scores=each.scores, labels=each.labels) for each in found]
 
     def fingerprint(self) -> str:
-        """SHA-256 over all parameters and buffers: the same before and after training, or something changed them."""
+        """SHA-256 over all parameters and buffers as they were loaded; another once something has written to them."""
+        digest = self._digest()
+        return self._digests[0] if self._digests is not None and self._digests[1] == digest else digest
+
+    def _digest(self) -> str:
         digest = hashlib.sha256()
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())

@@ -242,3 +242,27 @@ def test_table_of_origins(retinanet, distilled, make_runner, teacher_checkpoint)
     backbone = sum(parameter.numel() for parameter in runner.model.backbone.parameters())
     assert rows['student.backbone'][0] == rows['student.backbone'][-1] == f'{backbone:,}'
     assert 'Could not be inherited' in table and 'bbox_head.retina_cls.weight' in table
+
+
+def test_the_log_tells_what_distilling_costs(distilled, make_runner):
+    runner = make_runner(distilled(), epochs=1)
+    runner.train()
+    scalars = runner.message_hub.log_scalars
+    assert scalars['train/kd_time'].current() > 0
+    features = runner.model.teacher.observe(torch.zeros(4, 3, 64, 64), [(64, 64)] * 4)[0]['neck']
+    assert scalars['train/kd_memory'].current() == sum(level.nbytes for level in features) / 2**20
+
+
+@pytest.mark.parametrize('engine', [dict(precision='bfloat16'), dict(compile=dict(backend='aot_eager')), dict(fuse=False)])
+def test_a_resumed_run_is_the_uninterrupted_one_with_every_option_of_the_engine(retinanet, distilled, make_runner, engine):
+    model = distilled(dict(config=retinanet(neck=12), random_teacher=True, **engine))
+    make_runner(model, epochs=2, name='straight').train()
+    first = make_runner(model, epochs=2, name='resumed')
+    first.register_hook(_StopAfter(epochs=1), priority='LOWEST')
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    again = make_runner(model, epochs=2, name='resumed', resume=True)
+    again.train()
+    straight, resumed = (_load(Path(again.work_dir).parent / name / 'epoch_2.pth') for name in ('straight', 'resumed'))
+    _assert_equal({key: straight[key] for key in ('state_dict', 'distill', 'optimizer')},
+                  {key: resumed[key] for key in ('state_dict', 'distill', 'optimizer')})
