@@ -20,6 +20,7 @@ COMMANDS = {
     'export': "write a plain student: its weights alone, and a config that stock MMDetection reads",
     'doctor': 'check the installation and a config: what would fail, and what to do about it',
     'benchmark': 'train a pair with several methods and seeds, and tell which difference is more than chance',
+    'benchmark-step': 'measure what a distilled step costs: time and memory of student, teacher and each term',
     'sweep': 'benchmark one method over a grid of settings, such as its temperature',
     'demo': 'generate data, train a teacher and two students, with and without distillation, and compare them',
 }
@@ -65,7 +66,7 @@ def _prepare(parser: argparse.ArgumentParser, command: str) -> None:
         parser.exit(2, f'kd-det: error: MMDetection can not be imported: {type(error).__name__}: {error}. '
                        'Run kd-det doctor.\n')
     try:
-        module = import_module(f'kd_det.cli.{command}')
+        module = import_module(f"kd_det.cli.{command.replace('-', '_')}")
     except ModuleNotFoundError as error:
         if (error.name or '').split('.')[0] not in MMDETECTION:
             raise

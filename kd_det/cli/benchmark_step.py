@@ -1,0 +1,101 @@
+"""``kd-det benchmark-step``: what a distilled step costs beside the student's own."""
+from __future__ import annotations
+
+import json
+import platform
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.runner import set_random_seed
+from rich.console import Console
+from rich.table import Table
+
+from kd_det.cli.common import add_config_options, apply_config_options
+from kd_det.configuration import ConfigurationError, is_distillation, load_config
+from kd_det.distillers import DetectionDistiller
+from kd_det.step_costs import (DISTILLED, PLAIN_TEACHER, STUDENT, StepCosts, measure_step, random_distiller,
+                               synthetic_batch)
+
+MEGABYTE = 2**20
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument('config', help="config of a distillation: a file, or 'package::folder/file.py'; its data and "
+                        'checkpoints are not needed, for weights and images are random')
+    parser.add_argument('--batch-size', type=int, default=2, metavar='N', help='images in the batch (2)')
+    parser.add_argument('--size', type=int, nargs=2, default=(320, 320), metavar=('H', 'W'),
+                        help='of the images (320 320)')
+    parser.add_argument('--boxes', type=int, default=10, metavar='N', help='objects in each image (10)')
+    parser.add_argument('--repeats', type=int, default=5, metavar='N', help='rounds, of which the medians count (5)')
+    parser.add_argument('--threads', type=int, metavar='N', help="PyTorch's threads on the CPU (its own choice)")
+    parser.add_argument('--device', default=get_device(), help='cpu, cuda, … (%(default)s)')
+    parser.add_argument('--out', type=Path, metavar='FILE', help='write the numbers to this file, as JSON')
+    add_config_options(parser)
+
+
+def run(options: Namespace) -> int:
+    config = load_config(options.config)
+    apply_config_options(config, options)
+    if not is_distillation(config):
+        raise ConfigurationError(f"The model of '{options.config}' is a plain detector: give the config of a "
+                                 'distillation, such as one that kd-det distill saved.')
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    register_all_modules(init_default_scope=True)
+    MMLogger.get_current_instance().setLevel('WARNING')
+    MessageHub.get_current_instance().update_info('iter', 0)  # some preprocessors and losses ask for it
+    set_random_seed(0)
+    distiller = random_distiller(config, options.device)
+    batch = synthetic_batch(distiller.student, options.batch_size, tuple(options.size), options.boxes)
+    costs = measure_step(distiller, batch, config.optim_wrapper, options.repeats)
+    Console().print(costs_table(costs, options.batch_size, weights_of_teachers(distiller)))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(record(costs, distiller, config, options), indent=2) + '\n', encoding='utf-8')
+    return 0
+
+
+def weights_of_teachers(distiller: DetectionDistiller) -> int:
+    """Bytes."""
+    tensors = (tensor for teacher in distiller.teachers
+               for tensor in (*teacher.model.parameters(), *teacher.model.buffers()))
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def costs_table(costs: StepCosts, images: int, weights: int) -> Table:
+    """The parts, and what distilling costs in plain forwards of the teacher.
+
+    Args:
+        costs: What was measured.
+        images: In the batch.
+        weights: Bytes of the teachers' weights.
+    """
+    plain, student = costs.parts[PLAIN_TEACHER].seconds, costs.parts[STUDENT].memory
+    more = (costs.parts[DISTILLED].memory - student) / MEGABYTE
+    table = Table('Part', 'Time', 'Plain teacher forwards', 'Images / s', 'Peak memory', title='A training step',
+                  caption=f'Distilling costs {costs.distilling * 1e3:.1f} ms, [bold]{costs.ratio:.2f}[/bold] plain '
+                  f'forwards of the teacher, and {more:.1f} MiB at the peak beside {weights / MEGABYTE:.1f} MiB of its weights')
+    for column in table.columns[1:]:
+        column.justify = 'right'
+    for name, cost in costs.parts.items():
+        rate = f'{images / cost.seconds:.2f}' if name in (STUDENT, DISTILLED) else ''
+        table.add_row(name, f'{cost.seconds * 1e3:.1f} ms', f'{cost.seconds / plain:.2f}', rate,
+                      f'{cost.memory / MEGABYTE:.1f} MiB')
+    return table
+
+
+def record(costs: StepCosts, distiller: DetectionDistiller, config: Config, options: Namespace) -> dict:
+    """All that was measured, and on what."""
+    return dict(
+        config=options.config, options=options.cfg_options,
+        batch_size=options.batch_size, size=list(options.size), boxes=options.boxes, repeats=options.repeats,
+        device=options.device, threads=torch.get_num_threads(), processor=platform.machine(), torch=torch.__version__,
+        engines=[asdict(teacher.engine) for teacher in distiller.teachers],
+        parts={name: cost._asdict() for name, cost in costs.parts.items()},
+        distilling=costs.distilling, ratio=costs.ratio, teacher_weights=weights_of_teachers(distiller))

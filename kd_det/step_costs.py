@@ -1,0 +1,161 @@
+"""What a distilled training step costs beside the student's own, part by part."""
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+from statistics import median
+from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
+
+import numpy as np
+import torch
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
+from mmengine.config import Config
+from mmengine.optim import OptimWrapper, build_optim_wrapper
+from mmengine.runner import set_random_seed
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+
+from kd_det.classes import number_of_classes
+from kd_det.context import DistillContext, Progress
+from kd_det.distillers import DetectionDistiller
+from kd_det.distillers.weighting import total
+from kd_det.distillers.weights import Weight
+from kd_det.losses import DistillTerm
+from kd_det.measuring import Device, peak_memory, seconds
+from kd_det.teachers import read_model_config
+
+STUDENT, DISTILLED, TEACHER, PLAIN_TEACHER = 'student step', 'distilled step', 'teacher part', 'plain teacher forward'
+TERM = 'term '
+
+Call = Callable[[], object]
+
+
+class Cost(NamedTuple):
+    """Of one part of a step: the median of its seconds, and its peak memory in bytes."""
+    seconds: float
+    memory: int
+
+
+class StepCosts(NamedTuple):
+    """The costs of a step.
+
+    Attributes:
+        parts: By name: the student's whole step, the distilled one, what runs of the teachers, their plain forward in
+            evaluation mode up to the neck, and each term's forward and backward as far as what it reads of the student.
+        distilling: Seconds that the distilled step takes longer than the student's, the median over the rounds.
+    """
+    parts: Dict[str, Cost]
+    distilling: float
+
+    @property
+    def ratio(self) -> float:
+        """What distilling costs, in plain forwards of the teacher."""
+        return self.distilling / self.parts[PLAIN_TEACHER].seconds
+
+
+def synthetic_batch(model: nn.Module, images: int, size: Tuple[int, int], boxes: int) -> dict:
+    """A batch of noise as a data loader gives it.
+
+    Args:
+        model: The detector, whose number of classes the labels fit.
+        images: Number of images.
+        size: Their height and width.
+        boxes: Number of objects in each, of random place and size.
+    """
+    height, width = size
+    samples = []
+    for index in range(images):
+        corners = torch.rand(boxes, 2) * 0.7
+        extents = corners + 0.05 + torch.rand(boxes, 2) * 0.25
+        truth = InstanceData(bboxes=torch.cat([corners, extents], 1) * torch.tensor([width, height] * 2),
+                             labels=torch.randint(number_of_classes(model) or 1, (boxes, )),
+                             masks=BitmapMasks(np.zeros((boxes, height, width), np.uint8), height, width))
+        sample = DetDataSample(metainfo=dict(img_id=index, img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0)))
+        sample.gt_instances, sample.ignored_instances = truth, InstanceData(bboxes=torch.zeros(0, 4))
+        samples.append(sample)
+    return dict(inputs=[torch.randint(256, (3, *size), dtype=torch.uint8) for _ in range(images)], data_samples=samples)
+
+
+def random_distiller(config: Config, device: Device = 'cpu') -> DetectionDistiller:
+    """The distiller of a config, with random weights, which take as long, and every term at its full weight."""
+    teachers = [config.model.teacher] if isinstance(config.model.teacher, dict) else config.model.teacher
+    for teacher in teachers:
+        teacher.update(checkpoint=None, random_teacher=True, cache=None)
+    distiller = MODELS.build(config.model).to(device).train()
+    distiller.weights = {name: Weight(weight.full) for name, weight in distiller.weights.items()}
+    distiller.progress = Progress(iteration=1)  # no gradients are compared in this step
+    return distiller
+
+
+def measure_step(distiller: DetectionDistiller, batch: dict, optimizer: dict, repeats: int = 5) -> StepCosts:
+    """Measures the parts of a step in turns, round by round, so that a slow moment of the machine meets them all.
+
+    Args:
+        distiller: The distiller, in training mode. Its weights stay as they are.
+        batch: As a data loader gives it.
+        optimizer: The config's ``optim_wrapper``.
+        repeats: Number of rounds, after one that is not counted.
+    """
+    device = next(distiller.parameters()).device
+    calls = dict(_calls(distiller, batch, optimizer))
+    rounds: List[Dict[str, float]] = []
+    for _ in range(repeats + 1):
+        rounds.append({})
+        for name, call in calls.items():
+            set_random_seed(0)  # the same samples in all rounds
+            rounds[-1][name] = seconds(call, device, repeats=1, warmup=0)
+    rounds = rounds[1:]
+    parts = {name: Cost(median(each[name] for each in rounds), peak_memory(call, device))
+             for name, call in calls.items()}
+    return StepCosts(parts, median(each[DISTILLED] - each[STUDENT] for each in rounds))
+
+
+def _calls(distiller: DetectionDistiller, batch: dict, optimizer: dict) -> Iterator[Tuple[str, Call]]:
+    steps = {STUDENT: distiller.student, DISTILLED: distiller}
+    for name, model in steps.items():
+        wrapper = build_optim_wrapper(model, optimizer)
+        for group in wrapper.param_groups:
+            group['lr'] = 0.0
+        yield name, _training_step(model, batch, wrapper)
+    data = distiller.data_preprocessor(batch, True)
+    images, samples = data['inputs'], data['data_samples']
+    observation = distiller.observe(images, samples, distiller.terms)
+    context = observation.context
+    yield TEACHER, lambda: list(
+        distiller.observe_teachers(distiller.terms, images, context.image_shapes, context.student_outputs))
+    plain = [MODELS.build(read_model_config(each['config'])).to(images.device).eval()
+             for each in distiller.teacher_configs]
+    yield PLAIN_TEACHER, torch.no_grad()(lambda: [model.extract_feat(images) for model in plain])
+    for name, term in distiller.terms.items():
+        yield TERM + name, _forward_and_backward(term, context)
+
+
+def _forward_and_backward(term: DistillTerm, context: DistillContext) -> Call:
+    """Of one term, backward as far as the features that it reads, or else the outputs of heads."""
+    read = [context.student[path] for path in term.student_taps]
+    read = read or [context.student_outputs[head] for head in term.student_heads]
+    learning = [*_learning(read), *term.parameters()]
+
+    def call() -> None:
+        value = total(term(replace(context, _computed={})))  # nothing that another call has computed
+        torch.autograd.grad(value, learning, allow_unused=True, retain_graph=True)
+
+    return call
+
+
+def _training_step(model: nn.Module, batch: dict, wrapper: OptimWrapper) -> Call:
+    return lambda: model.train_step(dict(batch), wrapper)
+
+
+def _learning(outputs: object) -> Iterator[Tensor]:
+    """The tensors within that a gradient can reach."""
+    if isinstance(outputs, Tensor):
+        if outputs.requires_grad:
+            yield outputs
+    elif isinstance(outputs, (tuple, list, dict)):
+        for each in outputs.values() if isinstance(outputs, dict) else outputs:
+            yield from _learning(each)
+    elif is_dataclass(outputs):
+        for field in fields(outputs):
+            yield from _learning(getattr(outputs, field.name))

@@ -1,0 +1,44 @@
+"""kd-det benchmark-step: the parts of a step, from a config alone."""
+import json
+
+import pytest
+import torch
+
+from kd_det.cli.main import main
+from kd_det.step_costs import DISTILLED, PLAIN_TEACHER, STUDENT, TEACHER, measure_step, random_distiller, synthetic_batch
+
+
+@pytest.fixture
+def config(faster_rcnn, run_config):
+    model = dict(type='DetectionDistiller', student=faster_rcnn(), teacher=dict(config=faster_rcnn(neck=12), checkpoint='no.pth'),
+                 distill=dict(fgd=dict(type='FGD', weight=dict(type='Start', value=1.0, epochs=3)),
+                              kd=dict(type='RoIClassification')))
+    return run_config(model)
+
+
+def test_a_config_is_enough(config, tmp_path, capsys):
+    config.dump(tmp_path / 'config.py')
+    arguments = ['--size', '64', '96', '--repeats', '1', '--boxes', '3', '--device', 'cpu', '--out', str(tmp_path / 'o' / 'o.json')]
+    assert main(['benchmark-step', str(tmp_path / 'config.py'), *arguments]) == 0
+    assert 'plain forwards' in capsys.readouterr().out.replace('\n', ' ')
+    record = json.loads((tmp_path / 'o' / 'o.json').read_text())
+    assert set(record['parts']) == {STUDENT, DISTILLED, TEACHER, PLAIN_TEACHER, 'term fgd', 'term kd'}
+    assert all(part['seconds'] > 0 and part['memory'] > 0 for part in record['parts'].values())
+    assert record['ratio'] == record['distilling'] / record['parts'][PLAIN_TEACHER]['seconds']
+    assert record['size'] == [64, 96] and record['engines'][0]['fuse'] is True
+
+
+def test_measuring_moves_no_weight_and_runs_every_term_at_full_weight(config):
+    distiller = random_distiller(config)
+    before = {name: value.clone() for name, value in distiller.named_parameters()}
+    batch = synthetic_batch(distiller.student, images=2, size=(64, 64), boxes=3)
+    assert all(sample.gt_instances.labels.max() < 3 for sample in batch['data_samples'])
+    costs = measure_step(distiller, batch, config.optim_wrapper, repeats=1)
+    assert all(torch.equal(value, before[name]) for name, value in distiller.named_parameters())
+    assert costs.parts[DISTILLED].memory > costs.parts[STUDENT].memory
+
+
+def test_a_plain_detector_is_an_error(retinanet, run_config, tmp_path, capsys):
+    run_config(retinanet()).dump(tmp_path / 'plain.py')
+    assert main(['benchmark-step', str(tmp_path / 'plain.py')]) == 2
+    assert 'is a plain detector' in capsys.readouterr().err
