@@ -73,10 +73,8 @@ def restored_images(inputs: Tensor, preprocessor: nn.Module) -> List[np.ndarray]
 
 
 def _looks(term: FeatureTerm, levels: List[ComparedLevel]) -> Iterator[Tuple[str, List[Look]]]:
-    """The masks of a term, parts of combined masks too, and the attentions of the two features that it compares."""
-    for path, module in term.named_modules():
-        if isinstance(module, Mask):
-            yield f"{path.replace('.', '_')}_{type(module).__name__}", [_mask_look(module, level) for level in levels]
+    """The masks of a term, and the attentions of the two features that it compares."""
+    yield from mask_looks(term, levels)
     temperature = term.temperature if isinstance(term, (FGD, FKD, AttentionImitation)) else TEMPERATURE
     attends_to_channels = isinstance(term, (FGD, AttentionImitation))
     for side in ('student', 'teacher'):
@@ -85,6 +83,13 @@ def _looks(term: FeatureTerm, levels: List[ComparedLevel]) -> Iterator[Tuple[str
             Look(level.stride, spatial_attention(feature, temperature, level.valid),
                  channel_attention(feature, temperature, level.valid) if attends_to_channels else None)
             for level, feature in zip(levels, features)]
+
+
+def mask_looks(term: FeatureTerm, levels: List[ComparedLevel]) -> Iterator[Tuple[str, List[Look]]]:
+    """The masks of a term by name, parts of combined masks too."""
+    for path, module in term.named_modules():
+        if isinstance(module, Mask):
+            yield f"{path.replace('.', '_')}_{type(module).__name__}", [_mask_look(module, level) for level in levels]
 
 
 def _mask_look(mask: Mask, level: ComparedLevel) -> Look:

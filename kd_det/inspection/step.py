@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Dict, List, NamedTuple
+from typing import Dict, List, NamedTuple, Tuple
 
 from torch import Tensor
 
@@ -41,12 +41,25 @@ def inspect_step(distiller: DetectionDistiller, batch: dict) -> InspectedStep:
         batch: As a data loader gives it.
     """
     data = distiller.data_preprocessor(batch, True)
+    observation, levels = compared_levels(distiller, data)
+    task, _ = distiller.parse_losses(observation.losses)
+    norms = gradient_norms(task, {name: total(value) for name, value in observation.values.items()},
+                           {name: distiller.measured_features(name, observation.context) for name in distiller.terms})
+    return InspectedStep(data['inputs'], observation, task, norms, levels)
+
+
+def compared_levels(distiller: DetectionDistiller, data: dict) -> Tuple[Observation, Dict[str, List[ComparedLevel]]]:
+    """Observes a batch with all terms.
+
+    Args:
+        distiller: The distiller.
+        data: A batch, preprocessed.
+
+    Returns:
+        What was observed; and, by the names of the terms that compare features, the levels that they compared.
+    """
     with ExitStack() as stack:
         calls = {name: stack.enter_context(recorded_calls(term, 'compare'))
                  for name, term in distiller.terms.items() if isinstance(term, FeatureTerm)}
         observation = distiller.observe(data['inputs'], data['data_samples'], distiller.terms)
-    task, _ = distiller.parse_losses(observation.losses)
-    norms = gradient_norms(task, {name: total(value) for name, value in observation.values.items()},
-                           {name: distiller.measured_features(name, observation.context) for name in distiller.terms})
-    levels = {name: [call.arguments['level'] for call in made] for name, made in calls.items()}
-    return InspectedStep(data['inputs'], observation, task, norms, levels)
+    return observation, {name: [call.arguments['level'] for call in made] for name, made in calls.items()}
