@@ -40,10 +40,11 @@ def test_results_hold_every_run_and_the_gain(demo):
     assert results['versions']['torch'] and results['data']['size'] == 64
 
 
-def test_students_start_alike_and_seeds_differ(demo):
+def test_students_of_a_seed_see_the_images_in_one_order_and_seeds_differ(demo):
     runs = json.loads((demo / 'results.json').read_text())['runs']
     (plain_0, plain_1), (distilled_0, distilled_1) = runs['plain'], runs['distilled']
-    assert plain_0['start'] == distilled_0['start'] != plain_1['start'] == distilled_1['start']
+    assert plain_0['order'] == distilled_0['order'] != plain_1['order'] == distilled_1['order']
+    assert len({run['start'] for run in (plain_0, plain_1, distilled_0, distilled_1)}) == 4  # the distilled ones inherit
 
 
 def test_distillation_changes_the_student_and_saves_a_plain_one(demo):

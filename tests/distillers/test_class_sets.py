@@ -50,7 +50,7 @@ def pair(request, distiller, one_stage, faster_rcnn):
         config = dict(retina=lambda n: one_stage('retina', classes=n), retina_softmax=lambda n: one_stage('retina_softmax', classes=n),
                       yolox=lambda n: one_stage('yolox', classes=n), faster_rcnn=lambda n: faster_rcnn(classes=n))[family]
         model = distiller(config(len(STUDENT)), config(len(classes)), distill=terms or TERMS[family])
-        model.teacher_configs[0]['classes'] = classes
+        model.teacher_configs[0].update(classes=classes, fuse=False, channels_last=False)  # folded, it rounds otherwise
         match = match_classes(STUDENT, classes)
         tensors = _class_tensors(model.student)
         lacking = [label for label in range(len(STUDENT)) if label not in match.of_student]

@@ -74,7 +74,8 @@ def pupil_of_itself(distiller):
     """Makes a distiller whose student has the teacher's weights and BatchNorm statistics, and computes as it does."""
 
     def make(config: dict, **term):
-        model = distiller(config, config, distill=dict(term=term))
+        as_loaded = dict(fuse=False, channels_last=False)  # folded convolutions round otherwise
+        model = distiller(config, None, teacher=dict(config=config, random_teacher=True, **as_loaded), distill=dict(term=term))
         state = model.student.state_dict()
         model.build_teachers()[0].model.load_state_dict({key: value.clone() for key, value in state.items()})
         model.train()
