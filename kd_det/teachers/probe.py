@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Dict, Iterable, Tuple
 
 import torch
@@ -13,7 +14,7 @@ from kd_det.randomness import preserved_randomness
 from kd_det.taps import ENCODER, Levels, TapError, Taps, find_module, is_within_encoder
 from kd_det.teachers.transformer import shape_samples
 
-PROBE_SIZE = 256  # pixels; a multiple of every stride in use
+PROBE_SIZE = 256  # pixels at least; a multiple of every stride of a pyramid
 
 
 class FeatureExtractor(nn.Module):
@@ -21,12 +22,16 @@ class FeatureExtractor(nn.Module):
 
     Args:
         model: A model dict with ``backbone`` and perhaps ``neck``.
+
+    Attributes:
+        strides: Those of its anchors, where its ``bbox_head`` names them.
     """
 
     def __init__(self, model: dict) -> None:
         super().__init__()
         self.backbone = MODELS.build(model['backbone'])
         self.neck = MODELS.build(model['neck']) if model.get('neck') else None
+        self.strides = ((model.get('bbox_head') or {}).get('anchor_generator') or {}).get('strides', ())
 
     def extract_feat(self, images):
         features = self.backbone(images)
@@ -35,6 +40,10 @@ class FeatureExtractor(nn.Module):
 
 def probe_levels(model: nn.Module, taps: Taps) -> Dict[str, Tuple[Level, ...]]:
     """Runs one blank image through backbone and neck. An encoder does not run: it keeps the form of its tokens.
+
+    An SSD's last layers have no padding: they fit the one size of image that its largest stride names, where the 10 cells
+    of stride 32 of 300 pixels are no multiple of it. So the image is as large as the largest stride of the anchors, and a
+    level is called by the stride that needs as many cells; by that name the outputs of its head are found too.
 
     Args:
         model: A detector, or a :class:`FeatureExtractor`. It is left as it was, BatchNorm statistics included.
@@ -48,14 +57,20 @@ def probe_levels(model: nn.Module, taps: Taps) -> Dict[str, Tuple[Level, ...]]:
     """
     was_training = {module: module.training for module in model.modules()}
     anchor = next(model.parameters())
-    image = torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE, device=anchor.device, dtype=anchor.dtype)
+    strides = _anchor_strides(model)
+    size = max(PROBE_SIZE, *strides) if strides else PROBE_SIZE
+    image = torch.zeros(1, 3, size, size, device=anchor.device, dtype=anchor.dtype)
     with preserved_randomness(), torch.no_grad(), taps.capture() as features:
         maps = model.eval().extract_feat(image)
         for path in filter(is_within_encoder, taps.paths):
-            _pass_tokens(model, path, maps)
+            _pass_tokens(model, path, maps, size)
     for module, training in was_training.items():
         module.training = training
-    return {path: tuple(Level(level.shape[1], round(PROBE_SIZE / level.shape[-1])) for level in levels)
+
+    def stride_of(cells: int) -> int:
+        return next((stride for stride in strides if math.ceil(size / stride) == cells), round(size / cells))
+
+    return {path: tuple(Level(level.shape[1], stride_of(level.shape[-1])) for level in levels)
             for path, levels in features.items()}
 
 
@@ -87,9 +102,17 @@ def probe_config(model: dict, paths: Iterable[str]) -> Dict[str, Tuple[Level, ..
             return probe_levels(extractor, Taps(extractor, paths))
 
 
-def _pass_tokens(model: nn.Module, path: str, maps: Levels) -> None:
+def _anchor_strides(model: nn.Module) -> Tuple[int, ...]:
+    """The strides of a dense head's priors in pixels, ``()`` where it has none."""
+    if isinstance(model, FeatureExtractor):
+        return tuple(stride if isinstance(stride, int) else stride[0] for stride in model.strides)
+    priors = getattr(getattr(model, 'bbox_head', None), 'prior_generator', None)
+    return tuple(stride[0] for stride in getattr(priors, 'strides', ()))
+
+
+def _pass_tokens(model: nn.Module, path: str, maps: Levels, size: int) -> None:
     """Shows a tap in an encoder what the encoder would be given."""
-    module, batch_shape = find_module(model, path), (PROBE_SIZE, PROBE_SIZE)
+    module, batch_shape = find_module(model, path), (size, size)
     tokens = model.pre_transformer(maps, shape_samples(batch_shape, [batch_shape]))[0]['feat']
     module.forward = lambda query: query  # on the instance, before the class's
     try:
