@@ -193,6 +193,17 @@ def test_gradients_that_can_not_be_measured_stop_a_balance_but_not_a_run(retinan
                 _losses(model, batch())
 
 
+def test_a_measurement_costs_a_backward_pass_each_and_other_steps_none(retinanet, distiller, batch, monkeypatch):
+    passes, backward = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, 'grad', lambda *args, **kwargs: passes.append(iteration) or backward(*args, **kwargs))
+    model = distiller(retinanet(), retinanet(neck=12), distill=dict(
+        one=dict(type='PKD', weight=dict(BALANCE, interval=4)), two=dict(type='CWD', weight=dict(BALANCE, interval=4))))
+    for iteration in range(6):
+        model.set_progress(iteration, epoch=0)
+        _losses(model, batch())
+    assert passes == [0, 0, 0, 4, 4, 4]  # of the task, and of each term; down to the features alone
+
+
 def test_the_task_is_watched_seldom_and_not_before_it_has_learnt_something(retinanet, distiller, batch, monkeypatch):
     measured = []
     monkeypatch.setattr(monitor, 'gradient_norms', lambda task, values, features: measured.append(iteration) or {
