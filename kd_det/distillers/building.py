@@ -7,6 +7,7 @@ from typing import Dict, List, Sequence, Tuple, Union
 from mmdet.registry import MODELS
 
 from kd_det.configuration import ConfigurationError
+from kd_det.distillers.mistakes import reason
 from kd_det.distillers.weights import Weight, WeightConfig, build_weight
 from kd_det.heads import ROI_HEAD
 from kd_det.heads.keeping import can_be_kept
@@ -61,14 +62,14 @@ def build_terms(distill: Dict[str, dict], teachers: int) -> Tuple[Dict[str, Weig
         if not isinstance(config, dict) or 'type' not in config:
             raise ConfigurationError(f"{where} = {config!r:.80}: expected a dict with a 'type', such as "
                                      "dict(type='FGD', tap='neck').")
-        config = copy.deepcopy(dict(config))
+        whole, config = config, copy.deepcopy(dict(config))
         try:
             weight = build_weight(config.pop('weight', 1.0))
             if weight.is_zero:
                 continue
             term = MODELS.build(config)
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigurationError(f'{where}: {error}') from error
+            raise ConfigurationError(f'{where}: {reason(error, whole)}') from error
         if not isinstance(term, DistillTerm):
             raise ConfigurationError(
                 f"{where}: '{config['type']}' is a {type(term).__name__}, not a distillation term.")
@@ -88,7 +89,7 @@ def build_task_weight(config: WeightConfig) -> Weight:
     try:
         weight = build_weight(config)
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigurationError(f'model.task_weight: {error}') from error
+        raise ConfigurationError(f'model.task_weight: {reason(error, config)}') from error
     if weight.balance is not None:
         raise ConfigurationError("model.task_weight: the task's gradient is what Balance measures terms by. Give a "
                                  'number or a schedule of numbers.')

@@ -11,6 +11,7 @@ from torchvision.ops import batched_nms, box_iou
 
 from kd_det.configuration import ConfigurationError
 from kd_det.context import Progress
+from kd_det.distillers.mistakes import reason
 from kd_det.distillers.supervision import Supervision, boxes_of
 from kd_det.distillers.weights import Weight, WeightConfig, build_weight
 
@@ -118,7 +119,7 @@ def build_pseudo_labels(config: Optional[dict], student: nn.Module, teachers: in
     try:
         pseudo_labels = PseudoLabels(**config)
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigurationError(f'model.pseudo_labels: {error}') from error
+        raise ConfigurationError(f'model.pseudo_labels: {reason(error, PseudoLabels)}') from error
     if not 0 <= pseudo_labels.teacher < teachers:
         raise ConfigurationError(f'model.pseudo_labels: teacher={pseudo_labels.teacher}, but there are {teachers} teachers, '
                                  'counted from 0.')

@@ -195,7 +195,8 @@ def test_gradients_that_can_not_be_measured_stop_a_balance_but_not_a_run(retinan
 
 def test_a_measurement_costs_a_backward_pass_each_and_other_steps_none(retinanet, distiller, batch, monkeypatch):
     passes, backward = [], torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, 'grad', lambda *args, **kwargs: passes.append(iteration) or backward(*args, **kwargs))
+    monkeypatch.setattr(torch.autograd, 'grad',
+                        lambda *args, **kwargs: passes.append(iteration) or backward(*args, **kwargs))
     model = distiller(retinanet(), retinanet(neck=12), distill=dict(
         one=dict(type='PKD', weight=dict(BALANCE, interval=4)), two=dict(type='CWD', weight=dict(BALANCE, interval=4))))
     for iteration in range(6):
