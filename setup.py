@@ -17,10 +17,10 @@ setup(
     keywords='knowledge distillation, object detection, MMDetection, PyTorch',
     python_requires='>=3.8',
     packages=find_packages(include=['kd_det', 'kd_det.*']),
-    package_data={'kd_det': ['.mim/*', '.mim/**/*']},
+    package_data={'kd_det': ['.mim/*', '.mim/**/*'], 'kd_det.report': ['*.html', '*.css', '*.js']},
     exclude_package_data={'': ['__pycache__/*', '*.pyc']},
     zip_safe=False,
-    install_requires=['torch', 'torchvision', 'numpy', 'scipy', 'filelock', 'rich', 'matplotlib'],
+    install_requires=['torch', 'torchvision', 'numpy', 'scipy', 'filelock', 'rich', 'matplotlib', 'jinja2'],
     extras_require={
         'mmdet': [
             'mmengine>=0.10,<0.11',
@@ -28,6 +28,7 @@ setup(
             'mmcv-lite>=2.0.1,<2.2',
             'setuptools<81',  # mmengine imports pkg_resources
         ],
+        'browser': ['playwright'],  # drives an installed Chromium in the tests of the report
         'test': ['pytest', 'pytest-timeout', 'pytest-xdist', 'setuptools<81', 'tensorboard', 'wheel'],
     },
     entry_points={'console_scripts': ['kd-det = kd_det.cli.main:main']},

@@ -41,6 +41,7 @@ def test_wheel_holds_every_module_config_and_tool(wheel):
     assert {str(file.relative_to(ROOT)) for file in (ROOT / 'kd_det').rglob('*.py')} <= content
     shipped = {*files_under('configs', '*.py', '*.yml'), *files_under('tools', '*.py', '*.sh'), 'model-index.yml'}
     assert {f'kd_det/.mim/{file}' for file in shipped} <= content
+    assert {f'kd_det/report/{name}' for name in ('template.html', 'style.css', 'script.js')} <= content
     assert not [name for name in content if 'tests' in name or '__pycache__' in name]
 
 
@@ -51,7 +52,8 @@ def test_metadata(wheel):
     metadata = read['METADATA'].splitlines()
     assert 'Name: kd-det' in metadata and 'Requires-Python: >=3.8' in metadata
     required = {line.partition(': ')[2] for line in metadata if line.startswith('Requires-Dist')}
-    assert {name for name in required if 'extra' not in name} == {'torch', 'torchvision', 'numpy', 'rich', 'matplotlib'}
+    assert {name for name in required if 'extra' not in name} == {'torch', 'torchvision', 'numpy', 'scipy', 'filelock', 'rich',
+                                                                  'matplotlib', 'jinja2'}
     assert sum("extra == 'mmdet'" in name.replace('"', "'") for name in required) == 4
     assert 'Apache License' in read['LICENSE']
     assert 'kd-det = kd_det.cli.main:main' in read['entry_points.txt']

@@ -1,0 +1,109 @@
+"""The first stage of a report: everything that the page shows of a study, as JSON could hold it."""
+from __future__ import annotations
+
+from typing import Callable, Dict, List, Optional, Sequence
+
+import numpy as np
+
+from kd_det.benchmark.results import METRICS
+from kd_det.benchmark.statistics import paired_difference
+from kd_det.benchmark.tables import COSTS, FIDELITY, fidelity_rows, rows
+from kd_det.report.accuracy import CURVES
+from kd_det.report.detectors import TEACHER, look
+from kd_det.report.studies import Study
+from kd_det.report.terms import task_curves, term_curves
+from kd_det.report.validation import evenly_spaced, read_validation
+from kd_det.report.verdict import sentence, statements
+from kd_det.visualization import read_scalars
+
+SHOWN_METRICS = {'coco/bbox_mAP': 'validation mAP', 'coco/bbox_mAP_50': 'validation AP50', 'loss': 'training loss'}
+
+
+def collect(study: Study, images: int = 8, teacher: Optional[dict] = None,
+            say: Callable[[str], None] = lambda text: None) -> dict:
+    """Reads the runs of a study, and runs their checkpoints on the validation images.
+
+    Args:
+        study: The study.
+        images: How many validation images to show.
+        teacher: ``config`` and ``checkpoint``, in place of those that the runs' configs name.
+        say: Told what is being done.
+
+    Returns:
+        See the comments; what could not be had is told in ``notes`` instead.
+    """
+    notes = list(study.notes)
+    made = dict(name=study.name, plain=study.plain, variants=list(study.variants), notes=notes)
+    made.update(_comparison(study))  # verdict, statements, table, fidelity, provenance
+    made.update(_logs(study, notes))  # curves, terms
+    made.update(per_class=None, precision=None, images=[], maps={})
+    say(f'{study.name}: reading the validation data')
+    try:
+        validation = read_validation(study.runs[0].config)
+    except Exception as error:  # data that has gone, or a config without any
+        notes.append(f'Boxes, precision and maps are missing, for the validation data can not be read: {error}')
+        return made
+    teacher = teacher or study.teacher
+    seen = look(study, validation, evenly_spaced(len(validation.images), images), teacher, say)
+    notes += seen.notes
+    made.update(
+        per_class=_per_class(study, validation.classes, seen.accuracies), maps=seen.maps, images=seen.images,
+        precision={variant: {iou: np.mean([each['precision'][iou] for each in by_seed.values()], 0).tolist()
+                             for iou in CURVES} for variant, by_seed in seen.accuracies.items()},
+        classes=validation.classes, palette=validation.palette, validation_images=len(validation.images))
+    return made
+
+
+def _comparison(study: Study) -> dict:
+    """The verdict, the table and the fidelity; only a benchmark has them."""
+    if study.results is None:
+        count = f'{len(study.runs)} training{"s" * (len(study.runs) > 1)}'
+        return dict(verdict=f'{count}, no benchmark: this page shows what happened, not whether distilling helped.',
+                    statements=[], table=None, fidelity={}, provenance={})
+    results = study.results
+    made = statements(results['summary'])
+    columns = ['method', 'seeds', *METRICS.values(), 'Δ mAP', *COSTS]
+    fidelity = {split: dict(columns=['method', *FIDELITY], rows=fidelity_rows(variants))
+                for split, variants in results['fidelity'].items()}
+    provenance = {key: results[key] for key in ('command', 'versions', 'machine', 'pair', 'data') if key in results}
+    return dict(verdict=sentence(made), statements=made, table=dict(columns=columns, rows=rows(results)),
+                fidelity=fidelity, provenance=provenance)
+
+
+def _logs(study: Study, notes: List[str]) -> dict:
+    """Curves: quantity -> variant -> one curve a seed. Terms: variant -> its terms, and the student's own losses."""
+    logged: Dict[str, list] = {}
+    for variant, runs in study.variants.items():
+        logged[variant] = [read_scalars(run.scalars) for run in runs if run.scalars and run.scalars[-1].is_file()]
+        if len(logged[variant]) < len(runs):
+            notes.append(f'{variant}: the log (scalars.json) of {len(runs) - len(logged[variant])} run(s) is missing.')
+    curves = {title: {variant: [each[key] for each in scalars if key in each] for variant, scalars in logged.items()}
+              for key, title in SHOWN_METRICS.items()}
+    curves = {title: {variant: each for variant, each in by_variant.items() if each}
+              for title, by_variant in curves.items()}
+    terms = {}
+    for variant, scalars in logged.items():
+        by_term = term_curves(study.variants[variant][0].config, scalars)
+        if by_term:
+            terms[variant] = dict(terms=by_term, task=task_curves(scalars, list(by_term)))
+    return dict(curves={title: each for title, each in curves.items() if each}, terms=terms)
+
+
+def _per_class(study: Study, classes: Sequence[str], accuracies: Dict[str, Dict[int, dict]]) -> Dict[str, List[dict]]:
+    """Variant -> class, AP and its change against the plain student in points, the largest gain first."""
+    plain, changes = accuracies.get(study.plain, {}), {}
+    for variant, by_seed in accuracies.items():
+        if variant in (study.plain, TEACHER):
+            continue
+        changes[variant] = []
+        for index, name in enumerate(classes):
+            of_plain, of_variant = ({seed: 100 * each['per_class'][index] for seed, each in seeds.items()
+                                     if each['per_class'][index] is not None} for seeds in (plain, by_seed))
+            change = paired_difference(of_plain, of_variant) if study.results is not None else None
+            if of_variant:
+                changes[variant].append(dict(
+                    name=name, ap=float(np.mean(list(of_variant.values()))),
+                    difference=change and change.mean, interval=change and change.interval,
+                    verdict=change and change.verdict))
+        changes[variant].sort(key=lambda each: (-(each['difference'] or 0), -each['ap']))
+    return changes

@@ -1,0 +1,56 @@
+"""What the terms of a distillation said during a run: their parts, and how hard they pulled."""
+from __future__ import annotations
+
+from typing import Dict, List, Mapping, Optional
+
+from mmengine.config import Config
+
+from kd_det.configuration import is_distillation
+from kd_det.distillers import build_weight
+from kd_det.visualization.curves import Curve
+
+Scalars = Mapping[str, Curve]
+
+
+def term_curves(config: Config, scalars: List[Scalars]) -> Dict[str, dict]:
+    """What was logged of each term, in the order of the config.
+
+    Args:
+        config: Of the runs.
+        scalars: What each of them logged, see :func:`kd_det.visualization.read_scalars`.
+
+    Returns:
+        Term -> ``loss``: the weighted loss of each run; ``parts``: name -> the weighted part of each run;
+        ``gradient``: of each run the gradient of the term without its weight, as a multiple of the task's, None where it
+        was not logged.
+    """
+    curves = {}
+    for name, term in (config.model.get('distill') or {} if is_distillation(config) else {}).items():
+        loss, prefix = f'loss_{name}', f'distill/{name}_'
+        logged = [each for each in scalars if loss in each]
+        if not logged:
+            continue
+        others = tuple(f'distill/{other}_' for other in config.model.distill if other.startswith(f'{name}_'))
+        parts = [key for key in logged[0] if key.startswith(prefix) and key != f'{prefix}weight'
+                 and not key.startswith(others)]
+        curves[name] = dict(
+            loss=[each[loss] for each in logged],
+            parts={key[len(prefix):]: [each[key] for each in logged if key in each] for key in parts},
+            gradient=_gradient(term.get('weight', 1.0), [each.get(f'{prefix}weight') for each in logged]))
+    return curves
+
+
+def _gradient(weight, logged: List[Optional[Curve]]) -> Optional[List[Curve]]:
+    """Balance sets a weight of ratio · task / term, so that term / task is ratio / weight."""
+    balanced = weight if isinstance(weight, dict) else {}
+    if balanced.get('type') != 'Balance' or isinstance(balanced.get('ratio', 0.5), dict) or None in logged:
+        return None
+    ratio = build_weight(balanced).full
+    return [{epoch: ratio / value for epoch, value in curve.items() if value > 0} for curve in logged]
+
+
+def task_curves(scalars: List[Scalars], terms: List[str]) -> Dict[str, List[Curve]]:
+    """The student's own losses, by name, of each run."""
+    names = [key for key in (scalars[0] if scalars else ())
+             if key.startswith('loss_') and key not in {f'loss_{term}' for term in terms}]
+    return {name: [each[name] for each in scalars if name in each] for name in names}

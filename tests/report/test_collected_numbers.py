@@ -1,0 +1,115 @@
+"""What the report computes, with hand-made inputs."""
+import numpy as np
+import pytest
+from mmengine.config import Config
+from PIL import Image
+
+from kd_det.report.accuracy import evaluate, ground_truth
+from kd_det.report.caching import cached
+from kd_det.report.pictures import COLOURS, MOST_CELLS, image_uri, map_uri
+from kd_det.report.terms import task_curves, term_curves
+from kd_det.report.validation import LabelledImage, evenly_spaced
+from kd_det.report.verdict import sentence, statements
+
+
+@pytest.fixture
+def truth():
+    """Two images, two cats and a dog; no bird anywhere."""
+    images = [LabelledImage('a', 64, 64, [[0, 0, 20, 20], [30, 30, 60, 60]], [0, 1], [False, False]),
+              LabelledImage('b', 64, 64, [[10, 10, 40, 40]], [0], [False])]
+    return ground_truth(images, ('cat', 'dog', 'bird'))
+
+
+def test_perfect_boxes_have_a_perfect_ap_and_absent_classes_none(truth):
+    found = [[[0, 0, 20, 20, 0, 0.9], [30, 30, 60, 60, 1, 0.8]], [[10, 10, 40, 40, 0, 0.7]]]
+    made = evaluate(truth, found)
+    assert made['per_class'] == [pytest.approx(1), pytest.approx(1), None]
+    assert np.allclose(made['precision']['50'], 1) and len(made['precision']['75']) == 101
+
+
+def test_half_of_the_cats_and_no_dog(truth):
+    made = evaluate(truth, [[[0, 0, 20, 20, 0, 0.9], [30, 30, 60, 60, 0, 0.3]], []])
+    assert made['per_class'][0] == pytest.approx(51 / 101) and made['per_class'][1] == 0  # recalls 0 … 0.5 of 101
+    assert made['precision']['50'][50] == pytest.approx(0.5) and made['precision']['50'][51] == 0
+
+
+def test_loose_boxes_count_at_half_overlap_alone(truth):
+    made = evaluate(truth, [[[0, 0, 20, 14, 0, 0.9]], []])  # IoU 0.7
+    assert made['per_class'][0] == pytest.approx(51 / 101 * 5 / 10)  # 0.50 … 0.70
+    assert made['precision']['50'][0] == pytest.approx(0.5) and made['precision']['75'][0] == 0
+
+
+def test_a_detector_that_finds_nothing(truth):
+    assert evaluate(truth, [[], []])['per_class'] == [0, 0, None]
+
+
+def summary(difference, interval, verdict):
+    return dict(bbox_mAP=dict(mean=30.0, difference=difference, interval=interval, verdict=verdict, by_seed={0: difference}))
+
+
+def test_the_verdict_claims_only_what_intervals_show():
+    made = statements(dict(none=dict(bbox_mAP=dict(mean=30.0)), kd=summary(0.5, (-1.0, 2.0), 'no difference shown'),
+                           fgd=summary(4.0, (3.0, 5.0), 'gain'), rkd=summary(-2.0, (-3.0, -1.0), 'loss'),
+                           pkd=summary(9.0, None, 'one seed, no statement')))
+    assert [each['name'] for each in made] == ['pkd', 'fgd', 'kd', 'rkd']
+    assert [each['text'] for each in made] == [
+        'one seed: no statement (+9.0)', '+4.0 mAP (+3.0 to +5.0)', 'no difference shown: +0.5 mAP (-1.0 to +2.0)',
+        '-2.0 mAP (-3.0 to -1.0)']
+    assert sentence(made) == (
+        'fgd (+4.0 mAP, +3.0 to +5.0) detects better than the plain student; rkd (-2.0 mAP, -3.0 to -1.0) detects worse; '
+        'for kd no difference is shown; one seed allows no statement on pkd.')
+
+
+def test_the_verdict_on_many_and_on_none():
+    many = statements({f'm{index}': summary(1.0, None, 'one seed, no statement') for index in range(9)})
+    assert sentence(many) == 'One seed allows no statement on m0, m1, m2, m3, m4 and 4 others.'
+    assert sentence([]) == 'There is no method beside a plain student, so nothing to compare.'
+
+
+def test_terms_are_told_apart_from_the_losses_of_the_task():
+    distill = dict(fgd=dict(type='FGD', weight=dict(type='Balance', ratio=0.5)), fgd_b=dict(type='PKD'))
+    config = Config(dict(model=dict(type='DetectionDistiller', distill=distill)))
+    scalars = [{'loss': {1: 9.0}, 'loss_cls': {1: 1.0}, 'loss_fgd': {1: 3.0}, 'loss_fgd_b': {1: 2.0},
+                'distill/fgd_relation': {1: 3.0}, 'distill/fgd_weight': {1: 0.25, 2: 0.0}, 'distill/fgd_b_level': {1: 2.0}}]
+    terms = term_curves(config, scalars)
+    assert terms['fgd']['parts'] == {'relation': [{1: 3.0}]} and terms['fgd_b']['parts'] == {'level': [{1: 2.0}]}
+    assert terms['fgd']['gradient'] == [{1: 2.0}]  # ratio / weight: what the weight of 0.25 halves
+    assert terms['fgd_b']['gradient'] is None  # nobody measured it
+    assert task_curves(scalars, list(terms)) == {'loss_cls': [{1: 1.0}]}
+    assert term_curves(Config(dict(model=dict(type='RetinaNet'))), scalars) == {}
+
+
+def test_images_are_spread_over_the_data():
+    assert list(evenly_spaced(10, 2)) == [2, 7] and list(evenly_spaced(3, 8)) == [0, 1, 2]
+
+
+def test_what_was_found_is_kept_until_its_cause_changes(tmp_path):
+    made = []
+
+    def make():
+        made.append(len(made))
+        return made[-1]
+
+    assert [cached(tmp_path, 'a', cause, make) for cause in ('x', 'x', 'y')] == [0, 0, 1]
+
+
+def decoded(uri: str) -> Image.Image:
+    import base64
+    import io
+    return Image.open(io.BytesIO(base64.b64decode(uri.split(',')[1])))
+
+
+def test_maps_keep_their_shape_and_large_ones_their_mean():
+    cells = np.zeros((2, 4), np.float32)
+    cells[1, 3] = 1
+    picture = np.asarray(decoded(map_uri(cells)).convert('RGB')).astype(int).sum(-1)
+    assert picture.shape == (2, 4) and picture[1, 3] == picture.max() > picture[0, 0] == picture.min()
+    assert decoded(map_uri(np.random.rand(10, 4 * MOST_CELLS))).size == (MOST_CELLS, 2)
+    assert len(decoded(map_uri(np.random.rand(40, 40))).getcolors()) <= COLOURS
+    assert len(decoded(map_uri(np.full((3, 3), 7.0))).getcolors()) == 1
+
+
+def test_large_images_become_small(tmp_path):
+    Image.new('RGB', (2000, 1000), 'red').save(tmp_path / 'a.png')
+    picture = decoded(image_uri(str(tmp_path / 'a.png')))
+    assert picture.size == (480, 240) and picture.format == 'JPEG'

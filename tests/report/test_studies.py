@@ -1,0 +1,100 @@
+"""Work dirs as they are found: benchmarks, finished or not, and single trainings."""
+import json
+
+import pytest
+from mmengine.config import Config
+
+from kd_det.cli.main import main
+from kd_det.configuration import ConfigurationError
+from kd_det.report import collect, read_studies
+
+RESULT = dict(identity='', start='', order='', parameters=10, flops=None, seconds_per_iteration=0.1, peak_memory=None,
+              peak_device_memory=None, epochs=1, iterations=2, checkpoint='epoch_1.pth', scalars='log/vis_data/scalars.json')
+
+
+def write_run(folder, points: float, config: dict = {}, finished: bool = True):
+    (folder / 'log' / 'vis_data').mkdir(parents=True)
+    Config(dict(dict(model=dict(type='RetinaNet')), **config)).dump(folder / 'config.py')
+    (folder / 'log' / 'vis_data' / 'scalars.json').write_text(
+        '{"loss": 2.0, "epoch": 1, "step": 1}\n' + json.dumps({'coco/bbox_mAP': points / 100, 'step': 1}))
+    if finished:
+        (folder / 'result.json').write_text(json.dumps(dict(RESULT, metrics=dict(bbox_mAP=points / 100))))
+
+
+@pytest.fixture
+def unfinished(tmp_path):
+    """A benchmark that was stopped: two seeds of two variants, and one run that has not finished."""
+    distilled = dict(model=dict(type='DetectionDistiller', student=dict(type='RetinaNet'), distill=dict(fgd=dict(type='FGD')),
+                                teacher=dict(config='teacher.py', checkpoint='teacher.pth')))
+    for seed, (plain, fgd) in enumerate(((30, 34), (31, 36))):
+        write_run(tmp_path / 'work' / 'none' / f'seed{seed}', plain)
+        write_run(tmp_path / 'work' / 'fgd' / f'seed{seed}', fgd, distilled)
+    write_run(tmp_path / 'work' / 'pkd' / 'seed0', 0, distilled, finished=False)
+    return tmp_path / 'work'
+
+
+def test_an_unfinished_benchmark_is_told_as_far_as_it_has_come(unfinished):
+    study, = read_studies([unfinished])
+    assert study.plain == 'none' and {name: len(runs) for name, runs in study.variants.items()} == {'none': 2, 'fgd': 2}
+    assert list(study.variants) == ['none', 'fgd']
+    assert study.results['summary']['fgd']['bbox_mAP']['difference'] == pytest.approx(4.5)
+    assert study.teacher['checkpoint'] == 'teacher.pth'
+    assert any('has not finished' in note for note in study.notes) and 'pkd, seed 0 has not finished.' in study.notes
+
+
+def test_a_finished_benchmark_is_read_from_its_results(unfinished):
+    study, = read_studies([unfinished])
+    failed = dict(variant='pkd', seed=0, status='failed', error='out of memory', folder='pkd/seed0')
+    results = dict(study.results, pair={}, runs=[*study.results['runs'], failed])
+    (unfinished / 'results.json').write_text(json.dumps(results))
+    study, = read_studies([unfinished])
+    assert len(study.runs) == 4 and study.notes == ['pkd, seed 0 failed: out of memory']
+
+
+def test_without_data_and_checkpoints_the_numbers_and_curves_remain(unfinished):
+    study, = read_studies([unfinished])
+    made = collect(study)
+    assert made['curves']['validation mAP']['fgd'] == [{1: 0.34}, {1: 0.36}]
+    assert made['images'] == [] and made['per_class'] is None and made['precision'] is None
+    assert any('no val_dataloader' in note for note in made['notes'])
+    assert [row['method'] for row in made['table']['rows']] == ['none', 'fgd']
+
+
+def test_single_trainings_claim_no_difference(tmp_path):
+    for name in ('plain', 'other'):
+        write_run(tmp_path / name, 30, finished=False)
+        (tmp_path / name / 'config.py').rename(tmp_path / name / 'log' / 'vis_data' / 'config.py')
+    study, = read_studies([tmp_path / 'plain', tmp_path / 'other'])
+    assert study.results is None and study.plain is None  # which of the two would it be?
+    made = collect(study)
+    assert 'no benchmark' in made['verdict'] and made['statements'] == [] and made['table'] is None
+    assert read_studies([tmp_path / 'plain'])[0].plain == 'plain'
+
+
+def test_what_is_no_work_dir_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match='no work dir of a benchmark'):
+        read_studies([tmp_path])
+    with pytest.raises(FileNotFoundError, match='nowhere'):
+        read_studies([tmp_path / 'nowhere'])
+    (tmp_path / 'results.json').write_text('{"gain": 1}')  # the demo's
+    with pytest.raises(ConfigurationError, match='not that of kd-det benchmark'):
+        read_studies([tmp_path])
+
+
+def test_the_command_makes_a_page_of_a_training(run_config, retinanet, make_runner, tmp_path, capsys):
+    """From a run with distillation to report.html: its curves, its term, boxes, attentions and masks."""
+    from mmengine.runner import Runner
+    distilled = dict(type='DetectionDistiller', student=retinanet(), distill=dict(fgd=dict(type='FGD', levels=(0, 1))),
+                     teacher=dict(config=retinanet(depth=50), checkpoint=str(tmp_path / 'teacher' / 'epoch_1.pth')))
+    Runner.from_cfg(run_config(retinanet(depth=50), name='teacher', epochs=1)).train()
+    Runner.from_cfg(run_config(distilled, name='run', epochs=2, val=True,
+                               visualizer=dict(vis_backends=[dict(type='LocalVisBackend')]))).train()
+    assert main(['report', str(tmp_path / 'run'), '--images', '2']) == 0
+    page = (tmp_path / 'run' / 'report.html').read_text()
+    assert 'Learning curves' in page and 'fgd: its parts' in page
+    assert page.count('class="picker"') == 1 and page.count('<button type="button" data-image=') == 2
+    assert '"fgd: foreground_BoxForeground"' in page and '"attention"' in page and '"teacher"' in page
+    detections = tmp_path / 'run' / 'report' / 'detections.json'
+    kept = detections.stat().st_mtime_ns
+    assert main(['report', str(tmp_path / 'run'), '--images', '1', '--out', str(tmp_path / 'small.html')]) == 0
+    assert detections.stat().st_mtime_ns == kept and (tmp_path / 'small.html').read_text().count('<button type="button" data-image=') == 1
