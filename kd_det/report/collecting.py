@@ -35,6 +35,8 @@ def collect(study: Study, images: int = 8, teacher: Optional[dict] = None,
     notes = list(study.notes)
     made = dict(name=study.name, plain=study.plain, variants=list(study.variants), notes=notes)
     made.update(_comparison(study))  # verdict, statements, table, fidelity, provenance
+    if study.results is not None and not made['fidelity']:
+        notes.append('How closely the students follow the teacher was not measured: kd-det benchmark --fidelity does.')
     made.update(_logs(study, notes))  # curves, terms
     made.update(per_class=None, precision=None, images=[], maps={})
     say(f'{study.name}: reading the validation data')

@@ -97,6 +97,8 @@ function start(study) {
     const rows = detectors().map(([title, key]) => mapRow(`Attention: ${title}`, data.maps[key][shown].attention, image));
     for (const [title, levels] of Object.entries((data.maps[method.value] || [])[shown] || {}))
       if (title !== 'attention') rows.push(mapRow(`Mask: ${title}`, levels, image));
+    if (!rows.some(row => row.textContent.startsWith('Mask')))
+      rows.push(element('p', { class: 'none' }, `There are no masks of ${method.value} to show.`));
     const place = find('.map-rows');
     place.style.setProperty('--picture', `url(${image.source})`);
     place.replaceChildren(...rows);

@@ -84,6 +84,7 @@ def test_switches_change_method_image_and_study_by_themselves(open_page, synthet
     first.locator('[data-image="1"]').click()
     assert first.locator('.panels img').first.get_attribute('src') != before
     assert first.locator('[data-image="1"]').get_attribute('aria-pressed') == 'true'
+    assert first.locator('.map-rows p').count() == 0  # which would say that there are no masks
     assert page.faults == []
 
 

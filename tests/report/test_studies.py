@@ -57,6 +57,7 @@ def test_without_data_and_checkpoints_the_numbers_and_curves_remain(unfinished):
     assert made['curves']['validation mAP']['fgd'] == [{1: 0.34}, {1: 0.36}]
     assert made['images'] == [] and made['per_class'] is None and made['precision'] is None
     assert any('no val_dataloader' in note for note in made['notes'])
+    assert any('--fidelity' in note for note in made['notes'])
     assert [row['method'] for row in made['table']['rows']] == ['none', 'fgd']
 
 
