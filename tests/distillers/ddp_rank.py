@@ -1,4 +1,4 @@
-"""One rank of test_ddp.py: trains two steps on its share of a batch and saves the gradients of the first.
+"""One rank of test_ddp.py: takes two steps on its share of a batch; saves the gradients, and what each rank's balances hold.
 
 Usage: torchrun ddp_rank.py INPUT OUTPUT
 """
@@ -14,7 +14,7 @@ import kd_det  # noqa: F401
 
 
 def distilled_gradients(config, images, samples, wrap=lambda model: model):
-    """Gradients of the distillation terms alone; the student's own losses stay in the graph with weight 0."""
+    """Gradients of the distillation terms alone, and the balances; the student's own losses stay in the graph with weight 0."""
     register_all_modules(init_default_scope=True)
     torch.manual_seed(0)
     plain = MODELS.build(config)
@@ -29,7 +29,8 @@ def distilled_gradients(config, images, samples, wrap=lambda model: model):
         total, _ = plain.parse_losses({name: value if name in distilled else [each * 0 for each in value] if isinstance(value, list)
                                        else value * 0 for name, value in losses.items()})
         total.backward()
-    return {name: parameter.grad.clone() for name, parameter in plain.named_parameters() if parameter.requires_grad}
+    gradients = {name: parameter.grad.clone() for name, parameter in plain.named_parameters() if parameter.requires_grad}
+    return gradients, plain.monitor.state_dict()
 
 
 if __name__ == '__main__':
@@ -37,6 +38,8 @@ if __name__ == '__main__':
     dist.init_process_group('gloo')
     config, images, samples = torch.load(source, weights_only=False)
     share = slice(dist.get_rank() * 2, dist.get_rank() * 2 + 2)
-    gradients = distilled_gradients(config, images[share], samples[share], MMDistributedDataParallel)
+    gradients, balances = distilled_gradients(config, images[share], samples[share], MMDistributedDataParallel)
+    of_ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, balances)
     if dist.get_rank() == 0:
-        torch.save(gradients, target)
+        torch.save((gradients, of_ranks), target)

@@ -36,25 +36,43 @@ def whole(faster_rcnn, **kwargs):
     return model
 
 
+@pytest.fixture
+def batch_of_four(batch):
+    """Makes a preprocessed batch: the first rank's two images, then the second's."""
+    shapes = ((64, 64), (64, 48), (40, 64), (64, 64))
+    boxes = (((8, 8, 40, 40), ), (), ((20, 4, 60, 30), (2, 10, 30, 38)), ((4, 4, 20, 60), ))
+    return lambda student: MODELS.build(student.data_preprocessor)(batch(shapes, boxes), True)
+
+
+def on_two_ranks(config, data, folder):
+    """The gradients, and the balances of either rank."""
+    torch.save((config, data['inputs'], data['data_samples']), folder / 'input.pth')
+    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0',
+                    '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0', str(RANK), str(folder / 'input.pth'),
+                    str(folder / 'output.pth')], check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=240)
+    return torch.load(folder / 'output.pth', weights_only=True)
+
+
 @pytest.mark.parametrize('detector, terms', [('retinanet', DENSE), ('faster_rcnn', TWO_STAGE)])
-def test_two_ranks_give_the_gradients_of_one_process_with_the_whole_batch(detector, terms, request, batch, tmp_path):
+def test_two_ranks_give_the_gradients_of_one_process_with_the_whole_batch(detector, terms, request, batch_of_four, tmp_path):
     make = request.getfixturevalue(detector)
     student, teacher = (make() if detector == 'retinanet' else whole(make), make(neck=12))
     student.backbone.norm_eval = True  # BatchNorm's own batch statistics would differ between the two
     config = dict(type='DetectionDistiller', student=student, teacher=dict(config=teacher, random_teacher=True),
                   distill=terms)
-    shapes = ((64, 64), (64, 48), (40, 64), (64, 64))
-    boxes = (((8, 8, 40, 40), ), (), ((20, 4, 60, 30), (2, 10, 30, 38)), ((4, 4, 20, 60), ))
-    data = MODELS.build(student.data_preprocessor)(batch(shapes, boxes), True)
-    torch.save((config, data['inputs'], data['data_samples']), tmp_path / 'input.pth')
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0',
-                    '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0', str(RANK), str(tmp_path / 'input.pth'), str(tmp_path / 'output.pth')],
-                   check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=240)
+    data = batch_of_four(student)
+    gradients, _ = on_two_ranks(config, data, tmp_path)
     spec = importlib.util.spec_from_file_location('ddp_rank', RANK)
     rank = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(rank)
-    expected = rank.distilled_gradients(config, data['inputs'], data['data_samples'])
-    gradients = torch.load(tmp_path / 'output.pth', weights_only=True)
+    expected, _ = rank.distilled_gradients(config, data['inputs'], data['data_samples'])
     assert gradients.keys() == expected.keys() and any(name.startswith('distill_terms') for name in gradients)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=lambda text: f'{name}: {text}')
+
+
+def test_a_balance_is_the_same_on_all_ranks(retinanet, batch_of_four, tmp_path):
+    config = dict(type='DetectionDistiller', student=retinanet(), teacher=dict(config=retinanet(neck=12), random_teacher=True),
+                  distill=dict(pkd=dict(type='PKD', weight=dict(type='Balance', ratio=0.5))))
+    _, (first, second) = on_two_ranks(config, batch_of_four(retinanet()), tmp_path)
+    assert torch.equal(first['pkd']['averages'], second['pkd']['averages']) and first['pkd']['averages'].any()
