@@ -1,21 +1,7 @@
 """Faster R-CNN with a neck of 64 channels and a light RoI head, for images of about 128 pixels, from scratch."""
-norm_cfg = dict(type='BN', requires_grad=True)
+_base_ = './resnet_fpn_slim.py'
 model = dict(
     type='FasterRCNN',
-    data_preprocessor=dict(
-        type='DetDataPreprocessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_size_divisor=32),
-    backbone=dict(
-        type='ResNet',
-        num_stages=4,
-        out_indices=(0, 1, 2, 3),
-        frozen_stages=-1,
-        norm_cfg=norm_cfg,
-        norm_eval=False),
-    neck=dict(type='FPN', out_channels=64, num_outs=4, norm_cfg=norm_cfg),
     rpn_head=dict(
         type='RPNHead',
         in_channels=64,

@@ -3,23 +3,9 @@
 It begins at stride 4, not at RetinaNet's 8: the anchors are those of the Faster R-CNN beside it, in three sizes each. The
 wider initialisation of the towers lets them learn within the demo's few steps.
 """
-norm_cfg = dict(type='BN', requires_grad=True)
+_base_ = './resnet_fpn_slim.py'
 model = dict(
     type='RetinaNet',
-    data_preprocessor=dict(
-        type='DetDataPreprocessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_size_divisor=32),
-    backbone=dict(
-        type='ResNet',
-        num_stages=4,
-        out_indices=(0, 1, 2, 3),
-        frozen_stages=-1,
-        norm_cfg=norm_cfg,
-        norm_eval=False),
-    neck=dict(type='FPN', out_channels=64, num_outs=4, norm_cfg=norm_cfg),
     bbox_head=dict(
         type='RetinaHead',
         num_classes=6,
