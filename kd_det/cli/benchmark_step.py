@@ -8,16 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.logging import MessageHub, MMLogger
-from mmengine.runner import set_random_seed
 from rich.console import Console
 from rich.table import Table
 
-from kd_det.cli.common import add_config_options, apply_config_options
-from kd_det.configuration import ConfigurationError, is_distillation, load_config
+from kd_det.cli.common import add_config_options, load_distillation, prepare_without_runner
 from kd_det.distillers import DetectionDistiller
 from kd_det.step_costs import (DISTILLED, PLAIN_TEACHER, STUDENT, StepCosts, measure_step, random_distiller,
                                synthetic_batch)
@@ -40,17 +36,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    config = load_config(options.config)
-    apply_config_options(config, options)
-    if not is_distillation(config):
-        raise ConfigurationError(f"The model of '{options.config}' is a plain detector: give the config of a "
-                                 'distillation, such as one that kd-det distill saved.')
+    config = load_distillation(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    register_all_modules(init_default_scope=True)
-    MMLogger.get_current_instance().setLevel('WARNING')
-    MessageHub.get_current_instance().update_info('iter', 0)  # some preprocessors and losses ask for it
-    set_random_seed(0)
+    prepare_without_runner(seed=0)
     distiller = random_distiller(config, options.device)
     batch = synthetic_batch(distiller.student, options.batch_size, tuple(options.size), options.boxes)
     costs = measure_step(distiller, batch, config.optim_wrapper, options.repeats)

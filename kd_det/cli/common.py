@@ -6,9 +6,12 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Tuple, Union
 
+from mmdet.utils import register_all_modules
 from mmengine.config import Config, DictAction
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.runner import set_random_seed
 
-from kd_det.configuration import merge_options, set_data_root
+from kd_det.configuration import ConfigurationError, is_distillation, load_config, merge_options, set_data_root
 
 
 def add_config_options(parser: ArgumentParser) -> None:
@@ -67,3 +70,25 @@ def inherited_parts(options: Namespace) -> Union[str, Tuple[str, ...]]:
     """What ``--inherit`` says, as :func:`~kd_det.composition.distillation_config` takes it."""
     parts = tuple(options.inherit)
     return {('auto', ): 'auto', ('none', ): ()}.get(parts, parts)
+
+
+def load_distillation(options: Namespace) -> Config:
+    """Reads the config that a command looks at a distillation of, with what the command line changes in it.
+
+    Raises:
+        ConfigurationError: Its model is a plain detector.
+    """
+    config = load_config(options.config)
+    apply_config_options(config, options)
+    if not is_distillation(config):
+        raise ConfigurationError(f"The model of '{options.config}' is a plain detector: give the config of a "
+                                 'distillation, such as one that kd-det distill saved.')
+    return config
+
+
+def prepare_without_runner(seed: int) -> None:
+    """Does what a Runner would do before a single step: registers, seeds, and keeps the log to warnings."""
+    register_all_modules(init_default_scope=True)
+    MMLogger.get_current_instance().setLevel('WARNING')  # or every weight that is initialised is announced
+    set_random_seed(seed)
+    MessageHub.get_current_instance().update_info('iter', 0)  # some preprocessors and losses ask for it

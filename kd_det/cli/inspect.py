@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import Optional
 
 from mmdet.registry import MODELS
-from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.logging import MessageHub, MMLogger
-from mmengine.runner import load_checkpoint, set_random_seed
+from mmengine.runner import load_checkpoint
 from rich.console import Console
 
 from kd_det.classes import training_classes
-from kd_det.cli.common import add_config_options, apply_config_options
-from kd_det.configuration import ConfigurationError, is_distillation, load_config
+from kd_det.cli.common import add_config_options, load_distillation, prepare_without_runner
+from kd_det.configuration import ConfigurationError
 from kd_det.diagnosis.checks import check_config, explain
 from kd_det.distillers import DetectionDistiller
 from kd_det.hooks.distill_hook import CHECKPOINT_KEY
@@ -37,17 +35,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    config = load_config(options.config)
-    apply_config_options(config, options)
-    if not is_distillation(config):
-        raise ConfigurationError(f"The model of '{options.config}' is a plain detector: give the config of a "
-                                 'distillation, such as one that kd-det distill saved.')
+    config = load_distillation(options)
     set_teacher(config, options)
     check_config(config, splits=() if options.image else ('train', ))
-    register_all_modules(init_default_scope=True)
-    MMLogger.get_current_instance().setLevel('WARNING')  # or every weight that is initialised is announced
-    set_random_seed(config.get('randomness', {}).get('seed') or 0)
-    MessageHub.get_current_instance().update_info('iter', 0)  # some preprocessors and losses ask for it
+    prepare_without_runner(config.get('randomness', {}).get('seed') or 0)
     with explain(config):
         distiller = build_distiller(config, options.checkpoint)
         batch = image_batch(config, options.image) if options.image else first_training_batch(config)
