@@ -369,3 +369,20 @@ def connected():
         return term
 
     return connect
+
+
+@pytest.fixture
+def stop_after():
+    """Makes a hook that ends a run before the epoch after so many, as a user's Ctrl-C would."""
+    from mmengine.hooks import Hook
+
+    class StopAfter(Hook):
+
+        def __init__(self, epochs: int) -> None:
+            self.epochs = epochs
+
+        def before_train_epoch(self, runner) -> None:
+            if runner.epoch == self.epochs:
+                raise KeyboardInterrupt
+
+    return StopAfter

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from mmdet.registry import MODELS
-from mmengine.hooks import Hook
 
 from kd_det.configuration import ConfigurationError
 
@@ -73,17 +72,7 @@ def test_what_depends_on_the_students_regions_is_refused(faster_rcnn, distiller)
     assert not Path('nowhere').exists()
 
 
-class _StopAfter(Hook):
-
-    def __init__(self, epochs):
-        self.epochs = epochs
-
-    def before_train_epoch(self, runner):
-        if runner.epoch == self.epochs:
-            raise KeyboardInterrupt
-
-
-def test_a_resumed_run_equals_the_uninterrupted_one_and_reads_what_recurs(distilled, make_runner, tmp_path):
+def test_a_resumed_run_equals_the_uninterrupted_one_and_reads_what_recurs(distilled, make_runner, tmp_path, stop_after):
     def run(name, model, **changes):
         runner = make_runner(model, epochs=4, name=name, log_level='INFO', **changes)
         pipeline = runner.cfg.train_dataloader.dataset.pipeline
@@ -103,7 +92,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_and_reads_what_recurs(distil
     run('straight', distilled()).train()
     assert [line.split(';')[0].split(' images')[0] for line in log('straight')] == ['0', '0', '8', '8']
     first = run('resumed', distilled())
-    first.register_hook(_StopAfter(2), priority='LOWEST')
+    first.register_hook(stop_after(epochs=2), priority='LOWEST')
     with pytest.raises(KeyboardInterrupt):
         first.train()
     run('resumed', distilled(), resume=True).train()

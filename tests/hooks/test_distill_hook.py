@@ -85,13 +85,13 @@ BALANCE = dict(type='Balance', ratio=0.5, interval=3)
 
 
 @pytest.mark.parametrize('family, weight', [('retinanet', BALANCE), ('faster_rcnn', 1.0)])
-def test_a_resumed_run_ends_where_the_uninterrupted_one_does(family, weight, request, distilled, make_runner):
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(family, weight, request, distilled, make_runner, stop_after):
     make = request.getfixturevalue(family)  # Faster R-CNN samples its proposals at random
     model = dict(distilled(), student=make(), teacher=dict(config=make(neck=12), random_teacher=True))
     model['distill']['fgd']['weight'] = weight
     make_runner(model, epochs=4, name='straight', val=True).train()
     first = make_runner(model, epochs=4, name='resumed', val=True)
-    first.register_hook(_StopAfter(epochs=2), priority='LOWEST')
+    first.register_hook(stop_after(epochs=2), priority='LOWEST')
     with pytest.raises(KeyboardInterrupt):
         first.train()
     again = make_runner(model, epochs=4, name='resumed', val=True, resume=True)
@@ -101,16 +101,6 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(family, weight, req
                   {key: resumed[key] for key in ('state_dict', 'distill', 'optimizer', 'param_schedulers')})
     assert bool(straight['distill']['weights']) == (weight == BALANCE)
     assert 'student.backbone' in _table(again) and 'adapters of fgd' in _table(again)
-
-
-class _StopAfter(Hook):
-
-    def __init__(self, epochs):
-        self.epochs = epochs
-
-    def before_train_epoch(self, runner):
-        if runner.epoch == self.epochs:
-            raise KeyboardInterrupt
 
 
 def _table(runner) -> str:
@@ -254,11 +244,12 @@ def test_the_log_tells_what_distilling_costs(distilled, make_runner):
 
 
 @pytest.mark.parametrize('engine', [dict(precision='bfloat16'), dict(compile=dict(backend='aot_eager')), dict(fuse=False)])
-def test_a_resumed_run_is_the_uninterrupted_one_with_every_option_of_the_engine(retinanet, distilled, make_runner, engine):
+def test_a_resumed_run_is_the_uninterrupted_one_with_every_option_of_the_engine(retinanet, distilled, make_runner, engine,
+                                                                                stop_after):
     model = distilled(dict(config=retinanet(neck=12), random_teacher=True, **engine))
     make_runner(model, epochs=2, name='straight').train()
     first = make_runner(model, epochs=2, name='resumed')
-    first.register_hook(_StopAfter(epochs=1), priority='LOWEST')
+    first.register_hook(stop_after(epochs=1), priority='LOWEST')
     with pytest.raises(KeyboardInterrupt):
         first.train()
     again = make_runner(model, epochs=2, name='resumed', resume=True)

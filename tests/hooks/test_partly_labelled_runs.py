@@ -4,17 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 TERMS = dict(pkd=dict(type='PKD'), fgd=dict(type='FGD'), classes=dict(type='RoIClassification'))
-
-
-class _StopAfter(Hook):
-
-    def before_train_epoch(self, runner):
-        if runner.epoch == 1:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -67,11 +59,11 @@ def test_a_run_learns_from_both(runner, monkeypatch, pseudo_labels):
         assert sum(losses.get('distill/pseudo_boxes', 0) for losses, *_ in steps) > 0
 
 
-def test_a_resumed_run_draws_the_same_boxes(runner):
+def test_a_resumed_run_draws_the_same_boxes(runner, stop_after):
     options = dict(pseudo_labels=dict(score=0.2, weight='score'))
     runner('straight', **options).train()
     first = runner('resumed', **options)
-    first.register_hook(_StopAfter(), priority='LOWEST')
+    first.register_hook(stop_after(epochs=1), priority='LOWEST')
     with pytest.raises(KeyboardInterrupt):
         first.train()
     again = runner('resumed', resume=True, **options)
