@@ -7,7 +7,11 @@ import torch
 from kd_det.composition import distillation_config
 from kd_det.configuration import load_config
 
-PAIRS = {'baseline_faster_rcnn_r18': 'teacher_faster_rcnn_r101', 'baseline_retinanet_r18': 'teacher_retinanet_r50'}
+PAIRS = {
+    'baseline_faster_rcnn_r18': 'teacher_faster_rcnn_r101',
+    'baseline_retinanet_r18': 'teacher_retinanet_r50',
+    'baseline_gfl_r18': 'teacher_gfl_r50'
+}
 
 
 def load(name: str):
@@ -25,8 +29,9 @@ def test_teacher_is_larger_and_trained_longer_and_else_alike(student, teacher):
         assert student[key] == teacher[key], key
 
 
-def test_students_differ_in_their_heads_alone():
-    first, second = map(load, PAIRS)
+@pytest.mark.parametrize('other', ['baseline_retinanet_r18', 'baseline_gfl_r18'])
+def test_students_differ_in_their_heads_alone(other):
+    first, second = load('baseline_faster_rcnn_r18'), load(other)
     assert first.model.backbone == second.model.backbone and first.model.neck == second.model.neck
     assert first.model.data_preprocessor == second.model.data_preprocessor
     strides = [first.model.rpn_head.anchor_generator.strides, second.model.bbox_head.anchor_generator.strides]
