@@ -67,8 +67,10 @@ def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str
     missing, unexpected = model.load_state_dict(state, strict=False)
     # Very old checkpoints lack BatchNorm's step counters, which inference does not read.
     missing = [key for key in missing if key not in shapes and not key.endswith('num_batches_tracked')]
+    place = {key: index for index, key in enumerate(state)}  # a key that its module renamed has none
+    unexpected = sorted(unexpected, key=lambda key: place.get(key, len(place)))
     faults = {'missing from the file': _not_allowed(missing, allow_missing),
-              'unexpected in the file': _not_allowed(sorted(unexpected, key=list(state).index), allow_unexpected),
+              'unexpected in the file': _not_allowed(unexpected, allow_unexpected),
               'of another shape': list(shapes.values())}
     if any(faults.values()):
         lines = [f'{len(keys)} keys {fault}: {_shortened(keys)}' for fault, keys in faults.items() if keys]

@@ -36,6 +36,13 @@ def test_faulty_keys_are_named(detector, tmp_path):
         assert fault in str(error.value)
 
 
+def test_a_one_stage_detectors_checkpoint_is_refused_by_a_two_stage_one(detector, faster_rcnn, tmp_path):
+    """MMDetection renames its bbox_head to rpn_head: the keys left over are not the file's."""
+    checkpoint = _save(tmp_path, detector.state_dict())
+    with pytest.raises(TeacherError, match=r'keys unexpected in the file: .*rpn_head\.retina_cls\.weight'):
+        load_strictly(MODELS.build(faster_rcnn()), checkpoint)
+
+
 def test_chosen_keys_can_be_allowed(detector, tmp_path):
     state = {key: value for key, value in detector.state_dict().items() if not key.startswith('bbox_head.')}
     state['ema_neck'] = torch.zeros(1)
