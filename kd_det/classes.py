@@ -44,8 +44,12 @@ class ClassMatch(NamedTuple):
         kept.labels = labels[labels >= 0]
         return kept
 
-    def report(self) -> str:
-        """What matches and what does not, for the log."""
+    def report(self, restricted: str = 'distillation') -> str:
+        """What matches and what does not, for the log.
+
+        Args:
+            restricted: What only the shared classes take part in.
+        """
         if self.is_identity:
             return f"the teacher's {len(self.teacher)} are the student's, in the same order."
         shared, ours, theirs = len(self.of_student), len(self.student), len(self.teacher)

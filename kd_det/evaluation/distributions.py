@@ -1,7 +1,7 @@
 """What student and teacher say about the classes at the teacher's boxes."""
 from __future__ import annotations
 
-from typing import List, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 import torch
 from mmdet.structures.bbox import bbox2roi
@@ -9,69 +9,89 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou, clip_boxes_to_image
 
 from kd_det.functional.fidelity import bernoulli_kl, softmax_kl
-from kd_det.heads import DenseOutputs, HeadError, Regions, find_head, read_dense
+from kd_det.functional.logits import restricted_logits
+from kd_det.heads import ROI_HEAD, DenseOutputs, HeadError, Regions, find_head, read_dense
 from kd_det.heads.roi import at_stage, run_roi_head
 from kd_det.taps import Levels
 
 
-def comparable_head(student: nn.Module, teacher: nn.Module) -> str:
-    """The name of the classifying head that both have and that can be read; ``''`` if there is none."""
-    for name in ('roi_head', 'bbox_head'):
-        if all(isinstance(getattr(model, name, None), nn.Module) for model in (student, teacher)):
+class ClassDistributions(NamedTuple):
+    """What one detector says about K classes at n boxes.
+
+    Attributes:
+        probabilities: (n, K) of each class.
+        logits: (n, K + 1) of a softmax over the classes and, as the last, the background, which is all that is none of
+            them; None of a sigmoid head, which decides on each class by itself.
+    """
+    probabilities: Tensor
+    logits: Optional[Tensor]
+
+
+def classifying_head(detector: nn.Module) -> str:
+    """The name of the head that gives the classes; ``''`` if it can not be read."""
+    for name in (ROI_HEAD, 'bbox_head'):
+        if isinstance(getattr(detector, name, None), nn.Module):
             try:
-                heads = [find_head(model, name) for model in (student, teacher)]
+                find_head(detector, name)
             except HeadError:
                 return ''
-            if name == 'roi_head' or _activation_agrees(*heads):
-                return name
+            return name
     return ''
 
 
-def _activation_agrees(student: nn.Module, teacher: nn.Module) -> bool:
-    return getattr(student, 'use_sigmoid_cls', True) == getattr(teacher, 'use_sigmoid_cls', True)
+def class_distributions(detector: nn.Module, features: Levels, boxes: Sequence[Tensor], shapes: Sequence,
+                        classes: Optional[Sequence[int]] = None) -> ClassDistributions:
+    """Reads a detector at some boxes.
 
-
-def class_kl(head: str, student: nn.Module, teacher: nn.Module, student_features: Levels, teacher_features: Levels,
-             boxes: Sequence[Tensor], shapes: Sequence) -> List[Tensor]:
-    """KL(teacher ‖ student) of the class distributions at the teacher's boxes, in nats.
-
-    RoI heads: both run on the teacher's boxes; a distribution over the classes and the background (of a cascade: from
-    the mean of its stages' logits). Dense heads: each detector speaks by the one of its own priors for which IoU of its
-    decoded box and the teacher's box, times score, is largest; heads with sigmoid give one yes-no distribution for every class,
-    summed.
+    A RoI head is run on the boxes (of a cascade: the mean of its stages' logits counts). Of a dense head one prior speaks
+    for each box, see :func:`speaking_priors`.
 
     Args:
-        head: See :func:`comparable_head`.
-        student: In eval mode.
-        teacher: In eval mode.
-        student_features: What the student's neck puts out.
-        teacher_features: What the teacher's puts out.
+        detector: In eval mode; one with a :func:`classifying_head`.
+        features: What its neck puts out.
         boxes: (n, 4) of each image, in pixels of the padded batch.
         shapes: Height and width of each image.
+        classes: The detector's labels of the classes to read, whose order the result has; all by default.
 
     Returns:
-        (n,) of each image.
+        Of the boxes of all images, one after another.
     """
-    pairs = ((student, student_features), (teacher, teacher_features))
-    counts = [len(each) for each in boxes]
-    if head == 'roi_head':
+    head = classifying_head(detector)
+    if head == ROI_HEAD:
         rois = bbox2roi(boxes)
         unknown = rois.new_zeros(len(rois), dtype=torch.long)
         regions = Regions(rois, unknown, rois[:, 1:], rois[:, 1:], unknown)
-        logits = [at_stage(run_roi_head(model.roi_head, features, regions), 'mean').logits for model, features in pairs]
-        return list(softmax_kl(logits[1], logits[0]).split(counts))
-    outputs = [read_dense(model.bbox_head, model.bbox_head(features)) for model, features in pairs]
-    divergences = []
-    for image, (each, shape) in enumerate(zip(boxes, shapes)):
-        chosen = [speaking_priors(dense, image, each, shape) for dense in outputs]
-        if outputs[0].activation == 'softmax':
-            of_student, of_teacher = (torch.cat([level[image] for level in dense.logits])[index]
-                                      for dense, index in zip(outputs, chosen))
-            divergences.append(softmax_kl(of_teacher, of_student))
-        else:
-            of_student, of_teacher = (_probabilities(dense, image)[index] for dense, index in zip(outputs, chosen))
-            divergences.append(bernoulli_kl(of_teacher, of_student))
-    return divergences
+        logits = at_stage(run_roi_head(detector.roi_head, features, regions), 'mean').logits
+        logits = logits if classes is None else restricted_logits(logits, classes, background=True)
+        return ClassDistributions(logits.softmax(1)[:, :-1], logits)
+    dense = read_dense(detector.bbox_head, detector.bbox_head(features))
+    dense = dense if classes is None else dense.restricted(classes)
+    chosen = [speaking_priors(dense, image, *each) for image, each in enumerate(zip(boxes, shapes))]
+
+    def at_boxes(levels: Levels) -> Tensor:
+        return torch.cat([torch.cat([level[image] for level in levels])[index] for image, index in enumerate(chosen)])
+
+    probabilities = at_boxes([dense.probabilities(level) for level in range(len(dense.logits))])
+    return ClassDistributions(probabilities, at_boxes(dense.logits) if dense.activation == 'softmax' else None)
+
+
+def class_kl(student: ClassDistributions, teacher: ClassDistributions) -> Tensor:
+    """KL(teacher ‖ student) of the classes at each box, in nats.
+
+    Of two softmax heads it is that of the distributions over classes and background. Otherwise every class is a yes-no
+    distribution, and their KL are summed: of a sigmoid head by its score, of a softmax head by the probability of the
+    class against all the rest.
+
+    Args:
+        student: Of K classes at n boxes.
+        teacher: Of the same.
+
+    Returns:
+        (n,).
+    """
+    if student.logits is not None and teacher.logits is not None:
+        return softmax_kl(teacher.logits, student.logits)
+    return bernoulli_kl(teacher.probabilities, student.probabilities)
 
 
 def speaking_priors(dense: DenseOutputs, image: int, boxes: Tensor, shape: Sequence[int]) -> Tensor:
@@ -89,7 +109,3 @@ def speaking_priors(dense: DenseOutputs, image: int, boxes: Tensor, shape: Seque
     decoded = clip_boxes_to_image(torch.cat([level[image] for level in dense.boxes]), tuple(shape))
     scores = torch.cat([dense.scores(level)[image] for level in range(len(dense.logits))])
     return (box_iou(boxes, decoded) * scores).argmax(1) if len(boxes) else boxes.new_zeros(0, dtype=torch.long)
-
-
-def _probabilities(dense: DenseOutputs, image: int) -> Tensor:
-    return torch.cat([dense.probabilities(level)[image] for level in range(len(dense.logits))])

@@ -13,9 +13,9 @@ from mmengine.logging import print_log
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from kd_det.classes import number_of_classes
+from kd_det.classes import ClassMatch, match_classes, number_of_classes
 from kd_det.configuration import ConfigurationError
-from kd_det.evaluation.distributions import class_kl, comparable_head
+from kd_det.evaluation.distributions import class_distributions, class_kl, classifying_head
 from kd_det.evaluation.matching import match_detections, true_positives
 from kd_det.functional.fidelity import Moments, expected_calibration_error, linear_cka, moments
 from kd_det.functional.masks import valid_cells
@@ -37,13 +37,16 @@ class FidelityMetric(BaseMetric):
     - ``agreement``: how often the classes agree where a box of the student overlaps one of the teacher;
     - ``teacher_iou``: mean IoU of these pairs;
     - ``class_kl``: mean KL(teacher ‖ student) of the class distributions there, in nats, see
-      :func:`~kd_det.evaluation.distributions.class_kl`;
+      :mod:`~kd_det.evaluation.distributions`;
 
     and ``teacher_errors``, the share of wrong ones among the teacher's confident boxes; ``student_ece`` and
     ``teacher_ece``, the calibration errors of both; and ``cka_<stride>``, the linear CKA of the neck's features over all cells.
 
+    Classes are matched by name, where the names of both are known. Detections and ground truth of others do not count, and
+    distributions are restricted to the shared ones; ``shared_classes`` tells how many these are, unless all are shared.
+
     Args:
-        teacher: ``config`` and ``checkpoint``, as of :class:`~kd_det.teachers.Teacher`. Its classes are the student's.
+        teacher: ``config`` and ``checkpoint``, perhaps ``classes``, as of :class:`~kd_det.teachers.Teacher`.
         confidence: Score from which on a box is confident.
         min_iou: Overlap from which on boxes match.
         calibrated_from: Score from which on detections count for the calibration.
@@ -53,7 +56,8 @@ class FidelityMetric(BaseMetric):
 
     Raises:
         TeacherError: See :class:`~kd_det.teachers.Teacher`.
-        ConfigurationError: Student and teacher do not have the same number of classes.
+        ConfigurationError: Student and teacher share no class; or they have not the same number of classes, and the names
+            do not tell which are the same.
     """
     default_prefix = 'fidelity'
 
@@ -65,6 +69,7 @@ class FidelityMetric(BaseMetric):
         self.calibrated_from, self.bins = calibrated_from, bins
         self.teacher: Optional[Teacher] = None
         self.student: Optional[nn.Module] = None
+        self.match: Optional[ClassMatch] = None  # None while a label means the same to both
         self.similarity: Dict[int, Moments] = {}  # stride -> sums
 
     def attach(self, student: nn.Module) -> None:
@@ -85,6 +90,7 @@ class FidelityMetric(BaseMetric):
         data = self._preprocessor(copy.deepcopy(data_batch), False)
         images, samples = data['inputs'], data['data_samples']
         boxes = teacher.to_like(images).detect(images, samples)
+        boxes = boxes if self.match is None else [self.match.translated(each) for each in boxes]
         divergences = self._compare_insides(teacher, images, samples, boxes) if self.student is not None else None
         for index, (sample, of_teacher) in enumerate(zip(data_samples, boxes)):
             result = self._compare(sample, of_teacher.cpu())
@@ -99,20 +105,33 @@ class FidelityMetric(BaseMetric):
             self._preprocessor = (MODELS.build(model['data_preprocessor']) if self.student is None
                                   else self.student.data_preprocessor)
             self.teacher = Teacher(**self.teacher_config, taps=(), student_preprocessor=self._preprocessor)
+            self.match = self._match_classes(self.teacher)
             if self.student is None:
                 print_log("FidelityMetric compares detections alone: custom_hooks=[dict(type='FidelityHook')] shows it "
                           "the student's modules for class_kl and cka.", 'current')
             else:
-                self._check_classes()
-                self._head = comparable_head(self.student, self.teacher.model)
+                self._classify = all(map(classifying_head, (self.student, self.teacher.model)))
                 self._strides = [_strides(each) for each in (self.student, self.teacher.model)]
         return self.teacher
 
-    def _check_classes(self) -> None:
-        mine, theirs = number_of_classes(self.student), number_of_classes(self.teacher.model)
-        if mine != theirs:
-            raise ConfigurationError(f'FidelityMetric: the student has {mine} classes and the teacher {theirs}; expected '
-                                     "a teacher of the student's classes, in the same order.")
+    def _match_classes(self, teacher: Teacher) -> Optional[ClassMatch]:
+        names = (self.dataset_meta or {}).get('classes')
+        mine = None if self.student is None else number_of_classes(self.student)
+        if names and mine not in (None, len(names)):
+            names = None  # the head's labels are then not those of the data
+        if names and teacher.classes:
+            match = match_classes(names, teacher.classes)
+            if match.is_identity:
+                return None
+            print_log(f"FidelityMetric, classes: {match.report('the comparison')}", 'current')
+            return match
+        mine, theirs = mine or (len(names) if names else None), number_of_classes(teacher.model)
+        if None not in (mine, theirs) and mine != theirs:
+            whose, remedy = (('teacher', "name them, by label, with FidelityMetric's teacher=dict(classes=[…])") if names else
+                             ('student', "name them, by label, in the metainfo of the validation data"))
+            raise ConfigurationError(f'FidelityMetric: the student has {mine} classes and the teacher {theirs}, and which '
+                                     f"are the same is not known, for the {whose}'s names are not: {remedy}.")
+        return None
 
     def _compare(self, sample: dict, teacher: InstanceData) -> dict:
         """The numbers of one image that add up to those of all."""
@@ -122,6 +141,10 @@ class FidelityMetric(BaseMetric):
         truth = sample['gt_instances']
         true_boxes = getattr(truth['bboxes'], 'tensor', torch.as_tensor(truth['bboxes'])).cpu()
         true_labels = torch.as_tensor(truth['labels']).cpu()
+        if self.match is not None:  # the teacher's are restricted by now
+            student = student[self.match.shared(student.labels) >= 0]
+            shared = self.match.shared(true_labels) >= 0
+            true_boxes, true_labels = true_boxes[shared], true_labels[shared]
         calibration = {}
         for name, detected in (('student', student), ('teacher', teacher)):
             detected.correct = correct = true_positives(detected.bboxes, detected.scores, detected.labels, true_boxes,
@@ -147,10 +170,13 @@ class FidelityMetric(BaseMetric):
             valid = valid_cells(shapes, images.shape[-2:], levels[0][stride].shape[-2:], images.device)
             sums = moments(*(each[stride].permute(0, 2, 3, 1)[valid] for each in levels))
             self.similarity[stride] = self.similarity[stride] + sums if stride in self.similarity else sums
-        if not self._head:
+        if not self._classify:
             return None
         confident = [each.bboxes[each.scores >= self.confidence] for each in boxes]
-        return class_kl(self._head, self.student, teacher.model, mine, theirs, confident, shapes)
+        of_student, of_teacher = (None, None) if self.match is None else (self.match.of_student, self.match.of_teacher)
+        divergences = class_kl(class_distributions(self.student, mine, confident, shapes, of_student),
+                               class_distributions(teacher.model, theirs, confident, shapes, of_teacher))
+        return list(divergences.split([len(each) for each in confident]))
 
     # -------------------------------------------------------------------------------------------------- all images
 
@@ -181,6 +207,8 @@ class FidelityMetric(BaseMetric):
             if len(scores):
                 metrics[f'{name}_ece'] = expected_calibration_error(scores, correct, self.bins).item()
         metrics.update({f'cka_{stride}': value for stride, value in self._cka.items()})
+        if self.match is not None and not len(self.match.of_student) == len(self.match.student) == len(self.match.teacher):
+            metrics['shared_classes'] = float(len(self.match.of_student))
         return metrics
 
 

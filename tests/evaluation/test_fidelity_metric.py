@@ -4,7 +4,7 @@ import torch
 from mmengine.structures import InstanceData
 
 from kd_det.evaluation import FidelityMetric
-from kd_det.evaluation.distributions import comparable_head, speaking_priors
+from kd_det.evaluation.distributions import speaking_priors
 
 
 @pytest.fixture
@@ -102,13 +102,6 @@ def test_numbers_without_any_box_are_left_out():
     metric._cka = {}
     sample = dict(scale_factor=(1.0, 1.0), pred_instances=instances([]), gt_instances=instances([]))
     assert metric.compute_metrics([metric._compare(sample, InstanceData(**instances([])))]) == {}
-
-
-def test_heads_of_unlike_kinds_are_not_compared(retinanet, faster_rcnn):
-    from mmdet.registry import MODELS
-    one_stage, two_stage = MODELS.build(retinanet()), MODELS.build(faster_rcnn())
-    assert comparable_head(one_stage, one_stage) == 'bbox_head' and comparable_head(two_stage, two_stage) == 'roi_head'
-    assert comparable_head(one_stage, two_stage) == ''
 
 
 def test_the_prior_that_speaks_fits_and_is_sure(retinanet):
