@@ -2,14 +2,22 @@
 from __future__ import annotations
 
 import copy
+from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
-from typing import Any, Callable, List, Union
+from typing import Any, Callable, Iterable, List, Union
 
 from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
+from mmengine.runner import Runner
 
 DISTILLER = 'DetectionDistiller'
 DISTILL_HOOK = 'DistillHook'
+
+# What a run reads at the top of its config. Any other name there is of use only while the file itself is read.
+TOP_KEYS = frozenset(signature(Runner.__init__).parameters) - {'self', 'cfg'} | {
+    'activation_checkpointing', 'compile', 'efficient_conv_bn_eval', 'find_unused_parameters', 'log_name', 'model_wrapper_cfg',
+    'runner_type', 'strategy', 'sync_bn', 'tta_model', 'tta_pipeline'}
 
 # Configs and tools travel inside the package, where MMEngine and mim look for them.
 CONFIG_ROOT = Path(__file__).parent / '.mim' / 'configs'
@@ -80,16 +88,33 @@ def merge_options(config: Config, options: dict) -> None:
     """Applies ``--cfg-options``; unlike in plain MMEngine, ``data_root=…`` reaches every path that starts with it.
 
     Raises:
-        ConfigurationError: An option goes through something that holds no keys, or past the end of a list.
+        ConfigurationError: An option begins with a key that no run reads, goes through something that holds no keys, or
+            past the end of a list.
     """
     options = dict(options)
     data_root = options.pop('data_root', None)
+    _check_top_keys(config, options)
     try:
         config.merge_from_dict(options)
     except (TypeError, KeyError, AttributeError) as error:
         raise ConfigurationError(f'--cfg-options {options}: {error}') from error
     if data_root is not None:
         set_data_root(config, data_root)
+
+
+def _check_top_keys(config: Config, options: Iterable[str]) -> None:
+    """Refuses what MMEngine would take and nothing ever read."""
+    for option in options:
+        key = option.split('.')[0]
+        if key in TOP_KEYS:
+            continue
+        if key in config:
+            raise ConfigurationError(f"--cfg-options {option}: '{key}' is a variable of the config file; when this option is "
+                                     'applied its value has gone elsewhere already. Set that place, such as '
+                                     'train_cfg.max_epochs or train_dataloader.dataset.pipeline.')
+        near = get_close_matches(key, TOP_KEYS, n=1)
+        raise ConfigurationError(f"--cfg-options {option}: no run reads a key '{key}'."
+                                 + (f" Did you mean '{near[0]}'?" if near else ''))
 
 
 def set_data_root(config: Config, data_root: str) -> None:
@@ -130,3 +155,15 @@ def leaf_datasets(dataset: dict) -> List[dict]:
     if inner is None:
         return [dataset]
     return [leaf for item in (inner if isinstance(inner, (list, tuple)) else [inner]) for leaf in leaf_datasets(item)]
+
+
+def training_pipelines(config: Config) -> List[List[dict]]:
+    """The training pipelines: of each data set, and of wrappers that have one of their own."""
+    loader = config.get('train_dataloader')
+    if not loader:
+        return []
+    wrappers, node = [], loader['dataset']
+    while isinstance(node, dict) and 'dataset' in node:
+        wrappers.append(node)
+        node = node['dataset']
+    return [list(each.get('pipeline') or ()) for each in (*leaf_datasets(loader['dataset']), *wrappers)]

@@ -1,4 +1,6 @@
 """Reading configs, and deriving the plain student's and the one on another data root."""
+import re
+
 import pytest
 from mmengine.config import Config
 
@@ -96,9 +98,15 @@ def test_options_override_and_data_root_reaches_all():
     assert config.val_evaluator == [dict(ann_file='/new/val.json', metric='bbox')]
 
 
-@pytest.mark.parametrize('options', [{'other.key': 1}, {'val_evaluator.7.metric': 'bbox'}])
-def test_options_that_lead_nowhere(options):
-    with pytest.raises(ConfigurationError, match='--cfg-options'):
+@pytest.mark.parametrize('options, said', [
+    ({'val_evaluator.0.ann_file.key': 1}, '--cfg-options'),
+    ({'val_evaluator.7.metric': 'bbox'}, '--cfg-options'),
+    ({'other': 1}, "'other' is a variable of the config file"),
+    ({'train_dataloder.batch_size': 1}, "Did you mean 'train_dataloader'?"),
+    ({'quite_another': 1}, "no run reads a key 'quite_another'."),
+])
+def test_options_that_lead_nowhere(options, said):
+    with pytest.raises(ConfigurationError, match=re.escape(said)):
         merge_options(data_config('data/coco/'), options)
 
 
