@@ -89,7 +89,7 @@ def random_distiller(config: Config, device: Device = 'cpu') -> DetectionDistill
 
 
 def measure_step(distiller: DetectionDistiller, batch: dict, optimizer: dict, repeats: int = 5) -> StepCosts:
-    """Measures the parts of a step in turns, round by round, so that a slow moment of the machine meets them all.
+    """Measures the steps of student and distiller, and the parts of the latter, in turns.
 
     Args:
         distiller: The distiller, in training mode. Its weights stay as they are.
@@ -97,8 +97,18 @@ def measure_step(distiller: DetectionDistiller, batch: dict, optimizer: dict, re
         optimizer: The config's ``optim_wrapper``.
         repeats: Number of rounds, after one that is not counted.
     """
-    device = next(distiller.parameters()).device
-    calls = dict(_calls(distiller, batch, optimizer))
+    calls = dict(_steps(distiller, batch, optimizer), **dict(_parts(distiller, batch)))
+    parts, rounds = _measured(calls, next(distiller.parameters()).device, repeats)
+    return StepCosts(parts, median(each[DISTILLED] - each[STUDENT] for each in rounds))
+
+
+def measure_parts(distiller: DetectionDistiller, batch: dict, repeats: int = 5) -> Dict[str, Cost]:
+    """As :func:`measure_step`, of the parts alone; the steps take most of its time."""
+    return _measured(dict(_parts(distiller, batch)), next(distiller.parameters()).device, repeats)[0]
+
+
+def _measured(calls: Dict[str, Call], device: Device, repeats: int) -> Tuple[Dict[str, Cost], List[Dict[str, float]]]:
+    """The cost of each call, and its seconds round by round, so that a slow moment of the machine meets them all."""
     rounds: List[Dict[str, float]] = []
     for _ in range(repeats + 1):
         rounds.append({})
@@ -106,18 +116,19 @@ def measure_step(distiller: DetectionDistiller, batch: dict, optimizer: dict, re
             set_random_seed(0)  # the same samples in all rounds
             rounds[-1][name] = seconds(call, device, repeats=1, warmup=0)
     rounds = rounds[1:]
-    parts = {name: Cost(median(each[name] for each in rounds), peak_memory(call, device))
-             for name, call in calls.items()}
-    return StepCosts(parts, median(each[DISTILLED] - each[STUDENT] for each in rounds))
+    return {name: Cost(median(each[name] for each in rounds), peak_memory(call, device))
+            for name, call in calls.items()}, rounds
 
 
-def _calls(distiller: DetectionDistiller, batch: dict, optimizer: dict) -> Iterator[Tuple[str, Call]]:
-    steps = {STUDENT: distiller.student, DISTILLED: distiller}
-    for name, model in steps.items():
+def _steps(distiller: DetectionDistiller, batch: dict, optimizer: dict) -> Iterator[Tuple[str, Call]]:
+    for name, model in {STUDENT: distiller.student, DISTILLED: distiller}.items():
         wrapper = build_optim_wrapper(model, optimizer)
         for group in wrapper.param_groups:
             group['lr'] = 0.0
         yield name, _training_step(model, batch, wrapper)
+
+
+def _parts(distiller: DetectionDistiller, batch: dict) -> Iterator[Tuple[str, Call]]:
     data = distiller.data_preprocessor(batch, True)
     images, samples = data['inputs'], data['data_samples']
     observation = distiller.observe(images, samples, distiller.terms)
@@ -134,7 +145,7 @@ def _calls(distiller: DetectionDistiller, batch: dict, optimizer: dict) -> Itera
 def _forward_and_backward(term: DistillTerm, context: DistillContext) -> Call:
     """Of one term, backward as far as the features that it reads, or else the outputs of heads."""
     read = [context.student[path] for path in term.student_taps]
-    read = read or [context.student_outputs[head] for head in term.student_heads]
+    read = read or [outputs for head, outputs in context.student_outputs.items() if head in term.student_heads]
     learning = [*_learning(read), *term.parameters()]
 
     def call() -> None:

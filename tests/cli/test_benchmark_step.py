@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from kd_det.cli.main import main
-from kd_det.step_costs import DISTILLED, PLAIN_TEACHER, STUDENT, TEACHER, measure_step, random_distiller, synthetic_batch
+from kd_det.composition import method_terms
+from kd_det.step_costs import (DISTILLED, PLAIN_TEACHER, STUDENT, TEACHER, TERM, measure_parts, measure_step, random_distiller,
+                               synthetic_batch)
 
 
 @pytest.fixture
@@ -36,6 +38,15 @@ def test_measuring_moves_no_weight_and_runs_every_term_at_full_weight(config):
     costs = measure_step(distiller, batch, config.optim_wrapper, repeats=1)
     assert all(torch.equal(value, before[name]) for name, value in distiller.named_parameters())
     assert costs.parts[DISTILLED].memory > costs.parts[STUDENT].memory
+
+
+@pytest.mark.parametrize('method', ['bckd', 'crosskd', 'pfi'])
+def test_terms_of_dense_heads(method, retinanet, run_config):
+    config = run_config(dict(type='DetectionDistiller', student=retinanet(), teacher=dict(config=retinanet(neck=12), checkpoint='no.pth'),
+                             distill=method_terms(method, 'one_stage')))
+    distiller = random_distiller(config)
+    costs = measure_parts(distiller, synthetic_batch(distiller.student, images=2, size=(64, 64), boxes=3), repeats=1)
+    assert set(costs) == {TEACHER, PLAIN_TEACHER, *(TERM + name for name in distiller.terms)}
 
 
 def test_a_plain_detector_is_an_error(retinanet, run_config, tmp_path, capsys):

@@ -1,0 +1,87 @@
+"""What each method costs in a step: its terms, and what it runs of the teacher, beside the student's own step.
+
+Usage: python -m benchmarks.methods [--size 320 320] [--batch 2] [--boxes 10] [--repeats 5] [--threads 2] [--json FILE]
+"""
+from __future__ import annotations
+
+import json
+import platform
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Dict, Iterator, Tuple
+
+import torch
+
+import kd_det  # noqa: F401  registers everything
+from kd_det.benchmark.pair import read_pair
+from kd_det.catalogue import catalogue
+from kd_det.cli.common import prepare_without_runner
+from kd_det.composition import distillation_config
+from kd_det.step_costs import (PLAIN_TEACHER, STUDENT, TEACHER, TERM, Cost, measure_parts, measure_step,
+                               random_distiller, synthetic_batch)
+
+# The pair on which a method is measured: the first of these detectors that it serves.
+PAIRS = {'Faster R-CNN': 'faster_rcnn_r101_r18', 'GFL': 'gfl_r101_r18', 'DINO': 'dino_r50_r18'}
+
+
+def methods() -> Iterator[Tuple[str, str]]:
+    """Detector and method."""
+    for entry in catalogue():
+        yield next(detector for detector in PAIRS if detector in entry.detectors), entry.name
+
+
+def measure(detector: str, method: str, options: Namespace, with_steps: bool) -> Dict[str, Cost]:
+    """The parts of a step, at the paper's weights and with random weights of the detectors.
+
+    Args:
+        detector: One of :data:`PAIRS`.
+        method: Its name.
+        options: Of the batch, and the number of rounds.
+        with_steps: Measure the steps of student and distiller, too.
+    """
+    pair = read_pair(f'kd_det::_base_/pairs/{PAIRS[detector]}.py')
+    config = distillation_config(pair.student, pair.teacher, 'none: random weights', method, inherit=(), balance=None)
+    prepare_without_runner(seed=0)
+    distiller = random_distiller(config)
+    batch = synthetic_batch(distiller.student, options.batch, tuple(options.size), options.boxes)
+    if with_steps:
+        return measure_step(distiller, batch, config.optim_wrapper, options.repeats).parts
+    return measure_parts(distiller, batch, options.repeats)
+
+
+def row(parts: Dict[str, Cost]) -> dict:
+    """Seconds and bytes of the terms together, and of what runs of the teacher."""
+    terms = [cost for name, cost in parts.items() if name.startswith(TERM)]
+    return dict(terms=sum(cost.seconds for cost in terms), terms_memory=max(cost.memory for cost in terms),
+                teacher=parts[TEACHER].seconds, teacher_memory=parts[TEACHER].memory,
+                plain_teacher=parts[PLAIN_TEACHER].seconds)
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument('--size', type=int, nargs=2, default=(320, 320))
+    parser.add_argument('--batch', type=int, default=2)
+    parser.add_argument('--boxes', type=int, default=10)
+    parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--json', type=Path, help='write the numbers to this file')
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    students, rows = {}, []
+    for detector, method in methods():
+        parts = measure(detector, method, options, with_steps=detector not in students)
+        student = students.setdefault(detector, parts.get(STUDENT))
+        rows.append(dict(detector=detector, method=method, student=student.seconds, student_memory=student.memory,
+                         **row(parts)))
+        each = rows[-1]
+        print(f"| `{method}` | {detector} | {each['terms'] * 1e3:.0f} ms | {each['terms'] / each['student']:.1%} | "
+              f"{each['terms_memory'] / 1e6:.0f} MB | {each['teacher'] * 1e3:.0f} ms | "
+              f"{each['teacher'] / each['plain_teacher']:.2f} |", flush=True)
+    if options.json:
+        settings = dict(size=list(options.size), batch=options.batch, boxes=options.boxes, repeats=options.repeats,
+                        threads=options.threads, processor=platform.machine(), torch=torch.__version__)
+        options.json.write_text(json.dumps(dict(**settings, rows=rows), indent=1) + '\n', encoding='utf-8')
+
+
+if __name__ == '__main__':
+    main()
