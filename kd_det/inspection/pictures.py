@@ -36,19 +36,20 @@ def draw_step(distiller: DetectionDistiller, step: InspectedStep, folder: Path) 
     Args:
         distiller: The distiller.
         step: What was seen.
-        folder: Where to save; made if need be.
+        folder: Where to save; made if there is anything to save.
 
     Returns:
-        The files: ``<image>_<term>_<mask or attention>.png``, with ``_channels`` for weights of channels.
+        The files: ``<image>_<term>_<mask or attention>.png``, with ``_channels`` for weights of channels. None where no
+        term compares features level by level.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
+    files: List[Path] = []
     images = restored_images(step.inputs[:MOST_IMAGES], distiller.data_preprocessor)
     for index, (image, boxes) in enumerate(zip(images, step.observation.context.boxes)):
         image = mmcv.imshow_bboxes(image, boxes.cpu().numpy(), colors='green', show=False)
         for name, levels in step.levels.items():
             for title, looks in _looks(distiller.terms[name], levels):
                 for figure, suffix in _figures(image, looks, index):
+                    folder.mkdir(parents=True, exist_ok=True)
                     files.append(folder / f'{index}_{name}_{title}{suffix}.png')
                     figure.savefig(files[-1], dpi=100)
     return files
@@ -111,4 +112,4 @@ def _figures(image: np.ndarray, looks: List[Look], index: int) -> Iterator[Tuple
 
 
 def _title(stride: int, cells: np.ndarray) -> str:
-    return f'stride {stride}: {cells.min():.2g} to {cells.max():.2g}'
+    return f'stride {stride}: ' + (f'{cells.min():.2g} to {cells.max():.2g}' if cells.any() else '0 in all cells')

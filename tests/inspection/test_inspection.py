@@ -89,6 +89,12 @@ def test_every_mask_and_attention_becomes_a_picture(seen, tmp_path):
             assert np.ptp(np.asarray(picture.convert('RGB'))) > 100
 
 
+def test_without_features_there_is_no_picture_and_no_folder(faster_rcnn, distiller, batch, tmp_path):
+    model = distiller(faster_rcnn(), faster_rcnn(neck=12), distill=dict(regions=TERMS['regions'])).train()
+    assert draw_step(model, inspect_step(model, batch()), tmp_path / 'pictures') == []
+    assert not (tmp_path / 'pictures').exists()
+
+
 @pytest.mark.parametrize('preprocessor', [dict(bgr_to_rgb=True), dict(bgr_to_rgb=False), dict(mean=None, std=None)])
 def test_images_are_restored(preprocessor, retinanet, batch):
     settings = {**retinanet()['data_preprocessor'], 'bgr_to_rgb': False, **preprocessor}
