@@ -1,4 +1,4 @@
-"""Paints many weighted rectangles onto maps, without a loop over them."""
+"""Paints many rectangles, or runs of cells, onto maps, without a loop over them."""
 from __future__ import annotations
 
 from math import ceil
@@ -44,6 +44,32 @@ def paint_rectangles(
     blocks.scatter_reduce_(0, index.flatten(), (weight[:, None, None] * used).flatten(), 'amax')
     blocks = _hand_down(blocks.view(num_images, num_rows, num_columns), width)
     return _hand_down(blocks.mT, height).mT.contiguous()
+
+
+def paint_runs(first: Tensor, stop: Tensor, image: Tensor, num_images: int, width: int) -> Tensor:
+    """1 at each cell that a run of cells covers, 0 at the others.
+
+    Where a run begins the number of runs grows by 1, where it stops it falls; summed along the row, that is how many
+    cover a cell.
+
+    Args:
+        first: (..., B, H) long, in each row the column where the run of a box begins, 0 to W.
+        stop: (..., B, H) long, the column after its last one, 0 to W; the run is empty if this is not after ``first``.
+        image: (B,) long, index of the image that the box is on.
+        num_images: N.
+        width: W, columns of the map.
+
+    Returns:
+        (N, H, W) float32 of 0 and 1.
+    """
+    height = first.shape[-1]
+    rows = image[:, None] * height + torch.arange(height, device=image.device)
+    changes = torch.zeros(num_images * height * (width + 1), dtype=torch.int32, device=first.device)
+    for column, change in ((first, 1), (torch.maximum(first, stop), -1)):
+        index = (rows * (width + 1) + column).flatten()
+        changes.scatter_add_(0, index, changes.new_full((1, ), change).expand_as(index))
+    covering = changes.view(num_images, height, width + 1).cumsum(2)[:, :, :width]
+    return (covering > 0).float()
 
 
 def _block_counts(length: int) -> list[int]:

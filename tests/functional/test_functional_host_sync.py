@@ -49,7 +49,8 @@ def fused_fgd(student):
 
 def level_masks(student):
     masks.assign_levels(BOXES, 2)
-    masks.near_anchor_foreground(BOXES, LEVELS, 1, 50 * feature(96 * 2, 4), CELLS)
+    priors = torch.cartesian_prod(torch.arange(8.), torch.arange(12.))[:, [1, 0, 1, 0]] * 8
+    masks.near_anchor_foreground(BOXES, LEVELS, 1, priors + torch.tensor([-16., -16., 16., 16.]), CELLS)
     masks.prediction_quality(feature(2, 96, 3).sigmoid(), 50 * feature(2, 96, 4), 50 * feature(96, 2), BOXES, LABELS)
     masks.valuable_region([50 * feature(96, 4), 50 * feature(24, 4)], BOXES)
     masks.region_foreground(50 * feature(7, 5).abs().clamp(max=0.03), feature(7).abs(), 2, BATCH, CELLS)

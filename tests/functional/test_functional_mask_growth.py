@@ -26,10 +26,19 @@ def boxes_of(count):
     return list(torch.cat([corner, corner + 10 + 300 * torch.rand(2, count, 2, generator=generator)], 2))
 
 
+def near_anchors(boxes, cells):
+    y, x = torch.meshgrid(*(side // size * torch.arange(size) for side, size in zip(BATCH, cells)), indexing='ij')
+    shapes = torch.tensor([[-64., -32., 64., 32.], [-45., -45., 45., 45.], [-32., -64., 32., 64.]])
+    priors = (torch.stack([x, y, x, y], -1).view(-1, 1, 4) + shapes).view(-1, 4)
+    return masks.near_anchor_foreground(boxes, masks.assign_levels(boxes, 4), 0, priors, cells)
+
+
+# What a box adds may grow so many times where the cells do 16 times: by logarithms, or with rows + columns.
 MASKS = dict(
-    foreground=lambda boxes, cells: masks.box_foreground(boxes, BATCH, cells, 'inverse_area'),
-    background=lambda boxes, cells: masks.normalized_background(masks.box_foreground(boxes, BATCH, cells)),
-    level=lambda boxes, cells: masks.level_foreground(boxes, masks.assign_levels(boxes, 4), 800 // cells[0], cells, 0),
+    foreground=(2, lambda boxes, cells: masks.box_foreground(boxes, BATCH, cells, 'inverse_area')),
+    background=(2, lambda boxes, cells: masks.normalized_background(masks.box_foreground(boxes, BATCH, cells))),
+    level=(2, lambda boxes, cells: masks.level_foreground(boxes, masks.assign_levels(boxes, 4), 800 // cells[0], cells, 0)),
+    near_anchors=(4, near_anchors),
 )
 
 
@@ -39,8 +48,8 @@ def made(mask, count, cells):
     return elements.made
 
 
-@pytest.mark.parametrize('mask', MASKS.values(), ids=MASKS.keys())
-def test_what_a_box_adds_hardly_depends_on_the_cells(mask):
+@pytest.mark.parametrize('growth, mask', MASKS.values(), ids=MASKS.keys())
+def test_what_a_box_adds_does_not_grow_like_the_cells(growth, mask):
     each, each_of_finer = ((made(mask, 500, cells) - made(mask, 50, cells)) / 900 for cells in (CELLS, FINER))
     assert (made(mask, 5000, CELLS) - made(mask, 500, CELLS)) / 9000 == pytest.approx(each, rel=0.01)
-    assert 0 < each_of_finer < 2 * each and each < CELLS[0] * CELLS[1] / 4
+    assert 0 < each_of_finer < growth * each and each_of_finer < FINER[0] * FINER[1] / 5

@@ -199,24 +199,57 @@ def loop_iou(a, b):
     return overlap / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - overlap)
 
 
-@pytest.mark.parametrize('budget', [2**24, 100])
-def test_near_anchor_foreground_equals_the_loop(budget, monkeypatch):
-    monkeypatch.setattr(masks, '_OVERLAP_BUDGET', budget)
-    height, width, per_cell = 4, 5, 2
-    priors = random_boxes(height * width * per_cell, 6)
-    far = torch.tensor([[1000., 1000., 1010., 1010.]])  # overlaps no anchor: marks nothing
-    boxes = [torch.cat([random_boxes(4, 7), far]), torch.zeros(0, 4), random_boxes(3, 8)]
-    levels = [torch.tensor([0, 1, 1, 0, 1]), torch.zeros(0, dtype=torch.long), torch.tensor([1, 0, 1])]
-    expected = torch.zeros(3, height * width)
-    for image in range(3):
-        for box, assigned in zip(boxes[image].tolist(), levels[image]):
-            overlaps = [loop_iou(box, prior) for prior in priors.tolist()]
-            for index, overlap in enumerate(overlaps):
-                if assigned == 1 and overlap > 0.5 * max(overlaps):
-                    expected[image, index // per_cell] = 1
-    actual = masks.near_anchor_foreground(boxes, levels, 1, priors, (height, width), phi=0.5)
-    assert torch.equal(actual.flatten(1), expected)
-    assert 0 < expected.sum() < expected.numel()
+def shifted(shapes: torch.Tensor, feature_shape, stride: float) -> torch.Tensor:
+    """Anchors of each cell, row by row."""
+    y, x = torch.meshgrid(*(stride * torch.arange(size) for size in feature_shape), indexing='ij')
+    return (shapes + torch.stack([x, y, x, y], -1).view(-1, 1, 4)).view(-1, 4)
+
+
+def loop_near_anchors(boxes, belongs, priors, feature_shape, phi):
+    expected = torch.zeros(len(boxes), feature_shape[0] * feature_shape[1])
+    for image, (image_boxes, on_level) in enumerate(zip(boxes, belongs)):
+        for box in image_boxes[on_level].double():
+            overlaps = torch.tensor([loop_iou(box.tolist(), prior) for prior in priors.tolist()])
+            near = (overlaps > phi * overlaps.max()).view(expected.shape[1], -1).any(1)
+            expected[image] = torch.maximum(expected[image], near.float())
+    return expected.view(-1, *feature_shape)
+
+
+@pytest.mark.parametrize('feature_shape, stride', [((1, 1), 64), ((1, 9), 16), ((6, 1), 16), ((6, 10), 16), ((12, 20), 8)])
+@pytest.mark.parametrize('phi', [0.0, 0.5, 0.9])
+def test_near_anchor_foreground_equals_the_loop(feature_shape, stride, phi):
+    shapes = stride * torch.tensor([[-1.5, -1., 1.5, 1.], [-0.6, -1.3, 0.6, 1.3], [0., 0., 1., 1.], [-4., -2., 4., 2.1]])
+    priors = shifted(shapes, feature_shape, stride)
+    special = torch.tensor([
+        [1000., 1000., 1010., 1010.],  # overlaps no anchor
+        [40., 40., 40., 60.],  # a line
+        [40., 40., 40., 40.],  # a point
+        [60., 40., 50., 30.],  # inside out
+        [-900., -900., 900., 900.],  # more than the image
+        [-30., 20., 4., 50.],  # over the edge
+    ])
+    random = random_boxes(6, 7, outside=0.3)
+    boxes = [special, random_boxes(9, 8), torch.zeros(0, 4), random, *(each[None] for each in special[:4])]
+    belongs = [torch.arange(len(each)) % 3 != 1 for each in boxes[:4]] + 4 * [torch.tensor([True])]
+    levels = [each.long() for each in belongs]
+    actual = masks.near_anchor_foreground(boxes, levels, 1, priors, feature_shape, phi)
+    assert torch.equal(actual, loop_near_anchors(boxes, belongs, priors, feature_shape, phi))
+    assert torch.equal(actual, masks.near_anchor_foreground(boxes, belongs, 7, priors, feature_shape, phi))
+    assert actual[4:].max() == 0 and actual[1].max() == 1
+
+
+@pytest.mark.parametrize('spoil', [
+    lambda priors: priors.roll(1, 0),  # cells begin within a cell
+    lambda priors: priors.flip(0),  # columns from right to left
+    lambda priors: priors * torch.linspace(1, 2, len(priors))[:, None],  # sizes that grow
+    lambda priors: priors + torch.arange(len(priors))[:, None].remainder(14) // 7,  # rows that are skewed
+])
+def test_near_anchors_are_a_grid(spoil):
+    priors, boxes = shifted(torch.tensor([[-8., -8., 8., 8.], [-4., -8., 4., 8.]]), (5, 7), 8), [random_boxes(3, 0)]
+    levels = masks.assign_levels(boxes, 1)
+    assert masks.near_anchor_foreground(boxes, levels, 0, priors, (5, 7)).any()
+    with pytest.raises(RuntimeError, match='expected the same boxes at each cell, shifted with columns and rows'):
+        masks.near_anchor_foreground(boxes, levels, 0, spoil(priors), (5, 7))
 
 
 def test_prediction_difference_and_teacher_confidence():
