@@ -52,11 +52,14 @@ def method_terms(method: str, family: str, balance: Optional[float] = None) -> C
             weights.
 
     Raises:
-        ConfigurationError: There is no such method, or none of its files fits the family.
+        ConfigurationError: There is no such method, a sum names one twice, or none of its files fits the family.
     """
     methods = available_methods()
     terms = ConfigDict()
-    for name in method.split('+') if method != NO_METHOD else ():
+    names = method.split('+') if method != NO_METHOD else []
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigurationError(f"The sum '{method}' names '{name}' twice; its weight is set with --cfg-options.")
         if name not in methods:
             raise ConfigurationError(f"There is no method '{name}'. Choose from {', '.join(methods)}, or a sum: a+b.")
         file = methods[name].get(family, methods[name].get(''))

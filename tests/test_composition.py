@@ -103,6 +103,11 @@ def test_unknown_method_lists_the_known():
         distillation_config(RETINANET, TEACHER, 'x.pth', 'fgx')
 
 
+def test_a_sum_names_each_method_once():
+    with pytest.raises(ConfigurationError, match="'fgd\\+pkd\\+fgd' names 'fgd' twice"):
+        method_terms('fgd+pkd+fgd', 'one_stage')
+
+
 @pytest.mark.parametrize('method, family, said', [
     ('fgd+ld', '', "'fgd.ld' does not serve this student, by its term 'ld': A RetinaHead predicts no distributions"),
     ('dkd', 'two_stage', "by its term 'dkd': A RetinaNet has no 'roi_head'; it has bbox_head"),

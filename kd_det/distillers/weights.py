@@ -1,6 +1,7 @@
 """A weight: a number, or a number that follows the training."""
 from __future__ import annotations
 
+from math import isfinite
 from typing import Optional, Union
 
 from mmdet.registry import TASK_UTILS
@@ -15,9 +16,14 @@ class Weight:
 
     Args:
         value: The weight, or another schedule that this one shapes.
+
+    Raises:
+        ValueError: The weight is not finite.
     """
 
     def __init__(self, value: WeightConfig) -> None:
+        if isinstance(value, (float, int)) and not isfinite(value):
+            raise ValueError(f'{type(self).__name__}: {value} is no weight: expected a finite number, or a schedule.')
         self.value = value if isinstance(value, (float, int)) else build_weight(value)
 
     def __call__(self, progress: Progress) -> float:

@@ -29,6 +29,13 @@ def test_length_is_given_in_one_unit():
             build_weight(faulty)
 
 
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_weights_are_finite(value):
+    for config in (value, dict(type='Warmup', value=value, epochs=1), dict(type='Balance', ratio=value)):
+        with pytest.raises(ValueError, match='expected a finite number'):
+            build_weight(config)
+
+
 def test_zero_throughout():
     assert build_weight(0).is_zero and build_weight(dict(type='Warmup', value=0, epochs=1)).is_zero
     assert not build_weight(dict(type='Warmup', value=1, epochs=1)).is_zero
