@@ -17,10 +17,10 @@ TRAPS = {
     'a padded batch: boxes are scaled by the batch, not by each image': {
         'masks/test_masks.py': ['test_boxes_land_in_the_right_cells_of_a_padded_batch',
                                 'test_background_is_the_rest_of_the_image_and_no_padding'],
-        'functional/test_functional_masks.py': ['test_image_shapes_stretch_the_boxes_of_smaller_images'],
+        'functional/masks/test_mask_foreground.py': ['test_image_shapes_stretch_the_boxes_of_smaller_images'],
         'functional/test_functional_features.py': ['test_padding_cells_neither_matter_nor_learn']},
     'loops over boxes: masks of a batch are made at once, and the host waits for nothing': {
-        'functional/test_functional_masks.py': [
+        'functional/masks/test_mask_foreground.py': [
             'test_box_foreground_of_many_boxes_makes_no_table_of_cells_times_boxes'],
         'functional/test_functional_host_sync.py': ['test_training_path_never_waits_for_the_device']},
     'images without boxes: finite losses, finite gradients': {
@@ -34,7 +34,7 @@ TRAPS = {
         'losses/test_dense_terms.py': ['test_normalisers_are_at_least_1'],
         'test_traps.py': ['test_no_box_in_the_batch_ranks_nothing']},
     'a gradient through a mask: masks are constants': {
-        'functional/test_functional_masks.py': ['test_masks_of_boxes_carry_no_gradient'],
+        'functional/masks/test_mask_foreground.py': ['test_masks_of_boxes_carry_no_gradient'],
         'functional/test_functional_features.py': ['test_no_gradient_flows_through_masks'],
         'masks/test_prediction_masks.py': ['test_terms_gather_the_heads_of_their_masks']},
     'units: a head in eval mode speaks others than in train mode, FCOS with norm_on_bbox strides of them': {

@@ -1,4 +1,4 @@
-"""Masks of boxes grow with cells + boxes, not with cells × boxes: by the elements that they make, not by the clock."""
+"""Masks of boxes grow with cells + boxes, not cells × boxes: by the elements that they make, not by the clock."""
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +26,10 @@ def boxes_of(count):
     return list(torch.cat([corner, corner + 10 + 300 * torch.rand(2, count, 2, generator=generator)], 2))
 
 
+def level(boxes, cells):
+    return masks.level_foreground(boxes, masks.assign_levels(boxes, 4), BATCH[0] // cells[0], cells, 0)
+
+
 def near_anchors(boxes, cells):
     y, x = torch.meshgrid(*(side // size * torch.arange(size) for side, size in zip(BATCH, cells)), indexing='ij')
     shapes = torch.tensor([[-64., -32., 64., 32.], [-45., -45., 45., 45.], [-32., -64., 32., 64.]])
@@ -37,7 +41,7 @@ def near_anchors(boxes, cells):
 MASKS = dict(
     foreground=(2, lambda boxes, cells: masks.box_foreground(boxes, BATCH, cells, 'inverse_area')),
     background=(2, lambda boxes, cells: masks.normalized_background(masks.box_foreground(boxes, BATCH, cells))),
-    level=(2, lambda boxes, cells: masks.level_foreground(boxes, masks.assign_levels(boxes, 4), 800 // cells[0], cells, 0)),
+    level=(2, level),
     near_anchors=(4, near_anchors),
 )
 

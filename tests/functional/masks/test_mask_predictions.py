@@ -1,0 +1,98 @@
+"""Masks of predictions and of priors against plain loops, written from the formulas."""
+import pytest
+import torch
+
+from kd_det.functional import masks
+
+
+def test_prediction_difference_and_teacher_confidence():
+    student, teacher = (torch.rand(2, 3, 4, 5, requires_grad=True) for _ in range(2))
+    difference, confidence = masks.prediction_difference(student, teacher), masks.teacher_confidence(teacher)
+    for i in range(4):
+        for j in range(5):
+            gaps = [(teacher[1, c, i, j] - student[1, c, i, j]).item()**2 for c in range(3)]
+            assert difference[1, i, j].item() == pytest.approx(sum(gaps) / 3)
+            assert confidence[1, i, j] == max(teacher[1, c, i, j] for c in range(3))
+    assert not difference.requires_grad and not confidence.requires_grad
+
+
+@pytest.mark.parametrize('budget', [2**24, 100])
+def test_prediction_quality_equals_the_loop(budget, monkeypatch, random_boxes, loop_iou):
+    monkeypatch.setattr('kd_det.functional.masks.boxes._TABLE_BUDGET', budget)
+    xi, top_k = 0.8, 5
+    points = torch.stack(torch.meshgrid(torch.arange(4., 96, 8), torch.arange(4., 160, 8), indexing='ij'), -1).flip(-1)
+    points = points.reshape(-1, 2)
+    count = len(points)
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(2, count, 3, generator=generator)
+    predictions = torch.stack([random_boxes(count, 9), random_boxes(count, 10)])
+    boxes = [torch.cat([random_boxes(3, 11), torch.tensor([[20., 20., 90., 60.], [200., 200., 210., 210.]])]),
+             torch.zeros(0, 4)]
+    labels = [torch.tensor([0, 1, 2, 1, 0]), torch.zeros(0, dtype=torch.long)]
+    actual = masks.prediction_quality(probabilities, predictions, points, boxes, labels, xi, top_k)
+
+    expected = torch.zeros(2, count, dtype=torch.float64)
+    for box, label in zip(boxes[0].tolist(), labels[0].tolist()):
+        quality = torch.zeros(count)
+        for index, (x, y) in enumerate(points.tolist()):
+            if box[0] <= x <= box[2] and box[1] <= y <= box[3]:
+                overlap = loop_iou(box, predictions[0, index].tolist())
+                quality[index] = probabilities[0, index, label].item()**(1 - xi) * overlap**xi
+        best = [index for index in quality.argsort(descending=True)[:top_k].tolist() if quality[index] > 0]
+        if not best:
+            continue
+        chosen = points[best].double()
+        offset = chosen - chosen.mean(0)
+        inverse = torch.linalg.pinv(offset.T @ offset / len(best), rtol=1e-6)
+        height = (-0.5 * (offset @ inverse * offset).sum(1)).exp()
+        for index, value in zip(best, height):
+            expected[0, index] = max(expected[0, index], value)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
+    assert (actual[0] > 0).sum() >= top_k
+
+
+def test_quality_of_a_cell_is_that_of_its_best_prediction(random_boxes, loop_iou):
+    """Two predictions on the first half of the cells, three on the others."""
+    points = torch.stack(torch.meshgrid(torch.arange(4., 96, 8), torch.arange(4., 160, 8), indexing='ij'), -1).flip(-1)
+    points, boxes, labels = points.reshape(-1, 2), [torch.tensor([[10., 10., 90., 80.]])], [torch.tensor([1])]
+    half = len(points) // 2
+    cells = torch.arange(len(points)).repeat_interleave(torch.tensor([2, 3]).repeat_interleave(half))
+    probabilities, predictions = torch.rand(1, len(cells), 3), random_boxes(len(cells), 9)[None]
+    actual = masks.prediction_quality(probabilities, predictions, points, boxes, labels, 0.6, 5, cells)
+    overlap = torch.tensor([loop_iou(boxes[0][0].tolist(), each.tolist()) for each in predictions[0]])
+    quality = probabilities[0, :, 1]**0.4 * overlap**0.6
+    best = torch.stack([(quality - 2.0 * (cells != cell)).argmax() for cell in range(len(points))])
+    expected = masks.prediction_quality(probabilities[:, best], predictions[:, best], points, boxes, labels, 0.6, 5)
+    assert torch.equal(actual, expected) and (actual > 0).sum() == 5
+
+
+@pytest.mark.parametrize('budget', [2**24, 100])
+def test_valuable_region_equals_the_loop(budget, monkeypatch, loop_iou):
+    """DIoU by its definition, prior by prior, weighted by the IoU; the second image has no boxes."""
+    monkeypatch.setattr('kd_det.functional.masks.boxes._TABLE_BUDGET', budget)
+    gamma, top_k = 0.3, 4
+    centers = [torch.cartesian_prod(*[torch.arange(stride / 2, 96, stride)] * 2) for stride in (16, 32)]
+    priors = [torch.cat([each - 2 * stride, each + 2 * stride], 1) for each, stride in zip(centers, (8, 16))]
+    boxes = [torch.tensor([[10., 20., 50., 48.], [30., 30., 93., 90.], [80., 2., 90., 9.]]), torch.zeros(0, 4)]
+    actual = masks.valuable_region(priors, boxes, gamma, top_k)
+
+    expected = torch.zeros(2, 45)
+    for box in boxes[0].tolist():
+        overlaps, proximities, candidates = [], [], []
+        for level in priors:
+            distances, here = [], []
+            for prior in level.tolist():
+                distance = sum((box[side] + box[side + 2] - prior[side] - prior[side + 2])**2 / 4 for side in (0, 1))
+                hull = sum((max(box[side + 2], prior[side + 2]) - min(box[side], prior[side]))**2 for side in (0, 1))
+                distances.append(distance)
+                here.append(loop_iou(box, prior))
+                proximities.append(here[-1] - distance / hull)
+            overlaps += here
+            nearest = sorted(range(len(here)), key=distances.__getitem__)[:top_k]
+            candidates += [here[index] for index in nearest]
+        threshold = torch.tensor(candidates).mean() + torch.tensor(candidates).std()
+        proximities, overlaps = torch.tensor(proximities), torch.tensor(overlaps)
+        valuable = (gamma * threshold <= proximities) & (proximities < threshold)
+        expected[0] = torch.maximum(expected[0], overlaps * valuable)
+    torch.testing.assert_close(actual, expected)
+    assert 5 < (expected > 0).sum() < 40
