@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
 from kd_det.cli.common import add_config_options, apply_config_options
@@ -30,6 +31,7 @@ def run(options: Namespace) -> int:
     config = load_config(options.config)
     apply_config_options(config, options)
     config = plain_config(config)
+    register_all_modules(init_default_scope=True)
     checkpoint = load_checkpoint(options.checkpoint)
     model = MODELS.build(copy.deepcopy(config.model))
     try:

@@ -174,6 +174,17 @@ def test_distill_then_test_then_export(workspace, capsys):
     assert torch.equal(*boxes)
 
 
+def test_several_checkpoints_are_an_ensemble(workspace, monkeypatch):
+    monkeypatch.setattr(distill, 'train', lambda config, resume: None)
+    several = ['--teacher-checkpoint', 'teacher.pth', 'teacher.pth']
+    assert main([*DISTILL, *several, '--balance', '0.5', *NO_PREFLIGHT, 'model.distill.fgd.temperature=0.8']) == 0
+    made = load_config('work_dirs/student_fgd_2_teachers/student_fgd_2_teachers.py').model
+    assert [teacher.checkpoint for teacher in made.teacher] == ['teacher.pth'] * 2
+    for index, name in enumerate(('fgd_1', 'fgd_2')):  # what was set holds for both
+        term = made.distill[name]
+        assert (term.teacher, term.temperature, term.weight.ratio) == (index, 0.8, 0.25)
+
+
 def test_the_saved_config_repeats_the_run(workspace):
     """With tools/train.py, in a process of its own, to identical weights."""
     assert main([*DISTILL, '--work-dir', 'run', *NO_PREFLIGHT]) == 0
@@ -409,6 +420,16 @@ def test_doctor_finds_faults(arguments, said, workspace, capsys, monkeypatch):
     torch.save(dict(state_dict=MODELS.build(load_config('student.py').model).state_dict()), 'student.pth')
     assert main(['doctor', *arguments]) == 1
     assert said in (listed := capsys.readouterr().out) and 'fault' in listed
+
+
+@pytest.mark.parametrize('arguments', [['doctor', 'run.py'], ['export', 'teacher.py', 'teacher.pth', 'out/plain.pth']])
+def test_what_runs_without_a_runner_finds_mmdetections_types(arguments, workspace, monkeypatch):
+    """As in a process of its own, in which no test has set the default scope of the registries."""
+    from kd_det.composition import distillation_config
+    from mmengine.registry import DefaultScope
+    distillation_config('student.py', 'teacher.py', 'teacher.pth', 'fgd').dump('run.py')
+    monkeypatch.setattr(DefaultScope, '_instance_dict', {})
+    assert main(arguments) == 0
 
 
 def test_doctor_accepts_another_teacher_checkpoint(workspace, capsys):
