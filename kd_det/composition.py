@@ -11,8 +11,10 @@ from mmengine.config import Config, ConfigDict
 from kd_det.configuration import (CONFIG_ROOT, DISTILL_HOOK, DISTILLER, ConfigurationError, is_distillation,
                                   load_config, student_model)
 from kd_det.detectors import FAMILIES, HeadClasses, family_of, has_one_level, head_classes
+from kd_det.distillers.provenance import keys_within
 from kd_det.heads import HeadError, check_head
 from kd_det.losses import DistillTerm
+from kd_det.randomness import preserved_randomness
 
 NO_METHOD = 'none'  # no terms: the student may still inherit
 RATIO = 1.0  # of a method's gradient to the task's: what served best on data of other sizes than COCO, see docs/results.md
@@ -109,6 +111,19 @@ def check_terms(method: str, terms: Dict[str, dict], detector: str, heads: HeadC
                                      f'{error} kd-det methods shows which detectors each method serves.') from error
 
 
+def check_parts(model: dict, parts: Sequence[str]) -> None:
+    """Checks that a detector has the parts that it is to inherit.
+
+    Raises:
+        ConfigurationError: It lacks one; the message says which there are.
+    """
+    if parts:
+        with preserved_randomness():
+            state = MODELS.build(copy.deepcopy(model)).state_dict()  # building writes into a config
+        for part in parts:
+            keys_within(state, part)
+
+
 def distillation_config(student: Union[str, Config], teacher_config: str, teacher_checkpoint: str, method: str,
                         inherit: Union[str, Sequence[str]] = 'auto', family: str = '', balance: Optional[float] = RATIO) -> Config:
     """Makes the config that distils a teacher into a student.
@@ -129,7 +144,8 @@ def distillation_config(student: Union[str, Config], teacher_config: str, teache
             which are made for COCO.
 
     Raises:
-        ConfigurationError: The student is a distiller already, or the method does not serve it.
+        ConfigurationError: The student is a distiller already or lacks a part that it is to inherit, or the method does
+            not serve it.
     """
     config = copy.deepcopy(student) if isinstance(student, Config) else load_config(student)
     if is_distillation(config):
@@ -139,6 +155,7 @@ def distillation_config(student: Union[str, Config], teacher_config: str, teache
     model = student_model(config)
     terms = method_terms(method, family or head_family(model), balance)
     check_terms(method, terms, model.type, head_classes(model))
+    check_parts(model, () if inherit == 'auto' else (inherit, ) if isinstance(inherit, str) else inherit)
     config.model = dict(
         type=DISTILLER,
         student=model,

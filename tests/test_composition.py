@@ -124,6 +124,12 @@ def test_a_head_that_is_in_no_registry_is_named():
         distillation_config(student, TEACHER, 'x.pth', 'fgd')
 
 
+@pytest.mark.parametrize('inherit', ['nek', ['bbox_head', 'nek']])
+def test_a_part_that_the_student_lacks_is_named(inherit):
+    with pytest.raises(ConfigurationError, match="no part 'nek'; it has backbone, bbox_head, neck. Nearest names: neck."):
+        distillation_config(RETINANET, TEACHER, 'x.pth', 'fgd', inherit=inherit)
+
+
 def test_a_distillation_is_no_student():
     with pytest.raises(ConfigurationError, match='is a distillation already'):
         distillation_config('kd_det::fgd_r101_r18.py', TEACHER, 'x.pth', 'fgd')

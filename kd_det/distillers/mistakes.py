@@ -25,14 +25,15 @@ def reason(error: Exception, config: Any) -> str:
     message = str(error)
     argument, kind = UNKNOWN_ARGUMENT.search(message), UNKNOWN_TYPE.search(message)
     if isinstance(error, TypeError) and argument:
-        return f"there is no argument '{argument[1]}'.{_nearest(argument[1], _arguments(config))}"
+        return f"there is no argument '{argument[1]}'.{nearest(argument[1], _arguments(config))}"
     if isinstance(error, KeyError) and kind:
         own = (name for name, each in MODELS.module_dict.items() if each.__module__.startswith('kd_det.'))
-        return f"there is no '{kind[1]}'.{_nearest(kind[1], own)} If it is your own, import it with custom_imports."
+        return f"there is no '{kind[1]}'.{nearest(kind[1], own)} If it is your own, import it with custom_imports."
     return message
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A sentence on the names that are most like a wrong one; empty where none is."""
     found = get_close_matches(name, sorted(names))
     return f" Nearest names: {', '.join(found)}." if found else ''
 

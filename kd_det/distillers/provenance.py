@@ -9,6 +9,7 @@ from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint_with_p
 from torch import Tensor, nn
 
 from kd_det.configuration import ConfigurationError
+from kd_det.distillers.mistakes import nearest
 
 ORIGINS = ('random', 'pretrained', 'inherited', 'checkpoint')
 
@@ -70,6 +71,20 @@ def parts_in_common(student: nn.Module, teacher: nn.Module) -> Tuple[str, ...]:
     return (*modules, *(name for name in student._parameters if name in theirs))
 
 
+def keys_within(state: Dict[str, Tensor], part: str) -> List[str]:
+    """The keys of a student's state dict that belong to a part of it.
+
+    Raises:
+        ConfigurationError: There is no such part.
+    """
+    keys = [key for key in state if f'{key}.'.startswith(f'{part}.')]
+    if not keys:
+        known = sorted({key.split('.')[0] for key in state})
+        raise ConfigurationError(f"inherit: the student has no part '{part}'; it has {', '.join(known)}."
+                                 f'{nearest(part, known)}')
+    return keys
+
+
 def inherit(student: nn.Module, teacher: nn.Module, parts: Iterable[str]) -> Tuple[List[str], List[str]]:
     """Starts parts of the student from the teacher's, wherever name and shape agree.
 
@@ -87,11 +102,7 @@ def inherit(student: nn.Module, teacher: nn.Module, parts: Iterable[str]) -> Tup
     source, target = teacher.state_dict(), student.state_dict()
     inherited, left = [], []
     for part in parts:
-        keys = [key for key in target if f'{key}.'.startswith(f'{part}.')]
-        if not keys:
-            known = sorted({key.split('.')[0] for key in target})
-            raise ConfigurationError(f"inherit: the student has no part '{part}'; it has {', '.join(known)}.")
-        for key in keys:
+        for key in keys_within(target, part):
             fits = key in source and source[key].shape == target[key].shape
             (inherited if fits else left).append(key)
     for key in inherited:
