@@ -43,8 +43,8 @@ def add_fidelity(entries: List[dict], root: Path, teacher: dict, splits: Sequenc
                 config = load_config(file.parent / CONFIG_FILE)
                 with redirect_stdout(StringIO()):  # of pycocotools
                     measured[split] = measure_fidelity(config, str(root / entry['checkpoint']), teacher, split)
-        content = dict(identity=entry['identity'], splits=measured)
-        file.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+                content = dict(identity=entry['identity'], splits=measured)
+                file.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
         entry['fidelity'] = {split: measured[split] for split in splits}
 
 

@@ -7,16 +7,17 @@ import numpy as np
 
 from kd_det.benchmark.results import METRICS
 from kd_det.benchmark.statistics import paired_difference
-from kd_det.benchmark.tables import COSTS, FIDELITY, fidelity_rows, rows
+from kd_det.benchmark.tables import COSTS, FIDELITY, NONE, fidelity_rows, rows
 from kd_det.report.accuracy import CURVES
 from kd_det.report.detectors import TEACHER, look
 from kd_det.report.studies import Study
-from kd_det.report.terms import task_curves, term_curves
+from kd_det.report.terms import task_curves, term_curves, without_terms
 from kd_det.report.validation import evenly_spaced, read_validation
-from kd_det.report.verdict import sentence, statements
+from kd_det.report.verdict import beyond_inheritance, sentence, statements
 from kd_det.visualization import read_scalars
 
-SHOWN_METRICS = {'coco/bbox_mAP': 'validation mAP', 'coco/bbox_mAP_50': 'validation AP50', 'loss': 'training loss'}
+TASK_LOSS = 'training loss without the terms'
+SHOWN_METRICS = {'coco/bbox_mAP': 'validation mAP', 'coco/bbox_mAP_50': 'validation AP50', 'loss': TASK_LOSS}
 
 
 def collect(study: Study, images: int = 8, teacher: Optional[dict] = None,
@@ -34,7 +35,7 @@ def collect(study: Study, images: int = 8, teacher: Optional[dict] = None,
     """
     notes = list(study.notes)
     made = dict(name=study.name, plain=study.plain, variants=list(study.variants), notes=notes)
-    made.update(_comparison(study))  # verdict, statements, table, fidelity, provenance
+    made.update(_comparison(study))  # verdict, beyond, statements, table, fidelity, provenance
     if study.results is not None and not made['fidelity']:
         notes.append('How closely the students follow the teacher was not measured: kd-det benchmark --fidelity does.')
     made.update(_logs(study, notes))  # curves, terms
@@ -61,15 +62,18 @@ def _comparison(study: Study) -> dict:
     if study.results is None:
         count = f'{len(study.runs)} training{"s" * (len(study.runs) > 1)}'
         return dict(verdict=f'{count}, no benchmark: this page shows what happened, not whether distilling helped.',
-                    statements=[], table=None, fidelity={}, provenance={})
+                    beyond='', statements=[], table=None, fidelity={}, provenance={})
     results = study.results
-    made = statements(results['summary'])
-    columns = ['method', 'seeds', *METRICS.values(), 'Δ mAP', *COSTS]
+    made, beyond, table = statements(results['summary']), beyond_inheritance(results['runs']), rows(results)
+    added = {each['name']: each['text'] for each in beyond}
+    made = [dict(each, beyond=added.get(each['name'])) for each in made]
+    metrics = [name for name in METRICS.values() if any(row[name] != NONE for row in table)]
+    columns = ['method', metrics[0], 'Δ mAP', *metrics[1:], 'seeds', *COSTS] if metrics else ['method', 'seeds', *COSTS]
     fidelity = {split: dict(columns=['method', *FIDELITY], rows=fidelity_rows(variants))
                 for split, variants in results['fidelity'].items()}
     provenance = {key: results[key] for key in ('command', 'versions', 'machine', 'pair', 'data') if key in results}
-    return dict(verdict=sentence(made), statements=made, table=dict(columns=columns, rows=rows(results)),
-                fidelity=fidelity, provenance=provenance)
+    return dict(verdict=sentence(made), beyond=sentence(beyond, 'inherit alone') if beyond else '', statements=made,
+                table=dict(columns=columns, rows=table), fidelity=fidelity, provenance=provenance)
 
 
 def _logs(study: Study, notes: List[str]) -> dict:
@@ -79,15 +83,16 @@ def _logs(study: Study, notes: List[str]) -> dict:
         logged[variant] = [read_scalars(run.scalars) for run in runs if run.scalars and run.scalars[-1].is_file()]
         if len(logged[variant]) < len(runs):
             notes.append(f'{variant}: the log (scalars.json) of {len(runs) - len(logged[variant])} run(s) is missing.')
-    curves = {title: {variant: [each[key] for each in scalars if key in each] for variant, scalars in logged.items()}
-              for key, title in SHOWN_METRICS.items()}
-    curves = {title: {variant: each for variant, each in by_variant.items() if each}
-              for title, by_variant in curves.items()}
     terms = {}
     for variant, scalars in logged.items():
         by_term = term_curves(study.variants[variant][0].config, scalars)
         if by_term:
             terms[variant] = dict(terms=by_term, task=task_curves(scalars, list(by_term)))
+            logged[variant] = [dict(each, loss=without_terms(each, list(by_term))) for each in scalars if 'loss' in each]
+    curves = {title: {variant: [each[key] for each in scalars if key in each] for variant, scalars in logged.items()}
+              for key, title in SHOWN_METRICS.items()}
+    curves = {title: {variant: each for variant, each in by_variant.items() if each}
+              for title, by_variant in curves.items()}
     return dict(curves={title: each for title, each in curves.items() if each}, terms=terms)
 
 

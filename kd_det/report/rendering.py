@@ -41,7 +41,8 @@ def _prepared(study: dict) -> dict:
     images = [{key: value for key, value in image.items() if key != 'source'} for image in study['images']]
     data = dict(plain=study['plain'], images=images, maps=study['maps'], classes=study.get('classes', ()),
                 palette=study.get('palette', ()))
-    return dict(colours=colours, switch=shown, teacher=TEACHER, data=data, differences=Markup(differences),
+    best = study['statements'][0]['name'] if study['statements'] else shown[0]
+    return dict(colours=colours, switch=shown, first=best, teacher=TEACHER, data=data, differences=Markup(differences),
                 curve_plots=[Markup(plot) for plot in plots], precision_plots=[Markup(plot) for plot in precision],
                 term_plots={variant: _term_plots(variant, each, colours) for variant, each in study['terms'].items()},
                 validated_once=len(plots) < len(curves), span=_span(study['per_class'] or {}))

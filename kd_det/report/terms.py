@@ -54,3 +54,9 @@ def task_curves(scalars: List[Scalars], terms: List[str]) -> Dict[str, List[Curv
     names = [key for key in (scalars[0] if scalars else ())
              if key.startswith('loss_') and key not in {f'loss_{term}' for term in terms}]
     return {name: [each[name] for each in scalars if name in each] for name in names}
+
+
+def without_terms(scalars: Scalars, terms: List[str]) -> Curve:
+    """The loss of a run without what its terms added to it: what the losses of all variants have in common."""
+    return {epoch: value - sum(scalars.get(f'loss_{term}', {}).get(epoch, 0.0) for term in terms)
+            for epoch, value in scalars['loss'].items()}

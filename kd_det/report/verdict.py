@@ -1,9 +1,12 @@
 """What a benchmark shows, in one sentence."""
 from __future__ import annotations
 
-from typing import Dict, List, Mapping
+from typing import Dict, List, Mapping, Sequence
+
+from kd_det.benchmark.statistics import paired_difference
 
 METRIC = 'bbox_mAP'
+INHERIT = 'inherit'  # the student that starts from the teacher's weights and learns from nothing else
 MOST_NAMES = 5  # in one clause; the others are counted
 
 
@@ -25,11 +28,41 @@ def statement(summary: dict) -> str:
     return text if summary['verdict'] in ('gain', 'loss') else f'no difference shown: {text}'
 
 
-def sentence(made: List[dict]) -> str:
+def beyond_inheritance(runs: Sequence[dict]) -> List[Dict[str, object]]:
+    """What methods gain over the student that only inherits: one statement on each that began with its weights.
+
+    Args:
+        runs: Those of ``results.json``.
+
+    Returns:
+        As :func:`statements`; nothing where no student only inherits.
+    """
+    by_variant: Dict[str, Dict[int, dict]] = {}
+    for run in runs:
+        if run['status'] == 'finished':
+            by_variant.setdefault(run['variant'], {})[run['seed']] = run
+    inherited, summary = by_variant.pop(INHERIT, {}), {}
+    for variant, by_seed in by_variant.items():
+        twins = {seed: run for seed, run in by_seed.items() if seed in inherited and _alike(run, inherited[seed])}
+        found = paired_difference(*({seed: 100 * run['metrics'][METRIC] for seed, run in each.items()}
+                                    for each in (inherited, twins)))
+        if found is not None:
+            summary[variant] = {METRIC: dict(difference=found.mean, interval=found.interval, by_seed=found.by_seed,
+                                             verdict=found.verdict)}
+    return statements(summary)
+
+
+def _alike(run: dict, other: dict) -> bool:
+    """Whether two runs began with the same weights, in the same setting of the student."""
+    return run['start'] == other['start'] and run.get('twin') == other.get('twin')
+
+
+def sentence(made: List[dict], baseline: str = 'the plain student') -> str:
     """The verdict on all methods.
 
     Args:
         made: See :func:`statements`.
+        baseline: What they are compared with.
     """
     groups = {verdict: [each for each in made if each['verdict'] == verdict]
               for verdict in ('gain', 'loss', 'no difference shown')}
@@ -37,15 +70,15 @@ def sentence(made: List[dict]) -> str:
     clauses = []
     if groups['gain']:
         whom = _names(groups['gain'], numbers=True)
-        clauses.append(f"{whom} {_verb(groups['gain'], 'detect')} better than the plain student")
+        clauses.append(f"{whom} {_verb(groups['gain'], 'detect')} better than {baseline}")
     if groups['loss']:
-        whom, than = _names(groups['loss'], numbers=True), '' if clauses else ' than the plain student'
+        whom, than = _names(groups['loss'], numbers=True), '' if clauses else f' than {baseline}'
         clauses.append(f"{whom} {_verb(groups['loss'], 'detect')} worse{than}")
     if groups['no difference shown']:
         clauses.append(f"for {_names(groups['no difference shown'])} no difference is shown")
     if single:
         clauses.append(f'one seed allows no statement on {_names(single)}')
-    text = '; '.join(clauses) or 'There is no method beside a plain student, so nothing to compare'
+    text = '; '.join(clauses) or f'There is no method beside {baseline}, so nothing to compare'
     return f'{text[0].upper() if text.startswith(("for", "one")) else text[0]}{text[1:]}.'
 
 

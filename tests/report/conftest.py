@@ -44,8 +44,8 @@ def synthetic_study():
                  for stride in (4, 8, 16, 32)] for _ in range(4)]
         looks = dict(attention=maps[0], **{f'fgd: mask_{index}': each for index, each in enumerate(maps[1:])})
         return dict(
-            name=name, plain='none', variants=variants, notes=['A note.'], verdict=sentence(statements(summary)),
-            statements=statements(summary), fidelity={}, provenance=dict(command='kd-det benchmark', versions=dict(torch='2')),
+            name=name, plain='none', variants=variants, notes=['A note.'], verdict=sentence(statements(summary)), beyond='',
+            statements=[dict(each, beyond=None) for each in statements(summary)], fidelity={}, provenance=dict(command='kd-det benchmark', versions=dict(torch='2')),
             table=dict(columns=['method', 'seeds', *METRICS.values(), 'Δ mAP', *COSTS], rows=rows(results)),
             curves={'validation mAP': {variant: [curve, curve] for variant in variants}},
             terms={method: dict(task={'loss_cls': [curve]}, terms=dict(

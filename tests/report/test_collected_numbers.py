@@ -7,9 +7,9 @@ from PIL import Image
 from kd_det.report.accuracy import evaluate, ground_truth
 from kd_det.report.caching import cached
 from kd_det.report.pictures import COLOURS, MOST_CELLS, image_uri, map_uri
-from kd_det.report.terms import task_curves, term_curves
+from kd_det.report.terms import task_curves, term_curves, without_terms
 from kd_det.report.validation import LabelledImage, evenly_spaced
-from kd_det.report.verdict import sentence, statements
+from kd_det.report.verdict import beyond_inheritance, sentence, statements
 
 
 @pytest.fixture
@@ -63,7 +63,29 @@ def test_the_verdict_claims_only_what_intervals_show():
 def test_the_verdict_on_many_and_on_none():
     many = statements({f'm{index}': summary(1.0, None, 'one seed, no statement') for index in range(9)})
     assert sentence(many) == 'One seed allows no statement on m0, m1, m2, m3, m4 and 4 others.'
-    assert sentence([]) == 'There is no method beside a plain student, so nothing to compare.'
+    assert sentence([]) == 'There is no method beside the plain student, so nothing to compare.'
+
+
+def test_methods_that_began_with_inherited_weights_are_compared_with_a_student_that_did():
+    """fgd gains 2 and 4 points over inherit, pkd began elsewhere, kd inherited for seed 0 alone; MixUp is another setting."""
+    def run(variant, seed, start, points, twin='none'):
+        return dict(variant=variant, seed=seed, twin=twin, status='finished', start=start, metrics=dict(bbox_mAP=points / 100))
+
+    runs = [run('none', 0, 'a', 10), run('inherit', 0, 'b', 20), run('inherit', 1, 'c', 21), run('fgd', 0, 'b', 22),
+            run('fgd', 1, 'c', 25), run('pkd', 0, 'a', 50), run('kd', 0, 'b', 19), run('kd', 1, 'a', 50),
+            run('kd@augment=mixup', 0, 'b', 30, twin='none@augment=mixup'), dict(variant='kd', seed=2, status='failed')]
+    made = {each['name']: each for each in beyond_inheritance(runs)}
+    assert set(made) == {'fgd', 'kd'}
+    assert made['fgd']['by_seed'] == pytest.approx({0: 2, 1: 4}) and made['fgd']['difference'] == pytest.approx(3)
+    assert made['kd']['text'] == 'one seed: no statement (-1.0)'
+    assert sentence(list(made.values()), 'inherit alone').startswith('For fgd no difference is shown')
+    assert beyond_inheritance([each for each in runs if each['variant'] != 'inherit']) == []
+
+
+def test_the_loss_without_the_terms():
+    scalars = {'loss': {1: 9.0, 2: 5.0}, 'loss_fgd': {1: 3.0}, 'loss_kd': {1: 2.0, 2: 1.0}}
+    assert without_terms(scalars, ['fgd', 'kd']) == {1: 4.0, 2: 4.0}
+    assert without_terms(scalars, []) == scalars['loss']
 
 
 def test_terms_are_told_apart_from_the_losses_of_the_task():
