@@ -9,7 +9,8 @@ from rich.table import Table
 from kd_det.benchmark.results import METRICS
 
 COSTS = ('parameters', 'FLOPs', 's/iteration', 'memory')
-FIDELITY = ('found', 'copied_errors', 'agreement', 'teacher_iou', 'class_kl', 'student_ece', 'teacher_ece', 'cka')
+FIDELITY = ('found', 'teacher_errors', 'copied_errors', 'agreement', 'teacher_iou', 'class_kl', 'student_ece', 'teacher_ece',
+            'cka')
 NONE = '–'
 
 
@@ -42,8 +43,8 @@ def difference_text(summary: dict) -> str:
     return text if summary['verdict'] in ('gain', 'loss') else f"{summary['verdict']} ({text})"
 
 
-def _spread(mean: float, std: Optional[float] = None) -> str:
-    return f'{mean:.1f}' + ('' if std is None else f' ± {std:.1f}')
+def _spread(mean: float, std: Optional[float] = None, digits: int = 1) -> str:
+    return f'{mean:.{digits}f}' + ('' if std is None else f' ± {std:.{digits}f}')
 
 
 def _costs(runs: List[dict]) -> Dict[str, str]:
@@ -82,14 +83,14 @@ def fidelity_rows(variants: Dict[str, Dict[str, dict]]) -> List[Dict[str, str]]:
     """Column -> text of one row for each variant: the numbers of FidelityMetric, its mean CKA over the levels."""
     made = []
     for variant, numbers in variants.items():
-        texts = {name: f"{each['mean']:.3f}" for name, each in numbers.items() if not name.startswith('cka_')}
+        texts = {name: _spread(**each, digits=3) for name, each in numbers.items() if not name.startswith('cka_')}
         levels = [each['mean'] for name, each in numbers.items() if name.startswith('cka_')]
         made.append(dict(method=variant, **texts, **(dict(cka=f'{np.mean(levels):.3f}') if levels else {})))
     return made
 
 
 def _fidelity_table(split: str, variants: Dict[str, Dict[str, dict]]) -> Table:
-    title = f'Fidelity on {split} images, mean over seeds; cka: mean over levels'
+    title = f'Fidelity on {split} images, mean ± standard deviation over seeds; cka: mean over levels'
     return _table(title, FIDELITY, fidelity_rows(variants))
 
 
@@ -101,7 +102,7 @@ def markdown_table(results: dict) -> str:
     failed = [run for run in results['runs'] if run['status'] == 'failed']
     lines += [f"- {run['variant']}, seed {run['seed']} failed: {run['error']}" for run in failed]
     for split, variants in results['fidelity'].items():
-        lines += ['', f'Fidelity on {split} images, mean over seeds (cka: and over levels):', '']
+        lines += ['', f'Fidelity on {split} images, mean ± standard deviation over seeds (cka: mean over levels too):', '']
         lines += _markdown(('method', *FIDELITY), fidelity_rows(variants))
     return '\n'.join(lines) + '\n'
 

@@ -22,6 +22,7 @@ def results():
     runs += [entry('other', seed, ap) for seed, ap in enumerate((0.35, 0.30, 0.34))]
     runs.append(dict(variant='broken', seed=0, status='failed', error='out of memory', log='log.txt'))
     fidelity = {name: dict(mean=value, std=None) for name, value in dict(found=0.8, cka_8=0.9, cka_16=0.7).items()}
+    fidelity['found']['std'] = 0.0123
     return dict(teacher=None, runs=runs, summary=summarize(runs), fidelity=dict(val=dict(better=fidelity)))
 
 
@@ -39,7 +40,7 @@ def test_an_interval_with_zero_is_never_printed_as_a_gain(results):
     assert '| +2.0 ± 0.5 |' in rows['better']
     assert 'no difference shown (+1.0 ± ' in rows['other']
     assert '0 of 1' in rows['broken'] and 'broken, seed 0 failed: out of memory' in table
-    assert '| better | 0.800 |  |  |  |  |  |  | 0.800 |' in fidelity  # found, and the mean of both levels' CKA
+    assert '| better | 0.800 ± 0.012 |  |  |  |  |  |  |  | 0.800 |' in fidelity  # found, and the mean of both levels' CKA
 
 
 def test_console_shows_the_same(results):
