@@ -15,6 +15,7 @@ from kd_det.composition import RATIO, available_methods, distillation_config
 from kd_det.configuration import renamed
 from kd_det.detectors import FAMILIES
 from kd_det.diagnosis.checks import check_config
+from kd_det.ensembles import ensemble
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -25,9 +26,11 @@ def add_arguments(parser: ArgumentParser) -> None:
                         metavar='CONFIG',
                         help="config of the teacher, or 'mmdet::folder/file.py'")
     parser.add_argument('--teacher-checkpoint',
+                        nargs='+',
                         required=True,
                         metavar='FILE',
-                        help="the teacher's weights: a file or address")
+                        help="the teacher's weights: a file or address; from several, all trained with this config, the "
+                        'student learns as from an ensemble')
     parser.add_argument('--method', required=True, help=f"{', '.join(available_methods())}, or a sum of them: a+b")
     parser.add_argument('--family', choices=FAMILIES, default='',
                         help="whose published weights to use (told by the student's heads by default)")
@@ -41,10 +44,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    config = distillation_config(options.student, options.teacher, options.teacher_checkpoint, options.method,
+    checkpoints = options.teacher_checkpoint
+    config = distillation_config(options.student, options.teacher, checkpoints[0], options.method,
                                  inherited_parts(options), options.family, options.balance)
-    name = f'{Path(options.student).stem}_{options.method}'
+    several = f'_{len(checkpoints)}_teachers' if len(checkpoints) > 1 else ''
+    name = f'{Path(options.student).stem}_{options.method}{several}'
     apply_training_options(config, options, name)
+    if several:  # last: what is set of a term holds for all teachers
+        config = ensemble(config, checkpoints)
     config = renamed(config, Path(config.work_dir) / f'{name}.py')
     check_config(config, splits=('train', 'val'))  # before anything is written
     if int(os.environ.get('RANK', 0)) == 0:

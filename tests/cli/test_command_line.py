@@ -273,7 +273,10 @@ def test_mixed_precision_needs_a_gpu(workspace, capsys, monkeypatch):
     (['train', 'student.py', '--cfg-options', 'model.neck.type=FPNN'], 'FPNN is not in the .*registry'),
     (['train', 'student.py', '--cfg-options', 'model.neck.unknown=1'], "unexpected keyword argument 'unknown'"),
     (['train', 'student.py', '--cfg-options', 'model.type.x=1'], '--cfg-options'),
+    (['train', 'student.py', '--cfg-options', 'optim_wrapper.optimizer.rate=1'], "unexpected keyword argument 'rate'"),
+    (['train', 'student.py', '--resume', 'teacher.pth'], 'does not fit the student RetinaNet'),
     (['test', 'student.py', 'nowhere.pth'], "no file 'nowhere.pth'"),
+    (['test', 'student.py', 'teacher.pth'], 'does not fit the student RetinaNet.*another shape: .*layer1.0.conv1.weight'),
     (['export', 'student.py', 'teacher.pth', 'out.pth'], 'is not of the student.*layer1.0.conv3.weight'),
     (['export', 'student.py', 'nowhere.pth', 'out.pth'], 'nowhere.pth'),
     ([*DISTILL[:-1], 'fgx'], "no method 'fgx'. Choose from .*fgd"),
@@ -290,6 +293,13 @@ def test_a_mistake_is_one_clear_line(arguments, said, workspace, capsys):
     Path('run.py').write_text("model = dict(type='DetectionDistiller')\n")
     assert re.search(said, error_of(arguments, capsys), re.DOTALL)
     assert not list(workspace.glob('**/*epoch*.pth')) and not Path('out.pth').exists()
+
+
+def test_an_option_without_a_value_is_a_usage_error(workspace, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(['train', 'student.py', '--cfg-options', 'randomness.seed'])
+    assert exit_.value.code == 2
+    assert "--cfg-options: expected KEY=VALUE, got 'randomness.seed'" in capsys.readouterr().err
 
 
 def test_empty_data_is_one_clear_line(workspace, capsys):
