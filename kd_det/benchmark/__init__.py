@@ -5,6 +5,7 @@ The layout of its work dir::
     results.json                    everything, see kd_det.benchmark.results
     results.md                      the table of it
     teacher/                        one run, unless a checkpoint was given
+    teacher_2/, …                   those of a larger ensemble
     <variant>/seed<k>/              one run of each method, such as fgd@paper/seed0
         config.py                   the whole config that the run was trained with
         result.json                 kd_det.benchmark.runs.Run; written when the run has finished, and not before

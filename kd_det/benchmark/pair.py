@@ -4,7 +4,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Sequence, Tuple
 
 from mmengine.config import Config
 
@@ -21,11 +21,12 @@ class Pair:
         student: Config of the plain student: it decides data, classes, schedule and evaluation of all runs but the
             teacher's.
         teacher: Name of the teacher's config.
-        checkpoint: The teacher's weights, an address or a file; None if the teacher is to be trained.
+        checkpoints: The weights of the teacher, or of several of its config; addresses or files; none if they are to be
+            trained.
     """
     student: Config
     teacher: str
-    checkpoint: Optional[str] = None
+    checkpoints: Tuple[str, ...] = ()
 
     def teacher_config(self) -> Config:
         """The config that trains the teacher."""
@@ -33,14 +34,15 @@ class Pair:
 
 
 def read_pair(pair: Optional[str] = None, student: Optional[str] = None, teacher: Optional[str] = None,
-              checkpoint: Optional[str] = None) -> Pair:
+              checkpoints: Sequence[str] = ()) -> Pair:
     """Reads a pair.
 
     Args:
         pair: Config of a distillation, such as ``configs/_base_/pairs/retinanet_r101_r18.py``; its terms do not count.
         student: Config of a plain detector, in place of ``pair`` or of its student.
         teacher: Config of the teacher, in place of the pair's.
-        checkpoint: The teacher's weights. By default the pair's, if it names an address or a file that is there.
+        checkpoints: The teacher's weights, or those of several. By default the pair's, if it names an address or a file
+            that is there.
 
     Raises:
         ConfigurationError: There is no student or no teacher, the pair is no distillation, or it has several teachers.
@@ -53,18 +55,19 @@ def read_pair(pair: Optional[str] = None, student: Optional[str] = None, teacher
                                      'DetectionDistiller), or --student and --teacher in its place.')
         named = config.model.teacher
         if not isinstance(named, dict):
-            raise ConfigurationError(f"PAIR '{pair}' has {len(named)} teachers: expected one.")
+            raise ConfigurationError(f"PAIR '{pair}' has {len(named)} teachers: expected one. To learn from several, give "
+                                     'the weights of each with --teacher-checkpoint, and a method with @teachers=N.')
         config = student_config(config)
     config = student_config(load_config(student)) if student else config
-    if checkpoint is None and teacher is None and _exists(named.get('checkpoint')):
-        checkpoint = named['checkpoint']
+    if not checkpoints and teacher is None and _exists(named.get('checkpoint')):
+        checkpoints = [named['checkpoint']]
     teacher = teacher or named.get('config')
     if config is None or not teacher:
         raise ConfigurationError('There is no pair: give the config of a distillation, or --student and --teacher.')
     if not isinstance(teacher, str):
         raise ConfigurationError(f"PAIR '{pair}' holds its teacher as a model dict: give the file that trains it with "
                                  '--teacher.')
-    return Pair(config, teacher, checkpoint)
+    return Pair(config, teacher, tuple(checkpoints))
 
 
 def _exists(checkpoint: Optional[str]) -> bool:

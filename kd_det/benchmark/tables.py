@@ -7,6 +7,7 @@ import numpy as np
 from rich.table import Table
 
 from kd_det.benchmark.results import METRICS
+from kd_det.benchmark.statistics import mean_and_std
 
 COSTS = ('parameters', 'FLOPs', 's/iteration', 'memory')
 FIDELITY = ('found', 'teacher_errors', 'copied_errors', 'agreement', 'teacher_iou', 'class_kl', 'student_ece', 'teacher_ece',
@@ -15,13 +16,14 @@ NONE = '–'
 
 
 def rows(results: dict) -> List[Dict[str, str]]:
-    """Column -> text of one row for the teacher, where it was trained here, and for each variant."""
+    """Column -> text of one row for the teachers, where they were trained here, and for each variant."""
     made = []
-    teacher = results['teacher']
-    if teacher is not None:
-        points = {name: 100 * teacher['metrics'].get(metric, -1) for metric, name in METRICS.items()}
-        made.append(dict(method='teacher', seeds='1', **{name: _spread(value) if value >= 0 else NONE
-                                                         for name, value in points.items()}, **_costs([teacher])))
+    teachers = [results['teacher'], *(each['run'] for each in results.get('further_teachers', ()))]
+    if teachers[0] is not None:
+        points = {name: [100 * teacher['metrics'].get(metric, -1) for teacher in teachers]
+                  for metric, name in METRICS.items()}
+        metrics = {name: _spread(**mean_and_std(values)) if min(values) >= 0 else NONE for name, values in points.items()}
+        made.append(dict(method='teacher', seeds=f'{len(teachers)}', **metrics, **_costs(teachers)))
     for variant, summary in results['summary'].items():
         runs = [run for run in results['runs'] if run['variant'] == variant]
         finished = [run for run in runs if run['status'] == 'finished']
@@ -65,7 +67,8 @@ def rich_tables(results: dict) -> List[Table]:
               _table('By size of the objects; costs of inference (parameters, multiply-adds) and of training',
                      ('APs', 'APm', 'APl', *COSTS), made)]
     tables += [_fidelity_table(split, variants) for split, variants in results['fidelity'].items()]
-    tables[0].caption = 'Δ: paired mean over seeds against the plain student ± half of its 95 % interval'
+    tables[0].caption = ('Δ: paired mean over seeds against the plain student in the same setting ± half of its 95 % '
+                         'interval')
     return tables
 
 
@@ -98,7 +101,8 @@ def markdown_table(results: dict) -> str:
     """The same in Markdown, accuracy and costs in one, with the runs that failed below it."""
     lines = _markdown(('method', 'seeds', *METRICS.values(), 'Δ mAP', *COSTS), rows(results))
     lines += ['', 'mAP and the others in points, ± standard deviation over seeds. Δ: paired mean over seeds against the '
-              "plain student (none), ± half of its 95 % interval (Student's t). FLOPs are multiply-adds."]
+              "plain student (none; where a setting changes the student, none with that setting), ± half of its 95 % "
+              "interval (Student's t). FLOPs are multiply-adds."]
     failed = [run for run in results['runs'] if run['status'] == 'failed']
     lines += [f"- {run['variant']}, seed {run['seed']} failed: {run['error']}" for run in failed]
     for split, variants in results['fidelity'].items():

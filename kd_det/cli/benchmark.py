@@ -1,14 +1,15 @@
 """``kd-det benchmark``: methods side by side on one pair, over seeds."""
 from __future__ import annotations
 
+import copy
 import json
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import List
+from typing import List, Sequence
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from rich.console import Console
 
 from kd_det.benchmark.fidelity import add_fidelity, summarize_fidelity
@@ -18,8 +19,9 @@ from kd_det.benchmark.runs import sha256
 from kd_det.benchmark.scheduling import Failure, Job, Machine
 from kd_det.benchmark.tables import markdown_table, rich_tables
 from kd_det.benchmark.variants import PLAIN, Variant, parse_variants, variant_config
-from kd_det.cli.common import add_inheritance_option, inherited_parts
+from kd_det.cli.common import ConfigAction, add_inheritance_option, inherited_parts
 from kd_det.composition import RATIO
+from kd_det.configuration import ConfigurationError
 from kd_det.evaluation import SPLITS
 
 TEACHER_SEED = 0
@@ -27,9 +29,9 @@ TEACHER_SEED = 0
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('--methods', default='none,kd,fgd,pkd', metavar='A,B+C,D@SETTING',
-                        help='methods, sums of methods, or inherit; @paper, @balance=RATIO, @inherit=PART+PART and '
-                        '@dotted.key=value are settings of one of them. none, the plain student, always takes part '
-                        "('none,kd,fgd,pkd')")
+                        help='methods, sums of methods, or inherit; @paper, @balance=RATIO, @inherit=PART+PART, '
+                        '@teachers=N, @augment=mosaic+mixup and @dotted.key=value are settings of one of them. none, the '
+                        "plain student, always takes part, also in each setting of the student ('none,kd,fgd,pkd')")
     add_common_arguments(parser)
 
 
@@ -41,9 +43,10 @@ def add_common_arguments(parser: ArgumentParser) -> None:
                       'configs/_base_/pairs/retinanet_r101_r18.py')
     pair.add_argument('--student', metavar='CONFIG', help="the student's config, in place of the pair's")
     pair.add_argument('--teacher', metavar='CONFIG', help="the teacher's config, in place of the pair's")
-    pair.add_argument('--teacher-checkpoint', metavar='FILE',
-                      help="the teacher's weights; without any, and where the pair's are not there, the teacher is "
-                      'trained first, with its own config')
+    pair.add_argument('--teacher-checkpoint', nargs='+', default=(), metavar='FILE',
+                      help="the teacher's weights, and those of more for @teachers=N; without any, and where the pair's "
+                      'are not there, as many teachers as are needed are trained first, with their own config and a seed '
+                      'each')
     pair.add_argument('--seeds', type=_seeds, default='3', metavar='N',
                       help='number of seeds, from 0 on, or a list: 3,5,8 (3)')
     pair.add_argument('--fidelity', nargs='*', choices=SPLITS, metavar='SPLIT',
@@ -60,7 +63,7 @@ def add_common_arguments(parser: ArgumentParser) -> None:
     weights.add_argument('--paper-weights', dest='balance', action='store_const', const=None,
                          help='the published weights')
     add_inheritance_option(training)
-    training.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE',
+    training.add_argument('--cfg-options', nargs='+', action=ConfigAction, default={}, metavar='KEY=VALUE',
                           help='settings that override the config of every student; model.distill… and '
                           'default_hooks.distill… reach the distilled ones')
     machine = parser.add_argument_group('where')
@@ -93,41 +96,48 @@ def run(options: Namespace) -> int:
     pair = replace(pair, student=adapted(pair.student, options.data, options.epochs))
     common = Variant('', PLAIN, options.balance, inherited_parts(options), options.cfg_options)
     variants = parse_variants(options.methods, common)
+    number = teachers_needed(variants, pair.checkpoints)
     for variant in variants:  # what can not be composed is told before a teacher is trained
-        variant_config(variant, pair, checkpoint='')
+        variant_config(variant, pair, [''] * number)
     data = data_hash(pair.student)
     machine = Machine(options.devices, options.jobs, options.threads)
 
-    teacher = None
-    if pair.checkpoint is None:
-        config = seeded(adapted(pair.teacher_config(), options.data, options.teacher_epochs), TEACHER_SEED)
-        teacher, = machine.run([Job('teacher', root / 'teacher', config, [data])], say)
-        if isinstance(teacher, Failure):
-            say(f'Without a teacher there is nothing to compare. All that was said is in {teacher.log}.')
+    teachers = [None] * number
+    if not pair.checkpoints:
+        config = adapted(pair.teacher_config(), options.data, options.teacher_epochs)
+        names = ['teacher', *(f'teacher_{index + 2}' for index in range(number - 1))]
+        teachers = machine.run([Job(name, root / name, seeded(copy.deepcopy(config), TEACHER_SEED + index), [data])
+                                for index, name in enumerate(names)], say)
+        failed = [each for each in teachers if isinstance(each, Failure)]
+        if failed:
+            say(f'Without a teacher there is nothing to compare. All that was said is in {failed[0].log}.')
             return 1
-        pair = replace(pair, checkpoint=teacher.checkpoint)
-    taught_by = sha256(Path(pair.checkpoint).read_bytes()) if Path(pair.checkpoint).is_file() else pair.checkpoint
+        pair = replace(pair, checkpoints=tuple(teacher.checkpoint for teacher in teachers))
+    taught_by = [sha256(Path(each).read_bytes()) if Path(each).is_file() else each for each in pair.checkpoints]
 
     jobs, runs = [], []
     for seed, variant in product(options.seeds, variants):
         folder = root / variant.folder / f'seed{seed}'
-        config = seeded(variant_config(variant, pair, pair.checkpoint), seed)
+        config = seeded(variant_config(variant, pair, pair.checkpoints), seed)
         jobs.append(Job(f'{variant.name}, seed {seed}', folder, config,
-                        [data] if variant.is_plain else [data, taught_by]))
+                        [data] if variant.is_plain else [data, *taught_by[:variant.teachers]]))
         runs.append((variant, seed, folder))
     outcomes = machine.run(jobs, say)
 
     entries = [run_entry(*each, outcome, root) for each, outcome in zip(runs, outcomes)]
     mark_twins(entries)
+    trained = [None if teacher is None else relative(teacher, root) for teacher in teachers]
     splits = ('val', ) if options.fidelity == [] else options.fidelity or ()
-    add_fidelity(entries, root, dict(config=pair.teacher, checkpoint=pair.checkpoint), splits, say)
+    add_fidelity(entries, root, dict(config=pair.teacher, checkpoint=pair.checkpoints[0]), splits, say)
     results = dict(
         **environment(machine.threads),
-        pair=dict(student=str(pair.student.filename), teacher=pair.teacher, checkpoint=pair.checkpoint,
-                  checkpoint_hash=taught_by),
+        pair=dict(student=str(pair.student.filename), teacher=pair.teacher, checkpoint=pair.checkpoints[0],
+                  checkpoint_hash=taught_by[0]),
         data=dict(root=options.data, hash=data),
         seeds=options.seeds,
-        teacher=None if teacher is None else relative(teacher, root),
+        teacher=trained[0],
+        further_teachers=[dict(checkpoint=checkpoint, checkpoint_hash=digest, run=run)
+                          for checkpoint, digest, run in zip(pair.checkpoints[1:], taught_by[1:], trained[1:])],
         runs=entries,
         summary=summarize(entries),
         fidelity=summarize_fidelity(entries, splits))
@@ -137,6 +147,23 @@ def run(options: Namespace) -> int:
         console.print(table)
     say(f"Saved {root / 'results.json'}, {root / 'results.md'}.")
     return 1 if any(isinstance(outcome, Failure) for outcome in outcomes) else 0
+
+
+def teachers_needed(variants: Sequence[Variant], checkpoints: Sequence[str]) -> int:
+    """How many teachers the variant with the most of them has.
+
+    Raises:
+        ConfigurationError: Weights are given, but of fewer teachers or of more.
+    """
+    most = max(variants, key=lambda variant: variant.teachers)
+    if checkpoints and len(checkpoints) != most.teachers:
+        counts = f'{len(checkpoints)} checkpoint{"s are" if len(checkpoints) > 1 else " is"} given'
+        if len(checkpoints) < most.teachers:
+            raise ConfigurationError(f'{most.name}: {counts}. Give {most.teachers} with --teacher-checkpoint, one for '
+                                     'each teacher.')
+        raise ConfigurationError(f'{counts}, but no method asks for more than {most.teachers}: name one with '
+                                 f'@teachers={len(checkpoints)}.')
+    return most.teachers
 
 
 def seeded(config: Config, seed: int) -> Config:

@@ -7,19 +7,29 @@ from typing import List, Tuple
 
 from kd_det.benchmark.pair import read_pair
 from kd_det.cli import benchmark
+from kd_det.configuration import ConfigurationError
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('--method', required=True, help='a method, or a sum of methods: a+b')
-    parser.add_argument('--set', nargs='+', type=_setting, required=True, metavar='KEY=A,B,C',
-                        help='values to try, such as kd.temperature=1,2,4: of a term by its name, or of the config by '
-                        'its dotted key; several of these make a grid')
+    axes = parser.add_argument_group('what is tried; several of these make a grid')
+    axes.add_argument('--set', nargs='+', type=_setting, default=[], metavar='KEY=A,B,C',
+                      help='values such as kd.temperature=1,2,4: of a term by its name, or of the config by its dotted '
+                      'key')
+    axes.add_argument('--teachers', type=_values, metavar='1,3,5', help='sizes of an ensemble of teachers')
+    axes.add_argument('--augment', type=_values, metavar='none,mixup,mosaic',
+                      help='what is done to the training images beside their pipeline: none, mosaic, mixup, '
+                      'mosaic+mixup; each is compared with a plain student of the same augmentation')
     benchmark.add_common_arguments(parser)
 
 
 def run(options: Namespace) -> int:
+    named = dict(teachers=options.teachers, augment=options.augment)
+    settings = [*options.set, *((key, values) for key, values in named.items() if values)]
+    if not settings:
+        raise ConfigurationError('There is nothing to try: give --set, --teachers or --augment.')
     pair = read_pair(options.pair, options.student, options.teacher, options.teacher_checkpoint)
-    options.methods = ','.join(grid(options.method, options.set, tuple(pair.student)))
+    options.methods = ','.join(grid(options.method, settings, tuple(pair.student)))
     return benchmark.run(options)
 
 
@@ -29,9 +39,11 @@ def grid(method: str, settings: List[Tuple[str, List[str]]], config_keys: Tuple[
     Args:
         method: The method.
         settings: Key and values of each setting.
-        config_keys: The keys at the top of the student's config; a key that begins with none of them is a term's.
+        config_keys: The keys at the top of the student's config; a dotted key that begins with none of them is a
+            term's.
     """
-    keys = [key if key.split('.')[0] in config_keys else f'model.distill.{key}' for key, _ in settings]
+    keys = [f'model.distill.{key}' if '.' in key and key.split('.')[0] not in config_keys else key
+            for key, _ in settings]
     return ['@'.join([method, *(f'{key}={value}' for key, value in zip(keys, values))])
             for values in product(*(values for _, values in settings))]
 
@@ -40,4 +52,8 @@ def _setting(text: str) -> Tuple[str, List[str]]:
     key, _, values = text.partition('=')
     if '.' not in key or not values:
         raise ArgumentTypeError(f"expected KEY=A,B,C with a dotted key, such as kd.temperature=1,2,4, got '{text}'")
-    return key, values.split(',')
+    return key, _values(values)
+
+
+def _values(text: str) -> List[str]:
+    return [value for value in text.split(',') if value]

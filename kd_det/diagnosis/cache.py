@@ -8,7 +8,7 @@ from typing import Iterator, List
 from mmdet.registry import TRANSFORMS
 from mmengine.config import Config
 
-from kd_det.configuration import DISTILL_HOOK, is_distillation, leaf_datasets, student_model
+from kd_det.configuration import DISTILL_HOOK, is_distillation, student_model, training_pipelines
 from kd_det.diagnosis.finding import Finding
 
 REPLAYED = 'ReplayedRandomness'
@@ -18,7 +18,7 @@ DRAWS_ELSEWHERE = ('Albu', )  # whose own library draws
 
 def inspect_cache(config: Config) -> Iterator[Finding]:
     """Whether the images of a distillation with a teacher's cache recur, and whether replayed transforms can."""
-    pipelines = _pipelines(config)
+    pipelines = training_pipelines(config)
     if any(REPLAYED in (transform.get('type') for transform in pipeline) for pipeline in pipelines):
         yield from _inspect_replay(config)
     teachers = config.model.teacher if is_distillation(config) else []
@@ -67,18 +67,6 @@ def _draws(transform: object) -> bool:
 
 def _name(transform: object) -> str:
     return transform if isinstance(transform, str) else transform.__name__
-
-
-def _pipelines(config: Config) -> List[List[dict]]:
-    """The training pipelines: of each data set, and of wrappers that have one of their own."""
-    loader = config.get('train_dataloader')
-    if not loader:
-        return []
-    wrappers, node = [], loader['dataset']
-    while isinstance(node, dict) and 'dataset' in node:
-        wrappers.append(node)
-        node = node['dataset']
-    return [list(each.get('pipeline') or ()) for each in (*leaf_datasets(loader['dataset']), *wrappers)]
 
 
 def _shapes_vary(config: Config, pipelines: List[List[dict]]) -> bool:

@@ -5,9 +5,12 @@ import pytest
 import torch
 from mmengine.config import Config
 
+from kd_det.benchmark.runs import train
+from kd_det.benchmark.scheduling import CONFIG_FILE, Machine
 from kd_det.cli.main import main
 from kd_det.cli.sweep import grid
 from kd_det.compat import load_checkpoint
+from kd_det.configuration import load_config
 
 BROKEN = 'fgd@model.distill.fgd.tap=nowhere'
 
@@ -21,8 +24,8 @@ def benchmark(run_config, retinanet, tmp_path, monkeypatch):
         del config['default_hooks']['distill'], config['work_dir'], config['experiment_name'], config['visualizer']
         Config(config).dump(f'{name}.py')
 
-    def run(*options: str):
-        status = main(['benchmark', '--student', 'student.py', '--teacher', 'teacher.py', '--seeds', '1', '--threads',
+    def run(*options: str, command: str = 'benchmark'):
+        status = main([command, '--student', 'student.py', '--teacher', 'teacher.py', '--seeds', '1', '--threads',
                        '1', '--work-dir', 'work', '--cfg-options', 'default_hooks.distill.preflight=None', *options])
         return status, json.loads((tmp_path / 'work' / 'results.json').read_text())
 
@@ -71,10 +74,57 @@ def test_seeds_that_are_none_are_named(seeds, capsys):
 
 
 def test_a_sweep_is_a_benchmark_of_a_grid():
+    assert grid('kd', [('teachers', ['1', '3']), ('augment', ['none', 'mosaic'])], ('model', )) == [
+        f'kd@teachers={number}@augment={kind}' for number in (1, 3) for kind in ('none', 'mosaic')]
     settings = [('kd.temperature', ['1', '2']), ('train_cfg.max_epochs', ['8', '16'])]
     assert grid('kd', settings, ('model', 'train_cfg')) == [
         f'kd@model.distill.kd.temperature={temperature}@train_cfg.max_epochs={epochs}'
         for temperature in (1, 2) for epochs in (8, 16)]
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Trainings in this process, which spares each one's imports."""
+
+    def train_here(machine, job, expected, device, say):
+        job.folder.mkdir(parents=True, exist_ok=True)
+        Config(dict(job.config.to_dict(), work_dir=str(job.folder))).dump(job.folder / CONFIG_FILE)
+        return train(job.name, load_config(job.folder / CONFIG_FILE), expected, say)
+
+    monkeypatch.setattr(Machine, '_train', train_here)
+
+
+def test_ensembles_and_augmentation_are_swept(benchmark, in_this_process, tmp_path, capsys):
+    setting = ('--method', 'pkd', '--teachers', '1,2', '--augment', 'mosaic+mixup')
+    status, results = benchmark(*setting, command='sweep')
+    assert status == 0
+    mixed = '@augment=mosaic+mixup'
+    runs = {run['variant']: run for run in results['runs']}
+    assert list(runs) == ['none', f'none{mixed}', f'pkd@teachers=1{mixed}', f'pkd@teachers=2{mixed}']
+    assert [run['twin'] for run in runs.values()] == ['none', 'none', *[f'none{mixed}'] * 2]
+    assert all(run['same_order'] for run in runs.values()) and runs[f'none{mixed}']['same_start']
+    twin = 100 * runs[f'none{mixed}']['metrics']['bbox_mAP']
+    for name, run in runs.items():
+        config = load_config(tmp_path / 'work' / run['folder'] / 'config.py')
+        assert (config.train_dataloader.dataset.type == 'MultiImageMixDataset') == (name != 'none')
+        summary = results['summary'][name]['bbox_mAP']
+        if name.startswith('pkd'):
+            assert summary['by_seed'] == {'0': pytest.approx(100 * run['metrics']['bbox_mAP'] - twin)}
+    assert [teacher.checkpoint for teacher in config.model.teacher] == [  # of the last: two teachers
+        'work/teacher/epoch_1.pth', 'work/teacher_2/epoch_1.pth']
+    assert [(term.teacher, term.weight.ratio) for term in config.model.distill.values()] == [(0, 0.5), (1, 0.5)]
+    second, = results['further_teachers']
+    assert second['run']['start'] != results['teacher']['start']  # a seed of its own
+    assert second['checkpoint_hash'] != results['pair']['checkpoint_hash']
+    capsys.readouterr()
+    benchmark(*setting, command='sweep')
+    assert capsys.readouterr().out.count('kept from before') == 6  # the second teacher too
+
+
+def test_a_sweep_over_nothing_is_told(benchmark, capsys):
+    with pytest.raises(FileNotFoundError):  # there are no results
+        benchmark('--method', 'pkd', command='sweep')
+    assert 'nothing to try: give --set, --teachers or --augment' in capsys.readouterr().err
 
 
 def test_what_can_not_be_composed_is_told_before_anything_is_trained(benchmark, tmp_path, capsys):

@@ -9,7 +9,7 @@ from kd_det.configuration import ConfigurationError
 def test_a_distillation_gives_its_student_and_its_teacher():
     pair = read_pair('kd_det::fgd_retinanet_r101_r18.py')
     assert pair.student.model.type == 'RetinaNet' and 'distill' not in pair.student.default_hooks
-    assert pair.teacher.startswith('mmdet::retinanet/retinanet_r101') and pair.checkpoint.startswith('https://')
+    assert pair.teacher.startswith('mmdet::retinanet/retinanet_r101') and pair.checkpoints[0].startswith('https://')
     assert pair.teacher_config().model.backbone.depth == 101
 
 
@@ -17,13 +17,14 @@ def test_options_win_over_the_pair():
     pair = read_pair('kd_det::fgd_retinanet_r101_r18.py', student='kd_det::demo/baseline_retinanet_r18.py',
                      teacher='kd_det::demo/teacher_retinanet_r50.py')
     assert pair.student.model.neck.out_channels == 64 and pair.teacher.endswith('teacher_retinanet_r50.py')
-    assert pair.checkpoint is None  # the pair's is not of this teacher
+    assert pair.checkpoints == ()  # the pair's is not of this teacher
 
 
 def test_a_checkpoint_that_is_not_there_yet_is_to_be_trained(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert read_pair('kd_det::demo/fgd_faster_rcnn_r101_r18.py').checkpoint is None
-    assert read_pair('kd_det::demo/fgd_faster_rcnn_r101_r18.py', checkpoint='my.pth').checkpoint == 'my.pth'
+    pair = 'kd_det::demo/fgd_faster_rcnn_r101_r18.py'
+    assert read_pair(pair).checkpoints == ()
+    assert read_pair(pair, checkpoints=['my.pth', 'mine.pth']).checkpoints == ('my.pth', 'mine.pth')
 
 
 @pytest.mark.parametrize('arguments, message', [
@@ -34,6 +35,14 @@ def test_a_checkpoint_that_is_not_there_yet_is_to_be_trained(tmp_path, monkeypat
 def test_what_is_missing_is_named(arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         read_pair(**arguments)
+
+
+def test_a_pair_has_one_teacher(tmp_path):
+    teacher = dict(config='teacher.py', checkpoint='teacher.pth')
+    model = dict(type='DetectionDistiller', student=dict(type='RetinaNet'), teacher=[teacher, teacher], distill=dict())
+    Config(dict(model=model)).dump(tmp_path / 'pair.py')
+    with pytest.raises(ConfigurationError, match='has 2 teachers: expected one.*--teacher-checkpoint.*@teachers=N'):
+        read_pair(str(tmp_path / 'pair.py'))
 
 
 def test_schedules_stretch_with_the_epochs():

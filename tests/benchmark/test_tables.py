@@ -62,3 +62,20 @@ def test_runs_that_did_not_begin_like_their_twin_are_marked():
     mark_twins(runs)
     assert [run['same_start'] for run in runs] == [True, True, False, None]
     assert [run['same_order'] for run in runs] == [True, True, True, None]
+
+
+def test_several_teachers_are_one_row(results):
+    first, second = entry('teacher', 0, 0.40), entry('teacher', 1, 0.44)
+    results.update(teacher=first, further_teachers=[dict(checkpoint='teacher_2.pth', checkpoint_hash='', run=second)])
+    row = markdown_table(results).splitlines()[2]
+    assert row.startswith('| teacher | 2 | 42.0 ± 2.8 | 84.0 ± 5.7 |')
+
+
+def test_a_method_is_compared_with_the_plain_student_in_its_setting():
+    mixed = '@augment=mosaic'
+    runs = [entry('none', 0, 0.30), entry(f'none{mixed}', 0, 0.34), entry(f'better{mixed}', 0, 0.36)]
+    summary = summarize(runs)
+    assert summary[f'better{mixed}']['bbox_mAP']['difference'] == pytest.approx(2.0)
+    assert summary[f'none{mixed}']['bbox_mAP']['difference'] == pytest.approx(4.0)
+    mark_twins(runs)
+    assert [run['same_order'] for run in runs] == [True] * 3
