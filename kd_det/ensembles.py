@@ -17,7 +17,7 @@ def ensemble(config: Config, checkpoints: Sequence[str]) -> Config:
     of the ratio of a :class:`~kd_det.distillers.Balance`, so that n equal teachers pull as hard as one. Where a term is
     a forward KL divergence, the mean over the teachers has the gradient of the divergence from their mean prediction,
     which is how an ensemble is distilled (Hinton et al., arXiv 1503.02531); where it is a squared difference, that of
-    the difference from their mean.
+    the difference from their mean. (With Balance weights differ a little: every teacher pulls as hard as each other.)
 
     The first teacher is the one that is inherited from, and that pseudo-labels come from.
 
