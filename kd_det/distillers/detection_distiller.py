@@ -25,7 +25,7 @@ from kd_det.heads import TOWERS_OF, StudentHeads, StudentOutputs, TeacherOutputs
 from kd_det.heads.recording import recorded_calls
 from kd_det.heads.towers import tower_widths
 from kd_det.losses import DistillTerm
-from kd_det.losses.base import Forms
+from kd_det.losses.base import Forms, levels_read
 from kd_det.randomness import preserved_randomness
 from kd_det.taps import Levels, Taps
 from kd_det.teachers import Teacher, probe_config, probe_levels, probe_towers, read_model_config
@@ -335,4 +335,5 @@ class DetectionDistiller(BaseModel):
             terms = [self.terms[name] for name in active if self.terms[name].teacher == index]
             heads = tuple(dict.fromkeys(head for term in terms for head in term.teacher_heads))
             taps = tuple(dict.fromkeys(path for term in terms for path in term.teacher_taps))
-            yield teacher.observe(images, image_shapes, heads, student, taps) if heads or taps else ({}, {})
+            levels = levels_read(terms, self._teacher_levels[index])
+            yield teacher.observe(images, image_shapes, heads, student, taps, levels) if heads or taps else ({}, {})

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Dict, Optional, Sequence, Tuple, Union
+from typing import Dict, Iterable, Optional, Sequence, Set, Tuple, Union
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,6 +57,12 @@ class DistillTerm(nn.Module):
         """Heads whose outputs the term reads in its teacher. They run for the steps in which the term has a weight."""
         return ()
 
+    @property
+    def levels_read(self) -> Dict[str, Tuple[int, ...]]:
+        """Indices of the levels that a connected term reads of a path of :attr:`teacher_taps`, where these are not all.
+        The others need not be computed."""
+        return {}
+
     def connect(self, student: Forms, teacher: Forms) -> None:
         """Makes what depends on the form of what the term reads. Called once, before the optimizer is made.
 
@@ -109,6 +115,10 @@ class FeatureTerm(DistillTerm):
     def teacher_heads(self) -> Tuple[str, ...]:
         return tuple(head for module in self.modules() if isinstance(module, Mask) for head in module.teacher_heads)
 
+    @property
+    def levels_read(self) -> Dict[str, Tuple[int, ...]]:
+        return {self.teacher_path: tuple(pair.teacher_index for pair in self.pairs)}
+
     def connect(self, student: Forms, teacher: Forms) -> None:
         self.pairs = pair_levels(student[self.student_path], teacher[self.teacher_path], self.levels, self.resize)
         self.adapters = nn.ModuleList(
@@ -144,3 +154,21 @@ class FeatureTerm(DistillTerm):
                                  'resize=True.')
             teacher = F.interpolate(teacher, student.shape[-2:], mode='bilinear', align_corners=False)
         return ComparedLevel(student, teacher, pair.student.stride, pair.student_index, context, self.teacher)
+
+
+def levels_read(terms: Iterable[DistillTerm], forms: Dict[str, Sequence[Level]]) -> Dict[str, Tuple[bool, ...]]:
+    """Which levels of a teacher's taps are read by any of its terms.
+
+    Args:
+        terms: Connected ones, all of the same teacher.
+        forms: Of the levels of each tap of that teacher.
+
+    Returns:
+        Path -> for each level whether it is read, of the paths of which some level is not.
+    """
+    indices: Dict[str, Set[int]] = defaultdict(set)
+    for term in terms:
+        for path in term.teacher_taps:
+            indices[path].update(term.levels_read.get(path, range(len(forms[path]))))
+    read = {path: tuple(index in indices[path] for index in range(len(forms[path]))) for path in indices}
+    return {path: each for path, each in read.items() if not all(each)}

@@ -4,7 +4,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from typing import Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from contextlib import nullcontext
+from typing import ContextManager, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import torch
 from mmdet.registry import MODELS
@@ -16,13 +17,16 @@ from kd_det.classes import number_of_classes
 from kd_det.heads import HeadError, StudentOutputs, TeacherForward, TeacherOutputs, find_head, run_heads
 from kd_det.heads.keeping import read_maps, recorded_maps
 from kd_det.randomness import preserved_randomness
-from kd_det.taps import ENCODER, Levels, Taps
+from kd_det.taps import ENCODER, Levels, Taps, is_within_encoder
 from kd_det.teachers.bridge import InputBridge
 from kd_det.teachers.cache import Answer, TeacherCache
 from kd_det.teachers.class_names import teacher_classes
 from kd_det.teachers.engine import Engine
-from kd_det.teachers.loading import ModelConfig, TeacherError, load_strictly, read_model_config
+from kd_det.teachers.loading import ModelConfig, TeacherError, load_strictly, read_model_config, without_pretrained
+from kd_det.teachers.pyramid import LevelsRead, cut_pyramid, placed
 from kd_det.teachers.transformer import run_encoder, shape_samples
+
+NECK = 'neck'
 
 
 class Teacher:
@@ -34,7 +38,7 @@ class Teacher:
     Args:
         config: See :func:`~kd_det.teachers.loading.read_model_config`.
         checkpoint: File or address of the weights.
-        random_teacher: Take the weights as they are drawn; for tests and dry runs only.
+        random_teacher: Take the weights as they are drawn, pretrained ones too; for tests and dry runs only.
         allow_missing: See :func:`~kd_det.teachers.loading.load_strictly`.
         allow_unexpected: See :func:`~kd_det.teachers.loading.load_strictly`.
         classes: Names of its classes, by label; by default those that the checkpoint or the config names, see
@@ -85,7 +89,9 @@ class Teacher:
         with preserved_randomness():
             model_config = read_model_config(config)
             self._config = json.dumps(model_config.to_dict(), sort_keys=True, default=str)  # building may write into it
-            self.model = MODELS.build(model_config)
+            self.model = MODELS.build(without_pretrained(model_config) if random_teacher else model_config)
+            if random_teacher:  # some modules' weights are of no value before
+                self.model.init_weights()
         self.meta = load_strictly(self.model, checkpoint, allow_missing, allow_unexpected) if checkpoint else {}
         self.classes = teacher_classes(number_of_classes(self.model), classes, self.meta, config)
         self.model.eval().requires_grad_(False)
@@ -140,7 +146,8 @@ class Teacher:
                 image_shapes: Sequence[Tuple[int, int]],
                 heads: Sequence[str] = (),
                 student: Optional[StudentOutputs] = None,
-                taps: Optional[Sequence[str]] = None) -> Tuple[Dict[str, Levels], TeacherOutputs]:
+                taps: Optional[Sequence[str]] = None,
+                levels: Optional[LevelsRead] = None) -> Tuple[Dict[str, Levels], TeacherOutputs]:
         """Runs the teacher as far as the taps read it, and some heads.
 
         Args:
@@ -149,39 +156,54 @@ class Teacher:
             heads: Names of the heads to run.
             student: The student's outputs in this step, which hold the regions for the teacher's RoI head.
             taps: Which of the taps to read; all by default.
+            levels: Of taps of which not all levels are read, which are. The others need not be computed, and stand as
+                :class:`~kd_det.teachers.pyramid.UnreadLevel` in the result.
 
         Returns:
             Module path -> tuple of (N, C, H, W), and name of the head -> outputs; all without gradient.
         """
         images, taps = self.bridge(images, image_shapes), self.taps.paths if taps is None else tuple(taps)
+        levels = {path: tuple(read) for path, read in (levels or {}).items() if path in taps}
         if self.cache is not None:
-            return self._recall(images, image_shapes, heads, taps)
-        return self._run(images, image_shapes, heads, taps, student)
+            features, outputs = self._recall(images, image_shapes, heads, taps, levels)
+        else:
+            features, outputs = self._run(images, image_shapes, heads, taps, levels, student)
+        return {**features, **{path: placed(path, features[path], read) for path, read in levels.items()}}, outputs
 
     def _run(self, images: Tensor, image_shapes: Sequence[Tuple[int, int]], heads: Sequence[str], taps: Sequence[str],
-             student: Optional[StudentOutputs] = None) -> Tuple[Dict[str, Levels], TeacherOutputs]:
+             levels: LevelsRead, student: Optional[StudentOutputs] = None) -> Tuple[Dict[str, Levels], TeacherOutputs]:
+        """As :meth:`observe`, but of each tap only the levels that are read are there at all."""
         self._start()
         outputs: TeacherOutputs = {}
-        with self.taps.capture(taps, stop=not heads) as features:
+        with self._cut(heads, taps, levels) as computed, self.taps.capture(taps, stop=not heads) as features:
             samples = shape_samples(images.shape[-2:], image_shapes)
             forward = TeacherForward(self.model, self.model.extract_feat(images), student, samples)
             outputs = run_heads(heads, forward)
             if self.taps.awaits(ENCODER):  # a head that reads queries has run it
                 run_encoder(self.model, forward.features, samples)
         # The terms go through features channel by channel, as the student's lie.
-        return {path: tuple(level.contiguous() for level in levels) for path, levels in features.items()}, outputs
+        for path, read in levels.items():
+            indices = computed if path == NECK else range(len(read))
+            features[path] = tuple(level for index, level in zip(indices, features[path]) if read[index])
+        return {path: tuple(level.contiguous() for level in group) for path, group in features.items()}, outputs
+
+    def _cut(self, heads: Sequence[str], taps: Sequence[str], levels: LevelsRead) -> ContextManager[Sequence[int]]:
+        """The neck without what nothing reads: heads, an encoder, and taps within the neck may read all of it."""
+        read = levels.get(NECK, ())
+        whole = heads or any(is_within_encoder(path) or path.startswith(f'{NECK}.') for path in taps)
+        return nullcontext(range(len(read))) if whole or not read else cut_pyramid(self.model.neck, read)
 
     def _recall(self, images: Tensor, image_shapes: Sequence[Tuple[int, int]], heads: Sequence[str],
-                taps: Sequence[str]) -> Tuple[Dict[str, Levels], TeacherOutputs]:
+                taps: Sequence[str], levels: LevelsRead) -> Tuple[Dict[str, Levels], TeacherOutputs]:
         """As :meth:`_run`, by way of the cache."""
 
         def compute() -> Answer:
             with recorded_maps(self.model, heads) as maps:
-                features, _ = self._run(images, image_shapes, heads, taps)
+                features, _ = self._run(images, image_shapes, heads, taps, levels)
             return {**features, **maps}
 
         weights = self._hashed_weights()
-        question = repr((weights, self._config, self.engine, tuple(taps), tuple(heads), torch.__version__))
+        question = repr((weights, self._config, self.engine, tuple(taps), levels, tuple(heads), torch.__version__))
         answer = self.cache.recall(question, images, image_shapes, compute)
         return {path: answer[path] for path in taps}, read_maps(self.model, heads, answer)
 
