@@ -6,7 +6,7 @@ import re
 from collections import OrderedDict
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Sequence, Union
+from typing import Any, Sequence, Union
 
 from mmengine.config import ConfigDict
 from torch import Tensor, nn
@@ -42,8 +42,18 @@ def read_model_config(config: ModelConfig) -> ConfigDict:
     return copy.deepcopy(model.student if model.type == DISTILLER else model)
 
 
+def without_pretrained(config: Any) -> Any:
+    """The same model dict without the ``init_cfg`` that would load weights from somewhere."""
+    if isinstance(config, (list, tuple)):
+        return type(config)(map(without_pretrained, config))
+    if not isinstance(config, dict):
+        return config
+    return type(config)({key: without_pretrained(value) for key, value in config.items()
+                         if key != 'init_cfg' or not isinstance(value, dict) or value.get('type') != 'Pretrained'})
+
+
 def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str] = (),
-                  allow_unexpected: Sequence[str] = ()) -> dict:
+                  allow_unexpected: Sequence[str] = (), role: str = 'teacher') -> dict:
     """Loads a checkpoint into a detector, and refuses what does not fit to the last key.
 
     Args:
@@ -51,6 +61,7 @@ def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str
         checkpoint: A file, or an address that mmengine's ``CheckpointLoader`` knows.
         allow_missing: Shell patterns (``'roi_head.*'``) of keys that the file may lack.
         allow_unexpected: Shell patterns of keys in the file that the model need not have.
+        role: What the detector is, for the message.
 
     Returns:
         The checkpoint's ``meta``.
@@ -74,10 +85,10 @@ def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str
               'of another shape': list(shapes.values())}
     if any(faults.values()):
         lines = [f'{len(keys)} keys {fault}: {_shortened(keys)}' for fault, keys in faults.items() if keys]
-        raise TeacherError(f"The checkpoint '{checkpoint}' does not fit the teacher {type(model).__name__}.\n  "
-                           + '\n  '.join(lines)
-                           + '\nUse the config that the checkpoint was trained with; if these keys do not matter, allow '
-                           'them with teacher.allow_missing / teacher.allow_unexpected (shell patterns).')
+        raise TeacherError(f"The checkpoint '{checkpoint}' does not fit the {role} {type(model).__name__}.\n  "
+                           + '\n  '.join(lines) + '\nUse the config that the checkpoint was trained with'
+                           + ('; if these keys do not matter, allow them with teacher.allow_missing / '
+                              'teacher.allow_unexpected (shell patterns).' if role == 'teacher' else '.'))
     return loaded.get('meta', {})
 
 

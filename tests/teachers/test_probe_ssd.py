@@ -21,8 +21,7 @@ def ssd(one_stage):
         model, strides = one_stage('ssd', width=width), STRIDES[size]
         channels = (2 * width, 4 * width, *(8, ) * (len(strides) - 2))
         model.backbone.out_indices = (1, 2)
-        model.neck = ConfigDict(type='SSDNeck', in_channels=channels[:2], out_channels=channels, **NECKS[size],
-                                l2_norm_scale=None)  # that layer's weights are of no value before they are initialised
+        model.neck = ConfigDict(type='SSDNeck', in_channels=channels[:2], out_channels=channels, **NECKS[size])
         model.bbox_head.in_channels = channels
         model.bbox_head.anchor_generator = dict(
             type='SSDAnchorGenerator', scale_major=False, input_size=size, strides=strides, ratios=[[2]] * len(strides),
@@ -49,6 +48,15 @@ def test_masks_of_predictions_find_the_levels_of_features(ssd, distiller, batch)
     model.init_weights()
     losses = model.loss(**model.data_preprocessor(batch(shapes=((300, 300), ) * 2), True))
     assert losses['loss_pfi'] > 0 and torch.isfinite(losses['loss_frs'])
+
+
+def test_a_random_teacher_has_weights_of_value(ssd, distiller):
+    """Those of SSD's L2Norm are whatever the memory held, until they are initialised."""
+    teacher = ssd(300)
+    teacher.backbone.init_cfg = dict(type='Pretrained', checkpoint='nowhere.pth')
+    model = distiller(ssd(300), teacher, distill=dict(pkd=dict(type='PKD')))
+    weights = model.build_teachers()[0].model.state_dict()
+    assert (weights['neck.l2_norm.weight'] == 20).all() and all(value.isfinite().all() for value in weights.values())
 
 
 def test_two_sizes_share_four_levels(ssd):
