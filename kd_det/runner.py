@@ -4,9 +4,10 @@ from __future__ import annotations
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import Runner, find_latest_checkpoint
 
 from kd_det.compat import log_operator_backend
+from kd_det.teachers import load_strictly
 
 
 def build_runner(config: Config) -> Runner:
@@ -15,3 +16,17 @@ def build_runner(config: Config) -> Runner:
     runner = RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
     log_operator_backend()  # into the log that the runner has opened
     return runner
+
+
+def check_start(runner: Runner) -> None:
+    """Checks that the checkpoint that is tested or resumed is of this detector: MMEngine loads what fits and logs the rest.
+
+    Raises:
+        TeacherError: It lacks weights, or has them in another shape; the message names them.
+    """
+    checkpoint = runner._load_from or find_latest_checkpoint(runner.work_dir)
+    model = runner.model
+    while hasattr(model, 'module'):  # within wrappers for several processes, or for test-time augmentation
+        model = model.module
+    if checkpoint:
+        load_strictly(model, checkpoint, allow_unexpected='*', role='student')

@@ -4,7 +4,7 @@ from __future__ import annotations
 import os
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Tuple, Union
+from typing import Optional, Sequence, Tuple, Union
 
 from mmdet.utils import register_all_modules
 from mmengine.config import Config, DictAction
@@ -14,13 +14,24 @@ from mmengine.runner import set_random_seed
 from kd_det.configuration import ConfigurationError, is_distillation, load_config, merge_options, set_data_root
 
 
+class ConfigAction(DictAction):
+    """As MMEngine's, which meets an option without ``=`` with a traceback."""
+
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Sequence[str],
+                 option_string: Optional[str] = None) -> None:
+        for value in values:
+            if '=' not in value:
+                parser.error(f"argument {option_string}: expected KEY=VALUE, got '{value}'")
+        super().__call__(parser, namespace, values, option_string)
+
+
 def add_config_options(parser: ArgumentParser) -> None:
     """Adds the options that change a config."""
     parser.add_argument('--data-root', metavar='DIR', help="folder of the data, in place of the config's data_root")
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=ConfigAction,
         default={},
         metavar='KEY=VALUE',
         help='settings that override the config, such as train_dataloader.batch_size=4; lists as key="[a,b]" or '

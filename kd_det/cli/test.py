@@ -12,7 +12,7 @@ from mmengine.config import Config, ConfigDict
 from kd_det.cli.common import add_run_options, apply_run_options
 from kd_det.configuration import leaf_datasets, load_config, renamed, student_config
 from kd_det.diagnosis.checks import check_config, explain
-from kd_det.runner import build_runner
+from kd_det.runner import build_runner, check_start
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -41,6 +41,7 @@ def run(options: Namespace) -> int:
         runner = build_runner(config)
         if options.out:
             runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=options.out))
+    check_start(runner)
     runner.test()
     return 0
 

@@ -198,6 +198,16 @@ def test_the_saved_config_repeats_the_run(workspace):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_a_distillation_is_resumed(workspace, capsys):
+    assert main([*DISTILL, '--work-dir', 'run', *NO_PREFLIGHT]) == 0
+    again = ['train', 'run/student_fgd.py', '--work-dir', 'run', '--resume', '--cfg-options']
+    assert main([*again, 'train_cfg.max_epochs=2']) == 0
+    assert torch.load('run/epoch_2.pth', weights_only=True)['meta']['epoch'] == 2
+    said = error_of([*again, 'train_cfg.max_epochs=3', 'model.student.backbone.base_channels=8',
+                     'model.student.neck.in_channels=[8,16,32,64]'], capsys)
+    assert "'run/epoch_2.pth' does not fit the student" in said.replace(f'{workspace}/', '')
+
+
 def test_train_takes_mmdets_options(workspace):
     assert main(['train', 'student.py', '--data-root', str(workspace / 'coco'), '--work-dir', 'run',
                  '--cfg-options', 'train_dataloader.batch_size=2']) == 0
