@@ -16,6 +16,7 @@ from kd_det.report.validation import evenly_spaced, read_validation
 from kd_det.report.verdict import beyond_inheritance, sentence, statements
 from kd_det.visualization import read_scalars
 
+OF_TEACHER = ('teacher_errors', 'teacher_ece')  # of FidelityMetric's numbers; they are the same beside every student
 TASK_LOSS = 'training loss without the terms'
 SHOWN_METRICS = {'coco/bbox_mAP': 'validation mAP', 'coco/bbox_mAP_50': 'validation AP50', 'loss': TASK_LOSS}
 
@@ -69,11 +70,18 @@ def _comparison(study: Study) -> dict:
     made = [dict(each, beyond=added.get(each['name'])) for each in made]
     metrics = [name for name in METRICS.values() if any(row[name] != NONE for row in table)]
     columns = ['method', metrics[0], 'Δ mAP', *metrics[1:], 'seeds', *COSTS] if metrics else ['method', 'seeds', *COSTS]
-    fidelity = {split: dict(columns=['method', *FIDELITY], rows=fidelity_rows(variants))
+    of_students = [name for name in FIDELITY if name not in OF_TEACHER]
+    fidelity = {split: dict(columns=['method', *of_students], rows=fidelity_rows(variants), teacher=_teacher_numbers(variants))
                 for split, variants in results['fidelity'].items()}
     provenance = {key: results[key] for key in ('command', 'versions', 'machine', 'pair', 'data') if key in results}
     return dict(verdict=sentence(made), beyond=sentence(beyond, 'inherit alone') if beyond else '', statements=made,
                 table=dict(columns=columns, rows=table), fidelity=fidelity, provenance=provenance)
+
+
+def _teacher_numbers(variants: Dict[str, Dict[str, dict]]) -> Dict[str, float]:
+    """What FidelityMetric tells of the teacher alone; nothing where no box counted for it."""
+    numbers = next(iter(variants.values()), {})
+    return {name: numbers[name]['mean'] for name in OF_TEACHER if name in numbers}
 
 
 def _logs(study: Study, notes: List[str]) -> dict:

@@ -65,7 +65,10 @@ function start(study) {
     svg.setAttribute('preserveAspectRatio', 'none');
     const picture = element('img', { src: image.source, decoding: 'async', alt: `${image.name}: ${title}`, width: image.width, height: image.height });
     const figure = element('figure', {}, element('figcaption', {}, `${title} `, count), element('div', { class: 'frame' }, picture, svg));
-    figure.update = threshold => { count.textContent = `${drawBoxes(svg, marked, threshold)} boxes`; };
+    figure.update = threshold => {
+      const drawn = drawBoxes(svg, marked, threshold);
+      count.textContent = `${drawn} box${drawn === 1 ? '' : 'es'}`;
+    };
     return figure;
   }
 
@@ -116,7 +119,7 @@ function start(study) {
   if (!method) return;
   method.addEventListener('change', choose);
   all('[data-choose]').forEach(button => button.addEventListener('click', () => {
-    if ([...method.options].some(option => option.value === button.dataset.choose)) method.value = button.dataset.choose;
+    method.value = button.dataset.choose;
     choose();
   }));
   if (data.images.length) {

@@ -76,6 +76,7 @@ def test_switches_change_method_image_and_study_by_themselves(open_page, synthet
     assert first.locator(fourth).text_content().startswith('fgd')
     assert second.locator(fourth).text_content().startswith(method)
     assert first.locator('tr.on').get_attribute('data-row') == 'fgd'
+    assert first.locator('[data-choose="none"]').is_disabled()  # the plain student is shown beside each
     first.locator(f"[data-choose='{method}']").click()
     assert first.locator('select').input_value() == method
     visible = first.locator('[data-method]:visible')

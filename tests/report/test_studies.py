@@ -6,7 +6,7 @@ from mmengine.config import Config
 
 from kd_det.cli.main import main
 from kd_det.configuration import ConfigurationError
-from kd_det.report import collect, read_studies
+from kd_det.report import collect, read_studies, render
 
 RESULT = dict(identity='', start='', order='', parameters=10, flops=None, seconds_per_iteration=0.1, peak_memory=None,
               peak_device_memory=None, epochs=1, iterations=2, checkpoint='epoch_1.pth', scalars='log/vis_data/scalars.json')
@@ -59,6 +59,18 @@ def test_without_data_and_checkpoints_the_numbers_and_curves_remain(unfinished):
     assert any('no val_dataloader' in note for note in made['notes'])
     assert any('--fidelity' in note for note in made['notes'])
     assert [row['method'] for row in made['table']['rows']] == ['none', 'fgd']
+
+
+def test_fidelity_is_told_of_students_and_of_their_teacher_once(unfinished):
+    for variant, found in (('none', 0.5), ('fgd', 0.75)):
+        for seed in (0, 1):
+            splits = dict(val=dict(found=found + 0.01 * seed, teacher_errors=0.4, teacher_ece=0.125, cka_8=0.5))
+            (unfinished / variant / f'seed{seed}' / 'fidelity.json').write_text(json.dumps(dict(splits=splits)))
+    made = collect(read_studies([unfinished])[0])
+    assert 'teacher_ece' not in made['fidelity']['val']['columns']
+    page = render([made])
+    assert '<td>0.755 ± 0.007</td>' in page
+    assert '40 of 100 are wrong; its calibration error (ece) is 0.125' in page
 
 
 def test_single_trainings_claim_no_difference(tmp_path):
