@@ -22,7 +22,7 @@ from kd_det.teachers.bridge import InputBridge
 from kd_det.teachers.cache import Answer, TeacherCache
 from kd_det.teachers.class_names import teacher_classes
 from kd_det.teachers.engine import Engine
-from kd_det.teachers.loading import ModelConfig, TeacherError, load_strictly, read_model_config
+from kd_det.teachers.loading import ModelConfig, TeacherError, load_strictly, read_model_config, without_pretrained
 from kd_det.teachers.pyramid import LevelsRead, cut_pyramid, placed
 from kd_det.teachers.transformer import run_encoder, shape_samples
 
@@ -38,7 +38,7 @@ class Teacher:
     Args:
         config: See :func:`~kd_det.teachers.loading.read_model_config`.
         checkpoint: File or address of the weights.
-        random_teacher: Take the weights as they are drawn; for tests and dry runs only.
+        random_teacher: Take the weights as they are drawn, pretrained ones too; for tests and dry runs only.
         allow_missing: See :func:`~kd_det.teachers.loading.load_strictly`.
         allow_unexpected: See :func:`~kd_det.teachers.loading.load_strictly`.
         classes: Names of its classes, by label; by default those that the checkpoint or the config names, see
@@ -89,7 +89,9 @@ class Teacher:
         with preserved_randomness():
             model_config = read_model_config(config)
             self._config = json.dumps(model_config.to_dict(), sort_keys=True, default=str)  # building may write into it
-            self.model = MODELS.build(model_config)
+            self.model = MODELS.build(without_pretrained(model_config) if random_teacher else model_config)
+            if random_teacher:  # some modules' weights are of no value before
+                self.model.init_weights()
         self.meta = load_strictly(self.model, checkpoint, allow_missing, allow_unexpected) if checkpoint else {}
         self.classes = teacher_classes(number_of_classes(self.model), classes, self.meta, config)
         self.model.eval().requires_grad_(False)
