@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import List, Sequence
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from rich.console import Console
 
 from kd_det.benchmark.fidelity import add_fidelity, summarize_fidelity
@@ -19,7 +19,7 @@ from kd_det.benchmark.runs import sha256
 from kd_det.benchmark.scheduling import Failure, Job, Machine
 from kd_det.benchmark.tables import markdown_table, rich_tables
 from kd_det.benchmark.variants import PLAIN, Variant, parse_variants, variant_config
-from kd_det.cli.common import add_inheritance_option, inherited_parts
+from kd_det.cli.common import ConfigAction, add_inheritance_option, inherited_parts
 from kd_det.composition import RATIO
 from kd_det.configuration import ConfigurationError
 from kd_det.evaluation import SPLITS
@@ -63,7 +63,7 @@ def add_common_arguments(parser: ArgumentParser) -> None:
     weights.add_argument('--paper-weights', dest='balance', action='store_const', const=None,
                          help='the published weights')
     add_inheritance_option(training)
-    training.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE',
+    training.add_argument('--cfg-options', nargs='+', action=ConfigAction, default={}, metavar='KEY=VALUE',
                           help='settings that override the config of every student; model.distill… and '
                           'default_hooks.distill… reach the distilled ones')
     machine = parser.add_argument_group('where')
