@@ -43,7 +43,6 @@ ENGINES = dict(
     compiled=dict(compile=True),
     frozen=dict(compile=dict(options=dict(freezing=True))),
     bfloat16=dict(precision='bfloat16'),
-    bfloat16_frozen=dict(precision='bfloat16', compile=dict(options=dict(freezing=True))),
 )
 LOSSLESS = 1e-4  # relative
 
