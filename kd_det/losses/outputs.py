@@ -174,6 +174,8 @@ class RoITerm(DistillTerm):
         ValueError: An unknown stage or normalizer.
     """
 
+    student_heads = teacher_heads = (ROI_HEAD, )
+
     def __init__(self, stage: Union[str, int] = 'mean', normalizer: str = 'regions', teacher: int = 0) -> None:
         super().__init__(teacher)
         if stage not in ('mean', 'same') and not isinstance(stage, int):
@@ -181,14 +183,6 @@ class RoITerm(DistillTerm):
         if normalizer not in ROI_NORMALIZERS:
             raise ValueError(f"normalizer='{normalizer}': expected one of {', '.join(ROI_NORMALIZERS)}.")
         self.stage, self.normalizer = stage, normalizer
-
-    @property
-    def student_heads(self) -> Tuple[str, ...]:
-        return (ROI_HEAD, )
-
-    @property
-    def teacher_heads(self) -> Tuple[str, ...]:
-        return (ROI_HEAD, )
 
     def outputs(self, context: DistillContext) -> Tuple[RoIOutputs, RoIOutputs]:
         """The student's outputs, and the teacher's on the same regions.

@@ -1,7 +1,7 @@
 """A mask from what the RoI heads predict for the regions that the student samples."""
 from __future__ import annotations
 
-from typing import Tuple, Union
+from typing import Union
 
 from mmdet.registry import MODELS
 from torch import Tensor
@@ -33,19 +33,13 @@ class RoIPredictionDifference(CellMask):
         >>> dict(type='MaskSum', masks=[dict(type='PredictionDifference', head='rpn_head'), 'RoIPredictionDifference'])
     """
 
+    student_heads = teacher_heads = (ROI_HEAD, )
+
     def __init__(self, stage: Union[str, int] = 'mean', class_agnostic: bool = False, num_levels: int = 4,
                  finest_scale: float = 56) -> None:
         super().__init__()
         self.stage, self.class_agnostic = stage, class_agnostic
         self.num_levels, self.finest_scale = num_levels, finest_scale
-
-    @property
-    def student_heads(self) -> Tuple[str, ...]:
-        return (ROI_HEAD, )
-
-    @property
-    def teacher_heads(self) -> Tuple[str, ...]:
-        return (ROI_HEAD, )
 
     def cells(self, level: ComparedLevel) -> Tensor:
         context, teacher = level.context, level.teacher_index
