@@ -19,7 +19,7 @@ LIKELY_CAUSES = """Likely causes:
   - the checkpoint was trained on other classes, or on the same in another order, and does not name them
     (teacher.classes=[…] names them, by label);
   - the teacher's config is not the one that the checkpoint was trained with (normalisation, channel order, head);
-  - the validation annotations do not belong to the images;
+  - the validation annotations do not belong to the images, or have no boxes (`kd-det doctor CONFIG` tells);
   - the teacher is not trained yet.
 Look at its boxes with `kd-det test TEACHER_CONFIG CHECKPOINT --show-dir DIR`. To train all the same, set
 default_hooks.distill.preflight=None, or lower its min_map."""
