@@ -6,31 +6,28 @@ from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequenc
 
 import torch
 from mmdet.registry import MODELS
-from mmengine.model import BaseModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd_det.classes import number_of_classes
-from kd_det.configuration import ConfigurationError
 from kd_det.context import DistillContext, Progress
-from kd_det.distillers.building import build_task_weight, build_terms, check_cached, checked_teachers
+from kd_det.distillers.building import build_task_weight, build_terms, checked_teachers
 from kd_det.distillers.class_sets import ClassSets, has_classes
+from kd_det.distillers.connections import Connections, measured_taps
 from kd_det.distillers.cost import StepCost
 from kd_det.distillers.monitor import GradientMonitor
 from kd_det.distillers.provenance import Provenance, inherit, parts_in_common, pretrained_parameters
 from kd_det.distillers.pseudo_labels import build_pseudo_labels
+from kd_det.distillers.student_wrapper import StudentWrapper
 from kd_det.distillers.supervision import Supervision, given, labelled_losses
 from kd_det.distillers.weighting import Losses, Value, logged_weights, scaled, total, untouched, weighted
 from kd_det.distillers.weights import WeightConfig
-from kd_det.heads import TOWERS_OF, StudentHeads, StudentOutputs, TeacherOutputs, find_head
+from kd_det.heads import StudentOutputs, TeacherOutputs
 from kd_det.heads.recording import recorded_calls
-from kd_det.heads.towers import tower_widths
 from kd_det.losses import DistillTerm
-from kd_det.losses.base import Forms, levels_read
+from kd_det.losses.base import levels_read
 from kd_det.randomness import preserved_randomness
-from kd_det.taps import Levels, Taps
-from kd_det.teachers import Teacher, probe_config, probe_levels, probe_towers, read_model_config
-
-TERMS = 'distill_terms'  # the only child that a plain student lacks
+from kd_det.taps import Levels
+from kd_det.teachers import Teacher
 
 
 class Observation(NamedTuple):
@@ -41,17 +38,17 @@ class Observation(NamedTuple):
 
 
 @MODELS.register_module()
-class DetectionDistiller(BaseModel):
+class DetectionDistiller(StudentWrapper):
     """Trains a student detector under the guidance of one or several frozen teachers.
 
-    The student's own children are this module's children, under their own names: parameter names, ``state_dict`` keys and
-    attributes such as ``bbox_head`` are those of the plain student, and prediction is its own. The terms' weights stay out
-    of ``state_dict`` (:class:`~kd_det.hooks.DistillHook` stores them beside it), and a teacher is no module of it at all.
+    It looks like the student (:class:`~kd_det.distillers.student_wrapper.StudentWrapper`): parameter names,
+    ``state_dict`` keys, attributes such as ``bbox_head`` and prediction are the plain student's. The terms' weights stay
+    out of ``state_dict`` (:class:`~kd_det.hooks.DistillHook` stores them beside it), and a teacher is no module of it.
 
     Args:
         student: Model dict of the student, as in any mmdet config.
-        teacher: ``dict(config=…, checkpoint=…)``, or a list of those; see :class:`~kd_det.teachers.Teacher`. They are built
-            when training starts, never for a test run.
+        teacher: ``dict(config=…, checkpoint=…)``, or a list of those; see :class:`~kd_det.teachers.Teacher`. They are
+            built when training starts, never for a test run.
         distill: Name -> term. Beside the term's own arguments each takes ``weight``: a number or a schedule, see
             :mod:`kd_det.distillers.weights`; a term whose weight is 0 throughout is left out. Each is logged as
             ``loss_<name>``, its parts as ``distill/<name>_<part>``, a weight that changes as ``distill/<name>_weight``.
@@ -76,8 +73,7 @@ class DetectionDistiller(BaseModel):
                  task_weight: WeightConfig = 1.0,
                  pseudo_labels: Optional[dict] = None) -> None:
         detector = MODELS.build(copy.deepcopy(student))  # building may write into it
-        super().__init__(data_preprocessor=detector.data_preprocessor)
-        self._adopt(detector)
+        super().__init__(detector)
         self.provenance = Provenance(detector)
         self.inherited_parts = (inherit, ) if isinstance(inherit, str) else tuple(inherit)
         self.not_inherited: List[str] = []
@@ -91,60 +87,12 @@ class DetectionDistiller(BaseModel):
 
         with preserved_randomness():  # the student is drawn as if there were no distillation
             self.weights, terms = build_terms(distill, len(self.teacher_configs))
-            self._connect(terms)
-        self._modules[TERMS] = nn.ModuleDict(terms)
+            self.connections = Connections(detector, self.teacher_configs, terms)
+        self.terms.update(terms)
         self.monitor = GradientMonitor(self.weights)
         self._changing_weights = [name for name, weight in self.weights.items() if not weight.is_constant]
 
-    # ------------------------------------------------------------------------------------ seen as the student
-
-    def _adopt(self, detector: nn.Module) -> None:
-        """Shows the detector's children, parameters and buffers as this module's own, under the same names."""
-        self.__dict__['student'] = detector  # past nn.Module.__setattr__: its weights are registered only once
-        self._parameters, self._buffers = detector._parameters, detector._buffers
-        self._non_persistent_buffers_set = detector._non_persistent_buffers_set
-        self._modules.update(detector._modules)
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if 'student' not in self.__dict__:
-                raise
-            return getattr(self.__dict__['student'], name)
-
-    def train(self, mode: bool = True) -> DetectionDistiller:
-        self.training = mode
-        self.student.train(mode)
-        self.terms.train(mode)
-        return self
-
-    def forward(self, inputs: Tensor, data_samples: Optional[list] = None, mode: str = 'tensor'):
-        """As the student's; only ``mode='loss'`` distils."""
-        if mode == 'loss':
-            return self.loss(inputs, data_samples)
-        return self.student(inputs, data_samples, mode=mode)
-
-    def state_dict(self, *args, destination=None, prefix: str = '', keep_vars: bool = False):
-        """The plain student's state dict."""
-        state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        for entries in (state, getattr(state, '_metadata', {})):
-            for key in [key for key in entries if f'{key}.'.startswith(f'{prefix}{TERMS}.')]:
-                del entries[key]
-        return state
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        # A plain student's weights are complete: the terms, which are stored apart, keep theirs.
-        for key, value in self.terms.state_dict(prefix=f'{prefix}{TERMS}.').items():
-            state_dict.setdefault(key, value)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
     # ------------------------------------------------------------------------------------ the teachers
-
-    @property
-    def terms(self) -> nn.ModuleDict:
-        """The distillation terms by name; those with a weight."""
-        return self._modules[TERMS]
 
     @property
     def teacher(self) -> Optional[Teacher]:
@@ -161,7 +109,8 @@ class DetectionDistiller(BaseModel):
             anchor = next(self.student.parameters())
             self.teachers = [
                 Teacher(**config, taps=taps, heads=heads, student_preprocessor=self.data_preprocessor).to_like(anchor)
-                for config, taps, heads in zip(self.teacher_configs, self._teacher_taps, self._teacher_heads)
+                for config, taps, heads in zip(self.teacher_configs, self.connections.teacher_taps,
+                                               self.connections.teacher_heads)
             ]
         return self.teachers
 
@@ -199,31 +148,6 @@ class DetectionDistiller(BaseModel):
 
     # ------------------------------------------------------------------------------------ the terms
 
-    def _connect(self, terms: Dict[str, DistillTerm]) -> None:
-        """Sets the taps and the readers of heads that the terms ask for, and tells the terms what the taps read."""
-        self._student_taps = Taps(self.student, (path for term in terms.values() for path in self.measured_taps(term)))
-        self._student_levels = probe_levels(self.student, self._student_taps) if terms else {}
-        self._teacher_taps = [[path for term in terms.values() if term.teacher == index for path in term.teacher_taps]
-                              for index in range(len(self.teacher_configs))]
-        self._teacher_heads = [[head for term in terms.values() if term.teacher == index for head in term.teacher_heads]
-                               for index in range(len(self.teacher_configs))]
-        self._teacher_levels = [probe_config(read_model_config(config['config']), taps) if taps else {}
-                                for config, taps in zip(self.teacher_configs, self._teacher_taps)]
-        for name, term in terms.items():
-            try:
-                check_cached(self.teacher_configs[term.teacher], term.teacher_heads)
-                term.connect(*self._forms(term))
-            except ValueError as error:
-                raise ConfigurationError(f'model.distill.{name}: {error}') from error
-        self._student_heads = StudentHeads(self.student, (head for term in terms.values() for head in term.student_heads))
-
-    def _forms(self, term: DistillTerm) -> Tuple[Forms, Forms]:
-        """The form of what a term reads in the student and in its teacher, see :meth:`DistillTerm.connect`."""
-        heads = {name: find_head(self.student, name) for name in term.student_heads}
-        student = {name: tower_widths(head) for name, head in heads.items() if name.endswith(TOWERS_OF)}
-        teacher = probe_towers(self.teacher_configs[term.teacher]['config'], term.teacher_heads)
-        return {**self._student_levels, **student}, {**self._teacher_levels[term.teacher], **teacher}
-
     def load_terms(self, state: Dict[str, Tensor]) -> None:
         """Restores the terms' weights from a checkpoint.
 
@@ -236,10 +160,6 @@ class DetectionDistiller(BaseModel):
     def set_progress(self, iteration: int, epoch: float) -> None:
         """Tells the schedules where the training stands."""
         self.progress = Progress(iteration, epoch)
-
-    def measured_taps(self, term: DistillTerm) -> Tuple[str, ...]:
-        """The paths where the gradient of a term is measured: its own, or the neck's for one that reads heads alone."""
-        return term.student_taps or ('neck' if getattr(self.student, 'neck', None) is not None else 'backbone', )
 
     def loss(self, inputs: Tensor, data_samples: list) -> Losses:
         """One training step: the student's own losses and the terms'.
@@ -287,7 +207,7 @@ class DetectionDistiller(BaseModel):
         """
         names, supervision = tuple(names), self._supervise(inputs, data_samples)
         image_shapes = [tuple(sample.img_shape[:2]) for sample in data_samples]
-        with self._student_taps.capture() as student, self._student_heads.capture() as student_outputs, \
+        with self.connections.capture() as (student, student_outputs), \
                 recorded_calls(self.student, 'extract_feat') as extractions:
             losses = dict(self.student.loss(inputs, supervision.samples))
         if not all(supervision.labelled):
@@ -299,8 +219,8 @@ class DetectionDistiller(BaseModel):
             context = DistillContext(
                 student=student,
                 teachers=list(teachers),
-                student_levels=self._student_levels,
-                teacher_levels=self._teacher_levels,
+                student_levels=self.connections.student_levels,
+                teacher_levels=self.connections.teacher_levels,
                 boxes=supervision.boxes,
                 labels=supervision.labels,
                 labelled=supervision.labelled,
@@ -324,6 +244,10 @@ class DetectionDistiller(BaseModel):
         found = self.class_sets.translated(teacher.detect(inputs, data_samples), pseudo_labels.teacher, counts)
         return pseudo_labels(supervision, found, self.progress)
 
+    def measured_taps(self, term: DistillTerm) -> Tuple[str, ...]:
+        """The paths where the gradient of a term is measured."""
+        return measured_taps(self.student, term)
+
     def measured_features(self, name: str, context: DistillContext) -> List[Tensor]:
         """The student's features where the gradient of a term is measured."""
         return [level for path in self.measured_taps(self.terms[name]) for level in context.student[path]]
@@ -335,5 +259,5 @@ class DetectionDistiller(BaseModel):
             terms = [self.terms[name] for name in active if self.terms[name].teacher == index]
             heads = tuple(dict.fromkeys(head for term in terms for head in term.teacher_heads))
             taps = tuple(dict.fromkeys(path for term in terms for path in term.teacher_taps))
-            levels = levels_read(terms, self._teacher_levels[index])
+            levels = levels_read(terms, self.connections.teacher_levels[index])
             yield teacher.observe(images, image_shapes, heads, student, taps, levels) if heads or taps else ({}, {})

@@ -159,7 +159,7 @@ def test_nothing_of_the_step_is_kept(pair, distiller, batch):
     model.terms['fgd'].forward = partial(Spy.forward, None)
     _step(model, batch())
     assert isinstance(contexts[0], DistillContext) and not contexts[0].teachers[0]['neck'][0].requires_grad
-    assert not model._student_taps._seen and not model.teacher.taps._seen
+    assert not model.connections.student_taps._seen and not model.teacher.taps._seen
 
 
 def test_a_stopped_term_leaves_the_teacher_alone_and_still_feeds_every_adapter_a_gradient(pair, distiller, batch):

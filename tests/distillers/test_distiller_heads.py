@@ -56,7 +56,7 @@ def test_nothing_is_kept_and_copies_train_no_one(pair, distiller, batch):
     model = distiller(*pair[:2], distill=pair[2]).train()
     averaged = ExponentialMovingAverage(model)
     assert all(loss.isfinite().all() for name, loss in _step(model, batch()).items() if name in pair[2])
-    assert not model._student_heads.taps._seen
+    assert not model.connections.student_heads.taps._seen
     averaged.update_parameters(model)
     assert len(averaged.module.eval().val_step(batch())) == 2
 

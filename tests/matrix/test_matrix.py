@@ -14,7 +14,8 @@ from kd_det.composition import distillation_config, head_family, method_terms
 from kd_det.configuration import ConfigurationError
 from kd_det.detectors import DETECTORS
 from kd_det.distillers import DetectionDistiller
-from kd_det.distillers.detection_distiller import TERMS, Observation
+from kd_det.distillers.detection_distiller import Observation
+from kd_det.distillers.student_wrapper import TERMS
 from kd_det.losses import (CrossKD, DenseClassification, DenseRegression, DistillTerm, FeatureTerm, QueryClassification,
                            QueryRegression, RankMimicking, RoIClassification)
 
