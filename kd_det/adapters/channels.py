@@ -10,8 +10,8 @@ def build_adapter(kind: str, student_channels: int, teacher_channels: int) -> nn
     """Makes the layer that a student's feature passes before it is compared.
 
     Args:
-        kind: ``'auto'``: a 1×1 convolution where the channels differ, else nothing; ``'none'``: the channels must agree;
-            ``'conv1x1'``, ``'conv3x3'``: always a convolution.
+        kind: ``'auto'``: a 1×1 convolution where the channels differ, else nothing; ``'none'``: the channels must
+            agree; ``'conv1x1'``, ``'conv3x3'``: always a convolution.
         student_channels: C of the student's (N, C, H, W).
         teacher_channels: C of the teacher's.
 

@@ -11,8 +11,8 @@ from kd_det.functional.features import context_pool
 class GlobalContext(nn.Module):
     """Adds to every cell what the whole image says: ``x + mlp(Σ_hw softmax_hw(conv1x1(x)) · x)``.
 
-    Of GCNet (arXiv 1904.11492), as FGD (arXiv 2111.11837) uses it to compare relations. The last layer starts at zero, so
-    that the block starts as the identity.
+    Of GCNet (arXiv 1904.11492), as FGD (arXiv 2111.11837) uses it to compare relations. The last layer starts at zero,
+    so that the block starts as the identity.
 
     Args:
         channels: C of the features; the hidden layer has half as many.
@@ -45,5 +45,5 @@ class GlobalContext(nn.Module):
         return self.expand(self.norm(self.reduce(context)).relu())
 
     def attention_weight(self) -> Tensor:
-        """(C, ), of which the logits are made. The softmax over the cells does not see the bias, whose gradient is 0."""
+        """(C,), of which the logits are made. The softmax over the cells does not see the bias, whose gradient is 0."""
         return self.attend.weight.flatten() + 0 * self.attend.bias

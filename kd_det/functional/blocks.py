@@ -14,9 +14,9 @@ BLOCK = 2**18
 def by_channels(loss: Callable[..., Tensor], *features: Tensor) -> Tensor:
     """``loss(*features)`` of a loss that is a sum over channels, by blocks of channels.
 
-    Value and gradient are those of ``loss(*features)``, up to rounding. Temporaries have the size of a block, and stay in
-    the cache of a CPU; on a GPU one block holds all channels. For the backward pass nothing is kept but the features: each
-    block is computed once more there (arXiv 1604.06174).
+    Value and gradient are those of ``loss(*features)``, up to rounding. Temporaries have the size of a block, and stay
+    in the cache of a CPU; on a GPU one block holds all channels. For the backward pass nothing is kept but the
+    features: each block is computed once more there (arXiv 1604.06174).
 
     Args:
         loss: Of the same channels of all features. Its result has one shape for any number of channels; other tensors

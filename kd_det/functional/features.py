@@ -312,7 +312,8 @@ def fkd_loss(
     return parts
 
 
-def _difference(student: Tensor, teacher: Tensor, channel_weight: Tensor | None = None, distance: str = 'mse') -> Tensor:
+def _difference(student: Tensor, teacher: Tensor, channel_weight: Tensor | None = None,
+                distance: str = 'mse') -> Tensor:
     """The distance of each cell, summed over the channels with their (N, C) weight: (N, 1, H, W)."""
     if distance == 'cosine':  # no sum over channels: each has a part in the length
         return _sum_channels(_DISTANCES[distance](student, teacher), channel_weight)

@@ -1,8 +1,8 @@
 """FGD in two passes over the features, and two more for the gradient, which is written by hand.
 
 :func:`kd_det.functional.features.fgd_loss` is the formula, and a test holds one against the other. Taken operator by
-operator, it goes through memory some thirty times. Here blocks of channels that fit into the cache are taken through all
-operators of a pass; what is left are sums over cells or channels, small enough for plain autograd:
+operator, it goes through memory some thirty times. Here blocks of channels that fit into the cache are taken through
+all operators of a pass; what is left are sums over cells or channels, small enough for plain autograd:
 
 - Masks and spatial attention weigh cells, the channel attention channels: Σ_c A_c·d² is summed once, with d = s - t.
 - The relation Σ(d + w)² is Σd² + 2·w·Σd + cells·w², where w is the difference of the two blocks' additions.
@@ -104,7 +104,7 @@ def fgd_parts(sums: FGDSums, shift: Tensor, foreground: Tensor, background: Tens
 
 
 class _Sums(torch.autograd.Function):
-    """Σ|s| over the channels (N, H, W) and over the valid cells (N, C), then :class:`FGDSums` after the student's attentions.
+    """Σ|s| over channels (N, H, W) and over valid cells (N, C), then :class:`FGDSums` after the student's attentions.
 
     Within, features are (N, C, K) and what belongs to cells (N, K), with K = H·W.
     """
@@ -142,7 +142,8 @@ class _Sums(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, cells, channels, _, __, attended, square, drift, student_context, teacher_context):
-        student, teacher, student_attend, teacher_attend, inside, weight, student_focus, teacher_focus = ctx.saved_tensors
+        student, teacher, *weights = ctx.saved_tensors
+        student_attend, teacher_attend, inside, weight, student_focus, teacher_focus = weights
         s, t = student.flatten(2), teacher.flatten(2)
         cells, attended, square = (gradient.flatten(1)[:, None] for gradient in (cells, 2 * attended, 2 * square))
         student_logits = _softmax_backward(student_focus, student_context[:, None] @ s)

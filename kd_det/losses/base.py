@@ -82,8 +82,8 @@ class FeatureTerm(DistillTerm):
     It reads the heads that its masks read.
 
     Args:
-        tap: What to read: ``'neck'``, ``'backbone'`` or any module path within them; or a dict with the keys ``student``
-            and ``teacher`` where the paths differ.
+        tap: What to read: ``'neck'``, ``'backbone'`` or any module path within them; or a dict with the keys
+            ``student`` and ``teacher`` where the paths differ.
         levels: Indices of the student's levels to compare; or a number: the first so many, all where it has fewer; all
             by default. Each is paired with the teacher level of the same stride.
         adapter: Student channels -> teacher channels, see :func:`~kd_det.adapters.build_adapter`.
@@ -149,9 +149,9 @@ class FeatureTerm(DistillTerm):
         teacher = context.teachers[self.teacher][self.teacher_path][pair.teacher_index].float()
         if student.shape[-2:] != teacher.shape[-2:]:
             if not self.resize:
-                raise ValueError(f"Level {pair.student_index} of '{self.student_path}': the student's {tuple(student.shape)} "
-                                 f"and the teacher's {tuple(teacher.shape)} cover the same image with other cells. Allow "
-                                 'resize=True.')
+                raise ValueError(f"Level {pair.student_index} of '{self.student_path}': the student's "
+                                 f"{tuple(student.shape)} and the teacher's {tuple(teacher.shape)} cover the same image "
+                                 'with other cells. Allow resize=True.')
             teacher = F.interpolate(teacher, student.shape[-2:], mode='bilinear', align_corners=False)
         return ComparedLevel(student, teacher, pair.student.stride, pair.student_index, context, self.teacher)
 

@@ -23,8 +23,8 @@ class FeatureImitation(FeatureTerm):
     Args:
         mask: Config or name of a mask; every cell of the images by default.
         distance: ``'mse'``, ``'l1'``, ``'smooth_l1'`` or ``'cosine'``.
-        normalizer: What the sum is divided by, see :func:`~kd_det.functional.features.masked_imitation`; each summand of
-            a :class:`~kd_det.masks.MaskSum` by its own. What counts the mask counts it on all ranks.
+        normalizer: What the sum is divided by, see :func:`~kd_det.functional.features.masked_imitation`; each summand
+            of a :class:`~kd_det.masks.MaskSum` by its own. What counts the mask counts it on all ranks.
         **kwargs: See :class:`~kd_det.losses.base.FeatureTerm`.
 
     Example:

@@ -28,8 +28,8 @@ class FGD(ContextTerm):
         beta: Weight of the background (2.5e-5, 5e-4, 8e-4).
         gamma: Weight of the attention (5e-5, 5e-4, 8e-4).
         lambda_: Weight of the relation (5e-7, 5e-6, 8e-6).
-        box_mapping: ``'batch'`` maps boxes to cells by the padded batch and gives padding no weight anywhere. ``'image'``
-            is what the released code does, for parity only, see :class:`~kd_det.masks.BoxForeground`.
+        box_mapping: ``'batch'`` maps boxes to cells by the padded batch and gives padding no weight anywhere.
+            ``'image'`` is what the released code does, for parity only, see :class:`~kd_det.masks.BoxForeground`.
         **kwargs: See :class:`~kd_det.losses.base.FeatureTerm`.
 
     Example:
@@ -50,4 +50,5 @@ class FGD(ContextTerm):
         sums = fgd_sums(level.student, level.teacher, student.attention_weight(), teacher.attention_weight(),
                         self.temperature, valid)
         shift = student.addition(sums.student_context) - teacher.addition(sums.teacher_context)
-        return fgd_parts(sums, shift, self.foreground.cells(level), self.background.cells(level), **self.weights, valid=valid)
+        return fgd_parts(sums, shift, self.foreground.cells(level), self.background.cells(level), **self.weights,
+                         valid=valid)

@@ -15,8 +15,8 @@ class QueryClassification(QueryTerm):
     """Class distillation of DETRs, query by query (after DETRDistill, Chang et al., arXiv 2211.10156).
 
     Heads with sigmoid classes (Conditional DETR, DAB-DETR, Deformable DETR, DINO): Σ_classes
-    BCE(s, σ(t))·|σ(t) − σ(s)|^β (BCKD, arXiv 2308.14286), which fades where the two agree, as on most of the background.
-    Heads with softmax classes (DETR): T²·KL(t ‖ s).
+    BCE(s, σ(t))·|σ(t) − σ(s)|^β (BCKD, arXiv 2308.14286), which fades where the two agree, as on most of the
+    background. Heads with softmax classes (DETR): T²·KL(t ‖ s).
 
     Args:
         beta: Exponent of the gap; 0 for the plain cross-entropy, see :func:`~kd_det.losses.outputs.sigmoid_divergence`.

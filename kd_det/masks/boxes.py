@@ -18,7 +18,8 @@ class BoxForeground(CellMask):
     Args:
         weighting: ``'binary'``, or ``'inverse_area'``: at each cell the largest 1/area over the boxes on it (FGD).
         box_mapping: ``'batch'`` maps pixels to cells by the padded batch, which the feature covers. ``'image'`` is the
-            mapping of FGD's released code, by each image's own size, for parity only: it stretches boxes on padded batches.
+            mapping of FGD's released code, by each image's own size, for parity only: it stretches boxes on padded
+            batches.
     """
 
     def __init__(self, weighting: str = 'binary', box_mapping: str = 'batch') -> None:

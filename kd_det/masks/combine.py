@@ -34,7 +34,8 @@ class MaskProduct(_Combination):
     """
 
     def forward(self, level: ComparedLevel) -> Tuple[Weighting, ...]:
-        return tuple(Weighting(_product(factor.cells for factor in factors), _product(factor.channels for factor in factors))
+        return tuple(Weighting(_product(factor.cells for factor in factors),
+                               _product(factor.channels for factor in factors))
                      for factors in product(*(mask(level) for mask in self.masks)))
 
 
