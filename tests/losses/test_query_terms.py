@@ -169,7 +169,7 @@ def test_the_teachers_scores_count_for_the_boxes_of_unlabelled_images(detr, make
     context.labelled = (True, True, False)
     context._computed.clear()
     scores = context.teacher_outputs[0][NAME].scores()[-1, 2].sum()
-    assert scores > 1
+    assert scores > 0.1  # else the factor below would be 1
     for part, value in model.terms['boxes'](context).items():
         torch.testing.assert_close(value, values['boxes'][part] * 3 / (3 + scores))
 
