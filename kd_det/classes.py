@@ -55,7 +55,7 @@ class ClassMatch(NamedTuple):
         shared, ours, theirs = len(self.of_student), len(self.student), len(self.teacher)
         sentences = [f"the teacher's {theirs} are the student's, in another order; its outputs follow the names."
                      if shared == ours == theirs else f"{shared} of the student's {ours} are among the teacher's {theirs}; "
-                     'distillation is restricted to them, and follows their names.']
+                     f'{restricted} is restricted to them, and follows their names.']
         missing = [name for label, name in enumerate(self.student) if label not in self.of_student]
         respelt = [f"'{student}' = '{teacher}'" for student, teacher in self._pairs() if student != teacher]
         if missing:

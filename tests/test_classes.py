@@ -24,6 +24,7 @@ def test_another_order_and_another_set():
     assert match.shared(torch.tensor([2, 1, 0, 2])).tolist() == [1, -1, 0, 1]
     assert match.report() == ("2 of the student's 3 are among the teacher's 3; distillation is restricted to them, and "
                               'follows their names. Not shared: unicorn.')
+    assert 'teacher\'s 3; the comparison is restricted to them' in match.report('the comparison')
 
 
 def test_detections_get_the_students_labels():
