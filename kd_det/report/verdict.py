@@ -4,6 +4,7 @@ from __future__ import annotations
 from typing import Dict, List, Mapping, Sequence
 
 from kd_det.benchmark.statistics import paired_difference
+from kd_det.benchmark.variants import twin_of
 
 METRIC = 'bbox_mAP'
 INHERIT = 'inherit'  # the student that starts from the teacher's weights and learns from nothing else
@@ -39,7 +40,7 @@ def beyond_inheritance(runs: Sequence[dict]) -> List[Dict[str, object]]:
     """
     by_variant: Dict[str, Dict[int, dict]] = {}
     for run in runs:
-        if run['status'] == 'finished':
+        if run['status'] == 'finished' and run['metrics'].get(METRIC, -1) >= 0:
             by_variant.setdefault(run['variant'], {})[run['seed']] = run
     inherited, summary = by_variant.pop(INHERIT, {}), {}
     for variant, by_seed in by_variant.items():
@@ -54,7 +55,7 @@ def beyond_inheritance(runs: Sequence[dict]) -> List[Dict[str, object]]:
 
 def _alike(run: dict, other: dict) -> bool:
     """Whether two runs began with the same weights, in the same setting of the student."""
-    return run['start'] == other['start'] and run.get('twin') == other.get('twin')
+    return run['start'] == other['start'] and twin_of(run['variant']) == twin_of(other['variant'])
 
 
 def sentence(made: List[dict], baseline: str = 'the plain student') -> str:

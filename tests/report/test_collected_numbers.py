@@ -68,12 +68,14 @@ def test_the_verdict_on_many_and_on_none():
 
 def test_methods_that_began_with_inherited_weights_are_compared_with_a_student_that_did():
     """fgd gains 2 and 4 points over inherit, pkd began elsewhere, kd inherited for seed 0 alone; MixUp is another setting."""
-    def run(variant, seed, start, points, twin='none'):
-        return dict(variant=variant, seed=seed, twin=twin, status='finished', start=start, metrics=dict(bbox_mAP=points / 100))
+    def run(variant, seed, start, points):
+        return dict(variant=variant, seed=seed, status='finished', start=start, metrics=dict(bbox_mAP=points / 100))
 
     runs = [run('none', 0, 'a', 10), run('inherit', 0, 'b', 20), run('inherit', 1, 'c', 21), run('fgd', 0, 'b', 22),
             run('fgd', 1, 'c', 25), run('pkd', 0, 'a', 50), run('kd', 0, 'b', 19), run('kd', 1, 'a', 50),
-            run('kd@augment=mixup', 0, 'b', 30, twin='none@augment=mixup'), dict(variant='kd', seed=2, status='failed')]
+            run('kd@augment=mixup', 0, 'b', 30), dict(variant='kd', seed=2, status='failed'),
+            run('inherit', 2, 'd', 22), dict(run('fgd', 2, 'd', 0), metrics=dict(bbox_mAP=-1)),
+            run('inherit', 3, 'e', 22), dict(run('fgd', 3, 'e', 0), metrics={})]
     made = {each['name']: each for each in beyond_inheritance(runs)}
     assert set(made) == {'fgd', 'kd'}
     assert made['fgd']['by_seed'] == pytest.approx({0: 2, 1: 4}) and made['fgd']['difference'] == pytest.approx(3)
