@@ -8,6 +8,7 @@ import numpy as np
 from kd_det.benchmark.results import METRICS
 from kd_det.benchmark.statistics import paired_difference
 from kd_det.benchmark.tables import COSTS, FIDELITY, NONE, fidelity_rows, rows
+from kd_det.benchmark.variants import twin_of
 from kd_det.report.accuracy import CURVES
 from kd_det.report.detectors import TEACHER, look
 from kd_det.report.studies import Study
@@ -105,16 +106,16 @@ def _logs(study: Study, notes: List[str]) -> dict:
 
 
 def _per_class(study: Study, classes: Sequence[str], accuracies: Dict[str, Dict[int, dict]]) -> Dict[str, List[dict]]:
-    """Variant -> class, AP and its change against the plain student in points, the largest gain first."""
-    plain, changes = accuracies.get(study.plain, {}), {}
+    """Variant -> class, AP and its change against the variant's twin in points, the largest gain first."""
+    changes = {}
     for variant, by_seed in accuracies.items():
         if variant in (study.plain, TEACHER):
             continue
-        changes[variant] = []
+        changes[variant], twin = [], accuracies.get(twin_of(variant), {})
         for index, name in enumerate(classes):
-            of_plain, of_variant = ({seed: 100 * each['per_class'][index] for seed, each in seeds.items()
-                                     if each['per_class'][index] is not None} for seeds in (plain, by_seed))
-            change = paired_difference(of_plain, of_variant) if study.results is not None else None
+            of_twin, of_variant = ({seed: 100 * each['per_class'][index] for seed, each in seeds.items()
+                                     if each['per_class'][index] is not None} for seeds in (twin, by_seed))
+            change = paired_difference(of_twin, of_variant) if study.results is not None else None
             if of_variant:
                 changes[variant].append(dict(
                     name=name, ap=float(np.mean(list(of_variant.values()))),

@@ -7,6 +7,7 @@ from mmengine.config import Config
 from kd_det.cli.main import main
 from kd_det.configuration import ConfigurationError
 from kd_det.report import collect, read_studies, render
+from kd_det.report.collecting import _per_class
 
 RESULT = dict(identity='', start='', order='', parameters=10, flops=None, seconds_per_iteration=0.1, peak_memory=None,
               peak_device_memory=None, epochs=1, iterations=2, checkpoint='epoch_1.pth', scalars='log/vis_data/scalars.json')
@@ -59,6 +60,14 @@ def test_without_data_and_checkpoints_the_numbers_and_curves_remain(unfinished):
     assert any('no val_dataloader' in note for note in made['notes'])
     assert any('--fidelity' in note for note in made['notes'])
     assert [row['method'] for row in made['table']['rows']] == ['none', 'fgd']
+
+
+def test_classes_are_compared_with_the_plain_student_in_the_same_setting(unfinished):
+    accuracies = {variant: {0: dict(per_class=[ap, None]), 1: dict(per_class=[ap + 0.02, None])} for variant, ap in (
+        ('none', 0.1), ('none@augment=mixup', 0.3), ('fgd', 0.15), ('fgd@augment=mixup', 0.29), ('teacher', 0.9))}
+    made = _per_class(read_studies([unfinished])[0], ['cat', 'dog'], accuracies)
+    assert {variant: [(each['name'], round(each['difference'], 6)) for each in classes] for variant, classes in made.items()} == {
+        'none@augment=mixup': [('cat', 20)], 'fgd': [('cat', 5)], 'fgd@augment=mixup': [('cat', -1)]}
 
 
 def test_fidelity_is_told_of_students_and_of_their_teacher_once(unfinished):
