@@ -5,9 +5,8 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from itertools import product
 from typing import List, Tuple
 
-from kd_det.benchmark.pair import read_pair
 from kd_det.cli import benchmark
-from kd_det.configuration import ConfigurationError
+from kd_det.configuration import TOP_KEYS, ConfigurationError
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -28,22 +27,19 @@ def run(options: Namespace) -> int:
     settings = [*options.set, *((key, values) for key, values in named.items() if values)]
     if not settings:
         raise ConfigurationError('There is nothing to try: give --set, --teachers or --augment.')
-    pair = read_pair(options.pair, options.student, options.teacher, options.teacher_checkpoint)
-    options.methods = ','.join(grid(options.method, settings, tuple(pair.student)))
+    options.methods = ','.join(grid(options.method, settings))
     return benchmark.run(options)
 
 
-def grid(method: str, settings: List[Tuple[str, List[str]]], config_keys: Tuple[str, ...]) -> List[str]:
+def grid(method: str, settings: List[Tuple[str, List[str]]]) -> List[str]:
     """Names a variant for every combination of values, as ``kd-det benchmark --methods`` reads them.
 
     Args:
         method: The method.
-        settings: Key and values of each setting.
-        config_keys: The keys at the top of the student's config; a dotted key that begins with none of them is a
-            term's.
+        settings: Key and values of each setting. A dotted key that begins with nothing that a run reads is a term's; a
+            config may define the method under the same name.
     """
-    keys = [f'model.distill.{key}' if '.' in key and key.split('.')[0] not in config_keys else key
-            for key, _ in settings]
+    keys = [f'model.distill.{key}' if '.' in key and key.split('.')[0] not in TOP_KEYS else key for key, _ in settings]
     return ['@'.join([method, *(f'{key}={value}' for key, value in zip(keys, values))])
             for values in product(*(values for _, values in settings))]
 
