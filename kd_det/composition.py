@@ -7,6 +7,7 @@ from typing import Dict, Optional, Sequence, Union
 
 from mmdet.registry import MODELS
 from mmengine.config import Config, ConfigDict
+from mmengine.registry import DefaultScope
 
 from kd_det.configuration import (CONFIG_ROOT, DISTILL_HOOK, DISTILLER, ConfigurationError, is_distillation,
                                   load_config, student_model)
@@ -118,7 +119,7 @@ def check_parts(model: dict, parts: Sequence[str]) -> None:
         ConfigurationError: It lacks one; the message says which there are.
     """
     if parts:
-        with preserved_randomness():
+        with preserved_randomness(), DefaultScope.overwrite_default_scope('mmdet'):  # no run has set it yet
             state = MODELS.build(copy.deepcopy(model)).state_dict()  # building writes into a config
         for part in parts:
             keys_within(state, part)
