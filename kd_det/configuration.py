@@ -16,8 +16,9 @@ DISTILL_HOOK = 'DistillHook'
 
 # What a run reads at the top of its config. Any other name there is of use only while the file itself is read.
 TOP_KEYS = frozenset(signature(Runner.__init__).parameters) - {'self', 'cfg'} | {
-    'activation_checkpointing', 'compile', 'efficient_conv_bn_eval', 'find_unused_parameters', 'log_name', 'model_wrapper_cfg',
-    'runner_type', 'strategy', 'sync_bn', 'tta_model', 'tta_pipeline'}
+    'activation_checkpointing', 'compile', 'efficient_conv_bn_eval', 'find_unused_parameters',
+    'init_weights_for_test_or_val', 'model_wrapper_cfg', 'runner_type', 'strategy', 'sync_bn', 'tta_model',
+    'tta_pipeline'}
 
 # Configs and tools travel inside the package, where MMEngine and mim look for them.
 CONFIG_ROOT = Path(__file__).parent / '.mim' / 'configs'
@@ -109,9 +110,9 @@ def _check_top_keys(config: Config, options: Iterable[str]) -> None:
         if key in TOP_KEYS:
             continue
         if key in config:
-            raise ConfigurationError(f"--cfg-options {option}: '{key}' is a variable of the config file; when this option is "
-                                     'applied its value has gone elsewhere already. Set that place, such as '
-                                     'train_cfg.max_epochs or train_dataloader.dataset.pipeline.')
+            raise ConfigurationError(f"--cfg-options {option}: '{key}' is a variable of the config file; when this option "
+                                     'is applied its value has gone elsewhere already. Set that place, such as '
+                                     'train_cfg.max_epochs, train_dataloader.dataset.pipeline or model.distill.')
         near = get_close_matches(key, TOP_KEYS, n=1)
         raise ConfigurationError(f"--cfg-options {option}: no run reads a key '{key}'."
                                  + (f" Did you mean '{near[0]}'?" if near else ''))

@@ -18,12 +18,25 @@ def build_runner(config: Config) -> Runner:
     return runner
 
 
+def build_optimizer(runner: Runner) -> None:
+    """Builds the optimizer, which a Runner does much later, so that a mistake in its config is told at once.
+
+    A ``FlexibleRunner`` leaves it, and the model, to its strategy: there nothing is done.
+    """
+    if isinstance(runner, Runner):
+        runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+
+
 def check_start(runner: Runner) -> None:
     """Checks that the checkpoint that is tested or resumed is of this detector: MMEngine loads what fits and logs the rest.
+
+    A ``FlexibleRunner``, which has no model yet, goes unchecked.
 
     Raises:
         TeacherError: It lacks weights, or has them in another shape; the message names them.
     """
+    if not isinstance(runner, Runner):
+        return
     checkpoint = runner._load_from or find_latest_checkpoint(runner.work_dir)
     model = runner.model
     while hasattr(model, 'module'):  # within wrappers for several processes, or for test-time augmentation

@@ -13,7 +13,7 @@ from kd_det.cli.tracking import add_tracking_option, track
 from kd_det.configuration import ConfigurationError, load_config
 from kd_det.diagnosis.checks import check_config, explain
 from kd_det.diagnosis.data import check_images
-from kd_det.runner import build_runner, check_start
+from kd_det.runner import build_optimizer, build_runner, check_start
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -82,7 +82,7 @@ def train(config: Config, resume: Optional[str] = None) -> None:
         for loop in (runner.train_loop, runner.val_loop):
             if loop is not None:
                 check_images(loop.dataloader.dataset)
-        runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)  # which a Runner builds much later
-    if resume:
+        build_optimizer(runner)
+    if config.get('resume'):  # as the config may say itself
         check_start(runner)
     runner.train()

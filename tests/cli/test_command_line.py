@@ -208,6 +208,12 @@ def test_a_distillation_is_resumed(workspace, capsys):
     assert "'run/epoch_2.pth' does not fit the student" in said.replace(f'{workspace}/', '')
 
 
+def test_a_runner_that_builds_its_model_late_trains_and_tests(workspace):
+    flexible = ['--work-dir', 'run', '--cfg-options', 'runner_type=FlexibleRunner', 'env_cfg.cudnn_benchmark=False']
+    assert main(['train', 'student.py', *flexible]) == 0
+    assert main(['test', 'student.py', 'run/epoch_1.pth', *flexible]) == 0
+
+
 def test_train_takes_mmdets_options(workspace):
     assert main(['train', 'student.py', '--data-root', str(workspace / 'coco'), '--work-dir', 'run',
                  '--cfg-options', 'train_dataloader.batch_size=2']) == 0
@@ -285,6 +291,7 @@ def test_mixed_precision_needs_a_gpu(workspace, capsys, monkeypatch):
     (['train', 'student.py', '--cfg-options', 'model.type.x=1'], '--cfg-options'),
     (['train', 'student.py', '--cfg-options', 'optim_wrapper.optimizer.rate=1'], "unexpected keyword argument 'rate'"),
     (['train', 'student.py', '--resume', 'teacher.pth'], 'does not fit the student RetinaNet'),
+    (['train', 'student.py', '--cfg-options', 'resume=True', 'load_from=teacher.pth'], 'does not fit the student RetinaNet'),
     (['test', 'student.py', 'nowhere.pth'], "no file 'nowhere.pth'"),
     (['test', 'student.py', 'teacher.pth'], 'does not fit the student RetinaNet.*another shape: .*layer1.0.conv1.weight'),
     (['export', 'student.py', 'teacher.pth', 'out.pth'], 'is not of the student.*layer1.0.conv3.weight'),
