@@ -5,7 +5,6 @@ Usage: python -m benchmarks.methods [--size 320 320] [--batch 2] [--boxes 10] [-
 from __future__ import annotations
 
 import json
-import platform
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Dict, Iterator, Tuple
@@ -13,6 +12,7 @@ from typing import Dict, Iterator, Tuple
 import torch
 
 import kd_det  # noqa: F401  registers everything
+from benchmarks.engine import processor
 from kd_det.benchmark.pair import read_pair
 from kd_det.catalogue import catalogue
 from kd_det.cli.common import prepare_without_runner
@@ -79,7 +79,7 @@ def main() -> None:
               f"{each['teacher'] / each['plain_teacher']:.2f} |", flush=True)
     if options.json:
         settings = dict(size=list(options.size), batch=options.batch, boxes=options.boxes, repeats=options.repeats,
-                        threads=options.threads, processor=platform.machine(), torch=torch.__version__)
+                        threads=options.threads, processor=processor(), torch=torch.__version__)
         options.json.write_text(json.dumps(dict(**settings, rows=rows), indent=1) + '\n', encoding='utf-8')
 
 

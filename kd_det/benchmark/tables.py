@@ -30,7 +30,8 @@ def rows(results: dict) -> List[Dict[str, str]]:
         metrics = {name: _spread(summary[metric]['mean'], summary[metric]['std']) if metric in summary else NONE
                    for metric, name in METRICS.items()}
         seeds = f'{len(runs)}' if len(finished) == len(runs) else f'{len(finished)} of {len(runs)}'
-        made.append(dict(method=variant, seeds=seeds, **metrics, **{'Δ mAP': difference_text(summary.get('bbox_mAP', {}))}, **_costs(finished)))
+        metrics['Δ mAP'] = difference_text(summary.get('bbox_mAP', {}))
+        made.append(dict(method=variant, seeds=seeds, **metrics, **_costs(finished)))
     return made
 
 
