@@ -111,7 +111,7 @@ def awake(model: DetectionDistiller, equal: bool = False) -> DetectionDistiller:
     for module in (model.student, teacher, *(() if equal else (model.terms, ))):
         for name, parameter in module.named_parameters():
             if '_head' in name and parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.15)
+                nn.init.normal_(parameter, std=0.05 if 'reg' in name else 0.15)  # no boxes without width
             elif not parameter.any():
                 nn.init.constant_(parameter, 0.01)
     if equal:
