@@ -24,6 +24,7 @@ from kd_det.distillers.weights import Weight
 from kd_det.losses import DistillTerm
 from kd_det.measuring import Device, peak_memory, seconds
 from kd_det.teachers import read_model_config
+from kd_det.teachers.loading import without_pretrained
 
 STUDENT, DISTILLED, TEACHER, PLAIN_TEACHER = 'student step', 'distilled step', 'teacher part', 'plain teacher forward'
 TERM = 'term '
@@ -82,7 +83,9 @@ def random_distiller(config: Config, device: Device = 'cpu') -> DetectionDistill
     teachers = [config.model.teacher] if isinstance(config.model.teacher, dict) else config.model.teacher
     for teacher in teachers:
         teacher.update(checkpoint=None, random_teacher=True, cache=None)
+    config.model.student = without_pretrained(config.model.student)
     distiller = MODELS.build(config.model).to(device).train()
+    distiller.student.init_weights()  # some parts are whatever the memory held before
     distiller.weights = {name: Weight(weight.full) for name, weight in distiller.weights.items()}
     distiller.progress = Progress(iteration=1)  # no gradients are compared in this step
     return distiller
