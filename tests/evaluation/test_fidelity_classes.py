@@ -123,14 +123,7 @@ def test_a_student_that_is_its_teacher_in_another_order(built, measured):
 # -------------------------------------------------------------------------------------------------- detections alone
 
 
-def instances(rows):
-    """Boxes of 10 pixels with x, score and label."""
-    return dict(bboxes=torch.tensor([[x, 0.0, x + 10.0, 10.0] for x, _, _ in rows]).reshape(-1, 4),
-                scores=torch.tensor([score for _, score, _ in rows]),
-                labels=torch.tensor([label for _, _, label in rows]).long())
-
-
-def test_detections_and_ground_truth_of_other_classes_do_not_count():
+def test_detections_and_ground_truth_of_other_classes_do_not_count(instances):
     """Shared are cat and dog. The student finds the cat, calls the dog a cat, and sees a cow where the teacher sees an emu."""
     metric = FidelityMetric(dict(config=dict(type='none')), confidence=0.5, bins=1, calibrated_from=0.5)
     metric._cka, metric.match = {}, match_classes(('cat', 'cow', 'dog'), ('dog', 'emu', 'cat'))

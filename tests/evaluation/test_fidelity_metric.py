@@ -71,14 +71,7 @@ def test_without_modules_detections_alone_are_compared(model, saved, batch):
     assert not any(name.startswith('cka') or name == 'class_kl' for name in found)
 
 
-def instances(rows):
-    """Boxes of 10 pixels with x, score and label."""
-    return dict(bboxes=torch.tensor([[x, 0.0, x + 10.0, 10.0] for x, _, _ in rows]).reshape(-1, 4),
-                scores=torch.tensor([score for _, score, _ in rows]),
-                labels=torch.tensor([label for _, _, label in rows]).long())
-
-
-def test_numbers_by_hand():
+def test_numbers_by_hand(instances):
     """The teacher is sure of two right and two wrong boxes. The student has one of each, and one in another class."""
     metric = FidelityMetric(dict(config=dict(type='none')), confidence=0.5, bins=1, calibrated_from=0.5)
     metric._cka = {}
@@ -97,7 +90,7 @@ def test_numbers_by_hand():
     assert found['student_ece'] == pytest.approx(0.8 - 1 / 3, abs=1e-6)
 
 
-def test_numbers_without_any_box_are_left_out():
+def test_numbers_without_any_box_are_left_out(instances):
     metric = FidelityMetric(dict(config=dict(type='none')))
     metric._cka = {}
     sample = dict(scale_factor=(1.0, 1.0), pred_instances=instances([]), gt_instances=instances([]))
