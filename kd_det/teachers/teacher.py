@@ -38,7 +38,7 @@ class Teacher:
     Args:
         config: See :func:`~kd_det.teachers.loading.read_model_config`.
         checkpoint: File or address of the weights.
-        random_teacher: Take the weights as they are drawn, pretrained ones too; for tests and dry runs only.
+        random_teacher: Draw all weights, also those that the config would load; for tests and dry runs only.
         allow_missing: See :func:`~kd_det.teachers.loading.load_strictly`.
         allow_unexpected: See :func:`~kd_det.teachers.loading.load_strictly`.
         classes: Names of its classes, by label; by default those that the checkpoint or the config names, see
@@ -181,10 +181,10 @@ class Teacher:
             outputs = run_heads(heads, forward)
             if self.taps.awaits(ENCODER):  # a head that reads queries has run it
                 run_encoder(self.model, forward.features, samples)
-        # The terms go through features channel by channel, as the student's lie.
         for path, read in levels.items():
             indices = computed if path == NECK else range(len(read))
             features[path] = tuple(level for index, level in zip(indices, features[path]) if read[index])
+        # The terms go through features channel by channel, as the student's lie.
         return {path: tuple(level.contiguous() for level in group) for path, group in features.items()}, outputs
 
     def _cut(self, heads: Sequence[str], taps: Sequence[str], levels: LevelsRead) -> ContextManager[Sequence[int]]:
