@@ -33,6 +33,7 @@ import kd_det  # noqa: F401  registers what configs name, and serves mmcv's oper
 from kd_det.configuration import load_config
 from kd_det.measuring import seconds
 from kd_det.teachers import Teacher
+from kd_det.teachers.loading import without_pretrained
 
 PLAIN, LEVELS = 'plain', 'levels'  # mmdet's own forward; the default engine where not all levels are read
 ENGINES = dict(
@@ -50,8 +51,7 @@ LOSSLESS = 1e-4  # relative
 def build(options: argparse.Namespace) -> Dict[str, Callable[[], Sequence[Tensor]]]:
     """By name, what computes the levels of the neck: mmdet's plain forward, and teachers of the same weights."""
     MMLogger.get_instance('benchmark', log_level='ERROR')  # else every weight's initialisation is reported
-    config = load_config(options.teacher).model
-    config.backbone.init_cfg = None
+    config = without_pretrained(load_config(options.teacher).model)
     torch.manual_seed(0)
     model = MODELS.build(config).eval()
     images = torch.randn(options.batch, 3, *options.size)

@@ -4,20 +4,17 @@ from __future__ import annotations
 from typing import Callable, List, Sequence, Tuple
 
 import torch
-from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
-from mmdet.utils import register_all_modules
-from mmengine.logging import MMLogger
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 import kd_det  # noqa: F401  registers the distiller
+from kd_det.classes import number_of_classes
+from kd_det.cli.common import prepare_without_runner
 from kd_det.configuration import load_config
+from kd_det.step_costs import random_distiller
 
-PAIRS = {
-    'demo': ('kd_det::demo/fgd_faster_rcnn_r101_r18.py', 'kd_det::demo/teacher_faster_rcnn_r101.py', 6),
-    'coco': ('kd_det::fgd_r101_r18.py', 'mmdet::faster_rcnn/faster-rcnn_r101_fpn_1x_coco.py', 80),
-}
+PAIRS = dict(demo='kd_det::demo/fgd_faster_rcnn_r101_r18.py', coco='kd_det::fgd_r101_r18.py')
 
 
 def build_distiller(pair: str) -> Tuple[nn.Module, int]:
@@ -29,20 +26,10 @@ def build_distiller(pair: str) -> Tuple[nn.Module, int]:
     Returns:
         The distiller in training mode, and the number of classes.
     """
-    register_all_modules(init_default_scope=True)
-    config, teacher_config, classes = PAIRS[pair]
-    model = load_config(config).model
-    model.student.backbone.init_cfg = None
-    taught_by = load_config(teacher_config).model
-    taught_by.backbone.init_cfg = None
-    model.teacher = dict(config=taught_by, random_teacher=True)
-    MMLogger.get_instance('benchmark', log_level='ERROR')  # else every weight's initialisation is reported
-    torch.manual_seed(0)
-    distiller = MODELS.build(model)
-    distiller.student.init_weights()
+    prepare_without_runner(seed=0)
+    distiller = random_distiller(load_config(PAIRS[pair]))
     distiller.build_teachers()
-    distiller.set_progress(iteration=1, epoch=0.0)  # no gradients are compared in this step
-    return distiller.train(), classes
+    return distiller, number_of_classes(distiller.student)
 
 
 def make_batch(size: Tuple[int, int], images: int, boxes: int, classes: int,

@@ -30,7 +30,7 @@ def measure(pair: str, size: tuple, batch: int, boxes: int, repeats: int) -> dic
         teachers = dict(distilled=distiller.teachers)
         for dtype in ('float16', 'float32'):
             cache = dict(dir=f'{folder}/{dtype}', dtype=dtype, max_gb=10)
-            cached = Teacher(**distiller.teacher_configs[0], cache=cache, taps=distiller.teacher.taps.paths,
+            cached = Teacher(**dict(distiller.teacher_configs[0], cache=cache), taps=distiller.teacher.taps.paths,
                              student_preprocessor=distiller.data_preprocessor)
             teachers[f'cached_{dtype}'] = [cached]
 
