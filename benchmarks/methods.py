@@ -16,7 +16,7 @@ from benchmarks.engine import processor
 from kd_det.benchmark.pair import read_pair
 from kd_det.catalogue import catalogue
 from kd_det.cli.common import prepare_without_runner
-from kd_det.composition import distillation_config
+from kd_det.composition import PAPER, distillation_config
 from kd_det.step_costs import (PLAIN_TEACHER, STUDENT, TEACHER, TERM, Cost, measure_parts, measure_step,
                                random_distiller, synthetic_batch)
 
@@ -40,7 +40,7 @@ def measure(detector: str, method: str, options: Namespace, with_steps: bool) ->
         with_steps: Measure the steps of student and distiller, too.
     """
     pair = read_pair(f'kd_det::_base_/pairs/{PAIRS[detector]}.py')
-    config = distillation_config(pair.student, pair.teacher, 'none: random weights', method, inherit=(), balance=None)
+    config = distillation_config(pair.student, pair.teacher, 'none: random weights', method, inherit=(), balance=PAPER)
     prepare_without_runner(seed=0)
     distiller = random_distiller(config)
     batch = synthetic_batch(distiller.student, options.batch, tuple(options.size), options.boxes)

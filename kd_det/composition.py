@@ -19,6 +19,7 @@ from kd_det.randomness import preserved_randomness
 
 NO_METHOD = 'none'  # no terms: the student may still inherit
 RATIO = 1.0  # of a method's gradient to the task's: what served best on data of other sizes than COCO, see docs/results.md
+PAPER = 'paper'  # in place of a ratio: the weights in the method's file
 METHOD_ROOT = CONFIG_ROOT / '_base_' / 'methods'
 
 
@@ -45,14 +46,14 @@ def head_family(model: dict) -> str:
     return family_of(model['type'], head_classes(model))
 
 
-def method_terms(method: str, family: str, balance: Optional[float] = None) -> ConfigDict:
+def method_terms(method: str, family: str, balance: Union[float, str, None] = PAPER) -> ConfigDict:
     """The distillation terms of one method, or of a sum of methods such as ``'fgd+dkd'``; of ``'none'`` no terms.
 
     Args:
         method: The name or names.
         family: One of :data:`~kd_det.detectors.FAMILIES`.
-        balance: The ratio of each method's gradient to the task's, which its terms share equally; None for the published
-            weights.
+        balance: The ratio of each method's gradient to the task's, which its terms share equally; None for each method's
+            own: :data:`RATIO`, unless its file balances it at another; ``'paper'`` for the weights in its file.
 
     Raises:
         ConfigurationError: There is no such method, a sum names one twice, or none of its files fits the family.
@@ -70,17 +71,25 @@ def method_terms(method: str, family: str, balance: Optional[float] = None) -> C
             raise ConfigurationError(f"The method '{name}' has no weights for {family} detectors, only for "
                                      f"{', '.join(methods[name])}. Choose others with --family.")
         of_method = load_config(file)[name]
-        for term in of_method.values() if balance is not None else ():
-            term['weight'] = balanced(term.get('weight', 1.0), balance / len(of_method))
+        for term in of_method.values() if balance != PAPER else ():
+            term['weight'] = balanced(term.get('weight', 1.0), balance, len(of_method))
         terms.update(of_method)
     return terms
 
 
-def balanced(weight: Union[float, dict], ratio: float) -> dict:
-    """A weight whose number gives way to :class:`~kd_det.distillers.Balance`; schedules around it stay."""
-    if isinstance(weight, dict):
-        return dict(weight, value=balanced(weight['value'], ratio))
-    return dict(type='Balance', ratio=ratio)
+def balanced(weight: Union[float, dict], ratio: Optional[float], terms: int) -> dict:
+    """A weight whose number gives way to :class:`~kd_det.distillers.Balance`; schedules around it stay.
+
+    Args:
+        weight: The weight in a method's file.
+        ratio: Of the method's gradient to the task's; None for that of the file, else :data:`RATIO`.
+        terms: How many the method has; they share the ratio.
+    """
+    if not isinstance(weight, dict):
+        return dict(type='Balance', ratio=(RATIO if ratio is None else ratio) / terms)
+    if weight['type'] == 'Balance':
+        return weight if ratio is None else dict(weight, ratio=ratio / terms)
+    return dict(weight, value=balanced(weight['value'], ratio, terms))
 
 
 def build_term(config: dict) -> DistillTerm:
@@ -126,7 +135,8 @@ def check_parts(model: dict, parts: Sequence[str]) -> None:
 
 
 def distillation_config(student: Union[str, Config], teacher_config: str, teacher_checkpoint: str, method: str,
-                        inherit: Union[str, Sequence[str]] = 'auto', family: str = '', balance: Optional[float] = RATIO) -> Config:
+                        inherit: Union[str, Sequence[str]] = 'auto', family: str = '',
+                        balance: Union[float, str, None] = None) -> Config:
     """Makes the config that distils a teacher into a student.
 
     The student's config alone decides data, classes, schedule and evaluation; nothing of that changes.
@@ -141,8 +151,8 @@ def distillation_config(student: Union[str, Config], teacher_config: str, teache
         family: Whose published weights to use, one of :data:`~kd_det.detectors.FAMILIES`; told by the student's heads
             by default.
         balance: The ratio of each method's gradient to the task's, see :func:`method_terms` and
-            :class:`~kd_det.distillers.Balance`; weights of the parts within a term stay. None for the published weights,
-            which are made for COCO.
+            :class:`~kd_det.distillers.Balance`; weights of the parts within a term stay. Each method's own by default;
+            ``'paper'`` for the published weights, which are made for COCO.
 
     Raises:
         ConfigurationError: The student is a distiller already or lacks a part that it is to inherit, or the method does

@@ -3,8 +3,8 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
-from kd_det.composition import (METHOD_ROOT, RATIO, available_methods, distillation_config, head_family,
-                                method_terms)
+from kd_det.composition import (METHOD_ROOT, PAPER, RATIO, available_methods, balanced, distillation_config,
+                                head_family, method_terms)
 from kd_det.configuration import ConfigurationError, load_config, student_config
 
 RETINANET = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
@@ -48,7 +48,7 @@ def test_composed_config_is_the_shipped_one(method, pair):
     shipped = load_config(f'kd_det::{method}_{pair}.py')
     teacher = shipped.model.teacher
     made = distillation_config(
-        f'kd_det::baseline_{pair}.py', teacher.config, teacher.checkpoint, method, inherit=(), balance=None)
+        f'kd_det::baseline_{pair}.py', teacher.config, teacher.checkpoint, method, inherit=(), balance=PAPER)
     assert made.model.pop('inherit') == ()
     assert shipped.pop(method) == made.model.distill
     assert made.to_dict() == shipped.to_dict()
@@ -83,8 +83,18 @@ def test_each_method_is_balanced_by_default_and_its_terms_share_the_ratio():
     assert distillation_config(RETINANET, TEACHER, 'x.pth', 'mgd').model.distill.mgd.weight.ratio == RATIO
 
 
+def test_a_method_has_a_ratio_of_its_own_where_its_file_says_so():
+    made = distillation_config(RETINANET, TEACHER, 'x.pth', 'rm+pkd').model.distill
+    assert (made.rm.weight, made.pkd.weight) == (dict(type='Balance', ratio=0.2), dict(type='Balance', ratio=RATIO))
+    made = distillation_config(RETINANET, TEACHER, 'x.pth', 'rm+pkd', balance=RATIO).model.distill
+    assert made.rm.weight == made.pkd.weight == dict(type='Balance', ratio=RATIO)  # what is asked for wins
+    late = dict(type='Start', epochs=1, value=dict(type='Balance', ratio=0.2, interval=5))
+    assert balanced(late, None, terms=2) == late
+    assert balanced(late, 0.5, terms=2) == dict(late, value=dict(type='Balance', ratio=0.25, interval=5))
+
+
 def test_published_weights_on_demand():
-    made = distillation_config(RETINANET, TEACHER, 'x.pth', 'frs+mgd', balance=None).model.distill
+    made = distillation_config(RETINANET, TEACHER, 'x.pth', 'frs+mgd', balance=PAPER).model.distill
     assert made.mgd.weight == 2e-5
     assert made.frs_classes.weight == dict(type='Warmup', value=0.02, iterations=500)
 

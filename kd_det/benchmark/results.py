@@ -8,7 +8,8 @@
     further_teachers                of @teachers=N, without the first: checkpoint, checkpoint_hash, and run, as above
     runs                            one object for each variant and seed:
         variant, method, seed, settings     which it is; settings: augment, what else was set of the config, and, but for
-                                            plain students, balance (null: the published weights), inherit, teachers
+                                            plain students, balance (null: each method's own ratio; "paper": the
+                                            published weights), inherit, teachers
         twin                                the plain student that it is compared with, see
                                             kd_det.benchmark.variants.twin_of
         folder                              its work dir

@@ -4,13 +4,13 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass, field, replace
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Sequence, Tuple, Union
 
 from mmengine.config import Config, DictAction
 
 from kd_det.benchmark.augmentation import AUGMENTATIONS, mix_images
 from kd_det.benchmark.pair import Pair
-from kd_det.composition import NO_METHOD, RATIO, available_methods, distillation_config
+from kd_det.composition import NO_METHOD, PAPER, available_methods, distillation_config
 from kd_det.configuration import ConfigurationError, merge_options
 from kd_det.ensembles import ensemble
 
@@ -27,7 +27,8 @@ class Variant:
     Attributes:
         name: As the user wrote it: ``fgd@paper``.
         method: Name of a method, a sum of names, or ``none``: no terms.
-        balance: Each method's gradient at this ratio of the task's; None for the published weights.
+        balance: Each method's gradient at this ratio of the task's; None for each method's own, ``'paper'`` for the
+            published weights.
         inherit: Parts of the student that start from the teacher's weights; ``'auto'`` for all but the backbone.
         settings: Overrides of the student's config by dotted key; those of :data:`DISTILLATION_KEYS` reach the
             distillation.
@@ -37,7 +38,7 @@ class Variant:
     """
     name: str
     method: str
-    balance: Optional[float] = RATIO
+    balance: Union[float, str, None] = None
     inherit: Union[str, Tuple[str, ...]] = 'auto'
     settings: Dict[str, Any] = field(default_factory=dict)
     teachers: int = 1
@@ -113,7 +114,7 @@ def _parse(text: str, common: Variant) -> Variant:
             raise ConfigurationError(f"--methods: there is no method '{name}'. Choose from none, inherit, "
                                      f"{', '.join(available_methods())}, or a sum: a+b.")
     if method == PLAIN:
-        common = replace(common, balance=RATIO, inherit=())
+        common = replace(common, balance=None, inherit=())
     variant = replace(common, name=text, method=method)
     for setting in settings:
         variant = _with_setting(variant, setting)
@@ -122,8 +123,8 @@ def _parse(text: str, common: Variant) -> Variant:
 
 def _with_setting(variant: Variant, setting: str) -> Variant:
     key, given, value = setting.partition('=')
-    if key == 'paper' and not given:
-        return replace(variant, balance=None)
+    if key == PAPER and not given:
+        return replace(variant, balance=PAPER)
     if key == 'balance':
         try:
             return replace(variant, balance=float(value))

@@ -19,8 +19,7 @@ from kd_det.benchmark.runs import sha256
 from kd_det.benchmark.scheduling import Failure, Job, Machine
 from kd_det.benchmark.tables import markdown_table, rich_tables
 from kd_det.benchmark.variants import PLAIN, Variant, parse_variants, variant_config
-from kd_det.cli.common import ConfigAction, add_inheritance_option, inherited_parts
-from kd_det.composition import RATIO
+from kd_det.cli.common import ConfigAction, add_inheritance_option, add_weight_options, inherited_parts
 from kd_det.configuration import ConfigurationError
 from kd_det.evaluation import SPLITS
 
@@ -57,11 +56,7 @@ def add_common_arguments(parser: ArgumentParser) -> None:
     training.add_argument('--epochs', type=int, metavar='N',
                           help="epochs of the students (their config's), and their schedules with them")
     training.add_argument('--teacher-epochs', type=int, metavar='N', help="epochs of the teacher (its config's)")
-    weights = training.add_mutually_exclusive_group()
-    weights.add_argument('--balance', type=float, default=RATIO, metavar='RATIO',
-                         help="each method's gradient at this ratio of the task's (%(default)s)")
-    weights.add_argument('--paper-weights', dest='balance', action='store_const', const=None,
-                         help='the published weights')
+    add_weight_options(training)
     add_inheritance_option(training)
     training.add_argument('--cfg-options', nargs='+', action=ConfigAction, default={}, metavar='KEY=VALUE',
                           help='settings that override the config of every student; model.distill… and '

@@ -11,6 +11,7 @@ from mmengine.config import Config, DictAction
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.runner import set_random_seed
 
+from kd_det.composition import PAPER, RATIO
 from kd_det.configuration import ConfigurationError, is_distillation, load_config, merge_options, set_data_root
 
 
@@ -75,6 +76,16 @@ def add_inheritance_option(parser: ArgumentParser) -> None:
     parser.add_argument('--inherit', nargs='+', default=['auto'], metavar='PART',
                         help="parts of the student that start from the teacher's weights where shapes agree, such as neck "
                         'rpn_head roi_head; all but the backbone by default (auto), or none')
+
+
+def add_weight_options(parser: ArgumentParser) -> None:
+    """Adds ``--balance`` and ``--paper-weights``."""
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument('--balance', type=float, metavar='RATIO',
+                         help="keep each method's gradient on the student's features at RATIO times the task's "
+                         f"({RATIO:g}, unless the method's file says otherwise)")
+    weights.add_argument('--paper-weights', dest='balance', action='store_const', const=PAPER,
+                         help="the method's published weights, which are made for COCO")
 
 
 def inherited_parts(options: Namespace) -> Union[str, Tuple[str, ...]]:

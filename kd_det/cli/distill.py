@@ -9,9 +9,9 @@ from mmengine.config import Config
 from rich.console import Console
 from rich.syntax import Syntax
 
-from kd_det.cli.common import add_inheritance_option, inherited_parts
+from kd_det.cli.common import add_inheritance_option, add_weight_options, inherited_parts
 from kd_det.cli.train import add_training_options, apply_training_options, train
-from kd_det.composition import RATIO, available_methods, distillation_config
+from kd_det.composition import available_methods, distillation_config
 from kd_det.configuration import renamed
 from kd_det.detectors import FAMILIES
 from kd_det.diagnosis.checks import check_config
@@ -35,11 +35,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('--family', choices=FAMILIES, default='',
                         help="whose published weights to use (told by the student's heads by default)")
     add_inheritance_option(parser)
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument('--balance', type=float, metavar='RATIO', default=RATIO,
-                         help="keep each method's gradient on the student's features at RATIO times the task's (%(default)s)")
-    weights.add_argument('--paper-weights', dest='balance', action='store_const', const=None,
-                         help="the method's published weights, which are made for COCO")
+    add_weight_options(parser)
     add_training_options(parser)
 
 

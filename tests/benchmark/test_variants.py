@@ -25,7 +25,7 @@ def test_settings_of_a_variant_win_over_the_common_ones():
         'fgd,fgd@paper,fgd@balance=2,inherit,fgd+pkd@inherit=none@model.distill.fgd.levels=[0,1]', common)
     assert plain.is_plain and not plain.inherit
     assert (fgd.balance, fgd.inherit) == (0.5, ('neck', ))
-    assert paper.balance is None and ratio.balance == 2
+    assert paper.balance == 'paper' and ratio.balance == 2
     assert (inherit.method, inherit.inherit, inherit.is_plain) == ('none', 'auto', False)
     assert (summed.method, summed.inherit, summed.settings) == ('fgd+pkd', (), {'model.distill.fgd.levels': [0, 1]})
     assert summed.folder == 'fgd+pkd@inherit=none@model.distill.fgd.levels=_0,1_'
@@ -43,6 +43,13 @@ def test_settings_of_a_variant_win_over_the_common_ones():
 def test_what_is_wrong_is_named(text, message):
     with pytest.raises(ConfigurationError, match=message):
         parse_variants(text)
+
+
+def test_a_ratio_that_is_asked_for_wins_over_the_methods_own(pair):
+    common = {text: parse_variants(text)[1] for text in ('rm', 'rm@balance=1', 'rm+pkd@balance=0.5')}
+    weights = {text: variant_config(variant, pair, ['teacher.pth']).model.distill.rm.weight.ratio
+               for text, variant in common.items()}
+    assert weights == {'rm': 0.2, 'rm@balance=1': 1, 'rm+pkd@balance=0.5': 0.5}
 
 
 def test_options_reach_the_student_and_those_of_the_distillation_its_terms(pair):

@@ -14,7 +14,7 @@ from mmengine.config import Config
 from kd_det.cli import distill
 from kd_det.cli import main as entry
 from kd_det.cli.main import main, run_tool
-from kd_det.composition import RATIO
+from kd_det.composition import PAPER
 from kd_det.configuration import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -142,7 +142,7 @@ def test_weights_are_balanced_unless_the_published_ones_are_wanted():
     def balance(*options):
         return parser.parse_args([*DISTILL[1:], *options]).balance
 
-    assert (balance(), balance('--balance', '2'), balance('--paper-weights')) == (RATIO, 2, None)
+    assert (balance(), balance('--balance', '2'), balance('--paper-weights')) == (None, 2, PAPER)
     with pytest.raises(SystemExit):
         balance('--balance', '2', '--paper-weights')
 
