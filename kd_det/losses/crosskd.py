@@ -27,7 +27,8 @@ class CrossKD(DenseTerm):
     For heads with towers, as those of RetinaNet, ATSS, GFL, FCOS and RTMDet. Classes are compared by
     :class:`~kd_det.losses.DenseClassification`, over the student's positives; boxes by
     :class:`~kd_det.losses.DenseRegression`, weighted by the teacher's score: the divergence of the distributions over
-    distances where the teacher predicts them, else the GIoU.
+    distances where the teacher predicts them, else the GIoU. Centerness (ATSS, FCOS) is not compared: the teacher has
+    learnt it on positive priors alone. It counts as a factor of the score.
 
     Args:
         remaining: How many convolutions of the teacher's towers the features pass, before the layers that predict.

@@ -88,6 +88,16 @@ def test_is_its_formula(family, pair, batch):
     torch.testing.assert_close(*parts.values(), 2 * boxes / confidence.clamp(min=1))
 
 
+@pytest.mark.parametrize('family, layer', [('atss', 'atss_centerness'), ('fcos', 'conv_centerness')])
+def test_centerness_weighs_the_boxes_and_is_not_compared(family, layer, pair, parts_of):
+    model = pair(family)
+    before, _ = parts_of(model)
+    torch.nn.init.constant_(getattr(model.teacher.model.bbox_head, layer).bias, -100.0)
+    after, _ = parts_of(model)
+    assert set(after) == set(before) == {'classes', 'giou'}
+    assert after['classes'] == before['classes'] > 0 and before['giou'] > 1e-3 > after['giou']
+
+
 def test_levels_are_paired_by_stride(pair, batch):
     """A student's head that lists its levels in another order crosses the same."""
     model = pair('retina')
