@@ -9,6 +9,7 @@ from kd_det.functional.masks import box_foreground, normalized_background
 from kd_det.masks.base import CellMask
 
 BOX_MAPPINGS = ('batch', 'image')
+WEIGHTINGS = ('binary', 'inverse_area')
 
 
 @MODELS.register_module()
@@ -20,10 +21,15 @@ class BoxForeground(CellMask):
         box_mapping: ``'batch'`` maps pixels to cells by the padded batch, which the feature covers. ``'image'`` is the
             mapping of FGD's released code, by each image's own size, for parity only: it stretches boxes on padded
             batches.
+
+    Raises:
+        ValueError: An unknown weighting or mapping.
     """
 
     def __init__(self, weighting: str = 'binary', box_mapping: str = 'batch') -> None:
         super().__init__()
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting='{weighting}': expected one of {', '.join(WEIGHTINGS)}.")
         if box_mapping not in BOX_MAPPINGS:
             raise ValueError(f"box_mapping='{box_mapping}': expected one of {', '.join(BOX_MAPPINGS)}.")
         self.weighting, self.box_mapping = weighting, box_mapping
@@ -33,9 +39,12 @@ class BoxForeground(CellMask):
         return True
 
     def cells(self, level: ComparedLevel) -> Tensor:
-        context = level.context
-        return box_foreground(context.boxes, context.batch_shape, level.shape, self.weighting,
-                              image_shapes=context.image_shapes if self.box_mapping == 'image' else None)
+        context, shape = level.context, level.shape
+        image_shapes = context.image_shapes if self.box_mapping == 'image' else None
+        # Painted once a level: what covers a cell has an area, so the weights tell the binary mask as well.
+        painted = context.once(('boxes', shape, self.box_mapping), lambda: box_foreground(
+            context.boxes, context.batch_shape, shape, 'inverse_area', image_shapes))
+        return painted if self.weighting == 'inverse_area' else (painted > 0).to(painted.dtype)
 
 
 @MODELS.register_module()
