@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from typing import Dict, Iterable, Iterator, List, Tuple
+from typing import Dict, Iterable, Iterator, List, Optional, Tuple
 
 from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint_with_prefix
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from kd_det.configuration import ConfigurationError
 from kd_det.distillers.mistakes import nearest
 
 ORIGINS = ('random', 'pretrained', 'inherited', 'checkpoint')
+BRANCH = re.compile(r'(bbox_head\.(?:cls|reg)_branches)\.(\d+)\.(.+)')
 
 
 class Provenance:
@@ -85,8 +86,33 @@ def keys_within(state: Dict[str, Tensor], part: str) -> List[str]:
     return keys
 
 
+def counterpart(key: str, student: Dict[str, Tensor], teacher: Dict[str, Tensor]) -> Optional[str]:
+    """The key of the teacher's weight that does what the student's of this key does; None where there is none.
+
+    It is the same key but in the head of a two-stage DETR, which has a branch for each decoder layer and, as the last,
+    one that makes proposals of the encoder's output: with another number of layers it stands elsewhere.
+
+    Args:
+        key: A key of the student's state dict.
+        student: The student's state dict.
+        teacher: The teacher's.
+    """
+    branch = BRANCH.fullmatch(key)
+    own, theirs = (_proposal_branch(state) for state in (student, teacher)) if branch else (None, None)
+    if own == theirs or int(branch[2]) not in (own, theirs):
+        return key
+    return f'{branch[1]}.{theirs}.{branch[3]}' if int(branch[2]) == own and theirs is not None else None
+
+
+def _proposal_branch(state: Dict[str, Tensor]) -> Optional[int]:
+    """The index of the branch of a two-stage DETR's head that makes proposals; None if there is none."""
+    branches, layers = ({re.match(path + r'\.(\d+)\.', key)[1] for key in state if key.startswith(f'{path}.')}
+                        for path in ('bbox_head.cls_branches', 'decoder.layers'))
+    return len(layers) if len(branches) == len(layers) + 1 else None
+
+
 def inherit(student: nn.Module, teacher: nn.Module, parts: Iterable[str]) -> Tuple[List[str], List[str]]:
-    """Starts parts of the student from the teacher's, wherever name and shape agree.
+    """Starts parts of the student from the teacher's, wherever name and shape agree, see :func:`counterpart`.
 
     Args:
         student: The detector that is written to.
@@ -103,8 +129,9 @@ def inherit(student: nn.Module, teacher: nn.Module, parts: Iterable[str]) -> Tup
     inherited, left = [], []
     for part in parts:
         for key in keys_within(target, part):
-            fits = key in source and source[key].shape == target[key].shape
+            found = source.get(counterpart(key, target, source))
+            fits = found is not None and found.shape == target[key].shape
             (inherited if fits else left).append(key)
-    for key in inherited:
-        target[key].copy_(source[key])
+            if fits:
+                target[key].copy_(found)
     return inherited, left

@@ -207,6 +207,23 @@ def test_automatic_inheritance_takes_the_whole_transformer_of_a_detr(detr, disti
     assert all(torch.equal(student[key], teacher[key]) for key in student.keys() - others)
 
 
+@pytest.mark.parametrize('own, theirs', [(1, 3), (3, 1), (2, 2)])
+def test_inherited_branches_of_a_detr_do_what_they_did_in_a_teacher_of_other_depth(own, theirs, detr, distiller):
+    """Branches are counted by decoder layers; the last is for the encoder's proposals, wherever it stands."""
+    model = distiller(detr('DINO', layers=own), detr('DINO', layers=theirs), inherit=('bbox_head', ), distill=dict())
+    for parameter in model.build_teachers()[0].model.bbox_head.parameters():
+        torch.nn.init.normal_(parameter)
+    model.init_weights()
+    head, teacher = model.bbox_head, model.teacher.model.bbox_head
+    expected = [*range(min(own, theirs)), *[None] * (own - theirs), theirs]
+    for branches, of_teacher in ((head.cls_branches, teacher.cls_branches), (head.reg_branches, teacher.reg_branches)):
+        assert len(branches) == len(expected)
+        for branch, index in zip(branches, expected):
+            alike = [all(map(torch.equal, branch.parameters(), each.parameters())) for each in of_teacher]
+            assert alike == [other == index for other in range(theirs + 1)]
+    assert {key.split('.')[2] for key in model.not_inherited} == {str(index) for index in range(theirs, own)}
+
+
 def test_inheritance_copies_what_fits_and_tells_what_does_not(faster_rcnn, distiller):
     model = distiller(faster_rcnn(), faster_rcnn(depth=50), inherit=('neck', 'rpn_head', 'roi_head'))
     model.init_weights()
