@@ -7,6 +7,7 @@ from typing import Sequence, Union
 from mmengine.config import Config, ConfigDict
 
 from kd_det.configuration import ConfigurationError, is_distillation
+from kd_det.distillers.balance import DEFAULT_RATIO
 
 
 def ensemble(config: Config, checkpoints: Sequence[str]) -> Config:
@@ -46,9 +47,11 @@ def ensemble(config: Config, checkpoints: Sequence[str]) -> Config:
 
 
 def _share(weight: Union[float, dict], number: int) -> Union[float, dict]:
-    """The n-th part of a weight; schedules around it stay."""
-    if not isinstance(weight, dict):
+    """The n-th part of a weight; schedules around it stay, and so does what is no weight, for the distiller to refuse."""
+    if isinstance(weight, (float, int)):
         return weight / number
-    if weight.get('type') == 'Balance':
-        return dict(weight, ratio=_share(weight.get('ratio', 0.5), number))
-    return dict(weight, value=_share(weight['value'], number))
+    if isinstance(weight, dict) and weight.get('type') == 'Balance':
+        return dict(weight, ratio=_share(weight.get('ratio', DEFAULT_RATIO), number))
+    if isinstance(weight, dict) and 'value' in weight:
+        return dict(weight, value=_share(weight['value'], number))
+    return weight

@@ -36,6 +36,15 @@ def test_each_term_is_repeated_for_every_teacher_with_its_part_of_the_weight():
     assert made.distill.balanced_1.weight.ratio == pytest.approx(0.5 / 3)  # of the default
 
 
+@pytest.mark.parametrize('weight, message', [
+    (dict(type='Warmup', epochs=1), 'model.distill.pkd_1: .*value'),
+    (dict(type='Warmup', epochs=1, value='much'), "model.distill.pkd_1: weight='much': expected a number")])
+def test_a_weight_that_is_none_is_told_by_the_distiller(retinanet, weight, message):
+    one = distillation(retinanet(), dict(config=retinanet(), random_teacher=True), pkd=dict(type='PKD', weight=weight))
+    with pytest.raises(ConfigurationError, match=message):
+        MODELS.build(ensemble(one, ['a.pth', 'b.pth']).model)
+
+
 def test_what_no_ensemble_can_be_made_of_is_told():
     one = distillation(dict(), dict(config='teacher.py'))
     with pytest.raises(ConfigurationError, match='two teachers at least, not 1'):

@@ -11,6 +11,8 @@ from kd_det.context import Progress
 from kd_det.distillers.gradients import GradientNorms
 from kd_det.distillers.weights import Weight, WeightConfig
 
+DEFAULT_RATIO = 0.5
+
 
 @TASK_UTILS.register_module()
 class Balance(Weight):
@@ -34,7 +36,7 @@ class Balance(Weight):
         >>> dict(type='Warmup', epochs=1, value=dict(type='Balance', ratio=0.5))
     """
 
-    def __init__(self, ratio: WeightConfig = 0.5, interval: int = 10, momentum: float = 0.8) -> None:
+    def __init__(self, ratio: WeightConfig = DEFAULT_RATIO, interval: int = 10, momentum: float = 0.8) -> None:
         super().__init__(ratio)
         if super().balance is not None:
             raise ValueError('Balance: its ratio is a Balance too. Give a number, or a schedule of numbers.')

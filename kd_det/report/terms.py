@@ -43,7 +43,7 @@ def term_curves(config: Config, scalars: List[Scalars]) -> Dict[str, dict]:
 def _gradient(weight, logged: List[Optional[Curve]]) -> Optional[List[Curve]]:
     """Balance sets a weight of ratio · task / term, so that term / task is ratio / weight."""
     balanced = weight if isinstance(weight, dict) else {}
-    if balanced.get('type') != 'Balance' or isinstance(balanced.get('ratio', 0.5), dict) or None in logged:
+    if balanced.get('type') != 'Balance' or isinstance(balanced.get('ratio'), dict) or None in logged:
         return None
     ratio = build_weight(balanced).full
     return [{epoch: ratio / value for epoch, value in curve.items() if value > 0} for curve in logged]
