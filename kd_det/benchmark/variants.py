@@ -118,6 +118,9 @@ def _parse(text: str, common: Variant) -> Variant:
     variant = replace(common, name=text, method=method)
     for setting in settings:
         variant = _with_setting(variant, setting)
+    if variant.method == PLAIN and variant.teachers > 1:
+        raise ConfigurationError(f"--methods {text}: only a method's terms learn from several teachers, and here are none. "
+                                 f'Name one, such as kd@teachers={variant.teachers}, or leave @teachers out.')
     return variant
 
 

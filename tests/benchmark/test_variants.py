@@ -38,6 +38,8 @@ def test_settings_of_a_variant_win_over_the_common_ones():
     ('fgd,pkd,fgd', "names 'fgd' 2 times"),
     ('fgd@teachers=0', "a number of 1 or more, got '0'"),
     ('fgd@teachers=few', "a number of 1 or more, got 'few'"),
+    ('none@teachers=3', "none@teachers=3: only a method's terms learn from several teachers"),
+    ('inherit@teachers=2', 'such as kd@teachers=2, or leave @teachers out'),
     ('fgd@augment=mosaik', "@augment=mosaic, mixup, a sum of them, or none, got 'mosaik'"),
 ])
 def test_what_is_wrong_is_named(text, message):
