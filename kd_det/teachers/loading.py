@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Sequence, Union
 
 from mmengine.config import ConfigDict
+from mmengine.model import PretrainedInit
 from torch import Tensor, nn
 
 from kd_det.compat import load_checkpoint
@@ -43,13 +44,17 @@ def read_model_config(config: ModelConfig) -> ConfigDict:
 
 
 def without_pretrained(config: Any) -> Any:
-    """The same model dict without the ``init_cfg`` that would load weights from somewhere."""
+    """The same model dict without what would load weights from somewhere: each ``Pretrained``, and ``pretrained=``."""
     if isinstance(config, (list, tuple)):
-        return type(config)(map(without_pretrained, config))
+        return type(config)(without_pretrained(each) for each in config if not _is_pretrained(each))
     if not isinstance(config, dict):
         return config
     return type(config)({key: without_pretrained(value) for key, value in config.items()
-                         if key != 'init_cfg' or not isinstance(value, dict) or value.get('type') != 'Pretrained'})
+                         if key != 'pretrained' and not _is_pretrained(value)})
+
+
+def _is_pretrained(config: Any) -> bool:
+    return isinstance(config, dict) and config.get('type') in ('Pretrained', PretrainedInit)
 
 
 def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str] = (),

@@ -1,8 +1,11 @@
 import pytest
 import torch
 from mmdet.registry import MODELS
+from mmengine.config import ConfigDict
+from mmengine.model import PretrainedInit
 
 from kd_det.teachers import TeacherError, load_strictly, read_model_config
+from kd_det.teachers.loading import without_pretrained
 
 
 @pytest.fixture
@@ -63,6 +66,21 @@ def test_keys_of_older_versions_load_as_their_module_renames_them(tmp_path):
         old[key.replace(name, renamed[name]) if name else key] = value + 1
     load_strictly(model, _save(tmp_path, old))
     assert torch.equal(model.bbox_head.conv_cls.bias, old['bbox_head.fcos_cls.bias'])
+
+
+@pytest.mark.parametrize('given, left', [
+    (dict(init_cfg=dict(type='Pretrained', checkpoint='x.pth')), dict()),
+    (dict(init_cfg=dict(type=PretrainedInit, checkpoint='x.pth')), dict()),
+    (dict(init_cfg=[dict(type='Constant', val=1), dict(type='Pretrained', checkpoint='x.pth')]),
+     dict(init_cfg=[dict(type='Constant', val=1)])),
+    (dict(init_cfg=dict(type='Constant', val=1)), dict(init_cfg=dict(type='Constant', val=1))),
+    (dict(pretrained='torchvision://resnet18'), dict()),
+])
+def test_a_random_detector_loads_no_weights_of_its_parts(retinanet, given, left):
+    given, left = (ConfigDict(retinanet(), roi_heads=[dict(backbone=dict(depth=18, **each))]) for each in (given, left))
+    before = given.to_dict()
+    assert without_pretrained(given) == left
+    assert given.to_dict() == before
 
 
 def test_config_forms(retinanet, distiller):
