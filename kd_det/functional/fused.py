@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kd_det.functional import blocks
+from kd_det.functional.features.shapes import check_shapes
 from kd_det.functional.masks import channel_attention, spatial_attention, spatial_softmax
 
 
@@ -62,9 +63,7 @@ def fgd_sums(student: Tensor, teacher: Tensor, student_attend: Tensor, teacher_a
     Raises:
         ValueError: Shapes that differ.
     """
-    if student.shape != teacher.shape:
-        raise ValueError(f'student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have one shape: '
-                         'adapt the channels and pair the levels by stride.')
+    check_shapes(student, teacher)
     cells, channels, *sums, student_context, teacher_context = _Sums.apply(
         student, teacher.detach(), student_attend, teacher_attend, temperature, valid)
     return FGDSums(*_attentions(cells, channels, temperature, valid), *sums, student_context[:, :, None, None],
