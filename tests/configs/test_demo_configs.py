@@ -10,7 +10,8 @@ from kd_det.configuration import load_config
 PAIRS = {
     'baseline_faster_rcnn_r18': 'teacher_faster_rcnn_r101',
     'baseline_retinanet_r18': 'teacher_retinanet_r50',
-    'baseline_gfl_r18': 'teacher_gfl_r50'
+    'baseline_gfl_r18': 'teacher_gfl_r50',
+    'baseline_dino_r18': 'teacher_dino_r50'
 }
 
 
@@ -37,6 +38,14 @@ def test_students_differ_in_their_heads_alone(other):
     strides = [first.model.rpn_head.anchor_generator.strides, second.model.bbox_head.anchor_generator.strides]
     assert strides[0] == strides[1] == [4, 8, 16, 32]
     for key in set(first) - {'model'}:
+        assert first[key] == second[key], key
+
+
+def test_dino_differs_in_its_schedule_too_but_not_in_its_data():
+    first, second = load('baseline_faster_rcnn_r18'), load('baseline_dino_r18')
+    assert second.model.backbone == dict(first.model.backbone, out_indices=(1, 2, 3))
+    assert second.train_dataloader == dict(first.train_dataloader, batch_size=4)
+    for key in set(first) - {'model', 'max_epochs', 'train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler'}:
         assert first[key] == second[key], key
 
 
