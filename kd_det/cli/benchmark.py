@@ -47,7 +47,7 @@ def add_common_arguments(parser: ArgumentParser) -> None:
                       'are not there, as many teachers as are needed are trained first, with their own config and a seed '
                       'each')
     pair.add_argument('--seeds', type=_seeds, default='3', metavar='N',
-                      help='number of seeds, from 0 on, or a list: 3,5,8 (3)')
+                      help="number of seeds, from 0 on, or a list of them: '3,5,8', or '7,' for one alone (3)")
     pair.add_argument('--fidelity', nargs='*', choices=SPLITS, metavar='SPLIT',
                       help='also measure how closely the students follow the teacher, on val (if none is named) and '
                       'train images')
@@ -72,11 +72,11 @@ def add_common_arguments(parser: ArgumentParser) -> None:
 
 def _seeds(text: str) -> List[int]:
     try:
-        numbers = [int(number) for number in text.split(',')]
+        numbers = [int(number) for number in text.rstrip(',').split(',')]
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers) or numbers == [0] and ',' not in text:
-        raise ArgumentTypeError(f"expected a number of seeds, 1 or more, or a list such as 3,5,8, got '{text}'")
+        raise ArgumentTypeError(f"expected a number of seeds, 1 or more, or a list, '3,5,8' or '7,', got '{text}'")
     return numbers if ',' in text else list(range(numbers[0]))
 
 

@@ -1,5 +1,6 @@
 """``kd-det benchmark`` from its command line to its results, on trainings of two steps."""
 import json
+from argparse import ArgumentParser
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from kd_det.benchmark.pair import Pair
 from kd_det.benchmark.runs import train
 from kd_det.benchmark.scheduling import CONFIG_FILE, Machine
 from kd_det.benchmark.variants import parse_variants, variant_config
+from kd_det.cli.benchmark import add_arguments
 from kd_det.cli.main import main
 from kd_det.cli.sweep import grid
 from kd_det.compat import load_checkpoint
@@ -68,7 +70,14 @@ def test_a_benchmark_from_beginning_to_end(benchmark, tmp_path, capsys):
     assert all(torch.equal(state[key], states[0][key]) for key in state)
 
 
-@pytest.mark.parametrize('seeds', ['0', 'many', '1,1', '-2'])
+@pytest.mark.parametrize('seeds, numbers', [('3', [0, 1, 2]), ('3,5', [3, 5]), ('7,', [7]), ('0,', [0])])
+def test_seeds_are_a_number_or_a_list(seeds, numbers):
+    parser = ArgumentParser()
+    add_arguments(parser)
+    assert parser.parse_args(['pair.py', '--seeds', seeds]).seeds == numbers
+
+
+@pytest.mark.parametrize('seeds', ['0', 'many', '1,1', '-2', ','])
 def test_seeds_that_are_none_are_named(seeds, capsys):
     with pytest.raises(SystemExit):
         main(['benchmark', 'pair.py', f'--seeds={seeds}'])
