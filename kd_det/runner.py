@@ -9,6 +9,8 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from kd_det.compat import log_operator_backend
 from kd_det.teachers import load_strictly
 
+STATISTICS = ('running_mean', 'running_var')  # buffers that training fills
+
 
 def build_runner(config: Config) -> Runner:
     """Builds the runner that the config asks for."""
@@ -30,10 +32,11 @@ def build_optimizer(runner: Runner) -> None:
 def check_start(runner: Runner) -> None:
     """Checks that the checkpoint that is tested or resumed is of this detector: MMEngine loads what fits and logs the rest.
 
-    A ``FlexibleRunner``, which has no model yet, goes unchecked.
+    A buffer that it lacks, as older versions of a module may have had none, keeps the value that the module gave it, and
+    MMEngine names it; not so statistics that were learnt. A ``FlexibleRunner``, which has no model yet, goes unchecked.
 
     Raises:
-        TeacherError: It lacks weights, or has them in another shape; the message names them.
+        CheckpointError: It lacks weights, or has them in another shape; the message names them.
     """
     if not isinstance(runner, Runner):
         return
@@ -42,4 +45,5 @@ def check_start(runner: Runner) -> None:
     while hasattr(model, 'module'):  # within wrappers for several processes, or for test-time augmentation
         model = model.module
     if checkpoint:
-        load_strictly(model, checkpoint, allow_unexpected='*', role='student')
+        given = [name for name, _ in model.named_buffers() if not name.endswith(STATISTICS)]
+        load_strictly(model, checkpoint, allow_missing=given, allow_unexpected='*', role='student')

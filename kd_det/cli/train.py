@@ -70,7 +70,7 @@ def train(config: Config, resume: Optional[str] = None) -> None:
 
     Raises:
         DiagnosisError: A file is missing, the data is empty or unreadable, or class counts differ.
-        TeacherError: The checkpoint to resume is of another detector.
+        CheckpointError: The checkpoint to resume is of another detector.
         ConfigurationError: Something of the config can not be built.
     """
     if resume:

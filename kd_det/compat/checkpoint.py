@@ -25,7 +25,7 @@ REFUSED = re.compile(r'(?:GLOBAL|Unsupported class|unrecognized function|add_saf
 
 
 class CheckpointError(RuntimeError):
-    """A file is not a checkpoint, or not all of one."""
+    """A file is not a checkpoint, not all of one, or not one of this detector."""
 
 
 class UnsafeCheckpointError(CheckpointError):

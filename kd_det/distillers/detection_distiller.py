@@ -103,7 +103,8 @@ class DetectionDistiller(StudentWrapper):
         """Builds and loads the teachers unless that is done.
 
         Raises:
-            TeacherError: A checkpoint is absent or does not fit; the message names the keys.
+            TeacherError: A teacher has no checkpoint.
+            CheckpointError: A checkpoint does not fit; the message names the keys.
         """
         if self.teachers is None:
             anchor = next(self.student.parameters())

@@ -12,14 +12,14 @@ from mmengine.config import ConfigDict
 from mmengine.model import PretrainedInit
 from torch import Tensor, nn
 
-from kd_det.compat import load_checkpoint
+from kd_det.compat import CheckpointError, load_checkpoint
 from kd_det.configuration import DISTILLER, load_config
 
 ModelConfig = Union[str, Path, dict]
 
 
 class TeacherError(ValueError):
-    """The teacher's config or checkpoint can not serve."""
+    """The teacher can not serve as its config says."""
 
 
 def read_model_config(config: ModelConfig) -> ConfigDict:
@@ -72,7 +72,7 @@ def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str
         The checkpoint's ``meta``.
 
     Raises:
-        TeacherError: Keys are missing, unexpected or of another shape; the message names them.
+        CheckpointError: Keys are missing, unexpected or of another shape; the message names them.
     """
     loaded = load_checkpoint(checkpoint, map_location='cpu')
     state = _plain_state_dict(loaded)
@@ -90,10 +90,10 @@ def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str
               'of another shape': list(shapes.values())}
     if any(faults.values()):
         lines = [f'{len(keys)} keys {fault}: {_shortened(keys)}' for fault, keys in faults.items() if keys]
-        raise TeacherError(f"The checkpoint '{checkpoint}' does not fit the {role} {type(model).__name__}.\n  "
-                           + '\n  '.join(lines) + '\nUse the config that the checkpoint was trained with'
-                           + ('; if these keys do not matter, allow them with teacher.allow_missing / '
-                              'teacher.allow_unexpected (shell patterns).' if role == 'teacher' else '.'))
+        raise CheckpointError(f"The checkpoint '{checkpoint}' does not fit the {role} {type(model).__name__}.\n  "
+                              + '\n  '.join(lines) + '\nUse the config that the checkpoint was trained with'
+                              + ('; if these keys do not matter, allow them with teacher.allow_missing / '
+                                 'teacher.allow_unexpected (shell patterns).' if role == 'teacher' else '.'))
     return loaded.get('meta', {})
 
 

@@ -59,8 +59,9 @@ class Teacher:
         weights: How many weights it has.
 
     Raises:
-        TeacherError: No checkpoint and not ``random_teacher``, a checkpoint that does not fit, a head that is absent or
-            can not be read, another number of classes than it has, or an unknown precision.
+        TeacherError: No checkpoint and not ``random_teacher``, a head that is absent or can not be read, another number
+            of classes than it has, or an unknown precision.
+        CheckpointError: The checkpoint does not fit.
     """
 
     def __init__(self,

@@ -4,6 +4,7 @@ from mmdet.registry import MODELS
 from mmengine.config import ConfigDict
 from mmengine.model import PretrainedInit
 
+from kd_det.compat import CheckpointError
 from kd_det.teachers import TeacherError, load_strictly, read_model_config
 from kd_det.teachers.loading import without_pretrained
 
@@ -32,7 +33,7 @@ def test_faulty_keys_are_named(detector, tmp_path):
     del state['bbox_head.retina_cls.weight']
     state['neck.extra.weight'] = torch.zeros(1)
     state['bbox_head.retina_reg.weight'] = torch.zeros(3, 2)
-    with pytest.raises(TeacherError) as error:
+    with pytest.raises(CheckpointError) as error:
         load_strictly(detector, _save(tmp_path, state))
     for fault in ('1 keys missing from the file: bbox_head.retina_cls.weight', '1 keys unexpected in the file: neck.extra.weight',
                   'bbox_head.retina_reg.weight (file (3, 2), model (4, 8, 3, 3))'):
@@ -42,7 +43,7 @@ def test_faulty_keys_are_named(detector, tmp_path):
 def test_a_one_stage_detectors_checkpoint_is_refused_by_a_two_stage_one(detector, faster_rcnn, tmp_path):
     """MMDetection renames its bbox_head to rpn_head: the keys left over are not the file's."""
     checkpoint = _save(tmp_path, detector.state_dict())
-    with pytest.raises(TeacherError, match=r'keys unexpected in the file: .*rpn_head\.retina_cls\.weight'):
+    with pytest.raises(CheckpointError, match=r'keys unexpected in the file: .*rpn_head\.retina_cls\.weight'):
         load_strictly(MODELS.build(faster_rcnn()), checkpoint)
 
 
