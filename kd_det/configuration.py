@@ -153,6 +153,12 @@ def _map_strings(value: Any, function: Callable[[str], str]) -> Any:
     return value
 
 
+def type_name(config: dict) -> str:
+    """The name of the class that a config builds: ``'Resize'`` for ``type='Resize'``, ``'mmdet.Resize'`` or the class."""
+    kind = config['type']
+    return kind.rpartition('.')[2] if isinstance(kind, str) else kind.__name__
+
+
 def leaf_datasets(dataset: dict) -> List[dict]:
     """The data sets within wrappers such as ``RepeatDataset``, ``MultiImageMixDataset`` and ``ConcatDataset``."""
     inner = dataset.get('datasets', dataset.get('dataset'))

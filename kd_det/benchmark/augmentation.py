@@ -9,7 +9,8 @@ from typing import Iterator, List, Sequence, Tuple, Union
 from mmdet.registry import TRANSFORMS
 from mmengine.config import Config
 
-from kd_det.configuration import ConfigurationError, leaf_datasets, student_model, training_pipelines
+from kd_det.configuration import (ConfigurationError, leaf_datasets, student_model, training_pipelines,
+                                  type_name)
 
 AUGMENTATIONS = ('mosaic', 'mixup')
 WRAPPER = 'MultiImageMixDataset'
@@ -38,7 +39,7 @@ def mix_images(config: Config, augmentations: Sequence[str]) -> None:
     dataset = config.train_dataloader.dataset
     leaves = leaf_datasets(dataset)
     pipeline = list(leaves[0].get('pipeline') or ())
-    loading = list(takewhile(lambda transform: _name(transform).startswith('Load'), pipeline))
+    loading = list(takewhile(lambda transform: type_name(transform).startswith('Load'), pipeline))
     _check(config, pipeline, loading)
     size = _size(pipeline, leaves)
     mean = student_model(config).get('data_preprocessor', {}).get('mean')
@@ -63,21 +64,21 @@ def _mixing(augmentations: Sequence[str], size: Tuple[int, int], pad_value: floa
 
 def _check(config: Config, pipeline: List[dict], loading: List[dict]) -> None:
     dataset = config.train_dataloader.dataset
-    mixing = [name for name in map(_name, _all_transforms(training_pipelines(config)))
+    mixing = [name for name in map(type_name, _all_transforms(training_pipelines(config)))
               if 'get_indexes' in dir(TRANSFORMS.get(name))]  # hasattr fails: mmcv's decorator wants an instance
     if mixing:
         raise ConfigurationError("@augment: the student's training pipeline mixes images already "
                                  f"({', '.join(mixing)}). Give a config without, and without the hooks that end it.")
     for hook in config.get('custom_hooks') or ():
-        if _name(hook) == 'PipelineSwitchHook':
+        if type_name(hook) == 'PipelineSwitchHook':
             raise ConfigurationError("@augment: the student's PipelineSwitchHook would exchange the pipeline that "
                                      'mixes. Take it out of custom_hooks.')
     if any(list(leaf.get('pipeline') or ()) != pipeline for leaf in leaf_datasets(dataset)):
         raise ConfigurationError('@augment: the data sets within train_dataloader.dataset have different pipelines, so '
                                  'it is not clear which a mixed image goes through. Give all the same.')
-    if not any(_name(transform) == 'LoadAnnotations' for transform in loading):
+    if not any(type_name(transform) == 'LoadAnnotations' for transform in loading):
         raise ConfigurationError('@augment: expected a training pipeline that begins with LoadImageFromFile and '
-                                 f"LoadAnnotations, got {', '.join(map(_name, pipeline)) or 'none'}.")
+                                 f"LoadAnnotations, got {', '.join(map(type_name, pipeline)) or 'none'}.")
     if any(transform.get(key) for transform in loading for key in ('with_mask', 'with_seg')):
         raise ConfigurationError('@augment: Mosaic and MixUp mix boxes, no masks, and the training pipeline loads '
                                  'masks.')
@@ -99,7 +100,7 @@ def _size(pipeline: List[dict], leaves: List[dict]) -> Tuple[int, int]:
 def _scales(pipeline: List[dict]) -> Iterator[Tuple[int, int]]:
     """The sizes that the resizing transforms of a pipeline name; upright ones lie down where the ratio is kept."""
     for transform in _all_transforms(pipeline):
-        named = (transform.get('scales') or transform.get('scale') or ()) if 'Resize' in _name(transform) else ()
+        named = (transform.get('scales') or transform.get('scale') or ()) if 'Resize' in type_name(transform) else ()
         named = (named, named) if isinstance(named, int) else named
         for scale in [named] if named and isinstance(named[0], int) else named:
             yield tuple(sorted(scale, reverse=True)) if transform.get('keep_ratio') else tuple(scale)
@@ -111,8 +112,3 @@ def _all_transforms(node: Union[dict, Sequence]) -> Iterator[dict]:
         if isinstance(each, dict):
             yield each
         yield from _all_transforms(each.get('transforms', ()) if isinstance(each, dict) else each)
-
-
-def _name(config: dict) -> str:
-    kind = config['type']
-    return kind.rpartition('.')[2] if isinstance(kind, str) else kind.__name__

@@ -8,7 +8,7 @@ from typing import Iterator, List
 from mmdet.registry import TRANSFORMS
 from mmengine.config import Config
 
-from kd_det.configuration import DISTILL_HOOK, is_distillation, student_model, training_pipelines
+from kd_det.configuration import DISTILL_HOOK, is_distillation, student_model, training_pipelines, type_name
 from kd_det.diagnosis.finding import Finding
 
 REPLAYED = 'ReplayedRandomness'
@@ -43,18 +43,19 @@ def inspect_cache(config: Config) -> Iterator[Finding]:
 def random_transforms(pipeline: List[dict]) -> Iterator[str]:
     """Names the transforms of a pipeline that draw random numbers, except replayed ones."""
     for transform in pipeline:
-        if transform['type'] == REPLAYED:
+        if type_name(transform) == REPLAYED:
             continue
-        if _draws(transform['type']):
-            yield _name(transform['type'])
+        if _draws(transform):
+            yield type_name(transform)
         for inner in transform.get('transforms') or ():
             yield from random_transforms(inner if isinstance(inner, (list, tuple)) else [inner])
 
 
-def _draws(transform: object) -> bool:
+def _draws(transform: dict) -> bool:
     """Whether the code of a transform's class, or of a base, draws random numbers."""
-    found = TRANSFORMS.get(transform) if isinstance(transform, str) else transform
-    if found is None or _name(transform) in DRAWS_ELSEWHERE:
+    found = transform['type']
+    found = TRANSFORMS.get(found) if isinstance(found, str) else found
+    if found is None or type_name(transform) in DRAWS_ELSEWHERE:
         return found is not None
     for each in getattr(found, '__mro__', ()):
         try:
@@ -63,10 +64,6 @@ def _draws(transform: object) -> bool:
         except (OSError, TypeError):  # of a class without a source file nothing is known
             continue
     return False
-
-
-def _name(transform: object) -> str:
-    return transform if isinstance(transform, str) else transform.__name__
 
 
 def _shapes_vary(config: Config, pipelines: List[List[dict]]) -> bool:

@@ -1,5 +1,6 @@
 """A cache that would find nothing is noticed, and the transforms that are the cause are named."""
 import pytest
+from mmdet.datasets.transforms import RandomFlip
 from mmengine.config import Config
 
 from kd_det.diagnosis.cache import inspect_cache, random_transforms
@@ -40,6 +41,8 @@ def _notes(config) -> list:
     (dict(type='RandomChoice', transforms=[[dict(type='RandomCrop', crop_size=(8, 8))], [dict(type='Resize', scale=(8, 8))]]),
      'RandomChoice, RandomCrop'),
     (dict(type='Albu', transforms=[]), 'Albu'),
+    (dict(type='mmdet.Albu', transforms=[]), 'Albu'),
+    (dict(type=RandomFlip, prob=0.5), 'RandomFlip'),
     (dict(type='CachedMosaic'), 'CachedMosaic')])
 def test_random_transforms_are_named(config, transform, names):
     note, = _notes(config(transform))
@@ -57,6 +60,7 @@ def test_the_pipeline_of_a_wrapper_counts(config):
 def test_a_pipeline_that_recurs(config):
     assert not _notes(config(REPLAYED_FLIP)) and not _notes(config(dict(type='Resize', scale=(64, 64), keep_ratio=False)))
     assert list(random_transforms([*LOAD, REPLAYED_FLIP, *PACK])) == []
+    assert list(random_transforms([dict(REPLAYED_FLIP, type='mmdet.ReplayedRandomness')])) == []
 
 
 def test_batches_whose_shape_depends_on_who_is_in_them(config):
