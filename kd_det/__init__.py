@@ -1,8 +1,8 @@
 """kd_det distils large object detectors into small ones, inside MMDetection 3.x.
 
 Importing it is all that a config needs (``custom_imports = dict(imports=['kd_det'])``): MMDetection gets operators and
-checkpoint loading that work on today's PyTorch, and the distiller, terms, masks and hooks join MMDetection's registries.
-Without MMDetection :mod:`kd_det.functional`, which needs PyTorch alone, is still there.
+checkpoint loading that work on today's PyTorch, and the distiller, terms, masks and hooks join MMDetection's
+registries. Without MMDetection :mod:`kd_det.functional`, which needs PyTorch alone, is still there.
 """
 import warnings
 from importlib.util import find_spec
@@ -21,9 +21,9 @@ if find_spec('mmengine') and find_spec('mmcv') and find_spec('mmdet'):
         register_config_scope()
 
         from kd_det import distillers, hooks, losses, masks  # noqa: F401  registers their classes
-    except Exception as error:  # a library without its system files, versions that do not fit: the doctor must still run
+    except Exception as error:  # a library lacks its system files, versions do not fit: the doctor must still run
         MMDETECTION_ERROR = error
-        warnings.warn(f'kd_det registered nothing, for MMDetection can not be imported: {type(error).__name__}: {error}. '
-                      'Run `kd-det doctor`.')
+        warnings.warn(f'kd_det registered nothing, for MMDetection can not be imported: {type(error).__name__}: '
+                      f'{error}. Run `kd-det doctor`.')
 
 __all__ = ['MMDETECTION_ERROR', '__version__']

@@ -1,5 +1,5 @@
-"""What each method is and which detectors it serves, read from its files in ``configs/_base_/methods``: from their first
-lines and from what their terms read."""
+"""What each method is and which detectors it serves, read from its files in ``configs/_base_/methods``: from their
+first lines and from what their terms read."""
 from __future__ import annotations
 
 import ast

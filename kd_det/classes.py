@@ -54,8 +54,9 @@ class ClassMatch(NamedTuple):
             return f"the teacher's {len(self.teacher)} are the student's, in the same order."
         shared, ours, theirs = len(self.of_student), len(self.student), len(self.teacher)
         sentences = [f"the teacher's {theirs} are the student's, in another order; its outputs follow the names."
-                     if shared == ours == theirs else f"{shared} of the student's {ours} are among the teacher's {theirs}; "
-                     f'{restricted} is restricted to them, and follows their names.']
+                     if shared == ours == theirs else
+                     f"{shared} of the student's {ours} are among the teacher's {theirs}; {restricted} is restricted "
+                     'to them, and follows their names.']
         missing = [name for label, name in enumerate(self.student) if label not in self.of_student]
         respelt = [f"'{student}' = '{teacher}'" for student, teacher in self._pairs() if student != teacher]
         if missing:
@@ -86,8 +87,9 @@ def match_classes(student: Sequence[str], teacher: Sequence[str]) -> ClassMatch:
     pairs = [pair for pair in pairs if pair[1] is not None]
     if not pairs:
         raise ConfigurationError(
-            f"The student's classes ({_listed(student)}) and the teacher's ({_listed(teacher)}) have no name in common. "
-            "Name the teacher's in the student's words, by label, with teacher.classes=[…], or give another teacher.")
+            f"The student's classes ({_listed(student)}) and the teacher's ({_listed(teacher)}) have no name in "
+            "common. Name the teacher's in the student's words, by label, with teacher.classes=[…], or give another "
+            'teacher.')
     return ClassMatch(tuple(student), tuple(teacher), *zip(*pairs))
 
 

@@ -18,7 +18,7 @@ from kd_det.losses import DistillTerm
 from kd_det.randomness import preserved_randomness
 
 NO_METHOD = 'none'  # no terms: the student may still inherit
-RATIO = 1.0  # of a method's gradient to the task's: what served best on data of other sizes than COCO, see docs/results.md
+RATIO = 1.0  # of a method's gradient to the task's: what served best on data smaller than COCO, see docs/results.md
 PAPER = 'paper'  # in place of a ratio: the weights in the method's file
 METHOD_ROOT = CONFIG_ROOT / '_base_' / 'methods'
 
@@ -52,8 +52,9 @@ def method_terms(method: str, family: str, balance: Union[float, str, None] = PA
     Args:
         method: The name or names.
         family: One of :data:`~kd_det.detectors.FAMILIES`.
-        balance: The ratio of each method's gradient to the task's, which its terms share equally; None for each method's
-            own: :data:`RATIO`, unless its file balances it at another; ``'paper'`` for the weights in its file.
+        balance: The ratio of each method's gradient to the task's, which its terms share equally; None for each
+            method's own: :data:`RATIO`, unless its file balances it at another; ``'paper'`` for the weights in its
+            file.
 
     Raises:
         ConfigurationError: There is no such method, a sum names one twice, or none of its files fits the family.
@@ -146,8 +147,8 @@ def distillation_config(student: Union[str, Config], teacher_config: str, teache
         teacher_config: Config of the teacher: a file or ``'mmdet::…'``.
         teacher_checkpoint: The teacher's weights: a file or an address.
         method: Name of a method, or a sum of names, see :func:`available_methods`; ``'none'`` for no terms.
-        inherit: Parts of the student, such as ``('neck', 'bbox_head')``, that start from the teacher's weights where shapes
-            agree; ``'auto'`` for all but the backbone that are of the same type in both; empty for none.
+        inherit: Parts of the student, such as ``('neck', 'bbox_head')``, that start from the teacher's weights where
+            shapes agree; ``'auto'`` for all but the backbone that are of the same type in both; empty for none.
         family: Whose published weights to use, one of :data:`~kd_det.detectors.FAMILIES`; told by the student's heads
             by default.
         balance: The ratio of each method's gradient to the task's, see :func:`method_terms` and

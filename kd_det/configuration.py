@@ -91,8 +91,8 @@ def merge_options(config: Config, options: dict) -> None:
     """Applies ``--cfg-options``; unlike in plain MMEngine, ``data_root=…`` reaches every path that starts with it.
 
     Raises:
-        ConfigurationError: An option begins with a key that neither a run reads nor the config has, goes through something that holds no keys, or
-            past the end of a list.
+        ConfigurationError: An option begins with a key that neither a run reads nor the config has, goes through
+            something that holds no keys, or past the end of a list.
     """
     options = dict(options)
     data_root = options.pop('data_root', None)
@@ -112,9 +112,9 @@ def _check_top_keys(config: Config, options: Iterable[str]) -> None:
         if key in TOP_KEYS:
             continue
         if key in config:  # a hook of the user's may read it from runner.cfg
-            print_log(f"--cfg-options {option}: '{key}' is a variable of the config file; where the file used it, its value "
-                      'has gone already. To change that, set the place: train_cfg.max_epochs, model.distill, …', 'current',
-                      logging.WARNING)
+            print_log(f"--cfg-options {option}: '{key}' is a variable of the config file; where the file used it, its "
+                      'value has gone already. To change that, set the place: train_cfg.max_epochs, model.distill, …',
+                      'current', logging.WARNING)
             continue
         near = get_close_matches(key, TOP_KEYS.union(config), n=1)
         raise ConfigurationError(f"--cfg-options {option}: no run reads a key '{key}'."
@@ -154,7 +154,7 @@ def _map_strings(value: Any, function: Callable[[str], str]) -> Any:
 
 
 def type_name(config: dict) -> str:
-    """The name of the class that a config builds: ``'Resize'`` for ``type='Resize'``, ``'mmdet.Resize'`` or the class."""
+    """The name of what a config builds: ``'Resize'`` for ``type='Resize'``, ``'mmdet.Resize'``, or the class."""
     kind = config['type']
     return kind.rpartition('.')[2] if isinstance(kind, str) else kind.__name__
 

@@ -35,8 +35,8 @@ class DistillContext:
         teachers: The same of each teacher, without gradient.
         student_levels: Channels and stride of each level in ``student``.
         teacher_levels: The same for ``teachers``.
-        boxes: Ground truth, a teacher's pseudo-labels among it, one (n, 4) of x1, y1, x2, y2 per image, in pixels of the
-            padded batch; n may be 0.
+        boxes: Ground truth, a teacher's pseudo-labels among it, one (n, 4) of x1, y1, x2, y2 per image, in pixels of
+            the padded batch; n may be 0.
         labels: Ground truth, one (n,) of class indices per image, as the heads' outputs count them; -1 for a class that
             the teacher does not know.
         labelled: Whether it is known what an image shows, so that cells without a box are background; None for all.

@@ -52,8 +52,8 @@ def head_classes(model: dict) -> HeadClasses:
             with MODELS.switch_scope_and_registry(head.get('_scope_')) as registry:
                 classes[name] = registry.get(head['type']) if isinstance(head['type'], str) else head['type']
             if classes[name] is None:
-                raise ConfigurationError(f"model.{name}: there is no '{head['type']}' among MMDetection's models. If it "
-                                         'is your own, import it with custom_imports.')
+                raise ConfigurationError(f"model.{name}: there is no '{head['type']}' among MMDetection's models. "
+                                         'If it is your own, import it with custom_imports.')
     return classes
 
 
@@ -76,8 +76,8 @@ def family_of(detector: str, heads: HeadClasses) -> str:
     if 'roi_head' in heads:
         return 'two_stage'
     if 'bbox_head' not in heads:
-        raise ConfigurationError(f'A {detector} has neither roi_head nor bbox_head: its family is not known. Choose the '
-                                 f"weights yourself with --family {{{','.join(FAMILIES)}}}.")
+        raise ConfigurationError(f'A {detector} has neither roi_head nor bbox_head: its family is not known. '
+                                 f"Choose the weights yourself with --family {{{','.join(FAMILIES)}}}.")
     if issubclass(heads['bbox_head'], DETRHead):
         return 'detr'
     ancestors = {ancestor.__name__ for ancestor in heads['bbox_head'].__mro__}

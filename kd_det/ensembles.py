@@ -47,7 +47,7 @@ def ensemble(config: Config, checkpoints: Sequence[str]) -> Config:
 
 
 def _share(weight: Union[float, dict], number: int) -> Union[float, dict]:
-    """The n-th part of a weight; schedules around it stay, and so does what is no weight, for the distiller to refuse."""
+    """The n-th part of a weight; schedules around it stay. So does what is no weight, for the distiller to refuse."""
     if isinstance(weight, (float, int)):
         return weight / number
     if isinstance(weight, dict) and weight.get('type') == 'Balance':

@@ -40,8 +40,9 @@ def peak_memory(call: Call, device: Device = 'cpu') -> int:
     The number is exact and the same each time, unlike the size of the process.
 
     Args:
-        call: Takes nothing. It runs once; call it before if its first run does more than the later ones. It should let go
-            of no tensor that was there before, such as gradients of an earlier step: on a GPU that would be subtracted.
+        call: Takes nothing. It runs once; call it before if its first run does more than the later ones. It should let
+            go of no tensor that was there before, such as gradients of an earlier step: on a GPU that would be
+            subtracted.
         device: Where it computes.
     """
     if torch.device(device).type != 'cuda':

@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def preserved_randomness() -> Iterator[None]:
-    """Whatever is drawn inside, Python's, NumPy's and PyTorch's (CPU and current GPU) generators come out as they went in."""
+    """Whatever is drawn inside, the generators of Python, NumPy and PyTorch (CPU, current GPU) are then as before."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     # Asking for all GPUs would give this rank a context on each of them.
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []

@@ -30,10 +30,11 @@ def build_optimizer(runner: Runner) -> None:
 
 
 def check_start(runner: Runner) -> None:
-    """Checks that the checkpoint that is tested or resumed is of this detector: MMEngine loads what fits and logs the rest.
+    """Checks that the checkpoint that is tested or resumed is of this detector: MMEngine loads what fits and goes on.
 
-    A buffer that it lacks, as older versions of a module may have had none, keeps the value that the module gave it, and
-    MMEngine names it; not so statistics that were learnt. A ``FlexibleRunner``, which has no model yet, goes unchecked.
+    A buffer that it lacks, as older versions of a module may have had none, keeps the value that the module gave it,
+    and MMEngine names it; not so statistics that were learnt. A ``FlexibleRunner``, which has no model yet, goes
+    unchecked.
 
     Raises:
         CheckpointError: It lacks weights, or has them in another shape; the message names them.

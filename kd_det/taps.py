@@ -43,12 +43,12 @@ class Taps:
     """Reads the outputs of some modules of one model, each as a tuple of levels.
 
     The hooks are set once, at construction, because hooks set after a model was first compiled never fire; outside of
-    :meth:`capture`, and for paths that it does not read, they do nothing. What a tap holds is the module's very output, on the path to the model's own
-    losses, and is safe from later layers that work in place: these get a copy, until one forward of the same kind has
-    shown that nothing writes to it.
+    :meth:`capture`, and for paths that it does not read, they do nothing. What a tap holds is the module's very output,
+    on the path to the model's own losses, and is safe from later layers that work in place: these get a copy, until one
+    forward of the same kind has shown that nothing writes to it.
 
-    The tokens of a DETR's encoder, (N, ΣH·W, C), are read as the maps of the neck's levels that they stand for: the last
-    ones that have as many cells.
+    The tokens of a DETR's encoder, (N, ΣH·W, C), are read as the maps of the neck's levels that they stand for: the
+    last ones that have as many cells.
 
     Args:
         model: The model to read.
@@ -110,7 +110,7 @@ class Taps:
             stop: Leave the block as soon as each of them has read: what comes after is not computed.
 
         Yields:
-            A dict that is filled when the block ends: path -> tuple of (N, C, H, W), one per level; or a tuple of those.
+            A dict that is filled when the block ends: path -> tuple of (N, C, H, W), one per level; or tuples of those.
 
         Raises:
             TapError: A tapped module did not run, ran more than once, or returned no feature.
@@ -147,8 +147,8 @@ class _Reading:
         """Returns the groups of levels, and whether a later layer wrote to what it was given."""
         changed, written = (_versions(groups) != before for groups, before in zip(self._watched, self._before))
         if changed:
-            raise TapError(f"The output of '{self.path}' was changed in place by a later layer, though in no step before or "
-                           'not through the copy that it was given. Tap the layer after it.')
+            raise TapError(f"The output of '{self.path}' was changed in place by a later layer, though in no step "
+                           'before or not through the copy that it was given. Tap the layer after it.')
         return self.held, written
 
 

@@ -47,7 +47,7 @@ def pair_levels(student: Sequence[Level], teacher: Sequence[Level], levels: Opti
         nearest = min(range(len(teacher)), key=lambda other: abs(teacher[other].stride - stride))
         if teacher[nearest].stride != stride and not resize:
             raise LevelError(f'The student level {index} of stride {stride} has no partner: the teacher has the '
-                             f'strides {[level.stride for level in teacher]}. Choose the levels to compare (levels=…) or allow '
-                             'resize=True, which compares with the nearest one.')
+                             f'strides {[level.stride for level in teacher]}. Choose the levels to compare (levels=…) '
+                             'or allow resize=True, which compares with the nearest one.')
         pairs.append(LevelPair(index, nearest, student[index], teacher[nearest]))
     return pairs

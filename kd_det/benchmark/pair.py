@@ -55,8 +55,9 @@ def read_pair(pair: Optional[str] = None, student: Optional[str] = None, teacher
                                      'DetectionDistiller), or --student and --teacher in its place.')
         named = config.model.teacher
         if not isinstance(named, dict):
-            raise ConfigurationError(f"PAIR '{pair}' has {len(named)} teachers: expected one. To learn from several, give "
-                                     'the weights of each with --teacher-checkpoint, and a method with @teachers=N.')
+            raise ConfigurationError(f"PAIR '{pair}' has {len(named)} teachers: expected one. To learn from several, "
+                                     'give the weights of each with --teacher-checkpoint, and a method with '
+                                     '@teachers=N.')
         config = student_config(config)
     config = student_config(load_config(student)) if student else config
     if not checkpoints and teacher is None and _exists(named.get('checkpoint')):

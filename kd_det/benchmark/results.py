@@ -7,8 +7,8 @@
     teacher                         its run, or null where a checkpoint was given
     further_teachers                of @teachers=N, without the first: checkpoint, checkpoint_hash, and run, as above
     runs                            one object for each variant and seed:
-        variant, method, seed, settings     which it is; settings: augment, what else was set of the config, and, but for
-                                            plain students, balance (null: each method's own ratio; "paper": the
+        variant, method, seed, settings     which it is; settings: augment, what else was set of the config, and, but
+                                            for plain students, balance (null: each method's own ratio; "paper": the
                                             published weights), inherit, teachers
         twin                                the plain student that it is compared with, see
                                             kd_det.benchmark.variants.twin_of
@@ -17,8 +17,8 @@
         identity … iterations               those of kd_det.benchmark.runs.Run; checkpoint and scalars within its folder
         same_start, same_order              whether the first weights and the images' order are those of its twin of
                                             that seed; null where that is missing. Inherited weights start otherwise.
-    summary                         variant -> metric (bbox_mAP, bbox_mAP_50, …) -> mean, std, and, but for "none", against
-                                    its twin: by_seed, difference, interval (95 %, null for one seed), verdict.
+    summary                         variant -> metric (bbox_mAP, bbox_mAP_50, …) -> mean, std, and, but for "none",
+                                    against its twin: by_seed, difference, interval (95 %, null for one seed), verdict.
                                     In points (0 to 100). Metrics that no object counts for are left out.
     fidelity                        split (val, train) -> variant -> number of FidelityMetric -> mean, std; only what
                                     --fidelity asked for. Each run has its own under fidelity: split -> number -> value.

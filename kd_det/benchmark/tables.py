@@ -10,8 +10,8 @@ from kd_det.benchmark.results import METRICS
 from kd_det.benchmark.statistics import mean_and_std
 
 COSTS = ('parameters', 'FLOPs', 's/iteration', 'memory')
-FIDELITY = ('found', 'teacher_errors', 'copied_errors', 'agreement', 'teacher_iou', 'class_kl', 'student_ece', 'teacher_ece',
-            'cka')
+FIDELITY = ('found', 'teacher_errors', 'copied_errors', 'agreement', 'teacher_iou', 'class_kl', 'student_ece',
+            'teacher_ece', 'cka')
 NONE = '–'
 
 
@@ -22,7 +22,8 @@ def rows(results: dict) -> List[Dict[str, str]]:
     if teachers[0] is not None:
         points = {name: [100 * teacher['metrics'].get(metric, -1) for teacher in teachers]
                   for metric, name in METRICS.items()}
-        metrics = {name: _spread(**mean_and_std(values)) if min(values) >= 0 else NONE for name, values in points.items()}
+        metrics = {name: _spread(**mean_and_std(values)) if min(values) >= 0 else NONE
+                   for name, values in points.items()}
         made.append(dict(method='teacher', seeds=f'{len(teachers)}', **metrics, **_costs(teachers)))
     for variant, summary in results['summary'].items():
         runs = [run for run in results['runs'] if run['variant'] == variant]
@@ -101,13 +102,14 @@ def _fidelity_table(split: str, variants: Dict[str, Dict[str, dict]]) -> Table:
 def markdown_table(results: dict) -> str:
     """The same in Markdown, accuracy and costs in one, with the runs that failed below it."""
     lines = _markdown(('method', 'seeds', *METRICS.values(), 'Δ mAP', *COSTS), rows(results))
-    lines += ['', 'mAP and the others in points, ± standard deviation over seeds. Δ: paired mean over seeds against the '
-              "plain student (none; where a setting changes the student, none with that setting), ± half of its 95 % "
-              "interval (Student's t). FLOPs are multiply-adds."]
+    lines += ['', 'mAP and the others in points, ± standard deviation over seeds. Δ: paired mean over seeds against '
+              'the plain student (none; where a setting changes the student, none with that setting), ± half of its '
+              "95 % interval (Student's t). FLOPs are multiply-adds."]
     failed = [run for run in results['runs'] if run['status'] == 'failed']
     lines += [f"- {run['variant']}, seed {run['seed']} failed: {run['error']}" for run in failed]
     for split, variants in results['fidelity'].items():
-        lines += ['', f'Fidelity on {split} images, mean ± standard deviation over seeds (cka: mean over levels too):', '']
+        lines += ['', f'Fidelity on {split} images, mean ± standard deviation over seeds (cka: mean over levels too):',
+                  '']
         lines += _markdown(('method', *FIDELITY), fidelity_rows(variants))
     return '\n'.join(lines) + '\n'
 

@@ -82,7 +82,8 @@ def parse_variants(text: str, common: Variant = Variant('', PLAIN)) -> List[Vari
             - ``@paper``: the published weights;
             - ``@balance=RATIO``: each method's gradient at that ratio of the task's;
             - ``@inherit=neck+bbox_head``: the parts that start from the teacher's weights where shapes agree;
-              ``@inherit=none`` for none, ``@inherit`` for all but the backbone. ``inherit`` as a method is that, without terms;
+              ``@inherit=none`` for none, ``@inherit`` for all but the backbone. ``inherit`` as a method is that and no
+              terms;
             - ``@teachers=3``: learns from an ensemble of so many;
             - ``@augment=mosaic+mixup``: mixes training images, as teacher and student see them; ``@augment=none``;
             - ``@dotted.key=value``: overrides the student's config, as ``--cfg-options`` does, or what the distillation
@@ -119,8 +120,8 @@ def _parse(text: str, common: Variant) -> Variant:
     for setting in settings:
         variant = _with_setting(variant, setting)
     if variant.method == PLAIN and variant.teachers > 1:
-        raise ConfigurationError(f"--methods {text}: only a method's terms learn from several teachers, and here are none. "
-                                 f'Name one, such as kd@teachers={variant.teachers}, or leave @teachers out.')
+        raise ConfigurationError(f"--methods {text}: only a method's terms learn from several teachers, and here "
+                                 f'are none. Name one, such as kd@teachers={variant.teachers}, or leave @teachers out.')
     return variant
 
 
@@ -144,8 +145,8 @@ def _with_setting(variant: Variant, setting: str) -> Variant:
     if key == 'augment':
         augment = () if value == PLAIN else tuple(value.split('+'))
         if not set(augment) <= set(AUGMENTATIONS):
-            raise ConfigurationError(f"--methods {variant.name}: expected @augment={', '.join(AUGMENTATIONS)}, a sum of "
-                                     f"them, or none, got '{value}'.")
+            raise ConfigurationError(f"--methods {variant.name}: expected @augment={', '.join(AUGMENTATIONS)}, a sum "
+                                     f"of them, or none, got '{value}'.")
         return replace(variant, augment=augment)
     if '.' in key and given:
         return replace(variant, settings={**variant.settings, key: DictAction._parse_iterable(value)})

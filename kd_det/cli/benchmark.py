@@ -29,8 +29,8 @@ TEACHER_SEED = 0
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('--methods', default='none,kd,fgd,pkd', metavar='A,B+C,D@SETTING',
                         help='methods, sums of methods, or inherit; @paper, @balance=RATIO, @inherit=PART+PART, '
-                        '@teachers=N, @augment=mosaic+mixup and @dotted.key=value are settings of one of them. none, the '
-                        "plain student, always takes part, also in each setting of the student ('none,kd,fgd,pkd')")
+                        '@teachers=N, @augment=mosaic+mixup and @dotted.key=value are settings of one of them. none, '
+                        "the plain student, always takes part, also in each setting of the student ('none,kd,fgd,pkd')")
     add_common_arguments(parser)
 
 
@@ -43,9 +43,9 @@ def add_common_arguments(parser: ArgumentParser) -> None:
     pair.add_argument('--student', metavar='CONFIG', help="the student's config, in place of the pair's")
     pair.add_argument('--teacher', metavar='CONFIG', help="the teacher's config, in place of the pair's")
     pair.add_argument('--teacher-checkpoint', nargs='+', default=(), metavar='FILE',
-                      help="the teacher's weights, and those of more for @teachers=N; without any, and where the pair's "
-                      'are not there, as many teachers as are needed are trained first, with their own config and a seed '
-                      'each')
+                      help="the teacher's weights, and those of more for @teachers=N; without any, and where the "
+                      "pair's are not there, as many teachers as are needed are trained first, with their own config "
+                      'and a seed each')
     pair.add_argument('--seeds', type=_seeds, default='3', metavar='N',
                       help="number of seeds, from 0 on, or a list of them: '3,5,8', or '7,' for one alone (3)")
     pair.add_argument('--fidelity', nargs='*', choices=SPLITS, metavar='SPLIT',

@@ -69,7 +69,8 @@ def costs_table(costs: StepCosts, images: int, weights: int) -> Table:
     more = (costs.parts[DISTILLED].memory - student) / MEGABYTE
     table = Table('Part', 'Time', 'Plain teacher forwards', 'Images / s', 'Peak memory', title='A training step',
                   caption=f'Distilling costs {costs.distilling * 1e3:.1f} ms, [bold]{costs.ratio:.2f}[/bold] plain '
-                  f'forwards of the teacher, and {more:.1f} MiB at the peak beside {weights / MEGABYTE:.1f} MiB of its weights')
+                  f'forwards of the teacher, and {more:.1f} MiB at the peak beside {weights / MEGABYTE:.1f} MiB of its '
+                  'weights')
     for column in table.columns[1:]:
         column.justify = 'right'
     for name, cost in costs.parts.items():

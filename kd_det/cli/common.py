@@ -74,8 +74,8 @@ def apply_run_options(config: Config, options: Namespace, name: str) -> None:
 def add_inheritance_option(parser: ArgumentParser) -> None:
     """Adds ``--inherit``."""
     parser.add_argument('--inherit', nargs='+', default=['auto'], metavar='PART',
-                        help="parts of the student that start from the teacher's weights where shapes agree, such as neck "
-                        'rpn_head roi_head; all but the backbone by default (auto), or none')
+                        help="parts of the student that start from the teacher's weights where shapes agree, such "
+                        'as neck rpn_head roi_head; all but the backbone by default (auto), or none')
 
 
 def add_weight_options(parser: ArgumentParser) -> None:

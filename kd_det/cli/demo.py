@@ -80,8 +80,9 @@ def _generate(options: Namespace, progress: Progress) -> dict:
     written = generate_shapes(options.out / 'data', **data,
                               progress=lambda done, total: progress.update(task, completed=done, total=total))
     progress.remove_task(task)
-    progress.console.print(f'data: {options.images} + {options.val_images} images of {options.size} x {options.size} pixels '
-                           f"in {options.out / 'data'}{'' if written else ', kept from before'}", highlight=False)
+    progress.console.print(f'data: {options.images} + {options.val_images} images of {options.size} x {options.size} '
+                           f"pixels in {options.out / 'data'}{'' if written else ', kept from before'}",
+                           highlight=False)
     return data
 
 

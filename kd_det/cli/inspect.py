@@ -47,7 +47,8 @@ def run(options: Namespace) -> int:
     console.print(tap_table(distiller, step), term_table(distiller, step))
     files = draw_step(distiller, step, options.out or Path('work_dirs') / Path(options.config).stem / 'inspection')
     console.print(f'{len(files)} pictures of masks and attentions are in {files[0].parent}.' if files else
-                  'There are no pictures: no term compares features level by level, and only such terms look somewhere.',
+                  'There are no pictures: no term compares features level by level, and only such terms look '
+                  'somewhere.',
                   highlight=False)
     return 0
 

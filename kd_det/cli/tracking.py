@@ -1,4 +1,4 @@
-"""``--track``: sends logs to experiment trackers beside mmengine's own files, through mmengine's visualizer backends."""
+"""``--track``: sends logs to experiment trackers beside mmengine's own files, through its visualizer backends."""
 from __future__ import annotations
 
 import os
@@ -24,8 +24,8 @@ def add_tracking_option(parser: ArgumentParser) -> None:
 def track(config: Config, trackers: Sequence[str]) -> None:
     """Adds trackers to the backends of the config's visualizer; those that it has stay as they are.
 
-    TensorBoard writes into the work dir, MLflow too (``mlflow.db``) unless ``MLFLOW_TRACKING_URI`` names a server; Weights
-    & Biases asks for an account unless ``WANDB_MODE=offline``.
+    TensorBoard writes into the work dir, MLflow too (``mlflow.db``) unless ``MLFLOW_TRACKING_URI`` names a server;
+    Weights & Biases asks for an account unless ``WANDB_MODE=offline``.
 
     Args:
         config: With its ``work_dir``; changed.

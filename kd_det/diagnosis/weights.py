@@ -43,7 +43,8 @@ def inspect_teacher_classes(config: Config) -> Iterator[Finding]:
     for name, teacher in _teachers(config):
         try:
             found = class_counts(read_model_config(teacher['config']))
-            names = teacher_classes(next(iter(found), None), teacher.get('classes', ()), _meta(teacher), teacher['config'])
+            names = teacher_classes(next(iter(found), None), teacher.get('classes', ()), _meta(teacher),
+                                    teacher['config'])
         except (ValueError, OSError) as error:
             yield Finding(f'{name} config', str(error), "Give a config file, or 'mmdet::folder/file.py'", fault=True)
             continue
@@ -51,8 +52,8 @@ def inspect_teacher_classes(config: Config) -> Iterator[Finding]:
             yield _shared(name, student, names, preflight)
         elif expected and found and expected != found:
             yield Finding(f'{name} classes', f'{_number(found)}, the student has {_number(expected)}',
-                          "Name the teacher's classes, by label, with model.teacher.classes=[…]; or take a teacher of the "
-                          "student's classes; one of others can teach features alone, with "
+                          "Name the teacher's classes, by label, with model.teacher.classes=[…]; or take a teacher of "
+                          "the student's classes; one of others can teach features alone, with "
                           'default_hooks.distill.preflight=None', fault=preflight)
 
 

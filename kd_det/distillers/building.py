@@ -39,8 +39,8 @@ def check_cached(teacher: dict, heads: Sequence[str]) -> None:
     unkept = [head for head in heads if not can_be_kept(head)] if teacher.get('cache') else []
     if unkept:
         reason = ', which depend on the regions that the student samples in each step' if unkept[0] == ROI_HEAD else ''
-        raise ConfigurationError(f"it reads the outputs of the teacher's {unkept[0]}{reason}: a cache keeps features and "
-                                 'the maps of dense heads alone. Remove model.teacher.cache, or this term.')
+        raise ConfigurationError(f"it reads the outputs of the teacher's {unkept[0]}{reason}: a cache keeps features "
+                                 'and the maps of dense heads alone. Remove model.teacher.cache, or this term.')
 
 
 def build_terms(distill: Dict[str, dict], teachers: int) -> Tuple[Dict[str, Weight], Dict[str, DistillTerm]]:

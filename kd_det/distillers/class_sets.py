@@ -52,14 +52,15 @@ class ClassSets:
                 report = "the teacher shares none with the student, and none of its outputs by class is read."
             wrong = [part for part in inherited if part in ('bbox_head', 'roi_head')]
             if wrong and index == 0 and index in self.matches and not self.matches[index].is_identity:
-                report += f' The outputs by class that {wrong[0]} inherited are in the order of the teacher: inherit less.'
+                report += (f' The outputs by class that {wrong[0]} inherited are in the order of the teacher: inherit '
+                           'less.')
             reports.append(f'Classes of teacher {index}: {report}' if len(teachers) > 1 else f'Classes: {report}')
         return reports
 
     def _match(self, index: int, student: Optional[Sequence[str]], teacher: Optional[Sequence[str]]) -> str:
         if student is None or teacher is None:
-            return (f"the {'student' if student is None else 'teacher'}'s names are not known; labels are taken to mean "
-                    'the same to both.')
+            return (f"the {'student' if student is None else 'teacher'}'s names are not known; labels are taken "
+                    'to mean the same to both.')
         self.matches[index] = match_classes(student, teacher)
         return self.matches[index].report()
 
@@ -83,8 +84,9 @@ class ClassSets:
         if index in self.matches:
             return [self.matches[index].translated(each) for each in detections]
         if None not in counts and len(set(counts)) > 1:
-            raise ConfigurationError(f'The teacher tells {counts[0]} classes apart, the student {counts[1]}, and which are '
-                                     "the same is not known. Name the teacher's, by label, with teacher.classes=[…].")
+            raise ConfigurationError(f'The teacher tells {counts[0]} classes apart, the student {counts[1]}, and '
+                                     "which are the same is not known. Name the teacher's, by label, with "
+                                     'teacher.classes=[…].')
         return detections
 
 
@@ -92,8 +94,8 @@ def restricted_to_shared(context: DistillContext, teacher: int, match: ClassMatc
     """The step as the terms of one teacher see it: outputs and labels of the shared classes alone.
 
     Each side's logits, class probabilities and regressions by class are those of the shared classes, in the student's
-    order. The background of softmax heads stands for "none of these". Labels are indices among the shared classes; boxes
-    of other classes keep their place, labelled -1, and regions sampled for such boxes are left out.
+    order. The background of softmax heads stands for "none of these". Labels are indices among the shared classes;
+    boxes of other classes keep their place, labelled -1, and regions sampled for such boxes are left out.
 
     Args:
         context: The step.

@@ -42,8 +42,9 @@ class DetectionDistiller(StudentWrapper):
     """Trains a student detector under the guidance of one or several frozen teachers.
 
     It looks like the student (:class:`~kd_det.distillers.student_wrapper.StudentWrapper`): parameter names,
-    ``state_dict`` keys, attributes such as ``bbox_head`` and prediction are the plain student's. The terms' weights stay
-    out of ``state_dict`` (:class:`~kd_det.hooks.DistillHook` stores them beside it), and a teacher is no module of it.
+    ``state_dict`` keys, attributes such as ``bbox_head`` and prediction are the plain student's. The terms' weights
+    stay out of ``state_dict`` (:class:`~kd_det.hooks.DistillHook` stores them beside it), and a teacher is no module of
+    it.
 
     Args:
         student: Model dict of the student, as in any mmdet config.

@@ -26,10 +26,10 @@ class PseudoLabels:
     The teacher detects on the student's batch, in its coordinates. The student's own loss and all terms see the same
     boxes. An unlabelled image where the teacher is sure of nothing stays unlabelled.
 
-    **Weights of boxes.** Heads of MMDetection know no weight of a ground-truth box: a box is assigned to priors, or it is
-    not. So in each step a box of weight w is drawn with probability w. What the student minimises is then the expected
-    loss, object with probability w and background with 1 − w: it serves every head, and without bias. A box is drawn
-    anew in each step; a weight of 1 draws nothing.
+    **Weights of boxes.** Heads of MMDetection know no weight of a ground-truth box: a box is assigned to priors, or it
+    is not. So in each step a box of weight w is drawn with probability w. What the student minimises is then the
+    expected loss, object with probability w and background with 1 − w: it serves every head, and without bias. A box is
+    drawn anew in each step; a weight of 1 draws nothing.
 
     Students with masks can not be taught so, for a box has no mask.
 
@@ -61,8 +61,8 @@ class PseudoLabels:
         self.by_score = weight == BY_SCORE
         self.weight: Weight = build_weight(1.0 if self.by_score else weight)
         if self.weight.balance is not None or not 0 <= self.weight.full <= 1:
-            raise ValueError(f"weight={weight!r}: expected 'score', or a number from 0 to 1 or a schedule of one, for it is "
-                             'the probability with which a box counts in a step.')
+            raise ValueError(f"weight={weight!r}: expected 'score', or a number from 0 to 1 or a schedule of one, for "
+                             'it is the probability with which a box counts in a step.')
         self.score, self.iou, self.nms_iou, self.teacher = score, iou, nms_iou, teacher
         self.replaces, self.only_unlabelled = mode == 'replace', images == 'unlabelled'
 
@@ -121,12 +121,12 @@ def build_pseudo_labels(config: Optional[dict], student: nn.Module, teachers: in
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigurationError(f'model.pseudo_labels: {reason(error, PseudoLabels)}') from error
     if not 0 <= pseudo_labels.teacher < teachers:
-        raise ConfigurationError(f'model.pseudo_labels: teacher={pseudo_labels.teacher}, but there are {teachers} teachers, '
-                                 'counted from 0.')
+        raise ConfigurationError(f'model.pseudo_labels: teacher={pseudo_labels.teacher}, but there are {teachers} '
+                                 'teachers, counted from 0.')
     if getattr(student, 'with_mask', False):
-        raise ConfigurationError(f"model.pseudo_labels: the student, a {type(student).__name__}, learns the masks of its "
-                                 'boxes, and pseudo-labels have none. Take a student without masks, or leave them out: '
-                                 'terms learn from unlabelled images without them.')
+        raise ConfigurationError(f"model.pseudo_labels: the student, a {type(student).__name__}, learns the masks of "
+                                 'its boxes, and pseudo-labels have none. Take a student without masks, or leave them '
+                                 'out: terms learn from unlabelled images without them.')
     return pseudo_labels
 
 

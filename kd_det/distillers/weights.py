@@ -116,7 +116,7 @@ class Start(_Ramp):
 
 @TASK_UTILS.register_module()
 class Stop(_Ramp):
-    __doc__ = 'Keeps its value for that long, then 0: the term, and a teacher that no other term needs, no longer run.\n' \
+    __doc__ = 'Keeps its value for that long, then 0: the term, and a teacher that no other needs, no longer run.\n' \
         + _Ramp.__doc__
 
     def __call__(self, progress: Progress) -> float:
@@ -131,7 +131,8 @@ def build_weight(config: WeightConfig) -> Weight:
         return Weight(config)
     if isinstance(config, dict) and 'type' in config:
         if isinstance(config['type'], str) and TASK_UTILS.get(config['type']) is None:
-            raise ValueError(f"weight: there is no schedule '{config['type']}': expected one of Warmup, Decay, Start, Stop "
-                             'and Balance.')
+            raise ValueError(f"weight: there is no schedule '{config['type']}': expected one of Warmup, Decay, "
+                             'Start, Stop and Balance.')
         return TASK_UTILS.build(config)
-    raise ValueError(f"weight={config!r}: expected a number or a schedule such as dict(type='Warmup', value=1.0, epochs=1).")
+    raise ValueError(f"weight={config!r}: expected a number or a schedule such as dict(type='Warmup', value=1.0, "
+                     'epochs=1).')

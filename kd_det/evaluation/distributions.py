@@ -43,8 +43,8 @@ def class_distributions(detector: nn.Module, features: Levels, boxes: Sequence[T
                         classes: Optional[Sequence[int]] = None) -> ClassDistributions:
     """Reads a detector at some boxes.
 
-    A RoI head is run on the boxes (of a cascade: the mean of its stages' logits counts). Of a dense head one prior speaks
-    for each box, see :func:`speaking_priors`.
+    A RoI head is run on the boxes (of a cascade: the mean of its stages' logits counts). Of a dense head one prior
+    speaks for each box, see :func:`speaking_priors`.
 
     Args:
         detector: In eval mode; one with a :func:`classifying_head`.

@@ -40,10 +40,12 @@ class FidelityMetric(BaseMetric):
       :mod:`~kd_det.evaluation.distributions`;
 
     and ``teacher_errors``, the share of wrong ones among the teacher's confident boxes; ``student_ece`` and
-    ``teacher_ece``, the calibration errors of both; and ``cka_<stride>``, the linear CKA of the neck's features over all cells.
+    ``teacher_ece``, the calibration errors of both; and ``cka_<stride>``, the linear CKA of the neck's features over
+    all cells.
 
-    Classes are matched by name, where the names of both are known. Detections and ground truth of others do not count, and
-    distributions are restricted to the shared ones; ``shared_classes`` tells how many these are, unless all are shared.
+    Classes are matched by name, where the names of both are known. Detections and ground truth of others do not count,
+    and distributions are restricted to the shared ones; ``shared_classes`` tells how many these are, unless all are
+    shared.
 
     Args:
         teacher: ``config`` and ``checkpoint``, perhaps ``classes``, as of :class:`~kd_det.teachers.Teacher`.
@@ -56,8 +58,8 @@ class FidelityMetric(BaseMetric):
 
     Raises:
         TeacherError: See :class:`~kd_det.teachers.Teacher`.
-        ConfigurationError: Student and teacher share no class; or they have not the same number of classes, and the names
-            do not tell which are the same.
+        ConfigurationError: Student and teacher share no class; or they have not the same number of classes, and the
+            names do not tell which are the same.
     """
     default_prefix = 'fidelity'
 
@@ -127,10 +129,10 @@ class FidelityMetric(BaseMetric):
             return match
         mine, theirs = mine or (len(names) if names else None), number_of_classes(teacher.model)
         if None not in (mine, theirs) and mine != theirs:
-            whose, remedy = (('teacher', "name them, by label, with FidelityMetric's teacher=dict(classes=[…])") if names else
-                             ('student', "name them, by label, in the metainfo of the validation data"))
-            raise ConfigurationError(f'FidelityMetric: the student has {mine} classes and the teacher {theirs}, and which '
-                                     f"are the same is not known, for the {whose}'s names are not: {remedy}.")
+            whose, remedy = (('teacher', "name them, by label, with FidelityMetric's teacher=dict(classes=[…])")
+                             if names else ('student', 'name them, by label, in the metainfo of the validation data'))
+            raise ConfigurationError(f'FidelityMetric: the student has {mine} classes and the teacher {theirs}, '
+                                     f"and which are the same is not known, for the {whose}'s names are not: {remedy}.")
         return None
 
     def _compare(self, sample: dict, teacher: InstanceData) -> dict:
@@ -207,8 +209,9 @@ class FidelityMetric(BaseMetric):
             if len(scores):
                 metrics[f'{name}_ece'] = expected_calibration_error(scores, correct, self.bins).item()
         metrics.update({f'cka_{stride}': value for stride, value in self._cka.items()})
-        if self.match is not None and not len(self.match.of_student) == len(self.match.student) == len(self.match.teacher):
-            metrics['shared_classes'] = float(len(self.match.of_student))
+        match = self.match
+        if match is not None and not len(match.of_student) == len(match.student) == len(match.teacher):
+            metrics['shared_classes'] = float(len(match.of_student))
         return metrics
 
 

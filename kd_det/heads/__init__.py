@@ -10,4 +10,5 @@ from kd_det.heads.towers import TeacherTowers, TowerFeatures
 
 __all__ = ['DISTRIBUTIONS_OF', 'DenseOutputs', 'HeadError', 'POSITIVES_OF', 'QUERIES_OF', 'QueryOutputs', 'ROI_HEAD',
            'Regions', 'RoIOutputs', 'StudentHeads', 'StudentOutputs', 'TOWERS_OF', 'TeacherForward', 'TeacherOutputs',
-           'TeacherTowers', 'TowerFeatures', 'check_head', 'find_head', 'read_dense', 'read_queries', 'reads', 'run_heads']
+           'TeacherTowers', 'TowerFeatures', 'check_head', 'find_head', 'read_dense', 'read_queries', 'reads',
+           'run_heads']

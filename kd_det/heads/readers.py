@@ -127,7 +127,7 @@ def read_dense(head: nn.Module, outputs: Sequence[Maps], assignments: Sequence =
 
 
 def _labels_at(place: int, targets_at: Optional[int] = None) -> Assignment:
-    """For heads whose ``get_targets`` returns labels, perhaps deltas too, level by level, at these places of a tuple."""
+    """For heads whose ``get_targets`` returns labels, perhaps deltas too, by level, at these places of a tuple."""
 
     def positives(head: nn.Module, returned: Sequence[tuple], images: int) -> Tensor:
         labels = torch.cat([level.reshape(images, -1) for level in returned[-1][place]], 1)

@@ -28,12 +28,13 @@ class DistillHook(Hook):
     ``default_hooks=dict(distill=dict(type='DistillHook'))``. With a plain detector it only tells the epoch.
 
     - Before training the teacher is loaded, evaluated (pre-flight), and a table tells where all weights came from.
-    - Each step the weights' schedules move, and the random numbers are set from seed and iteration, so that a resumed run
-      goes on as the uninterrupted one would. (Not when every term's weight is 0: then nothing differs from plain training.)
+    - Each step the weights' schedules move, and the random numbers are set from seed and iteration, so that a resumed
+      run goes on as the uninterrupted one would. (Not when every term's weight is 0: then nothing differs from plain
+      training.)
     - The log gets what distilling costs each step, ``kd_time`` in seconds and ``kd_memory`` in MiB, see
       :class:`~kd_det.distillers.cost.StepCost`.
-    - At the start of each epoch :class:`~kd_det.datasets.ReplayedRandomness` is told which it is; at its end the teachers'
-      caches report.
+    - At the start of each epoch :class:`~kd_det.datasets.ReplayedRandomness` is told which it is; at its end the
+      teachers' caches report.
     - Each checkpoint gets the terms' weights, and what their balance has measured, under ``'distill'``, beside the
       student's ``state_dict``.
     - After training the teacher's fingerprint must be what it was.
@@ -61,10 +62,12 @@ class DistillHook(Hook):
             if self.preflight is not None and teacher.checkpoint:
                 skill = evaluate_teacher(runner, teacher, self.preflight['images'])
                 if skill is None:
-                    runner.logger.warning('Pre-flight: the config has no validation data, so the teacher goes unchecked.')
+                    runner.logger.warning('Pre-flight: the config has no validation data, so the teacher goes '
+                                          'unchecked.')
                     continue
-                runner.logger.info(f'Pre-flight: teacher {teacher.checkpoint} on up to {self.preflight["images"]} images: '
-                                   + ', '.join(f'{name} {value:.3f}' for name, value in skill.metrics.items()))
+                metrics = ', '.join(f'{name} {value:.3f}' for name, value in skill.metrics.items())
+                runner.logger.info(f'Pre-flight: teacher {teacher.checkpoint} on up to {self.preflight["images"]} '
+                                   f'images: {metrics}')
                 require_skill(skill, self.preflight['min_map'], self.preflight['images'])
         if is_main_process():
             runner.logger.info('\n'.join(['Where the weights came from:', origin_table(distiller), *classes]))
@@ -99,7 +102,8 @@ class DistillHook(Hook):
     def after_train(self, runner: Runner) -> None:
         distiller = _distiller_of(runner)
         if distiller is not None and [teacher.fingerprint() for teacher in distiller.teachers] != self._fingerprints:
-            raise RuntimeError("The teacher's weights or buffers changed during training. Some hook or module writes to it.")
+            raise RuntimeError("The teacher's weights or buffers changed during training. Some hook or module writes "
+                               'to it.')
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         distiller = _distiller_of(runner)
@@ -118,8 +122,8 @@ class DistillHook(Hook):
             distiller.load_terms(checkpoint[CHECKPOINT_KEY]['terms'])
             distiller.monitor.load_state_dict(checkpoint[CHECKPOINT_KEY].get('weights', {}))
         elif len(distiller.terms):
-            runner.logger.warning("The resumed checkpoint holds no 'distill': it was not written by a distillation. The "
-                                  'adapters start anew.')
+            runner.logger.warning("The resumed checkpoint holds no 'distill': it was not written by a distillation. "
+                                  'The adapters start anew.')
 
 
 def _distiller_of(runner: Runner) -> Optional[DetectionDistiller]:

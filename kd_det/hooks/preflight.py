@@ -76,8 +76,8 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int) -> Optional[
     with preserved_randomness():
         dataset = DATASETS.build(copy.deepcopy(loader['dataset']))
         if len(dataset) == 0:
-            raise ConfigurationError('The validation data is empty: check val_dataloader.dataset (ann_file, data_prefix, '
-                                     'data_root).')
+            raise ConfigurationError('The validation data is empty: check val_dataloader.dataset (ann_file, '
+                                     'data_prefix, data_root).')
         match = classes_on(teacher, dataset.metainfo['classes'])
         count = min(images, len(dataset))
         evaluator = runner.build_evaluator(copy.deepcopy(evaluator))
@@ -85,7 +85,8 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int) -> Optional[
         for metric in evaluator.metrics:
             if hasattr(metric, 'img_ids'):  # or CocoMetric counts every image of the file as missed
                 metric.img_ids = [dataset.get_data_info(index)['img_id'] for index in range(count)]
-        share = DataLoader(_rank_share(dataset, count), batch_size=loader.get('batch_size') or 1, collate_fn=pseudo_collate)
+        share = DataLoader(_rank_share(dataset, count), batch_size=loader.get('batch_size') or 1,
+                           collate_fn=pseudo_collate)
         for batch in share:
             data = preprocess(batch, False)
             samples = teacher.predict(data['inputs'], data['data_samples'])
@@ -115,5 +116,5 @@ def require_skill(skill: Skill, minimum: float, images: int) -> None:
     # CocoMetric reports nothing at all where nothing was detected.
     reached = mean_average_precision(skill.metrics) if skill.metrics else 0.0
     if reached is not None and reached < minimum:
-        raise TeacherError(f'Pre-flight: on up to {images} validation images the teacher reaches {reached:.3f} mAP, under '
-                           f'the minimum of {minimum:.3f}. A student would learn noise.\n{LIKELY_CAUSES}')
+        raise TeacherError(f'Pre-flight: on up to {images} validation images the teacher reaches {reached:.3f} mAP, '
+                           f'under the minimum of {minimum:.3f}. A student would learn noise.\n{LIKELY_CAUSES}')

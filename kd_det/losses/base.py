@@ -150,8 +150,8 @@ class FeatureTerm(DistillTerm):
         if student.shape[-2:] != teacher.shape[-2:]:
             if not self.resize:
                 raise ValueError(f"Level {pair.student_index} of '{self.student_path}': the student's "
-                                 f"{tuple(student.shape)} and the teacher's {tuple(teacher.shape)} cover the same image "
-                                 'with other cells. Allow resize=True.')
+                                 f"{tuple(student.shape)} and the teacher's {tuple(teacher.shape)} cover the same "
+                                 'image with other cells. Allow resize=True.')
             teacher = F.interpolate(teacher, student.shape[-2:], mode='bilinear', align_corners=False)
         return ComparedLevel(student, teacher, pair.student.stride, pair.student_index, context, self.teacher)
 

@@ -29,7 +29,7 @@ class PyramidMask(CellMask):
         return True
 
     def box_levels(self, level: ComparedLevel) -> Tuple[List[Tensor], int]:
-        """The level that each box belongs to, one (n,) per image, and which this one is; both counted from the finest."""
+        """The level that each box belongs to, one (n,) per image, and which this is; both counted from the finest."""
         taps = level.context.student_levels.values()  # some, as YOLOv3's neck, begin with the coarsest level
         strides = max((sorted(each.stride for each in levels) for levels in taps if len(levels) > level.index
                        and levels[level.index].stride == level.stride), key=len)

@@ -72,7 +72,8 @@ def _comparison(study: Study) -> dict:
     metrics = [name for name in METRICS.values() if any(row[name] != NONE for row in table)]
     columns = ['method', metrics[0], 'Δ mAP', *metrics[1:], 'seeds', *COSTS] if metrics else ['method', 'seeds', *COSTS]
     of_students = [name for name in FIDELITY if name not in OF_TEACHER]
-    fidelity = {split: dict(columns=['method', *of_students], rows=fidelity_rows(variants), teacher=_teacher_numbers(variants))
+    fidelity = {split: dict(columns=['method', *of_students], rows=fidelity_rows(variants),
+                            teacher=_teacher_numbers(variants))
                 for split, variants in results['fidelity'].items()}
     provenance = {key: results[key] for key in ('command', 'versions', 'machine', 'pair', 'data') if key in results}
     return dict(verdict=sentence(made), beyond=sentence(beyond, 'inherit alone') if beyond else '', statements=made,
@@ -97,7 +98,8 @@ def _logs(study: Study, notes: List[str]) -> dict:
         by_term = term_curves(study.variants[variant][0].config, scalars)
         if by_term:
             terms[variant] = dict(terms=by_term, task=task_curves(scalars, list(by_term)))
-            logged[variant] = [dict(each, loss=without_terms(each, list(by_term))) for each in scalars if 'loss' in each]
+            logged[variant] = [dict(each, loss=without_terms(each, list(by_term)))
+                               for each in scalars if 'loss' in each]
     curves = {title: {variant: [each[key] for each in scalars if key in each] for variant, scalars in logged.items()}
               for key, title in SHOWN_METRICS.items()}
     curves = {title: {variant: each for variant, each in by_variant.items() if each}

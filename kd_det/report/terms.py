@@ -21,8 +21,8 @@ def term_curves(config: Config, scalars: List[Scalars]) -> Dict[str, dict]:
 
     Returns:
         Term -> ``loss``: the weighted loss of each run; ``parts``: name -> the weighted part of each run;
-        ``gradient``: of each run the gradient of the term without its weight, as a multiple of the task's, None where it
-        was not logged.
+        ``gradient``: of each run the gradient of the term without its weight, as a multiple of the task's, None where
+        it was not logged.
     """
     curves = {}
     for name, term in (config.model.get('distill') or {} if is_distillation(config) else {}).items():

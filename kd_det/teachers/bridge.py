@@ -15,7 +15,7 @@ class InputBridge(nn.Module):
     passes through untouched.
 
     Args:
-        student: The student's data preprocessor (mmdet's ``DetDataPreprocessor`` or mmengine's ``ImgDataPreprocessor``).
+        student: The student's data preprocessor (mmdet's ``DetDataPreprocessor``, mmengine's ``ImgDataPreprocessor``).
         teacher: The teacher's.
     """
 

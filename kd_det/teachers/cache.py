@@ -36,9 +36,9 @@ class TeacherCache:
 
     The key of an entry is a hash of all that the outputs depend on: the question (the teacher's weights and config,
     what is read of it, how it is run), the shape of the batch, and the very pixels that the teacher is given, whatever
-    file and transform made them. So an entry is found when an image recurs pixel by pixel in a batch of the same shape, and
-    never otherwise. The number of images is part of that shape, because convolutions choose their kernels by it, and
-    results differ in the last bits: a batch of which some image is absent is computed as a whole.
+    file and transform made them. So an entry is found when an image recurs pixel by pixel in a batch of the same shape,
+    and never otherwise. The number of images is part of that shape, because convolutions choose their kernels by it,
+    and results differ in the last bits: a batch of which some image is absent is computed as a whole.
 
     Results do not depend on what the cache holds: a batch that is computed passes through the form in which it is kept.
     With ``dtype='float32'`` that changes no bit, with ``'float16'`` it rounds; a level with a value beyond the range

@@ -26,8 +26,8 @@ def teacher_classes(count: Optional[int], given: Sequence[str], meta: dict, conf
         TeacherError: As many names are given as the teacher has not.
     """
     if given and count not in (None, len(given)):
-        raise TeacherError(f'teacher.classes gives {len(given)} names, but the teacher tells {count} classes apart: name '
-                           'all of them, by label.')
+        raise TeacherError(f'teacher.classes gives {len(given)} names, but the teacher tells {count} classes apart: '
+                           'name all of them, by label.')
     for names in _candidates(given, meta, config):
         if names and not isinstance(names, str) and count in (None, len(names)):
             return tuple(map(str, names))

@@ -37,8 +37,8 @@ def read_model_config(config: ModelConfig) -> ConfigDict:
     loaded = load_config(config) if isinstance(config, (str, Path)) else ConfigDict(config)
     model = loaded.get('model', loaded)
     if 'type' not in model:
-        raise TeacherError(f"The teacher's config {config!r:.200} holds no model: expected a key 'model', or a model dict "
-                           "with a 'type'.")
+        raise TeacherError(f"The teacher's config {config!r:.200} holds no model: expected a key 'model', or a model "
+                           "dict with a 'type'.")
     # A student that was itself distilled may teach: what counts is the detector inside. Building may write into it.
     return copy.deepcopy(model.student if model.type == DISTILLER else model)
 
@@ -78,7 +78,8 @@ def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str
     state = _plain_state_dict(loaded)
     expected = model.state_dict()
     misshapen = [key for key in expected if key in state and state[key].shape != expected[key].shape]
-    shapes = {key: f'{key} (file {tuple(state.pop(key).shape)}, model {tuple(expected[key].shape)})' for key in misshapen}
+    shapes = {key: f'{key} (file {tuple(state.pop(key).shape)}, model {tuple(expected[key].shape)})'
+              for key in misshapen}
     # Only PyTorch's own loading knows the keys that a module renames from older versions of itself.
     missing, unexpected = model.load_state_dict(state, strict=False)
     # Very old checkpoints lack BatchNorm's step counters, which inference does not read.
@@ -100,7 +101,8 @@ def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str
 def _plain_state_dict(checkpoint: dict) -> 'OrderedDict[str, Tensor]':
     """The weights within a checkpoint, without the prefix that data-parallel wrappers add."""
     state = checkpoint.get('state_dict', checkpoint.get('model', checkpoint))
-    plain = OrderedDict((re.sub(r'^module\.', '', key), value) for key, value in state.items() if isinstance(value, Tensor))
+    plain = OrderedDict((re.sub(r'^module\.', '', key), value)
+                        for key, value in state.items() if isinstance(value, Tensor))
     plain._metadata = getattr(state, '_metadata', None)  # versions of the modules, by which they rename keys
     return plain
 

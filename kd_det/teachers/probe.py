@@ -41,9 +41,10 @@ class FeatureExtractor(nn.Module):
 def probe_levels(model: nn.Module, taps: Taps) -> Dict[str, Tuple[Level, ...]]:
     """Runs one blank image through backbone and neck. An encoder does not run: it keeps the form of its tokens.
 
-    An SSD's last layers have no padding: they fit the one size of image that its largest stride names, where the 10 cells
-    of stride 32 of 300 pixels are no multiple of it. So the image is as large as the largest stride of the anchors, and a
-    level is called by the stride that needs as many cells; by that name the outputs of its head are found too.
+    An SSD's last layers have no padding: they fit the one size of image that its largest stride names, where the 10
+    cells of stride 32 of 300 pixels are no multiple of it. So the image is as large as the largest stride of the
+    anchors, and a level is called by the stride that needs as many cells; by that name the outputs of its head are
+    found too.
 
     Args:
         model: A detector, or a :class:`FeatureExtractor`. It is left as it was, BatchNorm statistics included.

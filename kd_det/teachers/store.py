@@ -28,8 +28,8 @@ class ArrayStore:
     """A folder of entries; each holds some arrays by name, under a key.
 
     Several processes may read and write at once. An entry is written under another name and renamed when it is
-    complete, so that a process that is killed leaves no torn one. It is an uncompressed ``.npz`` archive, whose checksums are
-    verified at each read; an entry that fails is removed and counts as absent. Reading takes no lock.
+    complete, so that a process that is killed leaves no torn one. It is an uncompressed ``.npz`` archive, whose
+    checksums are verified at each read; an entry that fails is removed and counts as absent. Reading takes no lock.
 
     Args:
         folder: Made if need be.

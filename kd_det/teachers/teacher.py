@@ -32,8 +32,8 @@ NECK = 'neck'
 class Teacher:
     """A frozen detector in evaluation mode with its taps and its input bridge.
 
-    It is deliberately no ``nn.Module``: held as an attribute of one, it joins neither its parameters nor its state dict,
-    its training mode, its data-parallel buckets or its copies.
+    It is deliberately no ``nn.Module``: held as an attribute of one, it joins neither its parameters nor its state
+    dict, its training mode, its data-parallel buckets or its copies.
 
     Args:
         config: See :func:`~kd_det.teachers.loading.read_model_config`.
@@ -43,8 +43,8 @@ class Teacher:
         allow_unexpected: See :func:`~kd_det.teachers.loading.load_strictly`.
         classes: Names of its classes, by label; by default those that the checkpoint or the config names, see
             :func:`~kd_det.teachers.class_names.teacher_classes`.
-        cache: The arguments of a :class:`~kd_det.teachers.cache.TeacherCache`, which keeps the outputs on disk; None for
-            none. Outputs of heads must be of those that :func:`~kd_det.heads.keeping.can_be_kept`.
+        cache: The arguments of a :class:`~kd_det.teachers.cache.TeacherCache`, which keeps the outputs on disk; None
+            for none. Outputs of heads must be of those that :func:`~kd_det.heads.keeping.can_be_kept`.
         fuse: See :class:`~kd_det.teachers.engine.Engine`.
         channels_last: See :class:`~kd_det.teachers.engine.Engine`.
         precision: See :class:`~kd_det.teachers.engine.Engine`.
@@ -85,7 +85,8 @@ class Teacher:
             raise TeacherError('The teacher has no checkpoint: set teacher.checkpoint to its weights. A random teacher '
                                'teaches noise; for a dry run say so with teacher.random_teacher=True.')
         if checkpoint and random_teacher:
-            raise TeacherError(f"teacher.random_teacher=True contradicts teacher.checkpoint='{checkpoint}': remove one.")
+            raise TeacherError(f"teacher.random_teacher=True contradicts teacher.checkpoint='{checkpoint}': remove "
+                               'one.')
         self.checkpoint = checkpoint
         self.engine = Engine(fuse, channels_last, precision, compile, winograd)
         self._digests: Optional[Tuple[str, str]] = None  # of the weights as loaded, and as the engine runs them

@@ -21,7 +21,8 @@ def read_scalars(files: Union[str, Path, Sequence[Union[str, Path]]]) -> Dict[st
 
     Returns:
         Name -> epoch -> value of every number that was logged: in training the mean over the epoch's lines, in
-        validation the value after so many epochs. Where a step was logged twice, as after a resume, the later value holds.
+        validation the value after so many epochs. Where a step was logged twice, as after a resume, the later value
+        holds.
 
     Raises:
         ValueError: A line is not what mmengine writes; the message tells which.
