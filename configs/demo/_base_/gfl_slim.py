@@ -23,4 +23,5 @@ model = dict(
         reg_max=16,
         loss_bbox=dict(type='GIoULoss', loss_weight=2.0)),
     train_cfg=dict(assigner=dict(type='ATSSAssigner', topk=9), allowed_border=-1, pos_weight=-1, debug=False),
-    test_cfg=dict(nms_pre=200, min_bbox_size=0, score_thr=0.05, nms=dict(type='nms', iou_threshold=0.6), max_per_img=50))
+    test_cfg=dict(
+        nms_pre=200, min_bbox_size=0, score_thr=0.05, nms=dict(type='nms', iou_threshold=0.6), max_per_img=50))

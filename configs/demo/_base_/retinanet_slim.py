@@ -1,7 +1,7 @@
 """RetinaNet with a neck and towers of 64 channels, for images of about 128 pixels, from scratch.
 
-It begins at stride 4, not at RetinaNet's 8: the anchors are those of the Faster R-CNN beside it, in three sizes each. The
-wider initialisation of the towers lets them learn within the demo's few steps.
+It begins at stride 4, not at RetinaNet's 8: the anchors are those of the Faster R-CNN beside it, in three sizes each.
+The wider initialisation of the towers lets them learn within the demo's few steps.
 """
 _base_ = './resnet_fpn_slim.py'
 model = dict(
@@ -16,7 +16,8 @@ model = dict(
             type='Normal', layer='Conv2d', std=0.05,
             override=dict(type='Normal', name='retina_cls', std=0.01, bias_prob=0.01)),
         anchor_generator=dict(
-            type='AnchorGenerator', octave_base_scale=4, scales_per_octave=3, ratios=[0.5, 1.0, 2.0], strides=[4, 8, 16, 32]),
+            type='AnchorGenerator', octave_base_scale=4, scales_per_octave=3, ratios=[0.5, 1.0, 2.0],
+            strides=[4, 8, 16, 32]),
         bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[.0, .0, .0, .0], target_stds=[0.1, 0.1, 0.2, 0.2]),
         loss_cls=dict(type='FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0),
         loss_bbox=dict(type='L1Loss', loss_weight=1.0)),
@@ -26,4 +27,5 @@ model = dict(
         allowed_border=-1,
         pos_weight=-1,
         debug=False),
-    test_cfg=dict(nms_pre=200, min_bbox_size=0, score_thr=0.05, nms=dict(type='nms', iou_threshold=0.5), max_per_img=50))
+    test_cfg=dict(
+        nms_pre=200, min_bbox_size=0, score_thr=0.05, nms=dict(type='nms', iou_threshold=0.5), max_per_img=50))
