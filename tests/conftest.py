@@ -30,8 +30,8 @@ PREPROCESSOR = dict(type='DetDataPreprocessor', mean=[123.675, 116.28, 103.53], 
 
 
 def _backbone(depth: int, width: int) -> dict:
-    return dict(type='ResNet', depth=depth, base_channels=width, stem_channels=width, num_stages=4, out_indices=(0, 1, 2, 3),
-                norm_cfg=dict(type='BN'), norm_eval=False, style='pytorch')
+    return dict(type='ResNet', depth=depth, base_channels=width, stem_channels=width, num_stages=4,
+                out_indices=(0, 1, 2, 3), norm_cfg=dict(type='BN'), norm_eval=False, style='pytorch')
 
 
 def _stage_channels(depth: int, width: int) -> list:
@@ -66,9 +66,11 @@ def retinanet():
                 anchor_generator=dict(type='AnchorGenerator', octave_base_scale=4, scales_per_octave=1, ratios=[1.0],
                                       strides=[8 * 2**level for level in range(levels)]),
                 bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_stds=[0.1, 0.1, 0.2, 0.2])),
-            train_cfg=dict(assigner=dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0, ignore_iof_thr=-1),
+            train_cfg=dict(assigner=dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0,
+                                         ignore_iof_thr=-1),
                            sampler=dict(type='PseudoSampler'), allowed_border=-1, pos_weight=-1, debug=False),
-            test_cfg=dict(nms_pre=100, min_bbox_size=0, score_thr=0.001, nms=dict(type='nms', iou_threshold=0.5), max_per_img=20),
+            test_cfg=dict(nms_pre=100, min_bbox_size=0, score_thr=0.001, nms=dict(type='nms', iou_threshold=0.5),
+                          max_per_img=20),
             **changes)
 
     return make
@@ -80,30 +82,35 @@ def faster_rcnn():
 
     def make(depth: int = 18, width: int = 4, neck: int = 8, classes: int = 3, **changes) -> dict:
         sampler = dict(type='RandomSampler', num=16, pos_fraction=0.5, neg_pos_ub=-1, add_gt_as_proposals=True)
-        assigner = dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.5, min_pos_iou=0.3, match_low_quality=True,
-                        ignore_iof_thr=-1)
+        assigner = dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.5, min_pos_iou=0.3,
+                        match_low_quality=True, ignore_iof_thr=-1)
         proposals = dict(nms_pre=50, max_per_img=20, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0)
         return ConfigDict(
             type='FasterRCNN', data_preprocessor=PREPROCESSOR, backbone=_backbone(depth, width),
             neck=dict(type='FPN', in_channels=_stage_channels(depth, width), out_channels=neck, num_outs=5),
             rpn_head=dict(
                 type='RPNHead', in_channels=neck, feat_channels=neck,
-                anchor_generator=dict(type='AnchorGenerator', scales=[4], ratios=[0.5, 1.0], strides=[4, 8, 16, 32, 64]),
+                anchor_generator=dict(type='AnchorGenerator', scales=[4], ratios=[0.5, 1.0],
+                                      strides=[4, 8, 16, 32, 64]),
                 bbox_coder=dict(type='DeltaXYWHBBoxCoder'),
                 loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=True), loss_bbox=dict(type='L1Loss')),
             roi_head=dict(
                 type='StandardRoIHead',
-                bbox_roi_extractor=dict(type='SingleRoIExtractor', roi_layer=dict(type='RoIAlign', output_size=3, sampling_ratio=0),
+                bbox_roi_extractor=dict(type='SingleRoIExtractor',
+                                        roi_layer=dict(type='RoIAlign', output_size=3, sampling_ratio=0),
                                         out_channels=neck, featmap_strides=[4, 8, 16, 32]),
-                bbox_head=dict(type='Shared2FCBBoxHead', in_channels=neck, fc_out_channels=16, roi_feat_size=3, num_classes=classes,
+                bbox_head=dict(type='Shared2FCBBoxHead', in_channels=neck, fc_out_channels=16, roi_feat_size=3,
+                               num_classes=classes,
                                bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_stds=[0.1, 0.1, 0.2, 0.2]),
-                               reg_class_agnostic=False, loss_cls=dict(type='CrossEntropyLoss'), loss_bbox=dict(type='L1Loss'))),
+                               reg_class_agnostic=False, loss_cls=dict(type='CrossEntropyLoss'),
+                               loss_bbox=dict(type='L1Loss'))),
             train_cfg=dict(
-                rpn=dict(assigner=assigner, sampler=dict(sampler, add_gt_as_proposals=False), allowed_border=-1, pos_weight=-1,
-                         debug=False),
+                rpn=dict(assigner=assigner, sampler=dict(sampler, add_gt_as_proposals=False), allowed_border=-1,
+                         pos_weight=-1, debug=False),
                 rpn_proposal=proposals,
                 rcnn=dict(assigner=assigner, sampler=sampler, pos_weight=-1, debug=False)),
-            test_cfg=dict(rpn=proposals, rcnn=dict(score_thr=0.001, nms=dict(type='nms', iou_threshold=0.5), max_per_img=20)),
+            test_cfg=dict(rpn=proposals,
+                          rcnn=dict(score_thr=0.001, nms=dict(type='nms', iou_threshold=0.5), max_per_img=20)),
             **changes)
 
     return make
@@ -115,33 +122,37 @@ def dense_head_config():
 
     strides = [8, 16, 32]
     sigmoid, groups = dict(type='CrossEntropyLoss', use_sigmoid=True), dict(type='GN', num_groups=2, requires_grad=True)
-    deltas, distances = (dict(type='DeltaXYWHBBoxCoder', target_stds=[0.1, 0.1, 0.2, 0.2]), dict(type='DistancePointBBoxCoder'))
+    deltas, distances = (dict(type='DeltaXYWHBBoxCoder', target_stds=[0.1, 0.1, 0.2, 0.2]),
+                         dict(type='DistancePointBBoxCoder'))
     points = dict(type='MlvlPointGenerator', offset=0, strides=strides)
     anchors = dict(type='AnchorGenerator', octave_base_scale=4, scales_per_octave=2, ratios=[0.5, 1.0], strides=strides)
     one_anchor = dict(type='AnchorGenerator', ratios=[1.0], octave_base_scale=8, scales_per_octave=1, strides=strides)
     quality = dict(loss_cls=dict(type='QualityFocalLoss', use_sigmoid=True), loss_bbox=dict(type='GIoULoss'))
-    max_iou = dict(assigner=dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0, ignore_iof_thr=-1),
+    max_iou = dict(assigner=dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0,
+                                 ignore_iof_thr=-1),
                    sampler=dict(type='PseudoSampler'), allowed_border=-1, pos_weight=-1, debug=False)
-    atss, soft = (dict(max_iou, assigner=dict(type=kind, topk=9)) for kind in ('ATSSAssigner', 'DynamicSoftLabelAssigner'))
+    atss, soft = (dict(max_iou, assigner=dict(type=kind, topk=9))
+                  for kind in ('ATSSAssigner', 'DynamicSoftLabelAssigner'))
     ranges = ((-1, 64), (64, 128), (128, 1e8))
 
     def make(family: str, channels: int = 8, classes: int = 3, **changes) -> dict:
         common = dict(num_classes=classes, in_channels=channels, feat_channels=channels, stacked_convs=1)
         configs = dict(
             retina=dict(common, type='RetinaHead', anchor_generator=anchors, bbox_coder=deltas, train_cfg=max_iou),
-            retina_softmax=dict(common, type='RetinaHead', anchor_generator=anchors, bbox_coder=deltas, train_cfg=max_iou,
-                                loss_cls=dict(type='CrossEntropyLoss')),
-            atss=dict(common, type='ATSSHead', anchor_generator=one_anchor, bbox_coder=deltas, train_cfg=atss, norm_cfg=groups,
-                      loss_centerness=sigmoid, loss_bbox=dict(type='GIoULoss')),
-            gfl=dict(common, type='GFLHead', anchor_generator=one_anchor, train_cfg=atss, norm_cfg=groups, reg_max=4, **quality),
+            retina_softmax=dict(common, type='RetinaHead', anchor_generator=anchors, bbox_coder=deltas,
+                                train_cfg=max_iou, loss_cls=dict(type='CrossEntropyLoss')),
+            atss=dict(common, type='ATSSHead', anchor_generator=one_anchor, bbox_coder=deltas, train_cfg=atss,
+                      norm_cfg=groups, loss_centerness=sigmoid, loss_bbox=dict(type='GIoULoss')),
+            gfl=dict(common, type='GFLHead', anchor_generator=one_anchor, train_cfg=atss, norm_cfg=groups, reg_max=4,
+                     **quality),
             fcos=dict(common, type='FCOSHead', strides=strides, norm_cfg=groups, regress_ranges=ranges),
             fcos_normalized=dict(common, type='FCOSHead', strides=strides, norm_cfg=groups, norm_on_bbox=True,
                                  regress_ranges=ranges),
             rtmdet=dict(common, type='RTMDetHead', anchor_generator=points, bbox_coder=distances, with_objectness=False,
                         norm_cfg=dict(type='BN'), train_cfg=soft, **quality),
             rtmdet_separate=dict(common, type='RTMDetSepBNHead', anchor_generator=points, bbox_coder=distances,
-                                 with_objectness=True, exp_on_reg=True, norm_cfg=dict(type='BN'), act_cfg=dict(type='SiLU'),
-                                 train_cfg=soft, **quality),
+                                 with_objectness=True, exp_on_reg=True, norm_cfg=dict(type='BN'),
+                                 act_cfg=dict(type='SiLU'), train_cfg=soft, **quality),
             yolox=dict(common, type='YOLOXHead', strides=strides, train_cfg=dict(assigner=dict(type='SimOTAAssigner'))),
             rpn=dict(type='RPNHead', in_channels=channels, feat_channels=channels, num_classes=1, loss_cls=sigmoid,
                      anchor_generator=dict(type='AnchorGenerator', scales=[4], ratios=[0.5, 1.0], strides=strides),
@@ -151,10 +162,12 @@ def dense_head_config():
                                            max_sizes=[24, 40, 60], strides=strides, ratios=[[2], [2, 3], [2]]),
                      train_cfg=dict(max_iou, smoothl1_beta=1.0, neg_pos_ratio=3)),
             yolov3=dict(type='YOLOV3Head', num_classes=classes, in_channels=[channels] * 3, out_channels=[channels] * 3,
-                        anchor_generator=dict(type='YOLOAnchorGenerator', strides=strides, base_sizes=[[(10, 13), (16, 30)]] * 3),
+                        anchor_generator=dict(type='YOLOAnchorGenerator', strides=strides,
+                                              base_sizes=[[(10, 13), (16, 30)]] * 3),
                         bbox_coder=dict(type='YOLOBBoxCoder'), featmap_strides=strides,
                         loss_cls=sigmoid, loss_conf=sigmoid, loss_xy=sigmoid, loss_wh=dict(type='MSELoss'),
-                        train_cfg=dict(assigner=dict(type='GridAssigner', pos_iou_thr=0.5, neg_iou_thr=0.5, min_pos_iou=0))))
+                        train_cfg=dict(assigner=dict(type='GridAssigner', pos_iou_thr=0.5, neg_iou_thr=0.5,
+                                                     min_pos_iou=0))))
         test_cfg = dict(nms_pre=10**6, score_thr=0.0, conf_thr=-1.0, min_bbox_size=-1)
         return ConfigDict({**configs[family], 'test_cfg': test_cfg, **changes})
 
@@ -204,9 +217,9 @@ def detr(monkeypatch):
     for detector in (DINO, DeformableDETR):  # they leave this weight as the memory was, until init_weights
         monkeypatch.setattr(detector, '_init_layers', drawn(detector._init_layers))
 
-    def make(kind: str = 'DeformableDETR', depth: int = 18, width: int = 4, embed: int = 0, queries: int = 10, layers: int = 2,
-             classes: int = 3, num_outs: int = 4, **changes) -> dict:
-        embed = embed or (256 if kind in ('ConditionalDETR', 'DINO') else 32)  # mmdet's code for these two knows 256 alone
+    def make(kind: str = 'DeformableDETR', depth: int = 18, width: int = 4, embed: int = 0, queries: int = 10,
+             layers: int = 2, classes: int = 3, num_outs: int = 4, **changes) -> dict:
+        embed = embed or (256 if kind in ('ConditionalDETR', 'DINO') else 32)  # mmdet's code of these knows 256 alone
         deformable = kind in ('DeformableDETR', 'DINO')
         sigmoid, stages = kind != 'DETR', slice(1, 4) if deformable else slice(3, 4)
         attention = dict(embed_dims=embed, num_heads=4, dropout=0.0, batch_first=True)
@@ -216,30 +229,34 @@ def detr(monkeypatch):
         ffn = dict(embed_dims=embed, feedforward_channels=2 * embed, num_fcs=2, ffn_drop=0.0, act_cfg=activation)
         attentions = dict(self_attn_cfg=attention, cross_attn_cfg=sampling)
         if kind in ('ConditionalDETR', 'DABDETR'):
-            attentions = dict(self_attn_cfg=dict(conditional, cross_attn=False), cross_attn_cfg=dict(conditional, cross_attn=True))
+            attentions = dict(self_attn_cfg=dict(conditional, cross_attn=False),
+                              cross_attn_cfg=dict(conditional, cross_attn=True))
         decoder = dict(num_layers=layers, return_intermediate=True, layer_cfg=dict(ffn_cfg=ffn, **attentions))
         if kind == 'DABDETR':
             decoder.update(query_dim=4, query_scale_type='cond_elewise', with_modulated_hw_attn=True)
         if deformable:
             decoder['post_norm_cfg'] = None
-        loss_cls = dict(type='FocalLoss', use_sigmoid=True) if sigmoid else dict(type='CrossEntropyLoss', bg_cls_weight=0.1,
-                                                                                use_sigmoid=False, class_weight=1.0)
+        loss_cls = (dict(type='FocalLoss', use_sigmoid=True) if sigmoid else
+                    dict(type='CrossEntropyLoss', bg_cls_weight=0.1, use_sigmoid=False, class_weight=1.0))
         options = dict(DABDETR=dict(with_random_refpoints=False, num_patterns=0),
                        DeformableDETR=dict(num_feature_levels=num_outs, with_box_refine=True),
                        DINO=dict(num_feature_levels=num_outs, with_box_refine=True, as_two_stage=True,
                                  dn_cfg=dict(label_noise_scale=0.5, box_noise_scale=1.0,
                                              group_cfg=dict(dynamic=True, num_groups=None, num_dn_queries=4))))
         costs = [dict(type='FocalLossCost' if sigmoid else 'ClassificationCost', weight=2.0),
-                 dict(type='BBoxL1Cost', weight=5.0, box_format='xywh'), dict(type='IoUCost', iou_mode='giou', weight=2.0)]
+                 dict(type='BBoxL1Cost', weight=5.0, box_format='xywh'),
+                 dict(type='IoUCost', iou_mode='giou', weight=2.0)]
         return ConfigDict(
             type=kind, num_queries=queries, data_preprocessor=dict(PREPROCESSOR, pad_size_divisor=1),
             backbone=dict(_backbone(depth, width), out_indices=tuple(range(4))[stages]),
-            neck=dict(type='ChannelMapper', in_channels=_stage_channels(depth, width)[stages], kernel_size=1, out_channels=embed,
-                      act_cfg=None, norm_cfg=dict(type='GN', num_groups=4), num_outs=num_outs if deformable else 1),
+            neck=dict(type='ChannelMapper', in_channels=_stage_channels(depth, width)[stages], kernel_size=1,
+                      out_channels=embed, act_cfg=None, norm_cfg=dict(type='GN', num_groups=4),
+                      num_outs=num_outs if deformable else 1),
             encoder=dict(num_layers=layers, layer_cfg=dict(self_attn_cfg=sampling, ffn_cfg=ffn)), decoder=decoder,
             positional_encoding=dict(num_feats=embed // 2, normalize=True),
             bbox_head=dict(type=f'{kind}Head', num_classes=classes, embed_dims=embed, loss_cls=loss_cls,
-                           loss_bbox=dict(type='L1Loss', loss_weight=5.0), loss_iou=dict(type='GIoULoss', loss_weight=2.0)),
+                           loss_bbox=dict(type='L1Loss', loss_weight=5.0),
+                           loss_iou=dict(type='GIoULoss', loss_weight=2.0)),
             train_cfg=dict(assigner=dict(type='HungarianAssigner', match_costs=costs)), test_cfg=dict(max_per_img=5),
             **options.get(kind, {}), **changes)
 
@@ -252,12 +269,14 @@ def batch():
     from mmdet.structures import DetDataSample
     from mmengine.structures import InstanceData
 
-    def make(shapes=((64, 64), (64, 64)), boxes=(((8, 8, 40, 40), ), ((20, 4, 60, 30), (2, 30, 30, 62))), seed: int = 0) -> dict:
+    def make(shapes=((64, 64), (64, 64)), boxes=(((8, 8, 40, 40), ), ((20, 4, 60, 30), (2, 30, 30, 62))),
+             seed: int = 0) -> dict:
         random = torch.Generator().manual_seed(seed)
         samples = []
         for index, (shape, image_boxes) in enumerate(zip(shapes, boxes)):
             image_boxes = torch.tensor(image_boxes, dtype=torch.float32).reshape(-1, 4)
-            sample = DetDataSample(metainfo=dict(img_id=index, img_shape=shape, ori_shape=shape, scale_factor=(1.0, 1.0)))
+            sample = DetDataSample(metainfo=dict(img_id=index, img_shape=shape, ori_shape=shape,
+                                                 scale_factor=(1.0, 1.0)))
             sample.gt_instances = InstanceData(bboxes=image_boxes, labels=torch.arange(len(image_boxes)) % 3)
             sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4))
             samples.append(sample)
@@ -316,20 +335,23 @@ def run_config(coco_folder, tmp_path):
                        pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True),
                                  dict(type='RandomFlip', prob=0.5), dict(type='PackDetInputs')])
         val_dataset = dict(dataset, test_mode=True, pipeline=[
-            dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True), dict(type='Resize', scale=(64, 64)),
+            dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True),
+            dict(type='Resize', scale=(64, 64)),
             dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))])
         config = dict(
             default_scope='mmdet', work_dir=str(tmp_path / name), model=model,
-            train_dataloader=dict(batch_size=4, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=True), dataset=dataset),
+            train_dataloader=dict(batch_size=4, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=True),
+                                  dataset=dataset),
             train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=1),
             optim_wrapper=dict(type='OptimWrapper', optimizer=optimizer),
             param_scheduler=[dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=6)],
-            default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1), distill=dict(type='DistillHook', preflight=preflight)),
-            randomness=dict(seed=seed), log_level='WARNING', visualizer=dict(type='Visualizer', name=str(tmp_path / name)),
-            experiment_name=f'{tmp_path.name}_{name}')
+            default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1),
+                               distill=dict(type='DistillHook', preflight=preflight)),
+            randomness=dict(seed=seed), log_level='WARNING',
+            visualizer=dict(type='Visualizer', name=str(tmp_path / name)), experiment_name=f'{tmp_path.name}_{name}')
         if val:
-            config.update(val_dataloader=dict(batch_size=4, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False),
-                                              dataset=val_dataset),
+            config.update(val_dataloader=dict(batch_size=4, num_workers=0,
+                                              sampler=dict(type='DefaultSampler', shuffle=False), dataset=val_dataset),
                           val_cfg=dict(type='ValLoop'),
                           val_evaluator=dict(type='CocoMetric', ann_file=str(coco_folder / 'all.json'), metric='bbox'))
         config = Config(config)
@@ -353,7 +375,8 @@ def make_context():
     def make(student, teacher, boxes, batch_shape=(64, 96), image_shapes=None, stride=8) -> DistillContext:
         return DistillContext(
             student=dict(neck=(student, )), teachers=[dict(neck=(teacher, ))],
-            student_levels=dict(neck=(Level(student.shape[1], stride), )), teacher_levels=[dict(neck=(Level(teacher.shape[1], stride), ))],
+            student_levels=dict(neck=(Level(student.shape[1], stride), )),
+            teacher_levels=[dict(neck=(Level(teacher.shape[1], stride), ))],
             boxes=boxes, labels=[torch.zeros(len(each), dtype=torch.long) for each in boxes], batch_shape=batch_shape,
             image_shapes=image_shapes or [batch_shape] * len(student))
 

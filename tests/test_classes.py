@@ -29,17 +29,19 @@ def test_another_order_and_another_set():
 
 def test_detections_get_the_students_labels():
     match = match_classes(['dog', 'unicorn', 'cat'], ['bird', 'cat', 'dog'])
-    detections = InstanceData(bboxes=torch.arange(16.).view(4, 4), labels=torch.tensor([0, 1, 2, 1]), scores=torch.rand(4))
+    detections = InstanceData(bboxes=torch.arange(16.).view(4, 4), labels=torch.tensor([0, 1, 2, 1]),
+                              scores=torch.rand(4))
     translated = match.translated(detections)
     assert translated.labels.tolist() == [2, 0, 2]
-    assert torch.equal(translated.bboxes, detections.bboxes[1:]) and torch.equal(translated.scores, detections.scores[1:])
+    assert torch.equal(translated.bboxes, detections.bboxes[1:])
+    assert torch.equal(translated.scores, detections.scores[1:])
     assert detections.labels.tolist() == [0, 1, 2, 1]
     assert len(match.translated(detections[:0])) == 0
 
 
 def test_spelling_counts_only_where_no_name_is_equal():
     match = match_classes(['Traffic_Light', 'Car', 'car'], ['car', 'traffic light'])
-    assert match.of_student == (0, 2) and match.of_teacher == (1, 0)  # 'Car' is not the teacher's 'car': the student's is
+    assert match.of_student == (0, 2) and match.of_teacher == (1, 0)  # not 'Car': the teacher's 'car' is the student's
     assert "Taken for the same: 'Traffic_Light' = 'traffic light'." in match.report()
 
 
@@ -51,7 +53,8 @@ def test_nothing_in_common():
 def test_classes_of_a_data_set(tmp_path):
     (tmp_path / 'names.txt').write_text('cat\ndog\n')
     assert dataset_classes(dict(type='CocoDataset', metainfo=dict(classes=('cat', )))) == ('cat', )
-    assert dataset_classes(dict(type='CocoDataset', metainfo=dict(classes=str(tmp_path / 'names.txt')))) == ['cat', 'dog']
+    named = dict(type='CocoDataset', metainfo=dict(classes=str(tmp_path / 'names.txt')))
+    assert dataset_classes(named) == ['cat', 'dog']
     assert len(dataset_classes(dict(type='CocoDataset'))) == 80
 
 

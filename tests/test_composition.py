@@ -138,7 +138,8 @@ def test_a_head_that_is_in_no_registry_is_named():
 @pytest.mark.parametrize('inherit', ['nek', ['bbox_head', 'nek']])
 def test_a_part_that_the_student_lacks_is_named(inherit, monkeypatch):
     monkeypatch.setattr(DefaultScope, '_instance_dict', {})  # as in a process of its own, before there is a run
-    with pytest.raises(ConfigurationError, match="no part 'nek'; it has backbone, bbox_head, neck. Nearest names: neck."):
+    with pytest.raises(ConfigurationError,
+                       match="no part 'nek'; it has backbone, bbox_head, neck. Nearest names: neck."):
         distillation_config(RETINANET, TEACHER, 'x.pth', 'fgd', inherit=inherit)
 
 

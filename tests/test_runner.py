@@ -15,7 +15,8 @@ def runner_of(one_stage, make_runner, tmp_path):
         config, checkpoint = one_stage('gfl'), str(tmp_path / 'student.pth')
         state = MODELS.build(config).state_dict()
         assert all(any(key.endswith(name) for key in state) for name in lacking)
-        torch.save(dict(state_dict={key: value for key, value in state.items() if not key.endswith(lacking)}), checkpoint)
+        torch.save(dict(state_dict={key: value for key, value in state.items() if not key.endswith(lacking)}),
+                   checkpoint)
         return make_runner(config, load_from=checkpoint)
 
     return make

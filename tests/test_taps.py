@@ -164,7 +164,7 @@ def test_tokens_of_another_number_than_cells_are_an_error():
     net = Transformer()
     net.encoder = nn.Flatten(1, 1)
     taps = Taps(net, ['encoder'])
-    with pytest.raises(TapError, match=r"'encoder' read 29 tokens, which are not the cells of .*\[\(4, 6\), \(2, 3\)\]"):
+    with pytest.raises(TapError, match=r"'encoder' read 29 tokens, which .* the cells of .*\[\(4, 6\), \(2, 3\)\]"):
         with taps.capture():
             net.neck(torch.randn(1, 3, 4, 6))
             net.encoder(torch.zeros(1, 29, 4))

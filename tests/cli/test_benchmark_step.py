@@ -6,13 +6,14 @@ import torch
 
 from kd_det.cli.main import main
 from kd_det.composition import method_terms
-from kd_det.step_costs import (DISTILLED, PLAIN_TEACHER, STUDENT, TEACHER, TERM, measure_parts, measure_step, random_distiller,
-                               synthetic_batch)
+from kd_det.step_costs import (DISTILLED, PLAIN_TEACHER, STUDENT, TEACHER, TERM, measure_parts, measure_step,
+                               random_distiller, synthetic_batch)
 
 
 @pytest.fixture
 def config(faster_rcnn, run_config):
-    model = dict(type='DetectionDistiller', student=faster_rcnn(), teacher=dict(config=faster_rcnn(neck=12), checkpoint='no.pth'),
+    model = dict(type='DetectionDistiller', student=faster_rcnn(),
+                 teacher=dict(config=faster_rcnn(neck=12), checkpoint='no.pth'),
                  distill=dict(fgd=dict(type='FGD', weight=dict(type='Start', value=1.0, epochs=3)),
                               kd=dict(type='RoIClassification')))
     return run_config(model)
@@ -20,7 +21,8 @@ def config(faster_rcnn, run_config):
 
 def test_a_config_is_enough(config, tmp_path, capsys):
     config.dump(tmp_path / 'config.py')
-    arguments = ['--size', '64', '96', '--repeats', '1', '--boxes', '3', '--device', 'cpu', '--out', str(tmp_path / 'o' / 'o.json')]
+    arguments = ['--size', '64', '96', '--repeats', '1', '--boxes', '3', '--device', 'cpu', '--out',
+                 str(tmp_path / 'o' / 'o.json')]
     assert main(['benchmark-step', str(tmp_path / 'config.py'), *arguments]) == 0
     assert 'plain forwards' in capsys.readouterr().out.replace('\n', ' ')
     record = json.loads((tmp_path / 'o' / 'o.json').read_text())
@@ -42,7 +44,8 @@ def test_measuring_moves_no_weight_and_runs_every_term_at_full_weight(config):
 
 @pytest.mark.parametrize('method', ['bckd', 'crosskd', 'pfi'])
 def test_terms_of_dense_heads(method, retinanet, run_config):
-    config = run_config(dict(type='DetectionDistiller', student=retinanet(), teacher=dict(config=retinanet(neck=12), checkpoint='no.pth'),
+    config = run_config(dict(type='DetectionDistiller', student=retinanet(),
+                             teacher=dict(config=retinanet(neck=12), checkpoint='no.pth'),
                              distill=method_terms(method, 'one_stage')))
     distiller = random_distiller(config)
     costs = measure_parts(distiller, synthetic_batch(distiller.student, images=2, size=(64, 64), boxes=3), repeats=1)

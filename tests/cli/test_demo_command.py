@@ -44,7 +44,7 @@ def test_students_of_a_seed_see_the_images_in_one_order_and_seeds_differ(demo):
     runs = json.loads((demo / 'results.json').read_text())['runs']
     (plain_0, plain_1), (distilled_0, distilled_1) = runs['plain'], runs['distilled']
     assert plain_0['order'] == distilled_0['order'] != plain_1['order'] == distilled_1['order']
-    assert len({run['start'] for run in (plain_0, plain_1, distilled_0, distilled_1)}) == 4  # the distilled ones inherit
+    assert len({run['start'] for run in (plain_0, plain_1, distilled_0, distilled_1)}) == 4  # the distilled inherit
 
 
 def test_distillation_changes_the_student_and_saves_a_plain_one(demo):
@@ -67,7 +67,8 @@ def test_a_second_call_trains_nothing_and_gives_the_same(demo, unchecked_config,
     assert {file: file.stat().st_mtime_ns for file in demo.glob('runs/*/*.pth')} == checkpoints
     shown = capsys.readouterr().out
     assert shown.count('kept from before') == 6  # the data and five trainings
-    for text in ('model', 'mAP', 'AP50', 'parameters', 'teacher', 'plain student', 'distilled student', 'distilled - plain'):
+    for text in ('model', 'mAP', 'AP50', 'parameters', 'teacher', 'plain student', 'distilled student',
+                 'distilled - plain'):
         assert text in shown
     assert json.loads((demo / 'results.json').read_text())['runs'] == json.loads(before)['runs']
 

@@ -15,7 +15,8 @@ def tracked_run(run_config, retinanet, monkeypatch):
     """Trains a tiny distillation with a tracker; returns its work dir."""
     def run(tracker: str) -> Path:
         config = run_config(
-            dict(type='DetectionDistiller', student=retinanet(), teacher=dict(config=retinanet(depth=50), random_teacher=True),
+            dict(type='DetectionDistiller', student=retinanet(),
+                 teacher=dict(config=retinanet(depth=50), random_teacher=True),
                  distill=dict(features=dict(type='PKD', tap='neck', weight=1.0))),
             epochs=1, name=tracker)
         config.default_hooks.logger = dict(type='LoggerHook', interval=1)

@@ -23,7 +23,8 @@ def load(name: str):
 def test_teacher_is_larger_and_trained_longer_and_else_alike(student, teacher):
     from mmdet.registry import MODELS
     student, teacher = load(student), load(teacher)
-    sizes = [sum(weight.numel() for weight in MODELS.build(copy.deepcopy(each.model)).parameters()) for each in (student, teacher)]
+    sizes = [sum(weight.numel() for weight in MODELS.build(copy.deepcopy(each.model)).parameters())
+             for each in (student, teacher)]
     assert sizes[1] > 2 * sizes[0]
     assert teacher.train_cfg.max_epochs == 3 * student.train_cfg.max_epochs
     for key in set(student) - {'model', 'train_cfg', 'param_scheduler'}:
@@ -45,7 +46,8 @@ def test_dino_differs_in_its_schedule_too_but_not_in_its_data():
     first, second = load('baseline_faster_rcnn_r18'), load('baseline_dino_r18')
     assert second.model.backbone == dict(first.model.backbone, out_indices=(1, 2, 3))
     assert second.train_dataloader == dict(first.train_dataloader, batch_size=4)
-    for key in set(first) - {'model', 'max_epochs', 'train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler'}:
+    for key in set(first) - {'model', 'max_epochs', 'train_dataloader', 'train_cfg', 'optim_wrapper',
+                             'param_scheduler'}:
         assert first[key] == second[key], key
 
 

@@ -81,8 +81,8 @@ def shrunk(node):
 
 
 def settle(detector):
-    """Lets BatchNorm take the statistics of the batch: it has learnt none, and without any, activations explode. And draws
-    what mmdet leaves as the memory was, until a checkpoint is loaded."""
+    """Lets BatchNorm take the statistics of the batch: it has learnt none, and without any, activations explode. And
+    draws what mmdet leaves as the memory was, until a checkpoint is loaded."""
     for module in detector.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean = module.running_var = None

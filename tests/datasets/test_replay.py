@@ -76,7 +76,8 @@ class Images(Dataset):
         return self.replay(dict(img_path=f'{index}.png'))['drawn'][1]
 
 
-@pytest.mark.parametrize('options', [dict(num_workers=0), dict(num_workers=2), dict(num_workers=2, persistent_workers=True)])
+@pytest.mark.parametrize('options', [dict(num_workers=0), dict(num_workers=2),
+                                     dict(num_workers=2, persistent_workers=True)])
 def test_workers_follow_the_epoch(options):
     dataset = copy.deepcopy(Images(_replay(period=2)))
     loader, epochs = DataLoader(dataset, batch_size=2, **options), []

@@ -21,7 +21,8 @@ def test_marks_and_empties_what_was_packed(coco_folder, boxes):
     sample = dataset[0]['data_samples']
     assert sample.metainfo['unlabelled'] is True and sample.img_shape == (64, 64)
     for instances in (sample.gt_instances, sample.ignored_instances):
-        assert instances.bboxes.shape == (0, 4) and instances.labels.shape == (0, ) and instances.labels.dtype == torch.long
+        assert instances.bboxes.shape == (0, 4)
+        assert instances.labels.shape == (0, ) and instances.labels.dtype == torch.long
     assert len(dataset) == 8
 
 

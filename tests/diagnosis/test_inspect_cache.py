@@ -38,7 +38,8 @@ def _notes(config) -> list:
 @pytest.mark.parametrize('transform, names', [
     (FLIP, 'RandomFlip'),
     (dict(type='PhotoMetricDistortion'), 'PhotoMetricDistortion'),
-    (dict(type='RandomChoice', transforms=[[dict(type='RandomCrop', crop_size=(8, 8))], [dict(type='Resize', scale=(8, 8))]]),
+    (dict(type='RandomChoice', transforms=[[dict(type='RandomCrop', crop_size=(8, 8))],
+                                           [dict(type='Resize', scale=(8, 8))]]),
      'RandomChoice, RandomCrop'),
     (dict(type='Albu', transforms=[]), 'Albu'),
     (dict(type='mmdet.Albu', transforms=[]), 'Albu'),
@@ -58,7 +59,8 @@ def test_the_pipeline_of_a_wrapper_counts(config):
 
 
 def test_a_pipeline_that_recurs(config):
-    assert not _notes(config(REPLAYED_FLIP)) and not _notes(config(dict(type='Resize', scale=(64, 64), keep_ratio=False)))
+    assert not _notes(config(REPLAYED_FLIP))
+    assert not _notes(config(dict(type='Resize', scale=(64, 64), keep_ratio=False)))
     assert list(random_transforms([*LOAD, REPLAYED_FLIP, *PACK])) == []
     assert list(random_transforms([dict(REPLAYED_FLIP, type='mmdet.ReplayedRandomness')])) == []
 

@@ -1,4 +1,4 @@
-"""One rank of test_ddp.py: takes two steps on its share of a batch; saves the gradients, and what each rank's balances hold.
+"""One rank of test_ddp.py: takes two steps on a share of a batch; saves gradients, and what each rank's balances hold.
 
 Usage: torchrun ddp_rank.py INPUT OUTPUT
 """
@@ -14,7 +14,7 @@ import kd_det  # noqa: F401
 
 
 def distilled_gradients(config, images, samples, wrap=lambda model: model):
-    """Gradients of the distillation terms alone, and the balances; the student's own losses stay in the graph with weight 0."""
+    """Gradients of the terms alone, and the balances; the student's own losses stay in the graph with weight 0."""
     register_all_modules(init_default_scope=True)
     torch.manual_seed(0)
     plain = MODELS.build(config)
@@ -26,10 +26,12 @@ def distilled_gradients(config, images, samples, wrap=lambda model: model):
     for step in range(2):  # the second forward fails if the first left a parameter without gradient
         plain.zero_grad()
         losses = model(images, samples, mode='loss')
-        total, _ = plain.parse_losses({name: value if name in distilled else [each * 0 for each in value] if isinstance(value, list)
-                                       else value * 0 for name, value in losses.items()})
+        total, _ = plain.parse_losses({
+            name: value if name in distilled else
+            [each * 0 for each in value] if isinstance(value, list) else value * 0 for name, value in losses.items()})
         total.backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in plain.named_parameters() if parameter.requires_grad}
+    gradients = {name: parameter.grad.clone() for name, parameter in plain.named_parameters()
+                 if parameter.requires_grad}
     return gradients, plain.monitor.state_dict()
 
 

@@ -25,7 +25,8 @@ def distilled(retinanet, tmp_path):
         return dict(type='DetectionDistiller', student=retinanet(),
                     teacher=dict(config=retinanet(neck=12), checkpoint=str(tmp_path / 'teacher.pth'), cache=cache),
                     distill=dict(fgd=dict(type='FGD', alpha=1e-2), classes=dict(type='DenseClassification'),
-                                 boxes=dict(type='DenseRegression', weighting='confidence', normalizer='confidence')), **changes)
+                                 boxes=dict(type='DenseRegression', weighting='confidence', normalizer='confidence')),
+                    **changes)
 
     return make
 
@@ -68,7 +69,8 @@ def test_gradients_with_float16_are_equal_within_its_rounding(distilled, gradien
 def test_what_depends_on_the_students_regions_is_refused(faster_rcnn, distiller):
     teacher = dict(config=faster_rcnn(), random_teacher=True, cache=dict(dir='nowhere'))
     with pytest.raises(ConfigurationError, match='model.distill.regions: .*roi_head, which depend on the regions'):
-        distiller(faster_rcnn(), None, teacher=teacher, distill=dict(fgd=dict(type='FGD'), regions=dict(type='RoIClassification')))
+        distiller(faster_rcnn(), None, teacher=teacher,
+                  distill=dict(fgd=dict(type='FGD'), regions=dict(type='RoIClassification')))
     assert not Path('nowhere').exists()
 
 
@@ -113,16 +115,20 @@ def test_two_ranks_share_a_cache(distilled, batch, tmp_path):
     spec = importlib.util.spec_from_file_location('ddp_rank', RANK)
     rank = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(rank)
-    expected, _ = rank.distilled_gradients(distilled(None) | dict(student=config['student']), data['inputs'], data['data_samples'])
+    expected, _ = rank.distilled_gradients(distilled(None) | dict(student=config['student']), data['inputs'],
+                                           data['data_samples'])
     stored = []
     for order in ([0, 1, 2, 3], [2, 3, 0, 1]):
-        torch.save((config, data['inputs'][order], [data['data_samples'][index] for index in order]), tmp_path / 'input.pth')
+        torch.save((config, data['inputs'][order], [data['data_samples'][index] for index in order]),
+                   tmp_path / 'input.pth')
         subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv_backend=c10d',
-                        '--rdzv_endpoint=localhost:0', str(RANK), str(tmp_path / 'input.pth'), str(tmp_path / 'output.pth')],
+                        '--rdzv_endpoint=localhost:0', str(RANK), str(tmp_path / 'input.pth'),
+                        str(tmp_path / 'output.pth')],
                        check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=240)
         gradients, _ = torch.load(tmp_path / 'output.pth', weights_only=True)
         assert gradients.keys() == expected.keys()
         for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=lambda text: f'{name}: {text}')
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6,
+                                       msg=lambda text: f'{name}: {text}')
         stored.append({file: file.stat().st_mtime_ns for file in (tmp_path / 'cache').glob('??/*.npz')})
     assert len(stored[0]) == 4 and stored[1] == stored[0]

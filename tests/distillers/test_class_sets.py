@@ -14,7 +14,8 @@ DENSE = dict(classes=dict(type='DenseClassification'), boxes=dict(type='DenseReg
              ranks=dict(type='RankMimicking'),
              masked=dict(type='FeatureImitation', mask=dict(type='PredictionDifference')))
 TERMS = dict(retina=DENSE, retina_softmax=DENSE, yolox=dict(classes=DENSE['classes'], boxes=DENSE['boxes']),
-             faster_rcnn=dict(classes=dict(type='RoIClassification'), decoupled=dict(type='RoIClassification', form='decoupled'),
+             faster_rcnn=dict(classes=dict(type='RoIClassification'),
+                              decoupled=dict(type='RoIClassification', form='decoupled'),
                               boxes=dict(type='RoIRegression', form='l1'), rpn=dict(type='RPNImitation')))
 STUDENT = ('cat', 'dog', 'horse')
 
@@ -47,8 +48,10 @@ def pair(request, distiller, one_stage, faster_rcnn):
     """Makes a distiller whose teacher detects as its student does, with the given classes."""
 
     def make(family, classes, terms=None, extra=-100.):
-        config = dict(retina=lambda n: one_stage('retina', classes=n), retina_softmax=lambda n: one_stage('retina_softmax', classes=n),
-                      yolox=lambda n: one_stage('yolox', classes=n), faster_rcnn=lambda n: faster_rcnn(classes=n))[family]
+        config = dict(retina=lambda n: one_stage('retina', classes=n),
+                      retina_softmax=lambda n: one_stage('retina_softmax', classes=n),
+                      yolox=lambda n: one_stage('yolox', classes=n),
+                      faster_rcnn=lambda n: faster_rcnn(classes=n))[family]
         model = distiller(config(len(STUDENT)), config(len(classes)), distill=terms or TERMS[family])
         model.teacher_configs[0].update(classes=classes, fuse=False, channels_last=False)  # folded, it rounds otherwise
         match = match_classes(STUDENT, classes)
@@ -57,7 +60,8 @@ def pair(request, distiller, one_stage, faster_rcnn):
         for key in tensors if lacking else ():
             if key.endswith('fc_cls.bias'):  # the student never predicts what the teacher does not know
                 model.state_dict()[key][lacking] = extra
-        state = _as_teacher(model.student.state_dict(), tensors, match, family in ('retina_softmax', 'faster_rcnn'), extra)
+        state = _as_teacher(model.student.state_dict(), tensors, match, family in ('retina_softmax', 'faster_rcnn'),
+                            extra)
         model.build_teachers()[0].model.load_state_dict(state)
         model.eval()  # BatchNorm computes as the teacher's does
         return model
@@ -93,7 +97,7 @@ def test_a_teacher_that_detects_the_same_teaches_nothing(pair, batch, family, cl
 def test_a_teacher_that_knows_fewer(pair, batch, family):
     model = pair(family, ('horse', 'bird', 'cat'))
     model.match_classes(STUDENT)
-    for labels in ([[0], [2, 1]], [[1], [1, 1]]):  # cats, a horse and a dog; dogs alone, which the teacher does not know
+    for labels in ([[0], [2, 1]], [[1], [1, 1]]):  # a cat, a horse and a dog; dogs alone, which the teacher lacks
         for name, loss in _losses(model, batch, labels).items():
             assert loss.abs() < 1e-6 and loss.requires_grad, name
 
@@ -138,7 +142,8 @@ def test_regions_of_other_classes_are_left_out(make_context):
     seen = restricted_to_shared(context, 0, match_classes(STUDENT, ('horse', 'bird')))
     ours, (theirs, ) = seen.student_outputs['roi_head'], seen.teacher_outputs[0]['roi_head']
     assert ours.regions.labels.tolist() == [0, 1] == theirs.regions.labels.tolist()
-    assert torch.equal(ours.regions.rois, regions.rois[[0, 2]]) and [each.tolist() for each in seen.labels] == [[-1, 0, -1]]
+    assert torch.equal(ours.regions.rois, regions.rois[[0, 2]])
+    assert [each.tolist() for each in seen.labels] == [[-1, 0, -1]]
     probabilities = student.logits.softmax(1)[[0, 2]]
     torch.testing.assert_close(ours.logits.softmax(1), torch.stack([probabilities[:, 2], 1 - probabilities[:, 2]], 1))
     torch.testing.assert_close(theirs.logits.softmax(1)[:, 0], teacher.logits.softmax(1)[[0, 2], 0])

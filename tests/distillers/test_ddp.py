@@ -54,7 +54,8 @@ def on_two_ranks(config, data, folder):
 
 
 @pytest.mark.parametrize('detector, terms', [('retinanet', DENSE), ('faster_rcnn', TWO_STAGE)])
-def test_two_ranks_give_the_gradients_of_one_process_with_the_whole_batch(detector, terms, request, batch_of_four, tmp_path):
+def test_two_ranks_give_the_gradients_of_one_process_with_the_whole_batch(detector, terms, request, batch_of_four,
+                                                                          tmp_path):
     make = request.getfixturevalue(detector)
     student, teacher = (make() if detector == 'retinanet' else whole(make), make(neck=12))
     student.backbone.norm_eval = True  # BatchNorm's own batch statistics would differ between the two
@@ -72,7 +73,8 @@ def test_two_ranks_give_the_gradients_of_one_process_with_the_whole_batch(detect
 
 
 def test_a_balance_is_the_same_on_all_ranks(retinanet, batch_of_four, tmp_path):
-    config = dict(type='DetectionDistiller', student=retinanet(), teacher=dict(config=retinanet(neck=12), random_teacher=True),
+    config = dict(type='DetectionDistiller', student=retinanet(),
+                  teacher=dict(config=retinanet(neck=12), random_teacher=True),
                   distill=dict(pkd=dict(type='PKD', weight=dict(type='Balance', ratio=0.5))))
     _, (first, second) = on_two_ranks(config, batch_of_four(retinanet()), tmp_path)
     assert torch.equal(first['pkd']['averages'], second['pkd']['averages']) and first['pkd']['averages'].any()

@@ -39,8 +39,8 @@ def test_names_are_those_of_the_plain_student(pair, distiller):
     model, plain = distiller(*pair), MODELS.build(pair[0])
     assert list(model.state_dict()) == list(plain.state_dict())
     assert set(dict(plain.named_parameters())) < set(dict(model.named_parameters()))
-    assert {name.split('.')[0] for name, _ in model.named_parameters()} - {'backbone', 'neck', 'bbox_head', 'rpn_head', 'roi_head'} \
-        == {'distill_terms'}
+    parts = {name.split('.')[0] for name, _ in model.named_parameters()}
+    assert parts - {'backbone', 'neck', 'bbox_head', 'rpn_head', 'roi_head'} == {'distill_terms'}
     assert model.with_neck and model.neck is model.student.neck
 
 
@@ -96,7 +96,8 @@ def test_prediction_is_the_students(pair, distiller, batch):
 
 
 def test_teacher_belongs_to_nothing_and_nothing_changes_it(pair, distiller, batch):
-    pair[1]['backbone']['plugins'] = [dict(cfg=dict(type='DropBlock', drop_prob=0.9, block_size=3), position='after_conv2')]
+    pair[1]['backbone']['plugins'] = [dict(cfg=dict(type='DropBlock', drop_prob=0.9, block_size=3),
+                                           position='after_conv2')]
     model = distiller(*pair)
     teacher = model.build_teachers()[0]
     before, weights = teacher.fingerprint(), {id(parameter) for parameter in teacher.model.parameters()}
@@ -145,7 +146,8 @@ def test_student_and_teacher_run_once_and_each_adapter_learns(pair, distiller, b
     model.zero_grad()
     model.parse_losses(_step(model, batch()))[0].backward()
     assert all(parameter.grad is not None for parameter in model.terms.parameters())
-    assert all(parameter.grad.abs().sum() > 0 for name, parameter in model.terms.named_parameters() if 'adapters' in name)
+    assert all(parameter.grad.abs().sum() > 0 for name, parameter in model.terms.named_parameters()
+               if 'adapters' in name)
 
 
 def test_nothing_of_the_step_is_kept(pair, distiller, batch):
@@ -230,7 +232,8 @@ def test_inheritance_copies_what_fits_and_tells_what_does_not(faster_rcnn, disti
     teacher = model.teacher.model.state_dict()
     for key, value in model.state_dict().items():
         part, fits = key.split('.')[0], key in teacher and teacher[key].shape == value.shape
-        assert (part in model.inherited_parts and fits) == (key in teacher and torch.equal(teacher[key], value) and part != 'backbone')
+        assert (part in model.inherited_parts and fits) == (key in teacher and torch.equal(teacher[key], value)
+                                                            and part != 'backbone')
         assert (part in model.inherited_parts and not fits) == (key in model.not_inherited)
     assert any(key.startswith('neck.lateral_convs') for key in model.not_inherited)
     counts = model.provenance.by_part()
@@ -252,8 +255,10 @@ def test_pretrained_weights_are_told_apart(retinanet, distiller, tmp_path):
 
 
 def test_several_teachers(retinanet, distiller, batch):
-    teachers = [dict(config=retinanet(neck=12), random_teacher=True), dict(config=retinanet(neck=16), random_teacher=True)]
-    model = distiller(retinanet(), None, teacher=teachers, distill=dict(first=dict(type='FGD'), second=dict(type='FGD', teacher=1)))
+    teachers = [dict(config=retinanet(neck=12), random_teacher=True),
+                dict(config=retinanet(neck=16), random_teacher=True)]
+    model = distiller(retinanet(), None, teacher=teachers,
+                      distill=dict(first=dict(type='FGD'), second=dict(type='FGD', teacher=1)))
     losses = _step(model, batch())
     assert losses['loss_first'] > 0 and losses['loss_second'] > 0
     assert model.terms['second'].adapters[0].out_channels == 16
@@ -267,7 +272,8 @@ def test_several_teachers(retinanet, distiller, batch):
     (dict(distill=dict(fgd=dict(type='FDG'))), ValueError, 'model.distill.fgd: .*FDG'),
     (dict(distill=dict(loss_fgd=dict(type='FGD'))), ValueError, "may not contain 'loss'"),
     (dict(distill=dict(fgd=dict(tap='neck'))), ValueError, "expected a dict with a 'type'"),
-    (dict(distill=dict(fgd=dict(type='FPN', in_channels=[1], out_channels=1, num_outs=1))), ValueError, 'not a distillation term'),
+    (dict(distill=dict(fgd=dict(type='FPN', in_channels=[1], out_channels=1, num_outs=1))), ValueError,
+     'not a distillation term'),
     (dict(distill=dict(fgd=dict(type='FGD', weight='1'))), ValueError, 'expected a number or a schedule'),
     (dict(distill=dict(fgd=dict(type='FGD', teacher=1))), ValueError, 'there are 1 teachers'),
     (dict(teacher=dict(checkpoint='x.pth')), TeacherError, "lacks 'config'"),

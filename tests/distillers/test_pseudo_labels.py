@@ -21,7 +21,8 @@ def _found(boxes=SURE, scores=(0.9, 0.8, 0.7, 0.3), labels=(0, 0, 1, 2)) -> Inst
 
 def _sample(boxes=(), labels=(), **metainfo) -> DetDataSample:
     sample = DetDataSample(metainfo=dict(img_shape=(64, 64), **metainfo))
-    sample.gt_instances = InstanceData(bboxes=torch.tensor(boxes).view(-1, 4), labels=torch.tensor(labels, dtype=torch.long))
+    sample.gt_instances = InstanceData(bboxes=torch.tensor(boxes).view(-1, 4),
+                                       labels=torch.tensor(labels, dtype=torch.long))
     return sample
 
 
@@ -97,7 +98,8 @@ def test_when_the_teacher_detects():
 
 @pytest.mark.parametrize('arguments, message', [
     (dict(mode='add'), "mode='add'.*expected one of join, replace"), (dict(images='some'), 'all, unlabelled'),
-    (dict(score=5), 'from 0 to 1'), (dict(weight=2.0), "expected 'score', or a number from 0 to 1"), (dict(weight='area'), 'area'),
+    (dict(score=5), 'from 0 to 1'), (dict(weight=2.0), "expected 'score', or a number from 0 to 1"),
+    (dict(weight='area'), 'area'),
     (dict(weight=dict(type='Balance')), "expected 'score'"), (dict(teacher=1), 'there are 1 teachers'),
     (dict(threshold=1), 'model.pseudo_labels: .*threshold')])
 def test_mistakes_in_the_config(retinanet, distiller, arguments, message):
@@ -133,7 +135,8 @@ def teaching(retinanet, distiller, batch):
         some, all_boxes = batch(), batch()
         truth = all_boxes['data_samples'][1].gt_instances
         all_boxes['data_samples'][1].gt_instances = InstanceData(
-            bboxes=torch.cat([truth.bboxes, torch.tensor([[4., 4., 30., 30.]])]), labels=torch.cat([truth.labels, torch.tensor([2])]))
+            bboxes=torch.cat([truth.bboxes, torch.tensor([[4., 4., 30., 30.]])]),
+            labels=torch.cat([truth.labels, torch.tensor([2])]))
         return model, some, all_boxes
 
     return make
@@ -147,7 +150,8 @@ def test_the_students_loss_and_the_terms_see_the_joined_boxes(teaching):
     told, _ = _step(model, all_boxes)
     assert taught['distill/pseudo_boxes'] == 0.5 and 'distill/pseudo_boxes' not in told
     for name, loss in told.items():
-        expected, actual, plain = (sum(each) if isinstance(each, list) else each for each in (loss, taught[name], without[name]))
+        expected, actual, plain = (sum(each) if isinstance(each, list) else each
+                                   for each in (loss, taught[name], without[name]))
         assert torch.equal(actual, expected) and not torch.equal(actual, plain), name
 
 

@@ -56,7 +56,7 @@ def test_a_batch_that_nobody_labelled_has_losses_of_0(make, distiller, batch):
     assert losses['loss_pkd'] > 0 and value == losses['loss_pkd']
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     heads = [each for name, each in gradients.items() if 'head' in name]
-    assert heads and all(each is not None and each.abs().max() == 0 for each in heads)  # data-parallel training waits for them
+    assert heads and all(each is not None and each.abs().max() == 0 for each in heads)  # DDP waits for them
     assert gradients['neck.fpn_convs.0.conv.weight'].abs().max() > 0
 
 
@@ -85,7 +85,8 @@ WITHOUT_BOXES = dict(
         richness=dict(type='DecoupledImitation', mask=dict(type='TeacherConfidence')),
         classes=dict(type='DenseClassification'), boxes=dict(type='DenseRegression', weighting='gap'),
         counted=dict(type='DenseClassification', normalizer='confidence'), attention=dict(type='AttentionImitation'),
-        pkd=dict(type='PKD'), cwd=dict(type='CWD'), mgd=dict(type='MGD'), dist=dict(type='DIST'), fkd=dict(type='FKD'), fgd=dict(type='FGD')),
+        pkd=dict(type='PKD'), cwd=dict(type='CWD'), mgd=dict(type='MGD'), dist=dict(type='DIST'), fkd=dict(type='FKD'),
+        fgd=dict(type='FGD')),
     faster_rcnn=dict(
         difference=dict(FEATURES, mask=dict(type='PredictionDifference', head='rpn_head')),
         rpn=dict(type='RPNImitation'), classes=dict(type='RoIClassification')))
@@ -120,12 +121,14 @@ def test_what_needs_boxes_learns_nothing_from_unlabelled_images(retinanet, disti
 def test_positives_of_unlabelled_images_are_counted_by_the_teachers_scores(retinanet, distiller, batch):
     """A batch with unlabelled images must not divide all images by the positives of some."""
     model = distiller(retinanet(), retinanet(neck=12), distill=dict(
-        positives=dict(type='DenseClassification'), confidence=dict(type='DenseClassification', normalizer='confidence')))
+        positives=dict(type='DenseClassification'),
+        confidence=dict(type='DenseClassification', normalizer='confidence')))
     losses = _step(model, _unlabelled(batch(**IMAGES), range(3)))
     assert torch.equal(losses['loss_positives'], losses['loss_confidence'])
     term, seen = model.terms['positives'], []
     term.register_forward_hook(lambda module, args, _: seen.append(args[0]))
     _step(model, _unlabelled(batch(**IMAGES), [1]))
     levels = term.levels(seen[0])
-    expected = sum(level.student.positives(level.student_level)[[0, 2]].sum() + level.confidence()[1].sum() for level in levels)
+    expected = sum(level.student.positives(level.student_level)[[0, 2]].sum() + level.confidence()[1].sum()
+                   for level in levels)
     torch.testing.assert_close(term._divisors(levels)[0], expected.clamp(min=1))

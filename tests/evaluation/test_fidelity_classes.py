@@ -124,7 +124,7 @@ def test_a_student_that_is_its_teacher_in_another_order(built, measured):
 
 
 def test_detections_and_ground_truth_of_other_classes_do_not_count(instances):
-    """Shared are cat and dog. The student finds the cat, calls the dog a cat, and sees a cow where the teacher sees an emu."""
+    """Cat and dog are shared. The student finds the cat, calls the dog a cat, and sees a cow for the teacher's emu."""
     metric = FidelityMetric(dict(config=dict(type='none')), confidence=0.5, bins=1, calibrated_from=0.5)
     metric._cka, metric.match = {}, match_classes(('cat', 'cow', 'dog'), ('dog', 'emu', 'cat'))
     sample = dict(scale_factor=(1.0, 1.0),

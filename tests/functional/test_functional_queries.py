@@ -31,7 +31,8 @@ def pair_cost(student, teacher, first, second, activation) -> torch.Tensor:
 def test_cost_is_that_of_each_pair(activation, close):
     (student, first), (teacher, second) = random_queries(2, 4), random_queries(2, 3, seed=1)
     cost = queries.query_cost(student, teacher, first, second, activation)
-    expected = torch.stack([pair_cost(student[image, q], teacher[image, m], first[image, q], second[image, m], activation)
+    expected = torch.stack([pair_cost(student[image, q], teacher[image, m], first[image, q], second[image, m],
+                                      activation)
                             for image in range(2) for q in range(4) for m in range(3)]).view(2, 4, 3)
     close(cost, expected)
     assert not queries.query_cost(student.requires_grad_(), teacher, first, second, activation).requires_grad
@@ -69,7 +70,8 @@ def test_matching_costs_least_of_all(count, candidates):
         place = {query.item(): index for index, query in enumerate(which[image])}
         columns = [place[query.item()] for query in paired[image] if query >= 0]
         assert len(set(columns)) == len(columns) == min(count, candidates)
-        total = sum(cost[image, row, place[query.item()]].item() for row, query in enumerate(paired[image]) if query >= 0)
+        total = sum(cost[image, row, place[query.item()]].item() for row, query in enumerate(paired[image])
+                    if query >= 0)
         assert total == pytest.approx(cheapest(cost[image]))
 
 
@@ -87,7 +89,8 @@ def test_the_query_of_the_same_box_comes_first():
 
 def test_a_student_with_more_queries_leaves_some_without():
     assigned = torch.tensor([[0, -1, -1, -1], [-1, 1, -1, 0]])
-    paired = queries.match_queries(torch.zeros(2, 4, 2), torch.tensor([[0, 1]] * 2), torch.rand(2, 2, 2), [1, 2], assigned)
+    paired = queries.match_queries(torch.zeros(2, 4, 2), torch.tensor([[0, 1]] * 2), torch.rand(2, 2, 2), [1, 2],
+                                   assigned)
     assert (paired >= 0).sum(1).tolist() == [2, 2]
     assert (paired[1] >= 0).tolist() == [False, True, False, True]  # both of the teacher's have a box
     more_boxes = torch.tensor([[0, 1, 2, -1]])
@@ -104,7 +107,8 @@ def test_costs_that_are_not_finite_come_last():
 
 def test_a_box_of_infinite_costs_is_nobodys():
     box_cost = torch.tensor([[[float('inf'), 1.], [float('inf'), 0]]])
-    paired = queries.match_queries(torch.rand(1, 3, 2), torch.tensor([[0, 1]]), box_cost, [2], torch.tensor([[0, 1, -1]]))
+    paired = queries.match_queries(torch.rand(1, 3, 2), torch.tensor([[0, 1]]), box_cost, [2],
+                                   torch.tensor([[0, 1, -1]]))
     assert paired.tolist() == [[-1, 1, 0]]
 
 

@@ -54,8 +54,8 @@ def test_assignment_is_that_of_the_heads_own_matcher(kind, detr, step):
         for image, instances in enumerate(truth):
             assigned = queries.assigned[layer, image]
             assert sorted(assigned[assigned >= 0].tolist()) == list(range(len(instances)))
-            labels = model.bbox_head._get_targets_single(queries.logits[layer, image], queries.boxes[layer, image], instances,
-                                                         data['data_samples'][image].metainfo)[0]
+            labels = model.bbox_head._get_targets_single(queries.logits[layer, image], queries.boxes[layer, image],
+                                                         instances, data['data_samples'][image].metainfo)[0]
             assert torch.equal(labels < 3, assigned >= 0)
             assert torch.equal(labels[assigned >= 0], instances.labels[assigned[assigned >= 0]])
 

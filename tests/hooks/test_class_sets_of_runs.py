@@ -15,7 +15,8 @@ STUDENTS = ('red', 'blue')
 def checkpoint(faster_rcnn, tmp_path):
     torch.manual_seed(7)
     model = MODELS.build(faster_rcnn(neck=12))
-    torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=TEACHERS))), tmp_path / 'teacher.pth')
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=TEACHERS))),
+               tmp_path / 'teacher.pth')
     return str(tmp_path / 'teacher.pth')
 
 
@@ -46,7 +47,7 @@ def test_training_follows_the_names(runner, monkeypatch):
 
 
 def test_preflight_counts_detections_by_name(runner, faster_rcnn, checkpoint, monkeypatch):
-    """A teacher that finds every box, in its own labels; of one class that the student lacks its boxes do not matter."""
+    """A teacher that finds every box, in its own labels; those of a class that the student lacks do not matter."""
     run = runner(dict(fgd=dict(type='FGD')))
     teacher = Teacher(faster_rcnn(neck=12), checkpoint, taps=['neck'], student_preprocessor=run.model.data_preprocessor)
 

@@ -1,4 +1,4 @@
-"""Distillation under mmengine's Runner: every saved file is the student's, and a resumed run is the uninterrupted one."""
+"""Distillation under mmengine's Runner: every saved file is the student's; a resumed run is the uninterrupted one."""
 from pathlib import Path
 
 import pytest
@@ -48,7 +48,8 @@ class Interrupt(Hook):
 def test_every_checkpoint_is_a_plain_students(retinanet, distilled, make_runner):
     ema = dict(type='EMAHook', momentum=0.3)
     runner = make_runner(distilled(), epochs=2, val=True, custom_hooks=[ema],
-                         **{'default_hooks.checkpoint.save_best': 'coco/bbox_mAP', 'default_hooks.checkpoint.rule': 'greater'})
+                         **{'default_hooks.checkpoint.save_best': 'coco/bbox_mAP',
+                            'default_hooks.checkpoint.rule': 'greater'})
     runner.train()
     with pytest.raises(KeyboardInterrupt):
         other = make_runner(distilled(), name='other', epochs=2)
@@ -68,7 +69,8 @@ def test_every_checkpoint_is_a_plain_students(retinanet, distilled, make_runner)
 def test_stock_mmdet_loads_the_file_and_detects_the_same(retinanet, distilled, make_runner, coco_folder, capfd):
     runner = make_runner(distilled(), epochs=1, val=True)
     runner.train()
-    student_config = Config(dict(runner.cfg.to_dict(), model=retinanet(), test_dataloader=runner.cfg.val_dataloader.to_dict()))
+    student_config = Config(dict(runner.cfg.to_dict(), model=retinanet(),
+                                 test_dataloader=runner.cfg.val_dataloader.to_dict()))
     capfd.readouterr()
     model = init_detector(student_config, f'{runner.work_dir}/epoch_1.pth', device='cpu')
     output = capfd.readouterr()
@@ -78,7 +80,8 @@ def test_stock_mmdet_loads_the_file_and_detects_the_same(retinanet, distilled, m
     runner.model.eval()
     runner.model.cfg = student_config
     expected = inference_detector(runner.model, image).pred_instances
-    assert len(detected) and torch.equal(detected.bboxes, expected.bboxes) and torch.equal(detected.scores, expected.scores)
+    assert len(detected) and torch.equal(detected.bboxes, expected.bboxes)
+    assert torch.equal(detected.scores, expected.scores)
 
 
 # Measured at iterations 0, 3 and 6; the run is resumed at 4.
@@ -86,7 +89,8 @@ BALANCE = dict(type='Balance', ratio=0.5, interval=3)
 
 
 @pytest.mark.parametrize('family, weight', [('retinanet', BALANCE), ('faster_rcnn', 1.0)])
-def test_a_resumed_run_ends_where_the_uninterrupted_one_does(family, weight, request, distilled, make_runner, stop_after):
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(family, weight, request, distilled, make_runner,
+                                                             stop_after):
     make = request.getfixturevalue(family)  # Faster R-CNN samples its proposals at random
     model = dict(distilled(), student=make(), teacher=dict(config=make(neck=12), random_teacher=True))
     model['distill']['fgd']['weight'] = weight
@@ -133,12 +137,14 @@ def test_whole_runs_with_weights_of_zero_are_plain_runs(faster_rcnn, distilled, 
         runner.train()
         files.append(_load(f'{runner.work_dir}/epoch_2.pth'))
     zero, plain = files
-    _assert_equal({key: zero[key] for key in ('state_dict', 'optimizer')}, {key: plain[key] for key in ('state_dict', 'optimizer')})
+    _assert_equal({key: zero[key] for key in ('state_dict', 'optimizer')},
+                  {key: plain[key] for key in ('state_dict', 'optimizer')})
     assert 'distill' not in plain
 
 
 def test_the_tasks_weight_follows_the_runner_without_any_term(distilled, make_runner):
-    runner, seen = make_runner(distilled(task_weight=dict(type='Warmup', value=1.0, epochs=2)) | dict(distill={}), epochs=2), []
+    runner, seen = make_runner(distilled(task_weight=dict(type='Warmup', value=1.0, epochs=2)) | dict(distill={}),
+                               epochs=2), []
     runner.model.task_weight.done = lambda progress: seen.append(progress.epoch) or 1.0
     runner.train()
     assert seen == [0.0, 0.5, 1.0, 1.5]
@@ -156,7 +162,8 @@ def test_schedules_follow_the_runner(distilled, make_runner):
 
 @pytest.mark.parametrize('fault, message', [('partial', 'missing from the file: bbox_head.retina_cls.bias'),
                                             ('absent', 'No such file|no such file|not exist|nowhere.pth')])
-def test_a_faulty_teacher_stops_the_run_before_the_first_step(retinanet, distilled, make_runner, teacher_checkpoint, fault, message):
+def test_a_faulty_teacher_stops_the_run_before_the_first_step(retinanet, distilled, make_runner, teacher_checkpoint,
+                                                              fault, message):
     path = teacher_checkpoint if fault == 'partial' else 'nowhere.pth'
     if fault == 'partial':
         checkpoint = _load(path)
@@ -169,7 +176,8 @@ def test_a_faulty_teacher_stops_the_run_before_the_first_step(retinanet, distill
 
 
 @pytest.mark.parametrize('score_thr', [0.001, 0.9])  # useless boxes; no boxes at all
-def test_preflight_stops_a_teacher_that_detects_nothing(retinanet, distilled, make_runner, teacher_checkpoint, score_thr):
+def test_preflight_stops_a_teacher_that_detects_nothing(retinanet, distilled, make_runner, teacher_checkpoint,
+                                                        score_thr):
     teacher = retinanet(neck=12)
     teacher.test_cfg.score_thr = score_thr
     model = distilled(dict(config=teacher, checkpoint=teacher_checkpoint))
@@ -203,8 +211,8 @@ def test_preflight_measures_the_teacher_as_stock_mmdet_does(retinanet, make_runn
 def test_class_counts_that_differ_are_an_error(retinanet, distilled, make_runner, tmp_path):
     model = MODELS.build(retinanet(neck=12, classes=5))
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'five.pth')
-    runner = make_runner(distilled(dict(config=retinanet(neck=12, classes=5), checkpoint=str(tmp_path / 'five.pth'))), val=True,
-                         preflight=dict(images=4))
+    runner = make_runner(distilled(dict(config=retinanet(neck=12, classes=5), checkpoint=str(tmp_path / 'five.pth'))),
+                         val=True, preflight=dict(images=4))
     with pytest.raises(TeacherError, match='5 classes apart, but the data has 3'):
         runner.train()
 
@@ -223,7 +231,8 @@ def test_a_teacher_that_something_writes_to_is_noticed(distilled, make_runner):
 
 
 def test_table_of_origins(retinanet, distilled, make_runner, teacher_checkpoint):
-    runner = make_runner(distilled(dict(config=retinanet(neck=12), checkpoint=teacher_checkpoint), inherit='bbox_head'), epochs=1)
+    runner = make_runner(distilled(dict(config=retinanet(neck=12), checkpoint=teacher_checkpoint), inherit='bbox_head'),
+                         epochs=1)
     runner.train()
     table = _table(runner)
     rows = {line.split('│')[1].strip(): [cell.strip() for cell in line.split('│')[2:-1]] for line in table.splitlines()
@@ -244,9 +253,10 @@ def test_the_log_tells_what_distilling_costs(distilled, make_runner):
     assert scalars['train/kd_memory'].current() == sum(level.nbytes for level in features) / 2**20
 
 
-@pytest.mark.parametrize('engine', [dict(precision='bfloat16'), dict(compile=dict(backend='aot_eager')), dict(fuse=False)])
-def test_a_resumed_run_is_the_uninterrupted_one_with_every_option_of_the_engine(retinanet, distilled, make_runner, engine,
-                                                                                stop_after):
+@pytest.mark.parametrize('engine', [dict(precision='bfloat16'), dict(compile=dict(backend='aot_eager')),
+                                    dict(fuse=False)])
+def test_a_resumed_run_is_the_uninterrupted_one_with_every_option_of_the_engine(retinanet, distilled, make_runner,
+                                                                                engine, stop_after):
     model = distilled(dict(config=retinanet(neck=12), random_teacher=True, **engine))
     make_runner(model, epochs=2, name='straight').train()
     first = make_runner(model, epochs=2, name='resumed')

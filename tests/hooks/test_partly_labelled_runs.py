@@ -11,7 +11,7 @@ TERMS = dict(pkd=dict(type='PKD'), fgd=dict(type='FGD'), classes=dict(type='RoIC
 
 @pytest.fixture
 def runner(faster_rcnn, make_runner, run_config, coco_folder, tmp_path):
-    """Makes the runner of a student of two classes and a teacher of three, on three labelled and five unlabelled images."""
+    """Makes the runner of a student of two classes and a teacher of three, on three labelled images and five others."""
     content = json.loads((coco_folder / 'all.json').read_text())
     boxes, images = content.pop('annotations'), content['images']
     (tmp_path / 'unlabelled.json').write_text(json.dumps(dict(content, images=images[3:])))
@@ -22,10 +22,12 @@ def runner(faster_rcnn, make_runner, run_config, coco_folder, tmp_path):
         dataset = run_config(faster_rcnn()).train_dataloader.dataset.to_dict()
         dataset.update(metainfo=dict(classes=('red', 'blue')), filter_cfg=dict(filter_empty_gt=False))
         parts = [dict(dataset, ann_file=str(tmp_path / 'labelled.json')),
-                 dict(dataset, ann_file=str(tmp_path / 'unlabelled.json'), pipeline=[*dataset['pipeline'], dict(type='Unlabelled')])]
+                 dict(dataset, ann_file=str(tmp_path / 'unlabelled.json'),
+                      pipeline=[*dataset['pipeline'], dict(type='Unlabelled')])]
         teacher = dict(config=faster_rcnn(neck=12), random_teacher=True, classes=['blue', 'green', 'red'])
         resume = options.pop('resume', False)
-        model = dict(type='DetectionDistiller', student=faster_rcnn(classes=2), teacher=teacher, distill=TERMS, **options)
+        model = dict(type='DetectionDistiller', student=faster_rcnn(classes=2), teacher=teacher, distill=TERMS,
+                     **options)
         run = run_config(model, epochs=2, name=name, resume=resume)
         run.train_dataloader.dataset = dict(type='ConcatDataset', datasets=parts)
         return Runner.from_cfg(run)

@@ -20,8 +20,8 @@ def test_a_whole_run_on_two_ranks(retinanet, run_config, tmp_path):
     config.train_dataloader.batch_size = 2
     config.dump(tmp_path / 'config.py')
     run = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0',
-         str(RANK), str(tmp_path / 'config.py')],
+        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv_backend=c10d',
+         '--rdzv_endpoint=localhost:0', str(RANK), str(tmp_path / 'config.py')],
         env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=280)
     log = run.stdout + run.stderr
     assert run.returncode == 0, log[-8000:]

@@ -44,7 +44,8 @@ def test_queries_and_encoders_of_detrs_are_shown(detr, distiller, batch):
     model = distiller(detr(), detr(queries=12, layers=3), distill=terms).train()
     step = inspect_step(model, batch())
     rows = {row[0]: row[1:] for row in rows_of(tap_table(model, step))}
-    assert rows['bbox_head.queries logits'] == ('2 × 2 × 10 × 3', '–', 'bbox_head.queries logits', '3 × 2 × 12 × 3', 'classes')
+    assert rows['bbox_head.queries logits'] == ('2 × 2 × 10 × 3', '–', 'bbox_head.queries logits', '3 × 2 × 12 × 3',
+                                                'classes')
     assert rows['encoder[0]'] == ('2 × 32 × 8 × 8', '8', 'encoder[0]', '2 × 32 × 8 × 8', 'encoder')
     measured = {row[0]: row[4] for row in rows_of(term_table(model, step))}
     assert measured['[bold]classes[/bold]'] == 'neck' and measured['[bold]encoder[/bold]'] == 'encoder'

@@ -75,7 +75,8 @@ def pupil_of_itself(distiller):
 
     def make(config: dict, **term):
         as_loaded = dict(fuse=False, channels_last=False)  # folded convolutions round otherwise
-        model = distiller(config, None, teacher=dict(config=config, random_teacher=True, **as_loaded), distill=dict(term=term))
+        model = distiller(config, None, teacher=dict(config=config, random_teacher=True, **as_loaded),
+                          distill=dict(term=term))
         state = model.student.state_dict()
         model.build_teachers()[0].model.load_state_dict({key: value.clone() for key, value in state.items()})
         model.train()

@@ -8,7 +8,8 @@ from kd_det.taps import TapError
 KINDS = ('DETR', 'ConditionalDETR', 'DABDETR', 'DeformableDETR', 'DINO')
 # The second is padded; the third has no box.
 IMAGES = dict(shapes=((64, 96), (48, 56), (64, 64)), boxes=(((8, 8, 40, 40), (50, 10, 90, 60)), ((4, 4, 40, 44), ), ()))
-MASKED = dict(type='FeatureImitation', normalizer='mask', mask=dict(type='MaskProduct', masks=['BoxForeground', 'SpatialAttention']))
+MASKED = dict(type='FeatureImitation', normalizer='mask',
+              mask=dict(type='MaskProduct', masks=['BoxForeground', 'SpatialAttention']))
 TERMS = dict(pkd=dict(type='PKD'), fgd=dict(type='FGD'), masked=MASKED,
              queries=dict(type='FeatureImitation', mask='QueryConfidence', normalizer='mask'))
 
@@ -44,7 +45,7 @@ def test_terms_teach_student_and_adapters_and_nothing_else(kind, tap, detr, dist
     assert all(parameter.grad is None for parameter in model.teacher.model.parameters())
     norms = gradient_norms(model.parse_losses(losses)[0], {name: sum(value.values()) for name, value in values.items()},
                            {name: context.student[tap] for name in terms})
-    assert all(norm.term > 0 and norm.task > 0 for norm in norms.values())  # the tokens lie on the way to the task's loss
+    assert all(norm.term > 0 and norm.task > 0 for norm in norms.values())  # the tokens lie before the task's loss
 
 
 @pytest.mark.parametrize('kind', KINDS)

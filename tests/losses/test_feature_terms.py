@@ -27,19 +27,24 @@ def test_masked_imitation_sees_only_the_mask(context, connected):
 
 
 def test_sum_of_masks_is_the_sum_of_terms(context, connected):
-    masks = ['BoxForeground', dict(type='MaskProduct', masks=['BoxBackground', dict(type='ChannelAttention', temperature=0.5)])]
-    whole = connected(MODELS.build(dict(type='FeatureImitation', mask=dict(type='MaskSum', masks=masks, weights=[1.0, 0.5]))), context)
-    parts = [connected(MODELS.build(dict(type='FeatureImitation', mask=mask)), context)(context)['imitation'] for mask in masks]
+    masks = ['BoxForeground', dict(type='MaskProduct',
+                                   masks=['BoxBackground', dict(type='ChannelAttention', temperature=0.5)])]
+    whole = connected(MODELS.build(dict(type='FeatureImitation',
+                                        mask=dict(type='MaskSum', masks=masks, weights=[1.0, 0.5]))), context)
+    parts = [connected(MODELS.build(dict(type='FeatureImitation', mask=mask)), context)(context)['imitation']
+             for mask in masks]
     torch.testing.assert_close(whole(context)['imitation'], parts[0] + 0.5 * parts[1])
 
 
 def test_levels_are_compared_with_those_of_their_stride():
     torch.manual_seed(0)
-    student, teacher = ([torch.randn(1, 4, 64 // stride, 64 // stride) for stride in strides] for strides in ((8, 16), (4, 8, 16)))
+    student, teacher = ([torch.randn(1, 4, 64 // stride, 64 // stride) for stride in strides]
+                        for strides in ((8, 16), (4, 8, 16)))
     teacher[2] = student[1]
     context = DistillContext(
         student=dict(neck=tuple(student)), teachers=[dict(neck=tuple(teacher))],
-        student_levels=dict(neck=(Level(4, 8), Level(4, 16))), teacher_levels=[dict(neck=(Level(4, 4), Level(4, 8), Level(4, 16)))],
+        student_levels=dict(neck=(Level(4, 8), Level(4, 16))),
+        teacher_levels=[dict(neck=(Level(4, 4), Level(4, 8), Level(4, 16)))],
         boxes=[torch.zeros(0, 4)], labels=[torch.zeros(0)], batch_shape=(64, 64), image_shapes=[(64, 64)])
     for levels, expected in (((1, ), torch.tensor(0.)), ((0, ), torch.nn.functional.mse_loss(student[0], teacher[1]))):
         term = MODELS.build(dict(type='FeatureImitation', levels=levels, normalizer='mean'))
@@ -48,7 +53,8 @@ def test_levels_are_compared_with_those_of_their_stride():
 
 
 def test_unlike_strides_need_resize(make_context, connected):
-    context = make_context(torch.randn(1, 4, 4, 6), torch.randn(1, 4, 8, 12), [torch.zeros(0, 4)], image_shapes=[(64, 96)])
+    context = make_context(torch.randn(1, 4, 4, 6), torch.randn(1, 4, 8, 12), [torch.zeros(0, 4)],
+                           image_shapes=[(64, 96)])
     context.student_levels['neck'] = (Level(4, 16), )
     with pytest.raises(ValueError, match='no partner'):
         connected(MODELS.build(dict(type='FeatureImitation')), context)

@@ -42,14 +42,18 @@ def test_reproduces_the_authors_values(name, golden, make_context, connected):
 @pytest.mark.parametrize('box_mapping', ['batch', 'image'])
 def test_equals_its_composition(padded, connected, box_mapping):
     pad_aware = box_mapping == 'batch'
-    fused = connected(FGD(temperature=0.5, alpha=0.3, beta=0.2, gamma=0.5, lambda_=0.7, box_mapping=box_mapping), padded)
+    fused = connected(FGD(temperature=0.5, alpha=0.3, beta=0.2, gamma=0.5, lambda_=0.7, box_mapping=box_mapping),
+                      padded)
     torch.nn.init.normal_(fused.student_context[0].expand.weight)
-    attentions = [dict(type=kind, temperature=0.5, pad_aware=pad_aware) for kind in ('SpatialAttention', 'ChannelAttention')]
+    attentions = [dict(type=kind, temperature=0.5, pad_aware=pad_aware)
+                  for kind in ('SpatialAttention', 'ChannelAttention')]
 
     def imitation(where):
-        return dict(type='FeatureImitation', normalizer='batch', mask=dict(type='MaskProduct', masks=[where, *attentions]))
+        return dict(type='FeatureImitation', normalizer='batch',
+                    mask=dict(type='MaskProduct', masks=[where, *attentions]))
 
-    composition = dict(foreground=imitation(dict(type='BoxForeground', weighting='inverse_area', box_mapping=box_mapping)),
+    composition = dict(foreground=imitation(dict(type='BoxForeground', weighting='inverse_area',
+                                                 box_mapping=box_mapping)),
                        background=imitation(dict(type='BoxBackground', box_mapping=box_mapping)),
                        attention=dict(type='AttentionImitation', temperature=0.5, pad_aware=pad_aware),
                        relation=dict(type='GlobalRelation', pad_aware=pad_aware))
@@ -88,7 +92,8 @@ def test_gradient_reaches_what_trains_and_nothing_else(padded, connected):
     sum(term(padded).values()).backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in term.parameters())
     # A bias before a softmax cancels: the one parameter whose gradient is 0 by its place.
-    assert all(parameter.grad.abs().sum() > 0 for name, parameter in term.named_parameters() if not name.endswith('attend.bias'))
+    assert all(parameter.grad.abs().sum() > 0 for name, parameter in term.named_parameters()
+               if not name.endswith('attend.bias'))
 
 
 def test_unknown_box_mapping():

@@ -58,8 +58,10 @@ def test_terms_teach_the_student_and_nothing_else(kind, detr, make, observed):
         model.zero_grad()
         sum(value.values()).backward(retain_graph=True)
         for part in ('backbone', 'neck', 'encoder', 'decoder', 'bbox_head'):
-            gradients = [parameter.grad for parameter in getattr(model, part).parameters() if parameter.grad is not None]
-            assert any(gradient.any() for gradient in gradients) and all(gradient.isfinite().all() for gradient in gradients)
+            gradients = [parameter.grad for parameter in getattr(model, part).parameters()
+                         if parameter.grad is not None]
+            assert any(gradient.any() for gradient in gradients)
+            assert all(gradient.isfinite().all() for gradient in gradients)
     assert all(parameter.grad is None for parameter in model.teacher.model.parameters())
 
 
@@ -86,8 +88,9 @@ def test_layers_are_paired_from_the_last_and_queries_by_their_box(kind, queries,
         for image, (boxes, labels, shape) in enumerate(zip(context.boxes, context.labels, context.image_shapes)):
             height, width = shape
             predicted = corners(teacher.boxes[layer, image]) / 1000 * torch.tensor([width, height, width, height])
-            expected = model.bbox_head.assigner.assign(InstanceData(scores=teacher.logits[layer, image], bboxes=predicted),
-                                                       InstanceData(bboxes=boxes, labels=labels), dict(img_shape=shape)).gt_inds
+            expected = model.bbox_head.assigner.assign(
+                InstanceData(scores=teacher.logits[layer, image], bboxes=predicted),
+                InstanceData(bboxes=boxes, labels=labels), dict(img_shape=shape)).gt_inds
             for query in range(10):
                 box = student.assigned[layer, image, query].item()
                 assert pairs.foreground[layer, image, query] == (box >= 0)
@@ -137,7 +140,8 @@ def test_values_are_those_of_the_formulas(kind, detr, make, observed):
                 weight = score * (pairs.foreground[place] + pairs.background[place])
                 first, second = pairs.student.boxes[place], pairs.teacher.boxes[place]
                 expected['l1'] += 5 * weight * (first - second).abs().sum()
-                expected['giou'] += 2 * weight * box_functions.giou_imitation(corners(first)[None], corners(second)[None])[0]
+                distance, = box_functions.giou_imitation(corners(first)[None], corners(second)[None])
+                expected['giou'] += 2 * weight * distance
     for name, value in {**values['classes'], **values['boxes']}.items():
         torch.testing.assert_close(value, expected[name] / 3)  # there are three boxes
 
@@ -146,7 +150,8 @@ def test_values_are_those_of_the_formulas(kind, detr, make, observed):
 def test_finite_without_any_box(kind, detr, make, observed):
     model = make(detr(kind), detr(kind))
     context, values = observed(model, dict(shapes=((64, 64), (40, 48)), boxes=((), ())))
-    assert values['classes']['foreground'] == 0 and all(part.isfinite() for value in values.values() for part in value.values())
+    assert values['classes']['foreground'] == 0
+    assert all(part.isfinite() for value in values.values() for part in value.values())
     sum(part for value in values.values() for part in value.values()).backward()
     gradients = [parameter.grad for parameter in model.student.parameters() if parameter.grad is not None]
     assert gradients and all(gradient.isfinite().all() for gradient in gradients)

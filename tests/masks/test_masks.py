@@ -38,8 +38,10 @@ def test_attention_sources(level, source):
     features = dict(teacher=[level.teacher], student=[level.student], both=[level.teacher, level.student])[source]
     (spatial, ), (channel, ) = (build_mask(dict(type=kind, source=source, temperature=0.3, pad_aware=False))(level)
                                 for kind in ('SpatialAttention', 'ChannelAttention'))
-    torch.testing.assert_close(spatial.cells, sum(functional.spatial_attention(each, 0.3) for each in features) / len(features))
-    torch.testing.assert_close(channel.channels, sum(functional.channel_attention(each, 0.3) for each in features) / len(features))
+    torch.testing.assert_close(spatial.cells,
+                               sum(functional.spatial_attention(each, 0.3) for each in features) / len(features))
+    torch.testing.assert_close(channel.channels,
+                               sum(functional.channel_attention(each, 0.3) for each in features) / len(features))
     assert spatial.channels is None and channel.cells is None
 
 
@@ -67,7 +69,8 @@ def test_products_distribute_over_sums(level):
 
 
 def test_faulty_masks_are_errors():
-    for config, message in ((dict(type='SpatialAttention', source='me'), "source='me'"), (dict(type='MaskProduct', masks=[]), 'at least one'),
+    for config, message in ((dict(type='SpatialAttention', source='me'), "source='me'"),
+                            (dict(type='MaskProduct', masks=[]), 'at least one'),
                             (dict(type='MaskSum', masks=['BoxForeground'], weights=[1, 2]), '1 masks but 2 weights'),
                             (dict(type='BoxForeground', box_mapping='pad'), "box_mapping='pad'")):
         with pytest.raises(ValueError, match=message):

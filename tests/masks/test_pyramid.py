@@ -73,8 +73,8 @@ def test_anchors_of_the_students_head_serve(compared):
     level = compared([torch.tensor([[40., 40., 170., 170.]])], batch_shape=(256, 256))[1]
     head = dict(type='AnchorGenerator', octave_base_scale=4, scales_per_octave=3, ratios=[1.0], strides=[16, 32, 64])
     cells = build_mask(dict(type='NearAnchorForeground', anchors=head)).cells(level)[0]
-    # The best anchors, of side 8·4·2^(2/3) = 51 pixels, lie wholly within the box; those centred on its edge are not half
-    # as good any more, those a cell further in are.
+    # The best anchors, of side 8·4·2^(2/3) = 51 pixels, lie wholly within the box; those centred on its edge are not
+    # half as good any more, those a cell further in are.
     near = 8 * cells.nonzero()
     assert (near.min(), near.max()) == (48, 168) and cells[12, 12] == 1
 

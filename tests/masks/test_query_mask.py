@@ -7,7 +7,8 @@ from kd_det.heads import QueryOutputs
 from kd_det.masks import build_mask
 
 # Of the last decoder layer: the left half and the upper half of the first image; a corner of the second, and all of it.
-BOXES = torch.tensor([[[0.25, 0.5, 0.5, 1.0], [0.5, 0.25, 1.0, 0.5]], [[0.125, 0.125, 0.25, 0.25], [0.5, 0.5, 1.0, 1.0]]])
+BOXES = torch.tensor([[[0.25, 0.5, 0.5, 1.0], [0.5, 0.25, 1.0, 0.5]],
+                      [[0.125, 0.125, 0.25, 0.25], [0.5, 0.5, 1.0, 1.0]]])
 LOGITS = torch.tensor([[[1.0, -2.0], [0.0, 2.0]], [[3.0, 0.0], [-1.0, -3.0]]])
 
 

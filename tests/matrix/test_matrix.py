@@ -148,7 +148,8 @@ def parts_of_detectors(names: Iterable[str]) -> set:
 
 def test_names_of_terms_do_not_meet_in_sums_of_methods():
     for family, detector in (('one_stage', 'GFL'), ('two_stage', 'Faster R-CNN'), ('detr', 'DINO')):
-        names = [name for method, served in SERVED.items() if detector in served for name in method_terms(method, family)]
+        names = [name for method, served in SERVED.items() if detector in served
+                 for name in method_terms(method, family)]
         assert len(names) == len(set(names))
 
 

@@ -52,8 +52,8 @@ def test_metadata(wheel):
     metadata = read['METADATA'].splitlines()
     assert 'Name: kd-det' in metadata and 'Requires-Python: >=3.8' in metadata
     required = {line.partition(': ')[2] for line in metadata if line.startswith('Requires-Dist')}
-    assert {name for name in required if 'extra' not in name} == {'torch', 'torchvision', 'numpy', 'scipy', 'filelock', 'rich',
-                                                                  'matplotlib', 'jinja2'}
+    assert {name for name in required if 'extra' not in name} == {'torch', 'torchvision', 'numpy', 'scipy', 'filelock',
+                                                                  'rich', 'matplotlib', 'jinja2'}
     assert sum("extra == 'mmdet'" in name.replace('"', "'") for name in required) == 4
     assert 'Apache License' in read['LICENSE']
     assert 'kd-det = kd_det.cli.main:main' in read['entry_points.txt']

@@ -8,8 +8,8 @@ from kd_det.report import render
 playwright = pytest.importorskip('playwright.sync_api', reason="needs the extra 'browser'")
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason='needs Chromium')
-FLAGS = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking', '--disable-component-update',
-         '--disable-sync']
+FLAGS = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking',
+         '--disable-component-update', '--disable-sync']
 
 
 @pytest.fixture(scope='module')
@@ -90,7 +90,8 @@ def test_switches_change_method_image_and_study_by_themselves(open_page, synthet
 
 
 def test_on_a_phone_nothing_is_wider_than_the_screen(open_page, synthetic_study):
-    page = open_page([synthetic_study(methods=('fgd', 'a_method_with_a_very_long_name@model.distill.fgd.temperature=0.8'))], width=390)
+    methods = ('fgd', 'a_method_with_a_very_long_name@model.distill.fgd.temperature=0.8')
+    page = open_page([synthetic_study(methods=methods)], width=390)
     for option in (0, 1):
         page.locator('select').select_option(index=option)
         assert page.evaluate('document.documentElement.scrollWidth') <= 390
@@ -110,7 +111,8 @@ def test_fifty_images_stay_small_and_open_quickly(open_page, synthetic_study):
 
 
 def test_runs_without_images_or_a_plain_student_have_a_page_too(open_page, synthetic_study):
-    study = dict(synthetic_study(), images=[], maps={}, per_class=None, precision=None, table=None, statements=[], plain=None)
+    study = dict(synthetic_study(), images=[], maps={}, per_class=None, precision=None, table=None, statements=[],
+                 plain=None)
     page = open_page([study])
     page.locator('select').select_option('fgd')
     assert page.locator('[data-method="fgd"]').first.is_visible() and page.faults == []

@@ -44,7 +44,8 @@ def test_a_detector_that_finds_nothing(truth):
 
 
 def summary(difference, interval, verdict):
-    return dict(bbox_mAP=dict(mean=30.0, difference=difference, interval=interval, verdict=verdict, by_seed={0: difference}))
+    return dict(bbox_mAP=dict(mean=30.0, difference=difference, interval=interval, verdict=verdict,
+                              by_seed={0: difference}))
 
 
 def test_the_verdict_claims_only_what_intervals_show():
@@ -56,8 +57,8 @@ def test_the_verdict_claims_only_what_intervals_show():
         'one seed: no statement (+9.0)', '+4.0 mAP (+3.0 to +5.0)', 'no difference shown: +0.5 mAP (-1.0 to +2.0)',
         '-2.0 mAP (-3.0 to -1.0)']
     assert sentence(made) == (
-        'fgd (+4.0 mAP, +3.0 to +5.0) detects better than the plain student; rkd (-2.0 mAP, -3.0 to -1.0) detects worse; '
-        'for kd no difference is shown; one seed allows no statement on pkd.')
+        'fgd (+4.0 mAP, +3.0 to +5.0) detects better than the plain student; rkd (-2.0 mAP, -3.0 to -1.0) detects '
+        'worse; for kd no difference is shown; one seed allows no statement on pkd.')
 
 
 def test_the_verdict_on_many_and_on_none():
@@ -67,7 +68,7 @@ def test_the_verdict_on_many_and_on_none():
 
 
 def test_methods_that_began_with_inherited_weights_are_compared_with_a_student_that_did():
-    """fgd gains 2 and 4 points over inherit, pkd began elsewhere, kd inherited for seed 0 alone; MixUp is another setting."""
+    """fgd gains 2 and 4 points over inherit, pkd began elsewhere, kd inherited for seed 0; MixUp is another setting."""
     def run(variant, seed, start, points):
         return dict(variant=variant, seed=seed, status='finished', start=start, metrics=dict(bbox_mAP=points / 100))
 
@@ -94,7 +95,8 @@ def test_terms_are_told_apart_from_the_losses_of_the_task():
     distill = dict(fgd=dict(type='FGD', weight=dict(type='Balance', ratio=0.5)), fgd_b=dict(type='PKD'))
     config = Config(dict(model=dict(type='DetectionDistiller', distill=distill)))
     scalars = [{'loss': {1: 9.0}, 'loss_cls': {1: 1.0}, 'loss_fgd': {1: 3.0}, 'loss_fgd_b': {1: 2.0},
-                'distill/fgd_relation': {1: 3.0}, 'distill/fgd_weight': {1: 0.25, 2: 0.0}, 'distill/fgd_b_level': {1: 2.0}}]
+                'distill/fgd_relation': {1: 3.0}, 'distill/fgd_weight': {1: 0.25, 2: 0.0},
+                'distill/fgd_b_level': {1: 2.0}}]
     terms = term_curves(config, scalars)
     assert terms['fgd']['parts'] == {'relation': [{1: 3.0}]} and terms['fgd_b']['parts'] == {'level': [{1: 2.0}]}
     assert terms['fgd']['gradient'] == [{1: 2.0}]  # ratio / weight: what the weight of 0.25 halves

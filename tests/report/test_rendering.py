@@ -60,7 +60,8 @@ def test_what_there_is_not_leaves_no_empty_section(synthetic_study):
     study = dict(synthetic_study(), images=[], maps={}, per_class=None, precision=None, table=None, statements=[],
                  terms={}, provenance={}, plain=None)
     page = render([study])
-    for heading in ('Does it help?', 'All numbers', 'On images', 'Class by class', 'Precision and recall', 'How it was made'):
+    for heading in ('Does it help?', 'All numbers', 'On images', 'Class by class', 'Precision and recall',
+                    'How it was made'):
         assert heading not in page
     assert 'Learning curves' in page
 

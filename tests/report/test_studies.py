@@ -10,7 +10,8 @@ from kd_det.report import collect, read_studies, render
 from kd_det.report.collecting import _per_class
 
 RESULT = dict(identity='', start='', order='', parameters=10, flops=None, seconds_per_iteration=0.1, peak_memory=None,
-              peak_device_memory=None, epochs=1, iterations=2, checkpoint='epoch_1.pth', scalars='log/vis_data/scalars.json')
+              peak_device_memory=None, epochs=1, iterations=2, checkpoint='epoch_1.pth',
+              scalars='log/vis_data/scalars.json')
 
 
 def write_run(folder, points: float, config: dict = {}, finished: bool = True):
@@ -25,7 +26,8 @@ def write_run(folder, points: float, config: dict = {}, finished: bool = True):
 @pytest.fixture
 def unfinished(tmp_path):
     """A benchmark that was stopped: two seeds of two variants, and one run that has not finished."""
-    distilled = dict(model=dict(type='DetectionDistiller', student=dict(type='RetinaNet'), distill=dict(fgd=dict(type='FGD')),
+    distilled = dict(model=dict(type='DetectionDistiller', student=dict(type='RetinaNet'),
+                                distill=dict(fgd=dict(type='FGD')),
                                 teacher=dict(config='teacher.py', checkpoint='teacher.pth')))
     for seed, (plain, fgd) in enumerate(((30, 34), (31, 36))):
         write_run(tmp_path / 'work' / 'none' / f'seed{seed}', plain)
@@ -66,7 +68,8 @@ def test_classes_are_compared_with_the_plain_student_in_the_same_setting(unfinis
     accuracies = {variant: {0: dict(per_class=[ap, None]), 1: dict(per_class=[ap + 0.02, None])} for variant, ap in (
         ('none', 0.1), ('none@augment=mixup', 0.3), ('fgd', 0.15), ('fgd@augment=mixup', 0.29), ('teacher', 0.9))}
     made = _per_class(read_studies([unfinished])[0], ['cat', 'dog'], accuracies)
-    assert {variant: [(each['name'], round(each['difference'], 6)) for each in classes] for variant, classes in made.items()} == {
+    assert {variant: [(each['name'], round(each['difference'], 6)) for each in classes]
+            for variant, classes in made.items()} == {
         'none@augment=mixup': [('cat', 20)], 'fgd': [('cat', 5)], 'fgd@augment=mixup': [('cat', -1)]}
 
 
@@ -119,4 +122,5 @@ def test_the_command_makes_a_page_of_a_training(run_config, retinanet, make_runn
     detections = tmp_path / 'run' / 'report' / 'detections.json'
     kept = detections.stat().st_mtime_ns
     assert main(['report', str(tmp_path / 'run'), '--images', '1', '--out', str(tmp_path / 'small.html')]) == 0
-    assert detections.stat().st_mtime_ns == kept and (tmp_path / 'small.html').read_text().count('<button type="button" data-image=') == 1
+    assert detections.stat().st_mtime_ns == kept
+    assert (tmp_path / 'small.html').read_text().count('<button type="button" data-image=') == 1

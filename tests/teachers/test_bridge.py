@@ -23,5 +23,6 @@ def test_bridge_equals_the_teachers_own_preprocessing(student, teacher, batch):
 
 
 def test_identical_preprocessing_passes_the_very_tensor():
-    bridge, images = InputBridge(DetDataPreprocessor(**IMAGENET), DetDataPreprocessor(**IMAGENET)), torch.randn(1, 3, 8, 8)
+    bridge = InputBridge(DetDataPreprocessor(**IMAGENET), DetDataPreprocessor(**IMAGENET))
+    images = torch.randn(1, 3, 8, 8)
     assert bridge.is_identity and bridge(images, [(8, 8)]) is images

@@ -135,8 +135,8 @@ def _a_statistic_written_to(teacher, images):
     return teacher, images, SHAPES, ['bbox_head']
 
 
-@pytest.mark.parametrize('change', [_flipped, _one_pixel, _larger_padding, _other_image_shapes, _another_batch_size, _other_heads,
-                                    _a_weight_written_to, _a_statistic_written_to])
+@pytest.mark.parametrize('change', [_flipped, _one_pixel, _larger_padding, _other_image_shapes, _another_batch_size,
+                                    _other_heads, _a_weight_written_to, _a_statistic_written_to])
 def test_what_does_not_match_is_computed(teacher, images, change):
     asked = teacher(fuse=False)  # so that the weights are those of its checkpoint still
     asked.observe(images, SHAPES, ['bbox_head'])
@@ -211,7 +211,8 @@ def test_report_is_one_line_of_what_was_done_since_the_last(teacher, images):
     assert '0 images read' in asked.cache.report()
 
 
-@pytest.mark.parametrize('fault, message', [(dict(dtype='int8'), "cache.dtype='int8'"), (dict(max_gb=0), 'cache.max_gb=0')])
+@pytest.mark.parametrize('fault, message',
+                         [(dict(dtype='int8'), "cache.dtype='int8'"), (dict(max_gb=0), 'cache.max_gb=0')])
 def test_wrong_options(tmp_path, fault, message):
     with pytest.raises(ConfigurationError, match=message):
         TeacherCache(dir=str(tmp_path), **fault)
@@ -230,6 +231,7 @@ def test_an_unknown_option(retinanet):
 
 
 @pytest.mark.parametrize('name, kept', [('bbox_head', True), ('rpn_head', True), ('bbox_head.towers', True),
-                                        ('bbox_head.positives', True), ('roi_head', False), ('bbox_head.queries', False)])
+                                        ('bbox_head.positives', True), ('roi_head', False),
+                                        ('bbox_head.queries', False)])
 def test_what_can_be_kept(name, kept):
     assert can_be_kept(name) == kept

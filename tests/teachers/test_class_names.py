@@ -36,7 +36,8 @@ def test_names_that_do_not_fit_the_head_are_not_its_names():
 
 def test_a_teacher_knows_them(retinanet, tmp_path):
     model = MODELS.build(retinanet())
-    torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=('a', 'b', 'c')))), tmp_path / 'a.pth')
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=('a', 'b', 'c')))),
+               tmp_path / 'a.pth')
     options = dict(taps=['neck'], student_preprocessor=model.data_preprocessor)
     assert Teacher(retinanet(), str(tmp_path / 'a.pth'), **options).classes == ('a', 'b', 'c')
     assert Teacher(retinanet(), random_teacher=True, **options).classes is None

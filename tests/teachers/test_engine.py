@@ -93,7 +93,8 @@ def test_compiled_parts_hold_no_tap(teacher):
     made = teacher(('backbone.layer2', 'neck'), compile=COMPILED)
     made.observe(torch.randn(2, 3, 64, 64), SHAPES)
     compiled = {name for name, module in made.model.named_modules() if 'forward' in vars(module)}
-    assert compiled == {'neck', 'backbone.conv1', 'backbone.layer1', 'backbone.layer2', 'backbone.layer3', 'backbone.layer4'}
+    assert compiled == {'neck', 'backbone.conv1', 'backbone.layer1', 'backbone.layer2', 'backbone.layer3',
+                        'backbone.layer4'}
 
 
 def test_the_fingerprint_is_that_of_the_checkpoint_until_something_writes(teacher):

@@ -35,7 +35,8 @@ def test_faulty_keys_are_named(detector, tmp_path):
     state['bbox_head.retina_reg.weight'] = torch.zeros(3, 2)
     with pytest.raises(CheckpointError) as error:
         load_strictly(detector, _save(tmp_path, state))
-    for fault in ('1 keys missing from the file: bbox_head.retina_cls.weight', '1 keys unexpected in the file: neck.extra.weight',
+    for fault in ('1 keys missing from the file: bbox_head.retina_cls.weight',
+                  '1 keys unexpected in the file: neck.extra.weight',
                   'bbox_head.retina_reg.weight (file (3, 2), model (4, 8, 3, 3))'):
         assert fault in str(error.value)
 
@@ -56,8 +57,8 @@ def test_chosen_keys_can_be_allowed(detector, tmp_path):
 def test_keys_of_older_versions_load_as_their_module_renames_them(tmp_path):
     """MMDetection's FCOS still reads the names that its layers had before 2021."""
     model = MODELS.build(dict(
-        type='FCOS', backbone=dict(type='ResNet', depth=18), neck=dict(type='FPN', in_channels=[64, 128, 256, 512], out_channels=32,
-                                                                     num_outs=5),
+        type='FCOS', backbone=dict(type='ResNet', depth=18),
+        neck=dict(type='FPN', in_channels=[64, 128, 256, 512], out_channels=32, num_outs=5),
         bbox_head=dict(type='FCOSHead', num_classes=3, in_channels=32, feat_channels=32, stacked_convs=1)))
     renamed = dict(conv_cls='fcos_cls', conv_reg='fcos_reg', conv_centerness='fcos_centerness')
     state = {key: value for key, value in model.state_dict().items()}

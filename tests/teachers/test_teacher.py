@@ -63,7 +63,8 @@ def test_probe_tells_channels_and_strides(retinanet, path, levels):
 
 
 def test_probe_of_a_backbone_that_computes_while_it_is_built():
-    swin = dict(backbone=dict(type='SwinTransformer', embed_dims=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), window_size=2))
+    swin = dict(backbone=dict(type='SwinTransformer', embed_dims=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1),
+                              window_size=2))
     assert probe_config(swin, ['backbone'])['backbone'] == ((12, 4), (24, 8), (48, 16), (96, 32))
 
 

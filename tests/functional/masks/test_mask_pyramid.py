@@ -61,7 +61,8 @@ def loop_near_anchors(boxes, belongs, priors, feature_shape, phi, loop_iou):
                          [((1, 1), 64), ((1, 9), 16), ((6, 1), 16), ((6, 10), 16), ((12, 20), 8)])
 @pytest.mark.parametrize('phi', [0.0, 0.5, 0.9])
 def test_near_anchor_foreground_equals_the_loop(feature_shape, stride, phi, random_boxes, loop_iou):
-    shapes = torch.tensor([[-1.5, -1., 1.5, 1.], [-0.6, -1.3, 0.6, 1.3], [0., 0., 1., 1.], [-4., -2., 4., 2.1]]) * stride
+    shapes = stride * torch.tensor([[-1.5, -1., 1.5, 1.], [-0.6, -1.3, 0.6, 1.3], [0., 0., 1., 1.],
+                                    [-4., -2., 4., 2.1]])
     priors = shifted(shapes, feature_shape, stride)
     special = torch.tensor([
         [1000., 1000., 1010., 1010.],  # overlaps no anchor
