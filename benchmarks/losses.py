@@ -2,10 +2,10 @@
 
     python benchmarks/losses.py --out losses.json
 
-Five levels (strides 8 to 128) of a padded batch; FGD with its masks, its context blocks and their gradients, the others with
-the features that they get from their adapters. Plain forms: benchmarks/plain.py. Seconds are medians; both forms take turns,
-so that what else the machine does weighs on both. Memory is what tensors made by forward and backward take at the peak,
-student's and teacher's features not included, see kd_det/measuring.py.
+Five levels (strides 8 to 128) of a padded batch; FGD with its masks, its context blocks and their gradients, the others
+with the features that they get from their adapters. Plain forms: benchmarks/plain.py. Seconds are medians; both forms
+take turns, so that what else the machine does weighs on both. Memory is what tensors made by forward and backward take
+at the peak, student's and teacher's features not included, see kd_det/measuring.py.
 """
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ class Pyramids:
 
     def _boxes(self, count: int) -> Tensor:
         size = torch.tensor(self.shape[::-1], device=self.options.device)
-        centre, side = torch.rand(count, 2, device=size.device) * size, 30 + 300 * torch.rand(count, 2, device=size.device)**2
+        centre = torch.rand(count, 2, device=size.device) * size
+        side = 30 + 300 * torch.rand(count, 2, device=size.device)**2
         return torch.cat([(centre - side / 2).clamp(min=0), torch.minimum(centre + side / 2, size - 1)], 1)
 
 
@@ -124,8 +125,9 @@ def table_of(rows: Sequence[dict]) -> Table:
     for heading in ('loss', 'boxes', 'plain', 'ours', 'faster', 'plain', 'ours', 'share of memory'):
         table.add_column(heading, justify='left' if heading == 'loss' else 'right')
     for row in rows:
-        table.add_row(row['loss'], str(row['boxes'] or ''), f"{1e3 * row['plain_s']:.0f} ms", f"{1e3 * row['ours_s']:.0f} ms",
-                      f"{row['plain_s'] / row['ours_s']:.1f} ×", f"{row['plain_mb']:.0f} MB", f"{row['ours_mb']:.0f} MB",
+        table.add_row(row['loss'], str(row['boxes'] or ''), f"{1e3 * row['plain_s']:.0f} ms",
+                      f"{1e3 * row['ours_s']:.0f} ms", f"{row['plain_s'] / row['ours_s']:.1f} ×",
+                      f"{row['plain_mb']:.0f} MB", f"{row['ours_mb']:.0f} MB",
                       f"{row['ours_mb'] / row['plain_mb']:.0%}")
     return table
 

@@ -1,4 +1,4 @@
-"""The losses as one writes them down: operator by operator, FGD's masks box by box. What the package's are measured by."""
+"""The losses as one writes them down: operator by operator, FGD's masks box by box; what the package's are measured by."""
 from __future__ import annotations
 
 from math import ceil, floor
@@ -55,7 +55,8 @@ def defeat(student: Tensor, teacher: Tensor, foreground: Tensor) -> Tensor:
     """DeFeat (arXiv 2103.14475): foreground and background apart, each Σ M·(s - t)² / (2·C·ΣM)."""
     value = 0
     for mask in (foreground, 1 - foreground):
-        value = value + (mask[:, None] * (student - teacher)**2).sum() / (2 * student.shape[1] * mask.sum().clamp(min=1))
+        errors = (mask[:, None] * (student - teacher)**2).sum()
+        value = value + errors / (2 * student.shape[1] * mask.sum().clamp(min=1))
     return value
 
 
@@ -72,7 +73,8 @@ def cwd(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
 
 def pkd(student: Tensor, teacher: Tensor) -> Tensor:
     """PKD (arXiv 2207.02039): half the mean squared difference of channels standardised over the batch."""
-    student, teacher = ((feature - feature.mean((0, 2, 3), keepdim=True)) / (feature.std((0, 2, 3), keepdim=True) + 1e-6)
+    student, teacher = ((feature - feature.mean((0, 2, 3), keepdim=True))
+                        / (feature.std((0, 2, 3), keepdim=True) + 1e-6)
                         for feature in (student, teacher))
     return ((student - teacher)**2).mean() / 2
 

@@ -73,7 +73,8 @@ def _measure_on_ranks(asked: dict, repeats: int) -> dict:
     os.environ.update(MASTER_ADDR='localhost', MASTER_PORT='29531')
     context = multiprocessing.get_context('spawn')
     results = context.SimpleQueue()
-    processes = [context.Process(target=_run_rank, args=(rank, asked, repeats, results)) for rank in range(asked['ranks'])]
+    processes = [context.Process(target=_run_rank, args=(rank, asked, repeats, results))
+                 for rank in range(asked['ranks'])]
     for process in processes:
         process.start()
     measured = results.get()
