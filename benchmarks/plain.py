@@ -1,4 +1,4 @@
-"""The losses as one writes them down: operator by operator, FGD's masks box by box; what the package's are measured by."""
+"""The losses as one writes them down: operator by operator, FGD's masks box by box. A measure for the package's."""
 from __future__ import annotations
 
 from math import ceil, floor
