@@ -12,6 +12,7 @@ from kd_det.distillers.gradients import GradientNorms
 from kd_det.distillers.weights import Weight, WeightConfig
 
 DEFAULT_RATIO = 0.5
+ROUNDING = 1e-8  # share of the task's gradient below which a term's is rounding, and no direction to follow
 
 
 @TASK_UTILS.register_module()
@@ -20,8 +21,8 @@ class Balance(Weight):
 
     The features are those that the term taps, or the neck's for a term that reads heads alone. The term's weight is
     ratio · task's norm / term's norm, as moving geometric mean of the measurements: while a head is new both norms
-    change by orders of magnitude, and an arithmetic mean would long remember the largest. It is 0 until both norms have
-    been positive in one measurement.
+    change by orders of magnitude, and an arithmetic mean would long remember the largest. It is 0 until one measurement
+    has found both gradients, and the term's more than rounding beside the task's.
 
     Args:
         ratio: Share of the task's gradient, or a schedule of it.
@@ -55,11 +56,11 @@ class Balance(Weight):
         return self.averages is None or progress.iteration % self.interval == 0
 
     def update(self, norms: GradientNorms) -> None:
-        """Takes in a measurement; one that is not finite, or in which either gradient vanishes, changes nothing."""
+        """Takes in a measurement; one that is not finite, or in which either gradient vanishes or is noise, changes nothing."""
         both = torch.stack(norms)
         before = torch.zeros_like(both) if self.averages is None else self.averages.to(both.device)
         measured = torch.stack([torch.log(norms.task / norms.term), torch.ones_like(norms.task)])
-        counts = (torch.isfinite(both) & (both > 0)).all()
+        counts = torch.isfinite(both).all() & (norms.task > 0) & (norms.term > ROUNDING * norms.task)
         self.averages = torch.where(counts, self.momentum * before + (1 - self.momentum) * measured, before)
 
     @property

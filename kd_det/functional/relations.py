@@ -11,6 +11,8 @@ from torch import Tensor
 
 from kd_det.functional.features import unit
 
+RELATED = 3  # members that a batch needs for distances, in units of their mean, and angles to say anything
+
 
 def flow_matrix(feature_a: Tensor, feature_b: Tensor) -> Tensor:
     """The flow between two layers of one network, G_ij = Σ_hw F_a,i · F_b,j / (H·W) (FSP, Yim et al., CVPR 2017).
@@ -57,8 +59,10 @@ def distance_relation(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: (N, D), or more dimensions that are flattened; D may differ from C.
 
     Returns:
-        Scalar, mean over the N² pairs.
+        Scalar, mean over the N² pairs; exactly 0 for two members, whose one distance is the unit.
     """
+    if len(student) < RELATED:
+        return 0 * student.sum()
     return F.smooth_l1_loss(_pairwise_distances(student), _pairwise_distances(teacher.detach()))
 
 
@@ -70,8 +74,10 @@ def angle_relation(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: (N, D), or more dimensions that are flattened; D may differ from C.
 
     Returns:
-        Scalar, mean over the N³ triples.
+        Scalar, mean over the N³ triples; exactly 0 for two members, which span no angle.
     """
+    if len(student) < RELATED:
+        return 0 * student.sum()
     return F.smooth_l1_loss(_angles(student), _angles(teacher.detach()))
 
 

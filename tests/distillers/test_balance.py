@@ -74,7 +74,8 @@ def test_scale_is_the_geometric_mean_of_the_ratios_without_bias():
     assert weight.scale == pytest.approx(0.5**(1 / 3) * 4**(2 / 3))  # the later one counts twice
 
 
-@pytest.mark.parametrize('term, task', [(0.0, 1.0), (1.0, 0.0), (float('inf'), 1.0), (1.0, float('nan'))])
+@pytest.mark.parametrize('term, task', [(0.0, 1.0), (1.0, 0.0), (float('inf'), 1.0), (1.0, float('nan')),
+                                        (1e-9, 1.0)])  # the last: rounding
 def test_a_measurement_without_a_ratio_changes_nothing(term, task):
     assert _norms(term, task).scale == 0
     weight = _norms(4.0, 2.0)
