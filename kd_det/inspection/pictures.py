@@ -95,8 +95,8 @@ def mask_looks(term: FeatureTerm, levels: List[ComparedLevel]) -> Iterator[Tuple
 
 def _mask_look(mask: Mask, level: ComparedLevel) -> Look:
     weightings = mask(level)
-    cells = [weighting.cells for weighting in weightings if weighting.cells is not None]
-    channels = [weighting.channels for weighting in weightings if weighting.channels is not None]
+    cells = [each.factor * each.cells for each in weightings if each.cells is not None]
+    channels = [each.factor * each.channels for each in weightings if each.channels is not None]
     return Look(level.stride, sum(cells) if cells else None, sum(channels) if channels else None)
 
 

@@ -45,4 +45,5 @@ class FeatureImitation(FeatureTerm):
         cells = level.valid.float() if weighting.cells is None else weighting.cells
         value = masked_imitation(
             level.student, level.teacher, cells, weighting.channels, self.distance, self.normalizer)
-        return value * rank_share(cells) if self.normalizer in MASK_NORMALIZERS else value
+        share = rank_share(cells) if self.normalizer in MASK_NORMALIZERS else 1
+        return weighting.factor * share * value

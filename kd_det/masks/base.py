@@ -17,9 +17,11 @@ class Weighting(NamedTuple):
     Attributes:
         cells: (N, H, W), or None for every cell of the images.
         channels: (N, C), or None for every channel.
+        factor: Weight of the whole. Not within the cells, for a normaliser that counts them would take it away again.
     """
     cells: Optional[Tensor] = None
     channels: Optional[Tensor] = None
+    factor: float = 1.0
 
 
 class Mask(nn.Module):

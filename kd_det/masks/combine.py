@@ -4,7 +4,7 @@ from __future__ import annotations
 from functools import reduce
 from itertools import product
 from operator import mul
-from typing import Optional, Sequence, Tuple
+from typing import Iterable, Optional, Sequence, Tuple, Union
 
 from mmdet.registry import MODELS
 from torch import Tensor, nn
@@ -34,9 +34,9 @@ class MaskProduct(_Combination):
     """
 
     def forward(self, level: ComparedLevel) -> Tuple[Weighting, ...]:
-        return tuple(Weighting(_product(factor.cells for factor in factors),
-                               _product(factor.channels for factor in factors))
-                     for factors in product(*(mask(level) for mask in self.masks)))
+        return tuple(Weighting(_product(each.cells for each in together), _product(each.channels for each in together),
+                               _product(each.factor for each in together))
+                     for together in product(*(mask(level) for mask in self.masks)))
 
 
 @MODELS.register_module()
@@ -45,7 +45,7 @@ class MaskSum(_Combination):
 
     Args:
         masks: Configs or names of masks.
-        weights: Factor of each; 1 by default.
+        weights: Factor of each, whatever the normaliser of the imitation; 1 by default.
 
     Raises:
         ValueError: Not as many weights as masks.
@@ -61,12 +61,11 @@ class MaskSum(_Combination):
             raise ValueError(f'MaskSum has {len(masks)} masks but {len(self.weights)} weights.')
 
     def forward(self, level: ComparedLevel) -> Tuple[Weighting, ...]:
-        return tuple(
-            Weighting((level.valid.float() if cells is None else cells) * weight, channels)
-            for mask, weight in zip(self.masks, self.weights) for cells, channels in mask(level))
+        return tuple(each._replace(factor=weight * each.factor)
+                     for mask, weight in zip(self.masks, self.weights) for each in mask(level))
 
 
-def _product(factors: Sequence[Optional[Tensor]]) -> Optional[Tensor]:
+def _product(factors: Iterable[Union[Tensor, float, None]]) -> Union[Tensor, float, None]:
     """The product of what is there; None where nothing is."""
     present = [factor for factor in factors if factor is not None]
     return reduce(mul, present) if present else None

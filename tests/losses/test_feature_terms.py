@@ -26,14 +26,19 @@ def test_masked_imitation_sees_only_the_mask(context, connected):
     assert gradient[0, :, 4:].abs().max() == 0 and gradient[1].abs().max() == 0
 
 
-def test_sum_of_masks_is_the_sum_of_terms(context, connected):
+@pytest.mark.parametrize('normalizer', ['batch', 'mask', 'twice_mask', 'twice_elements', 'cells', 'mean'])
+def test_sum_of_masks_is_the_sum_of_terms(normalizer, context, connected):
     masks = ['BoxForeground', dict(type='MaskProduct',
                                    masks=['BoxBackground', dict(type='ChannelAttention', temperature=0.5)])]
-    whole = connected(MODELS.build(dict(type='FeatureImitation',
-                                        mask=dict(type='MaskSum', masks=masks, weights=[1.0, 0.5]))), context)
-    parts = [connected(MODELS.build(dict(type='FeatureImitation', mask=mask)), context)(context)['imitation']
-             for mask in masks]
-    torch.testing.assert_close(whole(context)['imitation'], parts[0] + 0.5 * parts[1])
+
+    def value(mask):
+        term = MODELS.build(dict(type='FeatureImitation', normalizer=normalizer, mask=mask))
+        return connected(term, context)(context)['imitation']
+
+    whole = value(dict(type='MaskSum', masks=masks, weights=[1.0, 0.5]))
+    torch.testing.assert_close(whole, value(masks[0]) + 0.5 * value(masks[1]))
+    nested = value(dict(type='MaskProduct', masks=[dict(type='MaskSum', masks=masks, weights=[1.0, 0.5]), 'BoxForeground']))
+    assert nested == value('BoxForeground')  # where there is a box there is no background
 
 
 def test_levels_are_compared_with_those_of_their_stride():

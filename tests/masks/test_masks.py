@@ -54,9 +54,9 @@ def test_pad_aware_attention_gives_padding_nothing(level):
 def _dense(level, mask):
     """The (N, C, H, W) that the weightings of a mask stand for."""
     total = torch.zeros_like(level.teacher)
-    for cells, channels in mask(level):
+    for cells, channels, factor in mask(level):
         cells = level.valid.float() if cells is None else cells
-        total += cells[:, None] * (1 if channels is None else channels[..., None, None])
+        total += factor * cells[:, None] * (1 if channels is None else channels[..., None, None])
     return total
 
 
