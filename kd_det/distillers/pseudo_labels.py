@@ -18,6 +18,7 @@ from kd_det.distillers.weights import Weight, WeightConfig, build_weight
 MODES = ('join', 'replace')
 IMAGES = ('all', 'unlabelled')
 BY_SCORE = 'score'
+SMALLEST = 1.0  # pixels a side; of a box without area losses are infinite, and heads clip some to nothing
 
 
 class PseudoLabels:
@@ -94,7 +95,8 @@ class PseudoLabels:
 
     def confident(self, found: InstanceData, truth: Tensor) -> InstanceData:
         """Those detections of an image that may become ground truth beside its boxes, (n, 4)."""
-        found = found[found.scores >= self.score]
+        sides = found.bboxes[:, 2:] - found.bboxes[:, :2]
+        found = found[(found.scores >= self.score) & (sides >= SMALLEST).all(1)]
         boxes = found.bboxes.float()
         found = found[batched_nms(boxes, found.scores.float(), found.labels, self.nms_iou)]
         if len(truth) and len(found):

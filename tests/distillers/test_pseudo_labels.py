@@ -37,6 +37,8 @@ def test_confident_boxes_without_their_doubles():
     assert len(pseudo_labels.confident(_found(labels=(0, 1, 1, 2)), nothing)) == 3  # doubles are of one class
     assert len(PseudoLabels(score=0.2).confident(_found(), nothing)) == 3
     assert len(pseudo_labels.confident(_found()[:0], nothing)) == 0
+    flat = [(0., 0., 20., 20.), (64., 10., 64., 30.), (30., 30., 30.5, 50.), (40., 40., 60., 60.)]  # as heads clip them
+    assert pseudo_labels.confident(_found(flat, (0.9, 0.9, 0.9, 0.9)), nothing).labels.tolist() == [0, 2]
 
 
 def test_the_ground_truth_is_right_where_it_is():
