@@ -21,7 +21,7 @@ class DecoupledImitation(FeatureTerm):
     The background, 1 − mask, teaches as well, but it must not outweigh the foreground by the number of its cells.
 
     Args:
-        mask: Foreground in [0, 1]: config or name of a mask over the cells.
+        mask: Foreground in [0, 1]: config or name of a mask over the cells. What it weighs more is foreground alone.
         foreground_weight: Weight of the foreground.
         background_weight: Weight of the background.
         pad_aware: Padding belongs to neither. In the paper's form it is background.
@@ -50,6 +50,6 @@ class DecoupledImitation(FeatureTerm):
         if self.mask.needs_boxes:  # of an unlabelled image nobody knows the background
             valid = level.context.where_labelled(valid)
         values = decoupled_imitation(level.student, level.teacher, foreground, valid)
-        shares = (rank_share(cells * valid) for cells in (foreground, 1 - foreground))
+        shares = (rank_share(cells * valid) for cells in (foreground, (1 - foreground).clamp(min=0)))
         return {name: weight / len(self.pairs) * share * value
                 for (name, weight), share, value in zip(self.weights.items(), shares, values)}

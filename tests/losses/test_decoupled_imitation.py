@@ -38,6 +38,11 @@ def test_reproduces_the_authors_values(pyramid, term_of):
         torch.testing.assert_close(gradient, (weight[:, None] * (student - teacher) / 5).float(), rtol=1e-4, atol=1e-9)
 
 
+def test_a_mask_above_1_leaves_no_background_there(padded, term_of):
+    parts = term_of(padded, type='DecoupledImitation', mask='SpatialAttention')(padded)
+    assert all(0 < value < 1e3 for value in parts.values())
+
+
 def test_padding_belongs_to_neither_part(padded, term_of, check_padding):
     term = term_of(padded, type='DecoupledImitation', mask='BoxForeground')
     paper = term_of(padded, type='DecoupledImitation', mask='BoxForeground', pad_aware=False)(padded)

@@ -82,7 +82,7 @@ def decoupled_imitation(student: Tensor, teacher: Tensor, foreground: Tensor,
         student: (N, C, H, W).
         teacher: (N, C, H, W).
         foreground: (N, H, W) in [0, 1], see :func:`kd_det.functional.masks.level_foreground`; the background is
-            1 - foreground.
+            1 - foreground, and nothing where that is negative.
         valid: (N, H, W) bool; cells of padding belong to neither part.
 
     Returns:
@@ -91,7 +91,7 @@ def decoupled_imitation(student: Tensor, teacher: Tensor, foreground: Tensor,
     check_shapes(student, teacher)
     difference = difference_of_cells(student, teacher.detach())
     foreground = foreground.detach()[:, None]
-    background = 1 - foreground
+    background = (1 - foreground).clamp(min=0)
     if valid is not None:
         foreground, background = foreground * valid[:, None], background * valid[:, None]
     return tuple((difference * mask).sum() / _normalizer('twice_elements', mask, student)
