@@ -42,9 +42,10 @@ class RankMimicking(DenseTerm):
         classes, offset = torch.zeros_like(groups), 0
         for image, (truth, labels) in enumerate(zip(context.boxes, context.labels)):
             if len(truth):
-                nearest = box_iou(boxes[image], truth).argmax(1)
+                overlap, nearest = box_iou(boxes[image], truth).max(1)
                 known = labels >= 0  # a box of a class that the teacher lacks has no candidates
-                groups[image] = torch.where(positives[image] & known[nearest], nearest + offset, -1)
+                candidates = positives[image] & (overlap > 0) & known[nearest]
+                groups[image] = torch.where(candidates, nearest + offset, -1)
                 classes[image] = labels.clamp(min=0)[nearest]
                 offset += len(truth)
         classes = classes.unsqueeze(-1)

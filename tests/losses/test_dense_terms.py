@@ -297,3 +297,23 @@ def test_rank_mimicking_is_its_formula_box_by_box(context):
     value.backward()
     assert (student.logits[0].grad.abs().sum(-1) > 0)[assigned].tolist() == [True, True, True, True, True, False]
     assert student.logits[0].grad[~assigned].abs().max() == 0
+
+
+def test_a_positive_that_overlaps_no_box_is_no_candidate_of_any():
+    """RM asks which box the teacher's box of a positive overlaps most; that may be none."""
+    torch.manual_seed(0)
+    corners = torch.tensor([[0., 0., 8., 8.], [8., 0., 16., 8.], [0., 8., 8., 16.], [8., 8., 16., 16.]])
+
+    def outputs() -> DenseOutputs:
+        return DenseOutputs(
+            logits=(torch.randn(1, 4, 2), ), activation='sigmoid', regressions=(), shapes=((2, 2), ), strides=(8, ),
+            decode=lambda: (corners[None], ), generate_priors=None, assigned=(torch.ones(1, 4, dtype=torch.bool), ))
+
+    def rank(box: list) -> torch.Tensor:
+        context = DistillContext(
+            student={}, teachers=[{}], student_levels={}, teacher_levels=[{}], boxes=[torch.tensor([box])],
+            labels=[torch.zeros(1, dtype=torch.long)], batch_shape=(640, 640), image_shapes=[(640, 640)],
+            student_outputs=dict(bbox_head=outputs()), teacher_outputs=[dict(bbox_head=outputs())])
+        return MODELS.build(RM)(context)['rank']
+
+    assert rank([500., 500., 600., 600.]) == 0 and rank([0., 0., 16., 16.]) > 0
