@@ -1,7 +1,8 @@
-"""What MMDetection lacks on today's PyTorch: the operators of compiled mmcv, and checkpoints that load safely."""
+"""What MMDetection lacks today: the operators of compiled mmcv, checkpoints that load safely, an SSD that predicts."""
 from .checkpoint import CheckpointError, UnsafeCheckpointError, install_safe_loading, load_checkpoint
 from .operators import (OperatorNotServedError, install_operators, log_operator_backend, operator_backend,
                         served_operators)
+from .ssd import install_ssd_prediction
 
 __all__ = [
     'CheckpointError', 'OperatorNotServedError', 'UnsafeCheckpointError', 'install', 'load_checkpoint',
@@ -13,3 +14,4 @@ def install() -> None:
     """Prepares this process and its children for mmcv, mmengine and mmdet. May be called again."""
     install_operators()
     install_safe_loading()
+    install_ssd_prediction()
