@@ -1,7 +1,7 @@
 """What RoI heads say about the regions that the student samples in its own loss."""
 from __future__ import annotations
 
-from typing import List, NamedTuple, Sequence, Tuple, Union
+from typing import Dict, List, NamedTuple, Sequence, Tuple, Union
 
 import torch
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
@@ -137,12 +137,19 @@ def run_roi_head(roi_head: nn.Module, features: Levels, regions: Regions) -> Tup
     Returns:
         The outputs of each stage; all stages see the same regions, none the boxes that the stage before it refined.
     """
-    outputs = []
+    outputs, context = [], _context(roi_head, features)
     for stage, head in enumerate(stages_of(roi_head)):
         which = (stage, ) if isinstance(roi_head, CascadeRoIHead) else ()
-        results = roi_head._bbox_forward(*which, features, regions.rois)
+        results = roi_head._bbox_forward(*which, features, regions.rois, **context)
         outputs.append(_outputs(head, regions, results['cls_score'], results['bbox_pred']))
     return tuple(outputs)
+
+
+def _context(roi_head: nn.Module, features: Levels) -> Dict[str, Tensor]:
+    """What the box heads of HTC and SCNet are given beside the regions: features of the whole image."""
+    branches = dict(semantic_feat='semantic_head', glbctx_feat='glbctx_head')
+    heads = {argument: getattr(roi_head, name, None) for argument, name in branches.items()}
+    return {argument: head(features)[1] for argument, head in heads.items() if head is not None}
 
 
 def at_stage(outputs: Sequence[RoIOutputs], stage: Union[int, str]) -> RoIOutputs:
