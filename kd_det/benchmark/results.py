@@ -17,9 +17,11 @@
         identity … iterations               those of kd_det.benchmark.runs.Run; checkpoint and scalars within its folder
         same_start, same_order              whether the first weights and the images' order are those of its twin of
                                             that seed; null where that is missing. Inherited weights start otherwise.
-    summary                         variant -> metric (bbox_mAP, bbox_mAP_50, …) -> mean, std, and, but for "none",
-                                    against its twin: by_seed, difference, interval (95 %, null for one seed), verdict.
-                                    In points (0 to 100). Metrics that no object counts for are left out.
+    summary                         variant -> metric (bbox_mAP, bbox_mAP_50, …) -> seeds (the number of those that
+                                    count), mean, std, and, but for "none", against its twin: pairs (of seeds that both
+                                    have), by_seed, difference, interval (95 %, null for one pair), verdict. In points
+                                    (0 to 100). A run that failed, or whose number is none, does not count; metrics that
+                                    no object counts for are left out.
     fidelity                        split (val, train) -> variant -> number of FidelityMetric -> mean, std; only what
                                     --fidelity asked for. Each run has its own under fidelity: split -> number -> value.
 
@@ -33,6 +35,7 @@ import shlex
 import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from math import inf
 from pathlib import Path
 from typing import Dict, List, Mapping, Optional
 
@@ -95,22 +98,27 @@ def mark_twins(entries: List[dict]) -> None:
                 entry[f'same_{key}'] = None if twin is None else entry[key] == twin[key]
 
 
+def counts(entry: dict, metric: str = 'bbox_mAP') -> bool:
+    """Whether a run has a number of a metric: it finished, objects count for the metric, and it is finite."""
+    return entry['status'] == 'finished' and 0 <= entry['metrics'].get(metric, -1) < inf
+
+
 def summarize(entries: List[dict]) -> Dict[str, Dict[str, dict]]:
     """Mean and spread of every variant, and its paired difference to its twin, by metric."""
     values: Dict[str, Dict[str, Dict[int, float]]] = {}  # variant -> metric -> seed -> points
     for entry in entries:
         by_metric = values.setdefault(entry['variant'], {})
-        for metric in METRICS if entry['status'] == 'finished' else ():
-            if entry['metrics'].get(metric, -1) >= 0:
+        for metric in METRICS:
+            if counts(entry, metric):
                 by_metric.setdefault(metric, {})[entry['seed']] = 100 * entry['metrics'][metric]
     return {variant: {metric: _summary(variant, by_seed, values.get(twin_of(variant), {}).get(metric, {}))
                       for metric, by_seed in by_metric.items()} for variant, by_metric in values.items()}
 
 
 def _summary(variant: str, by_seed: Mapping[int, float], twin: Mapping[int, float]) -> dict:
-    summary = mean_and_std(list(by_seed.values()))
+    summary = dict(seeds=len(by_seed), **mean_and_std(list(by_seed.values())))
     difference = None if variant == PLAIN else paired_difference(twin, by_seed)
     if difference is not None:
-        summary.update(by_seed=difference.by_seed, difference=difference.mean, interval=difference.interval,
-                       verdict=difference.verdict)
+        summary.update(pairs=len(difference.by_seed), by_seed=difference.by_seed, difference=difference.mean,
+                       interval=difference.interval, verdict=difference.verdict)
     return summary

@@ -6,7 +6,7 @@ from typing import Dict, List, Optional
 import numpy as np
 from rich.table import Table
 
-from kd_det.benchmark.results import METRICS
+from kd_det.benchmark.results import METRICS, counts
 from kd_det.benchmark.statistics import mean_and_std
 
 COSTS = ('parameters', 'FLOPs', 's/iteration', 'memory')
@@ -30,21 +30,29 @@ def rows(results: dict) -> List[Dict[str, str]]:
         finished = [run for run in runs if run['status'] == 'finished']
         metrics = {name: _spread(summary[metric]['mean'], summary[metric]['std']) if metric in summary else NONE
                    for metric, name in METRICS.items()}
-        seeds = f'{len(runs)}' if len(finished) == len(runs) else f'{len(finished)} of {len(runs)}'
-        metrics['Δ mAP'] = difference_text(summary.get('bbox_mAP', {}))
+        counted = sum(map(counts, runs))
+        seeds = f'{len(runs)}' if counted == len(runs) else f'{counted} of {len(runs)}'
+        metrics['Δ mAP'] = difference_text(summary.get('bbox_mAP', {}), counted)
         made.append(dict(method=variant, seeds=seeds, **metrics, **_costs(finished)))
     return made
 
 
-def difference_text(summary: dict) -> str:
-    """A difference with its interval, and what it says: never a gain where the interval holds 0."""
+def difference_text(summary: dict, seeds: int) -> str:
+    """A difference with its interval, and what it says: never a gain where the interval holds 0.
+
+    Args:
+        summary: Of a metric, as :func:`~kd_det.benchmark.results.summarize` gives it.
+        seeds: How many the variant's mean is over; where its twin lacks some, the number of pairs is told.
+    """
     if 'verdict' not in summary:
         return ''
-    if summary['interval'] is None:
-        return f"{summary['verdict']} ({summary['difference']:+.1f})"
-    half = summary['interval'][1] - summary['difference']
-    text = f"{summary['difference']:+.1f} ± {half:.1f}"
-    return text if summary['verdict'] in ('gain', 'loss') else f"{summary['verdict']} ({text})"
+    text = f"{summary['difference']:+.1f}"
+    if summary['interval'] is not None:
+        text += f" ± {summary['interval'][1] - summary['difference']:.1f}"
+    if summary['verdict'] not in ('gain', 'loss'):
+        text = f"{summary['verdict']} ({text})"
+    pairs = len(summary['by_seed'])
+    return text if pairs == seeds else f"{text}, {pairs} pair{'s' * (pairs > 1)}"
 
 
 def _spread(mean: float, std: Optional[float] = None, digits: int = 1) -> str:

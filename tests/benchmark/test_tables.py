@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from kd_det.benchmark.results import mark_twins, summarize
-from kd_det.benchmark.tables import difference_text, markdown_table, rich_tables
+from kd_det.benchmark.tables import difference_text, markdown_table, rich_tables, rows
 
 
 def entry(variant, seed, ap, **changes):
@@ -36,10 +36,10 @@ def test_summary_is_in_points_and_paired(results):
 
 def test_an_interval_with_zero_is_never_printed_as_a_gain(results):
     table, _, fidelity = markdown_table(results).partition('Fidelity on val')
-    rows = {line.split(' | ')[0].strip('| '): line for line in table.splitlines() if line.startswith('| ')}
-    assert '| +2.0 ± 0.5 |' in rows['better']
-    assert 'no difference shown (+1.0 ± ' in rows['other']
-    assert '0 of 1' in rows['broken'] and 'broken, seed 0 failed: out of memory' in table
+    lines = {line.split(' | ')[0].strip('| '): line for line in table.splitlines() if line.startswith('| ')}
+    assert '| +2.0 ± 0.5 |' in lines['better']
+    assert 'no difference shown (+1.0 ± ' in lines['other']
+    assert '0 of 1' in lines['broken'] and 'broken, seed 0 failed: out of memory' in table
     assert '| better | 0.800 ± 0.012 |  |  |  |  |  |  |  | 0.800 |' in fidelity  # found, and the levels' mean CKA
 
 
@@ -53,7 +53,27 @@ def test_console_shows_the_same(results):
 
 def test_one_seed_is_no_statement():
     runs = [entry('none', 0, 0.3), entry('better', 0, 0.5)]
-    assert difference_text(summarize(runs)['better']['bbox_mAP']) == 'one seed, no statement (+20.0)'
+    assert difference_text(summarize(runs)['better']['bbox_mAP'], 1) == 'one seed, no statement (+20.0)'
+
+
+def test_a_difference_over_fewer_pairs_than_seeds_tells_how_many():
+    failed = dict(variant='none', seed=1, status='failed', error='out of memory', log='log.txt')
+    runs = [entry('none', 0, 0.30), failed, entry('none', 2, 0.31)]
+    runs += [entry('better', seed, ap) for seed, ap in enumerate((0.34, 0.35, 0.351))]
+    summary = summarize(runs)
+    better = summary['better']['bbox_mAP']
+    assert (summary['none']['bbox_mAP']['seeds'], better['seeds'], better['pairs']) == (2, 3, 2)
+    plain, row = rows(dict(teacher=None, runs=runs, summary=summary, fidelity={}))
+    assert (plain['seeds'], row['seeds'], row['Δ mAP']) == ('2 of 3', '3', '+4.0 ± 0.6, 2 pairs')
+
+
+def test_a_number_that_is_none_is_no_seed():
+    runs = [entry('none', seed, 0.30 + 0.01 * seed) for seed in range(3)]
+    runs += [entry('better', 0, 0.34), entry('better', 1, float('nan')), entry('better', 2, float('inf'))]
+    summary = summarize(runs)
+    assert summary['better']['bbox_mAP']['mean'] == pytest.approx(34)
+    _, row = rows(dict(teacher=None, runs=runs, summary=summary, fidelity={}))
+    assert (row['seeds'], row['mAP'], row['Δ mAP']) == ('1 of 3', '34.0', 'one seed, no statement (+4.0)')
 
 
 def test_runs_that_did_not_begin_like_their_twin_are_marked():
