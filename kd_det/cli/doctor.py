@@ -35,12 +35,10 @@ def run(options: Namespace) -> int:
 
 def diagnose_config(options: Namespace) -> List[Finding]:
     """What there is to say about the config on the command line."""
-    from mmdet.utils import register_all_modules
-
-    from kd_det.cli.common import apply_config_options
+    from kd_det.cli.common import apply_config_options, prepare_without_runner
     from kd_det.configuration import ConfigurationError, is_distillation, load_config
     from kd_det.diagnosis.checks import inspect_config
-    register_all_modules(init_default_scope=True)
+    prepare_without_runner(seed=0)
     try:
         config = load_config(options.config)
         apply_config_options(config, options)

@@ -11,13 +11,15 @@ from kd_det.configuration import ConfigurationError
 from kd_det.diagnosis.cache import inspect_cache
 from kd_det.diagnosis.data import SPLITS, inspect_annotations, inspect_classes, inspect_paths
 from kd_det.diagnosis.finding import Finding, raise_faults
+from kd_det.diagnosis.step import inspect_step
 from kd_det.diagnosis.weights import (inspect_checkpoints, inspect_start, inspect_teacher_classes,
                                       inspect_teacher_weights)
 
 
 def inspect_config(config: Config) -> Iterator[Finding]:
-    """All that can be told without training; reads the annotations and loads the teacher's weights."""
-    return chain(_inspect_cheaply(config, SPLITS), inspect_annotations(config), inspect_teacher_weights(config))
+    """All that can be told without training; reads the annotations, loads the teacher's weights, tries a step on noise."""
+    return chain(_inspect_cheaply(config, SPLITS), inspect_annotations(config), inspect_teacher_weights(config),
+                 inspect_step(config))
 
 
 def check_config(config: Config, splits: Sequence[str]) -> None:

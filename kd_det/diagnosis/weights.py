@@ -20,7 +20,7 @@ SET_TEACHER = 'Set it with --cfg-options model.teacher.checkpoint=FILE'
 
 def inspect_checkpoints(config: Config) -> Iterator[Finding]:
     """Whether the files of the teacher's and the student's initial weights exist; addresses are listed."""
-    for name, teacher in _teachers(config):
+    for name, teacher in teachers_of(config):
         if teacher.get('checkpoint'):
             yield _existing(f'{name} checkpoint', teacher['checkpoint'], SET_TEACHER)
         elif not teacher.get('random_teacher'):
@@ -37,14 +37,12 @@ def inspect_start(config: Config) -> Iterator[Finding]:
 
 def inspect_teacher_classes(config: Config) -> Iterator[Finding]:
     """Which classes each teacher shares with the student: by name, or by their number where names are not known."""
-    expected, student = class_counts(student_model(config)), _student_classes(config)
+    expected, student = class_counts(student_model(config)), student_classes(config)
     hooks = [hook for hook in config.get('default_hooks', {}).values() if hook and hook.get('type') == DISTILL_HOOK]
     preflight = any(hook.get('preflight') for hook in hooks)
-    for name, teacher in _teachers(config):
+    for name, teacher in teachers_of(config):
         try:
-            found = class_counts(read_model_config(teacher['config']))
-            names = teacher_classes(next(iter(found), None), teacher.get('classes', ()), _meta(teacher),
-                                    teacher['config'])
+            found, names = class_counts(read_model_config(teacher['config'])), known_classes(teacher)
         except (ValueError, OSError) as error:
             yield Finding(f'{name} config', str(error), "Give a config file, or 'mmdet::folder/file.py'", fault=True)
             continue
@@ -57,6 +55,17 @@ def inspect_teacher_classes(config: Config) -> Iterator[Finding]:
                           'default_hooks.distill.preflight=None', fault=preflight)
 
 
+def known_classes(teacher: dict) -> Optional[Sequence[str]]:
+    """The names of a teacher's classes, by label, as its config, its checkpoint or ``classes`` tell them; None if none does.
+
+    Raises:
+        ValueError: The config is none, or other names are given than it has classes.
+        OSError: The config can not be read.
+    """
+    found = class_counts(read_model_config(teacher['config']))
+    return teacher_classes(next(iter(found), None), teacher.get('classes', ()), _meta(teacher), teacher['config'])
+
+
 def _shared(name: str, student: Sequence[str], teacher: Sequence[str], preflight: bool) -> Finding:
     try:
         return Finding(f'{name} classes', match_classes(student, teacher).report())
@@ -65,7 +74,7 @@ def _shared(name: str, student: Sequence[str], teacher: Sequence[str], preflight
                        'default_hooks.distill.preflight=None', fault=preflight)
 
 
-def _student_classes(config: Config) -> Optional[Sequence[str]]:
+def student_classes(config: Config) -> Optional[Sequence[str]]:
     """The names of the training data, where they are as many as the student's heads have classes."""
     names = training_classes(config)
     return names if names and class_counts(student_model(config)) <= {len(names)} else None
@@ -84,7 +93,7 @@ def _meta(teacher: dict) -> dict:
 
 def inspect_teacher_weights(config: Config) -> Iterator[Finding]:
     """Builds each teacher and loads its checkpoint where that is a file."""
-    for name, teacher in _teachers(config):
+    for name, teacher in teachers_of(config):
         checkpoint = teacher.get('checkpoint')
         if checkpoint and Path(checkpoint).is_file():
             try:
@@ -95,7 +104,7 @@ def inspect_teacher_weights(config: Config) -> Iterator[Finding]:
                 yield Finding(f'{name} weights', str(error), 'Give config and checkpoint of the same model', fault=True)
 
 
-def _teachers(config: Config) -> List[Tuple[str, dict]]:
+def teachers_of(config: Config) -> List[Tuple[str, dict]]:
     """Name and config of each teacher; none for a plain detector."""
     if not is_distillation(config):
         return []

@@ -12,6 +12,7 @@ from kd_det.diagnosis import environment
 from kd_det.diagnosis.checks import check_config, explain, inspect_config
 from kd_det.diagnosis.data import check_images, class_counts, inspect_annotations, inspect_classes, inspect_paths
 from kd_det.diagnosis.finding import DiagnosisError, Finding, raise_faults
+from kd_det.diagnosis.step import inspect_step
 from kd_det.diagnosis.weights import (inspect_checkpoints, inspect_start, inspect_teacher_classes,
                                       inspect_teacher_weights)
 
@@ -318,3 +319,35 @@ def test_setuptools_without_pkg_resources(monkeypatch):
     find_spec = environment.find_spec
     monkeypatch.setattr(environment, 'find_spec', lambda name: None if name == 'pkg_resources' else find_spec(name))
     assert fault_of(environment.inspect_environment()).remedy == "pip install 'setuptools<81'"
+
+
+# ---------------------------------------------------------------- a step
+
+
+def test_a_step_is_tried(distilling):
+    distilling.model.distill = dict(fgd=dict(type='FGD'), classes=dict(type='DenseClassification', head='bbox_head'))
+    before, drawn = distilling.to_dict(), torch.random.get_rng_state()
+    finding, = inspect_step(distilling)
+    assert finding == Finding('a training step', 'computes fgd, classes')
+    assert distilling.to_dict() == before and torch.equal(torch.random.get_rng_state(), drawn)
+
+
+def test_terms_that_a_teacher_can_not_serve_are_found_before_the_run(distilling, faster_rcnn, retinanet):
+    classes = dict(type='DenseClassification', head='bbox_head')
+    for teacher, term, message in (
+            (faster_rcnn(), classes, "A FasterRCNN has no 'bbox_head'"),
+            (retinanet(neck=12), dict(type='PKD', tap='neck', adapter='none'), 'needs equal channels'),
+            (retinanet(classes=5), classes, 'the teacher 5')):
+        distilling.model.teacher.config = teacher
+        distilling.model.distill = dict(term=term)
+        assert message in fault_of(list(inspect_step(distilling))).found, message
+
+
+def test_an_error_of_another_kind_is_a_note(distilling, monkeypatch):
+    monkeypatch.setattr('kd_det.diagnosis.step.synthetic_batch', lambda *given: 1 / 0)
+    finding, = inspect_step(distilling)
+    assert not finding.fault and 'ZeroDivisionError' in finding.found and 'kd-det inspect' in finding.remedy
+
+
+def test_a_plain_detector_has_no_step_to_try(config):
+    assert list(inspect_step(config)) == []
