@@ -19,7 +19,7 @@ from kd_det.distillers.provenance import Provenance, inherit, parts_in_common, p
 from kd_det.distillers.pseudo_labels import build_pseudo_labels
 from kd_det.distillers.student_wrapper import StudentWrapper
 from kd_det.distillers.supervision import Supervision, given, labelled_losses
-from kd_det.distillers.weighting import Losses, Value, logged_weights, scaled, total, untouched, weighted
+from kd_det.distillers.weighting import Losses, Value, logged, scaled, total, untouched, weighted
 from kd_det.distillers.weights import WeightConfig
 from kd_det.heads import StudentOutputs, TeacherOutputs
 from kd_det.heads.recording import recorded_calls
@@ -171,12 +171,13 @@ class DetectionDistiller(StudentWrapper):
             data_samples: mmdet's data samples with ``gt_instances``.
 
         Returns:
-            The student's losses; ``loss_<name>`` of each term; its parts and changing weights, for the log only.
+            The student's losses; ``loss_<name>`` of each term; for the log only its parts, its weight where that changes,
+            and, in steps that measure it, its gradient in units of the task's.
         """
         weights = {name: weight(self.progress) for name, weight in self.weights.items()}
         active = [name for name, weight in weights.items() if weight != 0]
         observation = self.observe(inputs, data_samples, active)
-        self._measure(observation)
+        measured = self._measure(observation)
         weights = {name: weight * self.monitor.scale(name) for name, weight in weights.items()}
         task_weight = self.task_weight(self.progress)
         losses = scaled(observation.losses, task_weight)
@@ -185,19 +186,21 @@ class DetectionDistiller(StudentWrapper):
                 losses.update(weighted(name, observation.values[name], weight))
             else:
                 losses.update(untouched(name, self.terms[name], inputs.device))
-        losses.update(logged_weights({name: weights[name] for name in self._changing_weights}))
+        losses.update(logged(weight={name: weights[name] for name in self._changing_weights}))
+        losses.update(logged(gradient={name: weights[name] * share for name, share in measured.items()}))
         if not self.task_weight.is_constant:
-            losses.update(logged_weights(dict(task=task_weight)))
+            losses.update(logged(weight=dict(task=task_weight)))
         return losses
 
-    def _measure(self, observation: Observation) -> None:
-        """Compares the gradients of terms with the task's, where that is due in this step."""
+    def _measure(self, observation: Observation) -> Dict[str, Tensor]:
+        """Compares the gradients of terms with the task's, where that is due; see :meth:`GradientMonitor.measure`."""
         losses, context, values = observation
         due = self.monitor.due(self.progress, values) if torch.is_grad_enabled() else []
-        if due:
-            features = {name: self.measured_features(name, context) for name in due}
-            totals = {name: total(values[name]) for name in due}
-            self.monitor.measure(self.parse_losses(losses)[0], totals, features)
+        if not due:
+            return {}
+        features = {name: self.measured_features(name, context) for name in due}
+        totals = {name: total(values[name]) for name in due}
+        return self.monitor.measure(self.parse_losses(losses)[0], totals, features)
 
     def observe(self, inputs: Tensor, data_samples: list, names: Iterable[str]) -> Observation:
         """Runs the student's own loss, and the terms of these names with what they read of the teachers.

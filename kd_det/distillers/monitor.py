@@ -17,7 +17,7 @@ from kd_det.distillers.weights import Weight
 
 
 class DominanceWatch:
-    """Warns, once, where a term drowns the task: by some measurements at the beginning of a run.
+    """Warns, once, where a term drowns the task: by some measurements at the beginning of a run. Later ones are for the log.
 
     Not by the very first: through a head that has learnt nothing yet hardly any gradient of the task passes. And a term
     that looks everywhere may pull several times as hard as the task, which looks at few places, and still help: the
@@ -29,20 +29,25 @@ class DominanceWatch:
         limit: How many times the task's gradient is too much.
         interval: Iterations between measurements, and before the first.
         measurements: How many decide.
+        later: Iterations between those that follow.
     """
 
-    def __init__(self, name: str, weight: float, limit: float = 20.0, interval: int = 50,
-                 measurements: int = 4) -> None:
-        self.name, self.weight, self.limit, self.interval, self.left = name, weight, limit, interval, measurements
+    def __init__(self, name: str, weight: float, limit: float = 20.0, interval: int = 50, measurements: int = 4,
+                 later: int = 200) -> None:
+        self.name, self.weight, self.limit, self.left = name, weight, limit, measurements
+        self.interval, self.later, self.works = interval, later, True
         self.sums: Union[Tensor, float] = 0.0
 
     def due(self, progress: Progress) -> bool:
         """Whether to measure in this step."""
-        return self.left > 0 and progress.iteration > 0 and progress.iteration % self.interval == 0
+        interval = self.interval if self.left > 0 else self.later
+        return self.works and progress.iteration > 0 and progress.iteration % interval == 0
 
     def update(self, norms: GradientNorms) -> None:
-        """Takes in a measurement; the last one decides."""
+        """Takes in a measurement; the last of the first ones decides."""
         self.left -= 1
+        if self.left < 0:
+            return
         self.sums = self.sums + torch.stack(norms)
         if self.left:
             return
@@ -58,7 +63,7 @@ class DominanceWatch:
 
 
 class GradientMonitor:
-    """Measures the gradients of the terms that are balanced, and of the others at the beginning of a run.
+    """Measures the gradients of the terms that are balanced, and now and then those of the others.
 
     Args:
         weights: The terms' weights by name.
@@ -74,13 +79,17 @@ class GradientMonitor:
         """Those of the terms that are to be measured in this step."""
         return [name for name in names if self.observers[name].due(progress)]
 
-    def measure(self, task: Tensor, values: Dict[str, Tensor], features: Dict[str, Sequence[Tensor]]) -> None:
+    def measure(self, task: Tensor, values: Dict[str, Tensor],
+                features: Dict[str, Sequence[Tensor]]) -> Dict[str, Tensor]:
         """Measures terms and tells their balance or watch.
 
         Args:
             task: The student's own loss.
             values: The terms to measure, scalars without weights.
             features: For each term the student's features to look at.
+
+        Returns:
+            The gradient of each term, without its weight, in units of the task's; 0 where the task has none.
 
         Raises:
             ConfigurationError: A term is balanced, but its gradients can not be measured.
@@ -91,9 +100,10 @@ class GradientMonitor:
             raise
         except RuntimeError as error:  # compiled graphs, and checkpointing that re-enters, allow one backward pass only
             self._give_up(error, [name for name in values if name in self.balances])
-            return
+            return {}
         for name, measured in norms.items():
             self.observers[name].update(measured)
+        return {name: torch.where(each.task > 0, each.term / each.task, 0) for name, each in norms.items()}
 
     def scale(self, name: str) -> Union[Tensor, float]:
         """What a term's weight is multiplied by: 1 unless it is balanced."""
@@ -114,5 +124,5 @@ class GradientMonitor:
                 f"model.distill.{balanced[0]}.weight: Balance can not measure gradients in this model: {error}. Give a "
                 'number, or do without with_cp=True and compilation.') from error
         for watch in self.watches.values():
-            watch.left = 0
+            watch.works = False
         print_log(f"The terms' gradients can not be compared with the task's: {error}", 'current', logging.DEBUG)

@@ -41,6 +41,7 @@ def untouched(name: str, term: DistillTerm, device: torch.device) -> Dict[str, T
     return {f'loss_{name}': sum(zeros, torch.zeros((), device=device))}
 
 
-def logged_weights(weights: Dict[str, Union[float, Tensor]]) -> Dict[str, Tensor]:
-    """The weights, for the log."""
-    return {f'distill/{name}_weight': torch.as_tensor(weight) for name, weight in weights.items()}
+def logged(**numbers: Dict[str, Union[float, Tensor]]) -> Dict[str, Tensor]:
+    """Numbers of the terms, by kind and by the term's name, under the names of the log."""
+    return {f'distill/{name}_{kind}': torch.as_tensor(value) for kind, each in numbers.items()
+            for name, value in each.items()}

@@ -211,10 +211,12 @@ def test_the_task_is_watched_seldom_and_not_before_it_has_learnt_something(retin
     monkeypatch.setattr(monitor, 'gradient_norms', lambda task, values, features: measured.append(iteration) or {
         name: GradientNorms(torch.tensor(25.0), torch.tensor(1.0)) for name in values})
     model = distiller(retinanet(), retinanet(neck=12), distill=dict(fgd=dict(type='FGD', weight=0.5)))
-    for iteration in (0, 1, 50, 51, 100, 150, 200, 250):
+    logged = {}
+    for iteration in (0, 1, 50, 51, 100, 150, 200, 250, 300, 350, 400):
         model.set_progress(iteration, epoch=0)
-        _losses(model, batch())
-    assert measured == [50, 100, 150, 200]
+        logged[iteration] = _losses(model, batch()).get('distill/fgd_gradient')
+    assert measured == [50, 100, 150, 200, 400]
+    assert {iteration: value for iteration, value in logged.items() if value is not None} == dict.fromkeys(measured, 12.5)
 
 
 # ---------------------------------------------------------------- the task's weight
