@@ -2,14 +2,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
-from typing import Callable, Iterable, List, Optional, Sequence, Union
+from typing import Callable, Iterable, Iterator, List, Optional, Sequence, Union
 
 from mmengine.config import Config
 
@@ -66,6 +69,7 @@ class Machine:
         for slot in range(self.jobs):
             self.slots.put(devices[slot % len(devices)] if devices else None)
         self._processes: List[subprocess.Popen] = []
+        self._stopped = False
 
     def run(self, jobs: Iterable[Job], say: Callable[[str], None]) -> List[Outcome]:
         """Does the jobs, all but those that were finished before; one that fails does not stop the others.
@@ -77,12 +81,13 @@ class Machine:
         Returns:
             What came of each, in the order of the jobs.
         """
-        jobs = list(jobs)
-        with ThreadPoolExecutor(self.jobs) as pool:
-            futures = {pool.submit(self._do, job, say): index for index, job in enumerate(jobs)}
+        jobs, futures = list(jobs), {}
+        with _sigterm_raises(), ThreadPoolExecutor(self.jobs) as pool:
             try:
+                futures = {pool.submit(self._do, job, say): index for index, job in enumerate(jobs)}
                 outcomes = {futures[future]: future.result() for future in as_completed(futures)}
-            except BaseException:  # Ctrl-C: no training outlives the benchmark
+            except BaseException:  # Ctrl-C or SIGTERM: no training outlives the benchmark
+                self._stopped = True
                 for future in futures:
                     future.cancel()
                 for process in self._processes:
@@ -115,6 +120,8 @@ class Machine:
         with open(log, 'w', encoding='utf-8') as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
             self._processes.append(process)
+            if self._stopped:  # as it was started
+                process.terminate()
             process.wait()
         run = finished_run(job.folder, expected) if process.returncode == 0 else None
         if run is None:
@@ -124,6 +131,23 @@ class Machine:
             return failure
         say(f'{job.name}: {_ap(run)}, {time.monotonic() - began:.0f} s')
         return run
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Within, SIGTERM raises SystemExit, as Ctrl-C raises KeyboardInterrupt; only a main thread can have it so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number, frame):
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _ap(run: Run) -> str:
