@@ -278,7 +278,7 @@ def batch():
             sample = DetDataSample(metainfo=dict(img_id=index, img_shape=shape, ori_shape=shape,
                                                  scale_factor=(1.0, 1.0)))
             sample.gt_instances = InstanceData(bboxes=image_boxes, labels=torch.arange(len(image_boxes)) % 3)
-            sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4))
+            sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
             samples.append(sample)
         images = [torch.randint(0, 256, (3, *shape), generator=random, dtype=torch.uint8) for shape in shapes]
         return dict(inputs=images, data_samples=samples)

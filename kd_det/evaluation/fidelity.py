@@ -2,25 +2,30 @@
 from __future__ import annotations
 
 import copy
+from math import isfinite
 from typing import Dict, List, Optional, Sequence
 
 import torch
 from mmdet.registry import METRICS, MODELS
 from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import get_box_tensor
 from mmengine.dist import all_reduce
 from mmengine.evaluator import BaseMetric
 from mmengine.logging import print_log
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
+from torchvision.ops import box_iou, nms
 
 from kd_det.classes import ClassMatch, match_classes, number_of_classes
 from kd_det.configuration import ConfigurationError
 from kd_det.evaluation.distributions import class_distributions, class_kl, classifying_head
-from kd_det.evaluation.matching import match_detections, true_positives
+from kd_det.evaluation.matching import class_overlaps, match_boxes, true_positives
 from kd_det.functional.fidelity import Moments, expected_calibration_error, linear_cka, moments
 from kd_det.functional.masks import valid_cells
 from kd_det.taps import Taps
 from kd_det.teachers import Teacher, probe_levels, read_model_config
+
+NOTHING = dict(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
 
 
 @METRICS.register_module()
@@ -30,18 +35,21 @@ class FidelityMetric(BaseMetric):
     What the two detect is compared by itself. The distributions of classes and the features need the student's modules:
     :class:`~kd_det.hooks.FidelityHook` shows them to the metric, in any run.
 
-    Gives, under ``fidelity/`` (nothing for a number that no box counts for), of the teacher's *confident* boxes:
+    Gives, under ``fidelity/`` (nothing for a number that nothing counts for), of *confident* boxes:
 
-    - ``found``: the share that the student detects: confident too, of the same class, with enough overlap;
-    - ``copied_errors``: the same share among those of them that are wrong, that is, match no ground truth;
-    - ``agreement``: how often the classes agree where a box of the student overlaps one of the teacher;
+    - ``found``: the share of the teacher's that the student detects too: paired one to one within the class, with the
+      largest sum of IoU;
     - ``teacher_iou``: mean IoU of these pairs;
-    - ``class_kl``: mean KL(teacher ‖ student) of the class distributions there, in nats, see
+    - ``teacher_errors``: the share of the teacher's that are wrong: they overlap no object of their class. A duplicate
+      of a right box is no error, nor is a box that lies on an ignored region (a crowd) of its class;
+    - ``copied_errors``: ``found`` among the wrong ones;
+    - ``agreement``: how often the classes agree at the same place. Of either detector the surest box of each place
+      counts (NMS regardless of class), and these are paired one to one, again regardless of class;
+    - ``class_kl``: mean KL(teacher ‖ student) of the class distributions at the teacher's, in nats, see
       :mod:`~kd_det.evaluation.distributions`;
 
-    and ``teacher_errors``, the share of wrong ones among the teacher's confident boxes; ``student_ece`` and
-    ``teacher_ece``, the calibration errors of both; and ``cka_<stride>``, the linear CKA of the neck's features over
-    all cells.
+    and ``student_ece`` and ``teacher_ece``, the calibration errors of both; and ``cka_<stride>``, the linear CKA of the
+    neck's features over all cells.
 
     Classes are matched by name, where the names of both are known. Detections and ground truth of others do not count,
     and distributions are restricted to the shared ones; ``shared_classes`` tells how many these are, unless all are
@@ -50,7 +58,8 @@ class FidelityMetric(BaseMetric):
     Args:
         teacher: ``config`` and ``checkpoint``, perhaps ``classes``, as of :class:`~kd_det.teachers.Teacher`.
         confidence: Score from which on a box is confident.
-        min_iou: Overlap from which on boxes match.
+        min_iou: IoU from which on boxes match and are at one place, and the share of a box from which on it lies on an
+            ignored region.
         calibrated_from: Score from which on detections count for the calibration.
         bins: Of the calibration error.
         collect_device: See mmengine's ``BaseMetric``.
@@ -137,29 +146,32 @@ class FidelityMetric(BaseMetric):
 
     def _compare(self, sample: dict, teacher: InstanceData) -> dict:
         """The numbers of one image that add up to those of all."""
-        student = InstanceData(**{key: torch.as_tensor(sample['pred_instances'][key]).cpu()
-                                  for key in ('bboxes', 'scores', 'labels')})
+        student, truth, ignored = (self._shared(sample.get(key) or NOTHING)
+                                   for key in ('pred_instances', 'gt_instances', 'ignored_instances'))
         teacher.bboxes = teacher.bboxes / teacher.bboxes.new_tensor(sample['scale_factor']).repeat(2)
-        truth = sample['gt_instances']
-        true_boxes = getattr(truth['bboxes'], 'tensor', torch.as_tensor(truth['bboxes'])).cpu()
-        true_labels = torch.as_tensor(truth['labels']).cpu()
-        if self.match is not None:  # the teacher's are restricted by now
-            student = student[self.match.shared(student.labels) >= 0]
-            shared = self.match.shared(true_labels) >= 0
-            true_boxes, true_labels = true_boxes[shared], true_labels[shared]
         calibration = {}
-        for name, detected in (('student', student), ('teacher', teacher)):
-            detected.correct = correct = true_positives(detected.bboxes, detected.scores, detected.labels, true_boxes,
-                                                        true_labels, self.min_iou)
-            counted = detected.scores >= self.calibrated_from
-            calibration[name] = (detected.scores[counted], correct[counted])
+        for name, each in (('student', student), ('teacher', teacher)):
+            overlaps = class_overlaps(each, truth)
+            correct = true_positives(overlaps, each.scores, self.min_iou)
+            unjudged = (class_overlaps(each, ignored, 'iof') >= self.min_iou).any(1) & ~correct
+            each.wrong = (overlaps < self.min_iou).all(1) & ~unjudged
+            counted = (each.scores >= self.calibrated_from) & ~unjudged
+            calibration[name] = (each.scores[counted], correct[counted])
         student, teacher = (each[each.scores >= self.confidence] for each in (student, teacher))
-        rows, columns, overlaps = match_detections(teacher.bboxes, teacher.labels, student.bboxes, student.labels,
-                                                   self.min_iou)
-        agree = teacher.labels[rows] == student.labels[columns]
+        overlaps = class_overlaps(teacher, student)
+        pairs = match_boxes(overlaps, self.min_iou)
         found = torch.zeros(len(teacher), dtype=torch.bool)
-        found[rows[agree]] = True
-        return dict(found=found, wrong=~teacher.correct, agree=agree, overlaps=overlaps, calibration=calibration)
+        found[pairs[0]] = True
+        of_student, of_teacher = (each[nms(each.bboxes, each.scores, self.min_iou)] for each in (student, teacher))
+        places = match_boxes(box_iou(of_teacher.bboxes, of_student.bboxes), self.min_iou)
+        return dict(found=found, wrong=teacher.wrong, overlaps=overlaps[pairs], calibration=calibration,
+                    agree=of_teacher.labels[places[0]] == of_student.labels[places[1]])
+
+    def _shared(self, instances: dict) -> InstanceData:
+        """The boxes of a sample that are of shared classes, on the CPU. (The teacher's are restricted by now.)"""
+        read = InstanceData(**{name: get_box_tensor(instances[name]).cpu() for name in ('bboxes', 'labels', 'scores')
+                               if name in instances})
+        return read if self.match is None else read[self.match.shared(read.labels) >= 0]
 
     def _compare_insides(self, teacher: Teacher, images: Tensor, samples: Sequence[DetDataSample],
                          boxes: Sequence[InstanceData]) -> Optional[List[Tensor]]:
@@ -208,7 +220,7 @@ class FidelityMetric(BaseMetric):
             scores, correct = map(torch.cat, zip(*(result['calibration'][name] for result in results)))
             if len(scores):
                 metrics[f'{name}_ece'] = expected_calibration_error(scores, correct, self.bins).item()
-        metrics.update({f'cka_{stride}': value for stride, value in self._cka.items()})
+        metrics.update({f'cka_{stride}': value for stride, value in self._cka.items() if isfinite(value)})
         match = self.match
         if match is not None and not len(match.of_student) == len(match.student) == len(match.teacher):
             metrics['shared_classes'] = float(len(match.of_student))

@@ -1,6 +1,7 @@
 """How closely one detector follows another: pure functions on what both put out."""
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPSILON = 1e-6
+ROUNDING = 1e-10  # of a mean square; a variance that is less is that of rounded sums
 
 
 class Moments(NamedTuple):
@@ -59,7 +61,8 @@ def linear_cka(sums: Moments) -> Tensor:
     xx = sums.xx - torch.outer(sums.sum_x, sums.sum_x) / sums.count
     yy = sums.yy - torch.outer(sums.sum_y, sums.sum_y) / sums.count
     xy = sums.xy - torch.outer(sums.sum_x, sums.sum_y) / sums.count
-    return xy.square().sum() / (xx.norm() * yy.norm())
+    constant = (xx.norm() <= ROUNDING * sums.xx.norm()) | (yy.norm() <= ROUNDING * sums.yy.norm())
+    return torch.where(constant, math.nan, xy.square().sum() / (xx.norm() * yy.norm()))
 
 
 def expected_calibration_error(scores: Tensor, correct: Tensor, bins: int = 15) -> Tensor:

@@ -5,6 +5,7 @@ from mmengine.structures import InstanceData
 
 from kd_det.evaluation import FidelityMetric
 from kd_det.evaluation.distributions import speaking_priors
+from kd_det.functional.fidelity import moments
 
 
 @pytest.fixture
@@ -71,16 +72,27 @@ def test_without_modules_detections_alone_are_compared(model, saved, batch):
     assert not any(name.startswith('cka') or name == 'class_kl' for name in found)
 
 
-def test_numbers_by_hand(instances):
+@pytest.fixture
+def by_hand(instances):
+    """Compares one image, given as rows of x, score and label, with a metric for which 0.5 is confident."""
+
+    def compare(teacher, student, truth, ignored=(), scale=1.0):
+        metric = FidelityMetric(dict(config=dict(type='none')), confidence=0.5, bins=1, calibrated_from=0.5)
+        metric._cka = {}
+        truth, ignored = (instances([(x, 1.0, label) for x, label in rows]) for rows in (truth, ignored))
+        sample = dict(scale_factor=(scale, scale), pred_instances=instances(student), gt_instances=truth,
+                      ignored_instances=ignored)
+        teacher = instances(teacher)
+        teacher['bboxes'] = teacher['bboxes'] * scale  # in pixels of the image as it was scaled for the network
+        return metric.compute_metrics([metric._compare(sample, InstanceData(**teacher))])
+
+    return compare
+
+
+def test_numbers_by_hand(by_hand):
     """The teacher is sure of two right and two wrong boxes. The student has one of each, and one in another class."""
-    metric = FidelityMetric(dict(config=dict(type='none')), confidence=0.5, bins=1, calibrated_from=0.5)
-    metric._cka = {}
-    sample = dict(scale_factor=(2.0, 2.0),
-                  pred_instances=instances([(0, .9, 0), (40, .8, 1), (20, .7, 1), (60, .1, 1)]),
-                  gt_instances=dict(bboxes=instances([(0, 1., 0), (20, 1., 0)])['bboxes'], labels=torch.tensor([0, 0])))
-    teacher = instances([(0, .9, 0), (20, .9, 0), (40, .9, 1), (60, .9, 1), (80, .2, 0)])
-    teacher['bboxes'] = teacher['bboxes'] * 2  # in pixels of the image as it was scaled for the network
-    found = metric.compute_metrics([metric._compare(sample, InstanceData(**teacher))])
+    found = by_hand(teacher=[(0, .9, 0), (20, .9, 0), (40, .9, 1), (60, .9, 1), (80, .2, 0)],
+                    student=[(0, .9, 0), (40, .8, 1), (20, .7, 1), (60, .1, 1)], truth=[(0, 0), (20, 0)], scale=2.0)
     assert found['found'] == pytest.approx(2 / 4)
     assert found['teacher_errors'] == pytest.approx(2 / 4)
     assert found['copied_errors'] == pytest.approx(1 / 2)
@@ -88,6 +100,59 @@ def test_numbers_by_hand(instances):
     assert found['teacher_iou'] == pytest.approx(1)
     assert found['teacher_ece'] == pytest.approx(0.9 - 2 / 4)
     assert found['student_ece'] == pytest.approx(0.8 - 1 / 3, abs=1e-6)
+
+
+def test_a_box_of_another_class_that_fits_better_hides_nothing(by_hand):
+    found = by_hand(teacher=[(0, .9, 0)], student=[(1, .9, 0), (0, .6, 1)], truth=[(0, 0)])
+    assert found['found'] == found['agreement'] == 1
+    assert found['teacher_iou'] == pytest.approx(9 / 11)
+
+
+def test_at_one_place_the_surest_classes_are_compared(by_hand):
+    """Both say 0 before 1, in boxes that are swapped by a pixel; then the student says 1 before 0."""
+    teacher = [(0, .8, 0), (1, .6, 1)]
+    alike = by_hand(teacher, student=[(1, .7, 0), (0, .6, 1)], truth=[])
+    assert alike['found'] == alike['agreement'] == 1
+    unlike = by_hand(teacher, student=[(0, .6, 0), (1, .7, 1)], truth=[])
+    assert unlike['found'] == 1 and unlike['agreement'] == 0
+
+
+def test_pairs_are_one_to_one(by_hand):
+    found = by_hand(teacher=[(0, .9, 0), (1, .8, 0)], student=[(0, .9, 0)], truth=[])
+    assert found['found'] == 1 / 2 and found['teacher_iou'] == 1
+
+
+def test_a_duplicate_of_a_right_box_is_no_error(by_hand):
+    """Errors are the box at 20, on nothing, and that of class 1 on the object. The duplicate calibrates, as in COCO."""
+    found = by_hand(teacher=[(0, .9, 0), (1, .7, 0), (20, .6, 0), (0, .6, 1)], student=[(20, .9, 0)], truth=[(0, 0)])
+    assert found['teacher_errors'] == 2 / 4
+    assert found['copied_errors'] == 1 / 2
+    assert found['teacher_ece'] == pytest.approx((.9 + .7 + .6 + .6) / 4 - 1 / 4)
+
+
+def test_boxes_on_ignored_regions_are_not_judged(by_hand):
+    """Half the box at 45 lies on the crowd of class 0 at 40, a fifth of that at 48; the class of that at 41 differs."""
+    teacher = [(0, .9, 0), (45, .8, 0), (48, .6, 0), (41, .6, 1)]
+    found = by_hand(teacher, student=[(0, .7, 0), (40, .9, 0)], truth=[(0, 0)], ignored=[(40, 0)])
+    assert found['teacher_errors'] == 2 / 4
+    assert found['copied_errors'] == 0
+    assert found['teacher_ece'] == pytest.approx((.9 + .6 + .6) / 3 - 1 / 3)
+    assert found['student_ece'] == pytest.approx(1 - .7)
+    assert found['found'] == 1 / 4  # whatever it lies on
+
+
+def test_a_right_box_on_a_crowd_is_right(by_hand):
+    found = by_hand(teacher=[(0, .9, 0)], student=[(0, .8, 0)], truth=[(0, 0)], ignored=[(0, 0)])
+    assert found['teacher_ece'] == pytest.approx(1 - .9) and found['teacher_errors'] == 0
+
+
+def test_features_that_do_not_vary_have_no_cka(instances):
+    metric = FidelityMetric(dict(config=dict(type='none')))
+    varied = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    metric.similarity = {8: moments(varied, varied), 16: moments(varied, torch.full((50, 3), 0.1))}
+    sample = dict(scale_factor=(1.0, 1.0), pred_instances=instances([]), gt_instances=instances([]))
+    metric.results.append(metric._compare(sample, InstanceData(**instances([]))))
+    assert metric.evaluate(1) == {'fidelity/cka_8': pytest.approx(1)}
 
 
 def test_numbers_without_any_box_are_left_out(instances):
