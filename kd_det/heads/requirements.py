@@ -22,7 +22,7 @@ QUERIES_OF = '.queries'  # after the name of a DETR's head, which is not dense
 
 ABSENT: Dict[str, str] = {
     TOWERS_OF: 'has no towers, convolutions before its predictions that all levels share, as the heads of RetinaNet, '
-               'ATSS, GFL, FCOS and RTMDet have',
+               'ATSS, GFL, FCOS and RTMDetHead have, RTMDetSepBNHead not',
     POSITIVES_OF: 'does not tell which priors it assigned to boxes: choose a form without positives, such as '
                   "normalizer='confidence'",
     DISTRIBUTIONS_OF: "predicts no distributions over distances, as GFL and its kin do: choose form='giou'",

@@ -63,7 +63,11 @@ def test_unlike_strides_need_resize(make_context, connected):
     context.student_levels['neck'] = (Level(4, 16), )
     with pytest.raises(ValueError, match='no partner'):
         connected(MODELS.build(dict(type='FeatureImitation')), context)
-    assert connected(MODELS.build(dict(type='FeatureImitation', resize=True)), context)(context)['imitation'].isfinite()
+    teacher = context.teachers[0]['neck'][0]
+    # Bilinear, at half the size and corners unaligned: each cell is the mean of the four that it covers.
+    expected = (context.student['neck'][0] - teacher.view(1, 4, 4, 2, 6, 2).mean((3, 5))).square().sum()
+    term = connected(MODELS.build(dict(type='FeatureImitation', resize=True)), context)
+    torch.testing.assert_close(term(context)['imitation'], expected)
 
 
 def test_sizes_that_differ_at_equal_stride_are_an_error(make_context, connected):
