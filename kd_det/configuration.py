@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any, Callable, Iterable, List, Union
 
 from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
-from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 DISTILLER = 'DetectionDistiller'
@@ -91,8 +89,8 @@ def merge_options(config: Config, options: dict) -> None:
     """Applies ``--cfg-options``; unlike in plain MMEngine, ``data_root=…`` reaches every path that starts with it.
 
     Raises:
-        ConfigurationError: An option begins with a key that neither a run reads nor the config has, goes through
-            something that holds no keys, or past the end of a list.
+        ConfigurationError: An option begins with a key that no run reads, goes through something that holds no keys, or
+            past the end of a list.
     """
     options = dict(options)
     data_root = options.pop('data_root', None)
@@ -106,17 +104,16 @@ def merge_options(config: Config, options: dict) -> None:
 
 
 def _check_top_keys(config: Config, options: Iterable[str]) -> None:
-    """Refuses what MMEngine would take and nothing ever read; warns of what only a user's own code reads."""
+    """Refuses what MMEngine would take and nothing ever read."""
     for option in options:
         key = option.split('.')[0]
         if key in TOP_KEYS:
             continue
-        if key in config:  # a hook of the user's may read it from runner.cfg
-            print_log(f"--cfg-options {option}: '{key}' is a variable of the config file; where the file used it, its "
-                      'value has gone already. To change that, set the place: train_cfg.max_epochs, model.distill, …',
-                      'current', logging.WARNING)
-            continue
-        near = get_close_matches(key, TOP_KEYS.union(config), n=1)
+        if key in config:
+            raise ConfigurationError(f"--cfg-options {option}: '{key}' is a variable of the config file; when this "
+                                     'option is applied its value has gone elsewhere already. Set that place, such as '
+                                     'train_cfg.max_epochs, train_dataloader.dataset.pipeline or model.distill.')
+        near = get_close_matches(key, TOP_KEYS, n=1)
         raise ConfigurationError(f"--cfg-options {option}: no run reads a key '{key}'."
                                  + (f" Did you mean '{near[0]}'?" if near else ''))
 
