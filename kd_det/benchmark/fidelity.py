@@ -9,10 +9,12 @@ from typing import Callable, Dict, List, Sequence
 
 from mmdet.utils import register_all_modules
 
+from kd_det.benchmark.pair import weights_hash
 from kd_det.benchmark.scheduling import CONFIG_FILE
 from kd_det.benchmark.statistics import mean_and_std
 from kd_det.configuration import load_config
-from kd_det.evaluation import measure_fidelity
+from kd_det.evaluation import FidelityMetric, measure_fidelity
+from kd_det.version import __version__
 
 FIDELITY_FILE = 'fidelity.json'
 
@@ -21,7 +23,8 @@ def add_fidelity(entries: List[dict], root: Path, teacher: dict, splits: Sequenc
                  say: Callable[[str], None]) -> None:
     """Adds ``fidelity`` to every finished run of ``results.json``: split -> number -> value.
 
-    What was measured lies beside ``result.json``, with the identity of the run that it was measured for.
+    What was measured lies beside ``result.json``, with all that it depends on, and is kept while that is the same: the
+    identity of the run (in a plain student's there is no teacher), the teacher, and version and settings of the metric.
 
     Args:
         entries: The runs; changed.
@@ -31,20 +34,22 @@ def add_fidelity(entries: List[dict], root: Path, teacher: dict, splits: Sequenc
         say: Told what is measured.
     """
     register_all_modules(init_default_scope=True)
+    metric = dict(teacher=dict(config=teacher['config'], checkpoint_hash=weights_hash(teacher['checkpoint'])),
+                  settings=dict(FidelityMetric(teacher).settings, kd_det=__version__))
     for entry in entries if splits else ():
         if entry['status'] != 'finished':
             continue
         file = root / entry['folder'] / FIDELITY_FILE
+        of = dict(identity=entry['identity'], **metric)
         stored = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
-        measured = stored['splits'] if stored.get('identity') == entry['identity'] else {}
+        measured = stored['splits'] if {key: stored.get(key) for key in of} == of else {}
         for split in splits:
             if split not in measured:
                 say(f"{entry['variant']}, seed {entry['seed']}: fidelity on {split}")
                 config = load_config(file.parent / CONFIG_FILE)
                 with redirect_stdout(StringIO()):  # of pycocotools
                     measured[split] = measure_fidelity(config, str(root / entry['checkpoint']), teacher, split)
-                content = dict(identity=entry['identity'], splits=measured)
-                file.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+                file.write_text(json.dumps(dict(of, splits=measured), indent=2) + '\n', encoding='utf-8')
         entry['fidelity'] = {split: measured[split] for split in splits}
 
 

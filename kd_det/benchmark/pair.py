@@ -119,3 +119,8 @@ def data_hash(config: Config) -> str:
             files = sorted(file for file in images.iterdir() if file.is_file())
             parts.append('\n'.join(f'{file.name} {file.stat().st_size}' for file in files).encode())
     return sha256(b'\0'.join(parts))
+
+
+def weights_hash(checkpoint: str) -> str:
+    """The hash of a file of weights; of an address the address itself."""
+    return sha256(Path(checkpoint).read_bytes()) if Path(checkpoint).is_file() else checkpoint

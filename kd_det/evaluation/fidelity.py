@@ -83,6 +83,12 @@ class FidelityMetric(BaseMetric):
         self.match: Optional[ClassMatch] = None  # None while a label means the same to both
         self.similarity: Dict[int, Moments] = {}  # stride -> sums
 
+    @property
+    def settings(self) -> dict:
+        """What its numbers depend on beside student, teacher and data."""
+        return dict(confidence=self.confidence, min_iou=self.min_iou, calibrated_from=self.calibrated_from,
+                    bins=self.bins)
+
     def attach(self, student: nn.Module) -> None:
         """Shows the student's modules: a detector, or a distiller, whose student counts."""
         self.student = getattr(student, 'student', student)

@@ -25,7 +25,8 @@ def measure_fidelity(config: Config, checkpoint: str, teacher: dict, split: str 
         config: The student's, or that of its distillation.
         checkpoint: The trained student.
         teacher: ``config`` and ``checkpoint``.
-        split: ``'val'``, or ``'train'``: the training images, prepared as for validation, without augmentation.
+        split: ``'val'``, or ``'train'``: the training images, prepared as for validation, without augmentation. Of data
+            sets that are joined the first counts.
         options: Of :class:`~kd_det.evaluation.FidelityMetric`.
 
     Returns:
@@ -46,10 +47,7 @@ def measure_fidelity(config: Config, checkpoint: str, teacher: dict, split: str 
 
 
 def _prepared_as_for_validation(config: Config, split: str) -> dict:
-    """A data set of the config, with the pipeline of its validation."""
+    """A data set of the config, with the pipeline of its validation; training images that are filtered out stay so."""
     validation = leaf_datasets(config.val_dataloader.dataset)[0]
-    if split == 'val':
-        return copy.deepcopy(validation)
-    dataset = copy.deepcopy(leaf_datasets(config.train_dataloader.dataset)[0])
-    dataset.update(pipeline=copy.deepcopy(validation['pipeline']), test_mode=True)
-    return dataset
+    dataset = validation if split == 'val' else leaf_datasets(config.train_dataloader.dataset)[0]
+    return copy.deepcopy(dict(dataset, pipeline=validation['pipeline']))
