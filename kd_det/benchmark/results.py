@@ -1,6 +1,8 @@
 """What a benchmark found out, as ``results.json`` holds it::
 
-    command, versions, machine      what made it, and where
+    command                         what made it
+    commit, versions, machine       of that command, see kd_det.benchmark.environment; runs that were kept from before
+                                    have their own
     pair                            student and teacher: their configs, the teacher's weights and their hash
     data                            data root (null: the config's) and the hash of the data
     seeds                           list of numbers
@@ -14,7 +16,7 @@
                                             kd_det.benchmark.variants.twin_of
         folder                              its work dir
         status                              "finished" or "failed"; with error and log where it failed
-        identity … iterations               those of kd_det.benchmark.runs.Run; checkpoint and scalars within its folder
+        identity … environment              those of kd_det.benchmark.runs.Run; checkpoint and scalars within its folder
         same_start, same_order              whether the first weights and the images' order are those of its twin of
                                             that seed; null where that is missing. Inherited weights start otherwise.
     summary                         variant -> metric (bbox_mAP, bbox_mAP_50, …) -> seeds (the number of those that
@@ -30,45 +32,18 @@ Paths are relative to the work dir of the benchmark.
 from __future__ import annotations
 
 import os
-import platform
-import shlex
-import sys
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from math import inf
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional
-
-import torch
+from typing import Dict, List, Mapping
 
 from kd_det.benchmark.runs import Run
 from kd_det.benchmark.scheduling import Failure, Outcome
 from kd_det.benchmark.statistics import mean_and_std, paired_difference
 from kd_det.benchmark.variants import PLAIN, Variant, twin_of
-from kd_det.version import __version__
 
 METRICS = {'bbox_mAP': 'mAP', 'bbox_mAP_50': 'AP50', 'bbox_mAP_75': 'AP75', 'bbox_mAP_s': 'APs', 'bbox_mAP_m': 'APm',
            'bbox_mAP_l': 'APl'}
-PACKAGES = ('torch', 'torchvision', 'mmengine', 'mmdet', 'mmcv', 'mmcv-lite', 'numpy', 'pycocotools',
-            'faster-coco-eval')
-
-
-def environment(threads: Optional[int] = None) -> dict:
-    """The command that runs, the versions of what it uses, and the machine, with PyTorch's threads of one training."""
-    program = Path(sys.argv[0])
-    program = ['python', sys.argv[0]] if program.suffix == '.py' and program.stem != '__main__' else ['kd-det']
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # mmcv or mmcv-lite, or a fork under another name
-            pass
-    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return dict(
-        command=shlex.join([*program, *sys.argv[1:]]),
-        versions=dict(python=platform.python_version(), kd_det=__version__, **found),
-        machine=dict(system=platform.platform(), processors=os.cpu_count(), devices=devices,
-                     threads=threads or torch.get_num_threads()))
 
 
 def run_entry(variant: Variant, seed: int, folder: Path, outcome: Outcome, root: Path) -> dict:

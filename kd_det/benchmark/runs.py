@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional
 
@@ -18,6 +18,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from kd_det.benchmark.complexity import multiply_adds
+from kd_det.benchmark.environment import environment
 from kd_det.configuration import ConfigurationError, is_distillation
 from kd_det.diagnosis.checks import explain
 from kd_det.runner import build_runner
@@ -38,11 +39,14 @@ class Run:
         metrics: CocoMetric's numbers after the last epoch, 0 to 1; -1 where there is no object of that size.
         parameters: Number of the detector's parameters.
         flops: Multiply-adds of the detector for one image, see :func:`~kd_det.benchmark.complexity.multiply_adds`.
-        seconds_per_iteration: Median over the training steps, without the loading of data.
+        seconds_per_iteration: Median over the training steps, without the loading of data; comparable where the machine
+            did nothing else.
         peak_memory: The most bytes that the process held until the training ended (resident set).
         peak_device_memory: The most bytes that tensors took on the GPU; None without one.
         epochs: Passes through the training images.
         iterations: Training steps.
+        environment: Commit, versions and machine that it was trained with, see
+            :func:`~kd_det.benchmark.environment.environment`; empty where an earlier version did not note them.
     """
     identity: str
     start: str
@@ -57,6 +61,7 @@ class Run:
     peak_device_memory: Optional[int]
     epochs: int
     iterations: int
+    environment: Dict[str, Any] = field(default_factory=dict)
 
     def within(self, folder: Path) -> Run:
         """The same with the paths of its files as they are seen from where the folder is."""
@@ -86,7 +91,8 @@ def finished_run(folder: Path, expected: str) -> Optional[Run]:
     if not file.is_file():
         return None
     stored = json.loads(file.read_text(encoding='utf-8'))
-    if stored.get('identity') != expected or set(stored) != {field.name for field in fields(Run)}:
+    names = {each.name for each in fields(Run)}
+    if stored.get('identity') != expected or set(stored) | {'environment'} != names:
         return None
     run = Run(**stored).within(folder)
     return run if Path(run.checkpoint).is_file() and Path(run.scalars).is_file() else None
@@ -109,6 +115,7 @@ def train(name: str, config: Config, expected: str, say: Callable[[str], None] =
     folder = Path(config.work_dir)
     file = folder / RESULT_FILE
     file.unlink(missing_ok=True)
+    began_in = environment()
     config.experiment_name = f'{name}_{time.time_ns()}'  # mmengine keeps loggers and visualizers by name
     config.visualizer = {'type': 'DetLocalVisualizer', 'vis_backends': [dict(type='LocalVisBackend')],
                          **(config.get('visualizer') or {}), 'name': config.experiment_name}
@@ -132,7 +139,8 @@ def train(name: str, config: Config, expected: str, say: Callable[[str], None] =
         peak_memory=memory,
         peak_device_memory=device_memory,
         epochs=runner.max_epochs,
-        iterations=runner.max_iters)
+        iterations=runner.max_iters,
+        environment=began_in)
     partial = file.with_suffix('.partial')
     partial.write_text(json.dumps(asdict(run), indent=2), encoding='utf-8')
     os.replace(partial, file)

@@ -12,10 +12,10 @@ from typing import List, Sequence
 from mmengine.config import Config
 from rich.console import Console
 
+from kd_det.benchmark.environment import command_line, environment
 from kd_det.benchmark.fidelity import add_fidelity, summarize_fidelity
-from kd_det.benchmark.pair import adapted, data_hash, read_pair
-from kd_det.benchmark.results import environment, mark_twins, relative, run_entry, summarize
-from kd_det.benchmark.runs import sha256
+from kd_det.benchmark.pair import adapted, data_hash, read_pair, weights_hash
+from kd_det.benchmark.results import mark_twins, relative, run_entry, summarize
 from kd_det.benchmark.scheduling import Failure, Job, Machine
 from kd_det.benchmark.tables import markdown_table, rich_tables
 from kd_det.benchmark.variants import PLAIN, Variant, parse_variants, variant_config
@@ -108,7 +108,7 @@ def run(options: Namespace) -> int:
             say(f'Without a teacher there is nothing to compare. All that was said is in {failed[0].log}.')
             return 1
         pair = replace(pair, checkpoints=tuple(teacher.checkpoint for teacher in teachers))
-    taught_by = [sha256(Path(each).read_bytes()) if Path(each).is_file() else each for each in pair.checkpoints]
+    taught_by = [weights_hash(each) for each in pair.checkpoints]
 
     jobs, runs = [], []
     for seed, variant in product(options.seeds, variants):
@@ -125,6 +125,7 @@ def run(options: Namespace) -> int:
     splits = ('val', ) if options.fidelity == [] else options.fidelity or ()
     add_fidelity(entries, root, dict(config=pair.teacher, checkpoint=pair.checkpoints[0]), splits, say)
     results = dict(
+        command=command_line(),
         **environment(machine.threads),
         pair=dict(student=str(pair.student.filename), teacher=pair.teacher, checkpoint=pair.checkpoints[0],
                   checkpoint_hash=taught_by[0]),

@@ -16,7 +16,7 @@ from mmengine.structures import InstanceData
 from rich.table import Table
 from torch import Tensor
 
-from kd_det.benchmark.results import environment
+from kd_det.benchmark.environment import command_line, environment
 from kd_det.benchmark.runs import Run
 from kd_det.functional.masks import box_foreground, normalized_background, spatial_attention
 from kd_det.visualization import draw_curves, draw_detections, draw_maps, read_scalars
@@ -61,8 +61,9 @@ def _gain_text(gain: dict) -> str:
 
 
 def write_results(folder: Path, runs: Mapping[str, List[Run]], gains: dict, data: dict) -> Path:
-    """Writes ``results.json``: the command, the versions, every run's numbers, and the gains."""
+    """Writes ``results.json``: the command, commit, versions and machine, every run's numbers, and the gains."""
     results = dict(
+        command=command_line(),
         **environment(),
         data=data,
         gain=gains,

@@ -52,6 +52,7 @@ def test_a_benchmark_from_beginning_to_end(benchmark, tmp_path, capsys):
     states = [load_checkpoint(tmp_path / 'work' / run['checkpoint'])['state_dict'] for run in (plain, fgd)]
     assert states[0].keys() == states[1].keys() and any((states[0][key] != states[1][key]).any() for key in states[0])
     assert (tmp_path / 'work' / fgd['scalars']).is_file()
+    assert fgd['environment']['machine']['threads'] == 1 and fgd['environment']['versions'] == results['versions']
     assert set(fgd['fidelity']) == {'val'} and 'cka_8' in fgd['fidelity']['val']
     assert broken['status'] == 'failed' and 'nowhere' in broken['error']
     assert (tmp_path / 'work' / broken['log']).is_file()
@@ -60,11 +61,16 @@ def test_a_benchmark_from_beginning_to_end(benchmark, tmp_path, capsys):
 
     # What has finished is kept, what was killed begins anew and ends in the same weights.
     (tmp_path / 'work' / plain['folder'] / 'result.json').unlink()
+    result = tmp_path / 'work' / fgd['folder'] / 'result.json'
+    stored = json.loads(result.read_text())
+    del stored['environment']  # as of a version that did not note it
+    result.write_text(json.dumps(stored))
     capsys.readouterr()
     status, again = benchmark('--methods', 'fgd@inherit=none')
     said = capsys.readouterr().out
     assert status == 0 and 'teacher: kept from before' in said and 'fgd@inherit=none, seed 0: kept from before' in said
     assert '\nnone, seed 0: begins' in said
+    assert again['runs'][1]['environment'] == {} and again['runs'][0]['environment']['versions']
     assert again['runs'][1]['identity'] == fgd['identity'] and again['runs'][0]['start'] == plain['start']
     state = load_checkpoint(tmp_path / 'work' / again['runs'][0]['checkpoint'])['state_dict']
     assert all(torch.equal(state[key], states[0][key]) for key in state)
