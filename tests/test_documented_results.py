@@ -1,0 +1,69 @@
+"""The tables of docs/results.md against the records in docs/results: every number, interval, mark and the order."""
+import json
+import re
+from pathlib import Path
+from typing import Dict, List
+
+import pytest
+
+from kd_det.benchmark.statistics import paired_difference
+
+DOCS = Path(__file__).parents[1] / 'docs'
+INHERIT, PLAIN = 'neck and heads inherited, no term', 'plain student'
+RECORDS = {'demo_faster_rcnn': {}, 'demo_retinanet': {'rm': 'rm@balance=1'}, 'demo_gfl': {}, 'bccd_methods': {}}
+
+
+def documented(record: str) -> List[List[str]]:
+    """The cells of the first table after the link to a record, without its two lines of heading."""
+    text = (DOCS / 'results.md').read_text(encoding='utf-8').partition(f'(results/{record}.json)')[2]
+    table = re.search(r'(?:^\|.*\|\n)+', text, re.MULTILINE).group()
+    return [[cell.strip() for cell in line.strip('|').split('|')] for line in table.splitlines()[2:]]
+
+
+def points(record: str) -> Dict[str, Dict[int, float]]:
+    """Variant -> seed -> mAP in points."""
+    by_variant: Dict[str, Dict[int, float]] = {}
+    for run in json.loads((DOCS / 'results' / f'{record}.json').read_text(encoding='utf-8'))['runs']:
+        by_variant.setdefault(run['variant'], {})[run['seed']] = 100 * run['metrics']['bbox_mAP']
+    return by_variant
+
+
+def difference(baseline: Dict[int, float], other: Dict[int, float]) -> str:
+    found = paired_difference(baseline, other)
+    text = f'{found.mean:+.1f} ({found.interval[0]:+.1f} to {found.interval[1]:+.1f})'
+    return text if found.verdict in ('gain', 'loss') else f'{text}, {found.verdict}'
+
+
+@pytest.mark.parametrize('record', RECORDS)
+def test_a_table_is_its_record(record):
+    by_variant = points(record)
+    plain, inherit = by_variant['none'], by_variant['inherit']
+    names = {'none': PLAIN, 'inherit': INHERIT}
+    expected = []
+    for variant, by_seed in sorted(by_variant.items(), key=lambda each: -sum(each[1].values())):
+        assert by_seed.keys() == plain.keys()
+        alike = variant not in names and '@inherit=none' not in variant
+        expected.append([names.get(variant) or f'`{RECORDS[record].get(variant, variant)}`',
+                         ', '.join(f'{by_seed[seed]:.1f}' for seed in sorted(by_seed)),
+                         f'{sum(by_seed.values()) / len(by_seed):.1f}',
+                         '' if variant == 'none' else difference(plain, by_seed),
+                         difference(inherit, by_seed) if alike else ''])
+    assert documented(record) == expected
+
+
+def test_the_readme_shows_its_record():
+    results = json.loads((DOCS / 'results' / 'demo_faster_rcnn.json').read_text(encoding='utf-8'))
+    lines = (DOCS.parent / 'README.md').read_text(encoding='utf-8').replace('*', '').splitlines()
+    rows = {line.split('|')[1].strip(): [cell.strip() for cell in line.split('|')[3:6]] for line in lines
+            if line.startswith('| ') and line.endswith(' M |')}
+    of_teacher = results['teacher']['metrics']
+    assert rows.pop('teacher R101') == [*(f'{100 * of_teacher[name]:.1f}' for name in ('bbox_mAP', 'bbox_mAP_50')), '']
+    for variant, (name, cells) in zip(('none', 'inherit', 'fgd'), rows.items()):
+        summary = results['summary'][variant]
+        assert cells[:2] == [f"{summary[metric]['mean']:.1f} ± {summary[metric]['std']:.1f}"
+                             for metric in ('bbox_mAP', 'bbox_mAP_50')], name
+        if variant != 'none':
+            gain = summary['bbox_mAP']
+            low, high = gain['interval']
+            assert cells[2] == f"{gain['difference']:+.1f} (95 %: {low:+.1f} to {high:+.1f})", name
+    assert len(rows) == 3
