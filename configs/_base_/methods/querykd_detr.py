@@ -1,7 +1,8 @@
 """Query distillation (after DETRDistill, arXiv 2211.10156): classes and boxes of queries, paired by box and by cost.
 
-Neither the form of the classes nor the weights are DETRDistill's: at the task's own gradient it did harm (docs/results.md), so its
-share is a fifth. The boxes warm up, because DETRs start with layers that regress nothing, which pass no gradient on.
+Neither the form of the classes nor the weights are DETRDistill's: the task's own gradient did worse than a fifth of it on
+every seed that we tried (docs/results.md), so a fifth is the default. The boxes warm up, because DETRs start with layers
+that regress nothing, which pass no gradient on.
 """
 querykd = dict(
     querykd_classes=dict(
