@@ -13,6 +13,7 @@ COSTS = ('parameters', 'FLOPs', 's/iteration', 'memory')
 FIDELITY = ('found', 'teacher_errors', 'copied_errors', 'agreement', 'teacher_iou', 'class_kl', 'student_ece',
             'teacher_ece', 'cka')
 NONE = '–'
+TIMES = 'Times (s/iteration) compare only where the machine did nothing else.'
 
 
 def rows(results: dict) -> List[Dict[str, str]]:
@@ -79,6 +80,7 @@ def rich_tables(results: dict) -> List[Table]:
     tables += [_fidelity_table(split, variants) for split, variants in results['fidelity'].items()]
     tables[0].caption = ('Δ: paired mean over seeds against the plain student in the same setting ± half of its 95 % '
                          'interval')
+    tables[1].caption = TIMES
     return tables
 
 
@@ -112,7 +114,7 @@ def markdown_table(results: dict) -> str:
     lines = _markdown(('method', 'seeds', *METRICS.values(), 'Δ mAP', *COSTS), rows(results))
     lines += ['', 'mAP and the others in points, ± standard deviation over seeds. Δ: paired mean over seeds against '
               'the plain student (none; where a setting changes the student, none with that setting), ± half of its '
-              "95 % interval (Student's t). FLOPs are multiply-adds."]
+              f"95 % interval (Student's t). FLOPs are multiply-adds. {TIMES}"]
     failed = [run for run in results['runs'] if run['status'] == 'failed']
     lines += [f"- {run['variant']}, seed {run['seed']} failed: {run['error']}" for run in failed]
     for split, variants in results['fidelity'].items():

@@ -48,6 +48,7 @@ def test_console_shows_the_same(results):
     for table in rich_tables(results):
         console.print(table)
     shown = console.export_text()
+    assert 'compare only where the machine did nothing else' in shown
     assert 'no difference shown (+1.0' in shown and '1.00 GiB' in shown and '2.00 M' in shown and '0.800' in shown
 
 
