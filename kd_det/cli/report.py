@@ -19,6 +19,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('--out', type=Path, metavar='FILE', help='the page (report.html in the first WORK_DIR)')
     parser.add_argument('--images', type=int, default=8, metavar='N',
                         help='validation images to show, evenly spaced over the data (8)')
+    parser.add_argument('--show', nargs='+', default=(), metavar='FILE',
+                        help='validation images to show in place of these, by the names of their files')
     parser.add_argument('--teacher-checkpoint', metavar='FILE', help="the teacher's weights, where they are no longer "
                         'where the runs had them')
     add_config_options(parser)
@@ -40,7 +42,7 @@ def run(options: Namespace) -> int:
         teacher = study.teacher
         if teacher and options.teacher_checkpoint:
             teacher['checkpoint'] = options.teacher_checkpoint
-        studies.append(collect(study, options.images, teacher, say))
+        studies.append(collect(study, options.images, teacher, say, options.show))
         for note in studies[-1]['notes']:
             say(f'Note: {note}')
     out = options.out or options.work_dirs[0] / 'report.html'

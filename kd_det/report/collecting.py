@@ -5,25 +5,22 @@ from typing import Callable, Dict, List, Optional, Sequence
 
 import numpy as np
 
-from kd_det.benchmark.results import METRICS
 from kd_det.benchmark.statistics import paired_difference
-from kd_det.benchmark.tables import COSTS, FIDELITY, NONE, fidelity_rows, rows
 from kd_det.benchmark.variants import twin_of
 from kd_det.report.accuracy import CURVES
+from kd_det.report.comparison import comparison
 from kd_det.report.detectors import TEACHER, look
 from kd_det.report.studies import Study
 from kd_det.report.terms import task_curves, term_curves, without_terms
-from kd_det.report.validation import evenly_spaced, read_validation
-from kd_det.report.verdict import beyond_inheritance, sentence, statements
+from kd_det.report.validation import chosen, evenly_spaced, read_validation
 from kd_det.visualization import read_scalars
 
-OF_TEACHER = ('teacher_errors', 'teacher_ece')  # of FidelityMetric's numbers; they are the same beside every student
 TASK_LOSS = 'training loss without the terms'
 SHOWN_METRICS = {'coco/bbox_mAP': 'validation mAP', 'coco/bbox_mAP_50': 'validation AP50', 'loss': TASK_LOSS}
 
 
 def collect(study: Study, images: int = 8, teacher: Optional[dict] = None,
-            say: Callable[[str], None] = lambda text: None) -> dict:
+            say: Callable[[str], None] = lambda text: None, show: Sequence[str] = ()) -> dict:
     """Reads the runs of a study, and runs their checkpoints on the validation images.
 
     Args:
@@ -31,13 +28,17 @@ def collect(study: Study, images: int = 8, teacher: Optional[dict] = None,
         images: How many validation images to show.
         teacher: ``config`` and ``checkpoint``, in place of those that the runs' configs name.
         say: Told what is being done.
+        show: Files of validation images to show in place of ``images``, with their folders and suffixes or without.
 
     Returns:
         See the comments; what could not be had is told in ``notes`` instead.
+
+    Raises:
+        ConfigurationError: No validation image has a name of ``show``, or several have.
     """
     notes = list(study.notes)
     made = dict(name=study.name, plain=study.plain, variants=list(study.variants), notes=notes)
-    made.update(_comparison(study))  # verdict, beyond, statements, table, fidelity, provenance
+    made.update(comparison(study))  # verdict, beyond, statements, table, fidelity, provenance
     if study.results is not None and not made['fidelity']:
         notes.append('How closely the students follow the teacher was not measured: kd-det benchmark --fidelity does.')
     made.update(_logs(study, notes))  # curves, terms
@@ -49,41 +50,16 @@ def collect(study: Study, images: int = 8, teacher: Optional[dict] = None,
         notes.append(f'Boxes, precision and maps are missing, for the validation data can not be read: {error}')
         return made
     teacher = teacher or study.teacher
-    seen = look(study, validation, evenly_spaced(len(validation.images), images), teacher, say)
+    shown = chosen(validation.images, show) if show else evenly_spaced(len(validation.images), images)
+    seen = look(study, validation, shown, teacher, say)
     notes += seen.notes
     made.update(
         per_class=_per_class(study, validation.classes, seen.accuracies), maps=seen.maps, images=seen.images,
         precision={variant: {iou: np.mean([each['precision'][iou] for each in by_seed.values()], 0).tolist()
                              for iou in CURVES} for variant, by_seed in seen.accuracies.items()},
-        classes=validation.classes, palette=validation.palette, validation_images=len(validation.images))
+        classes=validation.classes, palette=validation.palette, validation_images=len(validation.images),
+        by_name=bool(show))
     return made
-
-
-def _comparison(study: Study) -> dict:
-    """The verdict, the table and the fidelity; only a benchmark has them."""
-    if study.results is None:
-        count = f'{len(study.runs)} training{"s" * (len(study.runs) > 1)}'
-        return dict(verdict=f'{count}, no benchmark: this page shows what happened, not whether distilling helped.',
-                    beyond='', statements=[], table=None, fidelity={}, provenance={})
-    results = study.results
-    made, beyond, table = statements(results['summary']), beyond_inheritance(results['runs']), rows(results)
-    added = {each['name']: each['text'] for each in beyond}
-    made = [dict(each, beyond=added.get(each['name'])) for each in made]
-    metrics = [name for name in METRICS.values() if any(row[name] != NONE for row in table)]
-    columns = ['method', metrics[0], 'Δ mAP', *metrics[1:], 'seeds', *COSTS] if metrics else ['method', 'seeds', *COSTS]
-    of_students = [name for name in FIDELITY if name not in OF_TEACHER]
-    fidelity = {split: dict(columns=['method', *of_students], rows=fidelity_rows(variants),
-                            teacher=_teacher_numbers(variants))
-                for split, variants in results['fidelity'].items()}
-    provenance = {key: results[key] for key in ('command', 'versions', 'machine', 'pair', 'data') if key in results}
-    return dict(verdict=sentence(made), beyond=sentence(beyond, 'inherit alone') if beyond else '', statements=made,
-                table=dict(columns=columns, rows=table), fidelity=fidelity, provenance=provenance)
-
-
-def _teacher_numbers(variants: Dict[str, Dict[str, dict]]) -> Dict[str, float]:
-    """What FidelityMetric tells of the teacher alone; nothing where no box counted for it."""
-    numbers = next(iter(variants.values()), {})
-    return {name: numbers[name]['mean'] for name in OF_TEACHER if name in numbers}
 
 
 def _logs(study: Study, notes: List[str]) -> dict:
@@ -93,6 +69,11 @@ def _logs(study: Study, notes: List[str]) -> dict:
         logged[variant] = [read_scalars(run.scalars) for run in runs if run.scalars and run.scalars[-1].is_file()]
         if len(logged[variant]) < len(runs):
             notes.append(f'{variant}: the log (scalars.json) of {len(runs) - len(logged[variant])} run(s) is missing.')
+        diverged = [each['loss'] for each in logged[variant] if not np.isfinite([*each.get('loss', {}).values()]).all()]
+        if diverged:
+            first = min(epoch for curve in diverged for epoch, loss in curve.items() if not np.isfinite(loss))
+            notes.append(f'{variant} diverged: the loss of {len(diverged)} of {len(runs)} runs is not finite, first in '
+                         f'epoch {first}.')
     terms = {}
     for variant, scalars in logged.items():
         by_term = term_curves(study.variants[variant][0].config, scalars)

@@ -8,15 +8,17 @@ from typing import Callable, Dict, List, Optional, Sequence
 from mmengine.config import Config
 from pycocotools.coco import COCO
 
-from kd_det.classes import number_of_classes
-from kd_det.configuration import is_distillation
+from kd_det.classes import ClassMatch, match_classes, number_of_classes
+from kd_det.compat import load_checkpoint
+from kd_det.configuration import ConfigurationError, is_distillation
 from kd_det.report.accuracy import evaluate, ground_truth
 from kd_det.report.caching import cached, stamp
-from kd_det.report.looks import attention_maps, mask_maps
+from kd_det.report.looks import attention_maps, mask_maps, mask_title
 from kd_det.report.pictures import image_uri
 from kd_det.report.studies import Study, TrainedRun
-from kd_det.report.validation import Validation, build_detector, detect
-from kd_det.teachers import read_model_config
+from kd_det.report.validation import Detection, Validation, build_detector, detect
+from kd_det.teachers import TeacherError, read_model_config
+from kd_det.teachers.class_names import teacher_classes
 
 SHOWN_FROM = 0.05  # score of a box
 TEACHER = 'teacher'
@@ -58,7 +60,7 @@ def look(study: Study, validation: Validation, shown: Sequence[int], teacher: Op
     has_teacher = teacher is not None and Path(str(teacher['checkpoint'])).is_file()
     if has_teacher:
         say(f'{study.name}: {TEACHER}')
-        _add(seen, TEACHER, [_teacher_run(study, teacher)], validation, truth, shown)
+        _add(seen, TEACHER, [_teacher_run(study, teacher)], validation, truth, shown, teacher)
     elif teacher is not None:
         seen.notes.append(f"Teacher and masks are not shown, for there is no checkpoint '{teacher['checkpoint']}' "
                           '(--teacher-checkpoint tells where it is).')
@@ -82,24 +84,37 @@ def _teacher_run(study: Study, teacher: dict) -> TrainedRun:
 
 
 def _add(seen: Seen, variant: str, runs: List[TrainedRun], validation: Validation, truth: COCO,
-         shown: Sequence[int]) -> None:
-    """Adds the accuracies of a variant, and boxes and attention of its first run."""
+         shown: Sequence[int], teacher: Optional[dict] = None) -> None:
+    """Adds the accuracies of a variant, and boxes and attention of its first run; the classes of a teacher by name."""
     first = build_detector(runs[0].config, str(runs[0].checkpoint))
-    if number_of_classes(first) not in (None, len(validation.classes)):
+    count, match = number_of_classes(first), None
+    try:
+        match = _shared_classes(teacher, count, validation.classes) if teacher else None
+    except (ConfigurationError, TeacherError) as error:
+        seen.notes.append(f'The {variant} is not shown: {error}')
+        return
+    if match is None and count not in (None, len(validation.classes)):
         seen.notes.append(f'{variant} knows other classes than the validation data: its boxes can not be compared.')
         return
-    seen.accuracies[variant] = {}
+    if match is not None:
+        seen.notes.append(f"Classes: {match.report('what is shown of it')}")
+    if match is None or len(match.of_student) == len(validation.classes):  # AP of classes that it lacks would be 0
+        seen.accuracies[variant] = {}
     for run in runs:
         data = [stamp(run.checkpoint), [image._asdict() for image in validation.images]]
-        detector = first if run is runs[0] else build_detector(run.config, str(run.checkpoint))
-        detections = cached(run.folder, 'detections', data, lambda: detect(detector, validation.dataset))
-        seen.accuracies[variant][run.seed] = cached(run.folder, 'accuracy', data, lambda: evaluate(truth, detections))
+        detections = cached(run.folder, 'detections', data, lambda: detect(
+            first if run is runs[0] else build_detector(run.config, str(run.checkpoint)), validation.dataset))
+        if match is not None:
+            detections, data = [_translated(each, match) for each in detections], [*data, match.of_teacher]
+        if variant in seen.accuracies:
+            seen.accuracies[variant][run.seed] = cached(run.folder, 'accuracy', data,
+                                                        lambda: evaluate(truth, detections))
         if run is runs[0]:
             for image, index in zip(seen.images, shown):
                 image['boxes'][variant] = [[*(round(side, 1) for side in box[:4]), box[4], round(box[5], 3)]
                                            for box in detections[index] if box[5] >= SHOWN_FROM]
             attention = cached(run.folder, 'attention', _cause(run, validation, shown),
-                               lambda: attention_maps(detector, validation, shown))
+                               lambda: attention_maps(first, validation, shown))
             seen.maps[variant] = [dict(attention=levels) for levels in attention]
 
 
@@ -115,7 +130,31 @@ def _add_masks(seen: Seen, run: TrainedRun, teacher: dict, validation: Validatio
         seen.notes.append(f'{run.variant}: its masks are missing: {type(error).__name__}: {error}')
         return
     for maps, of_image in zip(seen.maps.get(run.variant, ()), masks):
-        maps.update(of_image)
+        maps.update({mask_title(name): levels for name, levels in of_image.items()})
+
+
+def _shared_classes(teacher: dict, count: Optional[int], classes: Sequence[str]) -> Optional[ClassMatch]:
+    """How a teacher's classes fit those of the data, by their names; None if its names are not known, or are those.
+
+    Args:
+        teacher: ``config`` and ``checkpoint``, perhaps ``classes``.
+        count: How many classes it tells apart.
+        classes: Names of the data's classes, by label.
+
+    Raises:
+        ConfigurationError: They share none.
+        TeacherError: The teacher names more or fewer classes than it has.
+    """
+    meta = load_checkpoint(teacher['checkpoint']).get('meta') or {}
+    names = teacher_classes(count, teacher.get('classes', ()), meta, teacher['config'])
+    match = match_classes(classes, names) if names else None
+    return None if match is None or match.is_identity else match
+
+
+def _translated(detections: Sequence[Detection], match: ClassMatch) -> List[Detection]:
+    """A teacher's detections with the labels of the data, without those of classes that the data lacks."""
+    labels = dict(zip(match.of_teacher, match.of_student))
+    return [[*box, labels[label], score] for *box, label, score in detections if label in labels]
 
 
 def _cause(run: TrainedRun, validation: Validation, shown: Sequence[int]) -> list:

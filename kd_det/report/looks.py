@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Dict, List, Sequence
 
 import numpy as np
@@ -23,7 +24,7 @@ from kd_det.report.pictures import map_uri
 from kd_det.report.validation import Validation
 
 TEMPERATURE = 0.5  # FGD's
-Maps = Dict[str, List[dict]]  # title -> one map for each level: stride, smallest and largest value, picture
+Maps = Dict[str, List[dict]]  # title -> one map for each level, see _picture
 
 
 @torch.no_grad()
@@ -75,11 +76,30 @@ def _masks(distiller: DetectionDistiller, batch: dict) -> Maps:
     return made
 
 
+def mask_title(name: str) -> str:
+    """A mask in words: ``fgd, box foreground`` for ``fgd: foreground_BoxForeground``, the mask's place and type."""
+    term, _, mask = name.partition(': ')
+    *place, kind = mask.split('_')
+    kind = ' '.join(word if word == 'RoI' else word.lower() for word in re.split(r'(?<=[a-zI])(?=[A-Z][a-z])', kind))
+    place = [word for word in place if word not in ('mask', 'masks', *kind.split())]
+    return f'{term}, {kind}' + (f" ({' '.join(place)})" if place else '')
+
+
 def _picture(stride: int, cells: Tensor, valid: Tensor) -> dict:
-    """A map without the padding, which is not shown."""
+    """A map without the padding, which is not shown.
+
+    Returns:
+        Its stride; how many cells are not finite, as those of a student that diverged; the smallest and the largest
+        value of the others, and a picture of them, or None where there is none.
+    """
     shown = cells[:int(valid.any(1).sum()), :int(valid.any(0).sum())].float().cpu().numpy()
-    low, high = (float(f'{value:.3g}') for value in (shown.min(), shown.max()))
-    return dict(stride=stride, low=low, high=high, source=map_uri(shown))
+    finite = np.isfinite(shown)
+    made = dict(stride=stride, not_finite=int((~finite).sum()))
+    if not finite.any():
+        return dict(made, low=None, high=None, source=None)
+    low, high = shown[finite].min(), shown[finite].max()
+    clipped = np.nan_to_num(shown, nan=low, posinf=high, neginf=low)
+    return dict(made, low=float(f'{low:.3g}'), high=float(f'{high:.3g}'), source=map_uri(clipped))
 
 
 def _trained_distiller(config: Config, checkpoint: str) -> DetectionDistiller:

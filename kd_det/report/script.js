@@ -89,9 +89,13 @@ function start(study) {
 
   function mapRow(title, levels, image) {
     const cells = levels.map(level => {
-      const picture = element('img', { src: level.source, alt: `${title}, stride ${level.stride}` });
-      const frame = element('div', { class: 'cells', style: `aspect-ratio: ${image.width} / ${image.height}` }, picture);
-      return element('figure', {}, frame, element('figcaption', {}, `stride ${level.stride}: ${level.low} to ${level.high}`));
+      const finite = level.low !== null && level.high !== null;
+      const inside = finite ? element('img', { src: level.source, alt: `${title}, stride ${level.stride}` })
+        : element('p', {}, 'not finite');
+      const frame = element('div', { class: 'cells', style: `aspect-ratio: ${image.width} / ${image.height}` }, inside);
+      const values = finite ? `: ${level.low} to ${level.high}` : '';
+      const without = finite && level.not_finite ? `; ${level.not_finite} cells are not finite` : '';
+      return element('figure', {}, frame, element('figcaption', {}, `stride ${level.stride}${values}${without}`));
     });
     return element('div', { class: 'map-row' }, element('h3', {}, title), element('div', { class: 'levels' }, ...cells));
   }
@@ -112,7 +116,12 @@ function start(study) {
     all('[data-row]').forEach(each => each.classList.toggle('on', each.dataset.row === method.value));
     all('[data-choose]').forEach(each => each.setAttribute('aria-pressed', String(each.dataset.choose === method.value)));
     const on = new Set([method.value, data.plain, 'teacher']);
-    all('[data-series]').forEach(each => each.classList.toggle('on', on.has(each.dataset.series)));
+    all('.grid:not(.still) [data-series]').forEach(each => {
+      const chosen = each.dataset.series === method.value;
+      each.classList.toggle('on', on.has(each.dataset.series));
+      each.classList.toggle('chosen', chosen);
+      if (chosen) each.parentNode.append(each);  // above the others
+    });
     if (data.images.length) showImage();
   }
 
@@ -132,4 +141,12 @@ function start(study) {
   choose();
 }
 
+/** Marks a table while there is more of it on the right. */
+function watch(scroll) {
+  const update = () => scroll.parentNode.classList.toggle('more', scroll.scrollLeft + scroll.clientWidth < scroll.scrollWidth - 2);
+  scroll.addEventListener('scroll', update, { passive: true });
+  new ResizeObserver(update).observe(scroll);
+}
+
 document.querySelectorAll('.study').forEach(start);
+document.querySelectorAll('.scroll').forEach(watch);

@@ -20,9 +20,9 @@ def term_curves(config: Config, scalars: List[Scalars]) -> Dict[str, dict]:
         scalars: What each of them logged, see :func:`kd_det.visualization.read_scalars`.
 
     Returns:
-        Term -> ``loss``: the weighted loss of each run; ``parts``: name -> the weighted part of each run;
-        ``gradient``: of each run the gradient of the term without its weight, as a multiple of the task's, None where
-        it was not logged.
+        Term -> ``loss``: the weighted loss of each run; ``parts``: name -> the weighted part of each run; ``pull``: of
+        each run that logged it the gradient of the weighted term, as a multiple of the task's; ``unweighted_pull``: the
+        same without the weight, where a Balance's weight tells it, else None.
     """
     curves = {}
     for name, term in (config.model.get('distill') or {} if is_distillation(config) else {}).items():
@@ -31,16 +31,18 @@ def term_curves(config: Config, scalars: List[Scalars]) -> Dict[str, dict]:
         if not logged:
             continue
         others = tuple(f'distill/{other}_' for other in config.model.distill if other.startswith(f'{name}_'))
-        parts = [key for key in logged[0] if key.startswith(prefix) and key != f'{prefix}weight'
-                 and not key.startswith(others)]
+        no_parts = (f'{prefix}weight', f'{prefix}gradient')
+        parts = [key for key in logged[0]
+                 if key.startswith(prefix) and key not in no_parts and not key.startswith(others)]
         curves[name] = dict(
             loss=[each[loss] for each in logged],
             parts={key[len(prefix):]: [each[key] for each in logged if key in each] for key in parts},
-            gradient=_gradient(term.get('weight', 1.0), [each.get(f'{prefix}weight') for each in logged]))
+            pull=[each[f'{prefix}gradient'] for each in logged if f'{prefix}gradient' in each],
+            unweighted_pull=_unweighted_pull(term.get('weight', 1.0), [each.get(f'{prefix}weight') for each in logged]))
     return curves
 
 
-def _gradient(weight, logged: List[Optional[Curve]]) -> Optional[List[Curve]]:
+def _unweighted_pull(weight, logged: List[Optional[Curve]]) -> Optional[List[Curve]]:
     """Balance sets a weight of ratio · task / term, so that term / task is ratio / weight."""
     balanced = weight if isinstance(weight, dict) else {}
     if balanced.get('type') != 'Balance' or isinstance(balanced.get('ratio'), dict) or None in logged:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import List, NamedTuple, Sequence, Tuple
@@ -97,7 +98,28 @@ def _detections(sample) -> List[Detection]:
     found = sample.pred_instances
     boxes = getattr(found.bboxes, 'tensor', found.bboxes)
     return [[*(round(side, 3) for side in box), label, round(score, 6)]
-            for box, label, score in zip(boxes.tolist(), found.labels.tolist(), found.scores.tolist())]
+            for box, label, score in zip(boxes.tolist(), found.labels.tolist(), found.scores.tolist())
+            if all(map(math.isfinite, (*box, score)))]  # else it is nowhere: the student has diverged
+
+
+def chosen(images: Sequence[LabelledImage], names: Sequence[str]) -> List[int]:
+    """Indices of the images of these names: the file, with its folders and its suffix or without.
+
+    Raises:
+        ConfigurationError: No image has a name, or several have.
+    """
+    found = []
+    for name in names:
+        parts = Path(name).parts
+        fits = [index for index, image in enumerate(images) for file in [Path(image.file)]
+                if parts in (file.parts[-len(parts):], (*file.parts[:-1], file.stem)[-len(parts):])]
+        if len(fits) != 1:
+            few = ', '.join(Path(image.file).name for image in images[:3])
+            raise ConfigurationError(
+                f'--show {name}: {len(fits)} of the {len(images)} validation images have that name. '
+                + ('Name the folder too.' if fits else f'There are {few}, …'))
+        found += fits
+    return found
 
 
 def evenly_spaced(count: int, wanted: int) -> Sequence[int]:

@@ -4,19 +4,23 @@ from __future__ import annotations
 from typing import Dict, List, Mapping, Sequence
 
 from kd_det.benchmark.statistics import paired_difference
-from kd_det.benchmark.variants import twin_of
+from kd_det.benchmark.variants import PLAIN, twin_of
 
 METRIC = 'bbox_mAP'
 INHERIT = 'inherit'  # the student that starts from the teacher's weights and learns from nothing else
+THE_PLAIN, ITS_PLAIN = 'the plain student', 'its plain student'
 MOST_NAMES = 5  # in one clause; the others are counted
 
 
 def statements(summary: Mapping[str, Mapping[str, dict]]) -> List[Dict[str, object]]:
-    """One statement on each method: name, verdict, difference and interval in points of mAP; the largest gain first."""
-    made = [dict(name=variant, verdict=metrics[METRIC]['verdict'], difference=metrics[METRIC]['difference'],
-                 interval=metrics[METRIC]['interval'], by_seed=metrics[METRIC]['by_seed'],
-                 text=statement(metrics[METRIC]))
-            for variant, metrics in summary.items() if 'verdict' in metrics.get(METRIC, {})]
+    """One statement on each method, the largest gain first.
+
+    Each has the method's name and that of its twin, the verdict, difference and interval in points of mAP, and a text.
+    """
+    shown = {variant: metrics[METRIC] for variant, metrics in summary.items() if 'verdict' in metrics.get(METRIC, {})}
+    made = [dict(name=variant, twin=twin_of(variant), verdict=each['verdict'], difference=each['difference'],
+                 interval=each['interval'], by_seed=each['by_seed'], text=statement(each))
+            for variant, each in shown.items()]
     return sorted(made, key=lambda each: -each['difference'])
 
 
@@ -27,6 +31,22 @@ def statement(summary: dict) -> str:
         return f'one seed: no statement ({difference})'
     text = f'{difference} mAP ({interval[0]:+.1f} to {interval[1]:+.1f})'
     return text if summary['verdict'] in ('gain', 'loss') else f'no difference shown: {text}'
+
+
+def table_cell(summary: Mapping[str, object]) -> str:
+    """A difference ± half of its interval; in a second line what it does not say."""
+    if 'verdict' not in summary:
+        return ''
+    difference, interval = f"{summary['difference']:+.1f}", summary['interval']
+    if interval is None:
+        return f'{difference}\none seed'
+    text = f"{difference} ± {interval[1] - summary['difference']:.1f}"
+    return text if summary['verdict'] in ('gain', 'loss') else f'{text}\nno difference shown'
+
+
+def baseline(made: Sequence[dict]) -> str:
+    """What methods are compared with, in words: the plain student, or each with its own where settings differ."""
+    return THE_PLAIN if all(each['twin'] == PLAIN for each in made) else ITS_PLAIN
 
 
 def beyond_inheritance(runs: Sequence[dict]) -> List[Dict[str, object]]:
@@ -58,12 +78,12 @@ def _alike(run: dict, other: dict) -> bool:
     return run['start'] == other['start'] and twin_of(run['variant']) == twin_of(other['variant'])
 
 
-def sentence(made: List[dict], baseline: str = 'the plain student') -> str:
+def sentence(made: List[dict], against: str = THE_PLAIN) -> str:
     """The verdict on all methods.
 
     Args:
         made: See :func:`statements`.
-        baseline: What they are compared with.
+        against: What they are compared with.
     """
     groups = {verdict: [each for each in made if each['verdict'] == verdict]
               for verdict in ('gain', 'loss', 'no difference shown')}
@@ -71,20 +91,24 @@ def sentence(made: List[dict], baseline: str = 'the plain student') -> str:
     clauses = []
     if groups['gain']:
         whom = _names(groups['gain'], numbers=True)
-        clauses.append(f"{whom} {_verb(groups['gain'], 'detect')} better than {baseline}")
+        clauses.append(f"{whom} {_verb(groups['gain'], 'detect')} better than {_whom(against, groups['gain'])}")
     if groups['loss']:
-        whom, than = _names(groups['loss'], numbers=True), '' if clauses else f' than {baseline}'
+        whom, than = _names(groups['loss'], numbers=True), '' if clauses else f" than {_whom(against, groups['loss'])}"
         clauses.append(f"{whom} {_verb(groups['loss'], 'detect')} worse{than}")
     if groups['no difference shown']:
         clauses.append(f"for {_names(groups['no difference shown'])} no difference is shown")
     if single:
         clauses.append(f'one seed allows no statement on {_names(single)}')
-    text = '; '.join(clauses) or f'There is no method beside {baseline}, so nothing to compare'
+    text = '; '.join(clauses) or f'There is no method beside {against}, so nothing to compare'
     return f'{text[0].upper() if text.startswith(("for", "one")) else text[0]}{text[1:]}.'
 
 
 def _verb(group: List[dict], verb: str) -> str:
     return verb if len(group) > 1 else f'{verb}s'
+
+
+def _whom(against: str, group: List[dict]) -> str:
+    return 'their plain students' if against == ITS_PLAIN and len(group) > 1 else against
 
 
 def _names(group: List[dict], numbers: bool = False) -> str:

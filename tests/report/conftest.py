@@ -53,7 +53,8 @@ def synthetic_study():
             table=dict(columns=['method', 'seeds', *METRICS.values(), 'Δ mAP', *COSTS], rows=rows(results)),
             curves={'validation mAP': {variant: [curve, curve] for variant in variants}},
             terms={method: dict(task={'loss_cls': [curve]}, terms=dict(
-                fgd=dict(loss=[curve], parts={'relation': [curve]}, gradient=[curve]))) for method in methods},
+                fgd=dict(loss=[curve], parts={'relation': [curve]}, pull=[curve],
+                         unweighted_pull=[curve]))) for method in methods},
             per_class={method: [dict(name='cat', ap=40.0, difference=2.0, interval=(1.0, 3.0), verdict='gain'),
                                 dict(name='dog', ap=30.0, difference=-1.0, interval=None,
                                      verdict='one seed, no statement')]

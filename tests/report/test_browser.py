@@ -76,8 +76,8 @@ def test_switches_change_method_image_and_study_by_themselves(open_page, synthet
     assert first.locator(fourth).text_content().startswith('fgd')
     assert second.locator(fourth).text_content().startswith(method)
     assert first.locator('tr.on').get_attribute('data-row') == 'fgd'
-    assert first.locator('[data-choose="none"]').is_disabled()  # the plain student is shown beside each
-    first.locator(f"[data-choose='{method}']").click()
+    assert first.locator('[data-choose="none"]').first.is_disabled()  # the plain student is shown beside each
+    first.locator(f"[data-choose='{method}']").first.click()
     assert first.locator('select').input_value() == method
     visible = first.locator('[data-method]:visible')
     assert {visible.nth(index).get_attribute('data-method') for index in range(visible.count())} == {method}
@@ -97,6 +97,66 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(open_page, synthetic_study)
         assert page.evaluate('document.documentElement.scrollWidth') <= 390
     columns = page.evaluate("getComputedStyle(document.querySelector('.panels')).gridTemplateColumns.split(' ').length")
     assert columns == 1
+
+
+def test_a_table_that_is_wider_than_a_phone_says_so(open_page, synthetic_study):
+    page = open_page([synthetic_study()], width=390)
+    scroller, scroll = page.locator('.scroller').first, page.locator('.scroll').first
+    scroller.and_(page.locator('.more')).wait_for()
+    name = scroll.locator('tbody th').first
+    before = name.bounding_box()['x']
+    scroll.evaluate('each => { each.scrollLeft = each.scrollWidth; }')
+    page.wait_for_function("!document.querySelector('.scroller').classList.contains('more')")
+    assert name.bounding_box()['x'] == before  # the column of names stays
+
+
+@pytest.mark.parametrize('methods', [('fgd', 'kd'), [f'method_{index}' for index in range(8)]])
+def test_the_chosen_variant_is_drawn_bold_and_others_fade(open_page, synthetic_study, methods):
+    page = open_page([synthetic_study(methods=methods)])
+
+    def drawn(variant):
+        """Width and opacity of its line in each plot of curves and precision."""
+        return page.evaluate("""variant => [...document.querySelectorAll('.grid:not(.still) [data-series]')]
+            .filter(each => each.dataset.series === variant && each.querySelector(':scope > path'))
+            .map(each => [getComputedStyle(each.querySelector(':scope > path')).strokeWidth,
+                          Number(getComputedStyle(each).opacity)])""", variant)
+
+    page.add_style_tag(content='* { transition: none !important; }')
+    for chosen in methods[:2]:
+        page.locator('select').select_option(chosen)
+        other, = set(methods[:2]) - {chosen}
+        plots = 1 + 2
+        assert drawn(chosen) == [['3.2px', 1]] * plots
+        assert all(width == '1.8px' and opacity == 1 for width, opacity in drawn('none'))
+        faded = drawn(other)
+        assert len(faded) == plots and all(width == '1.8px' and opacity <= 0.5 for width, opacity in faded)
+        assert page.locator('.differences li.on').get_attribute('data-row') == chosen
+
+
+def test_each_difference_lies_beside_its_name_and_on_the_axis(open_page, synthetic_study):
+    page = open_page([synthetic_study(methods=('fgd', 'kd'))])
+    centre = """selector => [...document.querySelectorAll(selector)].map(each => {
+        const box = each.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2]; })"""
+    (mean, row), = page.evaluate(centre, '.differences [data-row="kd"] .mean')
+    (_, name), (_, text) = (page.evaluate(centre, f'.differences [data-row="kd"] {each}')[0] for each in ('b', '.text'))
+    assert abs(row - name) < 2 and abs(row - text) < 2
+    (zero, _), = page.evaluate(centre, '.differences [data-row="kd"] .zero')
+    ticks = {each: float(page.locator('.ticks i').nth(index).text_content()) for index, (each, _) in
+             enumerate(page.evaluate(centre, '.ticks .strip i'))}
+    (first, low), (last, high) = min(ticks.items()), max(ticks.items())
+    assert low + (mean - first) / (last - first) * (high - low) == pytest.approx(9.0, abs=0.1)
+    assert low + (zero - first) / (last - first) * (high - low) == pytest.approx(0.0, abs=0.1)
+
+
+def test_maps_of_a_student_that_diverged_are_a_note(open_page, synthetic_study):
+    study = synthetic_study(methods=('fgd', ))
+    attention = study['maps']['fgd'][0]['attention']
+    attention[0].update(low=float('nan'), high=float('nan'))
+    attention[1] = dict(stride=8, not_finite=5, low=0.0, high=1.0, source=attention[1]['source'])
+    page = open_page([study])
+    assert page.locator('.cells p').all_text_contents() == ['not finite'] * 3  # of teacher, plain and distilled student
+    assert page.locator('.levels figcaption', has_text='5 cells are not finite').count() == 3
+    assert count(page, '.panels img') == 4 and page.faults == []
 
 
 def test_fifty_images_stay_small_and_open_quickly(open_page, synthetic_study):

@@ -1,15 +1,20 @@
 """What the report computes, with hand-made inputs."""
 import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
 from PIL import Image
 
+from kd_det.configuration import ConfigurationError
 from kd_det.report.accuracy import evaluate, ground_truth
 from kd_det.report.caching import cached
+from kd_det.report.detectors import _shared_classes, _translated
+from kd_det.report.differences import differences_axis
+from kd_det.report.looks import _picture, mask_title
 from kd_det.report.pictures import COLOURS, MOST_CELLS, image_uri, map_uri
 from kd_det.report.terms import task_curves, term_curves, without_terms
-from kd_det.report.validation import LabelledImage, evenly_spaced
-from kd_det.report.verdict import beyond_inheritance, sentence, statements
+from kd_det.report.validation import LabelledImage, chosen, evenly_spaced
+from kd_det.report.verdict import baseline, beyond_inheritance, sentence, statements, table_cell
 
 
 @pytest.fixture
@@ -96,13 +101,78 @@ def test_terms_are_told_apart_from_the_losses_of_the_task():
     config = Config(dict(model=dict(type='DetectionDistiller', distill=distill)))
     scalars = [{'loss': {1: 9.0}, 'loss_cls': {1: 1.0}, 'loss_fgd': {1: 3.0}, 'loss_fgd_b': {1: 2.0},
                 'distill/fgd_relation': {1: 3.0}, 'distill/fgd_weight': {1: 0.25, 2: 0.0},
-                'distill/fgd_b_level': {1: 2.0}}]
+                'distill/fgd_b_level': {1: 2.0}, 'distill/fgd_b_gradient': {1: 0.75}}]
     terms = term_curves(config, scalars)
     assert terms['fgd']['parts'] == {'relation': [{1: 3.0}]} and terms['fgd_b']['parts'] == {'level': [{1: 2.0}]}
-    assert terms['fgd']['gradient'] == [{1: 2.0}]  # ratio / weight: what the weight of 0.25 halves
-    assert terms['fgd_b']['gradient'] is None  # nobody measured it
+    assert terms['fgd']['unweighted_pull'] == [{1: 2.0}]  # ratio / weight: what the weight of 0.25 halves
+    assert terms['fgd_b']['unweighted_pull'] is None  # nobody measured it
+    assert terms['fgd']['pull'] == [] and terms['fgd_b']['pull'] == [{1: 0.75}]  # as it was logged
     assert task_curves(scalars, list(terms)) == {'loss_cls': [{1: 1.0}]}
     assert term_curves(Config(dict(model=dict(type='RetinaNet'))), scalars) == {}
+
+
+def test_variants_in_several_settings_are_compared_each_with_its_own_plain_student():
+    made = statements({'fgd': summary(4.0, (3.0, 5.0), 'gain'), 'fgd@augment=mosaic': summary(2.0, (1.0, 3.0), 'gain')})
+    assert [each['twin'] for each in made] == ['none', 'none@augment=mosaic']
+    assert sentence(made, baseline(made)).endswith('detect better than their plain students.')
+    assert sentence(made[1:], baseline(made[1:])).endswith('detects better than its plain student.')
+    assert sentence(made[:1], baseline(made[:1])).endswith('detects better than the plain student.')
+
+
+def test_the_cell_of_a_difference_has_two_lines_where_nothing_is_shown():
+    cells = [table_cell(each['bbox_mAP']) for each in (
+        summary(4.0, (3.0, 5.0), 'gain'), summary(0.5, (-1.0, 2.0), 'no difference shown'),
+        summary(9.0, None, 'one seed, no statement'))]
+    assert cells == ['+4.0 ± 1.0', '+0.5 ± 1.5\nno difference shown', '+9.0\none seed']
+    assert table_cell(dict(mean=30.0)) == ''
+
+
+def test_differences_are_placed_on_one_axis():
+    made = differences_axis(statements(dict(fgd=summary(4.0, (2.0, 6.0), 'gain'),
+                                            kd=summary(-4.0, None, 'one seed, no statement'))))
+    fgd, kd = made['rows']
+    assert kd['interval'] is None and kd['seeds'] == [kd['mean']]
+    zero, per_point = made['ticks']['0'], (fgd['mean'] - kd['mean']) / 8
+    assert zero == pytest.approx(kd['mean'] + 4 * per_point, abs=0.02)
+    assert fgd['interval'] == pytest.approx([zero + 2 * per_point, zero + 6 * per_point], abs=0.02)
+    assert 0 < kd['mean'] and fgd['interval'][1] < 100
+
+
+def test_images_are_found_by_their_names():
+    images = [LabelledImage(file, 64, 64, [], [], []) for file in ('data/a/1.jpg', 'data/b/1.jpg', 'data/b/2.png')]
+    assert chosen(images, ['2.png', '2', 'a/1.jpg', 'b/1']) == [2, 2, 0, 1]
+    with pytest.raises(ConfigurationError, match='3.jpg: 0 of the 3 .* There are 1.jpg, 1.jpg, 2.png'):
+        chosen(images, ['3.jpg'])
+    with pytest.raises(ConfigurationError, match='1.jpg: 2 of the 3 .* folder'):
+        chosen(images, ['1.jpg'])
+
+
+def test_masks_are_named_in_words():
+    assert mask_title('fgd: foreground_BoxForeground') == 'fgd, box foreground'
+    assert mask_title('kd: mask_masks_0_RoIPredictionDifference') == 'kd, RoI prediction difference (0)'
+
+
+def test_a_map_that_is_not_finite_has_no_picture_and_one_that_is_in_part_is_clipped():
+    cells, valid = torch.arange(6.).view(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    nothing = _picture(4, cells * float('nan'), valid)
+    assert nothing == dict(stride=4, not_finite=6, low=None, high=None, source=None)
+    cells[0, 0], cells[1, 2] = float('nan'), float('inf')
+    made = _picture(4, cells, valid)
+    assert (made['not_finite'], made['low'], made['high']) == (2, 1.0, 4.0)
+    picture = np.asarray(decoded(made['source']).convert('RGB')).astype(int).sum(-1)
+    assert picture[0, 0] == picture[0, 1] == picture.min() and picture[1, 2] == picture[1, 1] == picture.max()
+
+
+def test_a_teacher_with_classes_in_another_order_is_read_by_their_names(tmp_path):
+    def shared(names, classes=('cat', 'dog')):
+        torch.save(dict(state_dict={}, meta=dict(dataset_meta=dict(classes=names))), tmp_path / 'teacher.pth')
+        return _shared_classes(dict(config={}, checkpoint=str(tmp_path / 'teacher.pth')), len(names), classes)
+
+    found = [[0., 0., 9., 9., label, 0.5] for label in (0, 1, 2)]
+    assert _translated(found, shared(('bird', 'dog', 'cat'))) == [[0., 0., 9., 9., 1, 0.5], [0., 0., 9., 9., 0, 0.5]]
+    assert shared(('cat', 'dog')) is None
+    with pytest.raises(ConfigurationError, match='no name in common'):
+        shared(('car', 'bus'))
 
 
 def test_images_are_spread_over_the_data():

@@ -1,8 +1,12 @@
 """The page of a made-up study, read as text."""
+import json
 import re
 from html.parser import HTMLParser
 
+import pytest
+
 from kd_det.report import render
+from kd_det.report.plots import variant_inks
 
 
 class Outline(HTMLParser):
@@ -70,3 +74,46 @@ def test_plots_follow_the_colours_of_the_page(synthetic_study):
     page = render([synthetic_study()])
     assert 'data-series="fgd"' in page and 'currentColor' in page
     assert not re.search('#010203|#040506|#070809|<metadata', page)
+
+
+def test_numbers_that_are_not_finite_become_null(synthetic_study):
+    """NaN is no JSON: a browser would read nothing of the page's data."""
+    study = synthetic_study()
+    study['maps']['fgd'][0]['attention'][0].update(low=float('nan'), high=float('inf'))
+    study['curves']['validation mAP']['fgd'] = [{1: 1.0, 2: float('nan')}, {1: 2.0, 2: float('inf')}]
+    text = re.search(r'<script type="application/json" class="data">(.*?)</script>', render([study]), re.S)[1]
+
+    def refuse(constant):
+        raise AssertionError(f'{constant} is no JSON.')
+
+    level = json.loads(text, parse_constant=refuse)['maps']['fgd'][0]['attention'][0]
+    assert level['low'] is None and level['high'] is None
+
+
+def test_many_variants_look_different():
+    variants = [f'method_{index}' for index in range(50)]
+    assert len(set(variant_inks(['none', *variants, 'teacher'], 'none').values())) == 52
+
+
+@pytest.mark.parametrize('validated, alone', [(True, False), (False, True)])
+def test_a_curve_that_is_alone_fills_its_card(synthetic_study, validated, alone):
+    study = synthetic_study()
+    loss = {variant: [{1: 2.0, 2: 1.0}] for variant in study['variants']}
+    study['curves'] = dict(loss=loss, **({'validation mAP': loss} if validated else {}))
+    assert ('<div class="alone">' in render([study])) is alone
+
+
+def test_every_section_of_curves_names_its_lines(synthetic_study):
+    """A legend below the learning curves, and one below precision over recall, which has the teacher too."""
+    page = render([synthetic_study(methods=('fgd', ))])
+    assert page.count('data-choose="fgd"') == 2
+    precision = page[page.index('Precision and recall'):]
+    assert precision.index('</span>teacher</span>') < precision.index('data-choose="fgd"')
+
+
+def test_features_are_compared_level_by_level(synthetic_study):
+    columns = ['method', 'stride 8']
+    fidelity = dict(columns=['method', 'cka'], rows=[dict(method='fgd', cka='0.500')], teacher={},
+                    levels=dict(columns=columns, rows=[{'method': 'fgd', 'stride 8': '0.512 ± 0.003'}]))
+    page = render([dict(synthetic_study(), fidelity=dict(val=fidelity))])
+    assert '<th scope="col">stride 8</th>' in page and '<td>0.512 ± 0.003</td>' in page

@@ -8,6 +8,7 @@ from kd_det.cli.main import main
 from kd_det.configuration import ConfigurationError
 from kd_det.report import collect, read_studies, render
 from kd_det.report.collecting import _per_class
+from kd_det.report.comparison import _in_words
 
 RESULT = dict(identity='', start='', order='', parameters=10, flops=None, seconds_per_iteration=0.1, peak_memory=None,
               peak_device_memory=None, epochs=1, iterations=2, checkpoint='epoch_1.pth',
@@ -62,6 +63,26 @@ def test_without_data_and_checkpoints_the_numbers_and_curves_remain(unfinished):
     assert any('no val_dataloader' in note for note in made['notes'])
     assert any('--fidelity' in note for note in made['notes'])
     assert [row['method'] for row in made['table']['rows']] == ['none', 'fgd']
+    assert made['table']['rows'][1]['Δ mAP'].split(' ± ')[0] == '+4.5'
+
+
+def test_a_student_that_diverged_is_told_of(unfinished):
+    log = unfinished / 'fgd' / 'seed1' / 'log' / 'vis_data' / 'scalars.json'
+    log.write_text('{"loss": 2.0, "epoch": 1, "step": 1}\n{"loss": NaN, "epoch": 2, "step": 2}\n')
+    made = collect(read_studies([unfinished])[0])
+    assert 'fgd diverged: the loss of 1 of 2 runs is not finite, first in epoch 2.' in made['notes']
+
+
+def test_the_table_is_in_the_order_of_the_differences(unfinished):
+    for seed in (0, 1):
+        write_run(unfinished / 'afar' / f'seed{seed}', 40 + seed)
+    made = collect(read_studies([unfinished])[0])
+    assert [each['name'] for each in made['statements']] == ['afar', 'fgd']
+    assert [row['method'] for row in made['table']['rows']] == ['none', 'afar', 'fgd']
+
+
+def test_what_made_a_benchmark_is_told_in_words():
+    assert _in_words(dict(devices=[], root=None, methods=['a', 'b'])) == dict(devices='none', root='–', methods='a, b')
 
 
 def test_classes_are_compared_with_the_plain_student_in_the_same_setting(unfinished):
@@ -82,6 +103,7 @@ def test_fidelity_is_told_of_students_and_of_their_teacher_once(unfinished):
     assert 'teacher_ece' not in made['fidelity']['val']['columns']
     page = render([made])
     assert '<td>0.755 ± 0.007</td>' in page
+    assert '<th scope="col">stride 8</th>' in page and '<td>0.500 ± 0.000</td>' in page
     assert '40 of 100 are wrong; its calibration error (ece) is 0.125' in page
 
 
@@ -118,9 +140,11 @@ def test_the_command_makes_a_page_of_a_training(run_config, retinanet, make_runn
     page = (tmp_path / 'run' / 'report.html').read_text()
     assert 'Learning curves' in page and 'fgd: its parts' in page
     assert page.count('class="picker"') == 1 and page.count('<button type="button" data-image=') == 2
-    assert '"fgd: foreground_BoxForeground"' in page and '"attention"' in page and '"teacher"' in page
+    assert '"fgd, box foreground"' in page and '"attention"' in page and '"teacher"' in page
     detections = tmp_path / 'run' / 'report' / 'detections.json'
     kept = detections.stat().st_mtime_ns
-    assert main(['report', str(tmp_path / 'run'), '--images', '1', '--out', str(tmp_path / 'small.html')]) == 0
+    assert main(['report', str(tmp_path / 'run'), '--show', '5', '--out', str(tmp_path / 'small.html')]) == 0
     assert detections.stat().st_mtime_ns == kept
-    assert (tmp_path / 'small.html').read_text().count('<button type="button" data-image=') == 1
+    shown = (tmp_path / 'small.html').read_text()
+    assert shown.count('<button type="button" data-image=') == 1 and 'alt="5.png"' in shown
+    assert 'asked for by name' in shown
