@@ -30,13 +30,15 @@ def add_fidelity(entries: List[dict], root: Path, teacher: dict, splits: Sequenc
         entries: The runs; changed.
         root: The work dir of the benchmark.
         teacher: ``config`` and ``checkpoint``.
-        splits: ``'val'`` and ``'train'``, or one of them.
+        splits: ``'val'`` and ``'train'``, or one of them; none to measure nothing.
         say: Told what is measured.
     """
+    if not splits:
+        return
     register_all_modules(init_default_scope=True)
     metric = dict(teacher=dict(config=teacher['config'], checkpoint_hash=weights_hash(teacher['checkpoint'])),
                   settings=dict(FidelityMetric(teacher).settings, kd_det=__version__))
-    for entry in entries if splits else ():
+    for entry in entries:
         if entry['status'] != 'finished':
             continue
         file = root / entry['folder'] / FIDELITY_FILE

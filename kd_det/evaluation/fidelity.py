@@ -35,7 +35,7 @@ class FidelityMetric(BaseMetric):
     What the two detect is compared by itself. The distributions of classes and the features need the student's modules:
     :class:`~kd_det.hooks.FidelityHook` shows them to the metric, in any run.
 
-    Gives, under ``fidelity/`` (nothing for a number that nothing counts for), of *confident* boxes:
+    Gives, under ``fidelity/`` and without numbers that nothing counts for, of *confident* boxes:
 
     - ``found``: the share of the teacher's that the student detects too: paired one to one within the class, with the
       largest sum of IoU;
