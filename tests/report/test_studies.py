@@ -2,9 +2,11 @@
 import json
 
 import pytest
+import torch
 from mmengine.config import Config
 
 from kd_det.cli.main import main
+from kd_det.compat import load_checkpoint
 from kd_det.configuration import ConfigurationError
 from kd_det.report import collect, read_studies, render
 from kd_det.report.collecting import _per_class
@@ -143,8 +145,12 @@ def test_the_command_makes_a_page_of_a_training(run_config, retinanet, make_runn
     assert '"fgd, box foreground"' in page and '"attention"' in page and '"teacher"' in page
     detections = tmp_path / 'run' / 'report' / 'detections.json'
     kept = detections.stat().st_mtime_ns
+    teacher = load_checkpoint(tmp_path / 'teacher' / 'epoch_1.pth')
+    teacher['meta']['dataset_meta']['classes'] = ('red', 'blue', 'green')
+    torch.save(teacher, tmp_path / 'teacher' / 'epoch_1.pth')
     assert main(['report', str(tmp_path / 'run'), '--show', '5', '--out', str(tmp_path / 'small.html')]) == 0
     assert detections.stat().st_mtime_ns == kept
     shown = (tmp_path / 'small.html').read_text()
     assert shown.count('<button type="button" data-image=') == 1 and 'alt="5.png"' in shown
     assert 'asked for by name' in shown
+    assert 'in another order; its outputs follow the names' in capsys.readouterr().out
