@@ -45,8 +45,7 @@ def test_a_table_is_its_record(record):
         assert by_seed.keys() == plain.keys()
         alike = variant not in names and '@inherit=none' not in variant
         expected.append([names.get(variant) or f'`{RECORDS[record].get(variant, variant)}`',
-                         ', '.join(f'{by_seed[seed]:.1f}' for seed in sorted(by_seed)),
-                         f'{sum(by_seed.values()) / len(by_seed):.1f}',
+                         *_seeds_and_mean(by_seed),
                          '' if variant == 'none' else difference(plain, by_seed),
                          difference(inherit, by_seed) if alike else ''])
     assert documented(record) == expected
@@ -68,3 +67,22 @@ def test_the_readme_shows_its_record():
             low, high = gain['interval']
             assert cells[2] == f"{gain['difference']:+.1f} (95 %: {low:+.1f} to {high:+.1f})", name
     assert len(rows) == 3
+
+
+def test_the_sweeps_are_their_records():
+    by_variant = points('demo_sweep_temperature')
+    expected = [[variant.rpartition('=')[2], *_seeds_and_mean(by_seed), difference(by_variant['none'], by_seed)]
+                for variant, by_seed in sorted(by_variant.items()) if variant != 'none']
+    assert documented('demo_sweep_temperature') == expected and len(expected) == 4
+    by_variant = points('demo_sweep_augment')
+    expected = []
+    for name, distilled, plain in (('no augmentation', 'fgd@augment=none', 'none'),
+                                   ('Mosaic', 'fgd@augment=mosaic', 'none@augment=mosaic')):
+        own = by_variant[plain]
+        expected.append([name, *_seeds_and_mean(by_variant[distilled]), _seeds_and_mean(own)[1],
+                         difference(own, by_variant[distilled])])
+    assert documented('demo_sweep_augment') == expected
+
+
+def _seeds_and_mean(by_seed: Dict[int, float]) -> List[str]:
+    return [', '.join(f'{by_seed[seed]:.1f}' for seed in sorted(by_seed)), f'{sum(by_seed.values()) / len(by_seed):.1f}']
