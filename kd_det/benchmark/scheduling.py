@@ -60,11 +60,14 @@ class Machine:
             Without any the processes see what this one sees.
         jobs: Trainings at once; as many as devices by default, and dealt out to them in turn.
         threads: PyTorch's threads of each training; the processors divided by the jobs by default.
+        trackers: Where trainings log too, see :func:`~kd_det.cli.tracking.track`; no part of their identity.
     """
 
-    def __init__(self, devices: Sequence[str] = (), jobs: Optional[int] = None, threads: Optional[int] = None) -> None:
+    def __init__(self, devices: Sequence[str] = (), jobs: Optional[int] = None, threads: Optional[int] = None,
+                 trackers: Sequence[str] = ()) -> None:
         self.jobs = jobs or max(1, len(devices))
         self.threads = threads or max(1, (os.cpu_count() or 1) // self.jobs)
+        self.trackers = trackers
         self.slots: Queue = Queue()
         for slot in range(self.jobs):
             self.slots.put(devices[slot % len(devices)] if devices else None)
@@ -116,7 +119,8 @@ class Machine:
             environment['CUDA_VISIBLE_DEVICES'] = '' if device == 'cpu' else device
         say(f'{job.name}: begins' + ('' if device is None else f' on {device}'))
         began, log = time.monotonic(), job.folder / LOG_FILE
-        command = [sys.executable, '-m', 'kd_det.benchmark.worker', str(job.folder / CONFIG_FILE), expected]
+        command = [sys.executable, '-m', 'kd_det.benchmark.worker', str(job.folder / CONFIG_FILE), expected,
+                   *self.trackers]
         with open(log, 'w', encoding='utf-8') as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
             self._processes.append(process)

@@ -1,25 +1,28 @@
-"""One training in a process of its own: ``python -m kd_det.benchmark.worker CONFIG IDENTITY``."""
+"""One training in a process of its own: ``python -m kd_det.benchmark.worker CONFIG IDENTITY TRACKER…``."""
 from __future__ import annotations
 
 import os
 import sys
 import traceback
+from pathlib import Path
 
 import torch
 
 from kd_det.benchmark.evaluation import use_fast_coco_evaluation
 from kd_det.benchmark.runs import train
 from kd_det.cli.main import describe
+from kd_det.cli.tracking import track
 from kd_det.configuration import load_config
 from kd_det.diagnosis.checks import check_config
 
 
-def main(config_file: str, identity: str) -> int:
+def main(config_file: str, identity: str, *trackers: str) -> int:
     """Trains; the exit status is 0, or 1 after an error, which is then the last line of the output."""
     torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
     use_fast_coco_evaluation()
     try:
         config = load_config(config_file)
+        track(config, trackers, name='/'.join(Path(config.work_dir).resolve().parts[-2:]))  # fgd/seed0
         check_config(config, splits=('train', 'val'))
         train(config.work_dir, config, identity)
     except Exception as error:

@@ -20,6 +20,7 @@ from kd_det.benchmark.scheduling import Failure, Job, Machine
 from kd_det.benchmark.tables import markdown_table, rich_tables
 from kd_det.benchmark.variants import PLAIN, Variant, parse_variants, variant_config
 from kd_det.cli.common import ConfigAction, add_inheritance_option, add_weight_options, inherited_parts
+from kd_det.cli.tracking import add_tracking_option, track
 from kd_det.configuration import ConfigurationError
 from kd_det.evaluation import SPLITS
 
@@ -61,6 +62,7 @@ def add_common_arguments(parser: ArgumentParser) -> None:
     training.add_argument('--cfg-options', nargs='+', action=ConfigAction, default={}, metavar='KEY=VALUE',
                           help='settings that override the config of every student; model.distill… and '
                           'default_hooks.distill… reach the distilled ones')
+    add_tracking_option(training)
     machine = parser.add_argument_group('where')
     machine.add_argument('--work-dir', type=Path, default=Path('work_dirs/benchmark'), metavar='DIR',
                          help='folder of runs and results (work_dirs/benchmark); finished runs that are there are kept')
@@ -95,7 +97,8 @@ def run(options: Namespace) -> int:
     for variant in variants:  # what can not be composed is told before a teacher is trained
         variant_config(variant, pair, [''] * number)
     data = data_hash(pair.student)
-    machine = Machine(options.devices, options.jobs, options.threads)
+    track(Config(dict(work_dir=str(root))), options.track)  # whose package is missing is told before, too
+    machine = Machine(options.devices, options.jobs, options.threads, options.track)
 
     teachers = [None] * number
     if not pair.checkpoints:

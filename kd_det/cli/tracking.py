@@ -5,7 +5,7 @@ import os
 from argparse import ArgumentParser
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Sequence
+from typing import Optional, Sequence
 
 from mmengine.config import Config
 
@@ -21,7 +21,7 @@ def add_tracking_option(parser: ArgumentParser) -> None:
                         help=f"log to {', '.join(PACKAGES)} too; losses of terms are loss_*, their parts distill/*")
 
 
-def track(config: Config, trackers: Sequence[str]) -> None:
+def track(config: Config, trackers: Sequence[str], name: Optional[str] = None) -> None:
     """Adds trackers to the backends of the config's visualizer; those that it has stay as they are.
 
     TensorBoard writes into the work dir, MLflow too (``mlflow.db``) unless ``MLFLOW_TRACKING_URI`` names a server;
@@ -30,16 +30,18 @@ def track(config: Config, trackers: Sequence[str]) -> None:
     Args:
         config: With its ``work_dir``; changed.
         trackers: Some of :data:`PACKAGES`.
+        name: What Weights & Biases and MLflow call the run; that of its work dir by default.
 
     Raises:
         ConfigurationError: The tracker's package is not installed.
     """
     work_dir = Path(config.work_dir).resolve()
+    name = name or work_dir.name
     backends = dict(
         tensorboard=dict(type='TensorboardVisBackend'),
-        wandb=dict(type='WandbVisBackend', init_kwargs=dict(project='kd_det', name=work_dir.name)),
+        wandb=dict(type='WandbVisBackend', init_kwargs=dict(project='kd_det', name=name)),
         # A parameter of MLflow is a short text, a config is not: MMEngine stores the whole of it as config.py.
-        mlflow=dict(type='MLflowVisBackend', exp_name='kd_det', run_name=work_dir.name, tracked_config_keys=(),
+        mlflow=dict(type='MLflowVisBackend', exp_name='kd_det', run_name=name, tracked_config_keys=(),
                     tracking_uri=os.environ.get('MLFLOW_TRACKING_URI', f'sqlite:///{work_dir}/mlflow.db'),
                     artifact_location=None if 'MLFLOW_TRACKING_URI' in os.environ else str(work_dir / 'mlflow')))
     if not config.get('visualizer'):

@@ -6,8 +6,10 @@ import threading
 import time
 
 import pytest
+import torch
 from mmengine.config import Config
 
+from kd_det.benchmark import worker
 from kd_det.benchmark.scheduling import Failure, Job, Machine
 
 
@@ -65,3 +67,19 @@ def test_each_training_sees_its_device_alone(jobs, monkeypatch, devices, at_once
         jobs(f'{wait}; echo "[$CUDA_VISIBLE_DEVICES] $OMP_NUM_THREADS"; exit 1', 2), lambda text: None)
     assert all(isinstance(outcome, Failure) for outcome in outcomes)
     assert {outcome.error for outcome in outcomes} == {f'[{device}] 1' for device in expected}
+
+
+def test_a_training_logs_to_the_trackers_under_its_method_and_seed(jobs, tmp_path, monkeypatch):
+    outcome, = Machine(threads=1, trackers=['tensorboard', 'mlflow']).run(
+        jobs('shift 4; echo "$@"; exit 1', 1), lambda text: None)
+    assert outcome.error == 'tensorboard mlflow'
+    trained = []
+    monkeypatch.setattr(worker, 'train', lambda name, config, identity: trained.append(config))
+    monkeypatch.setattr(worker, 'check_config', lambda config, splits: None)
+    monkeypatch.setattr('kd_det.cli.tracking.find_spec', lambda module: True)
+    monkeypatch.setattr(worker, 'use_fast_coco_evaluation', lambda: None)
+    monkeypatch.setenv('OMP_NUM_THREADS', str(torch.get_num_threads()))
+    Config(dict(work_dir=str(tmp_path / 'fgd' / 'seed0'))).dump(tmp_path / 'config.py')
+    assert worker.main(str(tmp_path / 'config.py'), 'identity', 'wandb', 'mlflow') == 0
+    local, wandb, mlflow = trained[0].visualizer.vis_backends
+    assert (local.type, wandb.init_kwargs.name, mlflow.run_name) == ('LocalVisBackend', 'fgd/seed0', 'fgd/seed0')
