@@ -13,6 +13,7 @@ import torch
 
 import kd_det  # noqa: F401  registers everything
 from benchmarks.engine import processor
+from benchmarks.steps import add_batch_options
 from kd_det.benchmark.pair import read_pair
 from kd_det.catalogue import catalogue
 from kd_det.cli.common import prepare_without_runner
@@ -59,11 +60,8 @@ def row(parts: Dict[str, Cost]) -> dict:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument('--size', type=int, nargs=2, default=(320, 320))
-    parser.add_argument('--batch', type=int, default=2)
-    parser.add_argument('--boxes', type=int, default=10)
+    add_batch_options(parser)
     parser.add_argument('--repeats', type=int, default=5)
-    parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--json', type=Path, help='write the numbers to this file')
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

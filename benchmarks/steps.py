@@ -1,6 +1,7 @@
-"""The training steps that the benchmarks time: of a pair's student alone, and distilled."""
+"""What the benchmarks share: the training steps that they time, and the options of the batch."""
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from typing import Callable, List, Sequence, Tuple
 
 import torch
@@ -15,6 +16,14 @@ from kd_det.configuration import load_config
 from kd_det.step_costs import random_distiller
 
 PAIRS = dict(demo='kd_det::demo/fgd_faster_rcnn_r101_r18.py', coco='kd_det::fgd_r101_r18.py')
+
+
+def add_batch_options(parser: ArgumentParser) -> None:
+    """Adds the size of the batch, the objects on it, and PyTorch's threads."""
+    parser.add_argument('--size', nargs=2, type=int, default=(320, 320), metavar=('HEIGHT', 'WIDTH'))
+    parser.add_argument('--batch', type=int, default=2)
+    parser.add_argument('--boxes', type=int, default=10, help='on each image')
+    parser.add_argument('--threads', type=int, default=2)
 
 
 def build_distiller(pair: str) -> Tuple[nn.Module, int]:

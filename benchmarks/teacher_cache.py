@@ -13,7 +13,7 @@ from typing import Callable
 
 import torch
 
-from benchmarks.steps import build_distiller, make_batch, training_step
+from benchmarks.steps import add_batch_options, build_distiller, make_batch, training_step
 from kd_det.measuring import seconds
 from kd_det.teachers import Teacher
 
@@ -64,11 +64,8 @@ def measure(pair: str, size: tuple, batch: int, boxes: int, repeats: int) -> dic
 if __name__ == '__main__':
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--pair', choices=('demo', 'coco'), default='coco')
-    parser.add_argument('--size', nargs=2, type=int, default=(320, 320), metavar=('HEIGHT', 'WIDTH'))
-    parser.add_argument('--batch', type=int, default=2)
-    parser.add_argument('--boxes', type=int, default=10, help='on each image')
+    add_batch_options(parser)
     parser.add_argument('--repeats', type=int, default=3)
-    parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--json', type=Path, help='append the results to the list in this file')
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

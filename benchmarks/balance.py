@@ -1,0 +1,79 @@
+"""What it costs to balance: a step that compares the terms' gradients with the task's, beside one that does not.
+
+Usage: python -m benchmarks.balance [--cases faster_rcnn_r101_r18:fgd dino_r50_r18:querykd] [--rounds 4] [--json FILE]
+
+All weights are random; the two kinds of step take turns. One step in ten compares, unless a Balance says otherwise.
+"""
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from statistics import median
+from typing import Callable
+
+import torch
+from mmengine.optim import build_optim_wrapper
+
+import kd_det  # noqa: F401  registers everything
+from benchmarks.steps import add_batch_options
+from kd_det.benchmark.pair import read_pair
+from kd_det.cli.common import prepare_without_runner
+from kd_det.composition import distillation_config
+from kd_det.context import Progress
+from kd_det.measuring import seconds
+from kd_det.step_costs import random_distiller, synthetic_batch
+
+CASES = ('faster_rcnn_r101_r18:fgd', 'gfl_r101_r18:fgd+ld', 'dino_r50_r18:querykd')
+INTERVAL = 10  # Balance's default
+
+
+def measure(pair: str, method: str, options: Namespace) -> dict:
+    """Seconds of a step without the comparison and with it, and the share that it adds to all steps.
+
+    Args:
+        pair: Name of a file in ``configs/_base_/pairs``.
+        method: A method, or a sum of methods.
+        options: Of the batch, and the number of rounds.
+    """
+    prepare_without_runner(seed=0)
+    pair_config = read_pair(f'kd_det::_base_/pairs/{pair}.py')
+    config = distillation_config(pair_config.student, pair_config.teacher, 'none: random weights', method, inherit=(),
+                                 balance=1.0)
+    distiller = random_distiller(config)
+    wrapper = build_optim_wrapper(distiller, config.optim_wrapper)
+    batch = synthetic_batch(distiller.student, options.batch, tuple(options.size), options.boxes)
+
+    def step(iteration: int) -> Callable[[], object]:
+        def call() -> None:
+            distiller.progress = Progress(iteration)
+            distiller.train_step(dict(batch), wrapper)
+        return call
+
+    step(0)()  # whatever is done once; the first step always compares
+    rounds = [(seconds(step(1), repeats=1, warmup=0), seconds(step(INTERVAL), repeats=1, warmup=0))
+              for _ in range(options.rounds)]
+    plain, comparing = (median(times) for times in zip(*rounds))
+    return dict(pair=pair, method=method, step=plain, comparing_step=comparing,
+                share=median(other - own for own, other in rounds) / INTERVAL / plain)
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--cases', nargs='+', default=CASES, metavar='PAIR:METHOD')
+    add_batch_options(parser)
+    parser.add_argument('--rounds', type=int, default=4)
+    parser.add_argument('--json', type=Path, help='write the numbers to this file')
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = []
+    for case in options.cases:
+        rows.append(measure(*case.split(':'), options))
+        print('{pair}, {method}: a step {step:.3f} s, one that compares {comparing_step:.3f} s, on average {share:+.1%}'
+              .format(**rows[-1]), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(dict(vars(options), json=None, rows=rows), indent=2) + '\n')
+
+
+if __name__ == '__main__':
+    main()
