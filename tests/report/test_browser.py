@@ -91,7 +91,8 @@ def test_switches_change_method_image_and_study_by_themselves(open_page, synthet
 
 def test_on_a_phone_nothing_is_wider_than_the_screen(open_page, synthetic_study):
     methods = ('fgd', 'a_method_with_a_very_long_name@model.distill.fgd.temperature=0.8')
-    page = open_page([synthetic_study(methods=methods)], width=390)
+    note = f"There is no checkpoint '{'/a_folder' * 10}'."
+    page = open_page([dict(synthetic_study(methods=methods), notes=[note])], width=390)
     for option in (0, 1):
         page.locator('select').select_option(index=option)
         assert page.evaluate('document.documentElement.scrollWidth') <= 390
@@ -100,10 +101,11 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(open_page, synthetic_study)
 
 
 def test_a_table_that_is_wider_than_a_phone_says_so(open_page, synthetic_study):
-    page = open_page([synthetic_study()], width=390)
+    page = open_page([synthetic_study(methods=('fgd', 'kd@model.distill.kd.temperature=0.5'))], width=390)
     scroller, scroll = page.locator('.scroller').first, page.locator('.scroll').first
     scroller.and_(page.locator('.more')).wait_for()
-    name = scroll.locator('tbody th').first
+    name = scroll.locator('tbody th').last
+    assert name.bounding_box()['width'] < 390 / 3
     before = name.bounding_box()['x']
     scroll.evaluate('each => { each.scrollLeft = each.scrollWidth; }')
     page.wait_for_function("!document.querySelector('.scroller').classList.contains('more')")

@@ -57,7 +57,7 @@ def test_verdict_table_and_notes_are_on_the_page(synthetic_study):
     study = synthetic_study(methods=('fgd', ))
     page = render([study])
     assert study['verdict'] in page and 'fgd (+4.5 mAP' in study['verdict']
-    assert '<th scope="row">fgd</th>' in page and '35.5 ± 1.5' in page and 'A note.' in page
+    assert '<th scope="row"><span>fgd</span></th>' in page and '35.5 ± 1.5' in page and 'A note.' in page
 
 
 def test_what_there_is_not_leaves_no_empty_section(synthetic_study):
