@@ -39,7 +39,6 @@ PLAIN, LEVELS = 'plain', 'levels'  # mmdet's own forward; the default engine whe
 ENGINES = dict(
     nothing=dict(fuse=False, channels_last=False),
     fuse=dict(channels_last=False),
-    direct=dict(winograd=False),
     default=dict(),
     levels=dict(),
     compiled=dict(compile=True),

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from kd_det.taps import Levels
 from kd_det.teachers.folding import fold_batch_norms
 from kd_det.teachers.loading import TeacherError
-from kd_det.teachers.winograd import use_winograd
 
 PRECISIONS = dict(float32=None, bfloat16=torch.bfloat16, float16=torch.float16)
 PARTS = ('backbone', 'neck')
@@ -27,8 +26,6 @@ class Engine:
         precision: ``'bfloat16'`` or ``'float16'`` runs backbone and neck in it, and the heads, which compute boxes, in
             that of the student; ``'float32'`` runs everything in that of the student.
         compile: Compile backbone and neck by ``torch.compile``; a dict holds its arguments.
-        winograd: On the CPU, compute convolutions of 3 × 3 by Winograd's algorithm where that is faster, see
-            :func:`~kd_det.teachers.winograd.use_winograd`; not beside ``compile``.
 
     Raises:
         TeacherError: An unknown precision.
@@ -37,7 +34,6 @@ class Engine:
     channels_last: bool = True
     precision: str = 'float32'
     compile: Union[bool, dict] = False
-    winograd: bool = True
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -50,8 +46,6 @@ class Engine:
             fold_batch_norms(model)
         if self.channels_last:
             model.to(memory_format=torch.channels_last)
-        if self.winograd and not self.compile:
-            use_winograd(model)
         parts = [module for module in (getattr(model, part, None) for part in PARTS) if isinstance(module, nn.Module)]
         for part in parts:
             part.to(PRECISIONS[self.precision])

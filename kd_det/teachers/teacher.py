@@ -49,7 +49,6 @@ class Teacher:
         channels_last: See :class:`~kd_det.teachers.engine.Engine`.
         precision: See :class:`~kd_det.teachers.engine.Engine`.
         compile: See :class:`~kd_det.teachers.engine.Engine`.
-        winograd: See :class:`~kd_det.teachers.engine.Engine`.
         taps: Module paths whose outputs are read.
         heads: Heads whose outputs may be asked for, see :func:`~kd_det.heads.find_head`.
         student_preprocessor: The student's data preprocessor, whose batches the teacher is given.
@@ -76,7 +75,6 @@ class Teacher:
                  channels_last: bool = True,
                  precision: str = 'float32',
                  compile: Union[bool, dict] = False,
-                 winograd: bool = True,
                  *,
                  taps: Iterable[str],
                  heads: Iterable[str] = (),
@@ -88,7 +86,7 @@ class Teacher:
             raise TeacherError(f"teacher.random_teacher=True contradicts teacher.checkpoint='{checkpoint}': remove "
                                'one.')
         self.checkpoint = checkpoint
-        self.engine = Engine(fuse, channels_last, precision, compile, winograd)
+        self.engine = Engine(fuse, channels_last, precision, compile)
         self._digests: Optional[Tuple[str, str]] = None  # of the weights as loaded, and as the engine runs them
         with preserved_randomness():
             model_config = read_model_config(config)
