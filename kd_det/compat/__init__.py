@@ -5,8 +5,8 @@ from .operators import (OperatorNotServedError, install_operators, log_operator_
 from .ssd import install_ssd_prediction
 
 __all__ = [
-    'CheckpointError', 'OperatorNotServedError', 'UnsafeCheckpointError', 'install', 'load_checkpoint',
-    'log_operator_backend', 'operator_backend', 'served_operators'
+    'CheckpointError', 'OperatorNotServedError', 'UnsafeCheckpointError', 'install', 'install_ssd_prediction',
+    'load_checkpoint', 'log_operator_backend', 'operator_backend', 'served_operators'
 ]
 
 
@@ -14,4 +14,3 @@ def install() -> None:
     """Prepares this process and its children for mmcv, mmengine and mmdet. May be called again."""
     install_operators()
     install_safe_loading()
-    install_ssd_prediction()
