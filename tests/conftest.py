@@ -1,5 +1,6 @@
 """Small detectors, batches and runners that all tests share."""
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from kd_det.context import DistillContext, Level
 from mmdet.utils import register_all_modules
 from mmengine.config import ConfigDict
 from mmengine.registry import init_default_scope
+from mmengine.runner import set_random_seed
 
 torch.set_num_threads(1)
 
@@ -23,6 +25,12 @@ def mmdet_scope():
     """As the Runner does for a config: type names are MMDetection's, whatever scope an earlier test left behind."""
     register_all_modules(init_default_scope=False)
     init_default_scope('mmdet')
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same weights and inputs at every run, whatever tests ran before; ``KD_DET_TEST_SEED=1`` draws others."""
+    set_random_seed(int(os.environ.get('KD_DET_TEST_SEED', 0)))
 
 
 PREPROCESSOR = dict(type='DetDataPreprocessor', mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375],

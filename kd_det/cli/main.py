@@ -80,7 +80,9 @@ def _prepare(parser: argparse.ArgumentParser, command: str) -> None:
 def _run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     try:
-        return options.run(options)
+        code = options.run(options)
+        _leave_process_group()
+        return code
     except KeyboardInterrupt:
         print('kd-det: interrupted', file=sys.stderr)
         return 130
@@ -89,6 +91,16 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
             traceback.print_exc()
         print(f'kd-det: error: {describe(error)}', file=sys.stderr)
         return 2
+
+
+def _leave_process_group() -> None:
+    """Ends the process group of a launched run: threads that outlive the interpreter abort the process now and then.
+
+    Not after an error: the other processes may wait for this one, and leaving would wait for them.
+    """
+    distributed = sys.modules.get('torch.distributed')
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def is_expected(error: Exception) -> bool:

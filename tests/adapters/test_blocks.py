@@ -5,7 +5,7 @@ from kd_det.adapters import GenerationBlock, NonLocal
 
 
 def test_generation_block_restores_a_cell_from_its_neighbours():
-    block, feature = GenerationBlock(4), torch.zeros(1, 4, 9, 9)
+    block, feature = GenerationBlock(16), torch.zeros(1, 16, 9, 9)  # so many channels that no ReLU hides all
     changed = feature.clone()
     changed[..., 4, 4] = 1
     difference = (block(changed) - block(feature)).abs().sum(1)[0]

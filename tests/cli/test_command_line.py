@@ -376,6 +376,13 @@ def test_interruption_is_no_traceback(workspace, capsys, monkeypatch):
 # ---------------------------------------------------------------- methods and inspect
 
 
+def test_a_command_leaves_the_process_group_it_joined(capsys):
+    """Its threads, if they outlive the interpreter, abort the process now and then, after all the work is done."""
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    assert main(['methods']) == 0
+    assert not torch.distributed.is_initialized()
+
+
 def test_methods_are_listed(capsys, monkeypatch):
     monkeypatch.setenv('COLUMNS', '200')
     assert main(['methods']) == 0

@@ -45,3 +45,4 @@ if __name__ == '__main__':
     dist.all_gather_object(of_ranks, balances)
     if dist.get_rank() == 0:
         torch.save((gradients, of_ranks), target)
+    dist.destroy_process_group()

@@ -30,3 +30,4 @@ with torch.no_grad():
 metric.process(data, [output.to_dict() for output in outputs])
 metrics = metric.evaluate(len(spec['data']['inputs']))
 (folder / f'{rank}.json').write_text(json.dumps(metrics))
+dist.destroy_process_group()

@@ -22,4 +22,4 @@ dist.init_process_group('gloo')
 config = Config.fromfile(sys.argv[1])
 config.update(launcher='pytorch', model_wrapper_cfg=dict(type='CPUDataParallel'))
 Runner.from_cfg(config).train()
-dist.destroy_process_group()  # its threads, if they outlive the interpreter, abort the process now and then
+dist.destroy_process_group()
