@@ -17,7 +17,7 @@ from kd_det.diagnosis.weights import (inspect_checkpoints, inspect_start, inspec
 
 
 def inspect_config(config: Config) -> Iterator[Finding]:
-    """All that can be told without training; reads the annotations, loads the teacher's weights, tries a step on noise."""
+    """All that can be told without training: reads the annotations, loads the teacher's weights, tries a step."""
     return chain(_inspect_cheaply(config, SPLITS), inspect_annotations(config), inspect_teacher_weights(config),
                  inspect_step(config))
 

@@ -26,7 +26,7 @@ def inspect_step(config: Config) -> Iterator[Finding]:
     try:
         with preserved_randomness():
             for _, teacher in teachers_of(config):
-                teacher['classes'] = known_classes(teacher) or ()
+                teacher['classes'] = known_classes(teacher)[1] or ()
             distiller = random_distiller(config)
             distiller.match_classes(student_classes(config))
             batch = synthetic_batch(distiller.student, IMAGES, SIZE, BOXES)

@@ -42,7 +42,7 @@ def inspect_teacher_classes(config: Config) -> Iterator[Finding]:
     preflight = any(hook.get('preflight') for hook in hooks)
     for name, teacher in teachers_of(config):
         try:
-            found, names = class_counts(read_model_config(teacher['config'])), known_classes(teacher)
+            found, names = known_classes(teacher)
         except (ValueError, OSError) as error:
             yield Finding(f'{name} config', str(error), "Give a config file, or 'mmdet::folder/file.py'", fault=True)
             continue
@@ -55,15 +55,22 @@ def inspect_teacher_classes(config: Config) -> Iterator[Finding]:
                           'default_hooks.distill.preflight=None', fault=preflight)
 
 
-def known_classes(teacher: dict) -> Optional[Sequence[str]]:
-    """The names of a teacher's classes, by label, as its config, its checkpoint or ``classes`` tell them; None if none does.
+def known_classes(teacher: dict) -> Tuple[Set[int], Optional[Sequence[str]]]:
+    """How many classes a teacher's heads tell apart, and their names by label.
+
+    Args:
+        teacher: Its config within the distiller's.
+
+    Returns:
+        The numbers, and the names that its config, its checkpoint or ``classes`` tell; None where nothing does.
 
     Raises:
         ValueError: The config is none, or other names are given than it has classes.
         OSError: The config can not be read.
     """
     found = class_counts(read_model_config(teacher['config']))
-    return teacher_classes(next(iter(found), None), teacher.get('classes', ()), _meta(teacher), teacher['config'])
+    names = teacher_classes(next(iter(found), None), teacher.get('classes', ()), _meta(teacher), teacher['config'])
+    return found, names
 
 
 def _shared(name: str, student: Sequence[str], teacher: Sequence[str], preflight: bool) -> Finding:

@@ -56,7 +56,7 @@ class Balance(Weight):
         return self.averages is None or progress.iteration % self.interval == 0
 
     def update(self, norms: GradientNorms) -> None:
-        """Takes in a measurement; one that is not finite, or in which either gradient vanishes or is noise, changes nothing."""
+        """Takes in a measurement; one that is not finite, or where a gradient vanishes or is noise, changes nothing."""
         both = torch.stack(norms)
         before = torch.zeros_like(both) if self.averages is None else self.averages.to(both.device)
         measured = torch.stack([torch.log(norms.task / norms.term), torch.ones_like(norms.task)])

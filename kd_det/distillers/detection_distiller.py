@@ -171,8 +171,8 @@ class DetectionDistiller(StudentWrapper):
             data_samples: mmdet's data samples with ``gt_instances``.
 
         Returns:
-            The student's losses; ``loss_<name>`` of each term; for the log only its parts, its weight where that changes,
-            and, in steps that measure it, its gradient in units of the task's.
+            The student's losses; ``loss_<name>`` of each term; for the log only its parts, its weight where that
+            changes, and, in steps that measure it, its gradient in units of the task's.
         """
         weights = {name: weight(self.progress) for name, weight in self.weights.items()}
         active = [name for name, weight in weights.items() if weight != 0]

@@ -17,11 +17,11 @@ from kd_det.distillers.weights import Weight
 
 
 class DominanceWatch:
-    """Warns, once, where a term drowns the task: by some measurements at the beginning of a run. Later ones are for the log.
+    """Warns, once, where a term drowns the task: by some measurements at the beginning of a run.
 
     Not by the very first: through a head that has learnt nothing yet hardly any gradient of the task passes. And a term
     that looks everywhere may pull several times as hard as the task, which looks at few places, and still help: the
-    limit is far above 1.
+    limit is far above 1. Later measurements are for the log alone.
 
     Args:
         name: Of the term.

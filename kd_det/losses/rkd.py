@@ -47,7 +47,8 @@ class RKD(BatchRelation):
     def relate(self, student: Tensor, teacher: Tensor) -> Parts:
         if len(student) < RELATED and not self._warned:
             self._warned = True
-            print_log(f'RKD compares {RELATED} images or more, and here are {len(student)}: it teaches nothing in such '
-                      'batches. Raise train_dataloader.batch_size, or leave the method out.', 'current', logging.WARNING)
+            print_log(f'RKD compares {RELATED} images or more, and here are {len(student)}: it teaches nothing in '
+                      'such batches. Raise train_dataloader.batch_size, or leave the method out.', 'current',
+                      logging.WARNING)
         return dict(distance=self.distance_weight * distance_relation(student, teacher),
                     angle=self.angle_weight * angle_relation(student, teacher))

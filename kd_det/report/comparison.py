@@ -34,7 +34,8 @@ def comparison(study: Study) -> dict:
                             levels=_similarity(variants), teacher=_teacher_numbers(variants))
                 for split, variants in results['fidelity'].items()}
     return dict(verdict=sentence(made, baseline(made)), beyond=sentence(beyond, 'inherit alone') if beyond else '',
-                statements=made, table=dict(columns=['method', *accuracy, 'seeds', *COSTS], rows=table), fidelity=fidelity,
+                statements=made, table=dict(columns=['method', *accuracy, 'seeds', *COSTS], rows=table),
+                fidelity=fidelity,
                 provenance={key: _in_words(results[key]) for key in PROVENANCE if key in results})
 
 
