@@ -37,7 +37,8 @@ def test_a_method_serves_the_detectors_whose_heads_have_what_its_terms_read(entr
     assert entries['dkd'].detectors == ('Faster R-CNN', 'Cascade R-CNN', 'Mask R-CNN')
     assert entries['ld'].detectors == ('GFL', )  # distributions
     assert entries['crosskd'].detectors == ('RetinaNet', 'ATSS', 'GFL', 'FCOS')  # towers
-    assert 'SSD' in entries['rm'].detectors and 'YOLOv3' not in entries['rm'].detectors  # positives
+    assert {*DETECTORS} - {*entries['kd'].detectors} == {*entries['querykd'].detectors}
+    assert {*entries['rm'].detectors} == {*entries['kd'].detectors} - {*entries['dkd'].detectors}  # positives
     assert 'FCOS' not in entries['fgfi'].detectors  # no weights for its family
     assert 'DETR' not in entries['fsp'].detectors and 'DINO' in entries['fsp'].detectors  # several levels
 

@@ -149,6 +149,11 @@ def _yolox_positives(head: nn.Module, returned: Sequence[tuple], images: int) ->
     return torch.stack([foreground for foreground, *_ in returned]).bool()
 
 
+def _yolov3_positives(head: nn.Module, returned: Sequence[tuple], images: int) -> Tensor:
+    targets, _ = returned[-1]  # by level, (N, priors, attributes), of which the fifth is objectness
+    return torch.cat([level[..., 4] for level in targets], 1) > 0
+
+
 # ---------------------------------------------------------------------------------------------------- the families
 
 
@@ -194,7 +199,7 @@ def _read_yolox(head: nn.Module, logits: Maps, regressions: Maps, objectness: Ma
     return _outputs(head, logits, _by_prior(regressions, 4), head._bbox_decode, objectness=_scalars(objectness))
 
 
-@reads(YOLOV3Head)
+@reads(YOLOV3Head, assignment=Assignment('get_targets', _yolov3_positives))
 def _read_yolov3(head: nn.Module, maps: Maps) -> DenseOutputs:
     predictions = _by_prior(maps, head.num_attrib)
     # The coder takes the place of the centre within its cell, 0 to 1, and a stride to multiply it by.

@@ -128,7 +128,7 @@ def test_a_prior_lies_on_its_cell(name, dense_head, features):
         assert (centers[0, 0] >= 0).all() and (centers[0, 0] <= stride).all()
 
 
-@pytest.mark.parametrize('name', [name for name in FAMILIES if name != 'yolov3'])
+@pytest.mark.parametrize('name', FAMILIES)
 def test_positives_are_those_of_the_heads_own_assigner(name, dense_head, features):
     head = dense_head(name).train()
     head.init_weights()  # YOLOX assigns by its predictions, RTMDet too
@@ -143,7 +143,7 @@ def test_positives_are_those_of_the_heads_own_assigner(name, dense_head, feature
     assert ((priors[:, 0] < 60) & (priors[:, 2] > 8) & (priors[:, 1] < 50) & (priors[:, 3] > 8)).all()
 
 
-@pytest.mark.parametrize('name', [name for name in FAMILIES if name != 'yolov3'])
+@pytest.mark.parametrize('name', FAMILIES)
 def test_targets_lead_positive_priors_to_their_boxes(name, dense_head, features):
     """Of heads with anchors and deltas; ATSS keeps its targets as boxes, the others as normalised deltas."""
     head = dense_head(name).train()
@@ -165,7 +165,7 @@ def test_targets_lead_positive_priors_to_their_boxes(name, dense_head, features)
     assert found and found <= set(boxes)
 
 
-def test_positives_of_a_head_that_does_not_tell(dense_head, features):
+def test_positives_that_no_assignment_tells(dense_head, features):
     head = dense_head('yolov3').eval()
     with pytest.raises(HeadError, match="not known for this head.*normalizer='confidence'"):
         read_dense(head, head(features())).positives(0)

@@ -122,6 +122,18 @@ def test_regression_is_its_formula_over_the_cells_of_the_images(context, inside)
         torch.testing.assert_close(value, expected.sum())
 
 
+@pytest.mark.parametrize('beta', [0, 1])
+def test_a_temperature_softens_sigmoids(context, beta):
+    student, teacher = (each['bbox_head'].logits[0] for each in (context.student_outputs, context.teacher_outputs[0]))
+    s, t = student / 3, teacher / 3
+    each = F.binary_cross_entropy_with_logits(s, t.sigmoid(), reduction='none')
+    each = each - torch.distributions.Bernoulli(logits=t).entropy() if beta == 0 else \
+        each * (t.sigmoid() - s.sigmoid()).abs()
+    value = MODELS.build(dict(CLASSES, beta=beta, temperature=3.0, normalizer='none'))(context)['classes']
+    inside = context.valid((4, 6)).flatten(1).unsqueeze(-1)
+    torch.testing.assert_close(value, 9 * (each * inside).sum())
+
+
 def test_plain_cross_entropy_counts_from_the_teachers_entropy(context):
     student, teacher = context.student_outputs['bbox_head'].logits[0], context.teacher_outputs[0]['bbox_head'].logits[0]
     value = MODELS.build(dict(CLASSES, beta=0, normalizer='none'))(context)['classes']

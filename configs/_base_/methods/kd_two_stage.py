@@ -1,4 +1,4 @@
-"""KD (arXiv 1503.02531): the classes of regions, as soft targets.
+"""KD (arXiv 1503.02531): the classes, as soft targets.
 
 Between RoI heads, on the regions that the student samples. The paper distils classifiers; for detectors no weight is
 published. It is the mean over the regions, as the task's own class loss.
