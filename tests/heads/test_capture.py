@@ -154,25 +154,44 @@ def test_the_teacher_looks_at_the_students_regions_in_its_own_features(kind, sta
         torch.testing.assert_close(normalized.flatten(1), deltas)
 
 
-def test_a_cascade_with_a_semantic_branch_gives_its_features_to_its_box_heads(cascade_rcnn, faster_rcnn, step):
-    """As HTC's and SCNet's box heads need them."""
-    _, student = step(faster_rcnn(), ['roi_head'])
-    config = cascade_rcnn()
-    config.type = 'HybridTaskCascade'
-    extractor = dict(config.roi_head.bbox_roi_extractor, featmap_strides=[8])
-    config.roi_head.update(
+def _htc(cascade):
+    extractor = dict(cascade.roi_head.bbox_roi_extractor, featmap_strides=[8])
+    cascade.type = 'HybridTaskCascade'
+    cascade.roi_head.update(
         type='HybridTaskCascadeRoIHead', semantic_roi_extractor=extractor, mask_roi_extractor=extractor,
         semantic_head=dict(type='FusedSemanticHead', num_ins=5, fusion_level=1, seg_scale_factor=1 / 8, num_convs=1,
                            in_channels=8, conv_out_channels=8, num_classes=5),
         mask_head=[dict(type='HTCMaskHead', with_conv_res=bool(stage), num_convs=1, in_channels=8, conv_out_channels=8,
                         num_classes=3) for stage in range(2)])
+    return cascade
+
+
+def _scnet(cascade):
+    cascade = _htc(cascade)
+    cascade.type, cascade.roi_head.type = 'SCNet', 'SCNetRoIHead'
+    for head in cascade.roi_head.bbox_head:
+        head.update(type='SCNetBBoxHead', num_shared_fcs=2)
+    cascade.roi_head.update(
+        semantic_head=dict(cascade.roi_head.semantic_head, type='SCNetSemanticHead'),
+        mask_head=dict(type='SCNetMaskHead', num_convs=1, in_channels=8, conv_out_channels=8, num_classes=3),
+        glbctx_head=dict(type='GlobalContextHead', num_convs=1, in_channels=8, conv_out_channels=8, num_classes=3))
+    return cascade
+
+
+@pytest.mark.parametrize('kind', [_htc, _scnet])
+def test_a_cascade_with_branches_of_the_whole_image_gives_them_to_its_box_heads(kind, cascade_rcnn, faster_rcnn, step):
+    _, student = step(faster_rcnn(), ['roi_head'])
     torch.manual_seed(1)
-    teacher = MODELS.build(config).eval()
+    teacher = MODELS.build(kind(cascade_rcnn())).eval()
     features = teacher.extract_feat(torch.randn(2, 3, 64, 64))
     forward = TeacherForward(teacher, features, student)
     first = run_heads(['roi_head'], forward)['roi_head'][0]
-    semantic = teacher.roi_head.semantic_head(features)[1]
-    expected = teacher.roi_head._bbox_forward(0, features, first.regions.rois, semantic_feat=semantic)
+    branches = dict(semantic_feat=teacher.roi_head.semantic_head(features)[1])
+    if kind is _scnet:
+        branches['glbctx_feat'] = teacher.roi_head.glbctx_head(features)[1]
+    expected = teacher.roi_head._bbox_forward(0, features, first.regions.rois, **branches)
     torch.testing.assert_close(first.logits, expected['cls_score'])
-    without = teacher.roi_head.bbox_head[0](teacher.roi_head.bbox_roi_extractor[0](features[:4], first.regions.rois))
-    assert not torch.allclose(first.logits, without[0])
+    for branch, feature in branches.items():  # each is heard
+        without = teacher.roi_head._bbox_forward(0, features, first.regions.rois,
+                                                 **{**branches, branch: torch.zeros_like(feature)})
+        assert not torch.allclose(first.logits, without['cls_score'])
