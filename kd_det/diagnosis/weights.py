@@ -13,7 +13,7 @@ from kd_det.configuration import DISTILL_HOOK, ConfigurationError, is_distillati
 from kd_det.diagnosis.data import class_counts
 from kd_det.diagnosis.finding import Finding
 from kd_det.teachers.class_names import teacher_classes
-from kd_det.teachers.loading import load_strictly, read_model_config
+from kd_det.teachers.loading import is_pretrained, load_strictly, read_model_config
 
 SET_TEACHER = 'Set it with --cfg-options model.teacher.checkpoint=FILE'
 
@@ -122,10 +122,11 @@ def teachers_of(config: Config) -> List[Tuple[str, dict]]:
 
 
 def _pretrained(node: object) -> Iterator[str]:
-    """The checkpoints of all ``init_cfg`` in a model dict."""
+    """The checkpoints that a model dict names: of each ``init_cfg``, and each ``pretrained=``."""
     if isinstance(node, dict):
-        if node.get('type') == 'Pretrained' and node.get('checkpoint'):
-            yield node['checkpoint']
+        named = node.get('checkpoint') if is_pretrained(node) else node.get('pretrained')
+        if isinstance(named, str):
+            yield named
         node = list(node.values())
     if isinstance(node, (list, tuple)):
         for item in node:

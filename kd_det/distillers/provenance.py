@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kd_det.configuration import ConfigurationError
 from kd_det.distillers.mistakes import nearest
+from kd_det.teachers.loading import is_pretrained
 
 ORIGINS = ('random', 'pretrained', 'inherited', 'checkpoint')
 BRANCH = re.compile(r'(bbox_head\.(?:cls|reg)_branches)\.(\d+)\.(.+)')
@@ -48,7 +49,7 @@ def pretrained_parameters(model: nn.Module) -> Iterator[str]:
     for path, module in model.named_modules():
         init_cfg = getattr(module, 'init_cfg', None) or ()
         for config in (init_cfg, ) if isinstance(init_cfg, dict) else init_cfg:
-            if config['type'] == 'Pretrained':
+            if is_pretrained(config):
                 held = _pretrained_state(config)
                 yield from (f'{path}.{name}'.lstrip('.') for name, parameter in module.named_parameters()
                             if name in held and held[name].shape == parameter.shape)

@@ -12,7 +12,7 @@ from kd_det.report.verdict import METRIC, baseline, beyond_inheritance, sentence
 
 OF_TEACHER = ('teacher_errors', 'teacher_ece')  # of FidelityMetric's numbers; they are the same beside every student
 CKA = 'cka_'  # begins the names of those that belong to a level; its stride follows
-PROVENANCE = ('command', 'versions', 'machine', 'pair', 'data')
+PROVENANCE = ('command', 'commit', 'versions', 'machine', 'pair', 'data')
 
 
 def comparison(study: Study) -> dict:
@@ -36,7 +36,7 @@ def comparison(study: Study) -> dict:
     return dict(verdict=sentence(made, baseline(made)), beyond=sentence(beyond, 'inherit alone') if beyond else '',
                 statements=made, table=dict(columns=['method', *accuracy, 'seeds', *COSTS], rows=table),
                 fidelity=fidelity,
-                provenance={key: _in_words(results[key]) for key in PROVENANCE if key in results})
+                provenance={key: _in_words(results[key]) for key in PROVENANCE if results.get(key)})
 
 
 def _sorted(table: List[dict], names: Sequence[str]) -> List[dict]:

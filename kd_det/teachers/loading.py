@@ -46,14 +46,15 @@ def read_model_config(config: ModelConfig) -> ConfigDict:
 def without_pretrained(config: Any) -> Any:
     """The same model dict without what would load weights from somewhere: each ``Pretrained``, and ``pretrained=``."""
     if isinstance(config, (list, tuple)):
-        return type(config)(without_pretrained(each) for each in config if not _is_pretrained(each))
+        return type(config)(without_pretrained(each) for each in config if not is_pretrained(each))
     if not isinstance(config, dict):
         return config
     return type(config)({key: without_pretrained(value) for key, value in config.items()
-                         if key != 'pretrained' and not _is_pretrained(value)})
+                         if key != 'pretrained' and not is_pretrained(value)})
 
 
-def _is_pretrained(config: Any) -> bool:
+def is_pretrained(config: Any) -> bool:
+    """Whether a part of a model dict is an ``init_cfg`` that loads a checkpoint."""
     return isinstance(config, dict) and config.get('type') in ('Pretrained', PretrainedInit)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config
+from mmengine.model import PretrainedInit
 
 from kd_det.configuration import ConfigurationError
 from kd_det.diagnosis import environment
@@ -211,10 +212,13 @@ def test_a_teacher_without_a_checkpoint(distilling):
 
 
 def test_initial_weights(config):
-    config.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='/no/backbone.pth')
-    assert '/no/backbone.pth' in fault_of(inspect_checkpoints(config)).found
+    for kind in ('Pretrained', PretrainedInit):  # a config in Python's own syntax names the class
+        config.model.backbone.init_cfg = dict(type=kind, checkpoint='/no/backbone.pth')
+        assert '/no/backbone.pth' in fault_of(inspect_checkpoints(config)).found
     config.model.backbone.init_cfg.checkpoint = 'torchvision://resnet18'
     assert [finding.fault for finding in inspect_checkpoints(config)] == [False]
+    config.model.backbone = dict(config.model.backbone, init_cfg=None, pretrained='/no/older.pth')
+    assert '/no/older.pth' in fault_of(inspect_checkpoints(config)).found
 
 
 def test_checkpoint_to_start_from(config):

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from mmdet.registry import MODELS
-from mmengine.model import ExponentialMovingAverage
+from mmengine.model import ExponentialMovingAverage, PretrainedInit
 from mmengine.optim import OptimWrapper
 from mmengine.runner.checkpoint import load_state_dict as mmengine_load_state_dict
 
@@ -241,12 +241,13 @@ def test_inheritance_copies_what_fits_and_tells_what_does_not(faster_rcnn, disti
     assert counts['backbone']['random'] and counts['neck']['random'] and counts['neck']['inherited']
 
 
-def test_pretrained_weights_are_told_apart(retinanet, distiller, tmp_path):
+@pytest.mark.parametrize('kind', ['Pretrained', PretrainedInit])
+def test_pretrained_weights_are_told_apart(kind, retinanet, distiller, tmp_path):
     donor = MODELS.build(retinanet()['backbone'])
     state = {key: value for key, value in donor.state_dict().items() if not key.startswith('layer4')}
     torch.save(dict(state_dict=state), tmp_path / 'backbone.pth')
     student = retinanet()
-    student['backbone']['init_cfg'] = dict(type='Pretrained', checkpoint=str(tmp_path / 'backbone.pth'))
+    student['backbone']['init_cfg'] = dict(type=kind, checkpoint=str(tmp_path / 'backbone.pth'))
     model = distiller(student, retinanet())
     model.init_weights()
     counts = model.provenance.by_part()['backbone']
