@@ -2,6 +2,7 @@
 import json
 import re
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Dict, List
 
 import pytest
@@ -86,6 +87,34 @@ def test_the_sweeps_are_their_records():
         expected.append([name, *_seeds_and_mean(by_variant[distilled]), _seeds_and_mean(own)[1],
                          difference(own, by_variant[distilled])])
     assert documented('demo_sweep_augment') == expected
+
+
+def test_the_tables_by_the_logs_are_their_records():
+    by_run: Dict[str, Dict[int, float]] = {}
+    for run in json.loads((DOCS / 'results' / 'bccd.json').read_text(encoding='utf-8'))['runs']:
+        by_run.setdefault(run['run'], {})[run['seed']] = run['bbox_mAP']
+    table = documented('bccd')
+    assert len(table) == 9
+    for name, *cells in table:
+        run, _, of_teacher = name.partition(' (')  # its mAP, where it is first named
+        assert cells == [f'{by_run[run][seed]:.3f}' if seed in by_run[run] else '' for seed in range(3)], name
+        if of_teacher:
+            assert of_teacher == f"{by_run[run.rpartition(', ')[2]][0]:.3f})", name
+
+    runs = json.loads((DOCS / 'results' / 'demo.json').read_text(encoding='utf-8'))['runs']
+    plain, distilled = ({seed: run['metrics']['bbox_mAP'] for seed, run in enumerate(runs[name])}
+                        for name in ('plain', 'distilled'))
+    found = paired_difference(plain, distilled)
+    low, high = found.interval
+    assert documented('demo') == [
+        _seeds_and_spread('plain', plain), _seeds_and_spread('FGD', distilled),
+        ['difference', *(f'{distilled[seed] - plain[seed]:+.3f}' for seed in range(3)),
+         f'{found.mean:+.3f} ({low:+.3f} to {high:+.3f}), {found.verdict}']]
+
+
+def _seeds_and_spread(name: str, by_seed: Dict[int, float]) -> List[str]:
+    values = list(by_seed.values())
+    return [name, *(f'{value:.3f}' for value in values), f'{mean(values):.3f} ± {stdev(values):.3f}']
 
 
 def _seeds_and_mean(by_seed: Dict[int, float]) -> List[str]:
