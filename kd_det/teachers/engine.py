@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kd_det.taps import Levels
 from kd_det.teachers.folding import fold_batch_norms
 from kd_det.teachers.loading import TeacherError
+from kd_det.teachers.memory_order import to_channels_last
 
 PRECISIONS = dict(float32=None, bfloat16=torch.bfloat16, float16=torch.float16)
 PARTS = ('backbone', 'neck')
@@ -21,8 +22,8 @@ class Engine:
 
     Args:
         fuse: Fold batch normalisation into the convolutions.
-        channels_last: Keep weights and features with the channels of a cell side by side, the order in which
-            convolutions are fastest.
+        channels_last: Keep weights and features of backbone and neck with the channels of a cell side by side, the
+            order in which convolutions are fastest.
         precision: ``'bfloat16'`` or ``'float16'`` runs backbone and neck in it, and the heads, which compute boxes, in
             that of the student; ``'float32'`` runs everything in that of the student.
         compile: Compile backbone and neck by ``torch.compile``; a dict holds its arguments.
@@ -44,10 +45,10 @@ class Engine:
         """Changes a detector into what is run. Its taps must have been set before."""
         if self.fuse:
             fold_batch_norms(model)
-        if self.channels_last:
-            model.to(memory_format=torch.channels_last)
         parts = [module for module in (getattr(model, part, None) for part in PARTS) if isinstance(module, nn.Module)]
         for part in parts:
+            if self.channels_last:
+                to_channels_last(part)
             part.to(PRECISIONS[self.precision])
             if self.compile:
                 _compile(part, {} if self.compile is True else self.compile)
@@ -61,9 +62,9 @@ class Engine:
         def extract_feat(images: Tensor) -> Levels:
             given = images.to(dtype=lowered or images.dtype, memory_format=memory_format)
             if lowered is None:
-                return extract(given)
+                return tuple(level.contiguous() for level in extract(given))
             with torch.autocast(images.device.type, enabled=False):  # of the student's step
-                return tuple(level.to(images.dtype) for level in extract(given))
+                return tuple(level.to(images.dtype).contiguous() for level in extract(given))
 
         model.extract_feat = extract_feat  # on the instance: predict() calls it, too
 
