@@ -83,7 +83,7 @@ class DetectionDistiller(StudentWrapper):
         self.teacher_configs = checked_teachers(teacher)
         self.teachers: Optional[List[Teacher]] = None
         self.class_sets = ClassSets()
-        self.pseudo_labels = build_pseudo_labels(pseudo_labels, detector, len(self.teacher_configs))
+        self.pseudo_labels = build_pseudo_labels(pseudo_labels, detector, self.teacher_configs)
         self.task_weight = build_task_weight(task_weight)
 
         with preserved_randomness():  # the student is drawn as if there were no distillation

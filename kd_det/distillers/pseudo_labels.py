@@ -1,7 +1,7 @@
 """A teacher's confident boxes as ground truth."""
 from __future__ import annotations
 
-from typing import List, Optional, Union
+from typing import List, Optional, Sequence, Union
 
 import torch
 from mmdet.structures import DetDataSample
@@ -110,11 +110,12 @@ class PseudoLabels:
         return torch.rand_like(scores) < (scores if self.by_score else weight)
 
 
-def build_pseudo_labels(config: Optional[dict], student: nn.Module, teachers: int) -> Optional[PseudoLabels]:
+def build_pseudo_labels(config: Optional[dict], student: nn.Module, teachers: Sequence[dict]) -> Optional[PseudoLabels]:
     """Builds what the distiller's ``pseudo_labels`` says; None for none.
 
     Raises:
-        ConfigurationError: An argument is wrong, there is no such teacher, or the student learns masks.
+        ConfigurationError: An argument is wrong, there is no such teacher or it can not be asked on one rank alone, or
+            the student learns masks.
     """
     if config is None:
         return None
@@ -122,9 +123,13 @@ def build_pseudo_labels(config: Optional[dict], student: nn.Module, teachers: in
         pseudo_labels = PseudoLabels(**config)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigurationError(f'model.pseudo_labels: {reason(error, PseudoLabels)}') from error
-    if not 0 <= pseudo_labels.teacher < teachers:
-        raise ConfigurationError(f'model.pseudo_labels: teacher={pseudo_labels.teacher}, but there are {teachers} '
+    if not 0 <= pseudo_labels.teacher < len(teachers):
+        raise ConfigurationError(f'model.pseudo_labels: teacher={pseudo_labels.teacher}, but there are {len(teachers)} '
                                  'teachers, counted from 0.')
+    if pseudo_labels.only_unlabelled and teachers[pseudo_labels.teacher].get('shard'):
+        raise ConfigurationError("model.pseudo_labels: images='unlabelled' asks the teacher on those ranks alone whose "
+                                 "batch has such images, which one with shard=True can not serve. Take images='all', "
+                                 'or leave the teacher whole.')
     if getattr(student, 'with_mask', False):
         raise ConfigurationError(f"model.pseudo_labels: the student, a {type(student).__name__}, learns the masks of "
                                  'its boxes, and pseudo-labels have none. Take a student without masks, or leave them '

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kd_det.taps import Levels
 from kd_det.teachers.folding import fold_batch_norms
 from kd_det.teachers.loading import TeacherError
+from kd_det.teachers.sharding import shard_weights
 from kd_det.teachers.memory_order import to_channels_last
 
 PRECISIONS = dict(float32=None, bfloat16=torch.bfloat16, float16=torch.float16)
@@ -27,18 +28,23 @@ class Engine:
         precision: ``'bfloat16'`` or ``'float16'`` runs backbone and neck in it, and the heads, which compute boxes, in
             that of the student; ``'float32'`` runs everything in that of the student.
         compile: Compile backbone and neck by ``torch.compile``; a dict holds its arguments.
+        shard: Keep a part of the weights of backbone and neck on each rank, see
+            :func:`~kd_det.teachers.sharding.shard_weights`.
 
     Raises:
-        TeacherError: An unknown precision.
+        TeacherError: An unknown precision, or options that do not go together.
     """
     fuse: bool = True
     channels_last: bool = True
     precision: str = 'float32'
     compile: Union[bool, dict] = False
+    shard: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise TeacherError(f"model.teacher.precision='{self.precision}': expected one of {', '.join(PRECISIONS)}.")
+        if self.shard and self.compile:
+            raise TeacherError('model.teacher.shard and model.teacher.compile do not go together: remove one.')
 
     @torch.no_grad()
     def start(self, model: nn.Module) -> None:
@@ -52,6 +58,8 @@ class Engine:
             part.to(PRECISIONS[self.precision])
             if self.compile:
                 _compile(part, {} if self.compile is True else self.compile)
+            if self.shard:
+                shard_weights(part)
         self._convert_inputs(model)
 
     def _convert_inputs(self, model: nn.Module) -> None:

@@ -24,6 +24,7 @@ from kd_det.teachers.class_names import teacher_classes
 from kd_det.teachers.engine import Engine
 from kd_det.teachers.loading import ModelConfig, TeacherError, load_strictly, read_model_config, without_pretrained
 from kd_det.teachers.pyramid import LevelsRead, cut_pyramid, placed
+from kd_det.teachers.sharding import held
 from kd_det.teachers.transformer import run_encoder, shape_samples
 
 NECK = 'neck'
@@ -49,6 +50,7 @@ class Teacher:
         channels_last: See :class:`~kd_det.teachers.engine.Engine`.
         precision: See :class:`~kd_det.teachers.engine.Engine`.
         compile: See :class:`~kd_det.teachers.engine.Engine`.
+        shard: See :class:`~kd_det.teachers.engine.Engine`; not with a cache, which asks the teacher on one rank alone.
         taps: Module paths whose outputs are read.
         heads: Heads whose outputs may be asked for, see :func:`~kd_det.heads.find_head`.
         student_preprocessor: The student's data preprocessor, whose batches the teacher is given.
@@ -59,7 +61,7 @@ class Teacher:
 
     Raises:
         TeacherError: No checkpoint and not ``random_teacher``, a head that is absent or can not be read, another number
-            of classes than it has, or an unknown precision.
+            of classes than it has, or options that are unknown or do not go together.
         CheckpointError: The checkpoint does not fit.
     """
 
@@ -75,6 +77,7 @@ class Teacher:
                  channels_last: bool = True,
                  precision: str = 'float32',
                  compile: Union[bool, dict] = False,
+                 shard: bool = False,
                  *,
                  taps: Iterable[str],
                  heads: Iterable[str] = (),
@@ -85,8 +88,11 @@ class Teacher:
         if checkpoint and random_teacher:
             raise TeacherError(f"teacher.random_teacher=True contradicts teacher.checkpoint='{checkpoint}': remove "
                                'one.')
+        if shard and cache is not None:
+            raise TeacherError('model.teacher.shard and model.teacher.cache do not go together: ranks find different '
+                               'images in a cache, but have to run a sharded teacher together. Remove one.')
         self.checkpoint = checkpoint
-        self.engine = Engine(fuse, channels_last, precision, compile)
+        self.engine = Engine(fuse, channels_last, precision, compile, shard)
         self._digests: Optional[Tuple[str, str]] = None  # of the weights as loaded, and as the engine runs them
         with preserved_randomness():
             model_config = read_model_config(config)
@@ -177,7 +183,8 @@ class Teacher:
         """As :meth:`observe`, but of each tap only the levels that are read are there at all."""
         self._start()
         outputs: TeacherOutputs = {}
-        with self._cut(heads, taps, levels) as computed, self.taps.capture(taps, stop=not heads) as features:
+        stop = not heads and not self.engine.shard
+        with self._cut(heads, taps, levels) as computed, self.taps.capture(taps, stop=stop) as features:
             samples = shape_samples(images.shape[-2:], image_shapes)
             forward = TeacherForward(self.model, self.model.extract_feat(images), student, samples)
             outputs = run_heads(heads, forward)
@@ -237,7 +244,8 @@ class Teacher:
         return [InstanceData(bboxes=each.bboxes, scores=each.scores, labels=each.labels) for each in found]
 
     def fingerprint(self) -> str:
-        """SHA-256 over all parameters and buffers as they were loaded; another once something has written to them."""
+        """SHA-256 over all parameters and buffers as they were loaded; another once something has written to those that
+        this rank holds."""
         digest = self._digest()
         return self._digests[0] if self._digests is not None and self._digests[1] == digest else digest
 
@@ -245,5 +253,5 @@ class Teacher:
         digest = hashlib.sha256()
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(held(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

@@ -1,4 +1,5 @@
-"""One rank of test_ddp.py: takes two steps on a share of a batch; saves gradients, and what each rank's balances hold.
+"""One rank of test_ddp.py: takes two steps on a share of a batch; saves gradients, and of each rank what its balances
+hold and how many of the teacher's weights it does.
 
 Usage: torchrun ddp_rank.py INPUT OUTPUT
 """
@@ -11,10 +12,14 @@ from mmdet.utils import register_all_modules
 from mmengine.model import MMDistributedDataParallel
 
 import kd_det  # noqa: F401
+from kd_det.teachers.sharding import held
 
 
 def distilled_gradients(config, images, samples, wrap=lambda model: model):
-    """Gradients of the terms alone, and the balances; the student's own losses stay in the graph with weight 0."""
+    """Gradients of the terms alone, the balances, and the number of the teacher's weights that this rank holds.
+
+    The student's own losses stay in the graph with weight 0.
+    """
     register_all_modules(init_default_scope=True)
     torch.manual_seed(0)
     plain = MODELS.build(config)
@@ -32,7 +37,8 @@ def distilled_gradients(config, images, samples, wrap=lambda model: model):
         total.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in plain.named_parameters()
                  if parameter.requires_grad}
-    return gradients, plain.monitor.state_dict()
+    weights = sum(held(parameter).numel() for parameter in plain.teacher.model.parameters())
+    return gradients, plain.monitor.state_dict(), weights
 
 
 if __name__ == '__main__':
@@ -40,9 +46,9 @@ if __name__ == '__main__':
     dist.init_process_group('gloo')
     config, images, samples = torch.load(source, weights_only=False)
     share = slice(dist.get_rank() * 2, dist.get_rank() * 2 + 2)
-    gradients, balances = distilled_gradients(config, images[share], samples[share], MMDistributedDataParallel)
+    gradients, *others = distilled_gradients(config, images[share], samples[share], MMDistributedDataParallel)
     of_ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, balances)
+    dist.all_gather_object(of_ranks, others)
     if dist.get_rank() == 0:
         torch.save((gradients, of_ranks), target)
     dist.destroy_process_group()

@@ -115,7 +115,7 @@ def test_two_ranks_share_a_cache(distilled, batch, tmp_path):
     spec = importlib.util.spec_from_file_location('ddp_rank', RANK)
     rank = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(rank)
-    expected, _ = rank.distilled_gradients(distilled(None) | dict(student=config['student']), data['inputs'],
+    expected, *_ = rank.distilled_gradients(distilled(None) | dict(student=config['student']), data['inputs'],
                                            data['data_samples'])
     stored = []
     for order in ([0, 1, 2, 3], [2, 3, 0, 1]):

@@ -45,7 +45,7 @@ def batch_of_four(batch):
 
 
 def on_two_ranks(config, data, folder):
-    """The gradients, and the balances of either rank."""
+    """The gradients, and of either rank the balances and the number of the teacher's weights."""
     torch.save((config, data['inputs'], data['data_samples']), folder / 'input.pth')
     subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0',
                     '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0', str(RANK), str(folder / 'input.pth'),
@@ -53,20 +53,22 @@ def on_two_ranks(config, data, folder):
     return torch.load(folder / 'output.pth', weights_only=True)
 
 
-@pytest.mark.parametrize('detector, terms', [('retinanet', DENSE), ('faster_rcnn', TWO_STAGE)])
-def test_two_ranks_give_the_gradients_of_one_process_with_the_whole_batch(detector, terms, request, batch_of_four,
-                                                                          tmp_path):
+@pytest.mark.parametrize('detector, terms, shard', [('retinanet', DENSE, False), ('faster_rcnn', TWO_STAGE, False),
+                                                    ('faster_rcnn', TWO_STAGE, True)])
+def test_two_ranks_give_the_gradients_of_one_process_with_the_whole_batch(detector, terms, shard, request,
+                                                                          batch_of_four, tmp_path):
     make = request.getfixturevalue(detector)
     student, teacher = (make() if detector == 'retinanet' else whole(make), make(neck=12))
     student.backbone.norm_eval = True  # BatchNorm's own batch statistics would differ between the two
-    config = dict(type='DetectionDistiller', student=student, teacher=dict(config=teacher, random_teacher=True),
-                  distill=terms)
+    config = dict(type='DetectionDistiller', student=student,
+                  teacher=dict(config=teacher, random_teacher=True, shard=shard), distill=terms)
     data = batch_of_four(student)
-    gradients, _ = on_two_ranks(config, data, tmp_path)
+    gradients, of_ranks = on_two_ranks(config, data, tmp_path)
     spec = importlib.util.spec_from_file_location('ddp_rank', RANK)
     rank = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(rank)
-    expected, _ = rank.distilled_gradients(config, data['inputs'], data['data_samples'])
+    expected, _, weights = rank.distilled_gradients(config, data['inputs'], data['data_samples'])
+    assert all((held < 0.8 * weights) if shard else (held == weights) for _, held in of_ranks)  # the heads stay whole
     assert gradients.keys() == expected.keys() and any(name.startswith('distill_terms') for name in gradients)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=lambda text: f'{name}: {text}')
@@ -76,5 +78,5 @@ def test_a_balance_is_the_same_on_all_ranks(retinanet, batch_of_four, tmp_path):
     config = dict(type='DetectionDistiller', student=retinanet(),
                   teacher=dict(config=retinanet(neck=12), random_teacher=True),
                   distill=dict(pkd=dict(type='PKD', weight=dict(type='Balance', ratio=0.5))))
-    _, (first, second) = on_two_ranks(config, batch_of_four(retinanet()), tmp_path)
+    _, ((first, _), (second, _)) = on_two_ranks(config, batch_of_four(retinanet()), tmp_path)
     assert torch.equal(first['pkd']['averages'], second['pkd']['averages']) and first['pkd']['averages'].any()

@@ -109,6 +109,13 @@ def test_mistakes_in_the_config(retinanet, distiller, arguments, message):
         distiller(retinanet(), retinanet(), distill={}, pseudo_labels=arguments)
 
 
+def test_a_sharded_teacher_is_asked_on_all_ranks_or_on_none(retinanet, distiller):
+    teacher = dict(config=retinanet(), random_teacher=True, shard=True)
+    with pytest.raises(ConfigurationError, match="images='unlabelled' asks the teacher on those ranks alone"):
+        distiller(retinanet(), None, teacher=teacher, distill={}, pseudo_labels=dict(images='unlabelled'))
+    assert not distiller(retinanet(), None, teacher=teacher, distill={}, pseudo_labels={}).pseudo_labels.only_unlabelled
+
+
 def test_masks_have_no_pseudo_labels(faster_rcnn, distiller):
     student = faster_rcnn()
     student.roi_head.update(

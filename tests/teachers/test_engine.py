@@ -115,6 +115,18 @@ def test_a_student_inherits_before_the_engine_starts(retinanet, faster_rcnn, dis
         made.state_dict()
 
 
-def test_an_unknown_precision_is_an_error(teacher):
-    with pytest.raises(TeacherError, match="model.teacher.precision='int8': expected one of float32"):
-        teacher(precision='int8')
+@pytest.mark.parametrize('engine, message', [
+    (dict(precision='int8'), "model.teacher.precision='int8': expected one of float32"),
+    (dict(shard=True, compile=True), 'model.teacher.shard and model.teacher.compile do not go together'),
+    (dict(shard=True, cache=dict(dir='cache')), 'model.teacher.shard and model.teacher.cache do not go together')])
+def test_options_that_can_not_be_had(teacher, engine, message):
+    with pytest.raises(TeacherError, match=message):
+        teacher(**engine)
+
+
+def test_one_process_has_nothing_to_shard(teacher):
+    whole, alone = teacher(), teacher(shard=True)
+    images = torch.randn(2, 3, 64, 64)
+    for one, other in zip(*(each.observe(images, SHAPES)[0]['neck'] for each in (whole, alone))):
+        assert torch.equal(one, other)
+    assert type(alone.model.backbone.layer1) is type(whole.model.backbone.layer1)
