@@ -49,7 +49,8 @@ def _gradients(loss: Tensor, features: Sequence[Tensor]) -> List[Optional[Tensor
     learning = [feature for feature in features if feature.requires_grad]
     if not learning or not loss.requires_grad:
         return [None] * len(features)
-    found = iter(torch.autograd.grad(loss * SCALE, learning, retain_graph=True, allow_unused=True))
+    with torch.autocast(loss.device.type, enabled=False):  # as in the step's backward pass
+        found = iter(torch.autograd.grad(loss * SCALE, learning, retain_graph=True, allow_unused=True))
     return [next(found) if feature.requires_grad else None for feature in features]
 
 

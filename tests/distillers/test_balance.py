@@ -63,6 +63,16 @@ def test_gradients_that_float16_would_lose_are_measured():
     assert norms.term.dtype == torch.float32 and norms.term / norms.task == pytest.approx(2e-8, rel=1e-2)
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_an_autocast_of_the_step_does_not_round_the_gradients(dtype):
+    """As in the step's own backward pass, which is outside of it; in float16 this gradient would be infinite."""
+    feature, weight = torch.rand(4, 4, requires_grad=True), 100 + torch.rand(4, 4)
+    task, term = feature.sum(), (feature @ weight).sum()
+    expected = gradient_norms(task, dict(term=term), dict(term=[feature]))
+    with torch.autocast('cpu', dtype):
+        assert gradient_norms(task, dict(term=term), dict(term=[feature])) == expected
+
+
 # ---------------------------------------------------------------- the weight
 
 
