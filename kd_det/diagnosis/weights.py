@@ -15,7 +15,8 @@ from kd_det.diagnosis.finding import Finding
 from kd_det.teachers.class_names import teacher_classes
 from kd_det.teachers.loading import is_pretrained, load_strictly, read_model_config
 
-SET_TEACHER = 'Set it with --cfg-options model.teacher.checkpoint=FILE'
+SET_TEACHER = ('Set it with --teacher-checkpoint where the command has that option, or with --cfg-options '
+               'model.teacher.checkpoint=FILE')
 
 
 def inspect_checkpoints(config: Config) -> Iterator[Finding]:
