@@ -63,4 +63,5 @@ def save(config: Config) -> None:
     Path(config.filename).parent.mkdir(parents=True, exist_ok=True)
     config.dump(config.filename)
     console.print(
-        f'This config is saved as [bold]{config.filename}[/bold]. To repeat the run: kd-det train {config.filename}')
+        f'This config is saved as [bold]{config.filename}[/bold]. To repeat the run: kd-det train {config.filename}',
+        soft_wrap=True)  # so that the command can be copied
