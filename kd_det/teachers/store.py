@@ -32,7 +32,7 @@ class ArrayStore:
     checksums are verified at each read; an entry that fails is removed and counts as absent. Reading takes no lock.
 
     Args:
-        folder: Made if need be.
+        folder: Made if need be; ``~`` is the user's home.
         limit: Bytes that the folder may hold, files that are being written included, whoever writes them.
 
     Raises:
@@ -40,7 +40,7 @@ class ArrayStore:
     """
 
     def __init__(self, folder: str, limit: int) -> None:
-        self.folder, self.limit = Path(folder), limit
+        self.folder, self.limit = Path(folder).expanduser(), limit
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(str(self.folder / 'lock'))
         self._count = self.folder / 'size'
@@ -55,11 +55,11 @@ class ArrayStore:
             return self._size()
 
     def get(self, key: str) -> Optional[Arrays]:
-        """The arrays under a key, a string of hexadecimal digits; None where there are none, or not whole."""
+        """The arrays under a key, a string of hexadecimal digits; None where none can be read whole."""
         path = self._path(key)
         try:
             content = path.read_bytes()
-        except FileNotFoundError:
+        except OSError:  # there is none, or it may not be read
             return None
         if content[-CHECKSUM:] != _checksum(memoryview(content)[:-CHECKSUM]):
             self._remove(path)
@@ -110,7 +110,7 @@ class ArrayStore:
             self._set_size(size)
 
     def _remove(self, path: Path) -> None:
-        with self._lock, suppress(OSError):  # another process may have been faster
+        with suppress(OSError), self._lock:  # another process may have been faster, or the folder is read-only
             count = path.stat().st_size
             path.unlink()
             self._set_size(self._size() - count)

@@ -48,6 +48,36 @@ def test_no_damage_to_any_byte_is_ever_read(tmp_path):
         assert found is None and not path.exists()  # so that it is written anew
 
 
+def test_a_folder_in_the_users_home(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert ArrayStore('~/cache', 10**6).folder == tmp_path / 'cache' and not Path('~').exists()
+
+
+@pytest.mark.parametrize('fault', [PermissionError, IsADirectoryError])
+def test_an_entry_that_can_not_be_read_is_none(tmp_path, monkeypatch, fault):
+    store = ArrayStore(tmp_path, 10**6)
+    store.put(KEY, _arrays())
+
+    def refuse(path):
+        raise fault(path)
+
+    monkeypatch.setattr(Path, 'read_bytes', refuse)
+    assert store.get(KEY) is None
+
+
+def test_a_damaged_entry_of_a_read_only_folder_is_none(tmp_path, monkeypatch):
+    store = ArrayStore(tmp_path, 10**6)
+    store.put(KEY, _arrays())
+    os.truncate(store._path(KEY), 100)
+
+    def refuse(*args, **kwargs):
+        raise PermissionError('lock')
+
+    monkeypatch.setattr(store._lock, 'acquire', refuse)
+    assert store.get(KEY) is None
+
+
 def test_the_limit_counts_what_all_processes_wrote(tmp_path):
     one, other = ArrayStore(tmp_path, 10_000), ArrayStore(tmp_path, 10_000)
     entry = dict(values=np.zeros(1000, np.float32))
