@@ -74,7 +74,7 @@ def draw_curves(panels: Mapping[str, Mapping[str, Sequence[Curve]]]) -> Figure:
                 axes.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0,
                                   gid=kind)
         axes.set(xlabel='epoch', title=quantity)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     return figure

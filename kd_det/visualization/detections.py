@@ -47,7 +47,9 @@ def draw_detections(image: np.ndarray,
             axes.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, linewidth=1.8,
                                      edgecolor=colours[label]))
             if score is not None:
-                axes.text(x1, y1, f'{score:.2f}', color='white', fontsize=6, verticalalignment='bottom', clip_on=True,
+                above = y1 > 0.05 * height  # at the top of the image the score stands within the box
+                axes.text(x1, y1, f'{score:.2f}', color='white', fontsize=6, clip_on=True,
+                          verticalalignment='bottom' if above else 'top',
                           bbox=dict(facecolor=colours[label], edgecolor='none', pad=0.6))
             shown.add(int(label))
     handles = [Rectangle((0, 0), 1, 1, color=colours[label], label=classes[label]) for label in sorted(shown)]
