@@ -82,7 +82,8 @@ def test_the_sweeps_are_their_records():
     by_variant = points('demo_sweep_augment')
     expected = []
     for name, distilled, plain in (('no augmentation', 'fgd@augment=none', 'none'),
-                                   ('Mosaic', 'fgd@augment=mosaic', 'none@augment=mosaic')):
+                                   ('Mosaic', 'fgd@augment=mosaic', 'none@augment=mosaic'),
+                                   ('MixUp', 'fgd@augment=mixup', 'none@augment=mixup')):
         own = by_variant[plain]
         expected.append([name, *_seeds_and_mean(by_variant[distilled]), _seeds_and_mean(own)[1],
                          difference(own, by_variant[distilled])])
