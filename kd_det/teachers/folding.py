@@ -24,6 +24,7 @@ def fold_batch_norms(model: nn.Module) -> None:
             if _folds(module, conv, norm):
                 fused = fuse_conv_bn_eval(conv, norm).requires_grad_(False)
                 module._modules.update({conv_name: fused, norm_name: nn.Identity().eval()})
+                module.efficient_conv_bn_eval_forward = None  # by which a ConvModule folds in each forward anew
 
 
 def _folds(parent: nn.Module, conv: nn.Module, norm: nn.Module) -> bool:

@@ -51,6 +51,15 @@ def test_a_convolution_that_levels_share_is_folded_for_each_apart(dense_head_con
             torch.testing.assert_close(level, other, rtol=1e-4, atol=1e-5)
 
 
+def test_a_module_that_folds_in_each_forward_is_folded_once():
+    module = _trained(ConvModule(4, 4, 3, norm_cfg=dict(type='BN'), efficient_conv_bn_eval=True))
+    images = torch.randn(1, 4, 8, 8)
+    expected = module(images)
+    fold_batch_norms(module)
+    assert _norms(module) == 0
+    torch.testing.assert_close(module(images), expected)
+
+
 class _Standardized(nn.Conv2d):
 
     def forward(self, image):
