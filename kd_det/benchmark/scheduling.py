@@ -131,7 +131,8 @@ class Machine:
         if run is None:
             lines = log.read_text(encoding='utf-8', errors='replace').strip().splitlines()
             failure = Failure(lines[-1] if lines else f'exit status {process.returncode}', str(log))
-            say(f'{job.name}: failed: {failure.error} (see {log})')
+            if not self._stopped:  # else it was ended, and did not fail
+                say(f'{job.name}: failed: {failure.error} (see {log})')
             return failure
         say(f'{job.name}: {_ap(run)}, {time.monotonic() - began:.0f} s')
         return run

@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import List, Sequence
 
+import torch
 from mmengine.config import Config
 from rich.console import Console
 
@@ -22,6 +23,7 @@ from kd_det.benchmark.variants import PLAIN, Variant, parse_variants, variant_co
 from kd_det.cli.common import ConfigAction, add_inheritance_option, add_weight_options, inherited_parts
 from kd_det.cli.tracking import add_tracking_option, track
 from kd_det.configuration import ConfigurationError
+from kd_det.diagnosis.checks import check_config
 from kd_det.evaluation import SPLITS
 
 TEACHER_SEED = 0
@@ -53,7 +55,8 @@ def add_common_arguments(parser: ArgumentParser) -> None:
                       help='also measure how closely the students follow the teacher, on val (if none is named) and '
                       'train images')
     training = parser.add_argument_group('how it is trained')
-    training.add_argument('--data', metavar='DIR', help="folder of the data, in place of the configs' data_root")
+    training.add_argument('--data', '--data-root', metavar='DIR',
+                          help="folder of the data, in place of the configs' data_root")
     training.add_argument('--epochs', type=int, metavar='N',
                           help="epochs of the students (their config's), and their schedules with them")
     training.add_argument('--teacher-epochs', type=int, metavar='N', help="epochs of the teacher (its config's)")
@@ -94,8 +97,12 @@ def run(options: Namespace) -> int:
     common = Variant('', PLAIN, options.balance, inherited_parts(options), options.cfg_options)
     variants = parse_variants(options.methods, common)
     number = teachers_needed(variants, pair.checkpoints)
+    if set(options.devices) - {'cpu'} and not torch.cuda.is_available():
+        raise ConfigurationError(f"--devices {','.join(options.devices)}: there is no GPU. Leave the option out, or "
+                                 'give cpu.')
     for variant in variants:  # what can not be composed is told before a teacher is trained
         variant_config(variant, pair, [''] * number)
+    check_config(pair.student, splits=('train', 'val'))
     data = data_hash(pair.student)
     track(Config(dict(work_dir=str(root))), options.track)  # whose package is missing is told before, too
     machine = Machine(options.devices, options.jobs, options.threads, options.track)
