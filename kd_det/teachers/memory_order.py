@@ -10,20 +10,26 @@ MMCV_OPERATORS = 'mmcv.ops'
 
 
 def to_channels_last(part: nn.Module) -> None:
-    """Keeps the weights of a part in that order, and with them what its convolutions put out.
+    """Keeps the weights of a part's convolutions in that order, and with them what these put out.
 
-    Not so mmcv's operators, such as deformable convolutions: their compiled kernels read memory as if it were in
-    PyTorch's usual order, whatever the strides say, without a word (open-mmlab/mmcv, issue 2203). They keep their
-    weights, and get their inputs, in the usual one.
+    Convolutions of another kind keep their weights as they are: those that standardise them would fail. mmcv's
+    operators, such as deformable convolutions, get their inputs in the usual order, too: compiled, they read memory as
+    if it were in that, whatever the strides say, without a word (open-mmlab/mmcv, issue 2203).
 
     Args:
         part: Backbone or neck; changed.
     """
-    part.to(memory_format=torch.channels_last)
+    operators = [module for module in part.modules() if _is_operator(module)]
+    within = {child for operator in operators for child in operator.modules()}
     for module in part.modules():
-        if any(each.__module__.startswith(MMCV_OPERATORS) for each in type(module).__mro__):
-            module.to(memory_format=torch.contiguous_format)
-            _take_contiguous(module)
+        if type(module) is nn.Conv2d and module not in within:
+            module.to(memory_format=torch.channels_last)
+    for operator in operators:
+        _take_contiguous(operator)
+
+
+def _is_operator(module: nn.Module) -> bool:
+    return any(each.__module__.startswith(MMCV_OPERATORS) for each in type(module).__mro__)
 
 
 def _take_contiguous(module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Compiled mmcv's operators read memory as if it were in the usual order: teachers give them no other."""
+"""What takes no other than the usual order of memory gets it: compiled mmcv's operators, and some convolutions."""
 import copy
 from functools import wraps
 
@@ -65,6 +65,15 @@ def test_deformable_convolutions(pair, kind, groups):
     expected, found = (each.observe(images, SHAPES, taps=['neck'])[0]['neck'] for each in teachers)
     for level, other in zip(found, expected):
         torch.testing.assert_close(level, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['ConvWS', 'ConvAWS'])
+def test_convolutions_that_standardise_their_weights(pair, kind):
+    teachers = pair(conv_cfg=dict(type=kind))
+    images = torch.randn(2, 3, 64, 64)
+    expected, found = (each.observe(images, SHAPES)[0]['neck'] for each in teachers)
+    for level, other in zip(found, expected):
+        assert (level - other).norm() <= 1e-4 * other.norm()
 
 
 def test_regions_and_detections(pair, batch):
