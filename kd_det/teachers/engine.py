@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from kd_det.taps import Levels
 from kd_det.teachers.folding import fold_batch_norms
 from kd_det.teachers.loading import TeacherError
-from kd_det.teachers.sharding import shard_weights
 from kd_det.teachers.memory_order import to_channels_last
+from kd_det.teachers.sharding import shard_weights
 
 PRECISIONS = dict(float32=None, bfloat16=torch.bfloat16, float16=torch.float16)
 PARTS = ('backbone', 'neck')
