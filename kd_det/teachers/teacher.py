@@ -7,6 +7,7 @@ import json
 from contextlib import nullcontext
 from typing import ContextManager, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
+import mmdet
 import torch
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
@@ -26,8 +27,10 @@ from kd_det.teachers.loading import ModelConfig, TeacherError, load_strictly, re
 from kd_det.teachers.pyramid import LevelsRead, cut_pyramid, placed
 from kd_det.teachers.sharding import held
 from kd_det.teachers.transformer import run_encoder, shape_samples
+from kd_det.version import __version__
 
 NECK = 'neck'
+VERSIONS = torch.__version__, mmdet.__version__, __version__  # of what computes a teacher's answers
 
 
 class Teacher:
@@ -212,7 +215,7 @@ class Teacher:
             return {**features, **maps}
 
         weights = self._hashed_weights()
-        question = repr((weights, self._config, self.engine, tuple(taps), levels, tuple(heads), torch.__version__))
+        question = repr((weights, self._config, self.engine, tuple(taps), levels, tuple(heads), VERSIONS))
         answer = self.cache.recall(question, images, image_shapes, compute)
         return {path: answer[path] for path in taps}, read_maps(self.model, heads, answer)
 

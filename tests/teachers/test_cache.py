@@ -164,6 +164,14 @@ def test_another_config_taps_or_precision_is_another_question(teacher, images):
     assert [each.cache.counts.hits for each in (config, fewer, plain, half)] == [0, 0, 0, 2]
 
 
+def test_what_another_version_computed_is_not_served(teacher, images, monkeypatch):
+    teacher().observe(images, SHAPES)
+    monkeypatch.setattr('kd_det.teachers.teacher.VERSIONS', ('another', ))
+    asked = teacher()
+    asked.observe(images, SHAPES)
+    assert asked.cache.counts.hits == 0
+
+
 def test_a_batch_with_one_unknown_image_is_computed_as_a_whole(teacher, images):
     asked = teacher()
     asked.observe(images, SHAPES)
