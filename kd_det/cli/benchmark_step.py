@@ -13,7 +13,7 @@ from mmengine.device import get_device
 from rich.console import Console
 from rich.table import Table
 
-from kd_det.cli.common import add_config_options, load_distillation, prepare_without_runner
+from kd_det.cli.common import add_config_options, load_distillation, positive, prepare_without_runner
 from kd_det.distillers import DetectionDistiller
 from kd_det.step_costs import (DISTILLED, PLAIN_TEACHER, STUDENT, StepCosts, measure_step, random_distiller,
                                synthetic_batch)
@@ -24,12 +24,13 @@ MEGABYTE = 2**20
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('config', help="config of a distillation: a file, or 'package::folder/file.py'; its data and "
                         'checkpoints are not needed, for weights and images are random')
-    parser.add_argument('--batch-size', type=int, default=2, metavar='N', help='images in the batch (2)')
-    parser.add_argument('--size', type=int, nargs=2, default=(320, 320), metavar=('H', 'W'),
+    parser.add_argument('--batch-size', type=positive, default=2, metavar='N', help='images in the batch (2)')
+    parser.add_argument('--size', type=positive, nargs=2, default=(320, 320), metavar=('H', 'W'),
                         help='of the images (320 320)')
     parser.add_argument('--boxes', type=int, default=10, metavar='N', help='objects in each image (10)')
-    parser.add_argument('--repeats', type=int, default=5, metavar='N', help='rounds, of which the medians count (5)')
-    parser.add_argument('--threads', type=int, metavar='N', help="PyTorch's threads on the CPU (its own choice)")
+    parser.add_argument('--repeats', type=positive, default=5, metavar='N',
+                        help='rounds, of which the medians count (5)')
+    parser.add_argument('--threads', type=positive, metavar='N', help="PyTorch's threads on the CPU (its own choice)")
     parser.add_argument('--device', default=get_device(), help='cpu, cuda, … (%(default)s)')
     parser.add_argument('--out', type=Path, metavar='FILE', help='write the numbers to this file, as JSON')
     add_config_options(parser)

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import os
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Optional, Sequence, Tuple, Union
 
@@ -24,6 +24,13 @@ class ConfigAction(DictAction):
             if '=' not in value:
                 parser.error(f"argument {option_string}: expected KEY=VALUE, got '{value}'")
         super().__call__(parser, namespace, values, option_string)
+
+
+def positive(text: str) -> int:
+    """The type of an option that counts something, at least 1."""
+    if not text.isdigit() or int(text) == 0:
+        raise ArgumentTypeError(f"expected a whole number of at least 1, got '{text}'")
+    return int(text)
 
 
 def add_config_options(parser: ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, Optional
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kd_det.benchmark.runs import Run, finished_run, identity, train
+from kd_det.cli.common import positive
 from kd_det.cli.demo_report import draw_pictures, results_table, summarize, write_results
 from kd_det.configuration import ConfigurationError, is_distillation, load_config, set_data_root
 from kd_det.datasets import generate_shapes
@@ -24,13 +25,13 @@ DISTILLED_CONFIG = 'kd_det::demo/fgd_faster_rcnn_r101_r18.py'
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('--out', type=Path, default=Path('demo'), metavar='DIR',
                         help='folder of data, trainings, results and pictures (demo)')
-    parser.add_argument('--seeds', type=_positive, default=1, metavar='N',
+    parser.add_argument('--seeds', type=positive, default=1, metavar='N',
                         help='train both students N times, from seeds 0 to N - 1, under one teacher (1)')
-    parser.add_argument('--epochs', type=_positive, metavar='N', help="epochs of the students (their config's)")
-    parser.add_argument('--teacher-epochs', type=_positive, metavar='N', help="epochs of the teacher (its config's)")
-    parser.add_argument('--images', type=_positive, default=240, metavar='N', help='training images (240)')
-    parser.add_argument('--val-images', type=_positive, default=80, metavar='N', help='validation images (80)')
-    parser.add_argument('--size', type=_positive, default=128, metavar='PIXELS',
+    parser.add_argument('--epochs', type=positive, metavar='N', help="epochs of the students (their config's)")
+    parser.add_argument('--teacher-epochs', type=positive, metavar='N', help="epochs of the teacher (its config's)")
+    parser.add_argument('--images', type=positive, default=240, metavar='N', help='training images (240)')
+    parser.add_argument('--val-images', type=positive, default=80, metavar='N', help='validation images (80)')
+    parser.add_argument('--size', type=positive, default=128, metavar='PIXELS',
                         help='height and width of the images (128)')
     parser.add_argument('--config', default=DISTILLED_CONFIG, metavar='CONFIG',
                         help=f'how the distilled student learns ({DISTILLED_CONFIG})')
@@ -112,9 +113,3 @@ def _train_once(name: str, config: Config, inputs: Any, progress: Progress) -> R
                 step=lambda runner: progress.update(task, advance=1, total=runner.max_iters))
     progress.remove_task(task)
     return run
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise ArgumentTypeError(f"expected a whole number of at least 1, got '{text}'")
-    return int(text)

@@ -56,3 +56,10 @@ def test_a_plain_detector_is_an_error(retinanet, run_config, tmp_path, capsys):
     run_config(retinanet()).dump(tmp_path / 'plain.py')
     assert main(['benchmark-step', str(tmp_path / 'plain.py')]) == 2
     assert 'is a plain detector' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('option', ['--repeats', '--batch-size', '--threads'])
+def test_counts_are_at_least_1(option, capsys):
+    with pytest.raises(SystemExit):
+        main(['benchmark-step', 'config.py', option, '0'])
+    assert f"argument {option}: expected a whole number of at least 1, got '0'" in capsys.readouterr().err
