@@ -25,7 +25,8 @@ def reason(error: Exception, config: Any) -> str:
     message = str(error)
     argument, kind = UNKNOWN_ARGUMENT.search(message), UNKNOWN_TYPE.search(message)
     if isinstance(error, TypeError) and argument:
-        return f"there is no argument '{argument[1]}'.{nearest(argument[1], _arguments(config))}"
+        others = _arguments(config) - {argument[1]}  # which another part, or a base class, may have
+        return f"there is no argument '{argument[1]}'.{nearest(argument[1], others)}"
     if isinstance(error, KeyError) and kind:
         own = (name for name, each in MODELS.module_dict.items() if each.__module__.startswith('kd_det.'))
         return f"there is no '{kind[1]}'.{nearest(kind[1], own)} If it is your own, import it with custom_imports."

@@ -23,3 +23,9 @@ from kd_det.configuration import ConfigurationError
 def test_the_right_name_is_told(retinanet, distiller, changes, message):
     with pytest.raises(ConfigurationError, match=re.escape(message)):
         distiller(retinanet(), retinanet(), **changes)
+
+
+def test_a_wrong_name_is_not_its_own_correction(retinanet, distiller):
+    weight = dict(type='Balance', value=1.0)  # the name of an argument of its base class
+    with pytest.raises(ConfigurationError, match=r"there is no argument 'value'\.(?! Nearest names: .*value)"):
+        distiller(retinanet(), retinanet(), distill=dict(x=dict(type='PKD', weight=weight)))
