@@ -102,6 +102,9 @@ def run(options: Namespace) -> int:
                                  'give cpu.')
     for variant in variants:  # what can not be composed is told before a teacher is trained
         variant_config(variant, pair, [''] * number)
+    for checkpoint in options.teacher_checkpoint:
+        if '://' not in checkpoint and not Path(checkpoint).is_file():
+            raise ConfigurationError(f"--teacher-checkpoint: there is no file '{checkpoint}'.")
     check_config(pair.student, splits=('train', 'val'))
     data = data_hash(pair.student)
     track(Config(dict(work_dir=str(root))), options.track)  # whose package is missing is told before, too

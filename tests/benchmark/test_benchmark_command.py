@@ -158,10 +158,11 @@ def test_what_can_not_be_composed_is_told_before_anything_is_trained(benchmark, 
 
 @pytest.mark.parametrize('options, message', [
     (['--data-root', 'nowhere'], "train annotations: 'nowhere/"),
+    (['--teacher-checkpoint', 'nowhere.pth'], "--teacher-checkpoint: there is no file 'nowhere.pth'"),
     pytest.param(['--devices', '0,cpu'], '--devices 0,cpu: there is no GPU',
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is one')),
 ])
-def test_missing_data_and_gpus_are_told_before_anything_is_trained(benchmark, tmp_path, capsys, options, message):
+def test_what_is_missing_is_told_before_anything_is_trained(benchmark, tmp_path, capsys, options, message):
     with pytest.raises(FileNotFoundError):  # there are no results
         benchmark('--methods', 'none', *options)
     assert f'kd-det: error: {message}' in capsys.readouterr().err and not (tmp_path / 'work').exists()
