@@ -51,8 +51,7 @@ class ArrayStore:
     @property
     def size(self) -> int:
         """Bytes that the folder holds."""
-        with self._lock:
-            return self._size()
+        return self._size()
 
     def get(self, key: str) -> Optional[Arrays]:
         """The arrays under a key, a string of hexadecimal digits; None where none can be read whole."""
