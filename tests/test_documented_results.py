@@ -88,6 +88,11 @@ def test_the_sweeps_are_their_records():
         expected.append([name, *_seeds_and_mean(by_variant[distilled]), _seeds_and_mean(own)[1],
                          difference(own, by_variant[distilled])])
     assert documented('demo_sweep_augment') == expected
+    by_variant = points('demo_sweep_teachers')
+    plain, one = by_variant['none'], by_variant['bckd@teachers=1']
+    assert documented('demo_sweep_teachers') == [
+        [str(count), *_seeds_and_mean(by_seed), difference(plain, by_seed), difference(one, by_seed) if count > 1 else '']
+        for count, by_seed in ((count, by_variant[f'bckd@teachers={count}']) for count in (1, 3, 5))]
 
 
 def test_the_tables_by_the_logs_are_their_records():
