@@ -150,12 +150,12 @@ def _inspect_coco(split: str, dataset: dict, path: str) -> Iterator[Finding]:
     elif unlabelled:
         yield Finding(subject, f'{len(images)} images, unlabelled')
     elif not annotated:
-        yield Finding(
-            subject, f"'{path}' has no box of the config's classes ({_listed(classes)}); the file's categories are "
-            f'{_listed(sorted(names.values()))}',
-            "Set metainfo=dict(classes=…) of the data set to the file's names, and num_classes of every head to "
-            'their number',
-            fault=True)
+        remedy = "If nobody labelled these images, end the data set's pipeline with dict(type='Unlabelled')"
+        if missing:
+            remedy = ("Set metainfo=dict(classes=…) of the data set to the file's names, and num_classes of every head "
+                      'to their number')
+        yield Finding(subject, f"'{path}' has no box of the config's classes ({_listed(classes)}); the file's "
+                      f'categories are {_listed(sorted(names.values()))}', remedy, fault=True)
     else:
         yield Finding(subject, f'{len(images)} images, {len(annotated)} of them with boxes of {len(classes)} classes',
                       f"The file has no category for {_listed(missing)}: check their spelling" if missing else '')

@@ -126,6 +126,13 @@ def test_classes_that_the_file_does_not_have(config):
         dataset.metainfo.classes = ('cat', 'dog', 'cow')
     fault = fault_of(inspect_annotations(config))
     assert "no box of the config's classes (cat, dog, cow); the file's categories are blue, green, red" in fault.found
+    assert 'metainfo=dict(classes=…)' in fault.remedy
+
+
+def test_a_file_without_boxes(config, folder):
+    rewrite(folder, lambda content: content.update(annotations=[]))
+    fault = fault_of(inspect_annotations(config))
+    assert "no box of the config's classes" in fault.found and "dict(type='Unlabelled')" in fault.remedy
 
 
 def test_a_class_that_the_file_does_not_have_is_a_note(config):
