@@ -24,7 +24,8 @@ def run(options: Namespace) -> int:
 
 def render(entries: Sequence[MethodEntry]) -> Table:
     """The methods as a table."""
-    table = Table('Method', 'Compares', 'Reads', 'Serves', 'Paper', caption=f"all: {', '.join(DETECTORS)}")
+    table = Table('Method', 'Compares', 'Reads', 'Serves', 'Paper', caption=f"all: {', '.join(DETECTORS)}",
+                  caption_justify='left')
     for entry in entries:
         table.add_row(f'[bold]{entry.name}[/bold]', entry.idea, ', '.join(entry.needs), _served(entry), entry.paper)
     return table
