@@ -44,15 +44,26 @@ class StepCosts(NamedTuple):
     Attributes:
         parts: By name: the student's whole step, the distilled one, what runs of the teachers, their plain forward in
             evaluation mode up to the neck, and each term's forward and backward as far as what it reads of the student.
-        distilling: Seconds that the distilled step takes longer than the student's, the median over the rounds.
+        differences: Seconds that the distilled step takes longer than the student's, round by round.
     """
     parts: Dict[str, Cost]
-    distilling: float
+    differences: List[float]
+
+    @property
+    def distilling(self) -> float:
+        """What distilling costs, the median of the differences."""
+        return median(self.differences)
 
     @property
     def ratio(self) -> float:
-        """What distilling costs, in plain forwards of the teacher."""
+        """The same in plain forwards of the teacher."""
         return self.distilling / self.parts[PLAIN_TEACHER].seconds
+
+    @property
+    def middle_half(self) -> Tuple[float, float]:
+        """The ratios between which half of the rounds lie: a step varies by more than the terms take."""
+        low, high = np.quantile(self.differences, (0.25, 0.75)) / self.parts[PLAIN_TEACHER].seconds
+        return float(low), float(high)
 
 
 def synthetic_batch(model: nn.Module, images: int, size: Tuple[int, int], boxes: int) -> dict:
@@ -102,7 +113,7 @@ def measure_step(distiller: DetectionDistiller, batch: dict, optimizer: dict, re
     """
     calls = dict(_steps(distiller, batch, optimizer), **dict(_parts(distiller, batch)))
     parts, rounds = _measured(calls, next(distiller.parameters()).device, repeats)
-    return StepCosts(parts, median(each[DISTILLED] - each[STUDENT] for each in rounds))
+    return StepCosts(parts, [each[DISTILLED] - each[STUDENT] for each in rounds])
 
 
 def measure_parts(distiller: DetectionDistiller, batch: dict, repeats: int = 5) -> Dict[str, Cost]:

@@ -68,10 +68,11 @@ def costs_table(costs: StepCosts, images: int, weights: int) -> Table:
     """
     plain, student = costs.parts[PLAIN_TEACHER].seconds, costs.parts[STUDENT].memory
     more = (costs.parts[DISTILLED].memory - student) / MEGABYTE
+    low, high = costs.middle_half
     table = Table('Part', 'Time', 'Plain teacher forwards', 'Images / s', 'Peak memory', title='A training step',
                   caption=f'Distilling costs {costs.distilling * 1e3:.1f} ms, [bold]{costs.ratio:.2f}[/bold] plain '
-                  f'forwards of the teacher, and {more:.1f} MiB at the peak beside {weights / MEGABYTE:.1f} MiB of its '
-                  'weights')
+                  f'forwards of the teacher ({low:.2f} to {high:.2f} in the middle half of the rounds), and {more:.1f} '
+                  f'MiB at the peak beside {weights / MEGABYTE:.1f} MiB of its weights', caption_justify='left')
     for column in table.columns[1:]:
         column.justify = 'right'
     for name, cost in costs.parts.items():
@@ -89,4 +90,5 @@ def record(costs: StepCosts, distiller: DetectionDistiller, config: Config, opti
         device=options.device, threads=torch.get_num_threads(), processor=platform.machine(), torch=torch.__version__,
         engines=[asdict(teacher.engine) for teacher in distiller.teachers],
         parts={name: cost._asdict() for name, cost in costs.parts.items()},
-        distilling=costs.distilling, ratio=costs.ratio, teacher_weights=weights_of_teachers(distiller))
+        distilling=costs.distilling, ratio=costs.ratio, middle_half=costs.middle_half,
+        teacher_weights=weights_of_teachers(distiller))

@@ -6,8 +6,8 @@ import torch
 
 from kd_det.cli.main import main
 from kd_det.composition import method_terms
-from kd_det.step_costs import (DISTILLED, PLAIN_TEACHER, STUDENT, TEACHER, TERM, measure_parts, measure_step,
-                               random_distiller, synthetic_batch)
+from kd_det.step_costs import (DISTILLED, PLAIN_TEACHER, STUDENT, TEACHER, TERM, Cost, StepCosts, measure_parts,
+                               measure_step, random_distiller, synthetic_batch)
 
 
 @pytest.fixture
@@ -29,7 +29,15 @@ def test_a_config_is_enough(config, tmp_path, capsys):
     assert set(record['parts']) == {STUDENT, DISTILLED, TEACHER, PLAIN_TEACHER, 'term fgd', 'term kd'}
     assert all(part['seconds'] > 0 and part['memory'] > 0 for part in record['parts'].values())
     assert record['ratio'] == record['distilling'] / record['parts'][PLAIN_TEACHER]['seconds']
+    assert record['middle_half'] == [record['ratio']] * 2  # of one round
     assert record['size'] == [64, 96] and record['engines'][0]['fuse'] is True
+
+
+def test_the_spread_over_the_rounds_is_told():
+    costs = StepCosts({PLAIN_TEACHER: Cost(2.0, 0)}, [1.0, 3.0, 2.0, 9.0, 1.5])
+    assert (costs.distilling, costs.ratio) == (2.0, 1.0)
+    low, high = costs.middle_half
+    assert 0.5 < low < 1.0 < high < 4.5
 
 
 def test_measuring_moves_no_weight_and_runs_every_term_at_full_weight(config):
