@@ -13,7 +13,9 @@ DOCS = Path(__file__).parents[1] / 'docs'
 INHERIT, PLAIN = 'neck and heads inherited, no term', 'plain student'
 RECORDS = {'demo_faster_rcnn': {}, 'demo_retinanet': {'rm': 'rm@balance=1'}, 'demo_gfl': {}, 'bccd_methods': {},
            'bccd_more_seeds': {},
-           'demo_dino': {'inherit': 'all but the backbone inherited, no term'}}
+           'demo_dino': {'inherit': 'all but the backbone inherited, no term'},
+           'demo_dino_more_seeds': {'inherit': 'all but the backbone inherited, no term'}}
+FURTHER_SEEDS_OF = {'bccd_more_seeds': 'bccd_methods', 'demo_dino_more_seeds': 'demo_dino'}
 
 
 def documented(record: str) -> List[List[str]]:
@@ -40,8 +42,8 @@ def difference(baseline: Dict[int, float], other: Dict[int, float]) -> str:
 @pytest.mark.parametrize('record', RECORDS)
 def test_a_table_is_its_record(record):
     by_variant = points(record)
-    if record == 'bccd_more_seeds':  # which goes on from another
-        before = points('bccd_methods')
+    if record in FURTHER_SEEDS_OF:
+        before = points(FURTHER_SEEDS_OF[record])
         by_variant = {variant: {**before[variant], **by_seed} for variant, by_seed in by_variant.items()}
     plain, inherit = by_variant['none'], by_variant['inherit']
     names = {'none': PLAIN, 'inherit': RECORDS[record].get('inherit', INHERIT)}
