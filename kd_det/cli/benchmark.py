@@ -24,6 +24,8 @@ from kd_det.cli.common import ConfigAction, add_inheritance_option, add_weight_o
 from kd_det.cli.tracking import add_tracking_option, track
 from kd_det.configuration import ConfigurationError
 from kd_det.diagnosis.checks import check_config
+from kd_det.diagnosis.finding import raise_faults
+from kd_det.diagnosis.weights import inspect_checkpoint
 from kd_det.evaluation import SPLITS
 
 TEACHER_SEED = 0
@@ -102,9 +104,8 @@ def run(options: Namespace) -> int:
                                  'give cpu.')
     for variant in variants:  # what can not be composed is told before a teacher is trained
         variant_config(variant, pair, [''] * number)
-    for checkpoint in options.teacher_checkpoint:
-        if '://' not in checkpoint and not Path(checkpoint).is_file():
-            raise ConfigurationError(f"--teacher-checkpoint: there is no file '{checkpoint}'.")
+    raise_faults(inspect_checkpoint('--teacher-checkpoint', checkpoint, 'Give the path of a checkpoint')
+                 for checkpoint in options.teacher_checkpoint)
     check_config(pair.student, splits=('train', 'val'))
     data = data_hash(pair.student)
     track(Config(dict(work_dir=str(root))), options.track)  # whose package is missing is told before, too

@@ -23,17 +23,17 @@ def inspect_checkpoints(config: Config) -> Iterator[Finding]:
     """Whether the files of the teacher's and the student's initial weights exist; addresses are listed."""
     for name, teacher in teachers_of(config):
         if teacher.get('checkpoint'):
-            yield _existing(f'{name} checkpoint', teacher['checkpoint'], SET_TEACHER)
+            yield inspect_checkpoint(f'{name} checkpoint', teacher['checkpoint'], SET_TEACHER)
         elif not teacher.get('random_teacher'):
             yield Finding(f'{name} checkpoint', 'none is given', SET_TEACHER, fault=True)
     for checkpoint in _pretrained(student_model(config)):
-        yield _existing('student init_cfg', checkpoint, 'Correct the init_cfg of the student')
+        yield inspect_checkpoint('student init_cfg', checkpoint, 'Correct the init_cfg of the student')
 
 
 def inspect_start(config: Config) -> Iterator[Finding]:
     """Whether the checkpoint that is loaded or resumed exists."""
     if config.get('load_from'):
-        yield _existing('checkpoint', config.load_from, 'Give the path of a checkpoint')
+        yield inspect_checkpoint('checkpoint', config.load_from, 'Give the path of a checkpoint')
 
 
 def inspect_teacher_classes(config: Config) -> Iterator[Finding]:
@@ -134,7 +134,8 @@ def _pretrained(node: object) -> Iterator[str]:
             yield from _pretrained(item)
 
 
-def _existing(subject: str, checkpoint: str, remedy: str) -> Finding:
+def inspect_checkpoint(subject: str, checkpoint: str, remedy: str) -> Finding:
+    """Whether the file of a checkpoint exists; an address is taken as it is."""
     if '://' in str(checkpoint):
         return Finding(subject, f'{checkpoint} (downloaded when first used)')
     if Path(checkpoint).is_file():
