@@ -31,8 +31,10 @@ def shard_weights(part: nn.Module) -> None:
     except ImportError as error:
         raise TeacherError(f'model.teacher.shard=True needs PyTorch 2.6 or newer: {error}') from error
     part.to(memory_format=torch.contiguous_format)  # fully_shard takes no weights in another order
-    for stage in list(_stages(part)):
-        mesh = init_device_mesh(next(stage.parameters()).device.type, (get_world_size(), ))
+    stages = list(_stages(part))
+    if stages:
+        mesh = init_device_mesh(next(part.parameters()).device.type, (get_world_size(), ))
+    for stage in stages:
         fully_shard(stage, mesh=mesh, reshard_after_forward=True)
 
 
