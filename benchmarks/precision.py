@@ -48,17 +48,16 @@ def measure(config: Config, checkpoint: str) -> dict:
     points: Dict[str, Dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         config.work_dir, config.log_level = folder, 'ERROR'
-        config.val_evaluator.outfile_prefix = f'{folder}/found'
         runner = build_runner(config)
-        truth = COCO(config.val_evaluator.ann_file)
+        images = len(COCO(config.val_evaluator.ann_file).imgs)
         for name, engine in ENGINES.items():
             teacher = Teacher(config.model, checkpoint, taps=(), **engine,
                               student_preprocessor=runner.model.data_preprocessor)
             teacher.to_like(next(runner.model.parameters()))
             with contextlib.redirect_stdout(io.StringIO()):
-                evaluate_teacher(runner, teacher, images=len(truth.imgs))
-                points[name] = average_precision(truth, f'{folder}/found.bbox.json')
-    return dict(images=len(truth.imgs), points=points)
+                evaluate_teacher(runner, teacher, images, outfile_prefix=f'{folder}/found')
+                points[name] = average_precision(COCO(f'{folder}/found.gt.json'), f'{folder}/found.bbox.json')
+    return dict(images=images, points=points)
 
 
 def average_precision(truth: COCO, results: str) -> Dict[str, float]:

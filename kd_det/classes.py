@@ -1,17 +1,24 @@
-"""Which classes of two detectors are the same: matched by name, for their order and number may differ."""
+"""What the labels of data and detectors mean, and which classes of two detectors are the same: matched by name."""
 from __future__ import annotations
 
+import json
+import mmap
+import re
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from mmdet.registry import DATASETS
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset
+from mmengine.fileio import get_local_path, load
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from kd_det.configuration import ConfigurationError, leaf_datasets
+from kd_det.configuration import ConfigurationError, built_leaves, leaf_datasets
 
 Names = Tuple[str, ...]
+
+CATEGORIES = re.compile(rb'"categories"\s*:\s*(?=\[)')
 
 
 class ClassMatch(NamedTuple):
@@ -104,8 +111,130 @@ def dataset_classes(dataset: dict) -> Optional[Sequence[str]]:
     return classes
 
 
+class LabelNames(NamedTuple):
+    """What the labels of a data set mean.
+
+    Attributes:
+        meant: The name of the category that the boxes of each label have.
+        declared: The names in the data set's ``metainfo``, by label as its writer believes.
+        known: All categories of the annotations, in the order in which they are numbered; ``meant`` where that is all.
+    """
+    meant: Names
+    declared: Names
+    known: Names
+
+    @property
+    def agree(self) -> bool:
+        """Whether no label has boxes of another name than the metainfo says, up to spelling."""
+        return len(self.meant) <= len(self.declared) and same_meaning(self.meant, self.declared)
+
+    @property
+    def absent(self) -> List[str]:
+        """The declared names that no category has, letter by letter, where labels are missing for it."""
+        return [name for name in self.declared if name not in self.known] if len(self.meant) < len(self.declared) else []
+
+
+def same_meaning(first: Sequence[str], second: Sequence[str]) -> bool:
+    """Whether labels that two lists of names both have mean the same in both, up to spelling."""
+    return all(_spelling(one) == _spelling(other) for one, other in zip(first, second))
+
+
+def read_label_names(leaf: object) -> Optional[LabelNames]:
+    """Reads what the labels of a built data set mean from its annotations.
+
+    MMDetection numbers the labels of COCO files and their kin in the order of the *file's* categories, whatever order
+    ``metainfo.classes`` has, and passes over a name that is no category, so that all later labels shift. A file in
+    MMEngine's own form holds labels and names them; ODVG has a file of names. All other data sets number by their
+    metainfo.
+
+    Args:
+        leaf: A data set that is no wrapper.
+
+    Returns:
+        The names; None where nothing tells them.
+    """
+    declared = tuple(map(str, metainfo_of(leaf).get('classes') or ()))
+    labels, named, known = getattr(leaf, 'cat2label', None), getattr(leaf, 'label_map', None), ()
+    meant: Dict[int, str] = dict(enumerate(declared))
+    if isinstance(labels, dict) and hasattr(leaf, 'cat_ids'):
+        categories = _categories_of(leaf)
+        if labels.keys() <= categories.keys():
+            meant, known = {label: categories[category] for category, label in labels.items()}, categories.values()
+    elif isinstance(named, dict) and all(isinstance(name, str) for name in named.values()):
+        meant = {int(label): name for label, name in named.items()}
+    elif getattr(type(leaf), 'load_data_list', None) is BaseDataset.load_data_list and leaf.ann_file:
+        meant = dict(enumerate(load(leaf.ann_file)['metainfo'].get('classes') or declared))
+    names = tuple(str(meant.get(label, '')) for label in range(max(meant, default=-1) + 1))
+    return LabelNames(names, declared or names, tuple(known) or names) if names or known else None
+
+
+def label_names(dataset: object) -> Optional[Names]:
+    """What the labels of a built data set mean, see :func:`read_label_names`; of joined ones those of the first.
+
+    Args:
+        dataset: Of MMDetection or MMEngine, wrappers included.
+    """
+    found = map(read_label_names, built_leaves(dataset))
+    return next((names.meant for names in found if names and names.meant), None)
+
+
+def metainfo_of(dataset: object) -> dict:
+    """The ``metainfo`` of a built data set, see :func:`first_metainfo`."""
+    return first_metainfo(getattr(dataset, 'metainfo', None))
+
+
+def first_metainfo(metainfo: Union[dict, Sequence[dict], None]) -> dict:
+    """One ``metainfo``, or of joined data sets that differ in it, as in a palette, the first; empty where there is none.
+    """
+    return (metainfo if isinstance(metainfo, dict) else next(iter(metainfo or ()), None)) or {}
+
+
+def _categories_of(leaf: object) -> Dict[int, str]:
+    """The categories of a data set of COCO's kin by id, in the order in which it numbers them; none if not readable."""
+    try:
+        categories = read_categories(leaf.ann_file, getattr(leaf, 'backend_args', None))
+    except (OSError, ValueError, KeyError, TypeError):  # a data set of COCO's kin may read a form of its own
+        return {}
+    used = [category for category in categories if category in leaf.cat_ids]
+    return categories if used == list(leaf.cat_ids) else dict(sorted(categories.items()))  # as Objects365 does
+
+
+def read_categories(file: str, backend_args: Optional[dict] = None) -> Dict[int, str]:
+    """Reads the categories of a COCO file: names by id, in the order of the file.
+
+    Such files are large; where the list can be told from all else, it alone is decoded.
+
+    Args:
+        file: The annotation file.
+        backend_args: Where it lies, as for mmengine.
+
+    Raises:
+        ValueError: It is no JSON file.
+        KeyError: It has no categories.
+    """
+    with get_local_path(file, backend_args=backend_args) as path, open(path, 'rb') as opened, \
+            mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        starts = [match.end() for match in CATEGORIES.finditer(content)]
+        found = _decode_list(content, starts[0]) if len(starts) == 1 else json.loads(content[:])['categories']
+    return {category['id']: str(category['name']) for category in found}
+
+
+def _decode_list(content: mmap.mmap, start: int, size: int = 2**16) -> list:
+    """The JSON list that begins there."""
+    while True:
+        try:
+            return json.JSONDecoder().raw_decode(content[start:start + size].decode('utf-8', errors='ignore'))[0]
+        except json.JSONDecodeError:
+            if start + size >= len(content):
+                raise
+            size *= 8
+
+
 def training_classes(config: Config) -> Optional[Sequence[str]]:
-    """The class names of a config's training data, see :func:`dataset_classes`; None without training data."""
+    """The class names that a config's training data declares, see :func:`dataset_classes`; None without training data.
+
+    What its labels mean is known once the data is read, see :func:`label_names`.
+    """
     loader = config.get('train_dataloader')
     return dataset_classes(leaf_datasets(loader['dataset'])[0]) if loader else None
 

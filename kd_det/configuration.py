@@ -5,7 +5,7 @@ import copy
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
-from typing import Any, Callable, Iterable, List, Union
+from typing import Any, Callable, Iterable, Iterator, List, Union
 
 from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
@@ -162,6 +162,16 @@ def leaf_datasets(dataset: dict) -> List[dict]:
     if inner is None:
         return [dataset]
     return [leaf for item in (inner if isinstance(inner, (list, tuple)) else [inner]) for leaf in leaf_datasets(item)]
+
+
+def built_leaves(dataset: object) -> Iterator[object]:
+    """As :func:`leaf_datasets`, of a data set that is built."""
+    inner = getattr(dataset, 'datasets', None) or getattr(dataset, 'dataset', None)
+    if inner is None:
+        yield dataset
+    else:
+        for item in inner if isinstance(inner, (list, tuple)) else [inner]:
+            yield from built_leaves(item)
 
 
 def training_pipelines(config: Config) -> List[List[dict]]:

@@ -1,11 +1,14 @@
 """MMEngine's Runner for a config."""
 from __future__ import annotations
 
+from typing import Optional
+
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 
+from kd_det.classes import metainfo_of
 from kd_det.compat import log_operator_backend
 from kd_det.teachers import load_strictly
 
@@ -27,6 +30,16 @@ def build_optimizer(runner: Runner) -> None:
     """
     if isinstance(runner, Runner):
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+
+
+def use_one_metainfo(loop: Optional[BaseLoop]) -> None:
+    """Lets metrics and pictures of a loop have one ``metainfo`` where joined data sets have several, as with palettes of
+    their own: MMDetection takes it for a dict, and would end after the last image of the first validation."""
+    dataset = getattr(getattr(loop, 'dataloader', None), 'dataset', None)
+    if isinstance(getattr(dataset, 'metainfo', None), (list, tuple)):
+        loop.runner.visualizer.dataset_meta = metainfo_of(dataset)
+        if hasattr(loop, 'evaluator'):
+            loop.evaluator.dataset_meta = metainfo_of(dataset)
 
 
 def check_start(runner: Runner) -> None:

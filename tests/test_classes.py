@@ -1,11 +1,17 @@
 """Classes are matched by name: any order, any number, any spelling of spaces."""
+import json
+
 import pytest
 import torch
+from mmdet.datasets import ConcatDataset
+from mmengine.dataset import RepeatDataset
 from mmengine.structures import InstanceData
+from torch.utils.data import Subset
 
-from kd_det.classes import dataset_classes, match_classes, number_of_classes
+from kd_det.classes import (dataset_classes, label_names, match_classes, metainfo_of, number_of_classes,
+                            read_categories, read_label_names)
 from kd_det.configuration import ConfigurationError
-from mmdet.registry import MODELS
+from mmdet.registry import DATASETS, MODELS
 
 
 def test_the_same_classes_change_nothing():
@@ -62,3 +68,95 @@ def test_classes_of_a_data_set(tmp_path):
 def test_number_of_classes(family, request):
     assert number_of_classes(MODELS.build(request.getfixturevalue(family)(classes=5))) == 5
     assert number_of_classes(torch.nn.Identity()) is None
+
+
+# ---------------------------------------------------------------- what labels mean
+
+
+COCO = dict(images=[dict(id=1, file_name='1.jpg', width=8, height=8)],
+            categories=[dict(id=7, name='zebra'), dict(id=3, name='Katze 猫'), dict(id=5, name='ant')],
+            annotations=[dict(id=1, image_id=1, category_id=5, bbox=[0, 0, 4, 4], area=16, iscrowd=0)])
+
+
+@pytest.fixture
+def built(tmp_path):
+    """Builds a data set over a file."""
+
+    def build(content, kind='CocoDataset', **options):
+        (tmp_path / 'data.json').write_text(content if isinstance(content, str) else json.dumps(content))
+        return DATASETS.build(dict(type=kind, ann_file=str(tmp_path / 'data.json'), pipeline=[],
+                                   **{'data_prefix': dict(img=''), **options}))
+
+    return build
+
+
+@pytest.mark.parametrize('kind, meant', [
+    ('CocoDataset', ('zebra', 'Katze 猫', 'ant')),  # in the order of the file
+    ('Objects365V1Dataset', ('Katze 猫', 'ant', 'zebra')),  # in that of the ids
+    ('CityscapesDataset', ('zebra', 'Katze 猫', 'ant'))])
+def test_labels_mean_the_categories_that_boxes_have(built, kind, meant):
+    dataset = built(COCO, kind, metainfo=dict(classes=('ant', 'Katze 猫', 'zebra')))
+    names = read_label_names(dataset)
+    assert names.meant == names.known == meant and names.declared == ('ant', 'Katze 猫', 'zebra') and not names.agree
+    assert names.meant[dataset.get_data_info(0)['instances'][0]['bbox_label']] == 'ant'
+    assert label_names(dataset) == meant
+
+
+def test_a_name_that_is_no_category_shifts_the_labels(built):
+    names = read_label_names(built(COCO, metainfo=dict(classes=('zbera', 'Katze 猫', 'ant'))))
+    assert names.meant == ('Katze 猫', 'ant') and names.absent == ['zbera'] and not names.agree
+
+
+def test_names_within_wrappers(built):
+    parts = [built(COCO, metainfo=dict(classes=('ant', 'zebra'), palette=palette)) for palette in ([(0, 0, 0)] * 2, None)]
+    joined = ConcatDataset(parts)
+    assert isinstance(joined.metainfo, list)
+    assert label_names(Subset(joined, [0])) == label_names(RepeatDataset(parts[0], 2)) == ('zebra', 'ant')
+    assert metainfo_of(joined)['palette'] == [(0, 0, 0)] * 2 and metainfo_of([]) == {}
+
+
+def test_a_file_of_mmengine_names_its_labels(built):
+    content = dict(metainfo=dict(classes=['a', 'b']), data_list=[dict(img='1.jpg', instances=[])])
+    names = read_label_names(built(content, 'BaseDetDataset', metainfo=dict(classes=('b', 'a'))))
+    assert (names.meant, names.declared) == (('a', 'b'), ('b', 'a'))
+    assert read_label_names(built(content, 'BaseDetDataset')).agree
+
+
+def test_odvg_has_a_file_of_names(built, tmp_path):
+    (tmp_path / 'labels.json').write_text(json.dumps({'0': 'b', '1': 'a'}))
+    dataset = built(json.dumps(dict(filename='1.jpg', height=8, width=8)), 'ODVGDataset', return_classes=True,
+                    data_root=str(tmp_path), label_map_file='labels.json', metainfo=dict(classes=('a', 'b')))
+    assert read_label_names(dataset).meant == ('b', 'a')
+
+
+def test_xml_numbers_by_the_metainfo(tmp_path):
+    (tmp_path / 'list.txt').write_text('')
+    dataset = DATASETS.build(dict(type='VOCDataset', ann_file=str(tmp_path / 'list.txt'), pipeline=[],
+                                  data_root=str(tmp_path) + '/VOC2007', metainfo=dict(classes=('b', 'a')),
+                                  data_prefix=dict(sub_data_root=''), serialize_data=False))
+    assert read_label_names(dataset).meant == ('b', 'a') and read_label_names(dataset).agree
+
+
+def test_a_data_set_of_ones_own_that_reads_another_form(built):
+    dataset = built(COCO, metainfo=dict(classes=('ant', 'zebra')))
+    dataset.ann_file += '.csv'  # nothing that could be read as COCO's form
+    assert read_label_names(dataset).meant == ('ant', 'zebra')
+    assert read_label_names(object()) is None and label_names([]) is None
+
+
+@pytest.mark.parametrize('text', [
+    json.dumps(COCO), json.dumps(COCO, ensure_ascii=False, indent=1), json.dumps(dict(reversed(COCO.items()))),
+    json.dumps(dict(COCO, info=dict(categories=['none'])))])  # a second list of that name
+def test_categories_are_read_without_the_rest(tmp_path, text):
+    (tmp_path / 'data.json').write_text(text, encoding='utf-8')
+    assert list(read_categories(str(tmp_path / 'data.json')).items()) == [(7, 'zebra'), (3, 'Katze 猫'), (5, 'ant')]
+
+
+def test_a_long_list_of_categories(tmp_path):
+    categories = [dict(id=index, name='ö' * 100) for index in range(3000)]
+    (tmp_path / 'data.json').write_text(json.dumps(dict(categories=categories, images=[]), ensure_ascii=False),
+                                        encoding='utf-8')
+    assert len(read_categories(str(tmp_path / 'data.json'))) == 3000
+    (tmp_path / 'data.json').write_text('{"categories": [{"id": 1')
+    with pytest.raises(ValueError):
+        read_categories(str(tmp_path / 'data.json'))

@@ -12,7 +12,8 @@ from mmengine.config import Config, ConfigDict
 from kd_det.cli.common import add_run_options, apply_run_options
 from kd_det.configuration import leaf_datasets, load_config, renamed, student_config
 from kd_det.diagnosis.checks import check_config, explain
-from kd_det.runner import build_runner, check_start
+from kd_det.diagnosis.data import check_labels
+from kd_det.runner import build_runner, check_start, use_one_metainfo
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -39,8 +40,11 @@ def run(options: Namespace) -> int:
     check_config(config, splits=('test', ))
     with explain(config):
         runner = build_runner(config)
+        use_one_metainfo(runner.test_loop)
+        metrics = runner.test_loop.evaluator.metrics
+        check_labels(dict(test=runner.test_loop.dataloader.dataset), dict(test=metrics))
         if options.out:
-            runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=options.out))
+            metrics.append(DumpDetResults(out_file_path=options.out))
     check_start(runner)
     runner.test()
     return 0

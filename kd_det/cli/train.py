@@ -12,8 +12,8 @@ from kd_det.cli.common import add_run_options, apply_run_options
 from kd_det.cli.tracking import add_tracking_option, track
 from kd_det.configuration import ConfigurationError, load_config
 from kd_det.diagnosis.checks import check_config, explain
-from kd_det.diagnosis.data import check_images
-from kd_det.runner import build_optimizer, build_runner, check_start
+from kd_det.diagnosis.data import check_images, check_labels
+from kd_det.runner import build_optimizer, build_runner, check_start, use_one_metainfo
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -69,7 +69,8 @@ def train(config: Config, resume: Optional[str] = None) -> None:
         resume: A checkpoint, or ``'auto'`` for the latest one in the work dir.
 
     Raises:
-        DiagnosisError: A file is missing, the data is empty or unreadable, or class counts differ.
+        DiagnosisError: A file is missing, the data is empty or unreadable, class counts differ, or labels mean
+            something else than the data's metainfo says.
         CheckpointError: The checkpoint to resume is of another detector.
         ConfigurationError: Something of the config can not be built.
     """
@@ -79,9 +80,13 @@ def train(config: Config, resume: Optional[str] = None) -> None:
     check_config(config, splits=('train', 'val'))
     with explain(config):
         runner = build_runner(config)
-        for loop in (runner.train_loop, runner.val_loop):
-            if loop is not None:
-                check_images(loop.dataloader.dataset)
+        loops = dict(train=runner.train_loop, val=runner.val_loop)
+        for loop in loops.values():
+            use_one_metainfo(loop)
+        datasets = {split: loop.dataloader.dataset for split, loop in loops.items() if loop is not None}
+        check_labels(datasets, dict(val=runner.val_loop.evaluator.metrics) if runner.val_loop else {})
+        for dataset in datasets.values():
+            check_images(dataset)
         build_optimizer(runner)
     if config.get('resume'):  # as the config may say itself
         check_start(runner)

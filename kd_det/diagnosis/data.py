@@ -1,22 +1,31 @@
 """Inspects the data of a config: files, annotations, classes and images."""
 from __future__ import annotations
 
+import copy
 import json
 import re
+from contextlib import redirect_stdout
+from difflib import get_close_matches
+from io import StringIO
+from itertools import zip_longest
 from pathlib import Path
-from typing import Dict, Iterable, Iterator, List, Sequence, Set, Tuple
+from typing import Dict, Iterable, Iterator, List, Mapping, Sequence, Set, Tuple
 
+from mmdet.registry import DATASETS
 from mmengine.config import Config
+from mmengine.evaluator import Evaluator
 from PIL import Image
 
-from kd_det.classes import dataset_classes
-from kd_det.configuration import leaf_datasets, student_model
+from kd_det.classes import LabelNames, dataset_classes, metainfo_of, read_label_names, same_meaning
+from kd_det.configuration import built_leaves, leaf_datasets, student_model
 from kd_det.datasets.unlabelled import Unlabelled
-from kd_det.diagnosis.finding import DiagnosisError, Finding
+from kd_det.diagnosis.finding import DiagnosisError, Finding, raise_faults
 
 SPLITS = ('train', 'val', 'test')
 SET_DATA_ROOT = 'Set the folder of the data with --data-root, or the path with --cfg-options'
 IMAGES_OPENED = 500
+MOST_LABELS = 20  # shown side by side
+COCO_ORDER = ', for MMDetection numbers labels in the order of the annotation file'
 
 
 def inspect_paths(config: Config, splits: Sequence[str] = SPLITS) -> Iterator[Finding]:
@@ -38,11 +47,16 @@ def inspect_paths(config: Config, splits: Sequence[str] = SPLITS) -> Iterator[Fi
 
 
 def inspect_annotations(config: Config, splits: Sequence[str] = SPLITS) -> Iterator[Finding]:
-    """Reads the COCO annotation files: their form, how much of them the config's classes use, and the images."""
+    """Reads the COCO annotation files: their form, how much of them the config's classes use, and the images; then
+    builds the data sets, whose labels have to mean what the config says."""
+    findings = []
     for split, dataset in _datasets(config, splits):
         path = _join(dataset, dataset.get('ann_file') or '')
         if path.endswith('.json') and Path(path).is_file():
-            yield from _inspect_coco(split, dataset, path)
+            findings += _inspect_coco(split, dataset, path)
+    yield from findings
+    if not any(finding.fault for finding in (*findings, *inspect_paths(config, splits))):
+        yield from _inspect_built(config, splits)
 
 
 def inspect_classes(config: Config, splits: Sequence[str] = SPLITS) -> Iterator[Finding]:
@@ -62,6 +76,111 @@ def inspect_classes(config: Config, splits: Sequence[str] = SPLITS) -> Iterator[
                 fault=True)
 
 
+def inspect_labels(datasets: Mapping[str, object], metrics: Mapping[str, Sequence[object]] = {}) -> Iterator[Finding]:
+    """Whether the labels of built data sets mean what their metainfo says, and the same in all of them.
+
+    Args:
+        datasets: By what they are called, such as ``'train'``.
+        metrics: Of the evaluators of some of them: one with an annotation file of its own numbers classes, too.
+    """
+    found: Dict[str, LabelNames] = {}
+    for split, dataset in datasets.items():
+        leaves = [leaf for leaf in built_leaves(dataset) if not _is_unlabelled(leaf)]
+        for index, leaf in enumerate(leaves):
+            names = read_label_names(leaf)
+            if names and names not in found.values():
+                found[f'{split} data {index}' if len(leaves) > 1 else f'{split} data'] = names
+        for api in filter(None, (getattr(metric, '_coco_api', None) for metric in metrics.get(split, ()))):
+            names = _evaluated_names(api, metainfo_of(dataset).get('classes') or ())
+            if names not in found.values():
+                found[f'{split} evaluator'] = names
+    for subject, names in found.items():
+        yield from _inspect_label_names(subject, names)
+    (first, names), others = next(iter(found.items()), ('', LabelNames((), (), ()))), list(found.items())[1:]
+    for subject, other in others:
+        if names.agree and other.agree and not same_meaning(names.meant, other.meant):
+            yield Finding(f'{subject} labels', f'a label does not mean the same as in the {first}:'
+                          f'{_side_by_side(other.meant, names.meant, subject, first)}',
+                          f'Give both the same classes in the same order{COCO_ORDER}; where their files have the '
+                          'categories in different orders, write them anew in one', fault=True)
+
+
+def _inspect_built(config: Config, splits: Sequence[str]) -> Iterator[Finding]:
+    """Builds the data sets and evaluators, and asks what labels mean to them."""
+    datasets, metrics, configs = {}, {}, []
+    with redirect_stdout(StringIO()):  # of pycocotools
+        for split in splits:
+            loader, evaluators = config.get(f'{split}_dataloader'), config.get(f'{split}_evaluator') or []
+            if not loader or (loader['dataset'], evaluators) in configs:
+                continue
+            configs.append((loader['dataset'], evaluators))
+            try:
+                datasets[split] = DATASETS.build(copy.deepcopy(loader['dataset']))
+                metrics[split] = Evaluator(copy.deepcopy(evaluators)).metrics
+            except Exception as error:  # whatever stops it here would stop the run
+                yield Finding(f'{split} data', f'can not be built: {type(error).__name__}: {error}',
+                              f'Correct {split}_dataloader.dataset, or {split}_evaluator', fault=True)
+    yield from inspect_labels(datasets, metrics)
+
+
+def check_labels(datasets: Mapping[str, object], metrics: Mapping[str, Sequence[object]] = {}) -> None:
+    """As :func:`inspect_labels`.
+
+    Raises:
+        DiagnosisError: Labels mean something else than the metainfo says, or not the same in all data sets.
+    """
+    raise_faults(inspect_labels(datasets, metrics))
+
+
+def _inspect_label_names(subject: str, names: LabelNames) -> Iterator[Finding]:
+    """Whether the labels of one data set mean what its metainfo says."""
+    unused = [name for name in names.known if name not in names.meant]
+    nearest = {name: get_close_matches(name, unused, n=1) for name in names.absent}
+    misspelt = [f"there is no category '{name}' in the annotations; the nearest name is '{near[0]}'"
+                for name, near in nearest.items() if near]
+    absent = [f"there is no category '{name}' in the annotations" for name, near in nearest.items() if not near]
+    # A class without a category that stands last shifts no label: nothing but the evaluation stumbles over it.
+    if names.agree and not misspelt and (not absent or subject.startswith('train')):
+        if absent:
+            yield Finding(f'{subject} classes', '; '.join(absent), 'Check the spelling; no box will teach this class')
+        return
+    corrected = {near[0] if near else '' for near in nearest.values()} | set(names.declared)
+    right = tuple(name for name in names.known if name in corrected)
+    lines = [*misspelt, *absent]
+    if not names.agree:
+        lines.append(f'its boxes have other names than metainfo.classes says{COCO_ORDER}:'
+                     + _side_by_side(names.meant, names.declared, 'boxes', 'metainfo'))
+    yield Finding(f'{subject} classes', '; '.join(lines),
+                  ('Add the category to the annotation file, after the others, or leave it out: ' if absent else '')
+                  + f'Write metainfo=dict(classes={right!r}) in the data set'
+                  + (f', and num_classes={len(right)} in every head' if len(right) != len(names.declared) else ''),
+                  fault=True)
+
+
+def _side_by_side(first: Sequence[str], second: Sequence[str], of_first: str, of_second: str) -> str:
+    """Two orders of classes as lines of a table; of long ones those labels that differ."""
+    rows = [(str(label), *pair) for label, pair in enumerate(zip_longest(first, second, fillvalue='–'))]
+    if len(rows) > MOST_LABELS:
+        rows = [row for row in rows if not same_meaning(*([name] for name in row[1:]))]
+    left = len(rows) - MOST_LABELS
+    rows = [('label', of_first, of_second), *rows[:MOST_LABELS]]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    lines = ['  '.join([row[0].rjust(widths[0]), row[1].ljust(widths[1]), row[2]]) for row in rows]
+    return '\n    '.join(['', *lines, *([f'… and {left} more'] if left > 0 else [])])
+
+
+def _evaluated_names(api: object, classes: Sequence[str]) -> LabelNames:
+    """What labels mean to a metric with an annotation file of its own, see mmdet's ``CocoMetric``."""
+    known = {category['id']: str(category['name']) for category in api.dataset.get('categories', ())}
+    meant = tuple(known[category] for category in api.get_cat_ids(cat_names=list(classes)))
+    return LabelNames(meant, tuple(classes) or meant, tuple(known.values()))
+
+
+def _is_unlabelled(leaf: object) -> bool:
+    transforms = getattr(getattr(leaf, 'pipeline', None), 'transforms', ())
+    return bool(transforms) and isinstance(transforms[-1], Unlabelled)
+
+
 def check_images(dataset: object) -> None:
     """Checks a built data set: that it holds images, and that those looked at (500, evenly spread) can be opened.
 
@@ -71,7 +190,7 @@ def check_images(dataset: object) -> None:
     if len(dataset) == 0:
         raise DiagnosisError(
             'The data set is empty: no image has boxes of its classes. Run kd-det doctor on the config.')
-    for leaf in _built_leaves(dataset):
+    for leaf in built_leaves(dataset):
         if hasattr(leaf, 'get_data_info') and not getattr(leaf, 'backend_args', None):
             paths = (leaf.get_data_info(index).get('img_path') for index in _spread(len(leaf)))
             fault = next(_broken_images(path for path in paths if path), None)
@@ -157,8 +276,7 @@ def _inspect_coco(split: str, dataset: dict, path: str) -> Iterator[Finding]:
         yield Finding(subject, f"'{path}' has no box of the config's classes ({_listed(classes)}); the file's "
                       f'categories are {_listed(sorted(names.values()))}', remedy, fault=True)
     else:
-        yield Finding(subject, f'{len(images)} images, {len(annotated)} of them with boxes of {len(classes)} classes',
-                      f"The file has no category for {_listed(missing)}: check their spelling" if missing else '')
+        yield Finding(subject, f'{len(images)} images, {len(annotated)} of them with boxes of {len(classes)} classes')
     folder = (dataset.get('data_prefix') or {}).get('img', '')
     files = [_join(dataset, str(Path(folder) / name)) for name in images.values()]
     if not any(_is_address(file) for file in files[:1]):
@@ -188,15 +306,6 @@ def _spread(length: int) -> List[int]:
     """Up to :data:`IMAGES_OPENED` indices, evenly spread."""
     count = min(length, IMAGES_OPENED)
     return [index * length // count for index in range(count)]
-
-
-def _built_leaves(dataset: object) -> Iterator[object]:
-    inner = getattr(dataset, 'datasets', None) or getattr(dataset, 'dataset', None)
-    if inner is None:
-        yield dataset
-    else:
-        for item in inner if isinstance(inner, (list, tuple)) else [inner]:
-            yield from _built_leaves(item)
 
 
 def _listed(values: Sequence, most: int = 6) -> str:

@@ -16,7 +16,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torchvision.ops import box_iou, nms
 
-from kd_det.classes import ClassMatch, match_classes, number_of_classes
+from kd_det.classes import ClassMatch, first_metainfo, match_classes, number_of_classes
 from kd_det.configuration import ConfigurationError
 from kd_det.evaluation.distributions import class_distributions, class_kl, classifying_head
 from kd_det.evaluation.matching import class_overlaps, match_boxes, true_positives
@@ -132,7 +132,7 @@ class FidelityMetric(BaseMetric):
         return self.teacher
 
     def _match_classes(self, teacher: Teacher) -> Optional[ClassMatch]:
-        names = (self.dataset_meta or {}).get('classes')
+        names = first_metainfo(self.dataset_meta).get('classes')
         mine = None if self.student is None else number_of_classes(self.student)
         if names and mine not in (None, len(names)):
             names = None  # the head's labels are then not those of the data

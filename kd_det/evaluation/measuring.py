@@ -11,6 +11,7 @@ from mmengine.device import get_device
 from mmengine.evaluator import Evaluator
 from torch.utils.data import DataLoader
 
+from kd_det.classes import label_names, metainfo_of
 from kd_det.configuration import leaf_datasets, student_model
 from kd_det.evaluation.fidelity import FidelityMetric
 from kd_det.teachers import load_strictly
@@ -39,7 +40,7 @@ def measure_fidelity(config: Config, checkpoint: str, teacher: dict, split: str 
     metric.attach(detector)
     dataset = DATASETS.build(_prepared_as_for_validation(config, split))
     evaluator = Evaluator([metric])
-    evaluator.dataset_meta = dataset.metainfo
+    evaluator.dataset_meta = dict(metainfo_of(dataset), classes=label_names(dataset))
     batch_size = config.val_dataloader.get('batch_size') or 1
     for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=pseudo_collate):
         evaluator.process(data_samples=detector.val_step(batch), data_batch=batch)

@@ -13,11 +13,14 @@ from mmengine.runner.checkpoint import weights_to_cpu
 from rich.console import Console
 from rich.table import Table
 
+from kd_det.classes import label_names, metainfo_of
 from kd_det.compat import log_operator_backend
 from kd_det.datasets.replay import training_epoch
+from kd_det.diagnosis.data import check_labels
 from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.distillers.provenance import ORIGINS
-from kd_det.hooks.preflight import evaluate_teacher, require_skill
+from kd_det.hooks.preflight import evaluate_teacher, require_names, require_skill
+from kd_det.runner import use_one_metainfo
 
 CHECKPOINT_KEY = 'distill'
 
@@ -40,8 +43,9 @@ class DistillHook(Hook):
     - After training the teacher's fingerprint must be what it was.
 
     Args:
-        preflight: ``images`` (at most so many validation images) and ``min_map`` (the mAP, 0 to 1, below which training
-            stops); None for no pre-flight.
+        preflight: ``images`` (at most so many validation images) and ``min_map`` (the mAP of its boxes, 0 to 1, below
+            which training stops, as it does where they lie on objects of other classes than their names say); None for
+            no pre-flight.
     """
     priority = 'ABOVE_NORMAL'  # before EMAHook exchanges weights at the same point
 
@@ -56,7 +60,10 @@ class DistillHook(Hook):
         log_operator_backend()
         teachers = distiller.build_teachers()
         self._fingerprints = [teacher.fingerprint() for teacher in teachers]
-        classes = distiller.match_classes(getattr(runner.train_dataloader.dataset, 'metainfo', {}).get('classes'))
+        check_labels(dict(train=runner.train_dataloader.dataset))
+        for loop in (runner.train_loop, runner.val_loop):
+            use_one_metainfo(loop)
+        classes = distiller.match_classes(label_names(runner.train_dataloader.dataset))
         for teacher in teachers:
             # A random teacher is the user's explicit wish, and detects nothing.
             if self.preflight is not None and teacher.checkpoint:
@@ -68,6 +75,7 @@ class DistillHook(Hook):
                 metrics = ', '.join(f'{name} {value:.3f}' for name, value in skill.metrics.items())
                 runner.logger.info(f'Pre-flight: teacher {teacher.checkpoint} on up to {self.preflight["images"]} '
                                    f'images: {metrics}')
+                require_names(skill, teacher)
                 require_skill(skill, self.preflight['min_map'], self.preflight['images'])
         if is_main_process():
             runner.logger.info('\n'.join(['Where the weights came from:', origin_table(distiller), *classes]))
@@ -108,6 +116,7 @@ class DistillHook(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         distiller = _distiller_of(runner)
         if distiller is not None:
+            checkpoint['meta']['dataset_meta'] = metainfo_of(runner.train_dataloader.dataset)  # init_detector wants one
             checkpoint[CHECKPOINT_KEY] = dict(
                 terms=weights_to_cpu(distiller.terms.state_dict()), weights=distiller.monitor.state_dict())
 

@@ -1,18 +1,25 @@
-"""Before training: can the teacher detect anything on this data, as it will be fed?"""
+"""Before training: can the teacher detect anything on this data, as it will be fed, and by the names it goes by?"""
 from __future__ import annotations
 
 import copy
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-from mmengine.dataset import pseudo_collate
-from mmengine.dist import get_rank, get_world_size
-from mmengine.runner import Runner
-from torch.utils.data import DataLoader, Dataset, Subset
-
-from kd_det.classes import ClassMatch, match_classes, number_of_classes
-from kd_det.configuration import ConfigurationError
-from kd_det.randomness import preserved_randomness
+import torch
+from mmdet.evaluation import CocoMetric
 from mmdet.registry import DATASETS
+from mmengine.dataset import pseudo_collate
+from mmengine.dist import all_reduce, get_rank, get_world_size
+from mmengine.evaluator import Evaluator
+from mmengine.runner import Runner
+from mmengine.structures import InstanceData
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.ops import box_iou
+
+from kd_det.classes import ClassMatch, Names, label_names, match_classes, number_of_classes
+from kd_det.configuration import ConfigurationError
+from kd_det.diagnosis.data import check_labels
+from kd_det.randomness import preserved_randomness
 from kd_det.teachers import Teacher, TeacherError
 
 LIKELY_CAUSES = """Likely causes:
@@ -23,6 +30,88 @@ LIKELY_CAUSES = """Likely causes:
   - the teacher is not trained yet.
 Look at its boxes with `kd-det test TEACHER_CONFIG CHECKPOINT --show-dir DIR`. To train all the same, set
 default_hooks.distill.preflight=None, or lower its min_map."""
+
+MAP = 'coco/bbox_mAP'
+SURE = 0.25  # score from which a box says what the teacher takes an object for
+OVERLAP = 0.5  # IoU from which a box lies on an object
+FEW = 3  # objects that show a wrong name where the name's own class has another wrong one, as in a permutation
+MANY = 10  # objects that show a wrong name by itself: an unskilled teacher, too, confuses classes that look alike
+
+
+class Skill(NamedTuple):
+    """What a teacher reaches on validation images.
+
+    Attributes:
+        metrics: By name, over all classes of the data.
+        names: What the data's labels mean.
+        match: The classes that the teacher shares with the data; None where its names are not known and labels are
+            taken to mean the same to both.
+        votes: (teacher's labels, data's labels) of how many objects of the data, the second, have as their most
+            confident box, if there is a confident one, one that the teacher calls the first.
+    """
+    metrics: Dict[str, float]
+    names: Names
+    match: Optional[ClassMatch]
+    votes: Tensor
+
+    @property
+    def shared(self) -> float:
+        """The share of the data's classes that the teacher knows."""
+        return len(self.match.of_student) / len(self.match.student) if self.match else 1.0
+
+
+def evaluate_teacher(runner: Runner, teacher: Teacher, images: int,
+                     outfile_prefix: Optional[str] = None) -> Optional[Skill]:
+    """Evaluates the teacher on validation images, fed with the student's preprocessed batches as in training.
+
+    Its boxes are measured by COCO's metric against the boxes of the data set itself, whatever the config evaluates the
+    student by, such as masks that the teacher does not have. They count with the labels that their names have in the
+    data; those of other classes are left out.
+
+    Args:
+        runner: Holds the validation data (``val_dataloader``) and the student.
+        teacher: The teacher.
+        images: At most this many images: the first, or, where these have no boxes, the first that have.
+        outfile_prefix: Of the files in which boxes and ground truth are left, see mmdet's ``CocoMetric``; None for none.
+
+    Returns:
+        The teacher's skill, the same on every rank; None where the config has no validation data.
+
+    Raises:
+        TeacherError: See :func:`classes_on`.
+        ConfigurationError: The validation data is empty, or has no boxes.
+        DiagnosisError: Its labels mean something else than its metainfo says.
+    """
+    loader = runner.cfg.get('val_dataloader')
+    if not loader:
+        return None
+    preprocess = (runner.model.module if hasattr(runner.model, 'module') else runner.model).data_preprocessor
+    with preserved_randomness():
+        dataset = DATASETS.build(copy.deepcopy(loader['dataset']))
+        check_labels(dict(val=dataset))
+        names = label_names(dataset)
+        match = classes_on(teacher, names)
+        indices = labelled_images(dataset, images)
+        metric = Evaluator([CocoMetric(metric='bbox', outfile_prefix=outfile_prefix)])
+        metric.dataset_meta = dict(classes=names)
+        votes = torch.zeros(number_of_classes(teacher.model) or len(teacher.classes or names), len(names),
+                            dtype=torch.long)
+        share = _share_of_rank(len(indices))
+        images_of_rank = Subset(dataset, [indices[place % len(indices)] for place in share])
+        places = iter(share)
+        for batch in DataLoader(images_of_rank, batch_size=loader.get('batch_size') or 1, collate_fn=pseudo_collate):
+            data = preprocess(batch, False)
+            for sample in teacher.predict(data['inputs'], data['data_samples']):
+                place = next(places)
+                objects = dataset.get_data_info(indices[place % len(indices)])['instances']
+                found = _plain_boxes(sample.pred_instances)
+                if place < len(indices):
+                    votes += count_votes(found, *_truth(objects), *votes.shape)
+                found = found if match is None else match.translated(found)
+                metric.process([dict(img_id=place % len(indices), ori_shape=sample.ori_shape[:2],
+                                     pred_instances=found, instances=[_plain_object(each) for each in objects])])
+        all_reduce(votes)
+        return Skill(metric.evaluate(len(indices)), names, match, votes)
 
 
 def classes_on(teacher: Teacher, classes: Sequence[str]) -> Optional[ClassMatch]:
@@ -41,80 +130,136 @@ def classes_on(teacher: Teacher, classes: Sequence[str]) -> Optional[ClassMatch]
     return None if teacher.classes is None else match_classes(classes, teacher.classes)
 
 
-class Skill(NamedTuple):
-    """What a teacher reaches on validation images.
-
-    Attributes:
-        metrics: By name, over all classes of the data.
-        shared: The share of these classes that the teacher knows.
-    """
-    metrics: Dict[str, float]
-    shared: float
-
-
-def evaluate_teacher(runner: Runner, teacher: Teacher, images: int) -> Optional[Skill]:
-    """Evaluates the teacher on the first validation images, fed with the student's preprocessed batches as in training.
-
-    Its detections count with the labels that their names have in the data; those of other classes are left out.
-
-    Args:
-        runner: Holds the validation data and metric (``val_dataloader``, ``val_evaluator``) and the student.
-        teacher: The teacher.
-        images: At most this many images.
-
-    Returns:
-        The teacher's skill, the same on every rank; None where the config has no validation data.
+def labelled_images(dataset: Dataset, most: int) -> List[int]:
+    """The first images of a data set, or, where none of these has a box, the first that have.
 
     Raises:
-        TeacherError: See :func:`classes_on`.
-        ConfigurationError: The validation data is empty.
+        ConfigurationError: It is empty, or has no box.
     """
-    loader, evaluator = runner.cfg.get('val_dataloader'), runner.cfg.get('val_evaluator')
-    if not loader or not evaluator:
-        return None
-    preprocess = (runner.model.module if hasattr(runner.model, 'module') else runner.model).data_preprocessor
-    with preserved_randomness():
-        dataset = DATASETS.build(copy.deepcopy(loader['dataset']))
-        if len(dataset) == 0:
-            raise ConfigurationError('The validation data is empty: check val_dataloader.dataset (ann_file, '
-                                     'data_prefix, data_root).')
-        match = classes_on(teacher, dataset.metainfo['classes'])
-        count = min(images, len(dataset))
-        evaluator = runner.build_evaluator(copy.deepcopy(evaluator))
-        evaluator.dataset_meta = dataset.metainfo
-        for metric in evaluator.metrics:
-            if hasattr(metric, 'img_ids'):  # or CocoMetric counts every image of the file as missed
-                metric.img_ids = [dataset.get_data_info(index)['img_id'] for index in range(count)]
-        share = DataLoader(_rank_share(dataset, count), batch_size=loader.get('batch_size') or 1,
-                           collate_fn=pseudo_collate)
-        for batch in share:
-            data = preprocess(batch, False)
-            samples = teacher.predict(data['inputs'], data['data_samples'])
-            for sample in samples if match else ():
-                sample.pred_instances = match.translated(sample.pred_instances)
-            evaluator.process(data_samples=samples, data_batch=batch)
-        return Skill(evaluator.evaluate(count), len(match.of_student) / len(match.student) if match else 1.0)
+
+    def has_boxes(index: int) -> bool:
+        return any(not each.get('ignore_flag') for each in dataset.get_data_info(index)['instances'])
+
+    first = range(min(most, len(dataset)))
+    if any(map(has_boxes, first)):
+        return list(first)
+    later = [index for index in range(len(first), len(dataset)) if has_boxes(index)][:most]
+    if not later:
+        raise ConfigurationError(f"The validation data {'has no boxes' if len(dataset) else 'is empty'}: check "
+                                 'val_dataloader.dataset (ann_file, data_prefix, data_root, metainfo).')
+    return later
 
 
-def _rank_share(dataset: Dataset, count: int) -> Subset:
-    """Every rank's images, equally many (the first ones again if need be), in the order in which mmengine collects."""
-    world = get_world_size()
-    indices: List[int] = [index % count for index in range(-(-count // world) * world)]
-    return Subset(dataset, indices[get_rank()::world])
+def count_votes(found: InstanceData, boxes: Tensor, labels: Tensor, teachers: int, students: int) -> Tensor:
+    """Counts what a teacher takes the objects of an image for: each by its most confident box that lies on it.
+
+    Args:
+        found: Its detections: ``bboxes``, ``scores`` and its own ``labels``.
+        boxes: (n, 4) of the ground truth, in the same coordinates.
+        labels: (n,) of the ground truth.
+        teachers: How many classes the teacher has.
+        students: How many classes the data has.
+
+    Returns:
+        (teachers, students) of int64.
+    """
+    if not len(found) or not len(boxes):
+        return torch.zeros(teachers, students, dtype=torch.long)
+    scores = found.scores[:, None].where(box_iou(found.bboxes, boxes) >= OVERLAP, torch.tensor(-1.0))
+    best, which = scores.max(0)
+    pairs = found.labels[which] * students + labels
+    return torch.bincount(pairs[best >= SURE], minlength=teachers * students).view(teachers, students)
 
 
-def mean_average_precision(metrics: Dict[str, float]) -> Optional[float]:
-    """The box mAP among metrics by name (``coco/bbox_mAP``, ``pascal_voc/mAP``), or None."""
-    return next((value for name, value in metrics.items() if name.endswith(('bbox_mAP', '/mAP'))), None)
+def wrong_names(skill: Skill) -> Dict[int, int]:
+    """The teacher's classes whose boxes lie on objects of another class than their name says.
+
+    Most of a class's boxes lie on objects of the other class, most of these objects are taken for it, and hardly any
+    for what they should be; one class that looks like another does not do that. In a permutation or a shift of the
+    names the class that should have had the name has a wrong one too, and few objects suffice; else it takes many.
+
+    Returns:
+        Teacher's label -> the data's label of the objects.
+    """
+    votes, match = skill.votes, skill.match
+    own = dict(zip(match.of_teacher, match.of_student) if match else ((each, each) for each in range(len(skill.names))))
+    found: Dict[int, int] = {}
+    for label, objects in own.items():
+        taken, other = (int(each) for each in votes[label].max(0))
+        rightly = votes[label, objects] + sum(votes[each, other] for each, of in own.items() if of == other)
+        majority = 2 * taken > max(votes[label].sum(), votes[:, other].sum())
+        if other != objects and other in own.values() and majority and taken >= max(FEW, 4 * int(rightly)):
+            found[label] = other
+    moved = {own[label] for label in found}
+    return {label: other for label, other in found.items()
+            if votes[label, other] >= MANY or other in moved or own[label] in found.values()}
+
+
+def require_names(skill: Skill, teacher: Teacher) -> None:
+    """Raises:
+        TeacherError: Boxes of the teacher lie on objects of other classes than their names say, see
+            :func:`wrong_names`; the message shows the confusion and names the classes anew.
+    """
+    wrong = wrong_names(skill)
+    if not wrong:
+        return
+    names = list(teacher.classes or skill.names)
+    rows = [('', *(skill.names[label] for label in sorted(set(wrong.values()))))]
+    rows += [(names[label], *(str(int(skill.votes[label, other])) for other in sorted(set(wrong.values()))))
+             for label in sorted(wrong)]
+    raise TeacherError(
+        f"Pre-flight: the teacher's boxes lie on objects of other classes than its names say. By its most confident "
+        f"box it takes objects of the validation data (columns) for (rows):{_table(rows)}\n"
+        'Its checkpoint or config names the classes in another order than its head has learnt, as where metainfo.classes '
+        "and the annotation file of its training disagree. By its boxes the line would be teacher.classes="
+        f'{_renamed(names, wrong, skill.names)!r}; to train all the same, set default_hooks.distill.preflight=None.')
 
 
 def require_skill(skill: Skill, minimum: float, images: int) -> None:
     """Raises:
         TeacherError: The teacher's mAP is below ``minimum``, of which classes that it does not know are not demanded.
     """
-    minimum = minimum * skill.shared
     # CocoMetric reports nothing at all where nothing was detected.
-    reached = mean_average_precision(skill.metrics) if skill.metrics else 0.0
-    if reached is not None and reached < minimum:
+    reached, minimum = skill.metrics.get(MAP, 0.0), minimum * skill.shared
+    if reached < minimum:
         raise TeacherError(f'Pre-flight: on up to {images} validation images the teacher reaches {reached:.3f} mAP, '
                            f'under the minimum of {minimum:.3f}. A student would learn noise.\n{LIKELY_CAUSES}')
+
+
+def _share_of_rank(count: int) -> List[int]:
+    """The places of a rank's images, equally many on each, in the order in which mmengine collects: those beyond
+    ``count`` stand for the first ones once more."""
+    world = get_world_size()
+    return list(range(get_rank(), -(-count // world) * world, world))
+
+
+def _truth(objects: Sequence[dict]) -> Tuple[Tensor, Tensor]:
+    """Boxes, (n, 4), and labels, (n,), of the objects of an image that are to be found."""
+    counted = [each for each in objects if not each.get('ignore_flag')]
+    return (torch.tensor([list(each['bbox']) for each in counted], dtype=torch.float32).view(-1, 4),
+            torch.tensor([each['bbox_label'] for each in counted], dtype=torch.long))
+
+
+def _plain_object(instance: dict) -> dict:
+    """What a metric of boxes reads of an object."""
+    return dict(bbox=list(map(float, instance['bbox'])), bbox_label=int(instance['bbox_label']),
+                ignore_flag=int(instance.get('ignore_flag', 0)))
+
+
+def _plain_boxes(found: InstanceData) -> InstanceData:
+    """What a metric of boxes reads of detections, on the CPU."""
+    boxes = getattr(found.bboxes, 'tensor', found.bboxes)
+    return InstanceData(bboxes=boxes.float().cpu(), scores=found.scores.float().cpu(), labels=found.labels.cpu())
+
+
+def _renamed(names: Sequence[str], wrong: Dict[int, int], truth: Names) -> List[str]:
+    """The teacher's names with those of its wrong ones that its boxes tell; names that are left go to who lost his."""
+    renamed = {label: truth[other] for label, other in wrong.items()}
+    kept = {label: name for label, name in enumerate(names) if label not in wrong and name not in renamed.values()}
+    left: Iterator[str] = (name for name in names if name not in {*renamed.values(), *kept.values()})
+    return [renamed.get(label) or kept.get(label) or next(left, f'unknown {label}') for label in range(len(names))]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ''.join('\n    ' + '  '.join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)

@@ -15,6 +15,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.device import get_device
 from torch import nn
 
+from kd_det.classes import label_names, metainfo_of
 from kd_det.configuration import ConfigurationError, student_model
 from kd_det.teachers import load_strictly
 
@@ -58,8 +59,8 @@ def read_validation(config: Config) -> Validation:
         raise ConfigurationError(f"The config '{config.filename}' has no val_dataloader.")
     with redirect_stdout(io.StringIO()):  # of pycocotools
         dataset = DATASETS.build(copy.deepcopy(config.val_dataloader.dataset))
-    classes = tuple(dataset.metainfo['classes'])
-    palette = dataset.metainfo.get('palette')
+    classes = label_names(dataset)
+    palette = metainfo_of(dataset).get('palette')
     if not isinstance(palette, (list, tuple)) or len(palette) < len(classes):
         palette = [_colour(index, len(classes)) for index in range(len(classes))]
     infos = (dataset.get_data_info(index) for index in range(len(dataset)))

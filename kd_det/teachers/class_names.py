@@ -4,7 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Iterator, Optional, Sequence
 
-from kd_det.classes import Names, dataset_classes
+from kd_det.classes import Names, dataset_classes, first_metainfo
 from kd_det.configuration import leaf_datasets, load_config
 from kd_det.teachers.loading import ModelConfig, TeacherError
 
@@ -36,7 +36,7 @@ def teacher_classes(count: Optional[int], given: Sequence[str], meta: dict, conf
 
 def _candidates(given: Sequence[str], meta: dict, config: ModelConfig) -> Iterator[Optional[Sequence[str]]]:
     yield given
-    trained = meta.get('dataset_meta') or {}
+    trained = first_metainfo(meta.get('dataset_meta'))
     yield trained.get('classes', trained.get('CLASSES', meta.get('CLASSES')))  # capitals: mmdet 2 and early 3
     config = load_config(config) if isinstance(config, (str, Path)) else config
     for split in ('train', 'val', 'test'):

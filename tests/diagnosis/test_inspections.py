@@ -1,4 +1,5 @@
 """What would fail is found, and the finding says what to do."""
+import copy
 import json
 import shutil
 
@@ -11,7 +12,8 @@ from mmengine.model import PretrainedInit
 from kd_det.configuration import ConfigurationError
 from kd_det.diagnosis import environment
 from kd_det.diagnosis.checks import check_config, explain, inspect_config
-from kd_det.diagnosis.data import check_images, class_counts, inspect_annotations, inspect_classes, inspect_paths
+from kd_det.diagnosis.data import (check_images, check_labels, class_counts, inspect_annotations, inspect_classes,
+                                   inspect_paths)
 from kd_det.diagnosis.finding import DiagnosisError, Finding, raise_faults
 from kd_det.diagnosis.step import inspect_step
 from kd_det.diagnosis.weights import (inspect_checkpoints, inspect_start, inspect_teacher_classes,
@@ -135,10 +137,96 @@ def test_a_file_without_boxes(config, folder):
     assert "no box of the config's classes" in fault.found and "dict(type='Unlabelled')" in fault.remedy
 
 
-def test_a_class_that_the_file_does_not_have_is_a_note(config):
-    dataset_of(config).metainfo.classes = ('blue', 'green', 'rde')
-    finding = next(inspect_annotations(config, ['train']))
-    assert not finding.fault and 'no category for rde' in finding.remedy
+# ---------------------------------------------------------------- what labels mean
+
+
+def set_classes(config, classes, splits=('train', 'val', 'test')):
+    for split in splits:
+        (dataset_of(config) if split == 'train' else config[f'{split}_dataloader'].dataset).metainfo.classes = classes
+
+
+def test_a_class_without_boxes_that_stands_last_is_a_note_where_nothing_is_evaluated(config):
+    set_classes(config, ('blue', 'green', 'yellow'))
+    _, finding = inspect_annotations(config, ['train'])
+    assert not finding.fault and finding.found == "there is no category 'yellow' in the annotations"
+    fault = fault_of(inspect_annotations(config, ['val']))  # the metric would look for its category
+    assert "leave it out: Write metainfo=dict(classes=('blue', 'green')) in the data set, and num_classes=2 in" \
+        in fault.remedy
+
+
+@pytest.mark.parametrize('classes', [('blue', 'green', 'rde'), ('bleu', 'green', 'red'), ('blue', 'gren', 'red')])
+def test_a_misspelt_class_is_a_fault_that_names_the_near_name(config, classes):
+    set_classes(config, classes)
+    fault = fault_of(inspect_annotations(config, ['train']))
+    wrong, right = next(pair for pair in zip(classes, CLASSES) if len(set(pair)) == 2)
+    assert f"no category '{wrong}' in the annotations; the nearest name is '{right}'" in fault.found
+    assert f'Write metainfo=dict(classes={CLASSES!r}) in the data set' in fault.remedy
+
+
+def test_another_order_than_the_files_is_a_fault_that_shows_both(config):
+    set_classes(config, ('red', 'green', 'blue'))
+    fault = fault_of(inspect_annotations(config))  # once: the splits are the same
+    assert fault.found.splitlines()[1:] == ['    label  boxes  metainfo', '        0  blue   red',
+                                            '        1  green  green', '        2  red    blue']
+    assert f'metainfo=dict(classes={CLASSES!r})' in fault.remedy
+    dataset = DATASETS.build(config.train_dataloader.dataset)
+    with pytest.raises(DiagnosisError, match='label  boxes  metainfo\n'):
+        check_labels(dict(train=dataset))
+
+
+def test_a_subset_in_the_order_of_the_file_is_sound(config):
+    set_classes(config, ('blue', 'red'))
+    assert not any(finding.fault for finding in inspect_annotations(config))
+    set_classes(config, ('Blue', 'red'))  # MMDetection compares names letter by letter
+    assert "nearest name is 'blue'" in fault_of(inspect_annotations(config, ['train'])).found
+
+
+def test_of_many_classes_those_that_differ_are_shown(config, folder):
+    names = [f'class {index}' for index in range(60)]
+    rewrite(folder, lambda content: content.update(
+        categories=[*content['categories'], *(dict(id=10 + index, name=name) for index, name in enumerate(names))]))
+    set_classes(config, (*CLASSES, *names[:40], names[41], names[40], *names[42:]))
+    rows = fault_of(inspect_annotations(config, ['train'])).found.splitlines()[2:]
+    assert [row.split()[0] for row in rows] == ['43', '44']
+    set_classes(config, (*CLASSES, *names[::-1]))
+    assert fault_of(inspect_annotations(config, ['train'])).found.endswith('\n    … and 40 more')
+
+
+def test_data_that_is_evaluated_has_to_number_classes_as_the_training_data(config, folder):
+    content = json.loads((folder / 'all.json').read_text())
+    content['categories'].reverse()
+    (folder / 'reverse.json').write_text(json.dumps(content))
+    config.val_dataloader.dataset.update(ann_file='reverse.json', metainfo=dict(classes=CLASSES[::-1]))
+    config.val_evaluator.ann_file = f'{folder}/reverse.json'
+    fault = fault_of(inspect_annotations(config, ['train', 'val']))
+    assert (fault.subject, fault.found.splitlines()[1]) == ('val data labels', '    label  val data  train data')
+
+
+def test_an_evaluator_with_a_file_of_its_own_has_to_number_classes_as_its_data(config, folder):
+    content = json.loads((folder / 'all.json').read_text())
+    content['categories'].reverse()
+    (folder / 'reverse.json').write_text(json.dumps(content))
+    config.val_evaluator.ann_file = f'{folder}/reverse.json'
+    fault = fault_of(inspect_annotations(config, ['val']))
+    assert fault.subject == 'val evaluator classes' and '0  red    blue' in fault.found
+
+
+def test_joined_data_sets_have_to_number_classes_alike(config, folder):
+    content = json.loads((folder / 'all.json').read_text())
+    content['categories'].reverse()
+    (folder / 'reverse.json').write_text(json.dumps(content))
+    one, other = dataset_of(config), copy.deepcopy(dataset_of(config))
+    other.update(ann_file='reverse.json', metainfo=dict(classes=CLASSES[::-1]))
+    config.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[one, other])
+    fault = fault_of(inspect_annotations(config, ['train']))
+    assert fault.subject == 'train data 1 labels' and '0  red           blue' in fault.found
+    other.pipeline = [dict(type='LoadImageFromFile'), dict(type='PackDetInputs'), dict(type='Unlabelled')]
+    assert not any(finding.fault for finding in inspect_annotations(config, ['train']))  # it has no labels
+
+
+def test_a_data_set_that_can_not_be_built_is_a_fault(config):
+    dataset_of(config).pipeline = [dict(type='NoSuchTransform')]
+    assert 'NoSuchTransform' in fault_of(inspect_annotations(config, ['train'])).found
 
 
 @pytest.mark.parametrize('damage, said', [

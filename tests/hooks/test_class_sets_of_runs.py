@@ -1,4 +1,6 @@
 """Runs whose teacher knows other classes than the student: pre-flight, training, and what the log says."""
+import json
+
 import pytest
 import torch
 from mmdet.registry import MODELS
@@ -7,8 +9,8 @@ from mmengine.structures import InstanceData
 from kd_det.hooks.preflight import evaluate_teacher
 from kd_det.teachers import Teacher, TeacherError
 
-TEACHERS = ('blue', 'green', 'red')  # as the annotation file orders them
-STUDENTS = ('red', 'blue')
+TEACHERS = ('blue', 'green', 'red')
+STUDENTS = ('red', 'blue')  # as the annotation file of these tests orders them
 
 
 @pytest.fixture
@@ -21,15 +23,25 @@ def checkpoint(faster_rcnn, tmp_path):
 
 
 @pytest.fixture
-def runner(faster_rcnn, checkpoint, make_runner):
+def reordered(coco_folder, tmp_path):
+    """The annotation file with its categories in reverse order."""
+    content = json.loads((coco_folder / 'all.json').read_text())
+    content['categories'].reverse()
+    (tmp_path / 'reordered.json').write_text(json.dumps(content))
+    return str(tmp_path / 'reordered.json')
+
+
+@pytest.fixture
+def runner(faster_rcnn, checkpoint, make_runner, reordered):
     """Makes the runner of a student of two classes, and of a teacher of three in another order."""
 
     def make(distill, **options):
         model = dict(type='DetectionDistiller', student=faster_rcnn(classes=2), distill=distill,
                      teacher=dict(config=faster_rcnn(neck=12), checkpoint=checkpoint))
-        names = dict(classes=STUDENTS)
-        return make_runner(model, val=True, epochs=1, **options,
-                           **{f'{split}_dataloader.dataset.metainfo': names for split in ('train', 'val')})
+        data = dict(metainfo=dict(classes=STUDENTS), ann_file=reordered)
+        return make_runner(model, val=True, epochs=1, **{
+            **{f'{split}_dataloader.dataset.{key}': value for split in ('train', 'val') for key, value in data.items()},
+            'val_evaluator.ann_file': reordered, **options})
 
     return make
 

@@ -200,11 +200,12 @@ def test_preflight_measures_the_teacher_as_stock_mmdet_does(retinanet, make_runn
     teacher = Teacher(retinanet(**wide), f'{runner.work_dir}/epoch_40.pth', taps=['neck'],
                       student_preprocessor=student.model.data_preprocessor)
     state = torch.get_rng_state()
-    measured, shared = evaluate_teacher(student, teacher, images=64)
-    assert torch.equal(torch.get_rng_state(), state) and shared == 1
+    skill = evaluate_teacher(student, teacher, images=64)
+    measured = skill.metrics
+    assert torch.equal(torch.get_rng_state(), state) and skill.shared == 1
     assert expected['coco/bbox_mAP'] > 0.05  # it has learnt something, so the comparison means something
     assert measured['coco/bbox_mAP'] == pytest.approx(expected['coco/bbox_mAP'], abs=0.005)
-    part, _ = evaluate_teacher(student, teacher, images=2)
+    part = evaluate_teacher(student, teacher, images=2).metrics
     assert part['coco/bbox_mAP'] > 0.3 * expected['coco/bbox_mAP']  # the other images are not counted as missed
 
 

@@ -14,6 +14,7 @@ def runner(faster_rcnn, make_runner, run_config, coco_folder, tmp_path):
     """Makes the runner of a student of two classes and a teacher of three, on three labelled images and five others."""
     content = json.loads((coco_folder / 'all.json').read_text())
     boxes, images = content.pop('annotations'), content['images']
+    content['categories'].reverse()  # red comes before blue
     (tmp_path / 'unlabelled.json').write_text(json.dumps(dict(content, images=images[3:])))
     (tmp_path / 'labelled.json').write_text(json.dumps(
         dict(content, images=images[:3], annotations=[box for box in boxes if box['image_id'] < 3])))
