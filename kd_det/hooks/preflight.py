@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from mmdet.evaluation import CocoMetric
@@ -12,6 +12,7 @@ from mmengine.dist import all_reduce, get_rank, get_world_size
 from mmengine.evaluator import Evaluator
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.ops import box_iou
@@ -34,8 +35,9 @@ default_hooks.distill.preflight=None, or lower its min_map."""
 MAP = 'coco/bbox_mAP'
 SURE = 0.25  # score from which a box says what the teacher takes an object for
 OVERLAP = 0.5  # IoU from which a box lies on an object
-FEW = 3  # objects that show a wrong name where the name's own class has another wrong one, as in a permutation
-MANY = 10  # objects that show a wrong name by itself: an unskilled teacher, too, confuses classes that look alike
+FEW, MANY = 3, 10  # objects that show that a name is wrong: beside other wrong names, and by themselves
+CLEARLY = 4  # times as many objects
+MOST_SHOWN = 8  # classes of a confusion
 
 
 class Skill(NamedTuple):
@@ -174,25 +176,35 @@ def count_votes(found: InstanceData, boxes: Tensor, labels: Tensor, teachers: in
 def wrong_names(skill: Skill) -> Dict[int, int]:
     """The teacher's classes whose boxes lie on objects of another class than their name says.
 
-    Most of a class's boxes lie on objects of the other class, most of these objects are taken for it, and hardly any
-    for what they should be; one class that looks like another does not do that. In a permutation or a shift of the
-    names the class that should have had the name has a wrong one too, and few objects suffice; else it takes many.
+    Either by far most objects fit other names: there is an assignment of names under which :data:`CLEARLY` times as
+    many are called rightly. Or a class by itself is another: most of its boxes lie on objects of the other class, most
+    of these objects are taken for it, and hardly any for what they should be, which no class does that only looks like
+    another; where the other name is wrong too, as in an exchange, few objects suffice.
 
     Returns:
         Teacher's label -> the data's label of the objects.
     """
     votes, match = skill.votes, skill.match
     own = dict(zip(match.of_teacher, match.of_student) if match else ((each, each) for each in range(len(skill.names))))
+    best = {label: other for label, other in zip(*linear_sum_assignment(votes.numpy(), maximize=True))
+            if votes[label, other]}
+    if agreement(votes, best) >= max(MANY, CLEARLY * agreement(votes, own)):
+        return {int(label): int(other) for label, other in best.items() if own.get(label) != other}
     found: Dict[int, int] = {}
     for label, objects in own.items():
         taken, other = (int(each) for each in votes[label].max(0))
         rightly = votes[label, objects] + sum(votes[each, other] for each, of in own.items() if of == other)
         majority = 2 * taken > max(votes[label].sum(), votes[:, other].sum())
-        if other != objects and other in own.values() and majority and taken >= max(FEW, 4 * int(rightly)):
+        if other != objects and other in own.values() and majority and taken >= max(FEW, CLEARLY * int(rightly)):
             found[label] = other
     moved = {own[label] for label in found}
     return {label: other for label, other in found.items()
             if votes[label, other] >= MANY or other in moved or own[label] in found.values()}
+
+
+def agreement(votes: Tensor, names: Mapping[int, int]) -> int:
+    """How many objects the teacher takes for what they are, if its labels (keys) are the data's labels (values)."""
+    return sum(int(votes[label, other]) for label, other in names.items())
 
 
 def require_names(skill: Skill, teacher: Teacher) -> None:
@@ -203,16 +215,19 @@ def require_names(skill: Skill, teacher: Teacher) -> None:
     wrong = wrong_names(skill)
     if not wrong:
         return
-    names = list(teacher.classes or skill.names)
-    rows = [('', *(skill.names[label] for label in sorted(set(wrong.values()))))]
-    rows += [(names[label], *(str(int(skill.votes[label, other])) for other in sorted(set(wrong.values()))))
-             for label in sorted(wrong)]
+    names = teacher.classes or skill.names
+    shown = sorted(sorted(wrong, key=lambda label: -skill.votes[label, wrong[label]])[:MOST_SHOWN])
+    columns = sorted({wrong[label] for label in shown})
+    rows = [('', *(skill.names[other] for other in columns))]
+    rows += [(names[label], *(str(int(skill.votes[label, other])) for other in columns)) for label in shown]
+    line = _right_names(skill, names, wrong)
     raise TeacherError(
-        f"Pre-flight: the teacher's boxes lie on objects of other classes than its names say. By its most confident "
-        f"box it takes objects of the validation data (columns) for (rows):{_table(rows)}\n"
+        "Pre-flight: the teacher's boxes lie on objects of other classes than its names say. By its most confident box "
+        f'it takes objects of the validation data (columns) for (rows):{_table(rows)}\n'
         'Its checkpoint or config names the classes in another order than its head has learnt, as where metainfo.classes '
-        "and the annotation file of its training disagree. By its boxes the line would be teacher.classes="
-        f'{_renamed(names, wrong, skill.names)!r}; to train all the same, set default_hooks.distill.preflight=None.')
+        'and the annotation file of its training disagree. Name them by label'
+        + (f': by its boxes teacher.classes={line!r}' if line else ' with teacher.classes=[…]')
+        + '; to train all the same, set default_hooks.distill.preflight=None.')
 
 
 def require_skill(skill: Skill, minimum: float, images: int) -> None:
@@ -252,12 +267,20 @@ def _plain_boxes(found: InstanceData) -> InstanceData:
     return InstanceData(bboxes=boxes.float().cpu(), scores=found.scores.float().cpu(), labels=found.labels.cpu())
 
 
-def _renamed(names: Sequence[str], wrong: Dict[int, int], truth: Names) -> List[str]:
-    """The teacher's names with those of its wrong ones that its boxes tell; names that are left go to who lost his."""
-    renamed = {label: truth[other] for label, other in wrong.items()}
-    kept = {label: name for label, name in enumerate(names) if label not in wrong and name not in renamed.values()}
-    left: Iterator[str] = (name for name in names if name not in {*renamed.values(), *kept.values()})
-    return [renamed.get(label) or kept.get(label) or next(left, f'unknown {label}') for label in range(len(names))]
+def _right_names(skill: Skill, names: Sequence[str], wrong: Dict[int, int]) -> Optional[List[str]]:
+    """All names of the teacher as its boxes tell them: those of some usual order that fits what it takes objects for, or
+    its own with the wrong ones exchanged; None where that leaves some open."""
+    labels = {name: label for label, name in enumerate(skill.names)}
+    exchanged = [skill.names[wrong[label]] if label in wrong else name for label, name in enumerate(names)]
+    orders = [exchanged, list(skill.names), sorted(names), list(names[::-1]), [*names[1:], names[0]],
+              [names[-1], *names[:-1]]]
+    fitting = {label: other for label, other in enumerate(skill.votes.argmax(1).tolist()) if skill.votes[label].any()}
+    for order in orders:
+        named = {label: labels[name] for label, name in enumerate(order) if name in labels}
+        if len(set(order)) == len(order) == len(names) and \
+                agreement(skill.votes, named) >= 0.9 * agreement(skill.votes, fitting):
+            return order
+    return None
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -1,5 +1,6 @@
 """The teacher is judged before training: by its boxes, whatever evaluates the student, and by what they lie on."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,6 +143,21 @@ def test_wrong_names_among_other_classes():
     match = match_classes(('c', 'a'), ('a', 'b', 'c', 'd'))
     assert wrong_names(skill_of([[0, 6], [0, 0], [6, 0], [0, 0]], match, ('c', 'a'))) == {}
     assert wrong_names(skill_of([[6, 0], [0, 0], [0, 6], [0, 0]], match, ('c', 'a'))) == {0: 0, 2: 1}
+    assert wrong_names(skill_of([[0, 0], [0, 6], [0, 0], [6, 0]], match, ('c', 'a'))) == {1: 1, 3: 0}  # by b and d
+
+
+def test_an_order_is_proposed_where_boxes_tell_all_of_it():
+    names = tuple('abcd')
+    offset = skill_of([[8, 0, 0, 0], [0, 7, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]],
+                      match_classes(names, ('background', 'a', 'b', 'c')), names)
+    assert wrong_names(offset) == {0: 0, 1: 1, 2: 2}
+    for made, line in ((('background', 'a', 'b', 'c'), "['a', 'b', 'c', 'd']"), (('d', 'c', 'b', 'a'), "['a', 'b', 'c', 'd']")):
+        with pytest.raises(TeacherError, match='lie on objects') as error:
+            require_names(offset._replace(match=match_classes(names, made)), SimpleNamespace(classes=made))
+        assert f'teacher.classes={line}' in str(error.value)
+    random = offset._replace(votes=offset.votes[[2, 0, 3, 1]], match=match_classes(names, names))
+    with pytest.raises(TeacherError, match=r'Name them by label with teacher.classes=\[…\]'):
+        require_names(random, SimpleNamespace(classes=names))
 
 
 def test_a_vote_is_the_most_confident_box_on_an_object():
