@@ -23,7 +23,8 @@ OPERATORS = dict(
     larger_maps=(lambda to, x, offset, mask, weight: modulated_deform_conv2d(x, offset, mask, weight, None, 1, 1),
                  [(2, 4, 5, 5), (2, 18, 7, 6), (2, 9, 7, 6), (6, 4, 3, 3)]),
     carafe=(lambda to, x, masks: carafe(x, masks, 3, 2, 2), [(2, 4, 3, 5), (2, 18, 6, 10)]),
-    deform_roi_pool=(lambda to, x, offset: deform_roi_pool(x, to(ROIS), offset, 3, 0.25), [(2, 3, 9, 11), (3, 2, 3, 3)]),
+    deform_roi_pool=(lambda to, x, offset: deform_roi_pool(x, to(ROIS), offset, 3, 0.25),
+                     [(2, 3, 9, 11), (3, 2, 3, 3)]),
     sigmoid_focal_loss=(lambda to, x: sigmoid_focal_loss(x, to(TARGET), 2.0, 0.25, None, 'none'), [(8, 4)]),
     softmax_focal_loss=(lambda to, x: softmax_focal_loss(x, to(TARGET), 2.0, 0.25, None, 'sum'), [(8, 4)]),
     ms_deform_attn=(lambda to, value, locations, weights: MultiScaleDeformableAttnFunction.apply(
