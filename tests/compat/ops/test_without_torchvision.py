@@ -1,9 +1,9 @@
-"""The operators that torchvision has no kernel for: CARAFE, deformable RoI pooling, masked convolution."""
+"""The operators that torchvision has no kernel for: CARAFE, deformable RoI pooling, masked convolution, MMSyncBN."""
 import pytest
 import torch
 import torch.nn.functional as F
-from mmcv.ops import (CARAFEPack, DeformRoIPoolPack, MaskedConv2d, ModulatedDeformRoIPoolPack, carafe, deform_roi_pool,
-                      roi_align)
+from mmcv.ops import (CARAFEPack, DeformRoIPoolPack, MaskedConv2d, ModulatedDeformRoIPoolPack, SyncBatchNorm, carafe,
+                      deform_roi_pool, roi_align)
 
 
 def normal(*shape, dtype=torch.float64, seed=0):
@@ -132,3 +132,34 @@ def test_what_lies_beyond_the_border_counts_nothing_even_where_the_border_is_inf
     torch.nn.init.ones_(conv.weight)
     with torch.no_grad():
         assert conv(feature, torch.ones(1, 3, 3)).isinf().all()
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    """MMSyncBN asks a process group for its size."""
+    monkeypatch.setattr('torch.distributed.get_world_size', lambda group=None: 1)
+
+
+def test_mm_sync_bn_is_batch_norm_on_one_rank(one_rank):
+    layer, expected = SyncBatchNorm(3), torch.nn.BatchNorm2d(3)
+    layer.load_state_dict(expected.state_dict())
+    images = [normal(2, 3, 4, 5, dtype=torch.float32, seed=seed).requires_grad_() for seed in range(2)]
+    for image in images:
+        results = []
+        for each in (layer, expected):
+            for parameter in each.parameters():
+                torch.nn.init.constant_(parameter, 0.7)
+            output = each(image)
+            gradients = torch.autograd.grad(output.square().sum() + output[:, 0].sum(), (image, *each.parameters()))
+            results.append((output, *gradients, each.running_mean, each.running_var))
+        for actual, reference in zip(*results):
+            torch.testing.assert_close(actual, reference, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.eval()(images[0]), expected.eval()(images[0]))
+
+
+def test_mm_sync_bn_passes_no_images(one_rank):
+    layer = SyncBatchNorm(3, stats_mode='N')
+    output = layer(torch.zeros(0, 3, 4, 5, requires_grad=True))
+    output.sum().backward()
+    assert output.shape == (0, 3, 4, 5) and not layer.weight.grad.any()
+    assert torch.equal(layer.running_mean, torch.zeros(3)) and torch.equal(layer.running_var, torch.ones(3))
