@@ -1,4 +1,6 @@
-"""Non-maximum suppression, hard and soft (Soft-NMS, arXiv 1704.04503)."""
+"""Non-maximum suppression, hard and soft (Soft-NMS, arXiv 1704.04503), and the groups that it forms."""
+from typing import List
+
 import numpy as np
 import torch
 import torchvision
@@ -62,6 +64,29 @@ def softnms(boxes: Tensor, scores: Tensor, dets: Tensor, iou_threshold: float, s
         rows = torch.cat([rows[:chosen], rows[order]])
         indices = torch.cat([indices[:chosen], indices[order]])
     return indices
+
+
+def nms_match(dets: Tensor, iou_threshold: float) -> List[List[int]]:
+    """Groups of boxes that suppress each other, by descending score of their best. On the CPU, as in mmcv.
+
+    Args:
+        dets: (N, 5) as x1, y1, x2, y2, score.
+        iou_threshold: from this IoU with the best on, a box belongs to its group; no box belongs to two.
+
+    Returns:
+        Each group's indices, by descending score.
+    """
+    dets, = at_least_float32(dets)
+    x1, y1, x2, y2, scores = dets.unbind(1)
+    rows = torch.stack([x1, y1, x2, y2, scores, (x2 - x1) * (y2 - y1)], dim=1)
+    remaining = scores.argsort(descending=True, stable=True)
+    groups = []
+    while len(remaining):
+        best, others = remaining[0], remaining[1:]
+        belongs = _iou(rows[best], rows[others], offset=0) >= np.float32(iou_threshold)
+        groups.append([int(best), *others[belongs].tolist()])
+        remaining = others[~belongs]
+    return groups
 
 
 def _iou(box: Tensor, others: Tensor, offset: int) -> Tensor:

@@ -1,8 +1,8 @@
 """The operators on the GPU against themselves on the CPU, where the other tests pin them."""
 import pytest
 import torch
-from mmcv.ops import (deform_conv2d, modulated_deform_conv2d, nms, roi_align, roi_pool, sigmoid_focal_loss,
-                      softmax_focal_loss)
+from mmcv.ops import (carafe, deform_conv2d, deform_roi_pool, modulated_deform_conv2d, nms, roi_align, roi_pool,
+                      sigmoid_focal_loss, softmax_focal_loss)
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -20,6 +20,11 @@ OPERATORS = dict(
     modulated_deform_conv=(lambda to, x, offset, mask, weight: modulated_deform_conv2d(x, offset, mask, weight, None,
                                                                                        1, 1),
                            [(2, 4, 5, 5), (2, 18, 5, 5), (2, 9, 5, 5), (6, 4, 3, 3)]),
+    larger_maps=(lambda to, x, offset, mask, weight: modulated_deform_conv2d(x, offset, mask, weight, None, 1, 1),
+                 [(2, 4, 5, 5), (2, 18, 7, 6), (2, 9, 7, 6), (6, 4, 3, 3)]),
+    carafe=(lambda to, x, masks: carafe(x, masks, 3, 2, 2), [(2, 4, 3, 5), (2, 18, 6, 10)]),
+    deform_roi_pool=(lambda to, x, offset: deform_roi_pool(x, to(ROIS), offset, 3, 0.25),
+                     [(2, 3, 9, 11), (3, 2, 3, 3)]),
     sigmoid_focal_loss=(lambda to, x: sigmoid_focal_loss(x, to(TARGET), 2.0, 0.25, None, 'none'), [(8, 4)]),
     softmax_focal_loss=(lambda to, x: softmax_focal_loss(x, to(TARGET), 2.0, 0.25, None, 'sum'), [(8, 4)]),
     ms_deform_attn=(lambda to, value, locations, weights: MultiScaleDeformableAttnFunction.apply(

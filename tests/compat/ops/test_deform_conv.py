@@ -63,3 +63,109 @@ def test_modules_train(module):
     conv(torch.randn(1, 4, 6, 6)).square().mean().backward()
     for name, parameter in conv.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def beyond_border(offset, size):
+    """Whether each offset's sample lies at -1 or at the size of the input, or beyond; one at a time."""
+    stride, padding, dilation = (1, 2), (2, 1), (2, 1)
+    n, _, *size_out = offset.shape
+    offset = offset.view(n, 2, 3, 2, 2, *size_out)  # groups, kernel, axes
+    beyond = torch.zeros(n, 2, 3, 2, *size_out, dtype=torch.bool)
+    for index in torch.cartesian_prod(*map(torch.arange, beyond.shape)).tolist():
+        image, group, *cell = index[:4]
+        for axis in (0, 1):
+            start = index[4 + axis] * stride[axis] - padding[axis] + cell[axis] * dilation[axis]
+            position = start + float(offset[image, group, cell[0], cell[1], axis, index[4], index[5]])
+            beyond[tuple(index)] |= position <= -1 or position >= size[axis]
+    return beyond.unsqueeze(4).expand_as(offset).reshape(n, -1, *size_out)
+
+
+@pytest.mark.parametrize('modulated', [False, True])
+@pytest.mark.parametrize('scale', [0, 1, 2])
+def test_offsets_of_whole_cells_get_the_derivative_from_within(scale, modulated):
+    # On a cell the derivative jumps; mmcv takes the right one, and none on the border, where the sample is 0.
+    feature, offset, mask, weight, bias = inputs()
+    offset = (offset * scale).round()
+    grad_output = torch.randn(2, 6, *offset.shape[2:], dtype=torch.float64)
+
+    def convolve(offset):
+        if modulated:
+            return modulated_deform_conv2d(feature, offset, mask, weight, bias, *GEOMETRY.values())
+        return deform_conv2d(feature, offset, weight, *GEOMETRY.values())
+
+    expected, step = torch.zeros_like(offset), 1e-3  # within a cell the sample is linear, so the step may be large
+    for channel in range(offset.shape[1]):
+        moved = offset.clone()
+        moved[:, channel] += step
+        expected[:, channel] = ((convolve(moved) - convolve(offset)) / step * grad_output).sum(1)
+    beyond = beyond_border(offset, feature.shape[2:])
+    expected[beyond] = 0
+    assert beyond.any() and not beyond.all()
+
+    convolve(offset.requires_grad_()).backward(grad_output)
+    torch.testing.assert_close(offset.grad, expected)
+
+
+def larger_maps(dtype=torch.float64):
+    """The inputs with offsets and masks of a map that is larger by a row and two columns, slices of one tensor."""
+    feature, offset, mask, weight, bias = inputs(dtype)
+    _, _, height, width = offset.shape
+    both = torch.randn(2, 24 + 12, height + 1, width + 2, dtype=torch.float64).to(dtype)
+    return feature, both[:, :24], both[:, 24:].sigmoid(), weight, bias, (height, width)
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16])
+def test_maps_larger_than_the_output_are_read_from_their_start(dtype, memory_format):
+    feature, offset, mask, weight, bias, size = larger_maps(dtype)
+    offset, mask = (tensor.detach().to(memory_format=memory_format).requires_grad_() for tensor in (offset, mask))
+    output = modulated_deform_conv2d(feature, offset, mask, weight, bias, *GEOMETRY.values())
+    output.sum().backward()
+
+    read = [tensor.detach().flatten(1)[:, :channels * size[0] * size[1]].reshape(2, channels, *size).requires_grad_()
+            for tensor, channels in ((offset, 24), (mask, 12))]
+    expected = modulated_deform_conv2d(feature, *read, weight, bias, *GEOMETRY.values())
+    expected.sum().backward()
+    assert torch.equal(output, expected)
+    for whole, part in zip((offset, mask), read):
+        values = part.grad.numel() // 2
+        assert whole.grad.dtype == dtype and part.grad.abs().sum() > 0
+        assert torch.equal(whole.grad.flatten(1)[:, :values], part.grad.flatten(1))
+        assert not whole.grad.flatten(1)[:, values:].any()
+
+
+def test_only_the_masks_may_be_larger():
+    feature, offset, _, weight, bias = inputs()
+    *_, mask, _, _, (height, width) = larger_maps()
+    expected = mask.flatten(1)[:, :12 * height * width].view(2, 12, height, width)
+    assert torch.equal(modulated_deform_conv2d(feature, offset, mask, weight, bias, *GEOMETRY.values()),
+                       modulated_deform_conv2d(feature, offset, expected, weight, bias, *GEOMETRY.values()))
+
+
+def test_maps_smaller_than_the_output_are_refused():
+    feature, offset, mask, weight, bias = inputs()
+    with pytest.raises(ValueError, match='a map of 5 x 3 cells, too small for its output of 5 x 4'):
+        modulated_deform_conv2d(feature, offset[..., :3], mask[..., :3], weight, bias, *GEOMETRY.values())
+
+
+def test_v1_refuses_larger_maps_as_mmcv_does():
+    feature, offset, _, weight, _ = inputs()
+    with pytest.raises(RuntimeError, match='offset'):
+        deform_conv2d(feature, F.pad(offset, (0, 1, 0, 1)), weight, *GEOMETRY.values())
+
+
+@pytest.mark.parametrize('size, levels', [(64, 4), (50, 3)])
+def test_dyhead(size, levels):
+    # As MMDetection's own test: each level halves the one before, and its offsets steer the convolutions of both.
+    from mmdet.models.necks import DyHead
+    sizes = [size]
+    while len(sizes) < levels:
+        sizes.append((sizes[-1] + 1) // 2)
+    features = [torch.rand(1, 8, side, side) for side in sizes]
+    neck = DyHead(8, 16, num_blocks=3)
+    outputs = neck(features)
+    assert [tuple(output.shape) for output in outputs] == [(1, 16, side, side) for side in sizes]
+    sum(output.mean() for output in outputs).backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in neck.parameters())
+    with pytest.raises(AssertionError):
+        neck(torch.rand(1, 8, 4, 4))

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from mmcv.ops import batched_nms, nms, soft_nms
+from mmcv.ops import batched_nms, nms, nms_match, soft_nms
 
 
 def random_boxes(n, seed=0):
@@ -113,3 +113,29 @@ def test_soft_nms_leaves_its_input_alone():
     before = boxes.clone(), scores.clone()
     soft_nms(boxes, scores, 0.1)
     assert torch.equal(boxes, before[0]) and torch.equal(scores, before[1])
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16])
+def test_nms_match_equals_its_definition(dtype):
+    boxes, scores = random_boxes(50).to(dtype), torch.linspace(0, 1, 50)[torch.randperm(50)].to(dtype)
+    groups = nms_match(torch.cat([boxes, scores[:, None]], dim=1), 0.3)
+    remaining, expected = scores.argsort(descending=True).tolist(), []
+    while remaining:
+        best = remaining.pop(0)
+        overlaps = {i: reference_iou(boxes[best].double(), boxes[i].double(), 0) for i in remaining}
+        expected.append([best, *(i for i in remaining if overlaps[i] >= 0.3)])
+        remaining = [i for i in remaining if i not in expected[-1]]
+    assert [group.tolist() for group in groups] == expected
+    assert sorted(torch.cat(groups).tolist()) == list(range(50))
+
+
+def test_nms_match_takes_an_iou_equal_to_the_threshold():
+    # Here a group begins at the threshold, where nms keeps the box.
+    dets = torch.tensor([[0., 0., 10., 1., 0.9], [0., 0., 6., 1., 0.8], [0., 0., 5., 1., 0.7]])
+    assert [group.tolist() for group in nms_match(dets, 0.6)] == [[0, 1], [2]]
+
+
+def test_nms_match_of_nothing_and_of_numpy_arrays():
+    assert nms_match(torch.zeros(0, 5), 0.5) == []
+    dets = np.array([[0, 0, 10, 10, 0.5], [0, 0, 10, 10, 0.9]], dtype=np.float32)
+    assert [group.tolist() for group in nms_match(dets, 0.5)] == [[1, 0]]
