@@ -11,9 +11,9 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Callable, Optional, Tuple
 
-from .startup import EXTENSION, ORIGIN
 from .workers import install_in_child_processes
 
+EXTENSION = 'mmcv._ext'
 COMPILED, TORCHVISION = 'compiled mmcv', 'torchvision'
 
 
@@ -27,7 +27,7 @@ class OperatorFinder(MetaPathFinder):
     def find_spec(self, fullname: str, path=None, target=None) -> Optional[ModuleSpec]:
         if fullname != EXTENSION:
             return None
-        return ModuleSpec(fullname, OperatorLoader(), origin=ORIGIN)
+        return ModuleSpec(fullname, OperatorLoader(), origin='torchvision kernels, provided by kd_det.compat')
 
 
 class OperatorLoader(Loader):
@@ -68,10 +68,6 @@ def install_operators() -> None:
     if not any(isinstance(finder, OperatorFinder) for finder in sys.meta_path):
         sys.meta_path.append(OperatorFinder())
         importlib.invalidate_caches()
-    deferred = sys.modules.get(EXTENSION)
-    if deferred is not None and not isinstance(deferred.__spec__.loader, OperatorLoader):  # it is startup.py's
-        deferred.__spec__ = OperatorFinder().find_spec(EXTENSION)
-        deferred.__spec__.loader.exec_module(deferred)
     install_in_child_processes()
 
 

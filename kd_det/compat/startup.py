@@ -1,16 +1,14 @@
-"""Makes MMDetection's own tools work with mmcv-lite, where they import it before any config, and kd_det, is read.
+"""Makes MMDetection's own tools work with mmcv-lite: they import it before any config, and kd_det with it, is read.
 
-Installing kd_det lays a copy of this module and a ``.pth`` file, which calls :func:`install`, where Python looks for
-them at its start. Therefore it imports nothing that costs time: kd_det itself is not loaded before a program of
-MMDetection first calls an operator, loads a checkpoint or makes a detector. Where kd_det has been imported first, its
-own finder serves the operators, and :func:`mend_mmdetection` does the rest.
+Installing kd_det lays a copy of this module, and a ``.pth`` file that calls :func:`install`, where Python looks for
+them at its start. So it imports nothing that costs time before a program imports mmcv or MMDetection, and of kd_det
+then :mod:`kd_det.compat` alone. Where kd_det is imported itself, :func:`mend_mmdetection` does the same.
 """
 import os
 import sys
 
 OFF = 'KD_DET_NO_COMPAT'  # set to 1, this environment variable leaves Python's start alone
 EXTENSION = 'mmcv._ext'
-ORIGIN = 'torchvision kernels, provided by kd_det.compat'
 
 
 def install() -> None:
@@ -37,42 +35,41 @@ class StartupFinder:
         mend = MENDS.get(fullname)
         if not mend and fullname != EXTENSION:
             return None
-        from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+        from importlib.machinery import PathFinder, SourceFileLoader
         spec = PathFinder.find_spec(fullname, path, target)
         if not _is_there('kd_det'):  # uninstalled by halves
             return spec
-        if fullname == EXTENSION:
-            served = 'kd_det.compat.operators' in sys.modules  # whose finder is asked next
-            return spec or (None if served else ModuleSpec(fullname, DeferredOperators(), origin=ORIGIN))
-        if spec and isinstance(spec.loader, SourceFileLoader):  # each serves one module alone
-            execute = spec.loader.exec_module
-            spec.loader.exec_module = lambda module: (execute(module), mend(module))
+        if fullname == EXTENSION and spec is None:
+            _import_alone('kd_det.compat.ops')
+            return _import_alone('kd_det.compat.operators').OperatorFinder().find_spec(fullname)
+        if mend and spec and isinstance(spec.loader, SourceFileLoader):  # each serves one module alone
+            spec.loader.exec_module = _then(spec.loader.exec_module, mend)
         return spec
 
 
-class DeferredOperators:
-    """Fills ``mmcv._ext`` with operators each of which, when first called, has :mod:`kd_det.compat` fill it anew.
+def _then(execute, mend):
 
-    kd_det can not be imported any earlier: mmcv asks for them while mmdet, which kd_det needs, is being imported.
-    """
+    def execute_and_mend(module) -> None:
+        execute(module)
+        try:
+            mend(module)
+        except (AttributeError, KeyError):  # another version, which lacks what is mended here
+            pass
 
-    def create_module(self, spec):
-        return None  # Python's default module
+    return execute_and_mend
 
-    def exec_module(self, module) -> None:
 
-        def defer(name: str):
-            if name.startswith('_'):  # no operator, but a question of Python's
-                raise AttributeError(f'module {EXTENSION!r} has no attribute {name!r}')
-
-            def call(*args, **kwargs):
-                from kd_det.compat import install
-                install()
-                return getattr(module, name)(*args, **kwargs)
-
-            return call
-
-        module.__getattr__ = defer
+def _import_alone(name: str):
+    """A module of kd_det, imported without what kd_det/__init__.py imports: mmdet may be half imported just now."""
+    from importlib import import_module
+    from importlib.util import find_spec, module_from_spec
+    if 'kd_det' in sys.modules:
+        return import_module(name)
+    sys.modules['kd_det'] = module_from_spec(find_spec('kd_det'))  # a stand-in that has run no code
+    try:
+        return import_module(name)
+    finally:
+        del sys.modules['kd_det']
 
 
 def defer_safe_loading(module) -> None:
@@ -83,8 +80,7 @@ def defer_safe_loading(module) -> None:
     def load_checkpoint(cls, *args, **kwargs):
         if 'mmdet' in sys.modules:  # other packages of mmengine's are left alone
             loader.load_checkpoint = load
-            from kd_det.compat import install_safe_loading
-            install_safe_loading()
+            _import_alone('kd_det.compat').install_safe_loading()
         return load.__get__(None, cls)(*args, **kwargs)
 
     loader.load_checkpoint = classmethod(load_checkpoint)
