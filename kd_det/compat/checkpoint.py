@@ -177,10 +177,9 @@ def _weights_only(name: str) -> Iterator[None]:
         yield
     except (FileNotFoundError, PermissionError, MemoryError, ImportError, CheckpointError):
         raise
-    except pickle.UnpicklingError as error:
-        raise _explain(name, error) from None  # torch's message advises to give up weights_only
     except Exception as error:
-        raise _explain(name, error) from error
+        advises = isinstance(error, pickle.UnpicklingError) or 'weights_only' in str(error)
+        raise _explain(name, error) from (None if advises else error)  # torch advises to give up weights_only
     finally:
         del os.environ[forced]
         os.environ.update({key: value for key, value in before.items() if value is not None})
