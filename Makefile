@@ -29,7 +29,7 @@ clean:  ## Remove the virtual environment and what builds leave behind; data and
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(INSTALLED): setup.py pyproject.toml constraints.txt | $(BIN)/python
+$(INSTALLED): setup.py pyproject.toml constraints.txt kd_det/compat/startup.py | $(BIN)/python
 	$(PIP_INSTALL) setuptools wheel
 	$(PIP_INSTALL) --no-build-isolation --editable '.[mmdet,test]'
 	@# A machine without a screen may lack libGL, which OpenCV's desktop build wants.

@@ -1,11 +1,30 @@
-"""Packages kd_det; its configs and tools travel inside the wheel, under kd_det/.mim (links in the source tree)."""
+"""Packages kd_det; its configs and tools travel inside the wheel, under kd_det/.mim (links in the source tree).
+
+Beside the package lie a copy of kd_det/compat/startup.py and a .pth file by which Python runs it at its start.
+"""
 import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 README = ROOT / 'README.md'
+# One line, as Python wants it; what went wrong in it would be printed whenever Python starts.
+PTH = r"exec('try:\n import kd_det_startup\n kd_det_startup.install()\nexcept Exception:\n pass')"
+
+
+class BuildWithStartup(build_py):
+    """Also writes the start-up file, into the wheel and into that of an editable install."""
+
+    def run(self):
+        super().run()
+        install = self.get_finalized_command('install')
+        folder = Path(install.install_lib if self.editable_mode else self.build_lib)
+        self.mkpath(str(folder))
+        self.copy_file(str(ROOT / 'kd_det' / 'compat' / 'startup.py'), str(folder / 'kd_det_startup.py'))
+        (folder / 'kd_det_startup.pth').write_text(f'import sys; {PTH}\n', encoding='ascii')
+
 
 setup(
     name='kd-det',
@@ -19,6 +38,7 @@ setup(
     packages=find_packages(include=['kd_det', 'kd_det.*']),
     package_data={'kd_det': ['.mim/*', '.mim/**/*'], 'kd_det.report': ['*.html', '*.css', '*.js']},
     exclude_package_data={'': ['__pycache__/*', '*.pyc']},
+    cmdclass={'build_py': BuildWithStartup},
     zip_safe=False,
     install_requires=['torch', 'torchvision', 'numpy', 'scipy', 'filelock', 'rich', 'matplotlib', 'jinja2'],
     extras_require={

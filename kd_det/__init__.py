@@ -14,9 +14,9 @@ MMDETECTION_ERROR: Optional[Exception] = None  # why an installed MMDetection ca
 
 if find_spec('mmengine') and find_spec('mmcv') and find_spec('mmdet'):
     try:
-        from kd_det.compat import install, install_ssd_prediction
-        install()  # before anything imports mmcv.ops
-        install_ssd_prediction()
+        from kd_det import compat
+        compat.install()  # before anything imports mmcv.ops
+        compat.mend_mmdetection()
 
         from kd_det.registration import register_config_scope
         register_config_scope()

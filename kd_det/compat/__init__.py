@@ -2,11 +2,11 @@
 from .checkpoint import CheckpointError, UnsafeCheckpointError, install_safe_loading, load_checkpoint
 from .operators import (OperatorNotServedError, install_operators, log_operator_backend, operator_backend,
                         served_operators)
-from .ssd import install_ssd_prediction
+from .startup import mend_mmdetection
 
 __all__ = [
-    'CheckpointError', 'OperatorNotServedError', 'UnsafeCheckpointError', 'install', 'install_ssd_prediction',
-    'load_checkpoint', 'log_operator_backend', 'operator_backend', 'served_operators'
+    'CheckpointError', 'OperatorNotServedError', 'UnsafeCheckpointError', 'install', 'install_safe_loading',
+    'load_checkpoint', 'log_operator_backend', 'mend_mmdetection', 'operator_backend', 'served_operators'
 ]
 
 

@@ -5,14 +5,16 @@ tensors and plain containers. mmengine also saves its logging history, numpy num
 :func:`install_safe_loading` allows these, none of which runs code of the file's choosing; all else stays refused.
 """
 import codecs
+import copy
 import importlib.util
 import os
 import pickle
 import re
+import zipfile
 from contextlib import contextmanager
 from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Union
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple, Union
 
 import numpy as np
 import torch
@@ -39,6 +41,10 @@ def load_checkpoint(path_or_url: Union[str, Path], map_location: Any = 'cpu') ->
         path_or_url: a file, or anything that mmengine's ``CheckpointLoader`` knows (``https://``, ``torchvision://``).
         map_location: as for :func:`torch.load`.
 
+    Returns:
+        What the file holds. Its ``meta``, where it has one or names classes elsewhere, is a dict; ``dataset_meta``
+        within, where anything told it, is a dict too, and its ``classes``, where anything named them, are those.
+
     Raises:
         FileNotFoundError: no such file.
         CheckpointError: the file is damaged, is no checkpoint, or cannot be downloaded.
@@ -54,7 +60,37 @@ def load_checkpoint(path_or_url: Union[str, Path], map_location: Any = 'cpu') ->
         checkpoint = load(name, map_location)
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f'{name} holds a {type(checkpoint).__name__}, not the dict of a checkpoint.')
+    meta = _meta(checkpoint)
+    if meta or 'meta' in checkpoint:
+        checkpoint['meta'] = meta
     return checkpoint
+
+
+def _meta(checkpoint: dict) -> dict:
+    """What a checkpoint tells beside its weights, in the form of MMDetection 3, whoever wrote it."""
+    meta = copy.copy(checkpoint['meta']) if isinstance(checkpoint.get('meta'), dict) else {}
+    told = meta.get('dataset_meta')
+    if isinstance(told, (list, tuple)):  # of data sets joined: one whose parts differ tells nothing
+        parts = [each for each in told if isinstance(each, dict)]
+        told = parts[0] if parts and all(_classes(each) == _classes(parts[0]) for each in parts) else None
+    told = copy.copy(told) if isinstance(told, dict) else {}
+    classes = _classes(told) or _classes(meta) or _classes(checkpoint)
+    if classes:
+        told['classes'] = classes
+    if told or 'dataset_meta' in meta:
+        meta['dataset_meta'] = told
+    return meta
+
+
+def _classes(holder: dict) -> Optional[Tuple[str, ...]]:
+    """The names of classes, by label, under any of the keys that programs use; MMDetection's are the first two."""
+    for key in ('classes', 'CLASSES', 'class_names', 'names'):
+        names = holder.get(key)
+        if isinstance(names, dict) and sorted(names) == list(range(len(names))):
+            names = [names[label] for label in range(len(names))]
+        if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
+            return tuple(names)
+    return None
 
 
 def install_safe_loading() -> None:
@@ -63,9 +99,9 @@ def install_safe_loading() -> None:
         return
     from mmengine.runner import checkpoint
     torch.serialization.add_safe_globals(_safe_globals())
-    checkpoint.CheckpointLoader.register_scheme('', _clear_errors(checkpoint.load_from_local), force=True)
-    checkpoint.CheckpointLoader.register_scheme(('http://', 'https://'), _clear_errors(checkpoint.load_from_http),
-                                                force=True)
+    for scheme, loader in list(checkpoint.CheckpointLoader._schemes.items()):
+        loader = getattr(loader, '__wrapped__', loader)  # installed before
+        checkpoint.CheckpointLoader.register_scheme(scheme, _clear_errors(loader), force=True)
 
 
 @lru_cache(maxsize=None)
@@ -111,6 +147,10 @@ def _alias(function: Callable, module: str, name: str) -> Callable:
 
 def _load_file(name: str, map_location: Any) -> Any:
     path = Path(name).expanduser()
+    if path.is_dir():
+        within = ', '.join(sorted(file.name for file in path.glob('*.pth'))[-3:])
+        raise FileNotFoundError(f'{path.absolute()} is a folder: give a checkpoint file'
+                                + (f' within it, such as {within}.' if within else '.'))
     if not path.is_file():
         raise FileNotFoundError(f'No checkpoint at {path.absolute()}.')
     return torch.load(path, map_location=map_location, weights_only=True)
@@ -135,12 +175,11 @@ def _weights_only(name: str) -> Iterator[None]:
     os.environ[forced] = '1'
     try:
         yield
-    except (FileNotFoundError, PermissionError, MemoryError, CheckpointError):
+    except (FileNotFoundError, PermissionError, MemoryError, ImportError, CheckpointError):
         raise
-    except pickle.UnpicklingError as error:
-        raise _explain(name, error) from None  # torch's message advises to give up weights_only
     except Exception as error:
-        raise _explain(name, error) from error
+        advises = isinstance(error, pickle.UnpicklingError) or 'weights_only' in str(error)
+        raise _explain(name, error) from (None if advises else error)  # torch advises to give up weights_only
     finally:
         del os.environ[forced]
         os.environ.update({key: value for key, value in before.items() if value is not None})
@@ -160,8 +199,58 @@ def _explain(name: str, error: Exception) -> CheckpointError:
     if '://' in name and isinstance(error, OSError):
         return CheckpointError(f'{name} cannot be downloaded ({error}). '
                                'Fetch it by hand and give the path of the file.')
+    foreign = _foreign(name)
+    if foreign:
+        kind, advice = foreign
+        return CheckpointError(f'{name} cannot be read as a PyTorch checkpoint: it holds something else, {kind}. '
+                               f'{advice}')
     return CheckpointError(f'{name} cannot be read as a PyTorch checkpoint: {_damage(error)}. '
                            'If it should be one, it is damaged: copy or download it again.')
+
+
+def _foreign(name: str) -> Optional[Tuple[str, str]]:
+    """What a file is that is none of ``torch.save``'s, and what to do about it; None where that is not known."""
+    path = Path(name).expanduser()
+    if '://' in name:  # where torch and mmengine keep what they download
+        path = Path(torch.hub.get_dir()) / 'checkpoints' / name.partition('?')[0].rpartition('/')[2]
+    if not path.is_file():
+        return None
+    with path.open('rb') as file:
+        head = file.read(512)
+    origin = 'Give the checkpoint (.pth) that it was made from.'
+    if head.startswith(b'version https://git-lfs'):
+        return 'a Git LFS pointer', 'Run `git lfs pull` in its repository, which puts the file in its place.'
+    if head.lstrip().lower().startswith((b'<!doctype', b'<html', b'<?xml', b'<head')):
+        return 'a web page', ('The address leads to a page about the file, or to an error: download the file itself, '
+                              'and delete this one.')
+    if head[8:9] == b'{' and int.from_bytes(head[:8], 'little') < path.stat().st_size:
+        return 'safetensors', ('Convert it once, with the package safetensors: torch.save(dict(state_dict='
+                               f"safetensors.torch.load_file('{path.name}')), '{path.stem}.pth').")
+    if path.suffix == '.onnx' or re.match(rb'\x08[\x01-\x1f](\x12.\w|\x3a|\x42)', head, re.DOTALL):
+        return 'an ONNX model', origin
+    if zipfile.is_zipfile(path):
+        return _within_zip(zipfile.ZipFile(path).namelist(), origin)
+    if head.startswith((b'\x1f\x8b', b'BZh', b'\xfd7zXZ', b"7z\xbc\xaf\x27\x1c", b'Rar!', b'\x28\xb5\x2f\xfd')) \
+            or head[257:262] == b'ustar':
+        return 'an archive', 'Unpack it, and give the checkpoint within.'
+    if head.startswith(b'\x89HDF'):
+        return 'HDF5, as Keras writes it', 'Its weights are of no PyTorch model.'
+    if head and re.fullmatch(rb'[\t\n\r\x20-\x7e]+', head):
+        return f'text that begins with {head[:40].decode().splitlines()[0]!r}', 'Give the path of the checkpoint.'
+    return None
+
+
+def _within_zip(members: list, origin: str) -> Optional[Tuple[str, str]]:
+    """As :func:`_foreign`, of a zip archive, which ``torch.save`` writes too."""
+    names = {member.partition('/')[2] for member in members}
+    if 'constants.pkl' in names or any(name.startswith('code/') for name in names):
+        return 'a TorchScript archive, which is a program', origin
+    if 'data.pkl' in names:
+        return None
+    if any('exported_program' in name or name == 'archive_format' for name in names):
+        return 'a program that torch.export wrote', origin
+    return (f"a zip archive of {', '.join(members[:3])}{', …' if len(members) > 3 else ''}",
+            'Unpack it, and give the checkpoint within.')
 
 
 def _damage(error: Exception) -> str:
@@ -169,4 +258,5 @@ def _damage(error: Exception) -> str:
         return 'it is empty or ends early'
     if isinstance(error, pickle.UnpicklingError):
         return 'it holds something else'
-    return str(error).partition('\n')[0].rstrip('.')
+    reason = str(error).partition('\n')[0].rstrip('.')
+    return 'it holds something else' if 'weights_only' in reason else reason  # torch's advice is to give that up

@@ -106,7 +106,8 @@ def inspect_teacher_weights(config: Config) -> Iterator[Finding]:
         if checkpoint and Path(checkpoint).is_file():
             try:
                 model = MODELS.build(read_model_config(teacher['config']))
-                load_strictly(model, checkpoint, teacher.get('allow_missing', ()), teacher.get('allow_unexpected', ()))
+                load_strictly(model, checkpoint, teacher.get('allow_missing', ()), teacher.get('allow_unexpected', ()),
+                              checkpoint_prefix=teacher.get('checkpoint_prefix'))
                 yield Finding(f'{name} weights', f'fit {type(model).__name__}')
             except Exception as error:  # whatever stops it here would stop the run
                 yield Finding(f'{name} weights', str(error), 'Give config and checkpoint of the same model', fault=True)

@@ -3,10 +3,10 @@ from __future__ import annotations
 
 import copy
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Sequence, Union
+from typing import Any, Callable, Dict, Iterable, Optional, Sequence, Union
 
 from mmengine.config import ConfigDict
 from mmengine.model import PretrainedInit
@@ -16,6 +16,13 @@ from kd_det.compat import CheckpointError, load_checkpoint
 from kd_det.configuration import DISTILLER, load_config
 
 ModelConfig = Union[str, Path, dict]
+
+# Where programs keep a model's weights, in the order in which they are looked for. MMEngine's EMA is in the first.
+WEIGHTS = ('state_dict', 'model', 'model_state_dict', 'model_state', 'net', 'network', 'weights', 'params')
+# What else in a checkpoint holds tensors.
+OTHERS = ('meta', 'message_hub', 'optimizer', 'optimizers', 'param_schedulers', 'scheduler', 'lr_scheduler', 'distill')
+WRAPPERS = re.compile(r'^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.')  # of data-parallel training, torch.compile
+COUNTERS = ('steps', 'n_averaged')  # of the wrappers that average weights
 
 
 class TeacherError(ValueError):
@@ -59,7 +66,8 @@ def is_pretrained(config: Any) -> bool:
 
 
 def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str] = (),
-                  allow_unexpected: Sequence[str] = (), role: str = 'teacher') -> dict:
+                  allow_unexpected: Sequence[str] = (), role: str = 'teacher',
+                  checkpoint_prefix: Optional[str] = None) -> dict:
     """Loads a checkpoint into a detector, and refuses what does not fit to the last key.
 
     Args:
@@ -68,17 +76,22 @@ def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str
         allow_missing: Shell patterns (``'roi_head.*'``) of keys that the file may lack.
         allow_unexpected: Shell patterns of keys in the file that the model need not have.
         role: What the detector is, for the message.
+        checkpoint_prefix: Loads only the keys that begin with it, without it: ``'teacher.'`` of a file that holds
+            ``teacher.backbone…`` and ``student.backbone…``, or has weights in entries ``teacher`` and ``student``;
+            ``'ema_'`` also undoes MMDetection 2's ``ema_backbone_conv1_weight``.
 
     Returns:
-        The checkpoint's ``meta``.
+        The checkpoint's ``meta``, see :func:`~kd_det.compat.load_checkpoint`.
 
     Raises:
-        CheckpointError: Keys are missing, unexpected or of another shape; the message names them.
+        CheckpointError: The file has no weights, or several and no prefix tells which, or none with the prefix; or keys
+            are missing, unexpected or of another shape. The message names what there is.
     """
     loaded = load_checkpoint(checkpoint, map_location='cpu')
-    state = _plain_state_dict(loaded)
     expected = model.state_dict()
+    state = _find_weights(loaded, checkpoint, role, checkpoint_prefix, expected)
     misshapen = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    whole = list(state)
     shapes = {key: f'{key} (file {tuple(state.pop(key).shape)}, model {tuple(expected[key].shape)})'
               for key in misshapen}
     # Only PyTorch's own loading knows the keys that a module renames from older versions of itself.
@@ -92,20 +105,146 @@ def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str
               'of another shape': list(shapes.values())}
     if any(faults.values()):
         lines = [f'{len(keys)} keys {fault}: {_shortened(keys)}' for fault, keys in faults.items() if keys]
+        advice = _prefix_advice(whole, expected, role, not missing and not shapes)
         raise CheckpointError(f"The checkpoint '{checkpoint}' does not fit the {role} {type(model).__name__}.\n  "
-                              + '\n  '.join(lines) + '\nUse the config that the checkpoint was trained with'
+                              + '\n  '.join([*([advice] if advice else []), *lines])
+                              + '\nUse the config that the checkpoint was trained with'
                               + ('; if these keys do not matter, allow them with teacher.allow_missing / '
                                  'teacher.allow_unexpected (shell patterns).' if role == 'teacher' else '.'))
     return loaded.get('meta', {})
 
 
-def _plain_state_dict(checkpoint: dict) -> 'OrderedDict[str, Tensor]':
-    """The weights within a checkpoint, without the prefix that data-parallel wrappers add."""
-    state = checkpoint.get('state_dict', checkpoint.get('model', checkpoint))
-    plain = OrderedDict((re.sub(r'^module\.', '', key), value)
-                        for key, value in state.items() if isinstance(value, Tensor))
-    plain._metadata = getattr(state, '_metadata', None)  # versions of the modules, by which they rename keys
-    return plain
+def _find_weights(loaded: dict, checkpoint: str, role: str, prefix: Optional[str],
+                  expected: Iterable[str]) -> 'OrderedDict[str, Tensor]':
+    """The weights within a checkpoint, without the prefixes that wrappers add and the one that is asked for."""
+    entries = {place: _renamed({'': state}, _unwrapped) for place, state in _weight_entries(loaded).items()}
+    if not entries:
+        there = ', '.join(f"'{key}' ({'None' if value is None else type(value).__name__})"
+                          for key, value in list(loaded.items())[:12])
+        raise CheckpointError(f"The checkpoint '{checkpoint}' holds no weights: "
+                              + (f'it has the entries {there}.' if there else 'it is empty.'))
+    entry, prefix = _main_entry(entries), _unwrapped(prefix or '')
+    if prefix:
+        found = _picked(entries, entry, prefix)
+        if not found:
+            begins = _beginnings(entries.get(entry, {})) + Counter(
+                {place: len(state) for place, state in entries.items() if place != entry})
+            raise CheckpointError(f"teacher.checkpoint_prefix='{prefix}': no key in the checkpoint '{checkpoint}' "
+                                  f'begins with it. They begin with {_counted(begins)}.')
+        old = {key.replace('.', '_'): key for key in expected}  # MMDetection 2's averaged copies have no dots
+        return _renamed({'': found}, lambda key: key if '.' in key else old.get(key, key))
+    if entry is None:
+        raise CheckpointError(f"The checkpoint '{checkpoint}' holds the weights of several models, under "
+                              + _counted(Counter({place: len(state) for place, state in entries.items()}))
+                              + f': {_pick(entries, role)}')
+    return entries[entry]
+
+
+def _picked(entries: Dict[str, dict], entry: Optional[str], prefix: str) -> 'OrderedDict[str, Tensor]':
+    """The weights after a prefix: of keys within the main entry, or else the name of an entry."""
+    for states in ({'': entries.get(entry, {})}, entries):
+        for each in (prefix if prefix.endswith('.') else f'{prefix}.', prefix):
+            found = _renamed(states, lambda key: _unwrapped(key[len(each):]) if key.startswith(each) else None)
+            if found:
+                return found
+    return OrderedDict()
+
+
+def _renamed(states: Dict[str, dict], rename: Callable[[str], Optional[str]]) -> 'OrderedDict[str, Tensor]':
+    """State dicts by their place as one, each key after its place renamed, or left out where that gives None."""
+    renamed, metadata = OrderedDict(), {}  # versions of the modules, by which they rename keys themselves
+    for place, state in states.items():
+        # An average over training steps counts them beside the model that it wraps.
+        average = all(key.startswith('module.') for key in state if key not in COUNTERS)
+        for key, value in state.items():
+            if isinstance(value, Tensor) and not (average and key in COUNTERS):
+                renamed[rename(place + key)] = value
+        for key, value in (getattr(state, '_metadata', None) or {}).items():
+            name = rename(f'{place}{key}.')
+            metadata[None if name is None else name[:-1]] = value
+    renamed.pop(None, None)
+    renamed._metadata = metadata
+    return renamed
+
+
+def _unwrapped(key: str) -> str:
+    return WRAPPERS.sub('', key)
+
+
+def _weight_entries(loaded: dict) -> Dict[str, dict]:
+    """Each dict of tensors in a checkpoint, by its place: ``'state_dict.'``, ``'ema.module.'``, ``''`` for itself."""
+    found = {}
+    for key, value in loaded.items():
+        if key in OTHERS or not isinstance(value, dict):
+            continue
+        if _is_state_dict(value):
+            found[f'{key}.'] = value
+        else:
+            found.update({f'{key}.{name}.': each for name, each in value.items() if _is_state_dict(each)})
+    loose = [value for value in loaded.values() if isinstance(value, Tensor)]
+    if loose and not any(place.partition('.')[0] in WEIGHTS for place in found):
+        if not found or any(value.dim() for value in loose):  # a mere counter is no weight
+            return {'': loaded}
+    return found
+
+
+def _is_state_dict(value: Any) -> bool:
+    values = list(value.values()) if isinstance(value, dict) and all(isinstance(key, str) for key in value) else []
+    return any(isinstance(each, Tensor) for each in values) and not any(isinstance(each, dict) for each in values)
+
+
+def _main_entry(entries: Dict[str, dict]) -> Optional[str]:
+    """The place of the weights that a checkpoint is about; None where that is not clear."""
+    for name in WEIGHTS:
+        within = [place for place in entries if place.startswith(f'{name}.')]
+        if within:
+            return within[0] if len(within) == 1 else None
+    return next(iter(entries)) if len(entries) == 1 else None
+
+
+def _prefix_advice(keys: Sequence[str], expected: Iterable[str], role: str, complete: bool) -> Optional[str]:
+    """What to do where keys of a file are the model's after a prefix; None where none are.
+
+    ``complete`` tells that the model's own keys are there too.
+    """
+    known = {*expected, *(key.replace('.', '_') for key in expected)}
+    weights = [key for key in expected if not key.endswith('num_batches_tracked')]
+    found = Counter()
+    for key in keys:
+        ends = (match.end() for match in re.finditer(r'[._]', key))
+        end = next((end for end in ends if key[end:] in known), None)
+        if end and key not in known:
+            found[key[:end]] += 1
+    fitting = Counter({prefix: count for prefix, count in found.items() if count >= len(weights) / 2})
+    if fitting and complete and role == 'teacher':
+        return (f"The file holds the model's weights, and once more after {_counted(fitting)}. Leave those out with "
+                f"teacher.allow_unexpected={[f'{prefix}*' for prefix in fitting]}, or load them instead: "
+                f"teacher.checkpoint_prefix='{next(iter(fitting))}'.")
+    if fitting:
+        return f"Keys of the file are the model's after {_counted(fitting)}: {_pick(fitting, role)}"
+    begins = _beginnings(keys)
+    shared = next(iter(begins), '')
+    if len(begins) == 1 and not any(key.startswith(shared) for key in expected):
+        return (f"All keys of the file begin with '{shared}', and none of the model's does. If that is a wrapper "
+                f'around the detector: {_pick(begins, role)}')
+    return None
+
+
+def _beginnings(keys: Iterable[str]) -> Counter:
+    """How many keys begin with each first part: ``'backbone.'``, or ``'ema_'`` of a key without dots."""
+    return Counter(re.match(r'[^.]*\.|[^_]*_?', key)[0] for key in keys)
+
+
+def _counted(prefixes: Counter) -> str:
+    return ' and '.join(f"'{prefix}' ({count} keys)" for prefix, count in prefixes.most_common(8))
+
+
+def _pick(prefixes: Sequence[str], role: str) -> str:
+    prefix = min(prefixes, key=lambda prefix: 'teacher' not in prefix)  # of equals the first
+    if role != 'teacher':
+        return f"save those after '{prefix}' again, without it, as the state_dict of a checkpoint."
+    chosen = 'load them' if len(prefixes) == 1 else 'say which to load, for example'
+    return f"{chosen} with teacher.checkpoint_prefix='{prefix}'."
 
 
 def _not_allowed(keys: Sequence[str], patterns: Sequence[str]) -> list:

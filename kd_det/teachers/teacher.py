@@ -45,6 +45,7 @@ class Teacher:
         random_teacher: Draw all weights, also those that the config would load; for tests and dry runs only.
         allow_missing: See :func:`~kd_det.teachers.loading.load_strictly`.
         allow_unexpected: See :func:`~kd_det.teachers.loading.load_strictly`.
+        checkpoint_prefix: See :func:`~kd_det.teachers.loading.load_strictly`.
         classes: Names of its classes, by label; by default those that the checkpoint or the config names, see
             :func:`~kd_det.teachers.class_names.teacher_classes`.
         cache: The arguments of a :class:`~kd_det.teachers.cache.TeacherCache`, which keeps the outputs on disk; None
@@ -81,6 +82,7 @@ class Teacher:
                  precision: str = 'float32',
                  compile: Union[bool, dict] = False,
                  shard: bool = False,
+                 checkpoint_prefix: Optional[str] = None,
                  *,
                  taps: Iterable[str],
                  heads: Iterable[str] = (),
@@ -103,7 +105,8 @@ class Teacher:
             self.model = MODELS.build(without_pretrained(model_config) if random_teacher else model_config)
             if random_teacher:  # some modules' weights are of no value before
                 self.model.init_weights()
-        self.meta = load_strictly(self.model, checkpoint, allow_missing, allow_unexpected) if checkpoint else {}
+        self.meta = load_strictly(self.model, checkpoint, allow_missing, allow_unexpected,
+                                  checkpoint_prefix=checkpoint_prefix) if checkpoint else {}
         self.classes = teacher_classes(number_of_classes(self.model), classes, self.meta, config)
         self.model.eval().requires_grad_(False)
         self.weights = sum(parameter.numel() for parameter in self.model.parameters())

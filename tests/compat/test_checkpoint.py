@@ -1,9 +1,12 @@
 import builtins
 import functools
+import gzip
 import http.server
 import itertools
 import os
+import tarfile
 import threading
+import zipfile
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
 from mmengine.runner import CheckpointLoader, Runner
 
-from kd_det.compat import CheckpointError, UnsafeCheckpointError, load_checkpoint
+from kd_det.compat import CheckpointError, UnsafeCheckpointError, install_safe_loading, load_checkpoint
 from kd_det.compat.checkpoint import CAN_ALLOW_GLOBALS
 
 needs_safe_globals = pytest.mark.skipif(not CAN_ALLOW_GLOBALS, reason='torch < 2.4 has no list of safe globals')
@@ -169,6 +172,96 @@ def test_unusable_files_say_so(tmp_path):
             assert_refused('damaged')
 
 
+def _torch_script(file):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(file))
+
+
+def _safetensors(file):
+    header = b'{"weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    file.write_bytes(len(header).to_bytes(8, 'little') + header + bytes(4))
+
+
+def _zip(file):
+    with zipfile.ZipFile(file, 'w') as archive:
+        archive.writestr('run/epoch_12.pth', 'weights')
+
+
+def _tar(file):
+    with tarfile.open(file, 'w') as archive:
+        archive.add(__file__, 'epoch_12.pth')
+
+
+@pytest.mark.parametrize('write, kind', [
+    (lambda file: file.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n'),
+     'a Git LFS pointer. Run `git lfs pull`'),
+    (lambda file: file.write_text('\n<!DOCTYPE html>\n<html><body>Sign in</body></html>'), 'a web page'),
+    (_torch_script, 'a TorchScript archive'),
+    (_safetensors, r"safetensors. Convert it once.*load_file\('teacher.pth'\)"),
+    (lambda file: file.write_bytes(b'\x08\x07\x12\x07pytorch\x1a\x052.0.0:\x00'), 'an ONNX model'),
+    (_zip, 'a zip archive of run/epoch_12.pth. Unpack it'),
+    (_tar, 'an archive. Unpack it'),
+    (lambda file: file.write_bytes(gzip.compress(b'weights')), 'an archive. Unpack it'),
+    (lambda file: file.write_bytes(b'\x89HDF\r\n\x1a\n' + bytes(9)), 'HDF5'),
+    (lambda file: file.write_text("_base_ = './faster_rcnn.py'\nmodel = dict()\n"), 'text that begins with "_base_'),
+])
+@pytest.mark.parametrize('load', [load_checkpoint, pytest.param(
+    lambda file: CheckpointLoader.load_checkpoint(str(file)), marks=needs_safe_globals)])
+def test_files_of_another_kind_are_called_what_they_are(tmp_path, load, write, kind):
+    file = tmp_path / 'teacher.pth'
+    write(file)
+    with pytest.raises(CheckpointError, match=f'teacher.pth cannot be read.*it holds something else, {kind}') as error:
+        load(file)
+    assert 'weights_only' not in f'{error.value} {error.value.__cause__}', 'no advice to load it unsafely'
+
+
+@needs_safe_globals
+@pytest.mark.parametrize('scheme', ['kept://', 'local://'])
+def test_other_loaders_of_mmengine_pass_on_no_advice_of_torchs(tmp_path, monkeypatch, scheme):
+    monkeypatch.setattr(CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes))
+    torch.save(Call(os.system, f'touch {tmp_path / "was_run"}'), tmp_path / 'x.pth')
+
+    @CheckpointLoader.register_scheme(prefixes=scheme)
+    def load_from_kept(name, map_location):
+        return torch.load(tmp_path / name[len(scheme):], map_location=map_location)
+
+    install_safe_loading()
+    install_safe_loading()
+    with pytest.raises(UnsafeCheckpointError, match='was refused') as error:
+        CheckpointLoader.load_checkpoint(f'{scheme}x.pth')
+    assert 'weights_only' not in str(error.value) and not (tmp_path / 'was_run').exists()
+
+
+@pytest.mark.parametrize('content, meta', [
+    (dict(meta=None), {}),
+    (dict(meta=[1]), {}),
+    (dict(meta=dict(epoch=3)), dict(epoch=3)),
+    (dict(meta=dict(dataset_meta=None)), dict(dataset_meta={})),
+    (dict(meta=dict(dataset_meta=dict(classes=('a', 'b'), palette=[1]))),
+     dict(dataset_meta=dict(classes=('a', 'b'), palette=[1]))),
+    (dict(meta=dict(dataset_meta=[dict(classes=('a', ), palette=[1]), dict(classes=['a'], palette=[2])])),
+     dict(dataset_meta=dict(classes=('a', ), palette=[1]))),
+    (dict(meta=dict(dataset_meta=[dict(classes=('a', )), dict(classes=('b', ))])), dict(dataset_meta={})),
+    (dict(meta=dict(CLASSES=['a', 'b'])), dict(CLASSES=['a', 'b'], dataset_meta=dict(classes=('a', 'b')))),
+    (dict(meta=dict(dataset_meta=dict(CLASSES=('a', )))), dict(dataset_meta=dict(CLASSES=('a', ), classes=('a', )))),
+    (dict(classes=['a', 'b']), dict(dataset_meta=dict(classes=('a', 'b')))),
+    (dict(meta=None, names={0: 'a', 1: 'b'}), dict(dataset_meta=dict(classes=('a', 'b')))),
+])
+def test_meta_is_a_dict_and_names_classes_in_one_place(tmp_path, content, meta):
+    torch.save(dict(content, state_dict={}), tmp_path / 'x.pth')
+    assert load_checkpoint(tmp_path / 'x.pth')['meta'] == meta
+
+
+def test_a_state_dict_alone_gets_no_meta(tmp_path):
+    torch.save(dict(weight=torch.ones(1)), tmp_path / 'x.pth')
+    assert set(load_checkpoint(tmp_path / 'x.pth')) == {'weight'}
+
+
+def test_a_folder_names_the_checkpoints_within(tmp_path):
+    torch.save({}, tmp_path / 'epoch_12.pth')
+    with pytest.raises(FileNotFoundError, match='is a folder.*epoch_12.pth'):
+        load_checkpoint(tmp_path)
+
+
 def test_missing_file_is_named(tmp_path):
     for missing in (tmp_path / 'teacher.pth', tmp_path):
         with pytest.raises(FileNotFoundError, match=str(missing)):
@@ -196,6 +289,10 @@ def test_url(served_folder):
     with pytest.raises(UnsafeCheckpointError, match='foreign.pth.*system'):
         load_checkpoint(f'{address}/foreign.pth')
     assert not (folder / 'was_run').exists()
+
+    (folder / 'pointer.pth').write_text('version https://git-lfs.github.com/spec/v1\n')
+    with pytest.raises(CheckpointError, match='pointer.pth.*a Git LFS pointer'):
+        load_checkpoint(f'{address}/pointer.pth')
 
     with pytest.raises(CheckpointError, match='absent.pth cannot be downloaded.*404'):
         load_checkpoint(f'{address}/absent.pth')

@@ -1,3 +1,6 @@
+import re
+from collections import OrderedDict
+
 import pytest
 import torch
 from mmdet.registry import MODELS
@@ -98,3 +101,100 @@ def test_faulty_configs():
         read_model_config('nowhere.py')
     with pytest.raises(TeacherError, match='holds no model'):
         read_model_config(dict(optimizer='SGD'))
+
+
+def _after(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+@pytest.fixture
+def weights(detector):
+    """Weights that the detector has not, and the same of another model."""
+    def drawn():
+        return {key: torch.rand_like(value) if value.is_floating_point() else value
+                for key, value in detector.state_dict().items()}
+    return drawn(), drawn()
+
+
+def _loads(detector, path, state, **options):
+    load_strictly(detector, str(path), **options)
+    return all(torch.equal(detector.state_dict()[key], value) for key, value in state.items())
+
+
+@pytest.mark.parametrize('keep', [
+    lambda state, other: state,
+    lambda state, other: dict(state_dict=state, meta=None),
+    lambda state, other: dict(state_dict=None, model=state),
+    lambda state, other: dict(ema=dict(module=state, updates=torch.tensor(3)), model=None),
+    lambda state, other: dict(net=state, ema=other, optimizer=dict(state={0: dict(step=torch.tensor(1.))})),
+    lambda state, other: dict(state_dict=state, ema_state_dict=dict(_after('module.', other), steps=torch.tensor(3))),
+    lambda state, other: dict(ema_state_dict=dict(_after('module.', state), steps=torch.tensor(3))),
+    lambda state, other: dict(_after('module.', state), n_averaged=torch.tensor(3)),
+    lambda state, other: dict(model_state_dict=_after('module._orig_mod.', state), epoch=torch.tensor(7)),
+    lambda state, other: {key.replace('backbone.', 'backbone._orig_mod.'): value for key, value in state.items()},
+])
+def test_weights_are_found_where_programs_keep_them(detector, weights, tmp_path, keep):
+    torch.save(keep(*weights), tmp_path / 'kept.pth')
+    assert _loads(detector, tmp_path / 'kept.pth', weights[0])
+
+
+@pytest.mark.parametrize('content, told', [
+    (dict(), 'holds no weights: it is empty'),
+    (dict(ema=None, model=None), r"holds no weights: it has the entries 'ema' \(None\), 'model' \(None\)"),
+    (dict(state_dict={}, optimizer=dict(state={}, param_groups=[])), r"holds no weights.*'state_dict' \(dict\)"),
+    (dict(student=dict(weight=torch.ones(1)), teacher=dict(weight=torch.ones(1)), iter=torch.tensor(3)),
+     r"several models, under 'student.' \(1 keys\) and 'teacher.' \(1 keys\).*checkpoint_prefix='teacher.'"),
+])
+def test_files_without_clear_weights_say_what_they_hold(detector, tmp_path, content, told):
+    torch.save(content, tmp_path / 'other.pth')
+    with pytest.raises(CheckpointError, match=told):
+        load_strictly(detector, str(tmp_path / 'other.pth'))
+
+
+def _old_average(state):
+    return {'ema_' + key.replace('.', '_'): value for key, value in state.items()}
+
+
+@pytest.mark.parametrize('keep, prefix, given', [
+    (lambda state, other: dict(state_dict=_after('architecture.', state)), 'architecture.', 'architecture'),
+    (lambda state, other: dict(state_dict=_after('model.detector.', state)), 'model.detector.', 'model.detector.'),
+    (lambda state, other: dict(state_dict=_after('module.model.', state)), 'model.', 'module.model.'),
+    (lambda state, other: {**_after('student.', other), **_after('teacher.', state)}, 'teacher.', 'teacher.'),
+    (lambda state, other: dict(student=other, teacher=dict(module=state)), 'teacher.module.', 'teacher'),
+    (lambda state, other: dict(state_dict=_old_average(state)), 'ema_', 'ema_'),
+])
+def test_a_prefix_of_all_keys_is_told_with_the_line_that_picks_it(detector, weights, tmp_path, keep, prefix, given):
+    torch.save(keep(*weights), tmp_path / 'wrapped.pth')
+    with pytest.raises(CheckpointError, match=re.escape(f"teacher.checkpoint_prefix='{prefix}'")):
+        load_strictly(detector, str(tmp_path / 'wrapped.pth'))
+    for picked in (prefix, given):
+        assert _loads(detector, tmp_path / 'wrapped.pth', weights[0], checkpoint_prefix=picked)
+    with pytest.raises(CheckpointError, match=f"checkpoint_prefix='guide.': no key .*'{prefix.split('.')[0]}"):
+        load_strictly(detector, str(tmp_path / 'wrapped.pth'), checkpoint_prefix='guide.')
+
+
+def test_a_second_set_of_weights_is_left_out_or_taken(detector, weights, tmp_path):
+    torch.save(dict(state_dict={**weights[0], **_old_average(weights[1])}), tmp_path / 'both.pth')
+    with pytest.raises(CheckpointError, match=r"once more after 'ema_'.*teacher.allow_unexpected=\['ema_\*'\]"):
+        load_strictly(detector, str(tmp_path / 'both.pth'))
+    assert _loads(detector, tmp_path / 'both.pth', weights[0], allow_unexpected=['ema_*'])
+    assert _loads(detector, tmp_path / 'both.pth', weights[1], checkpoint_prefix='ema_')
+
+
+def test_a_prefix_keeps_the_versions_of_the_modules(detector, weights, tmp_path):
+    """By them a module knows which of its keys to rename."""
+    state = torch.nn.Sequential(OrderedDict(teacher=detector)).state_dict()
+    torch.save(dict(state_dict=state), tmp_path / 'wrapped.pth')
+    seen = []
+    detector.bbox_head._register_load_state_dict_pre_hook(
+        lambda state, prefix, metadata, *others: seen.append((prefix, metadata.get('version'))))
+    assert _loads(detector, tmp_path / 'wrapped.pth', {}, checkpoint_prefix='teacher.')
+    assert seen == [('bbox_head.', state._metadata['teacher.bbox_head']['version'])]
+
+
+def test_a_shared_beginning_that_fits_nothing_is_told_too(detector, tmp_path):
+    with pytest.raises(CheckpointError, match="All keys of the file begin with 'net.'.*checkpoint_prefix='net.'"):
+        load_strictly(detector, _save(tmp_path, {'net.weight': torch.ones(1)}))
+    with pytest.raises(CheckpointError) as error:  # a student has no such option
+        load_strictly(detector, _save(tmp_path, _after('model.', detector.state_dict())), role='student')
+    assert 'checkpoint_prefix' not in str(error.value) and "after 'model.'" in str(error.value)

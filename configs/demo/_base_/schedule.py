@@ -1,5 +1,6 @@
 """The students' schedule: AdamW, a short warm-up, then a cosine to zero."""
 _base_ = 'mmdet::_base_/default_runtime.py'
+custom_imports = dict(imports=['kd_det'], allow_failed_imports=False)
 max_epochs = 8
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=2)
 val_cfg = dict(type='ValLoop')

@@ -1,0 +1,131 @@
+"""Makes MMDetection's own tools work with mmcv-lite: they import it before any config, and kd_det with it, is read.
+
+Installing kd_det lays a copy of this module, and a ``.pth`` file that calls :func:`install`, where Python looks for
+them at its start. So it imports nothing that costs time before a program imports mmcv or MMDetection, and of kd_det
+then :mod:`kd_det.compat` alone. Where kd_det is imported itself, :func:`mend_mmdetection` does the same.
+"""
+import os
+import sys
+
+OFF = 'KD_DET_NO_COMPAT'  # set to 1, this environment variable leaves Python's start alone
+EXTENSION = 'mmcv._ext'
+
+
+def install() -> None:
+    """Makes this process ready for MMDetection's tools, once, unless it is switched off."""
+    if os.environ.get(OFF, '') in ('', '0') and not any(hasattr(finder, 'is_of_kd_det') for finder in sys.meta_path):
+        sys.meta_path.insert(0, StartupFinder())
+
+
+def mend_mmdetection() -> None:
+    """Lets SSD predict, and ``init_detector`` read the config of a distillation. Not before operators are served."""
+    from mmdet.apis import inference
+    from mmdet.models.dense_heads import ssd_head
+    let_ssd_predict(ssd_head)
+    let_init_detector_take_students(inference)
+    sys.modules['mmdet.apis'].init_detector = inference.init_detector
+
+
+class StartupFinder:
+    """Provides ``mmcv._ext`` where there is no compiled one, and mends three modules as they are imported."""
+
+    is_of_kd_det = True
+
+    def find_spec(self, fullname, path=None, target=None):
+        mend = MENDS.get(fullname)
+        if not mend and fullname != EXTENSION:
+            return None
+        from importlib.machinery import PathFinder, SourceFileLoader
+        spec = PathFinder.find_spec(fullname, path, target)
+        if not _is_there('kd_det'):  # uninstalled by halves
+            return spec
+        if fullname == EXTENSION and spec is None:
+            _import_alone('kd_det.compat.ops')
+            return _import_alone('kd_det.compat.operators').OperatorFinder().find_spec(fullname)
+        if mend and spec and isinstance(spec.loader, SourceFileLoader):  # each serves one module alone
+            spec.loader.exec_module = _then(spec.loader.exec_module, mend)
+        return spec
+
+
+def _then(execute, mend):
+
+    def execute_and_mend(module) -> None:
+        execute(module)
+        try:
+            mend(module)
+        except (AttributeError, KeyError):  # another version, which lacks what is mended here
+            pass
+
+    return execute_and_mend
+
+
+def _import_alone(name: str):
+    """A module of kd_det, imported without what kd_det/__init__.py imports: mmdet may be half imported just now."""
+    from importlib import import_module
+    from importlib.util import find_spec, module_from_spec
+    if 'kd_det' in sys.modules:
+        return import_module(name)
+    sys.modules['kd_det'] = module_from_spec(find_spec('kd_det'))  # a stand-in that has run no code
+    try:
+        return import_module(name)
+    finally:
+        del sys.modules['kd_det']
+
+
+def defer_safe_loading(module) -> None:
+    """Has mmengine's ``CheckpointLoader`` installed safely when MMDetection first loads a checkpoint."""
+    loader = module.CheckpointLoader
+    load = vars(loader)['load_checkpoint']
+
+    def load_checkpoint(cls, *args, **kwargs):
+        if 'mmdet' in sys.modules:  # other packages of mmengine's are left alone
+            loader.load_checkpoint = load
+            _import_alone('kd_det.compat').install_safe_loading()
+        return load.__get__(None, cls)(*args, **kwargs)
+
+    loader.load_checkpoint = classmethod(load_checkpoint)
+
+
+def let_ssd_predict(module) -> None:
+    """MMDetection 3.3's SSD head trains, but asks for its ``loss_cls``, which it has not, as soon as it predicts."""
+    if not hasattr(module.SSDHead, 'loss_cls'):
+        module.SSDHead.loss_cls = None
+
+
+def let_init_detector_take_students(module) -> None:
+    """``init_detector`` reads ``model.backbone``: of a distillation's config it is given the student's."""
+    from functools import wraps
+    from inspect import signature
+    init_detector = module.init_detector
+    if hasattr(init_detector, '__wrapped__'):
+        return
+
+    @wraps(init_detector)
+    def init_student(*args, **kwargs):
+        from kd_det.configuration import is_distillation, student_config
+        arguments = signature(init_detector).bind(*args, **kwargs).arguments
+        config = arguments['config']
+        if isinstance(config, (str, os.PathLike)):
+            config = module.Config.fromfile(config)
+        if isinstance(config, module.Config) and is_distillation(config):
+            config.merge_from_dict(arguments.pop('cfg_options', None) or {})  # they name parts of what was given
+            config = student_config(config)
+        return init_detector(**{**arguments, 'config': config})
+
+    module.init_detector = init_student
+
+
+def _is_there(package: str) -> bool:
+    """Whether a package can be imported; what an uninstall left of its folder has no origin."""
+    from importlib.util import find_spec
+    try:
+        return getattr(find_spec(package), 'origin', None) is not None
+    except ValueError:  # it is being replaced
+        return False
+
+
+MENDS = {
+    'mmengine.runner.checkpoint': defer_safe_loading,
+    'mmdet.models.dense_heads.ssd_head': let_ssd_predict,
+    'mmdet.apis.inference': let_init_detector_take_students,
+}
