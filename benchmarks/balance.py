@@ -22,7 +22,8 @@ from kd_det.cli.common import prepare_without_runner
 from kd_det.composition import distillation_config
 from kd_det.context import Progress
 from kd_det.measuring import seconds
-from kd_det.step_costs import random_distiller, synthetic_batch
+from kd_det.step_costs import random_distiller
+from kd_det.synthetic import synthetic_batch
 
 CASES = ('faster_rcnn_r101_r18:fgd', 'gfl_r101_r18:fgd+ld', 'dino_r50_r18:querykd')
 INTERVAL = 10  # Balance's default

@@ -19,7 +19,8 @@ from kd_det.catalogue import catalogue
 from kd_det.cli.common import prepare_without_runner
 from kd_det.composition import PAPER, distillation_config
 from kd_det.step_costs import (PLAIN_TEACHER, STUDENT, TEACHER, TERM, Cost, measure_parts, measure_step,
-                               random_distiller, synthetic_batch)
+                               random_distiller)
+from kd_det.synthetic import synthetic_batch
 
 # The pair on which a method is measured: the first of these detectors that it serves.
 PAIRS = {'Faster R-CNN': 'faster_rcnn_r101_r18', 'GFL': 'gfl_r101_r18', 'DINO': 'dino_r50_r18'}

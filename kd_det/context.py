@@ -9,15 +9,16 @@ from torch import Tensor
 
 from kd_det.functional.masks import valid_cells
 from kd_det.heads import StudentOutputs, TeacherOutputs
+from kd_det.heads.dense import Stride
 from kd_det.taps import Levels
 
 Result = TypeVar('Result')
 
 
 class Level(NamedTuple):
-    """The form of one feature level: its number of channels and its stride in pixels."""
+    """The form of one feature level: its number of channels and its stride in pixels, a float where it is not whole."""
     channels: int
-    stride: int
+    stride: Stride
 
 
 class Progress(NamedTuple):
@@ -113,7 +114,7 @@ class ComparedLevel:
     """
     student: Tensor
     teacher: Tensor
-    stride: int
+    stride: Stride
     index: int
     context: DistillContext
     teacher_index: int = 0

@@ -8,15 +8,11 @@ from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
 import numpy as np
 import torch
 from mmdet.registry import MODELS
-from mmdet.structures import DetDataSample
-from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.runner import set_random_seed
-from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from kd_det.classes import number_of_classes
 from kd_det.context import DistillContext, Progress
 from kd_det.distillers import DetectionDistiller
 from kd_det.distillers.weighting import total
@@ -64,29 +60,6 @@ class StepCosts(NamedTuple):
         """The ratios between which half of the rounds lie: a step varies by more than the terms take."""
         low, high = np.quantile(self.differences, (0.25, 0.75)) / self.parts[PLAIN_TEACHER].seconds
         return float(low), float(high)
-
-
-def synthetic_batch(model: nn.Module, images: int, size: Tuple[int, int], boxes: int) -> dict:
-    """A batch of noise as a data loader gives it.
-
-    Args:
-        model: The detector, whose number of classes the labels fit.
-        images: Number of images.
-        size: Their height and width.
-        boxes: Number of objects in each, of random place and size.
-    """
-    height, width = size
-    samples = []
-    for index in range(images):
-        corners = torch.rand(boxes, 2) * 0.7
-        extents = corners + 0.05 + torch.rand(boxes, 2) * 0.25
-        truth = InstanceData(bboxes=torch.cat([corners, extents], 1) * torch.tensor([width, height] * 2),
-                             labels=torch.randint(number_of_classes(model) or 1, (boxes, )),
-                             masks=BitmapMasks(np.zeros((boxes, height, width), np.uint8), height, width))
-        sample = DetDataSample(metainfo=dict(img_id=index, img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0)))
-        sample.gt_instances, sample.ignored_instances = truth, InstanceData(bboxes=torch.zeros(0, 4))
-        samples.append(sample)
-    return dict(inputs=[torch.randint(256, (3, *size), dtype=torch.uint8) for _ in range(images)], data_samples=samples)
 
 
 def random_distiller(config: Config, device: Device = 'cpu') -> DetectionDistiller:
@@ -149,9 +122,10 @@ def _parts(distiller: DetectionDistiller, batch: dict) -> Iterator[Tuple[str, Ca
     context = observation.context
     yield TEACHER, lambda: list(
         distiller.observe_teachers(distiller.terms, images, context.image_shapes, context.student_outputs))
-    plain = [MODELS.build(read_model_config(each['config'])).to(images.device).eval()
-             for each in distiller.teacher_configs]
-    yield PLAIN_TEACHER, torch.no_grad()(lambda: [model.extract_feat(images) for model in plain])
+    plain = [(MODELS.build(read_model_config(config['config'])).to(images.device).eval(),
+              teacher.bridge(images, context.image_shapes))
+             for config, teacher in zip(distiller.teacher_configs, distiller.teachers)]
+    yield PLAIN_TEACHER, torch.no_grad()(lambda: [model.extract_feat(given) for model, given in plain])
     for name, term in distiller.terms.items():
         yield TERM + name, _forward_and_backward(term, context)
 

@@ -5,6 +5,7 @@ import json
 import platform
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 
 import torch
@@ -14,9 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from kd_det.cli.common import add_config_options, load_distillation, positive, prepare_without_runner
+from kd_det.configuration import ConfigurationError
 from kd_det.distillers import DetectionDistiller
-from kd_det.step_costs import (DISTILLED, PLAIN_TEACHER, STUDENT, StepCosts, measure_step, random_distiller,
-                               synthetic_batch)
+from kd_det.step_costs import DISTILLED, PLAIN_TEACHER, STUDENT, StepCosts, measure_step, random_distiller
+from kd_det.synthetic import USUAL_SIZES, Size, synthetic_batch, training_sizes
+from kd_det.teachers.bridge import OTHER_SIZES
 
 MEGABYTE = 2**20
 
@@ -25,8 +28,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('config', help="config of a distillation: a file, or 'package::folder/file.py'; its data and "
                         'checkpoints are not needed, for weights and images are random')
     parser.add_argument('--batch-size', type=positive, default=2, metavar='N', help='images in the batch (2)')
-    parser.add_argument('--size', type=positive, nargs=2, default=(320, 320), metavar=('H', 'W'),
-                        help='of the images (320 320)')
+    parser.add_argument('--size', type=positive, nargs=2, metavar=('H', 'W'),
+                        help='of the images (the largest that the training pipeline makes of 480 x 640 pixels)')
     parser.add_argument('--boxes', type=int, default=10, metavar='N', help='objects in each image (10)')
     parser.add_argument('--repeats', type=positive, default=5, metavar='N',
                         help='rounds, of which the medians count (5)')
@@ -42,9 +45,18 @@ def run(options: Namespace) -> int:
         torch.set_num_threads(options.threads)
     prepare_without_runner(seed=0)
     distiller = random_distiller(config, options.device)
-    batch = synthetic_batch(distiller.student, options.batch_size, tuple(options.size), options.boxes)
-    costs = measure_step(distiller, batch, config.optim_wrapper, options.repeats)
-    Console().print(costs_table(costs, options.batch_size, weights_of_teachers(distiller)))
+    options.size = tuple(options.size or max(training_sizes(config, USUAL_SIZES[:1]), key=prod))
+    batch = synthetic_batch(distiller.student, options.batch_size, options.size, options.boxes)
+    try:
+        costs = measure_step(distiller, batch, config.optim_wrapper, options.repeats)
+    except RuntimeError as error:
+        if not OTHER_SIZES.search(str(error)):
+            raise
+        raise ConfigurationError(
+            f'A step fails on images of {options.size[0]} × {options.size[1]} pixels: {error}. Where the levels of the '
+            "student's pyramid do not fit each other at that size, set data_preprocessor.pad_size_divisor=32 in its "
+            'config, or its largest stride; another size is tried with --size H W (--debug shows where).') from error
+    Console().print(costs_table(costs, options.batch_size, options.size, weights_of_teachers(distiller)))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record(costs, distiller, config, options), indent=2) + '\n', encoding='utf-8')
@@ -58,18 +70,20 @@ def weights_of_teachers(distiller: DetectionDistiller) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def costs_table(costs: StepCosts, images: int, weights: int) -> Table:
+def costs_table(costs: StepCosts, images: int, size: Size, weights: int) -> Table:
     """The parts, and what distilling costs in plain forwards of the teacher.
 
     Args:
         costs: What was measured.
         images: In the batch.
+        size: Height and width of the images.
         weights: Bytes of the teachers' weights.
     """
     plain, student = costs.parts[PLAIN_TEACHER].seconds, costs.parts[STUDENT].memory
     more = (costs.parts[DISTILLED].memory - student) / MEGABYTE
     low, high = costs.middle_half
-    table = Table('Part', 'Time', 'Plain teacher forwards', 'Images / s', 'Peak memory', title='A training step',
+    table = Table('Part', 'Time', 'Plain teacher forwards', 'Images / s', 'Peak memory',
+                  title=f'A training step, {images} × {size[0]} × {size[1]} pixels',
                   caption=f'Distilling costs {costs.distilling * 1e3:.1f} ms, [bold]{costs.ratio:.2f}[/bold] plain '
                   f'forwards of the teacher ({low:.2f} to {high:.2f} in the middle half of the rounds), and {more:.1f} '
                   f'MiB at the peak beside {weights / MEGABYTE:.1f} MiB of its weights', caption_justify='left')

@@ -22,6 +22,7 @@ from kd_det.evaluation.distributions import class_distributions, class_kl, class
 from kd_det.evaluation.matching import class_overlaps, match_boxes, true_positives
 from kd_det.functional.fidelity import Moments, expected_calibration_error, linear_cka, moments
 from kd_det.functional.masks import valid_cells
+from kd_det.heads.dense import Stride
 from kd_det.taps import Taps
 from kd_det.teachers import Teacher, probe_levels, read_model_config
 
@@ -81,7 +82,7 @@ class FidelityMetric(BaseMetric):
         self.teacher: Optional[Teacher] = None
         self.student: Optional[nn.Module] = None
         self.match: Optional[ClassMatch] = None  # None while a label means the same to both
-        self.similarity: Dict[int, Moments] = {}  # stride -> sums
+        self.similarity: Dict[Stride, Moments] = {}  # stride -> sums
 
     @property
     def settings(self) -> dict:
@@ -184,7 +185,7 @@ class FidelityMetric(BaseMetric):
         """Adds to the sums of the features, and gives the divergence of the classes at each image's confident boxes."""
         shapes = [sample.img_shape[:2] for sample in samples]
         mine = self.student.extract_feat(images)
-        theirs = teacher.model.extract_feat(teacher.bridge(images, shapes))
+        theirs = teacher.extract_feat(images, shapes)
         levels = [dict(zip(strides, features)) for strides, features in zip(self._strides, (mine, theirs))]
         for stride in set(levels[0]) & set(levels[1]):
             valid = valid_cells(shapes, images.shape[-2:], levels[0][stride].shape[-2:], images.device)
@@ -233,7 +234,7 @@ class FidelityMetric(BaseMetric):
         return metrics
 
 
-def _strides(detector: nn.Module) -> List[int]:
+def _strides(detector: nn.Module) -> List[Stride]:
     """The strides of what a detector's ``extract_feat`` returns."""
     path = 'neck' if getattr(detector, 'neck', None) is not None else 'backbone'
     return [level.stride for level in probe_levels(detector, Taps(detector, [path]))[path]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
 
-from torch import nn
+from torch import Tensor, nn
 
 from kd_det.heads.dense import DenseOutputs
 from kd_det.heads.errors import HeadError
@@ -29,11 +29,13 @@ class TeacherForward(NamedTuple):
         features: What its neck puts out.
         student: The student's outputs; its RoI head's hold the regions for the teacher's.
         samples: mmdet's data samples with the shapes of images and batch, which DETRs ask for; without ground truth.
+        cut: Cuts a map of a batch that was padded for the teacher back to the student's.
     """
     model: nn.Module
     features: Levels
     student: StudentOutputs
     samples: Sequence = ()
+    cut: Callable[[Tensor], Tensor] = lambda level: level
 
 
 class Kind(NamedTuple):
@@ -144,7 +146,7 @@ def _run_queries(head: nn.Module, forward: TeacherForward) -> QueryOutputs:
 DENSE = Kind(
     record=_record_dense,
     read=lambda head, maps, calls: read_dense(head, maps, [call.returned for call in calls]),
-    run=lambda head, forward: read_dense(head, head(forward.features)),
+    run=lambda head, forward: read_dense(head, [tuple(map(forward.cut, maps)) for maps in head(forward.features)]),
     tapped=True)
 QUERIES = Kind(
     record=lambda head: recorded_calls(head.assigner, 'assign'),

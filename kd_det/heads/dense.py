@@ -3,13 +3,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Callable, Optional, Sequence, Tuple
+from typing import Callable, Optional, Sequence, Tuple, Union
 
 from torch import Tensor
 
 from kd_det.functional.logits import restricted_logits
 from kd_det.heads.errors import HeadError
 from kd_det.taps import Levels
+
+Stride = Union[int, float]
 
 
 @dataclass
@@ -41,7 +43,7 @@ class DenseOutputs:
     activation: str
     regressions: Levels
     shapes: Tuple[Tuple[int, int], ...]
-    strides: Tuple[int, ...]
+    strides: Tuple[Stride, ...]
     decode: Callable[[], Levels] = field(repr=False)
     generate_priors: Callable[[], Levels] = field(repr=False)
     objectness: Optional[Levels] = None
@@ -69,7 +71,7 @@ class DenseOutputs:
         background = self.activation == 'softmax'
         return replace(self, logits=tuple(restricted_logits(each, classes, background) for each in self.logits))
 
-    def level_of(self, stride: int) -> int:
+    def level_of(self, stride: Stride) -> int:
         """The index of the level of that stride.
 
         Raises:

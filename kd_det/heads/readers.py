@@ -5,7 +5,7 @@ own, which might put out anything.
 """
 from __future__ import annotations
 
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
+from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Type, Union
 
 import torch
 from mmdet.models.dense_heads import (ATSSHead, FCOSHead, GFLHead, RetinaHead, RetinaSepBNHead, RPNHead, RTMDetHead,
@@ -14,12 +14,25 @@ from mmdet.models.task_modules import DeltaXYWHBBoxCoder, MlvlPointGenerator
 from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor, nn
 
-from kd_det.heads.dense import DenseOutputs
+from kd_det.heads.dense import DenseOutputs, Stride
 from kd_det.heads.errors import HeadError
 from kd_det.taps import Levels
 
 Maps = Sequence[Tensor]
 Decoder = Callable[[Tensor, Tensor], Tensor]  # priors and regressions, (n, 4) each, to boxes
+
+
+def called_strides(strides: Iterable[Union[Stride, Sequence[Stride]]]) -> Tuple[Stride, ...]:
+    """The strides by which levels are called, from those of a prior generator or of its config.
+
+    Args:
+        strides: In pixels, each a number, or a pair of width and height, of which the width's counts.
+
+    Returns:
+        Whole numbers as ``int``, so that 8, 8.0 and (8, 8) are the same level.
+    """
+    widths = (stride[0] if isinstance(stride, (tuple, list)) else stride for stride in strides)
+    return tuple(int(width) if width == int(width) else float(width) for width in widths)
 
 
 class Assignment(NamedTuple):
@@ -266,8 +279,8 @@ def _scalars(maps: Optional[Maps]) -> Optional[Levels]:
     return None if maps is None else tuple(each.squeeze(-1) for each in _by_prior(maps, 1))
 
 
-def _strides(head: nn.Module) -> Tuple[int, ...]:
-    return tuple(int(stride[0]) for stride in head.prior_generator.strides)
+def _strides(head: nn.Module) -> Tuple[Stride, ...]:
+    return called_strides(head.prior_generator.strides)
 
 
 def _has_points(head: nn.Module) -> bool:

@@ -5,7 +5,6 @@ import copy
 from pathlib import Path
 from typing import Union
 
-import mmcv
 import torch
 from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
@@ -13,7 +12,7 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 
-from kd_det.configuration import ConfigurationError, leaf_datasets
+from kd_det.configuration import ConfigurationError, leaf_datasets, type_name
 from kd_det.diagnosis.data import check_images
 
 
@@ -47,11 +46,14 @@ def image_batch(config: Config, file: Union[str, Path]) -> dict:
                                  'the image. Leave --image out to look at training data.')
     if not Path(file).is_file():
         raise FileNotFoundError(f"There is no image '{file}'.")
-    if mmcv.imread(file) is None:
-        raise ConfigurationError(f"'{file}' can not be read as an image.")
     pipeline = leaf_datasets(config.val_dataloader.dataset)[0]['pipeline']
-    prepare = Compose([step for step in pipeline if 'Annotations' not in str(step['type'])])
-    data = prepare(dict(img_path=str(file), img_id=0))
+    load, *prepare = (step for step in pipeline if 'Annotations' not in str(step['type']))
+    try:  # whatever the transform reads is an image
+        loaded = Compose([load])(dict(img_path=str(file), img_id=0))
+    except Exception as error:
+        raise ConfigurationError(f"'{file}' can not be read as an image by {type_name(load)}, the first transform of "
+                                 f'the val_dataloader: {type(error).__name__}: {error}') from error
+    data = Compose(prepare)(loaded)
     nothing = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
     data['data_samples'].ignored_instances = nothing
     data['data_samples'].gt_instances = nothing.clone()

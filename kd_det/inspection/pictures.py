@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kd_det.context import ComparedLevel
 from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.functional.masks import channel_attention, spatial_attention
+from kd_det.heads.dense import Stride
 from kd_det.inspection.step import InspectedStep
 from kd_det.losses import FGD, FKD, AttentionImitation, FeatureTerm
 from kd_det.masks import Mask
@@ -24,7 +25,7 @@ TEMPERATURE = 0.5  # of the attentions of a term that has none itself
 
 class Look(NamedTuple):
     """Where a term looks on one level: the weights of the cells, (N, H, W), and of the channels, (N, C)."""
-    stride: int
+    stride: Stride
     cells: Optional[Tensor]
     channels: Optional[Tensor]
 
@@ -58,18 +59,26 @@ def draw_step(distiller: DetectionDistiller, step: InspectedStep, folder: Path) 
 def restored_images(inputs: Tensor, preprocessor: nn.Module) -> List[np.ndarray]:
     """The images as they were before normalisation, padding included.
 
+    Gray ones are gray in colour, too; of other channels than three the first three are shown, or the first alone where
+    there are two. What its pipeline has normalised, so that it no longer lies within 0 to 255, or all of it within 0 to
+    1, is stretched over the colours.
+
     Args:
-        inputs: (N, 3, H, W), preprocessed.
+        inputs: (N, C, H, W), preprocessed.
         preprocessor: The detector's data preprocessor.
 
     Returns:
         (H, W, 3) uint8 each, red first.
     """
     images = inputs.float()
-    if preprocessor._enable_normalize:
+    if getattr(preprocessor, '_enable_normalize', False):
         images = images * preprocessor.std + preprocessor.mean
-    if not preprocessor._channel_conversion:  # images are loaded blue first
+    images = images[:, :3 if images.shape[1] >= 3 else 1].expand(-1, 3, -1, -1)
+    if not getattr(preprocessor, '_channel_conversion', False):  # images are loaded blue first
         images = images.flip(1)
+    low, high = images.min(), images.max()
+    if low < -1 or high > 256 or high <= 1:  # a little may be lost in restoring
+        images = (images - low) * (255 / (high - low).clamp(min=1e-6))
     return list(images.clamp(0, 255).round().byte().permute(0, 2, 3, 1).cpu().contiguous().numpy())
 
 
@@ -111,5 +120,5 @@ def _figures(image: np.ndarray, looks: List[Look], index: int) -> Iterator[Tuple
         yield draw_channels(channels), '_channels'
 
 
-def _title(stride: int, cells: np.ndarray) -> str:
+def _title(stride: Stride, cells: np.ndarray) -> str:
     return f'stride {stride}: ' + (f'{cells.min():.2g} to {cells.max():.2g}' if cells.any() else '0 in all cells')

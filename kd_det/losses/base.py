@@ -7,7 +7,7 @@ from typing import Dict, Iterable, Optional, Sequence, Set, Tuple, Union
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_det.adapters import build_adapter, pair_levels
+from kd_det.adapters import LevelError, build_adapter, pair_levels
 from kd_det.context import ComparedLevel, DistillContext, Level
 from kd_det.heads.towers import TowerWidths
 from kd_det.masks.base import Mask
@@ -149,9 +149,11 @@ class FeatureTerm(DistillTerm):
         teacher = context.teachers[self.teacher][self.teacher_path][pair.teacher_index].float()
         if student.shape[-2:] != teacher.shape[-2:]:
             if not self.resize:
-                raise ValueError(f"Level {pair.student_index} of '{self.student_path}': the student's "
+                raise LevelError(f"Level {pair.student_index} of '{self.student_path}': the student's "
                                  f"{tuple(student.shape)} and the teacher's {tuple(teacher.shape)} cover the same "
-                                 'image with other cells. Allow resize=True.')
+                                 'image with other cells. Where they differ by one, as detectors that round up and '
+                                 "down do, set data_preprocessor.pad_size_divisor of the student's config to the "
+                                 'largest stride; else allow resize=True of the term.')
             teacher = F.interpolate(teacher, student.shape[-2:], mode='bilinear', align_corners=False)
         return ComparedLevel(student, teacher, pair.student.stride, pair.student_index, context, self.teacher)
 

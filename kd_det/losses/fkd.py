@@ -19,7 +19,7 @@ class _Adapters(nn.Module):
 
     def __init__(self, student: Level, teacher: Level) -> None:
         super().__init__()
-        pool = max(RELATION_STRIDE // student.stride, RELATION_POOL)
+        pool = max(int(RELATION_STRIDE // student.stride), RELATION_POOL)
         self.channels = nn.Linear(student.channels, teacher.channels)
         self.cells = nn.Conv2d(1, 1, 3, padding=1)
         self.student_relation = nn.Sequential(NonLocal(student.channels, pool),

@@ -48,7 +48,7 @@ def _sorted(table: List[dict], names: Sequence[str]) -> List[dict]:
 def _similarity(variants: Dict[str, Dict[str, dict]]) -> Optional[dict]:
     """The likeness of the features (CKA) as a table, level by level; None where it was not measured."""
     names = {name for numbers in variants.values() for name in numbers if name.startswith(CKA)}
-    strides = sorted(int(name[len(CKA):]) for name in names)
+    strides = sorted((name[len(CKA):] for name in names), key=float)
     made = [dict(method=variant, **{f'stride {stride}': _spread(numbers[f'{CKA}{stride}']) for stride in strides
                                     if f'{CKA}{stride}' in numbers}) for variant, numbers in variants.items()]
     return dict(columns=['method', *(f'stride {stride}' for stride in strides)], rows=made) if strides else None

@@ -1,72 +1,158 @@
-"""The input bridge: one preprocessed batch, re-expressed as another detector expects it."""
+"""The input bridge: one preprocessed batch, re-expressed as another detector expects it, and its features cut back."""
 from __future__ import annotations
 
-from typing import Optional, Sequence, Tuple
+import re
+from contextlib import contextmanager
+from typing import Iterator, Optional, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from kd_det.teachers.loading import TeacherError
+
+Shape = Tuple[int, int]
+
+LUMINANCE = (0.114, 0.587, 0.299)  # of blue, green and red (ITU-R BT.601): by which OpenCV reads a colour file as gray
+LARGEST_STRIDE = 128  # of a pyramid, in pixels: a batch of multiples of it suits every neck
+OTHER_SIZES = re.compile('[Ss]izes? of tensor')  # begins what PyTorch says of maps that do not fit each other
 
 
 class InputBridge(nn.Module):
     """Turns the student's preprocessed batch into what the teacher's own preprocessing would have made of it.
 
-    Geometry (scale, flip, padding) is the student's for both. Mean, standard deviation and channel order are exchanged
-    where they differ, and the cells outside each image get the teacher's padding value. Where nothing differs the batch
-    passes through untouched.
+    Scale and flip are the student's for both. Mean, standard deviation and channel order are exchanged where they
+    differ, the cells outside each image get the teacher's padding value, and the batch is padded at its right and
+    bottom to multiples of the teacher's ``pad_size_divisor``. Where nothing differs it passes through untouched.
+
+    Where one detector takes gray images and the other colour images, the teacher sees what its own loader would have
+    made of the same file: the gray value three times, or the luminance of the colours. Other numbers of channels have
+    no such meaning and must be equal.
 
     Args:
         student: The student's data preprocessor (mmdet's ``DetDataPreprocessor``, mmengine's ``ImgDataPreprocessor``).
         teacher: The teacher's.
+        channels: Of the images that the teacher takes; as many as it is given where that is not known.
+
+    Raises:
+        TeacherError: The two normalise different numbers of channels, neither of them 1.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+    def __init__(self, student: nn.Module, teacher: nn.Module, channels: Optional[int] = None) -> None:
         super().__init__()
         (student_mean, student_std), (mean, std) = _normalization(student), _normalization(teacher)
+        self.channels = channels or (len(mean) if len(mean) > 1 else None)
         self.swap_channels = _swaps_channels(student) != _swaps_channels(teacher)
         if self.swap_channels:  # the student's statistics, in the teacher's channel order
             student_mean, student_std = student_mean.flip(0), student_std.flip(0)
-        self.pad_value = float(getattr(teacher, 'pad_value', 0))
-        self.same_normalization = torch.equal(student_mean, mean) and torch.equal(student_std, std)
+        if 1 not in (len(student_mean), len(mean)) and len(student_mean) != len(mean):
+            raise TeacherError(f"The student's data_preprocessor normalises {len(student_mean)} channels, the "
+                               f"teacher's {len(mean)}: a teacher has to see the kind of images that the student sees.")
+        self.pad_value, self.divisor = float(getattr(teacher, 'pad_value', 0)), _divisor(teacher)
+        equal = torch.broadcast_tensors(student_mean, mean), torch.broadcast_tensors(student_std, std)
+        self.same_normalization = all(torch.equal(*each) for each in equal)
         self.same_padding = float(getattr(student, 'pad_value', 0)) == self.pad_value
-        self.register_buffer('scale', (student_std / std).view(-1, 1, 1), persistent=False)
-        self.register_buffer('shift', ((student_mean - mean) / std).view(-1, 1, 1), persistent=False)
+        luminance = torch.tensor(LUMINANCE if not _swaps_channels(teacher) else LUMINANCE[::-1])
+        for name, values in dict(scale=student_std / std, shift=(student_mean - mean) / std, mean=mean, std=std,
+                                 student_mean=student_mean, student_std=student_std, luminance=luminance).items():
+            self.register_buffer(name, values.view(-1, 1, 1), persistent=False)
 
     @property
     def is_identity(self) -> bool:
-        """Whether both detectors see the same numbers."""
+        """Whether both detectors see the same numbers, where both take images of as many channels."""
         return self.same_normalization and self.same_padding and not self.swap_channels
 
-    def forward(self, images: Tensor, image_shapes: Sequence[Tuple[int, int]]) -> Tensor:
+    def forward(self, images: Tensor, image_shapes: Sequence[Shape]) -> Tensor:
         """Re-expresses one batch.
 
         Args:
-            images: (N, 3, H, W), as the student's preprocessor made it.
+            images: (N, C, H, W), as the student's preprocessor made it.
             image_shapes: Height and width of each image within the batch; the rest is padding.
 
         Returns:
-            (N, 3, H, W), as the teacher expects it.
+            (N, C', H', W'), as the teacher expects it; H' and W' are the next multiples of its ``pad_size_divisor``.
+
+        Raises:
+            TeacherError: The teacher takes images of another number of channels.
         """
-        if self.is_identity:
-            return images
-        if self.swap_channels:
-            images = images.flip(1)
-        if not self.same_normalization:
-            images = images * self.scale + self.shift
         height, width = images.shape[-2:]
-        rows, columns = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
-        shapes = torch.tensor(image_shapes).to(images.device, non_blocking=True)
-        inside = (rows < shapes[:, :1])[:, None, :, None] & (columns < shapes[:, 1:])[:, None, None, :]
-        return torch.where(inside, images, images.new_full((), self.pad_value))
+        same_channels = self.channels in (None, images.shape[1])
+        if not (self.is_identity and same_channels):
+            images = self._converted(images)
+            rows, columns = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
+            shapes = torch.tensor(image_shapes).to(images.device, non_blocking=True)
+            inside = (rows < shapes[:, :1])[:, None, :, None] & (columns < shapes[:, 1:2])[:, None, None, :]
+            images = torch.where(inside, images, images.new_full((), self.pad_value))
+        below, right = -height % self.divisor, -width % self.divisor
+        return F.pad(images, (0, right, 0, below), value=self.pad_value) if below or right else images
+
+    def _converted(self, images: Tensor) -> Tensor:
+        """The same images with the teacher's channels, whatever is in the padding."""
+        given, wanted = images.shape[1], self.channels or images.shape[1]
+        if self.swap_channels and given == 3:
+            images = images.flip(1)
+        if (given, wanted) == (3, 1):
+            gray = ((images * self.student_std + self.student_mean) * self.luminance).sum(1, keepdim=True)
+            return (gray - self.mean) / self.std
+        if given != wanted and (given, wanted) != (1, 3):
+            raise TeacherError(f'The student is given images of {_counted(given)}, and the teacher takes images of '
+                               f'{_counted(wanted)}: only between gray and colour images is it known what the other '
+                               'would see. Take a teacher of as many channels (backbone.in_channels) as the student.')
+        return (images if self.same_normalization else images * self.scale + self.shift).expand(-1, wanted, -1, -1)
+
+
+def cut_back(level: Tensor, padded: Shape, batch_shape: Shape) -> Tensor:
+    """The cells of a level that lie in the student's batch.
+
+    Args:
+        level: (N, C, h, w), of the batch as the teacher was given it.
+        padded: Height and width of that batch, in pixels.
+        batch_shape: Height and width of the student's.
+
+    Returns:
+        (N, C, ⌈h·H/H'⌉, ⌈w·W/W'⌉).
+    """
+    rows, columns = (-(-cells * kept // whole) for cells, kept, whole in zip(level.shape[-2:], batch_shape, padded))
+    return level if (rows, columns) == level.shape[-2:] else level[..., :rows, :columns].contiguous()
+
+
+@contextmanager
+def fitting_levels(batch_shape: Shape) -> Iterator[None]:
+    """Says what to do where the levels of a teacher's pyramid do not fit each other.
+
+    Args:
+        batch_shape: Height and width of the batch that the teacher is given.
+
+    Raises:
+        TeacherError: They do not.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not OTHER_SIZES.search(str(error)) or not any(side % LARGEST_STRIDE for side in batch_shape):
+            raise
+        raise TeacherError(f'The teacher can not be run on a batch of {batch_shape[0]} × {batch_shape[1]} pixels, for '
+                           f'the levels of its pyramid do not fit each other there ({error}). Set '
+                           "data_preprocessor.pad_size_divisor=32 in the teacher's config, or the largest stride of "
+                           'its pyramid: the batch is then padded for the teacher.') from error
 
 
 def _normalization(preprocessor: nn.Module) -> Tuple[Tensor, Tensor]:
-    """Mean and standard deviation per channel, each (3,), in the order of the channels after preprocessing."""
+    """Mean and standard deviation, each (C,) in the order of the channels after preprocessing, or (1,) for all."""
     mean: Optional[Tensor] = getattr(preprocessor, 'mean', None)
     if mean is None or not getattr(preprocessor, '_enable_normalize', True):
-        return torch.zeros(3), torch.ones(3)
+        return torch.zeros(1), torch.ones(1)
     return mean.detach().float().cpu().flatten(), preprocessor.std.detach().float().cpu().flatten()
 
 
 def _swaps_channels(preprocessor: nn.Module) -> bool:
     """Whether the preprocessor reverses the channels of the loaded (BGR) image."""
     return bool(getattr(preprocessor, '_channel_conversion', False))
+
+
+def _divisor(preprocessor: nn.Module) -> int:
+    return int(getattr(preprocessor, 'pad_size_divisor', 1) or 1)
+
+
+def _counted(channels: int) -> str:
+    return '1 channel' if channels == 1 else f'{channels} channels'

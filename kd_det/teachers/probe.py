@@ -3,18 +3,22 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Dict, Iterable, Tuple
+from typing import Dict, Iterable, Optional, Tuple
 
 import torch
 from mmdet.registry import MODELS
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from kd_det.context import Level
+from kd_det.heads.dense import Stride
+from kd_det.heads.readers import called_strides
 from kd_det.randomness import preserved_randomness
 from kd_det.taps import ENCODER, Levels, TapError, Taps, find_module, is_within_encoder
 from kd_det.teachers.transformer import shape_samples
 
 PROBE_SIZE = 256  # pixels at least; a multiple of every stride of a pyramid
+LIKELY_CHANNELS = (3, *range(4, 17), 2, 1)  # of images, colours first
 
 
 class FeatureExtractor(nn.Module):
@@ -31,11 +35,70 @@ class FeatureExtractor(nn.Module):
         super().__init__()
         self.backbone = MODELS.build(model['backbone'])
         self.neck = MODELS.build(model['neck']) if model.get('neck') else None
-        self.strides = ((model.get('bbox_head') or {}).get('anchor_generator') or {}).get('strides', ())
+        head = model.get('bbox_head')
+        head = head if isinstance(head, dict) else {}  # some detectors have a list of them
+        self.strides = (head.get('anchor_generator') or head).get('strides') or ()
 
     def extract_feat(self, images):
         features = self.backbone(images)
         return features if self.neck is None else self.neck(features)
+
+
+class _Reached(Exception):
+    """Ends a forward at the first layer with a fixed number of input channels.
+
+    Args:
+        given: Channels that it was given.
+        wanted: Channels that it has weights for.
+    """
+
+    def __init__(self, given: int, wanted: int) -> None:
+        super().__init__(given, wanted)
+        self.given, self.wanted = given, wanted
+
+
+def input_channels(model: nn.Module) -> int:
+    """The number of channels of the images that a detector takes.
+
+    Configs say it in many ways or not at all, so the first layer that runs is asked: a blank image is passed through
+    the detector as far as that. A stem that first takes cells apart, as YOLOX's does, gives it several times as many.
+
+    Args:
+        model: A detector, or a :class:`FeatureExtractor`.
+
+    Returns:
+        The number; 3 where the forward ends before a convolution or batch normalisation.
+    """
+
+    def stop(module: nn.Module, inputs: tuple) -> None:
+        wanted = _wanted_channels(module)
+        if wanted and inputs and isinstance(inputs[0], torch.Tensor) and inputs[0].dim() == 4:
+            raise _Reached(inputs[0].shape[1], wanted)
+
+    anchor = next(model.parameters())
+    handle = register_module_forward_pre_hook(stop)
+    try:
+        for channels in LIKELY_CHANNELS:
+            image = torch.zeros(1, channels, PROBE_SIZE, PROBE_SIZE, device=anchor.device, dtype=anchor.dtype)
+            try:
+                with preserved_randomness(), torch.no_grad():
+                    model.extract_feat(image)
+                break
+            except _Reached as reached:
+                return channels * reached.wanted // reached.given
+            except Exception:  # of the model's own: before that layer something else wants other channels
+                continue
+    finally:
+        handle.remove()
+    return LIKELY_CHANNELS[0]
+
+
+def _wanted_channels(module: nn.Module) -> Optional[int]:
+    """The channels that a convolution or batch normalisation has weights for; None for another module."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return module.num_features
+    weight = module._parameters.get('weight')
+    return weight.shape[1] * getattr(module, 'groups', 1) if weight is not None and weight.dim() == 4 else None
 
 
 def probe_levels(model: nn.Module, taps: Taps) -> Dict[str, Tuple[Level, ...]]:
@@ -58,9 +121,9 @@ def probe_levels(model: nn.Module, taps: Taps) -> Dict[str, Tuple[Level, ...]]:
     """
     was_training = {module: module.training for module in model.modules()}
     anchor = next(model.parameters())
-    strides = _anchor_strides(model)
-    size = max(PROBE_SIZE, *strides) if strides else PROBE_SIZE
-    image = torch.zeros(1, 3, size, size, device=anchor.device, dtype=anchor.dtype)
+    strides = anchor_strides(model)
+    size = math.ceil(max((PROBE_SIZE, *strides)))
+    image = torch.zeros(1, input_channels(model), size, size, device=anchor.device, dtype=anchor.dtype)
     with preserved_randomness(), torch.no_grad(), taps.capture() as features:
         maps = model.eval().extract_feat(image)
         for path in filter(is_within_encoder, taps.paths):
@@ -68,7 +131,7 @@ def probe_levels(model: nn.Module, taps: Taps) -> Dict[str, Tuple[Level, ...]]:
     for module, training in was_training.items():
         module.training = training
 
-    def stride_of(cells: int) -> int:
+    def stride_of(cells: int) -> Stride:
         return next((stride for stride in strides if math.ceil(size / stride) == cells), round(size / cells))
 
     return {path: tuple(Level(level.shape[1], stride_of(level.shape[-1])) for level in levels)
@@ -103,12 +166,12 @@ def probe_config(model: dict, paths: Iterable[str]) -> Dict[str, Tuple[Level, ..
             return probe_levels(extractor, Taps(extractor, paths))
 
 
-def _anchor_strides(model: nn.Module) -> Tuple[int, ...]:
+def anchor_strides(model: nn.Module) -> Tuple[Stride, ...]:
     """The strides of a dense head's priors in pixels, ``()`` where it has none."""
     if isinstance(model, FeatureExtractor):
-        return tuple(stride if isinstance(stride, int) else stride[0] for stride in model.strides)
+        return called_strides(model.strides)
     priors = getattr(getattr(model, 'bbox_head', None), 'prior_generator', None)
-    return tuple(stride[0] for stride in getattr(priors, 'strides', ()))
+    return called_strides(getattr(priors, 'strides', ()))
 
 
 def _pass_tokens(model: nn.Module, path: str, maps: Levels, size: int) -> None:

@@ -5,7 +5,8 @@ import hashlib
 import itertools
 import json
 from contextlib import nullcontext
-from typing import ContextManager, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from functools import partial
+from typing import Callable, ContextManager, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import mmdet
 import torch
@@ -19,11 +20,12 @@ from kd_det.heads import HeadError, StudentOutputs, TeacherForward, TeacherOutpu
 from kd_det.heads.keeping import read_maps, recorded_maps
 from kd_det.randomness import preserved_randomness
 from kd_det.taps import ENCODER, Levels, Taps, is_within_encoder
-from kd_det.teachers.bridge import InputBridge
+from kd_det.teachers.bridge import InputBridge, Shape, cut_back, fitting_levels
 from kd_det.teachers.cache import Answer, TeacherCache
 from kd_det.teachers.class_names import teacher_classes
 from kd_det.teachers.engine import Engine
 from kd_det.teachers.loading import ModelConfig, TeacherError, load_strictly, read_model_config, without_pretrained
+from kd_det.teachers.probe import input_channels
 from kd_det.teachers.pyramid import LevelsRead, cut_pyramid, placed
 from kd_det.teachers.sharding import held
 from kd_det.teachers.transformer import run_encoder, shape_samples
@@ -116,7 +118,7 @@ class Teacher:
             except HeadError as error:
                 raise TeacherError(f"A term learns from the teacher's {name}. {error}") from error
         self.taps = Taps(self.model, taps)
-        self.bridge = InputBridge(student_preprocessor, self.model.data_preprocessor)
+        self.bridge = InputBridge(student_preprocessor, self.model.data_preprocessor, input_channels(self.model))
         try:
             self.cache = None if cache is None else TeacherCache(**cache)
         except TypeError as error:
@@ -165,7 +167,7 @@ class Teacher:
         """Runs the teacher as far as the taps read it, and some heads.
 
         Args:
-            images: (N, 3, H, W), preprocessed for the student.
+            images: (N, C, H, W), preprocessed for the student.
             image_shapes: Height and width of each image within the batch.
             heads: Names of the heads to run.
             student: The student's outputs in this step, which hold the regions for the teacher's RoI head.
@@ -174,25 +176,35 @@ class Teacher:
                 :class:`~kd_det.teachers.pyramid.UnreadLevel` in the result.
 
         Returns:
-            Module path -> tuple of (N, C, H, W), and name of the head -> outputs; all without gradient.
+            Module path -> tuple of (N, C, H, W), and name of the head -> outputs; all without gradient. Where the
+            bridge pads the batch, features and outputs of dense heads are cut back to the student's.
+
+        Raises:
+            TeacherError: The teacher can not be run on images of that size, or of so many channels.
         """
-        images, taps = self.bridge(images, image_shapes), self.taps.paths if taps is None else tuple(taps)
+        given, taps = self.bridge(images, image_shapes), self.taps.paths if taps is None else tuple(taps)
         levels = {path: tuple(read) for path, read in (levels or {}).items() if path in taps}
+        cut = partial(cut_back, padded=given.shape[-2:], batch_shape=images.shape[-2:])
         if self.cache is not None:
-            features, outputs = self._recall(images, image_shapes, heads, taps, levels)
+            features, outputs = self._recall(given, image_shapes, heads, taps, levels, cut)
         else:
-            features, outputs = self._run(images, image_shapes, heads, taps, levels, student)
+            features, outputs = self._run(given, image_shapes, heads, taps, levels, cut, student)
+        features = {path: tuple(map(cut, group)) for path, group in features.items()}
         return {**features, **{path: placed(path, features[path], read) for path, read in levels.items()}}, outputs
 
-    def _run(self, images: Tensor, image_shapes: Sequence[Tuple[int, int]], heads: Sequence[str], taps: Sequence[str],
-             levels: LevelsRead, student: Optional[StudentOutputs] = None) -> Tuple[Dict[str, Levels], TeacherOutputs]:
-        """As :meth:`observe`, but of each tap only the levels that are read are there at all."""
+    def _run(self, images: Tensor, image_shapes: Sequence[Shape], heads: Sequence[str], taps: Sequence[str],
+             levels: LevelsRead, cut: Callable[[Tensor], Tensor],
+             student: Optional[StudentOutputs] = None) -> Tuple[Dict[str, Levels], TeacherOutputs]:
+        """As :meth:`observe`, of a batch that has passed the bridge; but of each tap only the levels that are read are
+        there at all, and they are not cut back."""
         self._start()
         outputs: TeacherOutputs = {}
         stop = not heads and not self.engine.shard
         with self._cut(heads, taps, levels) as computed, self.taps.capture(taps, stop=stop) as features:
             samples = shape_samples(images.shape[-2:], image_shapes)
-            forward = TeacherForward(self.model, self.model.extract_feat(images), student, samples)
+            with fitting_levels(images.shape[-2:]):
+                of_neck = self.model.extract_feat(images)
+            forward = TeacherForward(self.model, of_neck, student, samples, cut)
             outputs = run_heads(heads, forward)
             if self.taps.awaits(ENCODER):  # a head that reads queries has run it
                 run_encoder(self.model, forward.features, samples)
@@ -208,19 +220,20 @@ class Teacher:
         whole = heads or any(is_within_encoder(path) or path.startswith(f'{NECK}.') for path in taps)
         return nullcontext(range(len(read))) if whole or not read else cut_pyramid(self.model.neck, read)
 
-    def _recall(self, images: Tensor, image_shapes: Sequence[Tuple[int, int]], heads: Sequence[str],
-                taps: Sequence[str], levels: LevelsRead) -> Tuple[Dict[str, Levels], TeacherOutputs]:
-        """As :meth:`_run`, by way of the cache."""
+    def _recall(self, images: Tensor, image_shapes: Sequence[Shape], heads: Sequence[str], taps: Sequence[str],
+                levels: LevelsRead, cut: Callable[[Tensor], Tensor]) -> Tuple[Dict[str, Levels], TeacherOutputs]:
+        """As :meth:`_run`, by way of the cache, which keeps what the teacher made of the padded batch."""
 
         def compute() -> Answer:
             with recorded_maps(self.model, heads) as maps:
-                features, _ = self._run(images, image_shapes, heads, taps, levels)
+                features, _ = self._run(images, image_shapes, heads, taps, levels, cut)
             return {**features, **maps}
 
         weights = self._hashed_weights()
         question = repr((weights, self._config, self.engine, tuple(taps), levels, tuple(heads), VERSIONS))
         answer = self.cache.recall(question, images, image_shapes, compute)
-        return {path: answer[path] for path in taps}, read_maps(self.model, heads, answer)
+        features = {path: answer.pop(path) for path in taps}
+        return features, read_maps(self.model, heads, {name: tuple(map(cut, each)) for name, each in answer.items()})
 
     def _hashed_weights(self) -> str:
         """The fingerprint, taken again where a weight was written to."""
@@ -231,22 +244,38 @@ class Teacher:
         return self._hashed[1]
 
     @torch.no_grad()
-    def predict(self, images: Tensor, data_samples: List) -> List:
-        """Detects, on a batch preprocessed for the student; returns mmdet's data samples with ``pred_instances``."""
+    def extract_feat(self, images: Tensor, image_shapes: Sequence[Shape]) -> Levels:
+        """The features that its heads are given, of a batch preprocessed for the student and cut back to that."""
         self._start()
-        return self.model.predict(self.bridge(images, [sample.img_shape for sample in data_samples]), data_samples)
+        given = self.bridge(images, image_shapes)
+        with fitting_levels(given.shape[-2:]):
+            levels = self.model.extract_feat(given)
+        return tuple(cut_back(level, given.shape[-2:], images.shape[-2:]) for level in levels)
 
     @torch.no_grad()
+    def predict(self, images: Tensor, data_samples: List, rescale: bool = True) -> List:
+        """Detects, on a batch preprocessed for the student; returns mmdet's data samples with ``pred_instances``.
+
+        Args:
+            images: (N, C, H, W).
+            data_samples: mmdet's data samples; their ``batch_input_shape`` becomes that of the teacher's batch.
+            rescale: Put the boxes into the coordinates of the original images.
+        """
+        self._start()
+        images = self.bridge(images, [sample.img_shape[:2] for sample in data_samples])
+        for sample in data_samples:
+            sample.set_metainfo(dict(batch_input_shape=tuple(images.shape[-2:])))
+        with fitting_levels(images.shape[-2:]):
+            return self.model.predict(images, data_samples, rescale=rescale)
+
     def detect(self, images: Tensor, data_samples: Sequence) -> List[InstanceData]:
         """Detects on a batch preprocessed for the student, in its coordinates; the data samples stay as they are.
 
         Returns:
             ``bboxes``, ``scores`` and ``labels`` of each image, after the suppression of the teacher's ``test_cfg``.
         """
-        self._start()
         samples = [DetDataSample(metainfo=sample.metainfo) for sample in data_samples]
-        images = self.bridge(images, [sample.img_shape[:2] for sample in samples])
-        found = [sample.pred_instances for sample in self.model.predict(images, samples, rescale=False)]
+        found = [sample.pred_instances for sample in self.predict(images, samples, rescale=False)]
         return [InstanceData(bboxes=each.bboxes, scores=each.scores, labels=each.labels) for each in found]
 
     def fingerprint(self) -> str:

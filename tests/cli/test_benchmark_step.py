@@ -7,7 +7,8 @@ import torch
 from kd_det.cli.main import main
 from kd_det.composition import method_terms
 from kd_det.step_costs import (DISTILLED, PLAIN_TEACHER, STUDENT, TEACHER, TERM, Cost, StepCosts, measure_parts,
-                               measure_step, random_distiller, synthetic_batch)
+                               measure_step, random_distiller)
+from kd_det.synthetic import synthetic_batch
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def assign_levels(boxes: Sequence[Tensor], num_levels: int, finest_scale: float 
 def level_foreground(
     boxes: Sequence[Tensor],
     levels: Sequence[Tensor],
-    stride: int,
+    stride: float,
     feature_shape: tuple[int, int],
     level: int | None = None,
 ) -> Tensor:
