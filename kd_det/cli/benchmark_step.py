@@ -40,7 +40,7 @@ def run(options: Namespace) -> int:
     config = load_distillation(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    prepare_without_runner(seed=0)
+    prepare_without_runner(config, seed=0)
     distiller = random_distiller(config, options.device)
     batch = synthetic_batch(distiller.student, options.batch_size, tuple(options.size), options.boxes)
     costs = measure_step(distiller, batch, config.optim_wrapper, options.repeats)

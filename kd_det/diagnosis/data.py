@@ -10,7 +10,7 @@ from mmengine.config import Config
 from PIL import Image
 
 from kd_det.classes import dataset_classes
-from kd_det.configuration import leaf_datasets, student_model
+from kd_det.configuration import leaf_datasets, student_model, type_name
 from kd_det.datasets.unlabelled import Unlabelled
 from kd_det.diagnosis.finding import DiagnosisError, Finding
 
@@ -170,7 +170,7 @@ def _inspect_coco(split: str, dataset: dict, path: str) -> Iterator[Finding]:
 def _ends_unlabelled(dataset: dict) -> bool:
     """Whether the pipeline marks every image as unlabelled."""
     pipeline = dataset.get('pipeline') or ()
-    return bool(pipeline) and pipeline[-1].get('type') == Unlabelled.__name__
+    return bool(pipeline) and type_name(pipeline[-1]) == Unlabelled.__name__
 
 
 def _broken_images(paths: Iterable[str]) -> Iterator[str]:

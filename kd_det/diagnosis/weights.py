@@ -4,14 +4,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Iterator, List, Optional, Sequence, Set, Tuple
 
-from mmdet.registry import MODELS
 from mmengine.config import Config
 
 from kd_det.classes import match_classes, training_classes
 from kd_det.compat.checkpoint import CheckpointError, load_checkpoint
-from kd_det.configuration import DISTILL_HOOK, ConfigurationError, is_distillation, student_model
+from kd_det.configuration import (DISTILL_HOOK, ConfigurationError, hooks_of, is_distillation, student_model,
+                                  type_name)
 from kd_det.diagnosis.data import class_counts
 from kd_det.diagnosis.finding import Finding
+from kd_det.scopes import build_detector
 from kd_det.teachers.class_names import teacher_classes
 from kd_det.teachers.loading import is_pretrained, load_strictly, read_model_config
 
@@ -39,8 +40,7 @@ def inspect_start(config: Config) -> Iterator[Finding]:
 def inspect_teacher_classes(config: Config) -> Iterator[Finding]:
     """Which classes each teacher shares with the student: by name, or by their number where names are not known."""
     expected, student = class_counts(student_model(config)), student_classes(config)
-    hooks = [hook for hook in config.get('default_hooks', {}).values() if hook and hook.get('type') == DISTILL_HOOK]
-    preflight = any(hook.get('preflight') for hook in hooks)
+    preflight = any(hook.get('preflight') for hook in hooks_of(config) if type_name(hook) == DISTILL_HOOK)
     for name, teacher in teachers_of(config):
         try:
             found, names = known_classes(teacher)
@@ -105,7 +105,7 @@ def inspect_teacher_weights(config: Config) -> Iterator[Finding]:
         checkpoint = teacher.get('checkpoint')
         if checkpoint and Path(checkpoint).is_file():
             try:
-                model = MODELS.build(read_model_config(teacher['config']))
+                model = build_detector(read_model_config(teacher['config']))
                 load_strictly(model, checkpoint, teacher.get('allow_missing', ()), teacher.get('allow_unexpected', ()))
                 yield Finding(f'{name} weights', f'fit {type(model).__name__}')
             except Exception as error:  # whatever stops it here would stop the run

@@ -119,8 +119,9 @@ class FidelityMetric(BaseMetric):
         if self.teacher is None:
             model = read_model_config(self.teacher_config['config'])
             # Without the student's modules the teacher sees the images as its own preprocessing makes them.
-            self._preprocessor = (MODELS.build(model['data_preprocessor']) if self.student is None
-                                  else self.student.data_preprocessor)
+            with within_scope(model.get('_scope_')):
+                self._preprocessor = (MODELS.build(model['data_preprocessor']) if self.student is None
+                                      else self.student.data_preprocessor)
             self.teacher = Teacher(**self.teacher_config, taps=(), student_preprocessor=self._preprocessor)
             self.match = self._match_classes(self.teacher)
             if self.student is None:

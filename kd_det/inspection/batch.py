@@ -13,7 +13,7 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 
-from kd_det.configuration import ConfigurationError, leaf_datasets
+from kd_det.configuration import ConfigurationError, leaf_datasets, type_name
 from kd_det.diagnosis.data import check_images
 
 
@@ -26,7 +26,7 @@ def first_training_batch(config: Config) -> dict:
     settings = copy.deepcopy(config.train_dataloader)
     settings.update(num_workers=0, persistent_workers=False)
     settings.pop('prefetch_factor', None)
-    loader = Runner.build_dataloader(settings, seed=config.get('randomness', {}).get('seed') or 0)
+    loader = Runner.build_dataloader(settings, seed=(config.get('randomness') or {}).get('seed') or 0)
     check_images(loader.dataset)
     return next(iter(loader))
 
@@ -50,7 +50,7 @@ def image_batch(config: Config, file: Union[str, Path]) -> dict:
     if mmcv.imread(file) is None:
         raise ConfigurationError(f"'{file}' can not be read as an image.")
     pipeline = leaf_datasets(config.val_dataloader.dataset)[0]['pipeline']
-    prepare = Compose([step for step in pipeline if 'Annotations' not in str(step['type'])])
+    prepare = Compose([step for step in pipeline if 'Annotations' not in type_name(step)])
     data = prepare(dict(img_path=str(file), img_id=0))
     nothing = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
     data['data_samples'].ignored_instances = nothing

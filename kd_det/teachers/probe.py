@@ -1,7 +1,6 @@
 """Learns the form of a detector's features (channels, stride) before any image or weight is loaded."""
 from __future__ import annotations
 
-import copy
 import math
 from typing import Dict, Iterable, Tuple
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from kd_det.context import Level
 from kd_det.randomness import preserved_randomness
+from kd_det.scopes import build_detector, within_scope
 from kd_det.taps import ENCODER, Levels, TapError, Taps, find_module, is_within_encoder
 from kd_det.teachers.transformer import shape_samples
 
@@ -29,8 +29,9 @@ class FeatureExtractor(nn.Module):
 
     def __init__(self, model: dict) -> None:
         super().__init__()
-        self.backbone = MODELS.build(model['backbone'])
-        self.neck = MODELS.build(model['neck']) if model.get('neck') else None
+        with within_scope(model.get('_scope_')):
+            self.backbone = MODELS.build(model['backbone'])
+            self.neck = MODELS.build(model['neck']) if model.get('neck') else None
         self.strides = ((model.get('bbox_head') or {}).get('anchor_generator') or {}).get('strides', ())
 
     def extract_feat(self, images):
@@ -87,8 +88,8 @@ def probe_config(model: dict, paths: Iterable[str]) -> Dict[str, Tuple[Level, ..
         raise TapError(f"Taps read backbone, neck or encoder; '{foreign[0]}' is in none of them.")
     whole = any(map(is_within_encoder, paths))
 
-    def build() -> nn.Module:  # of a DETR with its encoder there is only the whole, which writes into its config
-        return MODELS.build(copy.deepcopy(model)) if whole else FeatureExtractor(model)
+    def build() -> nn.Module:  # of a DETR with its encoder there is only the whole
+        return build_detector(model) if whole else FeatureExtractor(model)
 
     with preserved_randomness():
         try:
