@@ -154,9 +154,9 @@ def test_distill_then_test_then_export(workspace, capsys):
     assert main([*DISTILL, '--balance', '0.5', '--work-dir', 'run', *NO_PREFLIGHT]) == 0
     assert "type='DetectionDistiller'" in capsys.readouterr().out  # the config is shown
     made = load_config('run/student_fgd.py')
-    assert made.model.type == 'DetectionDistiller' and made.model.distill.fgd.alpha == 1e-3
-    assert made.model.distill.fgd.weight == dict(type='Balance', ratio=0.5)
-    assert made.default_hooks.distill == dict(type='DistillHook', preflight=None)
+    assert made.model.type == 'mmdet.DetectionDistiller' and made.model.distill.fgd.alpha == 1e-3
+    assert made.model.distill.fgd.weight == dict(type='mmdet.Balance', ratio=0.5)
+    assert made.default_hooks.distill == dict(type='mmdet.DistillHook', preflight=None)
 
     assert main(['test', 'run/student_fgd.py', 'run/epoch_1.pth', '--out', 'predictions.pkl']) == 0
     assert Path('predictions.pkl').is_file()
