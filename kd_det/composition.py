@@ -192,10 +192,10 @@ def distillation_config(student: Union[str, Config], teacher_config: str, teache
 def _student_of(config: Config, file: str) -> ConfigDict:
     """The detector that a config is of, without what another distillation has added to it."""
     model = student_model(config)
-    check_student(model, f"The student's config '{file}'", file)
+    check_student(model, f"The model of the student's config '{file}'", file)
     plain = plain_detector(model)
     if plain is not model:
-        print_log(f"The student's config '{file}' is of a {type_name(model)}, MMDetection's own distillation. Its plain "
-                  f'detector is the student, a {type_name(plain)} with a {type_name(plain.bbox_head)}; its own teacher '
-                  'is left out.', 'current')
+        print_log(f"The model of the student's config '{file}' ({type_name(model)}) is MMDetection's own distillation. "
+                  f'The student is its plain detector ({type_name(plain)} with {type_name(plain.bbox_head)}), without '
+                  'its teacher.', 'current')
     return plain

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, List, Union
 
 from mmengine.config import Config, ConfigDict
-from mmengine.config.lazy import LazyObject
+from mmengine.config.lazy import LazyAttr, LazyObject
 from mmengine.hub import get_config
 from mmengine.runner import Runner
 
-# Types of this package, as it writes them: with the scope of the registries that hold them, for a config may have another
-# default_scope. :func:`type_name` reads them, however they are written.
+# Types of this package. It writes them with the scope of the registries that hold them, for a config may have another
+# default_scope; :func:`type_name` reads them, however they are written.
 DISTILLER = 'DetectionDistiller'
 DISTILL_HOOK = 'DistillHook'
 SCOPED_DISTILLER, SCOPED_HOOK = f'mmdet.{DISTILLER}', f'mmdet.{DISTILL_HOOK}'
@@ -24,6 +24,8 @@ TOP_KEYS = frozenset(signature(Runner.__init__).parameters) - {'self', 'cfg'} | 
     'activation_checkpointing', 'compile', 'efficient_conv_bn_eval', 'find_unused_parameters',
     'init_weights_for_test_or_val', 'model_wrapper_cfg', 'runner_type', 'strategy', 'sync_bn', 'tta_model',
     'tta_pipeline'}
+
+OF_MMCV = ('nms', 'nms_cfg', 'roi_layer')  # where MMDetection takes the bare name of one of mmcv's operators
 
 # Configs and tools travel inside the package, where MMEngine and mim look for them.
 CONFIG_ROOT = Path(__file__).parent / '.mim' / 'configs'
@@ -60,23 +62,30 @@ def load_config(name: Union[str, Path]) -> Config:
         raise ConfigurationError(f"The config '{name}' can not be read: {type(error).__name__}: {error}") from error
 
 
-def _recall_types(node: Any) -> None:
-    """Makes the types that a saved config names by their modules the classes and functions that they were.
+def _recall_types(node: Any, key: str = '') -> None:
+    """Makes the types of a pure-Python config, once it was saved as text, what they were: classes and functions.
 
-    Of a pure-Python config ``type=nms`` is saved as ``'mmcv.ops.nms'``. MMDetection looks some up in no registry, as
-    this one, and would not find it by that name.
+    ``type=Resize`` is saved as ``'mmdet.datasets.transforms.Resize'``, which registries know how to find. Some types
+    MMDetection looks up elsewhere, by their bare names alone: those get them at once, so that it reads what is saved.
     """
-    for value in dict.values(node) if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ():
-        _recall_types(value)
+    for name, value in dict.items(node) if isinstance(node, dict) else ():
+        _recall_types(value, name)
+    for value in node if isinstance(node, (list, tuple)) else ():
+        _recall_types(value, key)
     kind = dict.get(node, 'type') if isinstance(node, dict) else None
-    module, _, name = kind.rpartition('.') if isinstance(kind, str) else ('', '', '')
-    if '.' in module:
+    if isinstance(kind, (LazyObject, LazyAttr)):
+        module, name = kind.module, str(kind)
+    elif isinstance(kind, str) and kind.count('.') > 1:
+        module, _, name = kind.rpartition('.')
         try:
-            found = getattr(import_module(module), name, None)
-        except ImportError:  # a name of a registry that looks like one of a module
+            if callable(getattr(import_module(module), name, None)):
+                dict.__setitem__(node, 'type', LazyObject(module, name))
+        except ImportError:  # a name in a registry that looks like one in a module
             return
-        if callable(found):
-            dict.__setitem__(node, 'type', LazyObject(module, name))
+    else:
+        return
+    if name == 'PretrainedInit' or key in OF_MMCV and module.startswith('mmcv.ops'):
+        dict.__setitem__(node, 'type', 'Pretrained' if name == 'PretrainedInit' else name)
 
 
 def renamed(config: Config, path: Union[str, Path]) -> Config:

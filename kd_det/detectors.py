@@ -146,15 +146,15 @@ def the_detector(model: dict, whose: str) -> ConfigDict:
 
     Args:
         model: The model dict; stays as it is.
-        whose: Begins the message: ``"The teacher's config 'a.py'"``.
+        whose: Begins the message: ``"The model of the teacher's config 'a.py'"``.
 
     Raises:
         ConfigurationError: There are several within it.
     """
     within = list(inner_detectors(model))
     if len(within) > 1:
-        raise ConfigurationError(f'{whose} is of a {type_name(model)}, which holds several detectors: '
-                                 f'{_listed(within)}. Give a config whose model is the one that is meant.')
+        raise ConfigurationError(f'{whose} ({type_name(model)}) holds several detectors: {_listed(within)}. Give a '
+                                 'config whose model is the one that is meant.')
     return plain_detector(within[0].model if within else model)
 
 
@@ -172,14 +172,14 @@ def check_student(model: dict, whose: str, file: str = '') -> None:
     within = list(inner_detectors(model))
     if within:
         remedy = (f'Write a config beside it, and give that as the student:\n{_config_lines(within[0], model, file)}\n'
-                  f'with the data, hooks and loops of a plain detector, where those are made for the {type_name(model)}.'
-                  if file else f'Put {within[0].path} of it in its place.')
-        raise ConfigurationError(f'{whose} is of a {type_name(model)}, which is no detector itself but holds '
-                                 f'{_listed(within)}. {remedy}')
+                  f'with data, hooks and loops of a plain detector, where those are made for the {type_name(model)}.'
+                  if file else f"Put its part '{within[0].path}' in its place.")
+        raise ConfigurationError(f'{whose} ({type_name(model)}) is no detector itself, but holds {_listed(within)}. '
+                                 f'{remedy}')
 
 
 def _listed(within: Iterable[Inner]) -> str:
-    return ' and '.join(f'model.{inner.path} (a {type_name(inner.model)})' for inner in within)
+    return ' and '.join(f'model.{inner.path} ({type_name(inner.model)})' for inner in within)
 
 
 def _config_lines(inner: Inner, model: dict, file: str) -> str:

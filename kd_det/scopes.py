@@ -1,7 +1,7 @@
 """In whose registries the types of a config are looked up.
 
-A config may name its types without their scope: its ``default_scope`` then says whose they are. That of a teacher is not
-always that of its student. So a detector is built within the scope of its own config, which its model dict carries as
+A config may name its types without their scope: its ``default_scope`` then says whose they are. A teacher's need not be
+its student's. So a detector is built within the scope of its own config, which its model dict carries as
 MMEngine's ``_scope_``; and what this package builds of its own is found from within every scope.
 """
 from __future__ import annotations

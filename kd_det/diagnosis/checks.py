@@ -12,7 +12,7 @@ from kd_det.diagnosis.cache import inspect_cache
 from kd_det.diagnosis.data import SPLITS, inspect_annotations, inspect_classes, inspect_paths
 from kd_det.diagnosis.finding import Finding, raise_faults
 from kd_det.diagnosis.step import inspect_step
-from kd_det.diagnosis.weights import (inspect_checkpoints, inspect_start, inspect_teacher_classes,
+from kd_det.diagnosis.weights import (inspect_checkpoints, inspect_start, inspect_student, inspect_teacher_classes,
                                       inspect_teacher_weights)
 from kd_det.scopes import scope_of, within_scope
 
@@ -59,7 +59,8 @@ def explain(config: Config) -> Iterator[None]:
 
 
 def _inspect_cheaply(config: Config, splits: Sequence[str]) -> Iterator[Finding]:
-    found = chain(inspect_paths(config, splits), inspect_classes(config, splits), inspect_start(config))
+    found = chain(inspect_student(config), inspect_paths(config, splits), inspect_classes(config, splits),
+                  inspect_start(config))
     if 'train' in splits:
         found = chain(found, inspect_checkpoints(config), inspect_teacher_classes(config), inspect_cache(config))
     return found

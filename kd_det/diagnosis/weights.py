@@ -10,6 +10,7 @@ from kd_det.classes import match_classes, training_classes
 from kd_det.compat.checkpoint import CheckpointError, load_checkpoint
 from kd_det.configuration import (DISTILL_HOOK, ConfigurationError, hooks_of, is_distillation, student_model,
                                   type_name)
+from kd_det.detectors import check_student
 from kd_det.diagnosis.data import class_counts
 from kd_det.diagnosis.finding import Finding
 from kd_det.scopes import build_detector
@@ -29,6 +30,15 @@ def inspect_checkpoints(config: Config) -> Iterator[Finding]:
             yield Finding(f'{name} checkpoint', 'none is given', SET_TEACHER, fault=True)
     for checkpoint in _pretrained(student_model(config)):
         yield inspect_checkpoint('student init_cfg', checkpoint, 'Correct the init_cfg of the student')
+
+
+def inspect_student(config: Config) -> Iterator[Finding]:
+    """Whether the student of a distillation is a detector itself, and not what holds one."""
+    try:
+        if is_distillation(config):
+            check_student(config.model.student, 'model.student')
+    except ConfigurationError as error:
+        yield Finding('student', str(error), 'Correct model.student', fault=True)
 
 
 def inspect_start(config: Config) -> Iterator[Finding]:

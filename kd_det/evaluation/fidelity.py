@@ -22,6 +22,7 @@ from kd_det.evaluation.distributions import class_distributions, class_kl, class
 from kd_det.evaluation.matching import class_overlaps, match_boxes, true_positives
 from kd_det.functional.fidelity import Moments, expected_calibration_error, linear_cka, moments
 from kd_det.functional.masks import valid_cells
+from kd_det.scopes import within_scope
 from kd_det.taps import Taps
 from kd_det.teachers import Teacher, probe_levels, read_model_config
 

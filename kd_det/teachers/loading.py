@@ -49,7 +49,7 @@ def read_model_config(config: ModelConfig) -> ConfigDict:
     if 'model' in loaded:
         import_modules_from_strings(imports_of(loaded))  # a file's are imported as it is read, a dict's are not
         model.setdefault('_scope_', scope_of(loaded))
-    return the_detector(model, f"The teacher's config {config!r:.200}")
+    return the_detector(model, f"The model of the teacher's config {config!r:.200}")
 
 
 def without_pretrained(config: Any) -> Any:
