@@ -225,7 +225,8 @@ def _replace(config: ConfigDict, kind: type, plain: type) -> None:
 
 def _arguments(classes: Iterable[type]) -> Set[str]:
     return {name for each in classes if '__init__' in vars(each) for name, parameter
-            in signature(each.__init__).parameters.items() if parameter.kind is Parameter.POSITIONAL_OR_KEYWORD}
+            in signature(each.__init__).parameters.items()
+            if parameter.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)}
 
 
 def _teacher_arguments(kind: type) -> Set[str]:

@@ -69,6 +69,18 @@ def test_a_users_imports_stay():
     assert distillation_config(student, TEACHER, 'x.pth', 'fgd').custom_imports.imports == ['json', 'kd_det']
 
 
+@pytest.mark.parametrize('given, written', [
+    (None, dict(imports=['kd_det'], allow_failed_imports=False)),
+    (dict(imports='json'), dict(imports=['json', 'kd_det'], allow_failed_imports=False)),
+    (dict(imports=['kd_det', 'json'], allow_failed_imports=True),
+     dict(imports=['kd_det', 'json'], allow_failed_imports=True))])
+def test_what_a_student_sets_to_none_is_filled_in(given, written):
+    student = load_config(RETINANET)
+    student.custom_imports, student.default_hooks = given, None
+    made = distillation_config(student, TEACHER, 'x.pth', 'fgd')
+    assert made.custom_imports == written and list(made.default_hooks) == ['distill']
+
+
 def test_family_can_be_chosen():
     made = distillation_config(RETINANET, TEACHER, 'x.pth', 'fgd', family='two_stage', inherit=['neck'])
     assert made.model.distill.fgd.alpha == 5e-5
