@@ -15,6 +15,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from kd_det.configuration import ConfigurationError, built_leaves, leaf_datasets
+from kd_det.scopes import HOME, find_class
 
 Names = Tuple[str, ...]
 
@@ -106,8 +107,7 @@ def dataset_classes(dataset: dict) -> Optional[Sequence[str]]:
     if isinstance(classes, str) and Path(classes).is_file():
         return Path(classes).read_text(encoding='utf-8').splitlines()
     if classes is None:
-        dataset_class = DATASETS.get(dataset['type']) if isinstance(dataset['type'], str) else dataset['type']
-        classes = getattr(dataset_class, 'METAINFO', {}).get('classes')
+        classes = getattr(find_class(DATASETS, dataset, HOME), 'METAINFO', {}).get('classes')
     return classes
 
 

@@ -7,15 +7,18 @@ from typing import Dict, Optional, Sequence, Union
 
 from mmdet.registry import MODELS
 from mmengine.config import Config, ConfigDict
-from mmengine.registry import DefaultScope
+from mmengine.logging import print_log
 
-from kd_det.configuration import (CONFIG_ROOT, DISTILL_HOOK, DISTILLER, ConfigurationError, is_distillation,
-                                  load_config, student_model)
-from kd_det.detectors import FAMILIES, HeadClasses, family_of, has_one_level, head_classes
+from kd_det.configuration import (CONFIG_ROOT, DISTILLER, SCOPED_DISTILLER, SCOPED_HOOK, ConfigurationError,
+                                  imports_of, is_distillation, load_config, student_model, type_name)
+from kd_det.detectors import (FAMILIES, HeadClasses, check_student, family_of, has_one_level, head_classes,
+                              plain_detector)
 from kd_det.distillers.provenance import keys_within
 from kd_det.heads import HeadError, check_head
 from kd_det.losses import DistillTerm
 from kd_det.randomness import preserved_randomness
+from kd_det.scopes import HOME, build_detector, build_own, scope_of, within_scope
+from kd_det.teachers import read_model_config
 
 NO_METHOD = 'none'  # no terms: the student may still inherit
 RATIO = 1.0  # of a method's gradient to the task's: what served best on data smaller than COCO, see docs/results.md
@@ -43,7 +46,7 @@ def head_family(model: dict) -> str:
     Raises:
         ConfigurationError: It has neither a RoI head nor a dense head.
     """
-    return family_of(model['type'], head_classes(model))
+    return family_of(type_name(model), head_classes(model))
 
 
 def method_terms(method: str, family: str, balance: Union[float, str, None] = PAPER) -> ConfigDict:
@@ -87,15 +90,15 @@ def balanced(weight: Union[float, dict], ratio: Optional[float], terms: int) -> 
         terms: How many the method has; they share the ratio.
     """
     if not isinstance(weight, dict):
-        return dict(type='Balance', ratio=(RATIO if ratio is None else ratio) / terms)
-    if weight['type'] == 'Balance':
+        return dict(type=f'{HOME}.Balance', ratio=(RATIO if ratio is None else ratio) / terms)
+    if type_name(weight) == 'Balance':
         return weight if ratio is None else dict(weight, ratio=ratio / terms)
     return dict(weight, value=balanced(weight['value'], ratio, terms))
 
 
 def build_term(config: dict) -> DistillTerm:
     """Builds a term from its config, which holds its weight too."""
-    return MODELS.build({key: value for key, value in config.items() if key != 'weight'})
+    return build_own(MODELS, {key: value for key, value in config.items() if key != 'weight'})
 
 
 def check_terms(method: str, terms: Dict[str, dict], detector: str, heads: HeadClasses) -> None:
@@ -129,8 +132,8 @@ def check_parts(model: dict, parts: Sequence[str]) -> None:
         ConfigurationError: It lacks one; the message says which there are.
     """
     if parts:
-        with preserved_randomness(), DefaultScope.overwrite_default_scope('mmdet'):  # no run has set it yet
-            state = MODELS.build(copy.deepcopy(model)).state_dict()  # building writes into a config
+        with preserved_randomness():
+            state = build_detector(model).state_dict()
         for part in parts:
             keys_within(state, part)
 
@@ -156,27 +159,43 @@ def distillation_config(student: Union[str, Config], teacher_config: str, teache
             ``'paper'`` for the published weights, which are made for COCO.
 
     Raises:
-        ConfigurationError: The student is a distiller already or lacks a part that it is to inherit, or the method does
-            not serve it.
+        ConfigurationError: The student is a distiller already, holds detectors but is none, or lacks a part that it is
+            to inherit, or the method does not serve it; or the teacher holds several detectors.
+        TeacherError: The teacher's config holds no model.
     """
     config = copy.deepcopy(student) if isinstance(student, Config) else load_config(student)
     if is_distillation(config):
         raise ConfigurationError(
             f"The student's config '{config.filename}' is a distillation already (its model is a "
             f'{DISTILLER}): give the config of a plain detector, or train this one with kd-det train.')
-    model = student_model(config)
-    terms = method_terms(method, family or head_family(model), balance)
-    check_terms(method, terms, model.type, head_classes(model))
-    check_parts(model, () if inherit == 'auto' else (inherit, ) if isinstance(inherit, str) else inherit)
+    with within_scope(scope_of(config)):
+        model = _student_of(config, str(config.filename if isinstance(student, Config) else student))
+        terms = method_terms(method, family or head_family(model), balance)
+        check_terms(method, terms, type_name(model), head_classes(model))
+        check_parts(model, () if inherit == 'auto' else (inherit, ) if isinstance(inherit, str) else inherit)
+    read_model_config(teacher_config)  # before anything is built or written
     config.model = dict(
-        type=DISTILLER,
+        type=SCOPED_DISTILLER,
         student=model,
         teacher=dict(config=teacher_config, checkpoint=teacher_checkpoint),
         distill=terms,
         inherit=inherit if isinstance(inherit, str) else tuple(inherit))
-    config.setdefault('default_hooks', ConfigDict())['distill'] = dict(
-        type=DISTILL_HOOK, preflight=dict(images=64, min_map=0.01))
-    imports = config.get('custom_imports', {}).get('imports', [])
-    imports = [imports] if isinstance(imports, str) else list(imports)
-    config.custom_imports = dict(imports=list(dict.fromkeys([*imports, 'kd_det'])), allow_failed_imports=False)
+    if not config.get('default_hooks'):  # may be None
+        config.default_hooks = ConfigDict()
+    config.default_hooks['distill'] = dict(type=SCOPED_HOOK, preflight=dict(images=64, min_map=0.01))
+    config.custom_imports = dict(
+        imports=list(dict.fromkeys([*imports_of(config), 'kd_det'])),
+        allow_failed_imports=(config.get('custom_imports') or {}).get('allow_failed_imports', False))
     return config
+
+
+def _student_of(config: Config, file: str) -> ConfigDict:
+    """The detector that a config is of, without what another distillation has added to it."""
+    model = student_model(config)
+    check_student(model, f"The model of the student's config '{file}'", file)
+    plain = plain_detector(model)
+    if plain is not model:
+        print_log(f"The model of the student's config '{file}' ({type_name(model)}) is MMDetection's own distillation. "
+                  f'The student is its plain detector ({type_name(plain)} with {type_name(plain.bbox_head)}), without '
+                  'its teacher.', 'current')
+    return plain

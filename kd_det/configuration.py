@@ -3,22 +3,29 @@ from __future__ import annotations
 
 import copy
 from difflib import get_close_matches
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, List, Union
 
 from mmengine.config import Config, ConfigDict
+from mmengine.config.lazy import LazyAttr, LazyObject
 from mmengine.hub import get_config
 from mmengine.runner import Runner
 
+# Types of this package. It writes them with the scope of the registries that hold them, for a config may have another
+# default_scope; :func:`type_name` reads them, however they are written.
 DISTILLER = 'DetectionDistiller'
 DISTILL_HOOK = 'DistillHook'
+SCOPED_DISTILLER, SCOPED_HOOK = f'mmdet.{DISTILLER}', f'mmdet.{DISTILL_HOOK}'
 
 # What a run reads at the top of its config. Any other name there is of use only while the file itself is read.
 TOP_KEYS = frozenset(signature(Runner.__init__).parameters) - {'self', 'cfg'} | {
     'activation_checkpointing', 'compile', 'efficient_conv_bn_eval', 'find_unused_parameters',
     'init_weights_for_test_or_val', 'model_wrapper_cfg', 'runner_type', 'strategy', 'sync_bn', 'tta_model',
     'tta_pipeline'}
+
+OF_MMCV = ('nms', 'nms_cfg', 'roi_layer')  # where MMDetection takes the bare name of one of mmcv's operators
 
 # Configs and tools travel inside the package, where MMEngine and mim look for them.
 CONFIG_ROOT = Path(__file__).parent / '.mim' / 'configs'
@@ -46,26 +53,57 @@ def load_config(name: Union[str, Path]) -> Config:
     if scope in ('', 'kd_det') and not Path(path).is_file():
         raise FileNotFoundError(f"There is no config file '{path}'.")
     try:
-        return Config.fromfile(path) if scope in ('', 'kd_det') else get_config(name)
+        config = Config.fromfile(path) if scope in ('', 'kd_det') else get_config(name)
+        _recall_types(config._cfg_dict)
+        return config
     except SyntaxError as error:
         raise ConfigurationError(f"The config '{name}' is not valid Python: {error}") from error
     except Exception as error:  # a config is code, its bases too: whatever it raises is a fault of the config
         raise ConfigurationError(f"The config '{name}' can not be read: {type(error).__name__}: {error}") from error
 
 
+def _recall_types(node: Any, key: str = '') -> None:
+    """Makes the types of a pure-Python config, once it was saved as text, what they were: classes and functions.
+
+    ``type=Resize`` is saved as ``'mmdet.datasets.transforms.Resize'``, which registries know how to find. Some types
+    MMDetection looks up elsewhere, by their bare names alone: those get them at once, so that it reads what is saved.
+    """
+    for name, value in dict.items(node) if isinstance(node, dict) else ():
+        _recall_types(value, name)
+    for value in node if isinstance(node, (list, tuple)) else ():
+        _recall_types(value, key)
+    kind = dict.get(node, 'type') if isinstance(node, dict) else None
+    if isinstance(kind, (LazyObject, LazyAttr)):
+        module, name = kind.module, str(kind)
+    elif isinstance(kind, str) and kind.count('.') > 1:
+        module, _, name = kind.rpartition('.')
+        try:
+            if callable(getattr(import_module(module), name, None)):
+                dict.__setitem__(node, 'type', LazyObject(module, name))
+        except ImportError:  # a name in a registry that looks like one in a module
+            return
+    else:
+        return
+    if name == 'PretrainedInit' or key in OF_MMCV and module.startswith('mmcv.ops'):
+        dict.__setitem__(node, 'type', 'Pretrained' if name == 'PretrainedInit' else name)
+
+
 def renamed(config: Config, path: Union[str, Path]) -> Config:
     """The same config under another file name, which is where MMEngine's Runner writes it within the work dir."""
-    return Config(config.to_dict(), cfg_text=config.text or config.pretty_text, filename=str(path))
+    made = copy.deepcopy(config)
+    object.__setattr__(made, '_filename', str(path))  # past Config.__setattr__, which would add a key
+    object.__setattr__(made, '_text', config.text or config.pretty_text)
+    return made
 
 
 def is_distillation(config: Config) -> bool:
     """Whether the config's model is a distiller."""
-    return config.get('model', {}).get('type') == DISTILLER
+    return type_name(config.get('model')) == DISTILLER
 
 
 def student_model(config: Config) -> ConfigDict:
     """The model dict of the detector that a run of this config yields."""
-    if 'type' not in config.get('model', {}):
+    if not type_name(config.get('model')):
         raise ConfigurationError(f"The config '{config.filename}' has no model: expected model=dict(type=…, …).")
     return config.model.student if is_distillation(config) else config.model
 
@@ -77,12 +115,24 @@ def student_config(config: Config) -> Config:
     """
     plain = copy.deepcopy(config)
     plain.model = student_model(plain)
-    for name, hook in list(plain.get('default_hooks', {}).items()):
-        if hook and hook.get('type') == DISTILL_HOOK:
+    for name, hook in list((plain.get('default_hooks') or {}).items()):
+        if type_name(hook) == DISTILL_HOOK:
             del plain.default_hooks[name]
     if plain.get('custom_hooks'):
-        plain.custom_hooks = [hook for hook in plain.custom_hooks if hook.get('type') != DISTILL_HOOK]
+        plain.custom_hooks = [hook for hook in plain.custom_hooks if type_name(hook) != DISTILL_HOOK]
     return plain
+
+
+def hooks_of(config: Config) -> List[dict]:
+    """The hooks of a config, those that it turns off left out."""
+    return [hook for hook in (*(config.get('default_hooks') or {}).values(), *(config.get('custom_hooks') or ()))
+            if hook]
+
+
+def imports_of(config: Config) -> List[str]:
+    """The modules that a config imports."""
+    imports = (config.get('custom_imports') or {}).get('imports') or []
+    return [imports] if isinstance(imports, str) else list(imports)
 
 
 def merge_options(config: Config, options: dict) -> None:
@@ -124,7 +174,8 @@ def set_data_root(config: Config, data_root: str) -> None:
     Raises:
         ConfigurationError: The config names no data root.
     """
-    old = config.get('data_root') or config.get('train_dataloader', {}).get('dataset', {}).get('data_root')
+    loader = config.get('train_dataloader') or {}
+    old = config.get('data_root') or loader.get('dataset', {}).get('data_root')
     if not old:
         raise ConfigurationError(
             f"The config '{config.filename}' has no data_root to replace by '{data_root}': set the "
@@ -136,24 +187,29 @@ def set_data_root(config: Config, data_root: str) -> None:
             return new + '/'
         return str(Path(new) / text[len(old) + 1:]) if text.startswith(old + '/') else text
 
-    for key, value in config.items():
-        config[key] = _map_strings(value, move)
+    for key, value in dict.items(config._cfg_dict):
+        dict.__setitem__(config._cfg_dict, key, _map_strings(value, move))
 
 
 def _map_strings(value: Any, function: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return function(value)
-    if isinstance(value, dict):
-        return ConfigDict({key: _map_strings(item, function) for key, item in value.items()})
+    if isinstance(value, dict):  # a ConfigDict's own items() would make classes of what pure-Python configs import
+        return ConfigDict({key: _map_strings(item, function) for key, item in dict.items(value)})
     if isinstance(value, (list, tuple)):
         return type(value)(_map_strings(item, function) for item in value)
     return value
 
 
-def type_name(config: dict) -> str:
-    """The name of what a config builds: ``'Resize'`` for ``type='Resize'``, ``'mmdet.Resize'``, or the class."""
-    kind = config['type']
-    return kind.rpartition('.')[2] if isinstance(kind, str) else kind.__name__
+def type_name(config: Any) -> str:
+    """The name of what a config builds, without its scope or module.
+
+    Returns:
+        ``'Resize'`` for ``type='Resize'``, ``'mmdet.Resize'``, ``'mmdet.datasets.transforms.Resize'``, the class or a
+        function; ``''`` for what is no dict or has no type.
+    """
+    kind = config.get('type') if isinstance(config, dict) else None
+    return kind.rpartition('.')[2] if isinstance(kind, str) else getattr(kind, '__name__', '')
 
 
 def leaf_datasets(dataset: dict) -> List[dict]:

@@ -6,7 +6,7 @@ from typing import Sequence, Union
 
 from mmengine.config import Config, ConfigDict
 
-from kd_det.configuration import ConfigurationError, is_distillation
+from kd_det.configuration import ConfigurationError, is_distillation, type_name
 from kd_det.distillers.balance import DEFAULT_RATIO
 
 
@@ -40,9 +40,11 @@ def ensemble(config: Config, checkpoints: Sequence[str]) -> Config:
     config = copy.deepcopy(config)
     teacher, terms, number = config.model.teacher, config.model.distill, len(checkpoints)
     config.model.teacher = [dict(copy.deepcopy(teacher), checkpoint=checkpoint) for checkpoint in checkpoints]
-    config.model.distill = ConfigDict({
-        f'{name}_{index + 1}': dict(copy.deepcopy(term), teacher=index, weight=_share(term.get('weight', 1.0), number))
-        for name, term in terms.items() for index in range(number)})
+    config.model.distill = ConfigDict()
+    for name, term in terms.items():
+        for index in range(number):
+            repeated = config.model.distill[f'{name}_{index + 1}'] = copy.deepcopy(term)
+            repeated.update(teacher=index, weight=_share(term.get('weight', 1.0), number))
     return config
 
 
@@ -50,7 +52,7 @@ def _share(weight: Union[float, dict], number: int) -> Union[float, dict]:
     """The n-th part of a weight; schedules around it stay. So does what is no weight, for the distiller to refuse."""
     if isinstance(weight, (float, int)):
         return weight / number
-    if isinstance(weight, dict) and weight.get('type') == 'Balance':
+    if type_name(weight) == 'Balance':
         return dict(weight, ratio=_share(weight.get('ratio', DEFAULT_RATIO), number))
     if isinstance(weight, dict) and 'value' in weight:
         return dict(weight, value=_share(weight['value'], number))

@@ -10,14 +10,17 @@ from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 
 from kd_det.classes import metainfo_of
 from kd_det.compat import log_operator_backend
+from kd_det.scopes import add_nodes
 from kd_det.teachers import load_strictly
 
 STATISTICS = ('running_mean', 'running_var')  # buffers that training fills
 
 
 def build_runner(config: Config) -> Runner:
-    """Builds the runner that the config asks for."""
+    """Builds the runner that the config asks for, within the config's own scope."""
     setup_cache_size_limit_of_dynamo()
+    if config.get('default_scope'):
+        add_nodes(config.default_scope)
     runner = RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
     log_operator_backend()  # into the log that the runner has opened
     return runner

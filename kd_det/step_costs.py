@@ -7,7 +7,6 @@ from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 import numpy as np
 import torch
-from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.runner import set_random_seed
@@ -19,6 +18,7 @@ from kd_det.distillers.weighting import total
 from kd_det.distillers.weights import Weight
 from kd_det.losses import DistillTerm
 from kd_det.measuring import Device, peak_memory, seconds
+from kd_det.scopes import build_detector
 from kd_det.teachers import read_model_config
 from kd_det.teachers.loading import without_pretrained
 
@@ -68,7 +68,7 @@ def random_distiller(config: Config, device: Device = 'cpu') -> DetectionDistill
     for teacher in teachers:
         teacher.update(checkpoint=None, random_teacher=True, cache=None)
     config.model.student = without_pretrained(config.model.student)
-    distiller = MODELS.build(config.model).to(device).train()
+    distiller = build_detector(config.model).to(device).train()
     distiller.student.init_weights()  # some parts are whatever the memory held before
     distiller.weights = {name: Weight(weight.full) for name, weight in distiller.weights.items()}
     distiller.progress = Progress(iteration=1)  # no gradients are compared in this step
@@ -122,7 +122,7 @@ def _parts(distiller: DetectionDistiller, batch: dict) -> Iterator[Tuple[str, Ca
     context = observation.context
     yield TEACHER, lambda: list(
         distiller.observe_teachers(distiller.terms, images, context.image_shapes, context.student_outputs))
-    plain = [(MODELS.build(read_model_config(config['config'])).to(images.device).eval(),
+    plain = [(build_detector(read_model_config(config['config'])).to(images.device).eval(),
               teacher.bridge(images, context.image_shapes))
              for config, teacher in zip(distiller.teacher_configs, distiller.teachers)]
     yield PLAIN_TEACHER, torch.no_grad()(lambda: [model.extract_feat(given) for model, given in plain])

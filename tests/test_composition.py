@@ -69,6 +69,18 @@ def test_a_users_imports_stay():
     assert distillation_config(student, TEACHER, 'x.pth', 'fgd').custom_imports.imports == ['json', 'kd_det']
 
 
+@pytest.mark.parametrize('given, written', [
+    (None, dict(imports=['kd_det'], allow_failed_imports=False)),
+    (dict(imports='json'), dict(imports=['json', 'kd_det'], allow_failed_imports=False)),
+    (dict(imports=['kd_det', 'json'], allow_failed_imports=True),
+     dict(imports=['kd_det', 'json'], allow_failed_imports=True))])
+def test_what_a_student_sets_to_none_is_filled_in(given, written):
+    student = load_config(RETINANET)
+    student.custom_imports, student.default_hooks = given, None
+    made = distillation_config(student, TEACHER, 'x.pth', 'fgd')
+    assert made.custom_imports == written and list(made.default_hooks) == ['distill']
+
+
 def test_family_can_be_chosen():
     made = distillation_config(RETINANET, TEACHER, 'x.pth', 'fgd', family='two_stage', inherit=['neck'])
     assert made.model.distill.fgd.alpha == 5e-5
@@ -78,16 +90,18 @@ def test_family_can_be_chosen():
 def test_each_method_is_balanced_by_default_and_its_terms_share_the_ratio():
     made = distillation_config(RETINANET, TEACHER, 'x.pth', 'frs+mgd', balance=0.3).model.distill
     assert list(made) == ['frs_features', 'frs_classes', 'mgd']
-    assert made.mgd.weight == dict(type='Balance', ratio=0.3)
-    assert made.frs_classes.weight == dict(type='Warmup', iterations=500, value=dict(type='Balance', ratio=0.15))
+    assert made.mgd.weight == dict(type='mmdet.Balance', ratio=0.3)
+    half = dict(type='mmdet.Balance', ratio=0.15)
+    assert made.frs_classes.weight == dict(type='mmdet.Warmup', iterations=500, value=half)
     assert distillation_config(RETINANET, TEACHER, 'x.pth', 'mgd').model.distill.mgd.weight.ratio == RATIO
 
 
 def test_a_method_has_a_ratio_of_its_own_where_its_file_says_so():
     made = distillation_config(RETINANET, TEACHER, 'x.pth', 'rm+pkd').model.distill
-    assert (made.rm.weight, made.pkd.weight) == (dict(type='Balance', ratio=0.2), dict(type='Balance', ratio=RATIO))
+    assert made.rm.weight == dict(type='mmdet.Balance', ratio=0.2)
+    assert made.pkd.weight == dict(type='mmdet.Balance', ratio=RATIO)
     made = distillation_config(RETINANET, TEACHER, 'x.pth', 'rm+pkd', balance=RATIO).model.distill
-    assert made.rm.weight == made.pkd.weight == dict(type='Balance', ratio=RATIO)  # what is asked for wins
+    assert made.rm.weight == made.pkd.weight == dict(type='mmdet.Balance', ratio=RATIO)  # what is asked for wins
     late = dict(type='Start', epochs=1, value=dict(type='Balance', ratio=0.2, interval=5))
     assert balanced(late, None, terms=2) == late
     assert balanced(late, 0.5, terms=2) == dict(late, value=dict(type='Balance', ratio=0.25, interval=5))
@@ -96,7 +110,7 @@ def test_a_method_has_a_ratio_of_its_own_where_its_file_says_so():
 def test_published_weights_on_demand():
     made = distillation_config(RETINANET, TEACHER, 'x.pth', 'frs+mgd', balance=PAPER).model.distill
     assert made.mgd.weight == 2e-5
-    assert made.frs_classes.weight == dict(type='Warmup', value=0.02, iterations=500)
+    assert made.frs_classes.weight == dict(type='mmdet.Warmup', value=0.02, iterations=500)
 
 
 def test_methods_add_up(tmp_path, monkeypatch):

@@ -4,8 +4,9 @@ import re
 import pytest
 from mmengine.config import Config
 
-from kd_det.configuration import (CONFIG_ROOT, ConfigurationError, leaf_datasets, load_config, merge_options, renamed,
-                                  set_data_root, student_config, student_model)
+from kd_det.configuration import (CONFIG_ROOT, ConfigurationError, hooks_of, imports_of, is_distillation,
+                                  leaf_datasets, load_config, merge_options, renamed, set_data_root, student_config,
+                                  student_model, type_name)
 
 
 @pytest.mark.parametrize('name', [
@@ -116,6 +117,89 @@ def test_renamed_keeps_all_but_the_name(tmp_path):
     assert other.to_dict() == config.to_dict() and other.filename == str(tmp_path / 'other.py')
     other.dump(other.filename)
     assert load_config(other.filename).to_dict() == config.to_dict()
+
+
+PURE_PYTHON = '''
+from mmengine.config import read_base
+from mmcv.ops import RoIAlign, nms
+from mmengine.dataset import pseudo_collate
+from mmengine.model import PretrainedInit
+from mmdet.datasets import CocoDataset
+from mmdet.models import FPN, RPNHead, ResNet, RetinaNet
+from torch.optim import SGD
+import torch.nn as nn
+
+from kd_det.distillers import Balance, DetectionDistiller
+from kd_det.hooks import DistillHook
+from kd_det.losses import FGD
+
+default_scope = None
+model = dict(
+    type=DetectionDistiller,
+    student=dict(type=RetinaNet, backbone=dict(type=ResNet, depth=18, norm_cfg=dict(type=nn.BatchNorm2d),
+                                               init_cfg=dict(type=PretrainedInit, checkpoint='weights.pth')),
+                 neck=dict(type=FPN), roi_layer=dict(type=RoIAlign, output_size=7),
+                 test_cfg=dict(nms=dict(type=nms, iou_threshold=0.5))),
+    teacher=dict(config='teacher.py', checkpoint='old/teacher.pth'),
+    distill=dict(fgd=dict(type=FGD, weight=dict(type=Balance))))
+train_dataloader = dict(dataset=dict(type=CocoDataset, data_root='old/'), collate_fn=dict(type=pseudo_collate))
+optim_wrapper = dict(optimizer=dict(type=SGD, lr=0.1))
+custom_hooks = [dict(type=DistillHook)]
+train_cfg = dict(max_epochs=1)
+'''
+
+
+@pytest.fixture
+def pure_python(tmp_path):
+    (tmp_path / 'pure_python.py').write_text(PURE_PYTHON)
+    return load_config(tmp_path / 'pure_python.py')
+
+
+def test_a_pure_python_config_is_the_same_once_it_was_saved(pure_python, tmp_path):
+    from mmdet.models import RetinaNet
+    from mmengine.dataset import pseudo_collate
+    merge_options(pure_python, {'data_root': '/new', 'train_cfg.max_epochs': 2})
+    moved = renamed(pure_python, tmp_path / 'saved.py')
+    moved.dump(moved.filename)
+    read = load_config(moved.filename)
+    assert '<' not in moved.pretty_text and read.to_dict() == moved.to_dict() == pure_python.to_dict()
+    for config in (pure_python, moved, read):
+        assert config.model.student.type is RetinaNet and config.train_dataloader.collate_fn.type is pseudo_collate
+        assert config.train_cfg.max_epochs == 2 and config.train_dataloader.dataset.data_root == '/new/'
+        # What MMDetection looks up by its bare name alone, so that it reads the saved file, too.
+        assert config.model.student.test_cfg.nms.type == 'nms' and config.model.student.roi_layer.type == 'RoIAlign'
+        assert config.model.student.backbone.init_cfg.type == 'Pretrained'
+        assert is_distillation(config) and student_model(config).type is RetinaNet
+        assert student_config(config).custom_hooks == [] and not is_distillation(student_config(config))
+
+
+def test_types_are_told_however_they_are_written(pure_python):
+    from kd_det.losses import FGD
+    for written in ('FGD', 'mmdet.FGD', 'kd_det.losses.FGD', 'kd_det.losses.fgd.FGD', FGD):
+        assert type_name(dict(type=written)) == 'FGD'
+    assert type_name(dict(type=len)) == 'len' and type_name(pure_python.model.distill.fgd) == 'FGD'
+    assert [type_name(nothing) for nothing in (None, 'FGD', {}, dict(type=None), [dict(type='FGD')])] == [''] * 5
+
+
+def test_a_type_that_only_looks_like_a_modules_stays(tmp_path):
+    (tmp_path / 'config.py').write_text("model = dict(type='no_such_package.models.Own')\n")
+    assert load_config(tmp_path / 'config.py').model.type == 'no_such_package.models.Own'
+
+
+def test_what_a_config_may_leave_out_or_set_to_none():
+    hook = dict(type='DistillHook')
+    for nothing in ({}, dict(default_hooks=None, custom_hooks=None, custom_imports=None, train_dataloader=None)):
+        config = Config(dict(model=dict(type='RetinaNet'), **nothing))
+        assert hooks_of(config) == [] == imports_of(config)
+        assert student_config(config).to_dict() == config.to_dict()
+        with pytest.raises(ConfigurationError, match='no data_root'):
+            set_data_root(config, '/new')
+    config = Config(dict(default_hooks=dict(timer=None, distill=hook), custom_hooks=[hook]))
+    assert hooks_of(config) == [hook, hook]
+    assert imports_of(Config(dict(custom_imports=dict(imports='one')))) == ['one']
+    with pytest.raises(ConfigurationError, match='no model'):
+        student_model(Config(dict(model=None)))
+    assert not is_distillation(Config(dict(model=None)))
 
 
 def test_leaf_datasets_look_through_wrappers():

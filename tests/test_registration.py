@@ -18,13 +18,13 @@ def test_a_config_builds_on_shipped_bases(tmp_path):
     file.write_text(f"_base_ = ['kd_det::_base_/pairs/faster_rcnn_r101_r18.py', '{METHOD}']\n"
                     'model = dict(distill=_base_.fgd)\n')
     config = Config.fromfile(file)
-    assert config.model.type == 'DetectionDistiller'
+    assert config.model.type == 'mmdet.DetectionDistiller'
     assert config.model.distill.fgd.alpha == 5e-5
     assert config.model.student.backbone.depth == 18
 
 
 def test_hub_finds_a_shipped_config():
-    assert get_config(METHOD).fgd.fgd.type == 'FGD'
+    assert get_config(METHOD).fgd.fgd.type == 'mmdet.FGD'
 
 
 def test_scope_of_shipped_configs_is_mmdets():

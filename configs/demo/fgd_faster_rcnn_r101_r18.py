@@ -8,9 +8,9 @@ custom_imports = dict(imports=['kd_det'])
 
 model = dict(
     _delete_=True,
-    type='DetectionDistiller',
+    type='mmdet.DetectionDistiller',
     student=_base_.model,
     teacher=dict(config='kd_det::demo/teacher_faster_rcnn_r101.py', checkpoint='demo/runs/teacher/epoch_24.pth'),
-    distill=dict(fgd=dict(weight=dict(type='Balance', ratio=1.0), **_base_.fgd.fgd)),
+    distill=dict(fgd=dict(weight=dict(type='mmdet.Balance', ratio=1.0), **_base_.fgd.fgd)),
     inherit='auto')
-default_hooks = dict(distill=dict(type='DistillHook'))
+default_hooks = dict(distill=dict(type='mmdet.DistillHook'))

@@ -11,9 +11,10 @@ from mmengine.config import Config
 
 from kd_det.configuration import (ConfigurationError, leaf_datasets, student_model, training_pipelines,
                                   type_name)
+from kd_det.scopes import HOME, find_class, scope_of, within_scope
 
 AUGMENTATIONS = ('mosaic', 'mixup')
-WRAPPER = 'MultiImageMixDataset'
+WRAPPER = f'{HOME}.MultiImageMixDataset'
 PAD_VALUE = 114.0  # YOLOX's
 
 
@@ -42,7 +43,7 @@ def mix_images(config: Config, augmentations: Sequence[str]) -> None:
     loading = list(takewhile(lambda transform: type_name(transform).startswith('Load'), pipeline))
     _check(config, pipeline, loading)
     size = _size(pipeline, leaves)
-    mean = student_model(config).get('data_preprocessor', {}).get('mean')
+    mean = (student_model(config).get('data_preprocessor') or {}).get('mean')
     pad_value = float(round(sum(mean) / len(mean))) if mean else PAD_VALUE
     for leaf in leaves:
         leaf.pipeline = loading
@@ -53,19 +54,22 @@ def mix_images(config: Config, augmentations: Sequence[str]) -> None:
 def _mixing(augmentations: Sequence[str], size: Tuple[int, int], pad_value: float) -> Iterator[dict]:
     """Yields the transforms; the image is then of that size, or within it where nothing but MixUp is done."""
     if 'mosaic' in augmentations:
-        yield dict(type='Mosaic', img_scale=size, pad_val=pad_value)
-        yield dict(type='RandomCrop', crop_size=size, allow_negative_crop=True)
+        yield dict(type=f'{HOME}.Mosaic', img_scale=size, pad_val=pad_value)
+        yield dict(type=f'{HOME}.RandomCrop', crop_size=size, allow_negative_crop=True)
     else:
-        yield dict(type='Resize', scale=size, keep_ratio=True)
+        yield dict(type=f'{HOME}.Resize', scale=size, keep_ratio=True)
     if 'mixup' in augmentations:
-        yield dict(type='MixUp', img_scale=size, pad_val=pad_value)
-    yield dict(type='FilterAnnotations', min_gt_bbox_wh=(1, 1), keep_empty=False)  # False: an image without boxes stays
+        yield dict(type=f'{HOME}.MixUp', img_scale=size, pad_val=pad_value)
+    # keep_empty=False: an image without boxes stays
+    yield dict(type=f'{HOME}.FilterAnnotations', min_gt_bbox_wh=(1, 1), keep_empty=False)
 
 
 def _check(config: Config, pipeline: List[dict], loading: List[dict]) -> None:
     dataset = config.train_dataloader.dataset
-    mixing = [name for name in map(type_name, _all_transforms(training_pipelines(config)))
-              if 'get_indexes' in dir(TRANSFORMS.get(name))]  # hasattr fails: mmcv's decorator wants an instance
+    with within_scope(scope_of(config)):
+        mixing = [type_name(each) for each in _all_transforms(training_pipelines(config))
+                  # hasattr fails: mmcv's decorator wants an instance
+                  if type_name(each) and 'get_indexes' in dir(find_class(TRANSFORMS, each, HOME))]
     if mixing:
         raise ConfigurationError("@augment: the student's training pipeline mixes images already "
                                  f"({', '.join(mixing)}). Give a config without, and without the hooks that end it.")

@@ -115,7 +115,7 @@ def data_hash(config: Config) -> str:
         for dataset in leaf_datasets(config[f'{split}_dataloader'].dataset):
             root = Path(dataset.get('data_root') or '')
             parts.append(Path(root, dataset['ann_file']).read_bytes())
-            images = Path(root, dataset.get('data_prefix', {}).get('img', ''))
+            images = Path(root, (dataset.get('data_prefix') or {}).get('img', ''))
             files = sorted(file for file in images.iterdir() if file.is_file())
             parts.append('\n'.join(f'{file.name} {file.stat().st_size}' for file in files).encode())
     return sha256(b'\0'.join(parts))

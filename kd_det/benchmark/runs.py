@@ -22,6 +22,7 @@ from kd_det.benchmark.environment import environment
 from kd_det.configuration import ConfigurationError, is_distillation
 from kd_det.diagnosis.checks import explain
 from kd_det.runner import build_runner
+from kd_det.scopes import HOME
 
 RESULT_FILE = 'result.json'
 
@@ -117,7 +118,7 @@ def train(name: str, config: Config, expected: str, say: Callable[[str], None] =
     file.unlink(missing_ok=True)
     began_in = environment()
     config.experiment_name = f'{name}_{time.time_ns()}'  # mmengine keeps loggers and visualizers by name
-    config.visualizer = {'type': 'DetLocalVisualizer', 'vis_backends': [dict(type='LocalVisBackend')],
+    config.visualizer = {'type': f'{HOME}.DetLocalVisualizer', 'vis_backends': [dict(type='LocalVisBackend')],
                          **(config.get('visualizer') or {}), 'name': config.experiment_name}
     with explain(config):
         runner = build_runner(config)

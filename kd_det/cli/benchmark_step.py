@@ -43,7 +43,7 @@ def run(options: Namespace) -> int:
     config = load_distillation(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    prepare_without_runner(seed=0)
+    prepare_without_runner(config, seed=0)
     distiller = random_distiller(config, options.device)
     options.size = tuple(options.size or max(training_sizes(config, USUAL_SIZES[:1]), key=prod))
     batch = synthetic_batch(distiller.student, options.batch_size, options.size, options.boxes)

@@ -6,13 +6,13 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Optional, Sequence, Tuple, Union
 
-from mmdet.utils import register_all_modules
 from mmengine.config import Config, DictAction
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.runner import set_random_seed
 
 from kd_det.composition import PAPER, RATIO
 from kd_det.configuration import ConfigurationError, is_distillation, load_config, merge_options, set_data_root
+from kd_det.scopes import enter_scope, scope_of
 
 
 class ConfigAction(DictAction):
@@ -115,9 +115,9 @@ def load_distillation(options: Namespace) -> Config:
     return config
 
 
-def prepare_without_runner(seed: int) -> None:
-    """Does what a Runner would do before a single step: registers, seeds, and keeps the log to warnings."""
-    register_all_modules(init_default_scope=True)
+def prepare_without_runner(config: Config, seed: int) -> None:
+    """Does what a Runner would do before a single step: enters the config's scope, seeds; and logs warnings alone."""
+    enter_scope(scope_of(config))
     MMLogger.get_current_instance().setLevel('WARNING')  # or every weight that is initialised is announced
     set_random_seed(seed)
     MessageHub.get_current_instance().update_info('iter', 0)  # some preprocessors and losses ask for it

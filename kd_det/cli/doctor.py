@@ -38,9 +38,9 @@ def diagnose_config(options: Namespace) -> List[Finding]:
     from kd_det.cli.common import apply_config_options, prepare_without_runner
     from kd_det.configuration import ConfigurationError, is_distillation, load_config
     from kd_det.diagnosis.checks import inspect_config
-    prepare_without_runner(seed=0)
     try:
         config = load_config(options.config)
+        prepare_without_runner(config, seed=0)
         apply_config_options(config, options)
         if options.teacher_checkpoint:
             if not is_distillation(config):

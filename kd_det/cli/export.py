@@ -1,20 +1,18 @@
 """``kd-det export``: a plain student's checkpoint and config, for stock MMDetection and whatever reads its models."""
 from __future__ import annotations
 
-import copy
 import os
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import torch
-from mmdet.registry import MODELS
-from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
 from kd_det.cli.common import add_config_options, apply_config_options
 from kd_det.compat import load_checkpoint
 from kd_det.composition import available_methods
-from kd_det.configuration import ConfigurationError, load_config, student_config
+from kd_det.configuration import ConfigurationError, imports_of, load_config, student_config, type_name
+from kd_det.scopes import build_detector, enter_scope, scope_of
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -31,9 +29,9 @@ def run(options: Namespace) -> int:
     config = load_config(options.config)
     apply_config_options(config, options)
     config = plain_config(config)
-    register_all_modules(init_default_scope=True)
+    enter_scope(scope_of(config))
     checkpoint = load_checkpoint(options.checkpoint)
-    model = MODELS.build(copy.deepcopy(config.model))
+    model = build_detector(config.model)
     try:
         model.load_state_dict(checkpoint.get('state_dict', checkpoint))
     except RuntimeError as error:
@@ -44,7 +42,7 @@ def run(options: Namespace) -> int:
     config_file = options.out.with_suffix('.py')
     config.dump(config_file)
     count = sum(parameter.numel() for parameter in model.parameters())
-    print(f'{options.out} holds the {count:,} parameters of a {config.model.type}, {config_file} its config.')
+    print(f'{options.out} holds the {count:,} parameters of a {type_name(config.model)}, {config_file} its config.')
     return 0
 
 
@@ -53,8 +51,7 @@ def plain_config(config: Config) -> Config:
     plain = student_config(config)
     for method in available_methods():
         plain.pop(method, None)
-    imports = plain.get('custom_imports', {}).get('imports', [])
-    others = [name for name in ([imports] if isinstance(imports, str) else imports) if name.split('.')[0] != 'kd_det']
+    others = [name for name in imports_of(plain) if name.split('.')[0] != 'kd_det']
     if others:
         plain.custom_imports.imports = others
     else:

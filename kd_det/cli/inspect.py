@@ -5,7 +5,6 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Optional
 
-from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.runner import load_checkpoint
@@ -18,6 +17,7 @@ from kd_det.diagnosis.checks import check_config, explain
 from kd_det.distillers import DetectionDistiller
 from kd_det.hooks.distill_hook import CHECKPOINT_KEY
 from kd_det.inspection import draw_step, first_training_batch, image_batch, inspect_step, tap_table, term_table
+from kd_det.scopes import build_detector
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def run(options: Namespace) -> int:
     config = load_distillation(options)
     set_teacher(config, options)
     check_config(config, splits=() if options.image else ('train', ))
-    prepare_without_runner(config.get('randomness', {}).get('seed') or 0)
+    prepare_without_runner(config, (config.get('randomness') or {}).get('seed') or 0)
     with explain(config):
         distiller = build_distiller(config, options.checkpoint)
         batch = image_batch(config, options.image) if options.image else first_training_batch(config)
@@ -68,7 +68,7 @@ def set_teacher(config: Config, options: Namespace) -> None:
 
 def build_distiller(config: Config, checkpoint: Optional[str] = None) -> DetectionDistiller:
     """The distiller as it is when training starts, or as a checkpoint has it."""
-    distiller = MODELS.build(config.model)
+    distiller = build_detector(config.model)
     distiller.init_weights()
     distiller.match_classes(training_classes(config))
     checkpoint = checkpoint or config.get('load_from')

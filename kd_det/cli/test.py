@@ -14,6 +14,7 @@ from kd_det.configuration import leaf_datasets, load_config, renamed, student_co
 from kd_det.diagnosis.checks import check_config, explain
 from kd_det.diagnosis.data import check_labels
 from kd_det.runner import build_runner, check_start, use_one_metainfo
+from kd_det.scopes import HOME
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -56,12 +57,13 @@ def augment(config: Config) -> None:
     pipeline = config.get('tta_pipeline')
     if pipeline is None:
         keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
-        flips = [dict(type='RandomFlip', prob=probability) for probability in (1.0, 0.0)]
+        flips = [dict(type=f'{HOME}.RandomFlip', prob=probability) for probability in (1.0, 0.0)]
         pipeline = copy.deepcopy(dataset['pipeline'])
-        pipeline[-1] = dict(type='TestTimeAug', transforms=[flips, [dict(type='PackDetInputs', meta_keys=keys)]])
+        packing = [dict(type=f'{HOME}.PackDetInputs', meta_keys=keys)]
+        pipeline[-1] = dict(type='TestTimeAug', transforms=[flips, packing])
     dataset['pipeline'] = pipeline
     wrapper = config.get('tta_model') or dict(
-        type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
+        type=f'{HOME}.DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
     config.model = ConfigDict(**wrapper, module=config.model)
 
 

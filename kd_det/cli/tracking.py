@@ -9,7 +9,8 @@ from typing import Optional, Sequence
 
 from mmengine.config import Config
 
-from kd_det.configuration import ConfigurationError
+from kd_det.configuration import ConfigurationError, type_name
+from kd_det.scopes import HOME
 
 # Tracker -> (what to install, the module that has to be there).
 PACKAGES = dict(tensorboard=('tensorboard', 'tensorboard'), wandb=('wandb', 'wandb'), mlflow=('mlflow', 'mlflow'))
@@ -45,12 +46,12 @@ def track(config: Config, trackers: Sequence[str], name: Optional[str] = None) -
                     tracking_uri=os.environ.get('MLFLOW_TRACKING_URI', f'sqlite:///{work_dir}/mlflow.db'),
                     artifact_location=None if 'MLFLOW_TRACKING_URI' in os.environ else str(work_dir / 'mlflow')))
     if not config.get('visualizer'):
-        config.visualizer = dict(type='DetLocalVisualizer', name='visualizer')
+        config.visualizer = dict(type=f'{HOME}.DetLocalVisualizer', name='visualizer')
     present = list(config.visualizer.get('vis_backends') or [dict(type='LocalVisBackend')])
     for tracker in trackers:
         package, module = PACKAGES[tracker]
         if find_spec(module) is None:
             raise ConfigurationError(f'--track {tracker}: its package is not installed: pip install {package}')
-        if backends[tracker]['type'] not in [backend['type'] for backend in present]:
+        if type_name(backends[tracker]) not in map(type_name, present):
             present.append(backends[tracker])
     config.visualizer.vis_backends = present

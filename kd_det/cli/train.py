@@ -54,7 +54,7 @@ def apply_training_options(config: Config, options: Namespace, name: str) -> Non
         config.optim_wrapper.type = 'AmpOptimWrapper'
         config.optim_wrapper.loss_scale = 'dynamic'
     if options.auto_scale_lr:
-        if 'base_batch_size' not in config.get('auto_scale_lr', {}):
+        if 'base_batch_size' not in (config.get('auto_scale_lr') or {}):
             raise ConfigurationError(
                 '--auto-scale-lr: the config does not tell for which batch size its learning rate is '
                 'meant; expected auto_scale_lr=dict(base_batch_size=…).')

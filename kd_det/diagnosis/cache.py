@@ -8,8 +8,10 @@ from typing import Iterator, List
 from mmdet.registry import TRANSFORMS
 from mmengine.config import Config
 
-from kd_det.configuration import DISTILL_HOOK, is_distillation, student_model, training_pipelines, type_name
+from kd_det.configuration import (DISTILL_HOOK, hooks_of, is_distillation, student_model, training_pipelines,
+                                  type_name)
 from kd_det.diagnosis.finding import Finding
+from kd_det.scopes import HOME, find_class
 
 REPLAYED = 'ReplayedRandomness'
 DRAWS = re.compile(r'(?<![\w.])((np|numpy|torch)\.)?random\.\w+\(|@cache_randomness|torch\.rand')
@@ -19,7 +21,7 @@ DRAWS_ELSEWHERE = ('Albu', )  # whose own library draws
 def inspect_cache(config: Config) -> Iterator[Finding]:
     """Whether the images of a distillation with a teacher's cache recur, and whether replayed transforms can."""
     pipelines = training_pipelines(config)
-    if any(REPLAYED in (transform.get('type') for transform in pipeline) for pipeline in pipelines):
+    if any(REPLAYED in map(type_name, pipeline) for pipeline in pipelines):
         yield from _inspect_replay(config)
     teachers = config.model.teacher if is_distillation(config) else []
     if not any(teacher.get('cache') for teacher in ([teachers] if isinstance(teachers, dict) else teachers)):
@@ -53,8 +55,7 @@ def random_transforms(pipeline: List[dict]) -> Iterator[str]:
 
 def _draws(transform: dict) -> bool:
     """Whether the code of a transform's class, or of a base, draws random numbers."""
-    found = transform['type']
-    found = TRANSFORMS.get(found) if isinstance(found, str) else found
+    found = find_class(TRANSFORMS, transform, HOME)
     if found is None or type_name(transform) in DRAWS_ELSEWHERE:
         return found is not None
     for each in getattr(found, '__mro__', ()):
@@ -67,18 +68,17 @@ def _draws(transform: dict) -> bool:
 
 
 def _shapes_vary(config: Config, pipelines: List[List[dict]]) -> bool:
-    preprocessor = student_model(config).get('data_preprocessor', {})
-    padded = [each.get('type') for each in preprocessor.get('batch_augments') or ()]
+    preprocessor = student_model(config).get('data_preprocessor') or {}
+    padded = [type_name(each) for each in preprocessor.get('batch_augments') or ()]
     keeps = any(transform.get('keep_ratio') for pipeline in pipelines for transform in pipeline)
     return keeps and 'BatchFixedSizePad' not in padded and (config.train_dataloader.get('batch_size') or 1) > 1
 
 
 def _inspect_replay(config: Config) -> Iterator[Finding]:
-    hooks = [*config.get('default_hooks', {}).values(), *(config.get('custom_hooks') or ())]
-    if not any(hook and hook.get('type') == DISTILL_HOOK for hook in hooks):
+    if DISTILL_HOOK not in map(type_name, hooks_of(config)):
         yield Finding(REPLAYED, 'nothing tells it the epoch, so that every image would stay in its first variant',
                       f"Add default_hooks=dict(distill=dict(type='{DISTILL_HOOK}')); a plain detector can have it, too",
                       fault=True)
-    if (config.get('train_cfg') or {}).get('type') == 'IterBasedTrainLoop':
+    if type_name(config.get('train_cfg')) == 'IterBasedTrainLoop':
         yield Finding(REPLAYED, 'training counts iterations, so that every image would stay in its first variant',
                       "Train by epochs: train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=…)", fault=True)

@@ -12,14 +12,16 @@ from kd_det.diagnosis.cache import inspect_cache
 from kd_det.diagnosis.data import SPLITS, inspect_annotations, inspect_classes, inspect_paths
 from kd_det.diagnosis.finding import Finding, raise_faults
 from kd_det.diagnosis.step import inspect_step
-from kd_det.diagnosis.weights import (inspect_checkpoints, inspect_start, inspect_teacher_classes,
+from kd_det.diagnosis.weights import (inspect_checkpoints, inspect_start, inspect_student, inspect_teacher_classes,
                                       inspect_teacher_weights)
+from kd_det.scopes import scope_of, within_scope
 
 
 def inspect_config(config: Config) -> Iterator[Finding]:
     """All that can be told without training: reads the annotations, loads the teacher's weights, tries a step."""
-    return chain(_inspect_cheaply(config, SPLITS), inspect_annotations(config), inspect_teacher_weights(config),
-                 inspect_step(config))
+    with within_scope(scope_of(config)):
+        yield from chain(_inspect_cheaply(config, SPLITS), inspect_annotations(config),
+                         inspect_teacher_weights(config), inspect_step(config))
 
 
 def check_config(config: Config, splits: Sequence[str]) -> None:
@@ -32,7 +34,8 @@ def check_config(config: Config, splits: Sequence[str]) -> None:
     Raises:
         DiagnosisError: A file is missing or class counts differ; all faults are listed.
     """
-    raise_faults(_inspect_cheaply(config, splits))
+    with within_scope(scope_of(config)):
+        raise_faults(_inspect_cheaply(config, splits))
 
 
 @contextmanager
@@ -56,7 +59,8 @@ def explain(config: Config) -> Iterator[None]:
 
 
 def _inspect_cheaply(config: Config, splits: Sequence[str]) -> Iterator[Finding]:
-    found = chain(inspect_paths(config, splits), inspect_classes(config, splits), inspect_start(config))
+    found = chain(inspect_student(config), inspect_paths(config, splits), inspect_classes(config, splits),
+                  inspect_start(config))
     if 'train' in splits:
         found = chain(found, inspect_checkpoints(config), inspect_teacher_classes(config), inspect_cache(config))
     return found

@@ -17,7 +17,7 @@ from mmengine.evaluator import Evaluator
 from PIL import Image
 
 from kd_det.classes import LabelNames, dataset_classes, metainfo_of, read_label_names, same_meaning
-from kd_det.configuration import built_leaves, leaf_datasets, student_model
+from kd_det.configuration import built_leaves, leaf_datasets, student_model, type_name
 from kd_det.datasets.unlabelled import Unlabelled
 from kd_det.diagnosis.finding import DiagnosisError, Finding, raise_faults
 
@@ -288,7 +288,7 @@ def _inspect_coco(split: str, dataset: dict, path: str) -> Iterator[Finding]:
 def _ends_unlabelled(dataset: dict) -> bool:
     """Whether the pipeline marks every image as unlabelled."""
     pipeline = dataset.get('pipeline') or ()
-    return bool(pipeline) and pipeline[-1].get('type') == Unlabelled.__name__
+    return bool(pipeline) and type_name(pipeline[-1]) == Unlabelled.__name__
 
 
 def _broken_images(paths: Iterable[str]) -> Iterator[str]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Iterator, List, Optional, Sequence, Set, Tuple
 
-from mmdet.registry import MODELS
 from mmengine.config import Config
 
 from kd_det.classes import match_classes, training_classes
 from kd_det.compat.checkpoint import CheckpointError, load_checkpoint
-from kd_det.configuration import DISTILL_HOOK, ConfigurationError, is_distillation, student_model
+from kd_det.configuration import (DISTILL_HOOK, ConfigurationError, hooks_of, is_distillation, student_model,
+                                  type_name)
+from kd_det.detectors import check_student
 from kd_det.diagnosis.data import class_counts
 from kd_det.diagnosis.finding import Finding
+from kd_det.scopes import build_detector
 from kd_det.teachers.class_names import teacher_classes
 from kd_det.teachers.loading import is_pretrained, load_strictly, read_model_config
 
@@ -30,6 +32,15 @@ def inspect_checkpoints(config: Config) -> Iterator[Finding]:
         yield inspect_checkpoint('student init_cfg', checkpoint, 'Correct the init_cfg of the student')
 
 
+def inspect_student(config: Config) -> Iterator[Finding]:
+    """Whether the student of a distillation is a detector itself, and not what holds one."""
+    try:
+        if is_distillation(config):
+            check_student(config.model.student, 'model.student')
+    except ConfigurationError as error:
+        yield Finding('student', str(error), 'Correct model.student', fault=True)
+
+
 def inspect_start(config: Config) -> Iterator[Finding]:
     """Whether the checkpoint that is loaded or resumed exists."""
     if config.get('load_from'):
@@ -39,8 +50,7 @@ def inspect_start(config: Config) -> Iterator[Finding]:
 def inspect_teacher_classes(config: Config) -> Iterator[Finding]:
     """Which classes each teacher shares with the student: by name, or by their number where names are not known."""
     expected, student = class_counts(student_model(config)), student_classes(config)
-    hooks = [hook for hook in config.get('default_hooks', {}).values() if hook and hook.get('type') == DISTILL_HOOK]
-    preflight = any(hook.get('preflight') for hook in hooks)
+    preflight = any(hook.get('preflight') for hook in hooks_of(config) if type_name(hook) == DISTILL_HOOK)
     for name, teacher in teachers_of(config):
         try:
             found, names = known_classes(teacher)
@@ -105,7 +115,7 @@ def inspect_teacher_weights(config: Config) -> Iterator[Finding]:
         checkpoint = teacher.get('checkpoint')
         if checkpoint and Path(checkpoint).is_file():
             try:
-                model = MODELS.build(read_model_config(teacher['config']))
+                model = build_detector(read_model_config(teacher['config']))
                 load_strictly(model, checkpoint, teacher.get('allow_missing', ()), teacher.get('allow_unexpected', ()),
                               checkpoint_prefix=teacher.get('checkpoint_prefix'))
                 yield Finding(f'{name} weights', f'fit {type(model).__name__}')

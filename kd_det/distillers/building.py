@@ -12,6 +12,7 @@ from kd_det.distillers.weights import Weight, WeightConfig, build_weight
 from kd_det.heads import ROI_HEAD
 from kd_det.heads.keeping import can_be_kept
 from kd_det.losses import DistillTerm
+from kd_det.scopes import build_own
 from kd_det.teachers import TeacherError
 
 
@@ -67,7 +68,7 @@ def build_terms(distill: Dict[str, dict], teachers: int) -> Tuple[Dict[str, Weig
             weight = build_weight(config.pop('weight', 1.0))
             if weight.is_zero:
                 continue
-            term = MODELS.build(config)
+            term = build_own(MODELS, config)
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigurationError(f'{where}: {reason(error, whole)}') from error
         if not isinstance(term, DistillTerm):

@@ -1,7 +1,6 @@
 """The student, seen from outside as an ordinary mmdet detector, plus what it learns from its teacher."""
 from __future__ import annotations
 
-import copy
 from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from kd_det.classes import number_of_classes
 from kd_det.context import DistillContext, Progress
+from kd_det.detectors import check_student, plain_detector
 from kd_det.distillers.building import build_task_weight, build_terms, checked_teachers
 from kd_det.distillers.class_sets import ClassSets, has_classes
 from kd_det.distillers.connections import Connections, measured_taps
@@ -26,6 +26,7 @@ from kd_det.heads.recording import recorded_calls
 from kd_det.losses import DistillTerm
 from kd_det.losses.base import levels_read
 from kd_det.randomness import preserved_randomness
+from kd_det.scopes import build_detector
 from kd_det.taps import Levels
 from kd_det.teachers import Teacher
 
@@ -73,7 +74,8 @@ class DetectionDistiller(StudentWrapper):
                  inherit: Union[str, Sequence[str]] = (),
                  task_weight: WeightConfig = 1.0,
                  pseudo_labels: Optional[dict] = None) -> None:
-        detector = MODELS.build(copy.deepcopy(student))  # building may write into it
+        check_student(student, 'model.student')
+        detector = build_detector(plain_detector(student))
         super().__init__(detector)
         self.provenance = Provenance(detector)
         self.inherited_parts = (inherit, ) if isinstance(inherit, str) else tuple(inherit)

@@ -7,6 +7,7 @@ from typing import Optional, Union
 from mmdet.registry import TASK_UTILS
 
 from kd_det.context import Progress
+from kd_det.scopes import HOME, build_own, find_class
 
 WeightConfig = Union[float, int, dict, 'Weight']
 
@@ -130,9 +131,9 @@ def build_weight(config: WeightConfig) -> Weight:
     if isinstance(config, (float, int)):
         return Weight(config)
     if isinstance(config, dict) and 'type' in config:
-        if isinstance(config['type'], str) and TASK_UTILS.get(config['type']) is None:
+        if find_class(TASK_UTILS, config, HOME) is None:
             raise ValueError(f"weight: there is no schedule '{config['type']}': expected one of Warmup, Decay, "
                              'Start, Stop and Balance.')
-        return TASK_UTILS.build(config)
+        return build_own(TASK_UTILS, config)
     raise ValueError(f"weight={config!r}: expected a number or a schedule such as dict(type='Warmup', value=1.0, "
                      'epochs=1).')

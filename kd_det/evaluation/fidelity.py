@@ -23,6 +23,7 @@ from kd_det.evaluation.matching import class_overlaps, match_boxes, true_positiv
 from kd_det.functional.fidelity import Moments, expected_calibration_error, linear_cka, moments
 from kd_det.functional.masks import valid_cells
 from kd_det.heads.dense import Stride
+from kd_det.scopes import within_scope
 from kd_det.taps import Taps
 from kd_det.teachers import Teacher, probe_levels, read_model_config
 
@@ -120,8 +121,9 @@ class FidelityMetric(BaseMetric):
         if self.teacher is None:
             model = read_model_config(self.teacher_config['config'])
             # Without the student's modules the teacher sees the images as its own preprocessing makes them.
-            self._preprocessor = (MODELS.build(model['data_preprocessor']) if self.student is None
-                                  else self.student.data_preprocessor)
+            with within_scope(model.get('_scope_')):
+                self._preprocessor = (MODELS.build(model['data_preprocessor']) if self.student is None
+                                      else self.student.data_preprocessor)
             self.teacher = Teacher(**self.teacher_config, taps=(), student_preprocessor=self._preprocessor)
             self.match = self._match_classes(self.teacher)
             if self.student is None:

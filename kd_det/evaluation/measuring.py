@@ -4,7 +4,7 @@ from __future__ import annotations
 import copy
 from typing import Dict
 
-from mmdet.registry import DATASETS, MODELS
+from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.device import get_device
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from kd_det.classes import label_names, metainfo_of
 from kd_det.configuration import leaf_datasets, student_model
 from kd_det.evaluation.fidelity import FidelityMetric
+from kd_det.scopes import build_detector, scope_of, within_scope
 from kd_det.teachers import load_strictly
 
 SPLITS = ('val', 'train')
@@ -33,12 +34,13 @@ def measure_fidelity(config: Config, checkpoint: str, teacher: dict, split: str 
     Returns:
         The metric's numbers.
     """
-    detector = MODELS.build(copy.deepcopy(student_model(config)))
+    with within_scope(scope_of(config)):
+        detector = build_detector(student_model(config))
+        dataset = DATASETS.build(_prepared_as_for_validation(config, split))
     load_strictly(detector, checkpoint)
     detector.to(get_device()).eval()
     metric = FidelityMetric(teacher, **options)
     metric.attach(detector)
-    dataset = DATASETS.build(_prepared_as_for_validation(config, split))
     evaluator = Evaluator([metric])
     evaluator.dataset_meta = dict(metainfo_of(dataset), classes=label_names(dataset))
     batch_size = config.val_dataloader.get('batch_size') or 1

@@ -7,7 +7,6 @@ from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, Name
 from torch import Tensor, nn
 
 from kd_det.heads.dense import DenseOutputs
-from kd_det.heads.errors import HeadError
 from kd_det.heads.queries import QueryOutputs, read_queries
 from kd_det.heads.readers import find_reader, read_dense
 from kd_det.heads.recording import recorded_calls

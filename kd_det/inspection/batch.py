@@ -25,7 +25,7 @@ def first_training_batch(config: Config) -> dict:
     settings = copy.deepcopy(config.train_dataloader)
     settings.update(num_workers=0, persistent_workers=False)
     settings.pop('prefetch_factor', None)
-    loader = Runner.build_dataloader(settings, seed=config.get('randomness', {}).get('seed') or 0)
+    loader = Runner.build_dataloader(settings, seed=(config.get('randomness') or {}).get('seed') or 0)
     check_images(loader.dataset)
     return next(iter(loader))
 
@@ -47,7 +47,7 @@ def image_batch(config: Config, file: Union[str, Path]) -> dict:
     if not Path(file).is_file():
         raise FileNotFoundError(f"There is no image '{file}'.")
     pipeline = leaf_datasets(config.val_dataloader.dataset)[0]['pipeline']
-    load, *prepare = (step for step in pipeline if 'Annotations' not in str(step['type']))
+    load, *prepare = (step for step in pipeline if 'Annotations' not in type_name(step))
     try:  # whatever the transform reads is an image
         loaded = Compose([load])(dict(img_path=str(file), img_id=0))
     except Exception as error:

@@ -7,6 +7,7 @@ from mmdet.registry import MODELS
 from torch import Tensor, nn
 
 from kd_det.context import ComparedLevel
+from kd_det.scopes import build_own
 
 MaskConfig = Union[str, dict, 'Mask']
 
@@ -62,4 +63,4 @@ def build_mask(config: MaskConfig) -> Mask:
     """Builds a mask from its dict, or from its name alone if it needs no arguments."""
     if isinstance(config, nn.Module):
         return config
-    return MODELS.build(dict(type=config) if isinstance(config, str) else config)
+    return build_own(MODELS, dict(type=config) if isinstance(config, str) else config)

@@ -9,6 +9,7 @@ from torch import Tensor
 from kd_det.context import ComparedLevel
 from kd_det.functional.masks import assign_levels, level_foreground, near_anchor_foreground
 from kd_det.masks.base import CellMask
+from kd_det.scopes import HOME
 
 
 class PyramidMask(CellMask):
@@ -66,7 +67,7 @@ class NearAnchorForeground(PyramidMask):
                  pad_aware: bool = True, **kwargs) -> None:
         super().__init__(**kwargs)
         # Anchors grow with the stride: those of stride 1, times the stride, are the level's.
-        self.anchors = TASK_UTILS.build({'type': 'AnchorGenerator', **anchors, 'strides': [1]})
+        self.anchors = TASK_UTILS.build({'type': f'{HOME}.AnchorGenerator', **anchors, 'strides': [1]})
         self.phi, self.pad_aware = phi, pad_aware
 
     def cells(self, level: ComparedLevel) -> Tensor:

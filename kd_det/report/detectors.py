@@ -1,6 +1,7 @@
 """What the trained detectors show on the validation images: their accuracy, their boxes, and where they look."""
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence
@@ -120,7 +121,7 @@ def _add(seen: Seen, variant: str, runs: List[TrainedRun], validation: Validatio
 
 def _add_masks(seen: Seen, run: TrainedRun, teacher: dict, validation: Validation, shown: Sequence[int]) -> None:
     """Adds the masks of a run's terms to its maps."""
-    config = Config(run.config.to_dict())
+    config = copy.deepcopy(run.config)
     if isinstance(config.model.teacher, dict):
         config.model.teacher.update(teacher)
     cause = [stamp(Path(teacher['checkpoint'])), *_cause(run, validation, shown)]

@@ -1,13 +1,11 @@
 """Where a detector looks: the attention of its features, and the masks of the terms that taught it, level by level."""
 from __future__ import annotations
 
-import copy
 import re
 from typing import Dict, List, Sequence
 
 import numpy as np
 import torch
-from mmdet.registry import MODELS
 from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
@@ -22,6 +20,7 @@ from kd_det.hooks.distill_hook import CHECKPOINT_KEY
 from kd_det.inspection import compared_levels, mask_looks
 from kd_det.report.pictures import map_uri
 from kd_det.report.validation import Validation
+from kd_det.scopes import build_detector, scope_of, within_scope
 
 TEMPERATURE = 0.5  # FGD's
 Maps = Dict[str, List[dict]]  # title -> one map for each level, see _picture
@@ -104,7 +103,8 @@ def _picture(stride: int, cells: Tensor, valid: Tensor) -> dict:
 
 def _trained_distiller(config: Config, checkpoint: str) -> DetectionDistiller:
     """The distiller as it was at the end of its training."""
-    distiller = MODELS.build(copy.deepcopy(config.model))
+    with within_scope(scope_of(config)):
+        distiller = build_detector(config.model)
     loaded = load_checkpoint(checkpoint, map_location='cpu')
     distiller.load_state_dict(loaded['state_dict'])
     if CHECKPOINT_KEY in loaded:

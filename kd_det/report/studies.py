@@ -152,5 +152,5 @@ def _single_training(folder: Path) -> TrainedRun:
     loaded, last = load_config(config), folder / 'last_checkpoint'
     checkpoint = folder / Path(last.read_text(encoding='utf-8').strip()).name if last.is_file() else None
     scalars = [path / 'scalars.json' for path in logs if (path / 'scalars.json').is_file()]
-    return TrainedRun(folder.resolve().name, loaded.get('randomness', {}).get('seed') or 0, folder, loaded,
+    return TrainedRun(folder.resolve().name, (loaded.get('randomness') or {}).get('seed') or 0, folder, loaded,
                       checkpoint if checkpoint and checkpoint.is_file() else None, scalars)

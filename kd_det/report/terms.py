@@ -5,7 +5,7 @@ from typing import Dict, List, Mapping, Optional
 
 from mmengine.config import Config
 
-from kd_det.configuration import is_distillation
+from kd_det.configuration import is_distillation, type_name
 from kd_det.distillers import build_weight
 from kd_det.visualization.curves import Curve
 
@@ -45,7 +45,7 @@ def term_curves(config: Config, scalars: List[Scalars]) -> Dict[str, dict]:
 def _unweighted_pull(weight, logged: List[Optional[Curve]]) -> Optional[List[Curve]]:
     """Balance sets a weight of ratio · task / term, so that term / task is ratio / weight."""
     balanced = weight if isinstance(weight, dict) else {}
-    if balanced.get('type') != 'Balance' or isinstance(balanced.get('ratio'), dict) or None in logged:
+    if type_name(balanced) != 'Balance' or isinstance(balanced.get('ratio'), dict) or None in logged:
         return None
     ratio = build_weight(balanced).full
     return [{epoch: ratio / value for epoch, value in curve.items() if value > 0} for curve in logged]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import List, NamedTuple, Sequence, Tuple
 
 import torch
-from mmdet.registry import DATASETS, MODELS
+from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.device import get_device
@@ -17,6 +17,8 @@ from torch import nn
 
 from kd_det.classes import label_names, metainfo_of
 from kd_det.configuration import ConfigurationError, student_model
+from kd_det.scopes import build_detector as build_model
+from kd_det.scopes import scope_of, within_scope
 from kd_det.teachers import load_strictly
 
 Detection = List[float]  # x1, y1, x2, y2 in pixels of the original image, label, score
@@ -57,7 +59,7 @@ def read_validation(config: Config) -> Validation:
     """
     if not config.get('val_dataloader'):
         raise ConfigurationError(f"The config '{config.filename}' has no val_dataloader.")
-    with redirect_stdout(io.StringIO()):  # of pycocotools
+    with redirect_stdout(io.StringIO()), within_scope(scope_of(config)):  # pycocotools writes
         dataset = DATASETS.build(copy.deepcopy(config.val_dataloader.dataset))
     classes = label_names(dataset)
     palette = metainfo_of(dataset).get('palette')
@@ -84,7 +86,8 @@ def _labelled(info: dict) -> LabelledImage:
 
 def build_detector(config: Config, checkpoint: str) -> nn.Module:
     """The trained detector of a config, or the trained student of a distillation, ready to detect."""
-    detector = MODELS.build(copy.deepcopy(student_model(config)))
+    with within_scope(scope_of(config)):
+        detector = build_model(student_model(config))
     load_strictly(detector, checkpoint)
     return detector.to(get_device()).eval()
 

@@ -5,7 +5,7 @@ import hashlib
 import logging
 from dataclasses import astuple, dataclass
 from functools import cached_property
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, Sequence, Tuple
 
 import torch
 from mmengine.dist import all_reduce

@@ -6,6 +6,7 @@ from typing import Iterator, Optional, Sequence
 
 from kd_det.classes import Names, dataset_classes, first_metainfo
 from kd_det.configuration import leaf_datasets, load_config
+from kd_det.scopes import scope_of, within_scope
 from kd_det.teachers.loading import ModelConfig, TeacherError
 
 
@@ -42,4 +43,6 @@ def _candidates(given: Sequence[str], meta: dict, config: ModelConfig) -> Iterat
     for split in ('train', 'val', 'test'):
         loader = config.get(f'{split}_dataloader')
         for dataset in leaf_datasets(loader['dataset']) if loader else ():
-            yield dataset_classes(dataset)
+            with within_scope(scope_of(config)):
+                classes = dataset_classes(dataset)
+            yield classes

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Optional, Sequence, Union
 
 from mmengine.config import ConfigDict
-from mmengine.model import PretrainedInit
+from mmengine.utils import import_modules_from_strings
 from torch import Tensor, nn
 
 from kd_det.compat import CheckpointError, load_checkpoint
-from kd_det.configuration import DISTILLER, load_config
+from kd_det.configuration import DISTILLER, imports_of, load_config, type_name
+from kd_det.detectors import the_detector
+from kd_det.scopes import scope_of
 
 ModelConfig = Union[str, Path, dict]
 
@@ -30,24 +32,31 @@ class TeacherError(ValueError):
 
 
 def read_model_config(config: ModelConfig) -> ConfigDict:
-    """Returns the model dict of a detector.
+    """Returns the model dict of a detector, with the scope of its config, see :mod:`kd_det.scopes`.
+
+    Of a student that was itself distilled it is the student; of a model that holds one detector, as a semi-supervised
+    pair or a tracker does, that one; of one that MMDetection's own distillation trains, the plain detector.
 
     Args:
         config: A config file, a name such as ``'mmdet::faster_rcnn/faster-rcnn_r101_fpn_1x_coco.py'``, a whole config
-            as a dict (with a key ``model``), or a model dict (with a key ``type``).
+            as a dict (with a key ``model``), or a model dict (with a key ``type``), whose scope is that of the config
+            that it stands in.
 
     Raises:
         TeacherError: The config holds no model.
         FileNotFoundError: There is no such file.
-        ConfigurationError: The file has an error.
+        ConfigurationError: The file has an error, or the model holds several detectors.
     """
     loaded = load_config(config) if isinstance(config, (str, Path)) else ConfigDict(config)
     model = loaded.get('model', loaded)
-    if 'type' not in model:
+    if not type_name(model):
         raise TeacherError(f"The teacher's config {config!r:.200} holds no model: expected a key 'model', or a model "
                            "dict with a 'type'.")
-    # A student that was itself distilled may teach: what counts is the detector inside. Building may write into it.
-    return copy.deepcopy(model.student if model.type == DISTILLER else model)
+    model = copy.deepcopy(model.student if type_name(model) == DISTILLER else model)  # building may write into it
+    if 'model' in loaded:
+        import_modules_from_strings(imports_of(loaded))  # a file's are imported as it is read, a dict's are not
+        model.setdefault('_scope_', scope_of(loaded))
+    return the_detector(model, f"The model of the teacher's config {config!r:.200}")
 
 
 def without_pretrained(config: Any) -> Any:
@@ -62,7 +71,7 @@ def without_pretrained(config: Any) -> Any:
 
 def is_pretrained(config: Any) -> bool:
     """Whether a part of a model dict is an ``init_cfg`` that loads a checkpoint."""
-    return isinstance(config, dict) and config.get('type') in ('Pretrained', PretrainedInit)
+    return type_name(config) in ('Pretrained', 'PretrainedInit')
 
 
 def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str] = (),

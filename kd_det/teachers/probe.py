@@ -1,7 +1,6 @@
 """Learns the form of a detector's features (channels, stride) before any image or weight is loaded."""
 from __future__ import annotations
 
-import copy
 import math
 from typing import Dict, Iterable, Optional, Tuple
 
@@ -14,6 +13,7 @@ from kd_det.context import Level
 from kd_det.heads.dense import Stride
 from kd_det.heads.readers import called_strides
 from kd_det.randomness import preserved_randomness
+from kd_det.scopes import build_detector, within_scope
 from kd_det.taps import ENCODER, Levels, TapError, Taps, find_module, is_within_encoder
 from kd_det.teachers.transformer import shape_samples
 
@@ -33,8 +33,9 @@ class FeatureExtractor(nn.Module):
 
     def __init__(self, model: dict) -> None:
         super().__init__()
-        self.backbone = MODELS.build(model['backbone'])
-        self.neck = MODELS.build(model['neck']) if model.get('neck') else None
+        with within_scope(model.get('_scope_')):
+            self.backbone = MODELS.build(model['backbone'])
+            self.neck = MODELS.build(model['neck']) if model.get('neck') else None
         head = model.get('bbox_head')
         head = head if isinstance(head, dict) else {}  # some detectors have a list of them
         self.strides = (head.get('anchor_generator') or head).get('strides') or ()
@@ -150,8 +151,8 @@ def probe_config(model: dict, paths: Iterable[str]) -> Dict[str, Tuple[Level, ..
         raise TapError(f"Taps read backbone, neck or encoder; '{foreign[0]}' is in none of them.")
     whole = any(map(is_within_encoder, paths))
 
-    def build() -> nn.Module:  # of a DETR with its encoder there is only the whole, which writes into its config
-        return MODELS.build(copy.deepcopy(model)) if whole else FeatureExtractor(model)
+    def build() -> nn.Module:  # of a DETR with its encoder there is only the whole
+        return build_detector(model) if whole else FeatureExtractor(model)
 
     with preserved_randomness():
         try:

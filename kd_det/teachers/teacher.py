@@ -10,7 +10,6 @@ from typing import Callable, ContextManager, Dict, Iterable, List, Optional, Seq
 
 import mmdet
 import torch
-from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from kd_det.classes import number_of_classes
 from kd_det.heads import HeadError, StudentOutputs, TeacherForward, TeacherOutputs, find_head, run_heads
 from kd_det.heads.keeping import read_maps, recorded_maps
 from kd_det.randomness import preserved_randomness
+from kd_det.scopes import build_detector, within_scope
 from kd_det.taps import ENCODER, Levels, Taps, is_within_encoder
 from kd_det.teachers.bridge import InputBridge, Shape, cut_back, fitting_levels
 from kd_det.teachers.cache import Answer, TeacherCache
@@ -103,10 +103,11 @@ class Teacher:
         self._digests: Optional[Tuple[str, str]] = None  # of the weights as loaded, and as the engine runs them
         with preserved_randomness():
             model_config = read_model_config(config)
-            self._config = json.dumps(model_config.to_dict(), sort_keys=True, default=str)  # building may write into it
-            self.model = MODELS.build(without_pretrained(model_config) if random_teacher else model_config)
+            self._config = json.dumps(model_config.to_dict(), sort_keys=True, default=str)
+            self.model = build_detector(without_pretrained(model_config) if random_teacher else model_config)
             if random_teacher:  # some modules' weights are of no value before
-                self.model.init_weights()
+                with within_scope(model_config.get('_scope_')):
+                    self.model.init_weights()
         self.meta = load_strictly(self.model, checkpoint, allow_missing, allow_unexpected,
                                   checkpoint_prefix=checkpoint_prefix) if checkpoint else {}
         self.classes = teacher_classes(number_of_classes(self.model), classes, self.meta, config)

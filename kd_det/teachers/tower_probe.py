@@ -5,10 +5,12 @@ from typing import Dict, Iterable
 
 from mmdet.registry import MODELS
 
+from kd_det.configuration import type_name
 from kd_det.detectors import head_classes
 from kd_det.heads import TOWERS_OF, HeadError, check_head
 from kd_det.heads.towers import TowerWidths, tower_widths
 from kd_det.randomness import preserved_randomness
+from kd_det.scopes import within_scope
 from kd_det.teachers.loading import ModelConfig, read_model_config
 
 
@@ -31,9 +33,9 @@ def probe_towers(config: ModelConfig, names: Iterable[str]) -> Dict[str, TowerWi
     model, widths = read_model_config(config), {}
     for name in names:
         try:
-            check_head(model['type'], head_classes(model), name)
+            check_head(type_name(model), head_classes(model), name)
         except HeadError as error:
             raise HeadError(f"A term learns from the teacher's {name}. {error}") from error
-        with preserved_randomness():
+        with preserved_randomness(), within_scope(model.get('_scope_')):
             widths[name] = tower_widths(MODELS.build(model[name[:-len(TOWERS_OF)]]))
     return widths

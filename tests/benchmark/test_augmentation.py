@@ -11,8 +11,8 @@ from mmdet.registry import DATASETS
 
 LOADING = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True)]
 FLIP, PACK = dict(type='RandomFlip', prob=0.5), dict(type='PackDetInputs')
-FILTER = dict(type='FilterAnnotations', min_gt_bbox_wh=(1, 1), keep_empty=False)
-FULL = dict(type='Resize', scale=(96, 80), keep_ratio=True)
+FILTER = dict(type='mmdet.FilterAnnotations', min_gt_bbox_wh=(1, 1), keep_empty=False)
+FULL = dict(type='mmdet.Resize', scale=(96, 80), keep_ratio=True)
 
 
 @pytest.fixture
@@ -39,10 +39,10 @@ def test_images_are_mixed_between_loading_and_the_rest(student):
     inner = copy.deepcopy(before['train_dataloader']['dataset'])
     inner['pipeline'] = LOADING
     size = (64, 64)  # of the data; 114: the mean of the preprocessor's three
-    assert dataset == dict(type='MultiImageMixDataset', dataset=inner, pipeline=[
-        dict(type='Mosaic', img_scale=size, pad_val=114.0),
-        dict(type='RandomCrop', crop_size=size, allow_negative_crop=True),
-        dict(type='MixUp', img_scale=size, pad_val=114.0), FILTER, FLIP, PACK])
+    assert dataset == dict(type='mmdet.MultiImageMixDataset', dataset=inner, pipeline=[
+        dict(type='mmdet.Mosaic', img_scale=size, pad_val=114.0),
+        dict(type='mmdet.RandomCrop', crop_size=size, allow_negative_crop=True),
+        dict(type='mmdet.MixUp', img_scale=size, pad_val=114.0), FILTER, FLIP, PACK])
     config.train_dataloader.dataset = before['train_dataloader']['dataset']
     assert config.to_dict() == before  # nothing else changed
 

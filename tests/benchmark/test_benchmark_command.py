@@ -129,7 +129,7 @@ def test_ensembles_and_augmentation_are_swept(benchmark, in_this_process, tmp_pa
     twin = 100 * runs[f'none{mixed}']['metrics']['bbox_mAP']
     for name, run in runs.items():
         config = load_config(tmp_path / 'work' / run['folder'] / 'config.py')
-        assert (config.train_dataloader.dataset.type == 'MultiImageMixDataset') == (name != 'none')
+        assert (config.train_dataloader.dataset.type == 'mmdet.MultiImageMixDataset') == (name != 'none')
         summary = results['summary'][name]['bbox_mAP']
         if name.startswith('pkd'):
             assert summary['by_seed'] == {'0': pytest.approx(100 * run['metrics']['bbox_mAP'] - twin)}

@@ -68,7 +68,8 @@ def test_options_reach_the_student_and_those_of_the_distillation_its_terms(pair)
 
 def test_inheriting_alone_has_no_terms(pair):
     config = variant_config(parse_variants('inherit')[1], pair, ['teacher.pth'])
-    assert config.model.type == 'DetectionDistiller' and config.model.distill == {} and config.model.inherit == 'auto'
+    assert config.model.type == 'mmdet.DetectionDistiller'
+    assert config.model.distill == {} and config.model.inherit == 'auto'
 
 
 @pytest.mark.parametrize('name, twin', [
@@ -101,7 +102,7 @@ def test_a_setting_of_a_term_holds_for_all_teachers(pair):
     assert [teacher.checkpoint for teacher in model.teacher] == ['a.pth', 'b.pth', 'c.pth']
     assert list(model.distill) == ['pkd_1', 'pkd_2', 'pkd_3'] and model.inherit == 'auto'
     for index, term in enumerate(model.distill.values()):
-        assert (term.levels, term.teacher, term.weight.type) == (2, index, 'Balance')
+        assert (term.levels, term.teacher, term.weight.type) == (2, index, 'mmdet.Balance')
         assert term.weight.ratio == pytest.approx(0.2)
     first = variant_config(parse_variants('pkd')[1], pair, ['a.pth', 'b.pth']).model
     assert first.teacher.checkpoint == 'a.pth' and list(first.distill) == ['pkd']

@@ -152,11 +152,11 @@ def test_weights_are_balanced_unless_the_published_ones_are_wanted():
 def test_distill_then_test_then_export(workspace, capsys):
     """The whole way of a user: to a checkpoint and a config that stock MMDetection reads, without the distiller."""
     assert main([*DISTILL, '--balance', '0.5', '--work-dir', 'run', *NO_PREFLIGHT]) == 0
-    assert "type='DetectionDistiller'" in capsys.readouterr().out  # the config is shown
+    assert "type='mmdet.DetectionDistiller'" in capsys.readouterr().out  # the config is shown
     made = load_config('run/student_fgd.py')
-    assert made.model.type == 'DetectionDistiller' and made.model.distill.fgd.alpha == 1e-3
-    assert made.model.distill.fgd.weight == dict(type='Balance', ratio=0.5)
-    assert made.default_hooks.distill == dict(type='DistillHook', preflight=None)
+    assert made.model.type == 'mmdet.DetectionDistiller' and made.model.distill.fgd.alpha == 1e-3
+    assert made.model.distill.fgd.weight == dict(type='mmdet.Balance', ratio=0.5)
+    assert made.default_hooks.distill == dict(type='mmdet.DistillHook', preflight=None)
 
     assert main(['test', 'run/student_fgd.py', 'run/epoch_1.pth', '--out', 'predictions.pkl']) == 0
     assert Path('predictions.pkl').is_file()

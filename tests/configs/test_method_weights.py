@@ -35,13 +35,13 @@ def test_method_has_the_published_weights_of_the_family(method, two_stage, one_s
 
 def _warmed_up(two_stage: float, one_stage: float, anchor_free: float, **others) -> dict:
     values = dict(two_stage=two_stage, one_stage=one_stage, anchor_free=anchor_free)
-    return {family: dict(weight=dict(type='Warmup', value=value, iterations=500), **others)
+    return {family: dict(weight=dict(type='mmdet.Warmup', value=value, iterations=500), **others)
             for family, value in values.items()}
 
 
 @pytest.mark.parametrize('method, term, expected', [
-    ('kd', 'kd', dict(two_stage=dict(type='RoIClassification', form='plain', temperature=2.0),
-                      **{family: dict(type='DenseClassification', beta=0.0, temperature=1.0)
+    ('kd', 'kd', dict(two_stage=dict(type='mmdet.RoIClassification', form='plain', temperature=2.0),
+                      **{family: dict(type='mmdet.DenseClassification', beta=0.0, temperature=1.0)
                          for family in ('one_stage', 'anchor_free')})),
     ('dkd', 'dkd', dict(two_stage=dict(form='decoupled', alpha=1.0, beta=0.25, temperature=1.0))),
     ('bckd', 'bckd_classes', {family: dict(beta=1.0, weight=1.0) for family in ('one_stage', 'anchor_free')}),

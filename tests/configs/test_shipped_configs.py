@@ -121,7 +121,7 @@ def test_twin_differs_in_nothing_but_distillation(name):
     distilled, twin = load(name).to_dict(), load(BASELINES[STUDENTS[DISTILLED[name]]]).to_dict()
     model, hooks = distilled.pop('model'), distilled.pop('default_hooks')
     assert model['student'] == twin.pop('model')
-    assert hooks.pop('distill') == dict(type='DistillHook', preflight=dict(images=64, min_map=0.01))
+    assert hooks.pop('distill') == dict(type='mmdet.DistillHook', preflight=dict(images=64, min_map=0.01))
     assert hooks == twin.pop('default_hooks')
     assert distilled.pop(method_of(name)) == model['distill']
     assert distilled == twin  # data, schedule, evaluation, seed

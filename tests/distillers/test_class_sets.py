@@ -3,7 +3,6 @@ import copy
 
 import pytest
 import torch
-from mmengine.structures import InstanceData
 
 from kd_det.classes import match_classes
 from kd_det.configuration import ConfigurationError

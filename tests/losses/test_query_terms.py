@@ -2,7 +2,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from mmdet.registry import MODELS
 from mmengine.structures import InstanceData
 
 from kd_det.configuration import ConfigurationError

@@ -71,7 +71,7 @@ def test_installed_wheel_finds_its_configs_and_runs_its_tools(wheel, tmp_path):
                              stdout=subprocess.PIPE,
                              cwd=tmp_path,
                              env=environment).stdout.split()
-    assert printed == [str(site / 'kd_det' / '__init__.py'), 'FGD']
+    assert printed == [str(site / 'kd_det' / '__init__.py'), 'mmdet.FGD']
     tool = site / 'kd_det' / '.mim' / 'tools' / 'train.py'
     result = subprocess.run([sys.executable, tool, 'nowhere.py'],
                             text=True,

@@ -3,7 +3,6 @@ import copy
 
 import pytest
 import torch
-from mmdet.models.data_preprocessors import DetDataPreprocessor
 from mmdet.registry import MODELS
 from mmengine.config import ConfigDict
 from torch import nn

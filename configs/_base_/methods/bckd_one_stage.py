@@ -3,5 +3,5 @@
 Its authors' weights for GFL.
 """
 bckd = dict(
-    bckd_classes=dict(type='DenseClassification', beta=1.0, weight=1.0),
-    bckd_boxes=dict(type='DenseRegression', form='giou', weighting='gap', weight=4.0))
+    bckd_classes=dict(type='mmdet.DenseClassification', beta=1.0, weight=1.0),
+    bckd_boxes=dict(type='mmdet.DenseRegression', form='giou', weighting='gap', weight=4.0))

@@ -3,4 +3,5 @@
 Its authors' weights for FCOS: 0.4 for classes, 0.75 for boxes, which they compare by IoU where this does by GIoU.
 Whether their sums are divided as here is not verified.
 """
-crosskd = dict(crosskd=dict(type='CrossKD', head='bbox_head', remaining=2, beta=1.0, box_weight=0.75 / 0.4, weight=0.4))
+crosskd = dict(
+    crosskd=dict(type='mmdet.CrossKD', head='bbox_head', remaining=2, beta=1.0, box_weight=0.75 / 0.4, weight=0.4))

@@ -4,4 +4,5 @@ Its authors' weights for RetinaNet and ATSS, and for the distributions of GFL. W
 is not verified.
 """
 crosskd = dict(
-    crosskd=dict(type='CrossKD', head='bbox_head', remaining=1, beta=1.0, box_weight=1.0, distribution_weight=4.0))
+    crosskd=dict(
+        type='mmdet.CrossKD', head='bbox_head', remaining=1, beta=1.0, box_weight=1.0, distribution_weight=4.0))

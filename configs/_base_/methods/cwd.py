@@ -2,4 +2,4 @@
 
 The published weight for necks: all levels.
 """
-cwd = dict(cwd=dict(type='CWD', tap='neck', temperature=1.0, weight=10.0))
+cwd = dict(cwd=dict(type='mmdet.CWD', tap='neck', temperature=1.0, weight=10.0))

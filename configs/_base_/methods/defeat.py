@@ -4,4 +4,5 @@ Its part in the neck, with its authors' weights: all levels.
 """
 defeat = dict(
     defeat=dict(
-        type='DecoupledImitation', tap='neck', mask='LevelForeground', foreground_weight=3.0, background_weight=12.0))
+        type='mmdet.DecoupledImitation', tap='neck', mask='mmdet.LevelForeground', foreground_weight=3.0,
+        background_weight=12.0))

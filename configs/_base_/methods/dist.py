@@ -2,4 +2,4 @@
 
 Its released weights, on pooled features: all levels of the neck.
 """
-dist = dict(dist=dict(type='DIST', tap='neck', temperature=1.0, inter=1.0, intra=1.0))
+dist = dict(dist=dict(type='mmdet.DIST', tap='neck', temperature=1.0, inter=1.0, intra=1.0))

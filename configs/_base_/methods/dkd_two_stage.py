@@ -2,4 +2,4 @@
 
 Between RoI heads, with its authors' weights for detectors.
 """
-dkd = dict(dkd=dict(type='RoIClassification', form='decoupled', alpha=1.0, beta=0.25, temperature=1.0))
+dkd = dict(dkd=dict(type='mmdet.RoIClassification', form='decoupled', alpha=1.0, beta=0.25, temperature=1.0))

@@ -4,5 +4,6 @@ The form and the weight are those of FRS for the neck of RetinaNet; for encoders
 """
 encoder = dict(
     encoder=dict(
-        type='FeatureImitation', tap='encoder', mask=dict(type='QueryConfidence', head='bbox_head'), normalizer='mask',
-        weight=dict(type='Warmup', value=0.005, iterations=500)))
+        type='mmdet.FeatureImitation', tap='encoder', mask=dict(type='mmdet.QueryConfidence', head='bbox_head'),
+        normalizer='mask',
+        weight=dict(type='mmdet.Warmup', value=0.005, iterations=500)))

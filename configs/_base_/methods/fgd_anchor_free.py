@@ -2,4 +2,4 @@
 
 Its authors' weights for FCOS: all levels of the neck.
 """
-fgd = dict(fgd=dict(type='FGD', tap='neck', temperature=0.8, alpha=1.6e-3, beta=8e-4, gamma=8e-4, lambda_=8e-6))
+fgd = dict(fgd=dict(type='mmdet.FGD', tap='neck', temperature=0.8, alpha=1.6e-3, beta=8e-4, gamma=8e-4, lambda_=8e-6))

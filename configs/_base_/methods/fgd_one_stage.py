@@ -2,4 +2,4 @@
 
 Its authors' weights for RetinaNet, GFL and SOLO: all levels of the neck.
 """
-fgd = dict(fgd=dict(type='FGD', tap='neck', temperature=0.5, alpha=1e-3, beta=5e-4, gamma=5e-4, lambda_=5e-6))
+fgd = dict(fgd=dict(type='mmdet.FGD', tap='neck', temperature=0.5, alpha=1e-3, beta=5e-4, gamma=5e-4, lambda_=5e-6))

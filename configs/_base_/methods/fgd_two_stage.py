@@ -4,5 +4,5 @@ Its authors' weights for two-stage detectors: the four levels of the FPN with st
 """
 fgd = dict(
     fgd=dict(
-        type='FGD', tap='neck', levels=(0, 1, 2, 3), temperature=0.5, alpha=5e-5, beta=2.5e-5, gamma=5e-5,
+        type='mmdet.FGD', tap='neck', levels=(0, 1, 2, 3), temperature=0.5, alpha=5e-5, beta=2.5e-5, gamma=5e-5,
         lambda_=5e-7))

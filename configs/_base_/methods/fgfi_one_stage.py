@@ -4,7 +4,7 @@ Its authors' weight and the anchors of RetinaNet: all levels of the neck.
 """
 fgfi = dict(
     fgfi=dict(
-        type='FeatureImitation', tap='neck', normalizer='twice_mask', weight=0.01,
+        type='mmdet.FeatureImitation', tap='neck', normalizer='twice_mask', weight=0.01,
         mask=dict(
-            type='NearAnchorForeground', phi=0.5,
+            type='mmdet.NearAnchorForeground', phi=0.5,
             anchors=dict(octave_base_scale=4, scales_per_octave=3, ratios=[0.5, 1.0, 2.0]))))

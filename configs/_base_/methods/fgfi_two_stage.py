@@ -4,5 +4,5 @@ Its authors' weight and the anchors of Faster R-CNN: all levels of the neck.
 """
 fgfi = dict(
     fgfi=dict(
-        type='FeatureImitation', tap='neck', normalizer='twice_mask', weight=0.01,
-        mask=dict(type='NearAnchorForeground', phi=0.5, anchors=dict(scales=[8], ratios=[0.5, 1.0, 2.0]))))
+        type='mmdet.FeatureImitation', tap='neck', normalizer='twice_mask', weight=0.01,
+        mask=dict(type='mmdet.NearAnchorForeground', phi=0.5, anchors=dict(scales=[8], ratios=[0.5, 1.0, 2.0]))))

@@ -4,4 +4,5 @@ The paper distils classifiers, with ½·Σ(s − t)²; for detectors no weight i
 depends neither on the channels nor on the image. For the paper's sum: normalizer='batch'.
 """
 fitnets = dict(
-    hint=dict(type='FeatureImitation', tap='backbone', levels=(-1, ), distance='mse', normalizer='mean', weight=0.5))
+    hint=dict(
+        type='mmdet.FeatureImitation', tap='backbone', levels=(-1, ), distance='mse', normalizer='mean', weight=0.5))

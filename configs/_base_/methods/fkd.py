@@ -4,4 +4,5 @@ Its authors' weights for one-stage detectors: all levels of the neck.
 """
 fkd = dict(
     fkd=dict(
-        type='FKD', tap='neck', temperature=0.1, feature_weight=4.2e-4, pooling_weight=2.4e-2, relation_weight=4.2e-4))
+        type='mmdet.FKD', tap='neck', temperature=0.1, feature_weight=4.2e-4, pooling_weight=2.4e-2,
+        relation_weight=4.2e-4))

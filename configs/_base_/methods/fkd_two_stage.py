@@ -3,4 +3,6 @@
 Its authors' weights for two-stage detectors: all levels of the neck.
 """
 fkd = dict(
-    fkd=dict(type='FKD', tap='neck', temperature=0.5, feature_weight=7e-5, pooling_weight=4e-3, relation_weight=7e-5))
+    fkd=dict(
+        type='mmdet.FKD', tap='neck', temperature=0.5, feature_weight=7e-5, pooling_weight=4e-3,
+        relation_weight=7e-5))

@@ -4,8 +4,9 @@ Its authors' weights for RetinaNet; those for GFL are 0.1 and 0.05.
 """
 frs = dict(
     frs_features=dict(
-        type='FeatureImitation', tap='neck', adapter='conv3x3', mask=dict(type='TeacherConfidence', head='bbox_head'),
-        normalizer='mask', weight=dict(type='Warmup', value=0.005, iterations=500)),
+        type='mmdet.FeatureImitation', tap='neck', adapter='conv3x3',
+        mask=dict(type='mmdet.TeacherConfidence', head='bbox_head'),
+        normalizer='mask', weight=dict(type='mmdet.Warmup', value=0.005, iterations=500)),
     frs_classes=dict(
-        type='DenseClassification', head='bbox_head', beta=0, weighting='richness', normalizer='richness',
-        weight=dict(type='Warmup', value=0.02, iterations=500)))
+        type='mmdet.DenseClassification', head='bbox_head', beta=0, weighting='richness', normalizer='richness',
+        weight=dict(type='mmdet.Warmup', value=0.02, iterations=500)))

@@ -4,4 +4,4 @@ Between dense heads, on all priors: class by class where they are sigmoids, over
 The paper distils classifiers; for detectors no weight is published. It is the mean over the positive priors, as the
 task's own class loss.
 """
-kd = dict(kd=dict(type='DenseClassification', beta=0.0, temperature=1.0))
+kd = dict(kd=dict(type='mmdet.DenseClassification', beta=0.0, temperature=1.0))

@@ -3,4 +3,4 @@
 Between RoI heads, on the regions that the student samples. The paper distils classifiers; for detectors no weight is
 published. It is the mean over the regions, as the task's own class loss.
 """
-kd = dict(kd=dict(type='RoIClassification', form='plain', temperature=2.0))
+kd = dict(kd=dict(type='mmdet.RoIClassification', form='plain', temperature=2.0))

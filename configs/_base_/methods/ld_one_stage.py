@@ -6,8 +6,8 @@ LDHead, the valuable region's by 16, hence a quarter of the weight here.
 """
 ld = dict(
     ld=dict(
-        type='DenseRegression', form='distribution', weighting='positives', temperature=10.0, normalizer='none',
+        type='mmdet.DenseRegression', form='distribution', weighting='positives', temperature=10.0, normalizer='none',
         weight=0.25),
     ld_valuable=dict(
-        type='DenseRegression', form='distribution', weighting='valuable', temperature=10.0, normalizer='none',
+        type='mmdet.DenseRegression', form='distribution', weighting='valuable', temperature=10.0, normalizer='none',
         weight=0.0625))

@@ -2,4 +2,4 @@
 
 Its authors' weights for one-stage detectors: all levels of the neck.
 """
-mgd = dict(mgd=dict(type='MGD', tap='neck', ratio=0.65, weight=2e-5))
+mgd = dict(mgd=dict(type='mmdet.MGD', tap='neck', ratio=0.65, weight=2e-5))

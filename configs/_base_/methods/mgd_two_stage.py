@@ -2,4 +2,4 @@
 
 Its authors' weights for two-stage detectors: the FPN's strides 4 to 32.
 """
-mgd = dict(mgd=dict(type='MGD', tap='neck', levels=(0, 1, 2, 3), ratio=0.45, weight=5e-7))
+mgd = dict(mgd=dict(type='mmdet.MGD', tap='neck', levels=(0, 1, 2, 3), ratio=0.45, weight=5e-7))

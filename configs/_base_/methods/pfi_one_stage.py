@@ -4,5 +4,6 @@ The features are the neck's, the predictions classes. The weight is not its auth
 """
 pfi = dict(
     pfi=dict(
-        type='FeatureImitation', tap='neck', mask=dict(type='PredictionDifference', head='bbox_head'), distance='mse',
+        type='mmdet.FeatureImitation', tap='neck', mask=dict(type='mmdet.PredictionDifference', head='bbox_head'),
+        distance='mse',
         normalizer='cells', weight=1.5))

@@ -5,7 +5,8 @@ two RoI heads give to the student's regions. The paper has one-stage detectors o
 """
 pfi = dict(
     pfi=dict(
-        type='FeatureImitation', tap='neck', distance='mse', normalizer='cells', weight=1.5,
+        type='mmdet.FeatureImitation', tap='neck', distance='mse', normalizer='cells', weight=1.5,
         mask=dict(
-            type='MaskSum', weights=[1.0, 1.0],
-            masks=[dict(type='PredictionDifference', head='rpn_head'), dict(type='RoIPredictionDifference')])))
+            type='mmdet.MaskSum', weights=[1.0, 1.0],
+            masks=[
+                dict(type='mmdet.PredictionDifference', head='rpn_head'), dict(type='mmdet.RoIPredictionDifference')])))

@@ -5,8 +5,10 @@ the foreground of FCOS and GFL (ATSS 0.08) and half of it for the background, ar
 """
 pgd = dict(
     pgd_foreground=dict(
-        type='FeatureImitation', tap='neck', normalizer='mask', weight=0.005,
-        mask=dict(type='MaskProduct', masks=[
-            dict(type='PredictionQuality', head='bbox_head', xi=0.8, top_k=30),
-            dict(type='SpatialAttention', temperature=0.8), dict(type='ChannelAttention', temperature=0.8)])),
-    pgd_background=dict(type='FeatureImitation', tap='neck', mask='BoxBackground', normalizer='mask', weight=0.0025))
+        type='mmdet.FeatureImitation', tap='neck', normalizer='mask', weight=0.005,
+        mask=dict(type='mmdet.MaskProduct', masks=[
+            dict(type='mmdet.PredictionQuality', head='bbox_head', xi=0.8, top_k=30),
+            dict(type='mmdet.SpatialAttention', temperature=0.8),
+            dict(type='mmdet.ChannelAttention', temperature=0.8)])),
+    pgd_background=dict(
+        type='mmdet.FeatureImitation', tap='neck', mask='mmdet.BoxBackground', normalizer='mask', weight=0.0025))

@@ -2,4 +2,4 @@
 
 Its authors' weight for one-stage teachers: the neck's first four levels, at most.
 """
-pkd = dict(pkd=dict(type='PKD', tap='neck', levels=4, weight=10.0))
+pkd = dict(pkd=dict(type='mmdet.PKD', tap='neck', levels=4, weight=10.0))

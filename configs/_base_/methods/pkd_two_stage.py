@@ -2,4 +2,4 @@
 
 Its authors' weight for two-stage teachers: the first four levels of the neck.
 """
-pkd = dict(pkd=dict(type='PKD', tap='neck', levels=4, weight=6.0))
+pkd = dict(pkd=dict(type='mmdet.PKD', tap='neck', levels=4, weight=6.0))

@@ -6,8 +6,8 @@ that regress nothing, which pass no gradient on.
 """
 querykd = dict(
     querykd_classes=dict(
-        type='QueryClassification', head='bbox_head', beta=1.0, background=100,
-        weight=dict(type='Balance', ratio=0.1, interval=20)),
+        type='mmdet.QueryClassification', head='bbox_head', beta=1.0, background=100,
+        weight=dict(type='mmdet.Balance', ratio=0.1, interval=20)),
     querykd_boxes=dict(
-        type='QueryRegression', head='bbox_head', l1_weight=5.0, giou_weight=2.0, background=100,
-        weight=dict(type='Warmup', value=dict(type='Balance', ratio=0.1, interval=20), iterations=500)))
+        type='mmdet.QueryRegression', head='bbox_head', l1_weight=5.0, giou_weight=2.0, background=100,
+        weight=dict(type='mmdet.Warmup', value=dict(type='mmdet.Balance', ratio=0.1, interval=20), iterations=500)))

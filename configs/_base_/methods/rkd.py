@@ -2,4 +2,4 @@
 
 Its authors' weights, which are for classifiers: all levels of the neck.
 """
-rkd = dict(rkd=dict(type='RKD', tap='neck', distance_weight=25.0, angle_weight=50.0))
+rkd = dict(rkd=dict(type='mmdet.RKD', tap='neck', distance_weight=25.0, angle_weight=50.0))

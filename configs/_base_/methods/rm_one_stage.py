@@ -2,4 +2,4 @@
 
 The weight is not its authors': at the task's own gradient it did harm (docs/results.md), so its share is a fifth.
 """
-rm = dict(rm=dict(type='RankMimicking', head='bbox_head', weight=dict(type='Balance', ratio=0.2)))
+rm = dict(rm=dict(type='mmdet.RankMimicking', head='bbox_head', weight=dict(type='mmdet.Balance', ratio=0.2)))

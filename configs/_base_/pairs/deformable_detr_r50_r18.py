@@ -3,10 +3,10 @@ _base_ = '../students/deformable_detr_r18.py'
 
 model = dict(
     _delete_=True,
-    type='DetectionDistiller',
+    type='mmdet.DetectionDistiller',
     student=_base_.model,
     teacher=dict(
         config='mmdet::deformable_detr/deformable-detr-refine-twostage_r50_16xb2-50e_coco.py',
         checkpoint='https://download.openmmlab.com/mmdetection/v3.0/deformable_detr/deformable-detr-refine-twostage_r50_16xb2-50e_coco/deformable-detr-refine-twostage_r50_16xb2-50e_coco_20221021_184714-acc8a5ff.pth'),
     distill=dict())
-default_hooks = dict(distill=dict(type='DistillHook', preflight=dict(images=64, min_map=0.01)))
+default_hooks = dict(distill=dict(type='mmdet.DistillHook', preflight=dict(images=64, min_map=0.01)))
