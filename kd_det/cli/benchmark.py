@@ -11,7 +11,6 @@ from typing import List, Sequence
 
 import torch
 from mmengine.config import Config
-from rich.console import Console
 
 from kd_det.benchmark.environment import command_line, environment
 from kd_det.benchmark.fidelity import add_fidelity, summarize_fidelity
@@ -88,11 +87,11 @@ def _seeds(text: str) -> List[int]:
 
 
 def run(options: Namespace) -> int:
-    console = Console(highlight=False)
+    console = PlainConsole(highlight=False)
     root: Path = options.work_dir
 
     def say(text: str) -> None:
-        console.print(text, soft_wrap=True, markup=False)
+        console.print(text, soft_wrap=True)
 
     pair = read_pair(options.pair, options.student, options.teacher, options.teacher_checkpoint)
     pair = replace(pair, student=adapted(pair.student, options.data, options.epochs))

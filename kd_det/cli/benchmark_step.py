@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
-from rich.console import Console
 from rich.table import Table
 
 from kd_det.cli.common import add_config_options, load_distillation, positive, prepare_without_runner
+from kd_det.console import PlainConsole
 from kd_det.distillers import DetectionDistiller
 from kd_det.step_costs import (DISTILLED, PLAIN_TEACHER, STUDENT, StepCosts, measure_step, random_distiller,
                                synthetic_batch)
@@ -44,7 +44,7 @@ def run(options: Namespace) -> int:
     distiller = random_distiller(config, options.device)
     batch = synthetic_batch(distiller.student, options.batch_size, tuple(options.size), options.boxes)
     costs = measure_step(distiller, batch, config.optim_wrapper, options.repeats)
-    Console().print(costs_table(costs, options.batch_size, weights_of_teachers(distiller)))
+    PlainConsole().print(costs_table(costs, options.batch_size, weights_of_teachers(distiller)))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record(costs, distiller, config, options), indent=2) + '\n', encoding='utf-8')
@@ -70,7 +70,7 @@ def costs_table(costs: StepCosts, images: int, weights: int) -> Table:
     more = (costs.parts[DISTILLED].memory - student) / MEGABYTE
     low, high = costs.middle_half
     table = Table('Part', 'Time', 'Plain teacher forwards', 'Images / s', 'Peak memory', title='A training step',
-                  caption=f'Distilling costs {costs.distilling * 1e3:.1f} ms, [bold]{costs.ratio:.2f}[/bold] plain '
+                  caption=f'Distilling costs {costs.distilling * 1e3:.1f} ms, {costs.ratio:.2f} plain '
                   f'forwards of the teacher ({low:.2f} to {high:.2f} in the middle half of the rounds), and {more:.1f} '
                   f'MiB at the peak beside {weights / MEGABYTE:.1f} MiB of its weights', caption_justify='left')
     for column in table.columns[1:]:
