@@ -19,11 +19,14 @@ from kd_det.benchmark.results import mark_twins, relative, run_entry, summarize
 from kd_det.benchmark.scheduling import Failure, Job, Machine
 from kd_det.benchmark.tables import markdown_table, rich_tables
 from kd_det.benchmark.variants import PLAIN, Variant, parse_variants, variant_config
-from kd_det.cli.common import ConfigAction, add_inheritance_option, add_weight_options, inherited_parts
+from kd_det.cli.common import (ConfigAction, add_image_option, add_inheritance_option, add_weight_options,
+                               inherited_parts)
 from kd_det.cli.tracking import add_tracking_option, track
 from kd_det.configuration import ConfigurationError
 from kd_det.diagnosis.checks import check_config
 from kd_det.diagnosis.finding import raise_faults
+from kd_det.diagnosis.images import inspect_images
+from kd_det.diagnosis.reading import Memory
 from kd_det.diagnosis.weights import inspect_checkpoint
 from kd_det.evaluation import SPLITS
 
@@ -66,6 +69,7 @@ def add_common_arguments(parser: ArgumentParser) -> None:
     training.add_argument('--cfg-options', nargs='+', action=ConfigAction, default={}, metavar='KEY=VALUE',
                           help='settings that override the config of every student; model.distill… and '
                           'default_hooks.distill… reach the distilled ones')
+    add_image_option(training)
     add_tracking_option(training)
     machine = parser.add_argument_group('where')
     machine.add_argument('--work-dir', type=Path, default=Path('work_dirs/benchmark'), metavar='DIR',
@@ -106,6 +110,7 @@ def run(options: Namespace) -> int:
     raise_faults(inspect_checkpoint('--teacher-checkpoint', checkpoint, 'Give the path of a checkpoint')
                  for checkpoint in options.teacher_checkpoint)
     check_config(pair.student, splits=('train', 'val'))
+    raise_faults(inspect_images(pair.student, ('train', 'val'), Memory(root), options.check_images))
     data = data_hash(pair.student)
     track(Config(dict(work_dir=str(root))), options.track)  # whose package is missing is told before, too
     machine = Machine(options.devices, options.jobs, options.threads, options.track)

@@ -54,7 +54,7 @@ def run(options: Namespace) -> int:
     check_config(config, splits=('train', 'val'))  # before anything is written
     if int(os.environ.get('RANK', 0)) == 0:
         save(config)
-    train(config, options.resume)
+    train(config, options.resume, options.check_images)
     return 0
 
 

@@ -18,7 +18,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('config', nargs='?', help='also check this config: its data, its checkpoints, its classes')
     parser.add_argument('--teacher-checkpoint', metavar='FILE', help="check this file as the teacher's weights")
     if find_spec('mmdet') and not kd_det.MMDETECTION_ERROR:
-        from kd_det.cli.common import add_config_options
+        from kd_det.cli.common import add_config_options, add_image_option
+        add_image_option(parser)
         add_config_options(parser)
 
 
@@ -49,7 +50,7 @@ def diagnose_config(options: Namespace) -> List[Finding]:
                 raise ConfigurationError(
                     '--teacher-checkpoint: the config has no teacher, its model is a plain detector')
             config.model.teacher.checkpoint = options.teacher_checkpoint
-        return [Finding('config', options.config), *inspect_config(config)]
+        return [Finding('config', options.config), *inspect_config(config, options.check_images)]
     except (ConfigurationError, OSError) as error:
         return [Finding('config', str(error), 'Correct the config', fault=True)]
 

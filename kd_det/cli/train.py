@@ -8,11 +8,12 @@ from typing import Optional
 from mmengine.config import Config
 from mmengine.device import get_device
 
-from kd_det.cli.common import add_run_options, apply_run_options
+from kd_det.cli.common import add_image_option, add_run_options, apply_run_options
 from kd_det.cli.tracking import add_tracking_option, track
 from kd_det.configuration import ConfigurationError, load_config
 from kd_det.diagnosis.checks import check_config, explain
-from kd_det.diagnosis.data import check_images
+from kd_det.diagnosis.images import check_images, student_channels
+from kd_det.diagnosis.reading import Memory
 from kd_det.runner import build_optimizer, build_runner, check_start
 
 
@@ -24,7 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> int:
     config = load_config(options.config)
     apply_training_options(config, options, name=Path(options.config).stem)
-    train(config, options.resume)
+    train(config, options.resume, options.check_images)
     return 0
 
 
@@ -35,6 +36,7 @@ def add_training_options(parser: ArgumentParser) -> None:
                         help="scale the learning rate with the batch size, by the config's base_batch_size")
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
                         help='resume from this checkpoint, or from the latest one in the work dir')
+    add_image_option(parser)
     add_tracking_option(parser)
     add_run_options(parser)
 
@@ -61,12 +63,13 @@ def apply_training_options(config: Config, options: Namespace, name: str) -> Non
         config.auto_scale_lr.enable = True
 
 
-def train(config: Config, resume: Optional[str] = None) -> None:
+def train(config: Config, resume: Optional[str] = None, images: Optional[int] = None) -> None:
     """Trains, after a look at what would fail.
 
     Args:
         config: The config.
         resume: A checkpoint, or ``'auto'`` for the latest one in the work dir.
+        images: Read so many images of each data set before, and stop at what can not be read; all by default.
 
     Raises:
         DiagnosisError: A file is missing, the data is empty or unreadable, or class counts differ.
@@ -79,9 +82,10 @@ def train(config: Config, resume: Optional[str] = None) -> None:
     check_config(config, splits=('train', 'val'))
     with explain(config):
         runner = build_runner(config)
+        memory = Memory(config.work_dir)
         for loop in (runner.train_loop, runner.val_loop):
             if loop is not None:
-                check_images(loop.dataloader.dataset)
+                check_images(loop.dataloader.dataset, memory, images, student_channels(config))
         build_optimizer(runner)
     if config.get('resume'):  # as the config may say itself
         check_start(runner)

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from itertools import chain
-from typing import Iterator, Sequence
+from pathlib import Path
+from typing import Iterator, Optional, Sequence
 
 from mmengine.config import Config
 
@@ -11,15 +12,25 @@ from kd_det.configuration import ConfigurationError
 from kd_det.diagnosis.cache import inspect_cache
 from kd_det.diagnosis.data import SPLITS, inspect_annotations, inspect_classes, inspect_paths
 from kd_det.diagnosis.finding import Finding, raise_faults
+from kd_det.diagnosis.images import inspect_images
+from kd_det.diagnosis.reading import Memory
 from kd_det.diagnosis.step import inspect_step
 from kd_det.diagnosis.weights import (inspect_checkpoints, inspect_start, inspect_teacher_classes,
                                       inspect_teacher_weights)
 
 
-def inspect_config(config: Config) -> Iterator[Finding]:
-    """All that can be told without training: reads the annotations, loads the teacher's weights, tries a step."""
-    return chain(_inspect_cheaply(config, SPLITS), inspect_annotations(config), inspect_teacher_weights(config),
-                 inspect_step(config))
+def inspect_config(config: Config, images: Optional[int] = None) -> Iterator[Finding]:
+    """All that can be told without training: reads annotations and images, loads the teacher's weights, tries a step.
+
+    Args:
+        config: The config.
+        images: Look at so many images of each data set; at all by default.
+    """
+    # What a run has looked at is known; a work dir is not made for a diagnosis.
+    work_dir = config.get('work_dir')
+    memory = Memory(work_dir if work_dir and Path(work_dir).is_dir() else None)
+    return chain(_inspect_cheaply(config, SPLITS), inspect_annotations(config),
+                 inspect_images(config, SPLITS, memory, images), inspect_teacher_weights(config), inspect_step(config))
 
 
 def check_config(config: Config, splits: Sequence[str]) -> None:

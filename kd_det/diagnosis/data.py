@@ -1,22 +1,20 @@
-"""Inspects the data of a config: files, annotations, classes and images."""
+"""Inspects the data of a config: files, annotations and classes."""
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
-from typing import Dict, Iterable, Iterator, List, Sequence, Set, Tuple
+from typing import Dict, Iterator, List, Sequence, Set, Tuple
 
 from mmengine.config import Config
-from PIL import Image
 
 from kd_det.classes import dataset_classes
 from kd_det.configuration import leaf_datasets, student_model
 from kd_det.datasets.unlabelled import Unlabelled
-from kd_det.diagnosis.finding import DiagnosisError, Finding
+from kd_det.diagnosis.finding import Finding
 
 SPLITS = ('train', 'val', 'test')
 SET_DATA_ROOT = 'Set the folder of the data with --data-root, or the path with --cfg-options'
-IMAGES_OPENED = 500
 
 
 def inspect_paths(config: Config, splits: Sequence[str] = SPLITS) -> Iterator[Finding]:
@@ -38,7 +36,7 @@ def inspect_paths(config: Config, splits: Sequence[str] = SPLITS) -> Iterator[Fi
 
 
 def inspect_annotations(config: Config, splits: Sequence[str] = SPLITS) -> Iterator[Finding]:
-    """Reads the COCO annotation files: their form, how much of them the config's classes use, and the images."""
+    """Reads the COCO annotation files: their form, and how much of them the config's classes use."""
     for split, dataset in _datasets(config, splits):
         path = _join(dataset, dataset.get('ann_file') or '')
         if path.endswith('.json') and Path(path).is_file():
@@ -60,23 +58,6 @@ def inspect_classes(config: Config, splits: Sequence[str] = SPLITS) -> Iterator[
                 'Set num_classes of every head to the number of classes, and metainfo=dict(classes=…) of every '
                 'data set to their names',
                 fault=True)
-
-
-def check_images(dataset: object) -> None:
-    """Checks a built data set: that it holds images, and that those looked at (500, evenly spread) can be opened.
-
-    Raises:
-        DiagnosisError: It is empty, or an image is missing or damaged.
-    """
-    if len(dataset) == 0:
-        raise DiagnosisError(
-            'The data set is empty: no image has boxes of its classes. Run kd-det doctor on the config.')
-    for leaf in _built_leaves(dataset):
-        if hasattr(leaf, 'get_data_info') and not getattr(leaf, 'backend_args', None):
-            paths = (leaf.get_data_info(index).get('img_path') for index in _spread(len(leaf)))
-            fault = next(_broken_images(path for path in paths if path), None)
-            if fault:
-                raise DiagnosisError(fault)
 
 
 def class_counts(model: dict) -> Set[int]:
@@ -159,44 +140,12 @@ def _inspect_coco(split: str, dataset: dict, path: str) -> Iterator[Finding]:
     else:
         yield Finding(subject, f'{len(images)} images, {len(annotated)} of them with boxes of {len(classes)} classes',
                       f"The file has no category for {_listed(missing)}: check their spelling" if missing else '')
-    folder = (dataset.get('data_prefix') or {}).get('img', '')
-    files = [_join(dataset, str(Path(folder) / name)) for name in images.values()]
-    if not any(_is_address(file) for file in files[:1]):
-        fault = next(_broken_images(files[index] for index in _spread(len(files))), None)
-        if fault:
-            yield Finding(f'{split} images', fault, 'Replace the image, or take it out of the annotations', fault=True)
 
 
 def _ends_unlabelled(dataset: dict) -> bool:
     """Whether the pipeline marks every image as unlabelled."""
     pipeline = dataset.get('pipeline') or ()
     return bool(pipeline) and pipeline[-1].get('type') == Unlabelled.__name__
-
-
-def _broken_images(paths: Iterable[str]) -> Iterator[str]:
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                image.verify()
-        except FileNotFoundError:
-            yield f"The image '{path}' does not exist"
-        except Exception as error:  # Pillow's decoders raise what they like
-            yield f"The image '{path}' can not be read ({error})"
-
-
-def _spread(length: int) -> List[int]:
-    """Up to :data:`IMAGES_OPENED` indices, evenly spread."""
-    count = min(length, IMAGES_OPENED)
-    return [index * length // count for index in range(count)]
-
-
-def _built_leaves(dataset: object) -> Iterator[object]:
-    inner = getattr(dataset, 'datasets', None) or getattr(dataset, 'dataset', None)
-    if inner is None:
-        yield dataset
-    else:
-        for item in inner if isinstance(inner, (list, tuple)) else [inner]:
-            yield from _built_leaves(item)
 
 
 def _listed(values: Sequence, most: int = 6) -> str:

@@ -11,7 +11,7 @@ from mmengine.model import PretrainedInit
 from kd_det.configuration import ConfigurationError
 from kd_det.diagnosis import environment
 from kd_det.diagnosis.checks import check_config, explain, inspect_config
-from kd_det.diagnosis.data import check_images, class_counts, inspect_annotations, inspect_classes, inspect_paths
+from kd_det.diagnosis.data import class_counts, inspect_annotations, inspect_classes, inspect_paths
 from kd_det.diagnosis.finding import DiagnosisError, Finding, raise_faults
 from kd_det.diagnosis.step import inspect_step
 from kd_det.diagnosis.weights import (inspect_checkpoints, inspect_start, inspect_teacher_classes,
@@ -29,7 +29,7 @@ def folder(coco_folder, tmp_path):
 @pytest.fixture
 def config(folder, retinanet):
     dataset = dict(type='CocoDataset', data_root=str(folder), ann_file='all.json', data_prefix=dict(img=''),
-                   metainfo=dict(classes=CLASSES), pipeline=[])
+                   metainfo=dict(classes=CLASSES), pipeline=[dict(type='LoadImageFromFile')])
     return Config(dict(
         model=retinanet(),
         train_dataloader=dict(dataset=dict(type='RepeatDataset', times=2, dataset=dataset)),
@@ -139,30 +139,6 @@ def test_a_class_that_the_file_does_not_have_is_a_note(config):
     dataset_of(config).metainfo.classes = ('blue', 'green', 'rde')
     finding = next(inspect_annotations(config, ['train']))
     assert not finding.fault and 'no category for rde' in finding.remedy
-
-
-@pytest.mark.parametrize('damage, said', [
-    (lambda image: image.unlink(), 'does not exist'),
-    (lambda image: image.write_bytes(b''), 'can not be read'),
-    (lambda image: image.write_bytes(image.read_bytes()[:60]), 'can not be read'),
-    (lambda image: image.write_text('no image'), 'can not be read'),
-])
-def test_a_damaged_image(config, folder, damage, said):
-    damage(folder / '5.png')
-    found = fault_of(inspect_annotations(config)).found
-    assert '5.png' in found and said in found
-    dataset = DATASETS.build(config.train_dataloader.dataset)
-    with pytest.raises(DiagnosisError, match='5.png'):
-        check_images(dataset)
-
-
-def test_sound_images_pass(config):
-    check_images(DATASETS.build(config.train_dataloader.dataset))
-
-
-def test_a_built_data_set_without_images():
-    with pytest.raises(DiagnosisError, match='empty'):
-        check_images([])
 
 
 def test_unlabelled_images_have_no_annotations(config, folder):
