@@ -13,6 +13,7 @@ from kd_det.cli.common import add_run_options, apply_run_options
 from kd_det.configuration import leaf_datasets, load_config, renamed, student_config
 from kd_det.diagnosis.checks import check_config, explain
 from kd_det.runner import build_runner, check_start
+from kd_det.visualization import names_to_draw
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -42,6 +43,9 @@ def run(options: Namespace) -> int:
         if options.out:
             runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=options.out))
     check_start(runner)
+    if options.show or options.show_dir:
+        meta = runner.test_loop.dataloader.dataset.metainfo
+        runner.visualizer.dataset_meta = dict(meta, classes=names_to_draw(meta.get('classes') or ()))
     runner.test()
     return 0
 

@@ -123,6 +123,14 @@ def loading_transforms(dataset: object) -> List[Callable]:
     return transforms
 
 
+def read_image(dataset: object, index: int) -> np.ndarray:
+    """An image of a built data set as its own transforms load it: (H, W) or (H, W, C), blue first where there are 3."""
+    results = dataset.get_data_info(index)
+    for transform in loading_transforms(dataset) or [LoadImageFromFile()]:
+        results = results if results.get('img') is not None else transform(results)
+    return results['img']
+
+
 class Reader:
     """Reads images with a pipeline's own transforms, in several threads.
 

@@ -5,7 +5,6 @@ import copy
 from pathlib import Path
 from typing import Union
 
-import mmcv
 import torch
 from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
@@ -49,11 +48,12 @@ def image_batch(config: Config, file: Union[str, Path]) -> dict:
                                  'the image. Leave --image out to look at training data.')
     if not Path(file).is_file():
         raise FileNotFoundError(f"There is no image '{file}'.")
-    if mmcv.imread(file) is None:
-        raise ConfigurationError(f"'{file}' can not be read as an image.")
     pipeline = leaf_datasets(config.val_dataloader.dataset)[0]['pipeline']
     prepare = Compose([step for step in pipeline if 'Annotations' not in str(step['type'])])
-    data = prepare(dict(img_path=str(file), img_id=0))
+    try:
+        data = prepare(dict(img_path=str(file), img_id=0))
+    except Exception as error:  # of a decoder, or of anybody's own loader
+        raise ConfigurationError(f"'{file}' can not be read as an image: {type(error).__name__}: {error}") from error
     nothing = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
     data['data_samples'].ignored_instances = nothing
     data['data_samples'].gt_instances = nothing.clone()
