@@ -73,7 +73,8 @@ def main() -> None:
         print('{pair}, {method}: a step {step:.3f} s, one that compares {comparing_step:.3f} s, on average {share:+.1%}'
               .format(**rows[-1]), flush=True)
     if options.json:
-        options.json.write_text(json.dumps(dict(vars(options), json=None, rows=rows), indent=2) + '\n')
+        options.json.write_text(json.dumps(dict(vars(options), json=None, rows=rows), indent=2) + '\n',
+                               encoding='utf-8')
 
 
 if __name__ == '__main__':

@@ -125,7 +125,7 @@ def table_of(rows: Sequence[dict], ideal: dict) -> Table:
 def processor() -> Optional[str]:
     """Its name, where the system tells it."""
     information = Path('/proc/cpuinfo')
-    lines = information.read_text().splitlines() if information.is_file() else []
+    lines = information.read_text(encoding='utf-8').splitlines() if information.is_file() else []
     return next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), None)
 
 
@@ -152,7 +152,7 @@ def main() -> None:
         machine = dict(processor=processor(), cores=os.cpu_count(), system=platform.platform())
         versions = dict(python=platform.python_version(), torch=torch.__version__)
         record = dict(command=command, settings=settings, versions=versions, machine=machine, bound=ideal, rows=rows)
-        options.out.write_text(json.dumps(record, indent=2) + '\n')
+        options.out.write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
 
 
 if __name__ == '__main__':

@@ -155,7 +155,8 @@ def main() -> None:
     if options.out:
         settings = {name: value for name, value in vars(options).items() if name != 'out'}
         versions = dict(python=platform.python_version(), torch=torch.__version__)
-        options.out.write_text(json.dumps(dict(settings=settings, versions=versions, rows=rows), indent=2) + '\n')
+        options.out.write_text(json.dumps(dict(settings=settings, versions=versions, rows=rows), indent=2) + '\n',
+                               encoding='utf-8')
 
 
 if __name__ == '__main__':

@@ -81,8 +81,8 @@ def table_of(row: dict) -> Table:
 
 
 def add_row(file: Path, row: dict) -> None:
-    rows = json.loads(file.read_text()) if file.is_file() else []
-    file.write_text(json.dumps([*rows, row], indent=2) + '\n')
+    rows = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else []
+    file.write_text(json.dumps([*rows, row], indent=2) + '\n', encoding='utf-8')
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ def measure_point(distiller: nn.Module, classes: int, repeats: int, batch: int, 
 
 def measure(file: Path, repeats: int) -> None:
     """Measures all points of :data:`SERIES` that the file lacks; in each all quantities but one are as in the base."""
-    points = json.loads(file.read_text()) if file.is_file() else []
+    points = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else []
     torch.set_num_threads(1)
     distiller, classes = build_distiller('demo')
     for asked in ({**BASE, name: value} for name, values in SERIES.items() for value in values):
@@ -65,7 +65,7 @@ def measure(file: Path, repeats: int) -> None:
             points.append(measure_point(distiller, classes, repeats, **asked))
         else:
             points.append(_measure_on_ranks(asked, repeats))
-        file.write_text(json.dumps(points, indent=1) + '\n')
+        file.write_text(json.dumps(points, indent=1) + '\n', encoding='utf-8')
         print(json.dumps(points[-1]), flush=True)
 
 
@@ -121,7 +121,7 @@ def plot(points: List[dict], folder: Path) -> None:
 
 def main(options: Namespace) -> None:
     if options.action == 'plot':
-        plot(json.loads(options.json.read_text()), options.images)
+        plot(json.loads(options.json.read_text(encoding='utf-8')), options.images)
     else:
         measure(options.json, options.repeats)
 

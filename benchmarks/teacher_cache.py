@@ -72,5 +72,5 @@ if __name__ == '__main__':
     results = measure(options.pair, tuple(options.size), options.batch, options.boxes, options.repeats)
     print(json.dumps(results, indent=2))
     if options.json:
-        before = json.loads(options.json.read_text()) if options.json.is_file() else []
-        options.json.write_text(json.dumps([*before, results], indent=2) + '\n')
+        before = json.loads(options.json.read_text(encoding='utf-8')) if options.json.is_file() else []
+        options.json.write_text(json.dumps([*before, results], indent=2) + '\n', encoding='utf-8')

@@ -223,7 +223,7 @@ def leaf_datasets(dataset: dict) -> List[dict]:
 def built_leaves(dataset: object) -> Iterator[object]:
     """As :func:`leaf_datasets`, of a data set that is built."""
     inner = getattr(dataset, 'datasets', None) or getattr(dataset, 'dataset', None)
-    if inner is None:
+    if not hasattr(inner, '__getitem__') or isinstance(inner, str):
         yield dataset
     else:
         for item in inner if isinstance(inner, (list, tuple)) else [inner]:

@@ -114,7 +114,7 @@ class Machine:
         job.folder.mkdir(parents=True, exist_ok=True)
         config = Config(dict(job.config.to_dict(), work_dir=str(job.folder)))
         config.dump(job.folder / CONFIG_FILE)
-        environment = dict(os.environ, OMP_NUM_THREADS=str(self.threads))
+        environment = dict(os.environ, OMP_NUM_THREADS=str(self.threads), PYTHONIOENCODING='utf-8:backslashreplace')
         if device is not None:
             environment['CUDA_VISIBLE_DEVICES'] = '' if device == 'cpu' else device
         say(f'{job.name}: begins' + ('' if device is None else f' on {device}'))

@@ -13,11 +13,13 @@ from kd_det.benchmark.runs import train
 from kd_det.cli.main import describe
 from kd_det.cli.tracking import track
 from kd_det.configuration import load_config
+from kd_det.console import use_any_encoding
 from kd_det.diagnosis.checks import check_config
 
 
 def main(config_file: str, identity: str, *trackers: str) -> int:
     """Trains; the exit status is 0, or 1 after an error, which is then the last line of the output."""
+    use_any_encoding()
     torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
     use_fast_coco_evaluation()
     try:

@@ -11,7 +11,6 @@ from typing import List, Sequence
 
 import torch
 from mmengine.config import Config
-from rich.console import Console
 
 from kd_det.benchmark.environment import command_line, environment
 from kd_det.benchmark.fidelity import add_fidelity, summarize_fidelity
@@ -20,11 +19,14 @@ from kd_det.benchmark.results import mark_twins, relative, run_entry, summarize
 from kd_det.benchmark.scheduling import Failure, Job, Machine
 from kd_det.benchmark.tables import markdown_table, rich_tables
 from kd_det.benchmark.variants import PLAIN, Variant, parse_variants, variant_config
-from kd_det.cli.common import ConfigAction, add_inheritance_option, add_weight_options, inherited_parts
+from kd_det.cli.common import (ConfigAction, add_image_option, add_inheritance_option, add_weight_options,
+                               inherited_parts)
 from kd_det.cli.tracking import add_tracking_option, track
 from kd_det.configuration import ConfigurationError
-from kd_det.diagnosis.checks import check_config
+from kd_det.console import PlainConsole
+from kd_det.diagnosis.checks import check_config, inspect_data
 from kd_det.diagnosis.finding import raise_faults
+from kd_det.diagnosis.reading import Memory
 from kd_det.diagnosis.weights import inspect_checkpoint
 from kd_det.evaluation import SPLITS
 
@@ -67,6 +69,7 @@ def add_common_arguments(parser: ArgumentParser) -> None:
     training.add_argument('--cfg-options', nargs='+', action=ConfigAction, default={}, metavar='KEY=VALUE',
                           help='settings that override the config of every student; model.distill… and '
                           'default_hooks.distill… reach the distilled ones')
+    add_image_option(training)
     add_tracking_option(training)
     machine = parser.add_argument_group('where')
     machine.add_argument('--work-dir', type=Path, default=Path('work_dirs/benchmark'), metavar='DIR',
@@ -88,11 +91,11 @@ def _seeds(text: str) -> List[int]:
 
 
 def run(options: Namespace) -> int:
-    console = Console(highlight=False)
+    console = PlainConsole(highlight=False)
     root: Path = options.work_dir
 
     def say(text: str) -> None:
-        console.print(text, soft_wrap=True, markup=False)
+        console.print(text, soft_wrap=True)
 
     pair = read_pair(options.pair, options.student, options.teacher, options.teacher_checkpoint)
     pair = replace(pair, student=adapted(pair.student, options.data, options.epochs))
@@ -107,6 +110,7 @@ def run(options: Namespace) -> int:
     raise_faults(inspect_checkpoint('--teacher-checkpoint', checkpoint, 'Give the path of a checkpoint')
                  for checkpoint in options.teacher_checkpoint)
     check_config(pair.student, splits=('train', 'val'))
+    raise_faults(inspect_data(pair.student, ('train', 'val'), Memory(root), options.check_images))
     data = data_hash(pair.student)
     track(Config(dict(work_dir=str(root))), options.track)  # whose package is missing is told before, too
     machine = Machine(options.devices, options.jobs, options.threads, options.track)

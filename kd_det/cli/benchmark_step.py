@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
-from rich.console import Console
 from rich.table import Table
 
 from kd_det.cli.common import add_config_options, load_distillation, positive, prepare_without_runner
 from kd_det.configuration import ConfigurationError
+from kd_det.console import PlainConsole
 from kd_det.distillers import DetectionDistiller
 from kd_det.step_costs import DISTILLED, PLAIN_TEACHER, STUDENT, StepCosts, measure_step, random_distiller
 from kd_det.synthetic import USUAL_SIZES, Size, synthetic_batch, training_sizes
@@ -56,7 +56,7 @@ def run(options: Namespace) -> int:
             f'A step fails on images of {options.size[0]} × {options.size[1]} pixels: {error}. Where the levels of the '
             "student's pyramid do not fit each other at that size, set data_preprocessor.pad_size_divisor=32 in its "
             'config, or its largest stride; another size is tried with --size H W (--debug shows where).') from error
-    Console().print(costs_table(costs, options.batch_size, options.size, weights_of_teachers(distiller)))
+    PlainConsole().print(costs_table(costs, options.batch_size, options.size, weights_of_teachers(distiller)))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record(costs, distiller, config, options), indent=2) + '\n', encoding='utf-8')
@@ -84,7 +84,7 @@ def costs_table(costs: StepCosts, images: int, size: Size, weights: int) -> Tabl
     low, high = costs.middle_half
     table = Table('Part', 'Time', 'Plain teacher forwards', 'Images / s', 'Peak memory',
                   title=f'A training step, {images} × {size[0]} × {size[1]} pixels',
-                  caption=f'Distilling costs {costs.distilling * 1e3:.1f} ms, [bold]{costs.ratio:.2f}[/bold] plain '
+                  caption=f'Distilling costs {costs.distilling * 1e3:.1f} ms, {costs.ratio:.2f} plain '
                   f'forwards of the teacher ({low:.2f} to {high:.2f} in the middle half of the rounds), and {more:.1f} '
                   f'MiB at the peak beside {weights / MEGABYTE:.1f} MiB of its weights', caption_justify='left')
     for column in table.columns[1:]:

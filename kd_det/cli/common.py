@@ -33,6 +33,20 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def add_image_option(parser: ArgumentParser) -> None:
+    """Adds ``--check-images``."""
+    parser.add_argument('--check-images', type=_image_count, default='all', metavar='N',
+                        help='read all images before training and tell which can not be read (all); or N of each data '
+                        'set, evenly spread; or none')
+
+
+def _image_count(text: str) -> Optional[int]:
+    """All, which is None, or a number."""
+    if text == 'all':
+        return None
+    return 0 if text == 'none' else positive(text)
+
+
 def add_config_options(parser: ArgumentParser) -> None:
     """Adds the options that change a config."""
     parser.add_argument('--data-root', metavar='DIR', help="folder of the data, in place of the config's data_root")

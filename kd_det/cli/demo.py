@@ -15,6 +15,7 @@ from kd_det.benchmark.runs import Run, finished_run, identity, train
 from kd_det.cli.common import positive
 from kd_det.cli.demo_report import draw_pictures, results_table, summarize, write_results
 from kd_det.configuration import ConfigurationError, is_distillation, load_config, set_data_root
+from kd_det.console import PlainConsole
 from kd_det.datasets import generate_shapes
 
 TEACHER_CONFIG = 'kd_det::demo/teacher_faster_rcnn_r101.py'
@@ -38,7 +39,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    console = Console(file=sys.stdout)  # the real one, not what it is redirected to below
+    console = PlainConsole(file=sys.stdout)  # the real one, not what it is redirected to below
     options.out.mkdir(parents=True, exist_ok=True)
     # MMEngine logs much: that goes to a file, a line for each epoch to the console.
     with open(options.out / 'log.txt', 'a', encoding='utf-8') as log, redirect_stdout(log), redirect_stderr(log):
@@ -47,7 +48,7 @@ def run(options: Namespace) -> int:
 
 
 def _demo(options: Namespace, console: Console) -> None:
-    columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+    columns = (TextColumn('{task.description}', markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
         data = _generate(options, progress)

@@ -19,7 +19,7 @@ from torch import Tensor
 from kd_det.benchmark.environment import command_line, environment
 from kd_det.benchmark.runs import Run
 from kd_det.functional.masks import box_foreground, normalized_background, spatial_attention
-from kd_det.visualization import draw_curves, draw_detections, draw_maps, read_scalars
+from kd_det.visualization import draw_curves, draw_detections, draw_maps, read_scalars, save_figure
 
 TITLES = dict(teacher='teacher', plain='plain student', distilled='distilled student')
 PICTURED_LEVEL = 0  # of the neck: the finest, where small objects show
@@ -102,7 +102,7 @@ def draw_pictures(folder: Path, runs: Mapping[str, List[Run]], configs: Mapping[
         'attention.png': _masks_and_attentions(image[..., ::-1], truth.bboxes, features),
     }
     for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=150)
+        save_figure(figure, folder / name, dpi=150)
     return [folder / name for name in figures]
 
 

@@ -2,17 +2,19 @@
 from __future__ import annotations
 
 import os
+import shlex
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from mmengine.config import Config
-from rich.console import Console
 from rich.syntax import Syntax
+from rich.text import Text
 
 from kd_det.cli.common import add_inheritance_option, add_weight_options, inherited_parts
 from kd_det.cli.train import add_training_options, apply_training_options, train
 from kd_det.composition import available_methods, distillation_config
 from kd_det.configuration import renamed
+from kd_det.console import PlainConsole
 from kd_det.detectors import FAMILIES
 from kd_det.diagnosis.checks import check_config
 from kd_det.ensembles import ensemble
@@ -52,16 +54,16 @@ def run(options: Namespace) -> int:
     check_config(config, splits=('train', 'val'))  # before anything is written
     if int(os.environ.get('RANK', 0)) == 0:
         save(config)
-    train(config, options.resume)
+    train(config, options.resume, options.check_images)
     return 0
 
 
 def save(config: Config) -> None:
     """Shows the config and saves it under its name, so that ``kd-det train`` and ``tools/train.py`` repeat the run."""
-    console = Console()
+    console = PlainConsole()
     console.print(Syntax(config.pretty_text, 'python', background_color='default'))
     Path(config.filename).parent.mkdir(parents=True, exist_ok=True)
     config.dump(config.filename)
-    console.print(
-        f'This config is saved as [bold]{config.filename}[/bold]. To repeat the run: kd-det train {config.filename}',
-        soft_wrap=True)  # so that the command can be copied
+    saved = Text.assemble('This config is saved as ', (config.filename, 'bold'),
+                          f'. To repeat the run: kd-det train {shlex.quote(config.filename)}')
+    console.print(saved, soft_wrap=True)  # so that the command can be copied

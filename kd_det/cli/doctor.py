@@ -5,10 +5,11 @@ from argparse import ArgumentParser, Namespace
 from importlib.util import find_spec
 from typing import Iterable, List
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import kd_det
+from kd_det.console import PlainConsole
 from kd_det.diagnosis.environment import inspect_environment
 from kd_det.diagnosis.finding import Finding
 
@@ -17,7 +18,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('config', nargs='?', help='also check this config: its data, its checkpoints, its classes')
     parser.add_argument('--teacher-checkpoint', metavar='FILE', help="check this file as the teacher's weights")
     if find_spec('mmdet') and not kd_det.MMDETECTION_ERROR:
-        from kd_det.cli.common import add_config_options
+        from kd_det.cli.common import add_config_options, add_image_option
+        add_image_option(parser)
         add_config_options(parser)
 
 
@@ -27,9 +29,10 @@ def run(options: Namespace) -> int:
     if options.config and installed:
         findings.extend(diagnose_config(options))
     faults = sum(finding.fault for finding in findings)
-    console = Console()
+    console = PlainConsole()
     console.print(render(findings))
-    console.print(f'[red]Faults that would stop a run: {faults}[/red]' if faults else '[green]No faults found.[/green]')
+    console.print(Text(f'Faults that would stop a run: {faults}', 'red') if faults else
+                  Text('No faults found.', 'green'))
     return 1 if faults else 0
 
 
@@ -47,7 +50,7 @@ def diagnose_config(options: Namespace) -> List[Finding]:
                 raise ConfigurationError(
                     '--teacher-checkpoint: the config has no teacher, its model is a plain detector')
             config.model.teacher.checkpoint = options.teacher_checkpoint
-        return [Finding('config', options.config), *inspect_config(config)]
+        return [Finding('config', options.config), *inspect_config(config, options.check_images)]
     except (ConfigurationError, OSError) as error:
         return [Finding('config', str(error), 'Correct the config', fault=True)]
 
@@ -61,5 +64,5 @@ def render(findings: Iterable[Finding]) -> Table:
     table.add_column('What to do', overflow='fold')
     for finding in findings:
         colour, mark = ('red', 'fault') if finding.fault else ('yellow', 'note') if finding.remedy else ('green', 'ok')
-        table.add_row(f'[{colour}]{mark}[/{colour}]', finding.subject, finding.found, finding.remedy)
+        table.add_row(Text(mark, colour), finding.subject, finding.found, finding.remedy)
     return table

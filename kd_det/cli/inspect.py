@@ -8,11 +8,11 @@ from typing import Optional
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.runner import load_checkpoint
-from rich.console import Console
 
 from kd_det.classes import training_classes
 from kd_det.cli.common import add_config_options, load_distillation, prepare_without_runner
 from kd_det.configuration import ConfigurationError
+from kd_det.console import PlainConsole
 from kd_det.diagnosis.checks import check_config, explain
 from kd_det.distillers import DetectionDistiller
 from kd_det.hooks.distill_hook import CHECKPOINT_KEY
@@ -43,7 +43,7 @@ def run(options: Namespace) -> int:
         distiller = build_distiller(config, options.checkpoint)
         batch = image_batch(config, options.image) if options.image else first_training_batch(config)
         step = inspect_step(distiller, batch)
-    console = Console()
+    console = PlainConsole()
     console.print(tap_table(distiller, step), term_table(distiller, step))
     files = draw_step(distiller, step, options.out or Path('work_dirs') / Path(options.config).stem / 'inspection')
     console.print(f'{len(files)} pictures of masks and attentions are in {files[0].parent}.' if files else

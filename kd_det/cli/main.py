@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Optional, Sequence
 
 import kd_det
+from kd_det.console import use_any_encoding
 
 COMMANDS = {
     'train': 'train a detector from a config, with or without distillation',
@@ -39,6 +40,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     Returns:
         The exit status: 0, 1 if ``doctor`` found faults, 2 for an error, 130 if interrupted.
     """
+    use_any_encoding()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser('kd-det', description='Knowledge distillation for MMDetection.')
     commands = parser.add_subparsers(metavar='COMMAND', required=True)
@@ -52,6 +54,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 def run_tool(command: str, arguments: Optional[Sequence[str]] = None) -> int:
     """Runs one command as a program of its own, as the files in ``tools/`` do."""
+    use_any_encoding()
     parser = argparse.ArgumentParser(description=f'{COMMANDS[command][0].upper()}{COMMANDS[command][1:]}.')
     _prepare(parser, command)
     return _run(parser, sys.argv[1:] if arguments is None else arguments)

@@ -4,10 +4,11 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import Sequence
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kd_det.catalogue import MethodEntry, catalogue
+from kd_det.console import PlainConsole
 from kd_det.detectors import DETECTORS
 
 
@@ -16,7 +17,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    console = Console()
+    console = PlainConsole()
     console.print(render(catalogue()))
     console.print('Take one with kd-det distill … --method fgd, or a sum of them: fgd+dkd.', highlight=False)
     return 0
@@ -27,7 +28,7 @@ def render(entries: Sequence[MethodEntry]) -> Table:
     table = Table('Method', 'Compares', 'Reads', 'Serves', 'Paper', caption=f"all: {', '.join(DETECTORS)}",
                   caption_justify='left')
     for entry in entries:
-        table.add_row(f'[bold]{entry.name}[/bold]', entry.idea, ', '.join(entry.needs), _served(entry), entry.paper)
+        table.add_row(Text(entry.name, 'bold'), entry.idea, ', '.join(entry.needs), _served(entry), entry.paper)
     return table
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from mmdet.utils import register_all_modules
 from mmengine.logging import MMLogger
-from rich.console import Console
 
 from kd_det.cli.common import add_config_options, apply_config_options
+from kd_det.console import PlainConsole
 from kd_det.report import collect, read_studies, render
 
 
@@ -27,10 +27,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    console = Console(highlight=False)
+    console = PlainConsole(highlight=False)
 
     def say(text: str) -> None:
-        console.print(text, soft_wrap=True, markup=False)
+        console.print(text, soft_wrap=True)
 
     register_all_modules(init_default_scope=True)
     MMLogger.get_current_instance().setLevel('WARNING')

@@ -15,6 +15,7 @@ from kd_det.diagnosis.checks import check_config, explain
 from kd_det.diagnosis.data import check_labels
 from kd_det.runner import build_runner, check_start, use_one_metainfo
 from kd_det.scopes import HOME
+from kd_det.visualization import names_to_draw
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -47,6 +48,9 @@ def run(options: Namespace) -> int:
         if options.out:
             metrics.append(DumpDetResults(out_file_path=options.out))
     check_start(runner)
+    if options.show or options.show_dir:
+        meta = runner.test_loop.dataloader.dataset.metainfo
+        runner.visualizer.dataset_meta = dict(meta, classes=names_to_draw(meta.get('classes') or ()))
     runner.test()
     return 0
 

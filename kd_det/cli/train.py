@@ -8,11 +8,13 @@ from typing import Optional
 from mmengine.config import Config
 from mmengine.device import get_device
 
-from kd_det.cli.common import add_run_options, apply_run_options
+from kd_det.cli.common import add_image_option, add_run_options, apply_run_options
 from kd_det.cli.tracking import add_tracking_option, track
 from kd_det.configuration import ConfigurationError, load_config
 from kd_det.diagnosis.checks import check_config, explain
-from kd_det.diagnosis.data import check_images, check_labels
+from kd_det.diagnosis.data import check_labels
+from kd_det.diagnosis.images import check_images, student_channels
+from kd_det.diagnosis.reading import Memory
 from kd_det.runner import build_optimizer, build_runner, check_start, use_one_metainfo
 
 
@@ -24,7 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> int:
     config = load_config(options.config)
     apply_training_options(config, options, name=Path(options.config).stem)
-    train(config, options.resume)
+    train(config, options.resume, options.check_images)
     return 0
 
 
@@ -35,6 +37,7 @@ def add_training_options(parser: ArgumentParser) -> None:
                         help="scale the learning rate with the batch size, by the config's base_batch_size")
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
                         help='resume from this checkpoint, or from the latest one in the work dir')
+    add_image_option(parser)
     add_tracking_option(parser)
     add_run_options(parser)
 
@@ -61,12 +64,13 @@ def apply_training_options(config: Config, options: Namespace, name: str) -> Non
         config.auto_scale_lr.enable = True
 
 
-def train(config: Config, resume: Optional[str] = None) -> None:
+def train(config: Config, resume: Optional[str] = None, images: Optional[int] = None) -> None:
     """Trains, after a look at what would fail.
 
     Args:
         config: The config.
         resume: A checkpoint, or ``'auto'`` for the latest one in the work dir.
+        images: Read so many images of each data set before, and stop at what can not be read; all by default.
 
     Raises:
         DiagnosisError: A file is missing, the data is empty or unreadable, class counts differ, or labels mean
@@ -85,8 +89,9 @@ def train(config: Config, resume: Optional[str] = None) -> None:
             use_one_metainfo(loop)
         datasets = {split: loop.dataloader.dataset for split, loop in loops.items() if loop is not None}
         check_labels(datasets, dict(val=runner.val_loop.evaluator.metrics) if runner.val_loop else {})
+        memory = Memory(config.work_dir)
         for dataset in datasets.values():
-            check_images(dataset)
+            check_images(dataset, memory, images, student_channels(config))
         build_optimizer(runner)
     if config.get('resume'):  # as the config may say itself
         check_start(runner)

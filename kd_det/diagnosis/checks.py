@@ -3,25 +3,55 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from itertools import chain
-from typing import Iterator, Sequence
+from pathlib import Path
+from typing import Iterator, Optional, Sequence
 
 from mmengine.config import Config
 
 from kd_det.configuration import ConfigurationError
 from kd_det.diagnosis.cache import inspect_cache
-from kd_det.diagnosis.data import SPLITS, inspect_annotations, inspect_classes, inspect_paths
+from kd_det.diagnosis.data import (SPLITS, build_data, inspect_annotations, inspect_classes, inspect_labels,
+                                   inspect_paths)
 from kd_det.diagnosis.finding import Finding, raise_faults
+from kd_det.diagnosis.images import inspect_images, student_channels
+from kd_det.diagnosis.reading import Memory
 from kd_det.diagnosis.step import inspect_step
 from kd_det.diagnosis.weights import (inspect_checkpoints, inspect_start, inspect_student, inspect_teacher_classes,
                                       inspect_teacher_weights)
 from kd_det.scopes import scope_of, within_scope
 
 
-def inspect_config(config: Config) -> Iterator[Finding]:
-    """All that can be told without training: reads the annotations, loads the teacher's weights, tries a step."""
+def inspect_config(config: Config, images: Optional[int] = None) -> Iterator[Finding]:
+    """All that can be told without training: reads annotations and images, loads the teacher's weights, tries a step.
+
+    Args:
+        config: The config.
+        images: Look at so many images of each data set; at all by default.
+    """
+    # What a run has looked at is known; a work dir is not made for a diagnosis.
+    work_dir = config.get('work_dir')
+    memory = Memory(work_dir if work_dir and Path(work_dir).is_dir() else None)
     with within_scope(scope_of(config)):
-        yield from chain(_inspect_cheaply(config, SPLITS), inspect_annotations(config),
+        yield from chain(_inspect_cheaply(config, SPLITS), inspect_data(config, SPLITS, memory, images),
                          inspect_teacher_weights(config), inspect_step(config))
+
+
+def inspect_data(config: Config, splits: Sequence[str] = SPLITS, memory: Optional[Memory] = None,
+                 images: Optional[int] = None) -> Iterator[Finding]:
+    """Reads the annotations, then builds the data sets: what their labels mean, and whether their images can be read.
+
+    Args:
+        config: The config.
+        splits: Of :data:`~kd_det.diagnosis.data.SPLITS`.
+        memory: The images that are known from before.
+        images: Look at so many of each data set; at all by default.
+    """
+    findings = list(inspect_annotations(config, splits))
+    yield from findings
+    if not any(finding.fault for finding in (*findings, *inspect_paths(config, splits))):
+        datasets, metrics, faults = build_data(config, splits)
+        yield from chain(faults, inspect_labels(datasets, metrics),
+                         inspect_images(datasets, student_channels(config), memory, images))
 
 
 def check_config(config: Config, splits: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Inspects the data of a config: files, annotations, classes and images."""
+"""Inspects the data of a config: files, annotations and classes."""
 from __future__ import annotations
 
 import copy
@@ -9,21 +9,20 @@ from difflib import get_close_matches
 from io import StringIO
 from itertools import zip_longest
 from pathlib import Path
-from typing import Dict, Iterable, Iterator, List, Mapping, Sequence, Set, Tuple
+from typing import Dict, Iterator, List, Mapping, Sequence, Set, Tuple
 
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
-from PIL import Image
 
 from kd_det.classes import LabelNames, dataset_classes, metainfo_of, read_label_names, same_meaning
 from kd_det.configuration import built_leaves, leaf_datasets, student_model, type_name
 from kd_det.datasets.unlabelled import Unlabelled
-from kd_det.diagnosis.finding import DiagnosisError, Finding, raise_faults
+from kd_det.diagnosis.finding import Finding, raise_faults
+from kd_det.scopes import scope_of, within_scope
 
 SPLITS = ('train', 'val', 'test')
 SET_DATA_ROOT = 'Set the folder of the data with --data-root, or the path with --cfg-options'
-IMAGES_OPENED = 500
 MOST_LABELS = 20  # shown side by side
 COCO_ORDER = ', for MMDetection numbers labels in the order of the annotation file'
 
@@ -47,16 +46,11 @@ def inspect_paths(config: Config, splits: Sequence[str] = SPLITS) -> Iterator[Fi
 
 
 def inspect_annotations(config: Config, splits: Sequence[str] = SPLITS) -> Iterator[Finding]:
-    """Reads the COCO annotation files: their form, how much of them the config's classes use, and the images; then
-    builds the data sets, whose labels have to mean what the config says."""
-    findings = []
+    """Reads the COCO annotation files: their form, and how much of them the config's classes use."""
     for split, dataset in _datasets(config, splits):
         path = _join(dataset, dataset.get('ann_file') or '')
         if path.endswith('.json') and Path(path).is_file():
-            findings += _inspect_coco(split, dataset, path)
-    yield from findings
-    if not any(finding.fault for finding in (*findings, *inspect_paths(config, splits))):
-        yield from _inspect_built(config, splits)
+            yield from _inspect_coco(split, dataset, path)
 
 
 def inspect_classes(config: Config, splits: Sequence[str] = SPLITS) -> Iterator[Finding]:
@@ -105,10 +99,14 @@ def inspect_labels(datasets: Mapping[str, object], metrics: Mapping[str, Sequenc
                           'categories in different orders, write them anew in one', fault=True)
 
 
-def _inspect_built(config: Config, splits: Sequence[str]) -> Iterator[Finding]:
-    """Builds the data sets and evaluators, and asks what labels mean to them."""
-    datasets, metrics, configs = {}, {}, []
-    with redirect_stdout(StringIO()):  # of pycocotools
+def build_data(config: Config, splits: Sequence[str]) -> Tuple[Dict[str, object], Dict[str, list], List[Finding]]:
+    """Builds the data sets of a config, and the metrics of its evaluators; what two splits share is built once.
+
+    Returns:
+        The data sets by split, the metrics by split, and what could not be built.
+    """
+    datasets, metrics, faults, configs = {}, {}, [], []
+    with within_scope(scope_of(config)), redirect_stdout(StringIO()):  # pycocotools tells how long it took
         for split in splits:
             loader, evaluators = config.get(f'{split}_dataloader'), config.get(f'{split}_evaluator') or []
             if not loader or (loader['dataset'], evaluators) in configs:
@@ -118,9 +116,9 @@ def _inspect_built(config: Config, splits: Sequence[str]) -> Iterator[Finding]:
                 datasets[split] = DATASETS.build(copy.deepcopy(loader['dataset']))
                 metrics[split] = Evaluator(copy.deepcopy(evaluators)).metrics
             except Exception as error:  # whatever stops it here would stop the run
-                yield Finding(f'{split} data', f'can not be built: {type(error).__name__}: {error}',
-                              f'Correct {split}_dataloader.dataset, or {split}_evaluator', fault=True)
-    yield from inspect_labels(datasets, metrics)
+                faults.append(Finding(f'{split} data set', f'can not be built ({type(error).__name__}: {error})',
+                                      f'Correct {split}_dataloader.dataset, or {split}_evaluator', fault=True))
+    return datasets, metrics, faults
 
 
 def check_labels(datasets: Mapping[str, object], metrics: Mapping[str, Sequence[object]] = {}) -> None:
@@ -179,23 +177,6 @@ def _evaluated_names(api: object, classes: Sequence[str]) -> LabelNames:
 def _is_unlabelled(leaf: object) -> bool:
     transforms = getattr(getattr(leaf, 'pipeline', None), 'transforms', ())
     return bool(transforms) and isinstance(transforms[-1], Unlabelled)
-
-
-def check_images(dataset: object) -> None:
-    """Checks a built data set: that it holds images, and that those looked at (500, evenly spread) can be opened.
-
-    Raises:
-        DiagnosisError: It is empty, or an image is missing or damaged.
-    """
-    if len(dataset) == 0:
-        raise DiagnosisError(
-            'The data set is empty: no image has boxes of its classes. Run kd-det doctor on the config.')
-    for leaf in built_leaves(dataset):
-        if hasattr(leaf, 'get_data_info') and not getattr(leaf, 'backend_args', None):
-            paths = (leaf.get_data_info(index).get('img_path') for index in _spread(len(leaf)))
-            fault = next(_broken_images(path for path in paths if path), None)
-            if fault:
-                raise DiagnosisError(fault)
 
 
 def class_counts(model: dict) -> Set[int]:
@@ -277,35 +258,12 @@ def _inspect_coco(split: str, dataset: dict, path: str) -> Iterator[Finding]:
                       f'categories are {_listed(sorted(names.values()))}', remedy, fault=True)
     else:
         yield Finding(subject, f'{len(images)} images, {len(annotated)} of them with boxes of {len(classes)} classes')
-    folder = (dataset.get('data_prefix') or {}).get('img', '')
-    files = [_join(dataset, str(Path(folder) / name)) for name in images.values()]
-    if not any(_is_address(file) for file in files[:1]):
-        fault = next(_broken_images(files[index] for index in _spread(len(files))), None)
-        if fault:
-            yield Finding(f'{split} images', fault, 'Replace the image, or take it out of the annotations', fault=True)
 
 
 def _ends_unlabelled(dataset: dict) -> bool:
     """Whether the pipeline marks every image as unlabelled."""
     pipeline = dataset.get('pipeline') or ()
     return bool(pipeline) and type_name(pipeline[-1]) == Unlabelled.__name__
-
-
-def _broken_images(paths: Iterable[str]) -> Iterator[str]:
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                image.verify()
-        except FileNotFoundError:
-            yield f"The image '{path}' does not exist"
-        except Exception as error:  # Pillow's decoders raise what they like
-            yield f"The image '{path}' can not be read ({error})"
-
-
-def _spread(length: int) -> List[int]:
-    """Up to :data:`IMAGES_OPENED` indices, evenly spread."""
-    count = min(length, IMAGES_OPENED)
-    return [index * length // count for index in range(count)]
 
 
 def _listed(values: Sequence, most: int = 6) -> str:

@@ -1,6 +1,7 @@
 """Inspects the installation."""
 from __future__ import annotations
 
+import locale
 import platform
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -9,6 +10,7 @@ from typing import Iterator, Optional, Tuple
 
 import torch
 
+from kd_det.console import files_are_utf8
 from kd_det.diagnosis.finding import Finding
 from kd_det.version import __version__
 
@@ -29,6 +31,9 @@ HEADLESS = 'pip install --force-reinstall --no-deps opencv-python-headless'
 def inspect_environment() -> Iterator[Finding]:
     """Versions, who serves mmcv's operators, and the accelerator."""
     yield Finding('Python', platform.python_version())
+    if not files_are_utf8():
+        yield Finding('encoding', f'files are read as {locale.getpreferredencoding(False)}: names outside ASCII in '
+                      'annotation files come out wrong', 'Set PYTHONUTF8=1 in the environment')
     yield Finding('kd_det', __version__)
     yield Finding('torch', torch.__version__)
     for module, names in DISTRIBUTIONS.items():

@@ -10,11 +10,11 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, set_random_seed
 from mmengine.runner.checkpoint import weights_to_cpu
-from rich.console import Console
 from rich.table import Table
 
 from kd_det.classes import label_names, metainfo_of
 from kd_det.compat import log_operator_backend
+from kd_det.console import PlainConsole
 from kd_det.datasets.replay import training_epoch
 from kd_det.diagnosis.data import check_labels
 from kd_det.distillers.detection_distiller import DetectionDistiller
@@ -160,7 +160,7 @@ def origin_table(distiller: DetectionDistiller) -> str:
         add(f'teacher {index}' if len(distiller.teachers) > 1 else 'teacher',
             {'checkpoint' if teacher.checkpoint else 'random': teacher.weights})
     output = StringIO()
-    Console(file=output, width=110, no_color=True).print(table)
+    PlainConsole(file=output, width=110, no_color=True).print(table)
     if distiller.not_inherited:
         output.write(f'Could not be inherited (absent in the teacher, or of another shape): '
                      f"{', '.join(distiller.not_inherited)}\n")

@@ -13,7 +13,9 @@ from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 
 from kd_det.configuration import ConfigurationError, leaf_datasets, type_name
-from kd_det.diagnosis.data import check_images
+from kd_det.diagnosis.images import check_images
+
+IMAGES = 500  # of the training data that are read before; a run reads all
 
 
 def first_training_batch(config: Config) -> dict:
@@ -26,7 +28,7 @@ def first_training_batch(config: Config) -> dict:
     settings.update(num_workers=0, persistent_workers=False)
     settings.pop('prefetch_factor', None)
     loader = Runner.build_dataloader(settings, seed=(config.get('randomness') or {}).get('seed') or 0)
-    check_images(loader.dataset)
+    check_images(loader.dataset, most=IMAGES)
     return next(iter(loader))
 
 

@@ -1,6 +1,7 @@
 """Where the terms look: their masks and attentions over the images of a batch."""
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Iterator, List, NamedTuple, Optional, Tuple
 
@@ -17,7 +18,7 @@ from kd_det.heads.dense import Stride
 from kd_det.inspection.step import InspectedStep
 from kd_det.losses import FGD, FKD, AttentionImitation, FeatureTerm
 from kd_det.masks import Mask
-from kd_det.visualization import draw_channels, draw_maps
+from kd_det.visualization import draw_channels, draw_maps, save_figure
 
 MOST_IMAGES = 4  # of a batch
 TEMPERATURE = 0.5  # of the attentions of a term that has none itself
@@ -51,8 +52,8 @@ def draw_step(distiller: DetectionDistiller, step: InspectedStep, folder: Path) 
             for title, looks in _looks(distiller.terms[name], levels):
                 for figure, suffix in _figures(image, looks, index):
                     folder.mkdir(parents=True, exist_ok=True)
-                    files.append(folder / f'{index}_{name}_{title}{suffix}.png')
-                    figure.savefig(files[-1], dpi=100)
+                    files.append(folder / re.sub(r'[^\w.@+=,-]', '_', f'{index}_{name}_{title}{suffix}.png'))
+                    save_figure(figure, files[-1], dpi=100)
     return files
 
 

@@ -5,6 +5,7 @@ from itertools import zip_longest
 from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from kd_det.distillers.detection_distiller import DetectionDistiller
@@ -76,7 +77,7 @@ def term_table(distiller: DetectionDistiller, step: InspectedStep) -> Table:
     for name, value in step.observation.values.items():
         norms, weight = step.norms[name], _weight(distiller, step, name)
         scaled, task = weight * norms.term, norms.task
-        table.add_row(f'[bold]{name}[/bold]', _number(total(value)), f'{_number(weight)}{_kind(distiller, name)}',
+        table.add_row(Text(name, 'bold'), _number(total(value)), f'{_number(weight)}{_kind(distiller, name)}',
                       _number(weight * total(value)), ', '.join(distiller.measured_taps(distiller.terms[name])),
                       _number(scaled), _number(task), f'{scaled / task:.2f}' if task > 0 else '–')
         for part, each in value.items() if isinstance(value, dict) and len(value) > 1 else ():

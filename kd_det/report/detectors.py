@@ -12,6 +12,7 @@ from pycocotools.coco import COCO
 from kd_det.classes import ClassMatch, match_classes, number_of_classes
 from kd_det.compat import load_checkpoint
 from kd_det.configuration import ConfigurationError, is_distillation
+from kd_det.diagnosis.reading import read_image
 from kd_det.report.accuracy import evaluate, ground_truth
 from kd_det.report.caching import cached, stamp
 from kd_det.report.looks import attention_maps, mask_maps, mask_title
@@ -57,7 +58,7 @@ def look(study: Study, validation: Validation, shown: Sequence[int], teacher: Op
         image = validation.images[index]
         boxes = [[*box, label] for box, label, ignored in zip(image.boxes, image.labels, image.ignored) if not ignored]
         seen.images.append(dict(name=Path(image.file).name, width=image.width, height=image.height,
-                                source=image_uri(image.file), truth=boxes, boxes={}))
+                                source=image_uri(read_image(validation.dataset, index)), truth=boxes, boxes={}))
     has_teacher = teacher is not None and Path(str(teacher['checkpoint'])).is_file()
     if has_teacher:
         say(f'{study.name}: {TEACHER}')

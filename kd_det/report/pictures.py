@@ -15,12 +15,23 @@ COLOURS = 16  # of a map: its PNG takes half a byte for each cell
 JPEG_QUALITY = 80
 
 
-def image_uri(file: str) -> str:
-    """An image as a JPEG, no larger than :data:`LONGEST_SIDE`."""
-    with Image.open(file) as image:
-        image = image.convert('RGB')
-        image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-        return _uri(image, 'JPEG', quality=JPEG_QUALITY, optimize=True)
+def image_uri(image: np.ndarray) -> str:
+    """An image as a JPEG, no larger than :data:`LONGEST_SIDE`.
+
+    Args:
+        image: (H, W), or (H, W, C) blue first. Of 2 channels the first is shown, of more than 3 the first three; what is
+            no uint8 is stretched from its smallest to its largest finite value.
+    """
+    image = image.reshape(*image.shape[:2], -1)
+    image = image[..., 2::-1] if image.shape[2] > 2 else image[..., [0, 0, 0]]
+    if image.dtype != np.uint8:
+        finite = image[np.isfinite(image)] if image.dtype.kind == 'f' else image
+        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+        stretched = (np.nan_to_num(image.astype(float), nan=low, posinf=high, neginf=low) - low) / ((high - low) or 1)
+        image = (stretched * 255).round().astype(np.uint8)
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    return _uri(picture, 'JPEG', quality=JPEG_QUALITY, optimize=True)
 
 
 def map_uri(cells: np.ndarray) -> str:

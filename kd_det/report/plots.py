@@ -70,7 +70,7 @@ def curves_svg(title: str, curves: Mapping[str, Sequence[Curve]], inks: Mapping[
         if log and values and max(values) > FAR_APART * min(values) > 0:
             axes.set_yscale('log')
         if legend:
-            figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=3, frameon=False,
+            figure.legend(handles=axes.get_lines(), loc='outside lower center', ncols=3, frameon=False,
                           fontsize=8.5)
         return _svg(figure, title)
 

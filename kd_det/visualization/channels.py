@@ -6,6 +6,8 @@ from typing import Mapping
 import numpy as np
 from matplotlib.figure import Figure
 
+from kd_det.visualization.text import literal
+
 
 def draw_channels(weights: Mapping[str, np.ndarray]) -> Figure:
     """Draws the weights of channels, from the largest to the smallest, one line for each level.
@@ -24,7 +26,7 @@ def draw_channels(weights: Mapping[str, np.ndarray]) -> Figure:
     figure = Figure(figsize=(5, 3.4), layout='constrained')
     axes = figure.subplots()
     for title, each in weights.items():
-        axes.plot(np.arange(1, len(each) + 1), np.sort(each)[::-1], label=title)
+        axes.plot(np.arange(1, len(each) + 1), np.sort(each)[::-1], label=literal(title))
     axes.set(xlabel='channels, by weight', ylabel='weight', ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from kd_det.visualization.text import literal
+
 Curve = Dict[int, float]  # epoch -> value
 
 
@@ -69,12 +71,12 @@ def draw_curves(panels: Mapping[str, Mapping[str, Sequence[Curve]]]) -> Figure:
         for kind, curves in kinds.items():
             epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
             values = np.array([[curve[epoch] for epoch in epochs] for curve in curves])
-            line, = axes.plot(epochs, values.mean(0), label=kind, gid=kind, marker='o', markersize=3)
+            line, = axes.plot(epochs, values.mean(0), label=literal(kind), gid=kind, marker='o', markersize=3)
             if len(curves) > 1:
                 axes.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0,
                                   gid=kind)
-        axes.set(xlabel='epoch', title=quantity)
+        axes.set(xlabel='epoch', title=literal(quantity))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        axes.legend(handles=axes.get_lines(), frameon=False)  # told, or a name that begins with _ had none
     return figure

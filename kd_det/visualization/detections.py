@@ -7,6 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from kd_det.visualization.text import literal
+
 
 def draw_detections(image: np.ndarray,
                     panels: Mapping[str, Any],
@@ -37,7 +39,7 @@ def draw_detections(image: np.ndarray,
     shown = set()
     for axes, (title, instances) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         axes.imshow(image, interpolation='nearest')
-        axes.set(xticks=[], yticks=[], title=title)
+        axes.set(xticks=[], yticks=[], title=literal(title))
         boxes, labels = _array(instances.bboxes).reshape(-1, 4), _array(instances.labels)
         scores = _array(instances.scores) if hasattr(instances, 'scores') else [None] * len(labels)
         for (x1, y1, x2, y2), label, score in zip(boxes, labels, scores):
@@ -52,7 +54,7 @@ def draw_detections(image: np.ndarray,
                           verticalalignment='bottom' if above else 'top',
                           bbox=dict(facecolor=colours[label], edgecolor='none', pad=0.6))
             shown.add(int(label))
-    handles = [Rectangle((0, 0), 1, 1, color=colours[label], label=classes[label]) for label in sorted(shown)]
+    handles = [Rectangle((0, 0), 1, 1, color=colours[label], label=literal(classes[label])) for label in sorted(shown)]
     figure.legend(handles=handles, loc='outside lower center', ncols=max(len(handles), 1), frameon=False, fontsize=8)
     return figure
 

@@ -7,6 +7,8 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from kd_det.visualization.text import literal
+
 
 def overlay_map(image: np.ndarray, cells: np.ndarray, opacity: float = 0.65, colours: str = 'inferno') -> np.ndarray:
     """Lays a map of cells over an image: each pixel takes the colour of the cell that covers it.
@@ -53,7 +55,7 @@ def draw_maps(image: np.ndarray, maps: Mapping[str, np.ndarray], columns: int = 
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (title, panel) in zip(grid, panels.items()):
         axes.imshow(panel, interpolation='nearest')
-        axes.set_title(title, fontsize=10)
+        axes.set_title(literal(title), fontsize=10)
     for axes in grid:
         axes.set_axis_off()
     return figure

@@ -11,8 +11,8 @@ from mmengine.model import PretrainedInit
 
 from kd_det.configuration import ConfigurationError
 from kd_det.diagnosis import environment
-from kd_det.diagnosis.checks import check_config, explain, inspect_config
-from kd_det.diagnosis.data import (check_images, check_labels, class_counts, inspect_annotations, inspect_classes,
+from kd_det.diagnosis.checks import check_config, explain, inspect_config, inspect_data
+from kd_det.diagnosis.data import (check_labels, class_counts, inspect_annotations, inspect_classes,
                                    inspect_paths)
 from kd_det.diagnosis.finding import DiagnosisError, Finding, raise_faults
 from kd_det.diagnosis.step import inspect_step
@@ -31,7 +31,7 @@ def folder(coco_folder, tmp_path):
 @pytest.fixture
 def config(folder, retinanet):
     dataset = dict(type='CocoDataset', data_root=str(folder), ann_file='all.json', data_prefix=dict(img=''),
-                   metainfo=dict(classes=CLASSES), pipeline=[])
+                   metainfo=dict(classes=CLASSES), pipeline=[dict(type='LoadImageFromFile')])
     return Config(dict(
         model=retinanet(),
         train_dataloader=dict(dataset=dict(type='RepeatDataset', times=2, dataset=dataset)),
@@ -147,9 +147,9 @@ def set_classes(config, classes, splits=('train', 'val', 'test')):
 
 def test_a_class_without_boxes_that_stands_last_is_a_note_where_nothing_is_evaluated(config):
     set_classes(config, ('blue', 'green', 'yellow'))
-    _, finding = inspect_annotations(config, ['train'])
+    _, finding = inspect_data(config, ['train'])
     assert not finding.fault and finding.found == "there is no category 'yellow' in the annotations"
-    fault = fault_of(inspect_annotations(config, ['val']))  # the metric would look for its category
+    fault = fault_of(inspect_data(config, ['val']))  # the metric would look for its category
     assert "leave it out: Write metainfo=dict(classes=('blue', 'green')) in the data set, and num_classes=2 in" \
         in fault.remedy
 
@@ -157,7 +157,7 @@ def test_a_class_without_boxes_that_stands_last_is_a_note_where_nothing_is_evalu
 @pytest.mark.parametrize('classes', [('blue', 'green', 'rde'), ('bleu', 'green', 'red'), ('blue', 'gren', 'red')])
 def test_a_misspelt_class_is_a_fault_that_names_the_near_name(config, classes):
     set_classes(config, classes)
-    fault = fault_of(inspect_annotations(config, ['train']))
+    fault = fault_of(inspect_data(config, ['train']))
     wrong, right = next(pair for pair in zip(classes, CLASSES) if len(set(pair)) == 2)
     assert f"no category '{wrong}' in the annotations; the nearest name is '{right}'" in fault.found
     assert f'Write metainfo=dict(classes={CLASSES!r}) in the data set' in fault.remedy
@@ -165,7 +165,7 @@ def test_a_misspelt_class_is_a_fault_that_names_the_near_name(config, classes):
 
 def test_another_order_than_the_files_is_a_fault_that_shows_both(config):
     set_classes(config, ('red', 'green', 'blue'))
-    fault = fault_of(inspect_annotations(config))  # once: the splits are the same
+    fault = fault_of(inspect_data(config))  # once: the splits are the same
     assert fault.found.splitlines()[1:] == ['    label  boxes  metainfo', '        0  blue   red',
                                             '        1  green  green', '        2  red    blue']
     assert f'metainfo=dict(classes={CLASSES!r})' in fault.remedy
@@ -176,9 +176,9 @@ def test_another_order_than_the_files_is_a_fault_that_shows_both(config):
 
 def test_a_subset_in_the_order_of_the_file_is_sound(config):
     set_classes(config, ('blue', 'red'))
-    assert not any(finding.fault for finding in inspect_annotations(config))
+    assert not any(finding.fault for finding in inspect_data(config))
     set_classes(config, ('Blue', 'red'))  # MMDetection compares names letter by letter
-    assert "nearest name is 'blue'" in fault_of(inspect_annotations(config, ['train'])).found
+    assert "nearest name is 'blue'" in fault_of(inspect_data(config, ['train'])).found
 
 
 def test_of_many_classes_those_that_differ_are_shown(config, folder):
@@ -186,10 +186,10 @@ def test_of_many_classes_those_that_differ_are_shown(config, folder):
     rewrite(folder, lambda content: content.update(
         categories=[*content['categories'], *(dict(id=10 + index, name=name) for index, name in enumerate(names))]))
     set_classes(config, (*CLASSES, *names[:40], names[41], names[40], *names[42:]))
-    rows = fault_of(inspect_annotations(config, ['train'])).found.splitlines()[2:]
+    rows = fault_of(inspect_data(config, ['train'])).found.splitlines()[2:]
     assert [row.split()[0] for row in rows] == ['43', '44']
     set_classes(config, (*CLASSES, *names[::-1]))
-    assert fault_of(inspect_annotations(config, ['train'])).found.endswith('\n    … and 40 more')
+    assert fault_of(inspect_data(config, ['train'])).found.endswith('\n    … and 40 more')
 
 
 def test_data_that_is_evaluated_has_to_number_classes_as_the_training_data(config, folder):
@@ -198,7 +198,7 @@ def test_data_that_is_evaluated_has_to_number_classes_as_the_training_data(confi
     (folder / 'reverse.json').write_text(json.dumps(content))
     config.val_dataloader.dataset.update(ann_file='reverse.json', metainfo=dict(classes=CLASSES[::-1]))
     config.val_evaluator.ann_file = f'{folder}/reverse.json'
-    fault = fault_of(inspect_annotations(config, ['train', 'val']))
+    fault = fault_of(inspect_data(config, ['train', 'val']))
     assert (fault.subject, fault.found.splitlines()[1]) == ('val data labels', '    label  val data  train data')
 
 
@@ -207,7 +207,7 @@ def test_an_evaluator_with_a_file_of_its_own_has_to_number_classes_as_its_data(c
     content['categories'].reverse()
     (folder / 'reverse.json').write_text(json.dumps(content))
     config.val_evaluator.ann_file = f'{folder}/reverse.json'
-    fault = fault_of(inspect_annotations(config, ['val']))
+    fault = fault_of(inspect_data(config, ['val']))
     assert fault.subject == 'val evaluator classes' and '0  red    blue' in fault.found
 
 
@@ -218,39 +218,15 @@ def test_joined_data_sets_have_to_number_classes_alike(config, folder):
     one, other = dataset_of(config), copy.deepcopy(dataset_of(config))
     other.update(ann_file='reverse.json', metainfo=dict(classes=CLASSES[::-1]))
     config.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[one, other])
-    fault = fault_of(inspect_annotations(config, ['train']))
+    fault = fault_of(inspect_data(config, ['train']))
     assert fault.subject == 'train data 1 labels' and '0  red           blue' in fault.found
     other.pipeline = [dict(type='LoadImageFromFile'), dict(type='PackDetInputs'), dict(type='Unlabelled')]
-    assert not any(finding.fault for finding in inspect_annotations(config, ['train']))  # it has no labels
+    assert not any(finding.fault for finding in inspect_data(config, ['train']))  # it has no labels
 
 
 def test_a_data_set_that_can_not_be_built_is_a_fault(config):
     dataset_of(config).pipeline = [dict(type='NoSuchTransform')]
-    assert 'NoSuchTransform' in fault_of(inspect_annotations(config, ['train'])).found
-
-
-@pytest.mark.parametrize('damage, said', [
-    (lambda image: image.unlink(), 'does not exist'),
-    (lambda image: image.write_bytes(b''), 'can not be read'),
-    (lambda image: image.write_bytes(image.read_bytes()[:60]), 'can not be read'),
-    (lambda image: image.write_text('no image'), 'can not be read'),
-])
-def test_a_damaged_image(config, folder, damage, said):
-    damage(folder / '5.png')
-    found = fault_of(inspect_annotations(config)).found
-    assert '5.png' in found and said in found
-    dataset = DATASETS.build(config.train_dataloader.dataset)
-    with pytest.raises(DiagnosisError, match='5.png'):
-        check_images(dataset)
-
-
-def test_sound_images_pass(config):
-    check_images(DATASETS.build(config.train_dataloader.dataset))
-
-
-def test_a_built_data_set_without_images():
-    with pytest.raises(DiagnosisError, match='empty'):
-        check_images([])
+    assert 'NoSuchTransform' in fault_of(inspect_data(config, ['train'])).found
 
 
 def test_unlabelled_images_have_no_annotations(config, folder):

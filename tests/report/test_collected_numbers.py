@@ -205,7 +205,19 @@ def test_maps_keep_their_shape_and_large_ones_their_mean():
     assert len(decoded(map_uri(np.full((3, 3), 7.0))).getcolors()) == 1
 
 
-def test_large_images_become_small(tmp_path):
-    Image.new('RGB', (2000, 1000), 'red').save(tmp_path / 'a.png')
-    picture = decoded(image_uri(str(tmp_path / 'a.png')))
+@pytest.mark.parametrize('image, colour', [
+    (np.full((4, 4), 100, np.uint8), (100, 100, 100)),
+    (np.full((4, 4, 2), (100, 7), np.uint8), (100, 100, 100)),
+    (np.full((4, 4, 3), (10, 100, 200), np.uint8), (200, 100, 10)),  # blue first
+    (np.full((4, 4, 6), (10, 100, 200, 1, 2, 3), np.uint8), (200, 100, 10)),
+    (np.full((4, 4, 3), (-1.0, np.nan, 1.0)), (255, 0, 0)),
+    (np.full((4, 4, 3), (0, 32768, 65535), np.uint16), (255, 128, 0)),
+])
+def test_images_of_any_channels_are_shown(image, colour):
+    shown = decoded(image_uri(image))
+    assert abs(np.asarray(shown).astype(int) - colour).max() <= 3
+
+
+def test_large_images_become_small():
+    picture = decoded(image_uri(np.asarray(Image.new('RGB', (2000, 1000), 'red'))[..., ::-1]))
     assert picture.size == (480, 240) and picture.format == 'JPEG'

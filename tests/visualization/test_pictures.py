@@ -1,12 +1,18 @@
+import copy
 import json
+import warnings
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from mmengine.structures import InstanceData
 
-from kd_det.visualization import draw_curves, draw_detections, draw_maps, overlay_map, read_scalars
+from kd_det.visualization import (draw_channels, draw_curves, draw_detections, draw_maps, overlay_map, read_scalars,
+                                  save_figure, text)
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 
@@ -145,3 +151,70 @@ def test_nothing_to_draw_is_an_error():
         draw_curves({})
     with pytest.raises(ValueError, match='no panel'):
         draw_detections(np.zeros((4, 4, 3), np.uint8), {}, (), ())
+
+
+def test_names_are_no_formulas_and_all_are_in_the_legend():
+    names = ['a$b$c', '$\\frac', '_hidden', 'cost $5']
+    figure = draw_curves({names[0]: {name: [{1: 0.0}] for name in names}})
+    legend = figure.axes[0].get_legend().get_texts()
+    assert [text.get_text().replace(r'\$', '$') for text in legend] == names
+    figure.draw_without_rendering()  # two dollars would be a formula, or an error
+    nothing = InstanceData(bboxes=torch.zeros(1, 4), labels=torch.zeros(1, dtype=torch.long))
+    draw_detections(np.zeros((8, 8, 3), np.uint8), {names[1]: nothing}, (names[0], ), (RED, )).draw_without_rendering()
+    draw_maps(np.zeros((8, 8, 3), np.uint8), {names[0]: np.eye(2)}).draw_without_rendering()
+    draw_channels({names[0]: np.ones(3)}).draw_without_rendering()
+
+
+@pytest.fixture
+def fonts(monkeypatch):
+    """Makes only matplotlib's own fonts known, and one more that has the signs of a family of others."""
+
+    def make(**more):
+        manager = copy.deepcopy(font_manager.fontManager)
+        manager.ttflist = [entry for entry in manager.ttflist if 'mpl-data' in entry.fname]
+        manager.ttflist += [font_manager.FontEntry(fname=name, name=name, style='normal', weight=400) for name in more]
+        monkeypatch.setattr(text.font_manager, 'fontManager', manager)
+        monkeypatch.setattr(text.font_manager, 'findSystemFonts', list)
+        charmap = text._signs_of.__wrapped__
+        monkeypatch.setattr(text, '_signs_of', lambda file: set(map(ord, more[file])) if file in more else charmap(file))
+        text._fonts_with.cache_clear()
+
+    yield make
+    text._fonts_with.cache_clear()
+
+
+def drawn(figure, tmp_path):
+    """What stands over the figure once it is saved, with the fonts; a sign without a glyph would be a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        save_figure(figure, tmp_path / 'x.png')
+    title = figure.axes[0].title
+    return title.get_text(), title.get_fontfamily()
+
+
+def test_signs_that_no_font_has_are_spelt_out(fonts, tmp_path, capsys):
+    fonts()
+    figure = Figure()
+    figure.subplots().set_title('猫 Ünï Кот 1')
+    assert drawn(figure, tmp_path)[0] == '\\u732b Ünï Кот 1'
+    assert 'Install one that has' in capsys.readouterr().out
+    assert text.names_to_draw(('猫', 'a$b$c')) == ('\\u732b', r'a\$b\$c')
+    assert text.names_to_draw(('cat', )) == ('cat', )
+
+
+def test_fonts_that_have_the_signs_are_used(fonts, tmp_path, monkeypatch):
+    latin = ''.join(map(chr, range(33, 127)))
+    fonts(Cats='猫', Wide=f'猫犬{latin}')
+    assert text._fonts_with(frozenset(map(ord, '猫犬')))[0] == ['Wide']
+    assert text._fonts_with(frozenset(map(ord, '猫🐈'))) == (['Cats'], {ord('🐈')})
+    with matplotlib.rc_context():
+        assert text.names_to_draw(('猫', '犬')) == ('猫', '犬') and matplotlib.rcParams['font.sans-serif'][0] == 'Wide'
+
+
+@pytest.mark.skipif(not [path for path in font_manager.findSystemFonts() if 'wqy' in path or 'NotoSansCJK' in path],
+                    reason='needs a font with Chinese signs, such as Noto Sans CJK')
+def test_an_installed_font_shows_them(tmp_path):
+    figure = Figure()
+    figure.subplots().set_title('猫')
+    title, families = drawn(figure, tmp_path)
+    assert title == '猫' and len(families) == 2
