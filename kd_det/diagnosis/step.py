@@ -6,9 +6,10 @@ import re
 from collections import Counter
 from math import ceil
 from pathlib import Path
-from typing import Iterator, List
+from typing import Iterator, List, Optional
 
 from mmengine.config import Config
+from torch import Tensor
 
 from kd_det.configuration import is_distillation, leaf_datasets
 from kd_det.diagnosis.finding import Finding
@@ -37,32 +38,38 @@ def inspect_step(config: Config) -> Iterator[Finding]:
     """
     if not is_distillation(config):
         return
-    config, size = copy.deepcopy(config), None
+    config, size = copy.deepcopy(config), None  # no size while it is built
     try:
         with preserved_randomness():
             for _, teacher in teachers_of(config):
                 teacher['classes'] = known_classes(teacher)[1] or ()
             distiller = random_distiller(config)
             distiller.match_classes(student_classes(config))
-            for size in tried_sizes(config, ceil(max((SMALL, *anchor_strides(distiller.student))))):
-                try_step(distiller, size)
+            sizes = tried_sizes(config, ceil(max((SMALL, *anchor_strides(distiller.student)))))
+            for size in sizes:
+                loss = step_loss(distiller, size)
+                if size == sizes[0]:
+                    loss.backward()
     except Exception as error:
         yield _finding(error, size)
         return
     yield Finding('a training step', f'computes {", ".join(distiller.terms) or "the task alone"}')
 
 
-def try_step(distiller: DetectionDistiller, size: Size) -> None:
-    """One step, forward and backward, on images of this height and width."""
+def step_loss(distiller: DetectionDistiller, size: Size) -> Tensor:
+    """The loss of a training step on images of this height and width."""
     data = distiller.data_preprocessor(synthetic_batch(distiller.student, IMAGES, size, BOXES), True)
-    distiller.parse_losses(distiller.loss(**data))[0].backward()
+    return distiller.parse_losses(distiller.loss(**data))[0]
 
 
-def _finding(error: Exception, size: Size) -> Finding:
+def _finding(error: Exception, size: Optional[Size]) -> Finding:
     if type(error).__module__.split('.')[0] == 'kd_det':
         return Finding('a training step', str(error), 'Correct model.distill, or take another pair', fault=True)
-    where = '' if size is None else f' of {size[0]} × {size[1]} pixels, one of the sizes of the training data'
     what = f'{type(error).__name__}: {error}'
+    if size is None:
+        return Finding('a training step', f'can not be built: {what}', 'Correct the config: kd-det train CONFIG --debug '
+                       'shows where', fault=True)
+    where = f' of {size[0]} × {size[1]} pixels, one of the sizes of the training data'
     if isinstance(error, AttributeError) and LACKING.search(str(error)):
         return Finding('a training step', f'could not be tried on noise{where}: {what}',
                        'kd-det inspect tries one on a batch of the training data')

@@ -34,6 +34,38 @@ def test_a_config_is_enough(config, tmp_path, capsys):
     assert record['size'] == [64, 96] and record['engines'][0]['fuse'] is True
 
 
+def test_the_size_is_that_of_the_training_pipeline(config, tmp_path, capsys):
+    config.train_dataloader.dataset.pipeline[2] = dict(type='Resize', scale=(100, 60), keep_ratio=True)
+    config.dump(tmp_path / 'config.py')
+    assert main(['benchmark-step', str(tmp_path / 'config.py'), '--repeats', '1', '--device', 'cpu', '--batch-size', '1',
+                 '--out', str(tmp_path / 'o.json')]) == 0
+    assert '1 × 60 × 80 pixels' in capsys.readouterr().out
+    assert json.loads((tmp_path / 'o.json').read_text())['size'] == [60, 80]
+
+
+def test_a_size_that_the_students_levels_do_not_fit_is_an_error(one_stage, run_config, tmp_path, capsys):
+    student = one_stage('yolox')
+    student.data_preprocessor, student.backbone.out_indices = dict(type='DetDataPreprocessor'), (1, 2, 3)
+    student.neck = dict(type='YOLOXPAFPN', in_channels=[8, 16, 32], out_channels=8, num_csp_blocks=1)
+    run_config(dict(type='DetectionDistiller', student=student, distill=dict(pkd=dict(type='PKD')),
+                    teacher=dict(config=one_stage('yolox'), checkpoint='no.pth'))).dump(tmp_path / 'config.py')
+    assert main(['benchmark-step', str(tmp_path / 'config.py'), '--size', '100', '100', '--device', 'cpu']) == 2
+    error = capsys.readouterr().err
+    assert 'fails on images of 100 × 100 pixels' in error and 'pad_size_divisor=32' in error
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+def test_detectors_of_other_channels_are_measured(channels, retinanet, run_config):
+    student, teacher = retinanet(), retinanet(neck=12)
+    for model in (student, teacher):
+        model.data_preprocessor, model.backbone.in_channels = dict(type='DetDataPreprocessor'), channels
+    config = run_config(dict(type='DetectionDistiller', student=student, distill=dict(pkd=dict(type='PKD')),
+                             teacher=dict(config=teacher, checkpoint='no.pth')))
+    distiller = random_distiller(config)
+    costs = measure_parts(distiller, synthetic_batch(distiller.student, images=1, size=(64, 64), boxes=3), repeats=1)
+    assert costs[PLAIN_TEACHER].memory > 0
+
+
 def test_the_spread_over_the_rounds_is_told():
     costs = StepCosts({PLAIN_TEACHER: Cost(2.0, 0)}, [1.0, 3.0, 2.0, 9.0, 1.5])
     assert (costs.distilling, costs.ratio) == (2.0, 1.0)

@@ -15,7 +15,7 @@ from kd_det.diagnosis.checks import check_config, explain, inspect_config, inspe
 from kd_det.diagnosis.data import (check_labels, class_counts, inspect_annotations, inspect_classes,
                                    inspect_paths)
 from kd_det.diagnosis.finding import DiagnosisError, Finding, raise_faults
-from kd_det.diagnosis.step import inspect_step
+from kd_det.diagnosis.step import inspect_step, original_sizes, tried_sizes
 from kd_det.diagnosis.weights import (inspect_checkpoints, inspect_start, inspect_teacher_classes,
                                       inspect_teacher_weights)
 
@@ -418,10 +418,92 @@ def test_terms_that_a_teacher_can_not_serve_are_found_before_the_run(distilling,
         assert message in fault_of(list(inspect_step(distilling))).found, message
 
 
-def test_an_error_of_another_kind_is_a_note(distilling, monkeypatch):
-    monkeypatch.setattr('kd_det.diagnosis.step.synthetic_batch', lambda *given: 1 / 0)
+@pytest.mark.parametrize('error, said', [
+    (RuntimeError('stack expects each tensor to be equal'), 'RuntimeError: stack expects each'),
+    (ZeroDivisionError('division'), 'ZeroDivisionError'), (AttributeError("'Conv2d' object has no attribute 'x'"), 'x')])
+def test_an_error_of_a_step_is_a_fault_that_tells_the_size(error, said, distilling, monkeypatch):
+    monkeypatch.setattr('mmdet.models.RetinaNet.loss', lambda *given: throw(error))
+    distilling.train_dataloader.dataset.dataset.pipeline = [dict(type='Resize', scale=(70, 50))]
+    finding = fault_of(inspect_step(distilling))
+    assert said in finding.found and '50 × 70 pixels' in finding.found and 'kd-det inspect' in finding.remedy
+
+
+def throw(error):
+    raise error
+
+
+def test_what_can_not_be_built_is_a_fault(distilling):
+    distilling.model.student.neck.no_such = 1
+    assert "can not be built: TypeError" in fault_of(inspect_step(distilling)).found
+
+
+def test_what_noise_lacks_is_a_note(distilling, monkeypatch):
+    monkeypatch.setattr('mmdet.models.RetinaNet.loss', lambda model, inputs, samples: samples[0].text)
     finding, = inspect_step(distilling)
-    assert not finding.fault and 'ZeroDivisionError' in finding.found and 'kd-det inspect' in finding.remedy
+    assert not finding.fault and "no attribute 'text'" in finding.found and 'kd-det inspect' in finding.remedy
+
+
+@pytest.mark.parametrize('divisor, of_teacher', [(1, 32), (32, 1), (1, 1), (32, 32)])
+def test_the_sizes_of_the_training_are_tried(divisor, of_teacher, distilling, one_stage):
+    """A PAFPN puts levels together by doubling: the student's own is in no training of odd sizes."""
+    student, teacher = (one_stage('yolox', classes=3) for _ in range(2))
+    for model, pads in ((student, divisor), (teacher, of_teacher)):
+        model.data_preprocessor = dict(type='DetDataPreprocessor', pad_size_divisor=pads)
+        model.neck = dict(type='YOLOXPAFPN', in_channels=[8, 16, 32], out_channels=8, num_csp_blocks=1)
+        model.backbone.out_indices = (1, 2, 3)
+    distilling.model = dict(type='DetectionDistiller', student=student, teacher=dict(config=teacher),
+                            distill=dict(pkd=dict(type='PKD')))
+    pipeline = [dict(type='Resize', scale=(1333, 800), keep_ratio=True)]
+    distilling.train_dataloader.dataset.dataset.pipeline = pipeline
+    findings = list(inspect_step(distilling))  # the images are 64 × 64, which become 800 × 800
+    assert not any(finding.fault for finding in findings)
+    pipeline[0]['scale'] = (100, 100)
+    distilling.train_dataloader.dataset.dataset.pipeline = pipeline
+    if divisor == 32:
+        assert not any(finding.fault for finding in inspect_step(distilling))
+        return
+    finding = fault_of(inspect_step(distilling))
+    assert '100 × 100 pixels' in finding.found and "pad_size_divisor=32 in the student's config" in finding.remedy
+
+
+def test_a_teacher_whose_levels_do_not_fit_is_told_of(distilling, one_stage, retinanet):
+    teacher = one_stage('yolox', classes=3)
+    teacher.data_preprocessor = dict(type='DetDataPreprocessor')
+    teacher.neck = dict(type='YOLOXPAFPN', in_channels=[8, 16, 32], out_channels=8, num_csp_blocks=1)
+    teacher.backbone.out_indices = (1, 2, 3)
+    student = retinanet(levels=3)
+    student.data_preprocessor = dict(type='DetDataPreprocessor')
+    distilling.model = dict(type='DetectionDistiller', student=student, teacher=dict(config=teacher),
+                            distill=dict(pkd=dict(type='PKD')))
+    distilling.train_dataloader.dataset.dataset.pipeline = [dict(type='Resize', scale=(100, 100))]
+    assert 'The teacher can not be run on a batch of 100 × 100 pixels' in fault_of(inspect_step(distilling)).found
+
+
+def test_large_sizes_are_tried_by_smaller_ones_of_the_same_remainders(distilling):
+    dataset = distilling.train_dataloader.dataset.dataset
+    dataset.ann_file = 'none.json'  # then images are taken for wide and high ones
+    dataset.pipeline = [dict(type='Resize', scale=(1333, 800), keep_ratio=True)]
+    sizes = tried_sizes(distilling)
+    assert sizes == [(288, 299), (299, 288)] and all(
+        (large - small) % 128 == 0 for small, large in zip(sizes[0], (800, 1067)))
+    assert tried_sizes(distilling, 512) == [(544, 555), (555, 544)]
+    dataset.pipeline = [dict(type='RandomChoiceResize', scales=[(640, 640), (100, 90)])]
+    assert tried_sizes(distilling) == [(90, 100), (256, 256)]  # odd ones first
+
+
+def test_sizes_of_the_images_are_those_of_the_annotation_file(distilling, folder):
+    assert original_sizes(distilling) == [(64, 64)]
+    sizes = [(90, 50), (90, 50), (40, 60), (30, 70), (30, 70), (10, 5)]
+
+    def resize(content):
+        for image, (height, width) in zip(content['images'], sizes):
+            image.update(height=height, width=width)
+        del content['images'][len(sizes):]
+
+    rewrite(folder, resize)
+    assert original_sizes(distilling) == [(30, 70), (90, 50)]
+    (folder / 'all.json').write_text('no images')
+    assert original_sizes(distilling) == [(480, 640), (640, 480)]
 
 
 def test_a_plain_detector_has_no_step_to_try(config):

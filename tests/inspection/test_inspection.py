@@ -3,7 +3,9 @@ import copy
 
 import numpy as np
 import pytest
-from mmdet.registry import MODELS
+import torch
+from mmcv.transforms import BaseTransform
+from mmdet.registry import MODELS, TRANSFORMS
 from mmengine.config import Config
 from PIL import Image
 
@@ -103,6 +105,48 @@ def test_images_are_restored(preprocessor, retinanet, batch):
     inputs = preprocessor(copy.deepcopy(data), True)['inputs']
     for image, expected in zip(restored_images(inputs.float(), preprocessor), data['inputs']):
         assert np.array_equal(image, expected.flip(0).permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize('channels', [1, 2, 4, 6])
+def test_images_of_any_channels_are_shown_in_colour(channels):
+    preprocessor = MODELS.build(dict(type='DetDataPreprocessor', mean=[110.0], std=[58.0]))
+    image = torch.randint(256, (channels, 32, 48), dtype=torch.uint8)
+    shown, = restored_images(preprocessor(dict(inputs=[image], data_samples=None))['inputs'], preprocessor)
+    of_image = image[:3].flip(0) if channels > 2 else image[:1].expand(3, -1, -1)
+    assert shown.shape == (32, 48, 3) and np.array_equal(shown, of_image.permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize('low, high', [(0.0, 1.0), (-2.5, 2.5), (0.0, 4095.0)])
+def test_what_is_no_colour_is_stretched(low, high):
+    image = torch.rand(1, 4, 32, 48) * (high - low) + low
+    shown, = restored_images(image, MODELS.build(dict(type='DetDataPreprocessor')))
+    assert shown.min() < 5 and shown.max() > 250 and 100 < shown.mean() < 155
+
+
+def test_a_step_on_gray_images_is_drawn(retinanet, distiller, batch, tmp_path):
+    gray = retinanet()
+    gray.data_preprocessor, gray.backbone.in_channels = dict(type='DetDataPreprocessor', mean=[110.0], std=[58.0]), 1
+    model = distiller(gray, retinanet(neck=12), distill=dict(pkd=dict(type='PKD', levels=1))).train()
+    data = {key: values[:1] for key, values in batch().items()}
+    data['inputs'] = [data['inputs'][0][:1]]
+    assert draw_step(model, inspect_step(model, data), tmp_path)
+
+
+def test_an_image_is_what_the_first_transform_reads(run_config, retinanet, tmp_path):
+    @TRANSFORMS.register_module(force=True)
+    class LoadArray(BaseTransform):
+
+        def transform(self, results):
+            image = np.load(results['img_path'])
+            return dict(results, img=image, img_shape=image.shape[:2], ori_shape=image.shape[:2])
+
+    config = run_config(retinanet(), val=True)
+    config.val_dataloader.dataset.pipeline[0] = dict(type='LoadArray')
+    np.save(tmp_path / 'x.npy', np.zeros((64, 64, 4), np.uint8))
+    assert image_batch(config, tmp_path / 'x.npy')['inputs'][0].shape == (4, 64, 64)
+    (tmp_path / 'x.png').write_bytes(b'no array')
+    with pytest.raises(ConfigurationError, match="x.png' can not be read as an image by LoadArray, the first"):
+        image_batch(config, tmp_path / 'x.png')
 
 
 def test_first_training_batch_is_that_of_a_run(run_config, retinanet, make_runner):

@@ -8,6 +8,7 @@ from mmengine.config import ConfigDict
 from torch import nn
 
 from kd_det.adapters import LevelError
+from kd_det.heads.readers import read_dense
 from kd_det.taps import Taps
 from kd_det.teachers import Teacher, TeacherError, probe_config, probe_levels
 from kd_det.teachers.bridge import cut_back
@@ -179,3 +180,46 @@ def test_levels_that_round_up_and_down_are_an_error_that_names_both_ways_out(ret
                                                                       :given[0].shape[3] // 2 * 2])
     with pytest.raises(LevelError, match='cover the same image with other cells.*pad_size_divisor.*resize=True'):
         model.loss(**model.data_preprocessor(batch(shapes=((100, 100), (100, 100))), True))
+
+
+# ---------------------------------------------------------------- strides
+
+
+@pytest.mark.parametrize('family, strides', [
+    (family, strides) for family in ('retina', 'gfl', 'rtmdet', 'yolox', 'fcos_normalized')
+    for strides in ([8.0, 16.0, 32.0], [(8, 8), (16.0, 16.0), [32, 32]])
+    if (family, type(strides[0])) != ('fcos_normalized', tuple)])  # FCOS itself multiplies by its strides
+def test_strides_may_be_floats_or_pairs(family, strides, one_stage, distiller, batch):
+
+    def step(strides):
+        teacher = one_stage(family, depth=50)
+        teacher.bbox_head.get('anchor_generator', teacher.bbox_head).strides = strides
+        model = distiller(one_stage(family), teacher, distill=dict(
+            fgd=dict(type='FGD'), kd=dict(type='DenseClassification'),
+            frs=dict(type='FeatureImitation', mask='TeacherConfidence')))
+        model.init_weights()
+        assert [level.stride for level in model.connections.teacher_levels[0]['neck']] == [8, 16, 32]
+        return model.loss(**model.data_preprocessor(batch(), True))
+
+    expected, losses = step([8, 16, 32]), step(strides)
+    assert all(torch.equal(losses[f'loss_{name}'], expected[f'loss_{name}']) for name in ('fgd', 'kd', 'frs'))
+
+
+def test_levels_are_called_by_strides_that_are_not_whole(retinanet, distiller, batch):
+    """As those of features that were resized: 256 pixels are 35 cells of 7.5."""
+    class Resized(nn.Module):
+        def forward(self, levels):
+            return tuple(nn.functional.interpolate(level, tuple(-(-2 * side * 8 * 2**index // (15 * 2**index))
+                                                                for side in level.shape[-2:]))
+                         for index, level in enumerate(levels))
+
+    strides = [7.5, 15.0, 30]
+    config = retinanet(levels=3)
+    config.bbox_head.anchor_generator.strides = strides
+    student = MODELS.build(config)
+    student.neck = nn.Sequential(student.neck, Resized())
+    levels = probe_levels(student, Taps(student, ['neck']))['neck']
+    assert levels == ((8, 7.5), (8, 15), (8, 30)) and isinstance(levels[1].stride, int)
+    with torch.no_grad():
+        dense = read_dense(student.bbox_head, student.bbox_head(student.extract_feat(torch.zeros(1, 3, 64, 64))))
+    assert dense.strides == (7.5, 15, 30) and dense.level_of(7.5) == 0
