@@ -1,4 +1,4 @@
-"""``mmcv.ops`` without compiled mmcv: a finder that provides ``mmcv._ext`` from torchvision's kernels.
+"""``mmcv.ops`` without compiled mmcv: a finder that provides ``mmcv._ext`` from torchvision's kernels and PyTorch.
 
 mmcv-lite, and wheels built without operators, lack the extension module ``mmcv._ext``. The finder stands last in
 ``sys.meta_path`` and therefore answers only where Python found no compiled one.

@@ -61,8 +61,9 @@ def test_python_may_ask_the_extension_for_its_own_attributes():
 
 def test_served_operators_are_those_that_do_not_refuse():
     from mmcv import _ext
-    assert {'nms', 'softnms', 'roi_align_forward', 'roi_pool_backward', 'ms_deform_attn_forward'} \
-        <= set(served_operators())
+    assert {'nms', 'softnms', 'nms_match', 'roi_align_forward', 'roi_pool_backward', 'ms_deform_attn_forward',
+            'carafe_backward', 'deform_roi_pool_forward', 'masked_im2col_forward', 'masked_col2im_forward',
+            'sync_bn_backward_data'} <= set(served_operators())
     assert set(served_operators()) == {name for name in vars(_ext) if not name.startswith('_')}
 
 

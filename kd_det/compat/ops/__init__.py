@@ -23,6 +23,7 @@ __all__ = [
     'get_compiling_cuda_version', 'masked_col2im_forward', 'masked_im2col_forward', 'modulated_deform_conv_backward',
     'modulated_deform_conv_forward', 'ms_deform_attn_backward', 'ms_deform_attn_forward', 'nms', 'nms_match',
     'roi_align_backward', 'roi_align_forward', 'roi_pool_backward', 'roi_pool_forward', 'sigmoid_focal_loss_backward',
-    'sigmoid_focal_loss_forward', 'softmax_focal_loss_backward', 'softmax_focal_loss_forward', 'softnms', 'sync_bn_backward_data',
-    'sync_bn_backward_param', 'sync_bn_forward_mean', 'sync_bn_forward_output', 'sync_bn_forward_var',
+    'sigmoid_focal_loss_forward', 'softmax_focal_loss_backward', 'softmax_focal_loss_forward', 'softnms',
+    'sync_bn_backward_data', 'sync_bn_backward_param', 'sync_bn_forward_mean', 'sync_bn_forward_output',
+    'sync_bn_forward_var',
 ]

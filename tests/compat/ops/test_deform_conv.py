@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -169,3 +171,14 @@ def test_dyhead(size, levels):
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in neck.parameters())
     with pytest.raises(AssertionError):
         neck(torch.rand(1, 8, 4, 4))
+
+
+def test_dynamic_convolution_of_glip():
+    from mmdet.models.dense_heads.atss_vlfusion_head import Conv3x3Norm, DyConv
+    block = DyConv(partial(Conv3x3Norm, use_dcn=True, norm_type=['gn', 4]), 16, 16, use_dyrelu=True, use_dcn=True)
+    features = [torch.rand(1, 16, side, side, requires_grad=True) for side in (16, 8, 4)]
+    outputs = block(dict(visual=features, lang=None))['visual']
+    assert [output.shape for output in outputs] == [feature.shape for feature in features]
+    sum(output.square().mean() for output in outputs).backward()
+    assert all(feature.grad.any() for feature in features)
+    assert block.offset.weight.grad.any()
