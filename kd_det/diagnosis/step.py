@@ -39,3 +39,5 @@ def inspect_step(config: Config) -> Iterator[Finding]:
                           'kd-det inspect tries one on a batch of the training data')
         return
     yield Finding('a training step', f'computes {", ".join(distiller.terms) or "the task alone"}')
+    for name, cause in distiller.idle_watch.idle.items():
+        yield Finding(f'term {name}', 'teaches the student nothing: none of its weights gets a gradient from it', cause)
