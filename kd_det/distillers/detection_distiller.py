@@ -207,7 +207,8 @@ class DetectionDistiller(StudentWrapper):
             return {}
         features = {name: self.measured_features(name, context) for name in due}
         totals = {name: total(values[name]) for name in due}
-        return self.monitor.measure(self.parse_losses(losses)[0], totals, features)
+        labels = {name: self.class_sets.shared_labels(context.labels, self.terms[name].teacher) for name in due}
+        return self.monitor.measure(self.parse_losses(losses)[0], totals, features, labels)
 
     def observe(self, inputs: Tensor, data_samples: list, names: Iterable[str]) -> Observation:
         """Runs the student's own loss, and the terms of these names with what they read of the teachers.
