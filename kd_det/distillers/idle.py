@@ -74,8 +74,8 @@ class IdleWatch:
                 _tell_frozen_levels(distiller.terms[name], name, observation)
         if not self.left and len(self.idle) == len(distiller.terms) and distiller.pseudo_labels is None:
             causes = ' '.join(f'model.distill.{name}: {cause}' for name, cause in self.idle.items())
-            raise ConfigurationError('No weight of the student gets a gradient from any term: it would train as without '
-                                     f'a teacher. {causes}')
+            raise ConfigurationError('No weight of the student gets a gradient from any term: it would train as '
+                                     f'without a teacher. {causes}')
 
 
 def _cause(distiller: DetectionDistiller, observation: Observation, name: str) -> str:

@@ -80,7 +80,8 @@ def test_a_term_on_a_frozen_part_is_warned_of_once_in_its_first_step(weight, fir
     assert "It reads 'backbone'" in said[0][1] and said[0][1].endswith('a part that learns: neck, bbox_head.')
 
 
-@pytest.mark.parametrize('terms', [dict(hint=HINT), dict(hint=dict(HINT, weight=BALANCE), other=dict(HINT, weight=0.1))])
+@pytest.mark.parametrize('terms', [dict(hint=HINT),
+                                   dict(hint=dict(HINT, weight=BALANCE), other=dict(HINT, weight=0.1))])
 def test_a_run_whose_terms_all_teach_nothing_ends_in_its_first_step(terms, retinanet, distiller, batch, said):
     model = distiller(_frozen(retinanet()), retinanet(neck=12), distill=terms)
     with pytest.raises(ConfigurationError, match="gradient from any term.* model.distill.hint: It reads 'backbone'"):
