@@ -71,7 +71,9 @@ def random_distiller(config: Config, device: Device = 'cpu') -> DetectionDistill
     distiller = build_detector(config.model).to(device).train()
     distiller.student.init_weights()  # some parts are whatever the memory held before
     distiller.weights = {name: Weight(weight.full) for name, weight in distiller.weights.items()}
-    distiller.progress = Progress(iteration=1)  # no gradients are compared in this step
+    distiller.progress = Progress(iteration=1)  # no gradients are compared in this step,
+    for balance in distiller.monitor.balances.values():
+        balance.start = 1  # but the first time that it is made
     return distiller
 
 

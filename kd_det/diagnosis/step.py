@@ -54,6 +54,8 @@ def inspect_step(config: Config) -> Iterator[Finding]:
         yield _finding(error, size)
         return
     yield Finding('a training step', f'computes {", ".join(distiller.terms) or "the task alone"}')
+    for name, cause in distiller.idle_watch.idle.items():
+        yield Finding(f'term {name}', 'teaches the student nothing: none of its weights gets a gradient from it', cause)
 
 
 def step_loss(distiller: DetectionDistiller, size: Size) -> Tensor:

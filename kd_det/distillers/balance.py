@@ -1,7 +1,8 @@
 """A weight that keeps a term's gradient in proportion to the task's."""
 from __future__ import annotations
 
-from typing import Dict, Optional
+import math
+from typing import Dict, NamedTuple, Optional
 
 import torch
 from mmdet.registry import TASK_UTILS
@@ -13,6 +14,27 @@ from kd_det.distillers.weights import Weight, WeightConfig
 
 DEFAULT_RATIO = 0.5
 ROUNDING = 1e-8  # share of the task's gradient below which a term's is rounding, and no direction to follow
+IMAGES = 2  # with boxes, before there is a weight
+MEASUREMENTS = 5  # before a measurement can be called far from the others
+SPREADS = 3.0  # times their mean distance from their mean; as far as one is followed
+NEAR = math.log(2)  # as far as one is always followed
+
+
+class Means(NamedTuple):
+    """What a :class:`Balance` has measured; each mean (2,): the sum of the shares, and of 1, by which it is divided.
+
+    Attributes:
+        averages: Of log(task's / term's), of batches with boxes.
+        spread: Of the distance of such a measurement from the mean before it.
+        boxes: Of the number of boxes in such a batch.
+        empty: Of log(task's / term's), of batches without boxes.
+        counts: (2,), of the measurements with boxes, and of the images with boxes that they saw.
+    """
+    averages: Tensor
+    spread: Tensor
+    boxes: Tensor
+    empty: Tensor
+    counts: Tensor
 
 
 @TASK_UTILS.register_module()
@@ -21,13 +43,24 @@ class Balance(Weight):
 
     The features are those that the term taps, or the neck's for a term that reads heads alone. The term's weight is
     ratio · task's norm / term's norm, as moving geometric mean of the measurements: while a head is new both norms
-    change by orders of magnitude, and an arithmetic mean would long remember the largest. It is 0 until one measurement
-    has found both gradients, and the term's more than rounding beside the task's.
+    change by orders of magnitude, and an arithmetic mean would long remember the largest.
+
+    A measurement changes the mean as far as it represents the data:
+
+    - It counts by the boxes that it saw: fully with as many as such a batch has on average, or more, and not at all
+      without boxes, where the task's gradient is another one, and many a term's. Boxes of the term's view, over all
+      ranks; crowds and boxes of classes that the teacher does not know are none.
+    - The weight is 0 until two images with boxes were seen, and while no measurement has found both gradients, the
+      term's more than rounding beside the task's.
+    - From the sixth on none is taken to be farther from the mean than three times the mean distance so far, or a factor
+      of 2 where that is more.
+    - Where the first ``start`` measurements saw no boxes, those without boxes count, until there are some.
 
     Args:
         ratio: Share of the task's gradient, or a schedule of it.
-        interval: Iterations between measurements; the first is made in the first step of the term.
+        interval: Iterations between measurements.
         momentum: Share of the mean that a measurement keeps; the bias of its start at 0 is corrected.
+        start: How many measurements are made before that, one in every step from the first of the term.
 
     Raises:
         ValueError: An argument is out of its range, or the ratio is balanced itself.
@@ -37,42 +70,96 @@ class Balance(Weight):
         >>> dict(type='Warmup', epochs=1, value=dict(type='Balance', ratio=0.5))
     """
 
-    def __init__(self, ratio: WeightConfig = DEFAULT_RATIO, interval: int = 10, momentum: float = 0.8) -> None:
+    def __init__(self, ratio: WeightConfig = DEFAULT_RATIO, interval: int = 10, momentum: float = 0.8,
+                 start: int = 50) -> None:
         super().__init__(ratio)
         if super().balance is not None:
             raise ValueError('Balance: its ratio is a Balance too. Give a number, or a schedule of numbers.')
-        if self.full < 0 or interval < 1 or not 0 <= momentum < 1:
-            raise ValueError(f'Balance: ratio={ratio}, interval={interval}, momentum={momentum}: expected a ratio of '
-                             'at least 0, an interval of at least 1, and a momentum in [0, 1).')
-        self.interval, self.momentum = interval, momentum
-        self.averages: Optional[Tensor] = None  # (2,): of log(task's / term's), and of 1, which it is to be divided by
+        if self.full < 0 or interval < 1 or not 0 <= momentum < 1 or start < 1:
+            raise ValueError(f'Balance: ratio={ratio}, interval={interval}, momentum={momentum}, start={start}: '
+                             'expected a ratio of at least 0, an interval and a start of at least 1, and a momentum in '
+                             '[0, 1).')
+        self.interval, self.momentum, self.start = interval, momentum, start
+        self.steps = 0  # measurements; on the host, where the decision falls whether to measure
+        self.means: Optional[Means] = None
 
     @property
     def balance(self) -> Balance:
         return self
 
+    @property
+    def has_started(self) -> bool:
+        """Whether the measurements in every step are done."""
+        return self.steps >= self.start
+
     def due(self, progress: Progress) -> bool:
         """Whether to measure in this step."""
-        return self.averages is None or progress.iteration % self.interval == 0
+        return not self.has_started or progress.iteration % self.interval == 0
 
-    def update(self, norms: GradientNorms) -> None:
-        """Takes in a measurement; one that is not finite, or where a gradient vanishes or is noise, changes nothing."""
+    def update(self, norms: GradientNorms, boxes: Optional[Tensor] = None) -> None:
+        """Takes in a measurement; one that is not finite, or where a gradient vanishes or is noise, changes nothing.
+
+        Args:
+            norms: The gradients.
+            boxes: (2,), the number of boxes in the batch and that of the images that have any; None where it is known
+                that the batch represents the data.
+        """
         both = torch.stack(norms)
-        before = torch.zeros_like(both) if self.averages is None else self.averages.to(both.device)
-        measured = torch.stack([torch.log(norms.task / norms.term), torch.ones_like(norms.task)])
+        self.steps += 1
+        means = self._means(both.device)
+        number, images = both.new_tensor([1, IMAGES]) if boxes is None else boxes.to(both)
         counts = torch.isfinite(both).all() & (norms.task > 0) & (norms.term > ROUNDING * norms.task)
-        self.averages = torch.where(counts, self.momentum * before + (1 - self.momentum) * measured, before)
+        ratio = torch.where(counts, torch.log(norms.task / norms.term), 0)
+        full = (counts & (number > 0)).to(both)
+        mean_boxes = _taken(means.boxes, number, self.momentum**full)
+        share = full * (number / _value(mean_boxes).clamp(min=1)).clamp(max=1)  # of a whole measurement
+
+        mean, known = _value(means.averages), means.averages[1] > 0
+        distance = torch.where(known, ratio - mean, 0)
+        limit = (SPREADS * _value(means.spread)).clamp(min=NEAR)
+        bounded = torch.where(means.counts[0] < MEASUREMENTS, ratio, mean + distance.clamp(-limit, limit))
+        self.means = Means(
+            averages=_taken(means.averages, bounded, self.momentum**share),
+            spread=_taken(means.spread, distance.abs(), self.momentum**(share * known)),
+            boxes=mean_boxes,
+            empty=_taken(means.empty, ratio, self.momentum**(counts.to(both) - full)),
+            counts=means.counts + full * torch.stack([torch.ones_like(images), images]))
 
     @property
     def scale(self) -> Tensor:
         """The weight that makes the two norms equal, a scalar."""
-        logarithm, weight = torch.zeros(2) if self.averages is None else self.averages
-        return torch.where(weight > 0, torch.exp(logarithm / weight), torch.zeros_like(weight))
+        means = self._means()
+        enough = means.counts[1] >= (1 if self.has_started else IMAGES)
+        instead = means.empty if self.has_started else torch.zeros_like(means.empty)
+        mean = torch.where(means.counts[1] > 0, means.averages * enough, instead)
+        return torch.where(mean[1] > 0, torch.exp(_value(mean)), 0)
 
     def state_dict(self) -> Dict[str, Tensor]:
         """What a checkpoint keeps."""
-        return {} if self.averages is None else dict(averages=self.averages.cpu())
+        if self.means is None:
+            return {}
+        return dict({name: mean.cpu() for name, mean in self.means._asdict().items()}, steps=torch.tensor(self.steps))
 
     def load_state_dict(self, state: Dict[str, Tensor]) -> None:
-        """Goes on from what :meth:`state_dict` gave."""
-        self.averages = state.get('averages')
+        """Goes on from what :meth:`state_dict` gave; that of earlier versions held the averages alone."""
+        state = dict(state)
+        self.steps = int(state.pop('steps', self.start if state else 0))
+        self.means = None
+        if state:
+            seen_enough = self._means()._replace(counts=torch.tensor([0.0, IMAGES]))
+            self.means = seen_enough._replace(**state)
+
+    def _means(self, device: Optional[torch.device] = None) -> Means:
+        if self.means is None:
+            return Means(*(torch.zeros(2, device=device) for _ in Means._fields))
+        return self.means if device is None else Means(*(mean.to(device) for mean in self.means))
+
+
+def _value(mean: Tensor) -> Tensor:
+    """The mean that a sum of shares stands for; 0 where nothing was taken in."""
+    return mean[0] / torch.where(mean[1] > 0, mean[1], 1)
+
+
+def _taken(mean: Tensor, value: Tensor, kept: Tensor) -> Tensor:
+    """A mean that has taken in a value, and keeps that share of itself."""
+    return kept * mean + (1 - kept) * torch.stack([value, torch.ones_like(value)])

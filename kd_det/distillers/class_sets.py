@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any, Container, Dict, List, Optional, Sequence, Tuple
 
 from mmengine.structures import InstanceData
+from torch import Tensor
 
 from kd_det.classes import ClassMatch, match_classes
 from kd_det.configuration import ConfigurationError
@@ -68,6 +69,11 @@ class ClassSets:
         """The step as the terms of one teacher see it, see :func:`restricted_to_shared`."""
         match = self.matches.get(teacher)
         return context if match is None or match.is_identity else restricted_to_shared(context, teacher, match)
+
+    def shared_labels(self, labels: Sequence[Tensor], teacher: int) -> List[Tensor]:
+        """Labels as the terms of one teacher see them: indices among the shared classes, -1 for the others."""
+        match = self.matches.get(teacher)
+        return list(labels) if match is None or match.is_identity else [match.shared(each) for each in labels]
 
     def translated(self, detections: List[InstanceData], index: int,
                    counts: Tuple[Optional[int], ...]) -> List[InstanceData]:

@@ -14,6 +14,7 @@ from kd_det.distillers.building import build_task_weight, build_terms, checked_t
 from kd_det.distillers.class_sets import ClassSets, has_classes
 from kd_det.distillers.connections import Connections, measured_taps
 from kd_det.distillers.cost import StepCost
+from kd_det.distillers.idle import IdleWatch
 from kd_det.distillers.monitor import GradientMonitor
 from kd_det.distillers.provenance import Provenance, inherit, parts_in_common, pretrained_parameters
 from kd_det.distillers.pseudo_labels import build_pseudo_labels
@@ -92,7 +93,7 @@ class DetectionDistiller(StudentWrapper):
             self.weights, terms = build_terms(distill, len(self.teacher_configs))
             self.connections = Connections(detector, self.teacher_configs, terms)
         self.terms.update(terms)
-        self.monitor = GradientMonitor(self.weights)
+        self.monitor, self.idle_watch = GradientMonitor(self.weights), IdleWatch(terms)
         self._changing_weights = [name for name, weight in self.weights.items() if not weight.is_constant]
 
     # ------------------------------------------------------------------------------------ the teachers
@@ -175,6 +176,9 @@ class DetectionDistiller(StudentWrapper):
         Returns:
             The student's losses; ``loss_<name>`` of each term; for the log only its parts, its weight where that
             changes, and, in steps that measure it, its gradient in units of the task's.
+
+        Raises:
+            ConfigurationError: No term can teach the student anything.
         """
         weights = {name: weight(self.progress) for name, weight in self.weights.items()}
         active = [name for name, weight in weights.items() if weight != 0]
@@ -196,13 +200,17 @@ class DetectionDistiller(StudentWrapper):
 
     def _measure(self, observation: Observation) -> Dict[str, Tensor]:
         """Compares the gradients of terms with the task's, where that is due; see :meth:`GradientMonitor.measure`."""
+        if not torch.is_grad_enabled():
+            return {}
+        self.idle_watch.look(self, observation)
         losses, context, values = observation
-        due = self.monitor.due(self.progress, values) if torch.is_grad_enabled() else []
+        due = self.monitor.due(self.progress, values)
         if not due:
             return {}
         features = {name: self.measured_features(name, context) for name in due}
         totals = {name: total(values[name]) for name in due}
-        return self.monitor.measure(self.parse_losses(losses)[0], totals, features)
+        labels = {name: self.class_sets.shared_labels(context.labels, self.terms[name].teacher) for name in due}
+        return self.monitor.measure(self.parse_losses(losses)[0], totals, features, labels)
 
     def observe(self, inputs: Tensor, data_samples: list, names: Iterable[str]) -> Observation:
         """Runs the student's own loss, and the terms of these names with what they read of the teachers.

@@ -1,7 +1,7 @@
-"""How strongly a loss pulls at features: the norm of its gradient there."""
+"""How strongly a loss pulls at features, the norm of its gradient there; and whether it pulls at any weight."""
 from __future__ import annotations
 
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import Collection, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
 from mmdet.utils import reduce_mean
@@ -42,6 +42,29 @@ def gradient_norms(task: Tensor, terms: Dict[str, Tensor],
         squares.append(torch.stack([_square_norm([pair[side] for pair in shared], task.device) for side in (0, 1)]))
     norms = reduce_mean(torch.stack(squares)).sqrt() / SCALE
     return {name: GradientNorms(*each) for name, each in zip(terms, norms)}
+
+
+def reaches_weights(loss: Tensor, apart: Collection[Tensor] = ()) -> bool:
+    """Whether the gradient of a loss reaches any weight, be it 0 in this step.
+
+    The graph is walked and no backward pass is made. So no hook of a model fires, be it compiled, sharded or for
+    data-parallel training, and checkpointing that allows a single backward pass is none the wiser: what such a
+    checkpoint hides is reached if its inputs are.
+
+    Args:
+        loss: A scalar.
+        apart: Weights that do not count.
+    """
+    apart, seen, nodes = set(map(id, apart)), set(), [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == 'AccumulateGrad' and id(node.variable) not in apart:
+            return True
+        nodes.extend(before for before, _ in node.next_functions)
+    return False
 
 
 def _gradients(loss: Tensor, features: Sequence[Tensor]) -> List[Optional[Tensor]]:

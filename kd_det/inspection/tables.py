@@ -9,6 +9,7 @@ from rich.text import Text
 from torch import Tensor
 
 from kd_det.distillers.detection_distiller import DetectionDistiller
+from kd_det.distillers.idle import find_idle
 from kd_det.distillers.weighting import total
 from kd_det.heads import DenseOutputs, QueryOutputs, RoIOutputs
 from kd_det.inspection.step import InspectedStep
@@ -84,6 +85,8 @@ def term_table(distiller: DetectionDistiller, step: InspectedStep) -> Table:
             table.add_row(f'  {part}', _number(each), '', _number(weight * each))
     if not any(map(len, step.observation.context.boxes)):
         table.caption += ', to which all is background: there are no boxes'
+    for name, cause in find_idle(distiller, step.observation).items():
+        table.caption += f'\n{name} teaches the student nothing: none of its weights gets a gradient from it. {cause}'
     table.add_section()
     table.add_row("the student's own loss", _number(step.task))
     return table

@@ -418,6 +418,19 @@ def test_terms_that_a_teacher_can_not_serve_are_found_before_the_run(distilling,
         assert message in fault_of(list(inspect_step(distilling))).found, message
 
 
+def test_terms_that_can_teach_nothing_are_told_before_the_run(distilling):
+    """A fault where that is all of them, else a note."""
+    distilling.model.student.backbone.frozen_stages = 4
+    for weight in (1.0, dict(type='Start', epochs=5, value=dict(type='Balance'))):
+        hint = dict(type='FeatureImitation', tap='backbone', weight=weight)
+        distilling.model.distill = dict(hint=hint)
+        assert "model.distill.hint: It reads 'backbone'" in fault_of(list(inspect_step(distilling))).found
+        distilling.model.distill = dict(hint=hint, fgd=dict(type='FGD'))
+        step, note = inspect_step(distilling)
+        assert step == Finding('a training step', 'computes hint, fgd') and note.subject == 'term hint'
+        assert not note.fault and 'teaches the student nothing' in note.found and 'neck' in note.remedy
+
+
 @pytest.mark.parametrize('error, said', [
     (RuntimeError('stack expects each tensor to be equal'), 'RuntimeError: stack expects each'),
     (ZeroDivisionError('division'), 'ZeroDivisionError'), (AttributeError("'Conv2d' object has no attribute 'x'"), 'x')])

@@ -1,14 +1,17 @@
 """Weights that follow the task's gradient, and the measurement behind them."""
 import copy
+import re
 
 import pytest
 import torch
+from mmdet.registry import MODELS
 from torch import nn
 
 from kd_det.configuration import ConfigurationError
 from kd_det.context import Progress
 from kd_det.distillers import build_weight, monitor
 from kd_det.distillers.gradients import GradientNorms, gradient_norms
+from kd_det.losses import FeatureTerm
 
 BALANCE = dict(type='Balance', ratio=0.5)
 TERMS = dict(
@@ -102,19 +105,119 @@ def test_schedules_shape_the_ratio_from_within_and_without():
     assert build_weight(dict(BALANCE, ratio=0)).is_zero
 
 
-def test_it_measures_first_and_then_at_every_interval():
-    weight, measured = build_weight(dict(BALANCE, interval=3)), []
+@pytest.mark.parametrize('start, expected', [(1, [4, 6, 9, 12]), (4, [4, 5, 6, 7, 9, 12])])
+def test_it_measures_first_and_then_at_every_interval(start, expected):
+    weight, measured = build_weight(dict(BALANCE, interval=3, start=start)), []
     for iteration in range(4, 14):
         if weight.due(Progress(iteration)):
             measured.append(iteration)
             weight.update(GradientNorms(torch.tensor(1.0), torch.tensor(1.0)))
-    assert measured == [4, 6, 9, 12]
+    assert measured == expected
 
 
-@pytest.mark.parametrize('faulty', [dict(ratio=-1.0), dict(interval=0), dict(momentum=1.0), dict(ratio=dict(BALANCE))])
+@pytest.mark.parametrize('faulty', [dict(ratio=-1.0), dict(interval=0), dict(momentum=1.0), dict(start=0),
+                                    dict(ratio=dict(BALANCE))])
 def test_arguments_out_of_range_are_refused(faulty):
     with pytest.raises(ValueError, match='Balance'):
         build_weight(dict(BALANCE, **faulty))
+
+
+# ---------------------------------------------------------------- what represents the data
+
+
+def _measured(*measurements, **balance):
+    """A weight that has measured (task's / term's, boxes, images with boxes)."""
+    weight = build_weight(dict(BALANCE, **balance))
+    for ratio, *boxes in measurements:
+        weight.update(GradientNorms(torch.tensor(1.0), torch.tensor(float(ratio))), torch.tensor(boxes or [4.0, 2.0]))
+    return weight
+
+
+def test_batches_without_boxes_change_nothing_once_there_are_others():
+    seen = [(4.0, 3, 2), (5.0, 3, 2), (4.5, 3, 2)]
+    expected = _measured(*seen).scale
+    empty = (1e4, 0, 0)
+    assert _measured(empty, *seen).scale == _measured(*seen, *[empty] * 1000).scale == expected
+    assert _measured(empty, seen[0], empty, empty, seen[1], seen[2]).scale == expected == pytest.approx(4.5, rel=0.02)
+
+
+def test_there_is_no_weight_before_two_images_with_boxes_and_then_there_is():
+    empty, one = (80.0, 0, 0), (4.0, 5, 1)
+    scales = [_measured(*[empty, one, empty, one, empty][:count]).scale.item() for count in range(6)]
+    assert scales[:4] == [0, 0, 0, 0] and scales[4:] == [pytest.approx(4.0)] * 2
+    assert _measured(one, *[empty] * 49).scale == pytest.approx(4.0)  # long enough waited
+
+
+def test_batches_without_boxes_count_where_there_are_no_others():
+    empty = (0.3, 0, 0)
+    assert _measured(*[empty] * 49).scale == 0
+    assert _measured(*[empty] * 50).scale == pytest.approx(0.3)
+    assert _measured(*[empty] * 60, (4.0, 1, 1)).scale == pytest.approx(4.0)  # until there are some
+
+
+def test_a_batch_counts_by_its_boxes_and_at_most_as_one_measurement():
+    usual = [(2.0, 10, 5)] * 4
+    few, many = (_measured(*usual, (4.0, boxes, 1)).scale for boxes in (1, 1000))
+    assert 2.0 < few < 2.1 and many == pytest.approx(_measured(*usual, (4.0, 10, 5)).scale)
+    assert many == pytest.approx(2.0 * 2**(0.2 / (1 - 0.8**5)))  # as the moving mean of equal measurements
+
+
+def test_one_measurement_far_from_the_others_moves_little_but_a_lasting_change_is_followed():
+    usual = [(4.0, ), (5.0, ), (4.5, ), (4.2, ), (4.8, )]
+    before, outlier = _measured(*usual).scale, _measured(*usual, (1e6, )).scale
+    assert 1 < outlier / before < 1.25 and 0.8 < _measured(*usual, (1e-6, )).scale / before < 1
+    assert _measured(*usual, *[(450.0, )] * 8).scale > 200
+    assert _measured(*usual, *[(0.045, )] * 8).scale < 0.1
+
+
+def test_a_checkpoint_of_any_point_goes_on_as_if_nothing_had_happened():
+    torch.manual_seed(0)
+    measurements = [(ratio, boxes, boxes) for ratio, boxes in zip(
+        torch.randn(20).exp().tolist(), torch.randint(0, 3, (20, )).tolist())]
+    straight = _measured(*measurements, start=6)
+    for point in (0, 1, 4, 7, 15):
+        resumed = build_weight(dict(BALANCE, start=6))
+        resumed.load_state_dict(copy.deepcopy(_measured(*measurements[:point], start=6).state_dict()))
+        assert resumed.due(Progress(1)) == (point < 6)
+        for ratio, *boxes in measurements[point:]:
+            resumed.update(GradientNorms(torch.tensor(1.0), torch.tensor(ratio)), torch.tensor(boxes))
+        assert resumed.scale == straight.scale and resumed.state_dict().keys() == straight.state_dict().keys()
+        assert all(torch.equal(value, straight.state_dict()[name]) for name, value in resumed.state_dict().items())
+
+
+def test_checkpoints_of_earlier_versions_hold_averages_alone():
+    weight = build_weight(BALANCE)
+    weight.load_state_dict(dict(averages=torch.tensor([0.36 * 1.25, 0.36])))
+    assert weight.scale == pytest.approx(torch.tensor(1.25).exp().item())
+    assert not weight.due(Progress(iteration=1)) and weight.due(Progress(iteration=10))
+    weight.update(GradientNorms(torch.tensor(1.0), torch.tensor(9.0)), torch.tensor([5.0, 1.0]))
+    assert 3.5 < weight.scale < 9
+
+
+def _crowds(data):
+    for sample in data['data_samples']:
+        sample.ignored_instances, sample.gt_instances = sample.gt_instances, sample.ignored_instances
+    return data
+
+
+@pytest.mark.parametrize('term', [dict(type='FGD'), dict(type='CrossKD', head='bbox_head')])
+def test_images_without_boxes_and_with_crowds_alone_do_not_move_the_weight(term, retinanet, distiller, batch):
+    model = distiller(retinanet(), retinanet(neck=12), distill=dict(term=dict(term, weight=BALANCE)))
+    weights = [_losses(model, data)['distill/term_weight'].item()
+               for data in (batch(boxes=((), ())), _crowds(batch()), batch(), batch(boxes=((), ())), _crowds(batch()))]
+    assert weights[:2] == [0, 0] and weights[2] > 0 and weights[2:] == [weights[2]] * 3
+    assert model.monitor.balances['term'].means.counts.tolist() == [1, 2]
+
+
+def test_boxes_of_classes_that_the_teacher_does_not_know_do_not_count(retinanet, distiller, batch):
+    term = dict(type='FGD', weight=dict(BALANCE, start=1))
+    model = distiller(retinanet(), dict(retinanet(), bbox_head=dict(retinanet().bbox_head, num_classes=1)),
+                      distill=dict(term=term))
+    model.build_teachers()[0].classes = ('b', )
+    model.match_classes(('a', 'b', 'c'))
+    _losses(model, batch())  # labels 0, 0 and 1
+    assert model.monitor.balances['term'].means.boxes[0] == pytest.approx(0.2)  # 1 at its share
+    assert model.monitor.balances['term'].means.counts.tolist() == [1, 1]
 
 
 # ---------------------------------------------------------------- in a step
@@ -209,11 +312,12 @@ def test_a_measurement_costs_a_backward_pass_each_and_other_steps_none(retinanet
     monkeypatch.setattr(torch.autograd, 'grad',
                         lambda *args, **kwargs: passes.append(iteration) or backward(*args, **kwargs))
     model = distiller(retinanet(), retinanet(neck=12), distill=dict(
-        one=dict(type='PKD', weight=dict(BALANCE, interval=4)), two=dict(type='CWD', weight=dict(BALANCE, interval=4))))
+        one=dict(type='PKD', weight=dict(BALANCE, interval=4, start=2)),
+        two=dict(type='CWD', weight=dict(BALANCE, interval=4, start=1))))
     for iteration in range(6):
         model.set_progress(iteration, epoch=0)
         _losses(model, batch())
-    assert passes == [0, 0, 0, 4, 4, 4]  # of the task, and of each term; down to the features alone
+    assert passes == [0, 0, 0, 1, 1, 4, 4, 4]  # of the task, and of each term; down to the features alone
 
 
 def test_the_task_is_watched_seldom_and_not_before_it_has_learnt_something(retinanet, distiller, batch, monkeypatch):
@@ -227,6 +331,27 @@ def test_the_task_is_watched_seldom_and_not_before_it_has_learnt_something(retin
         logged[iteration] = _losses(model, batch()).get('distill/fgd_gradient')
     assert measured == [50, 100, 150, 200, 400]
     assert {iteration: value for iteration, value in logged.items() if value is not None} == dict.fromkeys(measured, 12.5)
+
+
+class _Still(FeatureTerm):
+    """There is a way to the student's weights, but nothing to learn, but perhaps without boxes."""
+
+    def compare(self, level, position):
+        return dict(imitation=(level.student * sum(len(boxes) == 0 for boxes in level.context.boxes)).sum())
+
+
+@pytest.mark.parametrize('weight', [1.0, BALANCE])
+def test_a_term_whose_gradient_stays_0_is_warned_of_once(weight, retinanet, distiller, batch, warnings_of, monkeypatch):
+    MODELS.register_module(module=_Still, force=True)
+    monkeypatch.setattr(monitor, 'PATIENCE', 5)
+    said = warnings_of(distiller(retinanet(), retinanet(), distill=dict(term=dict(type='_Still', weight=weight))),
+                       batch())
+    assert len(said) == 1 and re.search('model.distill.term (teaches|has taught) the student nothing', said[0])
+
+
+def test_measurements_without_boxes_do_not_prove_that_a_term_teaches_nothing(retinanet, distiller, batch, warnings_of):
+    term = dict(type='FeatureImitation', mask='BoxForeground')
+    assert warnings_of(distiller(retinanet(), retinanet(), distill=dict(term=term)), batch(boxes=((), ()))) == []
 
 
 # ---------------------------------------------------------------- the task's weight

@@ -80,3 +80,5 @@ def test_a_balance_is_the_same_on_all_ranks(retinanet, batch_of_four, tmp_path):
                   distill=dict(pkd=dict(type='PKD', weight=dict(type='Balance', ratio=0.5))))
     _, ((first, _), (second, _)) = on_two_ranks(config, batch_of_four(retinanet()), tmp_path)
     assert torch.equal(first['pkd']['averages'], second['pkd']['averages']) and first['pkd']['averages'].any()
+    for state in (first['pkd'], second['pkd']):  # of both steps: 4 boxes on 3 of the images of both ranks
+        assert state['counts'].tolist() == [2, 6] and state['boxes'][0] / state['boxes'][1] == pytest.approx(4)

@@ -70,6 +70,14 @@ def test_terms_are_shown_with_value_weight_and_pull(seen):
     assert rows['regions'][4] == 'neck'  # it reads heads alone
 
 
+def test_a_term_that_can_teach_nothing_is_told(retinanet, distiller, batch):
+    student = retinanet()
+    student.backbone.frozen_stages = 4
+    model = distiller(student, retinanet(), distill=dict(hint=dict(type='PKD', tap='backbone'), pkd=dict(type='PKD')))
+    caption = term_table(model.train(), inspect_step(model, batch())).caption
+    assert 'hint teaches the student nothing' in caption and 'pkd teaches' not in caption
+
+
 def test_inspecting_leaves_the_model_able_to_train(seen, batch):
     model, _ = seen
     assert all(parameter.grad is None for parameter in model.parameters())
