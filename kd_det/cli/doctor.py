@@ -31,6 +31,9 @@ def run(options: Namespace) -> int:
     faults = sum(finding.fault for finding in findings)
     console = PlainConsole()
     console.print(render(findings))
+    for finding in findings:  # side by side what a column of the table has no room for
+        if '\n' in finding.found:
+            console.print(f'{finding.subject}: {finding.found}', soft_wrap=True)
     console.print(Text(f'Faults that would stop a run: {faults}', 'red') if faults else
                   Text('No faults found.', 'green'))
     return 1 if faults else 0
@@ -56,7 +59,7 @@ def diagnose_config(options: Namespace) -> List[Finding]:
 
 
 def render(findings: Iterable[Finding]) -> Table:
-    """The findings as a table."""
+    """The findings as a table; of those of several lines the first."""
     table = Table(show_lines=False)
     table.add_column('')
     table.add_column('Looked at')
@@ -64,5 +67,6 @@ def render(findings: Iterable[Finding]) -> Table:
     table.add_column('What to do', overflow='fold')
     for finding in findings:
         colour, mark = ('red', 'fault') if finding.fault else ('yellow', 'note') if finding.remedy else ('green', 'ok')
-        table.add_row(Text(mark, colour), finding.subject, finding.found, finding.remedy)
+        lines = finding.found.splitlines()
+        table.add_row(Text(mark, colour), finding.subject, lines[0] + (' (below)' if lines[1:] else ''), finding.remedy)
     return table

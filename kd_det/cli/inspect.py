@@ -41,7 +41,9 @@ def run(options: Namespace) -> int:
     prepare_without_runner(config, (config.get('randomness') or {}).get('seed') or 0)
     with explain(config):
         distiller = build_distiller(config, options.checkpoint)
-        batch = image_batch(config, options.image) if options.image else first_training_batch(config)
+        batch, names = (image_batch(config, options.image), training_classes(config)) if options.image else \
+            first_training_batch(config)
+        distiller.match_classes(names)
         step = inspect_step(distiller, batch)
     console = PlainConsole()
     console.print(tap_table(distiller, step), term_table(distiller, step))
@@ -70,7 +72,6 @@ def build_distiller(config: Config, checkpoint: Optional[str] = None) -> Detecti
     """The distiller as it is when training starts, or as a checkpoint has it."""
     distiller = build_detector(config.model)
     distiller.init_weights()
-    distiller.match_classes(training_classes(config))
     checkpoint = checkpoint or config.get('load_from')
     if checkpoint:
         loaded = load_checkpoint(distiller, checkpoint, map_location='cpu', strict=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Iterator, Optional, Sequence
+from typing import Iterator, List, Optional, Sequence, Tuple
 
 from mmengine.config import Config
 
+from kd_det.classes import Names, label_names
 from kd_det.configuration import ConfigurationError
 from kd_det.diagnosis.cache import inspect_cache
 from kd_det.diagnosis.data import (SPLITS, build_data, inspect_annotations, inspect_classes, inspect_labels,
@@ -32,12 +33,13 @@ def inspect_config(config: Config, images: Optional[int] = None) -> Iterator[Fin
     work_dir = config.get('work_dir')
     memory = Memory(work_dir if work_dir and Path(work_dir).is_dir() else None)
     with within_scope(scope_of(config)):
-        yield from chain(_inspect_cheaply(config, SPLITS), inspect_data(config, SPLITS, memory, images),
-                         inspect_teacher_weights(config), inspect_step(config))
+        findings, names = _look_at_data(config, SPLITS, memory, images)
+        yield from chain(_inspect_cheaply(config, SPLITS, names), findings, inspect_teacher_weights(config),
+                         inspect_step(config, names))
 
 
 def inspect_data(config: Config, splits: Sequence[str] = SPLITS, memory: Optional[Memory] = None,
-                 images: Optional[int] = None) -> Iterator[Finding]:
+                 images: Optional[int] = None) -> List[Finding]:
     """Reads the annotations, then builds the data sets: what their labels mean, and whether their images can be read.
 
     Args:
@@ -46,12 +48,19 @@ def inspect_data(config: Config, splits: Sequence[str] = SPLITS, memory: Optiona
         memory: The images that are known from before.
         images: Look at so many of each data set; at all by default.
     """
+    return _look_at_data(config, splits, memory, images)[0]
+
+
+def _look_at_data(config: Config, splits: Sequence[str], memory: Optional[Memory],
+                  images: Optional[int]) -> Tuple[List[Finding], Optional[Names]]:
+    """As :func:`inspect_data`, with what the labels of the training data mean, where that is found out."""
     findings = list(inspect_annotations(config, splits))
-    yield from findings
-    if not any(finding.fault for finding in (*findings, *inspect_paths(config, splits))):
-        datasets, metrics, faults = build_data(config, splits)
-        yield from chain(faults, inspect_labels(datasets, metrics),
-                         inspect_images(datasets, student_channels(config), memory, images))
+    if any(finding.fault for finding in (*findings, *inspect_paths(config, splits))):
+        return findings, None
+    datasets, metrics, faults = build_data(config, splits)
+    findings += [*faults, *inspect_labels(datasets, metrics),
+                 *inspect_images(datasets, student_channels(config), memory, images)]
+    return findings, label_names(datasets['train']) if 'train' in datasets else None
 
 
 def check_config(config: Config, splits: Sequence[str]) -> None:
@@ -88,9 +97,9 @@ def explain(config: Config) -> Iterator[None]:
                                  '(--debug shows where)') from error
 
 
-def _inspect_cheaply(config: Config, splits: Sequence[str]) -> Iterator[Finding]:
+def _inspect_cheaply(config: Config, splits: Sequence[str], names: Optional[Names] = None) -> Iterator[Finding]:
     found = chain(inspect_student(config), inspect_paths(config, splits), inspect_classes(config, splits),
                   inspect_start(config))
     if 'train' in splits:
-        found = chain(found, inspect_checkpoints(config), inspect_teacher_classes(config), inspect_cache(config))
+        found = chain(found, inspect_checkpoints(config), inspect_teacher_classes(config, names), inspect_cache(config))
     return found

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from math import ceil
 from pathlib import Path
-from typing import Iterator, List, Optional
+from typing import Iterator, List, Optional, Sequence
 
 from mmengine.config import Config
 from torch import Tensor
@@ -30,11 +30,15 @@ IMAGE_ENTRY = re.compile(r'\{[^{}]*"file_name"[^{}]*\}')
 LACKING = re.compile(r"'(DetDataSample|InstanceData|PixelData)' object has no attribute")
 
 
-def inspect_step(config: Config) -> Iterator[Finding]:
+def inspect_step(config: Config, names: Optional[Sequence[str]] = None) -> Iterator[Finding]:
     """Whether the terms find what they read, in student and teacher, and can compare it, on images of training sizes.
 
     An error that kd_det did not foresee would stop the training too, unless it says that noise lacks what a detector
     asks of its data.
+
+    Args:
+        config: The config.
+        names: See :func:`~kd_det.diagnosis.weights.student_classes`.
     """
     if not is_distillation(config):
         return
@@ -44,7 +48,7 @@ def inspect_step(config: Config) -> Iterator[Finding]:
             for _, teacher in teachers_of(config):
                 teacher['classes'] = known_classes(teacher)[1] or ()
             distiller = random_distiller(config)
-            distiller.match_classes(student_classes(config))
+            distiller.match_classes(student_classes(config, names))
             sizes = tried_sizes(config, ceil(max((SMALL, *anchor_strides(distiller.student)))))
             for size in sizes:
                 loss = step_loss(distiller, size)

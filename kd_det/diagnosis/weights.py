@@ -47,9 +47,14 @@ def inspect_start(config: Config) -> Iterator[Finding]:
         yield inspect_checkpoint('checkpoint', config.load_from, 'Give the path of a checkpoint')
 
 
-def inspect_teacher_classes(config: Config) -> Iterator[Finding]:
-    """Which classes each teacher shares with the student: by name, or by their number where names are not known."""
-    expected, student = class_counts(student_model(config)), student_classes(config)
+def inspect_teacher_classes(config: Config, names: Optional[Sequence[str]] = None) -> Iterator[Finding]:
+    """Which classes each teacher shares with the student: by name, or by their number where names are not known.
+
+    Args:
+        config: The config.
+        names: See :func:`student_classes`.
+    """
+    expected, student = class_counts(student_model(config)), student_classes(config, names)
     preflight = any(hook.get('preflight') for hook in hooks_of(config) if type_name(hook) == DISTILL_HOOK)
     for name, teacher in teachers_of(config):
         try:
@@ -92,9 +97,14 @@ def _shared(name: str, student: Sequence[str], teacher: Sequence[str], preflight
                        'default_hooks.distill.preflight=None', fault=preflight)
 
 
-def student_classes(config: Config) -> Optional[Sequence[str]]:
-    """The names of the training data, where they are as many as the student's heads have classes."""
-    names = training_classes(config)
+def student_classes(config: Config, names: Optional[Sequence[str]] = None) -> Optional[Sequence[str]]:
+    """The names of the student's classes, where they are as many as its heads tell apart.
+
+    Args:
+        config: The config.
+        names: What the labels of the training data mean, where it was built; else what the config declares counts.
+    """
+    names = names or training_classes(config)
     return names if names and class_counts(student_model(config)) <= {len(names)} else None
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Union
+from typing import Optional, Tuple, Union
 
 import torch
 from mmdet.structures.mask import BitmapMasks
@@ -12,24 +12,28 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 
+from kd_det.classes import Names, label_names
 from kd_det.configuration import ConfigurationError, leaf_datasets, type_name
+from kd_det.diagnosis.data import check_labels
 from kd_det.diagnosis.images import check_images
 
 IMAGES = 500  # of the training data that are read before; a run reads all
 
 
-def first_training_batch(config: Config) -> dict:
-    """The first batch of the config's training data, loaded in this process.
+def first_training_batch(config: Config) -> Tuple[dict, Optional[Names]]:
+    """The first batch of the config's training data, loaded in this process, and what its labels mean.
 
     Raises:
-        DiagnosisError: The data is empty, or an image can not be read.
+        DiagnosisError: The data is empty, its labels mean something else than its metainfo says, or an image can not
+            be read.
     """
     settings = copy.deepcopy(config.train_dataloader)
     settings.update(num_workers=0, persistent_workers=False)
     settings.pop('prefetch_factor', None)
     loader = Runner.build_dataloader(settings, seed=(config.get('randomness') or {}).get('seed') or 0)
+    check_labels(dict(train=loader.dataset))
     check_images(loader.dataset, most=IMAGES)
-    return next(iter(loader))
+    return next(iter(loader)), label_names(loader.dataset)
 
 
 def image_batch(config: Config, file: Union[str, Path]) -> dict:

@@ -174,6 +174,14 @@ def test_another_order_than_the_files_is_a_fault_that_shows_both(config):
         check_labels(dict(train=dataset))
 
 
+def test_teachers_are_matched_by_what_labels_mean_and_not_by_what_the_config_says(distilling):
+    set_classes(distilling, ('red', 'green', 'blue'))
+    distilling.model.teacher.classes = CLASSES
+    found = {finding.subject: finding.found for finding in inspect_config(distilling)}
+    assert found['teacher classes'] == "the teacher's 3 are the student's, in the same order."
+    assert 'metainfo' in found['train data classes']
+
+
 def test_a_subset_in_the_order_of_the_file_is_sound(config):
     set_classes(config, ('blue', 'red'))
     assert not any(finding.fault for finding in inspect_data(config))

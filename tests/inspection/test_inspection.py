@@ -160,8 +160,8 @@ def test_an_image_is_what_the_first_transform_reads(run_config, retinanet, tmp_p
 def test_first_training_batch_is_that_of_a_run(run_config, retinanet, make_runner):
     config = run_config(retinanet(), seed=3)
     config.train_dataloader.update(num_workers=2, persistent_workers=True, prefetch_factor=2)
-    first = first_training_batch(config)
-    assert config.train_dataloader.num_workers == 2
+    first, names = first_training_batch(config)
+    assert config.train_dataloader.num_workers == 2 and names == ('blue', 'green', 'red')
     expected = next(iter(make_runner(retinanet(), seed=3).build_dataloader(dict(
         config.train_dataloader, num_workers=0, persistent_workers=False, prefetch_factor=None), seed=3)))
     assert [sample.img_id for sample in first['data_samples']] == [sample.img_id for sample in expected['data_samples']]
