@@ -167,6 +167,12 @@ def test_student_keeps_the_data_and_schedule_of_mmdet(twin, original, changed):
     assert twin == original
 
 
+@pytest.mark.parametrize('file', [*FILES, *CONFIGS.glob('demo/*.py'), *CONFIGS.glob('bccd/*.py')],
+                         ids=lambda file: file.stem)
+def test_mmdetections_own_tools_import_kd_det_with_the_config(file):
+    assert 'kd_det' in load_config(file).custom_imports.imports
+
+
 def test_students_from_torchvisions_weights_see_images_as_those_do():
     """The FCOS of mmdet starts from Caffe's, its R18 does not."""
     fcos, retinanet = (load(f'baseline_{name}_r101_r18').model for name in ('fcos', 'retinanet'))

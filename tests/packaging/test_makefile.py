@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+STARTUP = 'kd_det/compat/startup.py'  # of which an install keeps a copy
 
 # Stands for python3: `-m venv` makes an environment of such scripts, and everything is written to calls.txt.
 PYTHON = '''#!/bin/sh
@@ -25,6 +26,8 @@ def make(tmp_path):
     for name in ('Makefile', 'setup.py', 'pyproject.toml', 'constraints.txt', '.ci'):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
+    (tmp_path / 'kd_det' / 'compat').mkdir(parents=True)
+    shutil.copy(ROOT / STARTUP, tmp_path / STARTUP)
     (tmp_path / 'python3').write_text(PYTHON)
     (tmp_path / 'python3').chmod(0o755)
 
@@ -52,7 +55,7 @@ def test_first_run_installs_and_second_does_not(make):
 
 def test_a_change_of_what_is_installed_installs_again(make):
     make('make', 'install')
-    for name in ('setup.py', 'constraints.txt'):
+    for name in ('setup.py', 'constraints.txt', STARTUP):
         later = (make.folder / '.venv' / '.installed').stat().st_mtime + 10
         os.utime(make.folder / name, (later, later))
         assert any('pip install' in call for call in make('make', 'install'))
