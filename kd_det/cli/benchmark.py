@@ -23,6 +23,7 @@ from kd_det.cli.common import (ConfigAction, add_image_option, add_inheritance_o
                                inherited_parts)
 from kd_det.cli.tracking import add_tracking_option, track
 from kd_det.configuration import ConfigurationError
+from kd_det.console import PlainConsole
 from kd_det.diagnosis.checks import check_config
 from kd_det.diagnosis.finding import raise_faults
 from kd_det.diagnosis.images import inspect_images
