@@ -494,7 +494,8 @@ def test_images_are_read_before_training_and_remembered(workspace, capsys):
     train = ['train', 'student.py', '--work-dir', 'work [v1]']
     assert main(train) == 2
     assert "5.png' can not be read (it holds text: 'no image')" in capsys.readouterr().err
-    known = sum((workspace / 'work [v1]' / 'checked_images.json').read_text().count(f'{index}.png') for index in range(8))
+    memory = (workspace / 'work [v1]' / 'checked_images.json').read_text()
+    known = sum(memory.count(f'{index}.png') for index in range(8))
     assert known == 7 and not list(workspace.glob('work */*.pth'))
     for count in ('0', '-1', 'some'):
         with pytest.raises(SystemExit):
