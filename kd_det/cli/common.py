@@ -42,9 +42,11 @@ def add_image_option(parser: ArgumentParser) -> None:
 
 def _image_count(text: str) -> Optional[int]:
     """All, which is None, or a number."""
-    if text == 'all':
-        return None
-    return 0 if text == 'none' else positive(text)
+    if text in ('all', 'none'):
+        return None if text == 'all' else 0
+    if not text.isdigit() or int(text) == 0:
+        raise ArgumentTypeError(f"expected all, none, or a whole number of at least 1, got '{text}'")
+    return int(text)
 
 
 def add_config_options(parser: ArgumentParser) -> None:

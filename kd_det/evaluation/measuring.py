@@ -37,7 +37,7 @@ def measure_fidelity(config: Config, checkpoint: str, teacher: dict, split: str 
     with within_scope(scope_of(config)):
         detector = build_detector(student_model(config))
         dataset = DATASETS.build(_prepared_as_for_validation(config, split))
-    load_strictly(detector, checkpoint)
+    load_strictly(detector, checkpoint, role='student')
     detector.to(get_device()).eval()
     metric = FidelityMetric(teacher, **options)
     metric.attach(detector)

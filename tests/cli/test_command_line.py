@@ -487,3 +487,17 @@ def test_doctor_runs_where_mmdetection_can_not_be_imported(tmp_path):
                      for command in (['doctor'], ['train', 'config.py']))
     assert doctor.returncode == 1 and 'opencv-python-headless' in doctor.stdout and 'Traceback' not in doctor.stderr
     assert train.returncode == 2 and 'libGL.so.1' in train.stderr and 'Run kd-det doctor' in train.stderr
+
+
+def test_images_are_read_before_training_and_remembered(workspace, capsys):
+    (workspace / 'coco' / '5.png').write_text('no image')
+    train = ['train', 'student.py', '--work-dir', 'work [v1]']
+    assert main(train) == 2
+    assert "5.png' can not be read (it holds text: 'no image')" in capsys.readouterr().err
+    memory = (workspace / 'work [v1]' / 'checked_images.json').read_text()
+    known = sum(memory.count(f'{index}.png') for index in range(8))
+    assert known == 7 and not list(workspace.glob('work */*.pth'))
+    for count in ('0', '-1', 'some'):
+        with pytest.raises(SystemExit):
+            main([*train, '--check-images', count])
+        assert f"expected all, none, or a whole number of at least 1, got '{count}'" in capsys.readouterr().err
