@@ -48,13 +48,13 @@ class InputBridge(nn.Module):
         if 1 not in (len(student_mean), len(mean)) and len(student_mean) != len(mean):
             raise TeacherError(f"The student's data_preprocessor normalises {len(student_mean)} channels, the "
                                f"teacher's {len(mean)}: a teacher has to see the kind of images that the student sees.")
-        self.pad_value, self.divisor = float(getattr(teacher, 'pad_value', 0)), _divisor(teacher)
-        equal = torch.broadcast_tensors(student_mean, mean), torch.broadcast_tensors(student_std, std)
-        self.same_normalization = all(torch.equal(*each) for each in equal)
-        self.same_padding = float(getattr(student, 'pad_value', 0)) == self.pad_value
+        self.divisor, pad_value = int(getattr(teacher, 'pad_size_divisor', 1) or 1), _pad_value(teacher)
+        self.same_normalization = _are_equal(student_mean, mean) and _are_equal(student_std, std)
+        self.same_padding = _are_equal(_pad_value(student), pad_value)
         luminance = torch.tensor(LUMINANCE if not _swaps_channels(teacher) else LUMINANCE[::-1])
         for name, values in dict(scale=student_std / std, shift=(student_mean - mean) / std, mean=mean, std=std,
-                                 student_mean=student_mean, student_std=student_std, luminance=luminance).items():
+                                 student_mean=student_mean, student_std=student_std, luminance=luminance,
+                                 pad_value=pad_value).items():
             self.register_buffer(name, values.view(-1, 1, 1), persistent=False)
 
     @property
@@ -75,16 +75,16 @@ class InputBridge(nn.Module):
         Raises:
             TeacherError: The teacher takes images of another number of channels.
         """
-        height, width = images.shape[-2:]
         same_channels = self.channels in (None, images.shape[1])
-        if not (self.is_identity and same_channels):
-            images = self._converted(images)
-            rows, columns = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
-            shapes = torch.tensor(image_shapes).to(images.device, non_blocking=True)
-            inside = (rows < shapes[:, :1])[:, None, :, None] & (columns < shapes[:, 1:2])[:, None, None, :]
-            images = torch.where(inside, images, images.new_full((), self.pad_value))
-        below, right = -height % self.divisor, -width % self.divisor
-        return F.pad(images, (0, right, 0, below), value=self.pad_value) if below or right else images
+        below, right = (-side % self.divisor for side in images.shape[-2:])
+        if self.is_identity and same_channels and not below and not right:
+            return images
+        images = F.pad(self._converted(images), (0, right, 0, below))
+        height, width = images.shape[-2:]
+        rows, columns = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
+        shapes = torch.tensor(image_shapes).to(images.device, non_blocking=True)
+        inside = (rows < shapes[:, :1])[:, None, :, None] & (columns < shapes[:, 1:2])[:, None, None, :]
+        return torch.where(inside, images, self.pad_value.to(images.dtype))
 
     def _converted(self, images: Tensor) -> Tensor:
         """The same images with the teacher's channels, whatever is in the padding."""
@@ -150,8 +150,15 @@ def _swaps_channels(preprocessor: nn.Module) -> bool:
     return bool(getattr(preprocessor, '_channel_conversion', False))
 
 
-def _divisor(preprocessor: nn.Module) -> int:
-    return int(getattr(preprocessor, 'pad_size_divisor', 1) or 1)
+def _pad_value(preprocessor: nn.Module) -> Tensor:
+    """(1,), or (C,) of a preprocessor that pads each channel with its own value."""
+    return torch.as_tensor(getattr(preprocessor, 'pad_value', 0), dtype=torch.float32).cpu().reshape(-1)
+
+
+def _are_equal(values: Tensor, others: Tensor) -> bool:
+    """Whether (C,) or (1,) are the same for every channel."""
+    comparable = len(values) == len(others) or 1 in (len(values), len(others))
+    return comparable and bool((values == others).all())
 
 
 def _counted(channels: int) -> str:

@@ -102,6 +102,16 @@ def test_the_batch_is_padded_as_the_teachers_own_preprocessing_would(student, ba
     torch.testing.assert_close(bridged, teacher(batch(shapes=shapes))['inputs'], rtol=1e-5, atol=2e-4)
 
 
+def test_each_channel_may_have_its_own_padding():
+    """As some own preprocessors pad with the mean."""
+    teacher = DetDataPreprocessor(pad_size_divisor=32)
+    teacher.pad_value = (1.0, 2.0, 3.0)
+    bridged = InputBridge(DetDataPreprocessor(), teacher, 3)(torch.zeros(2, 3, 20, 32), [(20, 32), (10, 16)])
+    assert bridged.shape[-2:] == (32, 32) and not bridged[0, :, :20].any() and not bridged[1, :, :10, :16].any()
+    for outside in (bridged[0, :, 20:], bridged[1, :, 10:], bridged[1, :, :, 16:]):
+        assert torch.equal(outside, torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1).expand_as(outside))
+
+
 def test_levels_are_cut_back_to_the_cells_that_the_students_batch_has():
     for size in range(1, 300):
         padded = -(-size // 32) * 32
