@@ -9,10 +9,11 @@ import torch
 from mmengine.config import Config
 
 from kd_det.cli.common import add_config_options, apply_config_options
-from kd_det.compat import load_checkpoint
+from kd_det.compat import CheckpointError
 from kd_det.composition import available_methods
 from kd_det.configuration import ConfigurationError, imports_of, load_config, student_config, type_name
 from kd_det.scopes import build_detector, enter_scope, scope_of
+from kd_det.teachers import load_strictly
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -30,14 +31,13 @@ def run(options: Namespace) -> int:
     apply_config_options(config, options)
     config = plain_config(config)
     enter_scope(scope_of(config))
-    checkpoint = load_checkpoint(options.checkpoint)
     model = build_detector(config.model)
     try:
-        model.load_state_dict(checkpoint.get('state_dict', checkpoint))
-    except RuntimeError as error:
+        found = load_strictly(model, options.checkpoint, role='student')
+    except CheckpointError as error:
         raise ConfigurationError(f"The checkpoint '{options.checkpoint}' is not of the student in '{options.config}': "
                                  f'{error}') from error
-    meta = {key: value for key, value in checkpoint.get('meta', {}).items() if key in ('dataset_meta', 'epoch', 'iter')}
+    meta = {key: value for key, value in found.items() if key in ('dataset_meta', 'epoch', 'iter')}
     write(dict(meta=meta, state_dict=model.state_dict()), options.out)
     config_file = options.out.with_suffix('.py')
     config.dump(config_file)

@@ -88,7 +88,7 @@ def _teacher_run(study: Study, teacher: dict) -> TrainedRun:
 def _add(seen: Seen, variant: str, runs: List[TrainedRun], validation: Validation, truth: COCO,
          shown: Sequence[int], teacher: Optional[dict] = None) -> None:
     """Adds the accuracies of a variant, and boxes and attention of its first run; the classes of a teacher by name."""
-    first = build_detector(runs[0].config, str(runs[0].checkpoint))
+    first = build_detector(runs[0].config, str(runs[0].checkpoint), teacher)
     count, match = number_of_classes(first), None
     try:
         match = _shared_classes(teacher, count, validation.classes) if teacher else None

@@ -6,7 +6,7 @@ import io
 import math
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import List, NamedTuple, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from mmdet.registry import DATASETS
@@ -20,6 +20,8 @@ from kd_det.configuration import ConfigurationError, student_model
 from kd_det.scopes import build_detector as build_model
 from kd_det.scopes import scope_of, within_scope
 from kd_det.teachers import load_strictly
+
+LOADING = ('allow_missing', 'allow_unexpected', 'checkpoint_prefix')  # of a teacher, see load_strictly
 
 Detection = List[float]  # x1, y1, x2, y2 in pixels of the original image, label, score
 
@@ -84,11 +86,18 @@ def _labelled(info: dict) -> LabelledImage:
         [bool(instance.get('ignore_flag', 0)) for instance in instances])
 
 
-def build_detector(config: Config, checkpoint: str) -> nn.Module:
-    """The trained detector of a config, or the trained student of a distillation, ready to detect."""
+def build_detector(config: Config, checkpoint: str, teacher: Optional[dict] = None) -> nn.Module:
+    """The trained detector of a config, or the trained student of a distillation, ready to detect.
+
+    Args:
+        config: Its config.
+        checkpoint: Its weights.
+        teacher: Of a teacher its config within a distillation, which may say how its checkpoint is loaded.
+    """
     with within_scope(scope_of(config)):
         detector = build_model(student_model(config))
-    load_strictly(detector, checkpoint)
+    told = {key: teacher[key] for key in LOADING if key in (teacher or {})}
+    load_strictly(detector, checkpoint, role='student' if teacher is None else 'teacher', **told)
     return detector.to(get_device()).eval()
 
 
