@@ -159,7 +159,7 @@ def test_every_family_is_run_or_has_its_reason():
 # Shrinking a config: which numbers are channels, which are lowered, and to what.
 CHANNELS = re.compile(r'(channels?|dims?|filters|planes)$|^num_feats$')
 RESNETS = ('ResNet', 'DetectoRS_ResNet', 'TridentResNet', 'Res2Net', 'ResNeSt')
-FEWER = dict(num_queries=10, num_proposals=5, nms_pre=50, max_per_img=5, max_per_image=5, score_thr=0.0, num_classes=3,
+FEWER = dict(num_queries=10, num_proposals=5, nms_pre=50, max_per_img=5, max_per_image=5, score_thr=-1.0, num_classes=3,
              num_things_classes=3, num_stuff_classes=2, num_layers=2, num_blocks=2, num_modules=1, stack_times=2,
              deepen_factor=0.33, feedforward_channels=64, num=32)
 
