@@ -6,6 +6,7 @@ from typing import List, Optional, Tuple
 from mmdet.registry import MODELS, TASK_UTILS
 from torch import Tensor
 
+from kd_det.adapters.levels import LevelError
 from kd_det.context import ComparedLevel
 from kd_det.functional.masks import assign_levels, level_foreground, near_anchor_foreground
 from kd_det.masks.base import CellMask
@@ -30,7 +31,16 @@ class PyramidMask(CellMask):
         return True
 
     def box_levels(self, level: ComparedLevel) -> Tuple[List[Tensor], int]:
-        """The level that each box belongs to, one (n,) per image, and which this is; both counted from the finest."""
+        """The level that each box belongs to, one (n,) per image, and which this is; both counted from the finest.
+
+        Raises:
+            LevelError: The cells of the level are not square.
+        """
+        if any(abs(cells - side / level.stride) > 1.5 for cells, side in zip(level.shape, level.context.batch_shape)):
+            raise LevelError(f"The level of {level.shape[0]} × {level.shape[1]} cells of a batch of "
+                             f"{' × '.join(map(str, level.context.batch_shape))} pixels does not have square cells of "
+                             f'{level.stride} pixels, which {type(self).__name__} reads by. Take another mask, such as '
+                             'BoxForeground.')
         taps = level.context.student_levels.values()  # some, as YOLOv3's neck, begin with the coarsest level
         strides = max((sorted(each.stride for each in levels) for levels in taps if len(levels) > level.index
                        and levels[level.index].stride == level.stride), key=len)

@@ -70,8 +70,10 @@ def without_pretrained(config: Any) -> Any:
 
 
 def is_pretrained(config: Any) -> bool:
-    """Whether a part of a model dict is an ``init_cfg`` that loads a checkpoint."""
-    return type_name(config) in ('Pretrained', 'PretrainedInit')
+    """Whether a part of a model dict is an ``init_cfg`` that loads a checkpoint; PVT's and its kin's have no type."""
+    if type_name(config):
+        return type_name(config) in ('Pretrained', 'PretrainedInit')
+    return isinstance(config, dict) and 'checkpoint' in config and 'config' not in config
 
 
 def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str] = (),

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from kd_det.adapters.levels import LevelError
 from kd_det.context import ComparedLevel, DistillContext, Level
 from kd_det.masks import build_mask
 
@@ -92,3 +93,11 @@ def test_near_anchors_are_not_in_the_padding(compared):
 def test_no_boxes_no_foreground(mask, compared):
     for level in compared([torch.zeros(0, 4), torch.zeros(0, 4)]):
         assert build_mask(mask).cells(level).abs().max() == 0
+
+
+@pytest.mark.parametrize('mask', ['LevelForeground', 'NearAnchorForeground'])
+def test_cells_that_are_not_square_are_refused(mask, compared):
+    level = compared([torch.tensor([[0., 0., 30., 30.]])])[0]
+    level.teacher = level.teacher[:, :, :, ::2]  # a stride of 8 by 4
+    with pytest.raises(LevelError, match='32 × 24 cells of a batch of 128 × 192 pixels does not have square cells of 4'):
+        build_mask(mask).cells(level)

@@ -9,7 +9,7 @@ from mmengine.model import PretrainedInit
 
 from kd_det.compat import CheckpointError
 from kd_det.teachers import TeacherError, load_strictly, read_model_config
-from kd_det.teachers.loading import without_pretrained
+from kd_det.teachers.loading import is_pretrained, without_pretrained
 
 
 @pytest.fixture
@@ -198,3 +198,12 @@ def test_a_shared_beginning_that_fits_nothing_is_told_too(detector, tmp_path):
     with pytest.raises(CheckpointError) as error:  # a student has no such option
         load_strictly(detector, _save(tmp_path, _after('model.', detector.state_dict())), role='student')
     assert 'checkpoint_prefix' not in str(error.value) and "after 'model.'" in str(error.value)
+
+
+@pytest.mark.parametrize('config, loads', [
+    (dict(type='Pretrained', checkpoint='a.pth'), True), (dict(type='mmengine.model.PretrainedInit'), True),
+    (dict(checkpoint='a.pth'), True),  # as PVT's configs write it
+    (dict(type='Normal', std=0.1), False), (dict(config='a.py', checkpoint='a.pth'), False), ('a.pth', False)])
+def test_what_loads_weights_from_somewhere(config, loads):
+    assert is_pretrained(config) is loads
+    assert ('init_cfg' in without_pretrained(dict(type='PVT', init_cfg=config))) is not loads
