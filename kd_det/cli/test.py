@@ -67,7 +67,7 @@ def augment(config: Config) -> None:
         pipeline[-1] = dict(type='TestTimeAug', transforms=[flips, packing])
     dataset['pipeline'] = pipeline
     wrapper = config.get('tta_model') or dict(
-        type=f'{HOME}.DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
+        type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
     config.model = ConfigDict(**wrapper, module=config.model)
 
 
