@@ -14,7 +14,7 @@ from kd_det.distillers.weights import Weight, WeightConfig
 
 DEFAULT_RATIO = 0.5
 ROUNDING = 1e-8  # share of the task's gradient below which a term's is rounding, and no direction to follow
-IMAGES = 2  # with boxes, before there is a weight
+SINGLES = 3  # measurements of one image with boxes, before there is a weight; of several at once one will do
 MEASUREMENTS = 5  # before a measurement can be called far from the others
 SPREADS = 3.0  # times their mean distance from their mean; as far as one is followed
 NEAR = math.log(2)  # as far as one is always followed
@@ -50,8 +50,8 @@ class Balance(Weight):
     - It counts by the boxes that it saw: fully with as many as such a batch has on average, or more, and not at all
       without boxes, where the task's gradient is another one, and many a term's. Boxes of the term's view, over all
       ranks; crowds and boxes of classes that the teacher does not know are none.
-    - The weight is 0 until two images with boxes were seen, and while no measurement has found both gradients, the
-      term's more than rounding beside the task's.
+    - It counts only where it finds both gradients, the term's more than rounding beside the task's.
+    - The weight is 0 until a batch that counts had boxes on two images, or three such batches on one.
     - From the sixth on none is taken to be farther from the mean than three times the mean distance so far, or a factor
       of 2 where that is more.
     - Where the first ``start`` measurements saw no boxes, those without boxes count, until there are some.
@@ -107,7 +107,7 @@ class Balance(Weight):
         both = torch.stack(norms)
         self.steps += 1
         means = self._means(both.device)
-        number, images = both.new_tensor([1, IMAGES]) if boxes is None else boxes.to(both)
+        number, images = both.new_tensor([1, 2]) if boxes is None else boxes.to(both)
         counts = torch.isfinite(both).all() & (norms.task > 0) & (norms.term > ROUNDING * norms.task)
         ratio = torch.where(counts, torch.log(norms.task / norms.term), 0)
         full = (counts & (number > 0)).to(both)
@@ -129,9 +129,10 @@ class Balance(Weight):
     def scale(self) -> Tensor:
         """The weight that makes the two norms equal, a scalar."""
         means = self._means()
-        enough = means.counts[1] >= (1 if self.has_started else IMAGES)
+        measurements, images = means.counts
+        enough = (images > measurements) | (measurements >= (1 if self.has_started else SINGLES))
         instead = means.empty if self.has_started else torch.zeros_like(means.empty)
-        mean = torch.where(means.counts[1] > 0, means.averages * enough, instead)
+        mean = torch.where(images > 0, means.averages * enough, instead)
         return torch.where(mean[1] > 0, torch.exp(_value(mean)), 0)
 
     def state_dict(self) -> Dict[str, Tensor]:
@@ -146,7 +147,7 @@ class Balance(Weight):
         self.steps = int(state.pop('steps', self.start if state else 0))
         self.means = None
         if state:
-            seen_enough = self._means()._replace(counts=torch.tensor([0.0, IMAGES]))
+            seen_enough = self._means()._replace(counts=torch.tensor([0.0, 1.0]))
             self.means = seen_enough._replace(**state)
 
     def _means(self, device: Optional[torch.device] = None) -> Means:

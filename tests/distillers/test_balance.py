@@ -141,10 +141,12 @@ def test_batches_without_boxes_change_nothing_once_there_are_others():
     assert _measured(empty, seen[0], empty, empty, seen[1], seen[2]).scale == expected == pytest.approx(4.5, rel=0.02)
 
 
-def test_there_is_no_weight_before_two_images_with_boxes_and_then_there_is():
-    empty, one = (80.0, 0, 0), (4.0, 5, 1)
-    scales = [_measured(*[empty, one, empty, one, empty][:count]).scale.item() for count in range(6)]
-    assert scales[:4] == [0, 0, 0, 0] and scales[4:] == [pytest.approx(4.0)] * 2
+def test_there_is_no_weight_before_three_single_images_or_two_at_once_have_boxes():
+    empty, one, two = (80.0, 0, 0), (4.0, 5, 1), (4.0, 5, 2)
+    for others, several in (([one, one], one), ([], two), ([one], two)):
+        measurements = [empty, *others, empty, several, empty]
+        scales = [_measured(*measurements[:count]).scale.item() for count in range(len(measurements) + 1)]
+        assert scales == [0] * (len(others) + 3) + [pytest.approx(4.0)] * 2
     assert _measured(one, *[empty] * 49).scale == pytest.approx(4.0)  # long enough waited
 
 
