@@ -169,7 +169,7 @@ def distillation_config(student: Union[str, Config], teacher_config: str, teache
             f"The student's config '{config.filename}' is a distillation already (its model is a "
             f'{DISTILLER}): give the config of a plain detector, or train this one with kd-det train.')
     with within_scope(scope_of(config)):
-        model = _student_of(config, str(config.filename if isinstance(student, Config) else student))
+        model = _student_of(config, str((config.filename or '') if isinstance(student, Config) else student))
         terms = method_terms(method, family or head_family(model), balance)
         check_terms(method, terms, type_name(model), head_classes(model))
         check_parts(model, () if inherit == 'auto' else (inherit, ) if isinstance(inherit, str) else inherit)

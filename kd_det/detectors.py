@@ -189,7 +189,7 @@ def _config_lines(inner: Inner, model: dict, file: str) -> str:
         outer = outer[key]
     preprocessor = '' if outer.get('data_preprocessor') or not inner.model.get('data_preprocessor') else \
         f', data_preprocessor={inner.model.data_preprocessor.to_dict()}'
-    if '::' not in file and Config._is_lazy_import(file):
+    if Path(file).is_file() and Config._is_lazy_import(file):
         return ('  from mmengine.config import read_base\n  with read_base():\n'
                 f'      from .{Path(file).stem} import *\n  model = dict(**model.{inner.path}{preprocessor})')
     base = file if '::' in file else f'./{Path(file).name}'

@@ -109,6 +109,13 @@ def test_the_lines_that_the_error_names_make_a_student(wrap, faster_rcnn, run_co
     assert torch.equal(built.data_preprocessor.mean, expected.data_preprocessor.mean)
 
 
+@pytest.mark.parametrize('file, remedy', [(None, "Put its part 'detector' in its place."), ('gone.py', "'./gone.py'")])
+def test_a_config_that_is_in_no_file_is_refused_alike(file, remedy, faster_rcnn):
+    config = Config(dict(model=semi(faster_rcnn())), cfg_text=' ', filename=file)
+    with pytest.raises(ConfigurationError, match=re.escape(remedy)):
+        distillation_config(config, TEACHER, 'x.pth', 'fgd')
+
+
 def test_the_lines_for_a_pure_python_config(retinanet, tmp_path):
     (tmp_path / 'wrapped.py').write_text(
         'from mmengine.config import read_base\nfrom mmdet.models import SoftTeacher\n'
