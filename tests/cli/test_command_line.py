@@ -177,7 +177,7 @@ def test_distill_then_test_then_export(workspace, capsys):
 
 
 def test_several_checkpoints_are_an_ensemble(workspace, monkeypatch):
-    monkeypatch.setattr(distill, 'train', lambda config, resume: None)
+    monkeypatch.setattr(distill, 'train', lambda config, *options: None)
     several = ['--teacher-checkpoint', 'teacher.pth', 'teacher.pth']
     assert main([*DISTILL, *several, '--balance', '0.5', *NO_PREFLIGHT, 'model.distill.fgd.temperature=0.8']) == 0
     made = load_config('work_dirs/student_fgd_2_teachers/student_fgd_2_teachers.py').model
@@ -273,7 +273,7 @@ def test_mixed_precision_needs_a_gpu(workspace, capsys, monkeypatch):
     assert '--amp needs a GPU' in error_of(['train', 'student.py', '--amp'], capsys)
     trained = []
     monkeypatch.setattr('kd_det.cli.train.get_device', lambda: 'cuda')
-    monkeypatch.setattr('kd_det.cli.train.train', lambda config, resume: trained.append(config.optim_wrapper))
+    monkeypatch.setattr('kd_det.cli.train.train', lambda config, *options: trained.append(config.optim_wrapper))
     assert main(['train', 'student.py', '--amp']) == 0
     assert trained[0].type == 'AmpOptimWrapper' and trained[0].loss_scale == 'dynamic'
 
