@@ -120,6 +120,19 @@ def test_the_tables_by_the_logs_are_their_records():
          f'{found.mean:+.3f} ({low:+.3f} to {high:+.3f}), {found.verdict}']]
 
 
+def test_the_table_of_balances_weights_is_its_record():
+    """Beside the control's median, how far from it the weights are, kind by kind."""
+    summary = json.loads((DOCS / 'results' / 'balance_empty_images.json').read_text(encoding='utf-8'))['summary']
+    text = (DOCS / 'methods.md').read_text(encoding='utf-8').partition('(results/balance_empty_images.json)')[2]
+    expected = {}
+    for row in summary:
+        name = f"`{row['term']}`" + (f" of `{row['method']}`" if row['method'] != row['term'] else '')
+        expected.setdefault(name, [f"{row['control']:.2f}"]).append(f"{row['low_share']:.2f} to {row['high_share']:.2f}")
+    assert len(expected) == 4
+    for name, cells in expected.items():
+        assert f"| {name} | {' | '.join(cells)} |" in text
+
+
 def _seeds_and_spread(name: str, by_seed: Dict[int, float]) -> List[str]:
     values = list(by_seed.values())
     return [name, *(f'{value:.3f}' for value in values), f'{mean(values):.3f} ± {stdev(values):.3f}']
