@@ -124,6 +124,9 @@ def skill_of(votes, match=None, names=None):
     [[9, 0, 0], [0, 0, 3], [0, 2, 4]],  # buses are taken for trucks, lorries for both
     [[9, 0, 0], [0, 2, 7], [0, 0, 0]],  # few objects, and no other name is wrong
     [[0, 2, 0], [0, 0, 2], [2, 0, 0]],  # too few to tell
+    [[2, 40], [0, 0]],  # what is frequent in training is rare here
+    [[5, 60, 10], [0, 0, 0], [0, 0, 0]],
+    [[2, 12, 0], [0, 1, 0], [0, 0, 30]],  # a class that was never learnt looks like another
     [[0, 0, 0], [0, 0, 0], [0, 0, 0]]])
 def test_what_is_no_wrong_name(votes):
     assert wrong_names(skill_of(votes)) == {}
@@ -144,6 +147,26 @@ def test_wrong_names_among_other_classes():
     assert wrong_names(skill_of([[0, 6], [0, 0], [6, 0], [0, 0]], match, ('c', 'a'))) == {}
     assert wrong_names(skill_of([[6, 0], [0, 0], [0, 6], [0, 0]], match, ('c', 'a'))) == {0: 0, 2: 1}
     assert wrong_names(skill_of([[0, 0], [0, 6], [0, 0], [6, 0]], match, ('c', 'a'))) == {1: 1, 3: 0}  # by b and d
+
+
+def test_a_class_that_the_data_does_not_have_may_lie_on_one_that_the_teacher_does_not_have():
+    """The teacher knows persons and cars, the data persons and vehicles."""
+    match = match_classes(('person', 'vehicle'), ('person', 'car'))
+    assert wrong_names(skill_of([[5, 0], [0, 50]], match, ('person', 'vehicle'))) == {}
+
+
+@pytest.mark.parametrize('classes, objects, rightly', [(20, 60, 0.), (80, 150, 0.1), (200, 64, 0.1), (365, 400, 0.15)])
+def test_a_weak_teacher_of_many_classes_is_told_from_one_in_another_order(classes, objects, rightly):
+    """Of many classes with few objects each, some assignment of names fits by chance."""
+    generator = torch.Generator().manual_seed(classes)
+    truth = torch.randint(classes, (objects, ), generator=generator)
+    guessed = torch.randint(classes, (objects, ), generator=generator)
+    called = truth.where(torch.rand(objects, generator=generator) < rightly, guessed)
+    votes = torch.zeros(classes, classes, dtype=torch.long).index_put_((called, truth), torch.tensor(1), accumulate=True)
+    skill = skill_of(votes.tolist(), names=tuple(map(str, range(classes))))
+    assert wrong_names(skill) == {}
+    able = votes + torch.eye(classes, dtype=torch.long) * 3
+    assert len(wrong_names(skill._replace(votes=able.roll(1, 0)))) > 0.9 * classes
 
 
 def test_an_order_is_proposed_where_boxes_tell_all_of_it():
