@@ -60,9 +60,11 @@ class DistillHook(Hook):
         log_operator_backend()
         teachers = distiller.build_teachers()
         self._fingerprints = [teacher.fingerprint() for teacher in teachers]
-        check_labels(dict(train=runner.train_dataloader.dataset))
-        for loop in (runner.train_loop, runner.val_loop):
+        loops = dict(train=runner.train_loop, val=runner.val_loop)
+        for loop in loops.values():
             use_one_metainfo(loop)
+        check_labels({split: loop.dataloader.dataset for split, loop in loops.items() if loop is not None},
+                     dict(val=runner.val_loop.evaluator.metrics) if runner.val_loop else {})
         classes = distiller.match_classes(label_names(runner.train_dataloader.dataset))
         for teacher in teachers:
             # A random teacher is the user's explicit wish, and detects nothing.
