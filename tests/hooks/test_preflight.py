@@ -96,18 +96,22 @@ def test_names_that_the_boxes_contradict(runner, teacher, truth, labels, classes
     assert skill.metrics['coco/bbox_mAP'] == 1
 
 
-def test_a_run_stops_before_its_first_step_and_shows_the_confusion(retinanet, make_runner, teacher, truth, tmp_path):
+@pytest.mark.parametrize('teachers, place', [(1, ''), (2, 'model.teacher[1]: ')])
+def test_a_run_stops_before_its_first_step_and_shows_the_confusion(teachers, place, retinanet, make_runner, teacher,
+                                                                   truth, tmp_path):
     torch.save(dict(state_dict=MODELS.build(retinanet(neck=12)).state_dict(),
                     meta=dict(dataset_meta=dict(classes=CLASSES))), tmp_path / 'teacher.pth')
-    run = make_runner(dict(type='DetectionDistiller', student=retinanet(), distill=dict(fgd=dict(type='FGD')),
-                           teacher=dict(config=retinanet(neck=12), checkpoint=str(tmp_path / 'teacher.pth'))),
+    of_file = dict(config=retinanet(neck=12), checkpoint=str(tmp_path / 'teacher.pth'))
+    run = make_runner(dict(type='DetectionDistiller', student=retinanet(),
+                           distill={f'fgd{each}': dict(type='FGD', teacher=each) for each in range(teachers)},
+                           teacher=of_file if teachers == 1 else [of_file] * teachers),
                       val=True, preflight=dict(min_map=0.0))
     shifted = teacher(truth, (1, 2, 0))
-    run.model.build_teachers()[0].predict = shifted.predict
+    run.model.build_teachers()[-1].predict = shifted.predict
     with pytest.raises(TeacherError) as error:
         run.train()
     lines = str(error.value).splitlines()
-    assert lines[1].split() == list(CLASSES)
+    assert lines[0].startswith(f"{place}Pre-flight: the teacher's boxes lie on") and lines[1].split() == list(CLASSES)
     rows = {line.split()[0]: list(map(int, line.split()[1:])) for line in lines[2:5]}
     assert rows['green'][0] > 0 and rows['green'][1:] == [0, 0] and sum(map(sum, rows.values())) == 16
     assert run.iter == 0
