@@ -189,8 +189,8 @@ def metainfo_of(dataset: object) -> dict:
 def first_metainfo(metainfo: Union[dict, Sequence[dict], None]) -> dict:
     """One ``metainfo``, or of joined data sets that differ in it, as in a palette, the first; empty where there is none.
     """
-    return next((each for each in ([metainfo] if isinstance(metainfo, dict) else metainfo or ()) if isinstance(each, dict)),
-                {})
+    given = [metainfo] if isinstance(metainfo, dict) else metainfo or ()
+    return next((each for each in given if isinstance(each, dict)), {})
 
 
 def _categories_of(leaf: object) -> Dict[int, str]:

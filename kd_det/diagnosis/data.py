@@ -159,7 +159,7 @@ def _inspect_label_names(subject: str, names: LabelNames, evaluated: bool) -> It
         lines.append(f'its boxes have other names than metainfo.classes says{COCO_ORDER}:'
                      + _side_by_side(names.meant, names.declared, 'boxes', 'metainfo'))
     if subject.endswith('evaluator') and not lines[:-1]:
-        yield Finding(f'{subject} classes', *lines, "Give the evaluator the annotation file of its data set, or one with "
+        yield Finding(f'{subject} classes', *lines, 'Give the evaluator the annotation file of its data set, or one with '
                       'the categories in that order', fault=True)
         return
     yield Finding(f'{subject} classes', '; '.join(lines),
@@ -269,8 +269,9 @@ def _inspect_coco(split: str, dataset: dict, path: str) -> Iterator[Finding]:
             remedy = ("Set metainfo=dict(classes=…) of the data set to the file's names, and num_classes of every head "
                       'to their number')
         shown = str if all(isinstance(name, str) for name in (*classes, *names.values())) else repr  # as 1 and '1'
-        yield Finding(subject, f"'{path}' has no box of the config's classes ({_listed(list(map(shown, classes)))}); the "
-                      f"file's categories are {_listed(sorted(map(shown, names.values())))}", remedy, fault=True)
+        expected, there = list(map(shown, classes)), sorted(map(shown, names.values()))
+        yield Finding(subject, f"'{path}' has no box of the config's classes ({_listed(expected)}); the file's "
+                      f'categories are {_listed(there)}', remedy, fault=True)
     else:
         yield Finding(subject, f'{len(images)} images, {len(annotated)} of them with boxes of {len(classes)} classes')
 

@@ -81,7 +81,7 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int,
 
     Raises:
         TeacherError: See :func:`classes_on`.
-        ConfigurationError: The validation data is empty, or has no boxes.
+        ConfigurationError: The validation data is empty, has no boxes, or does not name its classes.
         DiagnosisError: Its labels mean something else than its metainfo says.
     """
     loader = runner.cfg.get('val_dataloader')
@@ -91,9 +91,12 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int,
     with preserved_randomness():
         dataset = DATASETS.build(copy.deepcopy(loader['dataset']))
         check_labels(dict(val=dataset))
-        names = label_names(dataset)
-        match = classes_on(teacher, names)
         indices = labelled_images(dataset, images)
+        names = label_names(dataset)
+        if names is None:
+            raise ConfigurationError('The validation data does not name its classes: write metainfo=dict(classes=(…)) in '
+                                     'val_dataloader.dataset.')
+        match = classes_on(teacher, names)
         metric = Evaluator([CocoMetric(metric='bbox', outfile_prefix=outfile_prefix)])
         metric.dataset_meta = dict(classes=names)
         votes = torch.zeros(number_of_classes(teacher.model) or len(teacher.classes or names), len(names),
@@ -105,7 +108,7 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int,
             data = preprocess(batch, False)
             for sample in teacher.predict(data['inputs'], data['data_samples']):
                 place = next(places)
-                objects = dataset.get_data_info(indices[place % len(indices)])['instances']
+                objects = dataset.get_data_info(indices[place % len(indices)]).get('instances') or ()
                 found = _plain_boxes(sample.pred_instances)
                 if place < len(indices):
                     votes += count_votes(found, *_truth(objects), *votes.shape)
@@ -140,7 +143,7 @@ def labelled_images(dataset: Dataset, most: int) -> List[int]:
     """
 
     def has_boxes(index: int) -> bool:
-        return any(not each.get('ignore_flag') for each in dataset.get_data_info(index)['instances'])
+        return any(not each.get('ignore_flag') for each in dataset.get_data_info(index).get('instances') or ())
 
     first = range(min(most, len(dataset)))
     if any(map(has_boxes, first)):
@@ -148,7 +151,8 @@ def labelled_images(dataset: Dataset, most: int) -> List[int]:
     later = [index for index in range(len(first), len(dataset)) if has_boxes(index)][:most]
     if not later:
         raise ConfigurationError(f"The validation data {'has no boxes' if len(dataset) else 'is empty'}: check "
-                                 'val_dataloader.dataset (ann_file, data_prefix, data_root, metainfo).')
+                                 'val_dataloader.dataset (ann_file, data_prefix, data_root, metainfo). To train without '
+                                 'looking at the teacher, set default_hooks.distill.preflight=None.')
     return later
 
 

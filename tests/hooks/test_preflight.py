@@ -80,6 +80,21 @@ def test_the_first_images_that_have_boxes(runner, teacher, truth, coco_folder, t
         evaluate_teacher(runner(**data), teacher(truth), images=3)
 
 
+@pytest.mark.parametrize('metainfo, boxes, message', [
+    ({}, False, 'has no boxes: .*metainfo.*preflight=None'), ({}, True, 'does not name its classes')])
+def test_validation_data_without_names_or_boxes(runner, teacher, truth, coco_folder, tmp_path, metainfo, boxes, message):
+    image = json.loads((coco_folder / 'all.json').read_text())['images'][0]
+    objects = dict(instances=[dict(bbox=[0, 0, 9, 9], bbox_label=0, ignore_flag=0)]) if boxes else {}
+    listed = dict(img_path=image['file_name'], img_id=image['id'], height=64, width=64, **objects)
+    (tmp_path / 'data.json').write_text(json.dumps(dict(metainfo=metainfo, data_list=[listed])))
+    run = runner()
+    dataset = run.cfg.val_dataloader.dataset
+    dataset.type, dataset.ann_file = 'BaseDetDataset', str(tmp_path / 'data.json')
+    dataset.data_prefix, dataset.metainfo = dict(img_path=''), metainfo
+    with pytest.raises(ConfigurationError, match=message):
+        evaluate_teacher(run, teacher(truth), images=8)
+
+
 @pytest.mark.parametrize('labels, classes, renamed', [
     ((0, 1, 2), ('green', 'blue', 'red'), ['blue', 'green', 'red']),  # two names exchanged
     ((1, 2, 0), CLASSES, ['red', 'blue', 'green']),  # all labels turned
