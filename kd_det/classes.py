@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import mmap
 import re
+import unicodedata
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -90,8 +91,8 @@ def match_classes(student: Sequence[str], teacher: Sequence[str]) -> ClassMatch:
         ConfigurationError: No class is shared.
     """
     exact = {name: label for label, name in reversed(list(enumerate(teacher)))}
-    left = {_spelling(name): label for name, label in exact.items() if name not in set(student)}
-    pairs = [(label, exact.get(name, left.get(_spelling(name)))) for label, name in enumerate(student)]
+    left = {spelling(name): label for name, label in exact.items() if name not in set(student)}
+    pairs = [(label, exact.get(name, left.get(spelling(name)))) for label, name in enumerate(student)]
     pairs = [pair for pair in pairs if pair[1] is not None]
     if not pairs:
         raise ConfigurationError(
@@ -136,7 +137,7 @@ class LabelNames(NamedTuple):
 
 def same_meaning(first: Sequence[str], second: Sequence[str]) -> bool:
     """Whether labels that two lists of names both have mean the same in both, up to spelling."""
-    return all(_spelling(one) == _spelling(other) for one, other in zip(first, second))
+    return all(spelling(one) == spelling(other) for one, other in zip(first, second))
 
 
 def read_label_names(leaf: object) -> Optional[LabelNames]:
@@ -153,12 +154,14 @@ def read_label_names(leaf: object) -> Optional[LabelNames]:
     Returns:
         The names; None where nothing tells them.
     """
+    getattr(leaf, 'full_init', lambda: None)()  # as a Runner does, where lazy_init left it
     declared = tuple(map(str, metainfo_of(leaf).get('classes') or ()))
     labels, named, known = getattr(leaf, 'cat2label', None), getattr(leaf, 'label_map', None), ()
     meant: Dict[int, str] = dict(enumerate(declared))
     if isinstance(labels, dict) and hasattr(leaf, 'cat_ids'):
         categories = _categories_of(leaf)
-        if labels.keys() <= categories.keys():
+        # A data set of one's own may unite categories, and name what they are together.
+        if labels.keys() <= categories.keys() and len(set(labels.values())) == len(labels):
             meant, known = {label: categories[category] for category, label in labels.items()}, categories.values()
     elif isinstance(named, dict) and all(isinstance(name, str) for name in named.values()):
         meant = {int(label): name for label, name in named.items()}
@@ -186,7 +189,8 @@ def metainfo_of(dataset: object) -> dict:
 def first_metainfo(metainfo: Union[dict, Sequence[dict], None]) -> dict:
     """One ``metainfo``, or of joined data sets that differ in it, as in a palette, the first; empty where there is none.
     """
-    return (metainfo if isinstance(metainfo, dict) else next(iter(metainfo or ()), None)) or {}
+    given = [metainfo] if isinstance(metainfo, dict) else metainfo or ()
+    return next((each for each in given if isinstance(each, dict)), {})
 
 
 def _categories_of(leaf: object) -> Dict[int, str]:
@@ -247,8 +251,9 @@ def number_of_classes(model: nn.Module) -> Optional[int]:
     return getattr(head, 'num_classes', None)
 
 
-def _spelling(name: str) -> str:
-    return ''.join(character for character in name.casefold() if character not in ' _-')
+def spelling(name: str) -> str:
+    """A name without regard to case, spaces, '_' and '-', and to how Unicode composes its signs."""
+    return ''.join(each for each in unicodedata.normalize('NFKC', name).casefold() if each not in ' _-')
 
 
 def _look_up(labels: Tensor, count: int, keys: Sequence[int], values: Sequence[int]) -> Tensor:

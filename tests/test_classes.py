@@ -1,5 +1,6 @@
 """Classes are matched by name: any order, any number, any spelling of spaces."""
 import json
+import unicodedata
 
 import pytest
 import torch
@@ -43,6 +44,10 @@ def test_detections_get_the_students_labels():
     assert torch.equal(translated.scores, detections.scores[1:])
     assert detections.labels.tolist() == [0, 1, 2, 1]
     assert len(match.translated(detections[:0])) == 0
+
+
+def test_how_unicode_composes_a_name_does_not_count():
+    assert match_classes(('épée', 'ﬁsh'), ('fish', unicodedata.normalize('NFD', 'épée'))).of_teacher == (1, 0)
 
 
 def test_spelling_counts_only_where_no_name_is_equal():
@@ -100,6 +105,16 @@ def test_labels_mean_the_categories_that_boxes_have(built, kind, meant):
     assert names.meant == names.known == meant and names.declared == ('ant', 'Katze 猫', 'zebra') and not names.agree
     assert names.meant[dataset.get_data_info(0)['instances'][0]['bbox_label']] == 'ant'
     assert label_names(dataset) == meant
+
+
+def test_labels_of_a_data_set_that_is_not_read_yet(built):
+    assert label_names(built(COCO, metainfo=dict(classes=('ant', 'zebra')), lazy_init=True)) == ('zebra', 'ant')
+
+
+def test_a_data_set_that_unites_categories_says_what_they_are(built):
+    dataset = built(COCO, metainfo=dict(classes=('animal', 'zebra')))
+    dataset.cat2label, dataset.cat_ids = {7: 1, 3: 0, 5: 0}, [7, 3, 5]
+    assert read_label_names(dataset).meant == ('animal', 'zebra') and read_label_names(dataset).agree
 
 
 def test_a_name_that_is_no_category_shifts_the_labels(built):

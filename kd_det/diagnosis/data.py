@@ -15,7 +15,7 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 
-from kd_det.classes import LabelNames, dataset_classes, metainfo_of, read_label_names, same_meaning
+from kd_det.classes import LabelNames, dataset_classes, metainfo_of, read_label_names, same_meaning, spelling
 from kd_det.configuration import built_leaves, leaf_datasets, student_model, type_name
 from kd_det.datasets.unlabelled import Unlabelled
 from kd_det.diagnosis.finding import Finding, raise_faults
@@ -78,6 +78,7 @@ def inspect_labels(datasets: Mapping[str, object], metrics: Mapping[str, Sequenc
         metrics: Of the evaluators of some of them: one with an annotation file of its own numbers classes, too.
     """
     found: Dict[str, LabelNames] = {}
+    evaluated: List[LabelNames] = []
     for split, dataset in datasets.items():
         leaves = [leaf for leaf in built_leaves(dataset) if not _is_unlabelled(leaf)]
         for index, leaf in enumerate(leaves):
@@ -86,10 +87,11 @@ def inspect_labels(datasets: Mapping[str, object], metrics: Mapping[str, Sequenc
                 found[f'{split} data {index}' if len(leaves) > 1 else f'{split} data'] = names
         for api in filter(None, (getattr(metric, '_coco_api', None) for metric in metrics.get(split, ()))):
             names = _evaluated_names(api, metainfo_of(dataset).get('classes') or ())
+            evaluated.append(names)
             if names not in found.values():
                 found[f'{split} evaluator'] = names
     for subject, names in found.items():
-        yield from _inspect_label_names(subject, names)
+        yield from _inspect_label_names(subject, names, names in evaluated)
     (first, names), others = next(iter(found.items()), ('', LabelNames((), (), ()))), list(found.items())[1:]
     for subject, other in others:
         if names.agree and other.agree and not same_meaning(names.meant, other.meant):
@@ -130,17 +132,25 @@ def check_labels(datasets: Mapping[str, object], metrics: Mapping[str, Sequence[
     raise_faults(inspect_labels(datasets, metrics))
 
 
-def _inspect_label_names(subject: str, names: LabelNames) -> Iterator[Finding]:
-    """Whether the labels of one data set mean what its metainfo says."""
-    unused = [name for name in names.known if name not in names.meant]
-    nearest = {name: get_close_matches(name, unused, n=1) for name in names.absent}
+def _inspect_label_names(subject: str, names: LabelNames, evaluated: bool) -> Iterator[Finding]:
+    """Whether the labels of one data set mean what its metainfo says; of an evaluator, what that of its data says.
+
+    Args:
+        subject: What is looked at.
+        names: What its labels mean.
+        evaluated: Whether an evaluator looks up the category of each label in this annotation file.
+    """
+    unused = {spelling(name): name for name in names.known if name not in names.meant}
+    nearest = {name: [unused[near] for near in get_close_matches(spelling(name), unused, n=1)] for name in names.absent}
     misspelt = [f"there is no category '{name}' in the annotations; the nearest name is '{near[0]}'"
                 for name, near in nearest.items() if near]
-    absent = [f"there is no category '{name}' in the annotations" for name, near in nearest.items() if not near]
+    missing = [f"'{name}'" for name, near in nearest.items() if not near]
+    absent = [f"there {'are no categories' if missing[1:] else 'is no category'} {_listed(missing)} in the annotations"
+              for _ in missing[:1]]
     # A class without a category that stands last shifts no label: nothing but the evaluation stumbles over it.
-    if names.agree and not misspelt and (not absent or subject.startswith('train')):
+    if names.agree and not misspelt and not (absent and evaluated):
         if absent:
-            yield Finding(f'{subject} classes', '; '.join(absent), 'Check the spelling; no box will teach this class')
+            yield Finding(f'{subject} classes', *absent, 'Check the spelling; no box has this class')
         return
     corrected = {near[0] if near else '' for near in nearest.values()} | set(names.declared)
     right = tuple(name for name in names.known if name in corrected)
@@ -148,9 +158,13 @@ def _inspect_label_names(subject: str, names: LabelNames) -> Iterator[Finding]:
     if not names.agree:
         lines.append(f'its boxes have other names than metainfo.classes says{COCO_ORDER}:'
                      + _side_by_side(names.meant, names.declared, 'boxes', 'metainfo'))
+    if subject.endswith('evaluator') and not lines[:-1]:
+        yield Finding(f'{subject} classes', *lines, 'Give the evaluator the annotation file of its data set, or one with '
+                      'the categories in that order', fault=True)
+        return
     yield Finding(f'{subject} classes', '; '.join(lines),
-                  ('Add the category to the annotation file, after the others, or leave it out: ' if absent else '')
-                  + f'Write metainfo=dict(classes={right!r}) in the data set'
+                  ('Add the category to the annotation file, at its place in metainfo.classes, or leave it out: '
+                   if absent else '') + f'Write metainfo=dict(classes={right!r}) in the data set'
                   + (f', and num_classes={len(right)} in every head' if len(right) != len(names.declared) else ''),
                   fault=True)
 
@@ -254,8 +268,10 @@ def _inspect_coco(split: str, dataset: dict, path: str) -> Iterator[Finding]:
         if missing:
             remedy = ("Set metainfo=dict(classes=…) of the data set to the file's names, and num_classes of every head "
                       'to their number')
-        yield Finding(subject, f"'{path}' has no box of the config's classes ({_listed(classes)}); the file's "
-                      f'categories are {_listed(sorted(names.values()))}', remedy, fault=True)
+        shown = str if all(isinstance(name, str) for name in (*classes, *names.values())) else repr  # as 1 and '1'
+        expected, there = list(map(shown, classes)), sorted(map(shown, names.values()))
+        yield Finding(subject, f"'{path}' has no box of the config's classes ({_listed(expected)}); the file's "
+                      f'categories are {_listed(there)}', remedy, fault=True)
     else:
         yield Finding(subject, f'{len(images)} images, {len(annotated)} of them with boxes of {len(classes)} classes')
 

@@ -21,6 +21,7 @@ from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.distillers.provenance import ORIGINS
 from kd_det.hooks.preflight import evaluate_teacher, require_names, require_skill
 from kd_det.runner import use_one_metainfo
+from kd_det.teachers import Teacher, TeacherError
 
 CHECKPOINT_KEY = 'distill'
 
@@ -60,25 +61,34 @@ class DistillHook(Hook):
         log_operator_backend()
         teachers = distiller.build_teachers()
         self._fingerprints = [teacher.fingerprint() for teacher in teachers]
-        check_labels(dict(train=runner.train_dataloader.dataset))
-        for loop in (runner.train_loop, runner.val_loop):
+        loops = dict(train=runner.train_loop, val=runner.val_loop)
+        for loop in loops.values():
             use_one_metainfo(loop)
+        check_labels({split: loop.dataloader.dataset for split, loop in loops.items() if loop is not None},
+                     dict(val=runner.val_loop.evaluator.metrics) if runner.val_loop else {})
         classes = distiller.match_classes(label_names(runner.train_dataloader.dataset))
-        for teacher in teachers:
+        for index, teacher in enumerate(teachers):
             # A random teacher is the user's explicit wish, and detects nothing.
             if self.preflight is not None and teacher.checkpoint:
-                skill = evaluate_teacher(runner, teacher, self.preflight['images'])
-                if skill is None:
-                    runner.logger.warning('Pre-flight: the config has no validation data, so the teacher goes '
-                                          'unchecked.')
-                    continue
-                metrics = ', '.join(f'{name} {value:.3f}' for name, value in skill.metrics.items())
-                runner.logger.info(f'Pre-flight: teacher {teacher.checkpoint} on up to {self.preflight["images"]} '
-                                   f'images: {metrics}')
-                require_names(skill, teacher)
-                require_skill(skill, self.preflight['min_map'], self.preflight['images'])
+                try:
+                    self._check_teacher(runner, teacher)
+                except TeacherError as error:
+                    if len(teachers) == 1:
+                        raise
+                    raise TeacherError(f'model.teacher[{index}]: {error}') from error
         if is_main_process():
             runner.logger.info('\n'.join(['Where the weights came from:', origin_table(distiller), *classes]))
+
+    def _check_teacher(self, runner: Runner, teacher: Teacher) -> None:
+        skill = evaluate_teacher(runner, teacher, self.preflight['images'])
+        if skill is None:
+            runner.logger.warning('Pre-flight: the config has no validation data, so the teacher goes unchecked.')
+            return
+        metrics = ', '.join(f'{name} {value:.3f}' for name, value in skill.metrics.items())
+        runner.logger.info(f'Pre-flight: teacher {teacher.checkpoint} on up to {self.preflight["images"]} images: '
+                           f'{metrics}')
+        require_names(skill, teacher)
+        require_skill(skill, self.preflight['min_map'], self.preflight['images'])
 
     def before_train_epoch(self, runner: Runner) -> None:
         training_epoch().set(runner.epoch)

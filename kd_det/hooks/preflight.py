@@ -81,7 +81,7 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int,
 
     Raises:
         TeacherError: See :func:`classes_on`.
-        ConfigurationError: The validation data is empty, or has no boxes.
+        ConfigurationError: The validation data is empty, has no boxes, or does not name its classes.
         DiagnosisError: Its labels mean something else than its metainfo says.
     """
     loader = runner.cfg.get('val_dataloader')
@@ -91,9 +91,12 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int,
     with preserved_randomness():
         dataset = DATASETS.build(copy.deepcopy(loader['dataset']))
         check_labels(dict(val=dataset))
-        names = label_names(dataset)
-        match = classes_on(teacher, names)
         indices = labelled_images(dataset, images)
+        names = label_names(dataset)
+        if names is None:
+            raise ConfigurationError('The validation data does not name its classes: write metainfo=dict(classes=(…)) in '
+                                     'val_dataloader.dataset.')
+        match = classes_on(teacher, names)
         metric = Evaluator([CocoMetric(metric='bbox', outfile_prefix=outfile_prefix)])
         metric.dataset_meta = dict(classes=names)
         votes = torch.zeros(number_of_classes(teacher.model) or len(teacher.classes or names), len(names),
@@ -105,7 +108,7 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int,
             data = preprocess(batch, False)
             for sample in teacher.predict(data['inputs'], data['data_samples']):
                 place = next(places)
-                objects = dataset.get_data_info(indices[place % len(indices)])['instances']
+                objects = dataset.get_data_info(indices[place % len(indices)]).get('instances') or ()
                 found = _plain_boxes(sample.pred_instances)
                 if place < len(indices):
                     votes += count_votes(found, *_truth(objects), *votes.shape)
@@ -140,7 +143,7 @@ def labelled_images(dataset: Dataset, most: int) -> List[int]:
     """
 
     def has_boxes(index: int) -> bool:
-        return any(not each.get('ignore_flag') for each in dataset.get_data_info(index)['instances'])
+        return any(not each.get('ignore_flag') for each in dataset.get_data_info(index).get('instances') or ())
 
     first = range(min(most, len(dataset)))
     if any(map(has_boxes, first)):
@@ -148,7 +151,8 @@ def labelled_images(dataset: Dataset, most: int) -> List[int]:
     later = [index for index in range(len(first), len(dataset)) if has_boxes(index)][:most]
     if not later:
         raise ConfigurationError(f"The validation data {'has no boxes' if len(dataset) else 'is empty'}: check "
-                                 'val_dataloader.dataset (ann_file, data_prefix, data_root, metainfo).')
+                                 'val_dataloader.dataset (ann_file, data_prefix, data_root, metainfo). To train without '
+                                 'looking at the teacher, set default_hooks.distill.preflight=None.')
     return later
 
 
@@ -176,26 +180,36 @@ def count_votes(found: InstanceData, boxes: Tensor, labels: Tensor, teachers: in
 def wrong_names(skill: Skill) -> Dict[int, int]:
     """The teacher's classes whose boxes lie on objects of another class than their name says.
 
-    Either by far most objects fit other names: there is an assignment of names under which :data:`CLEARLY` times as
-    many are called rightly. Or a class by itself is another: most of its boxes lie on objects of the other class, most
-    of these objects are taken for it, and hardly any for what they should be, which no class does that only looks like
-    another; where the other name is wrong too, as in an exchange, few objects suffice.
+    Either by far most objects fit other names: in an assignment of names, several classes are each other than they are
+    called and :data:`CLEARLY` times as many objects speak for that as for the names. Or a class by itself is another:
+    most of its boxes lie on objects of the other class, most of these objects are taken for it, and hardly any for what
+    they should be, which no class does that only looks like another; where the other name is wrong too, as in an
+    exchange, few objects suffice.
+
+    A weak teacher is none with wrong names. What it takes everything for is named rightly if the objects of that name
+    are; of many classes with an object or two any assignment fits by chance; and a class that the data does not have,
+    such as a car among vehicles, may lie on one that the teacher does not have.
 
     Returns:
         Teacher's label -> the data's label of the objects.
     """
     votes, match = skill.votes, skill.match
     own = dict(zip(match.of_teacher, match.of_student) if match else ((each, each) for each in range(len(skill.names))))
-    best = {label: other for label, other in zip(*linear_sum_assignment(votes.numpy(), maximize=True))
-            if votes[label, other]}
-    if agreement(votes, best) >= max(MANY, CLEARLY * agreement(votes, own)):
-        return {int(label): int(other) for label, other in best.items() if own.get(label) != other}
+    right = agreement(votes, own)
+    confirmed = {label for label, objects in own.items() if 2 * votes[label, objects] > votes[:, objects].sum()}
+    other_names = {int(label): int(other) for label, other in zip(*linear_sum_assignment(votes.numpy(), maximize=True))
+                   if votes[label, other] and own.get(label) != other and label not in confirmed
+                   and (label in own or other in own.values())}
+    clear = [int(votes[label, other]) for label, other in other_names.items()
+             if votes[label, other] >= max(FEW, int(votes[label].max()), int(votes[:, other].max()))]
+    if len(clear) > 1 and sum(clear) >= max(MANY, CLEARLY * right):
+        return other_names
     found: Dict[int, int] = {}
-    for label, objects in own.items():
+    for label in own.keys() - confirmed:
         taken, other = (int(each) for each in votes[label].max(0))
-        rightly = votes[label, objects] + sum(votes[each, other] for each, of in own.items() if of == other)
+        rightly = votes[label, own[label]] + sum(votes[each, other] for each, of in own.items() if of == other)
         majority = 2 * taken > max(votes[label].sum(), votes[:, other].sum())
-        if other != objects and other in own.values() and majority and taken >= max(FEW, CLEARLY * int(rightly)):
+        if other != own[label] and other in own.values() and majority and taken >= max(FEW, CLEARLY * int(rightly)):
             found[label] = other
     moved = {own[label] for label in found}
     return {label: other for label, other in found.items()

@@ -24,8 +24,10 @@ def teacher_classes(count: Optional[int], given: Sequence[str], meta: dict, conf
         The first of these that has ``count`` names; None where none has.
 
     Raises:
-        TeacherError: As many names are given as the teacher has not.
+        TeacherError: As many names are given as the teacher has not, one twice, or a text.
     """
+    if isinstance(given, str) or given and len(set(given)) != len(given):
+        raise TeacherError(f'teacher.classes={given!r} is no list of names: name each class once, by label.')
     if given and count not in (None, len(given)):
         raise TeacherError(f'teacher.classes gives {len(given)} names, but the teacher tells {count} classes apart: '
                            'name all of them, by label.')

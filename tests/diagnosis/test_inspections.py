@@ -131,6 +131,13 @@ def test_classes_that_the_file_does_not_have(config):
     assert 'metainfo=dict(classes=…)' in fault.remedy
 
 
+def test_classes_that_are_numbers_in_the_file_and_texts_in_the_config(config, folder):
+    rewrite(folder, lambda content: [category.update(name=category['id']) for category in content['categories']])
+    set_classes(config, ('1', '2', '3'))
+    fault = fault_of(inspect_annotations(config, ['train']))
+    assert "config's classes ('1', '2', '3'); the file's categories are 1, 2, 3" in fault.found
+
+
 def test_a_file_without_boxes(config, folder):
     rewrite(folder, lambda content: content.update(annotations=[]))
     fault = fault_of(inspect_annotations(config))
@@ -152,9 +159,13 @@ def test_a_class_without_boxes_that_stands_last_is_a_note_where_nothing_is_evalu
     fault = fault_of(inspect_data(config, ['val']))  # the metric would look for its category
     assert "leave it out: Write metainfo=dict(classes=('blue', 'green')) in the data set, and num_classes=2 in" \
         in fault.remedy
+    del config.val_evaluator.ann_file  # it takes the ground truth from the data set
+    _, finding = inspect_data(config, ['val'])
+    assert not finding.fault and finding.subject == 'val data classes'
 
 
-@pytest.mark.parametrize('classes', [('blue', 'green', 'rde'), ('bleu', 'green', 'red'), ('blue', 'gren', 'red')])
+@pytest.mark.parametrize('classes', [('blue', 'green', 'rde'), ('bleu', 'green', 'red'), ('blue', 'gren', 'red'),
+                                     ('BLUE', 'green', 'red'), ('blue', 'green', 'RED')])
 def test_a_misspelt_class_is_a_fault_that_names_the_near_name(config, classes):
     set_classes(config, classes)
     fault = fault_of(inspect_data(config, ['train']))
@@ -217,6 +228,7 @@ def test_an_evaluator_with_a_file_of_its_own_has_to_number_classes_as_its_data(c
     config.val_evaluator.ann_file = f'{folder}/reverse.json'
     fault = fault_of(inspect_data(config, ['val']))
     assert fault.subject == 'val evaluator classes' and '0  red    blue' in fault.found
+    assert fault.remedy.startswith('Give the evaluator the annotation file of its data set')
 
 
 def test_joined_data_sets_have_to_number_classes_alike(config, folder):

@@ -6,6 +6,7 @@ import torch
 from mmdet.registry import MODELS
 from mmengine.structures import InstanceData
 
+from kd_det.diagnosis.finding import DiagnosisError
 from kd_det.hooks.preflight import evaluate_teacher
 from kd_det.teachers import Teacher, TeacherError
 
@@ -81,3 +82,10 @@ def test_preflight_counts_detections_by_name(runner, faster_rcnn, checkpoint, mo
     teacher.classes = None
     with pytest.raises(TeacherError, match='3 classes apart, but the data has 2, and neither .* teacher.classes='):
         evaluate_teacher(run, teacher, images=8)
+
+
+def test_an_evaluator_of_another_order_is_told_before_the_first_step(runner, coco_folder):
+    run = runner(dict(fgd=dict(type='FGD')), **{'val_evaluator.ann_file': str(coco_folder / 'all.json')})
+    with pytest.raises(DiagnosisError, match='(?s)val evaluator classes: .*0  blue   red'):
+        run.train()
+    assert run.iter == 0

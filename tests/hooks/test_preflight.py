@@ -80,6 +80,21 @@ def test_the_first_images_that_have_boxes(runner, teacher, truth, coco_folder, t
         evaluate_teacher(runner(**data), teacher(truth), images=3)
 
 
+@pytest.mark.parametrize('metainfo, boxes, message', [
+    ({}, False, 'has no boxes: .*metainfo.*preflight=None'), ({}, True, 'does not name its classes')])
+def test_validation_data_without_names_or_boxes(runner, teacher, truth, coco_folder, tmp_path, metainfo, boxes, message):
+    image = json.loads((coco_folder / 'all.json').read_text())['images'][0]
+    objects = dict(instances=[dict(bbox=[0, 0, 9, 9], bbox_label=0, ignore_flag=0)]) if boxes else {}
+    listed = dict(img_path=image['file_name'], img_id=image['id'], height=64, width=64, **objects)
+    (tmp_path / 'data.json').write_text(json.dumps(dict(metainfo=metainfo, data_list=[listed])))
+    run = runner()
+    dataset = run.cfg.val_dataloader.dataset
+    dataset.type, dataset.ann_file = 'BaseDetDataset', str(tmp_path / 'data.json')
+    dataset.data_prefix, dataset.metainfo = dict(img_path=''), metainfo
+    with pytest.raises(ConfigurationError, match=message):
+        evaluate_teacher(run, teacher(truth), images=8)
+
+
 @pytest.mark.parametrize('labels, classes, renamed', [
     ((0, 1, 2), ('green', 'blue', 'red'), ['blue', 'green', 'red']),  # two names exchanged
     ((1, 2, 0), CLASSES, ['red', 'blue', 'green']),  # all labels turned
@@ -96,18 +111,22 @@ def test_names_that_the_boxes_contradict(runner, teacher, truth, labels, classes
     assert skill.metrics['coco/bbox_mAP'] == 1
 
 
-def test_a_run_stops_before_its_first_step_and_shows_the_confusion(retinanet, make_runner, teacher, truth, tmp_path):
+@pytest.mark.parametrize('teachers, place', [(1, ''), (2, 'model.teacher[1]: ')])
+def test_a_run_stops_before_its_first_step_and_shows_the_confusion(teachers, place, retinanet, make_runner, teacher,
+                                                                   truth, tmp_path):
     torch.save(dict(state_dict=MODELS.build(retinanet(neck=12)).state_dict(),
                     meta=dict(dataset_meta=dict(classes=CLASSES))), tmp_path / 'teacher.pth')
-    run = make_runner(dict(type='DetectionDistiller', student=retinanet(), distill=dict(fgd=dict(type='FGD')),
-                           teacher=dict(config=retinanet(neck=12), checkpoint=str(tmp_path / 'teacher.pth'))),
+    of_file = dict(config=retinanet(neck=12), checkpoint=str(tmp_path / 'teacher.pth'))
+    run = make_runner(dict(type='DetectionDistiller', student=retinanet(),
+                           distill={f'fgd{each}': dict(type='FGD', teacher=each) for each in range(teachers)},
+                           teacher=of_file if teachers == 1 else [of_file] * teachers),
                       val=True, preflight=dict(min_map=0.0))
     shifted = teacher(truth, (1, 2, 0))
-    run.model.build_teachers()[0].predict = shifted.predict
+    run.model.build_teachers()[-1].predict = shifted.predict
     with pytest.raises(TeacherError) as error:
         run.train()
     lines = str(error.value).splitlines()
-    assert lines[1].split() == list(CLASSES)
+    assert lines[0].startswith(f"{place}Pre-flight: the teacher's boxes lie on") and lines[1].split() == list(CLASSES)
     rows = {line.split()[0]: list(map(int, line.split()[1:])) for line in lines[2:5]}
     assert rows['green'][0] > 0 and rows['green'][1:] == [0, 0] and sum(map(sum, rows.values())) == 16
     assert run.iter == 0
@@ -124,6 +143,9 @@ def skill_of(votes, match=None, names=None):
     [[9, 0, 0], [0, 0, 3], [0, 2, 4]],  # buses are taken for trucks, lorries for both
     [[9, 0, 0], [0, 2, 7], [0, 0, 0]],  # few objects, and no other name is wrong
     [[0, 2, 0], [0, 0, 2], [2, 0, 0]],  # too few to tell
+    [[2, 40], [0, 0]],  # what is frequent in training is rare here
+    [[5, 60, 10], [0, 0, 0], [0, 0, 0]],
+    [[2, 12, 0], [0, 1, 0], [0, 0, 30]],  # a class that was never learnt looks like another
     [[0, 0, 0], [0, 0, 0], [0, 0, 0]]])
 def test_what_is_no_wrong_name(votes):
     assert wrong_names(skill_of(votes)) == {}
@@ -144,6 +166,26 @@ def test_wrong_names_among_other_classes():
     assert wrong_names(skill_of([[0, 6], [0, 0], [6, 0], [0, 0]], match, ('c', 'a'))) == {}
     assert wrong_names(skill_of([[6, 0], [0, 0], [0, 6], [0, 0]], match, ('c', 'a'))) == {0: 0, 2: 1}
     assert wrong_names(skill_of([[0, 0], [0, 6], [0, 0], [6, 0]], match, ('c', 'a'))) == {1: 1, 3: 0}  # by b and d
+
+
+def test_a_class_that_the_data_does_not_have_may_lie_on_one_that_the_teacher_does_not_have():
+    """The teacher knows persons and cars, the data persons and vehicles."""
+    match = match_classes(('person', 'vehicle'), ('person', 'car'))
+    assert wrong_names(skill_of([[5, 0], [0, 50]], match, ('person', 'vehicle'))) == {}
+
+
+@pytest.mark.parametrize('classes, objects, rightly', [(20, 60, 0.), (80, 150, 0.1), (200, 64, 0.1), (365, 400, 0.15)])
+def test_a_weak_teacher_of_many_classes_is_told_from_one_in_another_order(classes, objects, rightly):
+    """Of many classes with few objects each, some assignment of names fits by chance."""
+    generator = torch.Generator().manual_seed(classes)
+    truth = torch.randint(classes, (objects, ), generator=generator)
+    guessed = torch.randint(classes, (objects, ), generator=generator)
+    called = truth.where(torch.rand(objects, generator=generator) < rightly, guessed)
+    votes = torch.zeros(classes, classes, dtype=torch.long).index_put_((called, truth), torch.tensor(1), accumulate=True)
+    skill = skill_of(votes.tolist(), names=tuple(map(str, range(classes))))
+    assert wrong_names(skill) == {}
+    able = votes + torch.eye(classes, dtype=torch.long) * 3
+    assert len(wrong_names(skill._replace(votes=able.roll(1, 0)))) > 0.9 * classes
 
 
 def test_an_order_is_proposed_where_boxes_tell_all_of_it():

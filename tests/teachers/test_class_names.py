@@ -10,7 +10,9 @@ NAMES, OTHERS = ('cat', 'dog'), ('bird', 'fish')
 
 
 @pytest.mark.parametrize('meta', [dict(dataset_meta=dict(classes=NAMES)), dict(dataset_meta=dict(CLASSES=NAMES)),
-                                  dict(CLASSES=list(NAMES))])
+                                  dict(CLASSES=list(NAMES)), dict(dataset_meta=[None, dict(classes=NAMES)]),
+                                  dict(dataset_meta=['bird', 'fish'], CLASSES=NAMES),
+                                  dict(dataset_meta=None, CLASSES=NAMES)])
 def test_checkpoints_of_all_ages(meta):
     config = dict(train_dataloader=dict(dataset=dict(type='CocoDataset', metainfo=dict(classes=OTHERS))))
     assert teacher_classes(2, (), meta, config) == NAMES
@@ -32,6 +34,10 @@ def test_names_that_do_not_fit_the_head_are_not_its_names():
     assert teacher_classes(3, (), dict(CLASSES='cat'), config) is None
     with pytest.raises(TeacherError, match='gives 2 names, but the teacher tells 3 classes apart'):
         teacher_classes(3, NAMES, {}, {})
+    for given in ('cat', ('cat', 'cat', 'dog')):
+        with pytest.raises(TeacherError, match='name each class once, by label'):
+            teacher_classes(3, given, {}, {})
+    assert teacher_classes(2, None, dict(CLASSES=NAMES), {}) == NAMES
 
 
 def test_a_teacher_knows_them(retinanet, tmp_path):
