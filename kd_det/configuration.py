@@ -74,6 +74,7 @@ def _recall_types(node: Any, key: str = '') -> None:
         _recall_types(value, key)
     kind = dict.get(node, 'type') if isinstance(node, dict) else None
     if isinstance(kind, (LazyObject, LazyAttr)):
+        kind.build()  # what can not be imported is told here, with its line, and not when a run is under way
         module, name = kind.module, str(kind)
     elif isinstance(kind, str) and kind.count('.') > 1:
         module, _, name = kind.rpartition('.')
@@ -84,7 +85,8 @@ def _recall_types(node: Any, key: str = '') -> None:
             return
     else:
         return
-    if name == 'PretrainedInit' or key in OF_MMCV and module.startswith('mmcv.ops'):
+    if name == 'PretrainedInit' or key in OF_MMCV and module.startswith('mmcv.ops') or (
+            name == 'LoadImageFromFile' and module.startswith('mmcv.')):  # which DetInferencer looks for
         dict.__setitem__(node, 'type', 'Pretrained' if name == 'PretrainedInit' else name)
 
 

@@ -34,6 +34,8 @@ def test_missing_config_names_the_file():
     ("_base_ = ['mmdet::_base_/schedules/schedule_1x.py', 'mmdet::_base_/schedules/schedule_2x.py']\n",
      'Duplicate key'),
     ("custom_imports = dict(imports=['no_such_module'])\n", 'no_such_module'),
+    ('from mmdet.models import RetinaHed\nmodel = dict(bbox_head=dict(type=RetinaHed))\n', 'Failed to import RetinaHed'),
+    ('import torch.optim as optim\noptim_wrapper = dict(optimizer=dict(type=optim.Sdg))\n', 'Sdg'),
 ])
 def test_malformed_config_is_one_clear_error(tmp_path, text, said):
     file = tmp_path / 'broken.py'
@@ -122,6 +124,7 @@ def test_renamed_keeps_all_but_the_name(tmp_path):
 PURE_PYTHON = '''
 from mmengine.config import read_base
 from mmcv.ops import RoIAlign, nms
+from mmcv.transforms import LoadImageFromFile
 from mmengine.dataset import pseudo_collate
 from mmengine.model import PretrainedInit
 from mmdet.datasets import CocoDataset
@@ -142,7 +145,8 @@ model = dict(
                  test_cfg=dict(nms=dict(type=nms, iou_threshold=0.5))),
     teacher=dict(config='teacher.py', checkpoint='old/teacher.pth'),
     distill=dict(fgd=dict(type=FGD, weight=dict(type=Balance))))
-train_dataloader = dict(dataset=dict(type=CocoDataset, data_root='old/'), collate_fn=dict(type=pseudo_collate))
+train_dataloader = dict(dataset=dict(type=CocoDataset, data_root='old/', pipeline=[dict(type=LoadImageFromFile)]),
+                        collate_fn=dict(type=pseudo_collate))
 optim_wrapper = dict(optimizer=dict(type=SGD, lr=0.1))
 custom_hooks = [dict(type=DistillHook)]
 train_cfg = dict(max_epochs=1)
@@ -169,6 +173,7 @@ def test_a_pure_python_config_is_the_same_once_it_was_saved(pure_python, tmp_pat
         # What MMDetection looks up by its bare name alone, so that it reads the saved file, too.
         assert config.model.student.test_cfg.nms.type == 'nms' and config.model.student.roi_layer.type == 'RoIAlign'
         assert config.model.student.backbone.init_cfg.type == 'Pretrained'
+        assert config.train_dataloader.dataset.pipeline[0].type == 'LoadImageFromFile'
         assert is_distillation(config) and student_model(config).type is RetinaNet
         assert student_config(config).custom_hooks == [] and not is_distillation(student_config(config))
 

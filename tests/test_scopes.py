@@ -18,7 +18,7 @@ from kd_det.heads import TOWERS_OF
 from kd_det.masks.base import build_mask
 from kd_det.runner import build_runner
 from kd_det.scopes import add_nodes, build_detector, build_own, find_class, scope_of, within_scope
-from kd_det.teachers import probe_towers, read_model_config
+from kd_det.teachers import TeacherError, probe_towers, read_model_config
 
 SCOPES = ('alphadet', 'betadet')
 REGISTRY = '''
@@ -122,6 +122,25 @@ def test_a_detector_is_built_within_the_scope_of_its_config(teacher_file, mmdete
             towers = [f'bbox_head{TOWERS_OF}']
             assert probe_towers(given, towers) == probe_towers(mmdetections(depth=50, neck=12), towers)
     assert scope_of(Config(dict(default_scope=None))) == 'mmdet'
+
+
+@pytest.mark.parametrize('change, said', [
+    (dict(default_scope='gammadet', custom_imports={}),
+     r'KeyError: Trunk is not in the gammadet::model registry.* Import the package that has it with custom_imports'),
+    (dict(model=dict(backbone=dict(depht=18))), "TypeError: .*unexpected keyword argument 'depht'"),
+])
+def test_a_teacher_that_can_not_be_built_is_named_by_its_own_config(change, said, teacher_file, mmdetections, run_config):
+    file = teacher_file('alphadet')
+    config = load_config(file)
+    config.merge_from_dict(change)
+    if 'custom_imports' in change:
+        config.custom_imports = {}
+    config.dump(file)
+    pair = distillation_config(run_config(mmdetections()), file, 'x.pth', 'fgd')
+    with pytest.raises(TeacherError, match=f"(?s)The model of the teacher's config '{file}' can not be used: {said}"):
+        build_detector(pair.model)
+    found = [finding.found for finding in inspect_config(pair) if finding.subject == 'a training step']
+    assert file in found[0]
 
 
 def test_a_pair_of_two_packages_trains_as_that_of_mmdetection(teacher_file, mmdetections, run_config, tmp_path):

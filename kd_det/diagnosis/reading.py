@@ -10,6 +10,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from threading import current_thread, local, main_thread
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
@@ -32,6 +33,7 @@ PAUSE = 10.0  # seconds between the lines of a log that tell how far it is
 PROBES = 8  # images that are tried to find out which transforms load
 JPEG, JPEG_END, SCAN = b'\xff\xd8\xff', b'\xff\xd9', b'\xda'
 GIT_LFS = b'version https://git-lfs'
+DECODERS = dict(turbojpeg=('turbojpeg', 'PyTurboJPEG'), tifffile=('tifffile', 'tifffile'))  # module and package
 
 Shape = Tuple[int, int, int]  # height, width, channels; zeros where the loader gives no array
 
@@ -196,7 +198,8 @@ class Reader:
             try:
                 info = transform(info)
             except Exception as error:  # of a decoder, or of anybody's own loader
-                return look._replace(fault=_fault(look.name, paths, f'{type(transform).__name__}: {error}'))
+                said = _lacking(transform) or f'{type(transform).__name__}: {error}'
+                return look._replace(fault=_fault(look.name, paths, said))
             if info is None or info.get('img') is not None:
                 break
         if info is None and getattr(self.dataset, 'test_mode', False):
@@ -230,6 +233,14 @@ def _fault(name: str, paths: Sequence[str], said: str = '') -> str:
         return f"The image '{name}' does not exist" + (f' ({said})' if name not in said else '')
     reasons = list(filter(None, map(_damage, paths))) or [said]
     return f"The image '{name}' can not be read ({reasons[0]})"
+
+
+def _lacking(transform: Callable) -> str:
+    """The package that a loader of mmcv's needs and that is not installed: mmcv would ask None for a picture."""
+    backend = getattr(transform, 'imdecode_backend', None)
+    package = DECODERS.get(backend)
+    return '' if package is None or find_spec(package[0]) else (
+        f"imdecode_backend='{backend}' needs a package that is not installed: pip install {package[1]}")
 
 
 def _damage(path: str) -> str:

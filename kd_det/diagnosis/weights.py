@@ -15,7 +15,7 @@ from kd_det.diagnosis.data import class_counts
 from kd_det.diagnosis.finding import Finding
 from kd_det.scopes import build_detector
 from kd_det.teachers.class_names import teacher_classes
-from kd_det.teachers.loading import is_pretrained, load_strictly, read_model_config
+from kd_det.teachers.loading import is_pretrained, load_strictly, of_teacher, read_model_config
 
 SET_TEACHER = ('Set it with --teacher-checkpoint where the command has that option, or with --cfg-options '
                'model.teacher.checkpoint=FILE')
@@ -125,7 +125,8 @@ def inspect_teacher_weights(config: Config) -> Iterator[Finding]:
         checkpoint = teacher.get('checkpoint')
         if checkpoint and Path(checkpoint).is_file():
             try:
-                model = build_detector(read_model_config(teacher['config']))
+                with of_teacher(teacher['config']):
+                    model = build_detector(read_model_config(teacher['config']))
                 load_strictly(model, checkpoint, teacher.get('allow_missing', ()), teacher.get('allow_unexpected', ()),
                               checkpoint_prefix=teacher.get('checkpoint_prefix'))
                 yield Finding(f'{name} weights', f'fit {type(model).__name__}')

@@ -13,7 +13,7 @@ from kd_det.heads.towers import tower_widths
 from kd_det.losses import DistillTerm
 from kd_det.losses.base import Forms
 from kd_det.taps import Levels, Taps
-from kd_det.teachers import probe_config, probe_levels, probe_towers, read_model_config
+from kd_det.teachers import of_teacher, probe_config, probe_levels, probe_towers, read_model_config
 
 
 def measured_taps(student: nn.Module, term: DistillTerm) -> Tuple[str, ...]:
@@ -45,8 +45,10 @@ class Connections:
         of_teachers = [[term for term in terms.values() if term.teacher == index] for index in range(len(teachers))]
         self.teacher_taps = [[path for term in each for path in term.teacher_taps] for each in of_teachers]
         self.teacher_heads = [[head for term in each for head in term.teacher_heads] for each in of_teachers]
-        self.teacher_levels = [probe_config(read_model_config(config['config']), taps) if taps else {}
-                               for config, taps in zip(teachers, self.teacher_taps)]
+        self.teacher_levels = []
+        for config, taps in zip(teachers, self.teacher_taps):
+            with of_teacher(config['config']):
+                self.teacher_levels.append(probe_config(read_model_config(config['config']), taps) if taps else {})
         for name, term in terms.items():
             try:
                 check_cached(teachers[term.teacher], term.teacher_heads)

@@ -4,9 +4,10 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter, OrderedDict
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Optional, Sequence, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Sequence, Union
 
 from mmengine.config import ConfigDict
 from mmengine.utils import import_modules_from_strings
@@ -57,6 +58,25 @@ def read_model_config(config: ModelConfig) -> ConfigDict:
         import_modules_from_strings(imports_of(loaded))  # a file's are imported as it is read, a dict's are not
         model.setdefault('_scope_', scope_of(loaded))
     return the_detector(model, f"The model of the teacher's config {config!r:.200}")
+
+
+@contextmanager
+def of_teacher(config: ModelConfig) -> Iterator[None]:
+    """Names the teacher's config, which is another file than the run's, where its model can not be built.
+
+    Raises:
+        TeacherError: A type is in no registry, or takes other arguments.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        if type(error).__module__.split('.')[0] == 'kd_det':
+            raise
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        remedy = (' Import the package that has it with custom_imports in that config, and write types of other packages '
+                  'with their scope, such as mmdet.ResNet.' if ' registry' in str(reason) else '')
+        raise TeacherError(f"The model of the teacher's config {config!r:.200} can not be used: "
+                           f'{type(error).__name__}: {reason}.{remedy}') from error
 
 
 def without_pretrained(config: Any) -> Any:

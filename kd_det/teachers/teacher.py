@@ -24,7 +24,8 @@ from kd_det.teachers.bridge import InputBridge, Shape, cut_back, fitting_levels
 from kd_det.teachers.cache import Answer, TeacherCache
 from kd_det.teachers.class_names import teacher_classes
 from kd_det.teachers.engine import Engine
-from kd_det.teachers.loading import ModelConfig, TeacherError, load_strictly, read_model_config, without_pretrained
+from kd_det.teachers.loading import (ModelConfig, TeacherError, load_strictly, of_teacher, read_model_config,
+                                     without_pretrained)
 from kd_det.teachers.probe import input_channels
 from kd_det.teachers.pyramid import LevelsRead, cut_pyramid, placed
 from kd_det.teachers.sharding import held
@@ -101,7 +102,7 @@ class Teacher:
         self.checkpoint = checkpoint
         self.engine = Engine(fuse, channels_last, precision, compile, shard)
         self._digests: Optional[Tuple[str, str]] = None  # of the weights as loaded, and as the engine runs them
-        with preserved_randomness():
+        with preserved_randomness(), of_teacher(config):
             model_config = read_model_config(config)
             self._config = json.dumps(model_config.to_dict(), sort_keys=True, default=str)
             self.model = build_detector(without_pretrained(model_config) if random_teacher else model_config)

@@ -126,6 +126,14 @@ def test_what_the_loader_can_not_read_is_named(name, write, said, build, folder)
     assert name in str(error.value) and said in str(error.value) and 'take it out of the annotations' in str(error.value)
 
 
+@pytest.mark.parametrize('backend, package', [('tifffile', 'tifffile'), ('turbojpeg', 'PyTurboJPEG')])
+def test_a_decoder_that_is_not_installed_is_named(backend, package, build, monkeypatch):
+    monkeypatch.setattr(reading, 'find_spec', lambda name: None)
+    monkeypatch.setattr(mmcv.image.io, 'tifffile', None)
+    with pytest.raises(DiagnosisError, match=rf"\(imdecode_backend='{backend}' needs .*: pip install {package}\)"):
+        check_images(build(dict(LOAD, imdecode_backend=backend)))
+
+
 def with_thumbnail(image):
     """A JPEG that holds another one, with an end of its own, in its header."""
     small = jpeg_bytes(image)

@@ -385,6 +385,13 @@ def test_raise_faults_passes_over_the_rest():
     raise_faults([Finding('a', 'fine'), Finding('b', 'so so', 'do something')])
 
 
+def test_sentences_of_faults_end_once():
+    faults = [Finding('a', 'is wrong', 'Do this', fault=True), Finding('b', 'It is wrong.', 'Do this', fault=True)]
+    with pytest.raises(DiagnosisError) as error:
+        raise_faults(faults)
+    assert str(error.value) == 'a: is wrong.\n  b: It is wrong.\n  Do this.'
+
+
 # ---------------------------------------------------------------- installation
 
 
