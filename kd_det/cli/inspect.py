@@ -7,10 +7,10 @@ from typing import Optional
 
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.runner import load_checkpoint
 
 from kd_det.classes import training_classes
 from kd_det.cli.common import add_config_options, load_distillation, prepare_without_runner
+from kd_det.compat import load_checkpoint
 from kd_det.configuration import ConfigurationError
 from kd_det.console import PlainConsole
 from kd_det.diagnosis.checks import check_config, explain
@@ -18,6 +18,7 @@ from kd_det.distillers import DetectionDistiller
 from kd_det.hooks.distill_hook import CHECKPOINT_KEY
 from kd_det.inspection import draw_step, first_training_batch, image_batch, inspect_step, tap_table, term_table
 from kd_det.scopes import build_detector
+from kd_det.teachers import load_strictly
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -74,7 +75,8 @@ def build_distiller(config: Config, checkpoint: Optional[str] = None) -> Detecti
     distiller.init_weights()
     checkpoint = checkpoint or config.get('load_from')
     if checkpoint:
-        loaded = load_checkpoint(distiller, checkpoint, map_location='cpu', strict=True)
+        load_strictly(distiller, checkpoint, role='student')
+        loaded = load_checkpoint(checkpoint)
         if CHECKPOINT_KEY in loaded:
             distiller.load_terms(loaded[CHECKPOINT_KEY]['terms'])
     return distiller.to(get_device()).train()

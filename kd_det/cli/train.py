@@ -75,7 +75,7 @@ def train(config: Config, resume: Optional[str] = None, images: Optional[int] = 
     Raises:
         DiagnosisError: A file is missing, the data is empty or unreadable, class counts differ, or labels mean
             something else than the data's metainfo says.
-        CheckpointError: The checkpoint to resume is of another detector.
+        CheckpointError: The checkpoint to resume is of another detector, or that to start from has nothing of this one.
         ConfigurationError: Something of the config can not be built.
     """
     if resume:
@@ -93,6 +93,5 @@ def train(config: Config, resume: Optional[str] = None, images: Optional[int] = 
         for dataset in datasets.values():
             check_images(dataset, memory, images, student_channels(config))
         build_optimizer(runner)
-    if config.get('resume'):  # as the config may say itself
-        check_start(runner)
+    check_start(runner, whole=bool(config.get('resume')))  # as the config may say itself
     runner.train()

@@ -25,6 +25,8 @@ CAN_ALLOW_GLOBALS = hasattr(torch.serialization, 'add_safe_globals')  # torch >=
 REFUSED = re.compile(r'(?:GLOBAL|Unsupported class|unrecognized function|add_safe_globals`,? but got) '
                      r'(.+?)(?: was | whose |$)', re.MULTILINE)
 
+PICKLED_BY_TORCH = b'\x8a\x0al\xfc\x9cF\xf9\x20j\xa8P\x19.'  # the magic number with which torch < 1.6 began
+
 
 class CheckpointError(RuntimeError):
     """A file is not a checkpoint, not all of one, or not one of this detector."""
@@ -196,6 +198,8 @@ def _explain(name: str, error: Exception) -> CheckpointError:
                       'use torch >= 2.4, or save the file again with its state_dict alone.')
         return UnsafeCheckpointError(f'{name} was refused, and nothing in it was run: it refers to {code}, and a '
                                      f'checkpoint that calls code can do anything to this machine. {advice}')
+    if '://' in name and isinstance(error, KeyError):
+        return CheckpointError(f'{name}: mmengine knows no weights of that name ({error}).')
     if '://' in name and isinstance(error, OSError):
         return CheckpointError(f'{name} cannot be downloaded ({error}). '
                                'Fetch it by hand and give the path of the file.')
@@ -235,6 +239,11 @@ def _foreign(name: str) -> Optional[Tuple[str, str]]:
         return 'an archive', 'Unpack it, and give the checkpoint within.'
     if head.startswith(b'\x89HDF'):
         return 'HDF5, as Keras writes it', 'Its weights are of no PyTorch model.'
+    if head.startswith(b'\x80') and PICKLED_BY_TORCH not in head:
+        return ('a pickle that torch.save did not write', 'Such a file may run anything when it is read. If you trust its '
+                'author, save its weights as tensors, with torch.save(dict(state_dict=…)).')
+    if head.startswith(b'\x93NUMPY'):
+        return 'a NumPy array', 'Give the checkpoint (.pth) of the model.'
     if head and re.fullmatch(rb'[\t\n\r\x20-\x7e]+', head):
         return f'text that begins with {head[:40].decode().splitlines()[0]!r}', 'Give the path of the checkpoint.'
     return None

@@ -17,8 +17,8 @@ from kd_det.diagnosis.finding import Finding, raise_faults
 from kd_det.diagnosis.images import inspect_images, student_channels
 from kd_det.diagnosis.reading import Memory
 from kd_det.diagnosis.step import inspect_step
-from kd_det.diagnosis.weights import (inspect_checkpoints, inspect_start, inspect_student, inspect_teacher_classes,
-                                      inspect_teacher_weights)
+from kd_det.diagnosis.weights import (inspect_checkpoints, inspect_start, inspect_start_weights, inspect_student,
+                                      inspect_teacher_classes, inspect_teacher_weights)
 from kd_det.scopes import scope_of, within_scope
 
 
@@ -35,7 +35,7 @@ def inspect_config(config: Config, images: Optional[int] = None) -> Iterator[Fin
     with within_scope(scope_of(config)):
         findings, names = _look_at_data(config, SPLITS, memory, images)
         yield from chain(_inspect_cheaply(config, SPLITS, names), findings, inspect_teacher_weights(config),
-                         inspect_step(config, names))
+                         inspect_start_weights(config), inspect_step(config, names))
 
 
 def inspect_data(config: Config, splits: Sequence[str] = SPLITS, memory: Optional[Memory] = None,

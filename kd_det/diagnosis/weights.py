@@ -13,9 +13,10 @@ from kd_det.configuration import (DISTILL_HOOK, ConfigurationError, hooks_of, is
 from kd_det.detectors import check_student
 from kd_det.diagnosis.data import class_counts
 from kd_det.diagnosis.finding import Finding
+from kd_det.runner import check_checkpoint
 from kd_det.scopes import build_detector
 from kd_det.teachers.class_names import teacher_classes
-from kd_det.teachers.loading import is_pretrained, load_strictly, of_teacher, read_model_config
+from kd_det.teachers.loading import is_pretrained, load_strictly, of_teacher, read_model_config, without_pretrained
 
 SET_TEACHER = ('Set it with --teacher-checkpoint where the command has that option, or with --cfg-options '
                'model.teacher.checkpoint=FILE')
@@ -45,6 +46,17 @@ def inspect_start(config: Config) -> Iterator[Finding]:
     """Whether the checkpoint that is loaded or resumed exists."""
     if config.get('load_from'):
         yield inspect_checkpoint('checkpoint', config.load_from, 'Give the path of a checkpoint')
+
+
+def inspect_start_weights(config: Config) -> Iterator[Finding]:
+    """Builds the student and looks at how the checkpoint that is loaded or resumed fits, where that is a file."""
+    checkpoint, resumes = config.get('load_from'), bool(config.get('resume'))
+    if checkpoint and Path(checkpoint).is_file():
+        try:
+            student = build_detector(without_pretrained(student_model(config)))
+            check_checkpoint(student, checkpoint, whole=resumes, resumes=resumes)
+        except Exception as error:  # whatever stops it here would stop the run
+            yield Finding('checkpoint weights', str(error), 'Correct load_from, or leave it out', fault=True)
 
 
 def inspect_teacher_classes(config: Config, names: Optional[Sequence[str]] = None) -> Iterator[Finding]:

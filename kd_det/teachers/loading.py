@@ -120,7 +120,7 @@ def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str
     """
     loaded = load_checkpoint(checkpoint, map_location='cpu')
     expected = model.state_dict()
-    state = _find_weights(loaded, checkpoint, role, checkpoint_prefix, expected)
+    state = find_weights(loaded, checkpoint, role, checkpoint_prefix, expected)
     misshapen = [key for key in expected if key in state and state[key].shape != expected[key].shape]
     whole = list(state)
     shapes = {key: f'{key} (file {tuple(state.pop(key).shape)}, model {tuple(expected[key].shape)})'
@@ -145,9 +145,40 @@ def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str
     return loaded.get('meta', {})
 
 
-def _find_weights(loaded: dict, checkpoint: str, role: str, prefix: Optional[str],
-                  expected: Iterable[str]) -> 'OrderedDict[str, Tensor]':
-    """The weights within a checkpoint, without the prefixes that wrappers add and the one that is asked for."""
+def check_some_fit(model: nn.Module, checkpoint: str) -> None:
+    """Checks that a training has something to start from: MMEngine loads what fits, which may be nothing.
+
+    Args:
+        model: The student. It stays as it is.
+        checkpoint: See :func:`load_strictly`.
+
+    Raises:
+        CheckpointError: The file has no weights, or none with the name and the shape of one of the student's.
+    """
+    expected = model.state_dict()
+    state = find_weights(load_checkpoint(checkpoint, map_location='cpu'), checkpoint, 'student', None, expected)
+    if any(key in state and state[key].shape == value.shape for key, value in expected.items() if value.dim()):
+        return
+    advice = (_prefix_advice(list(state), expected, 'student', False)
+              or f'Its keys begin with {_counted(_beginnings(state))}.')
+    raise CheckpointError(f"load_from: the checkpoint '{checkpoint}' has no weight of the student "
+                          f'{type(model).__name__}, so training would not start from it. {advice}')
+
+
+def find_weights(loaded: dict, checkpoint: str, role: str, prefix: Optional[str],
+                 expected: Iterable[str]) -> 'OrderedDict[str, Tensor]':
+    """Finds the weights within a checkpoint, without the prefixes that wrappers add and the one that is asked for.
+
+    Args:
+        loaded: What the file holds.
+        checkpoint: See :func:`load_strictly`.
+        role: See :func:`load_strictly`.
+        prefix: See ``checkpoint_prefix`` of :func:`load_strictly`.
+        expected: The keys of the model.
+
+    Raises:
+        CheckpointError: There are none, or those of several models, or none with the prefix.
+    """
     entries = {place: _renamed({'': state}, _unwrapped) for place, state in _weight_entries(loaded).items()}
     if not entries:
         there = ', '.join(f"'{key}' ({'None' if value is None else type(value).__name__})"

@@ -4,6 +4,7 @@ import gzip
 import http.server
 import itertools
 import os
+import pickle
 import tarfile
 import threading
 import zipfile
@@ -202,6 +203,8 @@ def _tar(file):
     (_tar, 'an archive. Unpack it'),
     (lambda file: file.write_bytes(gzip.compress(b'weights')), 'an archive. Unpack it'),
     (lambda file: file.write_bytes(b'\x89HDF\r\n\x1a\n' + bytes(9)), 'HDF5'),
+    (lambda file: file.write_bytes(pickle.dumps(dict(model=dict(weight=[1.0])))), 'a pickle that torch.save did not'),
+    (lambda file: file.write_bytes(b'\x93NUMPY\x01\x00' + bytes(9)), 'a NumPy array'),
     (lambda file: file.write_text("_base_ = './faster_rcnn.py'\nmodel = dict()\n"), 'text that begins with "_base_'),
 ])
 @pytest.mark.parametrize('load', [load_checkpoint, pytest.param(
@@ -212,6 +215,12 @@ def test_files_of_another_kind_are_called_what_they_are(tmp_path, load, write, k
     with pytest.raises(CheckpointError, match=f'teacher.pth cannot be read.*it holds something else, {kind}') as error:
         load(file)
     assert 'weights_only' not in f'{error.value} {error.value.__cause__}', 'no advice to load it unsafely'
+
+
+@pytest.mark.parametrize('name', ['torchvision://resnet0', 'open-mmlab://resnet0'])
+def test_a_name_that_mmengine_does_not_know_is_no_damaged_file(name):
+    with pytest.raises(CheckpointError, match=f"^{name}: mmengine knows no weights of that name"):
+        load_checkpoint(name)
 
 
 @needs_safe_globals
