@@ -145,8 +145,8 @@ def _inspect_label_names(subject: str, names: LabelNames, evaluated: bool) -> It
     misspelt = [f"there is no category '{name}' in the annotations; the nearest name is '{near[0]}'"
                 for name, near in nearest.items() if near]
     missing = [f"'{name}'" for name, near in nearest.items() if not near]
-    absent = [f"there {'are no categories' if missing[1:] else 'is no category'} {_listed(missing)} in the annotations"
-              for _ in missing[:1]]
+    absent = [f"there {'are no categories' if missing[1:] else 'is no category'} {_listed(missing)} in the annotations"]
+    absent = absent if missing else []
     # A class without a category that stands last shifts no label: nothing but the evaluation stumbles over it.
     if names.agree and not misspelt and not (absent and evaluated):
         if absent:

@@ -15,7 +15,7 @@ from kd_det.diagnosis.data import class_counts
 from kd_det.diagnosis.finding import Finding
 from kd_det.runner import check_checkpoint
 from kd_det.scopes import build_detector
-from kd_det.teachers.class_names import teacher_classes
+from kd_det.teachers.class_names import ClassNamesError, teacher_classes
 from kd_det.teachers.loading import is_pretrained, load_strictly, of_teacher, read_model_config, without_pretrained
 
 SET_TEACHER = ('Set it with --teacher-checkpoint where the command has that option, or with --cfg-options '
@@ -71,6 +71,9 @@ def inspect_teacher_classes(config: Config, names: Optional[Sequence[str]] = Non
     for name, teacher in teachers_of(config):
         try:
             found, names = known_classes(teacher)
+        except ClassNamesError as error:
+            yield Finding(f'{name} classes', str(error).rstrip('.'), 'Correct model.teacher.classes', fault=True)
+            continue
         except (ValueError, OSError) as error:
             yield Finding(f'{name} config', str(error), "Give a config file, or 'mmdet::folder/file.py'", fault=True)
             continue

@@ -10,6 +10,10 @@ from kd_det.scopes import scope_of, within_scope
 from kd_det.teachers.loading import ModelConfig, TeacherError
 
 
+class ClassNamesError(TeacherError):
+    """``teacher.classes`` names no classes of this teacher."""
+
+
 def teacher_classes(count: Optional[int], given: Sequence[str], meta: dict, config: ModelConfig) -> Optional[Names]:
     """Finds the names of a teacher's classes, by label.
 
@@ -24,12 +28,12 @@ def teacher_classes(count: Optional[int], given: Sequence[str], meta: dict, conf
         The first of these that has ``count`` names; None where none has.
 
     Raises:
-        TeacherError: As many names are given as the teacher has not, one twice, or a text.
+        ClassNamesError: As many names are given as the teacher has not, one twice, or a text.
     """
     if isinstance(given, str) or given and len(set(given)) != len(given):
-        raise TeacherError(f'teacher.classes={given!r} is no list of names: name each class once, by label.')
+        raise ClassNamesError(f'teacher.classes={given!r} is no list of names: name each class once, by label.')
     if given and count not in (None, len(given)):
-        raise TeacherError(f'teacher.classes gives {len(given)} names, but the teacher tells {count} classes apart: '
+        raise ClassNamesError(f'teacher.classes gives {len(given)} names, but the teacher tells {count} classes apart: '
                            'name all of them, by label.')
     for names in _candidates(given, meta, config):
         if names and not isinstance(names, str) and count in (None, len(names)):

@@ -347,6 +347,14 @@ def test_the_checkpoint_names_the_teachers_classes(distilling, tmp_path):
     assert not finding.fault and "the teacher's 3 are the student's, in another order" in finding.found
 
 
+def test_names_given_that_are_not_the_teachers(distilling):
+    for given in ('abc', ['a', 'a', 'b'], ['a', 'b']):
+        distilling.model.teacher.classes = given
+        fault = fault_of(inspect_teacher_classes(distilling))
+        assert (fault.subject, fault.remedy) == ('teacher classes', 'Correct model.teacher.classes')
+        assert fault.found.endswith('by label')
+
+
 def test_a_teacher_without_a_config(distilling):
     distilling.model.teacher.config = 'nowhere.py'
     assert 'nowhere.py' in fault_of(inspect_teacher_classes(distilling)).found
