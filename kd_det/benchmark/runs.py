@@ -118,8 +118,10 @@ def train(name: str, config: Config, expected: str, say: Callable[[str], None] =
     file.unlink(missing_ok=True)
     began_in = environment()
     config.experiment_name = f'{name}_{time.time_ns()}'  # mmengine keeps loggers and visualizers by name
-    config.visualizer = {'type': f'{HOME}.DetLocalVisualizer', 'vis_backends': [dict(type='LocalVisBackend')],
-                         **(config.get('visualizer') or {}), 'name': config.experiment_name}
+    config.visualizer = config.get('visualizer') or {}
+    config.visualizer.setdefault('type', f'{HOME}.DetLocalVisualizer')
+    config.visualizer.setdefault('vis_backends', [dict(type='LocalVisBackend')])
+    config.visualizer.name = config.experiment_name
     with explain(config):
         runner = build_runner(config)
     watch = Watch(name, say, step)

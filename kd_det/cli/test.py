@@ -66,9 +66,10 @@ def augment(config: Config) -> None:
         packing = [dict(type=f'{HOME}.PackDetInputs', meta_keys=keys)]
         pipeline[-1] = dict(type='TestTimeAug', transforms=[flips, packing])
     dataset['pipeline'] = pipeline
-    wrapper = config.get('tta_model') or dict(
-        type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
-    config.model = ConfigDict(**wrapper, module=config.model)
+    wrapper = ConfigDict(config.get('tta_model') or dict(  # its types may be classes, which ** would write as such
+        type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)))
+    wrapper.module = config.model
+    config.model = wrapper
 
 
 def _pickle_file(path: str) -> str:

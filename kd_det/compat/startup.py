@@ -108,8 +108,11 @@ def let_init_detector_take_students(module) -> None:
         if isinstance(config, (str, os.PathLike)):
             config = module.Config.fromfile(config)
         if isinstance(config, module.Config) and is_distillation(config):
-            config.merge_from_dict(arguments.pop('cfg_options', None) or {})  # they name parts of what was given
+            given = set(config.model)
+            config.merge_from_dict(arguments.pop('cfg_options', None) or {})  # they name parts of what was given,
+            own = {name: config.model[name] for name in set(config.model) - given if name in config.model.student}
             config = student_config(config)
+            config.merge_from_dict(dict(model=own))  # or of the plain student
         return init_detector(**{**arguments, 'config': config})
 
     module.init_detector = init_student

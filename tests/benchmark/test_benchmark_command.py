@@ -1,10 +1,12 @@
 """``kd-det benchmark`` from its command line to its results, on trainings of two steps."""
 import json
 from argparse import ArgumentParser
+from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.config.lazy import LazyObject
 
 from kd_det.benchmark.pair import Pair
 from kd_det.benchmark.runs import train
@@ -34,6 +36,14 @@ def benchmark(run_config, retinanet, tmp_path, monkeypatch):
         return status, json.loads((tmp_path / 'work' / 'results.json').read_text())
 
     return run
+
+
+def test_types_that_are_classes_are_written_by_their_names(run_config, retinanet):
+    config = run_config(retinanet(), epochs=1, val=True)
+    config.visualizer = dict(type=LazyObject('mmdet.visualization', 'DetLocalVisualizer'))
+    train('plain', config, 'identity', say=lambda text: None)
+    saved = next(Path(config.work_dir).glob('*/vis_data/config.py'))
+    assert "type='mmdet.visualization.DetLocalVisualizer'" in saved.read_text() and load_config(saved)
 
 
 def test_a_benchmark_from_beginning_to_end(benchmark, tmp_path, capsys):

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.config.lazy import LazyObject
 
 from kd_det.cli import distill
 from kd_det.cli import main as entry
 from kd_det.cli.main import main, run_tool
+from kd_det.cli.test import augment
 from kd_det.composition import PAPER
 from kd_det.configuration import load_config
 
@@ -239,6 +241,15 @@ def test_test_never_builds_a_teacher(workspace, monkeypatch):
     assert main(['test', 'run/student_fgd.py', 'run/epoch_1.pth', '--tta', '--show-dir', 'painted']) == 0
     assert load_config('run/student_fgd_test.py').model.module.type == 'RetinaNet'
     assert list(Path('run').glob('*/painted/*.png'))
+
+
+def test_augmentation_writes_types_that_are_classes_by_their_names(run_config, retinanet):
+    config = run_config(retinanet(), val=True, test_dataloader=dict(dataset=dict(pipeline=[])))
+    config.tta_model = dict(type=LazyObject('mmdet.models', 'DetTTAModel'), tta_cfg=dict(max_per_img=9))
+    config.tta_pipeline = [dict(type=LazyObject('mmcv.transforms', 'TestTimeAug'), transforms=[])]
+    augment(config)
+    assert '<' not in config.pretty_text and "type='mmdet.models.DetTTAModel'" in config.pretty_text
+    assert config.model.module.type == 'RetinaNet' and config.model.tta_cfg.max_per_img == 9
 
 
 def test_tools_are_the_commands(workspace, capsys, monkeypatch):

@@ -19,7 +19,9 @@ def test_an_ssd_detects(one_stage, batch):
     assert all(0 < len(sample.pred_instances) <= 20 for sample in detections)
 
 
-@pytest.mark.parametrize('options', [dict(), dict(cfg_options={'model.student.test_cfg.rcnn.max_per_img': 7})])
+@pytest.mark.parametrize('options', [dict(), *(dict(cfg_options=each) for each in (
+    {'model.student.test_cfg.rcnn.max_per_img': 7}, {'model.test_cfg.rcnn.max_per_img': 7},
+    dict(model=dict(test_cfg=dict(rcnn=dict(max_per_img=7))))))])
 def test_init_detector_takes_the_student_of_a_distillation(options, tmp_path):
     config = load_config(DISTILLATION)
     config.dump(tmp_path / 'saved.py')
