@@ -177,7 +177,7 @@ def test_distill_then_test_then_export(workspace, capsys):
 
 
 def test_several_checkpoints_are_an_ensemble(workspace, monkeypatch):
-    monkeypatch.setattr(distill, 'train', lambda config, resume: None)
+    monkeypatch.setattr(distill, 'train', lambda config, resume, images: None)
     several = ['--teacher-checkpoint', 'teacher.pth', 'teacher.pth']
     assert main([*DISTILL, *several, '--balance', '0.5', *NO_PREFLIGHT, 'model.distill.fgd.temperature=0.8']) == 0
     made = load_config('work_dirs/student_fgd_2_teachers/student_fgd_2_teachers.py').model
@@ -273,7 +273,7 @@ def test_mixed_precision_needs_a_gpu(workspace, capsys, monkeypatch):
     assert '--amp needs a GPU' in error_of(['train', 'student.py', '--amp'], capsys)
     trained = []
     monkeypatch.setattr('kd_det.cli.train.get_device', lambda: 'cuda')
-    monkeypatch.setattr('kd_det.cli.train.train', lambda config, resume: trained.append(config.optim_wrapper))
+    monkeypatch.setattr('kd_det.cli.train.train', lambda config, resume, images: trained.append(config.optim_wrapper))
     assert main(['train', 'student.py', '--amp']) == 0
     assert trained[0].type == 'AmpOptimWrapper' and trained[0].loss_scale == 'dynamic'
 
@@ -415,8 +415,9 @@ def test_inspect_shows_a_batch_and_an_image(workspace, capsys, monkeypatch):
     (['student.py'], 'is a plain detector'),
     (['run.py'], "there is no file 'nowhere.pth'"),
     (['run.py', '--random-teacher', '--image', 'nowhere.png'], "no image 'nowhere.png'"),
-    (['run.py', '--random-teacher', '--checkpoint', 'nowhere.pth'], 'nowhere.pth can not be found'),
-    (['run.py', '--random-teacher', '--checkpoint', 'teacher.pth'], 'size mismatch'),
+    (['run.py', '--random-teacher', '--checkpoint', 'nowhere.pth'], 'kd-det: error: No checkpoint at /'),
+    (['run.py', '--random-teacher', '--checkpoint', 'nowhere.pth'], '/nowhere.pth.'),
+    (['run.py', '--random-teacher', '--checkpoint', 'teacher.pth'], '(file (64,), model (16,))'),
     (['two.py', '--teacher-checkpoint', 'teacher.pth'], 'is for one teacher, and this config has 2'),
     (['run.py', '--random-teacher', '--data-root', '/nowhere'], '/nowhere/all.json'),
     (['run.py', '--random-teacher', '--cfg-options', 'model.distill.fgd.tap=nek'], "no module 'nek'"),
