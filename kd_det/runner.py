@@ -98,8 +98,8 @@ def check_checkpoint(model: nn.Module, checkpoint: str, whole: bool, resumes: bo
         lacking += ["'message_hub'"] if 'message_hub' not in loaded else []
         if lacking:
             raise CheckpointError(f"The checkpoint '{checkpoint}' can not be resumed: it has weights, but lacks "
-                                  f"{', '.join(lacking)}, which MMEngine saves during training. To start a new training "
-                                  f"from its weights, set load_from='{checkpoint}' and do not resume.")
+                                  f"{', '.join(lacking)}, which MMEngine saves during training. To start a new "
+                                  f"training from its weights, set load_from='{checkpoint}' and do not resume.")
 
 
 class WeightsHook(Hook):

@@ -240,8 +240,8 @@ def _foreign(name: str) -> Optional[Tuple[str, str]]:
     if head.startswith(b'\x89HDF'):
         return 'HDF5, as Keras writes it', 'Its weights are of no PyTorch model.'
     if head.startswith(b'\x80') and PICKLED_BY_TORCH not in head:
-        return ('a pickle that torch.save did not write', 'Such a file may run anything when it is read. If you trust its '
-                'author, save its weights as tensors, with torch.save(dict(state_dict=…)).')
+        return ('a pickle that torch.save did not write', 'Such a file may run anything when it is read. If you trust '
+                'its author, save its weights as tensors, with torch.save(dict(state_dict=…)).')
     if head.startswith(b'\x93NUMPY'):
         return 'a NumPy array', 'Give the checkpoint (.pth) of the model.'
     if head and re.fullmatch(rb'[\t\n\r\x20-\x7e]+', head):

@@ -29,7 +29,7 @@ def raise_faults(findings: Iterable[Finding]) -> None:
     """Raises a :class:`DiagnosisError` that lists the faults and, once each, their remedies, if there are any."""
     faults = [finding for finding in findings if finding.fault]
     if faults:
-        lines = [f'{finding.subject}: {finding.found}' + ('' if '\n' in finding.found or finding.found.endswith('.')
-                                                          else '.') for finding in faults]
+        lines = [f'{finding.subject}: {finding.found}'
+                 + ('' if '\n' in finding.found or finding.found.endswith('.') else '.') for finding in faults]
         remedies = dict.fromkeys(f'{finding.remedy}.' for finding in faults)
         raise DiagnosisError('\n  '.join([*lines, *remedies]))

@@ -25,7 +25,10 @@ SET_TEACHER = ('Set it with --teacher-checkpoint where the command has that opti
 def inspect_checkpoints(config: Config) -> Iterator[Finding]:
     """Whether the files of the teacher's and the student's initial weights exist; addresses are listed."""
     for name, teacher in teachers_of(config):
-        if teacher.get('checkpoint'):
+        if teacher.get('checkpoint') and teacher.get('random_teacher'):
+            yield Finding(f'{name} checkpoint', f"'{teacher['checkpoint']}' contradicts random_teacher=True",
+                          'Remove one of the two', fault=True)
+        elif teacher.get('checkpoint'):
             yield inspect_checkpoint(f'{name} checkpoint', teacher['checkpoint'], SET_TEACHER)
         elif not teacher.get('random_teacher'):
             yield Finding(f'{name} checkpoint', 'none is given', SET_TEACHER, fault=True)

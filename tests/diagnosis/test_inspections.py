@@ -556,3 +556,16 @@ def test_sizes_of_the_images_are_those_of_the_annotation_file(distilling, folder
 
 def test_a_plain_detector_has_no_step_to_try(config):
     assert list(inspect_step(config)) == []
+
+
+def test_a_teacher_both_random_and_from_a_checkpoint_is_a_fault():
+    teacher = dict(config='teacher.py', checkpoint='teacher.pth', random_teacher=True)
+    config = Config(dict(model=dict(type='DetectionDistiller', teacher=teacher, student=dict())))
+    finding, = inspect_checkpoints(config)
+    assert finding.fault and "'teacher.pth' contradicts random_teacher=True" in finding.found
+
+
+def test_a_sentence_is_not_ended_twice():
+    with pytest.raises(DiagnosisError, match=r'^teacher: Name all of them\.\n  data: there is none\.\n  Correct it\.$'):
+        raise_faults([Finding('teacher', 'Name all of them.', 'Correct it', fault=True),
+                      Finding('data', 'there is none', 'Correct it', fault=True)])
