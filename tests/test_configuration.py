@@ -34,7 +34,7 @@ def test_missing_config_names_the_file():
     ("_base_ = ['mmdet::_base_/schedules/schedule_1x.py', 'mmdet::_base_/schedules/schedule_2x.py']\n",
      'Duplicate key'),
     ("custom_imports = dict(imports=['no_such_module'])\n", 'no_such_module'),
-    ('from mmdet.models import RetinaHed\nmodel = dict(bbox_head=dict(type=RetinaHed))\n', 'Failed to import RetinaHed'),
+    ('from mmdet.models import RetinaHed\nmodel = dict(type=RetinaHed)\n', 'Failed to import RetinaHed'),
     ('import torch.optim as optim\noptim_wrapper = dict(optimizer=dict(type=optim.Sdg))\n', 'Sdg'),
 ])
 def test_malformed_config_is_one_clear_error(tmp_path, text, said):

@@ -129,7 +129,7 @@ def test_a_detector_is_built_within_the_scope_of_its_config(teacher_file, mmdete
      r'KeyError: Trunk is not in the gammadet::model registry.* Import the package that has it with custom_imports'),
     (dict(model=dict(backbone=dict(depht=18))), "TypeError: .*unexpected keyword argument 'depht'"),
 ])
-def test_a_teacher_that_can_not_be_built_is_named_by_its_own_config(change, said, teacher_file, mmdetections, run_config):
+def test_a_teacher_that_can_not_be_built_is_named_by_its_config(change, said, teacher_file, mmdetections, run_config):
     file = teacher_file('alphadet')
     config = load_config(file)
     config.merge_from_dict(change)

@@ -73,8 +73,8 @@ def of_teacher(config: ModelConfig) -> Iterator[None]:
         if type(error).__module__.split('.')[0] == 'kd_det':
             raise
         reason = error.args[0] if isinstance(error, KeyError) else error
-        remedy = (' Import the package that has it with custom_imports in that config, and write types of other packages '
-                  'with their scope, such as mmdet.ResNet.' if ' registry' in str(reason) else '')
+        remedy = (' Import the package that has it with custom_imports in that config, and write types of other '
+                  'packages with their scope, such as mmdet.ResNet.' if ' registry' in str(reason) else '')
         raise TeacherError(f"The model of the teacher's config {config!r:.200} can not be used: "
                            f'{type(error).__name__}: {reason}.{remedy}') from error
 
