@@ -86,7 +86,7 @@ def test_columns_stay_in_line_where_signs_are_spelt_out(monkeypatch):
 def test_a_caption_of_numbers_is_plain(monkeypatch):
     output = ascii_output(monkeypatch)
     costs = StepCosts({name: Cost(1.0, 0) for name in (STUDENT, DISTILLED, PLAIN_TEACHER)}, [1.0])
-    PlainConsole().print(costs_table(costs, 1, 0))
+    PlainConsole().print(costs_table(costs, 1, (64, 64), 0))
     assert '[bold]' not in written(output)
 
 

@@ -89,8 +89,8 @@ def _fonts_with(signs: FrozenSet[int]) -> Tuple[List[str], FrozenSet[int]]:
     if left:  # told once, as the answer is kept
         signs = ''.join(map(chr, sorted(left)))
         MMLogger.get_current_instance().warning(
-            f'No installed font has {signs}: pictures show {_spelt_out(signs, frozenset(left))} instead. Install one that has, such '
-            'as Noto Sans CJK.')
+            f'No installed font has {signs}: pictures show {_spelt_out(signs, frozenset(left))} instead. Install one '
+            'that has, such as Noto Sans CJK.')
     return families, frozenset(left)
 
 
