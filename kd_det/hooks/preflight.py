@@ -180,8 +180,10 @@ def count_votes(found: InstanceData, boxes: Tensor, labels: Tensor, teachers: in
 def wrong_names(skill: Skill) -> Dict[int, int]:
     """The teacher's classes whose boxes lie on objects of another class than their name says.
 
-    Either by far most objects fit other names: in an assignment of names, several classes are each other than they are
-    called and :data:`CLEARLY` times as many objects speak for that as for the names. Or a class by itself is another:
+    Either the names fit once they are read in another usual order, that of the data, turned round or shifted by one:
+    twice as many objects of :data:`FEW` classes or more speak for that as for the names, and a third of all. Or by far
+    most objects fit other names: in an assignment of names, several classes are each other than they are called and
+    :data:`CLEARLY` times as many objects speak for that as for the names. Or a class by itself is another:
     most of its boxes lie on objects of the other class, most of these objects are taken for it, and hardly any for what
     they should be, which no class does that only looks like another; where the other name is wrong too, as in an
     exchange, few objects suffice.
@@ -197,6 +199,11 @@ def wrong_names(skill: Skill) -> Dict[int, int]:
     own = dict(zip(match.of_teacher, match.of_student) if match else ((each, each) for each in range(len(skill.names))))
     right = agreement(votes, own)
     confirmed = {label for label, objects in own.items() if 2 * votes[label, objects] > votes[:, objects].sum()}
+    for order in _usual_orders(own, *votes.shape):
+        displaced = {label: other for label, other in order.items()
+                     if votes[label, other] and own.get(label) != other and label not in confirmed}
+        if len(displaced) >= FEW and agreement(votes, displaced) >= max(MANY, 2 * right, int(votes.sum()) / 3):
+            return displaced
     other_names = {int(label): int(other) for label, other in zip(*linear_sum_assignment(votes.numpy(), maximize=True))
                    if votes[label, other] and own.get(label) != other and label not in confirmed
                    and (label in own or other in own.values())}
@@ -214,6 +221,14 @@ def wrong_names(skill: Skill) -> Dict[int, int]:
     moved = {own[label] for label in found}
     return {label: other for label, other in found.items()
             if votes[label, other] >= MANY or other in moved or own[label] in found.values()}
+
+
+def _usual_orders(own: Mapping[int, int], teachers: int, students: int) -> List[Dict[int, int]]:
+    """By which orders names are mistaken for others: the data's label of each of the teacher's, under each of them."""
+    shifted = [{label - step: objects for label, objects in own.items() if 0 <= label - step < teachers}
+               for step in (1, -1)]
+    turned = {teachers - 1 - label: objects for label, objects in own.items()}
+    return [*shifted, turned, *([{label: label for label in range(students)}] if teachers == students else [])]
 
 
 def agreement(votes: Tensor, names: Mapping[int, int]) -> int:

@@ -202,6 +202,19 @@ def test_an_order_is_proposed_where_boxes_tell_all_of_it():
         require_names(random, SimpleNamespace(classes=names))
 
 
+def test_a_usual_order_is_told_by_an_object_or_two_of_each_class():
+    """Twenty classes, the first a background that only the teacher counts, and a teacher that is right of most."""
+    names = tuple('abcdefghijklmnopqrst')
+    match = match_classes(names, ('background', *names[:-1]))
+    votes = torch.zeros(20, 20, dtype=torch.long)
+    votes[torch.arange(12), torch.arange(12)] = 1
+    votes[torch.arange(5), torch.arange(5) + 6] = 1
+    assert wrong_names(Skill({}, names, match, votes)) == {label: label for label in range(12)}
+    assert wrong_names(Skill({}, names, match_classes(names, names), votes)) == {}
+    turned = Skill({}, names, match_classes(names, names[::-1]), votes)
+    assert wrong_names(turned) == {label: label for label in range(12)}
+
+
 def test_a_vote_is_the_most_confident_box_on_an_object():
     boxes = torch.tensor([[0., 0., 10., 10.], [20., 20., 30., 30.], [40., 40., 50., 50.]])
     found = InstanceData(bboxes=boxes[[0, 0, 1, 2, 2]] + torch.tensor([0., 0., 1., 0.]),
