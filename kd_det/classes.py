@@ -3,8 +3,10 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import re
 import unicodedata
+from functools import lru_cache
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -206,7 +208,8 @@ def _categories_of(leaf: object) -> Dict[int, str]:
 def read_categories(file: str, backend_args: Optional[dict] = None) -> Dict[int, str]:
     """Reads the categories of a COCO file: names by id, in the order of the file.
 
-    Such files are large; where the list can be told from all else, it alone is decoded.
+    Such files are large, and several checks ask: a file that has not changed is read once, and where the list can be
+    told from all else, it alone is decoded.
 
     Args:
         file: The annotation file.
@@ -216,8 +219,14 @@ def read_categories(file: str, backend_args: Optional[dict] = None) -> Dict[int,
         ValueError: It is no JSON file.
         KeyError: It has no categories.
     """
-    with get_local_path(file, backend_args=backend_args) as path, open(path, 'rb') as opened, \
-            mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    with get_local_path(file, backend_args=backend_args) as path:
+        state = os.stat(path)
+        return dict(_categories_in(str(path), state.st_mtime_ns, state.st_size))
+
+
+@lru_cache(maxsize=8)
+def _categories_in(path: str, changed: int, size: int) -> Dict[int, str]:
+    with open(path, 'rb') as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
         starts = [match.end() for match in CATEGORIES.finditer(content)]
         found = _decode_list(content, starts[0]) if len(starts) == 1 else json.loads(content[:])['categories']
     return {category['id']: str(category['name']) for category in found}
