@@ -1,139 +1,166 @@
-"""A weight: a number, or a number that follows the training."""
+"""A weight that keeps a term's gradient in proportion to the task's."""
 from __future__ import annotations
 
-from math import isfinite
-from typing import Optional, Union
+import math
+from typing import Dict, NamedTuple, Optional
 
+import torch
 from mmdet.registry import TASK_UTILS
+from torch import Tensor
 
 from kd_det.context import Progress
-from kd_det.scopes import HOME, build_own, find_class
+from kd_det.distillers.gradients import GradientNorms
+from kd_det.distillers.weights import Weight, WeightConfig
 
-WeightConfig = Union[float, int, dict, 'Weight']
+DEFAULT_RATIO = 0.5
+ROUNDING = 1e-8  # share of the task's gradient below which a term's is rounding, and no direction to follow
+SINGLES = 3  # measurements of one image with boxes, before there is a weight; of several at once one will do
+MEASUREMENTS = 5  # before a measurement can be called far from the others
+SPREADS = 3.0  # times their mean distance from their mean; as far as one is followed
+NEAR = math.log(2)  # as far as one is always followed
 
 
-class Weight:
-    """A constant weight, and the base of those that change.
+class Means(NamedTuple):
+    """What a :class:`Balance` has measured; each mean (2,): the sum of the shares, and of 1, by which it is divided.
+
+    Attributes:
+        averages: Of log(task's / term's), of batches with boxes.
+        spread: Of the distance of such a measurement from the mean before it.
+        boxes: Of the number of boxes in such a batch.
+        empty: Of log(task's / term's), of batches without boxes.
+        counts: (2,), of the measurements with boxes, and of the images with boxes that they saw.
+    """
+    averages: Tensor
+    spread: Tensor
+    boxes: Tensor
+    empty: Tensor
+    counts: Tensor
+
+
+@TASK_UTILS.register_module()
+class Balance(Weight):
+    """Keeps the norm of the term's gradient on the student's features at ``ratio`` times that of the task's gradient.
+
+    The features are those that the term taps, or the neck's for a term that reads heads alone. The term's weight is
+    ratio · task's norm / term's norm, as moving geometric mean of the measurements: while a head is new both norms
+    change by orders of magnitude, and an arithmetic mean would long remember the largest.
+
+    A measurement changes the mean as far as it represents the data:
+
+    - It counts by the boxes that it saw: fully with as many as such a batch has on average, or more, and not at all
+      without boxes, where the task's gradient is another one, and many a term's. Boxes of the term's view, over all
+      ranks; crowds and boxes of classes that the teacher does not know are none.
+    - It counts only where it finds both gradients, the term's more than rounding beside the task's.
+    - The weight is 0 until a batch that counts had boxes on two images, or three such batches on one.
+    - From the sixth on none is taken to be farther from the mean than three times the mean distance so far, or a factor
+      of 2 where that is more.
+    - Where the first ``start`` measurements saw no boxes, those without boxes count, until there are some.
 
     Args:
-        value: The weight, or another schedule that this one shapes.
+        ratio: Share of the task's gradient, or a schedule of it.
+        interval: Iterations between measurements.
+        momentum: Share of the mean that a measurement keeps; the bias of its start at 0 is corrected.
+        start: How many measurements are made before that, one in every step from the first of the term.
 
     Raises:
-        ValueError: The weight is not finite.
+        ValueError: An argument is out of its range, or the ratio is balanced itself.
+
+    Example:
+        >>> dict(type='Balance', ratio=0.5)
+        >>> dict(type='Warmup', epochs=1, value=dict(type='Balance', ratio=0.5))
     """
 
-    def __init__(self, value: WeightConfig) -> None:
-        if isinstance(value, (float, int)) and not isfinite(value):
-            raise ValueError(f'{type(self).__name__}: {value} is no weight: expected a finite number, or a schedule.')
-        self.value = value if isinstance(value, (float, int)) else build_weight(value)
-
-    def __call__(self, progress: Progress) -> float:
-        """The weight at this point of the training."""
-        return float(self.value) if isinstance(self.value, (float, int)) else self.value(progress)
-
-    @property
-    def is_zero(self) -> bool:
-        """Whether the weight is 0 throughout."""
-        return self.full == 0
-
-    @property
-    def is_constant(self) -> bool:
-        """Whether the weight never changes."""
-        return type(self) is Weight
+    def __init__(self, ratio: WeightConfig = DEFAULT_RATIO, interval: int = 10, momentum: float = 0.8,
+                 start: int = 50) -> None:
+        super().__init__(ratio)
+        if super().balance is not None:
+            raise ValueError('Balance: its ratio is a Balance too. Give a number, or a schedule of numbers.')
+        if self.full < 0 or interval < 1 or not 0 <= momentum < 1 or start < 1:
+            raise ValueError(f'Balance: ratio={ratio}, interval={interval}, momentum={momentum}, start={start}: '
+                             'expected a ratio of at least 0, an interval and a start of at least 1, and a momentum in '
+                             '[0, 1).')
+        self.interval, self.momentum, self.start = interval, momentum, start
+        self.steps = 0  # measurements; on the host, where the decision falls whether to measure
+        self.means: Optional[Means] = None
 
     @property
-    def full(self) -> float:
-        """The number within, which the schedules shape."""
-        return float(self.value) if isinstance(self.value, (float, int)) else self.value.full
+    def balance(self) -> Balance:
+        return self
 
     @property
-    def balance(self) -> Optional[Weight]:
-        """The :class:`~kd_det.distillers.balance.Balance` within, if there is one: the weight is then a ratio."""
-        return None if isinstance(self.value, (float, int)) else self.value.balance
+    def has_started(self) -> bool:
+        """Whether the measurements in every step are done."""
+        return self.steps >= self.start
+
+    def due(self, progress: Progress) -> bool:
+        """Whether to measure in this step."""
+        return not self.has_started or progress.iteration % self.interval == 0
+
+    def update(self, norms: GradientNorms, boxes: Optional[Tensor] = None) -> None:
+        """Takes in a measurement; one that is not finite, or where a gradient vanishes or is noise, changes nothing.
+
+        Args:
+            norms: The gradients.
+            boxes: (2,), the number of boxes in the batch and that of the images that have any; None where it is known
+                that the batch represents the data.
+        """
+        both = torch.stack(norms)
+        self.steps += 1
+        means = self._means(both.device)
+        number, images = both.new_tensor([1, 2]) if boxes is None else boxes.to(both)
+        counts = torch.isfinite(both).all() & (norms.task > 0) & (norms.term > ROUNDING * norms.task)
+        ratio = torch.where(counts, torch.log(norms.task / norms.term), 0)
+        full = (counts & (number > 0)).to(both)
+        mean_boxes = _taken(means.boxes, number, self.momentum**full)
+        share = full * (number / _value(mean_boxes).clamp(min=1)).clamp(max=1)  # of a whole measurement
+
+        mean, known = _value(means.averages), means.averages[1] > 0
+        distance = torch.where(known, ratio - mean, 0)
+        limit = (SPREADS * _value(means.spread)).clamp(min=NEAR)
+        bounded = torch.where(means.counts[0] < MEASUREMENTS, ratio, mean + distance.clamp(-limit, limit))
+        self.means = Means(
+            averages=_taken(means.averages, bounded, self.momentum**share),
+            spread=_taken(means.spread, distance.abs(), self.momentum**(share * known)),
+            boxes=mean_boxes,
+            empty=_taken(means.empty, ratio, self.momentum**(counts.to(both) - full)),
+            counts=means.counts + full * torch.stack([torch.ones_like(images), images]))
+
+    @property
+    def scale(self) -> Tensor:
+        """The weight that makes the two norms equal, a scalar."""
+        means = self._means()
+        measurements, images = means.counts
+        enough = (images > measurements) | (measurements >= (1 if self.has_started else SINGLES))
+        instead = means.empty if self.has_started else torch.zeros_like(means.empty)
+        mean = torch.where(images > 0, means.averages * enough, instead)
+        return torch.where(mean[1] > 0, torch.exp(_value(mean)), 0)
+
+    def state_dict(self) -> Dict[str, Tensor]:
+        """What a checkpoint keeps."""
+        if self.means is None:
+            return {}
+        return dict({name: mean.cpu() for name, mean in self.means._asdict().items()}, steps=torch.tensor(self.steps))
+
+    def load_state_dict(self, state: Dict[str, Tensor]) -> None:
+        """Goes on from what :meth:`state_dict` gave; that of earlier versions held the averages alone."""
+        state = dict(state)
+        self.steps = int(state.pop('steps', self.start if state else 0))
+        self.means = None
+        if state:
+            seen_enough = self._means()._replace(counts=torch.tensor([0.0, 1.0]))
+            self.means = seen_enough._replace(**state)
+
+    def _means(self, device: Optional[torch.device] = None) -> Means:
+        if self.means is None:
+            return Means(*(torch.zeros(2, device=device) for _ in Means._fields))
+        return self.means if device is None else Means(*(mean.to(device) for mean in self.means))
 
 
-class _Ramp(Weight):
-    """A weight that moves between two points of the training, counted in epochs or in iterations.
-
-    Args:
-        value: The full weight, or another schedule.
-        epochs: Length of the change in epochs (1.5 is one and a half), or
-        iterations: its length in iterations.
-        begin: When it starts, in the same unit.
-
-    Raises:
-        ValueError: Both or neither of ``epochs`` and ``iterations`` given.
-    """
-
-    def __init__(self, value: WeightConfig, epochs: Optional[float] = None, iterations: Optional[int] = None,
-                 begin: float = 0) -> None:
-        super().__init__(value)
-        if (epochs is None) == (iterations is None):
-            raise ValueError(f'{type(self).__name__}: give its length either in epochs or in iterations.')
-        self.by_epoch = epochs is not None
-        self.begin, self.length = begin, epochs if self.by_epoch else iterations
-
-    def done(self, progress: Progress) -> float:
-        """The share of the change that is done, 0 to 1."""
-        passed = (progress.epoch if self.by_epoch else progress.iteration) - self.begin
-        if self.length <= 0:
-            return float(passed >= 0)
-        return min(max(passed / self.length, 0.0), 1.0)
+def _value(mean: Tensor) -> Tensor:
+    """The mean that a sum of shares stands for; 0 where nothing was taken in."""
+    return mean[0] / torch.where(mean[1] > 0, mean[1], 1)
 
 
-@TASK_UTILS.register_module()
-class Warmup(_Ramp):
-    __doc__ = 'Grows linearly from ``start`` times its value to its value.\n' + _Ramp.__doc__
-
-    def __init__(self, value: WeightConfig, epochs: Optional[float] = None, iterations: Optional[int] = None,
-                 begin: float = 0, start: float = 0.0) -> None:
-        super().__init__(value, epochs, iterations, begin)
-        self.start = start
-
-    def __call__(self, progress: Progress) -> float:
-        return super().__call__(progress) * (self.start + (1 - self.start) * self.done(progress))
-
-
-@TASK_UTILS.register_module()
-class Decay(_Ramp):
-    __doc__ = 'Falls linearly from its value to ``end`` times its value.\n' + _Ramp.__doc__
-
-    def __init__(self, value: WeightConfig, epochs: Optional[float] = None, iterations: Optional[int] = None,
-                 begin: float = 0, end: float = 0.0) -> None:
-        super().__init__(value, epochs, iterations, begin)
-        self.end = end
-
-    def __call__(self, progress: Progress) -> float:
-        return super().__call__(progress) * (1 - (1 - self.end) * self.done(progress))
-
-
-@TASK_UTILS.register_module()
-class Start(_Ramp):
-    __doc__ = 'Is 0 for that long, then its value.\n' + _Ramp.__doc__
-
-    def __call__(self, progress: Progress) -> float:
-        return super().__call__(progress) if self.done(progress) == 1 else 0.0
-
-
-@TASK_UTILS.register_module()
-class Stop(_Ramp):
-    __doc__ = 'Keeps its value for that long, then 0: the term, and a teacher that no other needs, no longer run.\n' \
-        + _Ramp.__doc__
-
-    def __call__(self, progress: Progress) -> float:
-        return super().__call__(progress) if self.done(progress) < 1 else 0.0
-
-
-def build_weight(config: WeightConfig) -> Weight:
-    """Builds a weight from a number or a dict such as ``dict(type='Warmup', value=1.0, epochs=1)``."""
-    if isinstance(config, Weight):
-        return config
-    if isinstance(config, (float, int)):
-        return Weight(config)
-    if isinstance(config, dict) and 'type' in config:
-        if find_class(TASK_UTILS, config, HOME) is None:
-            raise ValueError(f"weight: there is no schedule '{config['type']}': expected one of Warmup, Decay, "
-                             'Start, Stop and Balance.')
-        return build_own(TASK_UTILS, config)
-    raise ValueError(f"weight={config!r}: expected a number or a schedule such as dict(type='Warmup', value=1.0, "
-                     'epochs=1).')
+def _taken(mean: Tensor, value: Tensor, kept: Tensor) -> Tensor:
+    """A mean that has taken in a value, and keeps that share of itself."""
+    return kept * mean + (1 - kept) * torch.stack([value, torch.ones_like(value)])
