@@ -1,14 +1,46 @@
-"""Draw one scene of textured shapes, in integer arithmetic only.
-
-Every pixel follows from the raw 32-bit stream of a Mersenne twister and from integer sums, products and divisions, so a
-scene is the same on every machine, whatever its mathematics library and its version of NumPy.
-"""
+"""Write images whose bytes depend on nothing but their pixels."""
 from __future__ import annotations
 
+import json
+import os
+import struct
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Callable, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from mmcv.transforms import BaseTransform
+from mmdet.registry import TRANSFORMS
+from mmengine.structures import InstanceData
+
+from kd_det.config.files import ConfigurationError
+
+
+def write_bitmap(path: str | Path, image: np.ndarray) -> None:
+    """Writes an uncompressed 24-bit Windows bitmap, which every image reader understands.
+
+    PNG and JPEG files depend on the version of the compressor that wrote them; a bitmap does not.
+
+    Args:
+        path: File to write.
+        image: (H, W, 3) uint8 pixels, red first.
+
+    Raises:
+        ValueError: If ``image`` is not an (H, W, 3) uint8 array.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f'expected (H, W, 3) uint8 pixels, got {image.shape} of {image.dtype}')
+    height, width = image.shape[:2]
+    row_bytes = (3 * width + 3) // 4 * 4
+    rows = np.zeros((height, row_bytes), np.uint8)
+    rows[:, :3 * width] = image[::-1, :, ::-1].reshape(height, -1)
+    offset = 14 + 40
+    header = struct.pack('<2sIHHI', b'BM', offset + rows.size, 0, 0, offset)
+    header += struct.pack('<IiiHHIIiiII', 40, width, height, 1, 24, 0, rows.size, 0, 0, 0, 0)
+    Path(path).write_bytes(header + rows.tobytes())
+
 
 UNIT = 1024  # the radius of a shape in its own coordinates
 SUPERSAMPLING = 2  # shapes are drawn at twice the resolution, then averaged
@@ -224,3 +256,110 @@ def _smooth_noise(stream: Stream, height: int, width: int, cells: int) -> np.nda
         return (values[index] * (step - rest) + values[index + 1] * rest) // step
 
     return interpolate(interpolate(grid, height).T, width).T
+
+
+_SPLITS = ('train', 'val')
+_VERSION = 1  # of the drawing; raise it when the same arguments give other pixels
+
+
+def generate_shapes(root: str | Path,
+                    train_images: int = 240,
+                    val_images: int = 80,
+                    size: int = 128,
+                    seed: int = 0,
+                    progress: Callable[[int, int], None] | None = None) -> bool:
+    """Writes the shapes data set under ``root`` unless it is already there.
+
+    The layout is COCO's: ``annotations/{train,val}.json`` beside ``train/*.bmp`` and ``val/*.bmp``. An image depends on
+    the seed, its split and its index alone, so a larger set contains the smaller ones. The annotations of a split are
+    written last; an interrupted call can be repeated.
+
+    Args:
+        root: Directory to write, made if needed.
+        train_images: Images of the train split.
+        val_images: Images of the val split.
+        size: Height and width of the images in pixels.
+        seed: Seed of the whole set, at least 0.
+        progress: Called after each image with the number of images done and the number of all.
+
+    Returns:
+        Whether anything had to be written.
+
+    Raises:
+        ValueError: If a split would be empty, the images smaller than 32 pixels, or the seed negative.
+    """
+    if min(train_images, val_images) < 1 or size < 32 or seed < 0:
+        raise ValueError('expected at least 1 image in each split, a size of at least 32 and a seed of at least 0, got '
+                         f'train_images={train_images}, val_images={val_images}, size={size}, seed={seed}')
+    counts = dict(zip(_SPLITS, (train_images, val_images)))
+    done, written = 0, False
+    for split, count in counts.items():
+        info = dict(description='kd_det shapes', split=split, images=count, size=size, seed=seed, version=_VERSION)
+        annotation_file = Path(root, 'annotations', f'{split}.json')
+        if _info(annotation_file) != info:
+            written = True
+            folder = Path(root, split)
+            folder.mkdir(parents=True, exist_ok=True)
+            annotation_file.parent.mkdir(exist_ok=True)
+            annotation_file.unlink(missing_ok=True)
+            images, annotations = [], []
+            for index in range(count):
+                image, instances = draw_scene(Stream(seed, _SPLITS.index(split), index), size, size)
+                name = f'{index:06d}.bmp'
+                write_bitmap(folder / name, image)
+                images.append(dict(id=index + 1, file_name=name, height=size, width=size))
+                annotations += [
+                    dict(id=len(annotations) + number, image_id=index + 1, category_id=instance.category + 1,
+                         bbox=instance.bbox, area=instance.area, iscrowd=0)
+                    for number, instance in enumerate(instances, start=1)
+                ]
+                if progress:
+                    progress(done + index + 1, sum(counts.values()))
+            categories = [dict(id=index, name=name) for index, name in enumerate(CLASSES, start=1)]
+            _write_json(annotation_file,
+                        dict(info=info, images=images, annotations=annotations, categories=categories))
+        done += count
+    return written
+
+
+def _info(annotation_file: Path) -> dict | None:
+    return json.loads(annotation_file.read_bytes())['info'] if annotation_file.is_file() else None
+
+
+def _write_json(path: Path, content: dict) -> None:
+    partial = path.with_suffix('.partial')
+    partial.write_bytes(json.dumps(content, sort_keys=True).encode())
+    os.replace(partial, path)
+
+
+UNLABELLED = 'unlabelled'  # in the metainfo of a data sample
+
+
+@TRANSFORMS.register_module()
+class Unlabelled(BaseTransform):
+    """Says of an image that nobody knows what it shows: the last step of a pipeline, after ``PackDetInputs``.
+
+    The distiller learns from such an image what the terms teach without boxes, and from the boxes that the teacher
+    finds, with ``pseudo_labels``; the student's own loss does not take it for background. Boxes that the image has are
+    dropped. A data set without annotations needs ``filter_cfg=dict(filter_empty_gt=False)``, or its images are passed
+    over.
+
+    Raises:
+        ConfigurationError: It stands before ``PackDetInputs``.
+
+    Example:
+        >>> dict(type='CocoDataset', ann_file='unlabelled.json', filter_cfg=dict(filter_empty_gt=False),
+        ...      pipeline=[*train_pipeline, dict(type='Unlabelled')])
+    """
+
+    def transform(self, results: dict) -> dict:
+        if 'data_samples' not in results:
+            raise ConfigurationError("The transform 'Unlabelled' marks what PackDetInputs has packed: make it the "
+                                     'last step of the pipeline.')
+        sample = results['data_samples']
+        truth = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
+        if 'masks' in sample.gt_instances:
+            truth.masks = sample.gt_instances.masks[:0]
+        sample.set_metainfo({UNLABELLED: True})
+        sample.gt_instances, sample.ignored_instances = truth, truth.clone()
+        return results

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Dict, Iterator, Mapping, Optional
+from typing import Any
 
 import mmdet.registry
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import DefaultScope, Registry
 from torch import nn
 
@@ -28,7 +30,7 @@ def scope_of(config: Mapping) -> str:
 
 
 @contextmanager
-def within_scope(scope: Optional[str]) -> Iterator[None]:
+def within_scope(scope: str | None) -> Iterator[None]:
     """Has names without a scope looked up in this one; None for the one that holds already."""
     if scope is not None:
         add_nodes(scope)
@@ -42,7 +44,7 @@ def enter_scope(scope: str) -> None:
     DefaultScope.get_instance(f'{scope}_{time.time_ns()}', scope_name=scope)
 
 
-def add_nodes(scope: str) -> Dict[str, Registry]:
+def add_nodes(scope: str) -> dict[str, Registry]:
     """Lets a scope look up in MMDetection's registries what it has no registry of its own for.
 
     A package with models of its own may leave data sets, metrics and hooks to MMDetection. MMEngine would look for
@@ -64,7 +66,7 @@ def add_nodes(scope: str) -> Dict[str, Registry]:
             for name, node in lacking.items()}
 
 
-def find_class(registry: Registry, config: Mapping, otherwise: Optional[str] = None) -> Optional[Any]:
+def find_class(registry: Registry, config: Mapping, otherwise: str | None = None) -> Any | None:
     """What the ``type`` of a dict stands for: a class, or a function; None where no registry has it.
 
     Args:
@@ -96,3 +98,19 @@ def build_own(registry: Registry, config: Mapping) -> Any:
     """Builds a term, a mask or a weight. One of this package need not be named with its scope, whatever scope holds."""
     with nullcontext() if find_class(registry, config) is not None else DefaultScope.overwrite_default_scope(HOME):
         return registry.build(config)
+
+
+def register_config_scope() -> None:
+    """Adds ``kd_det`` to the packages whose configs MMEngine finds.
+
+    MMEngine keeps a fixed table from scope to distribution and looks up where that distribution is installed, which
+    fails in an editable install. Where there is no distribution of that name it imports the module instead and takes
+    its folder: the name of this module leads to the package however it is installed. Configs of MMDetection
+    (``mmdet::…``) need no help: by the same rule they are found under any distribution that provides the module
+    ``mmdet``.
+    """
+    MODULE2PACKAGE.setdefault('kd_det', __name__)
+
+
+SCOPE = 'kd_det'
+NODES = add_nodes(SCOPE)

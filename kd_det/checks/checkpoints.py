@@ -1,22 +1,28 @@
 """Inspects the teachers of a config and the weights that it starts from."""
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Iterator, List, Optional, Sequence, Set, Tuple
 
 from mmengine.config import Config
 
-from kd_det.classes import match_classes, training_classes
+from kd_det.checks.data import class_counts
+from kd_det.checks.environment import Finding
 from kd_det.compat.checkpoint import CheckpointError, load_checkpoint
-from kd_det.configuration import (DISTILL_HOOK, ConfigurationError, hooks_of, is_distillation, student_model,
-                                  type_name)
-from kd_det.detectors import check_student
-from kd_det.diagnosis.data import class_counts
-from kd_det.diagnosis.finding import Finding
-from kd_det.runner import check_checkpoint
-from kd_det.scopes import build_detector
-from kd_det.teachers.class_names import ClassNamesError, teacher_classes
-from kd_det.teachers.loading import is_pretrained, load_strictly, of_teacher, read_model_config, without_pretrained
+from kd_det.config.classes import match_classes, training_classes
+from kd_det.config.detectors import check_student
+from kd_det.config.files import DISTILL_HOOK, ConfigurationError, hooks_of, is_distillation, student_model, type_name
+from kd_det.registry import build_detector
+from kd_det.teachers.loading import (
+    ClassNamesError,
+    is_pretrained,
+    load_strictly,
+    of_teacher,
+    read_model_config,
+    teacher_classes,
+    without_pretrained,
+)
+from kd_det.training.runner import check_checkpoint
 
 SET_TEACHER = ('Set it with --teacher-checkpoint where the command has that option, or with --cfg-options '
                'model.teacher.checkpoint=FILE')
@@ -62,7 +68,7 @@ def inspect_start_weights(config: Config) -> Iterator[Finding]:
             yield Finding('checkpoint weights', str(error), 'Correct load_from, or leave it out', fault=True)
 
 
-def inspect_teacher_classes(config: Config, names: Optional[Sequence[str]] = None) -> Iterator[Finding]:
+def inspect_teacher_classes(config: Config, names: Sequence[str] | None = None) -> Iterator[Finding]:
     """Which classes each teacher shares with the student: by name, or by their number where names are not known.
 
     Args:
@@ -89,7 +95,7 @@ def inspect_teacher_classes(config: Config, names: Optional[Sequence[str]] = Non
                           'default_hooks.distill.preflight=None', fault=preflight)
 
 
-def known_classes(teacher: dict) -> Tuple[Set[int], Optional[Sequence[str]]]:
+def known_classes(teacher: dict) -> tuple[set[int], Sequence[str] | None]:
     """How many classes a teacher's heads tell apart, and their names by label.
 
     Args:
@@ -115,7 +121,7 @@ def _shared(name: str, student: Sequence[str], teacher: Sequence[str], preflight
                        'default_hooks.distill.preflight=None', fault=preflight)
 
 
-def student_classes(config: Config, names: Optional[Sequence[str]] = None) -> Optional[Sequence[str]]:
+def student_classes(config: Config, names: Sequence[str] | None = None) -> Sequence[str] | None:
     """The names of the student's classes, where they are as many as its heads tell apart.
 
     Args:
@@ -152,7 +158,7 @@ def inspect_teacher_weights(config: Config) -> Iterator[Finding]:
                 yield Finding(f'{name} weights', str(error), 'Give config and checkpoint of the same model', fault=True)
 
 
-def teachers_of(config: Config) -> List[Tuple[str, dict]]:
+def teachers_of(config: Config) -> list[tuple[str, dict]]:
     """Name and config of each teacher; none for a plain detector."""
     if not is_distillation(config):
         return []
@@ -183,5 +189,5 @@ def inspect_checkpoint(subject: str, checkpoint: str, remedy: str) -> Finding:
     return Finding(subject, f"there is no file '{checkpoint}'", remedy, fault=True)
 
 
-def _number(counts: Set[int]) -> str:
+def _number(counts: set[int]) -> str:
     return ' and '.join(map(str, sorted(counts)))

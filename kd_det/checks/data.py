@@ -2,24 +2,34 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from difflib import get_close_matches
 from io import StringIO
 from itertools import zip_longest
 from pathlib import Path
-from typing import Dict, Iterator, List, Mapping, Sequence, Set, Tuple
 
-from mmdet.registry import DATASETS
+from mmdet.registry import DATASETS, TRANSFORMS
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 
-from kd_det.classes import LabelNames, dataset_classes, metainfo_of, read_label_names, same_meaning, spelling
-from kd_det.configuration import built_leaves, leaf_datasets, student_model, type_name
-from kd_det.datasets.unlabelled import Unlabelled
-from kd_det.diagnosis.finding import Finding, raise_faults
-from kd_det.scopes import scope_of, within_scope
+from kd_det.checks.environment import Finding, raise_faults
+from kd_det.config.classes import LabelNames, dataset_classes, metainfo_of, read_label_names, same_meaning, spelling
+from kd_det.config.files import (
+    DISTILL_HOOK,
+    built_leaves,
+    hooks_of,
+    is_distillation,
+    leaf_datasets,
+    student_model,
+    training_pipelines,
+    type_name,
+)
+from kd_det.datasets import Unlabelled
+from kd_det.registry import HOME, find_class, scope_of, within_scope
 
 SPLITS = ('train', 'val', 'test')
 SET_DATA_ROOT = 'Set the folder of the data with --data-root, or the path with --cfg-options'
@@ -29,7 +39,7 @@ COCO_ORDER = ', for MMDetection numbers labels in the order of the annotation fi
 
 def inspect_paths(config: Config, splits: Sequence[str] = SPLITS) -> Iterator[Finding]:
     """Whether the annotation files and image folders of the data sets and evaluators exist, each path once."""
-    paths: Dict[str, str] = {}
+    paths: dict[str, str] = {}
     for split, dataset in _datasets(config, splits):
         if dataset.get('ann_file'):
             paths.setdefault(_join(dataset, dataset['ann_file']), f'{split} annotations')
@@ -77,8 +87,8 @@ def inspect_labels(datasets: Mapping[str, object], metrics: Mapping[str, Sequenc
         datasets: By what they are called, such as ``'train'``.
         metrics: Of the evaluators of some of them: one with an annotation file of its own numbers classes, too.
     """
-    found: Dict[str, LabelNames] = {}
-    evaluated: List[LabelNames] = []
+    found: dict[str, LabelNames] = {}
+    evaluated: list[LabelNames] = []
     for split, dataset in datasets.items():
         leaves = [leaf for leaf in built_leaves(dataset) if not _is_unlabelled(leaf)]
         for index, leaf in enumerate(leaves):
@@ -101,7 +111,7 @@ def inspect_labels(datasets: Mapping[str, object], metrics: Mapping[str, Sequenc
                           'categories in different orders, write them anew in one', fault=True)
 
 
-def build_data(config: Config, splits: Sequence[str]) -> Tuple[Dict[str, object], Dict[str, list], List[Finding]]:
+def build_data(config: Config, splits: Sequence[str]) -> tuple[dict[str, object], dict[str, list], list[Finding]]:
     """Builds the data sets of a config, and the metrics of its evaluators; what two splits share is built once.
 
     Returns:
@@ -193,7 +203,7 @@ def _is_unlabelled(leaf: object) -> bool:
     return bool(transforms) and isinstance(transforms[-1], Unlabelled)
 
 
-def class_counts(model: dict) -> Set[int]:
+def class_counts(model: dict) -> set[int]:
     """All values of ``num_classes`` in the heads that classify objects (an RPN does not)."""
 
     def search(node: object) -> Iterator[int]:
@@ -208,9 +218,9 @@ def class_counts(model: dict) -> Set[int]:
     return {count for head in ('bbox_head', 'roi_head') for count in search(model.get(head))}
 
 
-def _datasets(config: Config, splits: Sequence[str]) -> Iterator[Tuple[str, dict]]:
+def _datasets(config: Config, splits: Sequence[str]) -> Iterator[tuple[str, dict]]:
     """Each leaf data set with its split; data that serves two splits, as val and test, is not looked at twice."""
-    seen: List[tuple] = []
+    seen: list[tuple] = []
     for split in splits:
         loader = config.get(f'{split}_dataloader')
         for dataset in leaf_datasets(loader['dataset']) if loader else ():
@@ -285,3 +295,74 @@ def _ends_unlabelled(dataset: dict) -> bool:
 def _listed(values: Sequence, most: int = 6) -> str:
     rest = len(values) - most
     return ', '.join(map(str, values[:most])) + (f', … and {rest} more' if rest > 0 else '')
+
+
+REPLAYED = 'ReplayedRandomness'
+DRAWS = re.compile(r'(?<![\w.])((np|numpy|torch)\.)?random\.\w+\(|@cache_randomness|torch\.rand')
+DRAWS_ELSEWHERE = ('Albu', )  # whose own library draws
+
+
+def inspect_cache(config: Config) -> Iterator[Finding]:
+    """Whether the images of a distillation with a teacher's cache recur, and whether replayed transforms can."""
+    pipelines = training_pipelines(config)
+    if any(REPLAYED in map(type_name, pipeline) for pipeline in pipelines):
+        yield from _inspect_replay(config)
+    teachers = config.model.teacher if is_distillation(config) else []
+    if not any(teacher.get('cache') for teacher in ([teachers] if isinstance(teachers, dict) else teachers)):
+        return
+    drawing = list(dict.fromkeys(name for pipeline in pipelines for name in random_transforms(pipeline)))
+    if drawing:
+        yield Finding('teacher cache', f"the training pipeline is random ({', '.join(drawing)}): images seldom or "
+                      'never recur pixel by pixel, and the cache finds nothing else',
+                      f"Put them into dict(type='{REPLAYED}', period=2, transforms=[…]), or leave them out; transforms "
+                      'that mix images can not be replayed')
+    elif _shapes_vary(config, pipelines):
+        yield Finding('teacher cache', 'images keep their aspect ratio, so the shape of a batch, and with it the '
+                      'padding of an image, depends on the other images in it; an image is found in batches of the '
+                      'same shape only',
+                      "Resize with keep_ratio=False, or pad all batches to one size: data_preprocessor.batch_augments="
+                      "[dict(type='BatchFixedSizePad', size=(height, width))]")
+    else:
+        yield Finding('teacher cache', 'nothing random in the training pipeline')
+
+
+def random_transforms(pipeline: list[dict]) -> Iterator[str]:
+    """Names the transforms of a pipeline that draw random numbers, except replayed ones."""
+    for transform in pipeline:
+        if type_name(transform) == REPLAYED:
+            continue
+        if _draws(transform):
+            yield type_name(transform)
+        for inner in transform.get('transforms') or ():
+            yield from random_transforms(inner if isinstance(inner, (list, tuple)) else [inner])
+
+
+def _draws(transform: dict) -> bool:
+    """Whether the code of a transform's class, or of a base, draws random numbers."""
+    found = find_class(TRANSFORMS, transform, HOME)
+    if found is None or type_name(transform) in DRAWS_ELSEWHERE:
+        return found is not None
+    for each in getattr(found, '__mro__', ()):
+        try:
+            if DRAWS.search(inspect.getsource(each)):
+                return True
+        except (OSError, TypeError):  # of a class without a source file nothing is known
+            continue
+    return False
+
+
+def _shapes_vary(config: Config, pipelines: list[list[dict]]) -> bool:
+    preprocessor = student_model(config).get('data_preprocessor') or {}
+    padded = [type_name(each) for each in preprocessor.get('batch_augments') or ()]
+    keeps = any(transform.get('keep_ratio') for pipeline in pipelines for transform in pipeline)
+    return keeps and 'BatchFixedSizePad' not in padded and (config.train_dataloader.get('batch_size') or 1) > 1
+
+
+def _inspect_replay(config: Config) -> Iterator[Finding]:
+    if DISTILL_HOOK not in map(type_name, hooks_of(config)):
+        yield Finding(REPLAYED, 'nothing tells it the epoch, so that every image would stay in its first variant',
+                      f"Add default_hooks=dict(distill=dict(type='{DISTILL_HOOK}')); a plain detector can have it, too",
+                      fault=True)
+    if type_name(config.get('train_cfg')) == 'IterBasedTrainLoop':
+        yield Finding(REPLAYED, 'training counts iterations, so that every image would stay in its first variant',
+                      "Train by epochs: train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=…)", fault=True)

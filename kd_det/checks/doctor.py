@@ -1,28 +1,40 @@
 """The inspections together: all of them for ``kd-det doctor``, the cheap ones at the start of a run."""
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Iterator, List, Optional, Sequence, Tuple
 
 from mmengine.config import Config
 
-from kd_det.classes import Names, label_names
-from kd_det.configuration import ConfigurationError
-from kd_det.diagnosis.cache import inspect_cache
-from kd_det.diagnosis.data import (SPLITS, build_data, inspect_annotations, inspect_classes, inspect_labels,
-                                   inspect_paths)
-from kd_det.diagnosis.finding import Finding, raise_faults
-from kd_det.diagnosis.images import inspect_images, student_channels
-from kd_det.diagnosis.reading import Memory
-from kd_det.diagnosis.step import inspect_step
-from kd_det.diagnosis.weights import (inspect_checkpoints, inspect_start, inspect_start_weights, inspect_student,
-                                      inspect_teacher_classes, inspect_teacher_weights)
-from kd_det.scopes import scope_of, within_scope
+from kd_det.checks.checkpoints import (
+    inspect_checkpoints,
+    inspect_start,
+    inspect_start_weights,
+    inspect_student,
+    inspect_teacher_classes,
+    inspect_teacher_weights,
+)
+from kd_det.checks.data import (
+    SPLITS,
+    build_data,
+    inspect_annotations,
+    inspect_cache,
+    inspect_classes,
+    inspect_labels,
+    inspect_paths,
+)
+from kd_det.checks.environment import Finding, raise_faults
+from kd_det.checks.image_reader import Memory
+from kd_det.checks.images import inspect_images, student_channels
+from kd_det.checks.step import inspect_step
+from kd_det.config.classes import Names, label_names
+from kd_det.config.files import ConfigurationError
+from kd_det.registry import scope_of, within_scope
 
 
-def inspect_config(config: Config, images: Optional[int] = None) -> Iterator[Finding]:
+def inspect_config(config: Config, images: int | None = None) -> Iterator[Finding]:
     """All that can be told without training: reads annotations and images, loads the teacher's weights, tries a step.
 
     Args:
@@ -38,21 +50,21 @@ def inspect_config(config: Config, images: Optional[int] = None) -> Iterator[Fin
                          inspect_start_weights(config), inspect_step(config, names))
 
 
-def inspect_data(config: Config, splits: Sequence[str] = SPLITS, memory: Optional[Memory] = None,
-                 images: Optional[int] = None) -> List[Finding]:
+def inspect_data(config: Config, splits: Sequence[str] = SPLITS, memory: Memory | None = None,
+                 images: int | None = None) -> list[Finding]:
     """Reads the annotations, then builds the data sets: what their labels mean, and whether their images can be read.
 
     Args:
         config: The config.
-        splits: Of :data:`~kd_det.diagnosis.data.SPLITS`.
+        splits: Of :data:`~kd_det.checks.data.SPLITS`.
         memory: The images that are known from before.
         images: Look at so many of each data set; at all by default.
     """
     return _look_at_data(config, splits, memory, images)[0]
 
 
-def _look_at_data(config: Config, splits: Sequence[str], memory: Optional[Memory],
-                  images: Optional[int]) -> Tuple[List[Finding], Optional[Names]]:
+def _look_at_data(config: Config, splits: Sequence[str], memory: Memory | None,
+                  images: int | None) -> tuple[list[Finding], Names | None]:
     """As :func:`inspect_data`, with what the labels of the training data mean, where that is found out."""
     findings = list(inspect_annotations(config, splits))
     if any(finding.fault for finding in (*findings, *inspect_paths(config, splits))):
@@ -68,7 +80,7 @@ def check_config(config: Config, splits: Sequence[str]) -> None:
 
     Args:
         config: The config.
-        splits: Whose data a run needs, of :data:`~kd_det.diagnosis.data.SPLITS`; weights matter where it trains.
+        splits: Whose data a run needs, of :data:`~kd_det.checks.data.SPLITS`; weights matter where it trains.
 
     Raises:
         DiagnosisError: A file is missing or class counts differ; all faults are listed.
@@ -97,7 +109,7 @@ def explain(config: Config) -> Iterator[None]:
                                  '(--debug shows where)') from error
 
 
-def _inspect_cheaply(config: Config, splits: Sequence[str], names: Optional[Names] = None) -> Iterator[Finding]:
+def _inspect_cheaply(config: Config, splits: Sequence[str], names: Names | None = None) -> Iterator[Finding]:
     found = chain(inspect_student(config), inspect_paths(config, splits), inspect_classes(config, splits),
                   inspect_start(config))
     if 'train' in splits:

@@ -1,18 +1,49 @@
-"""Inspects the installation."""
+"""What an inspection found, and the error that several of them make."""
 from __future__ import annotations
 
 import locale
 import platform
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import Iterator, Optional, Tuple
 
 import torch
 
-from kd_det.console import files_are_utf8
-from kd_det.diagnosis.finding import Finding
+from kd_det.compat.process import files_are_utf8
 from kd_det.version import __version__
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Args:
+        subject: What was looked at.
+        found: What it is like.
+        remedy: What to do about it; empty where all is well.
+        fault: Whether a run would fail, or be worthless, as long as nothing is done.
+    """
+    subject: str
+    found: str
+    remedy: str = ''
+    fault: bool = False
+
+
+class DiagnosisError(ValueError):
+    """A run would fail; the message lists why, and what to do."""
+
+
+def raise_faults(findings: Iterable[Finding]) -> None:
+    """Raises a :class:`DiagnosisError` that lists the faults and, once each, their remedies, if there are any."""
+    faults = [finding for finding in findings if finding.fault]
+    if faults:
+        lines = [f'{finding.subject}: {finding.found}'
+                 + ('' if '\n' in finding.found or finding.found.endswith('.') else '.') for finding in faults]
+        remedies = dict.fromkeys(f'{finding.remedy}.' for finding in faults)
+        raise DiagnosisError('\n  '.join([*lines, *remedies]))
+
 
 # The distributions that provide a module: MMDetection's stack is published under several names.
 DISTRIBUTIONS = {
@@ -42,7 +73,7 @@ def inspect_environment() -> Iterator[Finding]:
     yield _inspect_device()
 
 
-def installed(names: Tuple[str, ...]) -> Optional[str]:
+def installed(names: tuple[str, ...]) -> str | None:
     """Name and version of the first of these distributions that is installed."""
     for name in names:
         try:
@@ -52,7 +83,7 @@ def installed(names: Tuple[str, ...]) -> Optional[str]:
     return None
 
 
-def _inspect_module(module: str, names: Tuple[str, ...]) -> Finding:
+def _inspect_module(module: str, names: tuple[str, ...]) -> Finding:
     if find_spec(module) is None:
         return Finding(module, 'not installed', INSTALL, fault=True)
     try:

@@ -8,12 +8,13 @@ import json
 import os
 import time
 from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from threading import current_thread, local, main_thread
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, NamedTuple
 
 import numpy as np
 from mmcv.transforms import LoadImageFromFile
@@ -22,7 +23,7 @@ from mmengine.dist import all_gather_object, get_dist_info
 from mmengine.logging import MMLogger
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kd_det.console import PlainConsole
+from kd_det.compat.process import PlainConsole
 
 MEMORY_FILE = 'checked_images.json'
 FORMAT = 1  # of that file; another number makes it forgotten
@@ -35,7 +36,7 @@ JPEG, JPEG_END, SCAN = b'\xff\xd8\xff', b'\xff\xd9', b'\xda'
 GIT_LFS = b'version https://git-lfs'
 DECODERS = dict(turbojpeg=('turbojpeg', 'PyTurboJPEG'), tifffile=('tifffile', 'tifffile'))  # module and package
 
-Shape = Tuple[int, int, int]  # height, width, channels; zeros where the loader gives no array
+Shape = tuple[int, int, int]  # height, width, channels; zeros where the loader gives no array
 
 
 class Memory:
@@ -45,9 +46,9 @@ class Memory:
         folder: The work dir.
     """
 
-    def __init__(self, folder: Union[str, Path, None] = None) -> None:
+    def __init__(self, folder: str | Path | None = None) -> None:
         self.file = None if folder is None else Path(folder) / MEMORY_FILE
-        self.checked: Dict[str, Dict[str, list]] = {}
+        self.checked: dict[str, dict[str, list]] = {}
         try:
             stored = json.loads(self.file.read_text(encoding='utf-8')) if self.file else {}
             if stored.get('format') == FORMAT:
@@ -55,7 +56,7 @@ class Memory:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or something else of that name
             pass
 
-    def recall(self, loader: str, path: str, state: Sequence[int]) -> Optional[Shape]:
+    def recall(self, loader: str, path: str, state: Sequence[int]) -> Shape | None:
         """The shape of an image that this loader has read, and that has not changed since."""
         known = self.checked.get(loader, {}).get(path)
         return tuple(known[2:5]) if isinstance(known, list) and len(known) == 5 and known[:2] == list(state) else None
@@ -93,14 +94,14 @@ class Look(NamedTuple):
     index: int
     name: str
     key: str = ''
-    state: Optional[List[int]] = None
-    shape: Optional[Shape] = None
-    annotated: Optional[Tuple[int, int]] = None
+    state: list[int] | None = None
+    shape: Shape | None = None
+    annotated: tuple[int, int] | None = None
     fault: str = ''
     known: bool = False
 
 
-def loading_transforms(dataset: object) -> List[Callable]:
+def loading_transforms(dataset: object) -> list[Callable]:
     """The transforms up to the one that puts ``img`` there.
 
     Returns:
@@ -142,7 +143,7 @@ class Reader:
         memory: What is known from before, and is added to.
     """
 
-    def __init__(self, dataset: object, transforms: List[Callable], memory: Memory) -> None:
+    def __init__(self, dataset: object, transforms: list[Callable], memory: Memory) -> None:
         self.dataset, self.transforms, self.memory = dataset, transforms, memory
         self.identity = '; '.join(map(_identity, transforms))
         # Whether mmcv's own code decodes; somebody else's may do with a damaged file what it likes.
@@ -150,7 +151,7 @@ class Reader:
             LoadImageFromFile.transform, LoadMultiChannelImageFromFiles.transform)
         self._of_thread = local()
 
-    def read(self, indices: Sequence[int]) -> List[Look]:
+    def read(self, indices: Sequence[int]) -> list[Look]:
         """Looks at images, as many of them as this rank's share, until too many can not be read."""
         rank, world = get_dist_info()
         indices, looks, faults, fresh = indices[rank::world], [], 0, 0
@@ -176,7 +177,7 @@ class Reader:
                 self.memory.save()
         return looks
 
-    def _look_at(self, indices: Sequence[int]) -> List[Look]:
+    def _look_at(self, indices: Sequence[int]) -> list[Look]:
         transforms = self.transforms
         if current_thread() is not main_thread():  # each has its own
             if not hasattr(self._of_thread, 'transforms'):
@@ -184,7 +185,7 @@ class Reader:
             transforms = self._of_thread.transforms
         return [self._look(index, transforms) for index in indices]
 
-    def _look(self, index: int, transforms: List[Callable]) -> Look:
+    def _look(self, index: int, transforms: list[Callable]) -> Look:
         info = self.dataset.get_data_info(index)
         given = info.get('img_path')
         paths = [str(path) for path in (given if isinstance(given, (list, tuple)) else [given]) if path is not None]
@@ -218,7 +219,7 @@ class Reader:
         return look._replace(shape=(*image.shape[:2], image.shape[2] if image.ndim == 3 else 1))
 
 
-def _state(paths: Sequence[str]) -> Optional[List[int]]:
+def _state(paths: Sequence[str]) -> list[int] | None:
     """Bytes and time of the files together; None if one is no file, as where a loader reads from a data base."""
     try:
         found = [os.stat(path) for path in paths]
@@ -277,7 +278,7 @@ def _ends_early(path: str) -> bool:
     return data.find(JPEG_END, position) < 0
 
 
-def gathered(looks: List[Look], memory: Memory, identity: str) -> List[Look]:
+def gathered(looks: list[Look], memory: Memory, identity: str) -> list[Look]:
     """The looks of all ranks; what others have read is remembered too."""
     rank, world = get_dist_info()
     if world == 1:
@@ -352,7 +353,7 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: progress.update(task, completed=done)
 
 
-def spread(length: int, most: Optional[int] = None) -> List[int]:
+def spread(length: int, most: int | None = None) -> list[int]:
     """Indices of a data set, all or evenly spread."""
     count = length if most is None else min(length, most)
     return [index * length // count for index in range(count)]

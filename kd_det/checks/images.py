@@ -6,16 +6,16 @@ read is remembered in the work dir, by path, size and time, so that the next sta
 """
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Iterator, List, Mapping, Optional, Sequence
 
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 
-from kd_det.configuration import built_leaves, student_model
-from kd_det.diagnosis.finding import DiagnosisError, Finding
-from kd_det.diagnosis.reading import MOST_FAULTS, Look, Memory, Reader, gathered, loading_transforms, spread
-from kd_det.randomness import preserved_randomness
+from kd_det.checks.environment import DiagnosisError, Finding
+from kd_det.checks.image_reader import MOST_FAULTS, Look, Memory, Reader, gathered, loading_transforms, spread
+from kd_det.compat.process import preserved_randomness
+from kd_det.config.files import built_leaves, student_model
 
 REMEDY = ("Replace it, or take it out of the annotations; if it is what it should be, begin the data set's pipeline "
           'with a transform that reads it')
@@ -33,14 +33,14 @@ class Report:
         images: How many were looked at; 0 where there is nothing to ask for them.
         known: How many of them were read before.
     """
-    faults: List[str] = field(default_factory=list)
-    notes: List[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     images: int = 0
     known: int = 0
 
 
-def check_images(dataset: object, memory: Optional[Memory] = None, most: Optional[int] = None,
-                 channels: Optional[int] = None) -> None:
+def check_images(dataset: object, memory: Memory | None = None, most: int | None = None,
+                 channels: int | None = None) -> None:
     """Checks a built data set: that it holds images, and that its pipeline's own loader reads them.
 
     Each rank of a distributed run looks at its share; all end with the same error.
@@ -65,8 +65,8 @@ def check_images(dataset: object, memory: Optional[Memory] = None, most: Optiona
             MMLogger.get_current_instance().warning(f'{note}.')
 
 
-def inspect_images(datasets: Mapping[str, object], channels: Optional[int] = None, memory: Optional[Memory] = None,
-                   most: Optional[int] = None) -> Iterator[Finding]:
+def inspect_images(datasets: Mapping[str, object], channels: int | None = None, memory: Memory | None = None,
+                   most: int | None = None) -> Iterator[Finding]:
     """Whether the images of built data sets, by split, can be read; as :func:`check_images`, and the same arguments."""
     memory, told = memory or Memory(), set()
     for split, dataset in datasets.items():
@@ -78,14 +78,14 @@ def inspect_images(datasets: Mapping[str, object], channels: Optional[int] = Non
             told.update(finding.found for finding in findings)
 
 
-def student_channels(config: Config) -> Optional[int]:
+def student_channels(config: Config) -> int | None:
     """How many channels the student's images have, if its normalisation tells: one mean may stand for all channels."""
     mean = (student_model(config).get('data_preprocessor') or {}).get('mean')
     return len(mean) if isinstance(mean, (list, tuple)) and len(mean) > 1 else None
 
 
-def look_at_images(dataset: object, memory: Memory, most: Optional[int] = None,
-                   channels: Optional[int] = None) -> Report:
+def look_at_images(dataset: object, memory: Memory, most: int | None = None,
+                   channels: int | None = None) -> Report:
     """Has the images of a data set read by the transforms of its pipeline that load.
 
     Args:
@@ -113,7 +113,7 @@ def look_at_images(dataset: object, memory: Memory, most: Optional[int] = None,
     return report
 
 
-def _channel_faults(dataset: object, looks: Sequence[Look], channels: Optional[int]) -> List[str]:
+def _channel_faults(dataset: object, looks: Sequence[Look], channels: int | None) -> list[str]:
     """Whether the images have one number of channels, the student's, when the pipeline is through with them."""
     first = {look.shape[2]: look for look in reversed(looks) if look.shape and look.shape[2]}
     if len(first) < 2 and (channels is None or channels in first):
@@ -135,7 +135,7 @@ def _channel_faults(dataset: object, looks: Sequence[Look], channels: Optional[i
             for count, name in found.items() if channels not in (None, count)]
 
 
-def _size_notes(looks: Sequence[Look]) -> List[str]:
+def _size_notes(looks: Sequence[Look]) -> list[str]:
     """Whether images have another size than their annotations say, so that boxes lie elsewhere."""
     others = [look for look in looks if look.shape and look.annotated and tuple(look.annotated) != look.shape[:2]]
     if not others:

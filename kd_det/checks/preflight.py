@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from mmdet.evaluation import CocoMetric
@@ -17,10 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.ops import box_iou
 
-from kd_det.classes import ClassMatch, Names, label_names, match_classes, number_of_classes
-from kd_det.configuration import ConfigurationError
-from kd_det.diagnosis.data import check_labels
-from kd_det.randomness import preserved_randomness
+from kd_det.checks.data import check_labels
+from kd_det.compat.process import preserved_randomness
+from kd_det.config.classes import ClassMatch, Names, label_names, match_classes, number_of_classes
+from kd_det.config.files import ConfigurationError
 from kd_det.teachers import Teacher, TeacherError
 
 LIKELY_CAUSES = """Likely causes:
@@ -51,9 +52,9 @@ class Skill(NamedTuple):
         votes: (teacher's labels, data's labels) of how many objects of the data, the second, have as their most
             confident box, if there is a confident one, one that the teacher calls the first.
     """
-    metrics: Dict[str, float]
+    metrics: dict[str, float]
     names: Names
-    match: Optional[ClassMatch]
+    match: ClassMatch | None
     votes: Tensor
 
     @property
@@ -63,7 +64,7 @@ class Skill(NamedTuple):
 
 
 def evaluate_teacher(runner: Runner, teacher: Teacher, images: int,
-                     outfile_prefix: Optional[str] = None) -> Optional[Skill]:
+                     outfile_prefix: str | None = None) -> Skill | None:
     """Evaluates the teacher on validation images, fed with the student's preprocessed batches as in training.
 
     Its boxes are measured by COCO's metric against the boxes of the data set itself, whatever the config evaluates the
@@ -119,7 +120,7 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int,
         return Skill(metric.evaluate(len(indices)), names, match, votes)
 
 
-def classes_on(teacher: Teacher, classes: Sequence[str]) -> Optional[ClassMatch]:
+def classes_on(teacher: Teacher, classes: Sequence[str]) -> ClassMatch | None:
     """Matches the teacher's classes with those of the data; None where its names are not known, but their number fits.
 
     Raises:
@@ -135,7 +136,7 @@ def classes_on(teacher: Teacher, classes: Sequence[str]) -> Optional[ClassMatch]
     return None if teacher.classes is None else match_classes(classes, teacher.classes)
 
 
-def labelled_images(dataset: Dataset, most: int) -> List[int]:
+def labelled_images(dataset: Dataset, most: int) -> list[int]:
     """The first images of a data set, or, where none of these has a box, the first that have.
 
     Raises:
@@ -177,7 +178,7 @@ def count_votes(found: InstanceData, boxes: Tensor, labels: Tensor, teachers: in
     return torch.bincount(pairs[best >= SURE], minlength=teachers * students).view(teachers, students)
 
 
-def wrong_names(skill: Skill) -> Dict[int, int]:
+def wrong_names(skill: Skill) -> dict[int, int]:
     """The teacher's classes whose boxes lie on objects of another class than their name says.
 
     Either the names fit once they are read in another usual order, that of the data, turned round or shifted by one:
@@ -211,7 +212,7 @@ def wrong_names(skill: Skill) -> Dict[int, int]:
              if votes[label, other] >= max(FEW, int(votes[label].max()), int(votes[:, other].max()))]
     if len(clear) > 1 and sum(clear) >= max(MANY, CLEARLY * right):
         return other_names
-    found: Dict[int, int] = {}
+    found: dict[int, int] = {}
     for label in own.keys() - confirmed:
         taken, other = (int(each) for each in votes[label].max(0))
         rightly = votes[label, own[label]] + sum(votes[each, other] for each, of in own.items() if of == other)
@@ -223,7 +224,7 @@ def wrong_names(skill: Skill) -> Dict[int, int]:
             if votes[label, other] >= MANY or other in moved or own[label] in found.values()}
 
 
-def _usual_orders(own: Mapping[int, int], teachers: int, students: int) -> List[Dict[int, int]]:
+def _usual_orders(own: Mapping[int, int], teachers: int, students: int) -> list[dict[int, int]]:
     """By which orders names are mistaken for others: the data's label of each of the teacher's, under each of them."""
     shifted = [{label - step: objects for label, objects in own.items() if 0 <= label - step < teachers}
                for step in (1, -1)]
@@ -270,14 +271,14 @@ def require_skill(skill: Skill, minimum: float, images: int) -> None:
                            f'under the minimum of {minimum:.3f}. A student would learn noise.\n{LIKELY_CAUSES}')
 
 
-def _share_of_rank(count: int) -> List[int]:
+def _share_of_rank(count: int) -> list[int]:
     """The places of a rank's images, equally many on each, in the order in which mmengine collects: those beyond
     ``count`` stand for the first ones once more."""
     world = get_world_size()
     return list(range(get_rank(), -(-count // world) * world, world))
 
 
-def _truth(objects: Sequence[dict]) -> Tuple[Tensor, Tensor]:
+def _truth(objects: Sequence[dict]) -> tuple[Tensor, Tensor]:
     """Boxes, (n, 4), and labels, (n,), of the objects of an image that are to be found."""
     counted = [each for each in objects if not each.get('ignore_flag')]
     return (torch.tensor([list(each['bbox']) for each in counted], dtype=torch.float32).view(-1, 4),
@@ -296,7 +297,7 @@ def _plain_boxes(found: InstanceData) -> InstanceData:
     return InstanceData(bboxes=boxes.float().cpu(), scores=found.scores.float().cpu(), labels=found.labels.cpu())
 
 
-def _right_names(skill: Skill, names: Sequence[str], wrong: Dict[int, int]) -> Optional[List[str]]:
+def _right_names(skill: Skill, names: Sequence[str], wrong: dict[int, int]) -> list[str] | None:
     """All names of the teacher as its boxes tell them: those of some usual order that fits what it takes objects for, or
     its own with the wrong ones exchanged; None where that leaves some open."""
     labels = {name: label for label, name in enumerate(skill.names)}

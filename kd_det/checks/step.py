@@ -4,20 +4,20 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from math import ceil
 from pathlib import Path
-from typing import Iterator, List, Optional, Sequence
 
 from mmengine.config import Config
 from torch import Tensor
 
-from kd_det.configuration import is_distillation, leaf_datasets
-from kd_det.diagnosis.finding import Finding
-from kd_det.diagnosis.weights import known_classes, student_classes, teachers_of
+from kd_det.checks.checkpoints import known_classes, student_classes, teachers_of
+from kd_det.checks.environment import Finding
+from kd_det.checks.synthetic import USUAL_SIZES, Size, synthetic_batch, training_sizes
+from kd_det.compat.process import preserved_randomness
+from kd_det.config.files import is_distillation, leaf_datasets
 from kd_det.distillers import DetectionDistiller
-from kd_det.randomness import preserved_randomness
-from kd_det.step_costs import random_distiller
-from kd_det.synthetic import USUAL_SIZES, Size, synthetic_batch, training_sizes
+from kd_det.study.step_costs import random_distiller
 from kd_det.teachers.bridge import LARGEST_STRIDE, OTHER_SIZES
 from kd_det.teachers.probe import anchor_strides
 
@@ -30,7 +30,7 @@ IMAGE_ENTRY = re.compile(r'\{[^{}]*"file_name"[^{}]*\}')
 LACKING = re.compile(r"'(DetDataSample|InstanceData|PixelData)' object has no attribute")
 
 
-def inspect_step(config: Config, names: Optional[Sequence[str]] = None) -> Iterator[Finding]:
+def inspect_step(config: Config, names: Sequence[str] | None = None) -> Iterator[Finding]:
     """Whether the terms find what they read, in student and teacher, and can compare it, on images of training sizes.
 
     An error that kd_det did not foresee would stop the training too, unless it says that noise lacks what a detector
@@ -38,7 +38,7 @@ def inspect_step(config: Config, names: Optional[Sequence[str]] = None) -> Itera
 
     Args:
         config: The config.
-        names: See :func:`~kd_det.diagnosis.weights.student_classes`.
+        names: See :func:`~kd_det.checks.checkpoints.student_classes`.
     """
     if not is_distillation(config):
         return
@@ -68,7 +68,7 @@ def step_loss(distiller: DetectionDistiller, size: Size) -> Tensor:
     return distiller.parse_losses(distiller.loss(**data))[0]
 
 
-def _finding(error: Exception, size: Optional[Size]) -> Finding:
+def _finding(error: Exception, size: Size | None) -> Finding:
     if type(error).__module__.split('.')[0] == 'kd_det':
         return Finding('a training step', str(error), 'Correct model.distill, or take another pair', fault=True)
     what = f'{type(error).__name__}: {error}'
@@ -86,7 +86,7 @@ def _finding(error: Exception, size: Optional[Size]) -> Finding:
     return Finding('a training step', f'fails on noise{where}: {what}', remedy, fault=True)
 
 
-def tried_sizes(config: Config, smallest: int = SMALL) -> List[Size]:
+def tried_sizes(config: Config, smallest: int = SMALL) -> list[Size]:
     """Some sizes of the training data to try: those first that are no multiples of a pyramid's strides.
 
     A large one is represented by a smaller one with the same remainders, by which levels fit each other or not.
@@ -104,7 +104,7 @@ def _reduced(side: int, smallest: int) -> int:
     return side if side < smallest else smallest + (side - smallest) % LARGEST_STRIDE
 
 
-def original_sizes(config: Config) -> List[Size]:
+def original_sizes(config: Config) -> list[Size]:
     """The most frequent sizes of the training images, wide and high, as their annotation file tells them."""
     loader = config.get('train_dataloader')
     leaf = leaf_datasets(loader['dataset'])[0] if loader else {}

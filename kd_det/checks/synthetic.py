@@ -1,7 +1,7 @@
 """Batches of noise in place of training data: of the sizes that a config trains on, with all that detectors ask for."""
 from __future__ import annotations
 
-from typing import Iterator, List, Sequence, Tuple, Union
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,11 +12,11 @@ from mmengine.config import Config
 from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
-from kd_det.classes import number_of_classes
-from kd_det.configuration import type_name
+from kd_det.config.classes import number_of_classes
+from kd_det.config.files import type_name
 from kd_det.teachers.probe import input_channels
 
-Size = Tuple[int, int]  # height and width, in pixels
+Size = tuple[int, int]  # height and width, in pixels
 
 LONGEST = 10**5  # pixels
 USUAL_SIZES = ((480, 640), (640, 480))  # of images that are not at hand
@@ -62,7 +62,7 @@ def _filled(boxes: torch.Tensor, height: int, width: int) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------- sizes of a training
 
 
-def training_sizes(config: Config, originals: Sequence[Size] = USUAL_SIZES) -> List[Size]:
+def training_sizes(config: Config, originals: Sequence[Size] = USUAL_SIZES) -> list[Size]:
     """The sizes that images have after the training pipelines, as far as the transforms' arguments tell them.
 
     Of transforms that draw a size the extremes count. What a transform of another package does is not known: it is
@@ -78,7 +78,7 @@ def training_sizes(config: Config, originals: Sequence[Size] = USUAL_SIZES) -> L
     return list(dict.fromkeys((max(height, 1), max(width, 1)) for height, width in sizes))
 
 
-def _pipelines(dataset: dict) -> List[List[dict]]:
+def _pipelines(dataset: dict) -> list[list[dict]]:
     """What the images of each data set go through, the transforms of wrappers last."""
     inner, own = dataset.get('datasets', dataset.get('dataset')), list(dataset.get('pipeline') or ())
     if inner is None:
@@ -88,7 +88,7 @@ def _pipelines(dataset: dict) -> List[List[dict]]:
     return [[*pipeline, *own] for pipeline in within]
 
 
-def _after(pipeline: Sequence[Union[dict, Sequence[dict]]], sizes: List[Size]) -> List[Size]:
+def _after(pipeline: Sequence[dict | Sequence[dict]], sizes: list[Size]) -> list[Size]:
     for step in pipeline:
         if isinstance(step, (list, tuple)):  # a branch of transforms
             sizes = _after(step, sizes)
@@ -128,7 +128,7 @@ def _sizes_after(step: dict, name: str, size: Size) -> Iterator[Size]:
         yield size
 
 
-def _scales(step: dict, size: Size) -> List[Sequence[float]]:
+def _scales(step: dict, size: Size) -> list[Sequence[float]]:
     """The widths and heights that a transform resizes to, of several the first and the last."""
     scales = step.get('scales') or step.get('scale')
     if step.get('scale_factor') and not scales:
@@ -171,5 +171,5 @@ def _padded(size: Size, step: dict) -> Size:
     return height + -height % divisor, width + -width % divisor
 
 
-def _pair(value: Union[float, Sequence[float]]) -> Sequence[float]:
+def _pair(value: float | Sequence[float]) -> Sequence[float]:
     return value if isinstance(value, (list, tuple)) else (value, value)

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import codecs
 import locale
+import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from rich.console import Console
 from rich.text import Text
 
@@ -62,3 +67,17 @@ def _spell_out(error: UnicodeError):
 
 
 codecs.register_error(ERRORS, _spell_out)
+
+
+@contextmanager
+def preserved_randomness() -> Iterator[None]:
+    """Whatever is drawn inside, the generators of Python, NumPy and PyTorch (CPU, current GPU) are then as before."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    # Asking for all GPUs would give this rank a context on each of them.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

@@ -6,9 +6,10 @@ import mmap
 import os
 import re
 import unicodedata
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import NamedTuple
 
 from mmdet.registry import DATASETS
 from mmengine.config import Config
@@ -17,10 +18,10 @@ from mmengine.fileio import get_local_path, load
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from kd_det.configuration import ConfigurationError, built_leaves, leaf_datasets
-from kd_det.scopes import HOME, find_class
+from kd_det.config.files import ConfigurationError, built_leaves, leaf_datasets
+from kd_det.registry import HOME, find_class
 
-Names = Tuple[str, ...]
+Names = tuple[str, ...]
 
 CATEGORIES = re.compile(rb'"categories"\s*:\s*(?=\[)')
 
@@ -36,8 +37,8 @@ class ClassMatch(NamedTuple):
     """
     student: Names
     teacher: Names
-    of_student: Tuple[int, ...]
-    of_teacher: Tuple[int, ...]
+    of_student: tuple[int, ...]
+    of_teacher: tuple[int, ...]
 
     @property
     def is_identity(self) -> bool:
@@ -76,7 +77,7 @@ class ClassMatch(NamedTuple):
             sentences.append(f"Taken for the same: {', '.join(respelt)}.")
         return ' '.join(sentences)
 
-    def _pairs(self) -> List[Tuple[str, str]]:
+    def _pairs(self) -> list[tuple[str, str]]:
         return [(self.student[s], self.teacher[t]) for s, t in zip(self.of_student, self.of_teacher)]
 
 
@@ -104,7 +105,7 @@ def match_classes(student: Sequence[str], teacher: Sequence[str]) -> ClassMatch:
     return ClassMatch(tuple(student), tuple(teacher), *zip(*pairs))
 
 
-def dataset_classes(dataset: dict) -> Optional[Sequence[str]]:
+def dataset_classes(dataset: dict) -> Sequence[str] | None:
     """The class names of a data set's config: its own, a file's, or its type's; a text where that is the mistake."""
     classes = (dataset.get('metainfo') or {}).get('classes')
     if isinstance(classes, str) and Path(classes).is_file():
@@ -132,7 +133,7 @@ class LabelNames(NamedTuple):
         return len(self.meant) <= len(self.declared) and same_meaning(self.meant, self.declared)
 
     @property
-    def absent(self) -> List[str]:
+    def absent(self) -> list[str]:
         """The declared names that no category has, letter by letter, where labels are missing for it."""
         return [name for name in self.declared if name not in self.known] if len(self.meant) < len(self.declared) else []
 
@@ -142,7 +143,7 @@ def same_meaning(first: Sequence[str], second: Sequence[str]) -> bool:
     return all(spelling(one) == spelling(other) for one, other in zip(first, second))
 
 
-def read_label_names(leaf: object) -> Optional[LabelNames]:
+def read_label_names(leaf: object) -> LabelNames | None:
     """Reads what the labels of a built data set mean from its annotations.
 
     MMDetection numbers the labels of COCO files and their kin in the order of the *file's* categories, whatever order
@@ -159,7 +160,7 @@ def read_label_names(leaf: object) -> Optional[LabelNames]:
     getattr(leaf, 'full_init', lambda: None)()  # as a Runner does, where lazy_init left it
     declared = tuple(map(str, metainfo_of(leaf).get('classes') or ()))
     labels, named, known = getattr(leaf, 'cat2label', None), getattr(leaf, 'label_map', None), ()
-    meant: Dict[int, str] = dict(enumerate(declared))
+    meant: dict[int, str] = dict(enumerate(declared))
     if isinstance(labels, dict) and hasattr(leaf, 'cat_ids'):
         categories = _categories_of(leaf)
         # A data set of one's own may unite categories, and name what they are together.
@@ -173,7 +174,7 @@ def read_label_names(leaf: object) -> Optional[LabelNames]:
     return LabelNames(names, declared or names, tuple(known) or names) if names or known else None
 
 
-def label_names(dataset: object) -> Optional[Names]:
+def label_names(dataset: object) -> Names | None:
     """What the labels of a built data set mean, see :func:`read_label_names`; of joined ones those of the first.
 
     Args:
@@ -188,14 +189,14 @@ def metainfo_of(dataset: object) -> dict:
     return first_metainfo(getattr(dataset, 'metainfo', None))
 
 
-def first_metainfo(metainfo: Union[dict, Sequence[dict], None]) -> dict:
+def first_metainfo(metainfo: dict | Sequence[dict] | None) -> dict:
     """One ``metainfo``, or of joined data sets that differ in it, as in a palette, the first; empty where there is none.
     """
     given = [metainfo] if isinstance(metainfo, dict) else metainfo or ()
     return next((each for each in given if isinstance(each, dict)), {})
 
 
-def _categories_of(leaf: object) -> Dict[int, str]:
+def _categories_of(leaf: object) -> dict[int, str]:
     """The categories of a data set of COCO's kin by id, in the order in which it numbers them; none if not readable."""
     try:
         categories = read_categories(leaf.ann_file, getattr(leaf, 'backend_args', None))
@@ -205,7 +206,7 @@ def _categories_of(leaf: object) -> Dict[int, str]:
     return categories if used == list(leaf.cat_ids) else dict(sorted(categories.items()))  # as Objects365 does
 
 
-def read_categories(file: str, backend_args: Optional[dict] = None) -> Dict[int, str]:
+def read_categories(file: str, backend_args: dict | None = None) -> dict[int, str]:
     """Reads the categories of a COCO file: names by id, in the order of the file.
 
     Such files are large, and several checks ask: a file that has not changed is read once, and where the list can be
@@ -225,7 +226,7 @@ def read_categories(file: str, backend_args: Optional[dict] = None) -> Dict[int,
 
 
 @lru_cache(maxsize=8)
-def _categories_in(path: str, changed: int, size: int) -> Dict[int, str]:
+def _categories_in(path: str, changed: int, size: int) -> dict[int, str]:
     with open(path, 'rb') as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
         starts = [match.end() for match in CATEGORIES.finditer(content)]
         found = _decode_list(content, starts[0]) if len(starts) == 1 else json.loads(content[:])['categories']
@@ -243,7 +244,7 @@ def _decode_list(content: mmap.mmap, start: int, size: int = 2**16) -> list:
             size *= 8
 
 
-def training_classes(config: Config) -> Optional[Sequence[str]]:
+def training_classes(config: Config) -> Sequence[str] | None:
     """The class names that a config's training data declares, see :func:`dataset_classes`; None without training data.
 
     What its labels mean is known once the data is read, see :func:`label_names`.
@@ -252,7 +253,7 @@ def training_classes(config: Config) -> Optional[Sequence[str]]:
     return dataset_classes(leaf_datasets(loader['dataset'])[0]) if loader else None
 
 
-def number_of_classes(model: nn.Module) -> Optional[int]:
+def number_of_classes(model: nn.Module) -> int | None:
     """The number of classes that a detector tells apart, or None where its head does not say."""
     head = getattr(model, 'roi_head', None) or getattr(model, 'bbox_head', None)
     head = getattr(head, 'bbox_head', head)
@@ -266,7 +267,7 @@ def spelling(name: str) -> str:
 
 
 def _look_up(labels: Tensor, count: int, keys: Sequence[int], values: Sequence[int]) -> Tensor:
-    table: Dict[int, int] = dict(zip(keys, values))
+    table: dict[int, int] = dict(zip(keys, values))
     return labels.new_tensor([table.get(label, -1) for label in range(count)])[labels]
 
 

@@ -2,22 +2,40 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, Optional, Sequence, Union
 
 from mmdet.registry import MODELS
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 
-from kd_det.configuration import (CONFIG_ROOT, DISTILLER, SCOPED_DISTILLER, SCOPED_HOOK, ConfigurationError,
-                                  imports_of, is_distillation, load_config, student_model, type_name)
-from kd_det.detectors import (FAMILIES, HeadClasses, check_student, family_of, has_one_level, head_classes,
-                              plain_detector)
-from kd_det.distillers.provenance import keys_within
+from kd_det.compat.process import preserved_randomness
+from kd_det.config.detectors import (
+    FAMILIES,
+    HeadClasses,
+    check_student,
+    family_of,
+    has_one_level,
+    head_classes,
+    plain_detector,
+)
+from kd_det.config.files import (
+    CONFIG_ROOT,
+    DISTILLER,
+    SCOPED_DISTILLER,
+    SCOPED_HOOK,
+    ConfigurationError,
+    imports_of,
+    is_distillation,
+    load_config,
+    student_model,
+    type_name,
+)
+from kd_det.distillers.inheritance import keys_within
+from kd_det.distillers.weights import DEFAULT_RATIO
 from kd_det.heads import HeadError, check_head
 from kd_det.losses import DistillTerm
-from kd_det.randomness import preserved_randomness
-from kd_det.scopes import HOME, build_detector, build_own, scope_of, within_scope
+from kd_det.registry import HOME, build_detector, build_own, scope_of, within_scope
 from kd_det.teachers import read_model_config
 
 NO_METHOD = 'none'  # no terms: the student may still inherit
@@ -26,13 +44,13 @@ PAPER = 'paper'  # in place of a ratio: the weights in the method's file
 METHOD_ROOT = CONFIG_ROOT / '_base_' / 'methods'
 
 
-def available_methods() -> Dict[str, Dict[str, Path]]:
+def available_methods() -> dict[str, dict[str, Path]]:
     """The methods that have configs: name -> family -> file.
 
     A method has one file for each family of heads, ``<method>_<family>.py``, or one for all others, ``<method>.py``,
     whose family is ``''``.
     """
-    methods: Dict[str, Dict[str, Path]] = {}
+    methods: dict[str, dict[str, Path]] = {}
     for file in sorted(METHOD_ROOT.glob('*.py')):
         family = next((family for family in FAMILIES if file.stem.endswith(f'_{family}')), '')
         name = file.stem[:-len(family) - 1] if family else file.stem
@@ -41,7 +59,7 @@ def available_methods() -> Dict[str, Dict[str, Path]]:
 
 
 def head_family(model: dict) -> str:
-    """Tells to which of :data:`~kd_det.detectors.FAMILIES` a detector belongs, from its model dict.
+    """Tells to which of :data:`~kd_det.config.detectors.FAMILIES` a detector belongs, from its model dict.
 
     Raises:
         ConfigurationError: It has neither a RoI head nor a dense head.
@@ -49,12 +67,12 @@ def head_family(model: dict) -> str:
     return family_of(type_name(model), head_classes(model))
 
 
-def method_terms(method: str, family: str, balance: Union[float, str, None] = PAPER) -> ConfigDict:
+def method_terms(method: str, family: str, balance: float | str | None = PAPER) -> ConfigDict:
     """The distillation terms of one method, or of a sum of methods such as ``'fgd+dkd'``; of ``'none'`` no terms.
 
     Args:
         method: The name or names.
-        family: One of :data:`~kd_det.detectors.FAMILIES`.
+        family: One of :data:`~kd_det.config.detectors.FAMILIES`.
         balance: The ratio of each method's gradient to the task's, which its terms share equally; None for each
             method's own: :data:`RATIO`, unless its file balances it at another; ``'paper'`` for the weights in its
             file.
@@ -81,7 +99,7 @@ def method_terms(method: str, family: str, balance: Union[float, str, None] = PA
     return terms
 
 
-def balanced(weight: Union[float, dict], ratio: Optional[float], terms: int) -> dict:
+def balanced(weight: float | dict, ratio: float | None, terms: int) -> dict:
     """A weight whose number gives way to :class:`~kd_det.distillers.Balance`; schedules around it stay.
 
     Args:
@@ -101,14 +119,14 @@ def build_term(config: dict) -> DistillTerm:
     return build_own(MODELS, {key: value for key, value in config.items() if key != 'weight'})
 
 
-def check_terms(method: str, terms: Dict[str, dict], detector: str, heads: HeadClasses) -> None:
+def check_terms(method: str, terms: dict[str, dict], detector: str, heads: HeadClasses) -> None:
     """Checks that a student has the heads that a method's terms read, in them what they read, and as many levels.
 
     Args:
         method: Its name, for the message.
         terms: See :func:`method_terms`.
         detector: The student's type, for the message.
-        heads: See :func:`~kd_det.detectors.head_classes`.
+        heads: See :func:`~kd_det.config.detectors.head_classes`.
 
     Raises:
         ConfigurationError: It has not.
@@ -138,9 +156,9 @@ def check_parts(model: dict, parts: Sequence[str]) -> None:
             keys_within(state, part)
 
 
-def distillation_config(student: Union[str, Config], teacher_config: str, teacher_checkpoint: str, method: str,
-                        inherit: Union[str, Sequence[str]] = 'auto', family: str = '',
-                        balance: Union[float, str, None] = None) -> Config:
+def distillation_config(student: str | Config, teacher_config: str, teacher_checkpoint: str, method: str,
+                        inherit: str | Sequence[str] = 'auto', family: str = '',
+                        balance: float | str | None = None) -> Config:
     """Makes the config that distils a teacher into a student.
 
     The student's config alone decides data, classes, schedule and evaluation; nothing of that changes.
@@ -152,7 +170,7 @@ def distillation_config(student: Union[str, Config], teacher_config: str, teache
         method: Name of a method, or a sum of names, see :func:`available_methods`; ``'none'`` for no terms.
         inherit: Parts of the student, such as ``('neck', 'bbox_head')``, that start from the teacher's weights where
             shapes agree; ``'auto'`` for all but the backbone that are of the same type in both; empty for none.
-        family: Whose published weights to use, one of :data:`~kd_det.detectors.FAMILIES`; told by the student's heads
+        family: Whose published weights to use, one of :data:`~kd_det.config.detectors.FAMILIES`; told by the student's heads
             by default.
         balance: The ratio of each method's gradient to the task's, see :func:`method_terms` and
             :class:`~kd_det.distillers.Balance`; weights of the parts within a term stay. Each method's own by default;
@@ -199,3 +217,52 @@ def _student_of(config: Config, file: str) -> ConfigDict:
                   f'The student is its plain detector ({type_name(plain)} with {type_name(plain.bbox_head)}), without '
                   'its teacher.', 'current')
     return plain
+
+
+def ensemble(config: Config, checkpoints: Sequence[str]) -> Config:
+    """Makes a distillation from one teacher into one from several, which differ in their weights alone.
+
+    Each term is repeated for every teacher: ``fgd`` becomes ``fgd_1``, ``fgd_2``, …, each with adapters of its own,
+    for features of detectors that were trained apart lie in different bases. Each has the n-th part of the weight, or
+    of the ratio of a :class:`~kd_det.distillers.Balance`, so that n equal teachers pull as hard as one. Where a term is
+    a forward KL divergence, the mean over the teachers has the gradient of the divergence from their mean prediction,
+    which is how an ensemble is distilled (Hinton et al., arXiv 1503.02531); where it is a squared difference, that of
+    the difference from their mean. (With Balance weights differ a little: every teacher pulls as hard as each other.)
+
+    The first teacher is the one that is inherited from, and that pseudo-labels come from.
+
+    Args:
+        config: Config of a distillation with one teacher.
+        checkpoints: Weights of each teacher: files or addresses.
+
+    Returns:
+        A config of its own; that of the student is unchanged.
+
+    Raises:
+        ConfigurationError: There are less than two checkpoints, or the config has no teacher, or several already.
+    """
+    if len(checkpoints) < 2:
+        raise ConfigurationError(f'An ensemble has two teachers at least, not {len(checkpoints)}.')
+    if not is_distillation(config) or not isinstance(config.model.teacher, dict):
+        raise ConfigurationError(f"An ensemble is made of a distillation with one teacher, which '{config.filename}' "
+                                 'is not.')
+    config = copy.deepcopy(config)
+    teacher, terms, number = config.model.teacher, config.model.distill, len(checkpoints)
+    config.model.teacher = [dict(copy.deepcopy(teacher), checkpoint=checkpoint) for checkpoint in checkpoints]
+    config.model.distill = ConfigDict()
+    for name, term in terms.items():
+        for index in range(number):
+            repeated = config.model.distill[f'{name}_{index + 1}'] = copy.deepcopy(term)
+            repeated.update(teacher=index, weight=_share(term.get('weight', 1.0), number))
+    return config
+
+
+def _share(weight: float | dict, number: int) -> float | dict:
+    """The n-th part of a weight; schedules around it stay. So does what is no weight, for the distiller to refuse."""
+    if isinstance(weight, (float, int)):
+        return weight / number
+    if type_name(weight) == 'Balance':
+        return dict(weight, ratio=_share(weight.get('ratio', DEFAULT_RATIO), number))
+    if isinstance(weight, dict) and 'value' in weight:
+        return dict(weight, value=_share(weight['value'], number))
+    return weight

@@ -2,31 +2,45 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Dict, Iterable, Iterator, NamedTuple, Set, Type
+from typing import NamedTuple
 
-from mmdet.models.dense_heads import (ATSSHead, ConditionalDETRHead, DABDETRHead, DeformableDETRHead, DETRHead,
-                                      DINOHead, FCOSHead, GFLHead, RetinaHead, RPNHead, RTMDetSepBNHead, SSDHead,
-                                      YOLOV3Head, YOLOXHead)
+from mmdet.models.dense_heads import (
+    ATSSHead,
+    ConditionalDETRHead,
+    DABDETRHead,
+    DeformableDETRHead,
+    DETRHead,
+    DINOHead,
+    FCOSHead,
+    GFLHead,
+    RetinaHead,
+    RPNHead,
+    RTMDetSepBNHead,
+    SSDHead,
+    YOLOV3Head,
+    YOLOXHead,
+)
 from mmdet.models.detectors import BaseDetector, KnowledgeDistillationSingleStageDetector
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from mmdet.registry import MODELS
 from mmengine.config import Config, ConfigDict
 from torch import nn
 
-from kd_det.configuration import ConfigurationError, type_name
-from kd_det.heads.requirements import HEADS
-from kd_det.scopes import HOME, find_class, within_scope
+from kd_det.config.files import ConfigurationError, type_name
+from kd_det.heads.readers import HEADS
+from kd_det.registry import HOME, find_class, within_scope
 
-HeadClasses = Dict[str, Type[nn.Module]]  # by their name in the detector
+HeadClasses = dict[str, type[nn.Module]]  # by their name in the detector
 
 # Published weights differ between these families of heads.
 FAMILIES = ('two_stage', 'one_stage', 'anchor_free', 'detr')
 ANCHOR_FREE_HEADS = ('AnchorFreeHead', 'YOLOXHead', 'CenterNetHead')
 
 # Each is in tests/matrix, with every method that serves it.
-DETECTORS: Dict[str, HeadClasses] = {
+DETECTORS: dict[str, HeadClasses] = {
     'RetinaNet': dict(bbox_head=RetinaHead),
     'ATSS': dict(bbox_head=ATSSHead),
     'GFL': dict(bbox_head=GFLHead),
@@ -223,13 +237,13 @@ def _replace(config: ConfigDict, kind: type, plain: type) -> None:
                    else f'{plain.__module__}.{plain.__qualname__}')
 
 
-def _arguments(classes: Iterable[type]) -> Set[str]:
+def _arguments(classes: Iterable[type]) -> set[str]:
     return {name for each in classes if '__init__' in vars(each) for name, parameter
             in signature(each.__init__).parameters.items()
             if parameter.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)}
 
 
-def _teacher_arguments(kind: type) -> Set[str]:
+def _teacher_arguments(kind: type) -> set[str]:
     return {name for name in _arguments(kind.__mro__) if name.startswith('teacher_')}
 
 

@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, List, Union
+from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.config.lazy import LazyAttr, LazyObject
@@ -28,14 +29,14 @@ TOP_KEYS = frozenset(signature(Runner.__init__).parameters) - {'self', 'cfg'} | 
 OF_MMCV = ('nms', 'nms_cfg', 'roi_layer')  # where MMDetection takes the bare name of one of mmcv's operators
 
 # Configs and tools travel inside the package, where MMEngine and mim look for them.
-CONFIG_ROOT = Path(__file__).parent / '.mim' / 'configs'
+CONFIG_ROOT = Path(__file__).parents[1] / '.mim' / 'configs'
 
 
 class ConfigurationError(ValueError):
     """A config can not be read, or can not serve."""
 
 
-def load_config(name: Union[str, Path]) -> Config:
+def load_config(name: str | Path) -> Config:
     """Reads a config.
 
     Args:
@@ -90,7 +91,7 @@ def _recall_types(node: Any, key: str = '') -> None:
         dict.__setitem__(node, 'type', 'Pretrained' if name == 'PretrainedInit' else name)
 
 
-def renamed(config: Config, path: Union[str, Path]) -> Config:
+def renamed(config: Config, path: str | Path) -> Config:
     """The same config under another file name, which is where MMEngine's Runner writes it within the work dir."""
     made = copy.deepcopy(config)
     object.__setattr__(made, '_filename', str(path))  # past Config.__setattr__, which would add a key
@@ -125,13 +126,13 @@ def student_config(config: Config) -> Config:
     return plain
 
 
-def hooks_of(config: Config) -> List[dict]:
+def hooks_of(config: Config) -> list[dict]:
     """The hooks of a config, those that it turns off left out."""
     return [hook for hook in (*(config.get('default_hooks') or {}).values(), *(config.get('custom_hooks') or ()))
             if hook]
 
 
-def imports_of(config: Config) -> List[str]:
+def imports_of(config: Config) -> list[str]:
     """The modules that a config imports."""
     imports = (config.get('custom_imports') or {}).get('imports') or []
     return [imports] if isinstance(imports, str) else list(imports)
@@ -214,7 +215,7 @@ def type_name(config: Any) -> str:
     return kind.rpartition('.')[2] if isinstance(kind, str) else getattr(kind, '__name__', '')
 
 
-def leaf_datasets(dataset: dict) -> List[dict]:
+def leaf_datasets(dataset: dict) -> list[dict]:
     """The data sets within wrappers such as ``RepeatDataset``, ``MultiImageMixDataset`` and ``ConcatDataset``."""
     inner = dataset.get('datasets', dataset.get('dataset'))
     if inner is None:
@@ -232,7 +233,7 @@ def built_leaves(dataset: object) -> Iterator[object]:
             yield from built_leaves(item)
 
 
-def training_pipelines(config: Config) -> List[List[dict]]:
+def training_pipelines(config: Config) -> list[list[dict]]:
     """The training pipelines: of each data set, and of wrappers that have one of their own."""
     loader = config.get('train_dataloader')
     if not loader:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Tuple
+from typing import NamedTuple
 
-from kd_det.composition import available_methods, build_term, check_terms, method_terms
-from kd_det.configuration import ConfigurationError, load_config
-from kd_det.detectors import DETECTORS, FAMILIES, family_of
+from kd_det.config.composition import available_methods, build_term, check_terms, method_terms
+from kd_det.config.detectors import DETECTORS, FAMILIES, family_of
+from kd_det.config.files import ConfigurationError, load_config
 
 FIRST_LINE = re.compile(r'\S.* \((?P<paper>.+?)\): (?P<idea>.+)\.')
 READS = {'backbone': 'backbone features', 'neck': 'neck features', 'encoder': 'encoder features',
@@ -21,21 +21,21 @@ class MethodEntry(NamedTuple):
 
     Attributes:
         name: As ``kd-det distill --method`` takes it.
-        families: The families of detectors that it has weights for, of :data:`~kd_det.detectors.FAMILIES`.
-        detectors: Those that it serves, of :data:`~kd_det.detectors.DETECTORS`.
+        families: The families of detectors that it has weights for, of :data:`~kd_det.config.detectors.FAMILIES`.
+        detectors: Those that it serves, of :data:`~kd_det.config.detectors.DETECTORS`.
         paper: Where it was published.
         needs: What it reads of student and teacher.
         idea: What it compares.
     """
     name: str
-    families: Tuple[str, ...]
-    detectors: Tuple[str, ...]
+    families: tuple[str, ...]
+    detectors: tuple[str, ...]
     paper: str
-    needs: Tuple[str, ...]
+    needs: tuple[str, ...]
     idea: str
 
 
-def catalogue() -> List[MethodEntry]:
+def catalogue() -> list[MethodEntry]:
     """All methods.
 
     Raises:
@@ -44,7 +44,7 @@ def catalogue() -> List[MethodEntry]:
     return [_entry(name, files) for name, files in available_methods().items()]
 
 
-def read_first_line(file: Path) -> Dict[str, str]:
+def read_first_line(file: Path) -> dict[str, str]:
     """The ``paper`` and the ``idea`` in the first line of a method's file: ``NAME (PAPER): IDEA.``
 
     Raises:
@@ -58,7 +58,7 @@ def read_first_line(file: Path) -> Dict[str, str]:
     return match.groupdict()
 
 
-def _entry(name: str, files: Dict[str, Path]) -> MethodEntry:
+def _entry(name: str, files: dict[str, Path]) -> MethodEntry:
     terms = [term for file in files.values() for term in load_config(file)[name].values()]
     needs = [READS[part] for term in terms for part in _reads(term)]
     return MethodEntry(name=name,
@@ -77,7 +77,7 @@ def _serves(method: str, detector: str) -> bool:
     return True
 
 
-def _reads(config: dict) -> List[str]:
+def _reads(config: dict) -> list[str]:
     """The parts of student and teacher that a term reads."""
     term = build_term(config)
     paths = (*term.student_taps, *term.student_heads, *term.teacher_heads)

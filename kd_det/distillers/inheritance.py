@@ -3,13 +3,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from typing import Dict, Iterable, Iterator, List, Optional, Tuple
+from collections.abc import Iterable, Iterator
 
 from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint_with_prefix
 from torch import Tensor, nn
 
-from kd_det.configuration import ConfigurationError
-from kd_det.distillers.mistakes import nearest
+from kd_det.config.files import ConfigurationError
+from kd_det.distillers.building import nearest
 from kd_det.teachers.loading import is_pretrained
 
 ORIGINS = ('random', 'pretrained', 'inherited', 'checkpoint')
@@ -33,9 +33,9 @@ class Provenance:
             raise ValueError(f"origin='{origin}': expected one of {', '.join(ORIGINS)}.")
         self._origins.update(dict.fromkeys(self._sizes.keys() & set(names), origin))
 
-    def by_part(self) -> Dict[str, Dict[str, int]]:
+    def by_part(self) -> dict[str, dict[str, int]]:
         """Number of weights by part (``backbone``, ``neck``, …) and origin."""
-        parts: Dict[str, Dict[str, int]] = defaultdict(lambda: dict.fromkeys(ORIGINS, 0))
+        parts: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(ORIGINS, 0))
         for name, origin in self._origins.items():
             parts[name.split('.')[0]][origin] += self._sizes[name]
         return dict(parts)
@@ -55,14 +55,14 @@ def pretrained_parameters(model: nn.Module) -> Iterator[str]:
                             if name in held and held[name].shape == parameter.shape)
 
 
-def _pretrained_state(config: dict) -> Dict[str, Tensor]:
+def _pretrained_state(config: dict) -> dict[str, Tensor]:
     if config.get('prefix'):
         return _load_checkpoint_with_prefix(config['prefix'], config['checkpoint'], map_location='cpu')
     loaded = CheckpointLoader.load_checkpoint(config['checkpoint'], map_location='cpu', logger='silent')
     return {re.sub(r'^module\.', '', key): value for key, value in loaded.get('state_dict', loaded).items()}
 
 
-def parts_in_common(student: nn.Module, teacher: nn.Module) -> Tuple[str, ...]:
+def parts_in_common(student: nn.Module, teacher: nn.Module) -> tuple[str, ...]:
     """The parts of two detectors that are of the same type and hold weights, without the backbones.
 
     A weight of the detector itself, as the level embeddings of a Deformable DETR, is a part too.
@@ -73,7 +73,7 @@ def parts_in_common(student: nn.Module, teacher: nn.Module) -> Tuple[str, ...]:
     return (*modules, *(name for name in student._parameters if name in theirs))
 
 
-def keys_within(state: Dict[str, Tensor], part: str) -> List[str]:
+def keys_within(state: dict[str, Tensor], part: str) -> list[str]:
     """The keys of a student's state dict that belong to a part of it.
 
     Raises:
@@ -87,7 +87,7 @@ def keys_within(state: Dict[str, Tensor], part: str) -> List[str]:
     return keys
 
 
-def counterpart(key: str, student: Dict[str, Tensor], teacher: Dict[str, Tensor]) -> Optional[str]:
+def counterpart(key: str, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> str | None:
     """The key of the teacher's weight that does what the student's of this key does; None where there is none.
 
     It is the same key but in the head of a two-stage DETR, which has a branch for each decoder layer and, as the last,
@@ -105,14 +105,14 @@ def counterpart(key: str, student: Dict[str, Tensor], teacher: Dict[str, Tensor]
     return f'{branch[1]}.{theirs}.{branch[3]}' if int(branch[2]) == own and theirs is not None else None
 
 
-def _proposal_branch(state: Dict[str, Tensor]) -> Optional[int]:
+def _proposal_branch(state: dict[str, Tensor]) -> int | None:
     """The index of the branch of a two-stage DETR's head that makes proposals; None if there is none."""
     branches, layers = ({re.match(path + r'\.(\d+)\.', key)[1] for key in state if key.startswith(f'{path}.')}
                         for path in ('bbox_head.cls_branches', 'decoder.layers'))
     return len(layers) if len(branches) == len(layers) + 1 else None
 
 
-def inherit(student: nn.Module, teacher: nn.Module, parts: Iterable[str]) -> Tuple[List[str], List[str]]:
+def inherit(student: nn.Module, teacher: nn.Module, parts: Iterable[str]) -> tuple[list[str], list[str]]:
     """Starts parts of the student from the teacher's, wherever name and shape agree, see :func:`counterpart`.
 
     Args:

@@ -1,7 +1,9 @@
-"""A teacher's confident boxes as ground truth."""
+"""What a step is told of the objects in its images, and the student's own loss where it is told nothing of some."""
 from __future__ import annotations
 
-from typing import List, Optional, Sequence, Union
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from mmdet.structures import DetDataSample
@@ -9,11 +11,79 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_iou
 
-from kd_det.configuration import ConfigurationError
+from kd_det.config.files import ConfigurationError
 from kd_det.context import Progress
-from kd_det.distillers.mistakes import reason
-from kd_det.distillers.supervision import Supervision, boxes_of
-from kd_det.distillers.weights import Weight, WeightConfig, build_weight
+from kd_det.datasets import UNLABELLED
+from kd_det.distillers.building import reason
+from kd_det.distillers.weights import Losses, Weight, WeightConfig, build_weight, scaled
+from kd_det.taps import Levels
+
+
+class Supervision(NamedTuple):
+    """The ground truth of one batch, from people or from a teacher.
+
+    Attributes:
+        samples: mmdet's data samples with ``gt_instances``, one for each image.
+        labelled: Whether it is known what an image shows, so that what is no object is background.
+        log: What is only for the log, by name.
+    """
+    samples: list[DetDataSample]
+    labelled: tuple[bool, ...]
+    log: dict[str, Tensor] = {}
+
+    @property
+    def boxes(self) -> list[Tensor]:
+        """(n, 4) of each image."""
+        return [boxes_of(sample) for sample in self.samples]
+
+    @property
+    def labels(self) -> list[Tensor]:
+        """(n,) of each image."""
+        return [sample.gt_instances.labels for sample in self.samples]
+
+
+def given(samples: Sequence[DetDataSample]) -> Supervision:
+    """What the data itself says, see :class:`~kd_det.datasets.Unlabelled`."""
+    return Supervision(list(samples), tuple(not sample.metainfo.get(UNLABELLED, False) for sample in samples))
+
+
+def boxes_of(sample: DetDataSample) -> Tensor:
+    """(n, 4) of an image's ground truth, whether it is a tensor or one of mmdet's box types."""
+    boxes = sample.gt_instances.bboxes
+    return getattr(boxes, 'tensor', boxes).detach()
+
+
+def labelled_losses(student: nn.Module, inputs: Tensor, features: Levels, supervision: Supervision,
+                    of_all: Losses) -> Losses:
+    """The student's own losses on the labelled images of a batch.
+
+    They are those of plain training on these images alone. Backbone and neck have seen the whole batch and are not run
+    again.
+
+    Args:
+        student: The student.
+        inputs: (N, 3, H, W), the whole batch.
+        features: What its ``extract_feat`` made of it.
+        supervision: What is known of the batch.
+        of_all: The losses as if unlabelled images were background: without any labelled image 0 times these, so that
+            every weight has a gradient, for which data-parallel training waits.
+    """
+    rows = [row for row, labelled in enumerate(supervision.labelled) if labelled]
+    if not rows:
+        return scaled(of_all, 0.0)
+    with _given_features(student, tuple(level[rows] for level in features)):
+        return dict(student.loss(inputs[rows], [supervision.samples[row] for row in rows]))
+
+
+@contextmanager
+def _given_features(model: nn.Module, features: Levels) -> Iterator[None]:
+    """Lets a detector take these features for those of any images while the block runs."""
+    model.extract_feat = lambda *args, **kwargs: features  # on the instance, before the class's
+    try:
+        yield
+    finally:
+        del model.extract_feat
+
 
 MODES = ('join', 'replace')
 IMAGES = ('all', 'unlabelled')
@@ -53,7 +123,7 @@ class PseudoLabels:
     """
 
     def __init__(self, score: float = 0.5, iou: float = 0.5, nms_iou: float = 0.5, mode: str = 'join',
-                 images: str = 'all', weight: Union[str, WeightConfig] = 1.0, teacher: int = 0) -> None:
+                 images: str = 'all', weight: str | WeightConfig = 1.0, teacher: int = 0) -> None:
         if mode not in MODES or images not in IMAGES:
             raise ValueError(f"mode='{mode}', images='{images}': expected one of {', '.join(MODES)}, and one of "
                              f"{', '.join(IMAGES)}.")
@@ -71,7 +141,7 @@ class PseudoLabels:
         """Whether the teacher has to detect in this step."""
         return self.weight(progress) > 0 and not (self.only_unlabelled and all(supervision.labelled))
 
-    def __call__(self, supervision: Supervision, detections: List[InstanceData], progress: Progress) -> Supervision:
+    def __call__(self, supervision: Supervision, detections: list[InstanceData], progress: Progress) -> Supervision:
         """Joins a teacher's detections with what is known; nothing that it is given changes.
 
         Args:
@@ -110,7 +180,7 @@ class PseudoLabels:
         return torch.rand_like(scores) < (scores if self.by_score else weight)
 
 
-def build_pseudo_labels(config: Optional[dict], student: nn.Module, teachers: Sequence[dict]) -> Optional[PseudoLabels]:
+def build_pseudo_labels(config: dict | None, student: nn.Module, teachers: Sequence[dict]) -> PseudoLabels | None:
     """Builds what the distiller's ``pseudo_labels`` says; None for none.
 
     Raises:

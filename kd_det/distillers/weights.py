@@ -1,8 +1,9 @@
-"""A weight that keeps a term's gradient in proportion to the task's."""
+"""A weight: a number, or a number that follows the training."""
 from __future__ import annotations
 
 import math
-from typing import Dict, NamedTuple, Optional
+from math import isfinite
+from typing import NamedTuple, Union
 
 import torch
 from mmdet.registry import TASK_UTILS
@@ -10,7 +11,177 @@ from torch import Tensor
 
 from kd_det.context import Progress
 from kd_det.distillers.gradients import GradientNorms
-from kd_det.distillers.weights import Weight, WeightConfig
+from kd_det.losses import DistillTerm
+from kd_det.registry import HOME, build_own, find_class
+
+WeightConfig = Union[float, int, dict, 'Weight']
+
+
+class Weight:
+    """A constant weight, and the base of those that change.
+
+    Args:
+        value: The weight, or another schedule that this one shapes.
+
+    Raises:
+        ValueError: The weight is not finite.
+    """
+
+    def __init__(self, value: WeightConfig) -> None:
+        if isinstance(value, (float, int)) and not isfinite(value):
+            raise ValueError(f'{type(self).__name__}: {value} is no weight: expected a finite number, or a schedule.')
+        self.value = value if isinstance(value, (float, int)) else build_weight(value)
+
+    def __call__(self, progress: Progress) -> float:
+        """The weight at this point of the training."""
+        return float(self.value) if isinstance(self.value, (float, int)) else self.value(progress)
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether the weight is 0 throughout."""
+        return self.full == 0
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the weight never changes."""
+        return type(self) is Weight
+
+    @property
+    def full(self) -> float:
+        """The number within, which the schedules shape."""
+        return float(self.value) if isinstance(self.value, (float, int)) else self.value.full
+
+    @property
+    def balance(self) -> Weight | None:
+        """The :class:`~kd_det.distillers.weights.Balance` within, if there is one: the weight is then a ratio."""
+        return None if isinstance(self.value, (float, int)) else self.value.balance
+
+
+class _Ramp(Weight):
+    """A weight that moves between two points of the training, counted in epochs or in iterations.
+
+    Args:
+        value: The full weight, or another schedule.
+        epochs: Length of the change in epochs (1.5 is one and a half), or
+        iterations: its length in iterations.
+        begin: When it starts, in the same unit.
+
+    Raises:
+        ValueError: Both or neither of ``epochs`` and ``iterations`` given.
+    """
+
+    def __init__(self, value: WeightConfig, epochs: float | None = None, iterations: int | None = None,
+                 begin: float = 0) -> None:
+        super().__init__(value)
+        if (epochs is None) == (iterations is None):
+            raise ValueError(f'{type(self).__name__}: give its length either in epochs or in iterations.')
+        self.by_epoch = epochs is not None
+        self.begin, self.length = begin, epochs if self.by_epoch else iterations
+
+    def done(self, progress: Progress) -> float:
+        """The share of the change that is done, 0 to 1."""
+        passed = (progress.epoch if self.by_epoch else progress.iteration) - self.begin
+        if self.length <= 0:
+            return float(passed >= 0)
+        return min(max(passed / self.length, 0.0), 1.0)
+
+
+@TASK_UTILS.register_module()
+class Warmup(_Ramp):
+    __doc__ = 'Grows linearly from ``start`` times its value to its value.\n' + _Ramp.__doc__
+
+    def __init__(self, value: WeightConfig, epochs: float | None = None, iterations: int | None = None,
+                 begin: float = 0, start: float = 0.0) -> None:
+        super().__init__(value, epochs, iterations, begin)
+        self.start = start
+
+    def __call__(self, progress: Progress) -> float:
+        return super().__call__(progress) * (self.start + (1 - self.start) * self.done(progress))
+
+
+@TASK_UTILS.register_module()
+class Decay(_Ramp):
+    __doc__ = 'Falls linearly from its value to ``end`` times its value.\n' + _Ramp.__doc__
+
+    def __init__(self, value: WeightConfig, epochs: float | None = None, iterations: int | None = None,
+                 begin: float = 0, end: float = 0.0) -> None:
+        super().__init__(value, epochs, iterations, begin)
+        self.end = end
+
+    def __call__(self, progress: Progress) -> float:
+        return super().__call__(progress) * (1 - (1 - self.end) * self.done(progress))
+
+
+@TASK_UTILS.register_module()
+class Start(_Ramp):
+    __doc__ = 'Is 0 for that long, then its value.\n' + _Ramp.__doc__
+
+    def __call__(self, progress: Progress) -> float:
+        return super().__call__(progress) if self.done(progress) == 1 else 0.0
+
+
+@TASK_UTILS.register_module()
+class Stop(_Ramp):
+    __doc__ = 'Keeps its value for that long, then 0: the term, and a teacher that no other needs, no longer run.\n' \
+        + _Ramp.__doc__
+
+    def __call__(self, progress: Progress) -> float:
+        return super().__call__(progress) if self.done(progress) < 1 else 0.0
+
+
+def build_weight(config: WeightConfig) -> Weight:
+    """Builds a weight from a number or a dict such as ``dict(type='Warmup', value=1.0, epochs=1)``."""
+    if isinstance(config, Weight):
+        return config
+    if isinstance(config, (float, int)):
+        return Weight(config)
+    if isinstance(config, dict) and 'type' in config:
+        if find_class(TASK_UTILS, config, HOME) is None:
+            raise ValueError(f"weight: there is no schedule '{config['type']}': expected one of Warmup, Decay, "
+                             'Start, Stop and Balance.')
+        return build_own(TASK_UTILS, config)
+    raise ValueError(f"weight={config!r}: expected a number or a schedule such as dict(type='Warmup', value=1.0, "
+                     'epochs=1).')
+
+
+Losses = dict[str, Tensor | list[Tensor]]
+Value = Tensor | dict[str, Tensor]  # of a term: a scalar, or its parts by name
+
+
+def total(value: Value) -> Tensor:
+    """The value of a term: the sum of its parts."""
+    return sum(value.values()) if isinstance(value, dict) else value
+
+
+def scaled(losses: Losses, weight: float) -> Losses:
+    """The student's own losses times a weight; what is only for the log stays as it is."""
+
+    def scale(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        return [weight * each for each in value] if isinstance(value, list) else weight * value
+
+    if weight == 1:
+        return losses
+    return {name: scale(value) if 'loss' in name else value for name, value in losses.items()}
+
+
+def weighted(name: str, value: Value, weight: float | Tensor) -> dict[str, Tensor]:
+    """The loss to add, and the parts to look at (without 'loss' in their names, or mmengine would add them too)."""
+    parts = value if isinstance(value, dict) else {}
+    return {f'loss_{name}': weight * total(value),
+            **{f'distill/{name}_{part}': weight * each.detach() for part, each in parts.items()}}
+
+
+def untouched(name: str, term: DistillTerm, device: torch.device) -> dict[str, Tensor]:
+    """0 with a gradient of 0 for every weight of the term: data-parallel training waits for each in every step."""
+    zeros = (parameter.sum() * 0 for parameter in term.parameters())
+    return {f'loss_{name}': sum(zeros, torch.zeros((), device=device))}
+
+
+def logged(**numbers: dict[str, float | Tensor]) -> dict[str, Tensor]:
+    """Numbers of the terms, by kind and by the term's name, under the names of the log."""
+    return {f'distill/{name}_{kind}': torch.as_tensor(value) for kind, each in numbers.items()
+            for name, value in each.items()}
+
 
 DEFAULT_RATIO = 0.5
 ROUNDING = 1e-8  # share of the task's gradient below which a term's is rounding, and no direction to follow
@@ -81,7 +252,7 @@ class Balance(Weight):
                              '[0, 1).')
         self.interval, self.momentum, self.start = interval, momentum, start
         self.steps = 0  # measurements; on the host, where the decision falls whether to measure
-        self.means: Optional[Means] = None
+        self.means: Means | None = None
 
     @property
     def balance(self) -> Balance:
@@ -96,7 +267,7 @@ class Balance(Weight):
         """Whether to measure in this step."""
         return not self.has_started or progress.iteration % self.interval == 0
 
-    def update(self, norms: GradientNorms, boxes: Optional[Tensor] = None) -> None:
+    def update(self, norms: GradientNorms, boxes: Tensor | None = None) -> None:
         """Takes in a measurement; one that is not finite, or where a gradient vanishes or is noise, changes nothing.
 
         Args:
@@ -135,13 +306,13 @@ class Balance(Weight):
         mean = torch.where(images > 0, means.averages * enough, instead)
         return torch.where(mean[1] > 0, torch.exp(_value(mean)), 0)
 
-    def state_dict(self) -> Dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""
         if self.means is None:
             return {}
         return dict({name: mean.cpu() for name, mean in self.means._asdict().items()}, steps=torch.tensor(self.steps))
 
-    def load_state_dict(self, state: Dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Goes on from what :meth:`state_dict` gave; that of earlier versions held the averages alone."""
         state = dict(state)
         self.steps = int(state.pop('steps', self.start if state else 0))
@@ -150,7 +321,7 @@ class Balance(Weight):
             seen_enough = self._means()._replace(counts=torch.tensor([0.0, 1.0]))
             self.means = seen_enough._replace(**state)
 
-    def _means(self, device: Optional[torch.device] = None) -> Means:
+    def _means(self, device: torch.device | None = None) -> Means:
         if self.means is None:
             return Means(*(torch.zeros(2, device=device) for _ in Means._fields))
         return self.means if device is None else Means(*(mean.to(device) for mean in self.means))

@@ -1,4 +1,4 @@
-"""Cell by cell, where a mask says so."""
+"""Only features of one shape can be compared."""
 from __future__ import annotations
 
 import torch
@@ -6,7 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_det.functional.blocks import by_channels
-from kd_det.functional.features.shapes import check_shapes
+
+
+def check_shapes(student: Tensor, teacher: Tensor) -> None:
+    """Raises a ValueError, with what to do, where two features differ in shape."""
+    if student.shape != teacher.shape:
+        raise ValueError(f'student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have one shape: '
+                         'adapt the channels and pair the levels by stride.')
+
 
 _DISTANCES = {
     'mse': lambda student, teacher: (student - teacher).square(),
@@ -146,3 +153,119 @@ def unit(vectors: Tensor, dim: int) -> Tensor:
     """Vectors of length 1 along ``dim``; those of length 0 stay 0 and get a finite gradient."""
     length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
     return vectors / torch.where(length > 1e-12, length, 1)
+
+
+def channel_wise_kl(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
+    """Each channel as a distribution over the cells: T² · Σ KL(t ‖ s) / (N·C) (CWD, arXiv 2011.13256).
+
+    Args:
+        student: (N, C, H, W).
+        teacher: (N, C, H, W).
+        temperature: T of the softmax over the H·W cells.
+        valid: (N, H, W) bool; the softmax runs over these cells alone.
+
+    Returns:
+        Scalar.
+    """
+    check_shapes(student, teacher)
+
+    def divergence(*features: Tensor) -> Tensor:
+        logits = (feature / temperature for feature in features)
+        if valid is not None:
+            # A finite floor: both sides give such a cell probability 0, and 0 · (finite - finite) is 0.
+            logits = (each.masked_fill(~valid[:, None], torch.finfo(each.dtype).min) for each in logits)
+        return F.kl_div(*(each.flatten(2).log_softmax(2) for each in logits), reduction='sum', log_target=True)
+
+    return temperature**2 * by_channels(divergence, student, teacher.detach()) / (student.shape[0] * student.shape[1])
+
+
+def pearson_distance(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Half the mean squared difference of standardised channels, 1 - Pearson (PKD, arXiv 2207.02039).
+
+    Each channel is standardised over (N, H, W), with the unbiased deviation and ε = 1e-6; so the loss ignores scale and
+    offset of either side. Channels without variation, such as those of a single cell, count as 0.
+
+    Args:
+        student: (N, C, H, W) of one level.
+        teacher: (N, C, H, W) of one level.
+        valid: (N, H, W) bool; statistics and mean run over these cells alone.
+
+    Returns:
+        Scalar.
+    """
+    check_shapes(student, teacher)
+
+    def square(student: Tensor, teacher: Tensor) -> Tensor:
+        return (_standardize(student, valid) - _standardize(teacher, valid)).square().sum()
+
+    count = student.numel() if valid is None else student.shape[1] * valid.sum().clamp(min=1)
+    return by_channels(square, student, teacher.detach()) / count / 2
+
+
+def _standardize(feature: Tensor, valid: Tensor | None) -> Tensor:
+    """Each channel over (N, H, W) with mean 0 and deviation 1; (N, C, H, W), 0 in cells that are not valid."""
+    dims = (0, 2, 3)
+    if valid is None:
+        count = feature.numel() // feature.shape[1]
+        centred = feature - feature.mean(dims, keepdim=True)
+        freedom = max(count - 1, 1)
+    else:
+        weight = valid[:, None].to(feature.dtype)
+        count = valid.sum()
+        mean = (feature * weight).sum(dims, keepdim=True) / count.clamp(min=1)
+        centred = (feature - mean) * weight
+        freedom = (count - 1).clamp(min=1)
+    # The norm, unlike the root of the variance, has a finite gradient at 0.
+    deviation = torch.linalg.vector_norm(centred, dim=dims, keepdim=True) / freedom**0.5
+    return centred / (deviation + 1e-6)
+
+
+def fkd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    student_channels: Tensor,
+    student_cells: Tensor,
+    student_relation: Tensor | None = None,
+    teacher_relation: Tensor | None = None,
+    feature_weight: float = 7e-5,
+    pooling_weight: float = 4e-3,
+    relation_weight: float = 7e-5,
+) -> dict[str, Tensor]:
+    """Attention-guided and non-local distillation of one level (FKD, ICLR 2021, openreview uKhGRvM8QNH).
+
+    All parts are L2 norms over the whole batch, not their squares: the difference weighted by the attention, the
+    difference of the means over cells and over channels, and that of the non-local relations
+    (:func:`kd_det.functional.relations.non_local`). The default weights are the released ones.
+
+    Args:
+        student: (N, C, H, W), after its 1×1 adapter.
+        teacher: (N, C, H, W).
+        mask: (N, H, W), the mean of both spatial attentions, see :func:`kd_det.functional.masks.spatial_attention`.
+        student_channels: (N, C), the student's mean over cells after its linear adapter.
+        student_cells: (N, 1, H, W), the student's mean over channels after its 3×3 adapter.
+        student_relation: (N, C, H, W), after its 1×1 adapter; None leaves the relation part out.
+        teacher_relation: (N, C, H, W); keeps its gradient, since the block that makes it is trained.
+        feature_weight: Weight of the attended difference.
+        pooling_weight: Weight of both pooled differences.
+        relation_weight: Weight of the relation.
+
+    Returns:
+        The weighted scalars ``imitation``, ``channel``, ``spatial`` and, with relations, ``relation``.
+    """
+    check_shapes(student, teacher)
+    teacher = teacher.detach()
+    norm = torch.linalg.vector_norm
+    parts = dict(
+        imitation=feature_weight * _root((difference_of_cells(student, teacher) * mask.detach()[:, None]).sum()),
+        channel=pooling_weight * norm(student_channels - teacher.mean((2, 3))),
+        spatial=pooling_weight * norm(student_cells - teacher.mean(1, keepdim=True)),
+    )
+    if student_relation is not None and teacher_relation is not None:
+        parts['relation'] = relation_weight * norm(student_relation - teacher_relation)
+    return parts
+
+
+def _root(square: Tensor) -> Tensor:
+    """The square root, with the gradient 0 at 0, as that of a norm."""
+    return torch.where(square > 0, square, 1).sqrt() * (square > 0)

@@ -1,13 +1,4 @@
-"""FGD in two passes over the features, and two more for the gradient, which is written by hand.
-
-:func:`kd_det.functional.features.fgd_loss` is the formula, and a test holds one against the other. Taken operator by
-operator, it goes through memory some thirty times. Here blocks of channels that fit into the cache are taken through
-all operators of a pass; what is left are sums over cells or channels, small enough for plain autograd:
-
-- Masks and spatial attention weigh cells, the channel attention channels: Σ_c A_c·d² is summed once, with d = s - t.
-- The relation Σ(d + w)² is Σd² + 2·w·Σd + cells·w², where w is the difference of the two blocks' additions.
-- For the backward pass nothing of the features' size is kept but the features, which exist anyway.
-"""
+"""Where the teacher attends, the attention itself, and how cells relate to the image (FGD)."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -18,8 +9,121 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kd_det.functional import blocks
-from kd_det.functional.features.shapes import check_shapes
+from kd_det.functional.features import check_shapes, sum_channels
 from kd_det.functional.masks import channel_attention, spatial_attention, spatial_softmax
+
+
+def fgd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    foreground: Tensor,
+    background: Tensor,
+    temperature: float = 0.5,
+    student_context: Tensor | None = None,
+    teacher_context: Tensor | None = None,
+    alpha: float = 1e-3,
+    beta: float = 5e-4,
+    gamma: float = 5e-4,
+    lambda_: float = 5e-6,
+    valid: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Focal and global distillation of one level (FGD, arXiv 2111.11837).
+
+    The focal parts are Σ M · A_spatial · A_channel · (s - t)² / N with the attentions of the teacher and each of the
+    two masks; the others are :func:`attention_distance` and :func:`relation_distance`. The default weights are the
+    paper's for one-stage detectors.
+
+    Args:
+        student: (N, C, H, W).
+        teacher: (N, C, H, W).
+        foreground: (N, H, W), :func:`kd_det.functional.masks.box_foreground` with ``'inverse_area'``.
+        background: (N, H, W), :func:`kd_det.functional.masks.normalized_background`.
+        temperature: T of the attentions.
+        student_context: (N, C, H, W) global context of the student's feature; None leaves the relation part out.
+        teacher_context: (N, C, H, W) global context of the teacher's feature; its block trains too.
+        alpha: Weight of the foreground.
+        beta: Weight of the background.
+        gamma: Weight of the attention.
+        lambda_: Weight of the relation.
+        valid: (N, H, W) bool; cells of padding take no part.
+
+    Returns:
+        The weighted scalars ``foreground``, ``background``, ``attention`` and, with contexts, ``relation``.
+    """
+    check_shapes(student, teacher)
+    teacher = teacher.detach()
+    teacher_attention = _attentions(teacher, temperature, valid)
+    student_attention = _attentions(student, temperature, valid)
+    spatial, channel = teacher_attention
+    difference = sum_channels((student - teacher).square(), channel).squeeze(1) * spatial / len(student)
+    parts = dict(
+        foreground=alpha * (difference * foreground.detach()).sum(),
+        background=beta * (difference * background.detach()).sum(),
+        attention=gamma * _l1(student_attention, teacher_attention),
+    )
+    if student_context is not None and teacher_context is not None:
+        parts['relation'] = lambda_ * relation_distance(student_context, teacher_context, valid)
+    return parts
+
+
+def attention_distance(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
+    """Σ |A_s - A_t| / N of the spatial and of the channel attention, added (FGD, arXiv 2111.11837).
+
+    Args:
+        student: (N, C, H, W).
+        teacher: (N, C, H, W).
+        temperature: T of the attentions.
+        valid: (N, H, W) bool; the attentions are those of these cells alone.
+
+    Returns:
+        Scalar.
+    """
+    check_shapes(student, teacher)
+    return _l1(_attentions(student, temperature, valid), _attentions(teacher.detach(), temperature, valid))
+
+
+def context_pool(feature: Tensor, logits: Tensor, valid: Tensor | None = None) -> Tensor:
+    """The context vector of GcBlock, Σ_hw softmax(logits)·x (arXiv 1904.11492), as in FGD's global part.
+
+    Args:
+        feature: (N, C, H, W).
+        logits: (N, 1, H, W), a 1×1 convolution of the feature.
+        valid: (N, H, W) bool; the softmax runs over these cells alone.
+
+    Returns:
+        (N, C, 1, 1).
+    """
+    attention = spatial_softmax(logits.squeeze(1), valid)
+    return torch.einsum('nchw,nhw->nc', feature, attention)[:, :, None, None]
+
+
+def relation_distance(student_context: Tensor, teacher_context: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Σ (c_s - c_t)² / N between the global contexts of both sides (FGD, arXiv 2111.11837).
+
+    The teacher's context keeps its gradient, since the block that makes it is trained: make it from a detached feature.
+
+    Args:
+        student_context: (N, C, H, W).
+        teacher_context: (N, C, H, W).
+        valid: (N, H, W) bool; cells of padding do not count.
+
+    Returns:
+        Scalar.
+    """
+    check_shapes(student_context, teacher_context)
+    difference = (student_context - teacher_context).square()
+    if valid is not None:
+        difference = difference * valid[:, None]
+    return difference.sum() / len(student_context)
+
+
+def _attentions(feature: Tensor, temperature: float, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    return spatial_attention(feature, temperature, valid), channel_attention(feature, temperature, valid)
+
+
+def _l1(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> Tensor:
+    """Sum of absolute differences over the batch size, added over pairs."""
+    return sum((s - t).abs().sum() for s, t in zip(student, teacher)) / len(student[0])
 
 
 class FGDSums(NamedTuple):
@@ -33,7 +137,7 @@ class FGDSums(NamedTuple):
         attended: (N, H, W), Σ over channels of (s - t)² times the teacher's channel attention.
         square: (N, H, W), Σ over channels of (s - t)².
         drift: (N, C), Σ over valid cells of s - t.
-        student_context: (N, C, 1, 1), :func:`kd_det.functional.features.context_pool` of the student.
+        student_context: (N, C, 1, 1), :func:`kd_det.functional.focal_global.context_pool` of the student.
         teacher_context: (N, C, 1, 1), the same of the teacher.
     """
     spatial: Tensor
@@ -66,14 +170,14 @@ def fgd_sums(student: Tensor, teacher: Tensor, student_attend: Tensor, teacher_a
     check_shapes(student, teacher)
     cells, channels, *sums, student_context, teacher_context = _Sums.apply(
         student, teacher.detach(), student_attend, teacher_attend, temperature, valid)
-    return FGDSums(*_attentions(cells, channels, temperature, valid), *sums, student_context[:, :, None, None],
+    return FGDSums(*_attentions_of_both(cells, channels, temperature, valid), *sums, student_context[:, :, None, None],
                    teacher_context[:, :, None, None])
 
 
 def fgd_parts(sums: FGDSums, shift: Tensor, foreground: Tensor, background: Tensor, alpha: float = 1e-3,
               beta: float = 5e-4, gamma: float = 5e-4, lambda_: float = 5e-6,
               valid: Tensor | None = None) -> dict[str, Tensor]:
-    """The parts of :func:`kd_det.functional.features.fgd_loss`, from the sums over the features.
+    """The parts of :func:`kd_det.functional.focal_global.fgd_loss`, from the sums over the features.
 
     Args:
         sums: See :func:`fgd_sums`.
@@ -117,7 +221,7 @@ class _Sums(torch.autograd.Function):
         teacher_cells, teacher_channels, teacher_logits = _responses(t, teacher_attend, inside)
         student_focus, teacher_focus = (spatial_softmax(logits.view(batch, height, width), valid).flatten(1)
                                         for logits in (student_logits, teacher_logits))
-        teacher_spatial, teacher_channel = _attentions(
+        teacher_spatial, teacher_channel = _attentions_of_both(
             teacher_cells.view(batch, height, width), teacher_channels, temperature, valid)
 
         drift, student_context, teacher_context = (torch.empty_like(channels) for _ in range(3))
@@ -179,7 +283,7 @@ def _responses(feature: Tensor, attend: Tensor, inside: Tensor) -> tuple[Tensor,
     return cells[:, 0], channels, logits[:, 0]
 
 
-def _attentions(cells: Tensor, channels: Tensor, temperature: float, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+def _attentions_of_both(cells: Tensor, channels: Tensor, temperature: float, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Spatial and channel attention of a feature from its Σ|F| over channels (N, H, W) and over valid cells (N, C)."""
     # To the masks a mean is a feature of one channel, or of one cell, which is valid if any cell was.
     spatial = spatial_attention(cells[:, None] / channels.shape[1], temperature, valid)

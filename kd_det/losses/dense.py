@@ -1,21 +1,71 @@
-"""The student's dense head places every box as the teacher's does."""
+"""The student's dense head classifies every prior as the teacher's does."""
 from __future__ import annotations
-
-from typing import Tuple
 
 import torch
 from mmdet.registry import MODELS
 from torch import Tensor
 
 from kd_det.functional.boxes import distribution_kl, giou_imitation
+from kd_det.functional.logits import soft_target_kl
 from kd_det.functional.masks import valuable_region
 from kd_det.heads import DISTRIBUTIONS_OF, POSITIVES_OF, HeadError
 from kd_det.losses.base import Parts
-from kd_det.losses.outputs import ComparedOutputs, DenseTerm
+from kd_det.losses.outputs import ComparedOutputs, DenseTerm, sigmoid_divergence
 
-FORMS = ('giou', 'distribution', 'bounded')
+CLASSIFICATION_WEIGHTINGS = ('all', 'richness')
+
+
+@MODELS.register_module()
+class DenseClassification(DenseTerm):
+    """Class distillation of dense heads.
+
+    Heads with sigmoid classes: T²·Σ_classes BCE(s, σ(t))·|σ(t) − σ(s)|^β (BCKD, Yang et al., arXiv 2308.14286; β = 1),
+    of s / T and t / T; with β = 0 less the teacher's entropy, which makes it T²·KL, class by class. Heads with softmax
+    classes: T²·KL(t ‖ s). The class logits of a head that predicts objectness (YOLOX, YOLOv3) mean nothing where there
+    is no object: they weigh with the teacher's objectness, which is distilled as a part of its own.
+
+    Args:
+        beta: Exponent of the gap, see :func:`~kd_det.losses.outputs.sigmoid_divergence`; softmax heads have none.
+        temperature: T.
+        weighting: ``'all'`` priors alike, or by the ``'richness'`` of their cell, the teacher's largest probability
+            there (FRS, Du et al., arXiv 2111.00674).
+        **kwargs: See :class:`~kd_det.losses.outputs.DenseTerm`.
+
+    Raises:
+        ValueError: An unknown weighting.
+
+    Example:
+        >>> dict(type='DenseClassification', head='bbox_head', beta=1.0)
+    """
+
+    def __init__(self, beta: float = 1.0, temperature: float = 1.0, weighting: str = 'all', **kwargs) -> None:
+        super().__init__(**kwargs)
+        if weighting not in CLASSIFICATION_WEIGHTINGS:
+            raise ValueError(f"weighting='{weighting}': expected one of {', '.join(CLASSIFICATION_WEIGHTINGS)}.")
+        self.beta, self.temperature, self.weighting = beta, temperature, weighting
+
+    def compare(self, level: ComparedOutputs) -> Parts:
+        weight = level.richness() if self.weighting == 'richness' else level.valid
+        parts, class_weight = {}, weight
+        if level.teacher.objectness is not None:
+            student, teacher = (each.unsqueeze(-1) for each in level.both('objectness'))
+            parts['objectness'] = (weight * self._sigmoid_divergence(student, teacher)).sum()
+            class_weight = weight * teacher.squeeze(-1).sigmoid()
+        student, teacher = level.both('logits')
+        if level.student.activation == 'sigmoid':
+            divergence = self._sigmoid_divergence(student, teacher)
+        else:
+            divergence = soft_target_kl(student, teacher, self.temperature, reduction='none')
+        return dict(parts, classes=(class_weight * divergence).sum())
+
+    def _sigmoid_divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        softened = (each / self.temperature for each in (student, teacher))
+        return self.temperature**2 * sigmoid_divergence(*softened, self.beta)
+
+
+REGRESSION_FORMS = ('giou', 'distribution', 'bounded')
 REDUCTIONS = ('mean', 'sum')
-WEIGHTINGS = ('confidence', 'gap', 'positives', 'valuable')
+REGRESSION_WEIGHTINGS = ('confidence', 'gap', 'positives', 'valuable')
 
 
 @MODELS.register_module()
@@ -59,7 +109,7 @@ class DenseRegression(DenseTerm):
     def __init__(self, form: str = 'giou', weighting: str = 'confidence', temperature: float = 10.0,
                  reduction: str = 'mean', margin: float = 0.0, **kwargs) -> None:
         super().__init__(**kwargs)
-        for name, value, known in (('form', form, FORMS), ('weighting', weighting, WEIGHTINGS),
+        for name, value, known in (('form', form, REGRESSION_FORMS), ('weighting', weighting, REGRESSION_WEIGHTINGS),
                                    ('reduction', reduction, REDUCTIONS)):
             if value not in known:
                 raise ValueError(f"{name}='{value}': expected one of {', '.join(known)}.")
@@ -67,16 +117,16 @@ class DenseRegression(DenseTerm):
         self.margin = margin
 
     @property
-    def student_heads(self) -> Tuple[str, ...]:
+    def student_heads(self) -> tuple[str, ...]:
         assigns = self.form == 'bounded' or self.weighting in ('positives', 'valuable')
         positives = (self.student_head + POSITIVES_OF, ) if assigns else ()
         return (*super().student_heads, *positives, *self._distributions_of(self.student_head))
 
     @property
-    def teacher_heads(self) -> Tuple[str, ...]:
+    def teacher_heads(self) -> tuple[str, ...]:
         return (*super().teacher_heads, *self._distributions_of(self.teacher_head))
 
-    def _distributions_of(self, head: str) -> Tuple[str, ...]:
+    def _distributions_of(self, head: str) -> tuple[str, ...]:
         return (head + DISTRIBUTIONS_OF, ) if self.form == 'distribution' else ()
 
     def compare(self, level: ComparedOutputs) -> Parts:
@@ -114,7 +164,7 @@ def _valuable(level: ComparedOutputs) -> Tensor:
     return regions.split([len(each) for each in priors], 1)[level.student_level]
 
 
-def _distributions(level: ComparedOutputs) -> Tuple[Tensor, Tensor]:
+def _distributions(level: ComparedOutputs) -> tuple[Tensor, Tensor]:
     student, teacher = level.both('distributions')
     if student.shape != teacher.shape:
         raise HeadError(f'The student distributes distances over {student.shape[-1]} bins, the teacher over '

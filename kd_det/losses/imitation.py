@@ -1,17 +1,70 @@
-"""Foreground and background imitated apart, each with its own weight and normaliser."""
+"""Masked feature imitation: the base of most methods."""
 from __future__ import annotations
-
-from typing import Union
 
 import torch
 from mmdet.registry import MODELS
+from torch import Tensor
 
 from kd_det.context import ComparedLevel
-from kd_det.functional.features import decoupled_imitation
-from kd_det.losses.base import FeatureTerm, Parts
-from kd_det.losses.synchronization import rank_share
+from kd_det.functional.features import decoupled_imitation, masked_imitation
+from kd_det.functional.focal_global import attention_distance
+from kd_det.losses.base import FeatureTerm, Parts, rank_share
 from kd_det.masks import build_mask
-from kd_det.masks.base import CellMask
+from kd_det.masks.base import CellMask, MaskConfig, Weighting
+
+MASK_NORMALIZERS = ('mask', 'twice_mask', 'twice_elements')
+
+
+@MODELS.register_module()
+class FeatureImitation(FeatureTerm):
+    """The student's features approach the teacher's, where a mask says so: Σ M·d(s, t) over a normaliser.
+
+    Args:
+        mask: Config or name of a mask; every cell of the images by default.
+        distance: ``'mse'``, ``'l1'``, ``'smooth_l1'`` or ``'cosine'``.
+        normalizer: What the sum is divided by, see :func:`~kd_det.functional.features.masked_imitation`; each summand
+            of a :class:`~kd_det.masks.MaskSum` by its own. What counts the mask counts it on all ranks.
+        **kwargs: See :class:`~kd_det.losses.base.FeatureTerm`.
+
+    Example:
+        >>> dict(type='FeatureImitation', mask=dict(type='MaskProduct', masks=['BoxForeground', 'SpatialAttention']))
+    """
+
+    def __init__(self, mask: MaskConfig | None = None, distance: str = 'mse', normalizer: str = 'batch',
+                 **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.mask = None if mask is None else build_mask(mask)
+        self.distance, self.normalizer = distance, normalizer
+
+    def compare(self, level: ComparedLevel, position: int) -> Parts:
+        weightings = (Weighting(), ) if self.mask is None else self.mask(level)
+        return dict(imitation=sum(self._imitation(level, weighting) for weighting in weightings))
+
+    def _imitation(self, level: ComparedLevel, weighting: Weighting) -> Tensor:
+        cells = level.valid.float() if weighting.cells is None else weighting.cells
+        value = masked_imitation(
+            level.student, level.teacher, cells, weighting.channels, self.distance, self.normalizer)
+        share = rank_share(cells) if self.normalizer in MASK_NORMALIZERS else 1
+        return weighting.factor * share * value
+
+
+@MODELS.register_module()
+class AttentionImitation(FeatureTerm):
+    """FGD's attention part (arXiv 2111.11837): Σ|A_s − A_t| of the spatial and of the channel attention, each over N.
+
+    Args:
+        temperature: Of both softmaxes.
+        pad_aware: Leave padding cells out. The paper's form looks at them too.
+        **kwargs: See :class:`~kd_det.losses.base.FeatureTerm`.
+    """
+
+    def __init__(self, temperature: float = 0.5, pad_aware: bool = True, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.temperature, self.pad_aware = temperature, pad_aware
+
+    def compare(self, level: ComparedLevel, position: int) -> Parts:
+        valid = level.valid if self.pad_aware else None
+        return dict(attention=attention_distance(level.student, level.teacher, self.temperature, valid))
 
 
 @MODELS.register_module()
@@ -34,7 +87,7 @@ class DecoupledImitation(FeatureTerm):
         >>> dict(type='DecoupledImitation', mask='LevelForeground', foreground_weight=3.0, background_weight=12.0)
     """
 
-    def __init__(self, mask: Union[str, dict, CellMask] = 'LevelForeground', foreground_weight: float = 3.0,
+    def __init__(self, mask: str | dict | CellMask = 'LevelForeground', foreground_weight: float = 3.0,
                  background_weight: float = 12.0, pad_aware: bool = True, **kwargs) -> None:
         super().__init__(**kwargs)
         self.mask = build_mask(mask)

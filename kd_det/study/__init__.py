@@ -1,14 +1,14 @@
-"""The benchmark: a pair of detectors, the methods side by side, several seeds, and what can be said about it.
+"""What distillation does to a student, and what can be said about it: benchmarks over seeds, fidelity, costs, report.
 
-The layout of its work dir::
+The layout of a benchmark's work dir::
 
-    results.json                    everything, see kd_det.benchmark.results
+    results.json                    everything, see kd_det.study.results
     results.md                      the table of it
     teacher/                        one run, unless a checkpoint was given
     teacher_2/, …                   those of a larger ensemble
     <variant>/seed<k>/              one run of each method, such as fgd@paper/seed0
         config.py                   the whole config that the run was trained with
-        result.json                 kd_det.benchmark.runs.Run; written when the run has finished, and not before
+        result.json                 kd_det.study.runs.Run; written when the run has finished, and not before
         fidelity.json               with --fidelity: FidelityMetric's numbers, by split, and the identity of the run
         log.txt                     what the run said
         epoch_8.pth                 the trained detector: a plain student; result.json names it

@@ -1,7 +1,8 @@
 """What student and teacher say about the classes at the teacher's boxes."""
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from mmdet.structures.bbox import bbox2roi
@@ -24,7 +25,7 @@ class ClassDistributions(NamedTuple):
             them; None of a sigmoid head, which decides on each class by itself.
     """
     probabilities: Tensor
-    logits: Optional[Tensor]
+    logits: Tensor | None
 
 
 def classifying_head(detector: nn.Module) -> str:
@@ -40,7 +41,7 @@ def classifying_head(detector: nn.Module) -> str:
 
 
 def class_distributions(detector: nn.Module, features: Levels, boxes: Sequence[Tensor], shapes: Sequence,
-                        classes: Optional[Sequence[int]] = None) -> ClassDistributions:
+                        classes: Sequence[int] | None = None) -> ClassDistributions:
     """Reads a detector at some boxes.
 
     A RoI head is run on the boxes (of a cascade: the mean of its stages' logits counts). Of a dense head one prior

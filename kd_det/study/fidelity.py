@@ -1,31 +1,102 @@
-"""FidelityMetric: how closely a student follows its teacher, whatever its mAP."""
+"""Which box is which: detections of two detectors, and detections and ground truth."""
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from math import isfinite
-from typing import Dict, List, Optional, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
-from mmdet.registry import METRICS, MODELS
+from mmdet.registry import DATASETS, HOOKS, METRICS, MODELS
 from mmdet.structures import DetDataSample
-from mmdet.structures.bbox import get_box_tensor
+from mmdet.structures.bbox import bbox_overlaps, get_box_tensor
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.device import get_device
 from mmengine.dist import all_reduce
-from mmengine.evaluator import BaseMetric
+from mmengine.evaluator import BaseMetric, Evaluator
+from mmengine.hooks import Hook
 from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.runner import BaseLoop, Runner
 from mmengine.structures import InstanceData
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchvision.ops import box_iou, nms
 
-from kd_det.classes import ClassMatch, first_metainfo, match_classes, number_of_classes
-from kd_det.configuration import ConfigurationError
-from kd_det.evaluation.distributions import class_distributions, class_kl, classifying_head
-from kd_det.evaluation.matching import class_overlaps, match_boxes, true_positives
+from kd_det.config.classes import ClassMatch, first_metainfo, label_names, match_classes, metainfo_of, number_of_classes
+from kd_det.config.files import ConfigurationError, leaf_datasets, load_config, student_model
 from kd_det.functional.fidelity import Moments, expected_calibration_error, linear_cka, moments
 from kd_det.functional.masks import valid_cells
 from kd_det.heads.dense import Stride
-from kd_det.scopes import within_scope
+from kd_det.registry import build_detector, scope_of, within_scope
+from kd_det.study.distributions import class_distributions, class_kl, classifying_head
+from kd_det.study.pair import weights_hash
+from kd_det.study.results import mean_and_std
+from kd_det.study.scheduling import CONFIG_FILE
 from kd_det.taps import Taps
-from kd_det.teachers import Teacher, probe_levels, read_model_config
+from kd_det.teachers import Teacher, load_strictly, probe_levels, read_model_config
+from kd_det.version import __version__
+
+
+def class_overlaps(boxes: InstanceData, others: InstanceData, mode: str = 'iou') -> Tensor:
+    """How much boxes overlap others of their class.
+
+    Args:
+        boxes: n ``bboxes`` as x1, y1, x2, y2, with their ``labels``.
+        others: m of them.
+        mode: ``'iou'``, or ``'iof'``: the intersection's share of the first box, as COCO measures it on crowds.
+
+    Returns:
+        (n, m); 0 between boxes of unlike classes.
+    """
+    overlaps = bbox_overlaps(boxes.bboxes.double(), others.bboxes.double(), mode)
+    return overlaps * (boxes.labels[:, None] == others.labels)
+
+
+def match_boxes(overlaps: Tensor, min_iou: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Pairs boxes one to one so that their overlaps sum up to the most.
+
+    Args:
+        overlaps: (n, m).
+        min_iou: Pairs that overlap less are none.
+
+    Returns:
+        (p,) indices of the rows and (p,) indices of the columns.
+    """
+    gain = torch.where(overlaps >= min_iou, overlaps, torch.zeros_like(overlaps))
+    rows, columns = map(torch.from_numpy, linear_sum_assignment(gain.numpy(), maximize=True))
+    paired = gain[rows, columns] > 0
+    return rows[paired], columns[paired]
+
+
+def true_positives(overlaps: Tensor, scores: Tensor, min_iou: float = 0.5) -> Tensor:
+    """Tells which detections are correct, as COCO does: by falling score, each takes the object of its class that it
+    overlaps most and that is still free.
+
+    Args:
+        overlaps: (n, m) of detections and objects, see :func:`class_overlaps`.
+        scores: (n,) of the detections.
+        min_iou: Of a detection and its object.
+
+    Returns:
+        (n,) of bool.
+    """
+    free = overlaps.numpy().copy()
+    correct = np.zeros(len(free), dtype=bool)
+    for index in np.argsort(-scores.numpy(), kind='stable') if free.shape[1] else ():
+        best = free[index].argmax()
+        if free[index, best] >= min_iou:
+            correct[index] = True
+            free[:, best] = 0
+    return torch.from_numpy(correct)
+
 
 NOTHING = dict(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
 
@@ -35,7 +106,7 @@ class FidelityMetric(BaseMetric):
     """Compares a student with its teacher on the images of a validation loop, beside CocoMetric.
 
     What the two detect is compared by itself. The distributions of classes and the features need the student's modules:
-    :class:`~kd_det.hooks.FidelityHook` shows them to the metric, in any run.
+    :class:`~kd_det.study.fidelity.FidelityHook` shows them to the metric, in any run.
 
     Gives, under ``fidelity/`` and without numbers that nothing counts for, of *confident* boxes:
 
@@ -48,7 +119,7 @@ class FidelityMetric(BaseMetric):
     - ``agreement``: how often the classes agree at the same place. Of either detector the surest box of each place
       counts (NMS regardless of class), and these are paired one to one, again regardless of class;
     - ``class_kl``: mean KL(teacher ‖ student) of the class distributions at the teacher's, in nats, see
-      :mod:`~kd_det.evaluation.distributions`;
+      :mod:`~kd_det.study.distributions`;
 
     and ``student_ece`` and ``teacher_ece``, the calibration errors of both; and ``cka_<stride>``, the linear CKA of the
     neck's features over all cells.
@@ -75,15 +146,15 @@ class FidelityMetric(BaseMetric):
     default_prefix = 'fidelity'
 
     def __init__(self, teacher: dict, confidence: float = 0.3, min_iou: float = 0.5, calibrated_from: float = 0.05,
-                 bins: int = 15, collect_device: str = 'cpu', prefix: Optional[str] = None) -> None:
+                 bins: int = 15, collect_device: str = 'cpu', prefix: str | None = None) -> None:
         super().__init__(collect_device, prefix)
         self.teacher_config = dict(teacher)
         self.confidence, self.min_iou = confidence, min_iou
         self.calibrated_from, self.bins = calibrated_from, bins
-        self.teacher: Optional[Teacher] = None
-        self.student: Optional[nn.Module] = None
-        self.match: Optional[ClassMatch] = None  # None while a label means the same to both
-        self.similarity: Dict[Stride, Moments] = {}  # stride -> sums
+        self.teacher: Teacher | None = None
+        self.student: nn.Module | None = None
+        self.match: ClassMatch | None = None  # None while a label means the same to both
+        self.similarity: dict[Stride, Moments] = {}  # stride -> sums
 
     @property
     def settings(self) -> dict:
@@ -134,7 +205,7 @@ class FidelityMetric(BaseMetric):
                 self._strides = [_strides(each) for each in (self.student, self.teacher.model)]
         return self.teacher
 
-    def _match_classes(self, teacher: Teacher) -> Optional[ClassMatch]:
+    def _match_classes(self, teacher: Teacher) -> ClassMatch | None:
         names = first_metainfo(self.dataset_meta).get('classes')
         mine = None if self.student is None else number_of_classes(self.student)
         if names and mine not in (None, len(names)):
@@ -183,7 +254,7 @@ class FidelityMetric(BaseMetric):
         return read if self.match is None else read[self.match.shared(read.labels) >= 0]
 
     def _compare_insides(self, teacher: Teacher, images: Tensor, samples: Sequence[DetDataSample],
-                         boxes: Sequence[InstanceData]) -> Optional[List[Tensor]]:
+                         boxes: Sequence[InstanceData]) -> list[Tensor] | None:
         """Adds to the sums of the features, and gives the divergence of the classes at each image's confident boxes."""
         shapes = [sample.img_shape[:2] for sample in samples]
         mine = self.student.extract_feat(images)
@@ -213,7 +284,7 @@ class FidelityMetric(BaseMetric):
         self.similarity.clear()
         return super().evaluate(size)
 
-    def compute_metrics(self, results: List[dict]) -> Dict[str, float]:
+    def compute_metrics(self, results: list[dict]) -> dict[str, float]:
         """From the images of all ranks."""
 
         def joined(name: str) -> Tensor:
@@ -236,7 +307,120 @@ class FidelityMetric(BaseMetric):
         return metrics
 
 
-def _strides(detector: nn.Module) -> List[Stride]:
+def _strides(detector: nn.Module) -> list[Stride]:
     """The strides of what a detector's ``extract_feat`` returns."""
     path = 'neck' if getattr(detector, 'neck', None) is not None else 'backbone'
     return [level.stride for level in probe_levels(detector, Taps(detector, [path]))[path]]
+
+
+@HOOKS.register_module()
+class FidelityHook(Hook):
+    """Shows the model of the run to every :class:`~kd_det.study.fidelity.FidelityMetric` of its evaluators.
+
+    A metric of mmengine gets detections alone; with this hook ``class_kl`` and ``cka_<stride>`` are measured too, and
+    classes are matched by what the labels of the data mean, see :func:`~kd_det.config.classes.read_label_names`.
+    """
+
+    def before_val(self, runner: Runner) -> None:
+        _attach(runner, runner.val_loop)
+
+    def before_test(self, runner: Runner) -> None:
+        _attach(runner, runner.test_loop)
+
+
+def _attach(runner: Runner, loop: BaseLoop) -> None:
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    for metric in loop.evaluator.metrics:
+        if isinstance(metric, FidelityMetric):
+            metric.attach(model)
+            metric.dataset_meta = dict(metainfo_of(loop.dataloader.dataset), classes=label_names(loop.dataloader.dataset))
+
+
+SPLITS = ('val', 'train')
+
+
+def measure_fidelity(config: Config, checkpoint: str, teacher: dict, split: str = 'val', **options) -> dict[str, float]:
+    """Compares a trained student with its teacher.
+
+    Args:
+        config: The student's, or that of its distillation.
+        checkpoint: The trained student.
+        teacher: ``config`` and ``checkpoint``.
+        split: ``'val'``, or ``'train'``: the training images, prepared as for validation, without augmentation. Of data
+            sets that are joined the first counts.
+        options: Of :class:`~kd_det.study.fidelity.FidelityMetric`.
+
+    Returns:
+        The metric's numbers.
+    """
+    with within_scope(scope_of(config)):
+        detector = build_detector(student_model(config))
+        dataset = DATASETS.build(_prepared_as_for_validation(config, split))
+    load_strictly(detector, checkpoint, role='student')
+    detector.to(get_device()).eval()
+    metric = FidelityMetric(teacher, **options)
+    metric.attach(detector)
+    evaluator = Evaluator([metric])
+    evaluator.dataset_meta = dict(metainfo_of(dataset), classes=label_names(dataset))
+    batch_size = config.val_dataloader.get('batch_size') or 1
+    for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=pseudo_collate):
+        evaluator.process(data_samples=detector.val_step(batch), data_batch=batch)
+    return {name.split('/')[-1]: value for name, value in evaluator.evaluate(len(dataset)).items()}
+
+
+def _prepared_as_for_validation(config: Config, split: str) -> dict:
+    """A data set of the config, with the pipeline of its validation; training images that are filtered out stay so."""
+    validation = leaf_datasets(config.val_dataloader.dataset)[0]
+    dataset = validation if split == 'val' else leaf_datasets(config.train_dataloader.dataset)[0]
+    return copy.deepcopy(dict(dataset, pipeline=validation['pipeline']))
+
+
+FIDELITY_FILE = 'fidelity.json'
+
+
+def add_fidelity(entries: list[dict], root: Path, teacher: dict, splits: Sequence[str],
+                 say: Callable[[str], None]) -> None:
+    """Adds ``fidelity`` to every finished run of ``results.json``: split -> number -> value.
+
+    What was measured lies beside ``result.json``, with all that it depends on, and is kept while that is the same: the
+    identity of the run (in a plain student's there is no teacher), the teacher, and version and settings of the metric.
+
+    Args:
+        entries: The runs; changed.
+        root: The work dir of the benchmark.
+        teacher: ``config`` and ``checkpoint``.
+        splits: ``'val'`` and ``'train'``, or one of them; none to measure nothing.
+        say: Told what is measured.
+    """
+    if not splits:
+        return
+    register_all_modules(init_default_scope=True)
+    metric = dict(teacher=dict(config=teacher['config'], checkpoint_hash=weights_hash(teacher['checkpoint'])),
+                  settings=dict(FidelityMetric(teacher).settings, kd_det=__version__))
+    for entry in entries:
+        if entry['status'] != 'finished':
+            continue
+        file = root / entry['folder'] / FIDELITY_FILE
+        of = dict(identity=entry['identity'], **metric)
+        stored = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
+        measured = stored['splits'] if {key: stored.get(key) for key in of} == of else {}
+        for split in splits:
+            if split not in measured:
+                say(f"{entry['variant']}, seed {entry['seed']}: fidelity on {split}")
+                config = load_config(file.parent / CONFIG_FILE)
+                with redirect_stdout(StringIO()):  # of pycocotools
+                    measured[split] = measure_fidelity(config, str(root / entry['checkpoint']), teacher, split)
+                file.write_text(json.dumps(dict(of, splits=measured), indent=2) + '\n', encoding='utf-8')
+        entry['fidelity'] = {split: measured[split] for split in splits}
+
+
+def summarize_fidelity(entries: Sequence[dict], splits: Sequence[str]) -> dict[str, dict[str, dict[str, dict]]]:
+    """Split -> variant -> number -> mean and standard deviation over the seeds that have it."""
+    values: dict[str, dict[str, dict[str, list]]] = {split: {} for split in splits}
+    for entry in entries:
+        for split, numbers in entry.get('fidelity', {}).items():
+            by_name = values[split].setdefault(entry['variant'], {})
+            for name, value in numbers.items():
+                by_name.setdefault(name, []).append(value)
+    return {split: {variant: {name: mean_and_std(each) for name, each in by_name.items()}
+                    for variant, by_name in variants.items()} for split, variants in values.items()}

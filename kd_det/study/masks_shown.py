@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, List, NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 import mmcv
 import numpy as np
@@ -15,10 +16,10 @@ from kd_det.context import ComparedLevel
 from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.functional.masks import channel_attention, spatial_attention
 from kd_det.heads.dense import Stride
-from kd_det.inspection.step import InspectedStep
 from kd_det.losses import FGD, FKD, AttentionImitation, FeatureTerm
 from kd_det.masks import Mask
-from kd_det.visualization import draw_channels, draw_maps, save_figure
+from kd_det.study.inspection import InspectedStep
+from kd_det.study.pictures import draw_channels, draw_maps, save_figure
 
 MOST_IMAGES = 4  # of a batch
 TEMPERATURE = 0.5  # of the attentions of a term that has none itself
@@ -27,12 +28,12 @@ TEMPERATURE = 0.5  # of the attentions of a term that has none itself
 class Look(NamedTuple):
     """Where a term looks on one level: the weights of the cells, (N, H, W), and of the channels, (N, C)."""
     stride: Stride
-    cells: Optional[Tensor]
-    channels: Optional[Tensor]
+    cells: Tensor | None
+    channels: Tensor | None
 
 
 @torch.no_grad()
-def draw_step(distiller: DetectionDistiller, step: InspectedStep, folder: Path) -> List[Path]:
+def draw_step(distiller: DetectionDistiller, step: InspectedStep, folder: Path) -> list[Path]:
     """Draws every mask and attention of the terms, all levels of one in a picture, one picture for each image.
 
     Args:
@@ -44,7 +45,7 @@ def draw_step(distiller: DetectionDistiller, step: InspectedStep, folder: Path) 
         The files: ``<image>_<term>_<mask or attention>.png``, with ``_channels`` for weights of channels. None where no
         term compares features level by level.
     """
-    files: List[Path] = []
+    files: list[Path] = []
     images = restored_images(step.inputs[:MOST_IMAGES], distiller.data_preprocessor)
     for index, (image, boxes) in enumerate(zip(images, step.observation.context.boxes)):
         image = mmcv.imshow_bboxes(image, boxes.cpu().numpy(), colors='green', show=False)
@@ -57,7 +58,7 @@ def draw_step(distiller: DetectionDistiller, step: InspectedStep, folder: Path) 
     return files
 
 
-def restored_images(inputs: Tensor, preprocessor: nn.Module) -> List[np.ndarray]:
+def restored_images(inputs: Tensor, preprocessor: nn.Module) -> list[np.ndarray]:
     """The images as they were before normalisation, padding included.
 
     Gray ones are gray in colour, too; of other channels than three the first three are shown, or the first alone where
@@ -83,7 +84,7 @@ def restored_images(inputs: Tensor, preprocessor: nn.Module) -> List[np.ndarray]
     return list(images.clamp(0, 255).round().byte().permute(0, 2, 3, 1).cpu().contiguous().numpy())
 
 
-def _looks(term: FeatureTerm, levels: List[ComparedLevel]) -> Iterator[Tuple[str, List[Look]]]:
+def _looks(term: FeatureTerm, levels: list[ComparedLevel]) -> Iterator[tuple[str, list[Look]]]:
     """The masks of a term, and the attentions of the two features that it compares."""
     yield from mask_looks(term, levels)
     temperature = term.temperature if isinstance(term, (FGD, FKD, AttentionImitation)) else TEMPERATURE
@@ -96,7 +97,7 @@ def _looks(term: FeatureTerm, levels: List[ComparedLevel]) -> Iterator[Tuple[str
             for level, feature in zip(levels, features)]
 
 
-def mask_looks(term: FeatureTerm, levels: List[ComparedLevel]) -> Iterator[Tuple[str, List[Look]]]:
+def mask_looks(term: FeatureTerm, levels: list[ComparedLevel]) -> Iterator[tuple[str, list[Look]]]:
     """The masks of a term by name, parts of combined masks too."""
     for path, module in term.named_modules():
         if isinstance(module, Mask):
@@ -110,7 +111,7 @@ def _mask_look(mask: Mask, level: ComparedLevel) -> Look:
     return Look(level.stride, sum(cells) if cells else None, sum(channels) if channels else None)
 
 
-def _figures(image: np.ndarray, looks: List[Look], index: int) -> Iterator[Tuple[Figure, str]]:
+def _figures(image: np.ndarray, looks: list[Look], index: int) -> Iterator[tuple[Figure, str]]:
     """The pictures of one mask or attention on one image, each with the end of its file's name."""
     cells = {look.stride: look.cells[index].cpu().numpy() for look in looks if look.cells is not None}
     channels = {f'stride {look.stride}': look.channels[index].cpu().numpy() for look in looks

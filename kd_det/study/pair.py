@@ -2,15 +2,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional, Sequence, Tuple
 
 from mmengine.config import Config
 
-from kd_det.configuration import (ConfigurationError, is_distillation, leaf_datasets, load_config, set_data_root,
-                                  student_config)
-from kd_det.benchmark.runs import sha256
+from kd_det.config.files import (
+    ConfigurationError,
+    is_distillation,
+    leaf_datasets,
+    load_config,
+    set_data_root,
+    student_config,
+)
+from kd_det.study.runs import sha256
 
 
 @dataclass(frozen=True)
@@ -26,14 +32,14 @@ class Pair:
     """
     student: Config
     teacher: str
-    checkpoints: Tuple[str, ...] = ()
+    checkpoints: tuple[str, ...] = ()
 
     def teacher_config(self) -> Config:
         """The config that trains the teacher."""
         return student_config(load_config(self.teacher))
 
 
-def read_pair(pair: Optional[str] = None, student: Optional[str] = None, teacher: Optional[str] = None,
+def read_pair(pair: str | None = None, student: str | None = None, teacher: str | None = None,
               checkpoints: Sequence[str] = ()) -> Pair:
     """Reads a pair.
 
@@ -71,11 +77,11 @@ def read_pair(pair: Optional[str] = None, student: Optional[str] = None, teacher
     return Pair(config, teacher, tuple(checkpoints))
 
 
-def _exists(checkpoint: Optional[str]) -> bool:
+def _exists(checkpoint: str | None) -> bool:
     return bool(checkpoint) and ('://' in checkpoint or Path(checkpoint).is_file())
 
 
-def adapted(config: Config, data_root: Optional[str] = None, epochs: Optional[int] = None) -> Config:
+def adapted(config: Config, data_root: str | None = None, epochs: int | None = None) -> Config:
     """A copy of a config with another data root and with other epochs, its schedules stretched with them.
 
     Raises:

@@ -1,46 +1,74 @@
-"""What a benchmark found out, as ``results.json`` holds it::
-
-    command                         what made it
-    commit, versions, machine       of that command, see kd_det.benchmark.environment; runs that were kept from before
-                                    have their own
-    pair                            student and teacher: their configs, the teacher's weights and their hash
-    data                            data root (null: the config's) and the hash of the data
-    seeds                           list of numbers
-    teacher                         its run, or null where a checkpoint was given
-    further_teachers                of @teachers=N, without the first: checkpoint, checkpoint_hash, and run, as above
-    runs                            one object for each variant and seed:
-        variant, method, seed, settings     which it is; settings: augment, what else was set of the config, and, but
-                                            for plain students, balance (null: each method's own ratio; "paper": the
-                                            published weights), inherit, teachers
-        twin                                the plain student that it is compared with, see
-                                            kd_det.benchmark.variants.twin_of
-        folder                              its work dir
-        status                              "finished" or "failed"; with error and log where it failed
-        identity … environment              those of kd_det.benchmark.runs.Run; checkpoint and scalars within its folder
-        same_start, same_order              whether the first weights and the images' order are those of its twin of
-                                            that seed; null where that is missing. Inherited weights start otherwise.
-    summary                         variant -> metric (bbox_mAP, bbox_mAP_50, …) -> seeds (the number of those that
-                                    count), mean, std, and, but for "none", against its twin: pairs (of seeds that both
-                                    have), by_seed, difference, interval (95 %, null for one pair), verdict. In points
-                                    (0 to 100). A run that failed, or whose number is none, does not count; metrics that
-                                    no object counts for are left out.
-    fidelity                        split (val, train) -> variant -> number of FidelityMetric -> mean, std; only what
-                                    --fidelity asked for. Each run has its own under fidelity: split -> number -> value.
-
-Paths are relative to the work dir of the benchmark.
-"""
+"""What several seeds say about a difference, and what they do not."""
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
-from typing import Dict, List, Mapping
 
-from kd_det.benchmark.runs import Run
-from kd_det.benchmark.scheduling import Failure, Outcome
-from kd_det.benchmark.statistics import mean_and_std, paired_difference
-from kd_det.benchmark.variants import PLAIN, Variant, twin_of
+import numpy as np
+from scipy.stats import t as student_t
+
+from kd_det.study.runs import Run
+from kd_det.study.scheduling import Failure, Outcome
+from kd_det.study.variants import PLAIN, Variant, twin_of
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference between two variants, over seeds.
+
+    Attributes:
+        by_seed: Seed -> difference.
+        mean: Over the seeds.
+        interval: Where the mean of all seeds lies with a confidence of 95 %, by Student's t; None for a single seed.
+    """
+    by_seed: Mapping[int, float]
+    mean: float
+    interval: tuple[float, float] | None
+
+    @property
+    def verdict(self) -> str:
+        """``'gain'`` or ``'loss'`` only where the whole interval lies on one side of 0."""
+        if self.interval is None:
+            return 'one seed, no statement'
+        low, high = self.interval
+        return 'gain' if low > 0 else 'loss' if high < 0 else 'no difference shown'
+
+
+def mean_and_std(values: Sequence[float]) -> dict[str, float | None]:
+    """``mean`` and ``std`` of a sample; of a single value there is no standard deviation."""
+    return dict(mean=float(np.mean(values)), std=float(np.std(values, ddof=1)) if len(values) > 1 else None)
+
+
+def paired_difference(baseline: Mapping[int, float], other: Mapping[int, float]) -> Difference | None:
+    """Compares two variants seed by seed.
+
+    The same seed gives both the same initial weights and the same data order; so the spread of the differences is less
+    than that of the values, and the interval is narrower than one from unpaired values. It assumes that the differences
+    are normally distributed, which three seeds can not show.
+
+    Args:
+        baseline: Seed -> value.
+        other: Seed -> value.
+
+    Returns:
+        ``other - baseline`` over the seeds that both have; None if they share none.
+    """
+    seeds = sorted(set(baseline) & set(other))
+    if not seeds:
+        return None
+    differences = np.array([other[seed] - baseline[seed] for seed in seeds])
+    mean, interval = float(differences.mean()), None
+    if len(seeds) > 1:
+        quantile = student_t.ppf((1 + CONFIDENCE) / 2, len(seeds) - 1)
+        half = float(quantile * differences.std(ddof=1) / np.sqrt(len(seeds)))
+        interval = (mean - half, mean + half)
+    return Difference(dict(zip(seeds, differences.tolist())), mean, interval)
+
 
 METRICS = {'bbox_mAP': 'mAP', 'bbox_mAP_50': 'AP50', 'bbox_mAP_75': 'AP75', 'bbox_mAP_s': 'APs', 'bbox_mAP_m': 'APm',
            'bbox_mAP_l': 'APl'}
@@ -63,7 +91,7 @@ def relative(run: Run, root: Path) -> dict:
     return dict(asdict(run), **paths)
 
 
-def mark_twins(entries: List[dict]) -> None:
+def mark_twins(entries: list[dict]) -> None:
     """Notes of each run whether it began as its twin of the same seed, and saw the images in the same order."""
     finished = {(entry['variant'], entry['seed']): entry for entry in entries if entry['status'] == 'finished'}
     for entry in entries:
@@ -78,9 +106,9 @@ def counts(entry: dict, metric: str = 'bbox_mAP') -> bool:
     return entry['status'] == 'finished' and 0 <= entry['metrics'].get(metric, -1) < inf
 
 
-def summarize(entries: List[dict]) -> Dict[str, Dict[str, dict]]:
+def summarize(entries: list[dict]) -> dict[str, dict[str, dict]]:
     """Mean and spread of every variant, and its paired difference to its twin, by metric."""
-    values: Dict[str, Dict[str, Dict[int, float]]] = {}  # variant -> metric -> seed -> points
+    values: dict[str, dict[str, dict[int, float]]] = {}  # variant -> metric -> seed -> points
     for entry in entries:
         by_metric = values.setdefault(entry['variant'], {})
         for metric in METRICS:

@@ -1,28 +1,110 @@
-"""One training: done once, watched, and remembered."""
+"""What trains: the code, the libraries and the machine."""
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
 import os
+import platform
+import shlex
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional
+from typing import Any
 
 import numpy as np
 import torch
+from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.runner import Runner, find_latest_checkpoint
+from torch import nn
+from torch.utils.data import DataLoader
 
-from kd_det.benchmark.complexity import multiply_adds
-from kd_det.benchmark.environment import environment
-from kd_det.configuration import ConfigurationError, is_distillation
-from kd_det.diagnosis.checks import explain
-from kd_det.runner import build_runner
-from kd_det.scopes import HOME
+from kd_det.checks.doctor import explain
+from kd_det.config.files import ConfigurationError, is_distillation
+from kd_det.registry import HOME
+from kd_det.training.runner import build_runner
+from kd_det.version import __version__
+
+PACKAGES = ('torch', 'torchvision', 'mmengine', 'mmdet', 'mmcv', 'mmcv-lite', 'numpy', 'pycocotools',
+            'faster-coco-eval')
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def command_line() -> str:
+    """The command that runs."""
+    program = Path(sys.argv[0])
+    program = ['python', sys.argv[0]] if program.suffix == '.py' and program.stem != '__main__' else ['kd-det']
+    return shlex.join([*program, *sys.argv[1:]])
+
+
+def environment(threads: int | None = None) -> dict:
+    """What a training depends on beside its config and data.
+
+    Args:
+        threads: PyTorch's threads of one training; those of this process by default.
+
+    Returns:
+        ``commit`` (see :func:`commit`), ``versions`` and ``machine``.
+    """
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # mmcv or mmcv-lite, or a fork under another name
+            pass
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return dict(
+        commit=commit(),
+        versions=dict(python=platform.python_version(), kd_det=__version__, **found),
+        machine=dict(system=platform.platform(), processors=os.cpu_count(), devices=devices,
+                     threads=threads or torch.get_num_threads()))
+
+
+def commit(checkout: Path = CHECKOUT) -> str | None:
+    """The commit of the git checkout that kd_det is imported from.
+
+    Returns:
+        Its hash, with ``-dirty`` where files were changed, or added that git does not ignore; None without a checkout
+        or without git.
+    """
+    if not (checkout / '.git').exists():  # a checkout around the environment that kd_det is installed in is another's
+        return None
+    said = [_git(checkout, *question) for question in (('rev-parse', 'HEAD'), ('status', '--porcelain'))]
+    if None in said:
+        return None
+    return said[0] + ('-dirty' if said[1] else '')
+
+
+def _git(checkout: Path, *arguments: str) -> str | None:
+    try:
+        return subprocess.run(['git', '--no-optional-locks', '-C', str(checkout), *arguments], stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, no commit yet, or somebody else's checkout
+        return None
+
+
+def use_fast_coco_evaluation() -> bool:
+    """Lets MMDetection's CocoMetric evaluate with faster-coco-eval, whose numbers are those of pycocotools.
+
+    Returns:
+        Whether it is installed.
+    """
+    if find_spec('faster_coco_eval') is None:
+        return False
+    from faster_coco_eval import COCOeval_faster
+    from mmdet.evaluation.metrics import coco_metric
+    coco_metric.COCOeval = COCOeval_faster
+    return True
+
 
 RESULT_FILE = 'result.json'
 
@@ -39,7 +121,7 @@ class Run:
         scalars: mmengine's log of losses and metrics; a file within the run's folder.
         metrics: CocoMetric's numbers after the last epoch, 0 to 1; -1 where there is no object of that size.
         parameters: Number of the detector's parameters.
-        flops: Multiply-adds of the detector for one image, see :func:`~kd_det.benchmark.complexity.multiply_adds`.
+        flops: Multiply-adds of the detector for one image, see :func:`~kd_det.study.runs.multiply_adds`.
         seconds_per_iteration: Median over the training steps, without the loading of data; comparable where the machine
             did nothing else.
         peak_memory: The most bytes that the process held until the training ended (resident set).
@@ -47,22 +129,22 @@ class Run:
         epochs: Passes through the training images.
         iterations: Training steps.
         environment: Commit, versions and machine that it was trained with, see
-            :func:`~kd_det.benchmark.environment.environment`; empty where an earlier version did not note them.
+            :func:`~kd_det.study.runs.environment`; empty where an earlier version did not note them.
     """
     identity: str
     start: str
     order: str
     checkpoint: str
     scalars: str
-    metrics: Dict[str, float]
+    metrics: dict[str, float]
     parameters: int
-    flops: Optional[int]
+    flops: int | None
     seconds_per_iteration: float
-    peak_memory: Optional[int]
-    peak_device_memory: Optional[int]
+    peak_memory: int | None
+    peak_device_memory: int | None
     epochs: int
     iterations: int
-    environment: Dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
 
     def within(self, folder: Path) -> Run:
         """The same with the paths of its files as they are seen from where the folder is."""
@@ -86,7 +168,7 @@ def identity(config: Config, inputs: Any = None) -> str:
     return sha256(json.dumps([settings, inputs], sort_keys=True, default=str).encode())
 
 
-def finished_run(folder: Path, expected: str) -> Optional[Run]:
+def finished_run(folder: Path, expected: str) -> Run | None:
     """The run that was finished in a folder, with paths as seen from here; None unless it has the expected identity."""
     file = Path(folder, RESULT_FILE)
     if not file.is_file():
@@ -193,7 +275,7 @@ class Watch(Hook):
         self.say(f'{self.name}: epoch {runner.epoch + 1}/{runner.max_epochs}, loss {loss:.3f}, {pace:.2f} s per '
                  f'iteration, about {left:.0f} s left')
 
-    def after_val_epoch(self, runner: Runner, metrics: Optional[Dict[str, float]] = None) -> None:
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         if not metrics:  # CocoMetric's answer to no detection at all
             metrics = dict.fromkeys(('bbox_mAP', 'bbox_mAP_50', 'bbox_mAP_75'), 0.0)
         self.metrics = {name[len('coco/'):] if name.startswith('coco/') else name: float(value)
@@ -208,3 +290,28 @@ def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # what the step asked for is done
     return time.perf_counter()
+
+
+@torch.no_grad()
+def multiply_adds(detector: nn.Module, images: DataLoader) -> int | None:
+    """The multiply-adds that a detector needs for one image, without the decoding and suppression of its boxes.
+
+    Of a two-stage detector it depends a little on how many regions it proposes.
+
+    Args:
+        detector: The detector; a copy of it is run.
+        images: A loader of validation images: the first is taken.
+
+    Returns:
+        The number, or None where the detector can not be traced; the log then tells why.
+    """
+    detector = copy.deepcopy(detector).eval()
+    batch = images.collate_fn([images.dataset[0]])
+    batch = detector.data_preprocessor(batch, False)
+    detector.forward = partial(detector.forward, data_samples=batch['data_samples'])
+    try:
+        found = get_model_complexity_info(detector, inputs=batch['inputs'], show_table=False, show_arch=False)
+        return int(found['flops'])
+    except Exception as error:  # the tracer's: it must not cost the training that came before
+        print_log(f'FLOPs are not known: {type(error).__name__}: {error}', 'current')
+        return None

@@ -7,16 +7,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
-from typing import Callable, Iterable, Iterator, List, Optional, Sequence, Union
 
 from mmengine.config import Config
 
-from kd_det.benchmark.runs import Run, finished_run, identity
+from kd_det.study.runs import Run, finished_run, identity
 
 LOG_FILE, CONFIG_FILE = 'log.txt', 'config.py'
 
@@ -29,7 +29,7 @@ class Job:
         name: Shown to the user.
         folder: Its work dir.
         config: Its config.
-        inputs: What the result depends on beside the config, see :func:`~kd_det.benchmark.runs.identity`.
+        inputs: What the result depends on beside the config, see :func:`~kd_det.study.runs.identity`.
     """
     name: str
     folder: Path
@@ -49,7 +49,7 @@ class Failure:
     log: str
 
 
-Outcome = Union[Run, Failure]
+Outcome = Run | Failure
 
 
 class Machine:
@@ -63,7 +63,7 @@ class Machine:
         trackers: Where trainings log too, see :func:`~kd_det.cli.tracking.track`; no part of their identity.
     """
 
-    def __init__(self, devices: Sequence[str] = (), jobs: Optional[int] = None, threads: Optional[int] = None,
+    def __init__(self, devices: Sequence[str] = (), jobs: int | None = None, threads: int | None = None,
                  trackers: Sequence[str] = ()) -> None:
         self.jobs = jobs or max(1, len(devices))
         self.threads = threads or max(1, (os.cpu_count() or 1) // self.jobs)
@@ -71,10 +71,10 @@ class Machine:
         self.slots: Queue = Queue()
         for slot in range(self.jobs):
             self.slots.put(devices[slot % len(devices)] if devices else None)
-        self._processes: List[subprocess.Popen] = []
+        self._processes: list[subprocess.Popen] = []
         self._stopped = False
 
-    def run(self, jobs: Iterable[Job], say: Callable[[str], None]) -> List[Outcome]:
+    def run(self, jobs: Iterable[Job], say: Callable[[str], None]) -> list[Outcome]:
         """Does the jobs, all but those that were finished before; one that fails does not stop the others.
 
         Args:
@@ -110,7 +110,7 @@ class Machine:
         finally:
             self.slots.put(device)
 
-    def _train(self, job: Job, expected: str, device: Optional[str], say: Callable[[str], None]) -> Outcome:
+    def _train(self, job: Job, expected: str, device: str | None, say: Callable[[str], None]) -> Outcome:
         job.folder.mkdir(parents=True, exist_ok=True)
         config = Config(dict(job.config.to_dict(), work_dir=str(job.folder)))
         config.dump(job.folder / CONFIG_FILE)
@@ -119,7 +119,7 @@ class Machine:
             environment['CUDA_VISIBLE_DEVICES'] = '' if device == 'cpu' else device
         say(f'{job.name}: begins' + ('' if device is None else f' on {device}'))
         began, log = time.monotonic(), job.folder / LOG_FILE
-        command = [sys.executable, '-m', 'kd_det.benchmark.worker', str(job.folder / CONFIG_FILE), expected,
+        command = [sys.executable, '-m', 'kd_det.study.worker', str(job.folder / CONFIG_FILE), expected,
                    *self.trackers]
         with open(log, 'w', encoding='utf-8') as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)

@@ -1,9 +1,13 @@
-"""What a distilled training step costs beside the student's own, part by part."""
+"""What a call costs: its seconds, and the memory that it takes at its peak. On the CPU and on GPUs."""
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
+from itertools import accumulate
 from statistics import median
-from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
+from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,16 +15,84 @@ from mmengine.config import Config
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.runner import set_random_seed
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from kd_det.context import DistillContext, Progress
 from kd_det.distillers import DetectionDistiller
-from kd_det.distillers.weighting import total
-from kd_det.distillers.weights import Weight
+from kd_det.distillers.weights import Weight, total
 from kd_det.losses import DistillTerm
-from kd_det.measuring import Device, peak_memory, seconds
-from kd_det.scopes import build_detector
+from kd_det.registry import build_detector
 from kd_det.teachers import read_model_config
 from kd_det.teachers.loading import without_pretrained
+
+Device = str | torch.device
+Call = Callable[[], object]
+
+
+def seconds(call: Call, device: Device = 'cpu', repeats: int = 5, warmup: int = 2) -> float:
+    """The median time of a call.
+
+    On a GPU it is the time between two events on the current stream: what the host prepares ahead does not count, what
+    it makes the device wait for does.
+
+    Args:
+        call: Takes nothing; what it returns is let go of within the measured time.
+        device: Where it computes.
+        repeats: Number of measured calls.
+        warmup: Number of calls before them.
+    """
+    time_once = _seconds_on_gpu if torch.device(device).type == 'cuda' else _seconds_on_cpu
+    for _ in range(warmup):
+        call()
+    return median(time_once(call) for _ in range(repeats))
+
+
+def peak_memory(call: Call, device: Device = 'cpu') -> int:
+    """The most bytes that tensors made by a call took at once.
+
+    It counts what PyTorch's allocator hands out, temporaries within operators and tensors saved for the backward pass
+    included, and what ``call`` returns; neither scratch space of libraries (oneDNN, cuBLAS) nor unused parts of pools.
+    The number is exact and the same each time, unlike the size of the process.
+
+    Args:
+        call: Takes nothing. It runs once; call it before if its first run does more than the later ones. It should let
+            go of no tensor that was there before, such as gradients of an earlier step: on a GPU that would be
+            subtracted.
+        device: Where it computes.
+    """
+    if torch.device(device).type != 'cuda':
+        return _peak_on_cpu(call)
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _seconds_on_cpu(call: Call) -> float:
+    start = perf_counter()
+    call()
+    return perf_counter() - start
+
+
+def _seconds_on_gpu(call: Call) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _peak_on_cpu(call: Call) -> int:
+    """From the profiler's record of each allocation and each release."""
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # it reports on itself, to the terminal
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == '[memory]']
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in events), initial=0))
+
 
 STUDENT, DISTILLED, TEACHER, PLAIN_TEACHER = 'student step', 'distilled step', 'teacher part', 'plain teacher forward'
 TERM = 'term '
@@ -42,8 +114,8 @@ class StepCosts(NamedTuple):
             evaluation mode up to the neck, and each term's forward and backward as far as what it reads of the student.
         differences: Seconds that the distilled step takes longer than the student's, round by round.
     """
-    parts: Dict[str, Cost]
-    differences: List[float]
+    parts: dict[str, Cost]
+    differences: list[float]
 
     @property
     def distilling(self) -> float:
@@ -56,7 +128,7 @@ class StepCosts(NamedTuple):
         return self.distilling / self.parts[PLAIN_TEACHER].seconds
 
     @property
-    def middle_half(self) -> Tuple[float, float]:
+    def middle_half(self) -> tuple[float, float]:
         """The ratios between which half of the rounds lie: a step varies by more than the terms take."""
         low, high = np.quantile(self.differences, (0.25, 0.75)) / self.parts[PLAIN_TEACHER].seconds
         return float(low), float(high)
@@ -91,14 +163,14 @@ def measure_step(distiller: DetectionDistiller, batch: dict, optimizer: dict, re
     return StepCosts(parts, [each[DISTILLED] - each[STUDENT] for each in rounds])
 
 
-def measure_parts(distiller: DetectionDistiller, batch: dict, repeats: int = 5) -> Dict[str, Cost]:
+def measure_parts(distiller: DetectionDistiller, batch: dict, repeats: int = 5) -> dict[str, Cost]:
     """As :func:`measure_step`, of the parts alone; the steps take most of its time."""
     return _measured(dict(_parts(distiller, batch)), next(distiller.parameters()).device, repeats)[0]
 
 
-def _measured(calls: Dict[str, Call], device: Device, repeats: int) -> Tuple[Dict[str, Cost], List[Dict[str, float]]]:
+def _measured(calls: dict[str, Call], device: Device, repeats: int) -> tuple[dict[str, Cost], list[dict[str, float]]]:
     """The cost of each call, and its seconds round by round, so that a slow moment of the machine meets them all."""
-    rounds: List[Dict[str, float]] = []
+    rounds: list[dict[str, float]] = []
     for _ in range(repeats + 1):
         rounds.append({})
         for name, call in calls.items():
@@ -109,7 +181,7 @@ def _measured(calls: Dict[str, Call], device: Device, repeats: int) -> Tuple[Dic
             for name, call in calls.items()}, rounds
 
 
-def _steps(distiller: DetectionDistiller, batch: dict, optimizer: dict) -> Iterator[Tuple[str, Call]]:
+def _steps(distiller: DetectionDistiller, batch: dict, optimizer: dict) -> Iterator[tuple[str, Call]]:
     for name, model in {STUDENT: distiller.student, DISTILLED: distiller}.items():
         wrapper = build_optim_wrapper(model, optimizer)
         for group in wrapper.param_groups:
@@ -117,7 +189,7 @@ def _steps(distiller: DetectionDistiller, batch: dict, optimizer: dict) -> Itera
         yield name, _training_step(model, batch, wrapper)
 
 
-def _parts(distiller: DetectionDistiller, batch: dict) -> Iterator[Tuple[str, Call]]:
+def _parts(distiller: DetectionDistiller, batch: dict) -> Iterator[tuple[str, Call]]:
     data = distiller.data_preprocessor(batch, True)
     images, samples = data['inputs'], data['data_samples']
     observation = distiller.observe(images, samples, distiller.terms)

@@ -1,13 +1,10 @@
 """The tables of a benchmark, for the console and in Markdown."""
 from __future__ import annotations
 
-from typing import Dict, List, Optional
-
 import numpy as np
 from rich.table import Table
 
-from kd_det.benchmark.results import METRICS, counts
-from kd_det.benchmark.statistics import mean_and_std
+from kd_det.study.results import METRICS, counts, mean_and_std
 
 COSTS = ('parameters', 'FLOPs', 's/iteration', 'memory')
 FIDELITY = ('found', 'teacher_errors', 'copied_errors', 'agreement', 'teacher_iou', 'class_kl', 'student_ece',
@@ -16,7 +13,7 @@ NONE = '–'
 TIMES = 'Times (s/iteration) compare only where the machine did nothing else.'
 
 
-def rows(results: dict) -> List[Dict[str, str]]:
+def rows(results: dict) -> list[dict[str, str]]:
     """Column -> text of one row for the teachers, where they were trained here, and for each variant."""
     made = []
     teachers = [results['teacher'], *(each['run'] for each in results.get('further_teachers', ()))]
@@ -42,7 +39,7 @@ def difference_text(summary: dict, seeds: int) -> str:
     """A difference with its interval, and what it says: never a gain where the interval holds 0.
 
     Args:
-        summary: Of a metric, as :func:`~kd_det.benchmark.results.summarize` gives it.
+        summary: Of a metric, as :func:`~kd_det.study.results.summarize` gives it.
         seeds: How many the variant's mean is over; where its twin lacks some, the number of pairs is told.
     """
     if 'verdict' not in summary:
@@ -56,11 +53,11 @@ def difference_text(summary: dict, seeds: int) -> str:
     return text if pairs == seeds else f"{text}, {pairs} pair{'s' * (pairs > 1)}"
 
 
-def _spread(mean: float, std: Optional[float] = None, digits: int = 1) -> str:
+def _spread(mean: float, std: float | None = None, digits: int = 1) -> str:
     return f'{mean:.{digits}f}' + ('' if std is None else f' ± {std:.{digits}f}')
 
 
-def _costs(runs: List[dict]) -> Dict[str, str]:
+def _costs(runs: list[dict]) -> dict[str, str]:
     if not runs:
         return dict.fromkeys(COSTS, NONE)
     first = runs[0]
@@ -70,7 +67,7 @@ def _costs(runs: List[dict]) -> Dict[str, str]:
     return dict(zip(COSTS, texts))
 
 
-def rich_tables(results: dict) -> List[Table]:
+def rich_tables(results: dict) -> list[Table]:
     """For the console: what the detectors detect, and what they cost."""
     made = rows(results)
     tables = [_table('COCO metric on the validation images, in points; mean ± standard deviation over seeds',
@@ -84,7 +81,7 @@ def rich_tables(results: dict) -> List[Table]:
     return tables
 
 
-def _table(title: str, columns: tuple, made: List[Dict[str, str]]) -> Table:
+def _table(title: str, columns: tuple, made: list[dict[str, str]]) -> Table:
     table = Table(title=title)
     table.add_column('method', no_wrap=True)
     for column in columns:
@@ -94,7 +91,7 @@ def _table(title: str, columns: tuple, made: List[Dict[str, str]]) -> Table:
     return table
 
 
-def fidelity_rows(variants: Dict[str, Dict[str, dict]]) -> List[Dict[str, str]]:
+def fidelity_rows(variants: dict[str, dict[str, dict]]) -> list[dict[str, str]]:
     """Column -> text of one row for each variant: the numbers of FidelityMetric, its mean CKA over the levels."""
     made = []
     for variant, numbers in variants.items():
@@ -104,7 +101,7 @@ def fidelity_rows(variants: Dict[str, Dict[str, dict]]) -> List[Dict[str, str]]:
     return made
 
 
-def _fidelity_table(split: str, variants: Dict[str, Dict[str, dict]]) -> Table:
+def _fidelity_table(split: str, variants: dict[str, dict[str, dict]]) -> Table:
     title = f'Fidelity on {split} images, mean ± standard deviation over seeds; cka: mean over levels'
     return _table(title, FIDELITY, fidelity_rows(variants))
 
@@ -124,6 +121,6 @@ def markdown_table(results: dict) -> str:
     return '\n'.join(lines) + '\n'
 
 
-def _markdown(columns: tuple, made: List[Dict[str, str]]) -> List[str]:
+def _markdown(columns: tuple, made: list[dict[str, str]]) -> list[str]:
     return ['| ' + ' | '.join(columns) + ' |', '| --- |' + ' ---: |' * (len(columns) - 1),
             *('| ' + ' | '.join(row.get(column, '') for column in columns) + ' |' for row in made)]

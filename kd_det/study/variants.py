@@ -2,17 +2,28 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Dict, List, Sequence, Tuple, Union
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
 
+from mmdet.registry import TRANSFORMS
 from mmengine.config import Config, DictAction
 
-from kd_det.benchmark.augmentation import AUGMENTATIONS, mix_images
-from kd_det.benchmark.pair import Pair
-from kd_det.composition import NO_METHOD, PAPER, available_methods, distillation_config
-from kd_det.configuration import ConfigurationError, merge_options
-from kd_det.ensembles import ensemble
+from kd_det.config.composition import NO_METHOD, PAPER, available_methods, distillation_config, ensemble
+from kd_det.config.files import (
+    ConfigurationError,
+    leaf_datasets,
+    merge_options,
+    student_model,
+    training_pipelines,
+    type_name,
+)
+from kd_det.registry import HOME, find_class, scope_of, within_scope
+from kd_det.study.pair import Pair
 
 PLAIN = NO_METHOD
 
@@ -32,17 +43,17 @@ class Variant:
         inherit: Parts of the student that start from the teacher's weights; ``'auto'`` for all but the backbone.
         settings: Overrides of the student's config by dotted key; those of :data:`DISTILLATION_KEYS` reach the
             distillation.
-        teachers: How many teachers it learns from, see :func:`~kd_det.ensembles.ensemble`.
+        teachers: How many teachers it learns from, see :func:`~kd_det.config.composition.ensemble`.
         augment: What is done to the training images beside the student's own pipeline, see
-            :func:`~kd_det.benchmark.augmentation.mix_images`.
+            :func:`~kd_det.study.variants.mix_images`.
     """
     name: str
     method: str
-    balance: Union[float, str, None] = None
-    inherit: Union[str, Tuple[str, ...]] = 'auto'
-    settings: Dict[str, Any] = field(default_factory=dict)
+    balance: float | str | None = None
+    inherit: str | tuple[str, ...] = 'auto'
+    settings: dict[str, Any] = field(default_factory=dict)
     teachers: int = 1
-    augment: Tuple[str, ...] = ()
+    augment: tuple[str, ...] = ()
 
     @property
     def folder(self) -> str:
@@ -72,7 +83,7 @@ def _is_students(setting: str) -> bool:
     return setting.startswith('augment=') and setting != f'augment={PLAIN}'
 
 
-def parse_variants(text: str, common: Variant = Variant('', PLAIN)) -> List[Variant]:
+def parse_variants(text: str, common: Variant = Variant('', PLAIN)) -> list[Variant]:
     """Reads ``--methods``.
 
     Args:
@@ -173,3 +184,108 @@ def variant_config(variant: Variant, pair: Pair, checkpoints: Sequence[str] = ()
                                  balance=variant.balance)
     merge_options(config, of_distillation)  # before it is repeated: a setting of a term holds for all teachers
     return ensemble(config, checkpoints[:variant.teachers]) if variant.teachers > 1 else config
+
+
+AUGMENTATIONS = ('mosaic', 'mixup')
+WRAPPER = f'{HOME}.MultiImageMixDataset'
+PAD_VALUE = 114.0  # YOLOX's
+
+
+def mix_images(config: Config, augmentations: Sequence[str]) -> None:
+    """Has the training images of a student's config mixed, by MMDetection's own transforms.
+
+    The images are mixed as they are loaded, at the size that the pipeline scales them to (of several the largest;
+    without any the data's largest width and height). All other transforms of the pipeline then see the mixed image.
+    Mosaic shows a random window of that size, so objects stay as large as they were, as in RTMDet (arXiv 2212.07784).
+    MixUp overlays another image, half and half, with the boxes of both. What remains uncovered has the mean colour that
+    the student's preprocessor subtracts, as its own padding has.
+
+    Args:
+        config: The student's; changed.
+        augmentations: Of :data:`AUGMENTATIONS`; for both, Mosaic comes first.
+
+    Raises:
+        ConfigurationError: The pipeline mixes images already, or is exchanged during training; or the images have
+            masks, which MMDetection does not mix; or the data sets within a wrapper have different pipelines.
+    """
+    if not augmentations:
+        return
+    dataset = config.train_dataloader.dataset
+    leaves = leaf_datasets(dataset)
+    pipeline = list(leaves[0].get('pipeline') or ())
+    loading = list(takewhile(lambda transform: type_name(transform).startswith('Load'), pipeline))
+    _check(config, pipeline, loading)
+    size = _size(pipeline, leaves)
+    mean = (student_model(config).get('data_preprocessor') or {}).get('mean')
+    pad_value = float(round(sum(mean) / len(mean))) if mean else PAD_VALUE
+    for leaf in leaves:
+        leaf.pipeline = loading
+    config.train_dataloader.dataset = dict(
+        type=WRAPPER, dataset=dataset, pipeline=[*_mixing(augmentations, size, pad_value), *pipeline[len(loading):]])
+
+
+def _mixing(augmentations: Sequence[str], size: tuple[int, int], pad_value: float) -> Iterator[dict]:
+    """Yields the transforms; the image is then of that size, or within it where nothing but MixUp is done."""
+    if 'mosaic' in augmentations:
+        yield dict(type=f'{HOME}.Mosaic', img_scale=size, pad_val=pad_value)
+        yield dict(type=f'{HOME}.RandomCrop', crop_size=size, allow_negative_crop=True)
+    else:
+        yield dict(type=f'{HOME}.Resize', scale=size, keep_ratio=True)
+    if 'mixup' in augmentations:
+        yield dict(type=f'{HOME}.MixUp', img_scale=size, pad_val=pad_value)
+    # keep_empty=False: an image without boxes stays
+    yield dict(type=f'{HOME}.FilterAnnotations', min_gt_bbox_wh=(1, 1), keep_empty=False)
+
+
+def _check(config: Config, pipeline: list[dict], loading: list[dict]) -> None:
+    dataset = config.train_dataloader.dataset
+    with within_scope(scope_of(config)):
+        mixing = [type_name(each) for each in _all_transforms(training_pipelines(config))
+                  # hasattr fails: mmcv's decorator wants an instance
+                  if type_name(each) and 'get_indexes' in dir(find_class(TRANSFORMS, each, HOME))]
+    if mixing:
+        raise ConfigurationError("@augment: the student's training pipeline mixes images already "
+                                 f"({', '.join(mixing)}). Give a config without, and without the hooks that end it.")
+    for hook in config.get('custom_hooks') or ():
+        if type_name(hook) == 'PipelineSwitchHook':
+            raise ConfigurationError("@augment: the student's PipelineSwitchHook would exchange the pipeline that "
+                                     'mixes. Take it out of custom_hooks.')
+    if any(list(leaf.get('pipeline') or ()) != pipeline for leaf in leaf_datasets(dataset)):
+        raise ConfigurationError('@augment: the data sets within train_dataloader.dataset have different pipelines, so '
+                                 'it is not clear which a mixed image goes through. Give all the same.')
+    if not any(type_name(transform) == 'LoadAnnotations' for transform in loading):
+        raise ConfigurationError('@augment: expected a training pipeline that begins with LoadImageFromFile and '
+                                 f"LoadAnnotations, got {', '.join(map(type_name, pipeline)) or 'none'}.")
+    if any(transform.get(key) for transform in loading for key in ('with_mask', 'with_seg')):
+        raise ConfigurationError('@augment: Mosaic and MixUp mix boxes, no masks, and the training pipeline loads '
+                                 'masks.')
+
+
+def _size(pipeline: list[dict], leaves: list[dict]) -> tuple[int, int]:
+    """Width and height that images are scaled to."""
+    scales = list(_scales(pipeline))
+    if scales:
+        return max(scales, key=lambda scale: scale[0] * scale[1])
+    shapes: list[tuple[int, int]] = []
+    for leaf in leaves:
+        content = json.loads(Path(leaf.get('data_root') or '', leaf['ann_file']).read_text(encoding='utf-8'))
+        shapes += [(image['width'], image['height']) for image in content['images']]
+    widths, heights = zip(*shapes)
+    return max(widths), max(heights)
+
+
+def _scales(pipeline: list[dict]) -> Iterator[tuple[int, int]]:
+    """The sizes that the resizing transforms of a pipeline name; upright ones lie down where the ratio is kept."""
+    for transform in _all_transforms(pipeline):
+        named = (transform.get('scales') or transform.get('scale') or ()) if 'Resize' in type_name(transform) else ()
+        named = (named, named) if isinstance(named, int) else named
+        for scale in [named] if named and isinstance(named[0], int) else named:
+            yield tuple(sorted(scale, reverse=True)) if transform.get('keep_ratio') else tuple(scale)
+
+
+def _all_transforms(node: dict | Sequence) -> Iterator[dict]:
+    """The transforms of a pipeline, and those within them."""
+    for each in [node] if isinstance(node, dict) else node:
+        if isinstance(each, dict):
+            yield each
+        yield from _all_transforms(each.get('transforms', ()) if isinstance(each, dict) else each)

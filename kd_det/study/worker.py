@@ -1,4 +1,4 @@
-"""One training in a process of its own: ``python -m kd_det.benchmark.worker CONFIG IDENTITY TRACKER…``."""
+"""One training in a process of its own: ``python -m kd_det.study.worker CONFIG IDENTITY TRACKER…``."""
 from __future__ import annotations
 
 import os
@@ -8,13 +8,12 @@ from pathlib import Path
 
 import torch
 
-from kd_det.benchmark.evaluation import use_fast_coco_evaluation
-from kd_det.benchmark.runs import train
+from kd_det.checks.doctor import check_config
 from kd_det.cli.main import describe
 from kd_det.cli.tracking import track
-from kd_det.configuration import load_config
-from kd_det.console import use_any_encoding
-from kd_det.diagnosis.checks import check_config
+from kd_det.compat.process import use_any_encoding
+from kd_det.config.files import load_config
+from kd_det.study.runs import train, use_fast_coco_evaluation
 
 
 def main(config_file: str, identity: str, *trackers: str) -> int:

@@ -1,5 +1,5 @@
-"""Hooks of mmengine's Runner."""
-from kd_det.hooks.distill_hook import DistillHook
-from kd_det.hooks.fidelity_hook import FidelityHook
+"""Training with MMEngine's Runner: the start of a run, the hook of a distillation, augmentation that recurs."""
+from kd_det.training.hooks import DistillHook
+from kd_det.training.replay import ReplayedRandomness
 
-__all__ = ['DistillHook', 'FidelityHook']
+__all__ = ['DistillHook', 'ReplayedRandomness']

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from io import StringIO
-from typing import Optional
 
 from mmdet.registry import HOOKS
 from mmengine.dist import is_main_process
@@ -12,16 +11,16 @@ from mmengine.runner import Runner, set_random_seed
 from mmengine.runner.checkpoint import weights_to_cpu
 from rich.table import Table
 
-from kd_det.classes import label_names, metainfo_of
+from kd_det.checks.data import check_labels
+from kd_det.checks.preflight import evaluate_teacher, require_names, require_skill
 from kd_det.compat import log_operator_backend
-from kd_det.console import PlainConsole
-from kd_det.datasets.replay import training_epoch
-from kd_det.diagnosis.data import check_labels
+from kd_det.compat.process import PlainConsole
+from kd_det.config.classes import label_names, metainfo_of
 from kd_det.distillers.detection_distiller import DetectionDistiller
-from kd_det.distillers.provenance import ORIGINS
-from kd_det.hooks.preflight import evaluate_teacher, require_names, require_skill
-from kd_det.runner import use_one_metainfo
+from kd_det.distillers.inheritance import ORIGINS
 from kd_det.teachers import Teacher, TeacherError
+from kd_det.training.replay import training_epoch
+from kd_det.training.runner import use_one_metainfo
 
 CHECKPOINT_KEY = 'distill'
 
@@ -36,8 +35,8 @@ class DistillHook(Hook):
       run goes on as the uninterrupted one would. (Not when every term's weight is 0: then nothing differs from plain
       training.)
     - The log gets what distilling costs each step, ``kd_time`` in seconds and ``kd_memory`` in MiB, see
-      :class:`~kd_det.distillers.cost.StepCost`.
-    - At the start of each epoch :class:`~kd_det.datasets.ReplayedRandomness` is told which it is; at its end the
+      :class:`~kd_det.distillers.detection_distiller.StepCost`.
+    - At the start of each epoch :class:`~kd_det.training.replay.ReplayedRandomness` is told which it is; at its end the
       teachers' caches report.
     - Each checkpoint gets the terms' weights, and what their balance has measured, under ``'distill'``, beside the
       student's ``state_dict``.
@@ -50,7 +49,7 @@ class DistillHook(Hook):
     """
     priority = 'ABOVE_NORMAL'  # before EMAHook exchanges weights at the same point
 
-    def __init__(self, preflight: Optional[dict] = dict(images=64, min_map=0.01)) -> None:
+    def __init__(self, preflight: dict | None = dict(images=64, min_map=0.01)) -> None:
         self.preflight = None if preflight is None else {**dict(images=64, min_map=0.01), **preflight}
         self._fingerprints = []
 
@@ -145,7 +144,7 @@ class DistillHook(Hook):
                                   'The adapters start anew.')
 
 
-def _distiller_of(runner: Runner) -> Optional[DetectionDistiller]:
+def _distiller_of(runner: Runner) -> DetectionDistiller | None:
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     return model if isinstance(model, DetectionDistiller) else None
 

@@ -3,15 +3,15 @@ from __future__ import annotations
 
 import hashlib
 import random
-from functools import lru_cache
-from typing import Optional, Sequence, Union
+from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
 from mmcv.transforms import BaseTransform
 from mmdet.registry import TRANSFORMS
 
-from kd_det.randomness import preserved_randomness
+from kd_det.compat.process import preserved_randomness
 
 
 class SharedEpoch:
@@ -30,9 +30,9 @@ class SharedEpoch:
         return int(self._value)
 
 
-@lru_cache(maxsize=None)
+@cache
 def training_epoch() -> SharedEpoch:
-    """The one that :class:`~kd_det.hooks.DistillHook` sets at the start of each epoch."""
+    """The one that :class:`~kd_det.training.hooks.DistillHook` sets at the start of each epoch."""
     return SharedEpoch()
 
 
@@ -45,7 +45,7 @@ class ReplayedRandomness(BaseTransform):
     resumed sees the images of one that was not, with persistent workers too. Random numbers of other transforms are not
     moved.
 
-    The epoch is known from :class:`~kd_det.hooks.DistillHook`; where it is not in the config, and where training counts
+    The epoch is known from :class:`~kd_det.training.hooks.DistillHook`; where it is not in the config, and where training counts
     iterations, all images stay in their first variant.
 
     Args:
@@ -60,7 +60,7 @@ class ReplayedRandomness(BaseTransform):
         >>> dict(type='ReplayedRandomness', period=2, transforms=[dict(type='RandomFlip', prob=0.5)])
     """
 
-    def __init__(self, transforms: Sequence[Union[dict, BaseTransform]], period: Optional[int] = 2,
+    def __init__(self, transforms: Sequence[dict | BaseTransform], period: int | None = 2,
                  seed: int = 0) -> None:
         if period is not None and period < 1:
             raise ValueError(f'ReplayedRandomness: period={period}, expected the number of variants, 1 or more.')
@@ -71,7 +71,7 @@ class ReplayedRandomness(BaseTransform):
                                  'drawn elsewhere, so it can not be replayed.')
         self.period, self.seed, self.epoch = period, seed, training_epoch()
 
-    def transform(self, results: dict) -> Optional[dict]:
+    def transform(self, results: dict) -> dict | None:
         with preserved_randomness():
             self._set_seed(results)
             for each in self.transforms:

@@ -1,8 +1,6 @@
 """MMEngine's Runner for a config."""
 from __future__ import annotations
 
-from typing import Optional
-
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
 from mmengine.hooks import Hook
@@ -10,9 +8,9 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 from torch import nn
 
-from kd_det.classes import metainfo_of
 from kd_det.compat import CheckpointError, load_checkpoint, log_operator_backend
-from kd_det.scopes import add_nodes
+from kd_det.config.classes import metainfo_of
+from kd_det.registry import add_nodes
 from kd_det.teachers.loading import check_some_fit, find_weights, load_strictly
 
 STATISTICS = ('running_mean', 'running_var')  # buffers that training fills
@@ -37,7 +35,7 @@ def build_optimizer(runner: Runner) -> None:
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
 
 
-def use_one_metainfo(loop: Optional[BaseLoop]) -> None:
+def use_one_metainfo(loop: BaseLoop | None) -> None:
     """Lets metrics and pictures of a loop have one ``metainfo`` where joined data sets have several, as with palettes of
     their own: MMDetection takes it for a dict, and would end after the last image of the first validation."""
     dataset = getattr(getattr(loop, 'dataloader', None), 'dataset', None)

@@ -4,26 +4,30 @@ from __future__ import annotations
 import copy
 import io
 import math
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.device import get_device
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch import nn
 
-from kd_det.classes import label_names, metainfo_of
-from kd_det.configuration import ConfigurationError, student_model
-from kd_det.scopes import build_detector as build_model
-from kd_det.scopes import scope_of, within_scope
+from kd_det.config.classes import label_names, metainfo_of
+from kd_det.config.files import ConfigurationError, student_model
+from kd_det.registry import build_detector as build_model
+from kd_det.registry import scope_of, within_scope
 from kd_det.teachers import load_strictly
 
 LOADING = ('allow_missing', 'allow_unexpected', 'checkpoint_prefix')  # of a teacher, see load_strictly
 
-Detection = List[float]  # x1, y1, x2, y2 in pixels of the original image, label, score
+Detection = list[float]  # x1, y1, x2, y2 in pixels of the original image, label, score
 
 
 class LabelledImage(NamedTuple):
@@ -40,17 +44,17 @@ class LabelledImage(NamedTuple):
     file: str
     height: int
     width: int
-    boxes: List[List[float]]
-    labels: List[int]
-    ignored: List[bool]
+    boxes: list[list[float]]
+    labels: list[int]
+    ignored: list[bool]
 
 
 class Validation(NamedTuple):
     """The validation data of a config: mmdet's data set, its classes and their colours, and the images."""
     dataset: torch.utils.data.Dataset
-    classes: Tuple[str, ...]
-    palette: Tuple[Tuple[int, int, int], ...]
-    images: List[LabelledImage]
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    images: list[LabelledImage]
 
 
 def read_validation(config: Config) -> Validation:
@@ -71,7 +75,7 @@ def read_validation(config: Config) -> Validation:
     return Validation(dataset, classes, tuple(map(tuple, palette)), [_labelled(info) for info in infos])
 
 
-def _colour(index: int, count: int) -> Tuple[int, int, int]:
+def _colour(index: int, count: int) -> tuple[int, int, int]:
     """A colour of its own for each class."""
     from matplotlib.colors import hsv_to_rgb
     return tuple(int(255 * channel) for channel in hsv_to_rgb((index / count, 0.85, 0.9)))
@@ -86,7 +90,7 @@ def _labelled(info: dict) -> LabelledImage:
         [bool(instance.get('ignore_flag', 0)) for instance in instances])
 
 
-def build_detector(config: Config, checkpoint: str, teacher: Optional[dict] = None) -> nn.Module:
+def load_detector(config: Config, checkpoint: str, teacher: dict | None = None) -> nn.Module:
     """The trained detector of a config, or the trained student of a distillation, ready to detect.
 
     Args:
@@ -102,12 +106,12 @@ def build_detector(config: Config, checkpoint: str, teacher: Optional[dict] = No
 
 
 @torch.no_grad()
-def detect(detector: nn.Module, dataset: torch.utils.data.Dataset) -> List[List[Detection]]:
+def detect(detector: nn.Module, dataset: torch.utils.data.Dataset) -> list[list[Detection]]:
     """Runs a detector on each image of a data set, prepared as for validation."""
     return [_detections(detector.val_step(pseudo_collate([dataset[index]]))[0]) for index in range(len(dataset))]
 
 
-def _detections(sample) -> List[Detection]:
+def _detections(sample) -> list[Detection]:
     found = sample.pred_instances
     boxes = getattr(found.bboxes, 'tensor', found.bboxes)
     return [[*(round(side, 3) for side in box), label, round(score, 6)]
@@ -115,7 +119,7 @@ def _detections(sample) -> List[Detection]:
             if all(map(math.isfinite, (*box, score)))]  # else it is nowhere: the student has diverged
 
 
-def chosen(images: Sequence[LabelledImage], names: Sequence[str]) -> List[int]:
+def chosen(images: Sequence[LabelledImage], names: Sequence[str]) -> list[int]:
     """Indices of the images of these names: the file, with its folders and its suffix or without.
 
     Raises:
@@ -139,3 +143,57 @@ def evenly_spaced(count: int, wanted: int) -> Sequence[int]:
     """Indices spread over a data set: chosen by no result."""
     wanted = min(count, wanted)
     return [(2 * index + 1) * count // (2 * wanted) for index in range(wanted)]
+
+
+CURVES = {'50': 0, '75': 5}  # IoU in percent -> index among COCO's thresholds
+ALL_AREAS, MOST_DETECTIONS = 0, -1
+
+
+def ground_truth(images: Sequence[LabelledImage], classes: Sequence[str]) -> COCO:
+    """The ground truth as pycocotools takes it; image and class are named by index, the latter from 1 on."""
+    annotations = []
+    for index, image in enumerate(images):
+        for (x1, y1, x2, y2), label, ignored in zip(image.boxes, image.labels, image.ignored):
+            annotations.append(dict(id=len(annotations) + 1, image_id=index, category_id=label + 1,
+                                    bbox=[x1, y1, x2 - x1, y2 - y1], area=(x2 - x1) * (y2 - y1), iscrowd=int(ignored)))
+    coco = COCO()
+    coco.dataset = dict(
+        images=[dict(id=index, height=image.height, width=image.width) for index, image in enumerate(images)],
+        annotations=annotations,
+        categories=[dict(id=label + 1, name=name) for label, name in enumerate(classes)])
+    with redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def evaluate(truth: COCO, detections: Sequence[Sequence[Detection]]) -> dict[str, object]:
+    """Evaluates the boxes that a detector found on all images.
+
+    Args:
+        truth: See :func:`ground_truth`.
+        detections: For each image, in the order of the ground truth.
+
+    Returns:
+        ``per_class``: AP of each class, 0 to 1, None where there is no object of it; ``precision``: by IoU in percent
+        the precision at recalls 0, 0.01 … 1, mean over the classes that have objects.
+    """
+    found = [dict(image_id=index, category_id=int(label) + 1, bbox=[x1, y1, x2 - x1, y2 - y1], score=score)
+             for index, each in enumerate(detections) for x1, y1, x2, y2, label, score in each]
+    with redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(truth, truth.loadRes(found) if found else _nothing(truth), 'bbox')
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision = evaluation.eval['precision'][..., ALL_AREAS, MOST_DETECTIONS]  # (IoU, recall, class); -1: no objects
+    per_class: list[float | None] = [float(each.mean()) if each.min() > -1 else None
+                                        for each in np.moveaxis(precision, 2, 0)]
+    present = precision[:, :, [value is not None for value in per_class]]
+    curves = {name: present[index].mean(-1).tolist() if present.size else [] for name, index in CURVES.items()}
+    return dict(per_class=per_class, precision=curves)
+
+
+def _nothing(truth: COCO) -> COCO:
+    """The results of a detector that finds nothing, which ``loadRes`` does not take."""
+    empty = COCO()
+    empty.dataset = dict(truth.dataset, annotations=[])
+    empty.createIndex()
+    return empty

@@ -2,25 +2,36 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence
 
+import numpy as np
+import torch
+from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.device import get_device
+from mmengine.structures import InstanceData
 from pycocotools.coco import COCO
+from torch import Tensor, nn
 
-from kd_det.classes import ClassMatch, match_classes, number_of_classes
+from kd_det.checks.image_reader import read_image
 from kd_det.compat import load_checkpoint
-from kd_det.configuration import ConfigurationError, is_distillation
-from kd_det.diagnosis.reading import read_image
-from kd_det.report.accuracy import evaluate, ground_truth
-from kd_det.report.caching import cached, stamp
-from kd_det.report.looks import attention_maps, mask_maps, mask_title
-from kd_det.report.pictures import image_uri
-from kd_det.report.studies import Study, TrainedRun
-from kd_det.report.validation import Detection, Validation, build_detector, detect
+from kd_det.config.classes import ClassMatch, match_classes, number_of_classes
+from kd_det.config.files import ConfigurationError, is_distillation
+from kd_det.distillers import DetectionDistiller
+from kd_det.functional.masks import spatial_attention, valid_cells
+from kd_det.registry import build_detector, scope_of, within_scope
+from kd_det.study.inspection import compared_levels
+from kd_det.study.masks_shown import mask_looks
+from kd_det.study.report.detections import Detection, Validation, detect, evaluate, ground_truth, load_detector
+from kd_det.study.report.plots import image_uri, map_uri
+from kd_det.study.report.runs import Study, TrainedRun, cached, stamp
 from kd_det.teachers import TeacherError, read_model_config
-from kd_det.teachers.class_names import teacher_classes
+from kd_det.teachers.loading import teacher_classes
+from kd_det.training.hooks import CHECKPOINT_KEY
 
 SHOWN_FROM = 0.05  # score of a box
 TEACHER = 'teacher'
@@ -31,18 +42,18 @@ class Seen:
     """What was seen.
 
     Attributes:
-        accuracies: Variant -> seed -> accuracy, see :func:`~kd_det.report.accuracy.evaluate`.
+        accuracies: Variant -> seed -> accuracy, see :func:`~kd_det.study.report.detections.evaluate`.
         images: The shown images with ground truth and, by variant, the boxes of its first seed.
         maps: Variant -> title -> levels, for each shown image; of its first seed.
         notes: What is missing.
     """
-    accuracies: Dict[str, Dict[int, dict]] = field(default_factory=dict)
-    images: List[dict] = field(default_factory=list)
-    maps: Dict[str, List[dict]] = field(default_factory=dict)
-    notes: List[str] = field(default_factory=list)
+    accuracies: dict[str, dict[int, dict]] = field(default_factory=dict)
+    images: list[dict] = field(default_factory=list)
+    maps: dict[str, list[dict]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
-def look(study: Study, validation: Validation, shown: Sequence[int], teacher: Optional[dict],
+def look(study: Study, validation: Validation, shown: Sequence[int], teacher: dict | None,
          say: Callable[[str], None]) -> Seen:
     """Runs the checkpoints of a study, and its teacher, on the validation images.
 
@@ -85,10 +96,10 @@ def _teacher_run(study: Study, teacher: dict) -> TrainedRun:
     return TrainedRun(TEACHER, 0, folder / TEACHER, config, Path(teacher['checkpoint']), [])
 
 
-def _add(seen: Seen, variant: str, runs: List[TrainedRun], validation: Validation, truth: COCO,
-         shown: Sequence[int], teacher: Optional[dict] = None) -> None:
+def _add(seen: Seen, variant: str, runs: list[TrainedRun], validation: Validation, truth: COCO,
+         shown: Sequence[int], teacher: dict | None = None) -> None:
     """Adds the accuracies of a variant, and boxes and attention of its first run; the classes of a teacher by name."""
-    first = build_detector(runs[0].config, str(runs[0].checkpoint), teacher)
+    first = load_detector(runs[0].config, str(runs[0].checkpoint), teacher)
     count, match = number_of_classes(first), None
     try:
         match = _shared_classes(teacher, count, validation.classes) if teacher else None
@@ -105,7 +116,7 @@ def _add(seen: Seen, variant: str, runs: List[TrainedRun], validation: Validatio
     for run in runs:
         data = [stamp(run.checkpoint), [image._asdict() for image in validation.images]]
         detections = cached(run.folder, 'detections', data, lambda: detect(
-            first if run is runs[0] else build_detector(run.config, str(run.checkpoint)), validation.dataset))
+            first if run is runs[0] else load_detector(run.config, str(run.checkpoint)), validation.dataset))
         if match is not None:
             detections, data = [_translated(each, match) for each in detections], [*data, match.of_teacher]
         if variant in seen.accuracies:
@@ -135,7 +146,7 @@ def _add_masks(seen: Seen, run: TrainedRun, teacher: dict, validation: Validatio
         maps.update({mask_title(name): levels for name, levels in of_image.items()})
 
 
-def _shared_classes(teacher: dict, count: Optional[int], classes: Sequence[str]) -> Optional[ClassMatch]:
+def _shared_classes(teacher: dict, count: int | None, classes: Sequence[str]) -> ClassMatch | None:
     """How a teacher's classes fit those of the data, by their names; None if its names are not known, or are those.
 
     Args:
@@ -153,7 +164,7 @@ def _shared_classes(teacher: dict, count: Optional[int], classes: Sequence[str])
     return None if match is None or match.is_identity else match
 
 
-def _translated(detections: Sequence[Detection], match: ClassMatch) -> List[Detection]:
+def _translated(detections: Sequence[Detection], match: ClassMatch) -> list[Detection]:
     """A teacher's detections with the labels of the data, without those of classes that the data lacks."""
     labels = dict(zip(match.of_teacher, match.of_student))
     return [[*box, labels[label], score] for *box, label, score in detections if label in labels]
@@ -162,3 +173,109 @@ def _translated(detections: Sequence[Detection], match: ClassMatch) -> List[Dete
 def _cause(run: TrainedRun, validation: Validation, shown: Sequence[int]) -> list:
     """What the maps of a run follow from."""
     return [stamp(run.checkpoint), [validation.images[index]._asdict() for index in shown]]
+
+
+TEMPERATURE = 0.5  # FGD's
+Maps = dict[str, list[dict]]  # title -> one map for each level, see _picture
+
+
+@torch.no_grad()
+def attention_maps(detector: nn.Module, validation: Validation, indices: Sequence[int]) -> list[list[dict]]:
+    """The spatial attention of the neck's features, of each image and level.
+
+    Args:
+        detector: A trained detector.
+        validation: The images.
+        indices: Of the images to look at.
+    """
+    made = []
+    for index in indices:
+        data = detector.data_preprocessor(pseudo_collate([validation.dataset[index]]), False)
+        inputs, sample = data['inputs'], data['data_samples'][0]
+        levels = []
+        for feature in detector.extract_feat(inputs):
+            valid = valid_cells([sample.img_shape], inputs.shape[-2:], feature.shape[-2:], feature.device)
+            stride = round(inputs.shape[-1] / feature.shape[-1])
+            levels.append(_picture(stride, spatial_attention(feature.float(), TEMPERATURE, valid)[0], valid[0]))
+        made.append(levels)
+    return made
+
+
+@torch.no_grad()
+def mask_maps(config: Config, checkpoint: str, validation: Validation, indices: Sequence[int]) -> list[Maps]:
+    """The masks of the terms that compare features, of each image; on images without augmentation.
+
+    Args:
+        config: Of a distillation.
+        checkpoint: What it has trained.
+        validation: The images; their ground truth counts as it does in training.
+        indices: Of the images to look at.
+    """
+    distiller = _trained_distiller(config, checkpoint)
+    return [_masks(distiller, _with_ground_truth(validation, index)) for index in indices] if distiller.terms else []
+
+
+def _masks(distiller: DetectionDistiller, batch: dict) -> Maps:
+    data = distiller.data_preprocessor(batch, False)
+    _, levels = compared_levels(distiller, data)
+    made = {}
+    for name, each in levels.items():
+        for title, looks in mask_looks(distiller.terms[name], each):
+            pictures = [_picture(look.stride, look.cells[0], level.valid[0])
+                        for look, level in zip(looks, each) if look.cells is not None]
+            if pictures:
+                made[f'{name}: {title}'] = pictures
+    return made
+
+
+def mask_title(name: str) -> str:
+    """A mask in words: ``fgd, box foreground`` for ``fgd: foreground_BoxForeground``, the mask's place and type."""
+    term, _, mask = name.partition(': ')
+    *place, kind = mask.split('_')
+    kind = ' '.join(word if word == 'RoI' else word.lower() for word in re.split(r'(?<=[a-zI])(?=[A-Z][a-z])', kind))
+    place = [word for word in place if word not in ('mask', 'masks', *kind.split())]
+    return f'{term}, {kind}' + (f" ({' '.join(place)})" if place else '')
+
+
+def _picture(stride: int, cells: Tensor, valid: Tensor) -> dict:
+    """A map without the padding, which is not shown.
+
+    Returns:
+        Its stride; how many cells are not finite, as those of a student that diverged; the smallest and the largest
+        value of the others, and a picture of them, or None where there is none.
+    """
+    shown = cells[:int(valid.any(1).sum()), :int(valid.any(0).sum())].float().cpu().numpy()
+    finite = np.isfinite(shown)
+    made = dict(stride=stride, not_finite=int((~finite).sum()))
+    if not finite.any():
+        return dict(made, low=None, high=None, source=None)
+    low, high = shown[finite].min(), shown[finite].max()
+    clipped = np.nan_to_num(shown, nan=low, posinf=high, neginf=low)
+    return dict(made, low=float(f'{low:.3g}'), high=float(f'{high:.3g}'), source=map_uri(clipped))
+
+
+def _trained_distiller(config: Config, checkpoint: str) -> DetectionDistiller:
+    """The distiller as it was at the end of its training."""
+    with within_scope(scope_of(config)):
+        distiller = build_detector(config.model)
+    loaded = load_checkpoint(checkpoint, map_location='cpu')
+    distiller.load_state_dict(loaded['state_dict'])
+    if CHECKPOINT_KEY in loaded:
+        distiller.load_terms(loaded[CHECKPOINT_KEY]['terms'])
+    distiller.build_teachers()
+    return distiller.to(get_device()).eval()
+
+
+def _with_ground_truth(validation: Validation, index: int) -> dict:
+    """An image as training would see it: prepared for validation, with its boxes in the prepared image's pixels."""
+    batch, image = pseudo_collate([validation.dataset[index]]), validation.images[index]
+    sample = batch['data_samples'][0]
+    scale = np.tile(sample.metainfo.get('scale_factor', (1.0, 1.0)), 2)
+    kept = [position for position, ignored in enumerate(image.ignored) if not ignored]
+    boxes = torch.tensor(np.array(image.boxes).reshape(-1, 4)[kept] * scale, dtype=torch.float32)
+    height, width = sample.img_shape[:2]
+    sample.gt_instances = InstanceData(
+        bboxes=boxes, labels=torch.tensor(image.labels, dtype=torch.long)[kept],
+        masks=BitmapMasks(np.zeros((len(kept), height, width), np.uint8), height, width))
+    sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
+    return batch

@@ -1,20 +1,105 @@
-"""The plots of a report: matplotlib's figures as SVG that follows the page's colours and its switch for the method."""
+"""Images and maps as data URIs, small ones."""
 from __future__ import annotations
 
+import base64
 import io
 import math
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Dict, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+import torch
 from cycler import cycler
-from matplotlib.figure import Figure
 from markupsafe import escape
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
-from kd_det.visualization import draw_curves
-from kd_det.visualization.curves import Curve
+from kd_det.study.pictures import Curve, draw_curves
+
+LONGEST_SIDE = 480  # of an image, in pixels
+MOST_CELLS = 64  # of a map, along its longer side
+MAP_COLOURS = 16  # of a map: its PNG takes half a byte for each cell
+JPEG_QUALITY = 80
+
+
+def image_uri(image: np.ndarray) -> str:
+    """An image as a JPEG, no larger than :data:`LONGEST_SIDE`.
+
+    Args:
+        image: (H, W), or (H, W, C) blue first. Of 2 channels the first is shown, of more than 3 the first three; what is
+            no uint8 is stretched from its smallest to its largest finite value.
+    """
+    image = image.reshape(*image.shape[:2], -1)
+    image = image[..., 2::-1] if image.shape[2] > 2 else image[..., [0, 0, 0]]
+    if image.dtype != np.uint8:
+        finite = image[np.isfinite(image)] if image.dtype.kind == 'f' else image
+        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+        stretched = (np.nan_to_num(image.astype(float), nan=low, posinf=high, neginf=low) - low) / ((high - low) or 1)
+        image = (stretched * 255).round().astype(np.uint8)
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    return _uri(picture, 'JPEG', quality=JPEG_QUALITY, optimize=True)
+
+
+def map_uri(cells: np.ndarray) -> str:
+    """A map as a PNG of one pixel for each cell, in inferno's colours from its smallest to its largest value.
+
+    Args:
+        cells: (h, w); where a side has more cells than :data:`MOST_CELLS`, the mean over neighbours is shown.
+    """
+    height, width = cells.shape
+    if max(height, width) > MOST_CELLS:
+        scale = MOST_CELLS / max(height, width)
+        size = (max(1, round(height * scale)), max(1, round(width * scale)))
+        cells = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(cells)[None], size)[0].numpy()
+    span = np.ptp(cells)
+    shares = (cells - cells.min()) / (span if span > 0 else 1)
+    image = Image.fromarray((shares * (MAP_COLOURS - 1)).round().astype(np.uint8)).convert('P')
+    palette = colormaps['inferno'](np.linspace(0, 1, MAP_COLOURS))[:, :3]
+    image.putpalette((palette * 255).round().astype(np.uint8).ravel().tolist())
+    return _uri(image, 'PNG', optimize=True, bits=4)
+
+
+def _uri(image: Image.Image, kind: str, **options) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return f'data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}'
+
+
+MARGIN = 0.04  # of the axis, on either side
+
+
+def differences_axis(statements: Sequence[dict]) -> dict:
+    """Places differences on an axis that holds them all, and 0.
+
+    Args:
+        statements: See :func:`kd_det.study.report.verdict.statements`.
+
+    Returns:
+        ``ticks``: text -> place; ``rows``: of each statement the places of its ``mean``, its ``seeds`` and the ends of
+        its ``interval``, None if it has none. Places are percentages of the axis' length.
+    """
+    values = [0.0]
+    for each in statements:
+        values += [each['difference'], *each['by_seed'].values(), *(each['interval'] or ())]
+    low, high = min(values), max(values)
+    margin = MARGIN * (high - low) or 1.0
+    low, high = low - margin, high + margin
+
+    def places(values: Sequence[float]) -> list[float]:
+        return [round(100 * (value - low) / (high - low), 2) for value in values]
+
+    ticks = [value for value in MaxNLocator(6).tick_values(low, high) if low <= value <= high]
+    rows: list[dict[str, object]] = [
+        dict(mean=places([each['difference']])[0], seeds=places(list(each['by_seed'].values())),
+             interval=places(each['interval']) if each['interval'] else None) for each in statements]
+    return dict(ticks=dict(zip([f'{value:g}' for value in ticks], places(ticks))), rows=rows)
+
 
 PLAIN_COLOUR, TEACHER_COLOUR = '#8a8f98', '#d9a514'
 COLOURS = ('#2f6fed', '#e0567a', '#1a9e77', '#9a5be0', '#e07b28', '#17a2c4', '#b8416b', '#6a9f1f', '#5a63c9', '#c2542d',
@@ -36,7 +121,7 @@ class Ink(NamedTuple):
     line: str = 'solid'
 
 
-def variant_inks(variants: Sequence[str], plain: Optional[str]) -> Dict[str, Ink]:
+def variant_inks(variants: Sequence[str], plain: str | None) -> dict[str, Ink]:
     """An ink for each variant; grey for the plain student, gold for the teacher."""
     others = [variant for variant in variants if variant not in (plain, 'teacher')]
     return {plain: Ink(PLAIN_COLOUR), 'teacher': Ink(TEACHER_COLOUR),

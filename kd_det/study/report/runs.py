@@ -1,19 +1,55 @@
-"""What there is to report: finds the runs in work dirs, of a benchmark or of single trainings."""
+"""Keeps what takes long to find out beside the run that it is about."""
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, NamedTuple
 
 from mmengine.config import Config
 
-from kd_det.benchmark.fidelity import FIDELITY_FILE, summarize_fidelity
-from kd_det.benchmark.results import summarize
-from kd_det.benchmark.runs import RESULT_FILE
-from kd_det.benchmark.scheduling import CONFIG_FILE
-from kd_det.benchmark.variants import PLAIN
-from kd_det.configuration import ConfigurationError, is_distillation, load_config
+from kd_det.config.files import ConfigurationError, is_distillation, load_config, type_name
+from kd_det.distillers import build_weight
+from kd_det.study.fidelity import FIDELITY_FILE, summarize_fidelity
+from kd_det.study.pictures import Curve
+from kd_det.study.results import summarize
+from kd_det.study.runs import RESULT_FILE
+from kd_det.study.scheduling import CONFIG_FILE
+from kd_det.study.variants import PLAIN
+
+FOLDER = 'report'
+
+
+def cached(folder: Path, name: str, depends_on: Any, make: Callable[[], Any]) -> Any:
+    """Gives what was kept, or makes and keeps it.
+
+    Args:
+        folder: The run's work dir; the file is ``report/<name>.json`` within.
+        name: Of the file.
+        depends_on: What it follows from, as JSON can hold it: with anything else it is made anew.
+        make: Makes it; returns what JSON can hold.
+    """
+    file = folder / FOLDER / f'{name}.json'
+    identity = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()
+    if file.is_file():
+        stored = json.loads(file.read_text(encoding='utf-8'))
+        if stored.get('identity') == identity:
+            return stored['content']
+    content = make()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix('.partial')
+    partial.write_text(json.dumps(dict(identity=identity, content=content)), encoding='utf-8')
+    os.replace(partial, file)
+    return content
+
+
+def stamp(file: Path) -> list:
+    """Tells a file from what it was before it was written again: its name, size and time."""
+    status = file.stat()
+    return [file.name, status.st_size, status.st_mtime_ns]
 
 
 class TrainedRun(NamedTuple):
@@ -31,8 +67,8 @@ class TrainedRun(NamedTuple):
     seed: int
     folder: Path
     config: Config
-    checkpoint: Optional[Path]
-    scalars: List[Path]
+    checkpoint: Path | None
+    scalars: list[Path]
 
 
 @dataclass
@@ -42,25 +78,25 @@ class Study:
     Attributes:
         name: The work dir's.
         runs: All that have finished, or are single trainings.
-        results: As in ``results.json`` of a benchmark, see :mod:`kd_det.benchmark.results`; None for single trainings.
+        results: As in ``results.json`` of a benchmark, see :mod:`kd_det.study.results`; None for single trainings.
         notes: What is missing, in sentences.
     """
     name: str
-    runs: List[TrainedRun]
-    results: Optional[dict] = None
-    notes: List[str] = field(default_factory=list)
+    runs: list[TrainedRun]
+    results: dict | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
-    def variants(self) -> Dict[str, List[TrainedRun]]:
+    def variants(self) -> dict[str, list[TrainedRun]]:
         """The runs of each variant, by seed; the plain student first."""
-        grouped: Dict[str, List[TrainedRun]] = {}
+        grouped: dict[str, list[TrainedRun]] = {}
         for run in sorted(self.runs, key=lambda run: (run.variant != self.plain, run.seed)):
             grouped.setdefault(run.variant, []).append(run)
         names = [self.plain, *dict.fromkeys(run.variant for run in self.runs)]
         return {name: grouped[name] for name in dict.fromkeys(names) if name in grouped}
 
     @property
-    def plain(self) -> Optional[str]:
+    def plain(self) -> str | None:
         """What the others are shown beside: a benchmark's plain student, or the only run that distils nothing."""
         if self.results is not None:
             return PLAIN
@@ -68,7 +104,7 @@ class Study:
         return plain[0] if len(plain) == 1 else None
 
     @property
-    def teacher(self) -> Optional[dict]:
+    def teacher(self) -> dict | None:
         """``config`` and ``checkpoint`` of the teacher of the first run that has one; of several teachers the first."""
         for run in self.runs:
             if is_distillation(run.config):
@@ -77,7 +113,7 @@ class Study:
         return None
 
 
-def read_studies(folders: Sequence[Path]) -> List[Study]:
+def read_studies(folders: Sequence[Path]) -> list[Study]:
     """Finds the runs.
 
     Args:
@@ -154,3 +190,58 @@ def _single_training(folder: Path) -> TrainedRun:
     scalars = [path / 'scalars.json' for path in logs if (path / 'scalars.json').is_file()]
     return TrainedRun(folder.resolve().name, (loaded.get('randomness') or {}).get('seed') or 0, folder, loaded,
                       checkpoint if checkpoint and checkpoint.is_file() else None, scalars)
+
+
+Scalars = Mapping[str, Curve]
+
+
+def term_curves(config: Config, scalars: list[Scalars]) -> dict[str, dict]:
+    """What was logged of each term, in the order of the config.
+
+    Args:
+        config: Of the runs.
+        scalars: What each of them logged, see :func:`kd_det.study.pictures.read_scalars`.
+
+    Returns:
+        Term -> ``loss``: the weighted loss of each run; ``parts``: name -> the weighted part of each run; ``pull``: of
+        each run that logged it the gradient of the weighted term, as a multiple of the task's; ``unweighted_pull``: the
+        same without the weight, where a Balance's weight tells it, else None.
+    """
+    curves = {}
+    for name, term in (config.model.get('distill') or {} if is_distillation(config) else {}).items():
+        loss, prefix = f'loss_{name}', f'distill/{name}_'
+        logged = [each for each in scalars if loss in each]
+        if not logged:
+            continue
+        others = tuple(f'distill/{other}_' for other in config.model.distill if other.startswith(f'{name}_'))
+        no_parts = (f'{prefix}weight', f'{prefix}gradient')
+        parts = [key for key in logged[0]
+                 if key.startswith(prefix) and key not in no_parts and not key.startswith(others)]
+        curves[name] = dict(
+            loss=[each[loss] for each in logged],
+            parts={key[len(prefix):]: [each[key] for each in logged if key in each] for key in parts},
+            pull=[each[f'{prefix}gradient'] for each in logged if f'{prefix}gradient' in each],
+            unweighted_pull=_unweighted_pull(term.get('weight', 1.0), [each.get(f'{prefix}weight') for each in logged]))
+    return curves
+
+
+def _unweighted_pull(weight, logged: list[Curve | None]) -> list[Curve] | None:
+    """Balance sets a weight of ratio · task / term, so that term / task is ratio / weight."""
+    balanced = weight if isinstance(weight, dict) else {}
+    if type_name(balanced) != 'Balance' or isinstance(balanced.get('ratio'), dict) or None in logged:
+        return None
+    ratio = build_weight(balanced).full
+    return [{epoch: ratio / value for epoch, value in curve.items() if value > 0} for curve in logged]
+
+
+def task_curves(scalars: list[Scalars], terms: list[str]) -> dict[str, list[Curve]]:
+    """The student's own losses, by name, of each run."""
+    names = [key for key in (scalars[0] if scalars else ())
+             if key.startswith('loss_') and key not in {f'loss_{term}' for term in terms}]
+    return {name: [each[name] for each in scalars if name in each] for name in names}
+
+
+def without_terms(scalars: Scalars, terms: list[str]) -> Curve:
+    """The loss of a run without what its terms added to it: what the losses of all variants have in common."""
+    return {epoch: value - sum(scalars.get(f'loss_{term}', {}).get(epoch, 0.0) for term in terms)
+            for epoch, value in scalars['loss'].items()}

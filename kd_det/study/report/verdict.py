@@ -1,10 +1,14 @@
 """What a benchmark shows, in one sentence."""
 from __future__ import annotations
 
-from typing import Dict, List, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from kd_det.benchmark.statistics import paired_difference
-from kd_det.benchmark.variants import PLAIN, twin_of
+from kd_det.study.report.detectors import TEACHER
+from kd_det.study.report.runs import Study
+from kd_det.study.results import METRICS, paired_difference
+from kd_det.study.tables import COSTS, FIDELITY, NONE, fidelity_rows, rows
+from kd_det.study.variants import PLAIN, twin_of
 
 METRIC = 'bbox_mAP'
 INHERIT = 'inherit'  # the student that starts from the teacher's weights and learns from nothing else
@@ -12,7 +16,7 @@ THE_PLAIN, ITS_PLAIN = 'the plain student', 'its plain student'
 MOST_NAMES = 5  # in one clause; the others are counted
 
 
-def statements(summary: Mapping[str, Mapping[str, dict]]) -> List[Dict[str, object]]:
+def statements(summary: Mapping[str, Mapping[str, dict]]) -> list[dict[str, object]]:
     """One statement on each method, the largest gain first.
 
     Each has the method's name and that of its twin, the verdict, difference and interval in points of mAP, and a text.
@@ -49,7 +53,7 @@ def baseline(made: Sequence[dict]) -> str:
     return THE_PLAIN if all(each['twin'] == PLAIN for each in made) else ITS_PLAIN
 
 
-def beyond_inheritance(runs: Sequence[dict]) -> List[Dict[str, object]]:
+def beyond_inheritance(runs: Sequence[dict]) -> list[dict[str, object]]:
     """What methods gain over the student that only inherits: one statement on each that began with its weights.
 
     Args:
@@ -58,7 +62,7 @@ def beyond_inheritance(runs: Sequence[dict]) -> List[Dict[str, object]]:
     Returns:
         As :func:`statements`; nothing where no student only inherits.
     """
-    by_variant: Dict[str, Dict[int, dict]] = {}
+    by_variant: dict[str, dict[int, dict]] = {}
     for run in runs:
         if run['status'] == 'finished' and run['metrics'].get(METRIC, -1) >= 0:
             by_variant.setdefault(run['variant'], {})[run['seed']] = run
@@ -78,7 +82,7 @@ def _alike(run: dict, other: dict) -> bool:
     return run['start'] == other['start'] and twin_of(run['variant']) == twin_of(other['variant'])
 
 
-def sentence(made: List[dict], against: str = THE_PLAIN) -> str:
+def sentence(made: list[dict], against: str = THE_PLAIN) -> str:
     """The verdict on all methods.
 
     Args:
@@ -103,18 +107,81 @@ def sentence(made: List[dict], against: str = THE_PLAIN) -> str:
     return f'{text[0].upper() if text.startswith(("for", "one")) else text[0]}{text[1:]}.'
 
 
-def _verb(group: List[dict], verb: str) -> str:
+def _verb(group: list[dict], verb: str) -> str:
     return verb if len(group) > 1 else f'{verb}s'
 
 
-def _whom(against: str, group: List[dict]) -> str:
+def _whom(against: str, group: list[dict]) -> str:
     return 'their plain students' if against == ITS_PLAIN and len(group) > 1 else against
 
 
-def _names(group: List[dict], numbers: bool = False) -> str:
+def _names(group: list[dict], numbers: bool = False) -> str:
     names = [f"{each['name']} ({each['difference']:+.1f} mAP, {each['interval'][0]:+.1f} to {each['interval'][1]:+.1f})"
              if numbers else each['name'] for each in group]
     rest = len(names) - MOST_NAMES
     if rest > 1:
         names[MOST_NAMES:] = [f'{rest} others']
     return ' and '.join([', '.join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+OF_TEACHER = ('teacher_errors', 'teacher_ece')  # of FidelityMetric's numbers; they are the same beside every student
+CKA = 'cka_'  # begins the names of those that belong to a level; its stride follows
+PROVENANCE = ('command', 'commit', 'versions', 'machine', 'pair', 'data')
+
+
+def comparison(study: Study) -> dict:
+    """The verdict, the table and the fidelity of a benchmark; of single trainings a sentence that there are none."""
+    if study.results is None:
+        count = f'{len(study.runs)} training{"s" * (len(study.runs) > 1)}'
+        return dict(verdict=f'{count}, no benchmark: this page shows what happened, not whether distilling helped.',
+                    beyond='', statements=[], table=None, fidelity={}, provenance={})
+    results = study.results
+    made, beyond, table = statements(results['summary']), beyond_inheritance(results['runs']), rows(results)
+    added = {each['name']: each['text'] for each in beyond}
+    made = [dict(each, beyond=added.get(each['name'])) for each in made]
+    table = _sorted([dict(row, **{'Δ mAP': table_cell(results['summary'].get(row['method'], {}).get(METRIC, {}))})
+                     for row in table], [each['name'] for each in made])
+    metrics = [name for name in METRICS.values() if any(row[name] != NONE for row in table)]
+    accuracy = [metrics[0], 'Δ mAP', *metrics[1:]] if metrics else []
+    of_students = [name for name in FIDELITY if name not in OF_TEACHER]
+    fidelity = {split: dict(columns=['method', *of_students], rows=fidelity_rows(variants),
+                            levels=_similarity(variants), teacher=_teacher_numbers(variants))
+                for split, variants in results['fidelity'].items()}
+    return dict(verdict=sentence(made, baseline(made)), beyond=sentence(beyond, 'inherit alone') if beyond else '',
+                statements=made, table=dict(columns=['method', *accuracy, 'seeds', *COSTS], rows=table),
+                fidelity=fidelity,
+                provenance={key: _in_words(results[key]) for key in PROVENANCE if results.get(key)})
+
+
+def _sorted(table: list[dict], names: Sequence[str]) -> list[dict]:
+    """The rows of a table in the order of the differences, below the teacher and the plain student."""
+    places = {TEACHER: -2, PLAIN: -1, **{name: place for place, name in enumerate(names)}}
+    return sorted(table, key=lambda row: places.get(row['method'], len(names)))
+
+
+def _similarity(variants: dict[str, dict[str, dict]]) -> dict | None:
+    """The likeness of the features (CKA) as a table, level by level; None where it was not measured."""
+    names = {name for numbers in variants.values() for name in numbers if name.startswith(CKA)}
+    strides = sorted((name[len(CKA):] for name in names), key=float)
+    made = [dict(method=variant, **{f'stride {stride}': _spread(numbers[f'{CKA}{stride}']) for stride in strides
+                                    if f'{CKA}{stride}' in numbers}) for variant, numbers in variants.items()]
+    return dict(columns=['method', *(f'stride {stride}' for stride in strides)], rows=made) if strides else None
+
+
+def _spread(number: dict) -> str:
+    return f"{number['mean']:.3f}" + ('' if number['std'] is None else f" ± {number['std']:.3f}")
+
+
+def _in_words(value: Any) -> Any:
+    """A value of ``results.json`` as the page shows it."""
+    if isinstance(value, dict):
+        return {key: _in_words(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return ', '.join(map(str, value)) or 'none'
+    return NONE if value is None else value
+
+
+def _teacher_numbers(variants: dict[str, dict[str, dict]]) -> dict[str, float]:
+    """What FidelityMetric tells of the teacher alone; nothing where no box counted for it."""
+    numbers = next(iter(variants.values()), {})
+    return {name: numbers[name]['mean'] for name in OF_TEACHER if name in numbers}
