@@ -101,7 +101,7 @@ class InputBridge(nn.Module):
         return (images if self.same_normalization else images * self.scale + self.shift).expand(-1, wanted, -1, -1)
 
 
-def cut_back(level: Tensor, padded: Shape, batch_shape: Shape) -> Tensor:
+def crop_to_batch(level: Tensor, padded: Shape, batch_shape: Shape) -> Tensor:
     """The cells of a level that lie in the student's batch.
 
     Args:
@@ -117,7 +117,7 @@ def cut_back(level: Tensor, padded: Shape, batch_shape: Shape) -> Tensor:
 
 
 @contextmanager
-def fitting_levels(batch_shape: Shape) -> Iterator[None]:
+def explain_size_mismatch(batch_shape: Shape) -> Iterator[None]:
     """Says what to do where the levels of a teacher's pyramid do not fit each other.
 
     Args:

@@ -63,7 +63,7 @@ def read_model_config(config: ModelConfig) -> ConfigDict:
 
 
 @contextmanager
-def of_teacher(config: ModelConfig) -> Iterator[None]:
+def explain_model_errors(config: ModelConfig) -> Iterator[None]:
     """Names the teacher's config, which is another file than the run's, where its model can not be built.
 
     Raises:
@@ -81,13 +81,13 @@ def of_teacher(config: ModelConfig) -> Iterator[None]:
                            f'{type(error).__name__}: {reason}.{remedy}') from error
 
 
-def without_pretrained(config: Any) -> Any:
+def remove_pretrained(config: Any) -> Any:
     """The same model dict without what would load weights from somewhere: each ``Pretrained``, and ``pretrained=``."""
     if isinstance(config, (list, tuple)):
-        return type(config)(without_pretrained(each) for each in config if not is_pretrained(each))
+        return type(config)(remove_pretrained(each) for each in config if not is_pretrained(each))
     if not isinstance(config, dict):
         return config
-    return type(config)({key: without_pretrained(value) for key, value in config.items()
+    return type(config)({key: remove_pretrained(value) for key, value in config.items()
                          if key != 'pretrained' and not is_pretrained(value)})
 
 
@@ -325,7 +325,7 @@ class ClassNamesError(TeacherError):
     """``teacher.classes`` names no classes of this teacher."""
 
 
-def teacher_classes(count: int | None, given: Sequence[str], meta: dict, config: ModelConfig) -> Names | None:
+def find_class_names(count: int | None, given: Sequence[str], meta: dict, config: ModelConfig) -> Names | None:
     """Finds the names of a teacher's classes, by label.
 
     Args:

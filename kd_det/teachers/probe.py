@@ -23,7 +23,7 @@ from kd_det.taps import ENCODER, Features, TapError, Taps, find_module, is_withi
 from kd_det.teachers.loading import ModelConfig, read_model_config
 
 
-def shape_samples(batch_shape: Sequence[int], image_shapes: Sequence[tuple[int, int]]) -> list[DetDataSample]:
+def make_shape_samples(batch_shape: Sequence[int], image_shapes: Sequence[tuple[int, int]]) -> list[DetDataSample]:
     """Data samples that tell what is padding, and nothing else.
 
     Args:
@@ -40,7 +40,7 @@ def run_encoder(model: nn.Module, features: Features, samples: Sequence[DetDataS
     Args:
         model: The detector.
         features: What its neck puts out.
-        samples: See :func:`shape_samples`.
+        samples: See :func:`make_shape_samples`.
 
     Returns:
         (N, tokens, C).
@@ -90,7 +90,7 @@ class _Reached(Exception):
         self.given, self.wanted = given, wanted
 
 
-def input_channels(model: nn.Module) -> int:
+def find_input_channels(model: nn.Module) -> int:
     """The number of channels of the images that a detector takes.
 
     Configs say it in many ways or not at all, so the first layer that runs is asked: a blank image is passed through
@@ -154,9 +154,9 @@ def probe_levels(model: nn.Module, taps: Taps) -> dict[str, tuple[LevelSpec, ...
     """
     was_training = {module: module.training for module in model.modules()}
     anchor = next(model.parameters())
-    strides = anchor_strides(model)
+    strides = find_prior_strides(model)
     size = math.ceil(max((PROBE_SIZE, *strides)))
-    image = torch.zeros(1, input_channels(model), size, size, device=anchor.device, dtype=anchor.dtype)
+    image = torch.zeros(1, find_input_channels(model), size, size, device=anchor.device, dtype=anchor.dtype)
     with preserved_randomness(), torch.no_grad(), taps.capture() as features:
         maps = model.eval().extract_feat(image)
         for path in filter(is_within_encoder, taps.paths):
@@ -199,7 +199,7 @@ def probe_config(model: dict, paths: Iterable[str]) -> dict[str, tuple[LevelSpec
             return probe_levels(extractor, Taps(extractor, paths))
 
 
-def anchor_strides(model: nn.Module) -> tuple[Stride, ...]:
+def find_prior_strides(model: nn.Module) -> tuple[Stride, ...]:
     """The strides of a dense head's priors in pixels, ``()`` where it has none."""
     if isinstance(model, FeatureExtractor):
         return called_strides(model.strides)
@@ -210,7 +210,7 @@ def anchor_strides(model: nn.Module) -> tuple[Stride, ...]:
 def _pass_tokens(model: nn.Module, path: str, maps: Features, size: int) -> None:
     """Shows a tap in an encoder what the encoder would be given."""
     module, batch_shape = find_module(model, path), (size, size)
-    tokens = model.pre_transformer(maps, shape_samples(batch_shape, [batch_shape]))[0]['feat']
+    tokens = model.pre_transformer(maps, make_shape_samples(batch_shape, [batch_shape]))[0]['feat']
     module.forward = lambda query: query  # on the instance, before the class's
     try:
         module(tokens)

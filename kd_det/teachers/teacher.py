@@ -21,19 +21,19 @@ from kd_det.heads import HeadError, StudentOutputs, TeacherForward, TeacherOutpu
 from kd_det.heads.capture import read_maps, recorded_maps
 from kd_det.registry import build_detector, within_scope
 from kd_det.taps import ENCODER, Features, TapError, Taps, is_within_encoder
-from kd_det.teachers.bridge import InputBridge, Shape, cut_back, fitting_levels
+from kd_det.teachers.bridge import InputBridge, Shape, crop_to_batch, explain_size_mismatch
 from kd_det.teachers.cache import Answer, TeacherCache
 from kd_det.teachers.engine import Engine, held
 from kd_det.teachers.loading import (
     ModelConfig,
     TeacherError,
+    explain_model_errors,
+    find_class_names,
     load_strictly,
-    of_teacher,
     read_model_config,
-    teacher_classes,
-    without_pretrained,
+    remove_pretrained,
 )
-from kd_det.teachers.probe import input_channels, run_encoder, shape_samples
+from kd_det.teachers.probe import find_input_channels, make_shape_samples, run_encoder
 from kd_det.version import __version__
 
 ReadLevels = dict[str, Sequence[bool]]  # by path of a tap; for each of its levels, whether anything reads it
@@ -124,7 +124,7 @@ class Teacher:
         allow_unexpected: See :func:`~kd_det.teachers.loading.load_strictly`.
         checkpoint_prefix: See :func:`~kd_det.teachers.loading.load_strictly`.
         classes: Names of its classes, by label; by default those that the checkpoint or the config names, see
-            :func:`~kd_det.teachers.loading.teacher_classes`.
+            :func:`~kd_det.teachers.loading.find_class_names`.
         cache: The arguments of a :class:`~kd_det.teachers.cache.TeacherCache`, which keeps the outputs on disk; None
             for none. Outputs of heads must be of those that :func:`~kd_det.heads.capture.can_be_kept`.
         fuse: See :class:`~kd_det.teachers.engine.Engine`.
@@ -176,16 +176,16 @@ class Teacher:
         self.checkpoint = checkpoint
         self.engine = Engine(fuse, channels_last, precision, compile, shard)
         self._digests: tuple[str, str] | None = None  # of the weights as loaded, and as the engine runs them
-        with preserved_randomness(), of_teacher(config):
+        with preserved_randomness(), explain_model_errors(config):
             model_config = read_model_config(config)
             self._config = json.dumps(model_config.to_dict(), sort_keys=True, default=str)
-            self.model = build_detector(without_pretrained(model_config) if random_teacher else model_config)
+            self.model = build_detector(remove_pretrained(model_config) if random_teacher else model_config)
             if random_teacher:  # some modules' weights are of no value before
                 with within_scope(model_config.get('_scope_')):
                     self.model.init_weights()
         self.meta = load_strictly(self.model, checkpoint, allow_missing, allow_unexpected,
                                   checkpoint_prefix=checkpoint_prefix) if checkpoint else {}
-        self.classes = teacher_classes(number_of_classes(self.model), classes, self.meta, config)
+        self.classes = find_class_names(number_of_classes(self.model), classes, self.meta, config)
         self.model.eval().requires_grad_(False)
         self.weights = sum(parameter.numel() for parameter in self.model.parameters())
         for name in heads:
@@ -194,7 +194,7 @@ class Teacher:
             except HeadError as error:
                 raise TeacherError(f"A term learns from the teacher's {name}. {error}") from error
         self.taps = Taps(self.model, taps)
-        self.bridge = InputBridge(student_preprocessor, self.model.data_preprocessor, input_channels(self.model))
+        self.bridge = InputBridge(student_preprocessor, self.model.data_preprocessor, find_input_channels(self.model))
         try:
             self.cache = None if cache is None else TeacherCache(**cache)
         except TypeError as error:
@@ -260,7 +260,7 @@ class Teacher:
         """
         given, taps = self.bridge(images, image_shapes), self.taps.paths if taps is None else tuple(taps)
         levels = {path: tuple(read) for path, read in (levels or {}).items() if path in taps}
-        cut = partial(cut_back, padded=given.shape[-2:], batch_shape=images.shape[-2:])
+        cut = partial(crop_to_batch, padded=given.shape[-2:], batch_shape=images.shape[-2:])
         if self.cache is not None:
             features, outputs = self._recall(given, image_shapes, heads, taps, levels, cut)
         else:
@@ -277,8 +277,8 @@ class Teacher:
         outputs: TeacherOutputs = {}
         stop = not heads and not self.engine.shard
         with self._cut(heads, taps, levels) as computed, self.taps.capture(taps, stop=stop) as features:
-            samples = shape_samples(images.shape[-2:], image_shapes)
-            with fitting_levels(images.shape[-2:]):
+            samples = make_shape_samples(images.shape[-2:], image_shapes)
+            with explain_size_mismatch(images.shape[-2:]):
                 of_neck = self.model.extract_feat(images)
             forward = TeacherForward(self.model, of_neck, student, samples, cut)
             outputs = run_heads(heads, forward)
@@ -324,9 +324,9 @@ class Teacher:
         """The features that its heads are given, of a batch preprocessed for the student and cut back to that."""
         self._start()
         given = self.bridge(images, image_shapes)
-        with fitting_levels(given.shape[-2:]):
+        with explain_size_mismatch(given.shape[-2:]):
             levels = self.model.extract_feat(given)
-        return tuple(cut_back(level, given.shape[-2:], images.shape[-2:]) for level in levels)
+        return tuple(crop_to_batch(level, given.shape[-2:], images.shape[-2:]) for level in levels)
 
     @torch.no_grad()
     def predict(self, images: Tensor, data_samples: list, rescale: bool = True) -> list:
@@ -341,7 +341,7 @@ class Teacher:
         images = self.bridge(images, [sample.img_shape[:2] for sample in data_samples])
         for sample in data_samples:
             sample.set_metainfo(dict(batch_input_shape=tuple(images.shape[-2:])))
-        with fitting_levels(images.shape[-2:]):
+        with explain_size_mismatch(images.shape[-2:]):
             return self.model.predict(images, data_samples, rescale=rescale)
 
     def detect(self, images: Tensor, data_samples: Sequence) -> list[InstanceData]:

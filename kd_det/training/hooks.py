@@ -133,7 +133,7 @@ class DistillHook(Hook):
         distiller = _distiller_of(runner)
         if distiller is None:
             return
-        distiller.provenance.mark(checkpoint.get('state_dict', checkpoint), 'checkpoint')
+        distiller.origins.mark(checkpoint.get('state_dict', checkpoint), 'checkpoint')
         if not runner._resume:
             return
         if CHECKPOINT_KEY in checkpoint:
@@ -159,7 +159,7 @@ def origin_table(distiller: DetectionDistiller) -> str:
         table.add_row(part, *(f'{counts.get(origin, 0):,}' if counts.get(origin) else '–' for origin in ORIGINS),
                       f'{sum(counts.values()):,}')
 
-    for part, counts in distiller.provenance.by_part().items():
+    for part, counts in distiller.origins.count_by_part().items():
         add(f'student.{part}', counts)
     for name, term in distiller.terms.items():
         count = sum(parameter.numel() for parameter in term.parameters())
