@@ -18,7 +18,7 @@ from kd_det.compat.process import preserved_randomness
 from kd_det.config.files import is_distillation, leaf_datasets
 from kd_det.distillers import DetectionDistiller
 from kd_det.study.step_costs import random_distiller
-from kd_det.teachers.bridge import LARGEST_STRIDE, OTHER_SIZES
+from kd_det.teachers.bridge import LARGEST_STRIDE, SIZE_MISMATCH
 from kd_det.teachers.probe import find_prior_strides
 
 IMAGES, BOXES = 2, 4
@@ -80,7 +80,7 @@ def _finding(error: Exception, size: Size | None) -> Finding:
         return Finding('a training step', f'could not be tried on noise{where}: {what}',
                        'kd-det inspect tries one on a batch of the training data')
     remedy = 'kd-det inspect tries one on a batch of the training data; with --debug it shows where'
-    if OTHER_SIZES.search(str(error)):
+    if SIZE_MISMATCH.search(str(error)):
         remedy = ("Set data_preprocessor.pad_size_divisor=32 in the student's config, or the largest stride of its "
                   f'pyramid, if its levels do not fit each other at that size; else: {remedy}')
     return Finding('a training step', f'fails on noise{where}: {what}', remedy, fault=True)

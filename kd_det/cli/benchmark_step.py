@@ -19,7 +19,7 @@ from kd_det.compat.process import PlainConsole
 from kd_det.config.files import ConfigurationError
 from kd_det.distillers import DetectionDistiller
 from kd_det.study.step_costs import DISTILLED, PLAIN_TEACHER, STUDENT, StepCosts, measure_step, random_distiller
-from kd_det.teachers.bridge import OTHER_SIZES
+from kd_det.teachers.bridge import SIZE_MISMATCH
 
 MEGABYTE = 2**20
 
@@ -50,7 +50,7 @@ def run(options: Namespace) -> int:
     try:
         costs = measure_step(distiller, batch, config.optim_wrapper, options.repeats)
     except RuntimeError as error:
-        if not OTHER_SIZES.search(str(error)):
+        if not SIZE_MISMATCH.search(str(error)):
             raise
         raise ConfigurationError(
             f'A step fails on images of {options.size[0]} × {options.size[1]} pixels: {error}. Where the levels of the '

@@ -1,11 +1,15 @@
-"""The levels of a pyramid that are read: mmdet's FPN without those finer or coarser, which nobody then computes."""
+"""The frozen teacher: loaded strictly, run through the input bridge as far as its taps and heads are read, no further.
+
+What nothing reads is not computed: modules after the last tap, where no head is read (:class:`~kd_det.taps.Taps` ends
+the forward), and the finer and coarser levels of an FPN (:func:`cut_pyramid`).
+"""
 from __future__ import annotations
 
 import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import mmdet
@@ -22,8 +26,8 @@ from kd_det.heads.capture import read_maps, recorded_maps
 from kd_det.registry import build_detector, within_scope
 from kd_det.taps import ENCODER, Features, TapError, Taps, is_within_encoder
 from kd_det.teachers.bridge import InputBridge, Shape, crop_to_batch, explain_size_mismatch
-from kd_det.teachers.cache import Answer, TeacherCache
-from kd_det.teachers.engine import Engine, held
+from kd_det.teachers.cache import Outputs, TeacherCache
+from kd_det.teachers.engine import Engine, to_local
 from kd_det.teachers.loading import (
     ModelConfig,
     TeacherError,
@@ -37,77 +41,8 @@ from kd_det.teachers.probe import find_input_channels, make_shape_samples, run_e
 from kd_det.version import __version__
 
 ReadLevels = dict[str, Sequence[bool]]  # by path of a tap; for each of its levels, whether anything reads it
-
-
-class UnreadLevel:
-    """Stands for a level that was not computed. Whatever is asked of it but its size is an error that says so.
-
-    Args:
-        path: Of the tap.
-        index: Of the level.
-    """
-    nbytes = 0
-
-    def __init__(self, path: str, index: int) -> None:
-        self._name = f"level {index} of the teacher's '{path}'"
-
-    def __getattr__(self, name: str):
-        raise TapError(f'No term declares that it reads {self._name}, so it is not computed: list its index in the '
-                       "term's teacher_levels_read.")
-
-
-@contextmanager
-def cut_pyramid(neck: nn.Module, read: Sequence[bool]) -> Iterator[range]:
-    """Lets a neck compute no level finer or coarser than those that are read, for the forwards in the block.
-
-    An FPN that starts at a finer stage of the backbone or at a coarser one is an FPN, and so is one that puts out fewer
-    extra levels: its levels are the same. All from the finest that is read to the last stage of the backbone are
-    computed, and the extra ones up to the coarsest that is read. Any other neck, one derived from FPN included, is left
-    whole.
-
-    Args:
-        neck: The neck.
-        read: For each of its levels, whether it is read.
-
-    Yields:
-        The indices of the levels that it puts out.
-    """
-    if type(neck) is not FPN or not any(read):
-        yield range(len(read))
-        return
-    inputs = len(neck.lateral_convs)
-    first = min(list(read).index(True), inputs - 1)
-    last = max(inputs, len(read) - list(read)[::-1].index(True))
-    whole = dict(start_level=neck.start_level, num_outs=neck.num_outs, lateral_convs=neck.lateral_convs,
-                 fpn_convs=neck.fpn_convs)
-    cut = dict(start_level=neck.start_level + first, num_outs=last - first, lateral_convs=neck.lateral_convs[first:],
-               fpn_convs=neck.fpn_convs[first:])
-    try:
-        _set(neck, cut)
-        yield range(first, last)
-    finally:
-        _set(neck, whole)
-
-
-def placed(path: str, levels: Features, read: Sequence[bool]) -> tuple[Tensor | UnreadLevel, ...]:
-    """The levels that were read, each at its own index.
-
-    Args:
-        path: Of the tap.
-        levels: Those that were read, in order.
-        read: For each of the tap's levels, whether it was.
-    """
-    following = iter(levels)
-    return tuple(next(following) if each else UnreadLevel(path, index) for index, each in enumerate(read))
-
-
-def _set(module: nn.Module, attributes: dict[str, object]) -> None:
-    for name, value in attributes.items():
-        setattr(module, name, value)
-
-
 NECK = 'neck'
-VERSIONS = torch.__version__, mmdet.__version__, __version__  # of what computes a teacher's answers
+VERSIONS = torch.__version__, mmdet.__version__, __version__  # of what computes a teacher's outputs
 
 
 class Teacher:
@@ -138,7 +73,7 @@ class Teacher:
 
     Attributes:
         classes: Names of its classes, by label; None where nothing tells them.
-        weights: How many weights it has.
+        num_parameters: How many weights it has.
 
     Raises:
         TeacherError: No checkpoint and not ``random_teacher``, a head that is absent or can not be read, another number
@@ -187,7 +122,7 @@ class Teacher:
                                   checkpoint_prefix=checkpoint_prefix) if checkpoint else {}
         self.classes = find_class_names(number_of_classes(self.model), classes, self.meta, config)
         self.model.eval().requires_grad_(False)
-        self.weights = sum(parameter.numel() for parameter in self.model.parameters())
+        self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         for name in heads:
             try:
                 find_head(self.model, name)
@@ -199,7 +134,7 @@ class Teacher:
             self.cache = None if cache is None else TeacherCache(**cache)
         except TypeError as error:
             raise TeacherError(f'model.teacher.cache: {error}') from error
-        self._hashed: tuple[tuple, str] = ((), '')
+        self._last_fingerprint: tuple[tuple, str] = ((), '')
 
     def __deepcopy__(self, memo: dict) -> Teacher:
         return self  # nothing changes it, so copies of the student (EMA) share it
@@ -225,12 +160,12 @@ class Teacher:
                                'student inherit before the first step.')
         return self.model.state_dict()
 
-    def _start(self) -> None:
-        """Starts the engine. Not before the first forward: until then the student may inherit."""
+    def _start_engine(self) -> None:
+        """Starts the engine, before the first forward and no sooner: until then the student may inherit."""
         if self._digests is None:
-            loaded = self._digest()
+            loaded = self._compute_digest()
             self.engine.start(self.model)
-            self._digests = loaded, self._digest()
+            self._digests = loaded, self._compute_digest()
 
     @torch.no_grad()  # tensors of inference mode could not be saved for the backward pass, as the terms do
     def observe(self,
@@ -258,29 +193,39 @@ class Teacher:
         Raises:
             TeacherError: The teacher can not be run on images of that size, or of so many channels.
         """
-        given, taps = self.bridge(images, image_shapes), self.taps.paths if taps is None else tuple(taps)
+        own_images, taps = self.bridge(images, image_shapes), self.taps.paths if taps is None else tuple(taps)
         levels = {path: tuple(read) for path, read in (levels or {}).items() if path in taps}
-        cut = partial(crop_to_batch, padded=given.shape[-2:], batch_shape=images.shape[-2:])
+        crop = partial(crop_to_batch, padded=own_images.shape[-2:], batch_shape=images.shape[-2:])
         if self.cache is not None:
-            features, outputs = self._recall(given, image_shapes, heads, taps, levels, cut)
+            features, outputs = self._recall(own_images, image_shapes, heads, taps, levels, crop)
         else:
-            features, outputs = self._run(given, image_shapes, heads, taps, levels, cut, student)
-        features = {path: tuple(map(cut, group)) for path, group in features.items()}
-        return {**features, **{path: placed(path, features[path], read) for path, read in levels.items()}}, outputs
+            features, outputs = self._run(own_images, image_shapes, heads, taps, levels, crop, student)
+        features = {path: tuple(map(crop, group)) for path, group in features.items()}
+        features.update({path: mark_unread(path, features[path], read) for path, read in levels.items()})
+        return features, outputs
 
     def _run(self, images: Tensor, image_shapes: Sequence[Shape], heads: Sequence[str], taps: Sequence[str],
-             levels: ReadLevels, cut: Callable[[Tensor], Tensor],
+             levels: ReadLevels, crop: Callable[[Tensor], Tensor],
              student: StudentOutputs | None = None) -> tuple[dict[str, Features], TeacherOutputs]:
-        """As :meth:`observe`, of a batch that has passed the bridge; but of each tap only the levels that are read are
-        there at all, and they are not cut back."""
-        self._start()
+        """Runs a batch that has passed the bridge, as :meth:`observe`.
+
+        Features are those of the whole batch of the teacher, and of each tap only the levels that are read.
+        """
+        self._start_engine()
         outputs: TeacherOutputs = {}
+        # Heads, an encoder, and taps within the neck may read every level of the neck.
+        neck_read = levels.get(NECK, ())
+        whole = heads or any(is_within_encoder(path) or path.startswith(f'{NECK}.') for path in taps)
+        pyramid = (nullcontext(range(len(neck_read))) if whole or not neck_read else
+                   cut_pyramid(self.model.neck, neck_read))
+        # Without heads the taps end the block, in the midst of the forward, as soon as each of them has read. Ranks
+        # that share a sharded teacher have to let it end.
         stop = not heads and not self.engine.shard
-        with self._cut(heads, taps, levels) as computed, self.taps.capture(taps, stop=stop) as features:
+        with pyramid as computed, self.taps.capture(taps, stop=stop) as features:
             samples = make_shape_samples(images.shape[-2:], image_shapes)
             with explain_size_mismatch(images.shape[-2:]):
-                of_neck = self.model.extract_feat(images)
-            forward = TeacherForward(self.model, of_neck, student, samples, cut)
+                neck_levels = self.model.extract_feat(images)
+            forward = TeacherForward(self.model, neck_levels, student, samples, crop)
             outputs = run_heads(heads, forward)
             if self.taps.awaits(ENCODER):  # a head that reads queries has run it
                 run_encoder(self.model, forward.features, samples)
@@ -290,43 +235,37 @@ class Teacher:
         # The terms go through features channel by channel, as the student's lie.
         return {path: tuple(level.contiguous() for level in group) for path, group in features.items()}, outputs
 
-    def _cut(self, heads: Sequence[str], taps: Sequence[str], levels: ReadLevels) -> AbstractContextManager[Sequence[int]]:
-        """The neck without what nothing reads: heads, an encoder, and taps within the neck may read all of it."""
-        read = levels.get(NECK, ())
-        whole = heads or any(is_within_encoder(path) or path.startswith(f'{NECK}.') for path in taps)
-        return nullcontext(range(len(read))) if whole or not read else cut_pyramid(self.model.neck, read)
-
     def _recall(self, images: Tensor, image_shapes: Sequence[Shape], heads: Sequence[str], taps: Sequence[str],
-                levels: ReadLevels, cut: Callable[[Tensor], Tensor]) -> tuple[dict[str, Features], TeacherOutputs]:
-        """As :meth:`_run`, by way of the cache, which keeps what the teacher made of the padded batch."""
+                levels: ReadLevels, crop: Callable[[Tensor], Tensor]) -> tuple[dict[str, Features], TeacherOutputs]:
+        """Runs as :meth:`_run`, by way of the cache, which keeps what the teacher made of the padded batch."""
 
-        def compute() -> Answer:
+        def compute() -> Outputs:
             with recorded_maps(self.model, heads) as maps:
-                features, _ = self._run(images, image_shapes, heads, taps, levels, cut)
+                features, _ = self._run(images, image_shapes, heads, taps, levels, crop)
             return {**features, **maps}
 
-        weights = self._hashed_weights()
-        question = repr((weights, self._config, self.engine, tuple(taps), levels, tuple(heads), VERSIONS))
-        answer = self.cache.recall(question, images, image_shapes, compute)
-        features = {path: answer.pop(path) for path in taps}
-        return features, read_maps(self.model, heads, {name: tuple(map(cut, each)) for name, each in answer.items()})
+        question = repr((self._find_fingerprint(), self._config, self.engine, tuple(taps), levels, tuple(heads),
+                         VERSIONS))
+        kept = self.cache.recall(question, images, image_shapes, compute)
+        features = {path: kept.pop(path) for path in taps}
+        return features, read_maps(self.model, heads, {name: tuple(map(crop, maps)) for name, maps in kept.items()})
 
-    def _hashed_weights(self) -> str:
-        """The fingerprint, taken again where a weight was written to."""
+    def _find_fingerprint(self) -> str:
+        """The fingerprint, computed again only where a weight was written to."""
         tensors = itertools.chain(self.model.parameters(), self.model.buffers())
         versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
-        if self._hashed[0] != versions:
-            self._hashed = versions, self.fingerprint()
-        return self._hashed[1]
+        if self._last_fingerprint[0] != versions:
+            self._last_fingerprint = versions, self.fingerprint()
+        return self._last_fingerprint[1]
 
     @torch.no_grad()
     def extract_feat(self, images: Tensor, image_shapes: Sequence[Shape]) -> Features:
         """The features that its heads are given, of a batch preprocessed for the student and cut back to that."""
-        self._start()
-        given = self.bridge(images, image_shapes)
-        with explain_size_mismatch(given.shape[-2:]):
-            levels = self.model.extract_feat(given)
-        return tuple(crop_to_batch(level, given.shape[-2:], images.shape[-2:]) for level in levels)
+        self._start_engine()
+        own_images = self.bridge(images, image_shapes)
+        with explain_size_mismatch(own_images.shape[-2:]):
+            levels = self.model.extract_feat(own_images)
+        return tuple(crop_to_batch(level, own_images.shape[-2:], images.shape[-2:]) for level in levels)
 
     @torch.no_grad()
     def predict(self, images: Tensor, data_samples: list, rescale: bool = True) -> list:
@@ -337,7 +276,7 @@ class Teacher:
             data_samples: mmdet's data samples; their ``batch_input_shape`` becomes that of the teacher's batch.
             rescale: Put the boxes into the coordinates of the original images.
         """
-        self._start()
+        self._start_engine()
         images = self.bridge(images, [sample.img_shape[:2] for sample in data_samples])
         for sample in data_samples:
             sample.set_metainfo(dict(batch_input_shape=tuple(images.shape[-2:])))
@@ -357,12 +296,76 @@ class Teacher:
     def fingerprint(self) -> str:
         """SHA-256 over all parameters and buffers as they were loaded; another once something has written to those that
         this rank holds."""
-        digest = self._digest()
+        digest = self._compute_digest()
         return self._digests[0] if self._digests is not None and self._digests[1] == digest else digest
 
-    def _digest(self) -> str:
+    def _compute_digest(self) -> str:
         digest = hashlib.sha256()
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())
-            digest.update(held(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(to_local(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+class UnreadLevel:
+    """Stands for a level that was not computed. Whatever is asked of it but its size is an error that says so.
+
+    Args:
+        path: Of the tap.
+        index: Of the level.
+    """
+    nbytes = 0
+
+    def __init__(self, path: str, index: int) -> None:
+        self._name = f"level {index} of the teacher's '{path}'"
+
+    def __getattr__(self, name: str):
+        raise TapError(f'No term declares that it reads {self._name}, so it is not computed: list its index in the '
+                       "term's teacher_levels_read.")
+
+
+@contextmanager
+def cut_pyramid(neck: nn.Module, read: Sequence[bool]) -> Iterator[range]:
+    """Lets a neck compute no level finer or coarser than those that are read, for the forwards in the block.
+
+    An FPN that starts at a finer stage of the backbone or at a coarser one is an FPN, and so is one that puts out fewer
+    extra levels: its levels are the same. All from the finest that is read to the last stage of the backbone are
+    computed, and the extra ones up to the coarsest that is read. Any other neck, one derived from FPN included, is left
+    whole.
+
+    Args:
+        neck: The neck.
+        read: For each of its levels, whether it is read.
+
+    Yields:
+        The indices of the levels that it puts out.
+    """
+    if type(neck) is not FPN or not any(read):
+        yield range(len(read))
+        return
+    inputs = len(neck.lateral_convs)
+    first = min(list(read).index(True), inputs - 1)
+    last = max(inputs, len(read) - list(read)[::-1].index(True))
+    whole = dict(start_level=neck.start_level, num_outs=neck.num_outs, lateral_convs=neck.lateral_convs,
+                 fpn_convs=neck.fpn_convs)
+    cut = dict(start_level=neck.start_level + first, num_outs=last - first, lateral_convs=neck.lateral_convs[first:],
+               fpn_convs=neck.fpn_convs[first:])
+    try:
+        for name, value in cut.items():
+            setattr(neck, name, value)
+        yield range(first, last)
+    finally:
+        for name, value in whole.items():
+            setattr(neck, name, value)
+
+
+def mark_unread(path: str, levels: Features, read: Sequence[bool]) -> tuple[Tensor | UnreadLevel, ...]:
+    """Puts each level that was read at its own index, and an :class:`UnreadLevel` at every other.
+
+    Args:
+        path: Of the tap.
+        levels: Those that were read, in order.
+        read: For each of the tap's levels, whether it was.
+    """
+    following = iter(levels)
+    return tuple(next(following) if each else UnreadLevel(path, index) for index, each in enumerate(read))

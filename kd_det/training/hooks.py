@@ -167,7 +167,7 @@ def origin_table(distiller: DetectionDistiller) -> str:
             add(f'adapters of {name}', {distiller.terms_origin: count})
     for index, teacher in enumerate(distiller.teachers or ()):
         add(f'teacher {index}' if len(distiller.teachers) > 1 else 'teacher',
-            {'checkpoint' if teacher.checkpoint else 'random': teacher.weights})
+            {'checkpoint' if teacher.checkpoint else 'random': teacher.num_parameters})
     output = StringIO()
     PlainConsole(file=output, width=110, no_color=True).print(table)
     if distiller.not_inherited:
