@@ -6,11 +6,10 @@ registries. Without MMDetection :mod:`kd_det.functional`, which needs PyTorch al
 """
 import warnings
 from importlib.util import find_spec
-from typing import Optional
 
 from kd_det.version import __version__
 
-MMDETECTION_ERROR: Optional[Exception] = None  # why an installed MMDetection can not be imported
+MMDETECTION_ERROR: Exception | None = None  # why an installed MMDetection can not be imported
 
 if find_spec('mmengine') and find_spec('mmcv') and find_spec('mmdet'):
     try:
@@ -18,10 +17,11 @@ if find_spec('mmengine') and find_spec('mmcv') and find_spec('mmdet'):
         compat.install()  # before anything imports mmcv.ops
         compat.mend_mmdetection()
 
-        from kd_det.registration import register_config_scope
+        from kd_det.registry import register_config_scope
         register_config_scope()
 
-        from kd_det import distillers, hooks, losses, masks  # noqa: F401  registers their classes
+        from kd_det import datasets, distillers, losses, masks, training  # noqa: F401  registers their classes
+        from kd_det.study import fidelity  # noqa: F401
     except Exception as error:  # a library lacks its system files, versions do not fit: the doctor must still run
         MMDETECTION_ERROR = error
         warnings.warn(f'kd_det registered nothing, for MMDetection can not be imported: {type(error).__name__}: '

@@ -1,7 +1,12 @@
 """What MMDetection lacks today: the operators of compiled mmcv, checkpoints that load safely, an SSD that predicts."""
 from .checkpoint import CheckpointError, UnsafeCheckpointError, install_safe_loading, load_checkpoint
-from .operators import (OperatorNotServedError, install_operators, log_operator_backend, operator_backend,
-                        served_operators)
+from .operators import (
+    OperatorNotServedError,
+    install_operators,
+    log_operator_backend,
+    operator_backend,
+    served_operators,
+)
 from .startup import mend_mmdetection
 
 __all__ = [

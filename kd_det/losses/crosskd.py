@@ -2,17 +2,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Tuple
 
 from mmdet.registry import MODELS
 from torch import nn
 
-from kd_det.adapters import build_adapter
 from kd_det.context import DistillContext
 from kd_det.heads import TOWERS_OF, DenseOutputs, HeadError
-from kd_det.losses.base import Forms, Parts
-from kd_det.losses.dense_classification import DenseClassification
-from kd_det.losses.dense_regression import DenseRegression
+from kd_det.losses.adapters import build_adapter
+from kd_det.losses.base import InputSpecs, Parts
+from kd_det.losses.dense import DenseClassification, DenseRegression
 from kd_det.losses.outputs import DenseTerm
 
 
@@ -33,7 +31,7 @@ class CrossKD(DenseTerm):
     Args:
         remaining: How many convolutions of the teacher's towers the features pass, before the layers that predict.
             With 1, of four convolutions three are the student's. With 0 only what predicts is the teacher's.
-        adapter: Student channels -> teacher channels there, see :func:`~kd_det.adapters.build_adapter`; one for each
+        adapter: Student channels -> teacher channels there, see :func:`~kd_det.losses.adapters.build_adapter`; one for each
             tower, which train with the student.
         beta: See :class:`~kd_det.losses.DenseClassification`.
         temperature: T of the distributions over distances.
@@ -61,14 +59,14 @@ class CrossKD(DenseTerm):
         self.distributions = DenseRegression(form='distribution', temperature=temperature, reduction='sum', **boxes)
 
     @property
-    def student_heads(self) -> Tuple[str, ...]:
+    def student_heads(self) -> tuple[str, ...]:
         return (*self.classes.student_heads, self.student_head + TOWERS_OF)
 
     @property
-    def teacher_heads(self) -> Tuple[str, ...]:
+    def teacher_heads(self) -> tuple[str, ...]:
         return (self.teacher_head, self.teacher_head + TOWERS_OF)
 
-    def connect(self, student: Forms, teacher: Forms) -> None:
+    def connect(self, student: InputSpecs, teacher: InputSpecs) -> None:
         """Makes an adapter for the features of each tower.
 
         Raises:
@@ -82,7 +80,7 @@ class CrossKD(DenseTerm):
     def forward(self, context: DistillContext) -> Parts:
         crossed = replace(context, student_outputs={self.student_head: self.cross_outputs(context)})
         parts = self.classes(crossed)
-        if context.teacher_outputs[self.teacher][self.teacher_head].distributions is None:
+        if context.teacher_outputs[self.teacher_index][self.teacher_head].distributions is None:
             weight, boxes = self.box_weight, self.boxes(crossed)
         else:
             weight, boxes = self.distribution_weight, self.distributions(crossed)
@@ -95,7 +93,7 @@ class CrossKD(DenseTerm):
             HeadError: The two heads have other levels, priors or classes.
         """
         self.levels(context)  # the student's own outputs must be comparable, too: its positives are counted
-        student, teacher = context.student_outputs[self.student_head], context.teacher_outputs[self.teacher]
+        student, teacher = context.student_outputs[self.student_head], context.teacher_outputs[self.teacher_index]
         strides, towers = teacher[self.teacher_head].strides, teacher[self.teacher_head + TOWERS_OF]
         if set(strides) != set(student.strides):
             raise HeadError(f"The student's head has levels of the strides {list(student.strides)}, the teacher's "

@@ -1,14 +1,12 @@
 """How features flow from one stage of the network to the next."""
 from __future__ import annotations
 
-from typing import Dict, List, Union
-
 from mmdet.registry import MODELS
 from torch import Tensor
 
 from kd_det.context import DistillContext
 from kd_det.functional.relations import flow_distance, flow_matrix
-from kd_det.losses.base import FeatureTerm, Forms, Parts
+from kd_det.losses.base import FeatureTerm, InputSpecs, Parts
 
 NORMALIZERS = ('batch', 'mean')
 
@@ -33,7 +31,7 @@ class FSP(FeatureTerm):
         >>> dict(type='FSP', tap='backbone', levels=(1, 2, 3))
     """
 
-    def __init__(self, tap: Union[str, Dict[str, str]] = 'backbone', normalizer: str = 'batch', pad_aware: bool = True,
+    def __init__(self, tap: str | dict[str, str] = 'backbone', normalizer: str = 'batch', pad_aware: bool = True,
                  **kwargs) -> None:
         super().__init__(tap=tap, **kwargs)
         if normalizer not in NORMALIZERS:
@@ -42,7 +40,7 @@ class FSP(FeatureTerm):
 
     least_levels = 2
 
-    def connect(self, student: Forms, teacher: Forms) -> None:
+    def connect(self, student: InputSpecs, teacher: InputSpecs) -> None:
         super().connect(student, teacher)
         if len(self.pairs) < self.least_levels:
             raise ValueError(f"A flow needs at least two levels, but '{self.student_path}' gives {len(self.pairs)}.")
@@ -59,6 +57,6 @@ class FSP(FeatureTerm):
         return distance / student[0].numel() if self.normalizer == 'mean' else distance
 
 
-def _flows(features: List[Tensor]) -> List[Tensor]:
+def _flows(features: list[Tensor]) -> list[Tensor]:
     """The flow matrices between each feature and the next."""
     return [flow_matrix(feature, following) for feature, following in zip(features, features[1:])]

@@ -2,8 +2,8 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 
-from kd_det.context import DistillContext, Level
-from kd_det.losses import synchronization
+from kd_det.context import DistillContext, LevelSpec
+from kd_det.losses import base
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def pyramid(golden):
     strides, height, width = data.meta['strides'], 128, 192
     students, teachers = ([getattr(data, f'{side}{index}') for index in range(len(strides))]
                           for side in ('student', 'teacher'))
-    levels = tuple(Level(4, stride) for stride in strides)
+    levels = tuple(LevelSpec(4, stride) for stride in strides)
     boxes = [data.gt0, data.gt1]
     context = DistillContext(
         student=dict(neck=tuple(student.requires_grad_() for student in students)),
@@ -62,14 +62,14 @@ def test_ranks_average_to_the_whole_batch(config, padded, make_context, term_of,
                           image_shapes=padded.image_shapes[rank:rank + 1]) for rank in range(2)]
     totals = [[], []]
     for rank, context in enumerate(ranks):
-        monkeypatch.setattr(synchronization, 'reduce_mean', lambda total: totals[rank].append(total) or total)
+        monkeypatch.setattr(base, 'reduce_mean', lambda total: totals[rank].append(total) or total)
         term_of(context, **config)(context)
     means = [sum(pair) / 2 for pair in zip(*totals)]
     assert totals[0] and totals[0] != totals[1]
     values = []
     for context in ranks:
         received = iter(means)
-        monkeypatch.setattr(synchronization, 'reduce_mean', lambda total: next(received))
+        monkeypatch.setattr(base, 'reduce_mean', lambda total: next(received))
         values.append(sum(term_of(context, **config)(context).values()))
     torch.testing.assert_close(sum(values) / 2, whole)
 
