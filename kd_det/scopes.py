@@ -59,6 +59,7 @@ def add_nodes(scope: str) -> Dict[str, Registry]:
                if isinstance(node, Registry) and node.scope == HOME and node.root._search_child(scope) is None}
     if lacking:  # a child looks into its parent's table, but does not have it filled
         register_all_modules(init_default_scope=False)
+        import_module('kd_det.compat.registration')
     locations = [scope] if find_spec(scope) else []
     return {name: Registry(node.name, parent=node, scope=scope, locations=locations)
             for name, node in lacking.items()}

@@ -12,7 +12,7 @@ from typing import Optional
 
 import torch
 
-from kd_det.version import __version__
+from kd_det import __version__
 
 PACKAGES = ('torch', 'torchvision', 'mmengine', 'mmdet', 'mmcv', 'mmcv-lite', 'numpy', 'pycocotools',
             'faster-coco-eval')

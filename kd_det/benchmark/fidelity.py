@@ -14,7 +14,7 @@ from kd_det.benchmark.scheduling import CONFIG_FILE
 from kd_det.benchmark.statistics import mean_and_std
 from kd_det.configuration import load_config
 from kd_det.evaluation import FidelityMetric, measure_fidelity
-from kd_det.version import __version__
+from kd_det import __version__
 
 FIDELITY_FILE = 'fidelity.json'
 

@@ -12,7 +12,7 @@ import torch
 
 from kd_det.console import files_are_utf8
 from kd_det.diagnosis.finding import Finding
-from kd_det.version import __version__
+from kd_det import __version__
 
 # The distributions that provide a module: MMDetection's stack is published under several names.
 DISTRIBUTIONS = {

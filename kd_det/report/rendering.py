@@ -12,7 +12,7 @@ from kd_det.report.detectors import TEACHER
 from kd_det.report.differences import differences_axis
 from kd_det.report.plots import curves_svg, precision_svg, variant_inks
 from kd_det.report.verdict import baseline
-from kd_det.version import __version__
+from kd_det import __version__
 
 PULLS = {'pull': 'pull, as weighted (task: 1)', 'unweighted_pull': 'pull before weighting (task: 1)'}
 

@@ -30,7 +30,7 @@ from kd_det.teachers.probe import input_channels
 from kd_det.teachers.pyramid import LevelsRead, cut_pyramid, placed
 from kd_det.teachers.sharding import held
 from kd_det.teachers.transformer import run_encoder, shape_samples
-from kd_det.version import __version__
+from kd_det import __version__
 
 NECK = 'neck'
 VERSIONS = torch.__version__, mmdet.__version__, __version__  # of what computes a teacher's answers
