@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Callable
 
 import torch
 from mmengine.optim import build_optim_wrapper
 
 import kd_det  # noqa: F401  registers everything
 from benchmarks.steps import add_batch_options
-from kd_det.benchmark.pair import read_pair
+from kd_det.checks.synthetic import synthetic_batch
 from kd_det.cli.common import prepare_without_runner
-from kd_det.composition import distillation_config
+from kd_det.config.composition import distillation_config
 from kd_det.context import Progress
-from kd_det.measuring import seconds
-from kd_det.step_costs import random_distiller
-from kd_det.synthetic import synthetic_batch
+from kd_det.study.pair import read_pair
+from kd_det.study.step_costs import random_distiller, seconds
 
 CASES = ('faster_rcnn_r101_r18:fgd', 'gfl_r101_r18:fgd+ld', 'dino_r50_r18:querykd')
 INTERVAL = 10  # Balance's default

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import random
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Dict, Iterator, List, Tuple
 
 import numpy as np
 import torch
@@ -22,16 +22,16 @@ from mmengine.hooks import Hook
 
 import kd_det  # noqa: F401  registers everything
 from kd_det.cli.common import prepare_without_runner
-from kd_det.composition import distillation_config
-from kd_det.configuration import load_config
+from kd_det.config.composition import distillation_config
+from kd_det.config.files import load_config
 from kd_det.datasets import generate_shapes
-from kd_det.runner import build_runner
+from kd_det.training.runner import build_runner
 
 IMAGES, SIZE, TEACHER_EPOCHS = 40, 96, 25
 CONTROL = ('empty', 0.0)
 KINDS = (CONTROL, ('empty', 0.33), ('empty', 0.66), ('empty', 0.9), ('crowd', 0.33))
 
-Weights = Dict[str, List[float]]  # of each term, step by step
+Weights = dict[str, list[float]]  # of each term, step by step
 
 
 class WeightRecorder(Hook):
@@ -63,7 +63,7 @@ def detector(folder: Path, width: int) -> Config:
     return config
 
 
-def make_teacher(folder: Path) -> Tuple[Path, Path]:
+def make_teacher(folder: Path) -> tuple[Path, Path]:
     """The teacher's config and checkpoint; it is trained unless that is done."""
     generate_shapes(folder / 'data', train_images=IMAGES, val_images=1, size=SIZE)
     path, checkpoint = folder / 'teacher.py', folder / 'teacher' / f'epoch_{TEACHER_EPOCHS}.pth'
@@ -107,7 +107,7 @@ def train(folder: Path, method: str, kind: str, share: float, seed: int, options
     return {name: [float(f'{each:.3g}') for each in weights] for name, weights in recorder.weights.items()}
 
 
-def summarize(rows: List[dict]) -> Iterator[dict]:
+def summarize(rows: list[dict]) -> Iterator[dict]:
     """Of each kind and term: when it has a weight, its percentiles, and how far they are from the control's median.
 
     That is the median of all steps; that of the same step; and that of the step before which the control had seen as

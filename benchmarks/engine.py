@@ -15,10 +15,10 @@ import os
 import platform
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Callable, Dict, List, Optional, Sequence
 
 import torch
 from mmdet.registry import MODELS
@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import kd_det  # noqa: F401  registers what configs name, and serves mmcv's operators
-from kd_det.configuration import load_config
-from kd_det.measuring import seconds
+from kd_det.config.files import load_config
+from kd_det.study.step_costs import seconds
 from kd_det.teachers import Teacher
 from kd_det.teachers.loading import without_pretrained
 
@@ -48,7 +48,7 @@ ENGINES = dict(
 LOSSLESS = 1e-4  # relative
 
 
-def build(options: argparse.Namespace) -> Dict[str, Callable[[], Sequence[Tensor]]]:
+def build(options: argparse.Namespace) -> dict[str, Callable[[], Sequence[Tensor]]]:
     """By name, what computes the levels of the neck: mmdet's plain forward, and teachers of the same weights."""
     MMLogger.get_instance('benchmark', log_level='ERROR')  # else every weight's initialisation is reported
     config = without_pretrained(load_config(options.teacher).model)
@@ -75,7 +75,7 @@ def deviation(levels: Sequence[Tensor], plain: Sequence[Tensor]) -> float:
     return max(float((level - other).norm() / other.norm()) for level, other in pairs)
 
 
-def measure(forms: Dict[str, Callable[[], Sequence[Tensor]]], repeats: int) -> List[dict]:
+def measure(forms: dict[str, Callable[[], Sequence[Tensor]]], repeats: int) -> list[dict]:
     """One row for each form, from that many rounds.
 
     Raises:
@@ -122,7 +122,7 @@ def table_of(rows: Sequence[dict], ideal: dict) -> Table:
     return table
 
 
-def processor() -> Optional[str]:
+def processor() -> str | None:
     """Its name, where the system tells it."""
     information = Path('/proc/cpuinfo')
     lines = information.read_text(encoding='utf-8').splitlines() if information.is_file() else []

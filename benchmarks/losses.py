@@ -5,17 +5,18 @@
 Five levels (strides 8 to 128) of a padded batch; FGD with its masks, its context blocks and their gradients, the others
 with the features that they get from their adapters. Plain forms: benchmarks/plain.py. Seconds are medians; both forms
 take turns, so that what else the machine does weighs on both. Memory is what tensors made by forward and backward take
-at the peak, student's and teacher's features not included, see kd_det/measuring.py.
+at the peak, student's and teacher's features not included, see kd_det/study/step_costs.py.
 """
 from __future__ import annotations
 
 import argparse
 import json
 import platform
+from collections.abc import Callable, Sequence
 from math import ceil
 from pathlib import Path
 from statistics import median
-from typing import Callable, Dict, List, NamedTuple, Sequence
+from typing import NamedTuple
 
 import plain
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 from kd_det.context import DistillContext, Level
 from kd_det.functional import features
 from kd_det.losses import FGD
-from kd_det.measuring import peak_memory, seconds
+from kd_det.study.step_costs import peak_memory, seconds
 
 STRIDES = (8, 16, 32, 64, 128)
 MB = 2**20
@@ -37,7 +38,7 @@ class Case(NamedTuple):
     name: str
     plain: Callable[[], Tensor]
     ours: Callable[[], Tensor]
-    learning: List[Tensor]
+    learning: list[Tensor]
 
 
 class Pyramids:
@@ -73,7 +74,7 @@ class Pyramids:
 
         return Case('FGD', written_down, lambda: sum(term(context).values()), [*self.student, *term.parameters()])
 
-    def others(self) -> List[Case]:
+    def others(self) -> list[Case]:
         forms = dict(
             DeFeat=(plain.defeat, lambda *each: sum(features.decoupled_imitation(*each))),
             FKD=(plain.fkd_imitation, fkd_imitation),
@@ -99,7 +100,7 @@ def fkd_imitation(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
                              feature_weight=1.0, pooling_weight=0.0)['imitation']
 
 
-def measure(case: Case, options: argparse.Namespace) -> Dict[str, float]:
+def measure(case: Case, options: argparse.Namespace) -> dict[str, float]:
     """Seconds and MB of both forms.
 
     Raises:

@@ -6,33 +6,41 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Dict, Iterator, Tuple
 
 import torch
 
 import kd_det  # noqa: F401  registers everything
 from benchmarks.engine import processor
 from benchmarks.steps import add_batch_options
-from kd_det.benchmark.pair import read_pair
-from kd_det.catalogue import catalogue
+from kd_det.checks.synthetic import synthetic_batch
 from kd_det.cli.common import prepare_without_runner
-from kd_det.composition import PAPER, distillation_config
-from kd_det.step_costs import (PLAIN_TEACHER, STUDENT, TEACHER, TERM, Cost, measure_parts, measure_step,
-                               random_distiller)
-from kd_det.synthetic import synthetic_batch
+from kd_det.config.composition import PAPER, distillation_config
+from kd_det.config.methods import catalogue
+from kd_det.study.pair import read_pair
+from kd_det.study.step_costs import (
+    PLAIN_TEACHER,
+    STUDENT,
+    TEACHER,
+    TERM,
+    Cost,
+    measure_parts,
+    measure_step,
+    random_distiller,
+)
 
 # The pair on which a method is measured: the first of these detectors that it serves.
 PAIRS = {'Faster R-CNN': 'faster_rcnn_r101_r18', 'GFL': 'gfl_r101_r18', 'DINO': 'dino_r50_r18'}
 
 
-def methods() -> Iterator[Tuple[str, str]]:
+def methods() -> Iterator[tuple[str, str]]:
     """Detector and method."""
     for entry in catalogue():
         yield next(detector for detector in PAIRS if detector in entry.detectors), entry.name
 
 
-def measure(detector: str, method: str, options: Namespace, with_steps: bool) -> Dict[str, Cost]:
+def measure(detector: str, method: str, options: Namespace, with_steps: bool) -> dict[str, Cost]:
     """The parts of a step, at the paper's weights and with random weights of the detectors.
 
     Args:
@@ -51,7 +59,7 @@ def measure(detector: str, method: str, options: Namespace, with_steps: bool) ->
     return measure_parts(distiller, batch, options.repeats)
 
 
-def row(parts: Dict[str, Cost]) -> dict:
+def row(parts: dict[str, Cost]) -> dict:
     """Seconds and bytes of the terms together, and of what runs of the teacher."""
     terms = [cost for name, cost in parts.items() if name.startswith(TERM)]
     return dict(terms=sum(cost.seconds for cost in terms), terms_memory=max(cost.memory for cost in terms),

@@ -15,7 +15,6 @@ import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Dict
 
 import torch
 from mmengine.config import Config
@@ -24,11 +23,11 @@ from pycocotools.cocoeval import COCOeval
 from rich.console import Console
 from rich.table import Table
 
+from kd_det.checks.preflight import evaluate_teacher
 from kd_det.cli.common import add_config_options, apply_config_options
-from kd_det.configuration import load_config
-from kd_det.hooks.preflight import evaluate_teacher
-from kd_det.runner import build_runner
+from kd_det.config.files import load_config
 from kd_det.teachers import Teacher
+from kd_det.training.runner import build_runner
 
 ENGINES = dict(
     plain=dict(fuse=False, channels_last=False),
@@ -45,7 +44,7 @@ def measure(config: Config, checkpoint: str) -> dict:
         config: The teacher's, with validation data in COCO's format.
         checkpoint: Its weights.
     """
-    points: Dict[str, Dict[str, float]] = {}
+    points: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         config.work_dir, config.log_level = folder, 'ERROR'
         runner = build_runner(config)
@@ -60,7 +59,7 @@ def measure(config: Config, checkpoint: str) -> dict:
     return dict(images=images, points=points)
 
 
-def average_precision(truth: COCO, results: str) -> Dict[str, float]:
+def average_precision(truth: COCO, results: str) -> dict[str, float]:
     """Over the classes that have a box."""
     evaluation = COCOeval(truth, truth.loadRes(results), 'bbox')
     evaluation.evaluate()

@@ -12,7 +12,6 @@ import os
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from statistics import median
-from typing import Dict, List
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,7 @@ from mmengine.model import MMDistributedDataParallel
 from torch import nn
 
 from benchmarks.steps import build_distiller, make_batch, training_step
-from kd_det.measuring import peak_memory, seconds
+from kd_det.study.step_costs import peak_memory, seconds
 
 BASE = dict(batch=2, size=192, boxes=10, ranks=1)
 SERIES = dict(batch=(1, 2, 4, 8), size=(128, 192, 256, 320), boxes=(1, 10, 100, 500), ranks=(1, 2))
@@ -31,7 +30,7 @@ PARTS = dict(distilled='#0072b2', student='#009e73', teacher='#d55e00')
 
 
 def measure_point(distiller: nn.Module, classes: int, repeats: int, batch: int, size: int, boxes: int, ranks: int,
-                  rank: int = 0) -> Dict[str, float]:
+                  rank: int = 0) -> dict[str, float]:
     """Median seconds and peak bytes of the student's own step, the distilled one, and the teacher's part."""
     images, samples = make_batch((size, size), batch, boxes, classes, seed=rank)
     steps = {}
@@ -41,7 +40,7 @@ def measure_point(distiller: nn.Module, classes: int, repeats: int, batch: int, 
         steps[name] = training_step(lambda *data, model=model: model(*data, mode='loss'), distiller.parse_losses,
                                     parameters, images, samples)
     steps['teacher'] = lambda: distiller.teacher.observe(images, [(size, size)] * batch)
-    times: Dict[str, List[float]] = {name: [] for name in steps}
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats + 1):
         for name, step in steps.items():  # in turns, so that a machine that changes changes all
             times[name].append(seconds(step, repeats=1, warmup=0))
@@ -92,7 +91,7 @@ def _run_rank(rank: int, asked: dict, repeats: int, results) -> None:
     dist.destroy_process_group()
 
 
-def plot(points: List[dict], folder: Path) -> None:
+def plot(points: list[dict], folder: Path) -> None:
     """One picture: time above memory, a column for each quantity."""
     import matplotlib
     matplotlib.use('Agg')

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
-from typing import Callable, List, Sequence, Tuple
+from collections.abc import Callable, Sequence
 
 import torch
 from mmdet.structures import DetDataSample
@@ -10,10 +10,10 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 import kd_det  # noqa: F401  registers the distiller
-from kd_det.classes import number_of_classes
 from kd_det.cli.common import prepare_without_runner
-from kd_det.configuration import load_config
-from kd_det.step_costs import random_distiller
+from kd_det.config.classes import number_of_classes
+from kd_det.config.files import load_config
+from kd_det.study.step_costs import random_distiller
 
 PAIRS = dict(demo='kd_det::demo/fgd_faster_rcnn_r101_r18.py', coco='kd_det::fgd_r101_r18.py')
 
@@ -26,7 +26,7 @@ def add_batch_options(parser: ArgumentParser) -> None:
     parser.add_argument('--threads', type=int, default=2)
 
 
-def build_distiller(pair: str) -> Tuple[nn.Module, int]:
+def build_distiller(pair: str) -> tuple[nn.Module, int]:
     """Faster R-CNN R101 teaches R18 with FGD, all weights random.
 
     Args:
@@ -41,8 +41,8 @@ def build_distiller(pair: str) -> Tuple[nn.Module, int]:
     return distiller, number_of_classes(distiller.student)
 
 
-def make_batch(size: Tuple[int, int], images: int, boxes: int, classes: int,
-               seed: int = 0) -> Tuple[Tensor, List[DetDataSample]]:
+def make_batch(size: tuple[int, int], images: int, boxes: int, classes: int,
+               seed: int = 0) -> tuple[Tensor, list[DetDataSample]]:
     """A preprocessed batch of noise.
 
     Args:
@@ -69,7 +69,7 @@ def make_batch(size: Tuple[int, int], images: int, boxes: int, classes: int,
 
 
 def training_step(loss: Callable, parse: Callable, parameters: Sequence[Tensor], images: Tensor,
-                  samples: List[DetDataSample]) -> Callable[[], None]:
+                  samples: list[DetDataSample]) -> Callable[[], None]:
     """One step of SGD: forward, backward, and the update, which has no length, so that all steps have the same work.
 
     Args:

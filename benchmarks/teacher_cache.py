@@ -7,14 +7,14 @@ from __future__ import annotations
 import json
 import tempfile
 from argparse import ArgumentParser
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Callable
 
 import torch
 
 from benchmarks.steps import add_batch_options, build_distiller, make_batch, training_step
-from kd_det.measuring import seconds
+from kd_det.study.step_costs import seconds
 from kd_det.teachers import Teacher
 
 

@@ -1,8 +1,9 @@
 """What every distillation term may read in one step, and nothing else."""
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Callable, Dict, Hashable, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,19 +48,19 @@ class DistillContext:
         student_outputs: What the student's heads put out, of the heads that terms ask for, by name.
         teacher_outputs: The same of each teacher, without gradient.
     """
-    student: Dict[str, Levels]
-    teachers: List[Dict[str, Levels]]
-    student_levels: Dict[str, Tuple[Level, ...]]
-    teacher_levels: List[Dict[str, Tuple[Level, ...]]]
-    boxes: List[Tensor]
-    labels: List[Tensor]
-    batch_shape: Tuple[int, int]
-    image_shapes: List[Tuple[int, int]]
+    student: dict[str, Levels]
+    teachers: list[dict[str, Levels]]
+    student_levels: dict[str, tuple[Level, ...]]
+    teacher_levels: list[dict[str, tuple[Level, ...]]]
+    boxes: list[Tensor]
+    labels: list[Tensor]
+    batch_shape: tuple[int, int]
+    image_shapes: list[tuple[int, int]]
     progress: Progress = Progress()
-    labelled: Optional[Tuple[bool, ...]] = None
+    labelled: tuple[bool, ...] | None = None
     student_outputs: StudentOutputs = field(default_factory=dict)
-    teacher_outputs: List[TeacherOutputs] = field(default_factory=list)
-    _computed: Dict[Hashable, object] = field(default_factory=dict, repr=False)
+    teacher_outputs: list[TeacherOutputs] = field(default_factory=list)
+    _computed: dict[Hashable, object] = field(default_factory=dict, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -120,7 +121,7 @@ class ComparedLevel:
     teacher_index: int = 0
 
     @property
-    def shape(self) -> Tuple[int, int]:
+    def shape(self) -> tuple[int, int]:
         """Height and width of the level, in cells."""
         return tuple(self.teacher.shape[-2:])
 
@@ -128,3 +129,50 @@ class ComparedLevel:
     def valid(self) -> Tensor:
         """(N, H, W) of bool: the cells that hold a part of an image."""
         return self.context.valid(self.shape)
+
+
+class LevelPair(NamedTuple):
+    """A student level and the teacher level it learns from; the indices count within each module's own output."""
+    student_index: int
+    teacher_index: int
+    student: Level
+    teacher: Level
+
+
+class LevelError(ValueError):
+    """Levels that can not be paired."""
+
+
+def pair_levels(student: Sequence[Level], teacher: Sequence[Level], levels: int | Sequence[int] | None = None,
+                resize: bool = False) -> list[LevelPair]:
+    """Pairs levels by stride.
+
+    Args:
+        student: The student's levels.
+        teacher: The teacher's levels.
+        levels: Indices into ``student``; or a number, which is that many from the first on, or all where there are
+            fewer; all by default.
+        resize: Pair a level that has no partner of its stride with the nearest one, for a term that resizes it.
+
+    Raises:
+        LevelError: An index out of range, a number below 1, or a level without a partner.
+    """
+    if isinstance(levels, int) and levels < 1:
+        raise LevelError(f'levels={levels}: as a number it is how many to compare, at least 1. For the level of this '
+                         f'index: levels=({levels},).')
+    indices = range(len(student))[:levels] if levels is None or isinstance(levels, int) else levels
+    beyond = [index for index in indices if not -len(student) <= index < len(student)]
+    if beyond:
+        raise LevelError(f'levels={tuple(indices)}: the tap has {len(student)} levels, of strides '
+                         f'{[level.stride for level in student]}; there is no level {beyond[0]}.')
+    pairs = []
+    for index in indices:
+        index %= len(student)
+        stride = student[index].stride
+        nearest = min(range(len(teacher)), key=lambda other: abs(teacher[other].stride - stride))
+        if teacher[nearest].stride != stride and not resize:
+            raise LevelError(f'The student level {index} of stride {stride} has no partner: the teacher has the '
+                             f'strides {[level.stride for level in teacher]}. Choose the levels to compare (levels=…) '
+                             'or allow resize=True, which compares with the nearest one.')
+        pairs.append(LevelPair(index, nearest, student[index], teacher[nearest]))
+    return pairs

@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
-Levels = Tuple[Tensor, ...]
+Levels = tuple[Tensor, ...]
 ENCODER = 'encoder'  # of a DETR; puts out the tokens of several levels in a row
 
 
@@ -67,10 +67,10 @@ class Taps:
 
     def __init__(self, model: nn.Module, paths: Iterable[str], grouped: bool = False) -> None:
         self.paths, self.grouped = tuple(dict.fromkeys(paths)), grouped
-        self._seen: Dict[str, List[_Reading]] = {}
-        self._kind: Tuple[Tuple[str, ...], bool] = self.paths, False  # of forward: what is read, whether it then stops
-        self._written_later: Dict[tuple, bool] = {}  # by kind and path
-        self._token_shapes: List[torch.Size] = []
+        self._seen: dict[str, list[_Reading]] = {}
+        self._kind: tuple[tuple[str, ...], bool] = self.paths, False  # of forward: what is read, whether it then stops
+        self._written_later: dict[tuple, bool] = {}  # by kind and path
+        self._token_shapes: list[torch.Size] = []
         if any(map(is_within_encoder, self.paths)):
             source = 'neck' if getattr(model, 'neck', None) is not None else 'backbone'
             find_module(model, source).register_forward_hook(self._note_token_shapes)
@@ -101,8 +101,8 @@ class Taps:
         return read
 
     @contextmanager
-    def capture(self, paths: Optional[Iterable[str]] = None,
-                stop: bool = False) -> Iterator[Dict[str, Union[Levels, Tuple[Levels, ...]]]]:
+    def capture(self, paths: Iterable[str] | None = None,
+                stop: bool = False) -> Iterator[dict[str, Levels | tuple[Levels, ...]]]:
         """Reads one forward.
 
         Args:
@@ -143,7 +143,7 @@ class _Reading:
         self._watched = self.held, _groups(path, self.passed_on, grouped)
         self._before = [_versions(groups) for groups in self._watched]
 
-    def close(self) -> Tuple[Tuple[Levels, ...], bool]:
+    def close(self) -> tuple[tuple[Levels, ...], bool]:
         """Returns the groups of levels, and whether a later layer wrote to what it was given."""
         changed, written = (_versions(groups) != before for groups, before in zip(self._watched, self._before))
         if changed:
@@ -172,7 +172,7 @@ def _join_tokens(levels: Levels) -> Tensor:
     return torch.cat([level.flatten(2).mT for level in levels], 1)
 
 
-def _groups(path: str, output, grouped: bool) -> Tuple[Levels, ...]:
+def _groups(path: str, output, grouped: bool) -> tuple[Levels, ...]:
     return tuple(_levels(path, group) for group in (output if grouped else (output, )))
 
 
@@ -183,7 +183,7 @@ def _copied(output):
     return getattr(output, '_make', type(output))(map(_copied, output))  # a named tuple is made of one iterable as well
 
 
-def _versions(groups: Sequence[Levels]) -> List[int]:
+def _versions(groups: Sequence[Levels]) -> list[int]:
     return [_version(level) for levels in groups for level in levels]
 
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import kd_det  # noqa: F401  isort:skip  first: it serves the operators that mmdet imports
-from kd_det.context import DistillContext, Level
 from mmdet.utils import register_all_modules
 from mmengine.config import ConfigDict
 from mmengine.registry import init_default_scope
 from mmengine.runner import set_random_seed
+
+from kd_det.context import DistillContext, Level
 
 torch.set_num_threads(1)
 

@@ -3,11 +3,10 @@ import json
 import re
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Dict, List
 
 import pytest
 
-from kd_det.benchmark.statistics import paired_difference
+from kd_det.study.results import paired_difference
 
 DOCS = Path(__file__).parents[1] / 'docs'
 INHERIT, PLAIN = 'neck and heads inherited, no term', 'plain student'
@@ -18,22 +17,22 @@ RECORDS = {'demo_faster_rcnn': {}, 'demo_retinanet': {'rm': 'rm@balance=1'}, 'de
 FURTHER_SEEDS_OF = {'bccd_more_seeds': 'bccd_methods', 'demo_dino_more_seeds': 'demo_dino'}
 
 
-def documented(record: str) -> List[List[str]]:
+def documented(record: str) -> list[list[str]]:
     """The cells of the first table after the link to a record, without its two lines of heading."""
     text = (DOCS / 'results.md').read_text(encoding='utf-8').partition(f'(results/{record}.json)')[2]
     table = re.search(r'(?:^\|.*\|\n)+', text, re.MULTILINE).group()
     return [[cell.strip() for cell in line.strip('|').split('|')] for line in table.splitlines()[2:]]
 
 
-def points(record: str) -> Dict[str, Dict[int, float]]:
+def points(record: str) -> dict[str, dict[int, float]]:
     """Variant -> seed -> mAP in points."""
-    by_variant: Dict[str, Dict[int, float]] = {}
+    by_variant: dict[str, dict[int, float]] = {}
     for run in json.loads((DOCS / 'results' / f'{record}.json').read_text(encoding='utf-8'))['runs']:
         by_variant.setdefault(run['variant'], {})[run['seed']] = 100 * run['metrics']['bbox_mAP']
     return by_variant
 
 
-def difference(baseline: Dict[int, float], other: Dict[int, float]) -> str:
+def difference(baseline: dict[int, float], other: dict[int, float]) -> str:
     found = paired_difference(baseline, other)
     text = f'{found.mean:+.1f} ({found.interval[0]:+.1f} to {found.interval[1]:+.1f})'
     return text if found.verdict in ('gain', 'loss') else f'{text}, {found.verdict}'
@@ -98,7 +97,7 @@ def test_the_sweeps_are_their_records():
 
 
 def test_the_tables_by_the_logs_are_their_records():
-    by_run: Dict[str, Dict[int, float]] = {}
+    by_run: dict[str, dict[int, float]] = {}
     for run in json.loads((DOCS / 'results' / 'bccd.json').read_text(encoding='utf-8'))['runs']:
         by_run.setdefault(run['run'], {})[run['seed']] = run['bbox_mAP']
     table = documented('bccd')
@@ -133,10 +132,10 @@ def test_the_table_of_balances_weights_is_its_record():
         assert f"| {name} | {' | '.join(cells)} |" in text
 
 
-def _seeds_and_spread(name: str, by_seed: Dict[int, float]) -> List[str]:
+def _seeds_and_spread(name: str, by_seed: dict[int, float]) -> list[str]:
     values = list(by_seed.values())
     return [name, *(f'{value:.3f}' for value in values), f'{mean(values):.3f} ± {stdev(values):.3f}']
 
 
-def _seeds_and_mean(by_seed: Dict[int, float]) -> List[str]:
+def _seeds_and_mean(by_seed: dict[int, float]) -> list[str]:
     return [', '.join(f'{by_seed[seed]:.1f}' for seed in sorted(by_seed)), f'{sum(by_seed.values()) / len(by_seed):.1f}']

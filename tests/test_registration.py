@@ -48,7 +48,7 @@ def test_mmdet_is_found_by_its_module(tmp_path, distribution):
         (metadata / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: {distribution}\nVersion: 3.4.0\n')
         (metadata / 'top_level.txt').write_text('mmdet\n')
     program = (
-        'import kd_det; from kd_det.configuration import load_config; from kd_det.diagnosis import environment as e;'
+        'import kd_det; from kd_det.config.files import load_config; from kd_det.checks import environment as e;'
         "print(load_config('kd_det::fgd_r101_r18.py').model.student.type, e.installed(e.DISTRIBUTIONS['mmdet']))")
     root = Path(__file__).parents[1]
     # -S leaves out the real site-packages.

@@ -6,19 +6,19 @@ import pytest
 import torch
 from mmdet.registry import DATASETS, HOOKS, MODELS, TASK_UTILS
 from mmengine.config import Config
-from mmengine.registry import DefaultScope
 from mmengine.registry import HOOKS as ROOT_HOOKS
+from mmengine.registry import DefaultScope
 
-from kd_det.composition import distillation_config
-from kd_det.configuration import load_config
-from kd_det.diagnosis.checks import check_config, inspect_config
+from kd_det.checks.doctor import check_config, inspect_config
+from kd_det.config.composition import distillation_config
+from kd_det.config.files import load_config
 from kd_det.distillers import build_weight
-from kd_det.evaluation import measure_fidelity
 from kd_det.heads import TOWERS_OF
 from kd_det.masks.base import build_mask
-from kd_det.runner import build_runner
-from kd_det.scopes import add_nodes, build_detector, build_own, find_class, scope_of, within_scope
+from kd_det.registry import add_nodes, build_detector, build_own, find_class, scope_of, within_scope
+from kd_det.study.fidelity import measure_fidelity
 from kd_det.teachers import TeacherError, probe_towers, read_model_config
+from kd_det.training.runner import build_runner
 
 SCOPES = ('alphadet', 'betadet')
 REGISTRY = '''

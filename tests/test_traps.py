@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 
-from kd_det.composition import method_terms
+from kd_det.config.composition import method_terms
 from kd_det.context import DistillContext
 from kd_det.heads import DenseOutputs
 

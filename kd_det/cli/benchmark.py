@@ -4,31 +4,35 @@ from __future__ import annotations
 import copy
 import json
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import List, Sequence
 
 import torch
 from mmengine.config import Config
 
-from kd_det.benchmark.environment import command_line, environment
-from kd_det.benchmark.fidelity import add_fidelity, summarize_fidelity
-from kd_det.benchmark.pair import adapted, data_hash, read_pair, weights_hash
-from kd_det.benchmark.results import mark_twins, relative, run_entry, summarize
-from kd_det.benchmark.scheduling import Failure, Job, Machine
-from kd_det.benchmark.tables import markdown_table, rich_tables
-from kd_det.benchmark.variants import PLAIN, Variant, parse_variants, variant_config
-from kd_det.cli.common import (ConfigAction, add_image_option, add_inheritance_option, add_weight_options,
-                               inherited_parts)
+from kd_det.checks.checkpoints import inspect_checkpoint
+from kd_det.checks.doctor import check_config, inspect_data
+from kd_det.checks.environment import raise_faults
+from kd_det.checks.image_reader import Memory
+from kd_det.cli.common import (
+    ConfigAction,
+    add_image_option,
+    add_inheritance_option,
+    add_weight_options,
+    inherited_parts,
+)
 from kd_det.cli.tracking import add_tracking_option, track
-from kd_det.configuration import ConfigurationError
-from kd_det.console import PlainConsole
-from kd_det.diagnosis.checks import check_config, inspect_data
-from kd_det.diagnosis.finding import raise_faults
-from kd_det.diagnosis.reading import Memory
-from kd_det.diagnosis.weights import inspect_checkpoint
-from kd_det.evaluation import SPLITS
+from kd_det.compat.console import PlainConsole
+from kd_det.config.files import ConfigurationError
+from kd_det.study.fidelity import SPLITS, add_fidelity, summarize_fidelity
+from kd_det.study.pair import adapted, data_hash, read_pair, weights_hash
+from kd_det.study.results import mark_twins, relative, run_entry, summarize
+from kd_det.study.runs import command_line, environment
+from kd_det.study.scheduling import Failure, Job, Machine
+from kd_det.study.tables import markdown_table, rich_tables
+from kd_det.study.variants import PLAIN, Variant, parse_variants, variant_config
 
 TEACHER_SEED = 0
 
@@ -80,7 +84,7 @@ def add_common_arguments(parser: ArgumentParser) -> None:
     machine.add_argument('--threads', type=int, metavar='N', help="PyTorch's threads of each (processors / jobs)")
 
 
-def _seeds(text: str) -> List[int]:
+def _seeds(text: str) -> list[int]:
     try:
         numbers = [int(number) for number in text.rstrip(',').split(',')]
     except ValueError:

@@ -13,12 +13,12 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from rich.table import Table
 
+from kd_det.checks.synthetic import USUAL_SIZES, Size, synthetic_batch, training_sizes
 from kd_det.cli.common import add_config_options, load_distillation, positive, prepare_without_runner
-from kd_det.configuration import ConfigurationError
-from kd_det.console import PlainConsole
+from kd_det.compat.console import PlainConsole
+from kd_det.config.files import ConfigurationError
 from kd_det.distillers import DetectionDistiller
-from kd_det.step_costs import DISTILLED, PLAIN_TEACHER, STUDENT, StepCosts, measure_step, random_distiller
-from kd_det.synthetic import USUAL_SIZES, Size, synthetic_batch, training_sizes
+from kd_det.study.step_costs import DISTILLED, PLAIN_TEACHER, STUDENT, StepCosts, measure_step, random_distiller
 from kd_det.teachers.bridge import OTHER_SIZES
 
 MEGABYTE = 2**20

@@ -3,23 +3,23 @@ from __future__ import annotations
 
 import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional, Sequence, Tuple, Union
 
 from mmengine.config import Config, DictAction
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.runner import set_random_seed
 
-from kd_det.composition import PAPER, RATIO
-from kd_det.configuration import ConfigurationError, is_distillation, load_config, merge_options, set_data_root
-from kd_det.scopes import enter_scope, scope_of
+from kd_det.config.composition import PAPER, RATIO
+from kd_det.config.files import ConfigurationError, is_distillation, load_config, merge_options, set_data_root
+from kd_det.registry import enter_scope, scope_of
 
 
 class ConfigAction(DictAction):
     """As MMEngine's, which meets an option without ``=`` with a traceback."""
 
     def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Sequence[str],
-                 option_string: Optional[str] = None) -> None:
+                 option_string: str | None = None) -> None:
         for value in values:
             if '=' not in value:
                 parser.error(f"argument {option_string}: expected KEY=VALUE, got '{value}'")
@@ -40,7 +40,7 @@ def add_image_option(parser: ArgumentParser) -> None:
                         'set, evenly spread; or none')
 
 
-def _image_count(text: str) -> Optional[int]:
+def _image_count(text: str) -> int | None:
     """All, which is None, or a number."""
     if text in ('all', 'none'):
         return None if text == 'all' else 0
@@ -111,8 +111,8 @@ def add_weight_options(parser: ArgumentParser) -> None:
                          help="the method's published weights, which are made for COCO")
 
 
-def inherited_parts(options: Namespace) -> Union[str, Tuple[str, ...]]:
-    """What ``--inherit`` says, as :func:`~kd_det.composition.distillation_config` takes it."""
+def inherited_parts(options: Namespace) -> str | tuple[str, ...]:
+    """What ``--inherit`` says, as :func:`~kd_det.config.composition.distillation_config` takes it."""
     parts = tuple(options.inherit)
     return {('auto', ): 'auto', ('none', ): ()}.get(parts, parts)
 

@@ -5,18 +5,18 @@ import sys
 from argparse import ArgumentParser, Namespace
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from mmengine.config import Config
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from kd_det.benchmark.runs import Run, finished_run, identity, train
 from kd_det.cli.common import positive
 from kd_det.cli.demo_report import draw_pictures, results_table, summarize, write_results
-from kd_det.configuration import ConfigurationError, is_distillation, load_config, set_data_root
-from kd_det.console import PlainConsole
+from kd_det.compat.console import PlainConsole
+from kd_det.config.files import ConfigurationError, is_distillation, load_config, set_data_root
 from kd_det.datasets import generate_shapes
+from kd_det.study.runs import Run, finished_run, identity, train
 
 TEACHER_CONFIG = 'kd_det::demo/teacher_faster_rcnn_r101.py'
 PLAIN_CONFIG = 'kd_det::demo/baseline_faster_rcnn_r18.py'
@@ -88,7 +88,7 @@ def _generate(options: Namespace, progress: Progress) -> dict:
     return data
 
 
-def _config(name: str, folder: str, options: Namespace, epochs: Optional[int] = None, seed: int = 0) -> Config:
+def _config(name: str, folder: str, options: Namespace, epochs: int | None = None, seed: int = 0) -> Config:
     """A config of the demo, on the generated data."""
     config = load_config(name)
     set_data_root(config, str(options.out / 'data'))

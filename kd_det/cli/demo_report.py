@@ -2,9 +2,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import List, Mapping
 
 import cv2
 import numpy as np
@@ -16,16 +16,15 @@ from mmengine.structures import InstanceData
 from rich.table import Table
 from torch import Tensor
 
-from kd_det.benchmark.environment import command_line, environment
-from kd_det.benchmark.runs import Run
 from kd_det.functional.masks import box_foreground, normalized_background, spatial_attention
-from kd_det.visualization import draw_curves, draw_detections, draw_maps, read_scalars, save_figure
+from kd_det.study.pictures import draw_curves, draw_detections, draw_maps, read_scalars, save_figure
+from kd_det.study.runs import Run, command_line, environment
 
 TITLES = dict(teacher='teacher', plain='plain student', distilled='distilled student')
 PICTURED_LEVEL = 0  # of the neck: the finest, where small objects show
 
 
-def summarize(runs: Mapping[str, List[Run]]) -> dict:
+def summarize(runs: Mapping[str, list[Run]]) -> dict:
     """The gain of the distilled students over the plain ones, in points of mAP and AP50, by seed and on average."""
     gains = {}
     for metric in ('bbox_mAP', 'bbox_mAP_50'):
@@ -36,7 +35,7 @@ def summarize(runs: Mapping[str, List[Run]]) -> dict:
     return gains
 
 
-def results_table(runs: Mapping[str, List[Run]], gains: dict) -> Table:
+def results_table(runs: Mapping[str, list[Run]], gains: dict) -> Table:
     """The detectors side by side; several seeds as mean ± standard deviation."""
     table = Table(title='COCO metric on the validation images', caption=_gain_text(gains['bbox_mAP']))
     table.add_column('model', no_wrap=True)
@@ -50,7 +49,7 @@ def results_table(runs: Mapping[str, List[Run]], gains: dict) -> Table:
     return table
 
 
-def _spread(values: List[float], sign: str = '') -> str:
+def _spread(values: list[float], sign: str = '') -> str:
     return f'{np.mean(values):{sign}.1f}' + (f' ± {np.std(values, ddof=1):.1f}' if len(values) > 1 else '')
 
 
@@ -60,7 +59,7 @@ def _gain_text(gain: dict) -> str:
     return text if len(by_seed) == 1 else f'{text} (by seed: {", ".join(f"{value:+.1f}" for value in by_seed)})'
 
 
-def write_results(folder: Path, runs: Mapping[str, List[Run]], gains: dict, data: dict) -> Path:
+def write_results(folder: Path, runs: Mapping[str, list[Run]], gains: dict, data: dict) -> Path:
     """Writes ``results.json``: the command, commit, versions and machine, every run's numbers, and the gains."""
     results = dict(
         command=command_line(),
@@ -73,7 +72,7 @@ def write_results(folder: Path, runs: Mapping[str, List[Run]], gains: dict, data
     return file
 
 
-def draw_pictures(folder: Path, runs: Mapping[str, List[Run]], configs: Mapping[str, Config]) -> List[Path]:
+def draw_pictures(folder: Path, runs: Mapping[str, list[Run]], configs: Mapping[str, Config]) -> list[Path]:
     """Draws learning curves, boxes on one image, and masks and attentions of one level; seed 0 where there are several.
 
     The image is the first of the validation images with the most objects.
@@ -106,7 +105,7 @@ def draw_pictures(folder: Path, runs: Mapping[str, List[Run]], configs: Mapping[
     return [folder / name for name in figures]
 
 
-def _curves(runs: Mapping[str, List[Run]]):
+def _curves(runs: Mapping[str, list[Run]]):
     scalars = {TITLES[kind]: [read_scalars(run.scalars) for run in runs[kind]] for kind in ('plain', 'distilled')}
     quantities = {'validation mAP': 'coco/bbox_mAP', 'classification loss of the RoI head': 'loss_cls',
                   'box loss of the RoI head': 'loss_bbox'}

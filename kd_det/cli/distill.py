@@ -10,14 +10,13 @@ from mmengine.config import Config
 from rich.syntax import Syntax
 from rich.text import Text
 
+from kd_det.checks.doctor import check_config
 from kd_det.cli.common import add_inheritance_option, add_weight_options, inherited_parts
 from kd_det.cli.train import add_training_options, apply_training_options, train
-from kd_det.composition import available_methods, distillation_config
-from kd_det.configuration import renamed
-from kd_det.console import PlainConsole
-from kd_det.detectors import FAMILIES
-from kd_det.diagnosis.checks import check_config
-from kd_det.ensembles import ensemble
+from kd_det.compat.console import PlainConsole
+from kd_det.config.composition import available_methods, distillation_config, ensemble
+from kd_det.config.detectors import FAMILIES
+from kd_det.config.files import renamed
 
 
 def add_arguments(parser: ArgumentParser) -> None:

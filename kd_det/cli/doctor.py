@@ -2,16 +2,15 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
 from importlib.util import find_spec
-from typing import Iterable, List
 
 from rich.table import Table
 from rich.text import Text
 
 import kd_det
-from kd_det.console import PlainConsole
-from kd_det.diagnosis.environment import inspect_environment
-from kd_det.diagnosis.finding import Finding
+from kd_det.checks.environment import Finding, inspect_environment
+from kd_det.compat.console import PlainConsole
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -39,11 +38,11 @@ def run(options: Namespace) -> int:
     return 1 if faults else 0
 
 
-def diagnose_config(options: Namespace) -> List[Finding]:
+def diagnose_config(options: Namespace) -> list[Finding]:
     """What there is to say about the config on the command line."""
+    from kd_det.checks.doctor import inspect_config
     from kd_det.cli.common import apply_config_options, prepare_without_runner
-    from kd_det.configuration import ConfigurationError, is_distillation, load_config
-    from kd_det.diagnosis.checks import inspect_config
+    from kd_det.config.files import ConfigurationError, is_distillation, load_config
     try:
         config = load_config(options.config)
         prepare_without_runner(config, seed=0)

@@ -10,9 +10,9 @@ from mmengine.config import Config
 
 from kd_det.cli.common import add_config_options, apply_config_options
 from kd_det.compat import CheckpointError
-from kd_det.composition import available_methods
-from kd_det.configuration import ConfigurationError, imports_of, load_config, student_config, type_name
-from kd_det.scopes import build_detector, enter_scope, scope_of
+from kd_det.config.composition import available_methods
+from kd_det.config.files import ConfigurationError, imports_of, load_config, student_config, type_name
+from kd_det.registry import build_detector, enter_scope, scope_of
 from kd_det.teachers import load_strictly
 
 

@@ -3,22 +3,22 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Optional
 
 from mmengine.config import Config
 from mmengine.device import get_device
 
-from kd_det.classes import training_classes
+from kd_det.checks.doctor import check_config, explain
 from kd_det.cli.common import add_config_options, load_distillation, prepare_without_runner
 from kd_det.compat import load_checkpoint
-from kd_det.configuration import ConfigurationError
-from kd_det.console import PlainConsole
-from kd_det.diagnosis.checks import check_config, explain
+from kd_det.compat.console import PlainConsole
+from kd_det.config.classes import training_classes
+from kd_det.config.files import ConfigurationError
 from kd_det.distillers import DetectionDistiller
-from kd_det.hooks.distill_hook import CHECKPOINT_KEY
-from kd_det.inspection import draw_step, first_training_batch, image_batch, inspect_step, tap_table, term_table
-from kd_det.scopes import build_detector
+from kd_det.registry import build_detector
+from kd_det.study.inspection import first_training_batch, image_batch, inspect_step, tap_table, term_table
+from kd_det.study.masks_shown import draw_step
 from kd_det.teachers import load_strictly
+from kd_det.training.hooks import CHECKPOINT_KEY
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -69,7 +69,7 @@ def set_teacher(config: Config, options: Namespace) -> None:
             teacher.update(checkpoint=None, random_teacher=True)
 
 
-def build_distiller(config: Config, checkpoint: Optional[str] = None) -> DetectionDistiller:
+def build_distiller(config: Config, checkpoint: str | None = None) -> DetectionDistiller:
     """The distiller as it is when training starts, or as a checkpoint has it."""
     distiller = build_detector(config.model)
     distiller.init_weights()

@@ -6,11 +6,11 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from importlib import import_module
-from typing import Optional, Sequence
 
 import kd_det
-from kd_det.console import use_any_encoding
+from kd_det.compat.process import use_any_encoding
 
 COMMANDS = {
     'train': 'train a detector from a config, with or without distillation',
@@ -31,7 +31,7 @@ COMMANDS = {
 MMDETECTION = ('mmengine', 'mmcv', 'mmdet', 'pycocotools')
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Runs ``kd-det``.
 
     Args:
@@ -52,7 +52,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     return _run(parser, arguments)
 
 
-def run_tool(command: str, arguments: Optional[Sequence[str]] = None) -> int:
+def run_tool(command: str, arguments: Sequence[str] | None = None) -> int:
     """Runs one command as a program of its own, as the files in ``tools/`` do."""
     use_any_encoding()
     parser = argparse.ArgumentParser(description=f'{COMMANDS[command][0].upper()}{COMMANDS[command][1:]}.')

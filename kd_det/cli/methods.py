@@ -2,14 +2,14 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from typing import Sequence
+from collections.abc import Sequence
 
 from rich.table import Table
 from rich.text import Text
 
-from kd_det.catalogue import MethodEntry, catalogue
-from kd_det.console import PlainConsole
-from kd_det.detectors import DETECTORS
+from kd_det.compat.console import PlainConsole
+from kd_det.config.detectors import DETECTORS
+from kd_det.config.methods import MethodEntry, catalogue
 
 
 def add_arguments(parser: ArgumentParser) -> None:

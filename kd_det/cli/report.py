@@ -9,8 +9,9 @@ from mmdet.utils import register_all_modules
 from mmengine.logging import MMLogger
 
 from kd_det.cli.common import add_config_options, apply_config_options
-from kd_det.console import PlainConsole
-from kd_det.report import collect, read_studies, render
+from kd_det.compat.console import PlainConsole
+from kd_det.study.report.page import collect, render
+from kd_det.study.report.runs import read_studies
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -3,10 +3,9 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from itertools import product
-from typing import List, Tuple
 
 from kd_det.cli import benchmark
-from kd_det.configuration import TOP_KEYS, ConfigurationError
+from kd_det.config.files import TOP_KEYS, ConfigurationError
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -31,7 +30,7 @@ def run(options: Namespace) -> int:
     return benchmark.run(options)
 
 
-def grid(method: str, settings: List[Tuple[str, List[str]]]) -> List[str]:
+def grid(method: str, settings: list[tuple[str, list[str]]]) -> list[str]:
     """Names a variant for every combination of values, as ``kd-det benchmark --methods`` reads them.
 
     Args:
@@ -44,12 +43,12 @@ def grid(method: str, settings: List[Tuple[str, List[str]]]) -> List[str]:
             for values in product(*(values for _, values in settings))]
 
 
-def _setting(text: str) -> Tuple[str, List[str]]:
+def _setting(text: str) -> tuple[str, list[str]]:
     key, _, values = text.partition('=')
     if '.' not in key or not values:
         raise ArgumentTypeError(f"expected KEY=A,B,C with a dotted key, such as kd.temperature=1,2,4, got '{text}'")
     return key, _values(values)
 
 
-def _values(text: str) -> List[str]:
+def _values(text: str) -> list[str]:
     return [value for value in text.split(',') if value]

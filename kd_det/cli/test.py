@@ -9,13 +9,13 @@ from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 from mmengine.config import Config, ConfigDict
 
+from kd_det.checks.data import check_labels
+from kd_det.checks.doctor import check_config, explain
 from kd_det.cli.common import add_run_options, apply_run_options
-from kd_det.configuration import leaf_datasets, load_config, renamed, student_config
-from kd_det.diagnosis.checks import check_config, explain
-from kd_det.diagnosis.data import check_labels
-from kd_det.runner import build_runner, check_start, use_one_metainfo
-from kd_det.scopes import HOME
-from kd_det.visualization import names_to_draw
+from kd_det.config.files import leaf_datasets, load_config, renamed, student_config
+from kd_det.registry import HOME
+from kd_det.study.pictures import names_to_draw
+from kd_det.training.runner import build_runner, check_start, use_one_metainfo
 
 
 def add_arguments(parser: ArgumentParser) -> None:

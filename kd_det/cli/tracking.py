@@ -3,14 +3,14 @@ from __future__ import annotations
 
 import os
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Optional, Sequence
 
 from mmengine.config import Config
 
-from kd_det.configuration import ConfigurationError, type_name
-from kd_det.scopes import HOME
+from kd_det.config.files import ConfigurationError, type_name
+from kd_det.registry import HOME
 
 # Tracker -> (what to install, the module that has to be there).
 PACKAGES = dict(tensorboard=('tensorboard', 'tensorboard'), wandb=('wandb', 'wandb'), mlflow=('mlflow', 'mlflow'))
@@ -22,7 +22,7 @@ def add_tracking_option(parser: ArgumentParser) -> None:
                         help=f"log to {', '.join(PACKAGES)} too; losses of terms are loss_*, their parts distill/*")
 
 
-def track(config: Config, trackers: Sequence[str], name: Optional[str] = None) -> None:
+def track(config: Config, trackers: Sequence[str], name: str | None = None) -> None:
     """Adds trackers to the backends of the config's visualizer; those that it has stay as they are.
 
     TensorBoard writes into the work dir, MLflow too (``mlflow.db``) unless ``MLFLOW_TRACKING_URI`` names a server;

@@ -3,19 +3,18 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Optional
 
 from mmengine.config import Config
 from mmengine.device import get_device
 
+from kd_det.checks.data import check_labels
+from kd_det.checks.doctor import check_config, explain
+from kd_det.checks.image_reader import Memory
+from kd_det.checks.images import check_images, student_channels
 from kd_det.cli.common import add_image_option, add_run_options, apply_run_options
 from kd_det.cli.tracking import add_tracking_option, track
-from kd_det.configuration import ConfigurationError, load_config
-from kd_det.diagnosis.checks import check_config, explain
-from kd_det.diagnosis.data import check_labels
-from kd_det.diagnosis.images import check_images, student_channels
-from kd_det.diagnosis.reading import Memory
-from kd_det.runner import build_optimizer, build_runner, check_start, use_one_metainfo
+from kd_det.config.files import ConfigurationError, load_config
+from kd_det.training.runner import build_optimizer, build_runner, check_start, use_one_metainfo
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -64,7 +63,7 @@ def apply_training_options(config: Config, options: Namespace, name: str) -> Non
         config.auto_scale_lr.enable = True
 
 
-def train(config: Config, resume: Optional[str] = None, images: Optional[int] = None) -> None:
+def train(config: Config, resume: str | None = None, images: int | None = None) -> None:
     """Trains, after a look at what would fail.
 
     Args:

@@ -11,10 +11,11 @@ import os
 import pickle
 import re
 import zipfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache, wraps
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple, Union
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ class UnsafeCheckpointError(CheckpointError):
     """A checkpoint would run code when loaded, and was refused."""
 
 
-def load_checkpoint(path_or_url: Union[str, Path], map_location: Any = 'cpu') -> Dict[str, Any]:
+def load_checkpoint(path_or_url: str | Path, map_location: Any = 'cpu') -> dict[str, Any]:
     """Loads a checkpoint and never runs code from it.
 
     Args:
@@ -85,7 +86,7 @@ def _meta(checkpoint: dict) -> dict:
     return meta
 
 
-def _classes(holder: dict) -> Optional[Tuple[str, ...]]:
+def _classes(holder: dict) -> tuple[str, ...] | None:
     """The names of classes, by label, under any of the keys that programs use; MMDetection's are the first two."""
     for key in ('classes', 'CLASSES', 'class_names', 'names'):
         names = holder.get(key)
@@ -107,7 +108,7 @@ def install_safe_loading() -> None:
         checkpoint.CheckpointLoader.register_scheme(scheme, _clear_errors(loader), force=True)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _safe_globals() -> list:
     """What mmengine 0.10's checkpoints refer to beyond torch's own list. Calling any of it only builds data."""
     from mmengine.config import ConfigDict
@@ -213,7 +214,7 @@ def _explain(name: str, error: Exception) -> CheckpointError:
                            'If it should be one, it is damaged: copy or download it again.')
 
 
-def _foreign(name: str) -> Optional[Tuple[str, str]]:
+def _foreign(name: str) -> tuple[str, str] | None:
     """What a file is that is none of ``torch.save``'s, and what to do about it; None where that is not known."""
     path = Path(name).expanduser()
     if '://' in name:  # where torch and mmengine keep what they download
@@ -250,7 +251,7 @@ def _foreign(name: str) -> Optional[Tuple[str, str]]:
     return None
 
 
-def _within_zip(members: list, origin: str) -> Optional[Tuple[str, str]]:
+def _within_zip(members: list, origin: str) -> tuple[str, str] | None:
     """As :func:`_foreign`, of a zip archive, which ``torch.save`` writes too."""
     names = {member.partition('/')[2] for member in members}
     if 'constants.pkl' in names or any(name.startswith('code/') for name in names):

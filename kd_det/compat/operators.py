@@ -5,11 +5,11 @@ mmcv-lite, and wheels built without operators, lack the extension module ``mmcv.
 """
 import importlib.util
 import sys
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-from typing import Callable, Optional, Tuple
 
 from .workers import install_in_child_processes
 
@@ -24,7 +24,7 @@ class OperatorNotServedError(NotImplementedError):
 class OperatorFinder(MetaPathFinder):
     """Finds ``mmcv._ext`` where no compiled one exists."""
 
-    def find_spec(self, fullname: str, path=None, target=None) -> Optional[ModuleSpec]:
+    def find_spec(self, fullname: str, path=None, target=None) -> ModuleSpec | None:
         if fullname != EXTENSION:
             return None
         return ModuleSpec(fullname, OperatorLoader(), origin='torchvision kernels, provided by kd_det.compat')
@@ -71,7 +71,7 @@ def install_operators() -> None:
     install_in_child_processes()
 
 
-def operator_backend() -> Optional[str]:
+def operator_backend() -> str | None:
     """Who serves ``mmcv.ops``: ``'compiled mmcv'``, ``'torchvision'``, or None where mmcv is not installed.
 
     Imports nothing.
@@ -83,7 +83,7 @@ def operator_backend() -> Optional[str]:
     return TORCHVISION if compiled is None else COMPILED
 
 
-@lru_cache(maxsize=None)
+@cache
 def log_operator_backend() -> None:
     """Logs, once in a process and in the run's own log, who serves ``mmcv.ops``."""
     import torchvision
@@ -92,7 +92,7 @@ def log_operator_backend() -> None:
     print_log(f"mmcv's operators are served by {served_by}.", logger='current')
 
 
-def served_operators() -> Tuple[str, ...]:
+def served_operators() -> tuple[str, ...]:
     """Names of the operators of ``mmcv._ext`` that :mod:`kd_det.compat.ops` computes."""
     from . import ops
     return tuple(ops.__all__)

@@ -9,7 +9,7 @@ import warnings
 from importlib import import_module
 from importlib.util import find_spec
 
-HOLDERS = ('distillers', 'hooks', 'losses', 'masks')  # packages of kd_det, which import the others that register
+HOLDERS = ('datasets', 'distillers', 'losses', 'masks', 'study.fidelity', 'training')  # of types, within kd_det
 
 MMDETECTION_ERROR: Exception | None = None  # why an installed MMDetection can not be imported
 

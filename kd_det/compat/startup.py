@@ -114,7 +114,7 @@ def let_init_detector_take_students(module) -> None:
 
     @wraps(init_detector)
     def init_student(*args, **kwargs):
-        from kd_det.configuration import is_distillation, student_config
+        from kd_det.config.files import is_distillation, student_config
         arguments = signature(init_detector).bind(*args, **kwargs).arguments
         config = arguments['config']
         if isinstance(config, (str, os.PathLike)):

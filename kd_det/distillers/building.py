@@ -1,22 +1,134 @@
-"""Builds what a distillation config asks for, and says where in it a mistake is."""
+"""What is wrong with a config that can not be built, in its writer's words and with the nearest right ones."""
 from __future__ import annotations
 
 import copy
-from typing import Dict, List, Sequence, Tuple, Union
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from inspect import signature
+from typing import Any
 
-from mmdet.registry import MODELS
+from mmdet.registry import MODELS, TASK_UTILS
+from torch import nn
 
-from kd_det.configuration import ConfigurationError
-from kd_det.distillers.mistakes import reason
+from kd_det.config.files import ConfigurationError
 from kd_det.distillers.weights import Weight, WeightConfig, build_weight
-from kd_det.heads import ROI_HEAD
-from kd_det.heads.keeping import can_be_kept
+from kd_det.heads import ROI_HEAD, TOWERS_OF, StudentHeads, StudentOutputs, find_head
+from kd_det.heads.capture import can_be_kept
+from kd_det.heads.towers import tower_widths
 from kd_det.losses import DistillTerm
-from kd_det.scopes import build_own
-from kd_det.teachers import TeacherError
+from kd_det.losses.base import Forms
+from kd_det.registry import build_own
+from kd_det.taps import Levels, Taps
+from kd_det.teachers import TeacherError, of_teacher, probe_config, probe_levels, probe_towers, read_model_config
+
+UNKNOWN_ARGUMENT = re.compile(r"got an unexpected keyword argument '(\w+)'")
+UNKNOWN_TYPE = re.compile(r'(\w+) is not in the \S+ registry')
 
 
-def checked_teachers(teacher: Union[dict, Sequence[dict]]) -> List[dict]:
+def reason(error: Exception, config: Any) -> str:
+    """Why building failed.
+
+    Args:
+        error: What building raised.
+        config: What was built: a dict with a ``type``, other such dicts perhaps within, or a class.
+
+    Returns:
+        For a name that does not exist, those like it; for anything else the error's own message.
+    """
+    message = str(error)
+    argument, kind = UNKNOWN_ARGUMENT.search(message), UNKNOWN_TYPE.search(message)
+    if isinstance(error, TypeError) and argument:
+        others = _arguments(config) - {argument[1]}  # which another part, or a base class, may have
+        return f"there is no argument '{argument[1]}'.{nearest(argument[1], others)}"
+    if isinstance(error, KeyError) and kind:
+        own = (name for name, each in MODELS.module_dict.items() if each.__module__.startswith('kd_det.'))
+        return f"there is no '{kind[1]}'.{nearest(kind[1], own)} If it is your own, import it with custom_imports."
+    return message
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A sentence on the names that are most like a wrong one; empty where none is."""
+    found = get_close_matches(name, sorted(names))
+    return f" Nearest names: {', '.join(found)}." if found else ''
+
+
+def _arguments(config: Any) -> set[str]:
+    """The arguments of all that a config names."""
+    if isinstance(config, type):
+        return {name for ancestor in config.__mro__[:-1] for name in signature(ancestor.__init__).parameters}
+    if isinstance(config, (list, tuple)):
+        return set().union(*map(_arguments, config))
+    if not isinstance(config, dict):
+        return set()
+    kind = config.get('type')
+    if isinstance(kind, str):
+        kind = MODELS.get(kind) or TASK_UTILS.get(kind)
+    return set().union(*map(_arguments, config.values()), _arguments(kind)) - {'self', 'args', 'kwargs'}
+
+
+def measured_taps(student: nn.Module, term: DistillTerm) -> tuple[str, ...]:
+    """The paths where the gradient of a term is measured: its own, or the neck's for one that reads heads alone."""
+    return term.student_taps or ('neck' if getattr(student, 'neck', None) is not None else 'backbone', )
+
+
+class Connections:
+    """The taps and the readers of heads that the terms ask for. Each term is told the form of what it will read.
+
+    Args:
+        student: The student.
+        teachers: Config of each teacher; none is built.
+        terms: The terms by name.
+
+    Attributes:
+        student_levels: Levels of each tap of the student.
+        teacher_taps: For each teacher the paths that its terms read.
+        teacher_heads: For each teacher the heads that its terms read.
+        teacher_levels: For each teacher the levels of each of its taps.
+
+    Raises:
+        ConfigurationError: A term can not read what it asks for; the message says which and why.
+    """
+
+    def __init__(self, student: nn.Module, teachers: Sequence[dict], terms: dict[str, DistillTerm]) -> None:
+        self.student_taps = Taps(student, (path for term in terms.values() for path in measured_taps(student, term)))
+        self.student_levels = probe_levels(student, self.student_taps) if terms else {}
+        of_teachers = [[term for term in terms.values() if term.teacher == index] for index in range(len(teachers))]
+        self.teacher_taps = [[path for term in each for path in term.teacher_taps] for each in of_teachers]
+        self.teacher_heads = [[head for term in each for head in term.teacher_heads] for each in of_teachers]
+        self.teacher_levels = []
+        for config, taps in zip(teachers, self.teacher_taps):
+            with of_teacher(config['config']):
+                self.teacher_levels.append(probe_config(read_model_config(config['config']), taps) if taps else {})
+        for name, term in terms.items():
+            try:
+                check_cached(teachers[term.teacher], term.teacher_heads)
+                term.connect(self._student_forms(student, term), self._teacher_forms(teachers[term.teacher], term))
+            except ValueError as error:
+                raise ConfigurationError(f'model.distill.{name}: {error}') from error
+        self.student_heads = StudentHeads(student, (head for term in terms.values() for head in term.student_heads))
+
+    @contextmanager
+    def capture(self) -> Iterator[tuple[dict[str, Levels], StudentOutputs]]:
+        """Reads one step of the student.
+
+        Yields:
+            Features by path and outputs by head; both are filled when the block ends.
+        """
+        with self.student_taps.capture() as features, self.student_heads.capture() as outputs:
+            yield features, outputs
+
+    def _student_forms(self, student: nn.Module, term: DistillTerm) -> Forms:
+        heads = {name: find_head(student, name) for name in term.student_heads}
+        towers = {name: tower_widths(head) for name, head in heads.items() if name.endswith(TOWERS_OF)}
+        return {**self.student_levels, **towers}
+
+    def _teacher_forms(self, teacher: dict, term: DistillTerm) -> Forms:
+        return {**self.teacher_levels[term.teacher], **probe_towers(teacher['config'], term.teacher_heads)}
+
+
+def checked_teachers(teacher: dict | Sequence[dict]) -> list[dict]:
     """The configs of the teachers as a list.
 
     Raises:
@@ -44,7 +156,7 @@ def check_cached(teacher: dict, heads: Sequence[str]) -> None:
                                  'and the maps of dense heads alone. Remove model.teacher.cache, or this term.')
 
 
-def build_terms(distill: Dict[str, dict], teachers: int) -> Tuple[Dict[str, Weight], Dict[str, DistillTerm]]:
+def build_terms(distill: dict[str, dict], teachers: int) -> tuple[dict[str, Weight], dict[str, DistillTerm]]:
     """Builds the terms whose weight is not 0 throughout, and their weights.
 
     Args:

@@ -1,14 +1,15 @@
 """Restricts what a teacher's terms read to the classes that it shares with the student."""
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from dataclasses import replace
-from typing import Any, Container, Dict, List, Optional, Sequence, Tuple
+from typing import Any
 
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from kd_det.classes import ClassMatch, match_classes
-from kd_det.configuration import ConfigurationError
+from kd_det.config.classes import ClassMatch, match_classes
+from kd_det.config.files import ConfigurationError
 from kd_det.context import DistillContext
 from kd_det.heads import ROI_HEAD, DenseOutputs, QueryOutputs, TeacherTowers
 from kd_det.teachers import Teacher
@@ -25,10 +26,10 @@ class ClassSets:
     """Which classes each teacher shares with the student. A teacher that was not matched has the student's."""
 
     def __init__(self) -> None:
-        self.matches: Dict[int, ClassMatch] = {}
+        self.matches: dict[int, ClassMatch] = {}
 
-    def match(self, student: Optional[Sequence[str]], teachers: Sequence[Teacher], read: Container[int],
-              inherited: Sequence[str] = ()) -> List[str]:
+    def match(self, student: Sequence[str] | None, teachers: Sequence[Teacher], read: Container[int],
+              inherited: Sequence[str] = ()) -> list[str]:
         """Matches the teachers' classes with the student's by name, where both are known.
 
         Args:
@@ -58,7 +59,7 @@ class ClassSets:
             reports.append(f'Classes of teacher {index}: {report}' if len(teachers) > 1 else f'Classes: {report}')
         return reports
 
-    def _match(self, index: int, student: Optional[Sequence[str]], teacher: Optional[Sequence[str]]) -> str:
+    def _match(self, index: int, student: Sequence[str] | None, teacher: Sequence[str] | None) -> str:
         if student is None or teacher is None:
             return (f"the {'student' if student is None else 'teacher'}'s names are not known; labels are taken "
                     'to mean the same to both.')
@@ -70,13 +71,13 @@ class ClassSets:
         match = self.matches.get(teacher)
         return context if match is None or match.is_identity else restricted_to_shared(context, teacher, match)
 
-    def shared_labels(self, labels: Sequence[Tensor], teacher: int) -> List[Tensor]:
+    def shared_labels(self, labels: Sequence[Tensor], teacher: int) -> list[Tensor]:
         """Labels as the terms of one teacher see them: indices among the shared classes, -1 for the others."""
         match = self.matches.get(teacher)
         return list(labels) if match is None or match.is_identity else [match.shared(each) for each in labels]
 
-    def translated(self, detections: List[InstanceData], index: int,
-                   counts: Tuple[Optional[int], ...]) -> List[InstanceData]:
+    def translated(self, detections: list[InstanceData], index: int,
+                   counts: tuple[int | None, ...]) -> list[InstanceData]:
         """A teacher's detections with the student's labels.
 
         Args:
@@ -124,7 +125,7 @@ def restricted_to_shared(context: DistillContext, teacher: int, match: ClassMatc
                    labels=[match.shared(labels) for labels in context.labels], _computed={})
 
 
-def _restricted(outputs: Dict[str, Any], classes: Sequence[int]) -> Dict[str, Any]:
+def _restricted(outputs: dict[str, Any], classes: Sequence[int]) -> dict[str, Any]:
     """The outputs of dense heads and of queries restricted, the others as they are."""
     return {name: each.restricted(classes)
             if isinstance(each, (DenseOutputs, QueryOutputs, TeacherTowers)) and has_classes(name) else each

@@ -1,51 +1,155 @@
-"""The student, seen from outside as an ordinary mmdet detector, plus what it learns from its teacher."""
+"""A module that looks like the student within it."""
 from __future__ import annotations
 
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+from typing import NamedTuple
 
 import torch
 from mmdet.registry import MODELS
-from torch import Tensor
+from mmengine.model import BaseModel
+from torch import Tensor, nn
 
-from kd_det.classes import number_of_classes
+from kd_det.compat.process import preserved_randomness
+from kd_det.config.classes import number_of_classes
+from kd_det.config.detectors import check_student, plain_detector
 from kd_det.context import DistillContext, Progress
-from kd_det.detectors import check_student, plain_detector
-from kd_det.distillers.building import build_task_weight, build_terms, checked_teachers
+from kd_det.distillers.building import Connections, build_task_weight, build_terms, checked_teachers, measured_taps
 from kd_det.distillers.class_sets import ClassSets, has_classes
-from kd_det.distillers.connections import Connections, measured_taps
-from kd_det.distillers.cost import StepCost
-from kd_det.distillers.idle import IdleWatch
-from kd_det.distillers.monitor import GradientMonitor
-from kd_det.distillers.provenance import Provenance, inherit, parts_in_common, pretrained_parameters
-from kd_det.distillers.pseudo_labels import build_pseudo_labels
-from kd_det.distillers.student_wrapper import StudentWrapper
-from kd_det.distillers.supervision import Supervision, given, labelled_losses
-from kd_det.distillers.weighting import Losses, Value, logged, scaled, total, untouched, weighted
-from kd_det.distillers.weights import WeightConfig
+from kd_det.distillers.inheritance import Provenance, inherit, parts_in_common, pretrained_parameters
+from kd_det.distillers.monitor import GradientMonitor, IdleWatch
+from kd_det.distillers.supervision import Supervision, build_pseudo_labels, given, labelled_losses
+from kd_det.distillers.weights import Losses, Value, WeightConfig, logged, scaled, total, untouched, weighted
 from kd_det.heads import StudentOutputs, TeacherOutputs
 from kd_det.heads.recording import recorded_calls
 from kd_det.losses import DistillTerm
 from kd_det.losses.base import levels_read
-from kd_det.randomness import preserved_randomness
-from kd_det.scopes import build_detector
+from kd_det.registry import build_detector
 from kd_det.taps import Levels
 from kd_det.teachers import Teacher
+
+TERMS = 'distill_terms'  # the only child that a plain student lacks
+
+
+class StudentWrapper(BaseModel):
+    """Shows a detector's children, parameters, buffers and attributes as its own, under the same names.
+
+    The terms are one child more, because optimizer and data-parallel training must see their weights; ``state_dict``
+    leaves them out. Prediction is the detector's own.
+
+    Args:
+        detector: The student.
+    """
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__(data_preprocessor=detector.data_preprocessor)
+        self.__dict__['student'] = detector  # past nn.Module.__setattr__: its weights are registered only once
+        self._parameters, self._buffers = detector._parameters, detector._buffers
+        self._non_persistent_buffers_set = detector._non_persistent_buffers_set
+        self._modules.update(detector._modules)
+        self._modules[TERMS] = nn.ModuleDict()
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if 'student' not in self.__dict__:
+                raise
+            return getattr(self.__dict__['student'], name)
+
+    @property
+    def terms(self) -> nn.ModuleDict:
+        """The distillation terms by name; those with a weight."""
+        return self._modules[TERMS]
+
+    def train(self, mode: bool = True) -> StudentWrapper:
+        self.training = mode
+        self.student.train(mode)
+        self.terms.train(mode)
+        return self
+
+    def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = 'tensor'):
+        """As the student's; only ``mode='loss'`` distils."""
+        if mode == 'loss':
+            return self.loss(inputs, data_samples)
+        return self.student(inputs, data_samples, mode=mode)
+
+    def state_dict(self, *args, destination=None, prefix: str = '', keep_vars: bool = False):
+        """The plain student's state dict."""
+        state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        for entries in (state, getattr(state, '_metadata', {})):
+            for key in [key for key in entries if f'{key}.'.startswith(f'{prefix}{TERMS}.')]:
+                del entries[key]
+        return state
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        # A plain student's weights are complete: the terms, which are stored apart, keep theirs.
+        for key, value in self.terms.state_dict(prefix=f'{prefix}{TERMS}.').items():
+            state_dict.setdefault(key, value)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+MEGABYTE = 2**20
+
+
+class StepCost:
+    """Time and memory of what a step does for its terms: the teachers' forward and the terms' own.
+
+    Attributes:
+        seconds: Of the last step whose time is known; on a GPU that is one that it has finished.
+        megabytes: What the last step held for its backward pass. On a GPU all that was allocated in that time; on
+            the CPU, where PyTorch keeps no count, the teachers' features alone.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = self.megabytes = 0.0
+        self._running: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    @property
+    def seconds(self) -> float:
+        while self._running and self._running[0][1].query():
+            start, end = self._running.popleft()
+            self._seconds = start.elapsed_time(end) / 1e3
+        return self._seconds
+
+    @contextmanager
+    def measured(self, device: torch.device) -> Iterator[None]:
+        """Measures the block; :meth:`hold` within it tells what the teachers put out."""
+        if device.type == 'cuda':
+            before = torch.cuda.memory_allocated(device)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._running.append((start, end))
+            self.megabytes = (torch.cuda.memory_allocated(device) - before) / MEGABYTE
+        else:
+            begin = perf_counter()
+            yield
+            self._seconds = perf_counter() - begin
+
+    def hold(self, features: Sequence[dict[str, Levels]]) -> None:
+        """Counts the features of the teachers."""
+        levels = {id(level): level for each in features for group in each.values() for level in group}
+        self.megabytes = sum(level.nbytes for level in levels.values()) / MEGABYTE
 
 
 class Observation(NamedTuple):
     """One step before anything is weighted: the student's own losses, what the terms may read, and their values."""
     losses: Losses
     context: DistillContext
-    values: Dict[str, Value]
+    values: dict[str, Value]
 
 
 @MODELS.register_module()
 class DetectionDistiller(StudentWrapper):
     """Trains a student detector under the guidance of one or several frozen teachers.
 
-    It looks like the student (:class:`~kd_det.distillers.student_wrapper.StudentWrapper`): parameter names,
+    It looks like the student (:class:`~kd_det.distillers.detection_distiller.StudentWrapper`): parameter names,
     ``state_dict`` keys, attributes such as ``bbox_head`` and prediction are the plain student's. The terms' weights
-    stay out of ``state_dict`` (:class:`~kd_det.hooks.DistillHook` stores them beside it), and a teacher is no module of
+    stay out of ``state_dict`` (:class:`~kd_det.training.hooks.DistillHook` stores them beside it), and a teacher is no module of
     it.
 
     Args:
@@ -61,7 +165,7 @@ class DetectionDistiller(StudentWrapper):
             ``dict(type='Start', value=1.0, epochs=2)`` for a student that at first learns from its teacher alone
             (FitNets, arXiv 1412.6550).
         pseudo_labels: ``dict(score=0.5, …)`` for confident boxes of a teacher as ground truth, see
-            :class:`~kd_det.distillers.pseudo_labels.PseudoLabels`.
+            :class:`~kd_det.distillers.supervision.PseudoLabels`.
 
     Raises:
         ConfigurationError: A term's name or argument is wrong; the message says where in the config.
@@ -70,21 +174,21 @@ class DetectionDistiller(StudentWrapper):
 
     def __init__(self,
                  student: dict,
-                 teacher: Union[dict, Sequence[dict]],
-                 distill: Dict[str, dict],
-                 inherit: Union[str, Sequence[str]] = (),
+                 teacher: dict | Sequence[dict],
+                 distill: dict[str, dict],
+                 inherit: str | Sequence[str] = (),
                  task_weight: WeightConfig = 1.0,
-                 pseudo_labels: Optional[dict] = None) -> None:
+                 pseudo_labels: dict | None = None) -> None:
         check_student(student, 'model.student')
         detector = build_detector(plain_detector(student))
         super().__init__(detector)
         self.provenance = Provenance(detector)
         self.inherited_parts = (inherit, ) if isinstance(inherit, str) else tuple(inherit)
-        self.not_inherited: List[str] = []
+        self.not_inherited: list[str] = []
         self.terms_origin = 'random'
         self.progress, self.cost = Progress(), StepCost()
         self.teacher_configs = checked_teachers(teacher)
-        self.teachers: Optional[List[Teacher]] = None
+        self.teachers: list[Teacher] | None = None
         self.class_sets = ClassSets()
         self.pseudo_labels = build_pseudo_labels(pseudo_labels, detector, self.teacher_configs)
         self.task_weight = build_task_weight(task_weight)
@@ -99,11 +203,11 @@ class DetectionDistiller(StudentWrapper):
     # ------------------------------------------------------------------------------------ the teachers
 
     @property
-    def teacher(self) -> Optional[Teacher]:
+    def teacher(self) -> Teacher | None:
         """The first teacher, once training has begun."""
         return self.teachers[0] if self.teachers else None
 
-    def build_teachers(self) -> List[Teacher]:
+    def build_teachers(self) -> list[Teacher]:
         """Builds and loads the teachers unless that is done.
 
         Raises:
@@ -119,7 +223,7 @@ class DetectionDistiller(StudentWrapper):
             ]
         return self.teachers
 
-    def match_classes(self, classes: Optional[Sequence[str]]) -> List[str]:
+    def match_classes(self, classes: Sequence[str] | None) -> list[str]:
         """Matches the teachers' classes with the student's, see :meth:`~kd_det.distillers.class_sets.ClassSets.match`.
 
         Args:
@@ -153,7 +257,7 @@ class DetectionDistiller(StudentWrapper):
 
     # ------------------------------------------------------------------------------------ the terms
 
-    def load_terms(self, state: Dict[str, Tensor]) -> None:
+    def load_terms(self, state: dict[str, Tensor]) -> None:
         """Restores the terms' weights from a checkpoint.
 
         Raises:
@@ -198,7 +302,7 @@ class DetectionDistiller(StudentWrapper):
             losses.update(logged(weight=dict(task=task_weight)))
         return losses
 
-    def _measure(self, observation: Observation) -> Dict[str, Tensor]:
+    def _measure(self, observation: Observation) -> dict[str, Tensor]:
         """Compares the gradients of terms with the task's, where that is due; see :meth:`GradientMonitor.measure`."""
         if not torch.is_grad_enabled():
             return {}
@@ -259,16 +363,16 @@ class DetectionDistiller(StudentWrapper):
         found = self.class_sets.translated(teacher.detect(inputs, data_samples), pseudo_labels.teacher, counts)
         return pseudo_labels(supervision, found, self.progress)
 
-    def measured_taps(self, term: DistillTerm) -> Tuple[str, ...]:
+    def measured_taps(self, term: DistillTerm) -> tuple[str, ...]:
         """The paths where the gradient of a term is measured."""
         return measured_taps(self.student, term)
 
-    def measured_features(self, name: str, context: DistillContext) -> List[Tensor]:
+    def measured_features(self, name: str, context: DistillContext) -> list[Tensor]:
         """The student's features where the gradient of a term is measured."""
         return [level for path in self.measured_taps(self.terms[name]) for level in context.student[path]]
 
-    def observe_teachers(self, active: Iterable[str], images: Tensor, image_shapes: Sequence[Tuple[int, int]],
-                         student: StudentOutputs) -> Iterator[Tuple[Dict[str, Levels], TeacherOutputs]]:
+    def observe_teachers(self, active: Iterable[str], images: Tensor, image_shapes: Sequence[tuple[int, int]],
+                         student: StudentOutputs) -> Iterator[tuple[dict[str, Levels], TeacherOutputs]]:
         """Runs what the active terms read of each teacher, and nothing of a teacher that none of them reads."""
         for index, teacher in enumerate(self.build_teachers()):
             terms = [self.terms[name] for name in active if self.terms[name].teacher == index]

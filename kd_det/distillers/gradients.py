@@ -1,7 +1,8 @@
 """How strongly a loss pulls at features, the norm of its gradient there; and whether it pulls at any weight."""
 from __future__ import annotations
 
-from typing import Collection, Dict, List, NamedTuple, Optional, Sequence
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 from mmdet.utils import reduce_mean
@@ -17,8 +18,8 @@ class GradientNorms(NamedTuple):
     task: Tensor
 
 
-def gradient_norms(task: Tensor, terms: Dict[str, Tensor],
-                   features: Dict[str, Sequence[Tensor]]) -> Dict[str, GradientNorms]:
+def gradient_norms(task: Tensor, terms: dict[str, Tensor],
+                   features: dict[str, Sequence[Tensor]]) -> dict[str, GradientNorms]:
     """Compares the gradient of each term with that of the task.
 
     Both are taken over the features that both depend on. No parameter gets a gradient, no hook of data-parallel
@@ -67,7 +68,7 @@ def reaches_weights(loss: Tensor, apart: Collection[Tensor] = ()) -> bool:
     return False
 
 
-def _gradients(loss: Tensor, features: Sequence[Tensor]) -> List[Optional[Tensor]]:
+def _gradients(loss: Tensor, features: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradient with respect to each feature, or None where there is none."""
     learning = [feature for feature in features if feature.requires_grad]
     if not learning or not loss.requires_grad:

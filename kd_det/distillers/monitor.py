@@ -1,20 +1,28 @@
-"""When the gradients of which terms are measured, and who is told."""
+"""When the gradients of which terms are measured, who is told, and which terms can teach the student nothing."""
 from __future__ import annotations
 
 import logging
 import math
-from typing import Dict, Iterable, List, Sequence, Union
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from mmengine.dist import all_reduce
 from mmengine.logging import print_log
-from torch import Tensor
+from torch import Tensor, nn
 
-from kd_det.configuration import ConfigurationError
+from kd_det.config.files import ConfigurationError
 from kd_det.context import Progress
-from kd_det.distillers.balance import Balance
-from kd_det.distillers.gradients import GradientNorms, gradient_norms
-from kd_det.distillers.weights import Weight
+from kd_det.distillers.weights import Balance, Weight, total
+from kd_det.heads import find_head
+from kd_det.losses import DistillTerm
+from kd_det.losses.base import FeatureTerm
+from kd_det.taps import find_module
+
+if TYPE_CHECKING:
+    from kd_det.distillers.detection_distiller import DetectionDistiller, Observation
+
+from kd_det.distillers.gradients import GradientNorms, gradient_norms, reaches_weights
 
 PATIENCE = 50  # measurements without any to go by, after which a balance is said to have no weight
 
@@ -40,7 +48,7 @@ class DominanceWatch:
         self.name, self.weight, self.limit = name, weight, limit
         self.measurements = self.left = measurements
         self.interval, self.later, self.works = interval, later, True
-        self.sums: Union[Tensor, float] = 0.0  # (3,): of the term's norms, the task's, and the boxes
+        self.sums: Tensor | float = 0.0  # (3,): of the term's norms, the task's, and the boxes
 
     def due(self, progress: Progress) -> bool:
         """Whether to measure in this step."""
@@ -77,18 +85,18 @@ class GradientMonitor:
         weights: The terms' weights by name.
     """
 
-    def __init__(self, weights: Dict[str, Weight]) -> None:
+    def __init__(self, weights: dict[str, Weight]) -> None:
         self.balances = {name: weight.balance for name, weight in weights.items() if weight.balance is not None}
         self.watches = {name: DominanceWatch(name, weight.full) for name, weight in weights.items()
                         if name not in self.balances}
-        self.observers: Dict[str, Union[Balance, DominanceWatch]] = {**self.balances, **self.watches}
+        self.observers: dict[str, Balance | DominanceWatch] = {**self.balances, **self.watches}
 
-    def due(self, progress: Progress, names: Iterable[str]) -> List[str]:
+    def due(self, progress: Progress, names: Iterable[str]) -> list[str]:
         """Those of the terms that are to be measured in this step."""
         return [name for name in names if self.observers[name].due(progress)]
 
-    def measure(self, task: Tensor, values: Dict[str, Tensor], features: Dict[str, Sequence[Tensor]],
-                labels: Dict[str, Sequence[Tensor]]) -> Dict[str, Tensor]:
+    def measure(self, task: Tensor, values: dict[str, Tensor], features: dict[str, Sequence[Tensor]],
+                labels: dict[str, Sequence[Tensor]]) -> dict[str, Tensor]:
         """Measures terms and tells their balance or watch.
 
         Args:
@@ -118,15 +126,15 @@ class GradientMonitor:
                 self._check_weight(name)
         return {name: torch.where(each.task > 0, each.term / each.task, 0) for name, each in norms.items()}
 
-    def scale(self, name: str) -> Union[Tensor, float]:
+    def scale(self, name: str) -> Tensor | float:
         """What a term's weight is multiplied by: 1 unless it is balanced."""
         return self.balances[name].scale if name in self.balances else 1.0
 
-    def state_dict(self) -> Dict[str, dict]:
+    def state_dict(self) -> dict[str, dict]:
         """What the balances have measured, by the terms' names."""
         return {name: balance.state_dict() for name, balance in self.balances.items()}
 
-    def load_state_dict(self, state: Dict[str, dict]) -> None:
+    def load_state_dict(self, state: dict[str, dict]) -> None:
         """Goes on from what :meth:`state_dict` gave; a balance that it does not know starts anew."""
         for name, balance in self.balances.items():
             balance.load_state_dict(state.get(name, {}))
@@ -139,7 +147,7 @@ class GradientMonitor:
                       "student's features. Where the data has no labels the task has none: give a number as weight, or "
                       'pseudo_labels.', 'current', logging.WARNING)
 
-    def _give_up(self, error: RuntimeError, balanced: List[str]) -> None:
+    def _give_up(self, error: RuntimeError, balanced: list[str]) -> None:
         if balanced:
             raise ConfigurationError(
                 f"model.distill.{balanced[0]}.weight: Balance can not measure gradients in this model: {error}. Give a "
@@ -153,3 +161,97 @@ def _boxes_seen(labels: Sequence[Tensor]) -> Tensor:
     """(2,): the number of boxes in a batch, and that of the images that have any."""
     numbers = torch.stack([(each >= 0).sum() for each in labels])
     return torch.stack([numbers.sum(), (numbers > 0).sum()]).float()
+
+
+def find_idle(distiller: DetectionDistiller, observation: Observation) -> dict[str, str]:
+    """Which of the terms that were run can teach the student nothing.
+
+    Args:
+        distiller: The distiller.
+        observation: One step of it, with a gradient.
+
+    Returns:
+        For each such term what it reads, the likely cause, and what to do.
+    """
+    return {name: _cause(distiller, observation, name) for name, value in observation.values.items()
+            if not reaches_weights(total(value), apart=list(distiller.terms[name].parameters()))}
+
+
+class IdleWatch:
+    """Warns of each term that can teach nothing, in the term's first step; and ends the run where that is all of them.
+
+    A term of a user's own may be a constant where there are no boxes. So a batch without any proves nothing, unless
+    many come in a row.
+
+    Args:
+        names: Of the terms.
+        patience: How many batches without boxes.
+
+    Attributes:
+        idle: The terms that can teach nothing, and why.
+    """
+
+    def __init__(self, names: Iterable[str], patience: int = 50) -> None:
+        self.left = {name: patience for name in names}
+        self.idle: dict[str, str] = {}
+
+    def look(self, distiller: DetectionDistiller, observation: Observation) -> None:
+        """Looks at the terms of a step that it has not judged yet.
+
+        Raises:
+            ConfigurationError: No term can teach anything, and there are no pseudo-labels to learn from.
+        """
+        new = {name: value for name, value in observation.values.items() if name in self.left}
+        if not new:
+            return
+        found = find_idle(distiller, observation._replace(values=new))
+        for name in new:
+            if name in found and self.left[name] > 0 and not any(map(len, observation.context.boxes)):
+                self.left[name] -= 1
+                continue
+            del self.left[name]
+            if name in found:
+                self.idle[name] = found[name]
+                print_log(f'model.distill.{name} teaches the student nothing: none of its weights gets a gradient from '
+                          f'it. {found[name]}', 'current', logging.WARNING)
+            else:
+                _tell_frozen_levels(distiller.terms[name], name, observation)
+        if not self.left and len(self.idle) == len(distiller.terms) and distiller.pseudo_labels is None:
+            causes = ' '.join(f'model.distill.{name}: {cause}' for name, cause in self.idle.items())
+            raise ConfigurationError('No weight of the student gets a gradient from any term: it would train as '
+                                     f'without a teacher. {causes}')
+
+
+def _cause(distiller: DetectionDistiller, observation: Observation, name: str) -> str:
+    student, term = distiller.student, distiller.terms[name]
+    paths = term.student_taps or tuple(dict.fromkeys(head.split('.')[0] for head in term.student_heads))
+    modules = [find_module(student, path) for path in term.student_taps]
+    modules += [] if modules else [find_head(student, head) for head in term.student_heads]
+    read = f"It reads {' and '.join(map(repr, paths))}"
+    flows = any(level.requires_grad for level in distiller.measured_features(name, observation.context))
+    if not flows and not any(map(_learns, modules)):
+        learning = [part for part, module in student.named_children() if _learns(module)]
+        return (f'{read}, where nothing learns: the weights there are frozen (requires_grad=False, as frozen_stages '
+                f"sets it). Unfreeze them, or read a part that learns: {', '.join(learning) or 'here there is none'}.")
+    if flows and term.student_taps:
+        return (f'{read}, which has a gradient, but the value of the term does not depend on it: {type(term).__name__} '
+                'detaches it, or computes it under torch.no_grad().')
+    return (f'{read}, which learns, but what it puts out has no gradient: it is detached, or computed under '
+            'torch.no_grad(), as within a block with activation checkpointing (with_cp=True). Read the output of the '
+            'whole block or stage, or do without what cuts the gradient.')
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _tell_frozen_levels(term: DistillTerm, name: str, observation: Observation) -> None:
+    """Tells of single levels that teach nothing, as those of a backbone's first, frozen stages."""
+    if not isinstance(term, FeatureTerm):
+        return
+    levels = [pair.student_index for pair in term.pairs]
+    learning = [level for level in levels if observation.context.student[term.student_path][level].requires_grad]
+    if len(learning) < len(levels):
+        frozen = ', '.join(str(level) for level in levels if level not in learning)
+        print_log(f"model.distill.{name}: level {frozen} of '{term.student_path}' is frozen, so that nothing is learnt "
+                  f'there. levels={tuple(learning)} leaves it out.', 'current', logging.INFO)

@@ -1,13 +1,18 @@
 """A weight: a number, or a number that follows the training."""
 from __future__ import annotations
 
+import math
 from math import isfinite
-from typing import Optional, Union
+from typing import NamedTuple, Union
 
+import torch
 from mmdet.registry import TASK_UTILS
+from torch import Tensor
 
 from kd_det.context import Progress
-from kd_det.scopes import HOME, build_own, find_class
+from kd_det.distillers.gradients import GradientNorms
+from kd_det.losses import DistillTerm
+from kd_det.registry import HOME, build_own, find_class
 
 WeightConfig = Union[float, int, dict, 'Weight']
 
@@ -47,8 +52,8 @@ class Weight:
         return float(self.value) if isinstance(self.value, (float, int)) else self.value.full
 
     @property
-    def balance(self) -> Optional[Weight]:
-        """The :class:`~kd_det.distillers.balance.Balance` within, if there is one: the weight is then a ratio."""
+    def balance(self) -> Weight | None:
+        """The :class:`~kd_det.distillers.weights.Balance` within, if there is one: the weight is then a ratio."""
         return None if isinstance(self.value, (float, int)) else self.value.balance
 
 
@@ -65,7 +70,7 @@ class _Ramp(Weight):
         ValueError: Both or neither of ``epochs`` and ``iterations`` given.
     """
 
-    def __init__(self, value: WeightConfig, epochs: Optional[float] = None, iterations: Optional[int] = None,
+    def __init__(self, value: WeightConfig, epochs: float | None = None, iterations: int | None = None,
                  begin: float = 0) -> None:
         super().__init__(value)
         if (epochs is None) == (iterations is None):
@@ -85,7 +90,7 @@ class _Ramp(Weight):
 class Warmup(_Ramp):
     __doc__ = 'Grows linearly from ``start`` times its value to its value.\n' + _Ramp.__doc__
 
-    def __init__(self, value: WeightConfig, epochs: Optional[float] = None, iterations: Optional[int] = None,
+    def __init__(self, value: WeightConfig, epochs: float | None = None, iterations: int | None = None,
                  begin: float = 0, start: float = 0.0) -> None:
         super().__init__(value, epochs, iterations, begin)
         self.start = start
@@ -98,7 +103,7 @@ class Warmup(_Ramp):
 class Decay(_Ramp):
     __doc__ = 'Falls linearly from its value to ``end`` times its value.\n' + _Ramp.__doc__
 
-    def __init__(self, value: WeightConfig, epochs: Optional[float] = None, iterations: Optional[int] = None,
+    def __init__(self, value: WeightConfig, epochs: float | None = None, iterations: int | None = None,
                  begin: float = 0, end: float = 0.0) -> None:
         super().__init__(value, epochs, iterations, begin)
         self.end = end
@@ -137,3 +142,196 @@ def build_weight(config: WeightConfig) -> Weight:
         return build_own(TASK_UTILS, config)
     raise ValueError(f"weight={config!r}: expected a number or a schedule such as dict(type='Warmup', value=1.0, "
                      'epochs=1).')
+
+
+Losses = dict[str, Tensor | list[Tensor]]
+Value = Tensor | dict[str, Tensor]  # of a term: a scalar, or its parts by name
+
+
+def total(value: Value) -> Tensor:
+    """The value of a term: the sum of its parts."""
+    return sum(value.values()) if isinstance(value, dict) else value
+
+
+def scaled(losses: Losses, weight: float) -> Losses:
+    """The student's own losses times a weight; what is only for the log stays as it is."""
+
+    def scale(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        return [weight * each for each in value] if isinstance(value, list) else weight * value
+
+    if weight == 1:
+        return losses
+    return {name: scale(value) if 'loss' in name else value for name, value in losses.items()}
+
+
+def weighted(name: str, value: Value, weight: float | Tensor) -> dict[str, Tensor]:
+    """The loss to add, and the parts to look at (without 'loss' in their names, or mmengine would add them too)."""
+    parts = value if isinstance(value, dict) else {}
+    return {f'loss_{name}': weight * total(value),
+            **{f'distill/{name}_{part}': weight * each.detach() for part, each in parts.items()}}
+
+
+def untouched(name: str, term: DistillTerm, device: torch.device) -> dict[str, Tensor]:
+    """0 with a gradient of 0 for every weight of the term: data-parallel training waits for each in every step."""
+    zeros = (parameter.sum() * 0 for parameter in term.parameters())
+    return {f'loss_{name}': sum(zeros, torch.zeros((), device=device))}
+
+
+def logged(**numbers: dict[str, float | Tensor]) -> dict[str, Tensor]:
+    """Numbers of the terms, by kind and by the term's name, under the names of the log."""
+    return {f'distill/{name}_{kind}': torch.as_tensor(value) for kind, each in numbers.items()
+            for name, value in each.items()}
+
+
+DEFAULT_RATIO = 0.5
+ROUNDING = 1e-8  # share of the task's gradient below which a term's is rounding, and no direction to follow
+SINGLES = 3  # measurements of one image with boxes, before there is a weight; of several at once one will do
+MEASUREMENTS = 5  # before a measurement can be called far from the others
+SPREADS = 3.0  # times their mean distance from their mean; as far as one is followed
+NEAR = math.log(2)  # as far as one is always followed
+
+
+class Means(NamedTuple):
+    """What a :class:`Balance` has measured; each mean (2,): the sum of the shares, and of 1, by which it is divided.
+
+    Attributes:
+        averages: Of log(task's / term's), of batches with boxes.
+        spread: Of the distance of such a measurement from the mean before it.
+        boxes: Of the number of boxes in such a batch.
+        empty: Of log(task's / term's), of batches without boxes.
+        counts: (2,), of the measurements with boxes, and of the images with boxes that they saw.
+    """
+    averages: Tensor
+    spread: Tensor
+    boxes: Tensor
+    empty: Tensor
+    counts: Tensor
+
+
+@TASK_UTILS.register_module()
+class Balance(Weight):
+    """Keeps the norm of the term's gradient on the student's features at ``ratio`` times that of the task's gradient.
+
+    The features are those that the term taps, or the neck's for a term that reads heads alone. The term's weight is
+    ratio · task's norm / term's norm, as moving geometric mean of the measurements: while a head is new both norms
+    change by orders of magnitude, and an arithmetic mean would long remember the largest.
+
+    A measurement changes the mean as far as it represents the data:
+
+    - It counts by the boxes that it saw: fully with as many as such a batch has on average, or more, and not at all
+      without boxes, where the task's gradient is another one, and many a term's. Boxes of the term's view, over all
+      ranks; crowds and boxes of classes that the teacher does not know are none.
+    - It counts only where it finds both gradients, the term's more than rounding beside the task's.
+    - The weight is 0 until a batch that counts had boxes on two images, or three such batches on one.
+    - From the sixth on none is taken to be farther from the mean than three times the mean distance so far, or a factor
+      of 2 where that is more.
+    - Where the first ``start`` measurements saw no boxes, those without boxes count, until there are some.
+
+    Args:
+        ratio: Share of the task's gradient, or a schedule of it.
+        interval: Iterations between measurements.
+        momentum: Share of the mean that a measurement keeps; the bias of its start at 0 is corrected.
+        start: How many measurements are made before that, one in every step from the first of the term.
+
+    Raises:
+        ValueError: An argument is out of its range, or the ratio is balanced itself.
+
+    Example:
+        >>> dict(type='Balance', ratio=0.5)
+        >>> dict(type='Warmup', epochs=1, value=dict(type='Balance', ratio=0.5))
+    """
+
+    def __init__(self, ratio: WeightConfig = DEFAULT_RATIO, interval: int = 10, momentum: float = 0.8,
+                 start: int = 50) -> None:
+        super().__init__(ratio)
+        if super().balance is not None:
+            raise ValueError('Balance: its ratio is a Balance too. Give a number, or a schedule of numbers.')
+        if self.full < 0 or interval < 1 or not 0 <= momentum < 1 or start < 1:
+            raise ValueError(f'Balance: ratio={ratio}, interval={interval}, momentum={momentum}, start={start}: '
+                             'expected a ratio of at least 0, an interval and a start of at least 1, and a momentum in '
+                             '[0, 1).')
+        self.interval, self.momentum, self.start = interval, momentum, start
+        self.steps = 0  # measurements; on the host, where the decision falls whether to measure
+        self.means: Means | None = None
+
+    @property
+    def balance(self) -> Balance:
+        return self
+
+    @property
+    def has_started(self) -> bool:
+        """Whether the measurements in every step are done."""
+        return self.steps >= self.start
+
+    def due(self, progress: Progress) -> bool:
+        """Whether to measure in this step."""
+        return not self.has_started or progress.iteration % self.interval == 0
+
+    def update(self, norms: GradientNorms, boxes: Tensor | None = None) -> None:
+        """Takes in a measurement; one that is not finite, or where a gradient vanishes or is noise, changes nothing.
+
+        Args:
+            norms: The gradients.
+            boxes: (2,), the number of boxes in the batch and that of the images that have any; None where it is known
+                that the batch represents the data.
+        """
+        both = torch.stack(norms)
+        self.steps += 1
+        means = self._means(both.device)
+        number, images = both.new_tensor([1, 2]) if boxes is None else boxes.to(both)
+        counts = torch.isfinite(both).all() & (norms.task > 0) & (norms.term > ROUNDING * norms.task)
+        ratio = torch.where(counts, torch.log(norms.task / norms.term), 0)
+        full = (counts & (number > 0)).to(both)
+        mean_boxes = _taken(means.boxes, number, self.momentum**full)
+        share = full * (number / _value(mean_boxes).clamp(min=1)).clamp(max=1)  # of a whole measurement
+
+        mean, known = _value(means.averages), means.averages[1] > 0
+        distance = torch.where(known, ratio - mean, 0)
+        limit = (SPREADS * _value(means.spread)).clamp(min=NEAR)
+        bounded = torch.where(means.counts[0] < MEASUREMENTS, ratio, mean + distance.clamp(-limit, limit))
+        self.means = Means(
+            averages=_taken(means.averages, bounded, self.momentum**share),
+            spread=_taken(means.spread, distance.abs(), self.momentum**(share * known)),
+            boxes=mean_boxes,
+            empty=_taken(means.empty, ratio, self.momentum**(counts.to(both) - full)),
+            counts=means.counts + full * torch.stack([torch.ones_like(images), images]))
+
+    @property
+    def scale(self) -> Tensor:
+        """The weight that makes the two norms equal, a scalar."""
+        means = self._means()
+        measurements, images = means.counts
+        enough = (images > measurements) | (measurements >= (1 if self.has_started else SINGLES))
+        instead = means.empty if self.has_started else torch.zeros_like(means.empty)
+        mean = torch.where(images > 0, means.averages * enough, instead)
+        return torch.where(mean[1] > 0, torch.exp(_value(mean)), 0)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps."""
+        if self.means is None:
+            return {}
+        return dict({name: mean.cpu() for name, mean in self.means._asdict().items()}, steps=torch.tensor(self.steps))
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Goes on from what :meth:`state_dict` gave; that of earlier versions held the averages alone."""
+        state = dict(state)
+        self.steps = int(state.pop('steps', self.start if state else 0))
+        self.means = None
+        if state:
+            seen_enough = self._means()._replace(counts=torch.tensor([0.0, 1.0]))
+            self.means = seen_enough._replace(**state)
+
+    def _means(self, device: torch.device | None = None) -> Means:
+        if self.means is None:
+            return Means(*(torch.zeros(2, device=device) for _ in Means._fields))
+        return self.means if device is None else Means(*(mean.to(device) for mean in self.means))
+
+
+def _value(mean: Tensor) -> Tensor:
+    """The mean that a sum of shares stands for; 0 where nothing was taken in."""
+    return mean[0] / torch.where(mean[1] > 0, mean[1], 1)
+
+
+def _taken(mean: Tensor, value: Tensor, kept: Tensor) -> Tensor:
+    """A mean that has taken in a value, and keeps that share of itself."""
+    return kept * mean + (1 - kept) * torch.stack([value, torch.ones_like(value)])

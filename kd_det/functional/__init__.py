@@ -1,4 +1,4 @@
 """The mathematics of detector distillation: pure functions on tensors, which need torch only."""
-from kd_det.functional import boxes, features, fused, logits, masks, relations
+from kd_det.functional import boxes, features, focal_global, logits, masks, relations
 
-__all__ = ['boxes', 'features', 'fused', 'logits', 'masks', 'relations']
+__all__ = ['boxes', 'features', 'focal_global', 'logits', 'masks', 'relations']

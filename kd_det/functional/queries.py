@@ -4,7 +4,7 @@ A query predicts one object: class logits and a box, as centre x, centre y, widt
 """
 from __future__ import annotations
 
-from typing import Sequence, Tuple
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ UNAFFORDABLE = 1e6  # takes the place of costs that are not finite
 
 @torch.no_grad()
 def query_cost(student_logits: Tensor, teacher_logits: Tensor, student_boxes: Tensor, teacher_boxes: Tensor,
-               activation: str = 'sigmoid', weights: Tuple[float, float, float] = (2.0, 5.0, 2.0)) -> Tensor:
+               activation: str = 'sigmoid', weights: tuple[float, float, float] = (2.0, 5.0, 2.0)) -> Tensor:
     """What it costs to pair each of the student's queries with each of the teacher's.
 
     The divergence of the classes, KL(t ‖ s), summed over the classes of a sigmoid head; the L1 distance of the boxes;

@@ -1,10 +1,18 @@
 """The outputs of heads, in one form per family of heads."""
 from kd_det.heads.capture import StudentHeads, StudentOutputs, TeacherForward, TeacherOutputs, find_head, run_heads
 from kd_det.heads.dense import DenseOutputs
-from kd_det.heads.errors import HeadError
 from kd_det.heads.queries import QueryOutputs, read_queries
-from kd_det.heads.readers import read_dense, reads
-from kd_det.heads.requirements import DISTRIBUTIONS_OF, POSITIVES_OF, QUERIES_OF, ROI_HEAD, TOWERS_OF, check_head
+from kd_det.heads.readers import (
+           DISTRIBUTIONS_OF,
+           POSITIVES_OF,
+           QUERIES_OF,
+           ROI_HEAD,
+           TOWERS_OF,
+           HeadError,
+           check_head,
+           read_dense,
+           reads,
+)
 from kd_det.heads.roi import Regions, RoIOutputs
 from kd_det.heads.towers import TeacherTowers, TowerFeatures
 

@@ -1,23 +1,78 @@
-"""Gets the outputs of heads: a student's from its own loss, a teacher's by running it."""
+"""The outputs of heads, in one form: the student's read from its own forward, the teacher's by running its heads."""
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import count, takewhile
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from kd_det.heads.dense import DenseOutputs
 from kd_det.heads.queries import QueryOutputs, read_queries
-from kd_det.heads.readers import find_reader, read_dense
+from kd_det.heads.readers import (
+    DISTRIBUTIONS_OF,
+    HEADS,
+    POSITIVES_OF,
+    QUERIES_OF,
+    ROI_HEAD,
+    TOWERS_OF,
+    check_head,
+    find_reader,
+    read_dense,
+)
 from kd_det.heads.recording import recorded_calls
-from kd_det.heads.requirements import HEADS, QUERIES_OF, ROI_HEAD, TOWERS_OF, check_head
 from kd_det.heads.roi import RoIOutputs, read_sampled, run_roi_head, stages_of
 from kd_det.heads.towers import TeacherTowers, TowerFeatures, read_towers, recorded_towers
 from kd_det.taps import Levels, Taps
 
-StudentOutputs = Dict[str, Union[DenseOutputs, QueryOutputs, RoIOutputs, TowerFeatures]]
+# Of a dense head: its outputs, and what needs none of a batch.
+KEPT = ('', TOWERS_OF, POSITIVES_OF, DISTRIBUTIONS_OF)
+
+
+def can_be_kept(name: str) -> bool:
+    """Whether what a term reads of a head depends on the image alone, and is made of maps."""
+    head, dot, part = name.partition('.')
+    return head != ROI_HEAD and dot + part in KEPT
+
+
+@contextmanager
+def recorded_maps(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Levels]]:
+    """Records what the forwards of a teacher's dense heads return while the block runs.
+
+    Args:
+        model: The teacher.
+        names: See :func:`~kd_det.heads.find_head`; those that can be kept.
+
+    Yields:
+        A dict that is filled when the block ends: ``'bbox_head/0'`` -> the first kind of maps of this head, one of
+        (N, C, H, W) per level.
+    """
+    maps: dict[str, Levels] = {}
+    with ExitStack() as stack:
+        calls = {name: stack.enter_context(recorded_calls(getattr(model, name), 'forward'))
+                 for name in names if '.' not in name}
+        yield maps
+    for name, (call, ) in calls.items():
+        maps.update({f'{name}/{kind}': tuple(levels) for kind, levels in enumerate(call.returned)})
+
+
+def read_maps(model: nn.Module, names: Sequence[str], maps: dict[str, Levels]) -> dict:
+    """Makes the outputs of a teacher's heads from what :func:`recorded_maps` recorded in this or another step."""
+    outputs = {}
+    for name in names:
+        head, _, part = name.partition('.')
+        if not part:
+            present = takewhile(maps.__contains__, (f'{name}/{kind}' for kind in count()))
+            outputs[name] = read_dense(getattr(model, name), [maps[each] for each in present])
+        elif name.endswith(TOWERS_OF):
+            outputs[name] = TeacherTowers(getattr(model, head))
+    return outputs
+
+
+StudentOutputs = dict[str, DenseOutputs | QueryOutputs | RoIOutputs | TowerFeatures]
 # Of a teacher's RoI head there is one for each of its stages.
-TeacherOutputs = Dict[str, Union[DenseOutputs, QueryOutputs, Tuple[RoIOutputs, ...], TeacherTowers]]
+TeacherOutputs = dict[str, DenseOutputs | QueryOutputs | tuple[RoIOutputs, ...] | TeacherTowers]
 
 
 class TeacherForward(NamedTuple):
@@ -46,8 +101,8 @@ class Kind(NamedTuple):
         run: Makes the outputs of a teacher, from the head and the forward.
         tapped: Whether the head's own forward is read.
     """
-    record: Callable[[nn.Module], ContextManager]
-    read: Callable[[nn.Module, Tuple[Levels, ...], Any], Any]
+    record: Callable[[nn.Module], AbstractContextManager]
+    read: Callable[[nn.Module, tuple[Levels, ...], Any], Any]
     run: Callable[[nn.Module, TeacherForward], Any]
     tapped: bool = False
 
@@ -59,7 +114,7 @@ def find_head(model: nn.Module, name: str) -> nn.Module:
         model: The detector.
         name: ``'bbox_head'`` of one-stage detectors, ``'rpn_head'`` and ``'roi_head'`` of two-stage detectors,
             ``'bbox_head.queries'`` of DETRs; after it perhaps what else it must have, see
-            :func:`~kd_det.heads.requirements.check_head`.
+            :func:`~kd_det.heads.readers.check_head`.
 
     Raises:
         HeadError: The detector has no such head, or its outputs can not be read.
@@ -127,7 +182,7 @@ def run_heads(names: Sequence[str], forward: TeacherForward) -> TeacherOutputs:
 # ---------------------------------------------------------------------------------------------------- the kinds
 
 
-def _record_dense(head: nn.Module) -> ContextManager:
+def _record_dense(head: nn.Module) -> AbstractContextManager:
     assignment = find_reader(head).assignment
     return nullcontext(()) if assignment is None else recorded_calls(head, assignment.method)
 
@@ -164,7 +219,7 @@ ROIS = Kind(
 KINDS = {**dict.fromkeys(HEADS, DENSE), ROI_HEAD: ROIS, TOWERS_OF: TOWERS, QUERIES_OF: QUERIES}
 
 
-def _kind_of(name: str) -> Optional[Kind]:
+def _kind_of(name: str) -> Kind | None:
     """The kind of outputs that a name means; None for one that only asks what a head has."""
     head, dot, part = name.partition('.')
     return KINDS.get(dot + part or head)

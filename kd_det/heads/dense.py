@@ -1,17 +1,17 @@
 """What a dense head says about one batch, in one form for all heads."""
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Callable, Optional, Sequence, Tuple, Union
 
 from torch import Tensor
 
 from kd_det.functional.logits import restricted_logits
-from kd_det.heads.errors import HeadError
+from kd_det.heads.recording import HeadError
 from kd_det.taps import Levels
 
-Stride = Union[int, float]
+Stride = int | float
 
 
 @dataclass
@@ -42,15 +42,15 @@ class DenseOutputs:
     logits: Levels
     activation: str
     regressions: Levels
-    shapes: Tuple[Tuple[int, int], ...]
-    strides: Tuple[Stride, ...]
+    shapes: tuple[tuple[int, int], ...]
+    strides: tuple[Stride, ...]
     decode: Callable[[], Levels] = field(repr=False)
     generate_priors: Callable[[], Levels] = field(repr=False)
-    objectness: Optional[Levels] = None
-    centerness: Optional[Levels] = None
-    distributions: Optional[Levels] = None
-    assigned: Optional[Levels] = None
-    targets: Optional[Levels] = None
+    objectness: Levels | None = None
+    centerness: Levels | None = None
+    distributions: Levels | None = None
+    assigned: Levels | None = None
+    targets: Levels | None = None
 
     @cached_property
     def boxes(self) -> Levels:

@@ -1,8 +1,8 @@
 """What the head of a DETR says about one batch: its queries, and the boxes that its own matcher gave them."""
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Callable, Optional, Sequence, Tuple, Type
 
 import torch
 from mmdet.models.dense_heads import ConditionalDETRHead, DABDETRHead, DeformableDETRHead, DETRHead, DINOHead
@@ -11,12 +11,12 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from kd_det.functional.logits import restricted_logits
-from kd_det.heads.errors import HeadError
+from kd_det.heads.recording import HeadError
 
 # Subclasses too, unless they bring a forward of their own, as DDQ and Grounding DINO do.
 QUERY_HEADS = (ConditionalDETRHead, DABDETRHead, DETRHead, DINOHead, DeformableDETRHead)
 
-BoxCost = Callable[[Tensor, Tensor, Tensor, Tensor, Tuple[int, int]], Tensor]
+BoxCost = Callable[[Tensor, Tensor, Tensor, Tensor, tuple[int, int]], Tensor]
 
 
 @dataclass
@@ -39,8 +39,8 @@ class QueryOutputs:
     logits: Tensor
     boxes: Tensor
     activation: str
-    assigned: Optional[Tensor] = None
-    box_cost: Optional[BoxCost] = field(default=None, repr=False)
+    assigned: Tensor | None = None
+    box_cost: BoxCost | None = field(default=None, repr=False)
 
     @property
     def num_classes(self) -> int:
@@ -62,7 +62,7 @@ class QueryOutputs:
         return self.logits.softmax(-1)[..., :-1].amax(-1)
 
 
-def has_queries(head: Type[nn.Module]) -> bool:
+def has_queries(head: type[nn.Module]) -> bool:
     """Whether the outputs of a class of heads can be read as queries."""
     for ancestor in head.__mro__:
         if ancestor in QUERY_HEADS:
@@ -101,7 +101,7 @@ def read_queries(head: nn.Module, logits: Tensor, boxes: Tensor, assignments: Se
 def _box_cost(match_costs: Sequence[Callable]) -> BoxCost:
 
     @torch.no_grad()
-    def cost(logits: Tensor, boxes: Tensor, truth: Tensor, labels: Tensor, image_shape: Tuple[int, int]) -> Tensor:
+    def cost(logits: Tensor, boxes: Tensor, truth: Tensor, labels: Tensor, image_shape: tuple[int, int]) -> Tensor:
         height, width = image_shape
         pixels = bbox_cxcywh_to_xyxy(boxes) * boxes.new_tensor([width, height, width, height])
         given = dict(pred_instances=InstanceData(scores=logits, bboxes=pixels),

@@ -1,28 +1,92 @@
-"""How the raw outputs of each family of MMDetection's dense heads become :class:`~kd_det.heads.DenseOutputs`.
-
-A reader is registered for a head class and serves its subclasses too, as long as these do not bring a forward of their
-own, which might put out anything.
-"""
+"""What can be wrong with a head."""
 from __future__ import annotations
 
-from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Type, Union
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
-from mmdet.models.dense_heads import (ATSSHead, FCOSHead, GFLHead, RetinaHead, RetinaSepBNHead, RPNHead, RTMDetHead,
-                                      RTMDetSepBNHead, SSDHead, YOLOFHead, YOLOV3Head, YOLOXHead)
+from mmdet.models.dense_heads import (
+    ATSSHead,
+    FCOSHead,
+    GFLHead,
+    RetinaHead,
+    RetinaSepBNHead,
+    RPNHead,
+    RTMDetHead,
+    RTMDetSepBNHead,
+    SSDHead,
+    YOLOFHead,
+    YOLOV3Head,
+    YOLOXHead,
+)
+from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from mmdet.models.task_modules import DeltaXYWHBBoxCoder, MlvlPointGenerator
 from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor, nn
 
 from kd_det.heads.dense import DenseOutputs, Stride
-from kd_det.heads.errors import HeadError
+from kd_det.heads.queries import has_queries
+from kd_det.heads.recording import HeadError
 from kd_det.taps import Levels
+
+ROI_HEAD = 'roi_head'
+HEADS = ('bbox_head', 'rpn_head', ROI_HEAD)
+
+# After the name of a dense head: what it must have beside classes and boxes.
+TOWERS_OF = '.towers'
+POSITIVES_OF = '.positives'
+DISTRIBUTIONS_OF = '.distributions'
+
+QUERIES_OF = '.queries'  # after the name of a DETR's head, which is not dense
+
+ABSENT: dict[str, str] = {
+    TOWERS_OF: 'has no towers, convolutions before its predictions that all levels share, as the heads of RetinaNet, '
+               'ATSS, GFL, FCOS and RTMDetHead have, RTMDetSepBNHead not',
+    POSITIVES_OF: 'does not tell which priors it assigned to boxes: choose a form without positives, such as '
+                  "normalizer='confidence'",
+    DISTRIBUTIONS_OF: "predicts no distributions over distances, as GFL and its kin do: choose form='giou'",
+    QUERIES_OF: 'predicts no queries, as the heads of DETR, Conditional DETR, DAB-DETR, Deformable DETR and DINO do'}
+
+
+def check_head(detector: str, heads: Mapping[str, type[nn.Module]], name: str) -> None:
+    """Checks that a detector has a head, and that what a term reads of it can be read.
+
+    Args:
+        detector: Its name, for the message.
+        heads: The classes of its heads, those of :data:`HEADS` that it has.
+        name: One of :data:`HEADS`; of a dense head also with ``'.towers'``, ``'.positives'`` or ``'.distributions'``
+            after it, of a DETR's head with ``'.queries'``.
+
+    Raises:
+        HeadError: The head is absent, its outputs can not be read, or it does not have that.
+    """
+    name, dot, part = name.partition('.')
+    if name not in heads:
+        raise HeadError(f"A {detector} has no '{name}'; it has {', '.join(heads) or 'none that can be read'}.")
+    head = heads[name]
+    if name == ROI_HEAD:
+        if not issubclass(head, (StandardRoIHead, CascadeRoIHead)):
+            raise HeadError(f'The outputs of a {head.__name__} can not be read: only those of StandardRoIHead, '
+                            'CascadeRoIHead and heads derived from them.')
+        return
+    if has_queries(head) and dot + part == QUERIES_OF:
+        return
+    if has_queries(head):
+        raise HeadError(f'A {head.__name__} predicts queries, nothing cell by cell as a dense head does.')
+    if dot + part == QUERIES_OF:
+        raise HeadError(f'A {head.__name__} {ABSENT[QUERIES_OF]}.')
+    reader = reader_of(head)
+    has = {'': True, TOWERS_OF: reader.towers, POSITIVES_OF: reader.assignment is not None,
+           DISTRIBUTIONS_OF: reader.distributions}
+    if not has[dot + part]:
+        raise HeadError(f'A {head.__name__} {ABSENT[dot + part]}.')
+
 
 Maps = Sequence[Tensor]
 Decoder = Callable[[Tensor, Tensor], Tensor]  # priors and regressions, (n, 4) each, to boxes
 
 
-def called_strides(strides: Iterable[Union[Stride, Sequence[Stride]]]) -> Tuple[Stride, ...]:
+def called_strides(strides: Iterable[Stride | Sequence[Stride]]) -> tuple[Stride, ...]:
     """The strides by which levels are called, from those of a prior generator or of its config.
 
     Args:
@@ -47,7 +111,7 @@ class Assignment(NamedTuple):
     """
     method: str
     positives: Callable[[nn.Module, Sequence, int], Tensor]
-    targets: Optional[Callable[[nn.Module, Sequence, DenseOutputs], Tensor]] = None
+    targets: Callable[[nn.Module, Sequence, DenseOutputs], Tensor] | None = None
 
 
 class Reader(NamedTuple):
@@ -60,15 +124,15 @@ class Reader(NamedTuple):
         distributions: It predicts distributions over the distance to each side.
     """
     read: Callable[..., DenseOutputs]
-    assignment: Optional[Assignment] = None
+    assignment: Assignment | None = None
     towers: bool = False
     distributions: bool = False
 
 
-READERS: Dict[Type[nn.Module], Reader] = {}
+READERS: dict[type[nn.Module], Reader] = {}
 
 
-def reads(*heads: Type[nn.Module], assignment: Optional[Assignment] = None, towers: bool = False,
+def reads(*heads: type[nn.Module], assignment: Assignment | None = None, towers: bool = False,
           distributions: bool = False) -> Callable:
     """Registers a reader for some head classes.
 
@@ -99,7 +163,7 @@ def find_reader(head: nn.Module) -> Reader:
     return reader_of(type(head))
 
 
-def reader_of(head: Type[nn.Module]) -> Reader:
+def reader_of(head: type[nn.Module]) -> Reader:
     """Returns the reader of a class of dense heads.
 
     Raises:
@@ -139,7 +203,7 @@ def read_dense(head: nn.Module, outputs: Sequence[Maps], assignments: Sequence =
     return dense
 
 
-def _labels_at(place: int, targets_at: Optional[int] = None) -> Assignment:
+def _labels_at(place: int, targets_at: int | None = None) -> Assignment:
     """For heads whose ``get_targets`` returns labels, perhaps deltas too, by level, at these places of a tuple."""
 
     def positives(head: nn.Module, returned: Sequence[tuple], images: int) -> Tensor:
@@ -174,7 +238,7 @@ def _yolov3_positives(head: nn.Module, returned: Sequence[tuple], images: int) -
 @reads(RetinaSepBNHead, SSDHead, RPNHead, assignment=_labels_at(0, targets_at=2))
 @reads(RetinaHead, assignment=_labels_at(0, targets_at=2), towers=True)
 @reads(ATSSHead, assignment=_labels_at(1, targets_at=3), towers=True)
-def _read_anchors(head: nn.Module, logits: Maps, deltas: Maps, centerness: Optional[Maps] = None) -> DenseOutputs:
+def _read_anchors(head: nn.Module, logits: Maps, deltas: Maps, centerness: Maps | None = None) -> DenseOutputs:
     deltas, coder = _by_prior(deltas, 4), head.bbox_coder
     regressions = deltas
     if isinstance(coder, DeltaXYWHBBoxCoder):
@@ -231,15 +295,15 @@ def _outputs(head: nn.Module,
              class_maps: Maps,
              regressions: Levels,
              decode: Decoder,
-             encoded: Optional[Levels] = None,
-             logits: Optional[Levels] = None,
-             activation: Optional[str] = None,
-             **others: Optional[Levels]) -> DenseOutputs:
+             encoded: Levels | None = None,
+             logits: Levels | None = None,
+             activation: str | None = None,
+             **others: Levels | None) -> DenseOutputs:
     """Puts the form together; ``encoded`` is what ``decode`` takes, where that is not the regressions themselves."""
     shapes = tuple(tuple(each.shape[-2:]) for each in class_maps)
     encoded = regressions if encoded is None else encoded
 
-    def own_priors() -> List[Tensor]:
+    def own_priors() -> list[Tensor]:
         options = dict(dtype=torch.float32, device=class_maps[0].device)
         if _has_points(head):
             options['with_stride'] = True
@@ -275,11 +339,11 @@ def _without_normalization(coder: DeltaXYWHBBoxCoder, deltas: Tensor) -> Tensor:
     return deltas * deltas.new_tensor(coder.stds) + deltas.new_tensor(coder.means)
 
 
-def _scalars(maps: Optional[Maps]) -> Optional[Levels]:
+def _scalars(maps: Maps | None) -> Levels | None:
     return None if maps is None else tuple(each.squeeze(-1) for each in _by_prior(maps, 1))
 
 
-def _strides(head: nn.Module) -> Tuple[Stride, ...]:
+def _strides(head: nn.Module) -> tuple[Stride, ...]:
     return called_strides(head.prior_generator.strides)
 
 

@@ -1,21 +1,26 @@
 """Reads what a method of a module is given and returns, where no hook of a module would see it."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
-from typing import Any, Dict, Iterator, List, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 
+class HeadError(ValueError):
+    """A detector lacks a head, a head puts out what can not be read, or two heads can not be compared."""
+
+
 class Call(NamedTuple):
     """One call of a method: its arguments by name, and what it returned."""
-    arguments: Dict[str, Any]
+    arguments: dict[str, Any]
     returned: Any
 
 
 @contextmanager
-def recorded_calls(module: nn.Module, method: str) -> Iterator[List[Call]]:
+def recorded_calls(module: nn.Module, method: str) -> Iterator[list[Call]]:
     """Records the calls of one method of one module while the block runs, and leaves the module as it was.
 
     Args:
@@ -25,7 +30,7 @@ def recorded_calls(module: nn.Module, method: str) -> Iterator[List[Call]]:
     Yields:
         A list that grows with each call.
     """
-    calls: List[Call] = []
+    calls: list[Call] = []
     original = getattr(module, method)
 
     def record(*args, **kwargs):

@@ -1,7 +1,8 @@
 """What RoI heads say about the regions that the student samples in its own loss."""
 from __future__ import annotations
 
-from typing import Dict, List, NamedTuple, Sequence, Tuple, Union
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
@@ -10,8 +11,7 @@ from mmdet.models.task_modules import DeltaXYWHBBoxCoder
 from torch import Tensor, nn
 
 from kd_det.functional.logits import restricted_logits
-from kd_det.heads.errors import HeadError
-from kd_det.heads.recording import Call
+from kd_det.heads.recording import Call, HeadError
 from kd_det.taps import Levels
 
 
@@ -78,7 +78,7 @@ class RoIOutputs(NamedTuple):
         return self.logits.softmax(1)[:, :-1]
 
 
-def stages_of(roi_head: nn.Module) -> List[nn.Module]:
+def stages_of(roi_head: nn.Module) -> list[nn.Module]:
     """The box heads of a RoI head, one per stage.
 
     Raises:
@@ -126,7 +126,7 @@ def _read_call(stage: int, head: nn.Module, call: Call) -> RoIOutputs:
     return _outputs(head, regions, call.arguments['cls_score'], call.arguments['bbox_pred'])
 
 
-def run_roi_head(roi_head: nn.Module, features: Levels, regions: Regions) -> Tuple[RoIOutputs, ...]:
+def run_roi_head(roi_head: nn.Module, features: Levels, regions: Regions) -> tuple[RoIOutputs, ...]:
     """Runs a teacher's RoI head, its own RoI extractor included, on the student's regions.
 
     Args:
@@ -145,14 +145,14 @@ def run_roi_head(roi_head: nn.Module, features: Levels, regions: Regions) -> Tup
     return tuple(outputs)
 
 
-def _context(roi_head: nn.Module, features: Levels) -> Dict[str, Tensor]:
+def _context(roi_head: nn.Module, features: Levels) -> dict[str, Tensor]:
     """What the box heads of HTC and SCNet are given beside the regions: features of the whole image."""
     branches = dict(semantic_feat='semantic_head', glbctx_feat='glbctx_head')
     heads = {argument: getattr(roi_head, name, None) for argument, name in branches.items()}
     return {argument: head(features)[1] for argument, head in heads.items() if head is not None}
 
 
-def at_stage(outputs: Sequence[RoIOutputs], stage: Union[int, str]) -> RoIOutputs:
+def at_stage(outputs: Sequence[RoIOutputs], stage: int | str) -> RoIOutputs:
     """One teacher's outputs out of those of its stages.
 
     Args:

@@ -1,15 +1,15 @@
 """The two stacks of convolutions in a dense head, its towers: a student's are read, a teacher's entered midway."""
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from kd_det.heads.dense import DenseOutputs
-from kd_det.heads.errors import HeadError
 from kd_det.heads.readers import read_dense
-from kd_det.heads.recording import Call, recorded_calls
+from kd_det.heads.recording import Call, HeadError, recorded_calls
 from kd_det.taps import Levels
 
 TOWERS = ('cls_convs', 'reg_convs')
@@ -24,10 +24,10 @@ class TowerFeatures(NamedTuple):
         classes: Of the tower for classes.
         boxes: Of the tower for boxes.
     """
-    classes: Tuple[Levels, ...]
-    boxes: Tuple[Levels, ...]
+    classes: tuple[Levels, ...]
+    boxes: tuple[Levels, ...]
 
-    def before(self, remaining: int) -> Tuple[Levels, Levels]:
+    def before(self, remaining: int) -> tuple[Levels, Levels]:
         """The levels of both towers that have so many convolutions still before them."""
         return self.classes[-1 - remaining], self.boxes[-1 - remaining]
 
@@ -39,10 +39,10 @@ class TowerWidths(NamedTuple):
         classes: Of the tower for classes.
         boxes: Of the tower for boxes.
     """
-    classes: Tuple[int, ...]
-    boxes: Tuple[int, ...]
+    classes: tuple[int, ...]
+    boxes: tuple[int, ...]
 
-    def before(self, remaining: int) -> Tuple[int, int]:
+    def before(self, remaining: int) -> tuple[int, int]:
         """The channels of both towers' features that have so many convolutions still before them.
 
         Raises:
@@ -67,7 +67,7 @@ class TeacherTowers(NamedTuple):
         classes: The classes whose predictions count, by label; all by default.
     """
     head: nn.Module
-    classes: Optional[Tuple[int, ...]] = None
+    classes: tuple[int, ...] | None = None
 
     def restricted(self, classes: Sequence[int]) -> TeacherTowers:
         """The same for predictions of some classes alone, in this order."""
@@ -92,7 +92,7 @@ class TeacherTowers(NamedTuple):
 
 
 @contextmanager
-def recorded_towers(head: nn.Module) -> Iterator[List[List[List[Call]]]]:
+def recorded_towers(head: nn.Module) -> Iterator[list[list[list[Call]]]]:
     """Records what passes the towers of a head while the block runs.
 
     Yields:
@@ -108,7 +108,7 @@ def read_towers(calls: Sequence[Sequence[Sequence[Call]]]) -> TowerFeatures:
     return TowerFeatures(*map(_features, calls))
 
 
-def _features(tower: Sequence[Sequence[Call]]) -> Tuple[Levels, ...]:
+def _features(tower: Sequence[Sequence[Call]]) -> tuple[Levels, ...]:
     given = tuple(next(iter(call.arguments.values())) for call in tower[0]) if tower else ()
     return (given, *(tuple(call.returned for call in layer) for layer in tower))
 

@@ -1,19 +1,38 @@
-"""What all distillation terms share."""
+"""Normalisers that count the whole batch of data-parallel training."""
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Dict, Iterable, Optional, Sequence, Set, Tuple, Union
+from collections.abc import Iterable, Sequence
 
+import torch
 import torch.nn.functional as F
+from mmdet.utils import reduce_mean
 from torch import Tensor, nn
 
-from kd_det.adapters import LevelError, build_adapter, pair_levels
-from kd_det.context import ComparedLevel, DistillContext, Level
+from kd_det.context import ComparedLevel, DistillContext, Level, LevelError, pair_levels
 from kd_det.heads.towers import TowerWidths
+from kd_det.losses.adapters import build_adapter
 from kd_det.masks.base import Mask
 
-Parts = Dict[str, Tensor]
-Forms = Dict[str, Union[Tuple[Level, ...], TowerWidths]]
+
+def rank_share(mask: Tensor) -> Tensor:
+    """ΣM of this rank over its mean across ranks; 1 in a single process.
+
+    Data-parallel training averages the ranks. Losses over their own rank's ΣM, each times its share, average to what
+    one process finds over the ΣM of the whole batch, however unevenly the boxes are spread. Every rank must call this.
+
+    Args:
+        mask: (N, H, W), or any other shape.
+
+    Returns:
+        Scalar, 0 where no rank has any.
+    """
+    total = mask.sum()
+    return total / reduce_mean(total).clamp(min=torch.finfo(total.dtype).tiny)
+
+
+Parts = dict[str, Tensor]
+Forms = dict[str, tuple[Level, ...] | TowerWidths]
 
 
 class DistillTerm(nn.Module):
@@ -38,27 +57,27 @@ class DistillTerm(nn.Module):
         self.teacher = teacher
 
     @property
-    def student_taps(self) -> Tuple[str, ...]:
+    def student_taps(self) -> tuple[str, ...]:
         """Module paths that the term reads in the student."""
         return ()
 
     @property
-    def teacher_taps(self) -> Tuple[str, ...]:
+    def teacher_taps(self) -> tuple[str, ...]:
         """Module paths that the term reads in its teacher."""
         return ()
 
     @property
-    def student_heads(self) -> Tuple[str, ...]:
+    def student_heads(self) -> tuple[str, ...]:
         """Heads whose outputs the term reads in the student, see :func:`~kd_det.heads.find_head`."""
         return ()
 
     @property
-    def teacher_heads(self) -> Tuple[str, ...]:
+    def teacher_heads(self) -> tuple[str, ...]:
         """Heads whose outputs the term reads in its teacher. They run for the steps in which the term has a weight."""
         return ()
 
     @property
-    def levels_read(self) -> Dict[str, Tuple[int, ...]]:
+    def levels_read(self) -> dict[str, tuple[int, ...]]:
         """Indices of the levels that a connected term reads of a path of :attr:`teacher_taps`, where these are not all.
         The others need not be computed."""
         return {}
@@ -71,7 +90,7 @@ class DistillTerm(nn.Module):
             teacher: The same of the teacher.
         """
 
-    def forward(self, context: DistillContext) -> Union[Tensor, Parts]:
+    def forward(self, context: DistillContext) -> Tensor | Parts:
         """Returns the term's value, or its parts by name; scalars."""
         raise NotImplementedError
 
@@ -86,13 +105,13 @@ class FeatureTerm(DistillTerm):
             ``student`` and ``teacher`` where the paths differ.
         levels: Indices of the student's levels to compare; or a number: the first so many, all where it has fewer; all
             by default. Each is paired with the teacher level of the same stride.
-        adapter: Student channels -> teacher channels, see :func:`~kd_det.adapters.build_adapter`.
+        adapter: Student channels -> teacher channels, see :func:`~kd_det.losses.adapters.build_adapter`.
         resize: Interpolate the teacher's level where it differs in stride or size.
         teacher: See :class:`DistillTerm`.
     """
 
-    def __init__(self, tap: Union[str, Dict[str, str]] = 'neck',
-                 levels: Optional[Union[int, Sequence[int]]] = None, adapter: str = 'auto', resize: bool = False,
+    def __init__(self, tap: str | dict[str, str] = 'neck',
+                 levels: int | Sequence[int] | None = None, adapter: str = 'auto', resize: bool = False,
                  teacher: int = 0) -> None:
         super().__init__(teacher)
         paths = dict(student=tap, teacher=tap) if isinstance(tap, str) else tap
@@ -100,23 +119,23 @@ class FeatureTerm(DistillTerm):
         self.levels, self.adapter, self.resize = levels, adapter, resize
 
     @property
-    def student_taps(self) -> Tuple[str, ...]:
+    def student_taps(self) -> tuple[str, ...]:
         return (self.student_path, )
 
     @property
-    def teacher_taps(self) -> Tuple[str, ...]:
+    def teacher_taps(self) -> tuple[str, ...]:
         return (self.teacher_path, )
 
     @property
-    def student_heads(self) -> Tuple[str, ...]:
+    def student_heads(self) -> tuple[str, ...]:
         return tuple(head for module in self.modules() if isinstance(module, Mask) for head in module.student_heads)
 
     @property
-    def teacher_heads(self) -> Tuple[str, ...]:
+    def teacher_heads(self) -> tuple[str, ...]:
         return tuple(head for module in self.modules() if isinstance(module, Mask) for head in module.teacher_heads)
 
     @property
-    def levels_read(self) -> Dict[str, Tuple[int, ...]]:
+    def levels_read(self) -> dict[str, tuple[int, ...]]:
         return {self.teacher_path: tuple(pair.teacher_index for pair in self.pairs)}
 
     def connect(self, student: Forms, teacher: Forms) -> None:
@@ -158,7 +177,7 @@ class FeatureTerm(DistillTerm):
         return ComparedLevel(student, teacher, pair.student.stride, pair.student_index, context, self.teacher)
 
 
-def levels_read(terms: Iterable[DistillTerm], forms: Dict[str, Sequence[Level]]) -> Dict[str, Tuple[bool, ...]]:
+def levels_read(terms: Iterable[DistillTerm], forms: dict[str, Sequence[Level]]) -> dict[str, tuple[bool, ...]]:
     """Which levels of a teacher's taps are read by any of its terms.
 
     Args:
@@ -168,7 +187,7 @@ def levels_read(terms: Iterable[DistillTerm], forms: Dict[str, Sequence[Level]])
     Returns:
         Path -> for each level whether it is read, of the paths of which some level is not.
     """
-    indices: Dict[str, Set[int]] = defaultdict(set)
+    indices: dict[str, set[int]] = defaultdict(set)
     for term in terms:
         for path in term.teacher_taps:
             indices[path].update(term.levels_read.get(path, range(len(forms[path]))))

@@ -2,17 +2,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Tuple
 
 from mmdet.registry import MODELS
 from torch import nn
 
-from kd_det.adapters import build_adapter
 from kd_det.context import DistillContext
 from kd_det.heads import TOWERS_OF, DenseOutputs, HeadError
+from kd_det.losses.adapters import build_adapter
 from kd_det.losses.base import Forms, Parts
-from kd_det.losses.dense_classification import DenseClassification
-from kd_det.losses.dense_regression import DenseRegression
+from kd_det.losses.dense import DenseClassification, DenseRegression
 from kd_det.losses.outputs import DenseTerm
 
 
@@ -33,7 +31,7 @@ class CrossKD(DenseTerm):
     Args:
         remaining: How many convolutions of the teacher's towers the features pass, before the layers that predict.
             With 1, of four convolutions three are the student's. With 0 only what predicts is the teacher's.
-        adapter: Student channels -> teacher channels there, see :func:`~kd_det.adapters.build_adapter`; one for each
+        adapter: Student channels -> teacher channels there, see :func:`~kd_det.losses.adapters.build_adapter`; one for each
             tower, which train with the student.
         beta: See :class:`~kd_det.losses.DenseClassification`.
         temperature: T of the distributions over distances.
@@ -61,11 +59,11 @@ class CrossKD(DenseTerm):
         self.distributions = DenseRegression(form='distribution', temperature=temperature, reduction='sum', **boxes)
 
     @property
-    def student_heads(self) -> Tuple[str, ...]:
+    def student_heads(self) -> tuple[str, ...]:
         return (*self.classes.student_heads, self.student_head + TOWERS_OF)
 
     @property
-    def teacher_heads(self) -> Tuple[str, ...]:
+    def teacher_heads(self) -> tuple[str, ...]:
         return (self.teacher_head, self.teacher_head + TOWERS_OF)
 
     def connect(self, student: Forms, teacher: Forms) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 from mmdet.registry import MODELS
 from torch import nn
 
-from kd_det.adapters import NonLocal
 from kd_det.context import ComparedLevel, Level
 from kd_det.functional.features import fkd_loss
 from kd_det.functional.masks import spatial_attention
+from kd_det.losses.adapters import NonLocal
 from kd_det.losses.base import FeatureTerm, Forms, Parts
 
 RELATION_STRIDE = 64  # pixels: the cells to which the released code pools keys and values, but at least 4 × 4 into one

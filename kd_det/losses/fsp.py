@@ -1,8 +1,6 @@
 """How features flow from one stage of the network to the next."""
 from __future__ import annotations
 
-from typing import Dict, List, Union
-
 from mmdet.registry import MODELS
 from torch import Tensor
 
@@ -33,7 +31,7 @@ class FSP(FeatureTerm):
         >>> dict(type='FSP', tap='backbone', levels=(1, 2, 3))
     """
 
-    def __init__(self, tap: Union[str, Dict[str, str]] = 'backbone', normalizer: str = 'batch', pad_aware: bool = True,
+    def __init__(self, tap: str | dict[str, str] = 'backbone', normalizer: str = 'batch', pad_aware: bool = True,
                  **kwargs) -> None:
         super().__init__(tap=tap, **kwargs)
         if normalizer not in NORMALIZERS:
@@ -59,6 +57,6 @@ class FSP(FeatureTerm):
         return distance / student[0].numel() if self.normalizer == 'mean' else distance
 
 
-def _flows(features: List[Tensor]) -> List[Tensor]:
+def _flows(features: list[Tensor]) -> list[Tensor]:
     """The flow matrices between each feature and the next."""
     return [flow_matrix(feature, following) for feature, following in zip(features, features[1:])]

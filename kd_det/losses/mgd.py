@@ -5,9 +5,9 @@ import torch
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from kd_det.adapters import GenerationBlock
 from kd_det.context import ComparedLevel
 from kd_det.functional.features import masked_imitation
+from kd_det.losses.adapters import GenerationBlock
 from kd_det.losses.base import FeatureTerm, Forms, Parts
 
 

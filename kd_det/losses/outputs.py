@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Dict, List, NamedTuple, Sequence, Tuple, Union
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from mmdet.utils import reduce_mean
@@ -37,7 +38,7 @@ class ComparedOutputs(NamedTuple):
     valid: Tensor
     context: DistillContext
 
-    def both(self, name: str) -> Tuple[Tensor, Tensor]:
+    def both(self, name: str) -> tuple[Tensor, Tensor]:
         """The student's and the teacher's tensor of that name on this level."""
         return getattr(self.student, name)[self.student_level], getattr(self.teacher, name)[self.teacher_level]
 
@@ -86,7 +87,7 @@ class DenseTerm(DistillTerm):
         ValueError: An unknown normalizer.
     """
 
-    def __init__(self, head: Union[str, Dict[str, str]] = 'bbox_head', normalizer: str = 'positives',
+    def __init__(self, head: str | dict[str, str] = 'bbox_head', normalizer: str = 'positives',
                  teacher: int = 0) -> None:
         super().__init__(teacher)
         if normalizer not in DENSE_NORMALIZERS:
@@ -95,11 +96,11 @@ class DenseTerm(DistillTerm):
         self.student_head, self.teacher_head, self.normalizer = heads['student'], heads['teacher'], normalizer
 
     @property
-    def student_heads(self) -> Tuple[str, ...]:
+    def student_heads(self) -> tuple[str, ...]:
         return (self.student_head, *((self.student_head + POSITIVES_OF, ) if self.normalizer == 'positives' else ()))
 
     @property
-    def teacher_heads(self) -> Tuple[str, ...]:
+    def teacher_heads(self) -> tuple[str, ...]:
         return (self.teacher_head, )
 
     def forward(self, context: DistillContext) -> Parts:
@@ -134,7 +135,7 @@ class DenseTerm(DistillTerm):
             return positives
         return positives + (level.confidence() - level.context.where_labelled(level.confidence())).sum()
 
-    def levels(self, context: DistillContext) -> List[ComparedOutputs]:
+    def levels(self, context: DistillContext) -> list[ComparedOutputs]:
         """The levels of the two heads, paired by stride.
 
         Raises:
@@ -176,7 +177,7 @@ class RoITerm(DistillTerm):
 
     student_heads = teacher_heads = (ROI_HEAD, )
 
-    def __init__(self, stage: Union[str, int] = 'mean', normalizer: str = 'regions', teacher: int = 0) -> None:
+    def __init__(self, stage: str | int = 'mean', normalizer: str = 'regions', teacher: int = 0) -> None:
         super().__init__(teacher)
         if stage not in ('mean', 'same') and not isinstance(stage, int):
             raise ValueError(f"stage={stage!r}: expected the index of a stage, 'mean' or 'same'.")
@@ -184,7 +185,7 @@ class RoITerm(DistillTerm):
             raise ValueError(f"normalizer='{normalizer}': expected one of {', '.join(ROI_NORMALIZERS)}.")
         self.stage, self.normalizer = stage, normalizer
 
-    def outputs(self, context: DistillContext) -> Tuple[RoIOutputs, RoIOutputs]:
+    def outputs(self, context: DistillContext) -> tuple[RoIOutputs, RoIOutputs]:
         """The student's outputs, and the teacher's on the same regions.
 
         Raises:
@@ -194,7 +195,7 @@ class RoITerm(DistillTerm):
         _require_same_classes(student, stages[0])
         return student, at_stage(stages, self.stage)
 
-    def normalized(self, values: Tensor, chosen: Sequence[Tensor]) -> List[Tensor]:
+    def normalized(self, values: Tensor, chosen: Sequence[Tensor]) -> list[Tensor]:
         """Sums of one value per region over subsets of the regions, normalised.
 
         Args:
@@ -216,7 +217,7 @@ def sigmoid_divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     return divergence - quality_bce(teacher, teacher, beta) if beta == 0 else divergence
 
 
-def _require_same_classes(student: Union[DenseOutputs, RoIOutputs], teacher: Union[DenseOutputs, RoIOutputs]) -> None:
+def _require_same_classes(student: DenseOutputs | RoIOutputs, teacher: DenseOutputs | RoIOutputs) -> None:
     if student.num_classes != teacher.num_classes:
         raise HeadError(f'The student tells {student.num_classes} classes apart, the teacher {teacher.num_classes}: '
                         'outputs are compared class by class, and classes are matched by name where both sides tell '

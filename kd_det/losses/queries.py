@@ -2,17 +2,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Dict, NamedTuple, Optional, Tuple, Union
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from mmdet.registry import MODELS
 from mmdet.utils import reduce_mean
 from torch import Tensor
 
 from kd_det.context import DistillContext
-from kd_det.functional.queries import match_queries, query_cost
+from kd_det.functional.boxes import giou_imitation
+from kd_det.functional.logits import soft_target_kl
+from kd_det.functional.queries import corners, match_queries, query_cost
 from kd_det.heads import QUERIES_OF, HeadError, QueryOutputs
-from kd_det.losses.base import DistillTerm
+from kd_det.losses.base import DistillTerm, Parts
+from kd_det.losses.outputs import sigmoid_divergence
 
 
 class QueryPairs(NamedTuple):
@@ -57,8 +61,8 @@ class QueryTerm(DistillTerm):
         ValueError: Fewer than one layer, or a negative number of queries.
     """
 
-    def __init__(self, head: Union[str, Dict[str, str]] = 'bbox_head', layers: Optional[int] = None,
-                 background: int = 100, costs: Tuple[float, float, float] = (2.0, 5.0, 2.0), teacher: int = 0) -> None:
+    def __init__(self, head: str | dict[str, str] = 'bbox_head', layers: int | None = None,
+                 background: int = 100, costs: tuple[float, float, float] = (2.0, 5.0, 2.0), teacher: int = 0) -> None:
         super().__init__(teacher)
         if layers is not None and layers < 1:
             raise ValueError(f'layers={layers}: expected the number of decoder layers, 1 or more.')
@@ -69,11 +73,11 @@ class QueryTerm(DistillTerm):
         self.layers, self.background, self.costs = layers, background, tuple(costs)
 
     @property
-    def student_heads(self) -> Tuple[str, ...]:
+    def student_heads(self) -> tuple[str, ...]:
         return (self.student_head, )
 
     @property
-    def teacher_heads(self) -> Tuple[str, ...]:
+    def teacher_heads(self) -> tuple[str, ...]:
         return (self.teacher_head, )
 
     def pairs(self, context: DistillContext) -> QueryPairs:
@@ -142,3 +146,69 @@ def _require_same_classes(student: QueryOutputs, teacher: QueryOutputs) -> None:
     if told[0] != told[1]:
         raise HeadError(f'The student tells {told[0]}, the teacher {told[1]}: queries are compared class by class. '
                         'Give a teacher of the same classes and kind, or distil features alone.')
+
+
+@MODELS.register_module()
+class QueryClassification(QueryTerm):
+    """Class distillation of DETRs, query by query (after DETRDistill, Chang et al., arXiv 2211.10156).
+
+    Heads with sigmoid classes (Conditional DETR, DAB-DETR, Deformable DETR, DINO): Σ_classes
+    BCE(s, σ(t))·|σ(t) − σ(s)|^β (BCKD, arXiv 2308.14286), which fades where the two agree, as on most of the
+    background. Heads with softmax classes (DETR): T²·KL(t ‖ s).
+
+    Args:
+        beta: Exponent of the gap; 0 for the plain cross-entropy, see :func:`~kd_det.losses.outputs.sigmoid_divergence`.
+        temperature: T of softmax heads.
+        foreground_weight: Of the queries with a ground-truth box.
+        background_weight: Of the others that are paired.
+        **kwargs: See :class:`~kd_det.losses.queries.QueryTerm`.
+
+    Example:
+        >>> dict(type='QueryClassification', beta=1.0, background=100)
+    """
+
+    def __init__(self, beta: float = 1.0, temperature: float = 1.0, foreground_weight: float = 1.0,
+                 background_weight: float = 1.0, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.beta, self.temperature = beta, temperature
+        self.foreground_weight, self.background_weight = foreground_weight, background_weight
+
+    def forward(self, context: DistillContext) -> Parts:
+        pairs = self.pairs(context)
+        student, teacher = pairs.student.logits, pairs.teacher.logits
+        if pairs.student.activation == 'sigmoid':
+            divergence = sigmoid_divergence(student, teacher, self.beta)
+        else:
+            divergence = soft_target_kl(student, teacher, self.temperature, reduction='none')
+        return dict(foreground=self.foreground_weight * pairs.normalized(divergence * pairs.foreground),
+                    background=self.background_weight * pairs.normalized(divergence * pairs.background))
+
+
+@MODELS.register_module()
+class QueryRegression(QueryTerm):
+    """Box distillation of DETRs, query by query (after DETRDistill, Chang et al., arXiv 2211.10156).
+
+    Σ w·(l1·‖s − t‖₁ + giou·(1 − GIoU(s, t))) of the boxes, with w the teacher's score: a box that the teacher does not
+    believe in teaches nothing.
+
+    Args:
+        l1_weight: Of the L1 distance of centre, width and height, as shares of the image.
+        giou_weight: Of 1 − GIoU.
+        **kwargs: See :class:`~kd_det.losses.queries.QueryTerm`.
+
+    Example:
+        >>> dict(type='QueryRegression', l1_weight=5.0, giou_weight=2.0)
+    """
+
+    def __init__(self, l1_weight: float = 5.0, giou_weight: float = 2.0, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.l1_weight, self.giou_weight = l1_weight, giou_weight
+
+    def forward(self, context: DistillContext) -> Parts:
+        pairs = self.pairs(context)
+        weight = pairs.teacher.scores() * (pairs.foreground + pairs.background)
+        student, teacher = pairs.student.boxes, pairs.teacher.boxes
+        l1 = (student - teacher).abs().sum(-1)
+        giou = giou_imitation(*(corners(boxes).flatten(0, 2) for boxes in (student, teacher))).view_as(weight)
+        return dict(l1=self.l1_weight * pairs.normalized(weight * l1),
+                    giou=self.giou_weight * pairs.normalized(weight * giou))

@@ -1,7 +1,7 @@
 """Masks from the features themselves."""
 from __future__ import annotations
 
-from typing import Callable, Tuple
+from collections.abc import Callable
 
 from mmdet.registry import MODELS
 from torch import Tensor
@@ -51,5 +51,5 @@ class SpatialAttention(_Attention, CellMask):
 class ChannelAttention(_Attention):
     __doc__ = 'The channels that respond: C·softmax of the mean absolute value over cells.\n' + _Attention.__doc__
 
-    def forward(self, level: ComparedLevel) -> Tuple[Weighting, ...]:
+    def forward(self, level: ComparedLevel) -> tuple[Weighting, ...]:
         return (Weighting(channels=self.attention(level, channel_attention)), )

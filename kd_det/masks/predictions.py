@@ -1,15 +1,21 @@
 """Masks from what dense heads predict; only that of prediction quality needs ground truth."""
 from __future__ import annotations
 
-from typing import Dict, List, Tuple, Union
-
 import torch
 from mmdet.registry import MODELS
 from torch import Tensor
 
 from kd_det.context import ComparedLevel, DistillContext
-from kd_det.functional.masks import prediction_difference, prediction_quality, teacher_confidence
-from kd_det.heads import DenseOutputs, HeadError
+from kd_det.functional.masks import (
+    assign_levels,
+    prediction_difference,
+    prediction_quality,
+    region_foreground,
+    teacher_confidence,
+)
+from kd_det.functional.queries import corners
+from kd_det.heads import QUERIES_OF, ROI_HEAD, DenseOutputs, HeadError
+from kd_det.heads.roi import at_stage
 from kd_det.masks.base import CellMask
 
 ANCHOR_REDUCTIONS = ('max', 'mean')
@@ -27,7 +33,7 @@ class _PredictionMask(CellMask):
         ValueError: Another word for ``anchors``.
     """
 
-    def __init__(self, head: Union[str, Dict[str, str]] = 'bbox_head', anchors: str = 'max') -> None:
+    def __init__(self, head: str | dict[str, str] = 'bbox_head', anchors: str = 'max') -> None:
         super().__init__()
         if anchors not in ANCHOR_REDUCTIONS:
             raise ValueError(f"anchors='{anchors}': expected one of {', '.join(ANCHOR_REDUCTIONS)}.")
@@ -35,7 +41,7 @@ class _PredictionMask(CellMask):
         self.student_head, self.teacher_head, self.anchors = heads['student'], heads['teacher'], anchors
 
     @property
-    def teacher_heads(self) -> Tuple[str, ...]:
+    def teacher_heads(self) -> tuple[str, ...]:
         return (self.teacher_head, )
 
     def teacher_probabilities(self, level: ComparedLevel) -> Tensor:
@@ -80,7 +86,7 @@ class PredictionDifference(_PredictionMask):
         self.class_agnostic = class_agnostic
 
     @property
-    def student_heads(self) -> Tuple[str, ...]:
+    def student_heads(self) -> tuple[str, ...]:
         return (self.student_head, )
 
     def cells(self, level: ComparedLevel) -> Tensor:
@@ -131,7 +137,7 @@ class PredictionQuality(CellMask):
         self.head, self.xi, self.top_k = head, xi, top_k
 
     @property
-    def teacher_heads(self) -> Tuple[str, ...]:
+    def teacher_heads(self) -> tuple[str, ...]:
         return (self.head, )
 
     @property
@@ -145,7 +151,7 @@ class PredictionQuality(CellMask):
         key = ('quality', teacher, self.head, self.xi, self.top_k)  # boxes compete for the cells of all levels together
         return context.once(key, lambda: self._levels(context, outputs))[index] * level.valid
 
-    def _levels(self, context: DistillContext, outputs: DenseOutputs) -> List[Tensor]:
+    def _levels(self, context: DistillContext, outputs: DenseOutputs) -> list[Tensor]:
         """(N, H, W) of each level of the head."""
         sizes = [height * width for height, width in outputs.shapes]
         anchors = [len(priors) // size for priors, size in zip(outputs.priors, sizes)]
@@ -160,3 +166,90 @@ class PredictionQuality(CellMask):
             labels = [each.clamp(max=0) for each in labels]
         quality = prediction_quality(probabilities, boxes, points, context.boxes, labels, self.xi, self.top_k, cells)
         return [level.view(-1, *shape) for level, shape in zip(quality.split(sizes, 1), outputs.shapes)]
+
+
+@MODELS.register_module()
+class QueryConfidence(CellMask):
+    """Where the queries of a teacher see objects: at each cell the largest score of a query whose box covers it.
+
+    FRS (arXiv 2111.00674) weighs features by what the teacher's dense head sees; this does it by the last decoder layer
+    of a DETR, which says itself how far an object reaches. It needs no ground truth.
+
+    Args:
+        head: The teacher's.
+        top_k: Number of queries that count, the surest.
+
+    Example:
+        >>> dict(type='FeatureImitation', tap='encoder', mask='QueryConfidence', normalizer='mask')
+    """
+
+    def __init__(self, head: str = 'bbox_head', top_k: int = 100) -> None:
+        super().__init__()
+        self.head, self.top_k = head + QUERIES_OF, top_k
+
+    @property
+    def teacher_heads(self) -> tuple[str, ...]:
+        return (self.head, )
+
+    def cells(self, level: ComparedLevel) -> Tensor:
+        context = level.context
+        last = context.teacher_outputs[level.teacher_index][self.head].last(1)
+        scores, surest = last.scores()[0].topk(min(self.top_k, last.boxes.shape[2]))
+        boxes = corners(last.boxes[0]).gather(1, surest.unsqueeze(-1).expand(-1, -1, 4)) / 1000
+        sizes = boxes.new_tensor([[width, height] * 2 for height, width in context.image_shapes])
+        images = torch.arange(len(boxes), device=boxes.device).repeat_interleave(scores.shape[1]).unsqueeze(1)
+        rois = torch.cat([images, (boxes.clamp(0, 1) * sizes.unsqueeze(1)).flatten(0, 1)], 1)
+        return region_foreground(rois, scores.flatten(), len(boxes), context.batch_shape, level.shape) * level.valid
+
+
+@MODELS.register_module()
+class RoIPredictionDifference(CellMask):
+    """Where the RoI heads disagree: PFI (Li et al., arXiv 2112.04840) for two-stage detectors, in box space.
+
+    Both RoI heads classify the regions that the student sampled. The difference of a region, the mean over classes of
+    (p_t − p_s)², goes to the cells that the region covers, on the level whose features the heads read for it; where
+    regions overlap, the largest counts. Cells without a region get 0, and so do levels that no RoI head reads: the
+    :class:`PredictionDifference` of the RPN sees those.
+
+    Args:
+        stage: Of a cascade teacher: ``'mean'``, ``'same'`` or an index, see :func:`~kd_det.heads.roi.at_stage`.
+        class_agnostic: Compare the largest class probability alone: for RoI heads that tell other classes apart.
+        num_levels: Number of levels that the RoI heads read, counted from the finest.
+        finest_scale: Regions up to twice this size, in pixels, are read from the finest level, as ``finest_scale`` of
+            mmdet's ``SingleRoIExtractor``.
+
+    Example:
+        >>> dict(type='MaskSum', masks=[dict(type='PredictionDifference', head='rpn_head'), 'RoIPredictionDifference'])
+    """
+
+    student_heads = teacher_heads = (ROI_HEAD, )
+
+    def __init__(self, stage: str | int = 'mean', class_agnostic: bool = False, num_levels: int = 4,
+                 finest_scale: float = 56) -> None:
+        super().__init__()
+        self.stage, self.class_agnostic = stage, class_agnostic
+        self.num_levels, self.finest_scale = num_levels, finest_scale
+
+    def cells(self, level: ComparedLevel) -> Tensor:
+        context, teacher = level.context, level.teacher_index
+        key = ('regions', teacher, self.stage, self.class_agnostic)
+        difference = context.once(key, lambda: self.difference(context, teacher))
+        rois = context.student_outputs[ROI_HEAD].regions.rois
+        (levels, ) = assign_levels([rois[:, 1:]], self.num_levels, self.finest_scale)
+        values = difference * (levels == level.index)
+        return region_foreground(rois, values, len(level.teacher), context.batch_shape, level.shape) * level.valid
+
+    def difference(self, context: DistillContext, teacher: int) -> Tensor:
+        """(R,) of the regions.
+
+        Raises:
+            HeadError: The two tell other classes apart, or the teacher has no such stage.
+        """
+        outputs = context.student_outputs[ROI_HEAD], at_stage(context.teacher_outputs[teacher][ROI_HEAD], self.stage)
+        ours, theirs = (each.probabilities() for each in outputs)
+        if self.class_agnostic:
+            ours, theirs = ours.amax(1, keepdim=True), theirs.amax(1, keepdim=True)
+        if ours.shape != theirs.shape:
+            raise HeadError(f'The student tells {ours.shape[1]} classes apart, the teacher {theirs.shape[1]}: give a '
+                            'teacher of the same classes, or set class_agnostic=True.')
+        return prediction_difference(ours, theirs)

@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Iterator, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kd_det.teachers.loading import TeacherError
 
-Shape = Tuple[int, int]
+Shape = tuple[int, int]
 
 LUMINANCE = (0.114, 0.587, 0.299)  # of blue, green and red (ITU-R BT.601): by which OpenCV reads a colour file as gray
 LARGEST_STRIDE = 128  # of a pyramid, in pixels: a batch of multiples of it suits every neck
@@ -38,7 +38,7 @@ class InputBridge(nn.Module):
         TeacherError: The two normalise different numbers of channels, neither of them 1.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, channels: Optional[int] = None) -> None:
+    def __init__(self, student: nn.Module, teacher: nn.Module, channels: int | None = None) -> None:
         super().__init__()
         (student_mean, student_std), (mean, std) = _normalization(student), _normalization(teacher)
         self.channels = channels or (len(mean) if len(mean) > 1 else None)
@@ -137,9 +137,9 @@ def fitting_levels(batch_shape: Shape) -> Iterator[None]:
                            'its pyramid: the batch is then padded for the teacher.') from error
 
 
-def _normalization(preprocessor: nn.Module) -> Tuple[Tensor, Tensor]:
+def _normalization(preprocessor: nn.Module) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, each (C,) in the order of the channels after preprocessing, or (1,) for all."""
-    mean: Optional[Tensor] = getattr(preprocessor, 'mean', None)
+    mean: Tensor | None = getattr(preprocessor, 'mean', None)
     if mean is None or not getattr(preprocessor, '_enable_normalize', True):
         return torch.zeros(1), torch.ones(1)
     return mean.detach().float().cpu().flatten(), preprocessor.std.detach().float().cpu().flatten()

@@ -1,17 +1,131 @@
-"""How a frozen teacher computes: what may be changed in a detector because it will never train."""
+"""Folds batch normalisation into the convolution before it, which changes nothing but the last bits of a result."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Union
+from functools import wraps
 
 import torch
+from mmcv.cnn import ConvModule
+from mmengine.dist import get_world_size
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kd_det.taps import Levels
-from kd_det.teachers.folding import fold_batch_norms
 from kd_det.teachers.loading import TeacherError
-from kd_det.teachers.memory_order import to_channels_last
-from kd_det.teachers.sharding import shard_weights
+
+PLAIN_NORMS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)  # MMEngine derives from them
+
+
+def fold_batch_norms(model: nn.Module) -> None:
+    """Folds each batch normalisation whose convolution stands just before it in the same module.
+
+    Left as they are: modules with hooks, for a tap reads what they put out; kinds of convolution and normalisation that
+    compute something else; convolutions after their normalisation. A convolution that several modules share, as
+    those of RTMDet's head, is folded for each of them apart.
+
+    Args:
+        model: A model in evaluation mode; changed.
+    """
+    for module in list(model.modules()):
+        children = list(module._modules.items())
+        for (conv_name, conv), (norm_name, norm) in zip(children, children[1:]):
+            if _folds(module, conv, norm):
+                fused = fuse_conv_bn_eval(conv, norm).requires_grad_(False)
+                module._modules.update({conv_name: fused, norm_name: nn.Identity().eval()})
+                module.efficient_conv_bn_eval_forward = None  # by which a ConvModule folds in each forward anew
+
+
+def _folds(parent: nn.Module, conv: nn.Module, norm: nn.Module) -> bool:
+    if type(conv) is not nn.Conv2d or type(norm).forward not in PLAIN_NORMS:
+        return False
+    if norm.running_mean is None or norm.num_features != conv.out_channels:
+        return False
+    if isinstance(parent, ConvModule) and parent.order.index('norm') != parent.order.index('conv') + 1:
+        return False
+    return not any((module._forward_hooks or module._forward_pre_hooks) for module in (conv, norm))
+
+
+MMCV_OPERATORS = 'mmcv.ops'
+
+
+def to_channels_last(part: nn.Module) -> None:
+    """Keeps the weights of a part's convolutions in that order, and with them what these put out.
+
+    Convolutions of another kind keep their weights as they are: those that standardise them would fail. mmcv's
+    operators, such as deformable convolutions, get their inputs in the usual order, too: compiled, they read memory as
+    if it were in that, whatever the strides say, without a word (open-mmlab/mmcv, issue 2203).
+
+    Args:
+        part: Backbone or neck; changed.
+    """
+    operators = [module for module in part.modules() if _is_operator(module)]
+    within = {child for operator in operators for child in operator.modules()}
+    for module in part.modules():
+        if type(module) is nn.Conv2d and module not in within:
+            module.to(memory_format=torch.channels_last)
+    for operator in operators:
+        _take_contiguous(operator)
+
+
+def _is_operator(module: nn.Module) -> bool:
+    return any(each.__module__.startswith(MMCV_OPERATORS) for each in type(module).__mro__)
+
+
+def _take_contiguous(module: nn.Module) -> None:
+    forward = module.forward
+
+    @wraps(forward)
+    def of_contiguous(*inputs, **named):
+        return forward(*map(_contiguous, inputs), **{name: _contiguous(each) for name, each in named.items()})
+
+    module.forward = of_contiguous  # on the instance; a hook would be taken for a tap
+
+
+def _contiguous(value):
+    return value.contiguous() if isinstance(value, torch.Tensor) else value
+
+
+def shard_weights(part: nn.Module) -> None:
+    """Shards a part of a frozen detector over all ranks, stage by stage, by PyTorch's ``fully_shard``.
+
+    From then on its forward is one of all ranks together: each has to call it as often as the others, and to let it
+    end. With one process nothing changes.
+
+    Args:
+        part: Backbone or neck. Weights of its own, outside of its children, stay whole.
+
+    Raises:
+        TeacherError: PyTorch is too old.
+    """
+    if get_world_size() == 1:
+        return
+    try:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+    except ImportError as error:
+        raise TeacherError(f'model.teacher.shard=True needs PyTorch 2.6 or newer: {error}') from error
+    part.to(memory_format=torch.contiguous_format)  # fully_shard takes no weights in another order
+    stages = list(_stages(part))
+    if stages:
+        mesh = init_device_mesh(next(part.parameters()).device.type, (get_world_size(), ))
+    for stage in stages:
+        fully_shard(stage, mesh=mesh, reshard_after_forward=True)
+
+
+def _stages(module: nn.Module) -> Iterator[nn.Module]:
+    """The children that hold weights; in place of containers, which are never called, theirs."""
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _stages(child)
+        elif any(True for _ in child.parameters()):
+            yield child
+
+
+def held(tensor: Tensor) -> Tensor:
+    """What this rank holds of a weight: all of it, or its part where that is sharded."""
+    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
+
 
 PRECISIONS = dict(float32=None, bfloat16=torch.bfloat16, float16=torch.float16)
 PARTS = ('backbone', 'neck')
@@ -29,7 +143,7 @@ class Engine:
             that of the student; ``'float32'`` runs everything in that of the student.
         compile: Compile backbone and neck by ``torch.compile``; a dict holds its arguments.
         shard: Keep a part of the weights of backbone and neck on each rank, see
-            :func:`~kd_det.teachers.sharding.shard_weights`.
+            :func:`~kd_det.teachers.engine.shard_weights`.
 
     Raises:
         TeacherError: An unknown precision, or options that do not go together.
@@ -37,7 +151,7 @@ class Engine:
     fuse: bool = True
     channels_last: bool = True
     precision: str = 'float32'
-    compile: Union[bool, dict] = False
+    compile: bool | dict = False
     shard: bool = False
 
     def __post_init__(self) -> None:

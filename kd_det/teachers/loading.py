@@ -4,21 +4,23 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Sequence, Union
+from typing import Any
 
 from mmengine.config import ConfigDict
 from mmengine.utils import import_modules_from_strings
 from torch import Tensor, nn
 
 from kd_det.compat import CheckpointError, load_checkpoint
-from kd_det.configuration import DISTILLER, imports_of, load_config, type_name
-from kd_det.detectors import the_detector
-from kd_det.scopes import scope_of
+from kd_det.config.classes import Names, dataset_classes, first_metainfo
+from kd_det.config.detectors import the_detector
+from kd_det.config.files import DISTILLER, imports_of, leaf_datasets, load_config, type_name
+from kd_det.registry import scope_of, within_scope
 
-ModelConfig = Union[str, Path, dict]
+ModelConfig = str | Path | dict
 
 # Where programs keep a model's weights, in the order in which they are looked for. MMEngine's EMA is in the first.
 WEIGHTS = ('state_dict', 'model', 'model_state_dict', 'model_state', 'net', 'network', 'weights', 'params')
@@ -33,7 +35,7 @@ class TeacherError(ValueError):
 
 
 def read_model_config(config: ModelConfig) -> ConfigDict:
-    """Returns the model dict of a detector, with the scope of its config, see :mod:`kd_det.scopes`.
+    """Returns the model dict of a detector, with the scope of its config, see :mod:`kd_det.registry`.
 
     Of a student that was itself distilled it is the student; of a model that holds one detector, as a semi-supervised
     pair or a tracker does, that one; of one that MMDetection's own distillation trains, the plain detector.
@@ -98,7 +100,7 @@ def is_pretrained(config: Any) -> bool:
 
 def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str] = (),
                   allow_unexpected: Sequence[str] = (), role: str = 'teacher',
-                  checkpoint_prefix: Optional[str] = None) -> dict:
+                  checkpoint_prefix: str | None = None) -> dict:
     """Loads a checkpoint into a detector, and refuses what does not fit to the last key.
 
     Args:
@@ -165,8 +167,8 @@ def check_some_fit(model: nn.Module, checkpoint: str) -> None:
                           f'{type(model).__name__}, so training would not start from it. {advice}')
 
 
-def find_weights(loaded: dict, checkpoint: str, role: str, prefix: Optional[str],
-                 expected: Iterable[str]) -> 'OrderedDict[str, Tensor]':
+def find_weights(loaded: dict, checkpoint: str, role: str, prefix: str | None,
+                 expected: Iterable[str]) -> OrderedDict[str, Tensor]:
     """Finds the weights within a checkpoint, without the prefixes that wrappers add and the one that is asked for.
 
     Args:
@@ -202,7 +204,7 @@ def find_weights(loaded: dict, checkpoint: str, role: str, prefix: Optional[str]
     return entries[entry]
 
 
-def _picked(entries: Dict[str, dict], entry: Optional[str], prefix: str) -> 'OrderedDict[str, Tensor]':
+def _picked(entries: dict[str, dict], entry: str | None, prefix: str) -> OrderedDict[str, Tensor]:
     """The weights after a prefix: of keys within the main entry, or else the name of an entry."""
     for states in ({'': entries.get(entry, {})}, entries):
         for each in (prefix if prefix.endswith('.') else f'{prefix}.', prefix):
@@ -212,7 +214,7 @@ def _picked(entries: Dict[str, dict], entry: Optional[str], prefix: str) -> 'Ord
     return OrderedDict()
 
 
-def _renamed(states: Dict[str, dict], rename: Callable[[str], Optional[str]]) -> 'OrderedDict[str, Tensor]':
+def _renamed(states: dict[str, dict], rename: Callable[[str], str | None]) -> OrderedDict[str, Tensor]:
     """State dicts by their place as one, each key after its place renamed, or left out where that gives None."""
     renamed, metadata = OrderedDict(), {}  # versions of the modules, by which they rename keys themselves
     for place, state in states.items():
@@ -233,7 +235,7 @@ def _unwrapped(key: str) -> str:
     return WRAPPERS.sub('', key)
 
 
-def _weight_entries(loaded: dict) -> Dict[str, dict]:
+def _weight_entries(loaded: dict) -> dict[str, dict]:
     """Each dict of tensors in a checkpoint, by its place: ``'state_dict.'``, ``'ema.module.'``, ``''`` for itself."""
     found = {}
     for key, value in loaded.items():
@@ -255,7 +257,7 @@ def _is_state_dict(value: Any) -> bool:
     return any(isinstance(each, Tensor) for each in values) and not any(isinstance(each, dict) for each in values)
 
 
-def _main_entry(entries: Dict[str, dict]) -> Optional[str]:
+def _main_entry(entries: dict[str, dict]) -> str | None:
     """The place of the weights that a checkpoint is about; None where that is not clear."""
     for name in WEIGHTS:
         within = [place for place in entries if place.startswith(f'{name}.')]
@@ -264,7 +266,7 @@ def _main_entry(entries: Dict[str, dict]) -> Optional[str]:
     return next(iter(entries)) if len(entries) == 1 else None
 
 
-def _prefix_advice(keys: Sequence[str], expected: Iterable[str], role: str, complete: bool) -> Optional[str]:
+def _prefix_advice(keys: Sequence[str], expected: Iterable[str], role: str, complete: bool) -> str | None:
     """What to do where keys of a file are the model's after a prefix; None where none are.
 
     ``complete`` tells that the model's own keys are there too.
@@ -317,3 +319,47 @@ def _not_allowed(keys: Sequence[str], patterns: Sequence[str]) -> list:
 def _shortened(keys: Sequence[str], most: int = 12) -> str:
     rest = len(keys) - most
     return ', '.join(keys[:most]) + (f', … and {rest} more' if rest > 0 else '')
+
+
+class ClassNamesError(TeacherError):
+    """``teacher.classes`` names no classes of this teacher."""
+
+
+def teacher_classes(count: int | None, given: Sequence[str], meta: dict, config: ModelConfig) -> Names | None:
+    """Finds the names of a teacher's classes, by label.
+
+    Args:
+        count: How many classes its head tells apart; None where that is not known.
+        given: The names that ``teacher.classes`` gives, or none.
+        meta: The checkpoint's ``meta``, where mmengine keeps the names of the training data.
+        config: The teacher's, which may also name its data; as for
+            :func:`~kd_det.teachers.loading.read_model_config`.
+
+    Returns:
+        The first of these that has ``count`` names; None where none has.
+
+    Raises:
+        ClassNamesError: As many names are given as the teacher has not, one twice, or a text.
+    """
+    if isinstance(given, str) or given and len(set(given)) != len(given):
+        raise ClassNamesError(f'teacher.classes={given!r} is no list of names: name each class once, by label.')
+    if given and count not in (None, len(given)):
+        raise ClassNamesError(f'teacher.classes gives {len(given)} names, but the teacher tells {count} classes apart: '
+                           'name all of them, by label.')
+    for names in _candidates(given, meta, config):
+        if names and not isinstance(names, str) and count in (None, len(names)):
+            return tuple(map(str, names))
+    return None
+
+
+def _candidates(given: Sequence[str], meta: dict, config: ModelConfig) -> Iterator[Sequence[str] | None]:
+    yield given
+    trained = first_metainfo(meta.get('dataset_meta'))
+    yield trained.get('classes', trained.get('CLASSES', meta.get('CLASSES')))  # capitals: mmdet 2 and early 3
+    config = load_config(config) if isinstance(config, (str, Path)) else config
+    for split in ('train', 'val', 'test'):
+        loader = config.get(f'{split}_dataloader')
+        for dataset in leaf_datasets(loader['dataset']) if loader else ():
+            with within_scope(scope_of(config)):
+                classes = dataset_classes(dataset)
+            yield classes

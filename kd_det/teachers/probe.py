@@ -1,21 +1,53 @@
-"""Learns the form of a detector's features (channels, stride) before any image or weight is loaded."""
+"""The transformer of a DETR, between neck and head, as far as a teacher or a probe runs it."""
 from __future__ import annotations
 
 import math
-from typing import Dict, Iterable, Optional, Tuple
+from collections.abc import Iterable, Sequence
 
 import torch
 from mmdet.registry import MODELS
-from torch import nn
+from mmdet.structures import DetDataSample
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from kd_det.compat.process import preserved_randomness
+from kd_det.config.detectors import head_classes
+from kd_det.config.files import type_name
 from kd_det.context import Level
+from kd_det.heads import TOWERS_OF, HeadError, check_head
 from kd_det.heads.dense import Stride
 from kd_det.heads.readers import called_strides
-from kd_det.randomness import preserved_randomness
-from kd_det.scopes import build_detector, within_scope
+from kd_det.heads.towers import TowerWidths, tower_widths
+from kd_det.registry import build_detector, within_scope
 from kd_det.taps import ENCODER, Levels, TapError, Taps, find_module, is_within_encoder
-from kd_det.teachers.transformer import shape_samples
+from kd_det.teachers.loading import ModelConfig, read_model_config
+
+
+def shape_samples(batch_shape: Sequence[int], image_shapes: Sequence[tuple[int, int]]) -> list[DetDataSample]:
+    """Data samples that tell what is padding, and nothing else.
+
+    Args:
+        batch_shape: Height and width of the padded batch.
+        image_shapes: Height and width of each image within it.
+    """
+    return [DetDataSample(metainfo=dict(img_shape=tuple(shape), batch_input_shape=tuple(batch_shape)))
+            for shape in image_shapes]
+
+
+def run_encoder(model: nn.Module, features: Levels, samples: Sequence[DetDataSample]) -> Tensor:
+    """Runs the encoder of a DETR, without its decoder.
+
+    Args:
+        model: The detector.
+        features: What its neck puts out.
+        samples: See :func:`shape_samples`.
+
+    Returns:
+        (N, tokens, C).
+    """
+    inputs, _ = model.pre_transformer(features, samples)
+    return model.forward_encoder(**inputs)['memory']
+
 
 PROBE_SIZE = 256  # pixels at least; a multiple of every stride of a pyramid
 LIKELY_CHANNELS = (3, *range(4, 17), 2, 1)  # of images, colours first
@@ -94,7 +126,7 @@ def input_channels(model: nn.Module) -> int:
     return LIKELY_CHANNELS[0]
 
 
-def _wanted_channels(module: nn.Module) -> Optional[int]:
+def _wanted_channels(module: nn.Module) -> int | None:
     """The channels that a convolution or batch normalisation has weights for; None for another module."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return module.num_features
@@ -102,7 +134,7 @@ def _wanted_channels(module: nn.Module) -> Optional[int]:
     return weight.shape[1] * getattr(module, 'groups', 1) if weight is not None and weight.dim() == 4 else None
 
 
-def probe_levels(model: nn.Module, taps: Taps) -> Dict[str, Tuple[Level, ...]]:
+def probe_levels(model: nn.Module, taps: Taps) -> dict[str, tuple[Level, ...]]:
     """Runs one blank image through backbone and neck. An encoder does not run: it keeps the form of its tokens.
 
     An SSD's last layers have no padding: they fit the one size of image that its largest stride names, where the 10
@@ -139,7 +171,7 @@ def probe_levels(model: nn.Module, taps: Taps) -> Dict[str, Tuple[Level, ...]]:
             for path, levels in features.items()}
 
 
-def probe_config(model: dict, paths: Iterable[str]) -> Dict[str, Tuple[Level, ...]]:
+def probe_config(model: dict, paths: Iterable[str]) -> dict[str, tuple[Level, ...]]:
     """Like :func:`probe_levels` for a model dict: backbone and neck are built on the meta device, without memory.
 
     Raises:
@@ -167,7 +199,7 @@ def probe_config(model: dict, paths: Iterable[str]) -> Dict[str, Tuple[Level, ..
             return probe_levels(extractor, Taps(extractor, paths))
 
 
-def anchor_strides(model: nn.Module) -> Tuple[Stride, ...]:
+def anchor_strides(model: nn.Module) -> tuple[Stride, ...]:
     """The strides of a dense head's priors in pixels, ``()`` where it has none."""
     if isinstance(model, FeatureExtractor):
         return called_strides(model.strides)
@@ -184,3 +216,30 @@ def _pass_tokens(model: nn.Module, path: str, maps: Levels, size: int) -> None:
         module(tokens)
     finally:
         del module.forward
+
+
+def probe_towers(config: ModelConfig, names: Iterable[str]) -> dict[str, TowerWidths]:
+    """Builds those heads of a teacher whose towers are asked for, and lets them go again.
+
+    Args:
+        config: See :func:`~kd_det.teachers.loading.read_model_config`.
+        names: Of heads, see :func:`~kd_det.heads.find_head`.
+
+    Returns:
+        Name -> widths, for the names that end with ``'.towers'``.
+
+    Raises:
+        HeadError: A head is absent, or has no towers.
+    """
+    names = [name for name in names if name.endswith(TOWERS_OF)]
+    if not names:
+        return {}
+    model, widths = read_model_config(config), {}
+    for name in names:
+        try:
+            check_head(type_name(model), head_classes(model), name)
+        except HeadError as error:
+            raise HeadError(f"A term learns from the teacher's {name}. {error}") from error
+        with preserved_randomness(), within_scope(model.get('_scope_')):
+            widths[name] = tower_widths(MODELS.build(model[name[:-len(TOWERS_OF)]]))
+    return widths

@@ -1,36 +1,110 @@
-"""The frozen teacher: a detector that is read and never changed."""
+"""The levels of a pyramid that are read: mmdet's FPN without those finer or coarser, which nobody then computes."""
 from __future__ import annotations
 
 import hashlib
 import itertools
 import json
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Callable, ContextManager, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import mmdet
 import torch
+from mmdet.models.necks import FPN
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from kd_det.classes import number_of_classes
+from kd_det import __version__
+from kd_det.compat.process import preserved_randomness
+from kd_det.config.classes import number_of_classes
 from kd_det.heads import HeadError, StudentOutputs, TeacherForward, TeacherOutputs, find_head, run_heads
-from kd_det.heads.keeping import read_maps, recorded_maps
-from kd_det.randomness import preserved_randomness
-from kd_det.scopes import build_detector, within_scope
-from kd_det.taps import ENCODER, Levels, Taps, is_within_encoder
+from kd_det.heads.capture import read_maps, recorded_maps
+from kd_det.registry import build_detector, within_scope
+from kd_det.taps import ENCODER, Levels, TapError, Taps, is_within_encoder
 from kd_det.teachers.bridge import InputBridge, Shape, cut_back, fitting_levels
 from kd_det.teachers.cache import Answer, TeacherCache
-from kd_det.teachers.class_names import teacher_classes
-from kd_det.teachers.engine import Engine
-from kd_det.teachers.loading import (ModelConfig, TeacherError, load_strictly, of_teacher, read_model_config,
-                                     without_pretrained)
-from kd_det.teachers.probe import input_channels
-from kd_det.teachers.pyramid import LevelsRead, cut_pyramid, placed
-from kd_det.teachers.sharding import held
-from kd_det.teachers.transformer import run_encoder, shape_samples
-from kd_det import __version__
+from kd_det.teachers.engine import Engine, held
+from kd_det.teachers.loading import (
+    ModelConfig,
+    TeacherError,
+    load_strictly,
+    of_teacher,
+    read_model_config,
+    teacher_classes,
+    without_pretrained,
+)
+from kd_det.teachers.probe import input_channels, run_encoder, shape_samples
+
+LevelsRead = dict[str, Sequence[bool]]  # by path of a tap; for each of its levels, whether anything reads it
+
+
+class UnreadLevel:
+    """Stands for a level that was not computed. Whatever is asked of it but its size is an error that says so.
+
+    Args:
+        path: Of the tap.
+        index: Of the level.
+    """
+    nbytes = 0
+
+    def __init__(self, path: str, index: int) -> None:
+        self._name = f"level {index} of the teacher's '{path}'"
+
+    def __getattr__(self, name: str):
+        raise TapError(f'No term declares that it reads {self._name}, so it is not computed: list its index in the '
+                       "term's levels_read.")
+
+
+@contextmanager
+def cut_pyramid(neck: nn.Module, read: Sequence[bool]) -> Iterator[range]:
+    """Lets a neck compute no level finer or coarser than those that are read, for the forwards in the block.
+
+    An FPN that starts at a finer stage of the backbone or at a coarser one is an FPN, and so is one that puts out fewer
+    extra levels: its levels are the same. All from the finest that is read to the last stage of the backbone are
+    computed, and the extra ones up to the coarsest that is read. Any other neck, one derived from FPN included, is left
+    whole.
+
+    Args:
+        neck: The neck.
+        read: For each of its levels, whether it is read.
+
+    Yields:
+        The indices of the levels that it puts out.
+    """
+    if type(neck) is not FPN or not any(read):
+        yield range(len(read))
+        return
+    inputs = len(neck.lateral_convs)
+    first = min(list(read).index(True), inputs - 1)
+    last = max(inputs, len(read) - list(read)[::-1].index(True))
+    whole = dict(start_level=neck.start_level, num_outs=neck.num_outs, lateral_convs=neck.lateral_convs,
+                 fpn_convs=neck.fpn_convs)
+    cut = dict(start_level=neck.start_level + first, num_outs=last - first, lateral_convs=neck.lateral_convs[first:],
+               fpn_convs=neck.fpn_convs[first:])
+    try:
+        _set(neck, cut)
+        yield range(first, last)
+    finally:
+        _set(neck, whole)
+
+
+def placed(path: str, levels: Levels, read: Sequence[bool]) -> tuple[Tensor | UnreadLevel, ...]:
+    """The levels that were read, each at its own index.
+
+    Args:
+        path: Of the tap.
+        levels: Those that were read, in order.
+        read: For each of the tap's levels, whether it was.
+    """
+    following = iter(levels)
+    return tuple(next(following) if each else UnreadLevel(path, index) for index, each in enumerate(read))
+
+
+def _set(module: nn.Module, attributes: dict[str, object]) -> None:
+    for name, value in attributes.items():
+        setattr(module, name, value)
+
 
 NECK = 'neck'
 VERSIONS = torch.__version__, mmdet.__version__, __version__  # of what computes a teacher's answers
@@ -50,9 +124,9 @@ class Teacher:
         allow_unexpected: See :func:`~kd_det.teachers.loading.load_strictly`.
         checkpoint_prefix: See :func:`~kd_det.teachers.loading.load_strictly`.
         classes: Names of its classes, by label; by default those that the checkpoint or the config names, see
-            :func:`~kd_det.teachers.class_names.teacher_classes`.
+            :func:`~kd_det.teachers.loading.teacher_classes`.
         cache: The arguments of a :class:`~kd_det.teachers.cache.TeacherCache`, which keeps the outputs on disk; None
-            for none. Outputs of heads must be of those that :func:`~kd_det.heads.keeping.can_be_kept`.
+            for none. Outputs of heads must be of those that :func:`~kd_det.heads.capture.can_be_kept`.
         fuse: See :class:`~kd_det.teachers.engine.Engine`.
         channels_last: See :class:`~kd_det.teachers.engine.Engine`.
         precision: See :class:`~kd_det.teachers.engine.Engine`.
@@ -74,18 +148,18 @@ class Teacher:
 
     def __init__(self,
                  config: ModelConfig,
-                 checkpoint: Optional[str] = None,
+                 checkpoint: str | None = None,
                  random_teacher: bool = False,
                  allow_missing: Sequence[str] = (),
                  allow_unexpected: Sequence[str] = (),
                  classes: Sequence[str] = (),
-                 cache: Optional[dict] = None,
+                 cache: dict | None = None,
                  fuse: bool = True,
                  channels_last: bool = True,
                  precision: str = 'float32',
-                 compile: Union[bool, dict] = False,
+                 compile: bool | dict = False,
                  shard: bool = False,
-                 checkpoint_prefix: Optional[str] = None,
+                 checkpoint_prefix: str | None = None,
                  *,
                  taps: Iterable[str],
                  heads: Iterable[str] = (),
@@ -101,7 +175,7 @@ class Teacher:
                                'images in a cache, but have to run a sharded teacher together. Remove one.')
         self.checkpoint = checkpoint
         self.engine = Engine(fuse, channels_last, precision, compile, shard)
-        self._digests: Optional[Tuple[str, str]] = None  # of the weights as loaded, and as the engine runs them
+        self._digests: tuple[str, str] | None = None  # of the weights as loaded, and as the engine runs them
         with preserved_randomness(), of_teacher(config):
             model_config = read_model_config(config)
             self._config = json.dumps(model_config.to_dict(), sort_keys=True, default=str)
@@ -125,7 +199,7 @@ class Teacher:
             self.cache = None if cache is None else TeacherCache(**cache)
         except TypeError as error:
             raise TeacherError(f'model.teacher.cache: {error}') from error
-        self._hashed: Tuple[tuple, str] = ((), '')
+        self._hashed: tuple[tuple, str] = ((), '')
 
     def __deepcopy__(self, memo: dict) -> Teacher:
         return self  # nothing changes it, so copies of the student (EMA) share it
@@ -140,7 +214,7 @@ class Teacher:
         self.bridge._apply(function)
         return self
 
-    def state_dict(self) -> Dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """The weights as they were loaded.
 
         Raises:
@@ -161,11 +235,11 @@ class Teacher:
     @torch.no_grad()  # tensors of inference mode could not be saved for the backward pass, as the terms do
     def observe(self,
                 images: Tensor,
-                image_shapes: Sequence[Tuple[int, int]],
+                image_shapes: Sequence[tuple[int, int]],
                 heads: Sequence[str] = (),
-                student: Optional[StudentOutputs] = None,
-                taps: Optional[Sequence[str]] = None,
-                levels: Optional[LevelsRead] = None) -> Tuple[Dict[str, Levels], TeacherOutputs]:
+                student: StudentOutputs | None = None,
+                taps: Sequence[str] | None = None,
+                levels: LevelsRead | None = None) -> tuple[dict[str, Levels], TeacherOutputs]:
         """Runs the teacher as far as the taps read it, and some heads.
 
         Args:
@@ -175,7 +249,7 @@ class Teacher:
             student: The student's outputs in this step, which hold the regions for the teacher's RoI head.
             taps: Which of the taps to read; all by default.
             levels: Of taps of which not all levels are read, which are. The others need not be computed, and stand as
-                :class:`~kd_det.teachers.pyramid.UnreadLevel` in the result.
+                :class:`~kd_det.teachers.teacher.UnreadLevel` in the result.
 
         Returns:
             Module path -> tuple of (N, C, H, W), and name of the head -> outputs; all without gradient. Where the
@@ -196,7 +270,7 @@ class Teacher:
 
     def _run(self, images: Tensor, image_shapes: Sequence[Shape], heads: Sequence[str], taps: Sequence[str],
              levels: LevelsRead, cut: Callable[[Tensor], Tensor],
-             student: Optional[StudentOutputs] = None) -> Tuple[Dict[str, Levels], TeacherOutputs]:
+             student: StudentOutputs | None = None) -> tuple[dict[str, Levels], TeacherOutputs]:
         """As :meth:`observe`, of a batch that has passed the bridge; but of each tap only the levels that are read are
         there at all, and they are not cut back."""
         self._start()
@@ -216,14 +290,14 @@ class Teacher:
         # The terms go through features channel by channel, as the student's lie.
         return {path: tuple(level.contiguous() for level in group) for path, group in features.items()}, outputs
 
-    def _cut(self, heads: Sequence[str], taps: Sequence[str], levels: LevelsRead) -> ContextManager[Sequence[int]]:
+    def _cut(self, heads: Sequence[str], taps: Sequence[str], levels: LevelsRead) -> AbstractContextManager[Sequence[int]]:
         """The neck without what nothing reads: heads, an encoder, and taps within the neck may read all of it."""
         read = levels.get(NECK, ())
         whole = heads or any(is_within_encoder(path) or path.startswith(f'{NECK}.') for path in taps)
         return nullcontext(range(len(read))) if whole or not read else cut_pyramid(self.model.neck, read)
 
     def _recall(self, images: Tensor, image_shapes: Sequence[Shape], heads: Sequence[str], taps: Sequence[str],
-                levels: LevelsRead, cut: Callable[[Tensor], Tensor]) -> Tuple[Dict[str, Levels], TeacherOutputs]:
+                levels: LevelsRead, cut: Callable[[Tensor], Tensor]) -> tuple[dict[str, Levels], TeacherOutputs]:
         """As :meth:`_run`, by way of the cache, which keeps what the teacher made of the padded batch."""
 
         def compute() -> Answer:
@@ -255,7 +329,7 @@ class Teacher:
         return tuple(cut_back(level, given.shape[-2:], images.shape[-2:]) for level in levels)
 
     @torch.no_grad()
-    def predict(self, images: Tensor, data_samples: List, rescale: bool = True) -> List:
+    def predict(self, images: Tensor, data_samples: list, rescale: bool = True) -> list:
         """Detects, on a batch preprocessed for the student; returns mmdet's data samples with ``pred_instances``.
 
         Args:
@@ -270,7 +344,7 @@ class Teacher:
         with fitting_levels(images.shape[-2:]):
             return self.model.predict(images, data_samples, rescale=rescale)
 
-    def detect(self, images: Tensor, data_samples: Sequence) -> List[InstanceData]:
+    def detect(self, images: Tensor, data_samples: Sequence) -> list[InstanceData]:
         """Detects on a batch preprocessed for the student, in its coordinates; the data samples stay as they are.
 
         Returns:

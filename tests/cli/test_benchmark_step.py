@@ -4,11 +4,21 @@ import json
 import pytest
 import torch
 
+from kd_det.checks.synthetic import synthetic_batch
 from kd_det.cli.main import main
-from kd_det.composition import method_terms
-from kd_det.step_costs import (DISTILLED, PLAIN_TEACHER, STUDENT, TEACHER, TERM, Cost, StepCosts, measure_parts,
-                               measure_step, random_distiller)
-from kd_det.synthetic import synthetic_batch
+from kd_det.config.composition import method_terms
+from kd_det.study.step_costs import (
+    DISTILLED,
+    PLAIN_TEACHER,
+    STUDENT,
+    TEACHER,
+    TERM,
+    Cost,
+    StepCosts,
+    measure_parts,
+    measure_step,
+    random_distiller,
+)
 
 
 @pytest.fixture

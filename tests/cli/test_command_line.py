@@ -16,8 +16,8 @@ from kd_det.cli import distill
 from kd_det.cli import main as entry
 from kd_det.cli.main import main, run_tool
 from kd_det.cli.test import augment
-from kd_det.composition import PAPER
-from kd_det.configuration import load_config
+from kd_det.config.composition import PAPER
+from kd_det.config.files import load_config
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ('blue', 'green', 'red')
@@ -405,7 +405,7 @@ def test_methods_are_listed(capsys, monkeypatch):
 
 
 def test_inspect_shows_a_batch_and_an_image(workspace, capsys, monkeypatch):
-    from kd_det.composition import distillation_config
+    from kd_det.config.composition import distillation_config
     monkeypatch.setenv('COLUMNS', '200')
     distillation_config('student.py', 'teacher.py', 'nowhere.pth', 'fgd+bckd').dump('run.py')
     assert main(['inspect', 'run.py', '--random-teacher', '--out', 'looks']) == 0
@@ -434,7 +434,7 @@ def test_inspect_shows_a_batch_and_an_image(workspace, capsys, monkeypatch):
     (['run.py', '--random-teacher', '--cfg-options', 'model.distill.fgd.tap=nek'], "no module 'nek'"),
 ])
 def test_a_mistake_with_inspect_is_one_clear_line(arguments, said, workspace, capsys):
-    from kd_det.composition import distillation_config
+    from kd_det.config.composition import distillation_config
     config = distillation_config('student.py', 'teacher.py', 'nowhere.pth', 'fgd')
     config.dump('run.py')
     config.model.teacher = [config.model.teacher] * 2
@@ -464,8 +464,9 @@ def test_doctor_of_the_installation_alone(capsys):
     (['run.py', '--teacher-checkpoint', 'student.pth'], 'does not fit'),
 ])
 def test_doctor_finds_faults(arguments, said, workspace, capsys, monkeypatch):
-    from kd_det.composition import distillation_config
     from mmdet.registry import MODELS
+
+    from kd_det.config.composition import distillation_config
     monkeypatch.setenv('COLUMNS', '300')
     distillation_config('student.py', 'teacher.py', 'teacher.pth', 'fgd').dump('run.py')
     torch.save(dict(state_dict=MODELS.build(load_config('student.py').model).state_dict()), 'student.pth')
@@ -476,15 +477,16 @@ def test_doctor_finds_faults(arguments, said, workspace, capsys, monkeypatch):
 @pytest.mark.parametrize('arguments', [['doctor', 'run.py'], ['export', 'teacher.py', 'teacher.pth', 'out/plain.pth']])
 def test_what_runs_without_a_runner_finds_mmdetections_types(arguments, workspace, monkeypatch):
     """As in a process of its own, in which no test has set the default scope of the registries."""
-    from kd_det.composition import distillation_config
     from mmengine.registry import DefaultScope
+
+    from kd_det.config.composition import distillation_config
     distillation_config('student.py', 'teacher.py', 'teacher.pth', 'fgd').dump('run.py')
     monkeypatch.setattr(DefaultScope, '_instance_dict', {})
     assert main(arguments) == 0
 
 
 def test_doctor_accepts_another_teacher_checkpoint(workspace, capsys):
-    from kd_det.composition import distillation_config
+    from kd_det.config.composition import distillation_config
     distillation_config('student.py', 'teacher.py', 'nowhere.pth', 'fgd').dump('run.py')
     assert main(['doctor', 'run.py']) == 1
     assert main(['doctor', 'run.py', '--teacher-checkpoint', 'teacher.pth']) == 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kd_det.cli.main import main
-from kd_det.configuration import load_config
+from kd_det.config.files import load_config
 
 TINY = ['--images', '8', '--val-images', '4', '--size', '64', '--epochs', '2', '--teacher-epochs', '1']
 

@@ -7,7 +7,7 @@ from mmengine.runner import Runner
 
 from kd_det.cli import tracking
 from kd_det.cli.tracking import track
-from kd_det.configuration import ConfigurationError
+from kd_det.config.files import ConfigurationError
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 
 from kd_det.compat import mend_mmdetection
-from kd_det.configuration import load_config
+from kd_det.config.files import load_config
 
 DISTILLATION = 'kd_det::demo/fgd_faster_rcnn_r101_r18.py'
 

@@ -6,9 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from kd_det.datasets import CLASSES, generate_shapes
-from kd_det.datasets.bitmap import write_bitmap
-from kd_det.datasets.scenes import SHAPES, TEXTURES, UNIT, Stream, draw_scene
+from kd_det.datasets import CLASSES, SHAPES, TEXTURES, UNIT, Stream, draw_scene, generate_shapes, write_bitmap
 
 
 def digest(root):

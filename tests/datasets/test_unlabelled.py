@@ -7,7 +7,7 @@ from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
 from mmengine.structures import InstanceData
 
-from kd_det.configuration import ConfigurationError
+from kd_det.config.files import ConfigurationError
 
 
 @pytest.mark.parametrize('boxes', [True, False])

@@ -12,7 +12,7 @@ from mmdet.utils import register_all_modules
 from mmengine.model import MMDistributedDataParallel
 
 import kd_det  # noqa: F401
-from kd_det.teachers.sharding import held
+from kd_det.teachers.engine import held
 
 
 def distilled_gradients(config, images, samples, wrap=lambda model: model):

@@ -7,7 +7,7 @@ import torch
 from mmdet.registry import MODELS
 from torch import nn
 
-from kd_det.configuration import ConfigurationError
+from kd_det.config.files import ConfigurationError
 from kd_det.context import Progress
 from kd_det.distillers import build_weight, monitor
 from kd_det.distillers.gradients import GradientNorms, gradient_norms

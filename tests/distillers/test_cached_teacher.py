@@ -9,7 +9,7 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 
-from kd_det.configuration import ConfigurationError
+from kd_det.config.files import ConfigurationError
 
 RANK = Path(__file__).with_name('ddp_rank.py')
 

@@ -4,8 +4,8 @@ import copy
 import pytest
 import torch
 
-from kd_det.classes import match_classes
-from kd_det.configuration import ConfigurationError
+from kd_det.config.classes import match_classes
+from kd_det.config.files import ConfigurationError
 from kd_det.distillers.class_sets import restricted_to_shared
 from kd_det.heads import HeadError, Regions, RoIOutputs
 

@@ -7,8 +7,8 @@ from mmdet.registry import MODELS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kd_det.configuration import ConfigurationError
-from kd_det.distillers import idle
+from kd_det.config.files import ConfigurationError
+from kd_det.distillers import monitor
 from kd_det.distillers.gradients import reaches_weights
 from kd_det.losses import DistillTerm, FeatureTerm
 
@@ -20,7 +20,7 @@ BALANCE = dict(type='Balance', ratio=0.5)
 def said(monkeypatch):
     """What is told, as (level, message)."""
     messages = []
-    monkeypatch.setattr(idle, 'print_log', lambda message, logger, level: messages.append((level, message)))
+    monkeypatch.setattr(monitor, 'print_log', lambda message, logger, level: messages.append((level, message)))
     return messages
 
 
@@ -137,7 +137,7 @@ def test_single_frozen_levels_are_no_fault(retinanet, distiller, batch, said):
     model = distiller(_frozen(retinanet(), 2), retinanet(neck=12), distill=dict(hint=HINT, neck=dict(type='FGD')))
     _step(model, batch())
     (level, message), = said
-    assert level == idle.logging.INFO and "level 0, 1 of 'backbone' is frozen" in message
+    assert level == monitor.logging.INFO and "level 0, 1 of 'backbone' is frozen" in message
     assert 'levels=(2, 3)' in message
     said.clear()
     _step(distiller(_frozen(retinanet(), 2), retinanet(neck=12), distill=dict(hint=dict(HINT, levels=(2, 3)))), batch())

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from kd_det.configuration import ConfigurationError
+from kd_det.config.files import ConfigurationError
 
 
 @pytest.mark.parametrize('changes, message', [

@@ -6,10 +6,9 @@ import torch
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 
-from kd_det.configuration import ConfigurationError
+from kd_det.config.files import ConfigurationError
 from kd_det.context import Progress
-from kd_det.distillers.pseudo_labels import PseudoLabels
-from kd_det.distillers.supervision import given
+from kd_det.distillers.supervision import PseudoLabels, given
 
 SURE = [(0., 0., 20., 20.), (1., 0., 21., 20.), (40., 40., 60., 60.), (0., 40., 20., 60.)]
 

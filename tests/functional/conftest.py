@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+
 @pytest.fixture
 def close():
     """Asserts a relative error, in the norm of the largest element, under 1e-5."""

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from kd_det.functional import blocks, features, masks
-from kd_det.measuring import peak_memory
+from kd_det.study.step_costs import peak_memory
 
 BATCH, CELLS = (64, 96), (8, 12)
 VALID = masks.valid_cells([BATCH, (40, 56)], BATCH, CELLS)

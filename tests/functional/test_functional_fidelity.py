@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from kd_det.functional.fidelity import (bernoulli_kl, expected_calibration_error, linear_cka, moments, softmax_kl)
+from kd_det.functional.fidelity import bernoulli_kl, expected_calibration_error, linear_cka, moments, softmax_kl
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from kd_det.functional import blocks, features, fused, masks
-from kd_det.measuring import peak_memory
+from kd_det.functional import blocks, features, focal_global, masks
+from kd_det.study.step_costs import peak_memory
 
 BATCH = (64, 96)
 WEIGHTS = dict(alpha=2, beta=3, gamma=5, lambda_=7)
@@ -40,10 +40,10 @@ class Inputs:
         return features.fgd_loss(self.student, self.teacher, *self.masks, 0.8, *contexts, **WEIGHTS, valid=self.valid)
 
     def fused(self):
-        sums = fused.fgd_sums(self.student, self.teacher, *self.attend, 0.8, self.valid)
+        sums = focal_global.fgd_sums(self.student, self.teacher, *self.attend, 0.8, self.valid)
         added = [torch.einsum('dc,ncij->ndij', add, context)
                  for add, context in zip(self.add, (sums.student_context, sums.teacher_context))]
-        return fused.fgd_parts(sums, added[0] - added[1], *self.masks, **WEIGHTS, valid=self.valid)
+        return focal_global.fgd_parts(sums, added[0] - added[1], *self.masks, **WEIGHTS, valid=self.valid)
 
 
 CASES = dict(

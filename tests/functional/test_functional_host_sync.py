@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kd_det.functional import boxes, features, fused, logits, masks, relations
+from kd_det.functional import boxes, features, focal_global, logits, masks, relations
 
 BATCH, CELLS = (64, 96), (8, 12)
 BOXES = [torch.tensor([[8., 8., 40., 30.], [50., 10., 90., 60.]]), torch.zeros(0, 4)]
@@ -42,8 +42,8 @@ def fgd(student):
 
 def fused_fgd(student):
     foreground, background, valid = box_masks()
-    sums = fused.fgd_sums(student, feature() + 1, feature(3), feature(3), 0.5, valid)
-    return sum(fused.fgd_parts(sums, sums.student_context - sums.teacher_context, foreground, background,
+    sums = focal_global.fgd_sums(student, feature() + 1, feature(3), feature(3), 0.5, valid)
+    return sum(focal_global.fgd_parts(sums, sums.student_context - sums.teacher_context, foreground, background,
                                valid=valid).values())
 
 

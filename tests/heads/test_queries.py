@@ -5,7 +5,7 @@ from mmdet.registry import MODELS
 
 from kd_det.heads import HeadError, StudentHeads, TeacherForward, find_head, read_queries, run_heads
 from kd_det.heads.recording import recorded_calls
-from kd_det.teachers.transformer import shape_samples
+from kd_det.teachers.probe import shape_samples
 
 KINDS = ('DETR', 'ConditionalDETR', 'DABDETR', 'DeformableDETR', 'DINO')
 NAME = 'bbox_head.queries'

@@ -5,6 +5,7 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 
+
 @pytest.fixture
 def check_gradient():
     """Asserts a loss, and its gradients with respect to students, with a relative error under 1e-5."""

@@ -2,7 +2,7 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 
-from kd_det.losses import rkd
+from kd_det.losses import batch_relations
 
 
 @pytest.mark.parametrize('name, part', [('rkd_distance', 'distance'), ('rkd_angle', 'angle')])
@@ -52,7 +52,7 @@ def test_rkd_needs_no_common_width(make_context, term_of):
 def test_too_few_images_are_finite_and_teach_nothing(kind, images, make_context, term_of, monkeypatch):
     """Of two images there is one distance, which is its own mean, and no angle. Rounding must not be balanced."""
     said = []
-    monkeypatch.setattr(rkd, 'print_log', lambda message, *args: said.append(message))
+    monkeypatch.setattr(batch_relations, 'print_log', lambda message, *args: said.append(message))
     student = torch.randn(images, 4, 8, 12, requires_grad=True)
     context = make_context(student, torch.randn(images, 4, 8, 12), [torch.zeros(0, 4)] * images)
     term = term_of(context, type=kind)

@@ -3,7 +3,7 @@ import torch
 from mmdet.registry import MODELS
 
 from kd_det.context import DistillContext, Level
-from kd_det.losses import synchronization
+from kd_det.losses import base
 
 
 @pytest.fixture
@@ -62,14 +62,14 @@ def test_ranks_average_to_the_whole_batch(config, padded, make_context, term_of,
                           image_shapes=padded.image_shapes[rank:rank + 1]) for rank in range(2)]
     totals = [[], []]
     for rank, context in enumerate(ranks):
-        monkeypatch.setattr(synchronization, 'reduce_mean', lambda total: totals[rank].append(total) or total)
+        monkeypatch.setattr(base, 'reduce_mean', lambda total: totals[rank].append(total) or total)
         term_of(context, **config)(context)
     means = [sum(pair) / 2 for pair in zip(*totals)]
     assert totals[0] and totals[0] != totals[1]
     values = []
     for context in ranks:
         received = iter(means)
-        monkeypatch.setattr(synchronization, 'reduce_mean', lambda total: next(received))
+        monkeypatch.setattr(base, 'reduce_mean', lambda total: next(received))
         values.append(sum(term_of(context, **config)(context).values()))
     torch.testing.assert_close(sum(values) / 2, whole)
 

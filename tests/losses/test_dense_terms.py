@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from mmdet.registry import MODELS
 
-from kd_det.configuration import ConfigurationError
+from kd_det.config.files import ConfigurationError
 from kd_det.context import DistillContext
 from kd_det.functional.boxes import distribution_kl, giou_imitation
 from kd_det.functional.logits import quality_bce

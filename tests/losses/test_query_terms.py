@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from mmengine.structures import InstanceData
 
-from kd_det.configuration import ConfigurationError
+from kd_det.config.files import ConfigurationError
 from kd_det.functional import boxes as box_functions
 from kd_det.functional.queries import corners
 from kd_det.heads import QUERIES_OF, HeadError

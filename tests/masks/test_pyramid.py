@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd_det.adapters.levels import LevelError
-from kd_det.context import ComparedLevel, DistillContext, Level
+from kd_det.context import ComparedLevel, DistillContext, Level, LevelError
 from kd_det.masks import build_mask
 
 GOLDENS = Path(__file__).parents[1] / 'goldens'

@@ -2,22 +2,31 @@
 
 One step of a tiny pair serves all methods of a kind at once.
 """
-from typing import Dict, Iterable, List, NamedTuple, Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import pytest
 import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from kd_det.catalogue import catalogue
-from kd_det.composition import distillation_config, head_family, method_terms
-from kd_det.configuration import ConfigurationError
-from kd_det.detectors import DETECTORS
+from kd_det.config.composition import distillation_config, head_family, method_terms
+from kd_det.config.detectors import DETECTORS
+from kd_det.config.files import ConfigurationError
+from kd_det.config.methods import catalogue
 from kd_det.distillers import DetectionDistiller
-from kd_det.distillers.detection_distiller import Observation
-from kd_det.distillers.student_wrapper import TERMS
-from kd_det.losses import (CrossKD, DenseClassification, DenseRegression, DistillTerm, FeatureTerm, QueryClassification,
-                           QueryRegression, RankMimicking, RoIClassification)
+from kd_det.distillers.detection_distiller import TERMS, Observation
+from kd_det.losses import (
+    CrossKD,
+    DenseClassification,
+    DenseRegression,
+    DistillTerm,
+    FeatureTerm,
+    QueryClassification,
+    QueryRegression,
+    RankMimicking,
+    RoIClassification,
+)
 
 SERVED = {entry.name: entry.detectors for entry in catalogue()}
 CASES = [(method, detector) for detector in DETECTORS for method in SERVED if detector in SERVED[method]]
@@ -61,13 +70,13 @@ class Lesson(NamedTuple):
     """One step with all methods that serve a kind of detectors."""
     distiller: DetectionDistiller
     observation: Observation
-    terms: Dict[str, List[str]]  # their names, by method
+    terms: dict[str, list[str]]  # their names, by method
 
-    def parts(self, method: str, without: Iterable[str] = ()) -> Dict[str, Tensor]:
+    def parts(self, method: str, without: Iterable[str] = ()) -> dict[str, Tensor]:
         return {f'{name}_{part}': value for name in self.terms[method] if name not in without
                 for part, value in self.observation.values[name].items()}
 
-    def gradients(self, values: Sequence[Tensor]) -> Dict[str, Tensor]:
+    def gradients(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
         """Of the sum of some tensors, for each parameter that they depend on."""
         names, parameters = zip(*self.distiller.named_parameters())
         total = sum(value.sum() for value in values)
@@ -122,7 +131,7 @@ def awake(model: DetectionDistiller, equal: bool = False) -> DetectionDistiller:
     return model
 
 
-def read_by(term: DistillTerm, observation: Observation) -> List[Tensor]:
+def read_by(term: DistillTerm, observation: Observation) -> list[Tensor]:
     """What a term compares of the student."""
     student = observation.context.student_outputs
     if isinstance(term, FeatureTerm):

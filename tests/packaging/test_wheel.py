@@ -56,7 +56,7 @@ def test_wheel_holds_every_module_config_and_tool(wheel):
     assert {str(file.relative_to(ROOT)) for file in (ROOT / 'kd_det').rglob('*.py')} <= content
     shipped = {*files_under('configs', '*.py', '*.yml'), *files_under('tools', '*.py', '*.sh'), 'model-index.yml'}
     assert {f'kd_det/.mim/{file}' for file in shipped} <= content
-    assert {f'kd_det/report/{name}' for name in ('template.html', 'style.css', 'script.js')} <= content
+    assert {f'kd_det/study/report/{name}' for name in ('template.html', 'style.css', 'script.js')} <= content
     assert not [name for name in content if 'tests' in name or '__pycache__' in name]
 
 
@@ -172,7 +172,7 @@ def test_mmdetections_own_tool_tests_a_checkpoint(run, tmp_path):
     from mmdet.registry import MODELS
     from mmengine.logging import HistoryBuffer
 
-    from kd_det.configuration import load_config
+    from kd_det.config.files import load_config
     from kd_det.datasets import generate_shapes
     generate_shapes(tmp_path / 'demo' / 'data', 1, 2, 32)
     config = load_config('kd_det::demo/baseline_retinanet_r18.py')

@@ -5,8 +5,8 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 
-from kd_det.configuration import ConfigurationError
-from kd_det.heads.keeping import can_be_kept
+from kd_det.config.files import ConfigurationError
+from kd_det.heads.capture import can_be_kept
 from kd_det.teachers import Teacher, TeacherError
 from kd_det.teachers.cache import TeacherCache
 

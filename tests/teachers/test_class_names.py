@@ -4,7 +4,7 @@ import torch
 from mmdet.registry import MODELS
 
 from kd_det.teachers import Teacher, TeacherError
-from kd_det.teachers.class_names import teacher_classes
+from kd_det.teachers.loading import teacher_classes
 
 NAMES, OTHERS = ('cat', 'dog'), ('bird', 'fish')
 

@@ -5,7 +5,7 @@ from mmcv.cnn import ConvModule
 from mmdet.registry import MODELS
 from torch import nn
 
-from kd_det.teachers.folding import fold_batch_norms
+from kd_det.teachers.engine import fold_batch_norms
 
 
 def _trained(model: nn.Module) -> nn.Module:

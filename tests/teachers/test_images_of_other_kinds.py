@@ -7,7 +7,7 @@ from mmdet.registry import MODELS
 from mmengine.config import ConfigDict
 from torch import nn
 
-from kd_det.adapters import LevelError
+from kd_det.context import LevelError
 from kd_det.heads.readers import read_dense
 from kd_det.taps import Taps
 from kd_det.teachers import Teacher, TeacherError, probe_config, probe_levels

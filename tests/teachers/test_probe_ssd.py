@@ -4,7 +4,7 @@ import torch
 from mmdet.registry import MODELS
 from mmengine.config import ConfigDict
 
-from kd_det.adapters import LevelError, pair_levels
+from kd_det.context import LevelError, pair_levels
 from kd_det.taps import Taps
 from kd_det.teachers import probe_config, probe_levels
 

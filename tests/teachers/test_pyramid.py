@@ -6,7 +6,7 @@ from mmengine.structures import InstanceData
 
 from kd_det.taps import TapError
 from kd_det.teachers import Teacher
-from kd_det.teachers.pyramid import UnreadLevel, cut_pyramid, placed
+from kd_det.teachers.teacher import UnreadLevel, cut_pyramid, placed
 
 SHAPES = [(64, 64)] * 2
 COMPILED = dict(backend='aot_eager')  # without a C++ compiler

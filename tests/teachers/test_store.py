@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kd_det.teachers.store import ArrayStore, StoreFullError
+from kd_det.teachers.cache import ArrayStore, StoreFullError
 
 KEY = 'ab' * 16
 

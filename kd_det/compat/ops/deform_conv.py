@@ -3,7 +3,6 @@
 Offsets are y, x pairs for each kernel cell in both mmcv and torchvision. ``im2col_step`` and the two buffers belong to
 mmcv's kernels and are not used.
 """
-from typing import Tuple
 
 import torch
 import torch.nn.functional as F
@@ -123,8 +122,8 @@ def _backward(grad_output, input, weight, offset, mask, stride_h, stride_w, pad_
     return grad_input, grad_weight, grad_offset, grad_mask, grad_bias
 
 
-def _outside(offset: Tensor, size: Tuple[int, int], stride: Tuple[int, int], padding: Tuple[int, int],
-             dilation: Tuple[int, int]) -> Tensor:
+def _outside(offset: Tensor, size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
+             dilation: tuple[int, int]) -> Tensor:
     """Which samples lie on the border, at -1 or at the size of the input, or beyond.
 
     Args:

@@ -1,5 +1,5 @@
 """Deformable RoI pooling (arXiv 1703.06211): RoIAlign whose bins are moved, each by an offset of its own."""
-from typing import NamedTuple, Tuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ class Samples(NamedTuple):
     per_bin: Tensor  # (bins,), how many points
     y: Tensor  # (M,), in cells
     x: Tensor
-    edges: Tuple[Tensor, Tensor, Tensor, Tensor]  # (M,) each, the cells around a point: y low, y high, x low, x high
+    edges: tuple[Tensor, Tensor, Tensor, Tensor]  # (M,) each, the cells around a point: y low, y high, x low, x high
     corners: Tensor  # (M, 4), those cells as rows of (N * H * W, C): low low, low high, high low, high high in y, x
     weights: Tensor  # (M, 4), bilinear; 0 for a point beyond the border
     inside: Tensor  # (M,), the others
@@ -121,7 +121,7 @@ def _sample(input: Tensor, rois: Tensor, offset: Tensor, pooled_height: int, poo
                    weights.masked_fill(~inside[:, None], 0), inside)
 
 
-def _neighbours(position: Tensor, size: int) -> Tuple[Tensor, Tensor, Tensor]:
+def _neighbours(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """The cells before and after each position, and the share of the latter; beyond the border, the last cell."""
     position = position.clamp(0, size - 1)
     low = position.long()

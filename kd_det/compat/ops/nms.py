@@ -1,5 +1,4 @@
 """Non-maximum suppression, hard and soft (Soft-NMS, arXiv 1704.04503), and the groups that it forms."""
-from typing import List
 
 import numpy as np
 import torch
@@ -66,7 +65,7 @@ def softnms(boxes: Tensor, scores: Tensor, dets: Tensor, iou_threshold: float, s
     return indices
 
 
-def nms_match(dets: Tensor, iou_threshold: float) -> List[List[int]]:
+def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
     """Groups of boxes that suppress each other, by descending score of their best. On the CPU, as in mmcv.
 
     Args:

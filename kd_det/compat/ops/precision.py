@@ -1,11 +1,10 @@
 """The precision in which the operators compute."""
-from typing import List
 
 import torch
 from torch import Tensor
 
 
-def at_least_float32(*tensors: Tensor) -> List[Tensor]:
+def at_least_float32(*tensors: Tensor) -> list[Tensor]:
     """Casts to one common type, float32 or wider.
 
     torchvision's kernels want equal types, and some lack float16 or bfloat16 on the CPU. torchvision itself computes

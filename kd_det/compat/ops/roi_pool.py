@@ -1,5 +1,4 @@
 """RoIPool (arXiv 1504.08083) with mmcv's bins."""
-from typing import Tuple
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ def roi_pool_backward(grad_output: Tensor, rois: Tensor, argmax: Tensor, grad_in
                                                               pooled_width, *grad_input.shape))
 
 
-def _bin_edges(start: Tensor, end: Tensor, scale: float, bins: int, cells: int) -> Tuple[Tensor, Tensor]:
+def _bin_edges(start: Tensor, end: Tensor, scale: float, bins: int, cells: int) -> tuple[Tensor, Tensor]:
     """First cell and one past the last cell of each bin of each box, (K, bins) twice, within [0, cells]."""
     start, end = start[:, None] * scale, (end[:, None] + 1) * scale
     size = (end - start) / bins

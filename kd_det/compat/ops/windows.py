@@ -3,7 +3,7 @@
 CARAFE (arXiv 1905.02188) upsamples with a kernel of its own for every output cell; masked convolution computes chosen
 cells only, by which guided anchoring (arXiv 1901.03278) predicts.
 """
-from typing import Iterator, Tuple
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +80,7 @@ def masked_col2im_forward(col: Tensor, mask_h_idx: Tensor, mask_w_idx: Tensor, i
     im[0][:, mask_h_idx, mask_w_idx] = col.to(im.dtype)
 
 
-def _split(features: Tensor, masks: Tensor, kernel_size: int, groups: int, scale: int) -> Tuple[Tensor, Tensor]:
+def _split(features: Tensor, masks: Tensor, kernel_size: int, groups: int, scale: int) -> tuple[Tensor, Tensor]:
     """Padded features (N, groups, C / groups, H', 1, W', 1) and kernels (N, groups, cells, H, scale, W, scale)."""
     n, c, h, w = features.shape
     padded = F.pad(features, [kernel_size // 2] * 4).unflatten(1, (groups, c // groups))
@@ -88,6 +88,6 @@ def _split(features: Tensor, masks: Tensor, kernel_size: int, groups: int, scale
             masks.reshape(n, groups, kernel_size**2, h, scale, w, scale))
 
 
-def _kernel_cells(kernel_size: int) -> Iterator[Tuple[int, int, int]]:
+def _kernel_cells(kernel_size: int) -> Iterator[tuple[int, int, int]]:
     """Index, row and column of each cell of a kernel."""
     return ((cell, *divmod(cell, kernel_size)) for cell in range(kernel_size**2))

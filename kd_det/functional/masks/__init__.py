@@ -6,8 +6,7 @@ of the padded batch; ``n`` may be 0. Attentions are differentiable, all other ma
 from kd_det.functional.masks.attention import channel_attention, spatial_attention, spatial_softmax
 from kd_det.functional.masks.foreground import box_foreground, normalized_background, region_foreground, valid_cells
 from kd_det.functional.masks.predictions import prediction_difference, prediction_quality, teacher_confidence
-from kd_det.functional.masks.priors import valuable_region
-from kd_det.functional.masks.pyramid import assign_levels, level_foreground, near_anchor_foreground
+from kd_det.functional.masks.pyramid import assign_levels, level_foreground, near_anchor_foreground, valuable_region
 
 __all__ = [
     'assign_levels', 'box_foreground', 'channel_attention', 'level_foreground', 'near_anchor_foreground',

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kd_det.functional.masks.boxes import concatenate, iou, slices
+from kd_det.functional.boxes import concatenate, iou, slices
 
 
 @torch.no_grad()

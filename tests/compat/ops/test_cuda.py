@@ -1,8 +1,17 @@
 """The operators on the GPU against themselves on the CPU, where the other tests pin them."""
 import pytest
 import torch
-from mmcv.ops import (carafe, deform_conv2d, deform_roi_pool, modulated_deform_conv2d, nms, roi_align, roi_pool,
-                      sigmoid_focal_loss, softmax_focal_loss)
+from mmcv.ops import (
+    carafe,
+    deform_conv2d,
+    deform_roi_pool,
+    modulated_deform_conv2d,
+    nms,
+    roi_align,
+    roi_pool,
+    sigmoid_focal_loss,
+    softmax_focal_loss,
+)
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')

@@ -2,8 +2,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from mmcv.ops import (CARAFEPack, DeformRoIPoolPack, MaskedConv2d, ModulatedDeformRoIPoolPack, SyncBatchNorm, carafe,
-                      deform_roi_pool, roi_align)
+from mmcv.ops import (
+    CARAFEPack,
+    DeformRoIPoolPack,
+    MaskedConv2d,
+    ModulatedDeformRoIPoolPack,
+    SyncBatchNorm,
+    carafe,
+    deform_roi_pool,
+    roi_align,
+)
 
 
 def normal(*shape, dtype=torch.float64, seed=0):

@@ -18,7 +18,7 @@ def test_prediction_difference_and_teacher_confidence():
 
 @pytest.mark.parametrize('budget', [2**24, 100])
 def test_prediction_quality_equals_the_loop(budget, monkeypatch, random_boxes, loop_iou):
-    monkeypatch.setattr('kd_det.functional.masks.boxes._TABLE_BUDGET', budget)
+    monkeypatch.setattr('kd_det.functional.boxes._TABLE_BUDGET', budget)
     xi, top_k = 0.8, 5
     points = torch.stack(torch.meshgrid(torch.arange(4., 96, 8), torch.arange(4., 160, 8), indexing='ij'), -1).flip(-1)
     points = points.reshape(-1, 2)
@@ -69,7 +69,7 @@ def test_quality_of_a_cell_is_that_of_its_best_prediction(random_boxes, loop_iou
 @pytest.mark.parametrize('budget', [2**24, 100])
 def test_valuable_region_equals_the_loop(budget, monkeypatch, loop_iou):
     """DIoU by its definition, prior by prior, weighted by the IoU; the second image has no boxes."""
-    monkeypatch.setattr('kd_det.functional.masks.boxes._TABLE_BUDGET', budget)
+    monkeypatch.setattr('kd_det.functional.boxes._TABLE_BUDGET', budget)
     gamma, top_k = 0.3, 4
     centers = [torch.cartesian_prod(*[torch.arange(stride / 2, 96, stride)] * 2) for stride in (16, 32)]
     priors = [torch.cat([each - 2 * stride, each + 2 * stride], 1) for each, stride in zip(centers, (8, 16))]

@@ -1,0 +1,193 @@
+"""Inspects the teachers of a config and the weights that it starts from."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mmengine.config import Config
+
+from kd_det.checks.data import class_counts
+from kd_det.checks.environment import Finding
+from kd_det.compat.checkpoint import CheckpointError, load_checkpoint
+from kd_det.config.classes import match_classes, training_classes
+from kd_det.config.detectors import check_student
+from kd_det.config.files import DISTILL_HOOK, ConfigurationError, hooks_of, is_distillation, student_model, type_name
+from kd_det.registry import build_detector
+from kd_det.teachers.loading import (
+    ClassNamesError,
+    is_pretrained,
+    load_strictly,
+    of_teacher,
+    read_model_config,
+    teacher_classes,
+    without_pretrained,
+)
+from kd_det.training.runner import check_checkpoint
+
+SET_TEACHER = ('Set it with --teacher-checkpoint where the command has that option, or with --cfg-options '
+               'model.teacher.checkpoint=FILE')
+
+
+def inspect_checkpoints(config: Config) -> Iterator[Finding]:
+    """Whether the files of the teacher's and the student's initial weights exist; addresses are listed."""
+    for name, teacher in teachers_of(config):
+        if teacher.get('checkpoint') and teacher.get('random_teacher'):
+            yield Finding(f'{name} checkpoint', f"'{teacher['checkpoint']}' contradicts random_teacher=True",
+                          'Remove one of the two', fault=True)
+        elif teacher.get('checkpoint'):
+            yield inspect_checkpoint(f'{name} checkpoint', teacher['checkpoint'], SET_TEACHER)
+        elif not teacher.get('random_teacher'):
+            yield Finding(f'{name} checkpoint', 'none is given', SET_TEACHER, fault=True)
+    for checkpoint in _pretrained(student_model(config)):
+        yield inspect_checkpoint('student init_cfg', checkpoint, 'Correct the init_cfg of the student')
+
+
+def inspect_student(config: Config) -> Iterator[Finding]:
+    """Whether the student of a distillation is a detector itself, and not what holds one."""
+    try:
+        if is_distillation(config):
+            check_student(config.model.student, 'model.student')
+    except ConfigurationError as error:
+        yield Finding('student', str(error), 'Correct model.student', fault=True)
+
+
+def inspect_start(config: Config) -> Iterator[Finding]:
+    """Whether the checkpoint that is loaded or resumed exists."""
+    if config.get('load_from'):
+        yield inspect_checkpoint('checkpoint', config.load_from, 'Give the path of a checkpoint')
+
+
+def inspect_start_weights(config: Config) -> Iterator[Finding]:
+    """Builds the student and looks at how the checkpoint that is loaded or resumed fits, where that is a file."""
+    checkpoint, resumes = config.get('load_from'), bool(config.get('resume'))
+    if checkpoint and Path(checkpoint).is_file():
+        try:
+            student = build_detector(without_pretrained(student_model(config)))
+            check_checkpoint(student, checkpoint, whole=resumes, resumes=resumes)
+        except Exception as error:  # whatever stops it here would stop the run
+            yield Finding('checkpoint weights', str(error), 'Correct load_from, or leave it out', fault=True)
+
+
+def inspect_teacher_classes(config: Config, names: Sequence[str] | None = None) -> Iterator[Finding]:
+    """Which classes each teacher shares with the student: by name, or by their number where names are not known.
+
+    Args:
+        config: The config.
+        names: See :func:`student_classes`.
+    """
+    expected, student = class_counts(student_model(config)), student_classes(config, names)
+    preflight = any(hook.get('preflight') for hook in hooks_of(config) if type_name(hook) == DISTILL_HOOK)
+    for name, teacher in teachers_of(config):
+        try:
+            found, names = known_classes(teacher)
+        except ClassNamesError as error:
+            yield Finding(f'{name} classes', str(error).rstrip('.'), 'Correct model.teacher.classes', fault=True)
+            continue
+        except (ValueError, OSError) as error:
+            yield Finding(f'{name} config', str(error), "Give a config file, or 'mmdet::folder/file.py'", fault=True)
+            continue
+        if names and student:
+            yield _shared(name, student, names, preflight)
+        elif expected and found and expected != found:
+            yield Finding(f'{name} classes', f'{_number(found)}, the student has {_number(expected)}',
+                          "Name the teacher's classes, by label, with model.teacher.classes=[…]; or take a teacher of "
+                          "the student's classes; one of others can teach features alone, with "
+                          'default_hooks.distill.preflight=None', fault=preflight)
+
+
+def known_classes(teacher: dict) -> tuple[set[int], Sequence[str] | None]:
+    """How many classes a teacher's heads tell apart, and their names by label.
+
+    Args:
+        teacher: Its config within the distiller's.
+
+    Returns:
+        The numbers, and the names that its config, its checkpoint or ``classes`` tell; None where nothing does.
+
+    Raises:
+        ValueError: The config is none, or other names are given than it has classes.
+        OSError: The config can not be read.
+    """
+    found = class_counts(read_model_config(teacher['config']))
+    names = teacher_classes(next(iter(found), None), teacher.get('classes', ()), _meta(teacher), teacher['config'])
+    return found, names
+
+
+def _shared(name: str, student: Sequence[str], teacher: Sequence[str], preflight: bool) -> Finding:
+    try:
+        return Finding(f'{name} classes', match_classes(student, teacher).report())
+    except ConfigurationError as error:
+        return Finding(f'{name} classes', str(error), 'To learn from its features alone, set '
+                       'default_hooks.distill.preflight=None', fault=preflight)
+
+
+def student_classes(config: Config, names: Sequence[str] | None = None) -> Sequence[str] | None:
+    """The names of the student's classes, where they are as many as its heads tell apart.
+
+    Args:
+        config: The config.
+        names: What the labels of the training data mean, where it was built; else what the config declares counts.
+    """
+    names = names or training_classes(config)
+    return names if names and class_counts(student_model(config)) <= {len(names)} else None
+
+
+def _meta(teacher: dict) -> dict:
+    """What the teacher's checkpoint tells beside its weights, where it is a file that can be read."""
+    checkpoint = teacher.get('checkpoint')
+    if not checkpoint or not Path(checkpoint).is_file():
+        return {}
+    try:
+        return load_checkpoint(checkpoint).get('meta') or {}
+    except CheckpointError:
+        return {}
+
+
+def inspect_teacher_weights(config: Config) -> Iterator[Finding]:
+    """Builds each teacher and loads its checkpoint where that is a file."""
+    for name, teacher in teachers_of(config):
+        checkpoint = teacher.get('checkpoint')
+        if checkpoint and Path(checkpoint).is_file():
+            try:
+                with of_teacher(teacher['config']):
+                    model = build_detector(read_model_config(teacher['config']))
+                load_strictly(model, checkpoint, teacher.get('allow_missing', ()), teacher.get('allow_unexpected', ()),
+                              checkpoint_prefix=teacher.get('checkpoint_prefix'))
+                yield Finding(f'{name} weights', f'fit {type(model).__name__}')
+            except Exception as error:  # whatever stops it here would stop the run
+                yield Finding(f'{name} weights', str(error), 'Give config and checkpoint of the same model', fault=True)
+
+
+def teachers_of(config: Config) -> list[tuple[str, dict]]:
+    """Name and config of each teacher; none for a plain detector."""
+    if not is_distillation(config):
+        return []
+    found = config.model.teacher
+    if isinstance(found, dict):
+        return [('teacher', found)]
+    return [(f'teacher {index}', teacher) for index, teacher in enumerate(found)]
+
+
+def _pretrained(node: object) -> Iterator[str]:
+    """The checkpoints that a model dict names: of each ``init_cfg``, and each ``pretrained=``."""
+    if isinstance(node, dict):
+        named = node.get('checkpoint') if is_pretrained(node) else node.get('pretrained')
+        if isinstance(named, str):
+            yield named
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for item in node:
+            yield from _pretrained(item)
+
+
+def inspect_checkpoint(subject: str, checkpoint: str, remedy: str) -> Finding:
+    """Whether the file of a checkpoint exists; an address is taken as it is."""
+    if '://' in str(checkpoint):
+        return Finding(subject, f'{checkpoint} (downloaded when first used)')
+    if Path(checkpoint).is_file():
+        return Finding(subject, str(checkpoint))
+    return Finding(subject, f"there is no file '{checkpoint}'", remedy, fault=True)
+
+
+def _number(counts: set[int]) -> str:
+    return ' and '.join(map(str, sorted(counts)))

@@ -1,0 +1,268 @@
+"""Makes a distillation config out of a student's: what ``kd-det distill`` trains."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmdet.registry import MODELS
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import print_log
+
+from kd_det.compat.process import preserved_randomness
+from kd_det.config.detectors import (
+    FAMILIES,
+    HeadClasses,
+    check_student,
+    family_of,
+    has_one_level,
+    head_classes,
+    plain_detector,
+)
+from kd_det.config.files import (
+    CONFIG_ROOT,
+    DISTILLER,
+    SCOPED_DISTILLER,
+    SCOPED_HOOK,
+    ConfigurationError,
+    imports_of,
+    is_distillation,
+    load_config,
+    student_model,
+    type_name,
+)
+from kd_det.distillers.inheritance import keys_within
+from kd_det.distillers.weights import DEFAULT_RATIO
+from kd_det.heads import HeadError, check_head
+from kd_det.losses import DistillTerm
+from kd_det.registry import HOME, build_detector, build_own, scope_of, within_scope
+from kd_det.teachers import read_model_config
+
+NO_METHOD = 'none'  # no terms: the student may still inherit
+RATIO = 1.0  # of a method's gradient to the task's: what served best on data smaller than COCO, see docs/results.md
+PAPER = 'paper'  # in place of a ratio: the weights in the method's file
+METHOD_ROOT = CONFIG_ROOT / '_base_' / 'methods'
+
+
+def available_methods() -> dict[str, dict[str, Path]]:
+    """The methods that have configs: name -> family -> file.
+
+    A method has one file for each family of heads, ``<method>_<family>.py``, or one for all others, ``<method>.py``,
+    whose family is ``''``.
+    """
+    methods: dict[str, dict[str, Path]] = {}
+    for file in sorted(METHOD_ROOT.glob('*.py')):
+        family = next((family for family in FAMILIES if file.stem.endswith(f'_{family}')), '')
+        name = file.stem[:-len(family) - 1] if family else file.stem
+        methods.setdefault(name, {})[family] = file
+    return methods
+
+
+def head_family(model: dict) -> str:
+    """Tells to which of :data:`~kd_det.config.detectors.FAMILIES` a detector belongs, from its model dict.
+
+    Raises:
+        ConfigurationError: It has neither a RoI head nor a dense head.
+    """
+    return family_of(type_name(model), head_classes(model))
+
+
+def method_terms(method: str, family: str, balance: float | str | None = PAPER) -> ConfigDict:
+    """The distillation terms of one method, or of a sum of methods such as ``'fgd+dkd'``; of ``'none'`` no terms.
+
+    Args:
+        method: The name or names.
+        family: One of :data:`~kd_det.config.detectors.FAMILIES`.
+        balance: The ratio of each method's gradient to the task's, which its terms share equally; None for each
+            method's own: :data:`RATIO`, unless its file balances it at another; ``'paper'`` for the weights in its
+            file.
+
+    Raises:
+        ConfigurationError: There is no such method, a sum names one twice, or none of its files fits the family.
+    """
+    methods = available_methods()
+    terms = ConfigDict()
+    names = method.split('+') if method != NO_METHOD else []
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigurationError(f"The sum '{method}' names '{name}' twice; its weight is set with --cfg-options.")
+        if name not in methods:
+            raise ConfigurationError(f"There is no method '{name}'. Choose from {', '.join(methods)}, or a sum: a+b.")
+        file = methods[name].get(family, methods[name].get(''))
+        if file is None:
+            raise ConfigurationError(f"The method '{name}' has no weights for {family} detectors, only for "
+                                     f"{', '.join(methods[name])}. Choose others with --family.")
+        of_method = load_config(file)[name]
+        for term in of_method.values() if balance != PAPER else ():
+            term['weight'] = balanced(term.get('weight', 1.0), balance, len(of_method))
+        terms.update(of_method)
+    return terms
+
+
+def balanced(weight: float | dict, ratio: float | None, terms: int) -> dict:
+    """A weight whose number gives way to :class:`~kd_det.distillers.Balance`; schedules around it stay.
+
+    Args:
+        weight: The weight in a method's file.
+        ratio: Of the method's gradient to the task's; None for that of the file, else :data:`RATIO`.
+        terms: How many the method has; they share the ratio.
+    """
+    if not isinstance(weight, dict):
+        return dict(type=f'{HOME}.Balance', ratio=(RATIO if ratio is None else ratio) / terms)
+    if type_name(weight) == 'Balance':
+        return weight if ratio is None else dict(weight, ratio=ratio / terms)
+    return dict(weight, value=balanced(weight['value'], ratio, terms))
+
+
+def build_term(config: dict) -> DistillTerm:
+    """Builds a term from its config, which holds its weight too."""
+    return build_own(MODELS, {key: value for key, value in config.items() if key != 'weight'})
+
+
+def check_terms(method: str, terms: dict[str, dict], detector: str, heads: HeadClasses) -> None:
+    """Checks that a student has the heads that a method's terms read, in them what they read, and as many levels.
+
+    Args:
+        method: Its name, for the message.
+        terms: See :func:`method_terms`.
+        detector: The student's type, for the message.
+        heads: See :func:`~kd_det.config.detectors.head_classes`.
+
+    Raises:
+        ConfigurationError: It has not.
+    """
+    for name, config in terms.items():
+        term = build_term(config)
+        try:
+            for head in term.student_heads:
+                check_head(detector, heads, head)
+            if term.least_levels > 1 and has_one_level(heads):
+                raise HeadError(f'A {detector} has features of one level, not of {term.least_levels}.')
+        except HeadError as error:
+            raise ConfigurationError(f"The method '{method}' does not serve this student, by its term '{name}': "
+                                     f'{error} kd-det methods shows which detectors each method serves.') from error
+
+
+def check_parts(model: dict, parts: Sequence[str]) -> None:
+    """Checks that a detector has the parts that it is to inherit.
+
+    Raises:
+        ConfigurationError: It lacks one; the message says which there are.
+    """
+    if parts:
+        with preserved_randomness():
+            state = build_detector(model).state_dict()
+        for part in parts:
+            keys_within(state, part)
+
+
+def distillation_config(student: str | Config, teacher_config: str, teacher_checkpoint: str, method: str,
+                        inherit: str | Sequence[str] = 'auto', family: str = '',
+                        balance: float | str | None = None) -> Config:
+    """Makes the config that distils a teacher into a student.
+
+    The student's config alone decides data, classes, schedule and evaluation; nothing of that changes.
+
+    Args:
+        student: Config of the detector to train: a file, ``'mmdet::…'``, or a config.
+        teacher_config: Config of the teacher: a file or ``'mmdet::…'``.
+        teacher_checkpoint: The teacher's weights: a file or an address.
+        method: Name of a method, or a sum of names, see :func:`available_methods`; ``'none'`` for no terms.
+        inherit: Parts of the student, such as ``('neck', 'bbox_head')``, that start from the teacher's weights where
+            shapes agree; ``'auto'`` for all but the backbone that are of the same type in both; empty for none.
+        family: Whose published weights to use, one of :data:`~kd_det.config.detectors.FAMILIES`; told by the student's heads
+            by default.
+        balance: The ratio of each method's gradient to the task's, see :func:`method_terms` and
+            :class:`~kd_det.distillers.Balance`; weights of the parts within a term stay. Each method's own by default;
+            ``'paper'`` for the published weights, which are made for COCO.
+
+    Raises:
+        ConfigurationError: The student is a distiller already, holds detectors but is none, or lacks a part that it is
+            to inherit, or the method does not serve it; or the teacher holds several detectors.
+        TeacherError: The teacher's config holds no model.
+    """
+    config = copy.deepcopy(student) if isinstance(student, Config) else load_config(student)
+    if is_distillation(config):
+        raise ConfigurationError(
+            f"The student's config '{config.filename}' is a distillation already (its model is a "
+            f'{DISTILLER}): give the config of a plain detector, or train this one with kd-det train.')
+    with within_scope(scope_of(config)):
+        model = _student_of(config, str((config.filename or '') if isinstance(student, Config) else student))
+        terms = method_terms(method, family or head_family(model), balance)
+        check_terms(method, terms, type_name(model), head_classes(model))
+        check_parts(model, () if inherit == 'auto' else (inherit, ) if isinstance(inherit, str) else inherit)
+    read_model_config(teacher_config)  # before anything is built or written
+    config.model = dict(
+        type=SCOPED_DISTILLER,
+        student=model,
+        teacher=dict(config=teacher_config, checkpoint=teacher_checkpoint),
+        distill=terms,
+        inherit=inherit if isinstance(inherit, str) else tuple(inherit))
+    if not config.get('default_hooks'):  # may be None
+        config.default_hooks = ConfigDict()
+    config.default_hooks['distill'] = dict(type=SCOPED_HOOK, preflight=dict(images=64, min_map=0.01))
+    config.custom_imports = dict(
+        imports=list(dict.fromkeys([*imports_of(config), 'kd_det'])),
+        allow_failed_imports=(config.get('custom_imports') or {}).get('allow_failed_imports', False))
+    return config
+
+
+def _student_of(config: Config, file: str) -> ConfigDict:
+    """The detector that a config is of, without what another distillation has added to it."""
+    model = student_model(config)
+    check_student(model, f"The model of the student's config '{file}'", file)
+    plain = plain_detector(model)
+    if plain is not model:
+        print_log(f"The model of the student's config '{file}' ({type_name(model)}) is MMDetection's own distillation. "
+                  f'The student is its plain detector ({type_name(plain)} with {type_name(plain.bbox_head)}), without '
+                  'its teacher.', 'current')
+    return plain
+
+
+def ensemble(config: Config, checkpoints: Sequence[str]) -> Config:
+    """Makes a distillation from one teacher into one from several, which differ in their weights alone.
+
+    Each term is repeated for every teacher: ``fgd`` becomes ``fgd_1``, ``fgd_2``, …, each with adapters of its own,
+    for features of detectors that were trained apart lie in different bases. Each has the n-th part of the weight, or
+    of the ratio of a :class:`~kd_det.distillers.Balance`, so that n equal teachers pull as hard as one. Where a term is
+    a forward KL divergence, the mean over the teachers has the gradient of the divergence from their mean prediction,
+    which is how an ensemble is distilled (Hinton et al., arXiv 1503.02531); where it is a squared difference, that of
+    the difference from their mean. (With Balance weights differ a little: every teacher pulls as hard as each other.)
+
+    The first teacher is the one that is inherited from, and that pseudo-labels come from.
+
+    Args:
+        config: Config of a distillation with one teacher.
+        checkpoints: Weights of each teacher: files or addresses.
+
+    Returns:
+        A config of its own; that of the student is unchanged.
+
+    Raises:
+        ConfigurationError: There are less than two checkpoints, or the config has no teacher, or several already.
+    """
+    if len(checkpoints) < 2:
+        raise ConfigurationError(f'An ensemble has two teachers at least, not {len(checkpoints)}.')
+    if not is_distillation(config) or not isinstance(config.model.teacher, dict):
+        raise ConfigurationError(f"An ensemble is made of a distillation with one teacher, which '{config.filename}' "
+                                 'is not.')
+    config = copy.deepcopy(config)
+    teacher, terms, number = config.model.teacher, config.model.distill, len(checkpoints)
+    config.model.teacher = [dict(copy.deepcopy(teacher), checkpoint=checkpoint) for checkpoint in checkpoints]
+    config.model.distill = ConfigDict()
+    for name, term in terms.items():
+        for index in range(number):
+            repeated = config.model.distill[f'{name}_{index + 1}'] = copy.deepcopy(term)
+            repeated.update(teacher=index, weight=_share(term.get('weight', 1.0), number))
+    return config
+
+
+def _share(weight: float | dict, number: int) -> float | dict:
+    """The n-th part of a weight; schedules around it stay. So does what is no weight, for the distiller to refuse."""
+    if isinstance(weight, (float, int)):
+        return weight / number
+    if type_name(weight) == 'Balance':
+        return dict(weight, ratio=_share(weight.get('ratio', DEFAULT_RATIO), number))
+    if isinstance(weight, dict) and 'value' in weight:
+        return dict(weight, value=_share(weight['value'], number))
+    return weight

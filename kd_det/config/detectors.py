@@ -1,0 +1,252 @@
+"""What kind a detector is, told by its heads; the kinds that the methods are tried on; and detectors within others."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import NamedTuple
+
+from mmdet.models.dense_heads import (
+    ATSSHead,
+    ConditionalDETRHead,
+    DABDETRHead,
+    DeformableDETRHead,
+    DETRHead,
+    DINOHead,
+    FCOSHead,
+    GFLHead,
+    RetinaHead,
+    RPNHead,
+    RTMDetSepBNHead,
+    SSDHead,
+    YOLOV3Head,
+    YOLOXHead,
+)
+from mmdet.models.detectors import BaseDetector, KnowledgeDistillationSingleStageDetector
+from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
+from mmdet.registry import MODELS
+from mmengine.config import Config, ConfigDict
+from torch import nn
+
+from kd_det.config.files import ConfigurationError, type_name
+from kd_det.heads.readers import HEADS
+from kd_det.registry import HOME, find_class, within_scope
+
+HeadClasses = dict[str, type[nn.Module]]  # by their name in the detector
+
+# Published weights differ between these families of heads.
+FAMILIES = ('two_stage', 'one_stage', 'anchor_free', 'detr')
+ANCHOR_FREE_HEADS = ('AnchorFreeHead', 'YOLOXHead', 'CenterNetHead')
+
+# Each is in tests/matrix, with every method that serves it.
+DETECTORS: dict[str, HeadClasses] = {
+    'RetinaNet': dict(bbox_head=RetinaHead),
+    'ATSS': dict(bbox_head=ATSSHead),
+    'GFL': dict(bbox_head=GFLHead),
+    'FCOS': dict(bbox_head=FCOSHead),
+    'RTMDet': dict(bbox_head=RTMDetSepBNHead),
+    'YOLOX': dict(bbox_head=YOLOXHead),
+    'SSD': dict(bbox_head=SSDHead),
+    'YOLOv3': dict(bbox_head=YOLOV3Head),
+    'Faster R-CNN': dict(rpn_head=RPNHead, roi_head=StandardRoIHead),
+    'Cascade R-CNN': dict(rpn_head=RPNHead, roi_head=CascadeRoIHead),
+    'Mask R-CNN': dict(rpn_head=RPNHead, roi_head=StandardRoIHead),
+    'DETR': dict(bbox_head=DETRHead),
+    'Conditional DETR': dict(bbox_head=ConditionalDETRHead),
+    'DAB-DETR': dict(bbox_head=DABDETRHead),
+    'Deformable DETR': dict(bbox_head=DeformableDETRHead),
+    'DINO': dict(bbox_head=DINOHead)}
+
+
+def head_classes(model: dict) -> HeadClasses:
+    """The classes of a detector's heads, from its model dict.
+
+    Raises:
+        ConfigurationError: One is in no registry.
+    """
+    classes = {}
+    for name in HEADS:
+        head = model.get(name)
+        if head:
+            with within_scope(model.get('_scope_')):
+                classes[name] = find_class(MODELS, head)
+            if classes[name] is None:
+                raise ConfigurationError(f"model.{name}: there is no '{head['type']}' among MMDetection's models. "
+                                         'If it is your own, import it with custom_imports.')
+    return classes
+
+
+def has_one_level(heads: HeadClasses) -> bool:
+    """Whether a detector has features of one level alone, as the DETRs without deformable attention."""
+    head = heads.get('bbox_head', nn.Module)
+    return issubclass(head, (DETRHead, ConditionalDETRHead, DABDETRHead)) and not issubclass(head, DeformableDETRHead)
+
+
+def family_of(detector: str, heads: HeadClasses) -> str:
+    """Tells to which of :data:`FAMILIES` a detector belongs.
+
+    Args:
+        detector: Its type, for the message.
+        heads: See :func:`head_classes`.
+
+    Raises:
+        ConfigurationError: It has neither a RoI head nor a dense head.
+    """
+    if 'roi_head' in heads:
+        return 'two_stage'
+    if 'bbox_head' not in heads:
+        raise ConfigurationError(f'A {detector} has neither roi_head nor bbox_head: its family is not known. '
+                                 f"Choose the weights yourself with --family {{{','.join(FAMILIES)}}}.")
+    if issubclass(heads['bbox_head'], DETRHead):
+        return 'detr'
+    ancestors = {ancestor.__name__ for ancestor in heads['bbox_head'].__mro__}
+    return 'anchor_free' if ancestors.intersection(ANCHOR_FREE_HEADS) else 'one_stage'
+
+
+# --------------------------------------------------------------------------------------------- detectors within others
+
+class Inner(NamedTuple):
+    """A detector within another model.
+
+    Attributes:
+        path: Where in the model dict it stands: ``'detector'``, ``'module.detector'``.
+        model: Its model dict, able to read images: with a preprocessor, which it may share with what it is within.
+    """
+    path: str
+    model: ConfigDict
+
+
+def inner_detectors(model: dict) -> Iterator[Inner]:
+    """Finds the detectors within a model that is none itself: a semi-supervised pair, a tracker, an augmented test.
+
+    A detector has a backbone, and heads beside it; whatever stands within those does not count.
+    """
+    if 'backbone' in model:
+        return
+    for name, part in model.items():
+        if not type_name(part):
+            continue
+        part = copy.deepcopy(part if isinstance(part, ConfigDict) else ConfigDict(part))
+        if model.get('_scope_'):
+            part.setdefault('_scope_', model['_scope_'])
+        if _is_detector(part):
+            if not part.get('data_preprocessor') and model.get('data_preprocessor'):
+                part.data_preprocessor = _for_images(model['data_preprocessor'])
+            yield Inner(name, part)
+        else:
+            yield from (Inner(f'{name}.{inner.path}', inner.model) for inner in inner_detectors(part))
+
+
+def _is_detector(model: dict) -> bool:
+    if 'backbone' not in model:
+        return False
+    with within_scope(model.get('_scope_')):
+        kind = find_class(MODELS, model)
+    return isinstance(kind, type) and issubclass(kind, BaseDetector) or any(head in model for head in HEADS)
+
+
+def _for_images(preprocessor: dict) -> ConfigDict:
+    """The preprocessor of a single detector, out of that of branches or of videos."""
+    if 'data_preprocessor' in preprocessor:
+        return preprocessor['data_preprocessor']
+    settings = {key: value for key, value in preprocessor.items() if key != 'use_det_processor'}
+    is_of_videos = type_name(preprocessor) == 'TrackDataPreprocessor'
+    return ConfigDict(settings, type=f'{HOME}.DetDataPreprocessor') if is_of_videos else ConfigDict(settings)
+
+
+def the_detector(model: dict, whose: str) -> ConfigDict:
+    """The detector that a model dict is of: itself, the only one within it, or the plain one of a distillation.
+
+    Args:
+        model: The model dict; stays as it is.
+        whose: Begins the message: ``"The model of the teacher's config 'a.py'"``.
+
+    Raises:
+        ConfigurationError: There are several within it.
+    """
+    within = list(inner_detectors(model))
+    if len(within) > 1:
+        raise ConfigurationError(f'{whose} ({type_name(model)}) holds several detectors: {_listed(within)}. Give a '
+                                 'config whose model is the one that is meant.')
+    return plain_detector(within[0].model if within else model)
+
+
+def check_student(model: dict, whose: str, file: str = '') -> None:
+    """Checks that a model is a detector, and holds none: data, hooks and loops of such a config are made for the whole.
+
+    Args:
+        model: The student's model dict.
+        whose: Begins the message.
+        file: Of its config; the message then has the lines of one of the detector within.
+
+    Raises:
+        ConfigurationError: It holds detectors; the message names them.
+    """
+    within = list(inner_detectors(model))
+    if within:
+        remedy = (f'Write a config beside it, and give that as the student:\n{_config_lines(within[0], model, file)}\n'
+                  f'with data, hooks and loops of a plain detector, where those are made for the {type_name(model)}.'
+                  if file else f"Put its part '{within[0].path}' in its place.")
+        raise ConfigurationError(f'{whose} ({type_name(model)}) is no detector itself, but holds {_listed(within)}. '
+                                 f'{remedy}')
+
+
+def _listed(within: Iterable[Inner]) -> str:
+    return ' and '.join(f'model.{inner.path} ({type_name(inner.model)})' for inner in within)
+
+
+def _config_lines(inner: Inner, model: dict, file: str) -> str:
+    """The lines of a config of a detector within the model of another."""
+    outer = model
+    for key in inner.path.split('.'):
+        outer = outer[key]
+    preprocessor = '' if outer.get('data_preprocessor') or not inner.model.get('data_preprocessor') else \
+        f', data_preprocessor={inner.model.data_preprocessor.to_dict()}'
+    if Path(file).is_file() and Config._is_lazy_import(file):
+        return ('  from mmengine.config import read_base\n  with read_base():\n'
+                f'      from .{Path(file).stem} import *\n  model = dict(**model.{inner.path}{preprocessor})')
+    base = file if '::' in file else f'./{Path(file).name}'
+    return f"  _base_ = '{base}'\n  model = dict(_delete_=True, **_base_.model.{inner.path}{preprocessor})"
+
+
+def plain_detector(model: dict) -> ConfigDict:
+    """The detector itself where a model dict is of one that MMDetection distils, as LD; any other as it is.
+
+    Its own teacher goes, and its head gives way to the one that it is derived from and that learns from boxes alone.
+    """
+    with within_scope(model.get('_scope_')):
+        kind, head = find_class(MODELS, model), model.get('bbox_head')
+        if not isinstance(kind, type) or not issubclass(kind, KnowledgeDistillationSingleStageDetector):
+            return model
+        plain = copy.deepcopy(model if isinstance(model, ConfigDict) else ConfigDict(model))
+        _replace(plain, kind, next(each for each in kind.__mro__ if not _teacher_arguments(each)))
+        head_kind = find_class(MODELS, head)
+        _replace(plain.bbox_head, head_kind, next(filter(_learns_from_boxes, head_kind.__mro__), head_kind))
+    return plain
+
+
+def _replace(config: ConfigDict, kind: type, plain: type) -> None:
+    """Writes a class's ancestor in its place, without the arguments that the ancestor does not have."""
+    if plain is kind:
+        return
+    taken = _arguments(plain.__mro__)
+    for name in _arguments(each for each in kind.__mro__ if each not in plain.__mro__) - taken:
+        config.pop(name, None)
+    config.type = (f'{HOME}.{plain.__name__}' if MODELS.get(f'{HOME}.{plain.__name__}') is plain
+                   else f'{plain.__module__}.{plain.__qualname__}')
+
+
+def _arguments(classes: Iterable[type]) -> set[str]:
+    return {name for each in classes if '__init__' in vars(each) for name, parameter
+            in signature(each.__init__).parameters.items()
+            if parameter.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)}
+
+
+def _teacher_arguments(kind: type) -> set[str]:
+    return {name for name in _arguments(kind.__mro__) if name.startswith('teacher_')}
+
+
+def _learns_from_boxes(head: type) -> bool:
+    """Whether a head computes its loss of features and ground truth, and asks for nothing of a teacher."""
+    return hasattr(head, 'loss') and list(signature(head.loss).parameters) == ['self', 'x', 'batch_data_samples']

@@ -1,0 +1,245 @@
+"""Reads configs and derives others from them: the plain student's, or the same on another data root."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from difflib import get_close_matches
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+from mmengine.config.lazy import LazyAttr, LazyObject
+from mmengine.hub import get_config
+from mmengine.runner import Runner
+
+# Types of this package. It writes them with the scope of the registries that hold them, for a config may have another
+# default_scope; :func:`type_name` reads them, however they are written.
+DISTILLER = 'DetectionDistiller'
+DISTILL_HOOK = 'DistillHook'
+SCOPED_DISTILLER, SCOPED_HOOK = f'mmdet.{DISTILLER}', f'mmdet.{DISTILL_HOOK}'
+
+# What a run reads at the top of its config. Any other name there is of use only while the file itself is read.
+TOP_KEYS = frozenset(signature(Runner.__init__).parameters) - {'self', 'cfg'} | {
+    'activation_checkpointing', 'compile', 'efficient_conv_bn_eval', 'find_unused_parameters',
+    'init_weights_for_test_or_val', 'model_wrapper_cfg', 'runner_type', 'strategy', 'sync_bn', 'tta_model',
+    'tta_pipeline'}
+
+OF_MMCV = ('nms', 'nms_cfg', 'roi_layer')  # where MMDetection takes the bare name of one of mmcv's operators
+
+# Configs and tools travel inside the package, where MMEngine and mim look for them.
+CONFIG_ROOT = Path(__file__).parents[1] / '.mim' / 'configs'
+
+
+class ConfigurationError(ValueError):
+    """A config can not be read, or can not serve."""
+
+
+def load_config(name: str | Path) -> Config:
+    """Reads a config.
+
+    Args:
+        name: A file, or ``'package::folder/file.py'`` for one that a package ships, such as
+            ``'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'`` or ``'kd_det::fgd_r101_r18.py'``.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ConfigurationError: The file, or one of its bases, has an error; the message says which and where.
+    """
+    name = str(name)
+    scope, _, path = name.rpartition('::')
+    if scope == 'kd_det':  # MMEngine refuses names without a folder
+        path = str(CONFIG_ROOT / path)
+    if scope in ('', 'kd_det') and not Path(path).is_file():
+        raise FileNotFoundError(f"There is no config file '{path}'.")
+    try:
+        config = Config.fromfile(path) if scope in ('', 'kd_det') else get_config(name)
+        _recall_types(config._cfg_dict)
+        return config
+    except SyntaxError as error:
+        raise ConfigurationError(f"The config '{name}' is not valid Python: {error}") from error
+    except Exception as error:  # a config is code, its bases too: whatever it raises is a fault of the config
+        raise ConfigurationError(f"The config '{name}' can not be read: {type(error).__name__}: {error}") from error
+
+
+def _recall_types(node: Any, key: str = '') -> None:
+    """Makes the types of a pure-Python config, once it was saved as text, what they were: classes and functions.
+
+    ``type=Resize`` is saved as ``'mmdet.datasets.transforms.Resize'``, which registries know how to find. Some types
+    MMDetection looks up elsewhere, by their bare names alone: those get them at once, so that it reads what is saved.
+    """
+    for name, value in dict.items(node) if isinstance(node, dict) else ():
+        _recall_types(value, name)
+    for value in node if isinstance(node, (list, tuple)) else ():
+        _recall_types(value, key)
+    kind = dict.get(node, 'type') if isinstance(node, dict) else None
+    if isinstance(kind, (LazyObject, LazyAttr)):
+        kind.build()  # what can not be imported is told here, with its line, and not when a run is under way
+        module, name = kind.module, str(kind)
+    elif isinstance(kind, str) and kind.count('.') > 1:
+        module, _, name = kind.rpartition('.')
+        try:
+            if callable(getattr(import_module(module), name, None)):
+                dict.__setitem__(node, 'type', LazyObject(module, name))
+        except ImportError:  # a name in a registry that looks like one in a module
+            return
+    else:
+        return
+    if name == 'PretrainedInit' or key in OF_MMCV and module.startswith('mmcv.ops') or (
+            name == 'LoadImageFromFile' and module.startswith('mmcv.')):  # which DetInferencer looks for
+        dict.__setitem__(node, 'type', 'Pretrained' if name == 'PretrainedInit' else name)
+
+
+def renamed(config: Config, path: str | Path) -> Config:
+    """The same config under another file name, which is where MMEngine's Runner writes it within the work dir."""
+    made = copy.deepcopy(config)
+    object.__setattr__(made, '_filename', str(path))  # past Config.__setattr__, which would add a key
+    object.__setattr__(made, '_text', config.text or config.pretty_text)
+    return made
+
+
+def is_distillation(config: Config) -> bool:
+    """Whether the config's model is a distiller."""
+    return type_name(config.get('model')) == DISTILLER
+
+
+def student_model(config: Config) -> ConfigDict:
+    """The model dict of the detector that a run of this config yields."""
+    if not type_name(config.get('model')):
+        raise ConfigurationError(f"The config '{config.filename}' has no model: expected model=dict(type=…, …).")
+    return config.model.student if is_distillation(config) else config.model
+
+
+def student_config(config: Config) -> Config:
+    """The config without distillation: the plain student as the model, the rest unchanged.
+
+    A test run on it never builds a teacher, and its checkpoints are the same.
+    """
+    plain = copy.deepcopy(config)
+    plain.model = student_model(plain)
+    for name, hook in list((plain.get('default_hooks') or {}).items()):
+        if type_name(hook) == DISTILL_HOOK:
+            del plain.default_hooks[name]
+    if plain.get('custom_hooks'):
+        plain.custom_hooks = [hook for hook in plain.custom_hooks if type_name(hook) != DISTILL_HOOK]
+    return plain
+
+
+def hooks_of(config: Config) -> list[dict]:
+    """The hooks of a config, those that it turns off left out."""
+    return [hook for hook in (*(config.get('default_hooks') or {}).values(), *(config.get('custom_hooks') or ()))
+            if hook]
+
+
+def imports_of(config: Config) -> list[str]:
+    """The modules that a config imports."""
+    imports = (config.get('custom_imports') or {}).get('imports') or []
+    return [imports] if isinstance(imports, str) else list(imports)
+
+
+def merge_options(config: Config, options: dict) -> None:
+    """Applies ``--cfg-options``; unlike in plain MMEngine, ``data_root=…`` reaches every path that starts with it.
+
+    Raises:
+        ConfigurationError: An option begins with a key that no run reads, goes through something that holds no keys, or
+            past the end of a list.
+    """
+    options = dict(options)
+    data_root = options.pop('data_root', None)
+    _check_top_keys(config, options)
+    try:
+        config.merge_from_dict(options)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ConfigurationError(f'--cfg-options {options}: {error}') from error
+    if data_root is not None:
+        set_data_root(config, data_root)
+
+
+def _check_top_keys(config: Config, options: Iterable[str]) -> None:
+    """Refuses what MMEngine would take and nothing ever read."""
+    for option in options:
+        key = option.split('.')[0]
+        if key in TOP_KEYS:
+            continue
+        if key in config:
+            raise ConfigurationError(f"--cfg-options {option}: '{key}' is a variable of the config file; when this "
+                                     'option is applied its value has gone elsewhere already. Set that place, such as '
+                                     'train_cfg.max_epochs, train_dataloader.dataset.pipeline or model.distill.')
+        near = get_close_matches(key, TOP_KEYS, n=1)
+        raise ConfigurationError(f"--cfg-options {option}: no run reads a key '{key}'."
+                                 + (f" Did you mean '{near[0]}'?" if near else ''))
+
+
+def set_data_root(config: Config, data_root: str) -> None:
+    """Moves the data: every path in the config that starts with the old data root starts with the new one.
+
+    Raises:
+        ConfigurationError: The config names no data root.
+    """
+    loader = config.get('train_dataloader') or {}
+    old = config.get('data_root') or loader.get('dataset', {}).get('data_root')
+    if not old:
+        raise ConfigurationError(
+            f"The config '{config.filename}' has no data_root to replace by '{data_root}': set the "
+            'paths of its data sets with --cfg-options instead.')
+    old, new = str(old).rstrip('/'), str(data_root).rstrip('/') or '/'
+
+    def move(text: str) -> str:
+        if text.rstrip('/') == old:
+            return new + '/'
+        return str(Path(new) / text[len(old) + 1:]) if text.startswith(old + '/') else text
+
+    for key, value in dict.items(config._cfg_dict):
+        dict.__setitem__(config._cfg_dict, key, _map_strings(value, move))
+
+
+def _map_strings(value: Any, function: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, dict):  # a ConfigDict's own items() would make classes of what pure-Python configs import
+        return ConfigDict({key: _map_strings(item, function) for key, item in dict.items(value)})
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_strings(item, function) for item in value)
+    return value
+
+
+def type_name(config: Any) -> str:
+    """The name of what a config builds, without its scope or module.
+
+    Returns:
+        ``'Resize'`` for ``type='Resize'``, ``'mmdet.Resize'``, ``'mmdet.datasets.transforms.Resize'``, the class or a
+        function; ``''`` for what is no dict or has no type.
+    """
+    kind = config.get('type') if isinstance(config, dict) else None
+    return kind.rpartition('.')[2] if isinstance(kind, str) else getattr(kind, '__name__', '')
+
+
+def leaf_datasets(dataset: dict) -> list[dict]:
+    """The data sets within wrappers such as ``RepeatDataset``, ``MultiImageMixDataset`` and ``ConcatDataset``."""
+    inner = dataset.get('datasets', dataset.get('dataset'))
+    if inner is None:
+        return [dataset]
+    return [leaf for item in (inner if isinstance(inner, (list, tuple)) else [inner]) for leaf in leaf_datasets(item)]
+
+
+def built_leaves(dataset: object) -> Iterator[object]:
+    """As :func:`leaf_datasets`, of a data set that is built."""
+    inner = getattr(dataset, 'datasets', None) or getattr(dataset, 'dataset', None)
+    if not hasattr(inner, '__getitem__') or isinstance(inner, str):
+        yield dataset
+    else:
+        for item in inner if isinstance(inner, (list, tuple)) else [inner]:
+            yield from built_leaves(item)
+
+
+def training_pipelines(config: Config) -> list[list[dict]]:
+    """The training pipelines: of each data set, and of wrappers that have one of their own."""
+    loader = config.get('train_dataloader')
+    if not loader:
+        return []
+    wrappers, node = [], loader['dataset']
+    while isinstance(node, dict) and 'dataset' in node:
+        wrappers.append(node)
+        node = node['dataset']
+    return [list(each.get('pipeline') or ()) for each in (*leaf_datasets(loader['dataset']), *wrappers)]

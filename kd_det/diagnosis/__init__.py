@@ -1,1 +1,0 @@
-"""Finds out what would fail before it does: for ``kd-det doctor``, and at the start of each run."""

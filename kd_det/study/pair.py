@@ -1,0 +1,132 @@
+"""A student and its teacher: what a benchmark is about."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmengine.config import Config
+
+from kd_det.config.files import (
+    ConfigurationError,
+    is_distillation,
+    leaf_datasets,
+    load_config,
+    set_data_root,
+    student_config,
+)
+from kd_det.study.runs import sha256
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A student and its teacher.
+
+    Attributes:
+        student: Config of the plain student: it decides data, classes, schedule and evaluation of all runs but the
+            teacher's.
+        teacher: Name of the teacher's config.
+        checkpoints: The weights of the teacher, or of several of its config; addresses or files; none if they are to be
+            trained.
+    """
+    student: Config
+    teacher: str
+    checkpoints: tuple[str, ...] = ()
+
+    def teacher_config(self) -> Config:
+        """The config that trains the teacher."""
+        return student_config(load_config(self.teacher))
+
+
+def read_pair(pair: str | None = None, student: str | None = None, teacher: str | None = None,
+              checkpoints: Sequence[str] = ()) -> Pair:
+    """Reads a pair.
+
+    Args:
+        pair: Config of a distillation, such as ``configs/_base_/pairs/retinanet_r101_r18.py``; its terms do not count.
+        student: Config of a plain detector, in place of ``pair`` or of its student.
+        teacher: Config of the teacher, in place of the pair's.
+        checkpoints: The teacher's weights, or those of several. By default the pair's, if it names an address or a file
+            that is there.
+
+    Raises:
+        ConfigurationError: There is no student or no teacher, the pair is no distillation, or it has several teachers.
+    """
+    config, named = None, {}
+    if pair is not None:
+        config = load_config(pair)
+        if not is_distillation(config):
+            raise ConfigurationError(f"PAIR '{pair}' is no distillation: give the config of one (its model a "
+                                     'DetectionDistiller), or --student and --teacher in its place.')
+        named = config.model.teacher
+        if not isinstance(named, dict):
+            raise ConfigurationError(f"PAIR '{pair}' has {len(named)} teachers: expected one. To learn from several, "
+                                     'give the weights of each with --teacher-checkpoint, and a method with '
+                                     '@teachers=N.')
+        config = student_config(config)
+    config = student_config(load_config(student)) if student else config
+    if not checkpoints and teacher is None and _exists(named.get('checkpoint')):
+        checkpoints = [named['checkpoint']]
+    teacher = teacher or named.get('config')
+    if config is None or not teacher:
+        raise ConfigurationError('There is no pair: give the config of a distillation, or --student and --teacher.')
+    if not isinstance(teacher, str):
+        raise ConfigurationError(f"PAIR '{pair}' holds its teacher as a model dict: give the file that trains it with "
+                                 '--teacher.')
+    return Pair(config, teacher, tuple(checkpoints))
+
+
+def _exists(checkpoint: str | None) -> bool:
+    return bool(checkpoint) and ('://' in checkpoint or Path(checkpoint).is_file())
+
+
+def adapted(config: Config, data_root: str | None = None, epochs: int | None = None) -> Config:
+    """A copy of a config with another data root and with other epochs, its schedules stretched with them.
+
+    Raises:
+        ConfigurationError: It does not count in epochs, or has no CocoMetric.
+    """
+    config = copy.deepcopy(config)
+    if data_root is not None:
+        set_data_root(config, data_root)
+    if epochs is not None:
+        before = config.train_cfg.get('max_epochs')
+        if before is None:
+            raise ConfigurationError(f"--epochs: the config '{config.filename}' does not count in epochs.")
+        config.train_cfg.max_epochs = epochs
+        config.train_cfg.val_interval = min(config.train_cfg.get('val_interval', 1), epochs)
+        schedulers = config.get('param_scheduler') or []
+        for scheduler in [schedulers] if isinstance(schedulers, dict) else schedulers:
+            _stretch(scheduler, before, epochs)
+    return config
+
+
+def _stretch(scheduler: dict, before: int, after: int) -> None:
+    """Scales what a scheduler counts in epochs; one that counts iterations, such as a warm-up, stays."""
+    if not scheduler.get('by_epoch', True):
+        return
+    for key in ('begin', 'end', 'T_max', 'milestones'):
+        value = scheduler.get(key)
+        if isinstance(value, (list, tuple)):
+            scheduler[key] = [round(each * after / before) for each in value]
+        elif isinstance(value, int):
+            scheduler[key] = round(value * after / before)
+
+
+def data_hash(config: Config) -> str:
+    """The hash of a config's training and validation data: annotations by content, images by name and size."""
+    parts = []
+    for split in ('train', 'val'):
+        for dataset in leaf_datasets(config[f'{split}_dataloader'].dataset):
+            root = Path(dataset.get('data_root') or '')
+            parts.append(Path(root, dataset['ann_file']).read_bytes())
+            images = Path(root, (dataset.get('data_prefix') or {}).get('img', ''))
+            files = sorted(file for file in images.iterdir() if file.is_file())
+            parts.append('\n'.join(f'{file.name} {file.stat().st_size}' for file in files).encode())
+    return sha256(b'\0'.join(parts))
+
+
+def weights_hash(checkpoint: str) -> str:
+    """The hash of a file of weights; of an address the address itself."""
+    return sha256(Path(checkpoint).read_bytes()) if Path(checkpoint).is_file() else checkpoint

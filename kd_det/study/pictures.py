@@ -1,0 +1,304 @@
+"""Text of users in pictures: no formulas, and in a font that has its signs."""
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib import colormaps, font_manager
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.patches import Rectangle
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
+from mmengine.logging import MMLogger
+
+# Fonts that show boxes for everything, and those of formulas, whose signs stand at places of others.
+NO_TEXT = ('Last', '.Last', 'cm', 'STIXNon', 'STIXSize')
+
+
+def literal(text: str) -> str:
+    """A text that matplotlib takes for no formula: of two dollars it would make one, or an error."""
+    return text.replace('$', r'\$')
+
+
+def save_figure(figure: Figure, file: str | Path, **settings) -> None:
+    """Saves a figure as pixels, each text in fonts that have its signs; what no installed font has is spelt out.
+
+    Args:
+        figure: The figure; changed.
+        file: Where to.
+        **settings: As ``Figure.savefig`` takes them.
+    """
+    for text in figure.findobj(Text):
+        missing = _missing(text.get_text(), text.get_fontproperties())
+        if missing:
+            families, unknown = _fonts_with(missing)
+            text.set_fontfamily([*text.get_fontfamily(), *families])
+            text.set_text(_spelt_out(text.get_text(), unknown))
+    figure.savefig(file, **settings)
+
+
+def names_to_draw(names: Sequence[str]) -> tuple[str, ...]:
+    """Names as somebody else's matplotlib code can draw them, which knows one font and no more.
+
+    Where the default font lacks signs, one that has all becomes the default of this process; else they are spelt out.
+    """
+    every = ''.join(names)
+    missing = _missing(every, FontProperties(family=['sans-serif']))
+    if missing:
+        families, left = _fonts_with(missing | {ord(sign) for sign in every if not sign.isspace()} | set(range(33, 127)))
+        if len(families) == 1 and not left:
+            matplotlib.rcParams['font.sans-serif'] = [*families, *matplotlib.rcParams['font.sans-serif']]
+        else:
+            names = [_spelt_out(name, missing) for name in names]
+    return tuple(map(literal, names))
+
+
+def _missing(text: str, font: FontProperties) -> frozenset[int]:
+    """The code points of a text that a font lacks."""
+    signs = {ord(sign) for sign in text if not sign.isspace()}
+    return frozenset(signs - _signs_of(font_manager.findfont(font)))
+
+
+@cache
+def _signs_of(file: str) -> set[int]:
+    try:
+        return set(font_manager.get_font(file).get_charmap())
+    except (OSError, RuntimeError):  # not one that matplotlib can read
+        return set()
+
+
+@cache
+def _fonts_with(signs: frozenset[int]) -> tuple[list[str], frozenset[int]]:
+    """Installed fonts that together have as many of these code points as can be, the fewest; and those left over."""
+    listed = {entry.fname for entry in font_manager.fontManager.ttflist}
+    for file in set(font_manager.findSystemFonts()) - listed:  # installed since matplotlib made its list
+        try:
+            font_manager.fontManager.addfont(file)
+        except (OSError, RuntimeError):
+            continue
+    upright = [entry for entry in font_manager.fontManager.ttflist
+               if entry.style == 'normal' and not entry.name.startswith(NO_TEXT)]
+    families, left = [], set(signs)
+    while left:
+        best = max(upright, key=lambda entry: (len(left & _signs_of(entry.fname)), -len(entry.name)), default=None)
+        if best is None or not left & _signs_of(best.fname):
+            break
+        families.append(best.name)
+        left -= _signs_of(best.fname)
+    if left:  # told once, as the answer is kept
+        signs = ''.join(map(chr, sorted(left)))
+        MMLogger.get_current_instance().warning(
+            f'No installed font has {signs}: pictures show {_spelt_out(signs, frozenset(left))} instead. Install one '
+            'that has, such as Noto Sans CJK.')
+    return families, frozenset(left)
+
+
+def _spelt_out(text: str, signs: frozenset[int]) -> str:
+    return ''.join(sign.encode('ascii', 'backslashreplace').decode() if ord(sign) in signs else sign for sign in text)
+
+
+def draw_channels(weights: Mapping[str, np.ndarray]) -> Figure:
+    """Draws the weights of channels, from the largest to the smallest, one line for each level.
+
+    Args:
+        weights: Title -> (C,).
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If there is no level.
+    """
+    if not weights:
+        raise ValueError('There is nothing to draw: expected at least one level with the weights of its channels.')
+    figure = Figure(figsize=(5, 3.4), layout='constrained')
+    axes = figure.subplots()
+    for title, each in weights.items():
+        axes.plot(np.arange(1, len(each) + 1), np.sort(each)[::-1], label=literal(title))
+    axes.set(xlabel='channels, by weight', ylabel='weight', ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
+
+
+Curve = dict[int, float]  # epoch -> value
+
+
+def read_scalars(files: str | Path | Sequence[str | Path]) -> dict[str, Curve]:
+    """Reads ``vis_data/scalars.json``, one JSON object a line.
+
+    Args:
+        files: One file; or those of a run and of the runs that resumed it, oldest first.
+
+    Returns:
+        Name -> epoch -> value of every number that was logged: in training the mean over the epoch's lines, in
+        validation the value after so many epochs. Where a step was logged twice, as after a resume, the later value
+        holds.
+
+    Raises:
+        ValueError: A line is not what mmengine writes; the message tells which.
+    """
+    logged: dict[str, dict[tuple, float]] = defaultdict(dict)  # name -> (epoch, step) -> value
+    for file in [files] if isinstance(files, (str, Path)) else files:
+        for number, line in enumerate(Path(file).read_text(encoding='utf-8').splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                step = record['step']
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{file}, line {number}: expected a JSON object with a 'step', "
+                                 f'found {line!r:.80}') from error
+            epoch = record.get('epoch', step)  # a line of validation holds no epoch: its step is one
+            for name, value in record.items():
+                if name not in ('step', 'iter', 'epoch') and isinstance(value, (int, float)):
+                    logged[name][epoch, step] = value
+    return {name: _mean_by_epoch(values) for name, values in logged.items()}
+
+
+def _mean_by_epoch(values: dict[tuple, float]) -> Curve:
+    by_epoch = defaultdict(list)
+    for (epoch, _), value in values.items():
+        by_epoch[epoch].append(value)
+    return {epoch: float(np.mean(each)) for epoch, each in sorted(by_epoch.items())}
+
+
+def draw_curves(panels: Mapping[str, Mapping[str, Sequence[Curve]]]) -> Figure:
+    """Draws one panel for each quantity, one line for each kind of run: its mean, and a band from lowest to highest.
+
+    Args:
+        panels: Quantity -> kind of run -> one curve of each run of that kind.
+
+    Returns:
+        The figure, one row of panels.
+
+    Raises:
+        ValueError: If there is no panel.
+    """
+    if not panels:
+        raise ValueError('There is no panel to draw: expected at least one quantity with its curves.')
+    figure = Figure(figsize=(5 * len(panels), 3.6), layout='constrained')
+    for axes, (quantity, kinds) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for kind, curves in kinds.items():
+            epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
+            values = np.array([[curve[epoch] for epoch in epochs] for curve in curves])
+            line, = axes.plot(epochs, values.mean(0), label=literal(kind), gid=kind, marker='o', markersize=3)
+            if len(curves) > 1:
+                axes.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0,
+                                  gid=kind)
+        axes.set(xlabel='epoch', title=literal(quantity))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.3)
+        axes.legend(handles=axes.get_lines(), frameon=False)  # told, or a name that begins with _ had none
+    return figure
+
+
+def draw_detections(image: np.ndarray,
+                    panels: Mapping[str, Any],
+                    classes: Sequence[str],
+                    palette: Sequence[tuple[int, int, int]],
+                    score_threshold: float = 0.3) -> Figure:
+    """Draws one panel for each set of boxes, all on the same image.
+
+    Args:
+        image: (H, W, 3) uint8, red first.
+        panels: Title -> instances with ``bboxes`` (n, 4) as x1, y1, x2, y2 in pixels, ``labels`` (n,) and, unless they
+            are ground truth, ``scores`` (n,): for instance mmdet's ``gt_instances`` and ``pred_instances``.
+        classes: Name of each class.
+        palette: Colour of each class, 0 to 255.
+        score_threshold: Boxes with a lower score are left out.
+
+    Returns:
+        The figure, one row of panels.
+
+    Raises:
+        ValueError: If there is no panel.
+    """
+    if not panels:
+        raise ValueError('There is no panel to draw: expected at least one title with its instances.')
+    height, width = image.shape[:2]
+    figure = Figure(figsize=(3.4 * len(panels), 3.4 * height / width + 0.8), layout='constrained')
+    colours = [tuple(channel / 255 for channel in colour) for colour in palette]
+    shown = set()
+    for axes, (title, instances) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        axes.imshow(image, interpolation='nearest')
+        axes.set(xticks=[], yticks=[], title=literal(title))
+        boxes, labels = _array(instances.bboxes).reshape(-1, 4), _array(instances.labels)
+        scores = _array(instances.scores) if hasattr(instances, 'scores') else [None] * len(labels)
+        for (x1, y1, x2, y2), label, score in zip(boxes, labels, scores):
+            if score is not None and score < score_threshold:
+                continue
+            # Pixel i spans i - 0.5 to i + 0.5 in matplotlib's coordinates, i to i + 1 in a box's.
+            axes.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, linewidth=1.8,
+                                     edgecolor=colours[label]))
+            if score is not None:
+                above = y1 > 0.05 * height  # at the top of the image the score stands within the box
+                axes.text(x1, y1, f'{score:.2f}', color='white', fontsize=6, clip_on=True,
+                          verticalalignment='bottom' if above else 'top',
+                          bbox=dict(facecolor=colours[label], edgecolor='none', pad=0.6))
+            shown.add(int(label))
+    handles = [Rectangle((0, 0), 1, 1, color=colours[label], label=literal(classes[label])) for label in sorted(shown)]
+    figure.legend(handles=handles, loc='outside lower center', ncols=max(len(handles), 1), frameon=False, fontsize=8)
+    return figure
+
+
+def _array(values: Any) -> np.ndarray:
+    """A tensor, mmdet's boxes, or an array, as an array."""
+    values = getattr(values, 'tensor', values)
+    return values.detach().cpu().numpy() if hasattr(values, 'detach') else np.asarray(values)
+
+
+def overlay_map(image: np.ndarray, cells: np.ndarray, opacity: float = 0.65, colours: str = 'inferno') -> np.ndarray:
+    """Lays a map of cells over an image: each pixel takes the colour of the cell that covers it.
+
+    Args:
+        image: (H, W, 3) uint8.
+        cells: (h, w) finite values; they are stretched over the colours from smallest to largest, and a map that is the
+            same everywhere takes the lowest colour.
+        opacity: Of the map, 0 to 1.
+        colours: Name of a matplotlib colour map.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        ValueError: If ``cells`` is not a map of finite values.
+    """
+    if cells.ndim != 2 or not np.isfinite(cells).all():
+        raise ValueError(f'expected a map of (h, w) finite values, got {cells.shape} with '
+                         f'{np.count_nonzero(~np.isfinite(cells))} that are not finite')
+    span = np.ptp(cells)
+    values = (cells - cells.min()) / (span if span > 0 else 1)
+    rows, columns = (np.arange(pixels) * count // pixels for pixels, count in zip(image.shape[:2], cells.shape))
+    colour = colormaps[colours](values)[..., :3][rows[:, None], columns] * 255
+    return (image * (1 - opacity) + colour * opacity).round().astype(np.uint8)
+
+
+def draw_maps(image: np.ndarray, maps: Mapping[str, np.ndarray], columns: int = 4) -> Figure:
+    """Draws an image, then each map over it.
+
+    Args:
+        image: (H, W, 3) uint8, red first.
+        maps: Title -> (h, w) map, see :func:`overlay_map`.
+        columns: Panels in a row.
+
+    Returns:
+        The figure.
+    """
+    panels = {'image': image, **{title: overlay_map(image, cells) for title, cells in maps.items()}}
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    height, width = image.shape[:2]
+    figure = Figure(figsize=(3.0 * columns, (3.0 * height / width + 0.3) * rows), layout='constrained')
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (title, panel) in zip(grid, panels.items()):
+        axes.imshow(panel, interpolation='nearest')
+        axes.set_title(literal(title), fontsize=10)
+    for axes in grid:
+        axes.set_axis_off()
+    return figure

@@ -1,0 +1,281 @@
+"""What the trained detectors show on the validation images: their accuracy, their boxes, and where they look."""
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmdet.structures.mask import BitmapMasks
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.device import get_device
+from mmengine.structures import InstanceData
+from pycocotools.coco import COCO
+from torch import Tensor, nn
+
+from kd_det.checks.image_reader import read_image
+from kd_det.compat import load_checkpoint
+from kd_det.config.classes import ClassMatch, match_classes, number_of_classes
+from kd_det.config.files import ConfigurationError, is_distillation
+from kd_det.distillers import DetectionDistiller
+from kd_det.functional.masks import spatial_attention, valid_cells
+from kd_det.registry import build_detector, scope_of, within_scope
+from kd_det.study.inspection import compared_levels
+from kd_det.study.masks_shown import mask_looks
+from kd_det.study.report.detections import Detection, Validation, detect, evaluate, ground_truth, load_detector
+from kd_det.study.report.plots import image_uri, map_uri
+from kd_det.study.report.runs import Study, TrainedRun, cached, stamp
+from kd_det.teachers import TeacherError, read_model_config
+from kd_det.teachers.loading import teacher_classes
+from kd_det.training.hooks import CHECKPOINT_KEY
+
+SHOWN_FROM = 0.05  # score of a box
+TEACHER = 'teacher'
+
+
+@dataclass
+class Seen:
+    """What was seen.
+
+    Attributes:
+        accuracies: Variant -> seed -> accuracy, see :func:`~kd_det.study.report.detections.evaluate`.
+        images: The shown images with ground truth and, by variant, the boxes of its first seed.
+        maps: Variant -> title -> levels, for each shown image; of its first seed.
+        notes: What is missing.
+    """
+    accuracies: dict[str, dict[int, dict]] = field(default_factory=dict)
+    images: list[dict] = field(default_factory=list)
+    maps: dict[str, list[dict]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def look(study: Study, validation: Validation, shown: Sequence[int], teacher: dict | None,
+         say: Callable[[str], None]) -> Seen:
+    """Runs the checkpoints of a study, and its teacher, on the validation images.
+
+    Args:
+        study: The study.
+        validation: Its validation data.
+        shown: Indices of the images to show.
+        teacher: ``config`` and ``checkpoint``, if there is one.
+        say: Told what is being done.
+    """
+    truth, seen = ground_truth(validation.images, validation.classes), Seen()
+    for index in shown:
+        image = validation.images[index]
+        boxes = [[*box, label] for box, label, ignored in zip(image.boxes, image.labels, image.ignored) if not ignored]
+        seen.images.append(dict(name=Path(image.file).name, width=image.width, height=image.height,
+                                source=image_uri(read_image(validation.dataset, index)), truth=boxes, boxes={}))
+    has_teacher = teacher is not None and Path(str(teacher['checkpoint'])).is_file()
+    if has_teacher:
+        say(f'{study.name}: {TEACHER}')
+        _add(seen, TEACHER, [_teacher_run(study, teacher)], validation, truth, shown, teacher)
+    elif teacher is not None:
+        seen.notes.append(f"Teacher and masks are not shown, for there is no checkpoint '{teacher['checkpoint']}' "
+                          '(--teacher-checkpoint tells where it is).')
+    for variant, runs in study.variants.items():
+        trained = [run for run in runs if run.checkpoint is not None]
+        if len(trained) < len(runs):
+            seen.notes.append(f'{variant}: {len(runs) - len(trained)} of {len(runs)} checkpoints are missing.')
+        if trained:
+            say(f'{study.name}: {variant}, {len(trained)} run{"s" * (len(trained) > 1)}')
+            _add(seen, variant, trained, validation, truth, shown)
+            if has_teacher and is_distillation(trained[0].config):
+                _add_masks(seen, trained[0], teacher, validation, shown)
+    return seen
+
+
+def _teacher_run(study: Study, teacher: dict) -> TrainedRun:
+    """The teacher, as if it were a run; what is found out of it is kept in the folder of the study."""
+    folder = study.runs[0].folder if study.results is None else study.runs[0].folder.parents[1]
+    config = Config(dict(model=read_model_config(teacher['config'])))
+    return TrainedRun(TEACHER, 0, folder / TEACHER, config, Path(teacher['checkpoint']), [])
+
+
+def _add(seen: Seen, variant: str, runs: list[TrainedRun], validation: Validation, truth: COCO,
+         shown: Sequence[int], teacher: dict | None = None) -> None:
+    """Adds the accuracies of a variant, and boxes and attention of its first run; the classes of a teacher by name."""
+    first = load_detector(runs[0].config, str(runs[0].checkpoint), teacher)
+    count, match = number_of_classes(first), None
+    try:
+        match = _shared_classes(teacher, count, validation.classes) if teacher else None
+    except (ConfigurationError, TeacherError) as error:
+        seen.notes.append(f'The {variant} is not shown: {error}')
+        return
+    if match is None and count not in (None, len(validation.classes)):
+        seen.notes.append(f'{variant} knows other classes than the validation data: its boxes can not be compared.')
+        return
+    if match is not None:
+        seen.notes.append(f"Classes: {match.report('what is shown of it')}")
+    if match is None or len(match.of_student) == len(validation.classes):  # AP of classes that it lacks would be 0
+        seen.accuracies[variant] = {}
+    for run in runs:
+        data = [stamp(run.checkpoint), [image._asdict() for image in validation.images]]
+        detections = cached(run.folder, 'detections', data, lambda: detect(
+            first if run is runs[0] else load_detector(run.config, str(run.checkpoint)), validation.dataset))
+        if match is not None:
+            detections, data = [_translated(each, match) for each in detections], [*data, match.of_teacher]
+        if variant in seen.accuracies:
+            seen.accuracies[variant][run.seed] = cached(run.folder, 'accuracy', data,
+                                                        lambda: evaluate(truth, detections))
+        if run is runs[0]:
+            for image, index in zip(seen.images, shown):
+                image['boxes'][variant] = [[*(round(side, 1) for side in box[:4]), box[4], round(box[5], 3)]
+                                           for box in detections[index] if box[5] >= SHOWN_FROM]
+            attention = cached(run.folder, 'attention', _cause(run, validation, shown),
+                               lambda: attention_maps(first, validation, shown))
+            seen.maps[variant] = [dict(attention=levels) for levels in attention]
+
+
+def _add_masks(seen: Seen, run: TrainedRun, teacher: dict, validation: Validation, shown: Sequence[int]) -> None:
+    """Adds the masks of a run's terms to its maps."""
+    config = copy.deepcopy(run.config)
+    if isinstance(config.model.teacher, dict):
+        config.model.teacher.update(teacher)
+    cause = [stamp(Path(teacher['checkpoint'])), *_cause(run, validation, shown)]
+    try:
+        masks = cached(run.folder, 'masks', cause, lambda: mask_maps(config, str(run.checkpoint), validation, shown))
+    except Exception as error:  # of any of the many methods; a page without its masks is better than none
+        seen.notes.append(f'{run.variant}: its masks are missing: {type(error).__name__}: {error}')
+        return
+    for maps, of_image in zip(seen.maps.get(run.variant, ()), masks):
+        maps.update({mask_title(name): levels for name, levels in of_image.items()})
+
+
+def _shared_classes(teacher: dict, count: int | None, classes: Sequence[str]) -> ClassMatch | None:
+    """How a teacher's classes fit those of the data, by their names; None if its names are not known, or are those.
+
+    Args:
+        teacher: ``config`` and ``checkpoint``, perhaps ``classes``.
+        count: How many classes it tells apart.
+        classes: Names of the data's classes, by label.
+
+    Raises:
+        ConfigurationError: They share none.
+        TeacherError: The teacher names more or fewer classes than it has.
+    """
+    meta = load_checkpoint(teacher['checkpoint']).get('meta') or {}
+    names = teacher_classes(count, teacher.get('classes', ()), meta, teacher['config'])
+    match = match_classes(classes, names) if names else None
+    return None if match is None or match.is_identity else match
+
+
+def _translated(detections: Sequence[Detection], match: ClassMatch) -> list[Detection]:
+    """A teacher's detections with the labels of the data, without those of classes that the data lacks."""
+    labels = dict(zip(match.of_teacher, match.of_student))
+    return [[*box, labels[label], score] for *box, label, score in detections if label in labels]
+
+
+def _cause(run: TrainedRun, validation: Validation, shown: Sequence[int]) -> list:
+    """What the maps of a run follow from."""
+    return [stamp(run.checkpoint), [validation.images[index]._asdict() for index in shown]]
+
+
+TEMPERATURE = 0.5  # FGD's
+Maps = dict[str, list[dict]]  # title -> one map for each level, see _picture
+
+
+@torch.no_grad()
+def attention_maps(detector: nn.Module, validation: Validation, indices: Sequence[int]) -> list[list[dict]]:
+    """The spatial attention of the neck's features, of each image and level.
+
+    Args:
+        detector: A trained detector.
+        validation: The images.
+        indices: Of the images to look at.
+    """
+    made = []
+    for index in indices:
+        data = detector.data_preprocessor(pseudo_collate([validation.dataset[index]]), False)
+        inputs, sample = data['inputs'], data['data_samples'][0]
+        levels = []
+        for feature in detector.extract_feat(inputs):
+            valid = valid_cells([sample.img_shape], inputs.shape[-2:], feature.shape[-2:], feature.device)
+            stride = round(inputs.shape[-1] / feature.shape[-1])
+            levels.append(_picture(stride, spatial_attention(feature.float(), TEMPERATURE, valid)[0], valid[0]))
+        made.append(levels)
+    return made
+
+
+@torch.no_grad()
+def mask_maps(config: Config, checkpoint: str, validation: Validation, indices: Sequence[int]) -> list[Maps]:
+    """The masks of the terms that compare features, of each image; on images without augmentation.
+
+    Args:
+        config: Of a distillation.
+        checkpoint: What it has trained.
+        validation: The images; their ground truth counts as it does in training.
+        indices: Of the images to look at.
+    """
+    distiller = _trained_distiller(config, checkpoint)
+    return [_masks(distiller, _with_ground_truth(validation, index)) for index in indices] if distiller.terms else []
+
+
+def _masks(distiller: DetectionDistiller, batch: dict) -> Maps:
+    data = distiller.data_preprocessor(batch, False)
+    _, levels = compared_levels(distiller, data)
+    made = {}
+    for name, each in levels.items():
+        for title, looks in mask_looks(distiller.terms[name], each):
+            pictures = [_picture(look.stride, look.cells[0], level.valid[0])
+                        for look, level in zip(looks, each) if look.cells is not None]
+            if pictures:
+                made[f'{name}: {title}'] = pictures
+    return made
+
+
+def mask_title(name: str) -> str:
+    """A mask in words: ``fgd, box foreground`` for ``fgd: foreground_BoxForeground``, the mask's place and type."""
+    term, _, mask = name.partition(': ')
+    *place, kind = mask.split('_')
+    kind = ' '.join(word if word == 'RoI' else word.lower() for word in re.split(r'(?<=[a-zI])(?=[A-Z][a-z])', kind))
+    place = [word for word in place if word not in ('mask', 'masks', *kind.split())]
+    return f'{term}, {kind}' + (f" ({' '.join(place)})" if place else '')
+
+
+def _picture(stride: int, cells: Tensor, valid: Tensor) -> dict:
+    """A map without the padding, which is not shown.
+
+    Returns:
+        Its stride; how many cells are not finite, as those of a student that diverged; the smallest and the largest
+        value of the others, and a picture of them, or None where there is none.
+    """
+    shown = cells[:int(valid.any(1).sum()), :int(valid.any(0).sum())].float().cpu().numpy()
+    finite = np.isfinite(shown)
+    made = dict(stride=stride, not_finite=int((~finite).sum()))
+    if not finite.any():
+        return dict(made, low=None, high=None, source=None)
+    low, high = shown[finite].min(), shown[finite].max()
+    clipped = np.nan_to_num(shown, nan=low, posinf=high, neginf=low)
+    return dict(made, low=float(f'{low:.3g}'), high=float(f'{high:.3g}'), source=map_uri(clipped))
+
+
+def _trained_distiller(config: Config, checkpoint: str) -> DetectionDistiller:
+    """The distiller as it was at the end of its training."""
+    with within_scope(scope_of(config)):
+        distiller = build_detector(config.model)
+    loaded = load_checkpoint(checkpoint, map_location='cpu')
+    distiller.load_state_dict(loaded['state_dict'])
+    if CHECKPOINT_KEY in loaded:
+        distiller.load_terms(loaded[CHECKPOINT_KEY]['terms'])
+    distiller.build_teachers()
+    return distiller.to(get_device()).eval()
+
+
+def _with_ground_truth(validation: Validation, index: int) -> dict:
+    """An image as training would see it: prepared for validation, with its boxes in the prepared image's pixels."""
+    batch, image = pseudo_collate([validation.dataset[index]]), validation.images[index]
+    sample = batch['data_samples'][0]
+    scale = np.tile(sample.metainfo.get('scale_factor', (1.0, 1.0)), 2)
+    kept = [position for position, ignored in enumerate(image.ignored) if not ignored]
+    boxes = torch.tensor(np.array(image.boxes).reshape(-1, 4)[kept] * scale, dtype=torch.float32)
+    height, width = sample.img_shape[:2]
+    sample.gt_instances = InstanceData(
+        bboxes=boxes, labels=torch.tensor(image.labels, dtype=torch.long)[kept],
+        masks=BitmapMasks(np.zeros((len(kept), height, width), np.uint8), height, width))
+    sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
+    return batch

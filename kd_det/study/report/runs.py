@@ -1,0 +1,247 @@
+"""Keeps what takes long to find out beside the run that it is about."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mmengine.config import Config
+
+from kd_det.config.files import ConfigurationError, is_distillation, load_config, type_name
+from kd_det.distillers import build_weight
+from kd_det.study.fidelity import FIDELITY_FILE, summarize_fidelity
+from kd_det.study.pictures import Curve
+from kd_det.study.results import summarize
+from kd_det.study.runs import RESULT_FILE
+from kd_det.study.scheduling import CONFIG_FILE
+from kd_det.study.variants import PLAIN
+
+FOLDER = 'report'
+
+
+def cached(folder: Path, name: str, depends_on: Any, make: Callable[[], Any]) -> Any:
+    """Gives what was kept, or makes and keeps it.
+
+    Args:
+        folder: The run's work dir; the file is ``report/<name>.json`` within.
+        name: Of the file.
+        depends_on: What it follows from, as JSON can hold it: with anything else it is made anew.
+        make: Makes it; returns what JSON can hold.
+    """
+    file = folder / FOLDER / f'{name}.json'
+    identity = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()
+    if file.is_file():
+        stored = json.loads(file.read_text(encoding='utf-8'))
+        if stored.get('identity') == identity:
+            return stored['content']
+    content = make()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix('.partial')
+    partial.write_text(json.dumps(dict(identity=identity, content=content)), encoding='utf-8')
+    os.replace(partial, file)
+    return content
+
+
+def stamp(file: Path) -> list:
+    """Tells a file from what it was before it was written again: its name, size and time."""
+    status = file.stat()
+    return [file.name, status.st_size, status.st_mtime_ns]
+
+
+class TrainedRun(NamedTuple):
+    """A training that has left something behind.
+
+    Attributes:
+        variant: The method in its setting; of a single training the name of its work dir.
+        seed: Its seed.
+        folder: Its work dir.
+        config: What it was trained with.
+        checkpoint: The trained detector; None if there is none.
+        scalars: mmengine's logs, of the run and of those that resumed it, oldest first.
+    """
+    variant: str
+    seed: int
+    folder: Path
+    config: Config
+    checkpoint: Path | None
+    scalars: list[Path]
+
+
+@dataclass
+class Study:
+    """Runs that are told of together.
+
+    Attributes:
+        name: The work dir's.
+        runs: All that have finished, or are single trainings.
+        results: As in ``results.json`` of a benchmark, see :mod:`kd_det.study.results`; None for single trainings.
+        notes: What is missing, in sentences.
+    """
+    name: str
+    runs: list[TrainedRun]
+    results: dict | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def variants(self) -> dict[str, list[TrainedRun]]:
+        """The runs of each variant, by seed; the plain student first."""
+        grouped: dict[str, list[TrainedRun]] = {}
+        for run in sorted(self.runs, key=lambda run: (run.variant != self.plain, run.seed)):
+            grouped.setdefault(run.variant, []).append(run)
+        names = [self.plain, *dict.fromkeys(run.variant for run in self.runs)]
+        return {name: grouped[name] for name in dict.fromkeys(names) if name in grouped}
+
+    @property
+    def plain(self) -> str | None:
+        """What the others are shown beside: a benchmark's plain student, or the only run that distils nothing."""
+        if self.results is not None:
+            return PLAIN
+        plain = [run.variant for run in self.runs if not is_distillation(run.config)]
+        return plain[0] if len(plain) == 1 else None
+
+    @property
+    def teacher(self) -> dict | None:
+        """``config`` and ``checkpoint`` of the teacher of the first run that has one; of several teachers the first."""
+        for run in self.runs:
+            if is_distillation(run.config):
+                teacher = run.config.model.teacher
+                return dict(teacher if isinstance(teacher, dict) else teacher[0])
+        return None
+
+
+def read_studies(folders: Sequence[Path]) -> list[Study]:
+    """Finds the runs.
+
+    Args:
+        folders: Work dirs: of benchmarks, finished or not, each of which becomes a study; and of single trainings,
+            which become one together.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ConfigurationError: A folder holds neither.
+    """
+    studies, singles = [], []
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"There is no work dir '{folder}'.")
+        if (folder / 'results.json').is_file():
+            studies.append(_finished_benchmark(folder))
+        elif list(folder.glob(f'*/seed*/{RESULT_FILE}')):
+            studies.append(_unfinished_benchmark(folder))
+        else:
+            singles.append(_single_training(folder))
+    if singles:
+        note = ('These are single trainings, not a benchmark: nothing tells whether they began alike and saw the same '
+                'images, so no difference between them is claimed. kd-det benchmark makes runs that can be compared.')
+        studies.append(Study(', '.join(run.variant for run in singles), singles, notes=[note]))
+    return studies
+
+
+def _finished_benchmark(folder: Path) -> Study:
+    results = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
+    if not {'runs', 'summary', 'pair'} <= set(results):
+        raise ConfigurationError(f"'{folder / 'results.json'}' is not that of kd-det benchmark.")
+    results.setdefault('fidelity', {})
+    finished = [entry for entry in results['runs'] if entry['status'] == 'finished']
+    notes = [f"{entry['variant']}, seed {entry['seed']} failed: {entry['error']}" for entry in results['runs']
+             if entry['status'] == 'failed']
+    return Study(folder.resolve().name, [_run(folder, entry) for entry in finished], results, notes)
+
+
+def _unfinished_benchmark(folder: Path) -> Study:
+    entries, notes = [], ['The benchmark has not finished, for there is no results.json: this is what has.']
+    for run in sorted(path for path in folder.glob('*/seed*') if path.is_dir()):
+        variant, seed = run.parent.name, int(run.name[len('seed'):])
+        if not (run / RESULT_FILE).is_file():
+            notes.append(f'{variant}, seed {seed} has not finished.')
+            continue
+        stored = json.loads((run / RESULT_FILE).read_text(encoding='utf-8'))
+        paths = {name: str(run.relative_to(folder) / stored[name]) for name in ('checkpoint', 'scalars')}
+        entry = dict(stored, variant=variant, seed=seed, status='finished', folder=str(run.relative_to(folder)),
+                     **paths)
+        if (run / FIDELITY_FILE).is_file():
+            entry['fidelity'] = json.loads((run / FIDELITY_FILE).read_text(encoding='utf-8'))['splits']
+        entries.append(entry)
+    entries.sort(key=lambda entry: entry['variant'] != PLAIN)
+    splits = list(dict.fromkeys(split for entry in entries for split in entry.get('fidelity', {})))
+    results = dict(teacher=None, runs=entries, summary=summarize(entries), fidelity=summarize_fidelity(entries, splits))
+    return Study(folder.resolve().name, [_run(folder, entry) for entry in entries], results, notes)
+
+
+def _run(root: Path, entry: dict) -> TrainedRun:
+    """A finished run of a benchmark."""
+    folder, checkpoint = root / entry['folder'], root / entry['checkpoint']
+    return TrainedRun(entry['variant'], entry['seed'], folder, load_config(folder / CONFIG_FILE),
+                      checkpoint if checkpoint.is_file() else None, [root / entry['scalars']])
+
+
+def _single_training(folder: Path) -> TrainedRun:
+    logs = sorted(folder.glob('*/vis_data'))
+    config = next((path / 'config.py' for path in reversed(logs) if (path / 'config.py').is_file()), None)
+    if config is None:
+        raise ConfigurationError(f"'{folder}' is no work dir of a benchmark (*/seed*/result.json) nor of a training "
+                                 '(*/vis_data/config.py): give one that kd-det benchmark, distill or train wrote.')
+    loaded, last = load_config(config), folder / 'last_checkpoint'
+    checkpoint = folder / Path(last.read_text(encoding='utf-8').strip()).name if last.is_file() else None
+    scalars = [path / 'scalars.json' for path in logs if (path / 'scalars.json').is_file()]
+    return TrainedRun(folder.resolve().name, (loaded.get('randomness') or {}).get('seed') or 0, folder, loaded,
+                      checkpoint if checkpoint and checkpoint.is_file() else None, scalars)
+
+
+Scalars = Mapping[str, Curve]
+
+
+def term_curves(config: Config, scalars: list[Scalars]) -> dict[str, dict]:
+    """What was logged of each term, in the order of the config.
+
+    Args:
+        config: Of the runs.
+        scalars: What each of them logged, see :func:`kd_det.study.pictures.read_scalars`.
+
+    Returns:
+        Term -> ``loss``: the weighted loss of each run; ``parts``: name -> the weighted part of each run; ``pull``: of
+        each run that logged it the gradient of the weighted term, as a multiple of the task's; ``unweighted_pull``: the
+        same without the weight, where a Balance's weight tells it, else None.
+    """
+    curves = {}
+    for name, term in (config.model.get('distill') or {} if is_distillation(config) else {}).items():
+        loss, prefix = f'loss_{name}', f'distill/{name}_'
+        logged = [each for each in scalars if loss in each]
+        if not logged:
+            continue
+        others = tuple(f'distill/{other}_' for other in config.model.distill if other.startswith(f'{name}_'))
+        no_parts = (f'{prefix}weight', f'{prefix}gradient')
+        parts = [key for key in logged[0]
+                 if key.startswith(prefix) and key not in no_parts and not key.startswith(others)]
+        curves[name] = dict(
+            loss=[each[loss] for each in logged],
+            parts={key[len(prefix):]: [each[key] for each in logged if key in each] for key in parts},
+            pull=[each[f'{prefix}gradient'] for each in logged if f'{prefix}gradient' in each],
+            unweighted_pull=_unweighted_pull(term.get('weight', 1.0), [each.get(f'{prefix}weight') for each in logged]))
+    return curves
+
+
+def _unweighted_pull(weight, logged: list[Curve | None]) -> list[Curve] | None:
+    """Balance sets a weight of ratio · task / term, so that term / task is ratio / weight."""
+    balanced = weight if isinstance(weight, dict) else {}
+    if type_name(balanced) != 'Balance' or isinstance(balanced.get('ratio'), dict) or None in logged:
+        return None
+    ratio = build_weight(balanced).full
+    return [{epoch: ratio / value for epoch, value in curve.items() if value > 0} for curve in logged]
+
+
+def task_curves(scalars: list[Scalars], terms: list[str]) -> dict[str, list[Curve]]:
+    """The student's own losses, by name, of each run."""
+    names = [key for key in (scalars[0] if scalars else ())
+             if key.startswith('loss_') and key not in {f'loss_{term}' for term in terms}]
+    return {name: [each[name] for each in scalars if name in each] for name in names}
+
+
+def without_terms(scalars: Scalars, terms: list[str]) -> Curve:
+    """The loss of a run without what its terms added to it: what the losses of all variants have in common."""
+    return {epoch: value - sum(scalars.get(f'loss_{term}', {}).get(epoch, 0.0) for term in terms)
+            for epoch, value in scalars['loss'].items()}

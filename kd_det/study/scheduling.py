@@ -1,0 +1,159 @@
+"""Runs trainings in processes of their own, several at once."""
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+
+from mmengine.config import Config
+
+from kd_det.study.runs import Run, finished_run, identity
+
+LOG_FILE, CONFIG_FILE = 'log.txt', 'config.py'
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training to be done.
+
+    Attributes:
+        name: Shown to the user.
+        folder: Its work dir.
+        config: Its config.
+        inputs: What the result depends on beside the config, see :func:`~kd_det.study.runs.identity`.
+    """
+    name: str
+    folder: Path
+    config: Config
+    inputs: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a training did not finish.
+
+    Attributes:
+        error: What it said last.
+        log: All that it said.
+    """
+    error: str
+    log: str
+
+
+Outcome = Run | Failure
+
+
+class Machine:
+    """Where trainings run.
+
+    Args:
+        devices: One training at a time on each: numbers of GPUs as ``CUDA_VISIBLE_DEVICES`` has them, or ``cpu``.
+            Without any the processes see what this one sees.
+        jobs: Trainings at once; as many as devices by default, and dealt out to them in turn.
+        threads: PyTorch's threads of each training; the processors divided by the jobs by default.
+        trackers: Where trainings log too, see :func:`~kd_det.cli.tracking.track`; no part of their identity.
+    """
+
+    def __init__(self, devices: Sequence[str] = (), jobs: int | None = None, threads: int | None = None,
+                 trackers: Sequence[str] = ()) -> None:
+        self.jobs = jobs or max(1, len(devices))
+        self.threads = threads or max(1, (os.cpu_count() or 1) // self.jobs)
+        self.trackers = trackers
+        self.slots: Queue = Queue()
+        for slot in range(self.jobs):
+            self.slots.put(devices[slot % len(devices)] if devices else None)
+        self._processes: list[subprocess.Popen] = []
+        self._stopped = False
+
+    def run(self, jobs: Iterable[Job], say: Callable[[str], None]) -> list[Outcome]:
+        """Does the jobs, all but those that were finished before; one that fails does not stop the others.
+
+        Args:
+            jobs: The trainings.
+            say: Told what begins, is kept, ends or fails.
+
+        Returns:
+            What came of each, in the order of the jobs.
+        """
+        jobs, futures = list(jobs), {}
+        with _sigterm_raises(), ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                futures = {pool.submit(self._do, job, say): index for index, job in enumerate(jobs)}
+                outcomes = {futures[future]: future.result() for future in as_completed(futures)}
+            except BaseException:  # Ctrl-C or SIGTERM: no training outlives the benchmark
+                self._stopped = True
+                for future in futures:
+                    future.cancel()
+                for process in self._processes:
+                    process.terminate()
+                raise
+        return [outcomes[index] for index in range(len(jobs))]
+
+    def _do(self, job: Job, say: Callable[[str], None]) -> Outcome:
+        expected = identity(job.config, job.inputs)
+        kept = finished_run(job.folder, expected)
+        if kept is not None:
+            say(f'{job.name}: kept from before, {_ap(kept)}')
+            return kept
+        device = self.slots.get()
+        try:
+            return self._train(job, expected, device, say)
+        finally:
+            self.slots.put(device)
+
+    def _train(self, job: Job, expected: str, device: str | None, say: Callable[[str], None]) -> Outcome:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        config = Config(dict(job.config.to_dict(), work_dir=str(job.folder)))
+        config.dump(job.folder / CONFIG_FILE)
+        environment = dict(os.environ, OMP_NUM_THREADS=str(self.threads), PYTHONIOENCODING='utf-8:backslashreplace')
+        if device is not None:
+            environment['CUDA_VISIBLE_DEVICES'] = '' if device == 'cpu' else device
+        say(f'{job.name}: begins' + ('' if device is None else f' on {device}'))
+        began, log = time.monotonic(), job.folder / LOG_FILE
+        command = [sys.executable, '-m', 'kd_det.study.worker', str(job.folder / CONFIG_FILE), expected,
+                   *self.trackers]
+        with open(log, 'w', encoding='utf-8') as output:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+            self._processes.append(process)
+            if self._stopped:  # as it was started
+                process.terminate()
+            process.wait()
+        run = finished_run(job.folder, expected) if process.returncode == 0 else None
+        if run is None:
+            lines = log.read_text(encoding='utf-8', errors='replace').strip().splitlines()
+            failure = Failure(lines[-1] if lines else f'exit status {process.returncode}', str(log))
+            if not self._stopped:  # else it was ended, and did not fail
+                say(f'{job.name}: failed: {failure.error} (see {log})')
+            return failure
+        say(f'{job.name}: {_ap(run)}, {time.monotonic() - began:.0f} s')
+        return run
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Within, SIGTERM raises SystemExit, as Ctrl-C raises KeyboardInterrupt; only a main thread can have it so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number, frame):
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _ap(run: Run) -> str:
+    return f"mAP {100 * run.metrics['bbox_mAP']:.1f}"

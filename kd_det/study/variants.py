@@ -1,0 +1,291 @@
+"""What is compared: a method, or a method in a setting of its own."""
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from mmdet.registry import TRANSFORMS
+from mmengine.config import Config, DictAction
+
+from kd_det.config.composition import NO_METHOD, PAPER, available_methods, distillation_config, ensemble
+from kd_det.config.files import (
+    ConfigurationError,
+    leaf_datasets,
+    merge_options,
+    student_model,
+    training_pipelines,
+    type_name,
+)
+from kd_det.registry import HOME, find_class, scope_of, within_scope
+from kd_det.study.pair import Pair
+
+PLAIN = NO_METHOD
+
+# Settings of the distillation; all others are the student's.
+DISTILLATION_KEYS = ('model.teacher', 'model.distill', 'model.inherit', 'model.task_weight', 'default_hooks.distill')
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method in a setting.
+
+    Attributes:
+        name: As the user wrote it: ``fgd@paper``.
+        method: Name of a method, a sum of names, or ``none``: no terms.
+        balance: Each method's gradient at this ratio of the task's; None for each method's own, ``'paper'`` for the
+            published weights.
+        inherit: Parts of the student that start from the teacher's weights; ``'auto'`` for all but the backbone.
+        settings: Overrides of the student's config by dotted key; those of :data:`DISTILLATION_KEYS` reach the
+            distillation.
+        teachers: How many teachers it learns from, see :func:`~kd_det.config.composition.ensemble`.
+        augment: What is done to the training images beside the student's own pipeline, see
+            :func:`~kd_det.study.variants.mix_images`.
+    """
+    name: str
+    method: str
+    balance: float | str | None = None
+    inherit: str | tuple[str, ...] = 'auto'
+    settings: dict[str, Any] = field(default_factory=dict)
+    teachers: int = 1
+    augment: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        """The name as the name of a folder."""
+        return re.sub(r'[^\w.@+=,-]', '_', self.name)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the teacher plays no part."""
+        return self.method == PLAIN and not self.inherit
+
+
+def twin_of(name: str) -> str:
+    """The plain student that a variant is compared with, by their names.
+
+    It has those of the variant's settings that would change the student without a teacher too: ``none@augment=mosaic``
+    for ``fgd@paper@augment=mosaic``, so that augmentation does not count as the teacher's merit. The twin of a plain
+    student in a setting is that without: ``none``.
+    """
+    twin = '@'.join([PLAIN, *(setting for setting in name.split('@')[1:] if _is_students(setting))])
+    return PLAIN if twin == name else twin
+
+
+def _is_students(setting: str) -> bool:
+    if '.' in setting.partition('=')[0]:
+        return not setting.startswith(DISTILLATION_KEYS)
+    return setting.startswith('augment=') and setting != f'augment={PLAIN}'
+
+
+def parse_variants(text: str, common: Variant = Variant('', PLAIN)) -> list[Variant]:
+    """Reads ``--methods``.
+
+    Args:
+        text: Variants with commas between them: ``none,fgd,fgd@paper,inherit,fgd+dkd@balance=0.5@inherit=neck``. After
+            the method each ``@`` begins a setting:
+
+            - ``@paper``: the published weights;
+            - ``@balance=RATIO``: each method's gradient at that ratio of the task's;
+            - ``@inherit=neck+bbox_head``: the parts that start from the teacher's weights where shapes agree;
+              ``@inherit=none`` for none, ``@inherit`` for all but the backbone. ``inherit`` as a method is that and no
+              terms;
+            - ``@teachers=3``: learns from an ensemble of so many;
+            - ``@augment=mosaic+mixup``: mixes training images, as teacher and student see them; ``@augment=none``;
+            - ``@dotted.key=value``: overrides the student's config, as ``--cfg-options`` does, or what the distillation
+              adds to it: ``@model.distill.fgd.temperature=0.8``.
+        common: The settings that hold unless a variant has its own; for the plain student only ``settings`` hold.
+
+    Returns:
+        The variants; the plain student and the twins of all others, see :func:`twin_of`, come first, whether they were
+        named or not.
+
+    Raises:
+        ConfigurationError: A method or a setting is not known, or a variant is named twice.
+    """
+    variants = [_parse(each.strip(), common) for each in re.split(r',(?![^\[(]*[\])])', text) if each.strip()]
+    names = [variant.name for variant in variants]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigurationError(f"--methods names '{name}' {names.count(name)} times.")
+    twins = [PLAIN, *dict.fromkeys(twin for twin in map(twin_of, names) if twin != PLAIN)]
+    return [_parse(twin, common) for twin in twins] + [variant for variant in variants if variant.name not in twins]
+
+
+def _parse(text: str, common: Variant) -> Variant:
+    method, *settings = text.split('@')
+    if method == 'inherit':
+        method, settings = PLAIN, ['inherit', *settings]
+    for name in method.split('+'):
+        if method != PLAIN and name not in available_methods():
+            raise ConfigurationError(f"--methods: there is no method '{name}'. Choose from none, inherit, "
+                                     f"{', '.join(available_methods())}, or a sum: a+b.")
+    if method == PLAIN:
+        common = replace(common, balance=None, inherit=())
+    variant = replace(common, name=text, method=method)
+    for setting in settings:
+        variant = _with_setting(variant, setting)
+    if variant.method == PLAIN and variant.teachers > 1:
+        raise ConfigurationError(f"--methods {text}: only a method's terms learn from several teachers, and here "
+                                 f'are none. Name one, such as kd@teachers={variant.teachers}, or leave @teachers out.')
+    return variant
+
+
+def _with_setting(variant: Variant, setting: str) -> Variant:
+    key, given, value = setting.partition('=')
+    if key == PAPER and not given:
+        return replace(variant, balance=PAPER)
+    if key == 'balance':
+        try:
+            return replace(variant, balance=float(value))
+        except ValueError:
+            raise ConfigurationError(f"--methods {variant.name}: expected @balance=RATIO, a number, got "
+                                     f"'{value}'.") from None
+    if key == 'inherit':
+        return replace(variant, inherit='auto' if not given else () if value == 'none' else tuple(value.split('+')))
+    if key == 'teachers':
+        if not value.isdigit() or int(value) < 1:
+            raise ConfigurationError(f"--methods {variant.name}: expected @teachers=N, a number of 1 or more, got "
+                                     f"'{value}'.")
+        return replace(variant, teachers=int(value))
+    if key == 'augment':
+        augment = () if value == PLAIN else tuple(value.split('+'))
+        if not set(augment) <= set(AUGMENTATIONS):
+            raise ConfigurationError(f"--methods {variant.name}: expected @augment={', '.join(AUGMENTATIONS)}, a sum "
+                                     f"of them, or none, got '{value}'.")
+        return replace(variant, augment=augment)
+    if '.' in key and given:
+        return replace(variant, settings={**variant.settings, key: DictAction._parse_iterable(value)})
+    raise ConfigurationError(f"--methods {variant.name}: there is no setting '@{setting}'. Expected @paper, "
+                             '@balance=RATIO, @inherit, @inherit=PART+PART, @teachers=N, @augment=mosaic+mixup or '
+                             '@dotted.key=value.')
+
+
+def variant_config(variant: Variant, pair: Pair, checkpoints: Sequence[str] = ()) -> Config:
+    """The config that trains a variant.
+
+    Args:
+        variant: The variant.
+        pair: Student and teacher.
+        checkpoints: The weights of as many teachers as the variant has, or more; the plain student needs none.
+    """
+    config = copy.deepcopy(pair.student)
+    of_distillation = {key: value for key, value in variant.settings.items() if key.startswith(DISTILLATION_KEYS)}
+    merge_options(config, {key: value for key, value in variant.settings.items() if key not in of_distillation})
+    mix_images(config, variant.augment)
+    if variant.is_plain:
+        return config
+    config = distillation_config(config, pair.teacher, checkpoints[0], variant.method, variant.inherit,
+                                 balance=variant.balance)
+    merge_options(config, of_distillation)  # before it is repeated: a setting of a term holds for all teachers
+    return ensemble(config, checkpoints[:variant.teachers]) if variant.teachers > 1 else config
+
+
+AUGMENTATIONS = ('mosaic', 'mixup')
+WRAPPER = f'{HOME}.MultiImageMixDataset'
+PAD_VALUE = 114.0  # YOLOX's
+
+
+def mix_images(config: Config, augmentations: Sequence[str]) -> None:
+    """Has the training images of a student's config mixed, by MMDetection's own transforms.
+
+    The images are mixed as they are loaded, at the size that the pipeline scales them to (of several the largest;
+    without any the data's largest width and height). All other transforms of the pipeline then see the mixed image.
+    Mosaic shows a random window of that size, so objects stay as large as they were, as in RTMDet (arXiv 2212.07784).
+    MixUp overlays another image, half and half, with the boxes of both. What remains uncovered has the mean colour that
+    the student's preprocessor subtracts, as its own padding has.
+
+    Args:
+        config: The student's; changed.
+        augmentations: Of :data:`AUGMENTATIONS`; for both, Mosaic comes first.
+
+    Raises:
+        ConfigurationError: The pipeline mixes images already, or is exchanged during training; or the images have
+            masks, which MMDetection does not mix; or the data sets within a wrapper have different pipelines.
+    """
+    if not augmentations:
+        return
+    dataset = config.train_dataloader.dataset
+    leaves = leaf_datasets(dataset)
+    pipeline = list(leaves[0].get('pipeline') or ())
+    loading = list(takewhile(lambda transform: type_name(transform).startswith('Load'), pipeline))
+    _check(config, pipeline, loading)
+    size = _size(pipeline, leaves)
+    mean = (student_model(config).get('data_preprocessor') or {}).get('mean')
+    pad_value = float(round(sum(mean) / len(mean))) if mean else PAD_VALUE
+    for leaf in leaves:
+        leaf.pipeline = loading
+    config.train_dataloader.dataset = dict(
+        type=WRAPPER, dataset=dataset, pipeline=[*_mixing(augmentations, size, pad_value), *pipeline[len(loading):]])
+
+
+def _mixing(augmentations: Sequence[str], size: tuple[int, int], pad_value: float) -> Iterator[dict]:
+    """Yields the transforms; the image is then of that size, or within it where nothing but MixUp is done."""
+    if 'mosaic' in augmentations:
+        yield dict(type=f'{HOME}.Mosaic', img_scale=size, pad_val=pad_value)
+        yield dict(type=f'{HOME}.RandomCrop', crop_size=size, allow_negative_crop=True)
+    else:
+        yield dict(type=f'{HOME}.Resize', scale=size, keep_ratio=True)
+    if 'mixup' in augmentations:
+        yield dict(type=f'{HOME}.MixUp', img_scale=size, pad_val=pad_value)
+    # keep_empty=False: an image without boxes stays
+    yield dict(type=f'{HOME}.FilterAnnotations', min_gt_bbox_wh=(1, 1), keep_empty=False)
+
+
+def _check(config: Config, pipeline: list[dict], loading: list[dict]) -> None:
+    dataset = config.train_dataloader.dataset
+    with within_scope(scope_of(config)):
+        mixing = [type_name(each) for each in _all_transforms(training_pipelines(config))
+                  # hasattr fails: mmcv's decorator wants an instance
+                  if type_name(each) and 'get_indexes' in dir(find_class(TRANSFORMS, each, HOME))]
+    if mixing:
+        raise ConfigurationError("@augment: the student's training pipeline mixes images already "
+                                 f"({', '.join(mixing)}). Give a config without, and without the hooks that end it.")
+    for hook in config.get('custom_hooks') or ():
+        if type_name(hook) == 'PipelineSwitchHook':
+            raise ConfigurationError("@augment: the student's PipelineSwitchHook would exchange the pipeline that "
+                                     'mixes. Take it out of custom_hooks.')
+    if any(list(leaf.get('pipeline') or ()) != pipeline for leaf in leaf_datasets(dataset)):
+        raise ConfigurationError('@augment: the data sets within train_dataloader.dataset have different pipelines, so '
+                                 'it is not clear which a mixed image goes through. Give all the same.')
+    if not any(type_name(transform) == 'LoadAnnotations' for transform in loading):
+        raise ConfigurationError('@augment: expected a training pipeline that begins with LoadImageFromFile and '
+                                 f"LoadAnnotations, got {', '.join(map(type_name, pipeline)) or 'none'}.")
+    if any(transform.get(key) for transform in loading for key in ('with_mask', 'with_seg')):
+        raise ConfigurationError('@augment: Mosaic and MixUp mix boxes, no masks, and the training pipeline loads '
+                                 'masks.')
+
+
+def _size(pipeline: list[dict], leaves: list[dict]) -> tuple[int, int]:
+    """Width and height that images are scaled to."""
+    scales = list(_scales(pipeline))
+    if scales:
+        return max(scales, key=lambda scale: scale[0] * scale[1])
+    shapes: list[tuple[int, int]] = []
+    for leaf in leaves:
+        content = json.loads(Path(leaf.get('data_root') or '', leaf['ann_file']).read_text(encoding='utf-8'))
+        shapes += [(image['width'], image['height']) for image in content['images']]
+    widths, heights = zip(*shapes)
+    return max(widths), max(heights)
+
+
+def _scales(pipeline: list[dict]) -> Iterator[tuple[int, int]]:
+    """The sizes that the resizing transforms of a pipeline name; upright ones lie down where the ratio is kept."""
+    for transform in _all_transforms(pipeline):
+        named = (transform.get('scales') or transform.get('scale') or ()) if 'Resize' in type_name(transform) else ()
+        named = (named, named) if isinstance(named, int) else named
+        for scale in [named] if named and isinstance(named[0], int) else named:
+            yield tuple(sorted(scale, reverse=True)) if transform.get('keep_ratio') else tuple(scale)
+
+
+def _all_transforms(node: dict | Sequence) -> Iterator[dict]:
+    """The transforms of a pipeline, and those within them."""
+    for each in [node] if isinstance(node, dict) else node:
+        if isinstance(each, dict):
+            yield each
+        yield from _all_transforms(each.get('transforms', ()) if isinstance(each, dict) else each)

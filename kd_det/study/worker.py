@@ -1,0 +1,37 @@
+"""One training in a process of its own: ``python -m kd_det.study.worker CONFIG IDENTITY TRACKER…``."""
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+from kd_det.checks.doctor import check_config
+from kd_det.cli.main import describe
+from kd_det.cli.tracking import track
+from kd_det.compat.process import use_any_encoding
+from kd_det.config.files import load_config
+from kd_det.study.runs import train, use_fast_coco_evaluation
+
+
+def main(config_file: str, identity: str, *trackers: str) -> int:
+    """Trains; the exit status is 0, or 1 after an error, which is then the last line of the output."""
+    use_any_encoding()
+    torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
+    use_fast_coco_evaluation()
+    try:
+        config = load_config(config_file)
+        track(config, trackers, name='/'.join(Path(config.work_dir).resolve().parts[-2:]))  # fgd/seed0
+        check_config(config, splits=('train', 'val'))
+        train(config.work_dir, config, identity)
+    except Exception as error:
+        traceback.print_exc()
+        print(describe(error).replace('\n', ' '), file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == '__main__':
+    raise SystemExit(main(*sys.argv[1:]))

@@ -1,0 +1,5 @@
+"""Training with MMEngine's Runner: the start of a run, the hook of a distillation, augmentation that recurs."""
+from kd_det.training.hooks import DistillHook
+from kd_det.training.replay import ReplayedRandomness
+
+__all__ = ['DistillHook', 'ReplayedRandomness']

@@ -1,0 +1,176 @@
+"""Connects a distiller with mmengine's Runner: checkpoints, schedules, pre-flight, and the table of origins."""
+from __future__ import annotations
+
+from io import StringIO
+
+from mmdet.registry import HOOKS
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner, set_random_seed
+from mmengine.runner.checkpoint import weights_to_cpu
+from rich.table import Table
+
+from kd_det.checks.data import check_labels
+from kd_det.checks.preflight import evaluate_teacher, require_names, require_skill
+from kd_det.compat import log_operator_backend
+from kd_det.compat.console import PlainConsole
+from kd_det.config.classes import label_names, metainfo_of
+from kd_det.distillers.detection_distiller import DetectionDistiller
+from kd_det.distillers.inheritance import ORIGINS
+from kd_det.teachers import Teacher, TeacherError
+from kd_det.training.replay import training_epoch
+from kd_det.training.runner import use_one_metainfo
+
+CHECKPOINT_KEY = 'distill'
+
+
+@HOOKS.register_module()
+class DistillHook(Hook):
+    """What distillation needs of the training loop. Every distillation config lists it:
+    ``default_hooks=dict(distill=dict(type='DistillHook'))``. With a plain detector it only tells the epoch.
+
+    - Before training the teacher is loaded, evaluated (pre-flight), and a table tells where all weights came from.
+    - Each step the weights' schedules move, and the random numbers are set from seed and iteration, so that a resumed
+      run goes on as the uninterrupted one would. (Not when every term's weight is 0: then nothing differs from plain
+      training.)
+    - The log gets what distilling costs each step, ``kd_time`` in seconds and ``kd_memory`` in MiB, see
+      :class:`~kd_det.distillers.detection_distiller.StepCost`.
+    - At the start of each epoch :class:`~kd_det.training.replay.ReplayedRandomness` is told which it is; at its end the
+      teachers' caches report.
+    - Each checkpoint gets the terms' weights, and what their balance has measured, under ``'distill'``, beside the
+      student's ``state_dict``.
+    - After training the teacher's fingerprint must be what it was.
+
+    Args:
+        preflight: ``images`` (at most so many validation images) and ``min_map`` (the mAP of its boxes, 0 to 1, below
+            which training stops, as it does where they lie on objects of other classes than their names say); None for
+            no pre-flight.
+    """
+    priority = 'ABOVE_NORMAL'  # before EMAHook exchanges weights at the same point
+
+    def __init__(self, preflight: dict | None = dict(images=64, min_map=0.01)) -> None:
+        self.preflight = None if preflight is None else {**dict(images=64, min_map=0.01), **preflight}
+        self._fingerprints = []
+
+    def before_train(self, runner: Runner) -> None:
+        distiller = _distiller_of(runner)
+        if distiller is None:
+            return
+        log_operator_backend()
+        teachers = distiller.build_teachers()
+        self._fingerprints = [teacher.fingerprint() for teacher in teachers]
+        loops = dict(train=runner.train_loop, val=runner.val_loop)
+        for loop in loops.values():
+            use_one_metainfo(loop)
+        check_labels({split: loop.dataloader.dataset for split, loop in loops.items() if loop is not None},
+                     dict(val=runner.val_loop.evaluator.metrics) if runner.val_loop else {})
+        classes = distiller.match_classes(label_names(runner.train_dataloader.dataset))
+        for index, teacher in enumerate(teachers):
+            # A random teacher is the user's explicit wish, and detects nothing.
+            if self.preflight is not None and teacher.checkpoint:
+                try:
+                    self._check_teacher(runner, teacher)
+                except TeacherError as error:
+                    if len(teachers) == 1:
+                        raise
+                    raise TeacherError(f'model.teacher[{index}]: {error}') from error
+        if is_main_process():
+            runner.logger.info('\n'.join(['Where the weights came from:', origin_table(distiller), *classes]))
+
+    def _check_teacher(self, runner: Runner, teacher: Teacher) -> None:
+        skill = evaluate_teacher(runner, teacher, self.preflight['images'])
+        if skill is None:
+            runner.logger.warning('Pre-flight: the config has no validation data, so the teacher goes unchecked.')
+            return
+        metrics = ', '.join(f'{name} {value:.3f}' for name, value in skill.metrics.items())
+        runner.logger.info(f'Pre-flight: teacher {teacher.checkpoint} on up to {self.preflight["images"]} images: '
+                           f'{metrics}')
+        require_names(skill, teacher)
+        require_skill(skill, self.preflight['min_map'], self.preflight['images'])
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        training_epoch().set(runner.epoch)
+        self._follow(runner)  # the first batch is loaded before the first iteration is announced
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
+        self._follow(runner)
+
+    def _follow(self, runner: Runner) -> None:
+        distiller = _distiller_of(runner)
+        if distiller is None:
+            return
+        distiller.set_progress(runner.iter, runner.iter / len(runner.train_dataloader))
+        if len(distiller.terms) or distiller.pseudo_labels is not None:
+            set_random_seed((runner.seed * 1_000_003 + runner.iter) % 2**32)
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        distiller = _distiller_of(runner)
+        if distiller is not None and distiller.teachers:
+            runner.message_hub.update_scalar('train/kd_time', distiller.cost.seconds)
+            runner.message_hub.update_scalar('train/kd_memory', distiller.cost.megabytes)
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        distiller = _distiller_of(runner)
+        for teacher in () if distiller is None else distiller.teachers:
+            if teacher.cache is not None:
+                runner.logger.info(teacher.cache.report())
+
+    def after_train(self, runner: Runner) -> None:
+        distiller = _distiller_of(runner)
+        if distiller is not None and [teacher.fingerprint() for teacher in distiller.teachers] != self._fingerprints:
+            raise RuntimeError("The teacher's weights or buffers changed during training. Some hook or module writes "
+                               'to it.')
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        distiller = _distiller_of(runner)
+        if distiller is not None:
+            checkpoint['meta']['dataset_meta'] = metainfo_of(runner.train_dataloader.dataset)  # init_detector wants one
+            checkpoint[CHECKPOINT_KEY] = dict(
+                terms=weights_to_cpu(distiller.terms.state_dict()), weights=distiller.monitor.state_dict())
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        distiller = _distiller_of(runner)
+        if distiller is None:
+            return
+        distiller.provenance.mark(checkpoint.get('state_dict', checkpoint), 'checkpoint')
+        if not runner._resume:
+            return
+        if CHECKPOINT_KEY in checkpoint:
+            distiller.load_terms(checkpoint[CHECKPOINT_KEY]['terms'])
+            distiller.monitor.load_state_dict(checkpoint[CHECKPOINT_KEY].get('weights', {}))
+        elif len(distiller.terms):
+            runner.logger.warning("The resumed checkpoint holds no 'distill': it was not written by a distillation. "
+                                  'The adapters start anew.')
+
+
+def _distiller_of(runner: Runner) -> DetectionDistiller | None:
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    return model if isinstance(model, DetectionDistiller) else None
+
+
+def origin_table(distiller: DetectionDistiller) -> str:
+    """A table of how many weights each part has, and where they came from."""
+    table = Table('part', *ORIGINS, 'weights')
+    for column in table.columns[1:]:
+        column.justify = 'right'
+
+    def add(part: str, counts: dict) -> None:
+        table.add_row(part, *(f'{counts.get(origin, 0):,}' if counts.get(origin) else '–' for origin in ORIGINS),
+                      f'{sum(counts.values()):,}')
+
+    for part, counts in distiller.provenance.by_part().items():
+        add(f'student.{part}', counts)
+    for name, term in distiller.terms.items():
+        count = sum(parameter.numel() for parameter in term.parameters())
+        if count:
+            add(f'adapters of {name}', {distiller.terms_origin: count})
+    for index, teacher in enumerate(distiller.teachers or ()):
+        add(f'teacher {index}' if len(distiller.teachers) > 1 else 'teacher',
+            {'checkpoint' if teacher.checkpoint else 'random': teacher.weights})
+    output = StringIO()
+    PlainConsole(file=output, width=110, no_color=True).print(table)
+    if distiller.not_inherited:
+        output.write(f'Could not be inherited (absent in the teacher, or of another shape): '
+                     f"{', '.join(distiller.not_inherited)}\n")
+    return output.getvalue()

@@ -1,0 +1,94 @@
+"""Random augmentation that recurs: each image comes in a few variants, in turn, epoch after epoch."""
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import torch
+from mmcv.transforms import BaseTransform
+from mmdet.registry import TRANSFORMS
+
+from kd_det.compat.process import preserved_randomness
+
+
+class SharedEpoch:
+    """The epoch of the training, in memory that data-loader workers share with the process that starts them."""
+
+    def __init__(self) -> None:
+        self._value = torch.zeros((), dtype=torch.long).share_memory_()
+
+    def __deepcopy__(self, memo: dict) -> SharedEpoch:
+        return self  # a copy of a data set is told the epoch, too
+
+    def set(self, epoch: int) -> None:
+        self._value.fill_(epoch)
+
+    def get(self) -> int:
+        return int(self._value)
+
+
+@cache
+def training_epoch() -> SharedEpoch:
+    """The one that :class:`~kd_det.training.hooks.DistillHook` sets at the start of each epoch."""
+    return SharedEpoch()
+
+
+@TRANSFORMS.register_module()
+class ReplayedRandomness(BaseTransform):
+    """Runs random transforms on numbers that depend on the image, the epoch and a seed alone.
+
+    In epoch e each image comes in its variant ``e % period``, so that from epoch ``period`` on every image was seen
+    before, pixel by pixel, and a teacher's cache (:class:`~kd_det.teachers.cache.TeacherCache`) holds it. A run that is
+    resumed sees the images of one that was not, with persistent workers too. Random numbers of other transforms are not
+    moved.
+
+    The epoch is known from :class:`~kd_det.training.hooks.DistillHook`; where it is not in the config, and where training counts
+    iterations, all images stay in their first variant.
+
+    Args:
+        transforms: Random transforms, in their order.
+        period: The number of variants of each image; None for a new one in every epoch.
+        seed: Another one gives other variants.
+
+    Raises:
+        ValueError: A period below 1, or a transform that mixes several images, as Mosaic and MixUp do.
+
+    Example:
+        >>> dict(type='ReplayedRandomness', period=2, transforms=[dict(type='RandomFlip', prob=0.5)])
+    """
+
+    def __init__(self, transforms: Sequence[dict | BaseTransform], period: int | None = 2,
+                 seed: int = 0) -> None:
+        if period is not None and period < 1:
+            raise ValueError(f'ReplayedRandomness: period={period}, expected the number of variants, 1 or more.')
+        self.transforms = [TRANSFORMS.build(each) if isinstance(each, dict) else each for each in transforms]
+        for each in self.transforms:
+            if hasattr(each, 'get_indexes') or hasattr(each, 'results_cache'):
+                raise ValueError(f'ReplayedRandomness: {type(each).__name__} mixes an image with others, which are '
+                                 'drawn elsewhere, so it can not be replayed.')
+        self.period, self.seed, self.epoch = period, seed, training_epoch()
+
+    def transform(self, results: dict) -> dict | None:
+        with preserved_randomness():
+            self._set_seed(results)
+            for each in self.transforms:
+                results = each(results)
+                if results is None:
+                    return None
+        return results
+
+    def _set_seed(self, results: dict) -> None:
+        epoch = self.epoch.get()
+        variant = epoch if self.period is None else epoch % self.period
+        image = results['img_id'] if 'img_id' in results else results['img_path']
+        digest = hashlib.sha256(repr((self.seed, image, variant)).encode()).digest()
+        seed = int.from_bytes(digest[:4], 'big')
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}(transforms={self.transforms}, period={self.period}, seed={self.seed})'

@@ -1,0 +1,107 @@
+"""MMEngine's Runner for a config."""
+from __future__ import annotations
+
+from mmdet.utils import setup_cache_size_limit_of_dynamo
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import RUNNERS
+from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
+from torch import nn
+
+from kd_det.compat import CheckpointError, load_checkpoint, log_operator_backend
+from kd_det.config.classes import metainfo_of
+from kd_det.registry import add_nodes
+from kd_det.teachers.loading import check_some_fit, find_weights, load_strictly
+
+STATISTICS = ('running_mean', 'running_var')  # buffers that training fills
+
+
+def build_runner(config: Config) -> Runner:
+    """Builds the runner that the config asks for, within the config's own scope."""
+    setup_cache_size_limit_of_dynamo()
+    if config.get('default_scope'):
+        add_nodes(config.default_scope)
+    runner = RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+    log_operator_backend()  # into the log that the runner has opened
+    return runner
+
+
+def build_optimizer(runner: Runner) -> None:
+    """Builds the optimizer, which a Runner does much later, so that a mistake in its config is told at once.
+
+    A ``FlexibleRunner`` leaves it, and the model, to its strategy: there nothing is done.
+    """
+    if isinstance(runner, Runner):
+        runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+
+
+def use_one_metainfo(loop: BaseLoop | None) -> None:
+    """Lets metrics and pictures of a loop have one ``metainfo`` where joined data sets have several, as with palettes of
+    their own: MMDetection takes it for a dict, and would end after the last image of the first validation."""
+    dataset = getattr(getattr(loop, 'dataloader', None), 'dataset', None)
+    if isinstance(getattr(dataset, 'metainfo', None), (list, tuple)):
+        loop.runner.visualizer.dataset_meta = metainfo_of(dataset)
+        if hasattr(loop, 'evaluator'):
+            loop.evaluator.dataset_meta = metainfo_of(dataset)
+
+
+def check_start(runner: Runner, whole: bool = True) -> None:
+    """Checks the checkpoint that is tested, resumed or started from: MMEngine loads what fits and goes on.
+
+    Weights that a wrapper renamed, or that stand elsewhere in the file than MMEngine looks, are put where it does. A
+    ``FlexibleRunner``, which has no model yet, goes unchecked.
+
+    Args:
+        runner: The runner.
+        whole: See :func:`check_checkpoint`.
+
+    Raises:
+        CheckpointError: See :func:`check_checkpoint`.
+    """
+    if not isinstance(runner, Runner):
+        return
+    checkpoint = runner._load_from or (find_latest_checkpoint(runner.work_dir) if whole else None)
+    model = runner.model
+    while hasattr(model, 'module'):  # within wrappers for several processes, or for test-time augmentation
+        model = model.module
+    if checkpoint:
+        check_checkpoint(model, checkpoint, whole, runner._resume)
+        runner.register_hook(WeightsHook(), priority='HIGHEST')
+
+
+def check_checkpoint(model: nn.Module, checkpoint: str, whole: bool, resumes: bool) -> None:
+    """Checks that a checkpoint fits a student.
+
+    A buffer that it lacks, as older versions of a module may have had none, keeps the value that the module gave it,
+    and MMEngine names it; not so statistics that were learnt.
+
+    Args:
+        model: The student. Where the whole of it is asked for, that is loaded.
+        checkpoint: A file, or an address that mmengine's ``CheckpointLoader`` knows.
+        whole: Whether it must be of this detector; a training may start from that of another, of which something fits.
+        resumes: Whether it must also tell where its training was.
+
+    Raises:
+        CheckpointError: It lacks weights, or has them in another shape, or lacks what tells where its training was. The
+            message names them.
+    """
+    if not whole:
+        check_some_fit(model, checkpoint)
+        return
+    given = [name for name, _ in model.named_buffers() if not name.endswith(STATISTICS)]
+    load_strictly(model, checkpoint, allow_missing=given, allow_unexpected='*', role='student')
+    if resumes:
+        loaded = load_checkpoint(checkpoint)
+        lacking = [f"meta['{key}']" for key in ('epoch', 'iter') if key not in loaded.get('meta', {})]
+        lacking += ["'message_hub'"] if 'message_hub' not in loaded else []
+        if lacking:
+            raise CheckpointError(f"The checkpoint '{checkpoint}' can not be resumed: it has weights, but lacks "
+                                  f"{', '.join(lacking)}, which MMEngine saves during training. To start a new "
+                                  f"training from its weights, set load_from='{checkpoint}' and do not resume.")
+
+
+class WeightsHook(Hook):
+    """Puts the weights of a checkpoint where MMEngine looks for them, before other hooks and the model are given it."""
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        checkpoint['state_dict'] = find_weights(checkpoint, str(runner._load_from), 'student', None, ())

@@ -1,0 +1,178 @@
+"""``kd-det benchmark`` from its command line to its results, on trainings of two steps."""
+import json
+from argparse import ArgumentParser
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.config.lazy import LazyObject
+
+from kd_det.cli.benchmark import add_arguments
+from kd_det.cli.main import main
+from kd_det.cli.sweep import grid
+from kd_det.compat import load_checkpoint
+from kd_det.config.files import load_config, student_config
+from kd_det.study.pair import Pair
+from kd_det.study.runs import train
+from kd_det.study.scheduling import CONFIG_FILE, Machine
+from kd_det.study.variants import parse_variants, variant_config
+
+BROKEN = 'fgd@model.distill.fgd.tap=nowhere'
+
+
+@pytest.fixture
+def benchmark(run_config, retinanet, tmp_path, monkeypatch):
+    """Runs the command for one seed, and gives its exit status and what results.json holds."""
+    monkeypatch.chdir(tmp_path)
+    for name, model in dict(student=retinanet(), teacher=retinanet(depth=50)).items():
+        config = run_config(model, epochs=1, val=True).to_dict()
+        del config['default_hooks']['distill'], config['work_dir'], config['experiment_name'], config['visualizer']
+        Config(config).dump(f'{name}.py')
+
+    def run(*options: str, command: str = 'benchmark'):
+        status = main([command, '--student', 'student.py', '--teacher', 'teacher.py', '--seeds', '1', '--threads',
+                       '1', '--work-dir', 'work', '--cfg-options', 'default_hooks.distill.preflight=None', *options])
+        return status, json.loads((tmp_path / 'work' / 'results.json').read_text())
+
+    return run
+
+
+def test_types_that_are_classes_are_written_by_their_names(run_config, retinanet):
+    config = run_config(retinanet(), epochs=1, val=True)
+    config.visualizer = dict(type=LazyObject('mmdet.visualization', 'DetLocalVisualizer'))
+    train('plain', config, 'identity', say=lambda text: None)
+    saved = next(Path(config.work_dir).glob('*/vis_data/config.py'))
+    assert "type='mmdet.visualization.DetLocalVisualizer'" in saved.read_text() and load_config(saved)
+
+
+def test_a_benchmark_from_beginning_to_end(benchmark, tmp_path, capsys):
+    status, results = benchmark('--methods', f'none,fgd@inherit=none,{BROKEN}', '--fidelity', '--jobs', '2')
+    assert status == 1  # for one run failed
+    teacher = results['teacher']  # trained first, for there is no checkpoint
+    assert (tmp_path / 'work' / teacher['checkpoint']).is_file()
+    assert results['pair']['checkpoint'].endswith(teacher['checkpoint'])
+    assert teacher['parameters'] > results['runs'][0]['parameters']
+    plain, fgd, broken = results['runs']
+    assert plain['status'] == fgd['status'] == 'finished'
+    assert plain['same_start'] and fgd['same_start'] and fgd['same_order']
+    assert plain['iterations'] == fgd['iterations'] == 2 and plain['flops'] == fgd['flops'] > 0
+    assert plain['parameters'] == fgd['parameters'] > 0
+    assert fgd['seconds_per_iteration'] > 0 and fgd['peak_memory'] > 2**20
+    states = [load_checkpoint(tmp_path / 'work' / run['checkpoint'])['state_dict'] for run in (plain, fgd)]
+    assert states[0].keys() == states[1].keys() and any((states[0][key] != states[1][key]).any() for key in states[0])
+    assert (tmp_path / 'work' / fgd['scalars']).is_file()
+    assert fgd['environment']['machine']['threads'] == 1 and fgd['environment']['versions'] == results['versions']
+    assert set(fgd['fidelity']) == {'val'} and 'cka_8' in fgd['fidelity']['val']
+    assert broken['status'] == 'failed' and 'nowhere' in broken['error']
+    assert (tmp_path / 'work' / broken['log']).is_file()
+    assert results['summary']['fgd@inherit=none']['bbox_mAP']['verdict'] == 'one seed, no statement'
+    assert 'one seed, no statement' in (tmp_path / 'work' / 'results.md').read_text()
+
+    # What has finished is kept, what was killed begins anew and ends in the same weights.
+    (tmp_path / 'work' / plain['folder'] / 'result.json').unlink()
+    result = tmp_path / 'work' / fgd['folder'] / 'result.json'
+    stored = json.loads(result.read_text())
+    del stored['environment']  # as of a version that did not note it
+    result.write_text(json.dumps(stored))
+    capsys.readouterr()
+    status, again = benchmark('--methods', 'fgd@inherit=none')
+    said = capsys.readouterr().out
+    assert status == 0 and 'teacher: kept from before' in said and 'fgd@inherit=none, seed 0: kept from before' in said
+    assert '\nnone, seed 0: begins' in said
+    assert again['runs'][1]['environment'] == {} and again['runs'][0]['environment']['versions']
+    assert again['runs'][1]['identity'] == fgd['identity'] and again['runs'][0]['start'] == plain['start']
+    state = load_checkpoint(tmp_path / 'work' / again['runs'][0]['checkpoint'])['state_dict']
+    assert all(torch.equal(state[key], states[0][key]) for key in state)
+
+
+@pytest.mark.parametrize('seeds, numbers', [('3', [0, 1, 2]), ('3,5', [3, 5]), ('7,', [7]), ('0,', [0])])
+def test_seeds_are_a_number_or_a_list(seeds, numbers):
+    parser = ArgumentParser()
+    add_arguments(parser)
+    assert parser.parse_args(['pair.py', '--seeds', seeds]).seeds == numbers
+
+
+@pytest.mark.parametrize('seeds', ['0', 'many', '1,1', '-2', ','])
+def test_seeds_that_are_none_are_named(seeds, capsys):
+    with pytest.raises(SystemExit):
+        main(['benchmark', 'pair.py', f'--seeds={seeds}'])
+    assert 'expected a number of seeds' in capsys.readouterr().err
+
+
+def test_a_sweep_is_a_benchmark_of_a_grid():
+    assert grid('kd', [('teachers', ['1', '3']), ('augment', ['none', 'mosaic'])]) == [
+        f'kd@teachers={number}@augment={kind}' for number in (1, 3) for kind in ('none', 'mosaic')]
+    settings = [('kd.temperature', ['1', '2']), ('train_cfg.max_epochs', ['8', '16'])]
+    assert grid('kd', settings) == [
+        f'kd@model.distill.kd.temperature={temperature}@train_cfg.max_epochs={epochs}'
+        for temperature in (1, 2) for epochs in (8, 16)]
+
+
+def test_a_sweep_sets_a_term_whose_method_the_pairs_config_defines():
+    pair = Pair(student_config(load_config('kd_det::fgd_r101_r18.py')), 'kd_det::baseline_faster_rcnn_r101_r18.py')
+    plain, variant = parse_variants(grid('fgd', [('fgd.temperature', ['0.8'])])[0])
+    assert plain.is_plain and variant_config(variant, pair, ['r101.pth']).model.distill.fgd.temperature == 0.8
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Trainings in this process, which spares each one's imports."""
+
+    def train_here(machine, job, expected, device, say):
+        job.folder.mkdir(parents=True, exist_ok=True)
+        Config(dict(job.config.to_dict(), work_dir=str(job.folder))).dump(job.folder / CONFIG_FILE)
+        return train(job.name, load_config(job.folder / CONFIG_FILE), expected, say)
+
+    monkeypatch.setattr(Machine, '_train', train_here)
+
+
+def test_ensembles_and_augmentation_are_swept(benchmark, in_this_process, tmp_path, capsys):
+    setting = ('--method', 'pkd', '--teachers', '1,2', '--augment', 'mosaic+mixup')
+    status, results = benchmark(*setting, command='sweep')
+    assert status == 0
+    mixed = '@augment=mosaic+mixup'
+    runs = {run['variant']: run for run in results['runs']}
+    assert list(runs) == ['none', f'none{mixed}', f'pkd@teachers=1{mixed}', f'pkd@teachers=2{mixed}']
+    assert [run['twin'] for run in runs.values()] == ['none', 'none', *[f'none{mixed}'] * 2]
+    assert all(run['same_order'] for run in runs.values()) and runs[f'none{mixed}']['same_start']
+    twin = 100 * runs[f'none{mixed}']['metrics']['bbox_mAP']
+    for name, run in runs.items():
+        config = load_config(tmp_path / 'work' / run['folder'] / 'config.py')
+        assert (config.train_dataloader.dataset.type == 'mmdet.MultiImageMixDataset') == (name != 'none')
+        summary = results['summary'][name]['bbox_mAP']
+        if name.startswith('pkd'):
+            assert summary['by_seed'] == {'0': pytest.approx(100 * run['metrics']['bbox_mAP'] - twin)}
+    assert [teacher.checkpoint for teacher in config.model.teacher] == [  # of the last: two teachers
+        'work/teacher/epoch_1.pth', 'work/teacher_2/epoch_1.pth']
+    assert [(term.teacher, term.weight.ratio) for term in config.model.distill.values()] == [(0, 0.5), (1, 0.5)]
+    second, = results['further_teachers']
+    assert second['run']['start'] != results['teacher']['start']  # a seed of its own
+    assert second['checkpoint_hash'] != results['pair']['checkpoint_hash']
+    capsys.readouterr()
+    benchmark(*setting, command='sweep')
+    assert capsys.readouterr().out.count('kept from before') == 6  # the second teacher too
+
+
+def test_a_sweep_over_nothing_is_told(benchmark, capsys):
+    with pytest.raises(FileNotFoundError):  # there are no results
+        benchmark('--method', 'pkd', command='sweep')
+    assert 'nothing to try: give --set, --teachers or --augment' in capsys.readouterr().err
+
+
+def test_what_can_not_be_composed_is_told_before_anything_is_trained(benchmark, tmp_path, capsys):
+    with pytest.raises(FileNotFoundError):  # there are no results
+        benchmark('--methods', 'none,unheard')
+    assert "no method 'unheard'" in capsys.readouterr().err and not (tmp_path / 'work').exists()
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--data-root', 'nowhere'], "train annotations: 'nowhere/"),
+    (['--teacher-checkpoint', 'nowhere.pth'], "--teacher-checkpoint: there is no file 'nowhere.pth'"),
+    pytest.param(['--devices', '0,cpu'], '--devices 0,cpu: there is no GPU',
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is one')),
+])
+def test_what_is_missing_is_told_before_anything_is_trained(benchmark, tmp_path, capsys, options, message):
+    with pytest.raises(FileNotFoundError):  # there are no results
+        benchmark('--methods', 'none', *options)
+    assert f'kd-det: error: {message}' in capsys.readouterr().err and not (tmp_path / 'work').exists()

@@ -1,0 +1,52 @@
+"""What a benchmark measures of fidelity, and when it measures again."""
+import json
+
+import pytest
+import torch
+
+from kd_det.study import fidelity
+from kd_det.study.fidelity import FIDELITY_FILE, FidelityMetric, add_fidelity
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """Adds the fidelity to one plain student, and tells what was measured for it."""
+    asked = []
+
+    def count(config, checkpoint, teacher, split):
+        asked.append(split)
+        return dict(found=float(len(asked)))
+
+    monkeypatch.setattr(fidelity, 'measure_fidelity', count)
+    monkeypatch.setattr(fidelity, 'load_config', lambda file: None)
+
+    def add(teacher, splits=('val', ), identity='a'):
+        asked.clear()
+        (tmp_path / 'none').mkdir(exist_ok=True)
+        entry = dict(variant='none', seed=0, status='finished', folder='none', identity=identity, checkpoint='a.pth')
+        add_fidelity([entry], tmp_path, dict(config='teacher.py', checkpoint=str(teacher)), splits, lambda text: None)
+        assert set(entry['fidelity']) == set(splits)
+        return list(asked)
+
+    return add
+
+
+def test_what_was_measured_is_kept_while_run_and_teacher_are_the_same(measured, tmp_path):
+    first, second = tmp_path / 'first.pth', tmp_path / 'second.pth'
+    torch.save(dict(state_dict={}), first)
+    torch.save(dict(state_dict=dict(weight=torch.ones(1))), second)
+    assert measured(first) == ['val']
+    assert measured(first, ['val', 'train']) == ['train']
+    assert measured(first) == []
+    assert measured(second, ['val', 'train']) == ['val', 'train']
+    assert measured(second, identity='b') == ['val']
+    first.write_bytes(second.read_bytes())  # where it lies does not count, what is in it does
+    assert measured(first, identity='b') == []
+
+
+def test_what_was_measured_in_other_settings_is_measured_again(measured, tmp_path, monkeypatch):
+    assert measured('https://host/teacher.pth') == ['val']
+    kept = json.loads((tmp_path / 'none' / FIDELITY_FILE).read_text())
+    assert kept['settings'].items() >= dict(confidence=0.3, min_iou=0.5, calibrated_from=0.05, bins=15).items()
+    monkeypatch.setattr(FidelityMetric, 'settings', dict(confidence=0.5))
+    assert measured('https://host/teacher.pth') == ['val']

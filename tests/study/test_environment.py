@@ -1,0 +1,59 @@
+import subprocess
+
+import pytest
+
+from kd_det.study.runs import CHECKOUT, commit, environment
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout with one commit, and git in it."""
+
+    def git(*arguments: str) -> str:
+        identity = ['-c', 'user.name=a', '-c', 'user.email=a@example.org']
+        return subprocess.run(['git', '-C', str(tmp_path), *identity, *arguments], check=True, stdout=subprocess.PIPE,
+                              text=True).stdout.strip()
+
+    try:
+        git('init', '--quiet')
+    except OSError:
+        pytest.skip('there is no git')
+    (tmp_path / 'code.py').write_text('a')
+    git('add', 'code.py')
+    git('commit', '--quiet', '--message', 'first')
+    return tmp_path, git
+
+
+def test_the_commit_is_that_of_the_checkout(checkout):
+    folder, git = checkout
+    assert commit(folder) == git('rev-parse', 'HEAD') and len(commit(folder)) == 40
+
+
+@pytest.mark.parametrize('name', ['code.py', 'new.py'])
+def test_what_no_commit_holds_is_marked(checkout, name):
+    folder, git = checkout
+    (folder / name).write_text('b')
+    assert commit(folder) == git('rev-parse', 'HEAD') + '-dirty'
+
+
+def test_a_folder_of_another_checkout_has_no_commit(checkout):
+    folder, _ = checkout
+    (folder / 'site-packages').mkdir()
+    assert commit(folder / 'site-packages') is None
+
+
+def test_a_checkout_without_a_commit_has_none(tmp_path):
+    (tmp_path / '.git').mkdir()
+    assert commit(tmp_path) is None
+
+
+def test_without_git_there_is_none(checkout, monkeypatch):
+    folder, _ = checkout
+    monkeypatch.setenv('PATH', '')
+    assert commit(folder) is None
+
+
+def test_environment_tells_code_libraries_and_machine():
+    found = environment(threads=3)
+    assert found['commit'] == commit(CHECKOUT) and (CHECKOUT / 'kd_det').is_dir()
+    assert found['versions']['torch'] and found['machine']['threads'] == 3

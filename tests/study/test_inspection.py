@@ -1,0 +1,201 @@
+"""One step as tables and pictures."""
+import copy
+
+import numpy as np
+import pytest
+import torch
+from mmcv.transforms import BaseTransform
+from mmdet.registry import MODELS, TRANSFORMS
+from mmengine.config import Config
+from PIL import Image
+
+from kd_det.config.files import ConfigurationError
+from kd_det.study.inspection import first_training_batch, image_batch, inspect_step, tap_table, term_table
+from kd_det.study.masks_shown import draw_step, restored_images
+
+TERMS = dict(
+    neck=dict(type='FeatureImitation', weight=dict(type='Warmup', value=2.0, epochs=1), mask=dict(
+        type='MaskProduct', masks=['BoxForeground', dict(type='ChannelAttention', temperature=0.5)])),
+    fgd=dict(type='FGD', levels=(0, 1), weight=dict(type='Balance', ratio=0.5)),
+    regions=dict(type='RoIClassification'),
+    proposals=dict(type='RPNImitation'))
+
+
+def rows_of(table):
+    return list(zip(*(map(str, column.cells) for column in table.columns)))
+
+
+@pytest.fixture
+def seen(faster_rcnn, distiller, batch):
+    """A distiller, and the step that was inspected."""
+    model = distiller(faster_rcnn(), faster_rcnn(depth=50, neck=12), distill=TERMS).train()
+    return model, inspect_step(model, batch(shapes=((64, 96), (40, 64))))
+
+
+def test_taps_are_shown_with_what_they_are_paired_with(seen):
+    rows = rows_of(tap_table(*seen))
+    assert rows[0] == ('neck[0]', '2 × 8 × 16 × 24', '4', 'neck[0]', '2 × 12 × 16 × 24', 'neck, fgd')
+    assert rows[4] == ('neck[4]', '2 × 8 × 1 × 2', '64', 'neck[4]', '2 × 12 × 1 × 2', 'neck')
+    by_path = {row[0]: row for row in rows}
+    assert by_path['roi_head logits'][1:] == ('32 × 4', '–', 'roi_head logits', '32 × 4', 'regions')
+    assert by_path['rpn_head logits'][1:3] == ('2 × 4 × 1', '64') and by_path['rpn_head logits'][-1] == 'proposals'
+
+
+def test_queries_and_encoders_of_detrs_are_shown(detr, distiller, batch):
+    terms = dict(classes=dict(type='QueryClassification'), encoder=dict(type='PKD', tap='encoder', levels=1))
+    model = distiller(detr(), detr(queries=12, layers=3), distill=terms).train()
+    step = inspect_step(model, batch())
+    rows = {row[0]: row[1:] for row in rows_of(tap_table(model, step))}
+    assert rows['bbox_head.queries logits'] == ('2 × 2 × 10 × 3', '–', 'bbox_head.queries logits', '3 × 2 × 12 × 3',
+                                                'classes')
+    assert rows['encoder[0]'] == ('2 × 32 × 8 × 8', '8', 'encoder[0]', '2 × 32 × 8 × 8', 'encoder')
+    measured = {row[0]: row[4] for row in rows_of(term_table(model, step))}
+    assert measured['classes'] == 'neck' and measured['encoder'] == 'encoder'
+
+
+def test_terms_are_shown_with_value_weight_and_pull(seen):
+    model, step = seen
+    table = rows_of(term_table(model, step))
+    rows = {row[0]: row for row in table}
+    losses = step.observation.losses
+    assert rows["the student's own loss"][1] == f'{model.parse_losses(losses)[0].item():.4g}'
+    name, value, weight, weighted, path, gradient, task, ratio = rows['neck']
+    assert weight == '2 (Warmup)' and path == 'neck'  # not what it is in the first step: 0
+    assert float(weighted) == pytest.approx(2 * float(value), rel=1e-3) and float(gradient) > 0
+    assert float(ratio) == pytest.approx(float(gradient) / float(task), rel=1e-2)
+    assert rows['fgd'][-1] == '0.50' and rows['fgd'][2].endswith(' (Balance)')
+    parts = table[table.index(rows['fgd']) + 1:][:4]
+    assert [row[0].strip() for row in parts] == ['foreground', 'background', 'attention', 'relation']
+    assert sum(float(row[1]) for row in parts) == pytest.approx(float(rows['fgd'][1]), rel=1e-2)
+    assert rows['regions'][4] == 'neck'  # it reads heads alone
+
+
+def test_a_term_that_can_teach_nothing_is_told(retinanet, distiller, batch):
+    student = retinanet()
+    student.backbone.frozen_stages = 4
+    model = distiller(student, retinanet(), distill=dict(hint=dict(type='PKD', tap='backbone'), pkd=dict(type='PKD')))
+    caption = term_table(model.train(), inspect_step(model, batch())).caption
+    assert 'hint teaches the student nothing' in caption and 'pkd teaches' not in caption
+
+
+def test_inspecting_leaves_the_model_able_to_train(seen, batch):
+    model, _ = seen
+    assert all(parameter.grad is None for parameter in model.parameters())
+    losses = model(**model.data_preprocessor(batch(), True), mode='loss')
+    model.parse_losses(losses)[0].backward()
+    assert 'compare' not in vars(model.terms['fgd'])
+
+
+def test_every_mask_and_attention_becomes_a_picture(seen, tmp_path):
+    files = draw_step(*seen, tmp_path / 'pictures')
+    assert sorted(tmp_path.glob('pictures/*')) == sorted(files)
+    names = {file.stem for file in files}
+    assert {f'{image}_{name}' for image in range(2) for name in (
+        'neck_mask_MaskProduct', 'neck_mask_MaskProduct_channels', 'neck_mask_masks_0_BoxForeground',
+        'neck_mask_masks_1_ChannelAttention_channels', 'fgd_foreground_BoxForeground', 'fgd_background_BoxBackground',
+        'fgd_attention_student', 'fgd_attention_student_channels', 'fgd_attention_teacher',
+        'fgd_attention_teacher_channels', 'neck_attention_student', 'neck_attention_teacher')} == names
+    for file in files:
+        with Image.open(file) as picture:
+            assert np.ptp(np.asarray(picture.convert('RGB'))) > 100
+
+
+def test_without_features_there_is_no_picture_and_no_folder(faster_rcnn, distiller, batch, tmp_path):
+    model = distiller(faster_rcnn(), faster_rcnn(neck=12), distill=dict(regions=TERMS['regions'])).train()
+    assert draw_step(model, inspect_step(model, batch()), tmp_path / 'pictures') == []
+    assert not (tmp_path / 'pictures').exists()
+
+
+@pytest.mark.parametrize('preprocessor', [dict(bgr_to_rgb=True), dict(bgr_to_rgb=False), dict(mean=None, std=None)])
+def test_images_are_restored(preprocessor, retinanet, batch):
+    settings = {**retinanet()['data_preprocessor'], 'bgr_to_rgb': False, **preprocessor}
+    preprocessor, data = MODELS.build(settings), batch()
+    inputs = preprocessor(copy.deepcopy(data), True)['inputs']
+    for image, expected in zip(restored_images(inputs.float(), preprocessor), data['inputs']):
+        assert np.array_equal(image, expected.flip(0).permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize('channels', [1, 2, 4, 6])
+def test_images_of_any_channels_are_shown_in_colour(channels):
+    preprocessor = MODELS.build(dict(type='DetDataPreprocessor', mean=[110.0], std=[58.0]))
+    image = torch.randint(256, (channels, 32, 48), dtype=torch.uint8)
+    shown, = restored_images(preprocessor(dict(inputs=[image], data_samples=None))['inputs'], preprocessor)
+    of_image = image[:3].flip(0) if channels > 2 else image[:1].expand(3, -1, -1)
+    assert shown.shape == (32, 48, 3) and np.array_equal(shown, of_image.permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize('low, high', [(0.0, 1.0), (-2.5, 2.5), (0.0, 4095.0)])
+def test_what_is_no_colour_is_stretched(low, high):
+    image = torch.rand(1, 4, 32, 48) * (high - low) + low
+    shown, = restored_images(image, MODELS.build(dict(type='DetDataPreprocessor')))
+    assert shown.min() < 5 and shown.max() > 250 and 100 < shown.mean() < 155
+
+
+def test_a_step_on_gray_images_is_drawn(retinanet, distiller, batch, tmp_path):
+    gray = retinanet()
+    gray.data_preprocessor, gray.backbone.in_channels = dict(type='DetDataPreprocessor', mean=[110.0], std=[58.0]), 1
+    model = distiller(gray, retinanet(neck=12), distill=dict(pkd=dict(type='PKD', levels=1))).train()
+    data = {key: values[:1] for key, values in batch().items()}
+    data['inputs'] = [data['inputs'][0][:1]]
+    assert draw_step(model, inspect_step(model, data), tmp_path)
+
+
+def test_an_image_is_what_the_first_transform_reads(run_config, retinanet, tmp_path):
+    @TRANSFORMS.register_module(force=True)
+    class LoadArray(BaseTransform):
+
+        def transform(self, results):
+            image = np.load(results['img_path'])
+            return dict(results, img=image, img_shape=image.shape[:2], ori_shape=image.shape[:2])
+
+    config = run_config(retinanet(), val=True)
+    config.val_dataloader.dataset.pipeline[0] = dict(type='LoadArray')
+    np.save(tmp_path / 'x.npy', np.zeros((64, 64, 4), np.uint8))
+    assert image_batch(config, tmp_path / 'x.npy')['inputs'][0].shape == (4, 64, 64)
+    (tmp_path / 'x.png').write_bytes(b'no array')
+    with pytest.raises(ConfigurationError, match="x.png' can not be read as an image by LoadArray, the first"):
+        image_batch(config, tmp_path / 'x.png')
+
+
+def test_first_training_batch_is_that_of_a_run(run_config, retinanet, make_runner):
+    config = run_config(retinanet(), seed=3)
+    config.train_dataloader.update(num_workers=2, persistent_workers=True, prefetch_factor=2)
+    first, names = first_training_batch(config)
+    assert config.train_dataloader.num_workers == 2 and names == ('blue', 'green', 'red')
+    expected = next(iter(make_runner(retinanet(), seed=3).build_dataloader(dict(
+        config.train_dataloader, num_workers=0, persistent_workers=False, prefetch_factor=None), seed=3)))
+    assert [sample.img_id for sample in first['data_samples']] == [sample.img_id for sample in expected['data_samples']]
+    assert all(len(sample.gt_instances) for sample in first['data_samples'])
+
+
+def test_an_image_has_no_boxes_and_is_prepared_as_for_validation(run_config, retinanet, distiller, coco_folder):
+    config = run_config(retinanet(), val=True)
+    config.val_dataloader.dataset.pipeline[2].scale = (96, 96)
+    data = image_batch(config, coco_folder / '0.png')
+    assert data['inputs'][0].shape == (3, 96, 96) and not len(data['data_samples'][0].gt_instances)
+    model = distiller(retinanet(), retinanet(neck=12), distill=dict(fgd=TERMS['fgd'])).train()
+    step = inspect_step(model, data)
+    assert step.observation.values['fgd']['foreground'] == 0 < step.observation.values['fgd']['background']
+    assert 'there are no boxes' in term_table(model, step).caption
+
+
+@pytest.mark.parametrize('content, error, said', [
+    (None, FileNotFoundError, "no image '.*x.png'"), (b'no image', ConfigurationError, "x.png' can not be read")])
+def test_what_is_no_image_is_named(content, error, said, run_config, retinanet, tmp_path):
+    if content:
+        (tmp_path / 'x.png').write_bytes(content)
+    with pytest.raises(error, match=said):
+        image_batch(run_config(retinanet(), val=True), tmp_path / 'x.png')
+
+
+def test_an_image_needs_a_pipeline():
+    with pytest.raises(ConfigurationError, match='no val_dataloader'):
+        image_batch(Config(dict(train_dataloader={})), 'x.png')
+
+
+def test_of_several_teachers_the_table_says_which(retinanet, distiller, batch):
+    teachers = [dict(config=retinanet(neck=width), random_teacher=True) for width in (12, 16)]
+    terms = dict(a=dict(type='PKD'), b=dict(type='PKD', teacher=1))
+    model = distiller(retinanet(), None, teacher=teachers, distill=terms).train()
+    paired = {row[3]: row[4] for row in rows_of(tap_table(model, inspect_step(model, batch())))}
+    assert paired['teacher 0: neck[0]'].startswith('2 × 12') and paired['teacher 1: neck[0]'].startswith('2 × 16')

@@ -1,0 +1,102 @@
+"""From the runs' numbers to what is printed."""
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from kd_det.study.results import mark_twins, summarize
+from kd_det.study.tables import difference_text, markdown_table, rich_tables, rows
+
+
+def entry(variant, seed, ap, **changes):
+    run = dict(variant=variant, seed=seed, status='finished', start=f'start {seed}', order=f'order {seed}', flops=None,
+               metrics=dict(bbox_mAP=ap, bbox_mAP_50=2 * ap, bbox_mAP_l=-1.0), parameters=2_000_000,
+               seconds_per_iteration=0.25, peak_memory=2**30, peak_device_memory=None)
+    return dict(run, **changes)
+
+
+@pytest.fixture
+def results():
+    runs = [entry('none', seed, ap) for seed, ap in enumerate((0.30, 0.32, 0.34))]
+    runs += [entry('better', seed, ap) for seed, ap in enumerate((0.32, 0.342, 0.358))]
+    runs += [entry('other', seed, ap) for seed, ap in enumerate((0.35, 0.30, 0.34))]
+    runs.append(dict(variant='broken', seed=0, status='failed', error='out of memory', log='log.txt'))
+    fidelity = {name: dict(mean=value, std=None) for name, value in dict(found=0.8, cka_8=0.9, cka_16=0.7).items()}
+    fidelity['found']['std'] = 0.0123
+    return dict(teacher=None, runs=runs, summary=summarize(runs), fidelity=dict(val=dict(better=fidelity)))
+
+
+def test_summary_is_in_points_and_paired(results):
+    better = results['summary']['better']['bbox_mAP']
+    assert better['mean'] == pytest.approx(34.0) and better['difference'] == pytest.approx(2.0)
+    assert list(better['by_seed'].values()) == pytest.approx([2.0, 2.2, 1.8]) and better['verdict'] == 'gain'
+    assert 'bbox_mAP_l' not in results['summary']['better']  # no object is large
+    assert 'difference' not in results['summary']['none']['bbox_mAP']
+
+
+def test_an_interval_with_zero_is_never_printed_as_a_gain(results):
+    table, _, fidelity = markdown_table(results).partition('Fidelity on val')
+    lines = {line.split(' | ')[0].strip('| '): line for line in table.splitlines() if line.startswith('| ')}
+    assert '| +2.0 ± 0.5 |' in lines['better']
+    assert 'no difference shown (+1.0 ± ' in lines['other']
+    assert '0 of 1' in lines['broken'] and 'broken, seed 0 failed: out of memory' in table
+    assert '| better | 0.800 ± 0.012 |  |  |  |  |  |  |  | 0.800 |' in fidelity  # found, and the levels' mean CKA
+
+
+def test_console_shows_the_same(results):
+    console = Console(width=200, record=True, file=StringIO())
+    for table in rich_tables(results):
+        console.print(table)
+    shown = console.export_text()
+    assert 'compare only where the machine did nothing else' in shown
+    assert 'no difference shown (+1.0' in shown and '1.00 GiB' in shown and '2.00 M' in shown and '0.800' in shown
+
+
+def test_one_seed_is_no_statement():
+    runs = [entry('none', 0, 0.3), entry('better', 0, 0.5)]
+    assert difference_text(summarize(runs)['better']['bbox_mAP'], 1) == 'one seed, no statement (+20.0)'
+
+
+def test_a_difference_over_fewer_pairs_than_seeds_tells_how_many():
+    failed = dict(variant='none', seed=1, status='failed', error='out of memory', log='log.txt')
+    runs = [entry('none', 0, 0.30), failed, entry('none', 2, 0.31)]
+    runs += [entry('better', seed, ap) for seed, ap in enumerate((0.34, 0.35, 0.351))]
+    summary = summarize(runs)
+    better = summary['better']['bbox_mAP']
+    assert (summary['none']['bbox_mAP']['seeds'], better['seeds'], better['pairs']) == (2, 3, 2)
+    plain, row = rows(dict(teacher=None, runs=runs, summary=summary, fidelity={}))
+    assert (plain['seeds'], row['seeds'], row['Δ mAP']) == ('2 of 3', '3', '+4.0 ± 0.6, 2 pairs')
+
+
+def test_a_number_that_is_none_is_no_seed():
+    runs = [entry('none', seed, 0.30 + 0.01 * seed) for seed in range(3)]
+    runs += [entry('better', 0, 0.34), entry('better', 1, float('nan')), entry('better', 2, float('inf'))]
+    summary = summarize(runs)
+    assert summary['better']['bbox_mAP']['mean'] == pytest.approx(34)
+    _, row = rows(dict(teacher=None, runs=runs, summary=summary, fidelity={}))
+    assert (row['seeds'], row['mAP'], row['Δ mAP']) == ('1 of 3', '34.0', 'one seed, no statement (+4.0)')
+
+
+def test_runs_that_did_not_begin_like_their_twin_are_marked():
+    runs = [entry('none', 0, 0.3), entry('same', 0, 0.3), entry('other', 0, 0.3, start='elsewhere'),
+            entry('alone', 1, 0.3)]
+    mark_twins(runs)
+    assert [run['same_start'] for run in runs] == [True, True, False, None]
+    assert [run['same_order'] for run in runs] == [True, True, True, None]
+
+
+def test_several_teachers_are_one_row(results):
+    first, second = entry('teacher', 0, 0.40), entry('teacher', 1, 0.44)
+    results.update(teacher=first, further_teachers=[dict(checkpoint='teacher_2.pth', checkpoint_hash='', run=second)])
+    row = markdown_table(results).splitlines()[2]
+    assert row.startswith('| teacher | 2 | 42.0 ± 2.8 | 84.0 ± 5.7 |')
+
+
+def test_a_method_is_compared_with_the_plain_student_in_its_setting():
+    mixed = '@augment=mosaic'
+    runs = [entry('none', 0, 0.30), entry(f'none{mixed}', 0, 0.34), entry(f'better{mixed}', 0, 0.36)]
+    summary = summarize(runs)
+    assert summary[f'better{mixed}']['bbox_mAP']['difference'] == pytest.approx(2.0)
+    assert summary[f'none{mixed}']['bbox_mAP']['difference'] == pytest.approx(4.0)
+    mark_twins(runs)
+    assert [run['same_order'] for run in runs] == [True] * 3
