@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from kd_det.context import DistillContext, Level
+from kd_det.context import DistillContext, LevelSpec
 from kd_det.functional import features
 from kd_det.losses import FGD
 from kd_det.study.step_costs import peak_memory, seconds
@@ -55,7 +55,7 @@ class Pyramids:
         self.masks = [(torch.rand_like(feature[:, 0]) < 0.3).float() for feature in self.teacher]
 
     def fgd(self, num_boxes: int) -> Case:
-        levels = tuple(Level(self.options.channels, stride) for stride in STRIDES)
+        levels = tuple(LevelSpec(self.options.channels, stride) for stride in STRIDES)
         boxes = [self._boxes(num_boxes) for _ in range(self.options.batch)]
         context = DistillContext(
             student=dict(neck=tuple(self.student)), teachers=[dict(neck=tuple(self.teacher))],

@@ -11,12 +11,12 @@ from torch import Tensor
 from kd_det.functional.masks import valid_cells
 from kd_det.heads import StudentOutputs, TeacherOutputs
 from kd_det.heads.dense import Stride
-from kd_det.taps import Levels
+from kd_det.taps import Features
 
 Result = TypeVar('Result')
 
 
-class Level(NamedTuple):
+class LevelSpec(NamedTuple):
     """The form of one feature level: its number of channels and its stride in pixels, a float where it is not whole."""
     channels: int
     stride: Stride
@@ -48,10 +48,10 @@ class DistillContext:
         student_outputs: What the student's heads put out, of the heads that terms ask for, by name.
         teacher_outputs: The same of each teacher, without gradient.
     """
-    student: dict[str, Levels]
-    teachers: list[dict[str, Levels]]
-    student_levels: dict[str, tuple[Level, ...]]
-    teacher_levels: list[dict[str, tuple[Level, ...]]]
+    student: dict[str, Features]
+    teachers: list[dict[str, Features]]
+    student_levels: dict[str, tuple[LevelSpec, ...]]
+    teacher_levels: list[dict[str, tuple[LevelSpec, ...]]]
     boxes: list[Tensor]
     labels: list[Tensor]
     batch_shape: tuple[int, int]
@@ -133,17 +133,17 @@ class ComparedLevel:
 
 class LevelPair(NamedTuple):
     """A student level and the teacher level it learns from; the indices count within each module's own output."""
-    student_index: int
-    teacher_index: int
-    student: Level
-    teacher: Level
+    student_level: int
+    teacher_level: int
+    student_spec: LevelSpec
+    teacher_spec: LevelSpec
 
 
 class LevelError(ValueError):
     """Levels that can not be paired."""
 
 
-def pair_levels(student: Sequence[Level], teacher: Sequence[Level], levels: int | Sequence[int] | None = None,
+def pair_levels(student: Sequence[LevelSpec], teacher: Sequence[LevelSpec], levels: int | Sequence[int] | None = None,
                 resize: bool = False) -> list[LevelPair]:
     """Pairs levels by stride.
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-Levels = tuple[Tensor, ...]
+Features = tuple[Tensor, ...]
 ENCODER = 'encoder'  # of a DETR; puts out the tokens of several levels in a row
 
 
@@ -102,7 +102,7 @@ class Taps:
 
     @contextmanager
     def capture(self, paths: Iterable[str] | None = None,
-                stop: bool = False) -> Iterator[dict[str, Levels | tuple[Levels, ...]]]:
+                stop: bool = False) -> Iterator[dict[str, Features | tuple[Features, ...]]]:
         """Reads one forward.
 
         Args:
@@ -143,7 +143,7 @@ class _Reading:
         self._watched = self.held, _groups(path, self.passed_on, grouped)
         self._before = [_versions(groups) for groups in self._watched]
 
-    def close(self) -> tuple[tuple[Levels, ...], bool]:
+    def close(self) -> tuple[tuple[Features, ...], bool]:
         """Returns the groups of levels, and whether a later layer wrote to what it was given."""
         changed, written = (_versions(groups) != before for groups, before in zip(self._watched, self._before))
         if changed:
@@ -157,7 +157,7 @@ def is_within_encoder(path: str) -> bool:
     return path.split('.')[0] == ENCODER
 
 
-def _split_tokens(path: str, tokens: Tensor, shapes: Sequence[torch.Size]) -> Levels:
+def _split_tokens(path: str, tokens: Tensor, shapes: Sequence[torch.Size]) -> Features:
     """(N, ΣH·W, C) as (N, C, H, W) of the last levels that have as many cells."""
     for first in range(len(shapes)):
         cells = [shape.numel() for shape in shapes[first:]]
@@ -167,12 +167,12 @@ def _split_tokens(path: str, tokens: Tensor, shapes: Sequence[torch.Size]) -> Le
                    f'{[tuple(shape) for shape in shapes]}.')
 
 
-def _join_tokens(levels: Levels) -> Tensor:
+def _join_tokens(levels: Features) -> Tensor:
     """(N, C, H, W) each as (N, ΣH·W, C)."""
     return torch.cat([level.flatten(2).mT for level in levels], 1)
 
 
-def _groups(path: str, output, grouped: bool) -> tuple[Levels, ...]:
+def _groups(path: str, output, grouped: bool) -> tuple[Features, ...]:
     return tuple(_levels(path, group) for group in (output if grouped else (output, )))
 
 
@@ -183,11 +183,11 @@ def _copied(output):
     return getattr(output, '_make', type(output))(map(_copied, output))  # a named tuple is made of one iterable as well
 
 
-def _versions(groups: Sequence[Levels]) -> list[int]:
+def _versions(groups: Sequence[Features]) -> list[int]:
     return [_version(level) for levels in groups for level in levels]
 
 
-def _levels(path: str, output) -> Levels:
+def _levels(path: str, output) -> Features:
     levels = tuple(output) if isinstance(output, (tuple, list)) else (output, )
     if not levels or not all(isinstance(level, Tensor) and level.dim() == 4 for level in levels):
         shapes = [tuple(level.shape) if isinstance(level, Tensor) else type(level).__name__ for level in levels]

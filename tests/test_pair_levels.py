@@ -1,21 +1,21 @@
 import pytest
 
-from kd_det.context import Level, LevelError, pair_levels
+from kd_det.context import LevelError, LevelSpec, pair_levels
 
-RETINANET = [Level(256, stride) for stride in (8, 16, 32, 64, 128)]
-YOLOX = [Level(256, stride) for stride in (8, 16, 32)]
-FASTER_RCNN = [Level(256, stride) for stride in (4, 8, 16, 32, 64)]
+RETINANET = [LevelSpec(256, stride) for stride in (8, 16, 32, 64, 128)]
+YOLOX = [LevelSpec(256, stride) for stride in (8, 16, 32)]
+FASTER_RCNN = [LevelSpec(256, stride) for stride in (4, 8, 16, 32, 64)]
 
 
 def test_levels_are_paired_by_stride_not_by_index():
     pairs = pair_levels(FASTER_RCNN, RETINANET, levels=(1, 2, -1))
-    assert [(pair.student_index, pair.teacher_index) for pair in pairs] == [(1, 0), (2, 1), (4, 3)]
+    assert [(pair.student_level, pair.teacher_level) for pair in pairs] == [(1, 0), (2, 1), (4, 3)]
 
 
 def test_a_level_without_partner_is_an_error_unless_resized():
     with pytest.raises(LevelError, match='level 0 of stride 4 has no partner.*resize=True'):
         pair_levels(FASTER_RCNN, RETINANET)
-    assert [pair.teacher_index for pair in pair_levels(FASTER_RCNN, RETINANET, resize=True)] == [0, 0, 1, 2, 3]
+    assert [pair.teacher_level for pair in pair_levels(FASTER_RCNN, RETINANET, resize=True)] == [0, 0, 1, 2, 3]
 
 
 def test_index_out_of_range_is_an_error():
@@ -25,7 +25,7 @@ def test_index_out_of_range_is_an_error():
 
 def test_a_number_of_levels_is_the_first_so_many_at_most():
     """So that one file serves pyramids of five levels and of three."""
-    assert [pair.student.stride for pair in pair_levels(RETINANET, RETINANET, levels=4)] == [8, 16, 32, 64]
+    assert [pair.student_spec.stride for pair in pair_levels(RETINANET, RETINANET, levels=4)] == [8, 16, 32, 64]
     assert pair_levels(YOLOX, RETINANET, levels=4) == pair_levels(YOLOX, RETINANET)
 
 

@@ -18,9 +18,9 @@ from kd_det.heads import ROI_HEAD, TOWERS_OF, StudentHeads, StudentOutputs, find
 from kd_det.heads.capture import can_be_kept
 from kd_det.heads.towers import tower_widths
 from kd_det.losses import DistillTerm
-from kd_det.losses.base import Forms
+from kd_det.losses.base import InputSpecs
 from kd_det.registry import build_own
-from kd_det.taps import Levels, Taps
+from kd_det.taps import Features, Taps
 from kd_det.teachers import TeacherError, of_teacher, probe_config, probe_levels, probe_towers, read_model_config
 
 UNKNOWN_ARGUMENT = re.compile(r"got an unexpected keyword argument '(\w+)'")
@@ -94,7 +94,7 @@ class Connections:
     def __init__(self, student: nn.Module, teachers: Sequence[dict], terms: dict[str, DistillTerm]) -> None:
         self.student_taps = Taps(student, (path for term in terms.values() for path in measured_taps(student, term)))
         self.student_levels = probe_levels(student, self.student_taps) if terms else {}
-        of_teachers = [[term for term in terms.values() if term.teacher == index] for index in range(len(teachers))]
+        of_teachers = [[term for term in terms.values() if term.teacher_index == index] for index in range(len(teachers))]
         self.teacher_taps = [[path for term in each for path in term.teacher_taps] for each in of_teachers]
         self.teacher_heads = [[head for term in each for head in term.teacher_heads] for each in of_teachers]
         self.teacher_levels = []
@@ -103,14 +103,14 @@ class Connections:
                 self.teacher_levels.append(probe_config(read_model_config(config['config']), taps) if taps else {})
         for name, term in terms.items():
             try:
-                check_cached(teachers[term.teacher], term.teacher_heads)
-                term.connect(self._student_forms(student, term), self._teacher_forms(teachers[term.teacher], term))
+                check_cached(teachers[term.teacher_index], term.teacher_heads)
+                term.connect(self._student_specs(student, term), self._teacher_specs(teachers[term.teacher_index], term))
             except ValueError as error:
                 raise ConfigurationError(f'model.distill.{name}: {error}') from error
         self.student_heads = StudentHeads(student, (head for term in terms.values() for head in term.student_heads))
 
     @contextmanager
-    def capture(self) -> Iterator[tuple[dict[str, Levels], StudentOutputs]]:
+    def capture(self) -> Iterator[tuple[dict[str, Features], StudentOutputs]]:
         """Reads one step of the student.
 
         Yields:
@@ -119,13 +119,13 @@ class Connections:
         with self.student_taps.capture() as features, self.student_heads.capture() as outputs:
             yield features, outputs
 
-    def _student_forms(self, student: nn.Module, term: DistillTerm) -> Forms:
+    def _student_specs(self, student: nn.Module, term: DistillTerm) -> InputSpecs:
         heads = {name: find_head(student, name) for name in term.student_heads}
         towers = {name: tower_widths(head) for name, head in heads.items() if name.endswith(TOWERS_OF)}
         return {**self.student_levels, **towers}
 
-    def _teacher_forms(self, teacher: dict, term: DistillTerm) -> Forms:
-        return {**self.teacher_levels[term.teacher], **probe_towers(teacher['config'], term.teacher_heads)}
+    def _teacher_specs(self, teacher: dict, term: DistillTerm) -> InputSpecs:
+        return {**self.teacher_levels[term.teacher_index], **probe_towers(teacher['config'], term.teacher_heads)}
 
 
 def checked_teachers(teacher: dict | Sequence[dict]) -> list[dict]:
@@ -186,9 +186,9 @@ def build_terms(distill: dict[str, dict], teachers: int) -> tuple[dict[str, Weig
         if not isinstance(term, DistillTerm):
             raise ConfigurationError(
                 f"{where}: '{config['type']}' is a {type(term).__name__}, not a distillation term.")
-        if not 0 <= term.teacher < teachers:
+        if not 0 <= term.teacher_index < teachers:
             raise ConfigurationError(
-                f'{where}: teacher={term.teacher}, but there are {teachers} teachers, counted from 0.')
+                f'{where}: teacher={term.teacher_index}, but there are {teachers} teachers, counted from 0.')
         weights[name], terms[name] = weight, term
     return weights, terms
 

@@ -25,9 +25,9 @@ from kd_det.distillers.weights import Losses, Value, WeightConfig, logged, scale
 from kd_det.heads import StudentOutputs, TeacherOutputs
 from kd_det.heads.recording import recorded_calls
 from kd_det.losses import DistillTerm
-from kd_det.losses.base import levels_read
+from kd_det.losses.base import find_read_levels
 from kd_det.registry import build_detector
-from kd_det.taps import Levels
+from kd_det.taps import Features
 from kd_det.teachers import Teacher
 
 TERMS = 'distill_terms'  # the only child that a plain student lacks
@@ -130,7 +130,7 @@ class StepCost:
             yield
             self._seconds = perf_counter() - begin
 
-    def hold(self, features: Sequence[dict[str, Levels]]) -> None:
+    def hold(self, features: Sequence[dict[str, Features]]) -> None:
         """Counts the features of the teachers."""
         levels = {id(level): level for each in features for group in each.values() for level in group}
         self.megabytes = sum(level.nbytes for level in levels.values()) / MEGABYTE
@@ -234,8 +234,8 @@ class DetectionDistiller(StudentWrapper):
         """
         if classes is not None and number_of_classes(self.student) not in (None, len(classes)):
             classes = None  # the head's labels are then not those of the data
-        read = {term.teacher for term in self.terms.values() if any(map(has_classes, term.teacher_heads))}
-        read |= {self.pseudo_labels.teacher} if self.pseudo_labels else set()
+        read = {term.teacher_index for term in self.terms.values() if any(map(has_classes, term.teacher_heads))}
+        read |= {self.pseudo_labels.teacher_index} if self.pseudo_labels else set()
         return self.class_sets.match(classes, self.build_teachers(), read, self.inherited_parts)
 
     def _apply(self, function, *args, **kwargs) -> DetectionDistiller:
@@ -313,7 +313,7 @@ class DetectionDistiller(StudentWrapper):
             return {}
         features = {name: self.measured_features(name, context) for name in due}
         totals = {name: total(values[name]) for name in due}
-        labels = {name: self.class_sets.shared_labels(context.labels, self.terms[name].teacher) for name in due}
+        labels = {name: self.class_sets.shared_labels(context.labels, self.terms[name].teacher_index) for name in due}
         return self.monitor.measure(self.parse_losses(losses)[0], totals, features, labels)
 
     def observe(self, inputs: Tensor, data_samples: list, names: Iterable[str]) -> Observation:
@@ -350,7 +350,7 @@ class DetectionDistiller(StudentWrapper):
                 teacher_outputs=list(teacher_outputs))
             seen_by = [self.class_sets.restricted(context, index) for index in range(len(teachers))]
             with torch.autocast(inputs.device.type, enabled=False):
-                values = {name: self.terms[name](seen_by[self.terms[name].teacher]) for name in names}
+                values = {name: self.terms[name](seen_by[self.terms[name].teacher_index]) for name in names}
         return Observation(losses, context, values)
 
     def _supervise(self, inputs: Tensor, data_samples: list) -> Supervision:
@@ -358,9 +358,9 @@ class DetectionDistiller(StudentWrapper):
         supervision, pseudo_labels = given(data_samples), self.pseudo_labels
         if pseudo_labels is None or not pseudo_labels.wants(supervision, self.progress):
             return supervision
-        teacher = self.build_teachers()[pseudo_labels.teacher]
+        teacher = self.build_teachers()[pseudo_labels.teacher_index]
         counts = number_of_classes(teacher.model), number_of_classes(self.student)
-        found = self.class_sets.translated(teacher.detect(inputs, data_samples), pseudo_labels.teacher, counts)
+        found = self.class_sets.translated(teacher.detect(inputs, data_samples), pseudo_labels.teacher_index, counts)
         return pseudo_labels(supervision, found, self.progress)
 
     def measured_taps(self, term: DistillTerm) -> tuple[str, ...]:
@@ -372,11 +372,11 @@ class DetectionDistiller(StudentWrapper):
         return [level for path in self.measured_taps(self.terms[name]) for level in context.student[path]]
 
     def observe_teachers(self, active: Iterable[str], images: Tensor, image_shapes: Sequence[tuple[int, int]],
-                         student: StudentOutputs) -> Iterator[tuple[dict[str, Levels], TeacherOutputs]]:
+                         student: StudentOutputs) -> Iterator[tuple[dict[str, Features], TeacherOutputs]]:
         """Runs what the active terms read of each teacher, and nothing of a teacher that none of them reads."""
         for index, teacher in enumerate(self.build_teachers()):
-            terms = [self.terms[name] for name in active if self.terms[name].teacher == index]
+            terms = [self.terms[name] for name in active if self.terms[name].teacher_index == index]
             heads = tuple(dict.fromkeys(head for term in terms for head in term.teacher_heads))
             taps = tuple(dict.fromkeys(path for term in terms for path in term.teacher_taps))
-            levels = levels_read(terms, self.connections.teacher_levels[index])
+            levels = find_read_levels(terms, self.connections.teacher_levels[index])
             yield teacher.observe(images, image_shapes, heads, student, taps, levels) if heads or taps else ({}, {})

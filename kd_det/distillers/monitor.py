@@ -249,7 +249,7 @@ def _tell_frozen_levels(term: DistillTerm, name: str, observation: Observation) 
     """Tells of single levels that teach nothing, as those of a backbone's first, frozen stages."""
     if not isinstance(term, FeatureTerm):
         return
-    levels = [pair.student_index for pair in term.pairs]
+    levels = [pair.student_level for pair in term.pairs]
     learning = [level for level in levels if observation.context.student[term.student_path][level].requires_grad]
     if len(learning) < len(levels):
         frozen = ', '.join(str(level) for level in levels if level not in learning)

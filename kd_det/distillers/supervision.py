@@ -16,7 +16,7 @@ from kd_det.context import Progress
 from kd_det.datasets import UNLABELLED
 from kd_det.distillers.building import reason
 from kd_det.distillers.weights import Losses, Weight, WeightConfig, build_weight, scaled
-from kd_det.taps import Levels
+from kd_det.taps import Features
 
 
 class Supervision(NamedTuple):
@@ -53,7 +53,7 @@ def boxes_of(sample: DetDataSample) -> Tensor:
     return getattr(boxes, 'tensor', boxes).detach()
 
 
-def labelled_losses(student: nn.Module, inputs: Tensor, features: Levels, supervision: Supervision,
+def labelled_losses(student: nn.Module, inputs: Tensor, features: Features, supervision: Supervision,
                     of_all: Losses) -> Losses:
     """The student's own losses on the labelled images of a batch.
 
@@ -76,7 +76,7 @@ def labelled_losses(student: nn.Module, inputs: Tensor, features: Levels, superv
 
 
 @contextmanager
-def _given_features(model: nn.Module, features: Levels) -> Iterator[None]:
+def _given_features(model: nn.Module, features: Features) -> Iterator[None]:
     """Lets a detector take these features for those of any images while the block runs."""
     model.extract_feat = lambda *args, **kwargs: features  # on the instance, before the class's
     try:
@@ -134,7 +134,7 @@ class PseudoLabels:
         if self.weight.balance is not None or not 0 <= self.weight.full <= 1:
             raise ValueError(f"weight={weight!r}: expected 'score', or a number from 0 to 1 or a schedule of one, for "
                              'it is the probability with which a box counts in a step.')
-        self.score, self.iou, self.nms_iou, self.teacher = score, iou, nms_iou, teacher
+        self.score, self.iou, self.nms_iou, self.teacher_index = score, iou, nms_iou, teacher
         self.replaces, self.only_unlabelled = mode == 'replace', images == 'unlabelled'
 
     def wants(self, supervision: Supervision, progress: Progress) -> bool:
@@ -193,10 +193,10 @@ def build_pseudo_labels(config: dict | None, student: nn.Module, teachers: Seque
         pseudo_labels = PseudoLabels(**config)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigurationError(f'model.pseudo_labels: {reason(error, PseudoLabels)}') from error
-    if not 0 <= pseudo_labels.teacher < len(teachers):
-        raise ConfigurationError(f'model.pseudo_labels: teacher={pseudo_labels.teacher}, but there are {len(teachers)} '
+    if not 0 <= pseudo_labels.teacher_index < len(teachers):
+        raise ConfigurationError(f'model.pseudo_labels: teacher={pseudo_labels.teacher_index}, but there are {len(teachers)} '
                                  'teachers, counted from 0.')
-    if pseudo_labels.only_unlabelled and teachers[pseudo_labels.teacher].get('shard'):
+    if pseudo_labels.only_unlabelled and teachers[pseudo_labels.teacher_index].get('shard'):
         raise ConfigurationError("model.pseudo_labels: images='unlabelled' asks the teacher on those ranks alone whose "
                                  "batch has such images, which one with shard=True can not serve. Take images='all', "
                                  'or leave the teacher whole.')

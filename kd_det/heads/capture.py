@@ -24,7 +24,7 @@ from kd_det.heads.readers import (
 from kd_det.heads.recording import recorded_calls
 from kd_det.heads.roi import RoIOutputs, read_sampled, run_roi_head, stages_of
 from kd_det.heads.towers import TeacherTowers, TowerFeatures, read_towers, recorded_towers
-from kd_det.taps import Levels, Taps
+from kd_det.taps import Features, Taps
 
 # Of a dense head: its outputs, and what needs none of a batch.
 KEPT = ('', TOWERS_OF, POSITIVES_OF, DISTRIBUTIONS_OF)
@@ -37,7 +37,7 @@ def can_be_kept(name: str) -> bool:
 
 
 @contextmanager
-def recorded_maps(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Levels]]:
+def recorded_maps(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Features]]:
     """Records what the forwards of a teacher's dense heads return while the block runs.
 
     Args:
@@ -48,7 +48,7 @@ def recorded_maps(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, 
         A dict that is filled when the block ends: ``'bbox_head/0'`` -> the first kind of maps of this head, one of
         (N, C, H, W) per level.
     """
-    maps: dict[str, Levels] = {}
+    maps: dict[str, Features] = {}
     with ExitStack() as stack:
         calls = {name: stack.enter_context(recorded_calls(getattr(model, name), 'forward'))
                  for name in names if '.' not in name}
@@ -57,7 +57,7 @@ def recorded_maps(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, 
         maps.update({f'{name}/{kind}': tuple(levels) for kind, levels in enumerate(call.returned)})
 
 
-def read_maps(model: nn.Module, names: Sequence[str], maps: dict[str, Levels]) -> dict:
+def read_maps(model: nn.Module, names: Sequence[str], maps: dict[str, Features]) -> dict:
     """Makes the outputs of a teacher's heads from what :func:`recorded_maps` recorded in this or another step."""
     outputs = {}
     for name in names:
@@ -86,7 +86,7 @@ class TeacherForward(NamedTuple):
         cut: Cuts a map of a batch that was padded for the teacher back to the student's.
     """
     model: nn.Module
-    features: Levels
+    features: Features
     student: StudentOutputs
     samples: Sequence = ()
     cut: Callable[[Tensor], Tensor] = lambda level: level
@@ -102,7 +102,7 @@ class Kind(NamedTuple):
         tapped: Whether the head's own forward is read.
     """
     record: Callable[[nn.Module], AbstractContextManager]
-    read: Callable[[nn.Module, tuple[Levels, ...], Any], Any]
+    read: Callable[[nn.Module, tuple[Features, ...], Any], Any]
     run: Callable[[nn.Module, TeacherForward], Any]
     tapped: bool = False
 

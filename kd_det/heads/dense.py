@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kd_det.functional.logits import restricted_logits
 from kd_det.heads.recording import HeadError
-from kd_det.taps import Levels
+from kd_det.taps import Features
 
 Stride = int | float
 
@@ -39,26 +39,26 @@ class DenseOutputs:
         targets: (N, H·W·A, 4) the regressions of assigned priors to their boxes, in the units of :attr:`regressions`; 0
             for other priors. Of a student with anchors and deltas alone.
     """
-    logits: Levels
+    logits: Features
     activation: str
-    regressions: Levels
+    regressions: Features
     shapes: tuple[tuple[int, int], ...]
     strides: tuple[Stride, ...]
-    decode: Callable[[], Levels] = field(repr=False)
-    generate_priors: Callable[[], Levels] = field(repr=False)
-    objectness: Levels | None = None
-    centerness: Levels | None = None
-    distributions: Levels | None = None
-    assigned: Levels | None = None
-    targets: Levels | None = None
+    decode: Callable[[], Features] = field(repr=False)
+    generate_priors: Callable[[], Features] = field(repr=False)
+    objectness: Features | None = None
+    centerness: Features | None = None
+    distributions: Features | None = None
+    assigned: Features | None = None
+    targets: Features | None = None
 
     @cached_property
-    def boxes(self) -> Levels:
+    def boxes(self) -> Features:
         """(N, H·W·A, 4) boxes x1, y1, x2, y2 in pixels of the padded batch, not clipped; decoded when first read."""
         return self.decode()
 
     @cached_property
-    def priors(self) -> Levels:
+    def priors(self) -> Features:
         """(H·W·A, 4) anchors x1, y1, x2, y2; for a head of points the square of one stride around the point."""
         return self.generate_priors()
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from kd_det.heads.dense import DenseOutputs, Stride
 from kd_det.heads.queries import has_queries
 from kd_det.heads.recording import HeadError
-from kd_det.taps import Levels
+from kd_det.taps import Features
 
 ROI_HEAD = 'roi_head'
 HEADS = ('bbox_head', 'rpn_head', ROI_HEAD)
@@ -293,12 +293,12 @@ def _read_yolov3(head: nn.Module, maps: Maps) -> DenseOutputs:
 
 def _outputs(head: nn.Module,
              class_maps: Maps,
-             regressions: Levels,
+             regressions: Features,
              decode: Decoder,
-             encoded: Levels | None = None,
-             logits: Levels | None = None,
+             encoded: Features | None = None,
+             logits: Features | None = None,
              activation: str | None = None,
-             **others: Levels | None) -> DenseOutputs:
+             **others: Features | None) -> DenseOutputs:
     """Puts the form together; ``encoded`` is what ``decode`` takes, where that is not the regressions themselves."""
     shapes = tuple(tuple(each.shape[-2:]) for each in class_maps)
     encoded = regressions if encoded is None else encoded
@@ -309,11 +309,11 @@ def _outputs(head: nn.Module,
             options['with_stride'] = True
         return [get_box_tensor(each) for each in head.prior_generator.grid_priors(shapes, **options)]
 
-    def boxes() -> Levels:
+    def boxes() -> Features:
         return tuple(get_box_tensor(decode(priors.repeat(len(level), 1), level.flatten(0, 1))).view_as(level)
                      for priors, level in zip(own_priors(), encoded))
 
-    def priors() -> Levels:
+    def priors() -> Features:
         if not _has_points(head):
             return tuple(own_priors())
         points_and_strides = [each.chunk(2, 1) for each in own_priors()]
@@ -330,7 +330,7 @@ def _outputs(head: nn.Module,
         **others)
 
 
-def _by_prior(maps: Maps, values: int) -> Levels:
+def _by_prior(maps: Maps, values: int) -> Features:
     """(N, A·values, H, W) maps as (N, H·W·A, values), in float32."""
     return tuple(each.float().permute(0, 2, 3, 1).reshape(len(each), -1, values) for each in maps)
 
@@ -339,7 +339,7 @@ def _without_normalization(coder: DeltaXYWHBBoxCoder, deltas: Tensor) -> Tensor:
     return deltas * deltas.new_tensor(coder.stds) + deltas.new_tensor(coder.means)
 
 
-def _scalars(maps: Maps | None) -> Levels | None:
+def _scalars(maps: Maps | None) -> Features | None:
     return None if maps is None else tuple(each.squeeze(-1) for each in _by_prior(maps, 1))
 
 

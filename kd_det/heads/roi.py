@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kd_det.functional.logits import restricted_logits
 from kd_det.heads.recording import Call, HeadError
-from kd_det.taps import Levels
+from kd_det.taps import Features
 
 
 class Regions(NamedTuple):
@@ -126,7 +126,7 @@ def _read_call(stage: int, head: nn.Module, call: Call) -> RoIOutputs:
     return _outputs(head, regions, call.arguments['cls_score'], call.arguments['bbox_pred'])
 
 
-def run_roi_head(roi_head: nn.Module, features: Levels, regions: Regions) -> tuple[RoIOutputs, ...]:
+def run_roi_head(roi_head: nn.Module, features: Features, regions: Regions) -> tuple[RoIOutputs, ...]:
     """Runs a teacher's RoI head, its own RoI extractor included, on the student's regions.
 
     Args:
@@ -145,7 +145,7 @@ def run_roi_head(roi_head: nn.Module, features: Levels, regions: Regions) -> tup
     return tuple(outputs)
 
 
-def _context(roi_head: nn.Module, features: Levels) -> dict[str, Tensor]:
+def _context(roi_head: nn.Module, features: Features) -> dict[str, Tensor]:
     """What the box heads of HTC and SCNet are given beside the regions: features of the whole image."""
     branches = dict(semantic_feat='semantic_head', glbctx_feat='glbctx_head')
     heads = {argument: getattr(roi_head, name, None) for argument, name in branches.items()}

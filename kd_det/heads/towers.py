@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kd_det.heads.dense import DenseOutputs
 from kd_det.heads.readers import read_dense
 from kd_det.heads.recording import Call, HeadError, recorded_calls
-from kd_det.taps import Levels
+from kd_det.taps import Features
 
 TOWERS = ('cls_convs', 'reg_convs')
 
@@ -24,10 +24,10 @@ class TowerFeatures(NamedTuple):
         classes: Of the tower for classes.
         boxes: Of the tower for boxes.
     """
-    classes: tuple[Levels, ...]
-    boxes: tuple[Levels, ...]
+    classes: tuple[Features, ...]
+    boxes: tuple[Features, ...]
 
-    def before(self, remaining: int) -> tuple[Levels, Levels]:
+    def before(self, remaining: int) -> tuple[Features, Features]:
         """The levels of both towers that have so many convolutions still before them."""
         return self.classes[-1 - remaining], self.boxes[-1 - remaining]
 
@@ -73,7 +73,7 @@ class TeacherTowers(NamedTuple):
         """The same for predictions of some classes alone, in this order."""
         return self._replace(classes=tuple(classes))
 
-    def resume(self, classes: Levels, boxes: Levels, remaining: int) -> DenseOutputs:
+    def resume(self, classes: Features, boxes: Features, remaining: int) -> DenseOutputs:
         """Runs the head from the last convolutions of its towers on, with all that comes after them: the layers that
         predict, scales, and units.
 
@@ -108,7 +108,7 @@ def read_towers(calls: Sequence[Sequence[Sequence[Call]]]) -> TowerFeatures:
     return TowerFeatures(*map(_features, calls))
 
 
-def _features(tower: Sequence[Sequence[Call]]) -> tuple[Levels, ...]:
+def _features(tower: Sequence[Sequence[Call]]) -> tuple[Features, ...]:
     given = tuple(next(iter(call.arguments.values())) for call in tower[0]) if tower else ()
     return (given, *(tuple(call.returned for call in layer) for layer in tower))
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from mmdet.utils import reduce_mean
 from torch import Tensor, nn
 
-from kd_det.context import ComparedLevel, DistillContext, Level, LevelError, pair_levels
+from kd_det.context import ComparedLevel, DistillContext, LevelError, LevelSpec, pair_levels
 from kd_det.heads.towers import TowerWidths
 from kd_det.losses.adapters import build_adapter
 from kd_det.masks.base import Mask
@@ -32,7 +32,7 @@ def rank_share(mask: Tensor) -> Tensor:
 
 
 Parts = dict[str, Tensor]
-Forms = dict[str, tuple[Level, ...] | TowerWidths]
+InputSpecs = dict[str, tuple[LevelSpec, ...] | TowerWidths]
 
 
 class DistillTerm(nn.Module):
@@ -54,7 +54,7 @@ class DistillTerm(nn.Module):
 
     def __init__(self, teacher: int = 0) -> None:
         super().__init__()
-        self.teacher = teacher
+        self.teacher_index = teacher
 
     @property
     def student_taps(self) -> tuple[str, ...]:
@@ -77,12 +77,12 @@ class DistillTerm(nn.Module):
         return ()
 
     @property
-    def levels_read(self) -> dict[str, tuple[int, ...]]:
+    def teacher_levels_read(self) -> dict[str, tuple[int, ...]]:
         """Indices of the levels that a connected term reads of a path of :attr:`teacher_taps`, where these are not all.
         The others need not be computed."""
         return {}
 
-    def connect(self, student: Forms, teacher: Forms) -> None:
+    def connect(self, student: InputSpecs, teacher: InputSpecs) -> None:
         """Makes what depends on the form of what the term reads. Called once, before the optimizer is made.
 
         Args:
@@ -135,13 +135,13 @@ class FeatureTerm(DistillTerm):
         return tuple(head for module in self.modules() if isinstance(module, Mask) for head in module.teacher_heads)
 
     @property
-    def levels_read(self) -> dict[str, tuple[int, ...]]:
-        return {self.teacher_path: tuple(pair.teacher_index for pair in self.pairs)}
+    def teacher_levels_read(self) -> dict[str, tuple[int, ...]]:
+        return {self.teacher_path: tuple(pair.teacher_level for pair in self.pairs)}
 
-    def connect(self, student: Forms, teacher: Forms) -> None:
+    def connect(self, student: InputSpecs, teacher: InputSpecs) -> None:
         self.pairs = pair_levels(student[self.student_path], teacher[self.teacher_path], self.levels, self.resize)
         self.adapters = nn.ModuleList(
-            build_adapter(self.adapter, pair.student.channels, pair.teacher.channels) for pair in self.pairs)
+            build_adapter(self.adapter, pair.student_spec.channels, pair.teacher_spec.channels) for pair in self.pairs)
 
     def forward(self, context: DistillContext) -> Parts:
         parts: Parts = defaultdict(float)
@@ -164,25 +164,25 @@ class FeatureTerm(DistillTerm):
 
     def _level(self, context: DistillContext, position: int) -> ComparedLevel:
         pair = self.pairs[position]
-        student = self.adapters[position](context.student[self.student_path][pair.student_index].float())
-        teacher = context.teachers[self.teacher][self.teacher_path][pair.teacher_index].float()
+        student = self.adapters[position](context.student[self.student_path][pair.student_level].float())
+        teacher = context.teachers[self.teacher_index][self.teacher_path][pair.teacher_level].float()
         if student.shape[-2:] != teacher.shape[-2:]:
             if not self.resize:
-                raise LevelError(f"Level {pair.student_index} of '{self.student_path}': the student's "
+                raise LevelError(f"Level {pair.student_level} of '{self.student_path}': the student's "
                                  f"{tuple(student.shape)} and the teacher's {tuple(teacher.shape)} cover the same "
                                  'image with other cells. Where they differ by one, as detectors that round up and '
                                  "down do, set data_preprocessor.pad_size_divisor of the student's config to the "
                                  'largest stride; else allow resize=True of the term.')
             teacher = F.interpolate(teacher, student.shape[-2:], mode='bilinear', align_corners=False)
-        return ComparedLevel(student, teacher, pair.student.stride, pair.student_index, context, self.teacher)
+        return ComparedLevel(student, teacher, pair.student_spec.stride, pair.student_level, context, self.teacher_index)
 
 
-def levels_read(terms: Iterable[DistillTerm], forms: dict[str, Sequence[Level]]) -> dict[str, tuple[bool, ...]]:
+def find_read_levels(terms: Iterable[DistillTerm], specs: dict[str, Sequence[LevelSpec]]) -> dict[str, tuple[bool, ...]]:
     """Which levels of a teacher's taps are read by any of its terms.
 
     Args:
         terms: Connected ones, all of the same teacher.
-        forms: Of the levels of each tap of that teacher.
+        specs: Of the levels of each tap of that teacher.
 
     Returns:
         Path -> for each level whether it is read, of the paths of which some level is not.
@@ -190,6 +190,6 @@ def levels_read(terms: Iterable[DistillTerm], forms: dict[str, Sequence[Level]])
     indices: dict[str, set[int]] = defaultdict(set)
     for term in terms:
         for path in term.teacher_taps:
-            indices[path].update(term.levels_read.get(path, range(len(forms[path]))))
-    read = {path: tuple(index in indices[path] for index in range(len(forms[path]))) for path in indices}
+            indices[path].update(term.teacher_levels_read.get(path, range(len(specs[path]))))
+    read = {path: tuple(index in indices[path] for index in range(len(specs[path]))) for path in indices}
     return {path: each for path, each in read.items() if not all(each)}

@@ -9,7 +9,7 @@ from mmdet.registry import MODELS
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from kd_det.context import ComparedLevel, Level, pair_levels
+from kd_det.context import ComparedLevel, LevelSpec, pair_levels
 from kd_det.functional.relations import RELATED, angle_relation, dist_loss, distance_relation
 from kd_det.losses.base import FeatureTerm, Parts
 
@@ -89,7 +89,7 @@ class RKD(BatchRelation):
         self.distance_weight, self.angle_weight = distance_weight, angle_weight
         self._warned = False
 
-    def connect(self, student: dict[str, tuple[Level, ...]], teacher: dict[str, tuple[Level, ...]]) -> None:
+    def connect(self, student: dict[str, tuple[LevelSpec, ...]], teacher: dict[str, tuple[LevelSpec, ...]]) -> None:
         self.pairs = pair_levels(student[self.student_path], teacher[self.teacher_path], self.levels, self.resize)
         self.adapters = nn.ModuleList(nn.Identity() for _ in self.pairs)
 

@@ -9,7 +9,7 @@ from torch import nn
 from kd_det.context import DistillContext
 from kd_det.heads import TOWERS_OF, DenseOutputs, HeadError
 from kd_det.losses.adapters import build_adapter
-from kd_det.losses.base import Forms, Parts
+from kd_det.losses.base import InputSpecs, Parts
 from kd_det.losses.dense import DenseClassification, DenseRegression
 from kd_det.losses.outputs import DenseTerm
 
@@ -66,7 +66,7 @@ class CrossKD(DenseTerm):
     def teacher_heads(self) -> tuple[str, ...]:
         return (self.teacher_head, self.teacher_head + TOWERS_OF)
 
-    def connect(self, student: Forms, teacher: Forms) -> None:
+    def connect(self, student: InputSpecs, teacher: InputSpecs) -> None:
         """Makes an adapter for the features of each tower.
 
         Raises:
@@ -80,7 +80,7 @@ class CrossKD(DenseTerm):
     def forward(self, context: DistillContext) -> Parts:
         crossed = replace(context, student_outputs={self.student_head: self.cross_outputs(context)})
         parts = self.classes(crossed)
-        if context.teacher_outputs[self.teacher][self.teacher_head].distributions is None:
+        if context.teacher_outputs[self.teacher_index][self.teacher_head].distributions is None:
             weight, boxes = self.box_weight, self.boxes(crossed)
         else:
             weight, boxes = self.distribution_weight, self.distributions(crossed)
@@ -93,7 +93,7 @@ class CrossKD(DenseTerm):
             HeadError: The two heads have other levels, priors or classes.
         """
         self.levels(context)  # the student's own outputs must be comparable, too: its positives are counted
-        student, teacher = context.student_outputs[self.student_head], context.teacher_outputs[self.teacher]
+        student, teacher = context.student_outputs[self.student_head], context.teacher_outputs[self.teacher_index]
         strides, towers = teacher[self.teacher_head].strides, teacher[self.teacher_head + TOWERS_OF]
         if set(strides) != set(student.strides):
             raise HeadError(f"The student's head has levels of the strides {list(student.strides)}, the teacher's "

@@ -7,7 +7,7 @@ from torch import nn
 from kd_det.context import ComparedLevel
 from kd_det.functional.focal_global import fgd_parts, fgd_sums, relation_distance
 from kd_det.losses.adapters import GlobalContext
-from kd_det.losses.base import FeatureTerm, Forms, Parts
+from kd_det.losses.base import FeatureTerm, InputSpecs, Parts
 from kd_det.masks import BoxBackground, BoxForeground
 from kd_det.masks.boxes import BOX_MAPPINGS
 
@@ -15,9 +15,9 @@ from kd_det.masks.boxes import BOX_MAPPINGS
 class ContextTerm(FeatureTerm):
     """A term with a global context block for each side of each level. Both blocks train, as in FGD's released code."""
 
-    def connect(self, student: Forms, teacher: Forms) -> None:
+    def connect(self, student: InputSpecs, teacher: InputSpecs) -> None:
         super().connect(student, teacher)
-        channels = [pair.teacher.channels for pair in self.pairs]
+        channels = [pair.teacher_spec.channels for pair in self.pairs]
         self.student_context = nn.ModuleList(map(GlobalContext, channels))
         self.teacher_context = nn.ModuleList(map(GlobalContext, channels))
 

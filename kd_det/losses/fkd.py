@@ -4,11 +4,11 @@ from __future__ import annotations
 from mmdet.registry import MODELS
 from torch import nn
 
-from kd_det.context import ComparedLevel, Level
+from kd_det.context import ComparedLevel, LevelSpec
 from kd_det.functional.features import fkd_loss
 from kd_det.functional.masks import spatial_attention
 from kd_det.losses.adapters import NonLocal
-from kd_det.losses.base import FeatureTerm, Forms, Parts
+from kd_det.losses.base import FeatureTerm, InputSpecs, Parts
 
 RELATION_STRIDE = 64  # pixels: the cells to which the released code pools keys and values, but at least 4 × 4 into one
 RELATION_POOL = 4
@@ -17,7 +17,7 @@ RELATION_POOL = 4
 class _Adapters(nn.Module):
     """What FKD trains on one level, beside the 1×1 convolution of the feature."""
 
-    def __init__(self, student: Level, teacher: Level) -> None:
+    def __init__(self, student: LevelSpec, teacher: LevelSpec) -> None:
         super().__init__()
         pool = max(int(RELATION_STRIDE // student.stride), RELATION_POOL)
         self.channels = nn.Linear(student.channels, teacher.channels)
@@ -55,9 +55,9 @@ class FKD(FeatureTerm):
             feature_weight=feature_weight, pooling_weight=pooling_weight, relation_weight=relation_weight)
         self.temperature, self.pad_aware = temperature, pad_aware
 
-    def connect(self, student: Forms, teacher: Forms) -> None:
+    def connect(self, student: InputSpecs, teacher: InputSpecs) -> None:
         super().connect(student, teacher)
-        self.blocks = nn.ModuleList(_Adapters(pair.student, pair.teacher) for pair in self.pairs)
+        self.blocks = nn.ModuleList(_Adapters(pair.student_spec, pair.teacher_spec) for pair in self.pairs)
 
     def compare(self, level: ComparedLevel, position: int) -> Parts:
         blocks, valid = self.blocks[position], level.valid if self.pad_aware else None

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kd_det.context import DistillContext
 from kd_det.functional.relations import flow_distance, flow_matrix
-from kd_det.losses.base import FeatureTerm, Forms, Parts
+from kd_det.losses.base import FeatureTerm, InputSpecs, Parts
 
 NORMALIZERS = ('batch', 'mean')
 
@@ -40,7 +40,7 @@ class FSP(FeatureTerm):
 
     least_levels = 2
 
-    def connect(self, student: Forms, teacher: Forms) -> None:
+    def connect(self, student: InputSpecs, teacher: InputSpecs) -> None:
         super().connect(student, teacher)
         if len(self.pairs) < self.least_levels:
             raise ValueError(f"A flow needs at least two levels, but '{self.student_path}' gives {len(self.pairs)}.")

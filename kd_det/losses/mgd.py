@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from kd_det.context import ComparedLevel
 from kd_det.functional.features import masked_imitation
 from kd_det.losses.adapters import GenerationBlock
-from kd_det.losses.base import FeatureTerm, Forms, Parts
+from kd_det.losses.base import FeatureTerm, InputSpecs, Parts
 
 
 @MODELS.register_module()
@@ -38,9 +38,9 @@ class MGD(FeatureTerm):
             raise ValueError(f'ratio={ratio}: expected the share of the cells to drop, at least 0 and less than 1.')
         self.ratio, self.normalizer, self.pad_aware = ratio, normalizer, pad_aware
 
-    def connect(self, student: Forms, teacher: Forms) -> None:
+    def connect(self, student: InputSpecs, teacher: InputSpecs) -> None:
         super().connect(student, teacher)
-        self.generation = nn.ModuleList(GenerationBlock(pair.teacher.channels) for pair in self.pairs)
+        self.generation = nn.ModuleList(GenerationBlock(pair.teacher_spec.channels) for pair in self.pairs)
 
     def compare(self, level: ComparedLevel, position: int) -> Parts:
         kept = level.student * self.kept_cells(level.student)

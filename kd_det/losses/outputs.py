@@ -142,7 +142,7 @@ class DenseTerm(DistillTerm):
             HeadError: The two can not be compared prior by prior and class by class.
         """
         student = context.student_outputs[self.student_head]
-        teacher = context.teacher_outputs[self.teacher][self.teacher_head]
+        teacher = context.teacher_outputs[self.teacher_index][self.teacher_head]
         _require_same_classes(student, teacher)
         levels = []
         for index, (stride, shape) in enumerate(zip(student.strides, student.shapes)):
@@ -191,7 +191,7 @@ class RoITerm(DistillTerm):
         Raises:
             HeadError: The two tell other classes apart, or the teacher has no such stage.
         """
-        student, stages = context.student_outputs[ROI_HEAD], context.teacher_outputs[self.teacher][ROI_HEAD]
+        student, stages = context.student_outputs[ROI_HEAD], context.teacher_outputs[self.teacher_index][ROI_HEAD]
         _require_same_classes(student, stages[0])
         return student, at_stage(stages, self.stage)
 

@@ -86,12 +86,12 @@ class QueryTerm(DistillTerm):
         Raises:
             HeadError: The two heads tell other classes apart.
         """
-        key = ('queries', self.teacher, self.student_head, self.teacher_head, self.layers, self.background, self.costs)
+        key = ('queries', self.teacher_index, self.student_head, self.teacher_head, self.layers, self.background, self.costs)
         return context.once(key, lambda: self._pairs(context))
 
     def _pairs(self, context: DistillContext) -> QueryPairs:
         student = context.student_outputs[self.student_head]
-        teacher = context.teacher_outputs[self.teacher][self.teacher_head]
+        teacher = context.teacher_outputs[self.teacher_index][self.teacher_head]
         _require_same_classes(student, teacher)
         layers = min(len(student.logits), len(teacher.logits), self.layers or len(student.logits))
         student, teacher = student.last(layers), teacher.last(layers)

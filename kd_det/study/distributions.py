@@ -13,7 +13,7 @@ from kd_det.functional.fidelity import bernoulli_kl, softmax_kl
 from kd_det.functional.logits import restricted_logits
 from kd_det.heads import ROI_HEAD, DenseOutputs, HeadError, Regions, find_head, read_dense
 from kd_det.heads.roi import at_stage, run_roi_head
-from kd_det.taps import Levels
+from kd_det.taps import Features
 
 
 class ClassDistributions(NamedTuple):
@@ -40,7 +40,7 @@ def classifying_head(detector: nn.Module) -> str:
     return ''
 
 
-def class_distributions(detector: nn.Module, features: Levels, boxes: Sequence[Tensor], shapes: Sequence,
+def class_distributions(detector: nn.Module, features: Features, boxes: Sequence[Tensor], shapes: Sequence,
                         classes: Sequence[int] | None = None) -> ClassDistributions:
     """Reads a detector at some boxes.
 
@@ -69,7 +69,7 @@ def class_distributions(detector: nn.Module, features: Levels, boxes: Sequence[T
     dense = dense if classes is None else dense.restricted(classes)
     chosen = [speaking_priors(dense, image, *each) for image, each in enumerate(zip(boxes, shapes))]
 
-    def at_boxes(levels: Levels) -> Tensor:
+    def at_boxes(levels: Features) -> Tensor:
         return torch.cat([torch.cat([level[image] for level in levels])[index] for image, index in enumerate(chosen)])
 
     probabilities = at_boxes([dense.probabilities(level) for level in range(len(dense.logits))])

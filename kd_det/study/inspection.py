@@ -150,17 +150,17 @@ def tap_table(distiller: DetectionDistiller, step: InspectedStep) -> Table:
 def _features(term: DistillTerm, step: InspectedStep) -> Iterator[Row]:
     context = step.observation.context
     for pair in term.pairs if isinstance(term, FeatureTerm) else ():
-        student = context.student[term.student_path][pair.student_index]
-        teacher = context.teachers[term.teacher][term.teacher_path][pair.teacher_index]
-        yield (f'{term.student_path}[{pair.student_index}]', _shape(student), str(pair.student.stride),
-               f'{_teacher(term, step)}{term.teacher_path}[{pair.teacher_index}]', _shape(teacher))
+        student = context.student[term.student_path][pair.student_level]
+        teacher = context.teachers[term.teacher_index][term.teacher_path][pair.teacher_level]
+        yield (f'{term.student_path}[{pair.student_level}]', _shape(student), str(pair.student_spec.stride),
+               f'{_teacher(term, step)}{term.teacher_path}[{pair.teacher_level}]', _shape(teacher))
 
 
 def _heads(term: DistillTerm, step: InspectedStep) -> Iterator[Row]:
     context = step.observation.context
     for student_head, teacher_head in zip_longest(term.student_heads, term.teacher_heads):
         students = _logits(context.student_outputs.get(student_head))
-        teachers = _logits(context.teacher_outputs[term.teacher].get(teacher_head))
+        teachers = _logits(context.teacher_outputs[term.teacher_index].get(teacher_head))
         for stride in dict.fromkeys((*students, *teachers)):
             student = f'{student_head} logits' if stride in students else '–'
             teacher = f'{_teacher(term, step)}{teacher_head} logits' if stride in teachers else '–'
@@ -176,7 +176,7 @@ def _logits(outputs: Any) -> dict[str, Tensor]:
 
 
 def _teacher(term: DistillTerm, step: InspectedStep) -> str:
-    return f'teacher {term.teacher}: ' if len(step.observation.context.teachers) > 1 else ''
+    return f'teacher {term.teacher_index}: ' if len(step.observation.context.teachers) > 1 else ''
 
 
 def _shape(tensor: Tensor | None) -> str:

@@ -22,7 +22,7 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from kd_det.config.files import ConfigurationError
-from kd_det.taps import Levels
+from kd_det.taps import Features
 
 Arrays = dict[str, np.ndarray]
 
@@ -152,7 +152,7 @@ def _checksum(content: memoryview) -> bytes:
     return zlib.crc32(content).to_bytes(CHECKSUM, 'big')
 
 
-Answer = dict[str, Levels]
+Answer = dict[str, Features]
 
 DTYPES = dict(float16=torch.float16, float32=torch.float32)
 GIGABYTE = 10**9

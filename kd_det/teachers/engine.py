@@ -11,7 +11,7 @@ from mmengine.dist import get_world_size
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from kd_det.taps import Levels
+from kd_det.taps import Features
 from kd_det.teachers.loading import TeacherError
 
 PLAIN_NORMS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)  # MMEngine derives from them
@@ -181,7 +181,7 @@ class Engine:
         lowered, extract = PRECISIONS[self.precision], model.extract_feat
         memory_format = torch.channels_last if self.channels_last else torch.preserve_format
 
-        def extract_feat(images: Tensor) -> Levels:
+        def extract_feat(images: Tensor) -> Features:
             given = images.to(dtype=lowered or images.dtype, memory_format=memory_format)
             if lowered is None:
                 return tuple(level.contiguous() for level in extract(given))

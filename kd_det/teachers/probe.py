@@ -13,13 +13,13 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from kd_det.compat.process import preserved_randomness
 from kd_det.config.detectors import head_classes
 from kd_det.config.files import type_name
-from kd_det.context import Level
+from kd_det.context import LevelSpec
 from kd_det.heads import TOWERS_OF, HeadError, check_head
 from kd_det.heads.dense import Stride
 from kd_det.heads.readers import called_strides
 from kd_det.heads.towers import TowerWidths, tower_widths
 from kd_det.registry import build_detector, within_scope
-from kd_det.taps import ENCODER, Levels, TapError, Taps, find_module, is_within_encoder
+from kd_det.taps import ENCODER, Features, TapError, Taps, find_module, is_within_encoder
 from kd_det.teachers.loading import ModelConfig, read_model_config
 
 
@@ -34,7 +34,7 @@ def shape_samples(batch_shape: Sequence[int], image_shapes: Sequence[tuple[int, 
             for shape in image_shapes]
 
 
-def run_encoder(model: nn.Module, features: Levels, samples: Sequence[DetDataSample]) -> Tensor:
+def run_encoder(model: nn.Module, features: Features, samples: Sequence[DetDataSample]) -> Tensor:
     """Runs the encoder of a DETR, without its decoder.
 
     Args:
@@ -134,7 +134,7 @@ def _wanted_channels(module: nn.Module) -> int | None:
     return weight.shape[1] * getattr(module, 'groups', 1) if weight is not None and weight.dim() == 4 else None
 
 
-def probe_levels(model: nn.Module, taps: Taps) -> dict[str, tuple[Level, ...]]:
+def probe_levels(model: nn.Module, taps: Taps) -> dict[str, tuple[LevelSpec, ...]]:
     """Runs one blank image through backbone and neck. An encoder does not run: it keeps the form of its tokens.
 
     An SSD's last layers have no padding: they fit the one size of image that its largest stride names, where the 10
@@ -167,11 +167,11 @@ def probe_levels(model: nn.Module, taps: Taps) -> dict[str, tuple[Level, ...]]:
     def stride_of(cells: int) -> Stride:
         return next((stride for stride in strides if math.ceil(size / stride) == cells), round(size / cells))
 
-    return {path: tuple(Level(level.shape[1], stride_of(level.shape[-1])) for level in levels)
+    return {path: tuple(LevelSpec(level.shape[1], stride_of(level.shape[-1])) for level in levels)
             for path, levels in features.items()}
 
 
-def probe_config(model: dict, paths: Iterable[str]) -> dict[str, tuple[Level, ...]]:
+def probe_config(model: dict, paths: Iterable[str]) -> dict[str, tuple[LevelSpec, ...]]:
     """Like :func:`probe_levels` for a model dict: backbone and neck are built on the meta device, without memory.
 
     Raises:
@@ -207,7 +207,7 @@ def anchor_strides(model: nn.Module) -> tuple[Stride, ...]:
     return called_strides(getattr(priors, 'strides', ()))
 
 
-def _pass_tokens(model: nn.Module, path: str, maps: Levels, size: int) -> None:
+def _pass_tokens(model: nn.Module, path: str, maps: Features, size: int) -> None:
     """Shows a tap in an encoder what the encoder would be given."""
     module, batch_shape = find_module(model, path), (size, size)
     tokens = model.pre_transformer(maps, shape_samples(batch_shape, [batch_shape]))[0]['feat']

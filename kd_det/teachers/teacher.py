@@ -21,7 +21,7 @@ from kd_det.config.classes import number_of_classes
 from kd_det.heads import HeadError, StudentOutputs, TeacherForward, TeacherOutputs, find_head, run_heads
 from kd_det.heads.capture import read_maps, recorded_maps
 from kd_det.registry import build_detector, within_scope
-from kd_det.taps import ENCODER, Levels, TapError, Taps, is_within_encoder
+from kd_det.taps import ENCODER, Features, TapError, Taps, is_within_encoder
 from kd_det.teachers.bridge import InputBridge, Shape, cut_back, fitting_levels
 from kd_det.teachers.cache import Answer, TeacherCache
 from kd_det.teachers.engine import Engine, held
@@ -36,7 +36,7 @@ from kd_det.teachers.loading import (
 )
 from kd_det.teachers.probe import input_channels, run_encoder, shape_samples
 
-LevelsRead = dict[str, Sequence[bool]]  # by path of a tap; for each of its levels, whether anything reads it
+ReadLevels = dict[str, Sequence[bool]]  # by path of a tap; for each of its levels, whether anything reads it
 
 
 class UnreadLevel:
@@ -53,7 +53,7 @@ class UnreadLevel:
 
     def __getattr__(self, name: str):
         raise TapError(f'No term declares that it reads {self._name}, so it is not computed: list its index in the '
-                       "term's levels_read.")
+                       "term's teacher_levels_read.")
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def cut_pyramid(neck: nn.Module, read: Sequence[bool]) -> Iterator[range]:
         _set(neck, whole)
 
 
-def placed(path: str, levels: Levels, read: Sequence[bool]) -> tuple[Tensor | UnreadLevel, ...]:
+def placed(path: str, levels: Features, read: Sequence[bool]) -> tuple[Tensor | UnreadLevel, ...]:
     """The levels that were read, each at its own index.
 
     Args:
@@ -239,7 +239,7 @@ class Teacher:
                 heads: Sequence[str] = (),
                 student: StudentOutputs | None = None,
                 taps: Sequence[str] | None = None,
-                levels: LevelsRead | None = None) -> tuple[dict[str, Levels], TeacherOutputs]:
+                levels: ReadLevels | None = None) -> tuple[dict[str, Features], TeacherOutputs]:
         """Runs the teacher as far as the taps read it, and some heads.
 
         Args:
@@ -269,8 +269,8 @@ class Teacher:
         return {**features, **{path: placed(path, features[path], read) for path, read in levels.items()}}, outputs
 
     def _run(self, images: Tensor, image_shapes: Sequence[Shape], heads: Sequence[str], taps: Sequence[str],
-             levels: LevelsRead, cut: Callable[[Tensor], Tensor],
-             student: StudentOutputs | None = None) -> tuple[dict[str, Levels], TeacherOutputs]:
+             levels: ReadLevels, cut: Callable[[Tensor], Tensor],
+             student: StudentOutputs | None = None) -> tuple[dict[str, Features], TeacherOutputs]:
         """As :meth:`observe`, of a batch that has passed the bridge; but of each tap only the levels that are read are
         there at all, and they are not cut back."""
         self._start()
@@ -290,14 +290,14 @@ class Teacher:
         # The terms go through features channel by channel, as the student's lie.
         return {path: tuple(level.contiguous() for level in group) for path, group in features.items()}, outputs
 
-    def _cut(self, heads: Sequence[str], taps: Sequence[str], levels: LevelsRead) -> AbstractContextManager[Sequence[int]]:
+    def _cut(self, heads: Sequence[str], taps: Sequence[str], levels: ReadLevels) -> AbstractContextManager[Sequence[int]]:
         """The neck without what nothing reads: heads, an encoder, and taps within the neck may read all of it."""
         read = levels.get(NECK, ())
         whole = heads or any(is_within_encoder(path) or path.startswith(f'{NECK}.') for path in taps)
         return nullcontext(range(len(read))) if whole or not read else cut_pyramid(self.model.neck, read)
 
     def _recall(self, images: Tensor, image_shapes: Sequence[Shape], heads: Sequence[str], taps: Sequence[str],
-                levels: LevelsRead, cut: Callable[[Tensor], Tensor]) -> tuple[dict[str, Levels], TeacherOutputs]:
+                levels: ReadLevels, cut: Callable[[Tensor], Tensor]) -> tuple[dict[str, Features], TeacherOutputs]:
         """As :meth:`_run`, by way of the cache, which keeps what the teacher made of the padded batch."""
 
         def compute() -> Answer:
@@ -320,7 +320,7 @@ class Teacher:
         return self._hashed[1]
 
     @torch.no_grad()
-    def extract_feat(self, images: Tensor, image_shapes: Sequence[Shape]) -> Levels:
+    def extract_feat(self, images: Tensor, image_shapes: Sequence[Shape]) -> Features:
         """The features that its heads are given, of a batch preprocessed for the student and cut back to that."""
         self._start()
         given = self.bridge(images, image_shapes)

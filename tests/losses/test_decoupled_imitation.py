@@ -2,7 +2,7 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 
-from kd_det.context import DistillContext, Level
+from kd_det.context import DistillContext, LevelSpec
 from kd_det.losses import base
 
 
@@ -13,7 +13,7 @@ def pyramid(golden):
     strides, height, width = data.meta['strides'], 128, 192
     students, teachers = ([getattr(data, f'{side}{index}') for index in range(len(strides))]
                           for side in ('student', 'teacher'))
-    levels = tuple(Level(4, stride) for stride in strides)
+    levels = tuple(LevelSpec(4, stride) for stride in strides)
     boxes = [data.gt0, data.gt1]
     context = DistillContext(
         student=dict(neck=tuple(student.requires_grad_() for student in students)),

@@ -2,7 +2,7 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 
-from kd_det.context import DistillContext, Level
+from kd_det.context import DistillContext, LevelSpec
 
 
 @pytest.fixture
@@ -48,8 +48,8 @@ def test_levels_are_compared_with_those_of_their_stride():
     teacher[2] = student[1]
     context = DistillContext(
         student=dict(neck=tuple(student)), teachers=[dict(neck=tuple(teacher))],
-        student_levels=dict(neck=(Level(4, 8), Level(4, 16))),
-        teacher_levels=[dict(neck=(Level(4, 4), Level(4, 8), Level(4, 16)))],
+        student_levels=dict(neck=(LevelSpec(4, 8), LevelSpec(4, 16))),
+        teacher_levels=[dict(neck=(LevelSpec(4, 4), LevelSpec(4, 8), LevelSpec(4, 16)))],
         boxes=[torch.zeros(0, 4)], labels=[torch.zeros(0)], batch_shape=(64, 64), image_shapes=[(64, 64)])
     for levels, expected in (((1, ), torch.tensor(0.)), ((0, ), torch.nn.functional.mse_loss(student[0], teacher[1]))):
         term = MODELS.build(dict(type='FeatureImitation', levels=levels, normalizer='mean'))
@@ -60,7 +60,7 @@ def test_levels_are_compared_with_those_of_their_stride():
 def test_unlike_strides_need_resize(make_context, connected):
     context = make_context(torch.randn(1, 4, 4, 6), torch.randn(1, 4, 8, 12), [torch.zeros(0, 4)],
                            image_shapes=[(64, 96)])
-    context.student_levels['neck'] = (Level(4, 16), )
+    context.student_levels['neck'] = (LevelSpec(4, 16), )
     with pytest.raises(ValueError, match='no partner'):
         connected(MODELS.build(dict(type='FeatureImitation')), context)
     teacher = context.teachers[0]['neck'][0]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 
-from kd_det.context import DistillContext, Level
+from kd_det.context import DistillContext, LevelSpec
 
 
 @pytest.fixture
@@ -10,7 +10,7 @@ def stages():
     """A backbone of three stages, of one image that fills the batch and one that does not."""
     torch.manual_seed(0)
     channels, strides = (3, 4, 5), (4, 8, 16)
-    levels = tuple(map(Level, channels, strides))
+    levels = tuple(map(LevelSpec, channels, strides))
     student, teacher = ([torch.rand(2, width, 64 // stride, 96 // stride, requires_grad=True)
                          for width, stride in levels] for _ in range(2))
     return DistillContext(
@@ -44,7 +44,7 @@ def test_padding_is_no_part_of_a_flow(stages, term_of):
 
 def test_unlike_widths_are_adapted(stages, term_of):
     stages.teachers[0]['backbone'] = tuple(feature.repeat(1, 2, 1, 1) for feature in stages.teachers[0]['backbone'])
-    stages.teacher_levels[0]['backbone'] = tuple(Level(2 * channels, stride)
+    stages.teacher_levels[0]['backbone'] = tuple(LevelSpec(2 * channels, stride)
                                                  for channels, stride in stages.student_levels['backbone'])
     term = term_of(stages, type='FSP')
     term(stages)['flow'].backward()

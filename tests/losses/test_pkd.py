@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kd_det.context import DistillContext, Level
+from kd_det.context import DistillContext, LevelSpec
 
 
 @pytest.fixture
@@ -9,7 +9,7 @@ def pyramid():
     """Makes a context of several levels, of strides 8, 16, ..., without boxes."""
 
     def make(students, teachers) -> DistillContext:
-        levels = tuple(Level(student.shape[1], 8 * 2**index) for index, student in enumerate(students))
+        levels = tuple(LevelSpec(student.shape[1], 8 * 2**index) for index, student in enumerate(students))
         height, width = (8 * side for side in students[0].shape[2:])
         batch = len(students[0])
         return DistillContext(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd_det.context import ComparedLevel, DistillContext, Level, LevelError
+from kd_det.context import ComparedLevel, DistillContext, LevelError, LevelSpec
 from kd_det.masks import build_mask
 
 GOLDENS = Path(__file__).parents[1] / 'goldens'
@@ -17,7 +17,7 @@ def compared():
     """Makes the compared levels of a batch, one for each stride."""
 
     def make(boxes, strides=STRIDES, batch_shape=(128, 192), image_shapes=None, taps=('neck', )) -> list:
-        levels = tuple(Level(2, stride) for stride in strides)
+        levels = tuple(LevelSpec(2, stride) for stride in strides)
         context = DistillContext(
             student={}, teachers=[], student_levels={tap: levels for tap in taps}, teacher_levels=[], boxes=boxes,
             labels=[torch.zeros(len(each)) for each in boxes], batch_shape=batch_shape,

@@ -135,7 +135,7 @@ def read_by(term: DistillTerm, observation: Observation) -> list[Tensor]:
     """What a term compares of the student."""
     student = observation.context.student_outputs
     if isinstance(term, FeatureTerm):
-        return [observation.context.student[term.student_path][pair.student_index] for pair in term.pairs]
+        return [observation.context.student[term.student_path][pair.student_level] for pair in term.pairs]
     if isinstance(term, CrossKD):
         towers = student[f'{term.student_head}.towers'].before(term.remaining)
         return [level for tower in towers for level in tower]

@@ -61,6 +61,6 @@ def test_a_random_teacher_has_weights_of_value(ssd, distiller):
 
 def test_two_sizes_share_four_levels(ssd):
     student, teacher = (probe_config(ssd(size), ['neck'])['neck'] for size in (300, 512))
-    assert [pair.student.stride for pair in pair_levels(student, teacher, 4)] == [8, 16, 32, 64]
+    assert [pair.student_spec.stride for pair in pair_levels(student, teacher, 4)] == [8, 16, 32, 64]
     with pytest.raises(LevelError, match='level 4 of stride 100 has no partner'):
         pair_levels(student, teacher)

@@ -138,7 +138,7 @@ def test_terms_tell_which_levels_they_read(faster_rcnn, retinanet, distiller, ba
     data = model.data_preprocessor(batch(), True)
     losses = model.loss(data['inputs'], data['data_samples'])
     assert ran == [name for name in WHOLE if not name.endswith('.0')]
-    model.terms['pkd'].__class__ = type('Unaware', (type(model.terms['pkd']), ), dict(levels_read={}))
+    model.terms['pkd'].__class__ = type('Unaware', (type(model.terms['pkd']), ), dict(teacher_levels_read={}))
     whole = model.loss(data['inputs'], data['data_samples'])
     assert ran[6:] == WHOLE
     assert torch.equal(losses['loss_pkd'], whole['loss_pkd']) and losses['loss_pkd'] > 0
