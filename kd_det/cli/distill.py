@@ -5,18 +5,14 @@ import os
 import shlex
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mmengine.config import Config
-from rich.syntax import Syntax
-from rich.text import Text
-
-from kd_det.checks.doctor import check_config
 from kd_det.cli.common import add_inheritance_option, add_weight_options, inherited_parts
 from kd_det.cli.train import add_training_options, apply_training_options, train
-from kd_det.compat.console import PlainConsole
-from kd_det.config.composition import available_methods, distillation_config, ensemble
-from kd_det.config.detectors import FAMILIES
-from kd_det.config.files import renamed
+from kd_det.config.choices import FAMILIES, available_methods
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -41,6 +37,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
+    from kd_det.checks.doctor import check_config
+    from kd_det.config.composition import distillation_config, ensemble
+    from kd_det.config.files import renamed
     checkpoints = options.teacher_checkpoint
     config = distillation_config(options.student, options.teacher, checkpoints[0], options.method,
                                  inherited_parts(options), options.family, options.balance)
@@ -59,6 +58,10 @@ def run(options: Namespace) -> int:
 
 def save(config: Config) -> None:
     """Shows the config and saves it under its name, so that ``kd-det train`` and ``tools/train.py`` repeat the run."""
+    from rich.syntax import Syntax
+    from rich.text import Text
+
+    from kd_det.compat.console import PlainConsole
     console = PlainConsole()
     console.print(Syntax(config.pretty_text, 'python', background_color='default'))
     Path(config.filename).parent.mkdir(parents=True, exist_ok=True)

@@ -3,13 +3,12 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.table import Table
 
-from kd_det.compat.console import PlainConsole
-from kd_det.config.detectors import DETECTORS
-from kd_det.config.methods import MethodEntry, catalogue
+    from kd_det.config.methods import MethodEntry
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -17,6 +16,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
+    from kd_det.compat.console import PlainConsole
+    from kd_det.config.methods import catalogue
     console = PlainConsole()
     console.print(render(catalogue()))
     console.print('Take one with kd-det distill … --method fgd, or a sum of them: fgd+dkd.', highlight=False)
@@ -25,6 +26,10 @@ def run(options: Namespace) -> int:
 
 def render(entries: Sequence[MethodEntry]) -> Table:
     """The methods as a table."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from kd_det.config.detectors import DETECTORS
     table = Table('Method', 'Compares', 'Reads', 'Serves', 'Paper', caption=f"all: {', '.join(DETECTORS)}",
                   caption_justify='left')
     for entry in entries:
@@ -34,6 +39,7 @@ def render(entries: Sequence[MethodEntry]) -> Table:
 
 def _served(entry: MethodEntry) -> str:
     """The detectors that a method serves, or those that it does not where these are fewer."""
+    from kd_det.config.detectors import DETECTORS
     others = [detector for detector in DETECTORS if detector not in entry.detectors]
     if not others:
         return 'all'

@@ -10,8 +10,8 @@ from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 
 from kd_det.compat.process import preserved_randomness
+from kd_det.config.choices import METHOD_ROOT, PAPER, RATIO, available_methods
 from kd_det.config.detectors import (
-    FAMILIES,
     HeadClasses,
     check_student,
     family_of,
@@ -20,7 +20,6 @@ from kd_det.config.detectors import (
     plain_detector,
 )
 from kd_det.config.files import (
-    CONFIG_ROOT,
     DISTILLER,
     SCOPED_DISTILLER,
     SCOPED_HOOK,
@@ -39,27 +38,10 @@ from kd_det.registry import HOME, build_detector, build_own, scope_of, within_sc
 from kd_det.teachers import read_model_config
 
 NO_METHOD = 'none'  # no terms: the student may still inherit
-RATIO = 1.0  # of a method's gradient to the task's: what served best on data smaller than COCO, see docs/results.md
-PAPER = 'paper'  # in place of a ratio: the weights in the method's file
-METHOD_ROOT = CONFIG_ROOT / '_base_' / 'methods'
-
-
-def available_methods() -> dict[str, dict[str, Path]]:
-    """The methods that have configs: name -> family -> file.
-
-    A method has one file for each family of heads, ``<method>_<family>.py``, or one for all others, ``<method>.py``,
-    whose family is ``''``.
-    """
-    methods: dict[str, dict[str, Path]] = {}
-    for file in sorted(METHOD_ROOT.glob('*.py')):
-        family = next((family for family in FAMILIES if file.stem.endswith(f'_{family}')), '')
-        name = file.stem[:-len(family) - 1] if family else file.stem
-        methods.setdefault(name, {})[family] = file
-    return methods
 
 
 def head_family(model: dict) -> str:
-    """Tells to which of :data:`~kd_det.config.detectors.FAMILIES` a detector belongs, from its model dict.
+    """Tells to which of :data:`~kd_det.config.choices.FAMILIES` a detector belongs, from its model dict.
 
     Raises:
         ConfigurationError: It has neither a RoI head nor a dense head.
@@ -72,7 +54,7 @@ def method_terms(method: str, family: str, balance: float | str | None = PAPER) 
 
     Args:
         method: The name or names.
-        family: One of :data:`~kd_det.config.detectors.FAMILIES`.
+        family: One of :data:`~kd_det.config.choices.FAMILIES`.
         balance: The ratio of each method's gradient to the task's, which its terms share equally; None for each
             method's own: :data:`RATIO`, unless its file balances it at another; ``'paper'`` for the weights in its
             file.
@@ -170,7 +152,7 @@ def distillation_config(student: str | Config, teacher_config: str, teacher_chec
         method: Name of a method, or a sum of names, see :func:`available_methods`; ``'none'`` for no terms.
         inherit: Parts of the student, such as ``('neck', 'bbox_head')``, that start from the teacher's weights where
             shapes agree; ``'auto'`` for all but the backbone that are of the same type in both; empty for none.
-        family: Whose published weights to use, one of :data:`~kd_det.config.detectors.FAMILIES`; told by the student's heads
+        family: Whose published weights to use, one of :data:`~kd_det.config.choices.FAMILIES`; told by the student's heads
             by default.
         balance: The ratio of each method's gradient to the task's, see :func:`method_terms` and
             :class:`~kd_det.distillers.Balance`; weights of the parts within a term stay. Each method's own by default;

@@ -14,6 +14,8 @@ from mmengine.config.lazy import LazyAttr, LazyObject
 from mmengine.hub import get_config
 from mmengine.runner import Runner
 
+from kd_det.config.choices import CONFIG_ROOT
+
 # Types of this package. It writes them with the scope of the registries that hold them, for a config may have another
 # default_scope; :func:`type_name` reads them, however they are written.
 DISTILLER = 'DetectionDistiller'
@@ -27,9 +29,6 @@ TOP_KEYS = frozenset(signature(Runner.__init__).parameters) - {'self', 'cfg'} | 
     'tta_pipeline'}
 
 OF_MMCV = ('nms', 'nms_cfg', 'roi_layer')  # where MMDetection takes the bare name of one of mmcv's operators
-
-# Configs and tools travel inside the package, where MMEngine and mim look for them.
-CONFIG_ROOT = Path(__file__).parents[1] / '.mim' / 'configs'
 
 
 class ConfigurationError(ValueError):

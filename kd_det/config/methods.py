@@ -21,7 +21,7 @@ class MethodEntry(NamedTuple):
 
     Attributes:
         name: As ``kd-det distill --method`` takes it.
-        families: The families of detectors that it has weights for, of :data:`~kd_det.config.detectors.FAMILIES`.
+        families: The families of detectors that it has weights for, of :data:`~kd_det.config.choices.FAMILIES`.
         detectors: Those that it serves, of :data:`~kd_det.config.detectors.DETECTORS`.
         paper: Where it was published.
         needs: What it reads of student and teacher.

@@ -336,9 +336,6 @@ def _attach(runner: Runner, loop: BaseLoop) -> None:
             metric.dataset_meta = dict(metainfo_of(loop.dataloader.dataset), classes=label_names(loop.dataloader.dataset))
 
 
-SPLITS = ('val', 'train')
-
-
 def measure_fidelity(config: Config, checkpoint: str, teacher: dict, split: str = 'val', **options) -> dict[str, float]:
     """Compares a trained student with its teacher.
 

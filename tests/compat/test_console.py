@@ -93,7 +93,7 @@ def test_a_caption_of_numbers_is_plain(monkeypatch):
 
 def test_methods_are_listed_in_ascii(monkeypatch):
     entry = MethodEntry('fgd', ('two_stage', ), ('RetinaNet', ), 'CVPR 2022', ('neck features', ), 'features – all')
-    monkeypatch.setattr('kd_det.cli.methods.catalogue', lambda: [entry])
+    monkeypatch.setattr('kd_det.config.methods.catalogue', lambda: [entry])
     output = ascii_output(monkeypatch)
     assert main(['methods']) == 0
     assert '| fgd ' in written(output) and 'kd-det distill ... --method fgd' in written(output)

@@ -122,7 +122,7 @@ def test_published_weights_on_demand():
 
 
 def test_methods_add_up(tmp_path, monkeypatch):
-    monkeypatch.setattr('kd_det.config.composition.METHOD_ROOT', tmp_path)
+    monkeypatch.setattr('kd_det.config.choices.METHOD_ROOT', tmp_path)
     (tmp_path / 'a.py').write_text("a = dict(a=dict(type='A'))\n")
     (tmp_path / 'b_one_stage.py').write_text("b = dict(b=dict(type='B'), c=dict(type='C'))\n")
     assert list(method_terms('a+b', 'one_stage')) == ['a', 'b', 'c']
