@@ -20,6 +20,8 @@ from mmdet.utils import register_all_modules
 from mmengine.registry import DefaultScope, Registry
 from torch import nn
 
+from kd_det.compat.startup import REGISTRATION
+
 HOME = 'mmdet'  # this package's classes join MMDetection's registries
 
 
@@ -60,8 +62,7 @@ def add_nodes(scope: str) -> dict[str, Registry]:
                if isinstance(node, Registry) and node.scope == HOME and node.root._search_child(scope) is None}
     if lacking:  # a child looks into its parent's table, but does not have it filled
         register_all_modules(init_default_scope=False)
-        import_module('kd_det.compat.registration')
-    locations = [scope] if find_spec(scope) else []
+    locations = ([scope] if find_spec(scope) else []) + [REGISTRATION]
     return {name: Registry(node.name, parent=node, scope=scope, locations=locations)
             for name, node in lacking.items()}
 
