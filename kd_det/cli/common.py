@@ -81,7 +81,8 @@ def add_run_options(parser: ArgumentParser) -> None:
 
 def apply_config_options(config: Config, options: Namespace) -> None:
     """Applies what :func:`add_config_options` added."""
-    from kd_det.config.files import merge_options, set_data_root
+    from kd_det.config.files import set_data_root
+    from kd_det.config.options import merge_options
     if options.data_root:
         set_data_root(config, options.data_root)
     merge_options(config, read_options(options.cfg_options))

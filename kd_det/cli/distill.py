@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from kd_det.cli.common import add_inheritance_option, add_weight_options, inherited_parts
 from kd_det.cli.train import add_training_options, apply_training_options, train
-from kd_det.config.choices import FAMILIES, available_methods
+from kd_det.config.choices import FAMILIES
+from kd_det.config.methods import available_methods, name_sum
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -28,7 +29,9 @@ def add_arguments(parser: ArgumentParser) -> None:
                         metavar='FILE',
                         help="the teacher's weights: a file or address; from several, all trained with this config, "
                         'the student learns as from an ensemble')
-    parser.add_argument('--method', required=True, help=f"{', '.join(available_methods())}, or a sum of them: a+b")
+    parser.add_argument('--method', required=True,
+                        help=f"{', '.join(available_methods())}; a file, as my_method.py or package::folder/file.py; or "
+                        'a sum of them: a+b')
     parser.add_argument('--family', choices=FAMILIES, default='',
                         help="whose published weights to use (told by the student's heads by default)")
     add_inheritance_option(parser)
@@ -44,10 +47,10 @@ def run(options: Namespace) -> int:
     config = distillation_config(options.student, options.teacher, checkpoints[0], options.method,
                                  inherited_parts(options), options.family, options.balance)
     several = f'_{len(checkpoints)}_teachers' if len(checkpoints) > 1 else ''
-    name = f'{Path(options.student).stem}_{options.method}{several}'
-    apply_training_options(config, options, name)
-    if several:  # last: what is set of a term holds for all teachers
+    name = f'{Path(options.student).stem}_{name_sum(options.method)}{several}'
+    if several:
         config = ensemble(config, checkpoints)
+    apply_training_options(config, options, name)  # last: what is set of a term holds for all teachers, or for one
     config = renamed(config, Path(config.work_dir) / f'{name}.py')
     check_config(config, splits=('train', 'val'))  # before anything is written
     if int(os.environ.get('RANK', 0)) == 0:

@@ -48,8 +48,8 @@ def run(options: Namespace) -> int:
 
 def plain_config(config: Config) -> Config:
     """The config of the plain student, which needs kd_det no more."""
-    from kd_det.config.choices import available_methods
     from kd_det.config.files import imports_of, student_config
+    from kd_det.config.methods import available_methods
     plain = student_config(config)
     for method in available_methods():
         plain.pop(method, None)

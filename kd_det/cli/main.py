@@ -31,7 +31,7 @@ COMMANDS = {
 
 # What MMDetection brings; without it only kd_det.functional works.
 MMDETECTION = ('mmengine', 'mmcv', 'mmdet', 'pycocotools')
-WITHOUT_MMDETECTION = ('doctor', )  # the commands that need none
+WITHOUT_MMDETECTION = ('doctor', 'methods')  # the commands that need none
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
