@@ -9,10 +9,6 @@ from typing import Any, NamedTuple
 from torch import nn
 
 
-class HeadError(ValueError):
-    """A detector lacks a head, a head puts out what can not be read, or two heads can not be compared."""
-
-
 class Call(NamedTuple):
     """One call of a method: its arguments by name, and what it returned."""
     arguments: dict[str, Any]

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from kd_det.heads.dense import DenseOutputs
 from kd_det.heads.readers import read_dense
-from kd_det.heads.recording import Call, HeadError, recorded_calls
+from kd_det.heads.recording import Call, recorded_calls
+from kd_det.heads.requests import HeadError
 from kd_det.taps import Features
 
 TOWERS = ('cls_convs', 'reg_convs')

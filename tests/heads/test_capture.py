@@ -195,3 +195,9 @@ def test_a_cascade_with_branches_of_the_whole_image_gives_them_to_its_box_heads(
         without = teacher.roi_head._bbox_forward(0, features, first.regions.rois,
                                                  **{**branches, branch: torch.zeros_like(feature)})
         assert not torch.allclose(first.logits, without['cls_score'])
+
+
+def test_a_roi_head_has_no_parts(faster_rcnn):
+    for name, absent in (('roi_head.towers', 'has no towers'), ('roi_head.positives', 'does not tell which priors')):
+        with pytest.raises(HeadError, match=f'A StandardRoIHead {absent}'):
+            find_head(MODELS.build(faster_rcnn()), name)
