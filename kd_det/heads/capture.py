@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from kd_det.heads.dense import DenseOutputs
 from kd_det.heads.queries import QueryOutputs, read_queries
 from kd_det.heads.readers import check_head, find_reader, read_dense
-from kd_det.heads.recording import recorded_calls
-from kd_det.heads.requests import HEADS, ROI_HEAD, HeadRequest
+from kd_det.heads.request import HEADS, ROI_HEAD, HeadRequest
 from kd_det.heads.roi import RoIOutputs, read_sampled, run_roi_head, stages_of
-from kd_det.heads.towers import TeacherTowers, TowerFeatures, read_towers, recorded_towers
-from kd_det.taps import Features, Taps
+from kd_det.heads.towers import TeacherTowers, TowerFeatures, read_towers, record_towers
+from kd_det.taps import Features, Taps, record_calls
 
 
 def can_be_kept(name: str) -> bool:
@@ -29,7 +28,7 @@ def can_be_kept(name: str) -> bool:
 
 
 @contextmanager
-def recorded_maps(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Features]]:
+def record_maps(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Features]]:
     """Records what the forwards of a teacher's dense heads return while the block runs.
 
     Args:
@@ -42,7 +41,7 @@ def recorded_maps(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, 
     """
     maps: dict[str, Features] = {}
     with ExitStack() as stack:
-        calls = {request: stack.enter_context(recorded_calls(getattr(model, request.head), 'forward'))
+        calls = {request: stack.enter_context(record_calls(getattr(model, request.head), 'forward'))
                  for request in map(HeadRequest.parse, names) if not request.part}
         yield maps
     for name, (call, ) in calls.items():
@@ -50,7 +49,7 @@ def recorded_maps(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, 
 
 
 def read_maps(model: nn.Module, names: Sequence[str], maps: dict[str, Features]) -> dict:
-    """Makes the outputs of a teacher's heads from what :func:`recorded_maps` recorded in this or another step."""
+    """Makes the outputs of a teacher's heads from what :func:`record_maps` recorded in this or another step."""
     outputs = {}
     for request in map(HeadRequest.parse, names):
         head = getattr(model, request.head)
@@ -177,13 +176,13 @@ def run_heads(names: Sequence[str], forward: TeacherForward) -> TeacherOutputs:
 
 def _record_dense(head: nn.Module) -> AbstractContextManager:
     assignment = find_reader(head).assignment
-    return nullcontext(()) if assignment is None else recorded_calls(head, assignment.method)
+    return nullcontext(()) if assignment is None else record_calls(head, assignment.method)
 
 
 @contextmanager
 def _record_stages(head: nn.Module) -> Iterator[list]:
     with ExitStack() as stack:
-        yield [stack.enter_context(recorded_calls(stage, 'loss_and_target')) for stage in stages_of(head)]
+        yield [stack.enter_context(record_calls(stage, 'loss_and_target')) for stage in stages_of(head)]
 
 
 def _run_queries(head: nn.Module, forward: TeacherForward) -> QueryOutputs:
@@ -196,12 +195,12 @@ DENSE = Kind(
     run=lambda head, forward: read_dense(head, [tuple(map(forward.cut, maps)) for maps in head(forward.features)]),
     tapped=True)
 QUERIES = Kind(
-    record=lambda head: recorded_calls(head.assigner, 'assign'),
+    record=lambda head: record_calls(head.assigner, 'assign'),
     read=lambda head, maps, calls: read_queries(head, *(layers for layers, in maps), [call.returned for call in calls]),
     run=_run_queries,
     tapped=True)
 TOWERS = Kind(
-    record=recorded_towers,
+    record=record_towers,
     read=lambda head, _, calls: read_towers(calls),
     run=lambda head, _: TeacherTowers(head))
 ROIS = Kind(

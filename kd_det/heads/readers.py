@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from kd_det.heads.dense import DenseOutputs, Stride
 from kd_det.heads.queries import has_queries
-from kd_det.heads.requests import PARTS, ROI_HEAD, HeadError, HeadRequest
+from kd_det.heads.request import PARTS, ROI_HEAD, HeadError, HeadRequest
 from kd_det.taps import Features
 
 
@@ -35,7 +35,7 @@ def check_head(detector: str, heads: Mapping[str, type[nn.Module]], name: str) -
 
     Args:
         detector: Its name, for the message.
-        heads: The classes of its heads, those of :data:`~kd_det.heads.requests.HEADS` that it has.
+        heads: The classes of its heads, those of :data:`~kd_det.heads.request.HEADS` that it has.
         name: See :class:`~kd_det.heads.HeadRequest`.
 
     Raises:

@@ -6,7 +6,6 @@ import torch
 from mmdet.registry import MODELS
 
 from kd_det.heads import HeadError, StudentHeads, TeacherForward, find_head, run_heads
-from kd_det.heads.recording import recorded_calls
 from kd_det.taps import TapError
 
 
@@ -120,20 +119,6 @@ def test_heads_that_can_not_be_read(retinanet, faster_rcnn):
     config.roi_head['bbox_head'] = dict(type='SABLHead', num_classes=3, cls_in_channels=8, reg_in_channels=8)
     with pytest.raises(HeadError, match='StandardRoIHead with a SABLHead can not be read'):
         find_head(MODELS.build(config), 'roi_head')
-
-
-def test_recorded_calls_bind_arguments_by_name():
-
-    class Module(torch.nn.Module):
-
-        def method(self, first, second=2):
-            return first + second
-
-    module = Module()
-    with recorded_calls(module, 'method') as calls:
-        assert module.method(1) + module.method(second=1, first=0) == 4
-    assert [(call.arguments, call.returned) for call in calls] == [(dict(first=1), 3), (dict(first=0, second=1), 1)]
-    assert module.method(1) == 3 and len(calls) == 2
 
 
 @pytest.mark.parametrize('kind, stages', [('faster_rcnn', 1), ('cascade_rcnn', 2)])
