@@ -19,7 +19,7 @@ from torch import nn
 from kd_det.config.detectors import check_student, plain_detector
 from kd_det.config.files import ConfigurationError
 from kd_det.distillers.schedules import Schedule, ScheduleConfig, build_schedule
-from kd_det.heads import ROI_HEAD, TOWERS_OF, StudentHeads, StudentOutputs, find_head
+from kd_det.heads import ROI_HEAD, HeadRequest, StudentHeads, StudentOutputs, find_head
 from kd_det.heads.capture import can_be_kept
 from kd_det.heads.towers import tower_widths
 from kd_det.losses import DistillTerm
@@ -184,8 +184,8 @@ def _connect(term: DistillTerm, student: nn.Module, student_levels: InputSpecs, 
         why = ', which depend on the regions that the student samples in each step' if uncached[0] == ROI_HEAD else ''
         raise ConfigurationError(f"it reads the outputs of the teacher's {uncached[0]}{why}: a cache keeps features "
                                  'and the maps of dense heads alone. Remove model.teacher.cache, or this term.')
-    heads = {name: find_head(student, name) for name in term.student_heads}
-    student_towers = {name: tower_widths(head) for name, head in heads.items() if name.endswith(TOWERS_OF)}
+    heads = {request: find_head(student, request) for request in map(HeadRequest.parse, term.student_heads)}
+    student_towers = {request: tower_widths(head) for request, head in heads.items() if request.part == 'towers'}
     teacher_towers = probe_towers(teacher['config'], term.teacher_heads)
     term.connect({**student_levels, **student_towers}, {**teacher_levels, **teacher_towers})
 

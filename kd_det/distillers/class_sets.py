@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from kd_det.config.classes import ClassMatch, match_classes, number_of_classes
 from kd_det.config.files import ConfigurationError
 from kd_det.context import DistillContext
-from kd_det.heads import ROI_HEAD, DenseOutputs, QueryOutputs, TeacherTowers
+from kd_det.heads import ROI_HEAD, DenseOutputs, HeadRequest, QueryOutputs, TeacherTowers
 from kd_det.teachers import Teacher
 
 CLASSLESS_HEAD = 'rpn_head'  # it tells objects from background, whatever the classes
 
 
-def has_classes(head: str) -> bool:
-    """Whether the outputs of a head of that name depend on the class."""
-    return not head.startswith(CLASSLESS_HEAD)
+def has_classes(name: str) -> bool:
+    """Whether what is read of a head, see :class:`~kd_det.heads.HeadRequest`, depends on the class."""
+    return HeadRequest.parse(name).head != CLASSLESS_HEAD
 
 
 class ClassSets:
@@ -141,5 +141,5 @@ def restrict_to_shared_classes(context: DistillContext, teacher_index: int, matc
 def _restrict_outputs(outputs: dict[str, Any], classes: Sequence[int]) -> dict[str, Any]:
     """Restricts the outputs of dense heads and of queries; the others stay as they are."""
     return {name: each.restricted(classes)
-            if isinstance(each, (DenseOutputs, QueryOutputs, TeacherTowers)) and has_classes(name) else each
+            if isinstance(each, (DenseOutputs, HeadRequest, QueryOutputs, TeacherTowers)) and has_classes(name) else each
             for name, each in outputs.items()}

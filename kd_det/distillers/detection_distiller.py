@@ -39,9 +39,8 @@ from kd_det.distillers.supervision import (
     scale_losses,
 )
 from kd_det.heads import StudentOutputs, TeacherOutputs
-from kd_det.heads.recording import recorded_calls
 from kd_det.losses.base import Parts, find_read_levels, sum_parts
-from kd_det.taps import Features
+from kd_det.taps import Features, record_calls
 from kd_det.teachers import Teacher
 
 MEBIBYTE = 2**20
@@ -187,7 +186,7 @@ class DetectionDistiller(StudentWrapper):
 
         # The student, as it learns without a teacher; its taps and heads are read on the way.
         with self.connections.capture() as (student, student_outputs), \
-                recorded_calls(self.student, 'extract_feat') as extractions:
+                record_calls(self.student, 'extract_feat') as extractions:
             losses = dict(self.student.loss(inputs, supervision.samples))
         if not all(supervision.labelled):
             losses = compute_labelled_losses(self.student, inputs, extractions[0].returned, supervision, losses)

@@ -20,7 +20,7 @@ from kd_det.config.files import ConfigurationError
 from kd_det.context import Progress
 from kd_det.distillers.gradients import GradientNorms, gradient_norms, reaches_parameters
 from kd_det.distillers.schedules import Balance, Schedule
-from kd_det.heads import find_head
+from kd_det.heads import HeadRequest, find_head
 from kd_det.losses import DistillTerm
 from kd_det.losses.base import FeatureTerm, sum_parts
 from kd_det.taps import find_module
@@ -224,7 +224,7 @@ def find_idle_terms(distiller: DetectionDistiller, observation: Observation) -> 
 def _find_cause(distiller: DetectionDistiller, observation: Observation, name: str) -> str:
     """Says what a term reads, and what cuts its gradient there."""
     student, term = distiller.student, distiller.terms[name]
-    paths = term.student_taps or tuple(dict.fromkeys(head.split('.')[0] for head in term.student_heads))
+    paths = term.student_taps or tuple(dict.fromkeys(HeadRequest.parse(head).head for head in term.student_heads))
     modules = [find_module(student, path) for path in term.student_taps]
     modules += [] if modules else [find_head(student, head) for head in term.student_heads]
     read = f"It reads {' and '.join(map(repr, paths))}"

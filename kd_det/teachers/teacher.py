@@ -19,10 +19,11 @@ from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from kd_det import __version__
 from kd_det.compat.process import preserved_randomness
 from kd_det.config.classes import number_of_classes
 from kd_det.heads import HeadError, StudentOutputs, TeacherForward, TeacherOutputs, find_head, run_heads
-from kd_det.heads.capture import read_maps, recorded_maps
+from kd_det.heads.capture import read_maps, record_maps
 from kd_det.registry import build_detector, within_scope
 from kd_det.taps import ENCODER, Features, TapError, Taps, is_within_encoder
 from kd_det.teachers.bridge import InputBridge, Shape, crop_to_batch, explain_size_mismatch
@@ -38,7 +39,6 @@ from kd_det.teachers.loading import (
     remove_pretrained,
 )
 from kd_det.teachers.probe import find_input_channels, make_shape_samples, run_encoder
-from kd_det.version import __version__
 
 ReadLevels = dict[str, Sequence[bool]]  # by path of a tap; for each of its levels, whether anything reads it
 NECK = 'neck'
@@ -218,8 +218,8 @@ class Teacher:
         whole = heads or any(is_within_encoder(path) or path.startswith(f'{NECK}.') for path in taps)
         pyramid = (nullcontext(range(len(neck_read))) if whole or not neck_read else
                    cut_pyramid(self.model.neck, neck_read))
-        # Without heads the taps end the block, in the midst of the forward, as soon as each of them has read. Ranks
-        # that share a sharded teacher have to let it end.
+        # Without heads the last tap ends the block, in the midst of the forward, see Taps.capture. Ranks that share a
+        # sharded teacher have to let it end.
         stop = not heads and not self.engine.shard
         with pyramid as computed, self.taps.capture(taps, stop=stop) as features:
             samples = make_shape_samples(images.shape[-2:], image_shapes)
@@ -240,7 +240,7 @@ class Teacher:
         """Runs as :meth:`_run`, by way of the cache, which keeps what the teacher made of the padded batch."""
 
         def compute() -> Outputs:
-            with recorded_maps(self.model, heads) as maps:
+            with record_maps(self.model, heads) as maps:
                 features, _ = self._run(images, image_shapes, heads, taps, levels, crop)
             return {**features, **maps}
 
