@@ -75,9 +75,13 @@ class AnchorReader(TargetsReader):
 
 @reads(YOLOFHead)
 class YOLOFReader(AnchorReader):
-    """Of YOLOF, whose targets are boxes of the positives alone."""
+    """Of YOLOF: its only level's labels are one tensor, and its targets those of the positives alone."""
 
     targets_at = None
+
+    def read_positives(self, head: Any, returned: Sequence, images: int) -> Tensor:
+        labels = returned[-1][self.labels_at]  # (N, priors)
+        return (labels >= 0) & (labels < head.num_classes)
 
 
 @reads(RetinaHead)

@@ -167,6 +167,27 @@ def test_targets_lead_positive_priors_to_their_boxes(name, dense_head, features)
     assert found and found <= set(boxes)
 
 
+def test_positives_of_yolof_lie_on_their_own_image():
+    """It has one level, and returns the labels of a batch as one tensor."""
+    coder = dict(type='DeltaXYWHBBoxCoder', target_stds=[1., 1., 1., 1.], add_ctr_clamp=True, ctr_clamp=32)
+    anchors = dict(type='AnchorGenerator', ratios=[1.0], scales=[1, 2], strides=[16])
+    torch.manual_seed(0)
+    head = MODELS.build(dict(
+        type='YOLOFHead', num_classes=3, in_channels=8, num_cls_convs=1, num_reg_convs=1, norm_cfg=dict(type='BN'),
+        reg_decoded_bbox=True, anchor_generator=anchors, bbox_coder=coder, loss_bbox=dict(type='GIoULoss'),
+        train_cfg=dict(assigner=dict(type='UniformAssigner', pos_ignore_thr=0.15, neg_ignore_thr=0.7),
+                       allowed_border=-1, pos_weight=-1, debug=False))).train()
+    levels = (torch.randn(2, 8, HEIGHT // 16, WIDTH // 16), )
+    with record_calls(head, 'get_targets') as calls:
+        head.loss(levels, [_sample(((8, 8, 40, 40), )), _sample(())])
+    outputs = read_dense(head, head(levels), [call.returned for call in calls])
+    labels = calls[0].returned[0]
+    assert labels.shape == outputs.logits[0].shape[:2] == (2, 4 * 6 * 2)
+    assert torch.equal(outputs.positives(0), (labels >= 0) & (labels < 3))
+    assert outputs.positives(0)[0].any() and not outputs.positives(0)[1].any()
+    assert outputs.targets is None
+
+
 def test_positives_that_no_assignment_tells(dense_head, features):
     head = dense_head('yolov3').eval()
     with pytest.raises(HeadError, match="not known for this head.*normalizer='confidence'"):
