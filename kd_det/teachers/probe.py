@@ -18,8 +18,7 @@ from kd_det.config.detectors import head_classes
 from kd_det.config.files import type_name
 from kd_det.context import LevelSpec
 from kd_det.heads import HeadError, HeadRequest, check_head
-from kd_det.heads.dense import Stride
-from kd_det.heads.readers import called_strides
+from kd_det.heads.dense import Stride, read_strides
 from kd_det.heads.towers import TowerWidths, tower_widths
 from kd_det.registry import build_detector, within_scope
 from kd_det.taps import ENCODER, Features, TapError, Taps, find_module, is_within_encoder
@@ -160,9 +159,9 @@ def find_input_channels(model: nn.Module) -> int:
 def find_prior_strides(model: nn.Module) -> tuple[Stride, ...]:
     """Finds the strides of a dense head's priors in pixels, ``()`` where it has none."""
     if isinstance(model, FeatureExtractor):
-        return called_strides(model.strides)
+        return read_strides(model.strides)
     priors = getattr(getattr(model, 'bbox_head', None), 'prior_generator', None)
-    return called_strides(getattr(priors, 'strides', ()))
+    return read_strides(getattr(priors, 'strides', ()))
 
 
 class FeatureExtractor(nn.Module):
