@@ -27,10 +27,10 @@ from kd_det.cli.tracking import add_tracking_option, track
 from kd_det.compat.process import PlainConsole
 from kd_det.config.files import ConfigurationError
 from kd_det.study.fidelity import SPLITS, add_fidelity, summarize_fidelity
-from kd_det.study.pair import adapted, data_hash, read_pair, weights_hash
-from kd_det.study.results import mark_twins, relative, run_entry, summarize
-from kd_det.study.runs import command_line, environment
-from kd_det.study.scheduling import Failure, Job, Machine
+from kd_det.study.pair import adapt_config, hash_data, read_pair, hash_weights
+from kd_det.study.results import make_run_entry, mark_twins, summarize
+from kd_det.study.runs import describe_environment, read_command_line
+from kd_det.study.scheduling import Failure, Job, JobPool
 from kd_det.study.tables import markdown_table, rich_tables
 from kd_det.study.variants import PLAIN, Variant, parse_variants, variant_config
 
@@ -102,7 +102,7 @@ def run(options: Namespace) -> int:
         console.print(text, soft_wrap=True)
 
     pair = read_pair(options.pair, options.student, options.teacher, options.teacher_checkpoint)
-    pair = replace(pair, student=adapted(pair.student, options.data, options.epochs))
+    pair = replace(pair, student=adapt_config(pair.student, options.data, options.epochs))
     common = Variant('', PLAIN, options.balance, inherited_parts(options), options.cfg_options)
     variants = parse_variants(options.methods, common)
     number = teachers_needed(variants, pair.checkpoints)
@@ -115,22 +115,22 @@ def run(options: Namespace) -> int:
                  for checkpoint in options.teacher_checkpoint)
     check_config(pair.student, splits=('train', 'val'))
     raise_faults(inspect_data(pair.student, ('train', 'val'), Memory(root), options.check_images))
-    data = data_hash(pair.student)
+    data = hash_data(pair.student)
     track(Config(dict(work_dir=str(root))), options.track)  # whose package is missing is told before, too
-    machine = Machine(options.devices, options.jobs, options.threads, options.track)
+    pool = JobPool(options.devices, options.jobs, options.threads, options.track)
 
     teachers = [None] * number
     if not pair.checkpoints:
-        config = adapted(pair.teacher_config(), options.data, options.teacher_epochs)
+        config = adapt_config(pair.teacher_config(), options.data, options.teacher_epochs)
         names = ['teacher', *(f'teacher_{index + 2}' for index in range(number - 1))]
-        teachers = machine.run([Job(name, root / name, seeded(copy.deepcopy(config), TEACHER_SEED + index), [data])
+        teachers = pool.run([Job(name, root / name, seeded(copy.deepcopy(config), TEACHER_SEED + index), [data])
                                 for index, name in enumerate(names)], say)
         failed = [each for each in teachers if isinstance(each, Failure)]
         if failed:
             say(f'Without a teacher there is nothing to compare. All that was said is in {failed[0].log}.')
             return 1
         pair = replace(pair, checkpoints=tuple(teacher.checkpoint for teacher in teachers))
-    taught_by = [weights_hash(each) for each in pair.checkpoints]
+    taught_by = [hash_weights(each) for each in pair.checkpoints]
 
     jobs, runs = [], []
     for seed, variant in product(options.seeds, variants):
@@ -139,16 +139,16 @@ def run(options: Namespace) -> int:
         jobs.append(Job(f'{variant.name}, seed {seed}', folder, config,
                         [data] if variant.is_plain else [data, *taught_by[:variant.teachers]]))
         runs.append((variant, seed, folder))
-    outcomes = machine.run(jobs, say)
+    outcomes = pool.run(jobs, say)
 
-    entries = [run_entry(*each, outcome, root) for each, outcome in zip(runs, outcomes)]
+    entries = [make_run_entry(*each, outcome, root) for each, outcome in zip(runs, outcomes)]
     mark_twins(entries)
-    trained = [None if teacher is None else relative(teacher, root) for teacher in teachers]
+    trained = [None if teacher is None else teacher.to_dict(root) for teacher in teachers]
     splits = ('val', ) if options.fidelity == [] else options.fidelity or ()
     add_fidelity(entries, root, dict(config=pair.teacher, checkpoint=pair.checkpoints[0]), splits, say)
     results = dict(
-        command=command_line(),
-        **environment(machine.threads),
+        command=read_command_line(),
+        **describe_environment(pool.threads),
         pair=dict(student=str(pair.student.filename), teacher=pair.teacher, checkpoint=pair.checkpoints[0],
                   checkpoint_hash=taught_by[0]),
         data=dict(root=options.data, hash=data),

@@ -37,8 +37,7 @@ from kd_det.functional.masks import valid_cells
 from kd_det.heads.dense import Stride
 from kd_det.registry import build_detector, scope_of, within_scope
 from kd_det.study.distributions import class_distributions, class_kl, classifying_head
-from kd_det.study.pair import weights_hash
-from kd_det.study.results import mean_and_std
+from kd_det.study.pair import hash_weights
 from kd_det.study.scheduling import CONFIG_FILE
 from kd_det.taps import Taps
 from kd_det.teachers import Teacher, load_strictly, probe_levels, read_model_config
@@ -395,7 +394,7 @@ def add_fidelity(entries: list[dict], root: Path, teacher: dict, splits: Sequenc
     if not splits:
         return
     register_all_modules(init_default_scope=True)
-    metric = dict(teacher=dict(config=teacher['config'], checkpoint_hash=weights_hash(teacher['checkpoint'])),
+    metric = dict(teacher=dict(config=teacher['config'], checkpoint_hash=hash_weights(teacher['checkpoint'])),
                   settings=dict(FidelityMetric(teacher).settings, kd_det=__version__))
     for entry in entries:
         if entry['status'] != 'finished':
@@ -412,15 +411,3 @@ def add_fidelity(entries: list[dict], root: Path, teacher: dict, splits: Sequenc
                     measured[split] = measure_fidelity(config, str(root / entry['checkpoint']), teacher, split)
                 file.write_text(json.dumps(dict(of, splits=measured), indent=2) + '\n', encoding='utf-8')
         entry['fidelity'] = {split: measured[split] for split in splits}
-
-
-def summarize_fidelity(entries: Sequence[dict], splits: Sequence[str]) -> dict[str, dict[str, dict[str, dict]]]:
-    """Split -> variant -> number -> mean and standard deviation over the seeds that have it."""
-    values: dict[str, dict[str, dict[str, list]]] = {split: {} for split in splits}
-    for entry in entries:
-        for split, numbers in entry.get('fidelity', {}).items():
-            by_name = values[split].setdefault(entry['variant'], {})
-            for name, value in numbers.items():
-                by_name.setdefault(name, []).append(value)
-    return {split: {variant: {name: mean_and_std(each) for name, each in by_name.items()}
-                    for variant, by_name in variants.items()} for split, variants in values.items()}

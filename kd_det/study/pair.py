@@ -81,7 +81,7 @@ def _exists(checkpoint: str | None) -> bool:
     return bool(checkpoint) and ('://' in checkpoint or Path(checkpoint).is_file())
 
 
-def adapted(config: Config, data_root: str | None = None, epochs: int | None = None) -> Config:
+def adapt_config(config: Config, data_root: str | None = None, epochs: int | None = None) -> Config:
     """A copy of a config with another data root and with other epochs, its schedules stretched with them.
 
     Raises:
@@ -114,7 +114,7 @@ def _stretch(scheduler: dict, before: int, after: int) -> None:
             scheduler[key] = round(value * after / before)
 
 
-def data_hash(config: Config) -> str:
+def hash_data(config: Config) -> str:
     """The hash of a config's training and validation data: annotations by content, images by name and size."""
     parts = []
     for split in ('train', 'val'):
@@ -127,6 +127,6 @@ def data_hash(config: Config) -> str:
     return sha256(b'\0'.join(parts))
 
 
-def weights_hash(checkpoint: str) -> str:
+def hash_weights(checkpoint: str) -> str:
     """The hash of a file of weights; of an address the address itself."""
     return sha256(Path(checkpoint).read_bytes()) if Path(checkpoint).is_file() else checkpoint

@@ -66,18 +66,18 @@ class Variant:
         return self.method == PLAIN and not self.inherit
 
 
-def twin_of(name: str) -> str:
+def find_twin(name: str) -> str:
     """The plain student that a variant is compared with, by their names.
 
     It has those of the variant's settings that would change the student without a teacher too: ``none@augment=mosaic``
     for ``fgd@paper@augment=mosaic``, so that augmentation does not count as the teacher's merit. The twin of a plain
     student in a setting is that without: ``none``.
     """
-    twin = '@'.join([PLAIN, *(setting for setting in name.split('@')[1:] if _is_students(setting))])
+    twin = '@'.join([PLAIN, *(setting for setting in name.split('@')[1:] if _changes_student(setting))])
     return PLAIN if twin == name else twin
 
 
-def _is_students(setting: str) -> bool:
+def _changes_student(setting: str) -> bool:
     if '.' in setting.partition('=')[0]:
         return not setting.startswith(DISTILLATION_KEYS)
     return setting.startswith('augment=') and setting != f'augment={PLAIN}'
@@ -102,22 +102,22 @@ def parse_variants(text: str, common: Variant = Variant('', PLAIN)) -> list[Vari
         common: The settings that hold unless a variant has its own; for the plain student only ``settings`` hold.
 
     Returns:
-        The variants; the plain student and the twins of all others, see :func:`twin_of`, come first, whether they were
+        The variants; the plain student and the twins of all others, see :func:`find_twin`, come first, whether they were
         named or not.
 
     Raises:
         ConfigurationError: A method or a setting is not known, or a variant is named twice.
     """
-    variants = [_parse(each.strip(), common) for each in re.split(r',(?![^\[(]*[\])])', text) if each.strip()]
+    variants = [_parse_variant(each.strip(), common) for each in re.split(r',(?![^\[(]*[\])])', text) if each.strip()]
     names = [variant.name for variant in variants]
     for name in names:
         if names.count(name) > 1:
             raise ConfigurationError(f"--methods names '{name}' {names.count(name)} times.")
-    twins = [PLAIN, *dict.fromkeys(twin for twin in map(twin_of, names) if twin != PLAIN)]
-    return [_parse(twin, common) for twin in twins] + [variant for variant in variants if variant.name not in twins]
+    twins = [PLAIN, *dict.fromkeys(twin for twin in map(find_twin, names) if twin != PLAIN)]
+    return [_parse_variant(twin, common) for twin in twins] + [variant for variant in variants if variant.name not in twins]
 
 
-def _parse(text: str, common: Variant) -> Variant:
+def _parse_variant(text: str, common: Variant) -> Variant:
     method, *settings = text.split('@')
     if method == 'inherit':
         method, settings = PLAIN, ['inherit', *settings]
@@ -129,14 +129,14 @@ def _parse(text: str, common: Variant) -> Variant:
         common = replace(common, balance=None, inherit=())
     variant = replace(common, name=text, method=method)
     for setting in settings:
-        variant = _with_setting(variant, setting)
+        variant = _apply_setting(variant, setting)
     if variant.method == PLAIN and variant.teachers > 1:
         raise ConfigurationError(f"--methods {text}: only a method's terms learn from several teachers, and here "
                                  f'are none. Name one, such as kd@teachers={variant.teachers}, or leave @teachers out.')
     return variant
 
 
-def _with_setting(variant: Variant, setting: str) -> Variant:
+def _apply_setting(variant: Variant, setting: str) -> Variant:
     key, given, value = setting.partition('=')
     if key == PAPER and not given:
         return replace(variant, balance=PAPER)
@@ -214,17 +214,17 @@ def mix_images(config: Config, augmentations: Sequence[str]) -> None:
     leaves = leaf_datasets(dataset)
     pipeline = list(leaves[0].get('pipeline') or ())
     loading = list(takewhile(lambda transform: type_name(transform).startswith('Load'), pipeline))
-    _check(config, pipeline, loading)
-    size = _size(pipeline, leaves)
+    _check_mixable(config, pipeline, loading)
+    size = _find_size(pipeline, leaves)
     mean = (student_model(config).get('data_preprocessor') or {}).get('mean')
     pad_value = float(round(sum(mean) / len(mean))) if mean else PAD_VALUE
     for leaf in leaves:
         leaf.pipeline = loading
     config.train_dataloader.dataset = dict(
-        type=WRAPPER, dataset=dataset, pipeline=[*_mixing(augmentations, size, pad_value), *pipeline[len(loading):]])
+        type=WRAPPER, dataset=dataset, pipeline=[*_mixing_transforms(augmentations, size, pad_value), *pipeline[len(loading):]])
 
 
-def _mixing(augmentations: Sequence[str], size: tuple[int, int], pad_value: float) -> Iterator[dict]:
+def _mixing_transforms(augmentations: Sequence[str], size: tuple[int, int], pad_value: float) -> Iterator[dict]:
     """Yields the transforms; the image is then of that size, or within it where nothing but MixUp is done."""
     if 'mosaic' in augmentations:
         yield dict(type=f'{HOME}.Mosaic', img_scale=size, pad_val=pad_value)
@@ -237,7 +237,7 @@ def _mixing(augmentations: Sequence[str], size: tuple[int, int], pad_value: floa
     yield dict(type=f'{HOME}.FilterAnnotations', min_gt_bbox_wh=(1, 1), keep_empty=False)
 
 
-def _check(config: Config, pipeline: list[dict], loading: list[dict]) -> None:
+def _check_mixable(config: Config, pipeline: list[dict], loading: list[dict]) -> None:
     dataset = config.train_dataloader.dataset
     with within_scope(scope_of(config)):
         mixing = [type_name(each) for each in _all_transforms(training_pipelines(config))
@@ -261,9 +261,9 @@ def _check(config: Config, pipeline: list[dict], loading: list[dict]) -> None:
                                  'masks.')
 
 
-def _size(pipeline: list[dict], leaves: list[dict]) -> tuple[int, int]:
+def _find_size(pipeline: list[dict], leaves: list[dict]) -> tuple[int, int]:
     """Width and height that images are scaled to."""
-    scales = list(_scales(pipeline))
+    scales = list(_find_scales(pipeline))
     if scales:
         return max(scales, key=lambda scale: scale[0] * scale[1])
     shapes: list[tuple[int, int]] = []
@@ -274,7 +274,7 @@ def _size(pipeline: list[dict], leaves: list[dict]) -> tuple[int, int]:
     return max(widths), max(heights)
 
 
-def _scales(pipeline: list[dict]) -> Iterator[tuple[int, int]]:
+def _find_scales(pipeline: list[dict]) -> Iterator[tuple[int, int]]:
     """The sizes that the resizing transforms of a pipeline name; upright ones lie down where the ratio is kept."""
     for transform in _all_transforms(pipeline):
         named = (transform.get('scales') or transform.get('scale') or ()) if 'Resize' in type_name(transform) else ()

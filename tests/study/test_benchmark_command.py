@@ -15,7 +15,7 @@ from kd_det.compat import load_checkpoint
 from kd_det.config.files import load_config, student_config
 from kd_det.study.pair import Pair
 from kd_det.study.runs import train
-from kd_det.study.scheduling import CONFIG_FILE, Machine
+from kd_det.study.scheduling import CONFIG_FILE, JobPool
 from kd_det.study.variants import parse_variants, variant_config
 
 BROKEN = 'fgd@model.distill.fgd.tap=nowhere'
@@ -41,7 +41,7 @@ def benchmark(run_config, retinanet, tmp_path, monkeypatch):
 def test_types_that_are_classes_are_written_by_their_names(run_config, retinanet):
     config = run_config(retinanet(), epochs=1, val=True)
     config.visualizer = dict(type=LazyObject('mmdet.visualization', 'DetLocalVisualizer'))
-    train('plain', config, 'identity', say=lambda text: None)
+    train('plain', config, 'identity', log=lambda text: None)
     saved = next(Path(config.work_dir).glob('*/vis_data/config.py'))
     assert "type='mmdet.visualization.DetLocalVisualizer'" in saved.read_text() and load_config(saved)
 
@@ -119,12 +119,12 @@ def test_a_sweep_sets_a_term_whose_method_the_pairs_config_defines():
 def in_this_process(monkeypatch):
     """Trainings in this process, which spares each one's imports."""
 
-    def train_here(machine, job, expected, device, say):
+    def train_here(pool, job, identity, device, log):
         job.folder.mkdir(parents=True, exist_ok=True)
         Config(dict(job.config.to_dict(), work_dir=str(job.folder))).dump(job.folder / CONFIG_FILE)
-        return train(job.name, load_config(job.folder / CONFIG_FILE), expected, say)
+        return train(job.name, load_config(job.folder / CONFIG_FILE), identity, log)
 
-    monkeypatch.setattr(Machine, '_train', train_here)
+    monkeypatch.setattr(JobPool, '_train', train_here)
 
 
 def test_ensembles_and_augmentation_are_swept(benchmark, in_this_process, tmp_path, capsys):

@@ -4,7 +4,7 @@ from mmengine.config import Config
 from kd_det.cli.benchmark import teachers_needed
 from kd_det.config.files import ConfigurationError
 from kd_det.study.pair import Pair
-from kd_det.study.variants import Variant, parse_variants, twin_of, variant_config
+from kd_det.study.variants import Variant, parse_variants, find_twin, variant_config
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_inheriting_alone_has_no_terms(pair):
     ('none@augment=mixup', 'none'),
 ])
 def test_the_twin_is_the_plain_student_in_the_students_settings(name, twin):
-    assert twin_of(name) == twin
+    assert find_twin(name) == twin
 
 
 def test_twins_take_part_whether_named_or_not():

@@ -17,7 +17,7 @@ from kd_det.study.report.plots import curves_svg, differences_axis, precision_sv
 from kd_det.study.report.runs import Study, task_curves, term_curves, without_terms
 from kd_det.study.report.verdict import baseline, comparison
 from kd_det.study.results import paired_difference
-from kd_det.study.variants import twin_of
+from kd_det.study.variants import find_twin
 from kd_det.version import __version__
 
 TASK_LOSS = 'training loss without the terms'
@@ -99,7 +99,7 @@ def _per_class(study: Study, classes: Sequence[str], accuracies: dict[str, dict[
     for variant, by_seed in accuracies.items():
         if variant in (study.plain, TEACHER):
             continue
-        changes[variant], twin = [], accuracies.get(twin_of(variant), {})
+        changes[variant], twin = [], accuracies.get(find_twin(variant), {})
         for index, name in enumerate(classes):
             of_twin, of_variant = ({seed: 100 * each['per_class'][index] for seed, each in seeds.items()
                                      if each['per_class'][index] is not None} for seeds in (twin, by_seed))

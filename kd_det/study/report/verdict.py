@@ -8,7 +8,7 @@ from kd_det.study.report.detectors import TEACHER
 from kd_det.study.report.runs import Study
 from kd_det.study.results import METRICS, paired_difference
 from kd_det.study.tables import COSTS, FIDELITY, NONE, fidelity_rows, rows
-from kd_det.study.variants import PLAIN, twin_of
+from kd_det.study.variants import PLAIN, find_twin
 
 METRIC = 'bbox_mAP'
 INHERIT = 'inherit'  # the student that starts from the teacher's weights and learns from nothing else
@@ -22,7 +22,7 @@ def statements(summary: Mapping[str, Mapping[str, dict]]) -> list[dict[str, obje
     Each has the method's name and that of its twin, the verdict, difference and interval in points of mAP, and a text.
     """
     shown = {variant: metrics[METRIC] for variant, metrics in summary.items() if 'verdict' in metrics.get(METRIC, {})}
-    made = [dict(name=variant, twin=twin_of(variant), verdict=each['verdict'], difference=each['difference'],
+    made = [dict(name=variant, twin=find_twin(variant), verdict=each['verdict'], difference=each['difference'],
                  interval=each['interval'], by_seed=each['by_seed'], text=statement(each))
             for variant, each in shown.items()]
     return sorted(made, key=lambda each: -each['difference'])
@@ -79,7 +79,7 @@ def beyond_inheritance(runs: Sequence[dict]) -> list[dict[str, object]]:
 
 def _alike(run: dict, other: dict) -> bool:
     """Whether two runs began with the same weights, in the same setting of the student."""
-    return run['start'] == other['start'] and twin_of(run['variant']) == twin_of(other['variant'])
+    return run['start'] == other['start'] and find_twin(run['variant']) == find_twin(other['variant'])
 
 
 def sentence(made: list[dict], against: str = THE_PLAIN) -> str:
