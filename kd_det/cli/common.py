@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmengine.config import Config, DictAction
 from mmengine.logging import MessageHub, MMLogger
@@ -13,6 +14,11 @@ from mmengine.runner import set_random_seed
 from kd_det.config.composition import PAPER, RATIO
 from kd_det.config.files import ConfigurationError, is_distillation, load_config, merge_options, set_data_root
 from kd_det.registry import enter_scope, scope_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kd_det.study.tables import TextTable
 
 
 class ConfigAction(DictAction):
@@ -115,6 +121,15 @@ def inherited_parts(options: Namespace) -> str | tuple[str, ...]:
     """What ``--inherit`` says, as :func:`~kd_det.config.composition.distillation_config` takes it."""
     parts = tuple(options.inherit)
     return {('auto', ): 'auto', ('none', ): ()}.get(parts, parts)
+
+
+def print_tables(console: Console, tables: Iterable[TextTable]) -> None:
+    """Prints tables: with lines and as wide as a terminal, or, into a pipe or a file, one line a row and whole."""
+    for table in tables:
+        if console.is_terminal:
+            console.print(table.to_rich())
+        else:
+            console.print(table.to_plain(), '', sep='\n', soft_wrap=True, highlight=False)
 
 
 def load_distillation(options: Namespace) -> Config:

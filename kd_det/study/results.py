@@ -91,8 +91,8 @@ def make_run_entry(variant: Variant, seed: int, folder: Path, outcome: Outcome, 
     """Makes an element of ``runs``: the variant, its settings and its twin, and the run or why it failed."""
     distillation = dict(balance=variant.balance, inherit=variant.inherit, teachers=variant.teachers)
     settings = dict({} if variant.is_plain else distillation, augment=variant.augment, **variant.settings)
-    entry = dict(variant=variant.name, method=variant.method, seed=seed, settings=settings, twin=find_twin(variant.name),
-                 folder=os.path.relpath(folder, root))
+    entry = dict(variant=variant.name, method=variant.method, seed=seed, settings=settings,
+                 twin=find_twin(variant.name), folder=os.path.relpath(folder, root))
     if isinstance(outcome, Failure):
         return dict(entry, status='failed', error=outcome.error, log=os.path.relpath(outcome.log, root))
     return dict(entry, status='finished', **outcome.to_dict(root))
@@ -152,7 +152,8 @@ def tabulate(results: dict) -> list[TextTable]:
     tables = [
         _make_table('COCO metric on the validation images, in points; mean ± standard deviation over seeds',
                     ('seeds', 'mAP', 'Δ mAP', 'AP50', 'AP75'), rows,
-                    'Δ: paired mean over seeds against the plain student in the same setting ± half of its 95 % interval'),
+                    'Δ: paired mean over seeds against the plain student in the same setting ± half of its 95 % '
+                    'interval'),
         _make_table('By size of the objects; costs of inference (parameters, multiply-adds) and of training',
                     ('APs', 'APm', 'APl', *COSTS), rows, TIMES)]
     tables += [_make_table(f'Fidelity on {split} images, mean ± standard deviation over seeds; cka: mean over levels',

@@ -1,4 +1,4 @@
-"""What is compared: a method, or a method in a setting of its own."""
+"""The variants of a benchmark: a method, or a method in a setting of its own, and the config that trains it."""
 from __future__ import annotations
 
 import copy
@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
+from itertools import product, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from mmengine.config import Config, DictAction
 
 from kd_det.config.composition import NO_METHOD, PAPER, available_methods, distillation_config, ensemble
 from kd_det.config.files import (
+    TOP_KEYS,
     ConfigurationError,
     leaf_datasets,
     merge_options,
@@ -102,8 +103,8 @@ def parse_variants(text: str, common: Variant = Variant('', PLAIN)) -> list[Vari
         common: The settings that hold unless a variant has its own; for the plain student only ``settings`` hold.
 
     Returns:
-        The variants; the plain student and the twins of all others, see :func:`find_twin`, come first, whether they were
-        named or not.
+        The variants; the plain student and the twins of all others, see :func:`find_twin`, come first, whether they
+        were named or not.
 
     Raises:
         ConfigurationError: A method or a setting is not known, or a variant is named twice.
@@ -114,7 +115,8 @@ def parse_variants(text: str, common: Variant = Variant('', PLAIN)) -> list[Vari
         if names.count(name) > 1:
             raise ConfigurationError(f"--methods names '{name}' {names.count(name)} times.")
     twins = [PLAIN, *dict.fromkeys(twin for twin in map(find_twin, names) if twin != PLAIN)]
-    return [_parse_variant(twin, common) for twin in twins] + [variant for variant in variants if variant.name not in twins]
+    return [*(_parse_variant(twin, common) for twin in twins),
+            *(variant for variant in variants if variant.name not in twins)]
 
 
 def _parse_variant(text: str, common: Variant) -> Variant:
@@ -164,6 +166,19 @@ def _apply_setting(variant: Variant, setting: str) -> Variant:
     raise ConfigurationError(f"--methods {variant.name}: there is no setting '@{setting}'. Expected @paper, "
                              '@balance=RATIO, @inherit, @inherit=PART+PART, @teachers=N, @augment=mosaic+mixup or '
                              '@dotted.key=value.')
+
+
+def expand_grid(method: str, settings: Sequence[tuple[str, Sequence]]) -> list[str]:
+    """Names a variant for every combination of values, as :func:`parse_variants` reads them.
+
+    Args:
+        method: The method.
+        settings: Key and values of each setting. A dotted key that begins with nothing that a run reads is a term's; a
+            config may define the method under the same name.
+    """
+    keys = [f'model.distill.{key}' if '.' in key and key.split('.')[0] not in TOP_KEYS else key for key, _ in settings]
+    return ['@'.join([method, *(f'{key}={value}' for key, value in zip(keys, values))])
+            for values in product(*(values for _, values in settings))]
 
 
 def variant_config(variant: Variant, pair: Pair, checkpoints: Sequence[str] = ()) -> Config:
@@ -220,8 +235,8 @@ def mix_images(config: Config, augmentations: Sequence[str]) -> None:
     pad_value = float(round(sum(mean) / len(mean))) if mean else PAD_VALUE
     for leaf in leaves:
         leaf.pipeline = loading
-    config.train_dataloader.dataset = dict(
-        type=WRAPPER, dataset=dataset, pipeline=[*_mixing_transforms(augmentations, size, pad_value), *pipeline[len(loading):]])
+    mixing = _mixing_transforms(augmentations, size, pad_value)
+    config.train_dataloader.dataset = dict(type=WRAPPER, dataset=dataset, pipeline=[*mixing, *pipeline[len(loading):]])
 
 
 def _mixing_transforms(augmentations: Sequence[str], size: tuple[int, int], pad_value: float) -> Iterator[dict]:

@@ -10,13 +10,12 @@ from mmengine.config.lazy import LazyObject
 
 from kd_det.cli.benchmark import add_arguments
 from kd_det.cli.main import main
-from kd_det.cli.sweep import grid
 from kd_det.compat import load_checkpoint
 from kd_det.config.files import load_config, student_config
 from kd_det.study.pair import Pair
 from kd_det.study.runs import train
 from kd_det.study.scheduling import CONFIG_FILE, JobPool
-from kd_det.study.variants import parse_variants, variant_config
+from kd_det.study.variants import expand_grid, parse_variants, variant_config
 
 BROKEN = 'fgd@model.distill.fgd.tap=nowhere'
 
@@ -101,17 +100,17 @@ def test_seeds_that_are_none_are_named(seeds, capsys):
 
 
 def test_a_sweep_is_a_benchmark_of_a_grid():
-    assert grid('kd', [('teachers', ['1', '3']), ('augment', ['none', 'mosaic'])]) == [
+    assert expand_grid('kd', [('teachers', ['1', '3']), ('augment', ['none', 'mosaic'])]) == [
         f'kd@teachers={number}@augment={kind}' for number in (1, 3) for kind in ('none', 'mosaic')]
     settings = [('kd.temperature', ['1', '2']), ('train_cfg.max_epochs', ['8', '16'])]
-    assert grid('kd', settings) == [
+    assert expand_grid('kd', settings) == [
         f'kd@model.distill.kd.temperature={temperature}@train_cfg.max_epochs={epochs}'
         for temperature in (1, 2) for epochs in (8, 16)]
 
 
 def test_a_sweep_sets_a_term_whose_method_the_pairs_config_defines():
     pair = Pair(student_config(load_config('kd_det::fgd_r101_r18.py')), 'kd_det::baseline_faster_rcnn_r101_r18.py')
-    plain, variant = parse_variants(grid('fgd', [('fgd.temperature', ['0.8'])])[0])
+    plain, variant = parse_variants(expand_grid('fgd', [('fgd.temperature', ['0.8'])])[0])
     assert plain.is_plain and variant_config(variant, pair, ['r101.pth']).model.distill.fgd.temperature == 0.8
 
 
