@@ -1,4 +1,4 @@
-"""Which box is which: detections of two detectors, and detections and ground truth."""
+"""``FidelityMetric``: how closely a student follows its teacher, in what they detect and within."""
 from __future__ import annotations
 
 import copy
@@ -76,8 +76,9 @@ def match_boxes(overlaps: Tensor, min_iou: float = 0.5) -> tuple[Tensor, Tensor]
 
 
 def true_positives(overlaps: Tensor, scores: Tensor, min_iou: float = 0.5) -> Tensor:
-    """Tells which detections are correct, as COCO does: by falling score, each takes the object of its class that it
-    overlaps most and that is still free.
+    """Tells which detections are correct, as COCO does.
+
+    By falling score, each takes the object of its class that it overlaps most and that is still free.
 
     Args:
         overlaps: (n, m) of detections and objects, see :func:`class_overlaps`.
@@ -247,7 +248,7 @@ class FidelityMetric(BaseMetric):
                     agree=of_teacher.labels[places[0]] == of_student.labels[places[1]])
 
     def _shared(self, instances: dict) -> InstanceData:
-        """The boxes of a sample that are of shared classes, on the CPU. (The teacher's are restricted by now.)"""
+        """Reads the boxes of a sample that are of shared classes, onto the CPU; the teacher's are restricted by now."""
         read = InstanceData(**{name: get_box_tensor(instances[name]).cpu() for name in ('bboxes', 'labels', 'scores')
                                if name in instances})
         return read if self.match is None else read[self.match.shared(read.labels) >= 0]
@@ -332,7 +333,8 @@ def _attach(runner: Runner, loop: BaseLoop) -> None:
     for metric in loop.evaluator.metrics:
         if isinstance(metric, FidelityMetric):
             metric.attach(model)
-            metric.dataset_meta = dict(metainfo_of(loop.dataloader.dataset), classes=label_names(loop.dataloader.dataset))
+            dataset = loop.dataloader.dataset
+            metric.dataset_meta = dict(metainfo_of(dataset), classes=label_names(dataset))
 
 
 SPLITS = ('val', 'train')

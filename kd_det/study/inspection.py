@@ -254,7 +254,6 @@ def draw_step(distiller: DetectionDistiller, step: ObservedStep, folder: Path) -
     return draw_comparisons(distiller, step.inputs, step.observation.context.boxes, step.comparisons, folder)
 
 
-@torch.no_grad()
 def describe_step(distiller: DetectionDistiller, step: ObservedStep, pictures: Sequence[Path] = ()) -> Inspection:
     """Describes a step in numbers."""
     taps: dict[Tap, dict[str, None]] = {}
@@ -266,19 +265,20 @@ def describe_step(distiller: DetectionDistiller, step: ObservedStep, pictures: S
         norms, weight = step.norms[name], distiller.weights[name]
         factor = weight.full
         if weight.balance is not None:
-            factor *= float(norms.task / norms.term) if norms.term > 0 else 0.0
+            factor *= (norms.task / norms.term).item() if norms.term > 0 else 0.0
         parts = {part: each.item() for part, each in value.items()} if isinstance(value, dict) else {}
         terms[name] = InspectedTerm(
-            float(total(value)), parts, factor, '' if weight.is_constant else type(weight).__name__,
-            tuple(distiller.measured_taps(distiller.terms[name])), factor * float(norms.term), float(norms.task),
+            total(value).item(), parts, factor, '' if weight.is_constant else type(weight).__name__,
+            tuple(distiller.measured_taps(distiller.terms[name])), factor * norms.term.item(), norms.task.item(),
             tuple(_describe_levels(distiller.terms[name], step.comparisons.get(name, ()))), idle.get(name, ''))
-    return Inspection({tap: tuple(names) for tap, names in taps.items()}, terms, float(step.task),
+    return Inspection({tap: tuple(names) for tap, names in taps.items()}, terms, step.task.item(),
                       any(map(len, step.observation.context.boxes)), tuple(pictures))
 
 
+@torch.no_grad()
 def _describe_levels(term: DistillTerm, comparisons: Sequence[Comparison]) -> Iterator[InspectedLevel]:
     for level, values in comparisons:
-        parts = {part: float(value) for part, value in values.items()}
+        parts = {part: value.item() for part, value in values.items()}
         if isinstance(level, ComparedLevel):
             valid, masks = level.valid.float(), {}
             for title, (each, ) in make_mask_maps(term, [level]):

@@ -1,4 +1,4 @@
-"""What a training step costs, part by part: seconds, and the memory that it takes at its peak, on the CPU and on GPUs."""
+"""What a training step costs, part by part: seconds and peak memory, on the CPU and on GPUs."""
 from __future__ import annotations
 
 import os
@@ -238,7 +238,8 @@ def measure_parts(distiller: DetectionDistiller, batch: dict, repeats: int = 5) 
     return _measure_calls(dict(_parts(distiller, batch)), next(distiller.parameters()).device, repeats)[0]
 
 
-def _measure_calls(calls: dict[str, Call], device: Device, repeats: int) -> tuple[dict[str, Cost], list[dict[str, float]]]:
+def _measure_calls(calls: dict[str, Call], device: Device,
+                   repeats: int) -> tuple[dict[str, Cost], list[dict[str, float]]]:
     """Measures each call, and its seconds round by round, so that a slow moment of the machine meets them all."""
     rounds: list[dict[str, float]] = []
     for _ in range(repeats + 1):

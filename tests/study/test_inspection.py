@@ -195,3 +195,55 @@ def test_of_several_teachers_the_table_says_which(retinanet, distiller, batch):
     model = distiller(retinanet(), None, teacher=teachers, distill=terms).train()
     paired = {row[3]: row[4] for row in describe_step(model, observe_step(model, batch())).tabulate_taps().rows}
     assert paired['teacher 0: neck[0]'].startswith('2 × 12') and paired['teacher 1: neck[0]'].startswith('2 × 16')
+
+
+def test_levels_add_up_to_their_terms(observed):
+    inspection = describe_step(*observed)
+    assert {name: len(term.levels) for name, term in inspection.terms.items()} == dict(
+        neck=5, fgd=2, regions=0, proposals=5)  # a RoI head has no levels
+    for name in ('neck', 'fgd', 'proposals'):
+        term = inspection.terms[name]
+        for part, value in term.parts.items():
+            assert sum(level.parts[part] for level in term.levels) == pytest.approx(value, rel=1e-4)
+    first, second = inspection.terms['fgd'].levels
+    assert (first.name, first.stride, second.name, second.stride) == ('neck[0]', 4, 'neck[1]', 8)
+    assert first.student_shape == first.teacher_shape == (2, 12, 16, 24)  # after the adapter: the teacher's channels
+    assert [level.stride for level in inspection.terms['proposals'].levels] == [4, 8, 16, 32, 64]
+
+
+def test_the_mass_of_a_mask_is_the_sum_of_its_weights_over_an_image(observed):
+    """Of 16 x 24 cells of stride 4 the second image, 40 x 64 pixels, covers 10 x 16."""
+    model, step = observed
+    level = describe_step(model, step).terms['fgd'].levels[0]
+    assert level.cells == (16 * 24 + 10 * 16) / 2
+    boxes = step.observation.context.boxes
+    assert level.masks['foreground_BoxForeground'] == pytest.approx(
+        model.terms['fgd'].foreground.cells(step.comparisons['fgd'][0].level).sum().item() / len(boxes))
+    assert 0 < level.masks['foreground_BoxForeground'] <= max(map(len, boxes))  # each box weighs 1, overlaps less
+    product = describe_step(model, step).terms['neck'].levels[0].masks
+    assert 0 < product['mask_MaskProduct'] == pytest.approx(  # the channels' attention is 1 on average
+        product['mask_masks_0_BoxForeground'], rel=1e-4)
+
+
+def test_a_row_of_the_table_of_levels_has_shape_parts_and_masks(observed):
+    rows = describe_step(*observed).tabulate_levels().rows
+    term, level, stride, shape, value, parts, masks = next(row for row in rows if row[0] == 'fgd')
+    assert (term, level, stride, shape) == ('fgd', 'neck[0]', '4', '2 × 12 × 16 × 24')
+    assert [part.split()[0] for part in parts.split(', ')] == ['foreground', 'background', 'attention', 'relation']
+    assert sum(float(part.split()[1]) for part in parts.split(', ')) == pytest.approx(float(value), rel=1e-2)
+    assert masks.startswith('foreground_BoxForeground ') and masks.endswith(' of 272')
+    proposals = next(row for row in rows if row[0] == 'proposals')
+    assert proposals[1] == 'rpn_head[0]' and proposals[3] == '2 × 768 × 1'  # two anchors a cell
+
+
+def test_an_inspection_is_json_and_a_page_of_a_notebook(observed, tmp_path):
+    import json
+    model, step = observed
+    inspection = describe_step(model, step, draw_step(model, step, tmp_path))
+    held = json.loads(json.dumps(inspection.to_dict()))
+    assert held['terms']['fgd']['levels'][1]['stride'] == 8 and len(held['pictures']) == len(inspection.pictures)
+    assert held['taps'][0]['read_by'] == ['neck', 'fgd'] and held['task_loss'] == step.task.item()
+    html = inspection._repr_html_()
+    assert html.count('<table>') == 3 and '<td style="text-align: left">neck[0]</td>' in html
+    assert html.count('<img ') == sum(file.name.startswith('0_') for file in inspection.pictures) > 0
+    assert 'the student&#x27;s own loss' in html
