@@ -87,7 +87,8 @@ def measure(forms: dict[str, Callable[[], Sequence[Tensor]]], repeats: int) -> l
         rows.append(dict(engine=name, options=ENGINES.get(name), first_s=first, deviation=deviation(form(), plain)))
         if ENGINES.get(name, {}).get('precision') is None and rows[-1]['deviation'] > LOSSLESS:
             raise RuntimeError(f"Engine '{name}': features deviate by {rows[-1]['deviation']:.1e} from the plain ones.")
-    rounds = [{name: measure_seconds(form, repeats=1, warmup=0) for name, form in forms.items()} for _ in range(repeats)]
+    rounds = [{name: measure_seconds(form, repeats=1, warmup=0) for name, form in forms.items()}
+              for _ in range(repeats)]
     for row in rows:
         times = [each[row['engine']] for each in rounds]
         row.update(median_s=median(times), fastest_s=min(times), seconds=times,

@@ -17,9 +17,12 @@ from typing import Any
 import mmdet.registry
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
-from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DefaultScope, Registry
+from mmengine.runner import set_random_seed
 from torch import nn
+
+from kd_det.compat.startup import REGISTRATION
 
 HOME = 'mmdet'  # this package's classes join MMDetection's registries
 
@@ -44,6 +47,14 @@ def enter_scope(scope: str) -> None:
     DefaultScope.get_instance(f'{scope}_{time.time_ns()}', scope_name=scope)
 
 
+def prepare_without_runner(config: Mapping | None = None, seed: int = 0) -> None:
+    """Does what a Runner would do before a single step: enters the config's scope, seeds; and logs warnings alone."""
+    enter_scope(scope_of(config or {}))
+    MMLogger.get_current_instance().setLevel('WARNING')  # or every weight that is initialised is announced
+    set_random_seed(seed)
+    MessageHub.get_current_instance().update_info('iter', 0)  # some preprocessors and losses ask for it
+
+
 def add_nodes(scope: str) -> dict[str, Registry]:
     """Lets a scope look up in MMDetection's registries what it has no registry of its own for.
 
@@ -61,7 +72,7 @@ def add_nodes(scope: str) -> dict[str, Registry]:
                if isinstance(node, Registry) and node.scope == HOME and node.root._search_child(scope) is None}
     if lacking:  # a child looks into its parent's table, but does not have it filled
         register_all_modules(init_default_scope=False)
-    locations = [scope] if find_spec(scope) else []
+    locations = ([scope] if find_spec(scope) else []) + [REGISTRATION]
     return {name: Registry(node.name, parent=node, scope=scope, locations=locations)
             for name, node in lacking.items()}
 
@@ -98,18 +109,6 @@ def build_own(registry: Registry, config: Mapping) -> Any:
     """Builds a term, a mask or a weight. One of this package need not be named with its scope, whatever scope holds."""
     with nullcontext() if find_class(registry, config) is not None else DefaultScope.overwrite_default_scope(HOME):
         return registry.build(config)
-
-
-def register_config_scope() -> None:
-    """Adds ``kd_det`` to the packages whose configs MMEngine finds.
-
-    MMEngine keeps a fixed table from scope to distribution and looks up where that distribution is installed, which
-    fails in an editable install. Where there is no distribution of that name it imports the module instead and takes
-    its folder: the name of this module leads to the package however it is installed. Configs of MMDetection
-    (``mmdet::…``) need no help: by the same rule they are found under any distribution that provides the module
-    ``mmdet``.
-    """
-    MODULE2PACKAGE.setdefault('kd_det', __name__)
 
 
 SCOPE = 'kd_det'

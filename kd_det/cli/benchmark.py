@@ -14,9 +14,10 @@ from kd_det.cli.common import (
     add_weight_options,
     inherited_parts,
     print_tables,
+    read_options,
 )
 from kd_det.cli.tracking import add_tracking_option
-from kd_det.study.fidelity import SPLITS
+from kd_det.config.choices import SPLITS
 
 if TYPE_CHECKING:
     from kd_det.study.benchmark import BenchmarkResult
@@ -55,7 +56,7 @@ def add_common_arguments(parser: ArgumentParser) -> None:
     training.add_argument('--teacher-epochs', type=int, metavar='N', help="epochs of the teacher (its config's)")
     add_weight_options(training)
     add_inheritance_option(training)
-    training.add_argument('--cfg-options', nargs='+', action=ConfigAction, default={}, metavar='KEY=VALUE',
+    training.add_argument('--cfg-options', nargs='+', action=ConfigAction, default=[], metavar='KEY=VALUE',
                           help='settings that override the config of every student; model.distill… and '
                           'default_hooks.distill… reach the distilled ones')
     add_image_option(training)
@@ -85,8 +86,8 @@ def run(options: Namespace) -> int:
 
 
 def print_benchmark(function: Callable[..., BenchmarkResult], options: Namespace) -> int:
-    """Calls a function with what :func:`add_common_arguments` added, and prints the tables; returns the exit status."""
-    from kd_det.compat.process import PlainConsole
+    """Calls a function with what :func:`add_common_arguments` added, and prints its tables; returns the exit status."""
+    from kd_det.compat.console import PlainConsole
     from kd_det.study.benchmark import TeacherTrainingError
     console = PlainConsole(highlight=False)
 
@@ -99,7 +100,7 @@ def print_benchmark(function: Callable[..., BenchmarkResult], options: Namespace
             teacher_checkpoints=options.teacher_checkpoint, seeds=options.seeds,
             fidelity=('val', ) if options.fidelity == [] else options.fidelity or (), data_root=options.data,
             epochs=options.epochs, teacher_epochs=options.teacher_epochs, balance=options.balance,
-            inherit=inherited_parts(options), options=options.cfg_options, check_images=options.check_images,
+            inherit=inherited_parts(options), options=read_options(options.cfg_options), check_images=options.check_images,
             trackers=options.track, work_dir=options.work_dir, devices=options.devices, jobs=options.jobs,
             threads=options.threads, log=log)
     except TeacherTrainingError as error:

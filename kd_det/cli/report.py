@@ -4,7 +4,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from kd_det.cli.common import add_config_options
+from kd_det.cli.common import add_config_options, read_options
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    from kd_det.compat.process import PlainConsole
+    from kd_det.compat.console import PlainConsole
     from kd_det.study.report import report
     console = PlainConsole(highlight=False)
 
@@ -30,6 +30,6 @@ def run(options: Namespace) -> int:
 
     made = report(options.work_dirs, out=options.out, images=options.images, show=options.show,
                   teacher_checkpoint=options.teacher_checkpoint, data_root=options.data_root,
-                  options=options.cfg_options, log=log)
+                  options=read_options(options.cfg_options), log=log)
     log(f'Saved {made.file} ({made.file.stat().st_size / 1e6:.1f} MB).')
     return 0

@@ -31,12 +31,11 @@ from kd_det.distillers.monitor import find_idle
 from kd_det.distillers.weights import total
 from kd_det.heads import DenseOutputs, QueryOutputs, RoIOutputs
 from kd_det.losses import DistillTerm, FeatureTerm
-from kd_det.registry import build_detector
+from kd_det.registry import build_detector, prepare_without_runner
 from kd_det.study.maps import Comparison, draw_comparisons, make_mask_maps, observe_comparisons
 from kd_det.study.tables import TextTable
 from kd_det.teachers import load_strictly
 from kd_det.training.hooks import CHECKPOINT_KEY
-from kd_det.training.runner import prepare_without_runner
 
 CHECKED_IMAGES = 500  # of the training data that are read before; a run reads all
 NONE = '–'

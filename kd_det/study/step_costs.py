@@ -27,12 +27,11 @@ from kd_det.context import DistillContext, Progress
 from kd_det.distillers import DetectionDistiller
 from kd_det.distillers.weights import Weight, total
 from kd_det.losses import DistillTerm
-from kd_det.registry import build_detector
+from kd_det.registry import build_detector, prepare_without_runner
 from kd_det.study.tables import TextTable
 from kd_det.teachers import read_model_config
 from kd_det.teachers.bridge import OTHER_SIZES
 from kd_det.teachers.loading import without_pretrained
-from kd_det.training.runner import prepare_without_runner
 
 Device = str | torch.device
 Call = Callable[[], object]

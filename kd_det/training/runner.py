@@ -4,14 +4,13 @@ from __future__ import annotations
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import RUNNERS
-from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint, set_random_seed
+from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 from torch import nn
 
 from kd_det.compat import CheckpointError, load_checkpoint, log_operator_backend
 from kd_det.config.classes import metainfo_of
-from kd_det.registry import add_nodes, enter_scope, scope_of
+from kd_det.registry import add_nodes
 from kd_det.teachers.loading import check_some_fit, find_weights, load_strictly
 
 STATISTICS = ('running_mean', 'running_var')  # buffers that training fills
@@ -99,14 +98,6 @@ def check_checkpoint(model: nn.Module, checkpoint: str, whole: bool, resumes: bo
             raise CheckpointError(f"The checkpoint '{checkpoint}' can not be resumed: it has weights, but lacks "
                                   f"{', '.join(lacking)}, which MMEngine saves during training. To start a new "
                                   f"training from its weights, set load_from='{checkpoint}' and do not resume.")
-
-
-def prepare_without_runner(config: Config, seed: int) -> None:
-    """Does what a Runner would do before a single step: enters the config's scope, seeds; and logs warnings alone."""
-    enter_scope(scope_of(config))
-    MMLogger.get_current_instance().setLevel('WARNING')  # or every weight that is initialised is announced
-    set_random_seed(seed)
-    MessageHub.get_current_instance().update_info('iter', 0)  # some preprocessors and losses ask for it
 
 
 class WeightsHook(Hook):

@@ -10,12 +10,12 @@ from rich.table import Table
 
 from kd_det.checks.environment import Finding
 from kd_det.cli import distill
-from kd_det.cli.benchmark_step import costs_table
 from kd_det.cli.doctor import render
 from kd_det.cli.main import main
 from kd_det.compat import process
-from kd_det.compat.process import PlainConsole, use_any_encoding
-from kd_det.config.methods import MethodEntry
+from kd_det.compat.console import PlainConsole
+from kd_det.compat.process import use_any_encoding
+from kd_det.config.methods import Method, Methods
 from kd_det.study.step_costs import DISTILLED, PLAIN_TEACHER, STUDENT, Cost, StepCosts
 
 NAMES = ['block[/b]', 'disc [red]', '[', '\\[x]', ':cat:', '[link=x]', '{0} %s', '猫', '🐈']
@@ -86,13 +86,13 @@ def test_columns_stay_in_line_where_signs_are_spelt_out(monkeypatch):
 def test_a_caption_of_numbers_is_plain(monkeypatch):
     output = ascii_output(monkeypatch)
     costs = StepCosts({name: Cost(1.0, 0) for name in (STUDENT, DISTILLED, PLAIN_TEACHER)}, [1.0])
-    PlainConsole().print(costs_table(costs, 1, (64, 64), 0))
+    PlainConsole().print(costs.tabulate().to_rich())
     assert '[bold]' not in written(output)
 
 
 def test_methods_are_listed_in_ascii(monkeypatch):
-    entry = MethodEntry('fgd', ('two_stage', ), ('RetinaNet', ), 'CVPR 2022', ('neck features', ), 'features – all')
-    monkeypatch.setattr('kd_det.cli.methods.catalogue', lambda: [entry])
+    method = Method('fgd', 'CVPR 2022', 'features – all', ('neck', ), ('RetinaNet', ))
+    monkeypatch.setattr('kd_det.config.methods.methods', lambda: Methods([method]))
     output = ascii_output(monkeypatch)
     assert main(['methods']) == 0
     assert '| fgd ' in written(output) and 'kd-det distill ... --method fgd' in written(output)

@@ -22,12 +22,12 @@ from matplotlib.ticker import MaxNLocator
 from mmdet.utils import register_all_modules
 from mmengine.logging import MMLogger
 
+from kd_det import __version__
 from kd_det.config.files import merge_options, set_data_root
 from kd_det.study.pictures import Curve, draw_curves
 from kd_det.study.report.evaluation import TEACHER
 from kd_det.study.report.studies import read_studies
 from kd_det.study.report.summary import collect, name_baseline
-from kd_det.version import __version__
 
 PULLS = {'pull': 'pull, as weighted (task: 1)', 'unweighted_pull': 'pull before weighting (task: 1)'}
 
