@@ -58,36 +58,6 @@ def load_config(name: str | Path) -> Config:
         raise ConfigurationError(f"The config '{name}' can not be read: {type(error).__name__}: {error}") from error
 
 
-def resolve_config(config: str | Path | Config, data_root: str | None = None, options: dict | None = None) -> Config:
-    """Returns a config of its own, as the arguments of a command or of a Python call name it.
-
-    Args:
-        config: As :func:`load_config` takes it; or a config, which stays as it is.
-        data_root: See :func:`set_data_root`.
-        options: See :func:`merge_options`.
-    """
-    config = copy.deepcopy(config) if isinstance(config, Config) else load_config(config)
-    if data_root:
-        set_data_root(config, data_root)
-    merge_options(config, options or {})
-    return config
-
-
-def resolve_distillation(config: str | Path | Config, data_root: str | None = None,
-                         options: dict | None = None) -> Config:
-    """As :func:`resolve_config`, of a distillation.
-
-    Raises:
-        ConfigurationError: Its model is a plain detector.
-    """
-    resolved = resolve_config(config, data_root, options)
-    if not is_distillation(resolved):
-        name = config.filename if isinstance(config, Config) else config
-        raise ConfigurationError(f"The model of '{name}' is a plain detector: give the config of a distillation, such "
-                                 'as one that kd-det distill saved.')
-    return resolved
-
-
 def _recall_types(node: Any, key: str = '') -> None:
     """Makes the types of a pure-Python config, once it was saved as text, what they were: classes and functions.
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kd_det.compat.console import PlainConsole
-from kd_det.config.files import ConfigurationError, is_distillation, load_config, set_data_root
+from kd_det.config import ConfigurationError
+from kd_det.config.files import is_distillation, load_config, set_data_root
 from kd_det.datasets import generate_shapes
 from kd_det.study.demo_report import draw_pictures, results_table, summarize, write_results
 from kd_det.study.runs import Run, identify_run, load_finished_run, train

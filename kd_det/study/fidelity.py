@@ -31,8 +31,9 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_iou, nms
 
 from kd_det import __version__
+from kd_det.config import ConfigurationError
 from kd_det.config.classes import ClassMatch, first_metainfo, label_names, match_classes, metainfo_of, number_of_classes
-from kd_det.config.files import ConfigurationError, leaf_datasets, load_config, student_model
+from kd_det.config.files import leaf_datasets, load_config, student_model
 from kd_det.functional.fidelity import Moments, expected_calibration_error, linear_cka, moments
 from kd_det.functional.masks import valid_cells
 from kd_det.heads.dense import Stride

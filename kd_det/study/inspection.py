@@ -22,8 +22,10 @@ from kd_det.checks.data import check_labels
 from kd_det.checks.doctor import check_config, explain
 from kd_det.checks.images import check_images
 from kd_det.compat import load_checkpoint
+from kd_det.config import ConfigurationError
 from kd_det.config.classes import Names, label_names, training_classes
-from kd_det.config.files import ConfigurationError, leaf_datasets, resolve_distillation, type_name
+from kd_det.config.files import leaf_datasets, type_name
+from kd_det.config.options import resolve_distillation
 from kd_det.context import ComparedLevel
 from kd_det.distillers.detection_distiller import DetectionDistiller, Observation
 from kd_det.distillers.gradients import GradientNorms, gradient_norms

@@ -8,15 +8,9 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from kd_det.config.files import (
-    ConfigurationError,
-    is_distillation,
-    leaf_datasets,
-    load_config,
-    resolve_config,
-    set_data_root,
-    student_config,
-)
+from kd_det.config import ConfigurationError
+from kd_det.config.files import is_distillation, leaf_datasets, load_config, set_data_root, student_config
+from kd_det.config.options import resolve_config
 from kd_det.study.runs import sha256
 
 

@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader
 
 from kd_det import __version__
 from kd_det.checks.doctor import explain
-from kd_det.config.files import ConfigurationError, is_distillation
+from kd_det.config import ConfigurationError
+from kd_det.config.files import is_distillation
 from kd_det.registry import HOME
 from kd_det.training.runner import build_runner
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from kd_det.checks.synthetic import USUAL_SIZES, Size, synthetic_batch, training_sizes
-from kd_det.config.files import ConfigurationError, resolve_distillation
+from kd_det.config import ConfigurationError
+from kd_det.config.options import resolve_distillation
 from kd_det.context import DistillContext, Progress
 from kd_det.distillers import DetectionDistiller
 from kd_det.distillers.weights import Weight, total

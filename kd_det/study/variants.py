@@ -13,15 +13,9 @@ from typing import Any
 from mmdet.registry import TRANSFORMS
 from mmengine.config import Config, DictAction
 
+from kd_det.config import ConfigurationError
 from kd_det.config.composition import NO_METHOD, PAPER, distillation_config, ensemble
-from kd_det.config.files import (
-    TOP_KEYS,
-    ConfigurationError,
-    leaf_datasets,
-    student_model,
-    training_pipelines,
-    type_name,
-)
+from kd_det.config.files import TOP_KEYS, leaf_datasets, student_model, training_pipelines, type_name
 from kd_det.config.methods import available_methods, find_files, is_file
 from kd_det.config.options import merge_options
 from kd_det.registry import HOME, find_class, scope_of, within_scope

@@ -19,8 +19,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
+from kd_det.config import ConfigurationError
 from kd_det.config.classes import label_names, metainfo_of
-from kd_det.config.files import ConfigurationError, student_model
+from kd_det.config.files import student_model
 from kd_det.registry import build_detector, scope_of, within_scope
 from kd_det.teachers import load_strictly
 

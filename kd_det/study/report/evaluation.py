@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from kd_det.checks.image_reader import read_image
 from kd_det.compat import load_checkpoint
+from kd_det.config import ConfigurationError
 from kd_det.config.classes import ClassMatch, match_classes, number_of_classes
-from kd_det.config.files import ConfigurationError, is_distillation
+from kd_det.config.files import is_distillation
 from kd_det.distillers import DetectionDistiller
 from kd_det.functional.masks import spatial_attention, valid_cells
 from kd_det.losses import FeatureTerm

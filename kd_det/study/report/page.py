@@ -23,7 +23,8 @@ from mmdet.utils import register_all_modules
 from mmengine.logging import MMLogger
 
 from kd_det import __version__
-from kd_det.config.files import merge_options, set_data_root
+from kd_det.config.files import set_data_root
+from kd_det.config.options import merge_options
 from kd_det.study.pictures import Curve, draw_curves
 from kd_det.study.report.evaluation import TEACHER
 from kd_det.study.report.studies import read_studies

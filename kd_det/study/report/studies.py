@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from mmengine.config import Config
 
-from kd_det.config.files import ConfigurationError, is_distillation, load_config, type_name
+from kd_det.config import ConfigurationError
+from kd_det.config.files import is_distillation, load_config, type_name
 from kd_det.distillers import build_weight
 from kd_det.study.fidelity import FIDELITY_FILE
 from kd_det.study.pictures import Curve
