@@ -100,9 +100,9 @@ def print_benchmark(function: Callable[..., BenchmarkResult], options: Namespace
             teacher_checkpoints=options.teacher_checkpoint, seeds=options.seeds,
             fidelity=('val', ) if options.fidelity == [] else options.fidelity or (), data_root=options.data,
             epochs=options.epochs, teacher_epochs=options.teacher_epochs, balance=options.balance,
-            inherit=inherited_parts(options), options=read_options(options.cfg_options), check_images=options.check_images,
-            trackers=options.track, work_dir=options.work_dir, devices=options.devices, jobs=options.jobs,
-            threads=options.threads, log=log)
+            inherit=inherited_parts(options), options=read_options(options.cfg_options),
+            check_images=options.check_images, trackers=options.track, work_dir=options.work_dir,
+            devices=options.devices, jobs=options.jobs, threads=options.threads, log=log)
     except TeacherTrainingError as error:
         log(str(error))
         return 1

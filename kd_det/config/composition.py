@@ -6,7 +6,7 @@ teachers. What ``--cfg-options`` change in it at last, :mod:`kd_det.config.optio
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 

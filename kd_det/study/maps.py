@@ -17,12 +17,12 @@ from kd_det.context import ComparedLevel
 from kd_det.distillers.detection_distiller import DetectionDistiller, Observation
 from kd_det.functional.masks import channel_attention, spatial_attention
 from kd_det.heads.dense import Stride
-from kd_det.heads.recording import recorded_calls
 from kd_det.losses import FGD, FKD, AttentionImitation, DistillTerm, FeatureTerm
 from kd_det.losses.base import Parts
 from kd_det.losses.outputs import ComparedOutputs, DenseTerm
 from kd_det.masks import Mask
 from kd_det.study.pictures import draw_channels, draw_maps, save_figure
+from kd_det.taps import record_calls
 
 MAX_IMAGES = 4  # of a batch
 TEMPERATURE = 0.5  # of the attentions of a term that has none itself
@@ -60,8 +60,8 @@ def observe_comparisons(distiller: DetectionDistiller, data: dict) -> tuple[Obse
     """
     terms = [(name, term) for name, term in distiller.terms.items() if isinstance(term, (FeatureTerm, DenseTerm))]
     with ExitStack() as stack:
-        calls = {name: stack.enter_context(recorded_calls(term, 'compare')) for name, term in terms}
-        divisors = {name: stack.enter_context(recorded_calls(term, '_divisors')) for name, term in terms
+        calls = {name: stack.enter_context(record_calls(term, 'compare')) for name, term in terms}
+        divisors = {name: stack.enter_context(record_calls(term, '_divisors')) for name, term in terms
                     if isinstance(term, DenseTerm)}
         observation = distiller.observe(data['inputs'], data['data_samples'], distiller.terms)
     comparisons = {}
