@@ -45,7 +45,7 @@ def run(options: Namespace) -> int:
     from kd_det.compat.console import PlainConsole
     from kd_det.config.files import ConfigurationError
     from kd_det.study.step_costs import measure_step, random_distiller
-    from kd_det.teachers.bridge import OTHER_SIZES
+    from kd_det.teachers.bridge import SIZE_MISMATCH
     options.device = options.device or get_device()
     config = load_distillation(options)
     if options.threads:
@@ -57,7 +57,7 @@ def run(options: Namespace) -> int:
     try:
         costs = measure_step(distiller, batch, config.optim_wrapper, options.repeats)
     except RuntimeError as error:
-        if not OTHER_SIZES.search(str(error)):
+        if not SIZE_MISMATCH.search(str(error)):
             raise
         raise ConfigurationError(
             f'A step fails on images of {options.size[0]} × {options.size[1]} pixels: {error}. Where the levels of the '
