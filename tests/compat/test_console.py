@@ -10,7 +10,6 @@ from rich.table import Table
 
 from kd_det.checks.environment import Finding
 from kd_det.cli import distill
-from kd_det.cli.benchmark_step import costs_table
 from kd_det.cli.doctor import render
 from kd_det.cli.main import main
 from kd_det.compat import process
@@ -87,7 +86,7 @@ def test_columns_stay_in_line_where_signs_are_spelt_out(monkeypatch):
 def test_a_caption_of_numbers_is_plain(monkeypatch):
     output = ascii_output(monkeypatch)
     costs = StepCosts({name: Cost(1.0, 0) for name in (STUDENT, DISTILLED, PLAIN_TEACHER)}, [1.0])
-    PlainConsole().print(costs_table(costs, 1, (64, 64), 0))
+    PlainConsole().print(costs.tabulate().to_rich())
     assert '[bold]' not in written(output)
 
 
