@@ -27,8 +27,8 @@ def read_strides(strides: Iterable[Stride | Sequence[Stride]]) -> tuple[Stride, 
         >>> read_strides([8, 16.0, (32, 32), 10.5])
         (8, 16, 32, 10.5)
     """
-    widths = (stride[0] if isinstance(stride, (tuple, list)) else stride for stride in strides)
-    return tuple(int(width) if width == int(width) else float(width) for width in widths)
+    widths = (float(stride[0] if isinstance(stride, Sequence) else stride) for stride in strides)
+    return tuple(int(width) if width.is_integer() else width for width in widths)
 
 
 @dataclass
