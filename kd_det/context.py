@@ -62,6 +62,54 @@ class DistillContext:
     teacher_outputs: list[TeacherOutputs] = field(default_factory=list)
     _computed: dict[Hashable, object] = field(default_factory=dict, repr=False)
 
+    @classmethod
+    def of_features(
+        cls,
+        student: Tensor | Sequence[Tensor],
+        teacher: Tensor | Sequence[Tensor],
+        stride: Stride | Sequence[Stride] = 8,
+        boxes: Sequence[Tensor] | None = None,
+        labels: Sequence[Tensor] | None = None,
+        image_shapes: Sequence[tuple[int, int]] | None = None,
+        batch_shape: tuple[int, int] | None = None,
+        tap: str = 'neck',
+        **others,
+    ) -> DistillContext:
+        """The step of one tap of a student and of one teacher, from plain tensors: for examples, tests and notebooks.
+
+        Args:
+            student: (N, C, H, W), or one for each level, the finest first.
+            teacher: (N, C', H, W), or one for each level.
+            stride: Of the finest level, in pixels, each next level having twice that; or one for each level.
+            boxes: One (n, 4) of x1, y1, x2, y2 in pixels per image; no boxes by default.
+            labels: One (n,) of class indices per image; 0 by default.
+            image_shapes: Height and width of each image in pixels; ``batch_shape`` by default, which is no padding.
+            batch_shape: Height and width of the padded batch in pixels; what the first level covers by default.
+            tap: The name of the tap.
+            **others: Other attributes, such as ``labelled`` or ``teacher_outputs``.
+
+        Example:
+            >>> import torch
+            >>> context = DistillContext.of_features(torch.zeros(2, 16, 8, 12), torch.zeros(2, 32, 8, 12), stride=8,
+            ...                                      image_shapes=[(64, 96), (32, 40)])
+            >>> context.batch_shape, [len(boxes) for boxes in context.boxes]
+            ((64, 96), [0, 0])
+            >>> context.valid((8, 12)).sum((1, 2))
+            tensor([96, 20])
+        """
+        students, teachers = ((each, ) if isinstance(each, Tensor) else tuple(each) for each in (student, teacher))
+        strides = [stride * 2**index for index in range(len(students))] if isinstance(stride, (int, float)) else stride
+        images, _, height, width = students[0].shape
+        batch_shape = batch_shape or (round(height * strides[0]), round(width * strides[0]))
+        boxes = [students[0].new_zeros(0, 4)] * images if boxes is None else list(boxes)
+        labels = [each.new_zeros(len(each), dtype=torch.long) for each in boxes] if labels is None else list(labels)
+        student_specs, teacher_specs = (tuple(LevelSpec(level.shape[1], each) for level, each in zip(levels, strides))
+                                        for levels in (students, teachers))
+        return cls(
+            student={tap: students}, teachers=[{tap: teachers}], student_levels={tap: student_specs},
+            teacher_levels=[{tap: teacher_specs}], boxes=boxes, labels=labels, batch_shape=batch_shape,
+            image_shapes=[batch_shape] * images if image_shapes is None else list(image_shapes), **others)
+
     @property
     def device(self) -> torch.device:
         return self.boxes[0].device
