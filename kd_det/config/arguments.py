@@ -48,7 +48,8 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def check_number(name: str, value: object, *, least: float | None = None, above: float | None = None,
-                 most: float | None = None, below: float | None = None, whole: bool = False) -> None:
+                 most: float | None = None, below: float | None = None, whole: bool = False,
+                 meaning: str | None = None) -> None:
     """Checks a finite number, True and False are none.
 
     Args:
@@ -59,6 +60,7 @@ def check_number(name: str, value: object, *, least: float | None = None, above:
         most: The largest that fits.
         below: What it must stay under.
         whole: It must be an integer.
+        meaning: What it says, for the message.
 
     Raises:
         ValueError: It is no such number.
@@ -67,13 +69,18 @@ def check_number(name: str, value: object, *, least: float | None = None, above:
         >>> check_number('ratio', 1.0, least=0, below=1)
         Traceback (most recent call last):
         ValueError: ratio=1.0: expected a number of at least 0 and below 1.
+        >>> check_number('layers', 0, least=1, whole=True, meaning='the number of layers')
+        Traceback (most recent call last):
+        ValueError: layers=0: expected the number of layers, an integer of at least 1.
     """
-    is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not ((least is None or value >= least) and (above is None or value > above)
-                             and (most is None or value <= most) and (below is None or value < below)):
+    kind = Integral if whole else Real
+    number = float(value) if isinstance(value, kind) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number) or not ((least is None or number >= least) and (above is None or number > above)
+                                         and (most is None or number <= most) and (below is None or number < below)):
         bounds = (('of at least', least), ('above', above), ('of at most', most), ('below', below))
         limits = ' and '.join(f'{words} {bound:g}' for words, bound in bounds if bound is not None)
-        refuse(name, value, f"{'an integer' if whole else 'a number'}{' ' if limits else ''}{limits}.")
+        expected = f"{'an integer' if whole else 'a number'} {limits}".strip()
+        refuse(name, value, f'{meaning}, {expected}.' if meaning else f'{expected}.')
 
 
 def check_flags(**flags: object) -> None:
