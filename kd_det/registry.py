@@ -17,9 +17,10 @@ from typing import Any
 import mmdet.registry
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
-from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import DefaultScope, Registry
 from torch import nn
+
+from kd_det.compat.startup import REGISTRATION
 
 HOME = 'mmdet'  # this package's classes join MMDetection's registries
 
@@ -61,7 +62,7 @@ def add_nodes(scope: str) -> dict[str, Registry]:
                if isinstance(node, Registry) and node.scope == HOME and node.root._search_child(scope) is None}
     if lacking:  # a child looks into its parent's table, but does not have it filled
         register_all_modules(init_default_scope=False)
-    locations = [scope] if find_spec(scope) else []
+    locations = ([scope] if find_spec(scope) else []) + [REGISTRATION]
     return {name: Registry(node.name, parent=node, scope=scope, locations=locations)
             for name, node in lacking.items()}
 
@@ -98,18 +99,6 @@ def build_own(registry: Registry, config: Mapping) -> Any:
     """Builds a term, a mask or a weight. One of this package need not be named with its scope, whatever scope holds."""
     with nullcontext() if find_class(registry, config) is not None else DefaultScope.overwrite_default_scope(HOME):
         return registry.build(config)
-
-
-def register_config_scope() -> None:
-    """Adds ``kd_det`` to the packages whose configs MMEngine finds.
-
-    MMEngine keeps a fixed table from scope to distribution and looks up where that distribution is installed, which
-    fails in an editable install. Where there is no distribution of that name it imports the module instead and takes
-    its folder: the name of this module leads to the package however it is installed. Configs of MMDetection
-    (``mmdet::…``) need no help: by the same rule they are found under any distribution that provides the module
-    ``mmdet``.
-    """
-    MODULE2PACKAGE.setdefault('kd_det', __name__)
 
 
 SCOPE = 'kd_det'

@@ -15,6 +15,7 @@ from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from kd_det import __version__
 from kd_det.compat.process import preserved_randomness
 from kd_det.config.classes import number_of_classes
 from kd_det.heads import HeadError, StudentOutputs, TeacherForward, TeacherOutputs, find_head, run_heads
@@ -34,7 +35,6 @@ from kd_det.teachers.loading import (
     without_pretrained,
 )
 from kd_det.teachers.probe import input_channels, run_encoder, shape_samples
-from kd_det.version import __version__
 
 ReadLevels = dict[str, Sequence[bool]]  # by path of a tap; for each of its levels, whether anything reads it
 

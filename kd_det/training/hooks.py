@@ -14,7 +14,7 @@ from rich.table import Table
 from kd_det.checks.data import check_labels
 from kd_det.checks.preflight import evaluate_teacher, require_names, require_skill
 from kd_det.compat import log_operator_backend
-from kd_det.compat.process import PlainConsole
+from kd_det.compat.console import PlainConsole
 from kd_det.config.classes import label_names, metainfo_of
 from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.distillers.inheritance import ORIGINS
