@@ -17,8 +17,13 @@ from kd_det.heads.towers import TowerWidths
 from kd_det.losses.adapters import CHANNEL_ADAPTERS, build_adapter
 from kd_det.masks.base import Mask
 
-Parts = dict[str, Tensor]
+Parts = dict[str, Tensor]  # of a term's value, by name; scalars
 InputSpecs = dict[str, tuple[LevelSpec, ...] | TowerWidths]
+
+
+def sum_parts(value: Tensor | Parts) -> Tensor:
+    """The value of a term as one scalar."""
+    return sum(value.values()) if isinstance(value, dict) else value
 
 
 class DistillTerm(nn.Module):
