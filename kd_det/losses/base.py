@@ -21,11 +21,6 @@ Parts = dict[str, Tensor]  # of a term's value, by name; scalars
 InputSpecs = dict[str, tuple[LevelSpec, ...] | TowerWidths]
 
 
-def sum_parts(value: Tensor | Parts) -> Tensor:
-    """The value of a term as one scalar."""
-    return sum(value.values()) if isinstance(value, dict) else value
-
-
 class DistillTerm(nn.Module):
     """One comparison of student and teacher.
 
@@ -182,7 +177,7 @@ class FeatureTerm(DistillTerm):
         return build_adapter(self.adapter, pair.student_spec.channels, pair.teacher_spec.channels)
 
     def forward(self, context: DistillContext) -> Parts:
-        return sum_parts(self.compare(self.read_level(context, position), position)
+        return add_parts(self.compare(self.read_level(context, position), position)
                          for position in range(len(self.pairs)))
 
     def compare(self, level: ComparedLevel, position: int) -> Parts:
@@ -218,15 +213,25 @@ class FeatureTerm(DistillTerm):
                              self.teacher_index)
 
 
-def sum_parts(levels: Iterable[Parts]) -> Parts:
-    """Adds the parts of several levels by their names.
+def sum_parts(value: Tensor | Parts) -> Tensor:
+    """The value of a term as one scalar.
 
     Example:
-        >>> sum_parts([dict(flow=torch.tensor(1.0)), dict(flow=torch.tensor(2.0))])
+        >>> sum_parts(dict(foreground=torch.tensor(1.0), background=torch.tensor(2.0)))
+        tensor(3.)
+    """
+    return cast(Tensor, sum(value.values())) if isinstance(value, dict) else value
+
+
+def add_parts(several: Iterable[Parts]) -> Parts:
+    """Adds parts, such as those of several levels, by their names.
+
+    Example:
+        >>> add_parts([dict(flow=torch.tensor(1.0)), dict(flow=torch.tensor(2.0))])
         {'flow': tensor(3.)}
     """
     total: Parts = {}
-    for parts in levels:
+    for parts in several:
         for name, value in parts.items():
             total[name] = total[name] + value if name in total else value
     return total

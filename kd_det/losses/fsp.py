@@ -9,7 +9,7 @@ from torch import Tensor
 from kd_det.config.arguments import check_choice, check_flags
 from kd_det.context import DistillContext
 from kd_det.functional.relations import flow_distance, flow_matrix
-from kd_det.losses.base import FeatureTerm, InputSpecs, Parts, sum_parts
+from kd_det.losses.base import FeatureTerm, InputSpecs, Parts, add_parts
 
 NORMALIZERS = ('batch', 'mean')
 
@@ -65,7 +65,7 @@ class FSP(FeatureTerm):
         inside = [level.valid[:, None] if self.pad_aware else 1 for level in levels]
         student = _flow_matrices([level.student * cells for level, cells in zip(levels, inside)])
         teacher = _flow_matrices([level.teacher * cells for level, cells in zip(levels, inside)])
-        return sum_parts(dict(flow=self._distance(*both)) for both in zip(student, teacher))
+        return add_parts(dict(flow=self._distance(*both)) for both in zip(student, teacher))
 
     def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         distance = flow_distance(student, teacher)

@@ -14,7 +14,7 @@ from kd_det.config.arguments import check_choice, check_flags, check_number, che
 from kd_det.context import ComparedLevel
 from kd_det.functional.features import DISTANCES, NORMALIZERS, decoupled_imitation, masked_imitation
 from kd_det.functional.focal_global import attention_distance
-from kd_det.losses.base import FeatureTerm, Parts, rank_share, sum_parts
+from kd_det.losses.base import FeatureTerm, Parts, add_parts, rank_share
 from kd_det.masks import build_mask
 from kd_det.masks.base import CellMask, Mask, MaskConfig, Weighting
 
@@ -66,7 +66,7 @@ class FeatureImitation(FeatureTerm):
 
     def compare(self, level: ComparedLevel, position: int) -> Parts:
         weightings = (Weighting(), ) if self.mask is None else self.mask(level)
-        return sum_parts(dict(imitation=self._imitate(level, weighting)) for weighting in weightings)
+        return add_parts(dict(imitation=self._imitate(level, weighting)) for weighting in weightings)
 
     def _imitate(self, level: ComparedLevel, weighting: Weighting) -> Tensor:
         cells = level.valid.float() if weighting.cells is None else weighting.cells

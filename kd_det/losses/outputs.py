@@ -14,7 +14,7 @@ from kd_det.functional.boxes import bounded_regression
 from kd_det.functional.logits import quality_bce
 from kd_det.heads import ROI_HEAD, DenseOutputs, HeadError, HeadRequest, RoIOutputs
 from kd_det.heads.roi import at_stage
-from kd_det.losses.base import DistillTerm, Parts, sum_parts
+from kd_det.losses.base import DistillTerm, Parts, add_parts
 
 DENSE_NORMALIZERS = ('positives', 'confidence', 'richness', 'none')
 ROI_NORMALIZERS = ('regions', 'own')
@@ -107,7 +107,7 @@ class DenseTerm(DistillTerm):
 
     def forward(self, context: DistillContext) -> Parts:
         levels = self.pair_levels(context)
-        return sum_parts({name: value / divisor for name, value in self.compare(level).items()}
+        return add_parts({name: value / divisor for name, value in self.compare(level).items()}
                          for level, divisor in zip(levels, self._divisors(levels)))
 
     def compare(self, level: ComparedOutputs) -> Parts:
