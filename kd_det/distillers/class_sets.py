@@ -122,7 +122,7 @@ def restricted_to_shared(context: DistillContext, teacher: int, match: ClassMatc
     teachers = list(context.teacher_outputs)
     teachers[teacher] = taught
     return replace(context, student_outputs=student, teacher_outputs=teachers,
-                   labels=[match.shared(labels) for labels in context.labels], _computed={})
+                   labels=[match.shared(labels) for labels in context.labels])
 
 
 def _restricted(outputs: dict[str, Any], classes: Sequence[int]) -> dict[str, Any]:

@@ -164,7 +164,8 @@ class FeatureTerm(DistillTerm):
 
     def _level(self, context: DistillContext, position: int) -> ComparedLevel:
         pair = self.pairs[position]
-        student = self.adapters[position](context.student[self.student_path][pair.student_level].float())
+        raw_student = context.student[self.student_path][pair.student_level].float()
+        student = self.adapters[position](raw_student)
         teacher = context.teachers[self.teacher_index][self.teacher_path][pair.teacher_level].float()
         if student.shape[-2:] != teacher.shape[-2:]:
             if not self.resize:
@@ -174,7 +175,8 @@ class FeatureTerm(DistillTerm):
                                  "down do, set data_preprocessor.pad_size_divisor of the student's config to the "
                                  'largest stride; else allow resize=True of the term.')
             teacher = F.interpolate(teacher, student.shape[-2:], mode='bilinear', align_corners=False)
-        return ComparedLevel(student, teacher, pair.student_spec.stride, pair.student_level, context, self.teacher_index)
+        strides = tuple(spec.stride for spec in context.student_levels[self.student_path])
+        return ComparedLevel(student, teacher, raw_student, pair.student_level, strides, context, self.teacher_index)
 
 
 def find_read_levels(terms: Iterable[DistillTerm], specs: dict[str, Sequence[LevelSpec]]) -> dict[str, tuple[bool, ...]]:

@@ -77,8 +77,8 @@ class PyramidMask(CellMask):
 
     Args:
         finest_scale: Boxes up to twice this size, in pixels, belong to the finest level.
-        num_levels: Number of levels of the pyramid, the last of which gets all larger boxes; that of the longest tap to
-            which the compared level can belong by default.
+        num_levels: Number of levels of the pyramid, the last of which gets all larger boxes; that of the student's tap
+            by default.
     """
 
     def __init__(self, finest_scale: float = 56, num_levels: int | None = None) -> None:
@@ -100,9 +100,7 @@ class PyramidMask(CellMask):
                              f"{' × '.join(map(str, level.context.batch_shape))} pixels does not have square cells of "
                              f'{level.stride} pixels, which {type(self).__name__} reads by. Take another mask, such as '
                              'BoxForeground.')
-        taps = level.context.student_levels.values()  # some, as YOLOv3's neck, begin with the coarsest level
-        strides = max((sorted(each.stride for each in levels) for levels in taps if len(levels) > level.index
-                       and levels[level.index].stride == level.stride), key=len)
+        strides = sorted(level.strides)  # some taps, as YOLOv3's neck, begin with the coarsest level
         box_levels = assign_levels(level.context.boxes, self.num_levels or len(strides), self.finest_scale)
         return box_levels, strides.index(level.stride)
 

@@ -2,7 +2,6 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 
-from kd_det.context import ComparedLevel
 from kd_det.functional import masks as functional
 from kd_det.masks import build_mask
 
@@ -13,7 +12,7 @@ def level(make_context):
     torch.manual_seed(0)
     boxes = [torch.tensor([[8., 16., 31., 40.]]), torch.tensor([[0., 0., 7., 7.]])]
     context = make_context(torch.randn(2, 6, 8, 12), torch.randn(2, 6, 8, 12), boxes, image_shapes=[(64, 96), (40, 56)])
-    return ComparedLevel(context.student['neck'][0], context.teachers[0]['neck'][0], 8, 0, context)
+    return context.read_level()
 
 
 def test_boxes_land_in_the_right_cells_of_a_padded_batch(level):
