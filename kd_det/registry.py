@@ -7,11 +7,13 @@ MMEngine's ``_scope_``; and what this package builds of its own is found from wi
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
+from pkgutil import iter_modules
 from typing import Any
 
 import mmdet.registry
@@ -98,6 +100,23 @@ def build_own(registry: Registry, config: Mapping) -> Any:
     """Builds a term, a mask or a weight. One of this package need not be named with its scope, whatever scope holds."""
     with nullcontext() if find_class(registry, config) is not None else DefaultScope.overwrite_default_scope(HOME):
         return registry.build(config)
+
+
+def import_registered(package: str) -> dict[str, type]:
+    """Imports every module of a package that is being imported, so that what they hold is registered.
+
+    Who adds a term or a mask adds a file, and nothing else.
+
+    Args:
+        package: Its name.
+
+    Returns:
+        The classes that its own modules register as models, by name.
+    """
+    modules = [import_module(f'{package}.{each.name}') for each in iter_modules(sys.modules[package].__path__)]
+    registered = MODELS.module_dict.values()
+    return {name: value for module in modules for name, value in vars(module).items()
+            if isinstance(value, type) and value.__module__ == module.__name__ and value in registered}
 
 
 def register_config_scope() -> None:
