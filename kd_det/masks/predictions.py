@@ -1,10 +1,17 @@
-"""Masks from what dense heads predict; only that of prediction quality needs ground truth."""
+"""Masks from what the heads predict: dense heads, the queries of DETRs, RoI heads.
+
+Only that of prediction quality needs ground truth. A mask reads the outputs of the heads that it declares; those of
+student and teacher are detached here, for no gradient flows through a mask.
+"""
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from mmdet.registry import MODELS
 from torch import Tensor
 
+from kd_det.config.arguments import check_choice, check_flags, check_number, refuse, split_sides
 from kd_det.context import ComparedLevel, DistillContext
 from kd_det.functional.masks import (
     assign_levels,
@@ -19,26 +26,17 @@ from kd_det.heads.roi import at_stage
 from kd_det.masks.base import CellMask
 
 ANCHOR_REDUCTIONS = ('max', 'mean')
+STAGES = ('mean', 'same')
 
 
 class _PredictionMask(CellMask):
-    """A mask from the class probabilities at each cell, of the head's level of the same stride.
-
-    Args:
-        head: ``'bbox_head'`` of one-stage detectors, or ``'rpn_head'``, whose only class is the object; or a dict with
-            the keys ``student`` and ``teacher``.
-        anchors: ``'max'`` or ``'mean'`` over the anchors of a cell.
-
-    Raises:
-        ValueError: Another word for ``anchors``.
-    """
+    """A mask from the class probabilities at each cell, of the head's level of the same stride."""
 
     def __init__(self, head: str | dict[str, str] = 'bbox_head', anchors: str = 'max') -> None:
         super().__init__()
-        if anchors not in ANCHOR_REDUCTIONS:
-            raise ValueError(f"anchors='{anchors}': expected one of {', '.join(ANCHOR_REDUCTIONS)}.")
-        heads = dict(student=head, teacher=head) if isinstance(head, str) else head
-        self.student_head, self.teacher_head, self.anchors = heads['student'], heads['teacher'], anchors
+        check_choice('anchors', anchors, ANCHOR_REDUCTIONS)
+        self.student_head, self.teacher_head = split_sides('head', head)
+        self.anchors = anchors
 
     @property
     def teacher_heads(self) -> tuple[str, ...]:
@@ -74,15 +72,24 @@ class PredictionDifference(_PredictionMask):
     Args:
         class_agnostic: Compare the largest class probability alone: for heads that tell other classes apart, such as an
             RPN and a one-stage head.
-        **kwargs: ``head`` (``'bbox_head'`` or ``'rpn_head'``, or a dict with the keys ``student`` and ``teacher``) and
-            ``anchors`` (``'max'`` or ``'mean'`` over those of a cell).
+        **kwargs: ``head`` (``'bbox_head'`` of one-stage detectors, or ``'rpn_head'``, whose only class is the object; or
+            a dict with the keys ``student`` and ``teacher``) and ``anchors`` (``'max'`` or ``'mean'`` over those of a
+            cell).
+
+    Raises:
+        ValueError: Another word for ``anchors``, or ``head`` is no name.
+        HeadError: In a step: the heads tell other classes apart, or see other levels than the features are.
 
     Example:
-        >>> dict(type='FeatureImitation', mask=dict(type='PredictionDifference', head='rpn_head'), normalizer='cells')
+        >>> from kd_det.masks import build_mask
+        >>> mask = build_mask(dict(type='PredictionDifference', head='rpn_head'))
+        >>> mask.anchors, mask.needs_boxes
+        ('max', False)
     """
 
-    def __init__(self, class_agnostic: bool = False, **kwargs) -> None:
+    def __init__(self, class_agnostic: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_flags(class_agnostic=class_agnostic)
         self.class_agnostic = class_agnostic
 
     @property
@@ -102,13 +109,27 @@ class PredictionDifference(_PredictionMask):
 
 @MODELS.register_module()
 class TeacherConfidence(_PredictionMask):
-    """Where the teacher sees an object: its largest class probability (feature richness, FRS, arXiv 2111.00674).
+    """Where the teacher sees an object: max over classes of p_t (feature richness, FRS, arXiv 2111.00674).
 
     Args:
-        **kwargs: See :class:`PredictionDifference`; of ``head`` the teacher's counts.
+        **kwargs: ``head`` and ``anchors``, see :class:`PredictionDifference`; of ``head`` the teacher's counts.
+
+    Raises:
+        ValueError: Another word for ``anchors``, or ``head`` is no name.
+        HeadError: In a step: the head sees other levels than the features are.
 
     Example:
-        >>> dict(type='FeatureImitation', mask='TeacherConfidence', normalizer='mask')
+        A head of two cells, a class and an anchor:
+
+        >>> import torch
+        >>> from kd_det.context import DistillContext
+        >>> from kd_det.heads import DenseOutputs
+        >>> outputs = DenseOutputs(logits=(torch.tensor([[[-1.], [1.]]]), ), activation='sigmoid', regressions=(),
+        ...                        shapes=((1, 2), ), strides=(8, ), decode=tuple, generate_priors=tuple)
+        >>> feature = torch.zeros(1, 4, 1, 2)
+        >>> context = DistillContext.of_features(feature, feature, 8, teacher_outputs=[dict(bbox_head=outputs)])
+        >>> TeacherConfidence().cells(context.read_level())
+        tensor([[[0.2689, 0.7311]]])
     """
 
     def cells(self, level: ComparedLevel) -> Tensor:
@@ -125,15 +146,24 @@ class PredictionQuality(CellMask):
     Args:
         head: The teacher's: ``'bbox_head'``, or ``'rpn_head'``, whose only class is the object. Boxes of a class that
             the head does not have get no cells.
-        xi: ξ, the share of the localisation in the quality.
-        top_k: Number of cells for each box.
+        xi: ξ, the share of the localisation in the quality, from 0 to 1.
+        top_k: Number of cells for each box, at least 1.
+
+    Raises:
+        ValueError: A number out of its range.
+        HeadError: In a step: the head sees other levels than the features are.
 
     Example:
-        >>> dict(type='FeatureImitation', mask=dict(type='PredictionQuality', top_k=30), normalizer='mask')
+        >>> from kd_det.masks import build_mask
+        >>> mask = build_mask(dict(type='PredictionQuality', top_k=9))
+        >>> mask.xi, mask.needs_boxes
+        (0.8, True)
     """
 
     def __init__(self, head: str = 'bbox_head', xi: float = 0.8, top_k: int = 30) -> None:
         super().__init__()
+        check_number('xi', xi, least=0, most=1)
+        check_number('top_k', top_k, least=1, whole=True)
         self.head, self.xi, self.top_k = head, xi, top_k
 
     @property
@@ -170,21 +200,28 @@ class PredictionQuality(CellMask):
 
 @MODELS.register_module()
 class QueryConfidence(CellMask):
-    """Where the queries of a teacher see objects: at each cell the largest score of a query whose box covers it.
+    """Where the queries of a teacher see objects: at each cell the largest score, max_c p_t, of those that cover it.
 
     FRS (arXiv 2111.00674) weighs features by what the teacher's dense head sees; this does it by the last decoder layer
     of a DETR, which says itself how far an object reaches. It needs no ground truth.
 
     Args:
         head: The teacher's.
-        top_k: Number of queries that count, the surest.
+        top_k: Number of queries that count, the surest; at least 1.
+
+    Raises:
+        ValueError: Another number.
 
     Example:
-        >>> dict(type='FeatureImitation', tap='encoder', mask='QueryConfidence', normalizer='mask')
+        >>> from kd_det.masks import build_mask
+        >>> build_mask(dict(type='QueryConfidence', top_k=0))
+        Traceback (most recent call last):
+        ValueError: top_k=0: expected an integer of at least 1.
     """
 
     def __init__(self, head: str = 'bbox_head', top_k: int = 100) -> None:
         super().__init__()
+        check_number('top_k', top_k, least=1, whole=True)
         self.head, self.top_k = head + QUERIES_OF, top_k
 
     @property
@@ -214,12 +251,19 @@ class RoIPredictionDifference(CellMask):
     Args:
         stage: Of a cascade teacher: ``'mean'``, ``'same'`` or an index, see :func:`~kd_det.heads.roi.at_stage`.
         class_agnostic: Compare the largest class probability alone: for RoI heads that tell other classes apart.
-        num_levels: Number of levels that the RoI heads read, counted from the finest.
+        num_levels: Number of levels that the RoI heads read, counted from the finest; at least 1.
         finest_scale: Regions up to twice this size, in pixels, are read from the finest level, as ``finest_scale`` of
-            mmdet's ``SingleRoIExtractor``.
+            mmdet's ``SingleRoIExtractor``; above 0.
+
+    Raises:
+        ValueError: A word or a number out of its range.
+        HeadError: In a step: the heads tell other classes apart, or the teacher has no such stage.
 
     Example:
-        >>> dict(type='MaskSum', masks=[dict(type='PredictionDifference', head='rpn_head'), 'RoIPredictionDifference'])
+        >>> from kd_det.masks import build_mask
+        >>> build_mask(dict(type='RoIPredictionDifference', stage='last'))
+        Traceback (most recent call last):
+        ValueError: stage='last': expected mean, same, or the index of a stage.
     """
 
     student_heads = teacher_heads = (ROI_HEAD, )
@@ -227,6 +271,11 @@ class RoIPredictionDifference(CellMask):
     def __init__(self, stage: str | int = 'mean', class_agnostic: bool = False, num_levels: int = 4,
                  finest_scale: float = 56) -> None:
         super().__init__()
+        if stage not in STAGES and (not isinstance(stage, int) or isinstance(stage, bool) or stage < 0):
+            refuse('stage', stage, f"{', '.join(STAGES)}, or the index of a stage.")
+        check_flags(class_agnostic=class_agnostic)
+        check_number('num_levels', num_levels, least=1, whole=True)
+        check_number('finest_scale', finest_scale, above=0)
         self.stage, self.class_agnostic = stage, class_agnostic
         self.num_levels, self.finest_scale = num_levels, finest_scale
 
