@@ -86,7 +86,7 @@ class DistillContext:
         image_shapes: Sequence[tuple[int, int]] | None = None,
         batch_shape: tuple[int, int] | None = None,
         tap: str = 'neck',
-        **others,
+        **others: Any,
     ) -> DistillContext:
         """The step of one tap of a student and of one teacher, from plain tensors: for examples, tests and notebooks.
 

@@ -26,7 +26,7 @@ from torch import nn
 HOME = 'mmdet'  # this package's classes join MMDetection's registries
 
 
-def scope_of(config: Mapping) -> str:
+def scope_of(config: Mapping[str, Any]) -> str:
     """The scope of a config: MMDetection's where it names none, as pure-Python configs do, whose types are classes."""
     return config.get('default_scope') or HOME
 
@@ -68,7 +68,7 @@ def add_nodes(scope: str) -> dict[str, Registry]:
             for name, node in lacking.items()}
 
 
-def find_class(registry: Registry, config: Mapping, otherwise: str | None = None) -> Any | None:
+def find_class(registry: Registry, config: Mapping[str, Any], otherwise: str | None = None) -> Any | None:
     """What the ``type`` of a dict stands for: a class, or a function; None where no registry has it.
 
     Args:
@@ -87,16 +87,17 @@ def find_class(registry: Registry, config: Mapping, otherwise: str | None = None
     return None
 
 
-def build_detector(model: Mapping) -> nn.Module:
+def build_detector(model: Mapping[str, Any]) -> nn.Module:
     """Builds a detector from its model dict, which stays as it is, within the scope that the dict carries.
 
     Where it carries none, the scope that holds is that of its config: a run's, or :func:`within_scope`.
     """
     with within_scope(model.get('_scope_')):
-        return MODELS.build(copy.deepcopy(model))  # building may write into a config
+        detector: nn.Module = MODELS.build(copy.deepcopy(model))  # building may write into a config
+    return detector
 
 
-def build_own(registry: Registry, config: Mapping) -> Any:
+def build_own(registry: Registry, config: Mapping[str, Any]) -> Any:
     """Builds a term, a mask or a weight. One of this package need not be named with its scope, whatever scope holds."""
     with nullcontext() if find_class(registry, config) is not None else DefaultScope.overwrite_default_scope(HOME):
         return registry.build(config)

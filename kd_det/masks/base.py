@@ -1,8 +1,8 @@
 """What a mask is, how its config is built, and how masks combine.
 
-A mask is given a :class:`~kd_det.context.ComparedLevel`: the features of student and teacher on one level, its stride and
-those of the whole tap, and as its ``context`` the step: boxes, labels, sizes of the images, outputs of the heads that the
-mask asks for. It returns weights; the term that holds it multiplies and normalises.
+A mask is given a :class:`~kd_det.context.ComparedLevel`: the features of student and teacher on one level, its stride
+and those of the whole tap, and as its ``context`` the step: boxes, labels, sizes of the images, outputs of the heads
+that the mask asks for. It returns weights; the term that holds it multiplies and normalises.
 """
 from __future__ import annotations
 
@@ -145,7 +145,8 @@ class MaskProduct(_Combination):
     """
 
     def forward(self, level: ComparedLevel) -> tuple[Weighting, ...]:
-        return tuple(Weighting(_multiply(each.cells for each in together), _multiply(each.channels for each in together),
+        return tuple(Weighting(_multiply(each.cells for each in together),
+                               _multiply(each.channels for each in together),
                                prod(each.factor for each in together))
                      for together in product(*(mask(level) for mask in self.masks)))
 

@@ -5,7 +5,8 @@ student and teacher are detached here, for no gradient flows through a mask.
 """
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from mmdet.registry import MODELS
@@ -21,7 +22,7 @@ from kd_det.functional.masks import (
     teacher_confidence,
 )
 from kd_det.functional.queries import corners
-from kd_det.heads import QUERIES_OF, ROI_HEAD, DenseOutputs, HeadError
+from kd_det.heads import QUERIES_OF, ROI_HEAD, DenseOutputs, HeadError, QueryOutputs, RoIOutputs
 from kd_det.heads.roi import at_stage
 from kd_det.masks.base import CellMask
 
@@ -44,7 +45,8 @@ class _PredictionMask(CellMask):
 
     def teacher_probabilities(self, level: ComparedLevel) -> Tensor:
         """(N, classes, H, W)."""
-        return self.probabilities(level, level.context.teacher_outputs[level.teacher_index][self.teacher_head])
+        outputs = level.context.teacher_outputs[level.teacher_index][self.teacher_head]
+        return self.probabilities(level, cast(DenseOutputs, outputs))
 
     def probabilities(self, level: ComparedLevel, outputs: DenseOutputs) -> Tensor:
         """(N, classes, H, W) of that level.
@@ -52,15 +54,25 @@ class _PredictionMask(CellMask):
         Raises:
             HeadError: The head has no such level.
         """
-        return outputs.cell_probabilities(_head_level(level, outputs), self.anchors).detach()
+        return outputs.cell_probabilities(_find_head_level(level, outputs), self.anchors).detach()
 
 
-def _head_level(level: ComparedLevel, outputs: DenseOutputs) -> int:
+def _find_head_level(level: ComparedLevel, outputs: DenseOutputs) -> int:
     index = outputs.level_of(level.stride)
     if outputs.shapes[index] != level.shape:
         raise HeadError(f'On the level of stride {level.stride} the features have {level.shape} cells but the head '
                         f'{outputs.shapes[index]}: a mask of predictions needs the features that the head sees.')
     return index
+
+
+def _compare_probabilities(student: Tensor, teacher: Tensor, class_agnostic: bool) -> Tensor:
+    """The difference of class probabilities, (N, K, …) or (R, K), as (N, …) or (R,)."""
+    if class_agnostic:
+        student, teacher = student.amax(1, keepdim=True), teacher.amax(1, keepdim=True)
+    if student.shape != teacher.shape:
+        raise HeadError(f'The student tells {student.shape[1]} classes apart, the teacher {teacher.shape[1]}: give a '
+                        'teacher of the same classes, or set class_agnostic=True.')
+    return prediction_difference(student, teacher)
 
 
 @MODELS.register_module()
@@ -72,9 +84,9 @@ class PredictionDifference(_PredictionMask):
     Args:
         class_agnostic: Compare the largest class probability alone: for heads that tell other classes apart, such as an
             RPN and a one-stage head.
-        **kwargs: ``head`` (``'bbox_head'`` of one-stage detectors, or ``'rpn_head'``, whose only class is the object; or
-            a dict with the keys ``student`` and ``teacher``) and ``anchors`` (``'max'`` or ``'mean'`` over those of a
-            cell).
+        **kwargs: ``head`` (``'bbox_head'`` of one-stage detectors, or ``'rpn_head'``, whose only class is the object;
+            or a dict with the keys ``student`` and ``teacher``) and ``anchors`` (``'max'`` or ``'mean'`` over those of
+            a cell).
 
     Raises:
         ValueError: Another word for ``anchors``, or ``head`` is no name.
@@ -97,14 +109,8 @@ class PredictionDifference(_PredictionMask):
         return (self.student_head, )
 
     def cells(self, level: ComparedLevel) -> Tensor:
-        student = self.probabilities(level, level.context.student_outputs[self.student_head])
-        teacher = self.teacher_probabilities(level)
-        if self.class_agnostic:
-            student, teacher = student.amax(1, keepdim=True), teacher.amax(1, keepdim=True)
-        if student.shape != teacher.shape:
-            raise HeadError(f'The student tells {student.shape[1]} classes apart, the teacher {teacher.shape[1]}: give '
-                            'a teacher of the same classes, or set class_agnostic=True.')
-        return prediction_difference(student, teacher) * level.valid
+        student = self.probabilities(level, cast(DenseOutputs, level.context.student_outputs[self.student_head]))
+        return _compare_probabilities(student, self.teacher_probabilities(level), self.class_agnostic) * level.valid
 
 
 @MODELS.register_module()
@@ -175,13 +181,14 @@ class PredictionQuality(CellMask):
         return True
 
     def cells(self, level: ComparedLevel) -> Tensor:
-        context, teacher = level.context, level.teacher_index
-        outputs = context.teacher_outputs[teacher][self.head]
-        index = _head_level(level, outputs)
-        key = ('quality', teacher, self.head, self.xi, self.top_k)  # boxes compete for the cells of all levels together
-        return context.once(key, lambda: self._levels(context, outputs))[index] * level.valid
+        context, teacher_index = level.context, level.teacher_index
+        outputs = cast(DenseOutputs, context.teacher_outputs[teacher_index][self.head])
+        index = _find_head_level(level, outputs)
+        # Boxes compete for the cells of all levels together.
+        key = ('quality', teacher_index, self.head, self.xi, self.top_k)
+        return context.once(key, lambda: self._spread_quality(context, outputs))[index] * level.valid
 
-    def _levels(self, context: DistillContext, outputs: DenseOutputs) -> list[Tensor]:
+    def _spread_quality(self, context: DistillContext, outputs: DenseOutputs) -> list[Tensor]:
         """(N, H, W) of each level of the head."""
         sizes = [height * width for height, width in outputs.shapes]
         anchors = [len(priors) // size for priors, size in zip(outputs.priors, sizes)]
@@ -230,7 +237,7 @@ class QueryConfidence(CellMask):
 
     def cells(self, level: ComparedLevel) -> Tensor:
         context = level.context
-        last = context.teacher_outputs[level.teacher_index][self.head].last(1)
+        last = cast(QueryOutputs, context.teacher_outputs[level.teacher_index][self.head]).last(1)
         scores, surest = last.scores()[0].topk(min(self.top_k, last.boxes.shape[2]))
         boxes = corners(last.boxes[0]).gather(1, surest.unsqueeze(-1).expand(-1, -1, 4)) / 1000
         sizes = boxes.new_tensor([[width, height] * 2 for height, width in context.image_shapes])
@@ -280,25 +287,20 @@ class RoIPredictionDifference(CellMask):
         self.num_levels, self.finest_scale = num_levels, finest_scale
 
     def cells(self, level: ComparedLevel) -> Tensor:
-        context, teacher = level.context, level.teacher_index
-        key = ('regions', teacher, self.stage, self.class_agnostic)
-        difference = context.once(key, lambda: self.difference(context, teacher))
-        rois = context.student_outputs[ROI_HEAD].regions.rois
+        context, teacher_index = level.context, level.teacher_index
+        key = ('regions', teacher_index, self.stage, self.class_agnostic)
+        difference = context.once(key, lambda: self._compare_regions(context, teacher_index))
+        rois = cast(RoIOutputs, context.student_outputs[ROI_HEAD]).regions.rois
         (levels, ) = assign_levels([rois[:, 1:]], self.num_levels, self.finest_scale)
         values = difference * (levels == level.index)
         return region_foreground(rois, values, len(level.teacher), context.batch_shape, level.shape) * level.valid
 
-    def difference(self, context: DistillContext, teacher: int) -> Tensor:
+    def _compare_regions(self, context: DistillContext, teacher_index: int) -> Tensor:
         """(R,) of the regions.
 
         Raises:
             HeadError: The two tell other classes apart, or the teacher has no such stage.
         """
-        outputs = context.student_outputs[ROI_HEAD], at_stage(context.teacher_outputs[teacher][ROI_HEAD], self.stage)
-        ours, theirs = (each.probabilities() for each in outputs)
-        if self.class_agnostic:
-            ours, theirs = ours.amax(1, keepdim=True), theirs.amax(1, keepdim=True)
-        if ours.shape != theirs.shape:
-            raise HeadError(f'The student tells {ours.shape[1]} classes apart, the teacher {theirs.shape[1]}: give a '
-                            'teacher of the same classes, or set class_agnostic=True.')
-        return prediction_difference(ours, theirs)
+        stages = cast(Sequence[RoIOutputs], context.teacher_outputs[teacher_index][ROI_HEAD])
+        student, teacher = cast(RoIOutputs, context.student_outputs[ROI_HEAD]), at_stage(stages, self.stage)
+        return _compare_probabilities(student.probabilities(), teacher.probabilities(), self.class_agnostic)

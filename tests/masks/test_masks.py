@@ -67,10 +67,29 @@ def test_products_distribute_over_sums(level):
     torch.testing.assert_close(_dense(level, nested), (2 * foreground + 0.5 * channels) * spatial)
 
 
-def test_faulty_masks_are_errors():
-    for config, message in ((dict(type='SpatialAttention', source='me'), "source='me'"),
-                            (dict(type='MaskProduct', masks=[]), 'at least one'),
-                            (dict(type='MaskSum', masks=['BoxForeground'], weights=[1, 2]), '1 masks but 2 weights'),
-                            (dict(type='BoxForeground', box_mapping='pad'), "box_mapping='pad'")):
-        with pytest.raises(ValueError, match=message):
-            MODELS.build(config)
+@pytest.mark.parametrize('config, message', [
+    (dict(type='SpatialAttention', source='me'), "source='me'"),
+    (dict(type='SpatialAttention', source='teachers'), "source='teachers': .*Nearest: teacher"),
+    (dict(type='ChannelAttention', temperature=0.0), 'temperature=0.0: expected a number above 0'),
+    (dict(type='ChannelAttention', pad_aware='no'), "pad_aware='no': expected True or False"),
+    (dict(type='MaskProduct', masks=[]), 'at least one'),
+    (dict(type='MaskProduct', masks='BoxForeground'), "masks='BoxForeground': expected a list of masks"),
+    (dict(type='MaskProduct', masks=[3]), 'mask=3: expected the name or the dict of a mask'),
+    (dict(type='MaskProduct', masks=['PKD']), "mask='PKD': expected a mask, which PKD is not"),
+    (dict(type='MaskSum', masks=['BoxForeground'], weights=[1, 2]), '1 masks but 2 weights'),
+    (dict(type='MaskSum', masks=['BoxForeground'], weights=['1']), r"weights\[0\]='1': expected a number"),
+    (dict(type='BoxForeground', box_mapping='pad'), "box_mapping='pad'"),
+    (dict(type='BoxForeground', weighting='area'), "weighting='area': expected one of binary, inverse_area"),
+    (dict(type='LevelForeground', finest_scale=0), 'finest_scale=0: expected a number above 0'),
+    (dict(type='LevelForeground', num_levels=2.5), 'num_levels=2.5: expected an integer of at least 1'),
+    (dict(type='NearAnchorForeground', phi=1), 'phi=1: expected a number of at least 0 and below 1'),
+    (dict(type='PredictionDifference', class_agnostic=1), 'class_agnostic=1: expected True or False'),
+    (dict(type='PredictionDifference', head=dict(teacher='rpn_head')), 'head=.*expected a name, or dict'),
+    (dict(type='PredictionQuality', xi=1.5), 'xi=1.5: expected a number of at least 0 and of at most 1'),
+    (dict(type='PredictionQuality', top_k=0), 'top_k=0: expected an integer of at least 1'),
+    (dict(type='QueryConfidence', top_k=-1), 'top_k=-1: expected an integer of at least 1'),
+    (dict(type='RoIPredictionDifference', stage=-1), 'stage=-1: expected mean, same, or the index of a stage'),
+    (dict(type='RoIPredictionDifference', num_levels=0), 'num_levels=0: expected an integer of at least 1')])
+def test_faulty_masks_are_errors(config, message):
+    with pytest.raises(ValueError, match=message):
+        MODELS.build(config)

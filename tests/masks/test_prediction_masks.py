@@ -119,7 +119,7 @@ def test_quality_is_where_the_teacher_detects_a_box_best(detecting):
 def test_quality_is_computed_once_for_all_levels(detecting, monkeypatch):
     mask = build_mask('PredictionQuality')
     first = mask.cells(detecting)
-    monkeypatch.setattr(PredictionQuality, '_levels', None)
+    monkeypatch.setattr(PredictionQuality, '_spread_quality', None)
     assert torch.equal(mask.cells(detecting), first)
 
 

@@ -97,5 +97,6 @@ def test_no_boxes_no_foreground(mask, compared):
 def test_cells_that_are_not_square_are_refused(mask, compared):
     level = compared([torch.tensor([[0., 0., 30., 30.]])])[0]
     level.teacher = level.teacher[:, :, :, ::2]  # a stride of 8 by 4
-    with pytest.raises(LevelError, match='32 × 24 cells of a batch of 128 × 192 pixels does not have square cells of 4'):
+    message = '32 × 24 cells of a batch of 128 × 192 pixels does not have square cells of 4'
+    with pytest.raises(LevelError, match=message):
         build_mask(mask).cells(level)
