@@ -10,6 +10,7 @@ from typing import NamedTuple
 from kd_det.config.composition import available_methods, build_term, check_terms, method_terms
 from kd_det.config.detectors import DETECTORS, FAMILIES, family_of
 from kd_det.config.files import ConfigurationError, load_config
+from kd_det.heads import HeadRequest
 
 FIRST_LINE = re.compile(r'\S.* \((?P<paper>.+?)\): (?P<idea>.+)\.')
 READS = {'backbone': 'backbone features', 'neck': 'neck features', 'encoder': 'encoder features',
@@ -80,5 +81,6 @@ def _serves(method: str, detector: str) -> bool:
 def _reads(config: dict) -> list[str]:
     """The parts of student and teacher that a term reads."""
     term = build_term(config)
-    paths = (*term.student_taps, *term.student_heads, *term.teacher_heads)
-    return [path if path in READS else path.split('.')[0] for path in paths]
+    requests = map(HeadRequest.parse, (*term.student_heads, *term.teacher_heads))
+    return [*(path.split('.')[0] for path in term.student_taps),
+            *(request if request in READS else request.head for request in requests)]

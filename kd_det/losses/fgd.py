@@ -5,7 +5,7 @@ from mmdet.registry import MODELS
 from torch import nn
 
 from kd_det.context import ComparedLevel
-from kd_det.functional.focal_global import fgd_parts, fgd_sums, relation_distance
+from kd_det.functional.focal_global import fgd_loss_of_sums, fgd_sums, relation_distance
 from kd_det.losses.adapters import GlobalContext
 from kd_det.losses.base import FeatureTerm, InputSpecs, Parts
 from kd_det.masks import BoxBackground, BoxForeground
@@ -79,6 +79,6 @@ class FGD(ContextTerm):
         student, teacher = self.student_context[position], self.teacher_context[position]
         sums = fgd_sums(level.student, level.teacher, student.attention_weight(), teacher.attention_weight(),
                         self.temperature, valid)
-        shift = student.addition(sums.student_context) - teacher.addition(sums.teacher_context)
-        return fgd_parts(sums, shift, self.foreground.cells(level), self.background.cells(level), **self.weights,
+        shift = student.addition(sums.student_pooled) - teacher.addition(sums.teacher_pooled)
+        return fgd_loss_of_sums(sums, shift, self.foreground.cells(level), self.background.cells(level), **self.weights,
                          valid=valid)

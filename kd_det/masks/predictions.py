@@ -22,7 +22,7 @@ from kd_det.functional.masks import (
     teacher_confidence,
 )
 from kd_det.functional.queries import corners
-from kd_det.heads import QUERIES_OF, ROI_HEAD, DenseOutputs, HeadError, QueryOutputs, RoIOutputs
+from kd_det.heads import ROI_HEAD, DenseOutputs, HeadError, HeadRequest, QueryOutputs, RoIOutputs
 from kd_det.heads.roi import at_stage
 from kd_det.masks.base import CellMask
 
@@ -36,7 +36,7 @@ class _PredictionMask(CellMask):
     def __init__(self, head: str | dict[str, str] = 'bbox_head', anchors: str = 'max') -> None:
         super().__init__()
         check_choice('anchors', anchors, ANCHOR_REDUCTIONS)
-        self.student_head, self.teacher_head = split_sides('head', head)
+        self.student_head, self.teacher_head = map(HeadRequest, split_sides('head', head))
         self.anchors = anchors
 
     @property
@@ -170,7 +170,7 @@ class PredictionQuality(CellMask):
         super().__init__()
         check_number('xi', xi, least=0, most=1)
         check_number('top_k', top_k, least=1, whole=True)
-        self.head, self.xi, self.top_k = head, xi, top_k
+        self.head, self.xi, self.top_k = HeadRequest(head), xi, top_k
 
     @property
     def teacher_heads(self) -> tuple[str, ...]:
@@ -229,7 +229,7 @@ class QueryConfidence(CellMask):
     def __init__(self, head: str = 'bbox_head', top_k: int = 100) -> None:
         super().__init__()
         check_number('top_k', top_k, least=1, whole=True)
-        self.head, self.top_k = head + QUERIES_OF, top_k
+        self.head, self.top_k = HeadRequest(head, 'queries'), top_k
 
     @property
     def teacher_heads(self) -> tuple[str, ...]:
