@@ -128,6 +128,10 @@ class _Combination(Mask):
             raise ValueError(f'{type(self).__name__} needs at least one mask.')
         self.masks = nn.ModuleList(build_mask(mask) for mask in masks)
 
+    @property
+    def needs_boxes(self) -> bool:
+        return any(mask.needs_boxes for mask in self.masks)
+
 
 @MODELS.register_module()
 class MaskProduct(_Combination):

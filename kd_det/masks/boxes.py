@@ -59,12 +59,16 @@ class BoxForeground(CellMask):
         return True
 
     def cells(self, level: ComparedLevel) -> Tensor:
-        context, shape = level.context, level.shape
-        image_shapes = context.image_shapes if self.box_mapping == 'image' else None
         # Painted once a level: what covers a cell has an area, so the weights tell the binary mask as well.
-        painted = context.once(('boxes', shape, self.box_mapping), lambda: box_foreground(
-            context.boxes, context.batch_shape, shape, 'inverse_area', image_shapes))
+        painted = level.context.once(('boxes', level.shape, self.box_mapping), lambda: self._paint(level))
         return painted if self.weighting == 'inverse_area' else (painted > 0).float()
+
+    def _paint(self, level: ComparedLevel) -> Tensor:
+        boxes, batch_shape = level.context.boxes, level.context.batch_shape
+        if self.box_mapping == 'image':
+            return box_foreground(boxes, batch_shape, level.shape, 'inverse_area', level.context.image_shapes)
+        # The last cell that a box covers may begin where its image ends.
+        return box_foreground(boxes, batch_shape, level.shape, 'inverse_area') * level.valid
 
 
 @MODELS.register_module()

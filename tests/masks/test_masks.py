@@ -32,6 +32,16 @@ def test_background_is_the_rest_of_the_image_and_no_padding(level):
     assert ((background > 0) & (build_mask('BoxForeground').cells(level) > 0)).sum() == 0
 
 
+def test_a_box_at_the_edge_of_its_image_covers_no_padding(make_context):
+    """Its last cell, included as in FGD, would be the first one of padding."""
+    feature = torch.zeros(1, 1, 8, 12)
+    level = make_context(feature, feature, [torch.tensor([[8., 16., 56., 40.]])], image_shapes=[(40, 56)]).read_level()
+    for weighting, value in (('binary', 1), ('inverse_area', 1 / (4 * 7))):  # the area is that of all its cells
+        cells = build_mask(dict(type='BoxForeground', weighting=weighting)).cells(level)[0]
+        torch.testing.assert_close(cells[2:5, 1:7], torch.full((3, 6), value, dtype=torch.float))
+        assert (cells > 0).sum() == 3 * 6
+
+
 @pytest.mark.parametrize('source', ['teacher', 'student', 'both'])
 def test_attention_sources(level, source):
     features = dict(teacher=[level.teacher], student=[level.student], both=[level.teacher, level.student])[source]
