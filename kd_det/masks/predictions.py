@@ -150,13 +150,13 @@ class PredictionQuality(CellMask):
     each box, of all levels of the head, get the height of the Gaussian fitted to their positions; all others get 0.
 
     Args:
-        head: The teacher's: ``'bbox_head'``, or ``'rpn_head'``, whose only class is the object. Boxes of a class that
-            the head does not have get no cells.
+        head: ``'bbox_head'``, or ``'rpn_head'``, whose only class is the object; of a dict with the keys ``student`` and
+            ``teacher`` the teacher's counts. Boxes of a class that the head does not have get no cells.
         xi: ξ, the share of the localisation in the quality, from 0 to 1.
         top_k: Number of cells for each box, at least 1.
 
     Raises:
-        ValueError: A number out of its range.
+        ValueError: A number out of its range, or ``head`` is no name.
         HeadError: In a step: the head sees other levels than the features are.
 
     Example:
@@ -166,11 +166,12 @@ class PredictionQuality(CellMask):
         (0.8, True)
     """
 
-    def __init__(self, head: str = 'bbox_head', xi: float = 0.8, top_k: int = 30) -> None:
+    def __init__(self, head: str | dict[str, str] = 'bbox_head', xi: float = 0.8, top_k: int = 30) -> None:
         super().__init__()
         check_number('xi', xi, least=0, most=1)
         check_number('top_k', top_k, least=1, whole=True)
-        self.head, self.xi, self.top_k = HeadRequest(head), xi, top_k
+        _, teacher_head = split_sides('head', head)
+        self.head, self.xi, self.top_k = HeadRequest(teacher_head), xi, top_k
 
     @property
     def teacher_heads(self) -> tuple[str, ...]:
@@ -213,11 +214,11 @@ class QueryConfidence(CellMask):
     of a DETR, which says itself how far an object reaches. It needs no ground truth.
 
     Args:
-        head: The teacher's.
+        head: ``'bbox_head'``; of a dict with the keys ``student`` and ``teacher`` the teacher's counts.
         top_k: Number of queries that count, the surest; at least 1.
 
     Raises:
-        ValueError: Another number.
+        ValueError: Another number, or ``head`` is no name.
 
     Example:
         >>> from kd_det.masks import build_mask
@@ -226,10 +227,11 @@ class QueryConfidence(CellMask):
         ValueError: top_k=0: expected an integer of at least 1.
     """
 
-    def __init__(self, head: str = 'bbox_head', top_k: int = 100) -> None:
+    def __init__(self, head: str | dict[str, str] = 'bbox_head', top_k: int = 100) -> None:
         super().__init__()
         check_number('top_k', top_k, least=1, whole=True)
-        self.head, self.top_k = HeadRequest(head, 'queries'), top_k
+        _, teacher_head = split_sides('head', head)
+        self.head, self.top_k = HeadRequest(teacher_head, 'queries'), top_k
 
     @property
     def teacher_heads(self) -> tuple[str, ...]:

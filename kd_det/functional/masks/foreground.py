@@ -134,6 +134,7 @@ def region_foreground(
     return paint_rectangles(first, last, values, rois[:, 0].long(), num_images, feature_shape)
 
 
+@torch.no_grad()
 def paint_rectangles(
     first: Tensor,
     last: Tensor,
@@ -169,6 +170,7 @@ def paint_rectangles(
     return _hand_down(blocks.mT, height).mT.contiguous()
 
 
+@torch.no_grad()
 def paint_runs(first: Tensor, stop: Tensor, image: Tensor, num_images: int, width: int) -> Tensor:
     """1 at each cell that a run of cells covers, 0 at the others.
 
