@@ -2,7 +2,7 @@
 
 Beside the package lie a copy of kd_det/compat/startup.py and a .pth file by which Python runs it at its start.
 """
-import runpy
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -10,6 +10,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 README = ROOT / 'README.md'
+VERSION = re.compile(r"^__version__ = '(.+?)'", re.MULTILINE)
 # One line, as Python wants it; what went wrong in it would be printed whenever Python starts.
 PTH = r"exec('try:\n import kd_det_startup\n kd_det_startup.install()\nexcept Exception:\n pass')"
 
@@ -28,7 +29,7 @@ class BuildWithStartup(build_py):
 
 setup(
     name='kd-det',
-    version=runpy.run_path(str(ROOT / 'kd_det' / 'version.py'))['__version__'],
+    version=VERSION.search((ROOT / 'kd_det' / '__init__.py').read_text(encoding='utf-8')).group(1),
     description='Knowledge distillation for object detectors, inside MMDetection 3.x',
     long_description=README.read_text(encoding='utf-8') if README.is_file() else '',
     long_description_content_type='text/markdown',
@@ -40,7 +41,8 @@ setup(
     exclude_package_data={'': ['__pycache__/*', '*.pyc']},
     cmdclass={'build_py': BuildWithStartup},
     zip_safe=False,
-    install_requires=['torch', 'torchvision', 'numpy', 'scipy', 'filelock', 'rich', 'matplotlib', 'jinja2'],
+    install_requires=['torch', 'torchvision', 'numpy', 'scipy', 'filelock', 'rich', 'matplotlib', 'jinja2',
+                      'shtab'],
     extras_require={
         'mmdet': [
             'mmengine>=0.10,<0.11',

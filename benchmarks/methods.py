@@ -17,7 +17,7 @@ from benchmarks.steps import add_batch_options
 from kd_det.checks.synthetic import synthetic_batch
 from kd_det.cli.common import prepare_without_runner
 from kd_det.config.composition import PAPER, distillation_config
-from kd_det.config.methods import catalogue
+from kd_det.config.methods import methods
 from kd_det.study.pair import read_pair
 from kd_det.study.step_costs import (
     PLAIN_TEACHER,
@@ -34,10 +34,10 @@ from kd_det.study.step_costs import (
 PAIRS = {'Faster R-CNN': 'faster_rcnn_r101_r18', 'GFL': 'gfl_r101_r18', 'DINO': 'dino_r50_r18'}
 
 
-def methods() -> Iterator[tuple[str, str]]:
+def pairs() -> Iterator[tuple[str, str]]:
     """Detector and method."""
-    for entry in catalogue():
-        yield next(detector for detector in PAIRS if detector in entry.detectors), entry.name
+    for method in methods():
+        yield next(detector for detector in PAIRS if detector in method.detectors), method.name
 
 
 def measure(detector: str, method: str, options: Namespace, with_steps: bool) -> dict[str, Cost]:
@@ -75,7 +75,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     students, rows = {}, []
-    for detector, method in methods():
+    for detector, method in pairs():
         parts = measure(detector, method, options, with_steps=detector not in students)
         student = students.setdefault(detector, parts.get(STUDENT))
         rows.append(dict(detector=detector, method=method, student=student.seconds, student_memory=student.memory,

@@ -1,30 +1,40 @@
 """kd_det distils large object detectors into small ones, inside MMDetection 3.x.
 
-Importing it is all that a config needs (``custom_imports = dict(imports=['kd_det'])``): MMDetection gets operators and
-checkpoint loading that work on today's PyTorch, and the distiller, terms, masks and hooks join MMDetection's
-registries. Without MMDetection :mod:`kd_det.functional`, which needs PyTorch alone, is still there.
+Importing it is all that a config needs (``custom_imports = dict(imports=['kd_det'])``), and costs next to nothing:
+MMDetection gets operators and checkpoint loading that work on today's PyTorch as soon as it is imported, before or
+after, and its registries find the distiller, terms, masks and hooks at their first look-up. Without MMDetection
+:mod:`kd_det.functional`, which needs PyTorch alone, is still there.
 """
-import warnings
-from importlib.util import find_spec
+from importlib import import_module
 
-from kd_det.version import __version__
+from kd_det import compat
 
-MMDETECTION_ERROR: Exception | None = None  # why an installed MMDetection can not be imported
+__version__ = '0.1.0'  # setup.py reads it here
 
-if find_spec('mmengine') and find_spec('mmcv') and find_spec('mmdet'):
-    try:
-        from kd_det import compat
-        compat.install()  # before anything imports mmcv.ops
-        compat.mend_mmdetection()
+compat.install()
 
-        from kd_det.registry import register_config_scope
-        register_config_scope()
+# Public names -> the modules that have them, which are imported when a name is first asked for.
+_PUBLIC = {
+    'MMDETECTION_ERROR': 'kd_det.compat.registration',
+}
 
-        from kd_det import datasets, distillers, losses, masks, training  # noqa: F401  registers their classes
-        from kd_det.study import fidelity  # noqa: F401
-    except Exception as error:  # a library lacks its system files, versions do not fit: the doctor must still run
-        MMDETECTION_ERROR = error
-        warnings.warn(f'kd_det registered nothing, for MMDetection can not be imported: {type(error).__name__}: '
-                      f'{error}. Run `kd-det doctor`.')
+__all__ = ['__version__', *_PUBLIC]
 
-__all__ = ['MMDETECTION_ERROR', '__version__']
+
+def __getattr__(name: str):
+    """A public name, or a room of this package: ``kd_det.losses`` needs no import of its own."""
+    if name in _PUBLIC:
+        value = globals()[name] = getattr(import_module(_PUBLIC[name]), name)
+        return value
+    if not name.startswith('_'):
+        room = f'{__name__}.{name}'
+        try:
+            return import_module(room)
+        except ModuleNotFoundError as error:
+            if error.name != room:
+                raise
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__():
+    return sorted({*globals(), *_PUBLIC})

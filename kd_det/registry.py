@@ -19,9 +19,10 @@ from typing import Any
 import mmdet.registry
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
-from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import DefaultScope, Registry
 from torch import nn
+
+from kd_det.compat.startup import REGISTRATION
 
 HOME = 'mmdet'  # this package's classes join MMDetection's registries
 
@@ -63,7 +64,7 @@ def add_nodes(scope: str) -> dict[str, Registry]:
                if isinstance(node, Registry) and node.scope == HOME and node.root._search_child(scope) is None}
     if lacking:  # a child looks into its parent's table, but does not have it filled
         register_all_modules(init_default_scope=False)
-    locations = [scope] if find_spec(scope) else []
+    locations = ([scope] if find_spec(scope) else []) + [REGISTRATION]
     return {name: Registry(node.name, parent=node, scope=scope, locations=locations)
             for name, node in lacking.items()}
 
@@ -118,18 +119,6 @@ def import_registered(package: str) -> dict[str, type]:
     registered = MODELS.module_dict.values()
     return {name: value for module in modules for name, value in vars(module).items()
             if isinstance(value, type) and value.__module__ == module.__name__ and value in registered}
-
-
-def register_config_scope() -> None:
-    """Adds ``kd_det`` to the packages whose configs MMEngine finds.
-
-    MMEngine keeps a fixed table from scope to distribution and looks up where that distribution is installed, which
-    fails in an editable install. Where there is no distribution of that name it imports the module instead and takes
-    its folder: the name of this module leads to the package however it is installed. Configs of MMDetection
-    (``mmdet::…``) need no help: by the same rule they are found under any distribution that provides the module
-    ``mmdet``.
-    """
-    MODULE2PACKAGE.setdefault('kd_det', __name__)
 
 
 SCOPE = 'kd_det'

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 
 import torch
 
+from kd_det import __version__
 from kd_det.compat.process import files_are_utf8
-from kd_det.version import __version__
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from mmengine.dist import all_gather_object, get_dist_info
 from mmengine.logging import MMLogger
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kd_det.compat.process import PlainConsole
+from kd_det.compat.console import PlainConsole
 
 MEMORY_FILE = 'checked_images.json'
 FORMAT = 1  # of that file; another number makes it forgotten

@@ -8,31 +8,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from mmengine.config import Config
-
-from kd_det.checks.checkpoints import inspect_checkpoint
-from kd_det.checks.doctor import check_config, inspect_data
-from kd_det.checks.environment import raise_faults
-from kd_det.checks.image_reader import Memory
 from kd_det.cli.common import (
     ConfigAction,
     add_image_option,
     add_inheritance_option,
     add_weight_options,
     inherited_parts,
+    read_options,
 )
 from kd_det.cli.tracking import add_tracking_option, track
-from kd_det.compat.process import PlainConsole
-from kd_det.config.files import ConfigurationError
-from kd_det.study.fidelity import SPLITS, add_fidelity, summarize_fidelity
-from kd_det.study.pair import adapted, data_hash, read_pair, weights_hash
-from kd_det.study.results import mark_twins, relative, run_entry, summarize
-from kd_det.study.runs import command_line, environment
-from kd_det.study.scheduling import Failure, Job, Machine
-from kd_det.study.tables import markdown_table, rich_tables
-from kd_det.study.variants import PLAIN, Variant, parse_variants, variant_config
+from kd_det.config.choices import SPLITS
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+    from kd_det.study.variants import Variant
 
 TEACHER_SEED = 0
 
@@ -70,7 +62,7 @@ def add_common_arguments(parser: ArgumentParser) -> None:
     training.add_argument('--teacher-epochs', type=int, metavar='N', help="epochs of the teacher (its config's)")
     add_weight_options(training)
     add_inheritance_option(training)
-    training.add_argument('--cfg-options', nargs='+', action=ConfigAction, default={}, metavar='KEY=VALUE',
+    training.add_argument('--cfg-options', nargs='+', action=ConfigAction, default=[], metavar='KEY=VALUE',
                           help='settings that override the config of every student; model.distill… and '
                           'default_hooks.distill… reach the distilled ones')
     add_image_option(training)
@@ -95,6 +87,22 @@ def _seeds(text: str) -> list[int]:
 
 
 def run(options: Namespace) -> int:
+    import torch
+    from mmengine.config import Config
+
+    from kd_det.checks.checkpoints import inspect_checkpoint
+    from kd_det.checks.doctor import check_config, inspect_data
+    from kd_det.checks.environment import raise_faults
+    from kd_det.checks.image_reader import Memory
+    from kd_det.compat.console import PlainConsole
+    from kd_det.config.files import ConfigurationError
+    from kd_det.study.fidelity import add_fidelity, summarize_fidelity
+    from kd_det.study.pair import adapted, data_hash, read_pair, weights_hash
+    from kd_det.study.results import mark_twins, relative, run_entry, summarize
+    from kd_det.study.runs import command_line, environment
+    from kd_det.study.scheduling import Failure, Job, Machine
+    from kd_det.study.tables import markdown_table, rich_tables
+    from kd_det.study.variants import PLAIN, Variant, parse_variants, variant_config
     console = PlainConsole(highlight=False)
     root: Path = options.work_dir
 
@@ -103,7 +111,7 @@ def run(options: Namespace) -> int:
 
     pair = read_pair(options.pair, options.student, options.teacher, options.teacher_checkpoint)
     pair = replace(pair, student=adapted(pair.student, options.data, options.epochs))
-    common = Variant('', PLAIN, options.balance, inherited_parts(options), options.cfg_options)
+    common = Variant('', PLAIN, options.balance, inherited_parts(options), read_options(options.cfg_options))
     variants = parse_variants(options.methods, common)
     number = teachers_needed(variants, pair.checkpoints)
     if set(options.devices) - {'cpu'} and not torch.cuda.is_available():
@@ -173,6 +181,7 @@ def teachers_needed(variants: Sequence[Variant], checkpoints: Sequence[str]) -> 
     Raises:
         ConfigurationError: Weights are given, but of fewer teachers or of more.
     """
+    from kd_det.config.files import ConfigurationError
     most = max(variants, key=lambda variant: variant.teachers)
     if checkpoints and len(checkpoints) != most.teachers:
         counts = f'{len(checkpoints)} checkpoint{"s are" if len(checkpoints) > 1 else " is"} given'

@@ -7,19 +7,17 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from mmengine.config import Config
-from mmengine.device import get_device
-from rich.table import Table
+from kd_det.cli.common import add_config_options, load_distillation, positive, prepare_without_runner, read_options
 
-from kd_det.checks.synthetic import USUAL_SIZES, Size, synthetic_batch, training_sizes
-from kd_det.cli.common import add_config_options, load_distillation, positive, prepare_without_runner
-from kd_det.compat.process import PlainConsole
-from kd_det.config.files import ConfigurationError
-from kd_det.distillers import DetectionDistiller
-from kd_det.study.step_costs import DISTILLED, PLAIN_TEACHER, STUDENT, StepCosts, measure_step, random_distiller
-from kd_det.teachers.bridge import OTHER_SIZES
+if TYPE_CHECKING:
+    from mmengine.config import Config
+    from rich.table import Table
+
+    from kd_det.checks.synthetic import Size
+    from kd_det.distillers import DetectionDistiller
+    from kd_det.study.step_costs import StepCosts
 
 MEGABYTE = 2**20
 
@@ -34,12 +32,21 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('--repeats', type=positive, default=5, metavar='N',
                         help='rounds, of which the medians count (5)')
     parser.add_argument('--threads', type=positive, metavar='N', help="PyTorch's threads on the CPU (its own choice)")
-    parser.add_argument('--device', default=get_device(), help='cpu, cuda, … (%(default)s)')
+    parser.add_argument('--device', help='cpu, cuda, … (a GPU where there is one)')
     parser.add_argument('--out', type=Path, metavar='FILE', help='write the numbers to this file, as JSON')
     add_config_options(parser)
 
 
 def run(options: Namespace) -> int:
+    import torch
+    from mmengine.device import get_device
+
+    from kd_det.checks.synthetic import USUAL_SIZES, synthetic_batch, training_sizes
+    from kd_det.compat.console import PlainConsole
+    from kd_det.config.files import ConfigurationError
+    from kd_det.study.step_costs import measure_step, random_distiller
+    from kd_det.teachers.bridge import SIZE_MISMATCH
+    options.device = options.device or get_device()
     config = load_distillation(options)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -50,7 +57,7 @@ def run(options: Namespace) -> int:
     try:
         costs = measure_step(distiller, batch, config.optim_wrapper, options.repeats)
     except RuntimeError as error:
-        if not OTHER_SIZES.search(str(error)):
+        if not SIZE_MISMATCH.search(str(error)):
             raise
         raise ConfigurationError(
             f'A step fails on images of {options.size[0]} × {options.size[1]} pixels: {error}. Where the levels of the '
@@ -79,6 +86,9 @@ def costs_table(costs: StepCosts, images: int, size: Size, weights: int) -> Tabl
         size: Height and width of the images.
         weights: Bytes of the teachers' weights.
     """
+    from rich.table import Table
+
+    from kd_det.study.step_costs import DISTILLED, PLAIN_TEACHER, STUDENT
     plain, student = costs.parts[PLAIN_TEACHER].seconds, costs.parts[STUDENT].memory
     more = (costs.parts[DISTILLED].memory - student) / MEGABYTE
     low, high = costs.middle_half
@@ -98,8 +108,9 @@ def costs_table(costs: StepCosts, images: int, size: Size, weights: int) -> Tabl
 
 def record(costs: StepCosts, distiller: DetectionDistiller, config: Config, options: Namespace) -> dict:
     """All that was measured, and on what."""
+    import torch
     return dict(
-        config=options.config, options=options.cfg_options,
+        config=options.config, options=read_options(options.cfg_options),
         batch_size=options.batch_size, size=list(options.size), boxes=options.boxes, repeats=options.repeats,
         device=options.device, threads=torch.get_num_threads(), processor=platform.machine(), torch=torch.__version__,
         engines=[asdict(teacher.engine) for teacher in distiller.teachers],

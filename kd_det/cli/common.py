@@ -2,28 +2,34 @@
 from __future__ import annotations
 
 import os
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from mmengine.config import Config, DictAction
-from mmengine.logging import MessageHub, MMLogger
-from mmengine.runner import set_random_seed
+from kd_det.config.choices import PAPER, RATIO
 
-from kd_det.config.composition import PAPER, RATIO
-from kd_det.config.files import ConfigurationError, is_distillation, load_config, merge_options, set_data_root
-from kd_det.registry import enter_scope, scope_of
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 
-class ConfigAction(DictAction):
-    """As MMEngine's, which meets an option without ``=`` with a traceback."""
+class ConfigAction(Action):
+    """Collects texts KEY=VALUE in a list, of which :func:`read_options` makes a dict."""
 
     def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Sequence[str],
                  option_string: str | None = None) -> None:
         for value in values:
             if '=' not in value:
                 parser.error(f"argument {option_string}: expected KEY=VALUE, got '{value}'")
-        super().__call__(parser, namespace, values, option_string)
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), *values])
+
+
+def read_options(texts: Sequence[str]) -> dict[str, Any]:
+    """What a :class:`ConfigAction` collected, each value read as MMEngine's ``DictAction`` reads it."""
+    from mmengine.config import DictAction
+    namespace = Namespace(options={})
+    DictAction([], 'options')(ArgumentParser(), namespace, texts)
+    return namespace.options
 
 
 def positive(text: str) -> int:
@@ -56,7 +62,7 @@ def add_config_options(parser: ArgumentParser) -> None:
         '--cfg-options',
         nargs='+',
         action=ConfigAction,
-        default={},
+        default=[],
         metavar='KEY=VALUE',
         help='settings that override the config, such as train_dataloader.batch_size=4; lists as key="[a,b]" or '
         'key=a,b, no white space')
@@ -75,9 +81,11 @@ def add_run_options(parser: ArgumentParser) -> None:
 
 def apply_config_options(config: Config, options: Namespace) -> None:
     """Applies what :func:`add_config_options` added."""
+    from kd_det.config.files import set_data_root
+    from kd_det.config.options import merge_options
     if options.data_root:
         set_data_root(config, options.data_root)
-    merge_options(config, options.cfg_options)
+    merge_options(config, read_options(options.cfg_options))
 
 
 def apply_run_options(config: Config, options: Namespace, name: str) -> None:
@@ -123,6 +131,7 @@ def load_distillation(options: Namespace) -> Config:
     Raises:
         ConfigurationError: Its model is a plain detector.
     """
+    from kd_det.config.files import ConfigurationError, is_distillation, load_config
     config = load_config(options.config)
     apply_config_options(config, options)
     if not is_distillation(config):
@@ -133,6 +142,10 @@ def load_distillation(options: Namespace) -> Config:
 
 def prepare_without_runner(config: Config, seed: int) -> None:
     """Does what a Runner would do before a single step: enters the config's scope, seeds; and logs warnings alone."""
+    from mmengine.logging import MessageHub, MMLogger
+    from mmengine.runner import set_random_seed
+
+    from kd_det.registry import enter_scope, scope_of
     enter_scope(scope_of(config))
     MMLogger.get_current_instance().setLevel('WARNING')  # or every weight that is initialised is announced
     set_random_seed(seed)

@@ -5,18 +5,15 @@ import os
 import shlex
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mmengine.config import Config
-from rich.syntax import Syntax
-from rich.text import Text
-
-from kd_det.checks.doctor import check_config
 from kd_det.cli.common import add_inheritance_option, add_weight_options, inherited_parts
 from kd_det.cli.train import add_training_options, apply_training_options, train
-from kd_det.compat.process import PlainConsole
-from kd_det.config.composition import available_methods, distillation_config, ensemble
-from kd_det.config.detectors import FAMILIES
-from kd_det.config.files import renamed
+from kd_det.config.choices import FAMILIES
+from kd_det.config.methods import available_methods, name_sum
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -32,7 +29,9 @@ def add_arguments(parser: ArgumentParser) -> None:
                         metavar='FILE',
                         help="the teacher's weights: a file or address; from several, all trained with this config, "
                         'the student learns as from an ensemble')
-    parser.add_argument('--method', required=True, help=f"{', '.join(available_methods())}, or a sum of them: a+b")
+    parser.add_argument('--method', required=True,
+                        help=f"{', '.join(available_methods())}; a file, as my_method.py or package::folder/file.py; "
+                        'or a sum of them: a+b')
     parser.add_argument('--family', choices=FAMILIES, default='',
                         help="whose published weights to use (told by the student's heads by default)")
     add_inheritance_option(parser)
@@ -41,14 +40,17 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
+    from kd_det.checks.doctor import check_config
+    from kd_det.config.composition import distillation_config, ensemble
+    from kd_det.config.files import renamed
     checkpoints = options.teacher_checkpoint
     config = distillation_config(options.student, options.teacher, checkpoints[0], options.method,
                                  inherited_parts(options), options.family, options.balance)
     several = f'_{len(checkpoints)}_teachers' if len(checkpoints) > 1 else ''
-    name = f'{Path(options.student).stem}_{options.method}{several}'
-    apply_training_options(config, options, name)
-    if several:  # last: what is set of a term holds for all teachers
+    name = f'{Path(options.student).stem}_{name_sum(options.method)}{several}'
+    if several:
         config = ensemble(config, checkpoints)
+    apply_training_options(config, options, name)  # last: what is set of a term holds for all teachers, or for one
     config = renamed(config, Path(config.work_dir) / f'{name}.py')
     check_config(config, splits=('train', 'val'))  # before anything is written
     if int(os.environ.get('RANK', 0)) == 0:
@@ -59,6 +61,10 @@ def run(options: Namespace) -> int:
 
 def save(config: Config) -> None:
     """Shows the config and saves it under its name, so that ``kd-det train`` and ``tools/train.py`` repeat the run."""
+    from rich.syntax import Syntax
+    from rich.text import Text
+
+    from kd_det.compat.console import PlainConsole
     console = PlainConsole()
     console.print(Syntax(config.pretty_text, 'python', background_color='default'))
     Path(config.filename).parent.mkdir(parents=True, exist_ok=True)

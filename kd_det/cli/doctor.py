@@ -3,26 +3,28 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
-from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-from rich.table import Table
-from rich.text import Text
+from kd_det.cli.common import add_config_options, add_image_option, apply_config_options, prepare_without_runner
 
-import kd_det
-from kd_det.checks.environment import Finding, inspect_environment
-from kd_det.compat.process import PlainConsole
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kd_det.checks.environment import Finding
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('config', nargs='?', help='also check this config: its data, its checkpoints, its classes')
     parser.add_argument('--teacher-checkpoint', metavar='FILE', help="check this file as the teacher's weights")
-    if find_spec('mmdet') and not kd_det.MMDETECTION_ERROR:
-        from kd_det.cli.common import add_config_options, add_image_option
-        add_image_option(parser)
-        add_config_options(parser)
+    add_image_option(parser)
+    add_config_options(parser)
 
 
 def run(options: Namespace) -> int:
+    from rich.text import Text
+
+    from kd_det.checks.environment import inspect_environment
+    from kd_det.compat.console import PlainConsole
     findings = list(inspect_environment())
     installed = not any(finding.fault for finding in findings)
     if options.config and installed:
@@ -41,7 +43,7 @@ def run(options: Namespace) -> int:
 def diagnose_config(options: Namespace) -> list[Finding]:
     """What there is to say about the config on the command line."""
     from kd_det.checks.doctor import inspect_config
-    from kd_det.cli.common import apply_config_options, prepare_without_runner
+    from kd_det.checks.environment import Finding
     from kd_det.config.files import ConfigurationError, is_distillation, load_config
     try:
         config = load_config(options.config)
@@ -59,6 +61,8 @@ def diagnose_config(options: Namespace) -> list[Finding]:
 
 def render(findings: Iterable[Finding]) -> Table:
     """The findings as a table; of those of several lines the first."""
+    from rich.table import Table
+    from rich.text import Text
     table = Table(show_lines=False)
     table.add_column('')
     table.add_column('Looked at')

@@ -4,16 +4,12 @@ from __future__ import annotations
 import os
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-
-import torch
-from mmengine.config import Config
+from typing import TYPE_CHECKING
 
 from kd_det.cli.common import add_config_options, apply_config_options
-from kd_det.compat import CheckpointError
-from kd_det.config.composition import available_methods
-from kd_det.config.files import ConfigurationError, imports_of, load_config, student_config, type_name
-from kd_det.registry import build_detector, enter_scope, scope_of
-from kd_det.teachers import load_strictly
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -27,6 +23,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
+    from kd_det.compat import CheckpointError
+    from kd_det.config.files import ConfigurationError, load_config, type_name
+    from kd_det.registry import build_detector, enter_scope, scope_of
+    from kd_det.teachers import load_strictly
     config = load_config(options.config)
     apply_config_options(config, options)
     config = plain_config(config)
@@ -48,6 +48,8 @@ def run(options: Namespace) -> int:
 
 def plain_config(config: Config) -> Config:
     """The config of the plain student, which needs kd_det no more."""
+    from kd_det.config.files import imports_of, student_config
+    from kd_det.config.methods import available_methods
     plain = student_config(config)
     for method in available_methods():
         plain.pop(method, None)
@@ -61,6 +63,7 @@ def plain_config(config: Config) -> Config:
 
 def write(checkpoint: dict, path: Path) -> None:
     """Saves a checkpoint whole or not at all."""
+    import torch
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f'{path.name}.partial')
     torch.save(checkpoint, partial)

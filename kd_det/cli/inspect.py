@@ -3,22 +3,14 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mmengine.config import Config
-from mmengine.device import get_device
-
-from kd_det.checks.doctor import check_config, explain
 from kd_det.cli.common import add_config_options, load_distillation, prepare_without_runner
-from kd_det.compat import load_checkpoint
-from kd_det.compat.process import PlainConsole
-from kd_det.config.classes import training_classes
-from kd_det.config.files import ConfigurationError
-from kd_det.distillers import DetectionDistiller
-from kd_det.registry import build_detector
-from kd_det.study.inspection import first_training_batch, image_batch, inspect_step, tap_table, term_table
-from kd_det.study.masks_shown import draw_step
-from kd_det.teachers import load_strictly
-from kd_det.training.hooks import CHECKPOINT_KEY
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+    from kd_det.distillers import DetectionDistiller
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -36,6 +28,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
+    from kd_det.checks.doctor import check_config, explain
+    from kd_det.compat.console import PlainConsole
+    from kd_det.config.classes import training_classes
+    from kd_det.study.inspection import first_training_batch, image_batch, inspect_step, tap_table, term_table
+    from kd_det.study.masks_shown import draw_step
     config = load_distillation(options)
     set_teacher(config, options)
     check_config(config, splits=() if options.image else ('train', ))
@@ -58,6 +55,7 @@ def run(options: Namespace) -> int:
 
 def set_teacher(config: Config, options: Namespace) -> None:
     """Applies ``--teacher-checkpoint`` and ``--random-teacher``."""
+    from kd_det.config.files import ConfigurationError
     teachers = [config.model.teacher] if isinstance(config.model.teacher, dict) else config.model.teacher
     if options.teacher_checkpoint and len(teachers) > 1:
         raise ConfigurationError(f'--teacher-checkpoint is for one teacher, and this config has {len(teachers)}: set '
@@ -71,6 +69,12 @@ def set_teacher(config: Config, options: Namespace) -> None:
 
 def build_distiller(config: Config, checkpoint: str | None = None) -> DetectionDistiller:
     """The distiller as it is when training starts, or as a checkpoint has it."""
+    from mmengine.device import get_device
+
+    from kd_det.compat import load_checkpoint
+    from kd_det.registry import build_detector
+    from kd_det.teachers import load_strictly
+    from kd_det.training.hooks import CHECKPOINT_KEY
     distiller = build_detector(config.model)
     distiller.init_weights()
     checkpoint = checkpoint or config.get('load_from')

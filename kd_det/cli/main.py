@@ -6,10 +6,12 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 
 import kd_det
+from kd_det.cli.completion import SHELLS, completion_script
 from kd_det.compat.process import use_any_encoding
 
 COMMANDS = {
@@ -29,6 +31,7 @@ COMMANDS = {
 
 # What MMDetection brings; without it only kd_det.functional works.
 MMDETECTION = ('mmengine', 'mmcv', 'mmdet', 'pycocotools')
+WITHOUT_MMDETECTION = ('doctor', 'methods')  # the commands that need none
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,46 +45,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     use_any_encoding()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser('kd-det', description='Knowledge distillation for MMDetection.')
-    commands = parser.add_subparsers(metavar='COMMAND', required=True)
     asked = next((argument for argument in arguments if not argument.startswith('-')), None)
-    for name, summary in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=f'{summary[0].upper()}{summary[1:]}.')
-        if name == asked:  # the others' modules are not even imported
-            _prepare(command, name)
-    return _run(parser, arguments)
+    return _run(make_parser([asked]), arguments)
 
 
 def run_tool(command: str, arguments: Sequence[str] | None = None) -> int:
     """Runs one command as a program of its own, as the files in ``tools/`` do."""
     use_any_encoding()
-    parser = argparse.ArgumentParser(description=f'{COMMANDS[command][0].upper()}{COMMANDS[command][1:]}.')
+    parser = argparse.ArgumentParser(description=_description(command))
     _prepare(parser, command)
     return _run(parser, sys.argv[1:] if arguments is None else arguments)
+
+
+def make_parser(commands: Container[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
+    """The parser of ``kd-det``; only these commands' own options are known, and their modules imported."""
+    parser = argparse.ArgumentParser('kd-det', description='Knowledge distillation for MMDetection.')
+    parser.add_argument('--version', action='version', version=f'kd-det {kd_det.__version__}')
+    parser.add_argument('--completion', action=CompletionAction, choices=SHELLS,
+                        help='print a script by which this shell completes commands, options and paths')
+    subparsers = parser.add_subparsers(metavar='COMMAND', required=True)
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=_description(name))
+        if name in commands:
+            _prepare(subparser, name)
+    return parser
+
+
+class CompletionAction(argparse.Action):
+    """Prints the completion script of a shell, and that is all."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: str,
+                 option_string: str | None = None) -> None:
+        print(completion_script(make_parser(), values))
+        parser.exit()
+
+
+def _description(command: str) -> str:
+    return f'{COMMANDS[command][0].upper()}{COMMANDS[command][1:]}.'
 
 
 def _prepare(parser: argparse.ArgumentParser, command: str) -> None:
     parser.add_argument('--debug', action='store_true', default=bool(os.environ.get('KD_DET_DEBUG')),
                         help='show the full traceback of an error (also: KD_DET_DEBUG=1)')
-    # MMEngine imports pkg_resources for each config it looks up, and each time setuptools complains.
-    warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
-    if kd_det.MMDETECTION_ERROR and command != 'doctor':
-        error = kd_det.MMDETECTION_ERROR
-        parser.exit(2, f'kd-det: error: MMDetection can not be imported: {type(error).__name__}: {error}. '
-                       'Run kd-det doctor.\n')
-    try:
-        module = import_module(f"kd_det.cli.{command.replace('-', '_')}")
-    except ModuleNotFoundError as error:
-        if (error.name or '').split('.')[0] not in MMDETECTION:
-            raise
-        parser.exit(2, f"kd-det: error: '{command}' needs MMDetection, but there is no module '{error.name}'. "
-                       "Install it: pip install 'kd-det[mmdet]'\n")
+    module = import_module(f"kd_det.cli.{command.replace('-', '_')}")
     module.add_arguments(parser)
-    parser.set_defaults(run=module.run)
+    parser.set_defaults(run=module.run, command=command)
 
 
 def _run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
+    # MMEngine imports pkg_resources for each config it looks up, and each time setuptools complains.
+    warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
+    if options.command not in WITHOUT_MMDETECTION:
+        _need_mmdetection(parser, options.command)
     try:
         code = options.run(options)
         _leave_process_group()
@@ -94,6 +110,18 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
             traceback.print_exc()
         print(f'kd-det: error: {describe(error)}', file=sys.stderr)
         return 2
+
+
+def _need_mmdetection(parser: argparse.ArgumentParser, command: str) -> None:
+    """Ends the program where MMDetection is not installed, or can not be imported."""
+    lacking = next((name for name in MMDETECTION if find_spec(name) is None), None)
+    if lacking:
+        parser.exit(2, f"kd-det: error: '{command}' needs MMDetection, but there is no module '{lacking}'. "
+                       "Install it: pip install 'kd-det[mmdet]'\n")
+    error = kd_det.MMDETECTION_ERROR
+    if error:
+        parser.exit(2, f'kd-det: error: MMDetection can not be imported: {type(error).__name__}: {error}. '
+                       'Run kd-det doctor.\n')
 
 
 def _leave_process_group() -> None:

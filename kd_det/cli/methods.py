@@ -2,39 +2,34 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.table import Table
 
-from kd_det.compat.process import PlainConsole
-from kd_det.config.detectors import DETECTORS
-from kd_det.config.methods import MethodEntry, catalogue
+    from kd_det.config.methods import Methods
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """It has no options of its own."""
+    parser.add_argument('methods', nargs='*', metavar='METHOD',
+                        help='show these alone, by name or file (my_method.py, package::folder/file.py), with what the '
+                        "files do not state: it is found out by building their terms (all that have names)")
 
 
 def run(options: Namespace) -> int:
+    from kd_det.compat.console import PlainConsole
+    from kd_det.config.methods import methods
     console = PlainConsole()
-    console.print(render(catalogue()))
+    console.print(render(methods(*options.methods)))
     console.print('Take one with kd-det distill … --method fgd, or a sum of them: fgd+dkd.', highlight=False)
     return 0
 
 
-def render(entries: Sequence[MethodEntry]) -> Table:
-    """The methods as a table."""
-    table = Table('Method', 'Compares', 'Reads', 'Serves', 'Paper', caption=f"all: {', '.join(DETECTORS)}",
-                  caption_justify='left')
-    for entry in entries:
-        table.add_row(Text(entry.name, 'bold'), entry.idea, ', '.join(entry.needs), _served(entry), entry.paper)
+def render(methods: Methods) -> Table:
+    """The methods as a table for a terminal."""
+    from rich.table import Table
+    from rich.text import Text
+    table = Table(*methods.COLUMNS, caption=methods.CAPTION, caption_justify='left')
+    for method, (name, *cells) in zip(methods, methods.rows()):
+        table.add_row(Text(name, 'bold'), *(Text(cell, 'red' if method.error else '') for cell in cells))
     return table
-
-
-def _served(entry: MethodEntry) -> str:
-    """The detectors that a method serves, or those that it does not where these are fewer."""
-    others = [detector for detector in DETECTORS if detector not in entry.detectors]
-    if not others:
-        return 'all'
-    return f"all but {', '.join(others)}" if len(others) < len(entry.detectors) else ', '.join(entry.detectors)

@@ -5,13 +5,7 @@ import warnings
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from mmdet.utils import register_all_modules
-from mmengine.logging import MMLogger
-
 from kd_det.cli.common import add_config_options, apply_config_options
-from kd_det.compat.process import PlainConsole
-from kd_det.study.report.page import collect, render
-from kd_det.study.report.runs import read_studies
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -28,6 +22,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
+    from mmdet.utils import register_all_modules
+    from mmengine.logging import MMLogger
+
+    from kd_det.compat.console import PlainConsole
+    from kd_det.study.report.page import collect, render
+    from kd_det.study.report.runs import read_studies
     console = PlainConsole(highlight=False)
 
     def say(text: str) -> None:

@@ -5,7 +5,6 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from itertools import product
 
 from kd_det.cli import benchmark
-from kd_det.config.files import TOP_KEYS, ConfigurationError
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -22,6 +21,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
+    from kd_det.config.files import ConfigurationError
     named = dict(teachers=options.teachers, augment=options.augment)
     settings = [*options.set, *((key, values) for key, values in named.items() if values)]
     if not settings:
@@ -38,6 +38,7 @@ def grid(method: str, settings: list[tuple[str, list[str]]]) -> list[str]:
         settings: Key and values of each setting. A dotted key that begins with nothing that a run reads is a term's; a
             config may define the method under the same name.
     """
+    from kd_det.config.files import TOP_KEYS
     keys = [f'model.distill.{key}' if '.' in key and key.split('.')[0] not in TOP_KEYS else key for key, _ in settings]
     return ['@'.join([method, *(f'{key}={value}' for key, value in zip(keys, values))])
             for values in product(*(values for _, values in settings))]

@@ -4,18 +4,12 @@ from __future__ import annotations
 import copy
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mmdet.engine.hooks.utils import trigger_visualization_hook
-from mmdet.evaluation import DumpDetResults
-from mmengine.config import Config, ConfigDict
-
-from kd_det.checks.data import check_labels
-from kd_det.checks.doctor import check_config, explain
 from kd_det.cli.common import add_run_options, apply_run_options
-from kd_det.config.files import leaf_datasets, load_config, renamed, student_config
-from kd_det.registry import HOME
-from kd_det.study.pictures import names_to_draw
-from kd_det.training.runner import build_runner, check_start, use_one_metainfo
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -31,6 +25,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
+    from mmdet.engine.hooks.utils import trigger_visualization_hook
+    from mmdet.evaluation import DumpDetResults
+
+    from kd_det.checks.data import check_labels
+    from kd_det.checks.doctor import check_config, explain
+    from kd_det.config.files import load_config, renamed, student_config
+    from kd_det.study.pictures import names_to_draw
+    from kd_det.training.runner import build_runner, check_start, use_one_metainfo
     config, name = student_config(load_config(options.config)), Path(options.config).stem
     apply_run_options(config, options, name)
     config = renamed(config, f'{name}_test.py')  # the work dir keeps the config of its training
@@ -57,6 +59,10 @@ def run(options: Namespace) -> int:
 
 def augment(config: Config) -> None:
     """Turns on test-time augmentation: the config's own ``tta_model`` and ``tta_pipeline``, or horizontal flips."""
+    from mmengine.config import ConfigDict
+
+    from kd_det.config.files import leaf_datasets
+    from kd_det.registry import HOME
     dataset = leaf_datasets(config.test_dataloader.dataset)[0]
     pipeline = config.get('tta_pipeline')
     if pipeline is None:

@@ -6,11 +6,10 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mmengine.config import Config
-
-from kd_det.config.files import ConfigurationError, type_name
-from kd_det.registry import HOME
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 # Tracker -> (what to install, the module that has to be there).
 PACKAGES = dict(tensorboard=('tensorboard', 'tensorboard'), wandb=('wandb', 'wandb'), mlflow=('mlflow', 'mlflow'))
@@ -36,6 +35,8 @@ def track(config: Config, trackers: Sequence[str], name: str | None = None) -> N
     Raises:
         ConfigurationError: The tracker's package is not installed.
     """
+    from kd_det.config.files import ConfigurationError, type_name
+    from kd_det.registry import HOME
     work_dir = Path(config.work_dir).resolve()
     name = name or work_dir.name
     backends = dict(

@@ -3,18 +3,13 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mmengine.config import Config
-from mmengine.device import get_device
-
-from kd_det.checks.data import check_labels
-from kd_det.checks.doctor import check_config, explain
-from kd_det.checks.image_reader import Memory
-from kd_det.checks.images import check_images, student_channels
 from kd_det.cli.common import add_image_option, add_run_options, apply_run_options
 from kd_det.cli.tracking import add_tracking_option, track
-from kd_det.config.files import ConfigurationError, load_config
-from kd_det.training.runner import build_optimizer, build_runner, check_start, use_one_metainfo
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -23,6 +18,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
+    from kd_det.config.files import load_config
     config = load_config(options.config)
     apply_training_options(config, options, name=Path(options.config).stem)
     train(config, options.resume, options.check_images)
@@ -48,6 +44,9 @@ def apply_training_options(config: Config, options: Namespace, name: str) -> Non
         ConfigurationError: Mixed precision without a GPU, or a config that does not tell how to scale its learning
             rate.
     """
+    from mmengine.device import get_device
+
+    from kd_det.config.files import ConfigurationError
     apply_run_options(config, options, name)
     track(config, options.track)
     if options.amp:
@@ -77,6 +76,11 @@ def train(config: Config, resume: str | None = None, images: int | None = None) 
         CheckpointError: The checkpoint to resume is of another detector, or that to start from has nothing of this one.
         ConfigurationError: Something of the config can not be built.
     """
+    from kd_det.checks.data import check_labels
+    from kd_det.checks.doctor import check_config, explain
+    from kd_det.checks.image_reader import Memory
+    from kd_det.checks.images import check_images, student_channels
+    from kd_det.training.runner import build_optimizer, build_runner, check_start, use_one_metainfo
     if resume:
         config.resume = True
         config.load_from = None if resume == 'auto' else resume

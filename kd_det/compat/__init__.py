@@ -1,21 +1,38 @@
-"""What MMDetection lacks today: the operators of compiled mmcv, checkpoints that load safely, an SSD that predicts."""
-from .checkpoint import CheckpointError, UnsafeCheckpointError, install_safe_loading, load_checkpoint
-from .operators import (
-    OperatorNotServedError,
-    install_operators,
-    log_operator_backend,
-    operator_backend,
-    served_operators,
-)
-from .startup import mend_mmdetection
+"""What MMDetection lacks today: the operators of compiled mmcv, checkpoints that load safely, an SSD that predicts.
 
-__all__ = [
-    'CheckpointError', 'OperatorNotServedError', 'UnsafeCheckpointError', 'install', 'install_safe_loading',
-    'load_checkpoint', 'log_operator_backend', 'mend_mmdetection', 'operator_backend', 'served_operators'
-]
+Importing this, and :func:`install`, import neither PyTorch nor MMDetection: names come from their modules when asked
+for.
+"""
+from importlib import import_module
+
+_MODULES = {
+    'checkpoint': ('CheckpointError', 'UnsafeCheckpointError', 'install_safe_loading', 'load_checkpoint'),
+    'operators': ('OperatorNotServedError', 'install_operators', 'log_operator_backend', 'operator_backend',
+                  'served_operators'),
+    'startup': ('mend_mmdetection', ),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = ['install', *_MODULE_OF]
 
 
 def install() -> None:
-    """Prepares this process and its children for mmcv, mmengine and mmdet. May be called again."""
+    """Prepares this process and its children for mmcv, mmengine and mmdet. May be called again.
+
+    What is imported already is prepared at once, all else as soon as it is imported.
+    """
+    from .operators import install_operators
+    from .startup import mend_mmdetection
     install_operators()
-    install_safe_loading()
+    mend_mmdetection()
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    value = globals()[name] = getattr(import_module(f'.{_MODULE_OF[name]}', __name__), name)
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *_MODULE_OF})

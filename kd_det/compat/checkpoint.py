@@ -53,6 +53,7 @@ def load_checkpoint(path_or_url: str | Path, map_location: Any = 'cpu') -> dict[
         CheckpointError: the file is damaged, is no checkpoint, or cannot be downloaded.
         UnsafeCheckpointError: the file refers to code.
     """
+    install_safe_loading()
     name = str(path_or_url)
     if '://' in name:
         from mmengine.runner.checkpoint import CheckpointLoader

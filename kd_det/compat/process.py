@@ -1,7 +1,6 @@
-"""Where kd_det prints: text of users as it is, in whatever encoding there is.
+"""What kd_det asks of its process: an encoding for any text, and random numbers that nobody else misses.
 
-Names of classes, runs, paths and errors may hold anything: brackets that rich would take for markup, colons that it
-would take for an emoji, signs that the encoding of the output lacks.
+Importing it costs next to nothing, for every command line starts with it.
 """
 from __future__ import annotations
 
@@ -11,29 +10,12 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-import numpy as np
-import torch
-from rich.console import Console
-from rich.text import Text
 
 ERRORS = 'kd_det.spelt_out'
 # How signs of kd_det's own texts and tables are spelt where the encoding lacks them; all others become \x.., \u....
 SPELT_OUT = {'…': '...', '–': '-', '−': '-', '±': '+/-', '→': '->', '×': 'x', '·': '*', 'Δ': 'delta ', '≥': '>=',
              '≤': '<=', **dict.fromkeys('─━╸╺', '-'), **dict.fromkeys('│┃', '|'),
              **dict.fromkeys('┌┬┐├┼┤└┴┘┏┳┓┡╇┩', '+')}
-
-
-class PlainConsole(Console):
-    """A console that prints text as it is, that in tables too; styles come from :class:`rich.text.Text` alone."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(markup=False, emoji=False, **settings)
-
-    def render_str(self, text: str, **settings: Any) -> Text:
-        """Before rich measures a text, what the encoding lacks is spelt out: so columns stay in line."""
-        return super().render_str(text.encode(self.encoding, ERRORS).decode(self.encoding), **settings)
 
 
 def use_any_encoding() -> None:
@@ -63,7 +45,8 @@ def _spell_out(error: UnicodeError):
     if not isinstance(error, UnicodeEncodeError):
         raise error
     signs = error.object[error.start:error.end]
-    return ''.join(SPELT_OUT.get(sign) or sign.encode('ascii', 'backslashreplace').decode() for sign in signs), error.end
+    spelt = (SPELT_OUT.get(sign) or sign.encode('ascii', 'backslashreplace').decode() for sign in signs)
+    return ''.join(spelt), error.end
 
 
 codecs.register_error(ERRORS, _spell_out)
@@ -72,6 +55,8 @@ codecs.register_error(ERRORS, _spell_out)
 @contextmanager
 def preserved_randomness() -> Iterator[None]:
     """Whatever is drawn inside, the generators of Python, NumPy and PyTorch (CPU, current GPU) are then as before."""
+    import numpy as np
+    import torch
     python_state, numpy_state = random.getstate(), np.random.get_state()
     # Asking for all GPUs would give this rank a context on each of them.
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []

@@ -2,11 +2,13 @@
 
 Installing kd_det lays a copy of this module, and a ``.pth`` file that calls :func:`install`, where Python looks for
 them at its start. So it imports nothing that costs time before a program imports mmcv or MMDetection, and of kd_det
-then :mod:`kd_det.compat` alone. Where kd_det is imported itself, :func:`mend_mmdetection` does the same.
+then :mod:`kd_det.compat` alone. Where kd_det is imported itself, :func:`mend_mmdetection` puts another finder in the
+place of that one, which also makes kd_det's types and configs known.
 """
 import os
 import sys
 
+REGISTRATION = 'kd_det.compat.registration'
 OFF = 'KD_DET_NO_COMPAT'  # set to 1, this environment variable leaves Python's start alone
 EXTENSION = 'mmcv._ext'
 
@@ -14,25 +16,31 @@ EXTENSION = 'mmcv._ext'
 def install() -> None:
     """Makes this process ready for MMDetection's tools, once, unless it is switched off."""
     if os.environ.get(OFF, '') in ('', '0') and not any(hasattr(finder, 'is_of_kd_det') for finder in sys.meta_path):
-        sys.meta_path.insert(0, StartupFinder())
+        sys.meta_path.insert(0, StartupFinder(MENDS))
 
 
 def mend_mmdetection() -> None:
-    """Lets SSD predict, and ``init_detector`` read the config of a distillation. Not before operators are served."""
-    from mmdet.apis import inference
-    from mmdet.models.dense_heads import ssd_head
-    let_ssd_predict(ssd_head)
-    let_init_detector_take_students(inference)
-    sys.modules['mmdet.apis'].init_detector = inference.init_detector
+    """Mends what is imported already of MMEngine and MMDetection, all else as soon as it is. May be called again."""
+    if not any(getattr(finder, 'mends', None) is MENDS_OF_KD_DET for finder in sys.meta_path):
+        # Python's start may have installed one, of another version even, that knows less.
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not hasattr(finder, 'is_of_kd_det')]
+        sys.meta_path.insert(0, StartupFinder(MENDS_OF_KD_DET))
+    for name, mend in MENDS_OF_KD_DET.items():
+        module = sys.modules.get(name)
+        if module and not getattr(module.__spec__, '_initializing', False):
+            _try(mend, module)
 
 
 class StartupFinder:
-    """Provides ``mmcv._ext`` where there is no compiled one, and mends three modules as they are imported."""
+    """Provides ``mmcv._ext`` where there is no compiled one, and mends some modules as they are imported."""
 
     is_of_kd_det = True
 
+    def __init__(self, mends) -> None:
+        self.mends = mends
+
     def find_spec(self, fullname, path=None, target=None):
-        mend = MENDS.get(fullname)
+        mend = self.mends.get(fullname)
         if not mend and fullname != EXTENSION:
             return None
         from importlib.machinery import PathFinder, SourceFileLoader
@@ -51,12 +59,16 @@ def _then(execute, mend):
 
     def execute_and_mend(module) -> None:
         execute(module)
-        try:
-            mend(module)
-        except (AttributeError, KeyError):  # another version, which lacks what is mended here
-            pass
+        _try(mend, module)
 
     return execute_and_mend
+
+
+def _try(mend, module) -> None:
+    try:
+        mend(module)
+    except (AttributeError, KeyError):  # another version, which lacks what is mended here
+        pass
 
 
 def _import_alone(name: str):
@@ -116,6 +128,34 @@ def let_init_detector_take_students(module) -> None:
         return init_detector(**{**arguments, 'config': config})
 
     module.init_detector = init_student
+    if 'mmdet.apis' in sys.modules:  # imported before
+        sys.modules['mmdet.apis'].init_detector = init_student
+
+
+def load_safely(module) -> None:
+    """Has PyTorch and mmengine load checkpoints safely: at once, for this program imports kd_det itself."""
+    from kd_det.compat.checkpoint import install_safe_loading
+    install_safe_loading()
+
+
+def find_types(registries) -> None:
+    """Has MMDetection's registries import kd_det's types at their next look-up, with what they import themselves."""
+    for registry in vars(registries).values():
+        locations = getattr(registry, '_locations', None)
+        if locations is not None and registry.scope == 'mmdet' and REGISTRATION not in locations:
+            locations.append(REGISTRATION)
+            registry._imported = False
+
+
+def find_configs(module) -> None:
+    """Makes ``kd_det::folder/file.py`` known to MMEngine's configs, hub and registries.
+
+    MMEngine keeps a fixed table from scope to distribution and looks up where that distribution is installed, which
+    fails in an editable install. Where there is no distribution of that name it takes the folder of the module of that
+    name: a module of kd_det leads there however it is installed. Configs of MMDetection (``mmdet::…``) need no help:
+    by the same rule they are found under any distribution that provides the module ``mmdet``.
+    """
+    module.MODULE2PACKAGE.setdefault('kd_det', 'kd_det.registry')
 
 
 def _is_there(package: str) -> bool:
@@ -129,6 +169,13 @@ def _is_there(package: str) -> bool:
 
 MENDS = {
     'mmengine.runner.checkpoint': defer_safe_loading,
+    'mmdet.models.dense_heads.ssd_head': let_ssd_predict,
+    'mmdet.apis.inference': let_init_detector_take_students,
+}
+MENDS_OF_KD_DET = {
+    'mmengine.config.utils': find_configs,
+    'mmengine.runner': load_safely,
+    'mmdet.registry': find_types,
     'mmdet.models.dense_heads.ssd_head': let_ssd_predict,
     'mmdet.apis.inference': let_init_detector_take_students,
 }

@@ -1,17 +1,24 @@
-"""Makes a distillation config out of a student's: what ``kd-det distill`` trains."""
+"""Makes a distillation config out of a student's: what ``kd-det distill`` trains.
+
+In the order in which it is made: the terms of the methods, what they need of the student, the config, and that of several
+teachers. What ``--cfg-options`` change in it at last, :mod:`kd_det.config.options` does.
+"""
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from mmdet.registry import MODELS
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 
 from kd_det.compat.process import preserved_randomness
+from kd_det.config import ConfigurationError
+from kd_det.config.choices import PAPER, RATIO
 from kd_det.config.detectors import (
-    FAMILIES,
+    DETECTORS,
     HeadClasses,
     check_student,
     family_of,
@@ -20,46 +27,28 @@ from kd_det.config.detectors import (
     plain_detector,
 )
 from kd_det.config.files import (
-    CONFIG_ROOT,
     DISTILLER,
     SCOPED_DISTILLER,
     SCOPED_HOOK,
-    ConfigurationError,
     imports_of,
     is_distillation,
     load_config,
     student_model,
     type_name,
 )
-from kd_det.distillers.inheritance import keys_within
-from kd_det.distillers.weights import DEFAULT_RATIO
+from kd_det.config.methods import PARTS, find_files, split_family
+from kd_det.distillers.inheritance import find_part_keys
+from kd_det.distillers.schedules import DEFAULT_RATIO
 from kd_det.heads import HeadError, check_head
 from kd_det.losses import DistillTerm
 from kd_det.registry import HOME, build_detector, build_own, scope_of, within_scope
 from kd_det.teachers import read_model_config
 
 NO_METHOD = 'none'  # no terms: the student may still inherit
-RATIO = 1.0  # of a method's gradient to the task's: what served best on data smaller than COCO, see docs/results.md
-PAPER = 'paper'  # in place of a ratio: the weights in the method's file
-METHOD_ROOT = CONFIG_ROOT / '_base_' / 'methods'
-
-
-def available_methods() -> dict[str, dict[str, Path]]:
-    """The methods that have configs: name -> family -> file.
-
-    A method has one file for each family of heads, ``<method>_<family>.py``, or one for all others, ``<method>.py``,
-    whose family is ``''``.
-    """
-    methods: dict[str, dict[str, Path]] = {}
-    for file in sorted(METHOD_ROOT.glob('*.py')):
-        family = next((family for family in FAMILIES if file.stem.endswith(f'_{family}')), '')
-        name = file.stem[:-len(family) - 1] if family else file.stem
-        methods.setdefault(name, {})[family] = file
-    return methods
 
 
 def head_family(model: dict) -> str:
-    """Tells to which of :data:`~kd_det.config.detectors.FAMILIES` a detector belongs, from its model dict.
+    """Tells to which of :data:`~kd_det.config.choices.FAMILIES` a detector belongs, from its model dict.
 
     Raises:
         ConfigurationError: It has neither a RoI head nor a dense head.
@@ -67,36 +56,93 @@ def head_family(model: dict) -> str:
     return family_of(type_name(model), head_classes(model))
 
 
-def method_terms(method: str, family: str, balance: float | str | None = PAPER) -> ConfigDict:
+class LoadedMethod(NamedTuple):
+    """What a method's file holds.
+
+    Attributes:
+        terms: Their configs by name.
+        imports: The modules that it imports, which may register terms and masks of its own.
+    """
+    terms: ConfigDict
+    imports: list[str]
+
+
+def load_method(file: Path) -> LoadedMethod:
+    """Reads a method's file, as a config.
+
+    Raises:
+        ConfigurationError: The file can not be read, or holds no terms under the method's name.
+    """
+    config, name = load_config(file), split_family(file)[0]
+    terms = config.get(name)
+    if not isinstance(terms, dict) or not terms or not all(type_name(term) for term in terms.values()):
+        others = ', '.join(f"'{key}'" for key in config) or 'nothing'
+        raise ConfigurationError(f"The method's file '{file}' holds no method: expected {name} = dict(NAME=dict("
+                                 f'type=…, …)), a dict of terms by name; it defines {others}.')
+    return LoadedMethod(terms, imports_of(config))
+
+
+def load_methods(methods: str, family: str) -> dict[str, LoadedMethod]:
+    """Reads the files of one method, or of a sum such as ``'fgd+my_method.py'``, that are made for a family.
+
+    Args:
+        methods: The name or names, see :func:`~kd_det.config.methods.find_files`; ``'none'`` for none.
+        family: One of :data:`~kd_det.config.choices.FAMILIES`.
+
+    Raises:
+        ConfigurationError: There is no such method, a sum names one or a term twice, a file holds no method, or none
+            fits the family.
+        FileNotFoundError: There is no such file.
+    """
+    names = methods.split('+') if methods != NO_METHOD else []
+    loaded: dict[str, LoadedMethod] = {}
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigurationError(f"The sum '{methods}' names '{name}' twice; its weight is set with --cfg-options.")
+        files = find_files(name)
+        file = files.get(family, files.get(''))
+        if file is None:
+            raise ConfigurationError(f"The method '{name}' has no weights for {family} detectors, only for "
+                                     f"{', '.join(files)}. Choose others with --family.")
+        loaded[name] = load_method(file)
+        for other in list(loaded)[:-1]:
+            twice = loaded[name].terms.keys() & loaded[other].terms.keys()
+            if twice:
+                raise ConfigurationError(f"The sum '{methods}': '{other}' and '{name}' both have a term "
+                                         f"'{min(twice)}'. Give one of them another name in its file.")
+    return loaded
+
+
+def method_terms(methods: str, family: str, balance: float | str | None = PAPER) -> ConfigDict:
     """The distillation terms of one method, or of a sum of methods such as ``'fgd+dkd'``; of ``'none'`` no terms.
 
     Args:
-        method: The name or names.
-        family: One of :data:`~kd_det.config.detectors.FAMILIES`.
-        balance: The ratio of each method's gradient to the task's, which its terms share equally; None for each
-            method's own: :data:`RATIO`, unless its file balances it at another; ``'paper'`` for the weights in its
-            file.
+        methods: See :func:`load_methods`.
+        family: One of :data:`~kd_det.config.choices.FAMILIES`.
+        balance: See :func:`balance_terms`.
 
     Raises:
-        ConfigurationError: There is no such method, a sum names one twice, or none of its files fits the family.
+        ConfigurationError, FileNotFoundError: See :func:`load_methods`.
     """
-    methods = available_methods()
-    terms = ConfigDict()
-    names = method.split('+') if method != NO_METHOD else []
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigurationError(f"The sum '{method}' names '{name}' twice; its weight is set with --cfg-options.")
-        if name not in methods:
-            raise ConfigurationError(f"There is no method '{name}'. Choose from {', '.join(methods)}, or a sum: a+b.")
-        file = methods[name].get(family, methods[name].get(''))
-        if file is None:
-            raise ConfigurationError(f"The method '{name}' has no weights for {family} detectors, only for "
-                                     f"{', '.join(methods[name])}. Choose others with --family.")
-        of_method = load_config(file)[name]
-        for term in of_method.values() if balance != PAPER else ():
-            term['weight'] = balanced(term.get('weight', 1.0), balance, len(of_method))
-        terms.update(of_method)
-    return terms
+    return balance_terms(load_methods(methods, family), balance)
+
+
+def balance_terms(loaded: dict[str, LoadedMethod], balance: float | str | None) -> ConfigDict:
+    """Unites the terms of methods, with their weights.
+
+    Args:
+        loaded: The methods by name; their terms stay as they are.
+        balance: The ratio of each method's gradient to the task's, which its terms share equally; None for each
+            method's own: :data:`~kd_det.config.choices.RATIO`, unless its file balances it at another; ``'paper'`` for
+            the weights in its file.
+    """
+    united = ConfigDict()
+    for method in loaded.values():
+        for name, term in method.terms.items():
+            united[name] = copy.deepcopy(term)
+            if balance != PAPER:
+                united[name]['weight'] = balanced(term.get('weight', 1.0), balance, len(method.terms))
+    return united
 
 
 def balanced(weight: float | dict, ratio: float | None, terms: int) -> dict:
@@ -117,6 +163,28 @@ def balanced(weight: float | dict, ratio: float | None, terms: int) -> dict:
 def build_term(config: dict) -> DistillTerm:
     """Builds a term from its config, which holds its weight too."""
     return build_own(MODELS, {key: value for key, value in config.items() if key != 'weight'})
+
+
+def find_parts(terms: dict[str, dict]) -> list[str]:
+    """The parts of student and teacher that terms read, each once, such as those of
+    :data:`~kd_det.config.methods.PARTS`.
+    """
+    built = list(map(build_term, terms.values()))
+    paths = [path for term in built for path in (*term.student_taps, *term.student_heads, *term.teacher_heads)]
+    return list(dict.fromkeys(path if path in PARTS else path.split('.')[0] for path in paths))
+
+
+def find_served(terms: dict[str, dict], kinds: Collection[str]) -> list[str]:
+    """Those of some kinds of detectors, of :data:`~kd_det.config.detectors.DETECTORS`, that terms serve."""
+
+    def is_served(kind: str) -> bool:
+        try:
+            check_terms('', terms, kind, DETECTORS[kind])
+        except ConfigurationError:
+            return False
+        return True
+
+    return list(filter(is_served, kinds))
 
 
 def check_terms(method: str, terms: dict[str, dict], detector: str, heads: HeadClasses) -> None:
@@ -153,7 +221,7 @@ def check_parts(model: dict, parts: Sequence[str]) -> None:
         with preserved_randomness():
             state = build_detector(model).state_dict()
         for part in parts:
-            keys_within(state, part)
+            find_part_keys(state, part)
 
 
 def distillation_config(student: str | Config, teacher_config: str, teacher_checkpoint: str, method: str,
@@ -167,18 +235,20 @@ def distillation_config(student: str | Config, teacher_config: str, teacher_chec
         student: Config of the detector to train: a file, ``'mmdet::…'``, or a config.
         teacher_config: Config of the teacher: a file or ``'mmdet::…'``.
         teacher_checkpoint: The teacher's weights: a file or an address.
-        method: Name of a method, or a sum of names, see :func:`available_methods`; ``'none'`` for no terms.
+        method: Name of a method, or its file, or a sum of such, see :func:`load_methods`; ``'none'`` for no terms.
         inherit: Parts of the student, such as ``('neck', 'bbox_head')``, that start from the teacher's weights where
             shapes agree; ``'auto'`` for all but the backbone that are of the same type in both; empty for none.
-        family: Whose published weights to use, one of :data:`~kd_det.config.detectors.FAMILIES`; told by the student's heads
-            by default.
-        balance: The ratio of each method's gradient to the task's, see :func:`method_terms` and
+        family: Whose published weights to use, one of :data:`~kd_det.config.choices.FAMILIES`; told by the student's
+            heads by default.
+        balance: The ratio of each method's gradient to the task's, see :func:`balance_terms` and
             :class:`~kd_det.distillers.Balance`; weights of the parts within a term stay. Each method's own by default;
             ``'paper'`` for the published weights, which are made for COCO.
 
     Raises:
         ConfigurationError: The student is a distiller already, holds detectors but is none, or lacks a part that it is
-            to inherit, or the method does not serve it; or the teacher holds several detectors.
+            to inherit, or the method does not serve it; or the teacher holds several detectors; or there is no such
+            method.
+        FileNotFoundError: There is no such file.
         TeacherError: The teacher's config holds no model.
     """
     config = copy.deepcopy(student) if isinstance(student, Config) else load_config(student)
@@ -188,7 +258,8 @@ def distillation_config(student: str | Config, teacher_config: str, teacher_chec
             f'{DISTILLER}): give the config of a plain detector, or train this one with kd-det train.')
     with within_scope(scope_of(config)):
         model = _student_of(config, str((config.filename or '') if isinstance(student, Config) else student))
-        terms = method_terms(method, family or head_family(model), balance)
+        methods = load_methods(method, family or head_family(model))
+        terms = balance_terms(methods, balance)
         check_terms(method, terms, type_name(model), head_classes(model))
         check_parts(model, () if inherit == 'auto' else (inherit, ) if isinstance(inherit, str) else inherit)
     read_model_config(teacher_config)  # before anything is built or written
@@ -202,7 +273,8 @@ def distillation_config(student: str | Config, teacher_config: str, teacher_chec
         config.default_hooks = ConfigDict()
     config.default_hooks['distill'] = dict(type=SCOPED_HOOK, preflight=dict(images=64, min_map=0.01))
     config.custom_imports = dict(
-        imports=list(dict.fromkeys([*imports_of(config), 'kd_det'])),
+        imports=list(dict.fromkeys([*imports_of(config), 'kd_det', *(name for each in methods.values()
+                                                                     for name in each.imports)])),
         allow_failed_imports=(config.get('custom_imports') or {}).get('allow_failed_imports', False))
     return config
 
@@ -247,22 +319,28 @@ def ensemble(config: Config, checkpoints: Sequence[str]) -> Config:
         raise ConfigurationError(f"An ensemble is made of a distillation with one teacher, which '{config.filename}' "
                                  'is not.')
     config = copy.deepcopy(config)
-    teacher, terms, number = config.model.teacher, config.model.distill, len(checkpoints)
+    teacher, terms = config.model.teacher, config.model.distill
     config.model.teacher = [dict(copy.deepcopy(teacher), checkpoint=checkpoint) for checkpoint in checkpoints]
     config.model.distill = ConfigDict()
     for name, term in terms.items():
-        for index in range(number):
-            repeated = config.model.distill[f'{name}_{index + 1}'] = copy.deepcopy(term)
-            repeated.update(teacher=index, weight=_share(term.get('weight', 1.0), number))
+        config.model.distill.update(repeat_term(name, term, len(checkpoints)))
     return config
 
 
-def _share(weight: float | dict, number: int) -> float | dict:
-    """The n-th part of a weight; schedules around it stay. So does what is no weight, for the distiller to refuse."""
+def repeat_term(name: str, term: ConfigDict, number: int) -> dict[str, ConfigDict]:
+    """Makes of a term one for each of so many teachers, with its part of the weight; the term stays as it is."""
+    repeated = {f'{name}_{index + 1}': copy.deepcopy(term) for index in range(number)}
+    for index, each in enumerate(repeated.values()):
+        each.update(teacher=index, weight=share_weight(term.get('weight', 1.0), number))
+    return repeated
+
+
+def share_weight(weight: float | dict, number: int) -> float | dict:
+    """Returns the n-th part of a weight; schedules around it stay. So does what is none, for the distiller to refuse."""
     if isinstance(weight, (float, int)):
         return weight / number
     if type_name(weight) == 'Balance':
-        return dict(weight, ratio=_share(weight.get('ratio', DEFAULT_RATIO), number))
+        return dict(weight, ratio=share_weight(weight.get('ratio', DEFAULT_RATIO), number))
     if isinstance(weight, dict) and 'value' in weight:
-        return dict(weight, value=_share(weight['value'], number))
+        return dict(weight, value=share_weight(weight['value'], number))
     return weight

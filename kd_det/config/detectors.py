@@ -29,14 +29,13 @@ from mmdet.registry import MODELS
 from mmengine.config import Config, ConfigDict
 from torch import nn
 
+from kd_det.config.choices import FAMILIES
 from kd_det.config.files import ConfigurationError, type_name
 from kd_det.heads.request import HEADS
 from kd_det.registry import HOME, find_class, within_scope
 
 HeadClasses = dict[str, type[nn.Module]]  # by their name in the detector
 
-# Published weights differ between these families of heads.
-FAMILIES = ('two_stage', 'one_stage', 'anchor_free', 'detr')
 ANCHOR_FREE_HEADS = ('AnchorFreeHead', 'YOLOXHead', 'CenterNetHead')
 
 # Each is in tests/matrix, with every method that serves it.
@@ -84,7 +83,7 @@ def has_one_level(heads: HeadClasses) -> bool:
 
 
 def family_of(detector: str, heads: HeadClasses) -> str:
-    """Tells to which of :data:`FAMILIES` a detector belongs.
+    """Tells to which of :data:`~kd_det.config.choices.FAMILIES` a detector belongs.
 
     Args:
         detector: Its type, for the message.

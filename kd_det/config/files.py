@@ -2,8 +2,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from difflib import get_close_matches
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -13,6 +12,9 @@ from mmengine.config import Config, ConfigDict
 from mmengine.config.lazy import LazyAttr, LazyObject
 from mmengine.hub import get_config
 from mmengine.runner import Runner
+
+from kd_det.config import ConfigurationError
+from kd_det.config.choices import CONFIG_ROOT
 
 # Types of this package. It writes them with the scope of the registries that hold them, for a config may have another
 # default_scope; :func:`type_name` reads them, however they are written.
@@ -27,13 +29,6 @@ TOP_KEYS = frozenset(signature(Runner.__init__).parameters) - {'self', 'cfg'} | 
     'tta_pipeline'}
 
 OF_MMCV = ('nms', 'nms_cfg', 'roi_layer')  # where MMDetection takes the bare name of one of mmcv's operators
-
-# Configs and tools travel inside the package, where MMEngine and mim look for them.
-CONFIG_ROOT = Path(__file__).parents[1] / '.mim' / 'configs'
-
-
-class ConfigurationError(ValueError):
-    """A config can not be read, or can not serve."""
 
 
 def load_config(name: str | Path) -> Config:
@@ -136,39 +131,6 @@ def imports_of(config: Config) -> list[str]:
     """The modules that a config imports."""
     imports = (config.get('custom_imports') or {}).get('imports') or []
     return [imports] if isinstance(imports, str) else list(imports)
-
-
-def merge_options(config: Config, options: dict) -> None:
-    """Applies ``--cfg-options``; unlike in plain MMEngine, ``data_root=…`` reaches every path that starts with it.
-
-    Raises:
-        ConfigurationError: An option begins with a key that no run reads, goes through something that holds no keys, or
-            past the end of a list.
-    """
-    options = dict(options)
-    data_root = options.pop('data_root', None)
-    _check_top_keys(config, options)
-    try:
-        config.merge_from_dict(options)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ConfigurationError(f'--cfg-options {options}: {error}') from error
-    if data_root is not None:
-        set_data_root(config, data_root)
-
-
-def _check_top_keys(config: Config, options: Iterable[str]) -> None:
-    """Refuses what MMEngine would take and nothing ever read."""
-    for option in options:
-        key = option.split('.')[0]
-        if key in TOP_KEYS:
-            continue
-        if key in config:
-            raise ConfigurationError(f"--cfg-options {option}: '{key}' is a variable of the config file; when this "
-                                     'option is applied its value has gone elsewhere already. Set that place, such as '
-                                     'train_cfg.max_epochs, train_dataloader.dataset.pipeline or model.distill.')
-        near = get_close_matches(key, TOP_KEYS, n=1)
-        raise ConfigurationError(f"--cfg-options {option}: no run reads a key '{key}'."
-                                 + (f" Did you mean '{near[0]}'?" if near else ''))
 
 
 def set_data_root(config: Config, data_root: str) -> None:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.ops import box_iou, nms
 
+from kd_det import __version__
 from kd_det.config.classes import ClassMatch, first_metainfo, label_names, match_classes, metainfo_of, number_of_classes
 from kd_det.config.files import ConfigurationError, leaf_datasets, load_config, student_model
 from kd_det.functional.fidelity import Moments, expected_calibration_error, linear_cka, moments
@@ -42,7 +43,6 @@ from kd_det.study.results import mean_and_std
 from kd_det.study.scheduling import CONFIG_FILE
 from kd_det.taps import Taps
 from kd_det.teachers import Teacher, load_strictly, probe_levels, read_model_config
-from kd_det.version import __version__
 
 
 def class_overlaps(boxes: InstanceData, others: InstanceData, mode: str = 'iou') -> Tensor:
@@ -334,9 +334,6 @@ def _attach(runner: Runner, loop: BaseLoop) -> None:
         if isinstance(metric, FidelityMetric):
             metric.attach(model)
             metric.dataset_meta = dict(metainfo_of(loop.dataloader.dataset), classes=label_names(loop.dataloader.dataset))
-
-
-SPLITS = ('val', 'train')
 
 
 def measure_fidelity(config: Config, checkpoint: str, teacher: dict, split: str = 'val', **options) -> dict[str, float]:

@@ -25,10 +25,10 @@ from kd_det.config.files import ConfigurationError, leaf_datasets, type_name
 from kd_det.context import ComparedLevel
 from kd_det.distillers.detection_distiller import DetectionDistiller, Observation
 from kd_det.distillers.gradients import GradientNorms, gradient_norms
-from kd_det.distillers.monitor import find_idle
-from kd_det.distillers.weights import total
+from kd_det.distillers.monitor import find_idle_terms
 from kd_det.heads import DenseOutputs, QueryOutputs, RoIOutputs
 from kd_det.losses import DistillTerm, FeatureTerm
+from kd_det.losses.base import sum_parts
 from kd_det.taps import record_calls
 
 IMAGES = 500  # of the training data that are read before; a run reads all
@@ -110,8 +110,8 @@ def inspect_step(distiller: DetectionDistiller, batch: dict) -> InspectedStep:
     data = distiller.data_preprocessor(batch, True)
     observation, levels = compared_levels(distiller, data)
     task, _ = distiller.parse_losses(observation.losses)
-    norms = gradient_norms(task, {name: total(value) for name, value in observation.values.items()},
-                           {name: distiller.measured_features(name, observation.context) for name in distiller.terms})
+    norms = gradient_norms(task, {name: sum_parts(value) for name, value in observation.values.items()},
+                           {name: distiller.gradient_features(name, observation.context) for name in distiller.terms})
     return InspectedStep(data['inputs'], observation, task, norms, levels)
 
 
@@ -195,14 +195,14 @@ def term_table(distiller: DetectionDistiller, step: InspectedStep) -> Table:
     for name, value in step.observation.values.items():
         norms, weight = step.norms[name], _weight(distiller, step, name)
         scaled, task = weight * norms.term, norms.task
-        table.add_row(Text(name, 'bold'), _number(total(value)), f'{_number(weight)}{_kind(distiller, name)}',
-                      _number(weight * total(value)), ', '.join(distiller.measured_taps(distiller.terms[name])),
+        table.add_row(Text(name, 'bold'), _number(sum_parts(value)), f'{_number(weight)}{_kind(distiller, name)}',
+                      _number(weight * sum_parts(value)), ', '.join(distiller.connections.gradient_taps[name]),
                       _number(scaled), _number(task), f'{scaled / task:.2f}' if task > 0 else '–')
         for part, each in value.items() if isinstance(value, dict) and len(value) > 1 else ():
             table.add_row(f'  {part}', _number(each), '', _number(weight * each))
     if not any(map(len, step.observation.context.boxes)):
         table.caption += ', to which all is background: there are no boxes'
-    for name, cause in find_idle(distiller, step.observation).items():
+    for name, cause in find_idle_terms(distiller, step.observation).items():
         table.caption += f'\n{name} teaches the student nothing: none of its weights gets a gradient from it. {cause}'
     table.add_section()
     table.add_row("the student's own loss", _number(step.task))
@@ -210,14 +210,14 @@ def term_table(distiller: DetectionDistiller, step: InspectedStep) -> Table:
 
 
 def _weight(distiller: DetectionDistiller, step: InspectedStep, name: str) -> float:
-    weight, (term, task) = distiller.weights[name], step.norms[name]
+    weight, (term, task) = distiller.schedules[name], step.norms[name]
     if weight.balance is None:
         return weight.full
     return weight.full * float(task / term) if term > 0 else 0.0
 
 
 def _kind(distiller: DetectionDistiller, name: str) -> str:
-    weight = distiller.weights[name]
+    weight = distiller.schedules[name]
     return '' if weight.is_constant else f' ({type(weight).__name__})'
 
 

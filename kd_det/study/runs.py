@@ -28,11 +28,11 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
+from kd_det import __version__
 from kd_det.checks.doctor import explain
 from kd_det.config.files import ConfigurationError, is_distillation
 from kd_det.registry import HOME
 from kd_det.training.runner import build_runner
-from kd_det.version import __version__
 
 PACKAGES = ('torch', 'torchvision', 'mmengine', 'mmdet', 'mmcv', 'mmcv-lite', 'numpy', 'pycocotools',
             'faster-coco-eval')

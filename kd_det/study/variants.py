@@ -13,15 +13,16 @@ from typing import Any
 from mmdet.registry import TRANSFORMS
 from mmengine.config import Config, DictAction
 
-from kd_det.config.composition import NO_METHOD, PAPER, available_methods, distillation_config, ensemble
+from kd_det.config.composition import NO_METHOD, PAPER, distillation_config, ensemble
 from kd_det.config.files import (
     ConfigurationError,
     leaf_datasets,
-    merge_options,
     student_model,
     training_pipelines,
     type_name,
 )
+from kd_det.config.methods import available_methods, find_files, is_file
+from kd_det.config.options import merge_options
 from kd_det.registry import HOME, find_class, scope_of, within_scope
 from kd_det.study.pair import Pair
 
@@ -37,7 +38,7 @@ class Variant:
 
     Attributes:
         name: As the user wrote it: ``fgd@paper``.
-        method: Name of a method, a sum of names, or ``none``: no terms.
+        method: Name of a method, or its file, a sum of such, or ``none``: no terms.
         balance: Each method's gradient at this ratio of the task's; None for each method's own, ``'paper'`` for the
             published weights.
         inherit: Parts of the student that start from the teacher's weights; ``'auto'`` for all but the backbone.
@@ -122,7 +123,9 @@ def _parse(text: str, common: Variant) -> Variant:
     if method == 'inherit':
         method, settings = PLAIN, ['inherit', *settings]
     for name in method.split('+'):
-        if method != PLAIN and name not in available_methods():
+        if is_file(name):
+            find_files(name)
+        elif method != PLAIN and name not in available_methods():
             raise ConfigurationError(f"--methods: there is no method '{name}'. Choose from none, inherit, "
                                      f"{', '.join(available_methods())}, or a sum: a+b.")
     if method == PLAIN:
@@ -182,8 +185,10 @@ def variant_config(variant: Variant, pair: Pair, checkpoints: Sequence[str] = ()
         return config
     config = distillation_config(config, pair.teacher, checkpoints[0], variant.method, variant.inherit,
                                  balance=variant.balance)
-    merge_options(config, of_distillation)  # before it is repeated: a setting of a term holds for all teachers
-    return ensemble(config, checkpoints[:variant.teachers]) if variant.teachers > 1 else config
+    if variant.teachers > 1:
+        config = ensemble(config, checkpoints[:variant.teachers])
+    merge_options(config, of_distillation)  # of a term: for all its teachers, or for one
+    return config
 
 
 AUGMENTATIONS = ('mosaic', 'mixup')

@@ -14,8 +14,9 @@ from kd_det.cli.benchmark_step import costs_table
 from kd_det.cli.doctor import render
 from kd_det.cli.main import main
 from kd_det.compat import process
-from kd_det.compat.process import PlainConsole, use_any_encoding
-from kd_det.config.methods import MethodEntry
+from kd_det.compat.console import PlainConsole
+from kd_det.compat.process import use_any_encoding
+from kd_det.config.methods import Method, Methods
 from kd_det.study.step_costs import DISTILLED, PLAIN_TEACHER, STUDENT, Cost, StepCosts
 
 NAMES = ['block[/b]', 'disc [red]', '[', '\\[x]', ':cat:', '[link=x]', '{0} %s', '猫', '🐈']
@@ -91,8 +92,8 @@ def test_a_caption_of_numbers_is_plain(monkeypatch):
 
 
 def test_methods_are_listed_in_ascii(monkeypatch):
-    entry = MethodEntry('fgd', ('two_stage', ), ('RetinaNet', ), 'CVPR 2022', ('neck features', ), 'features – all')
-    monkeypatch.setattr('kd_det.cli.methods.catalogue', lambda: [entry])
+    method = Method('fgd', 'CVPR 2022', 'features – all', ('neck', ), ('RetinaNet', ))
+    monkeypatch.setattr('kd_det.config.methods.methods', lambda: Methods([method]))
     output = ascii_output(monkeypatch)
     assert main(['methods']) == 0
     assert '| fgd ' in written(output) and 'kd-det distill ... --method fgd' in written(output)
@@ -104,7 +105,8 @@ def test_a_process_of_another_locale_reads_and_writes_utf8(tmp_path):
                f"runpy.run_path({process.__file__!r})['use_any_encoding']()\n"
                "logging.basicConfig(handlers=[logging.FileHandler('x.log'), logging.StreamHandler(sys.stdout)])\n"
                "logging.warning('\\u732b \\u2013')\n")
-    environment = dict(os.environ, LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0', PYTHONPATH=os.pathsep.join(sys.path))
+    environment = dict(os.environ, LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0',
+                       PYTHONPATH=os.pathsep.join(sys.path))
     done = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == 0 and b'Logging error' not in done.stderr
     assert b'\\u732b -' in done.stdout and '猫 –' in (tmp_path / 'x.log').read_text(encoding='utf-8')

@@ -4,16 +4,15 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 from kd_det.config.composition import (
-    METHOD_ROOT,
     PAPER,
     RATIO,
-    available_methods,
     balanced,
     distillation_config,
     head_family,
     method_terms,
 )
 from kd_det.config.files import ConfigurationError, load_config, student_config
+from kd_det.config.methods import METHOD_ROOT, available_methods
 
 RETINANET = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
 TEACHER = 'mmdet::retinanet/retinanet_r101_fpn_1x_coco.py'
@@ -122,7 +121,7 @@ def test_published_weights_on_demand():
 
 
 def test_methods_add_up(tmp_path, monkeypatch):
-    monkeypatch.setattr('kd_det.config.composition.METHOD_ROOT', tmp_path)
+    monkeypatch.setattr('kd_det.config.methods.METHOD_ROOT', tmp_path)
     (tmp_path / 'a.py').write_text("a = dict(a=dict(type='A'))\n")
     (tmp_path / 'b_one_stage.py').write_text("b = dict(b=dict(type='B'), c=dict(type='C'))\n")
     assert list(method_terms('a+b', 'one_stage')) == ['a', 'b', 'c']

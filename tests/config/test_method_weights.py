@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from kd_det.config.composition import available_methods, method_terms
-from kd_det.config.detectors import FAMILIES
+from kd_det.config.choices import FAMILIES
+from kd_det.config.composition import method_terms
+from kd_det.config.methods import available_methods
 
 DOCUMENTATION = Path(__file__).parents[2] / 'docs' / 'methods.md'
 

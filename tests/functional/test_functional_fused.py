@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from kd_det.functional import blocks, features, focal_global, masks
+from kd_det.functional import blocks, focal_global, masks
 from kd_det.study.step_costs import peak_memory
 
 BATCH = (64, 96)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from kd_det.config.composition import distillation_config, head_family, method_terms
 from kd_det.config.detectors import DETECTORS
 from kd_det.config.files import ConfigurationError
-from kd_det.config.methods import catalogue
+from kd_det.config.methods import methods
 from kd_det.distillers import DetectionDistiller
-from kd_det.distillers.detection_distiller import TERMS, Observation
+from kd_det.distillers.detection_distiller import Observation
+from kd_det.distillers.student_wrapper import TERMS
 from kd_det.losses import (
     CrossKD,
     DenseClassification,
@@ -28,7 +29,7 @@ from kd_det.losses import (
     RoIClassification,
 )
 
-SERVED = {entry.name: entry.detectors for entry in catalogue()}
+SERVED = {method.name: method.detectors for method in methods()}
 CASES = [(method, detector) for detector in DETECTORS for method in SERVED if detector in SERVED[method]]
 REFUSED = [(method, detector) for detector in DETECTORS for method in SERVED if detector not in SERVED[method]]
 

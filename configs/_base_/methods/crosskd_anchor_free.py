@@ -1,7 +1,12 @@
-"""CrossKD (arXiv 2306.11369): what the teacher's head makes of the features in the student's head.
+"""CrossKD: what the teacher's head makes of the features in the student's head.
 
 Its authors' weights for FCOS: 0.4 for classes, 0.75 for boxes, which they compare by IoU where this does by GIoU.
 Whether their sums are divided as here is not verified.
 """
+__about__ = dict(
+    paper='arXiv 2306.11369',
+    idea="what the teacher's head makes of the features in the student's head",
+    reads=['bbox_head'],
+    serves=['FCOS'])
 crosskd = dict(
     crosskd=dict(type='mmdet.CrossKD', head='bbox_head', remaining=2, beta=1.0, box_weight=0.75 / 0.4, weight=0.4))

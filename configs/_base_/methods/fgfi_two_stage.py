@@ -1,7 +1,12 @@
-"""FGFI (arXiv 1906.03609): features near the anchors that fit the boxes.
+"""FGFI: features near the anchors that fit the boxes.
 
 Its authors' weight and the anchors of Faster R-CNN: all levels of the neck.
 """
+__about__ = dict(
+    paper='arXiv 1906.03609',
+    idea='features near the anchors that fit the boxes',
+    reads=['neck'],
+    serves='all')
 fgfi = dict(
     fgfi=dict(
         type='mmdet.FeatureImitation', tap='neck', normalizer='twice_mask', weight=0.01,

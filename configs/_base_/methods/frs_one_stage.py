@@ -1,7 +1,12 @@
-"""FRS (arXiv 2111.00674): features and classes where the teacher sees objects.
+"""FRS: features and classes where the teacher sees objects.
 
 Its authors' weights for RetinaNet; those for GFL are 0.1 and 0.05.
 """
+__about__ = dict(
+    paper='arXiv 2111.00674',
+    idea='features and classes where the teacher sees objects',
+    reads=['neck', 'bbox_head'],
+    serves='all')
 frs = dict(
     frs_features=dict(
         type='mmdet.FeatureImitation', tap='neck', adapter='conv3x3',

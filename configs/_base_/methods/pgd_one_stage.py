@@ -1,8 +1,13 @@
-"""PGD (arXiv 2203.05469): features of the neck from where the teacher detects each box best, and the background.
+"""PGD: features of the neck from where the teacher detects each box best, and the background.
 
 The mask is its authors', with their ξ, top_k, T and their teacher's attentions; the weights are not. Theirs, 0.04 for
 the foreground of FCOS and GFL (ATSS 0.08) and half of it for the background, are for features within the head.
 """
+__about__ = dict(
+    paper='arXiv 2203.05469',
+    idea='features of the neck from where the teacher detects each box best, and the background',
+    reads=['neck', 'bbox_head'],
+    serves='all')
 pgd = dict(
     pgd_foreground=dict(
         type='mmdet.FeatureImitation', tap='neck', normalizer='mask', weight=0.005,

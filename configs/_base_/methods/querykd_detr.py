@@ -1,9 +1,14 @@
-"""Query distillation (after DETRDistill, arXiv 2211.10156): classes and boxes of queries, paired by box and by cost.
+"""Query distillation: classes and boxes of queries, paired by box and by cost.
 
 Neither the form of the classes nor the weights are DETRDistill's: the task's own gradient did worse than a fifth of it on
 every seed that we tried (docs/results.md), so a fifth is the default. The boxes warm up, because DETRs start with layers
 that regress nothing, which pass no gradient on.
 """
+__about__ = dict(
+    paper='after DETRDistill, arXiv 2211.10156',
+    idea='classes and boxes of queries, paired by box and by cost',
+    reads=['bbox_head.queries'],
+    serves='all')
 querykd = dict(
     querykd_classes=dict(
         type='mmdet.QueryClassification', head='bbox_head', beta=1.0, background=100,

@@ -30,7 +30,7 @@ from kd_det.study.report.detections import Detection, Validation, detect, evalua
 from kd_det.study.report.plots import image_uri, map_uri
 from kd_det.study.report.runs import Study, TrainedRun, cached, stamp
 from kd_det.teachers import TeacherError, read_model_config
-from kd_det.teachers.loading import teacher_classes
+from kd_det.teachers.loading import find_class_names
 from kd_det.training.hooks import CHECKPOINT_KEY
 
 SHOWN_FROM = 0.05  # score of a box
@@ -159,7 +159,7 @@ def _shared_classes(teacher: dict, count: int | None, classes: Sequence[str]) ->
         TeacherError: The teacher names more or fewer classes than it has.
     """
     meta = load_checkpoint(teacher['checkpoint']).get('meta') or {}
-    names = teacher_classes(count, teacher.get('classes', ()), meta, teacher['config'])
+    names = find_class_names(count, teacher.get('classes', ()), meta, teacher['config'])
     match = match_classes(classes, names) if names else None
     return None if match is None or match.is_identity else match
 

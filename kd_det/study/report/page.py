@@ -10,6 +10,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from kd_det import __version__
 from kd_det.study.pictures import read_scalars
 from kd_det.study.report.detections import CURVES, chosen, evenly_spaced, read_validation
 from kd_det.study.report.detectors import TEACHER, look
@@ -18,7 +19,6 @@ from kd_det.study.report.runs import Study, task_curves, term_curves, without_te
 from kd_det.study.report.verdict import baseline, comparison
 from kd_det.study.results import paired_difference
 from kd_det.study.variants import twin_of
-from kd_det.version import __version__
 
 TASK_LOSS = 'training loss without the terms'
 SHOWN_METRICS = {'coco/bbox_mAP': 'validation mAP', 'coco/bbox_mAP_50': 'validation AP50', 'loss': TASK_LOSS}

@@ -1,0 +1,36 @@
+"""``kd-det --completion``: a script by which a shell completes commands, options and paths."""
+from __future__ import annotations
+
+from argparse import Action, ArgumentParser
+from collections.abc import Iterator
+
+from kd_det.config.methods import available_methods
+
+SHELLS = ('bash', 'zsh', 'fish')
+FOLDERS = ('DIR', 'WORK_DIR')  # what a value is, told by its name in the help
+FILES = ('FILE', 'FILE.pkl', 'OUT.pth', 'CONFIG', 'STUDENT_CONFIG', 'PAIR', 'CHECKPOINT', 'config', 'checkpoint')
+
+
+def completion_script(parser: ArgumentParser, shell: str) -> str:
+    """What a shell evaluates at its start, such as ``eval "$(kd-det --completion bash)"``.
+
+    Args:
+        parser: Of the whole program; changed.
+        shell: One of :data:`SHELLS`.
+    """
+    import shtab
+    for action in _actions(parser):
+        name = action.metavar or action.dest
+        if name in FOLDERS or name in FILES:
+            action.complete = shtab.DIRECTORY if name in FOLDERS else shtab.FILE
+        elif name == 'method':  # no choices of the parser's, which takes sums of them too
+            action.choices = tuple(available_methods())
+    return shtab.complete(parser, shell)
+
+
+def _actions(parser: ArgumentParser) -> Iterator[Action]:
+    """All arguments, those of the commands too."""
+    for action in parser._actions:
+        yield action
+        for command in (action.choices or {}).values() if action.nargs == 'A...' else ():
+            yield from _actions(command)

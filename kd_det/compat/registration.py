@@ -1,0 +1,23 @@
+"""Registers all types of kd_det: MMDetection's registries import this module at their first look-up.
+
+Where MMDetection or what is to be registered can not be imported, as where a library lacks its system files or versions
+do not fit, this warns, and the registries are left without: the doctor must still run.
+"""
+from __future__ import annotations
+
+import warnings
+from importlib import import_module
+from importlib.util import find_spec
+
+HOLDERS = ('datasets', 'distillers', 'losses', 'masks', 'study.fidelity', 'training')  # of types, within kd_det
+
+MMDETECTION_ERROR: Exception | None = None  # why an installed MMDetection can not be imported
+
+if find_spec('mmengine') and find_spec('mmcv') and find_spec('mmdet'):
+    try:
+        for holder in HOLDERS:
+            import_module(f'kd_det.{holder}')
+    except Exception as error:
+        MMDETECTION_ERROR = error
+        warnings.warn(f'kd_det registered nothing, for MMDetection can not be imported: {type(error).__name__}: '
+                      f'{error}. Run `kd-det doctor`.', stacklevel=2)

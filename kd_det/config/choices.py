@@ -1,0 +1,35 @@
+"""What a command line offers, and reads before anything heavy is imported: the standard library alone is."""
+from __future__ import annotations
+
+from pathlib import Path
+
+# Configs and tools travel inside the package, where MMEngine and mim look for them.
+CONFIG_ROOT = Path(__file__).parents[1] / '.mim' / 'configs'
+
+# Published weights differ between these families of heads.
+FAMILIES = ('two_stage', 'one_stage', 'anchor_free', 'detr')
+
+# The kinds of detectors that the methods are tried on, and the family of each; their heads are in config/detectors.py.
+DETECTOR_FAMILIES = {
+    'RetinaNet': 'one_stage',
+    'ATSS': 'one_stage',
+    'GFL': 'one_stage',
+    'FCOS': 'anchor_free',
+    'RTMDet': 'one_stage',
+    'YOLOX': 'anchor_free',
+    'SSD': 'one_stage',
+    'YOLOv3': 'one_stage',
+    'Faster R-CNN': 'two_stage',
+    'Cascade R-CNN': 'two_stage',
+    'Mask R-CNN': 'two_stage',
+    'DETR': 'detr',
+    'Conditional DETR': 'detr',
+    'DAB-DETR': 'detr',
+    'Deformable DETR': 'detr',
+    'DINO': 'detr',
+}
+
+RATIO = 1.0  # of a method's gradient to the task's: what served best on data smaller than COCO, see docs/results.md
+PAPER = 'paper'  # in place of a ratio: the weights in the method's file
+
+SPLITS = ('val', 'train')  # on which fidelity is measured

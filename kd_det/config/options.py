@@ -1,0 +1,123 @@
+"""What ``--cfg-options`` change in a config, once it is made; in an ensemble of teachers, of all or of one."""
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+from mmengine.config import Config
+
+from kd_det.config import ConfigurationError
+from kd_det.config.composition import repeat_term, share_weight
+from kd_det.config.files import TOP_KEYS, is_distillation, set_data_root, type_name
+
+TERM_KEY = re.compile(r'model\.distill\.(?P<name>[^.]+)(?P<rest>.*)')
+TEACHER_KEY = re.compile(r'model\.teacher\.(?P<rest>(?!\d+(\.|$)).+)')  # of a teacher, whose index is not said
+AMOUNT = re.compile(r'\.weight(\.value)*(\.ratio(\.value)*)?')  # of a weight: the number, however deep it lies
+
+Members = dict[str, list[str]]  # the terms that an ensemble repeats for each teacher in turn, by what they have in common
+
+
+def merge_options(config: Config, options: dict) -> None:
+    """Applies ``--cfg-options``.
+
+    Unlike in plain MMEngine, ``data_root=…`` reaches every path that starts with it. And of an ensemble, see
+    :func:`~kd_det.config.composition.ensemble`, options reach all teachers or one: ``model.distill.fgd.temperature=0.8``
+    sets that of ``fgd_1``, ``fgd_2``, … (a term that options add is repeated, too), ``model.teacher.fuse=False`` that
+    of all teachers; ``model.distill.fgd_1.temperature=0.8`` and ``model.teacher.0.fuse=False`` those of one. A weight
+    of ``fgd`` is shared out, a weight of ``fgd_1`` is its own.
+
+    Args:
+        config: The config; changed.
+        options: Values by dotted key.
+
+    Raises:
+        ConfigurationError: An option begins with a key that no run reads, goes through something that holds no keys, or
+            past the end of a list, or is of a term that there is not.
+    """
+    options = dict(options)
+    data_root = options.pop('data_root', None)
+    _check_top_keys(config, options)
+    terms = dict(config.model.get('distill') or {}) if is_distillation(config) else {}
+    members = _find_members(config, terms)
+    try:
+        config.merge_from_dict(_address(options, config, members, terms))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ConfigurationError(f'--cfg-options {options}: {error}') from error
+    if is_distillation(config):
+        added = [name for name in config.model.get('distill') or {} if name not in terms]
+        _check_terms_have_types(config, added, members)
+        if members and set(terms) == {name for each in members.values() for name in each}:
+            _repeat_terms(config, added)
+    if data_root is not None:
+        set_data_root(config, data_root)
+
+
+def _check_top_keys(config: Config, options: Iterable[str]) -> None:
+    """Refuses what MMEngine would take and nothing ever read."""
+    for option in options:
+        key = option.split('.')[0]
+        if key in TOP_KEYS:
+            continue
+        if key in config:
+            raise ConfigurationError(f"--cfg-options {option}: '{key}' is a variable of the config file; when this "
+                                     'option is applied its value has gone elsewhere already. Set that place, such as '
+                                     'train_cfg.max_epochs, train_dataloader.dataset.pipeline or model.distill.')
+        near = get_close_matches(key, TOP_KEYS, n=1)
+        raise ConfigurationError(f"--cfg-options {option}: no run reads a key '{key}'."
+                                 + (f" Did you mean '{near[0]}'?" if near else ''))
+
+
+def _has_several_teachers(config: Config) -> bool:
+    return is_distillation(config) and isinstance(config.model.get('teacher'), (list, tuple))
+
+
+def _find_members(config: Config, terms: dict[str, dict]) -> Members:
+    """Tells by names and teachers which terms were one before there were several teachers."""
+    if not _has_several_teachers(config):
+        return {}
+    found: dict[str, dict[int, str]] = {}
+    for name, term in terms.items():
+        common, _, number = name.rpartition('_')
+        if isinstance(term, dict) and number == str(term.get('teacher', 0) + 1):
+            found.setdefault(common, {})[int(number)] = name
+    return {common: [name for _, name in sorted(names.items())] for common, names in found.items()
+            if len(names) == len(config.model.teacher)}
+
+
+def _address(options: dict[str, Any], config: Config, members: Members, terms: dict[str, dict]) -> dict[str, Any]:
+    """The options, those of an ensemble as a whole as options of each of its teachers or terms."""
+    addressed: dict[str, Any] = {}
+    for key, value in options.items():
+        of_term, of_teacher = TERM_KEY.fullmatch(key), TEACHER_KEY.fullmatch(key)
+        if of_term and of_term['name'] in members and of_term['name'] not in terms:
+            names = members[of_term['name']]
+            if AMOUNT.fullmatch(of_term['rest']):
+                value = share_weight(value, len(names))
+            addressed.update({f"model.distill.{name}{of_term['rest']}": value for name in names})
+        elif of_teacher and _has_several_teachers(config):
+            addressed.update({f"model.teacher.{index}.{of_teacher['rest']}": value
+                              for index in range(len(config.model.teacher))})
+        else:
+            addressed[key] = value
+    return addressed
+
+
+def _check_terms_have_types(config: Config, added: Iterable[str], members: Members) -> None:
+    """Refuses options of a term that there is not: they have made one that has no type."""
+    for name in added:
+        if not type_name(config.model.distill[name]):
+            others = [other for other in (*config.model.distill, *members) if other != name]
+            near = get_close_matches(name, others, n=1)
+            raise ConfigurationError(f"--cfg-options model.distill.{name}: there is no term '{name}', only "
+                                     f"{', '.join(sorted(others)) or 'none'}."
+                                     + (f" Did you mean '{near[0]}'?" if near else ''))
+
+
+def _repeat_terms(config: Config, added: Iterable[str]) -> None:
+    """Has terms without a teacher of their own learn from each, as the others of an ensemble do."""
+    for name in added:
+        if 'teacher' not in config.model.distill[name]:
+            repeated = repeat_term(name, config.model.distill.pop(name), len(config.model.teacher))
+            config.model.distill.update(repeated)
