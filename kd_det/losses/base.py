@@ -199,7 +199,8 @@ class FeatureTerm(DistillTerm):
             LevelError: The two have other numbers of cells, and ``resize`` is not set.
         """
         pair = self.pairs[position]
-        student = self.adapters[position](context.student[self.student_path][pair.student_level].float())
+        raw_student = context.student[self.student_path][pair.student_level].float()
+        student = self.adapters[position](raw_student)
         teacher = context.teachers[self.teacher_index][self.teacher_path][pair.teacher_level].float()
         if student.shape[-2:] != teacher.shape[-2:]:
             if not self.resize:
@@ -209,8 +210,8 @@ class FeatureTerm(DistillTerm):
                                  "down do, set data_preprocessor.pad_size_divisor of the student's config to the "
                                  'largest stride; else allow resize=True of the term.')
             teacher = F.interpolate(teacher, student.shape[-2:], mode='bilinear', align_corners=False)
-        return ComparedLevel(student, teacher, pair.student_spec.stride, pair.student_level, context,
-                             self.teacher_index)
+        strides = tuple(spec.stride for spec in context.student_levels[self.student_path])
+        return ComparedLevel(student, teacher, raw_student, pair.student_level, strides, context, self.teacher_index)
 
 
 def sum_parts(value: Tensor | Parts) -> Tensor:

@@ -88,8 +88,7 @@ class FKD(FeatureTerm):
     def compare(self, level: ComparedLevel, position: int) -> Parts:
         blocks, valid = cast(_Adapters, self.blocks[position]), level.valid if self.pad_aware else None
         inside: Tensor | int = 1 if valid is None else valid[:, None]
-        # All but the imitation read the student before its adapter.
-        student = level.context.student[self.student_path][level.index].float() * inside
+        student = level.raw_student * inside  # all but the imitation read it before its adapter
         teacher = level.teacher * inside
         of_student, of_teacher = (spatial_attention(side.detach(), self.temperature, valid)
                                   for side in (student, teacher))
