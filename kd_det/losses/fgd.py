@@ -11,8 +11,7 @@ from kd_det.context import ComparedLevel
 from kd_det.functional.focal_global import fgd_loss_of_sums, fgd_sums, relation_distance
 from kd_det.losses.adapters import GlobalContext
 from kd_det.losses.base import FeatureTerm, InputSpecs, Parts
-from kd_det.masks import BoxBackground, BoxForeground
-from kd_det.masks.boxes import BOX_MAPPINGS
+from kd_det.masks.boxes import BOX_MAPPINGS, BoxBackground, BoxForeground
 
 
 class GlobalContextTerm(FeatureTerm):

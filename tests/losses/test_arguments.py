@@ -15,7 +15,7 @@ NEGATIVE, FLAG = (-1.0, 'much', None, float('nan'), True), ('yes', 1, None)
 WRONG = dict(
     tap=(3, dict(student='neck'), None), levels=('all', 1.5, (), ('0', ), True), adapter=('conv', None),
     resize=FLAG, pad_aware=FLAG, teacher=(-1, '0', 0.5, True), head=(3, dict(teacher='bbox_head'), None),
-    mask=('BoxForegroundd', dict(type='BoxForeground', weighting='half')), distance=('cosin', None),
+    mask=(3, 'BoxForegroundd', dict(type='BoxForeground', weighting='half')), distance=('cosin', None),
     form=('giuo', None), normalizer=('batches', None), weighting=('equal', None), reduction=('none', None),
     box_mapping=('images', None), stage=('last', -1, 1.5, None, True), temperature=(0, -1.0, '1', None, float('inf')),
     ratio=(1, -0.1, '0.5'),
@@ -55,7 +55,7 @@ def test_a_value_that_does_not_fit_is_refused(name, argument):
         with pytest.raises((ValueError, KeyError)) as error:
             MODELS.build({'type': name, argument: value})
         if argument == 'mask':
-            assert 'BoxForegroundd' in str(error.value) or 'half' in str(error.value)
+            assert any(each in str(error.value) for each in ('mask=3: expected', 'BoxForegroundd', "weighting='half'"))
         elif argument == 'costs':
             assert str(error.value).startswith('costs')
         else:
