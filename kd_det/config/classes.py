@@ -135,7 +135,9 @@ class LabelNames(NamedTuple):
     @property
     def absent(self) -> list[str]:
         """The declared names that no category has, letter by letter, where labels are missing for it."""
-        return [name for name in self.declared if name not in self.known] if len(self.meant) < len(self.declared) else []
+        if len(self.meant) >= len(self.declared):
+            return []
+        return [name for name in self.declared if name not in self.known]
 
 
 def same_meaning(first: Sequence[str], second: Sequence[str]) -> bool:
@@ -190,8 +192,7 @@ def metainfo_of(dataset: object) -> dict:
 
 
 def first_metainfo(metainfo: dict | Sequence[dict] | None) -> dict:
-    """One ``metainfo``, or of joined data sets that differ in it, as in a palette, the first; empty where there is none.
-    """
+    """Returns the first ``metainfo``: joined data sets that differ in it, as in a palette, have several; else {}."""
     given = [metainfo] if isinstance(metainfo, dict) else metainfo or ()
     return next((each for each in given if isinstance(each, dict)), {})
 

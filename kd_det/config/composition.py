@@ -1,7 +1,7 @@
 """Makes a distillation config out of a student's: what ``kd-det distill`` trains.
 
-In the order in which it is made: the terms of the methods, what they need of the student, the config, and that of several
-teachers. What ``--cfg-options`` change in it at last, :mod:`kd_det.config.options` does.
+In the order in which it is made: the terms of the methods, what they need of the student, the config, and that of
+several teachers. What ``--cfg-options`` change in it at last, :mod:`kd_det.config.options` does.
 """
 from __future__ import annotations
 
@@ -336,7 +336,7 @@ def repeat_term(name: str, term: ConfigDict, number: int) -> dict[str, ConfigDic
 
 
 def share_weight(weight: float | dict, number: int) -> float | dict:
-    """Returns the n-th part of a weight; schedules around it stay. So does what is none, for the distiller to refuse."""
+    """Divides a weight by a number; schedules around it stay. So does what is no weight, for the distiller to refuse."""
     if isinstance(weight, (float, int)):
         return weight / number
     if type_name(weight) == 'Balance':

@@ -243,7 +243,7 @@ def test_pkd_pairs_the_levels_of_unlike_detectors_by_stride(pair, strides):
     config.model.student = shrunk(config.model.student)
     config.model.teacher = dict(config=shrunk(student_model(load(config.model.teacher.config))), random_teacher=True)
     pairs = MODELS.build(config.model).terms['pkd'].pairs
-    assert [each.student.stride for each in pairs] == [each.teacher.stride for each in pairs] == strides
+    assert [each.student_spec.stride for each in pairs] == [each.teacher_spec.stride for each in pairs] == strides
 
 
 def test_methods_add_up(tmp_path):
