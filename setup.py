@@ -41,7 +41,8 @@ setup(
     exclude_package_data={'': ['__pycache__/*', '*.pyc']},
     cmdclass={'build_py': BuildWithStartup},
     zip_safe=False,
-    install_requires=['torch', 'torchvision', 'numpy', 'scipy', 'filelock', 'rich', 'matplotlib', 'jinja2'],
+    install_requires=['torch', 'torchvision', 'numpy', 'scipy', 'filelock', 'rich', 'matplotlib', 'jinja2',
+                      'shtab'],
     extras_require={
         'mmdet': [
             'mmengine>=0.10,<0.11',

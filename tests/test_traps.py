@@ -45,7 +45,7 @@ TRAPS = {
         'test_traps.py': ['test_candidates_are_ranked_image_by_image'],
         'losses/test_dense_terms.py': ['test_rank_mimicking_is_its_formula_box_by_box']},
     'pyramids: levels are paired by stride, not by index': {
-        'adapters/test_pair_levels.py': ['test_levels_are_paired_by_stride_not_by_index'],
+        'test_pair_levels.py': ['test_levels_are_paired_by_stride_not_by_index'],
         'losses/test_feature_terms.py': ['test_levels_are_compared_with_those_of_their_stride'],
         'losses/test_dense_terms.py': ['test_levels_are_paired_by_stride'],
         'losses/test_crosskd.py': ['test_levels_are_paired_by_stride']},

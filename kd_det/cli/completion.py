@@ -4,6 +4,8 @@ from __future__ import annotations
 from argparse import Action, ArgumentParser
 from collections.abc import Iterator
 
+from kd_det.config.choices import available_methods
+
 SHELLS = ('bash', 'zsh', 'fish')
 FOLDERS = ('DIR', 'WORK_DIR')  # what a value is, told by its name in the help
 FILES = ('FILE', 'FILE.pkl', 'OUT.pth', 'CONFIG', 'STUDENT_CONFIG', 'PAIR', 'CHECKPOINT', 'config', 'checkpoint')
@@ -21,6 +23,8 @@ def completion_script(parser: ArgumentParser, shell: str) -> str:
         name = action.metavar or action.dest
         if name in FOLDERS or name in FILES:
             action.complete = shtab.DIRECTORY if name in FOLDERS else shtab.FILE
+        elif name == 'method':  # no choices of the parser's, which takes sums of them too
+            action.choices = tuple(available_methods())
     return shtab.complete(parser, shell)
 
 

@@ -183,7 +183,7 @@ def test_several_checkpoints_are_an_ensemble(workspace, monkeypatch):
     assert [teacher.checkpoint for teacher in made.teacher] == ['teacher.pth'] * 2
     for index, name in enumerate(('fgd_1', 'fgd_2')):  # what was set holds for both
         term = made.distill[name]
-        assert (term.teacher_index, term.temperature, term.weight.ratio) == (index, 0.8, 0.25)
+        assert (term.teacher, term.temperature, term.weight.ratio) == (index, 0.8, 0.25)
 
 
 def test_the_saved_config_repeats_the_run(workspace):

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd_det.functional import features, masks
+from kd_det.functional import features, focal_global, masks
 
 BATCH, CELLS = (64, 96), (8, 12)
 
@@ -40,12 +40,12 @@ LOSSES = dict(
     smooth_l1=lambda s, t: features.masked_imitation(s, t, distance='smooth_l1'),
     cosine=lambda s, t: features.masked_imitation(s, t, distance='cosine'),
     decoupled=lambda s, t: sum(features.decoupled_imitation(s, t, (s[:, 0] > 0).to(s))),
-    attention=lambda s, t: features.attention_distance(s, t, 0.5),
+    attention=lambda s, t: focal_global.attention_distance(s, t, 0.5),
     generation=features.generation_distance,
     channel_wise=lambda s, t: features.channel_wise_kl(s, t, 2.0),
     pearson=features.pearson_distance,
     fkd=lambda s, t: sum(features.fkd_loss(s, t, t[:, 0].abs(), s.mean((2, 3)), s.mean(1, keepdim=True)).values()),
-    fgd=lambda s, t: sum(features.fgd_loss(s, t, (s[:, 0] > 0).to(s), (s[:, 0] <= 0).to(s)).values()),
+    fgd=lambda s, t: sum(focal_global.fgd_loss(s, t, (s[:, 0] > 0).to(s), (s[:, 0] <= 0).to(s)).values()),
 )
 every_loss = pytest.mark.parametrize('loss', LOSSES.values(), ids=LOSSES.keys())
 
@@ -86,10 +86,10 @@ def test_gradient_is_that_of_the_formula(loss, pair):
     assert torch.autograd.gradcheck(lambda s: loss(s, teacher), student.requires_grad_())
 
 
-@pytest.mark.parametrize('loss', [features.masked_imitation, features.attention_distance, features.channel_wise_kl,
-                                  features.pearson_distance, features.relation_distance])
+@pytest.mark.parametrize('loss', [features.masked_imitation, focal_global.attention_distance, features.channel_wise_kl,
+                                  features.pearson_distance, focal_global.relation_distance])
 def test_shapes_that_differ_are_an_error(loss):
-    options = (0.5, ) if loss in (features.attention_distance, features.channel_wise_kl) else ()
+    options = (0.5, ) if loss in (focal_global.attention_distance, features.channel_wise_kl) else ()
     with pytest.raises(ValueError, match=r'student \(1, 2, 4, 4\) and teacher \(1, 3, 4, 4\) must have one shape'):
         loss(torch.randn(1, 2, 4, 4), torch.randn(1, 3, 4, 4), *options)
 
@@ -156,7 +156,7 @@ def test_no_gradient_flows_through_masks(pair, mask):
     mask.requires_grad_()
     channel_weight = torch.rand(2, 5, dtype=torch.float64, requires_grad=True)
     loss = features.masked_imitation(student, teacher, mask, channel_weight, normalizer='mask')
-    loss = loss + sum(features.fgd_loss(student, teacher, mask, mask).values())
+    loss = loss + sum(focal_global.fgd_loss(student, teacher, mask, mask).values())
     loss = loss + sum(features.decoupled_imitation(student, teacher, mask))
     (loss + features.fkd_loss(student, teacher, mask, student[:, :, 0, 0], student[:, :1])['imitation']).backward()
     assert mask.grad is None and channel_weight.grad is None and student.grad is not None
@@ -185,39 +185,39 @@ def test_fgd_equals_the_sum_of_its_parts(pair, valid):
     contexts = dict(student_context=student * 2, teacher_context=teacher * 3)
     for cells in (None, valid):
         foreground, background = box_masks(BOXES, cells)
-        parts = features.fgd_loss(student, teacher, foreground, background, 0.8, **contexts, alpha=2, beta=3, gamma=5,
+        parts = focal_global.fgd_loss(student, teacher, foreground, background, 0.8, **contexts, alpha=2, beta=3, gamma=5,
                                   lambda_=7, valid=cells)
         spatial, channel = (attention(teacher, 0.8, cells)
                             for attention in (masks.spatial_attention, masks.channel_attention))
         expected = dict(
             foreground=2 * features.masked_imitation(student, teacher, foreground * spatial, channel),
             background=3 * features.masked_imitation(student, teacher, background * spatial, channel),
-            attention=5 * features.attention_distance(student, teacher, 0.8, cells),
-            relation=7 * features.relation_distance(*contexts.values(), cells))
+            attention=5 * focal_global.attention_distance(student, teacher, 0.8, cells),
+            relation=7 * focal_global.relation_distance(*contexts.values(), cells))
         assert parts.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(parts[name], value)
 
 
 def test_fgd_without_contexts_has_no_relation_part(pair):
-    assert list(features.fgd_loss(*pair, *box_masks(BOXES))) == ['foreground', 'background', 'attention']
+    assert list(focal_global.fgd_loss(*pair, *box_masks(BOXES))) == ['foreground', 'background', 'attention']
 
 
 def test_relation_trains_the_teachers_context_block(pair):
     student_context, teacher_context = pair
-    features.relation_distance(student_context, teacher_context).backward()
+    focal_global.relation_distance(student_context, teacher_context).backward()
     torch.testing.assert_close(student_context.grad, student_context - teacher_context)
     torch.testing.assert_close(teacher_context.grad, teacher_context - student_context)
 
 
 def fgd(student, teacher, boxes, valid):
-    contexts = [feature + features.context_pool(feature, feature[:, :1], valid) for feature in (student, teacher)]
-    return sum(features.fgd_loss(student, teacher, *box_masks(boxes, valid), 0.5, *contexts, valid=valid).values())
+    contexts = [feature + focal_global.context_pool(feature, feature[:, :1], valid) for feature in (student, teacher)]
+    return sum(focal_global.fgd_loss(student, teacher, *box_masks(boxes, valid), 0.5, *contexts, valid=valid).values())
 
 
 PADDING_AWARE = dict(
     fgd=lambda s, t, valid: fgd(s, t, BOXES, valid),
-    attention=lambda s, t, valid: features.attention_distance(s, t, 0.5, valid),
+    attention=lambda s, t, valid: focal_global.attention_distance(s, t, 0.5, valid),
     channel_wise=lambda s, t, valid: features.channel_wise_kl(s, t, 2.0, valid),
     pearson=features.pearson_distance,
     decoupled=lambda s, t, valid: sum(features.decoupled_imitation(s, t, box_masks(BOXES)[0], valid)),
@@ -256,7 +256,7 @@ def test_valid_cells_alone_equal_the_cropped_feature(loss, pair):
 def test_fgd_is_finite_where_all_is_background_or_all_foreground(boxes, pair):
     student, teacher = pair
     foreground, background = box_masks(boxes)
-    parts = features.fgd_loss(student, teacher, foreground, background)
+    parts = focal_global.fgd_loss(student, teacher, foreground, background)
     gradient, = torch.autograd.grad(sum(parts.values()), student)
     assert gradient.isfinite().all()
     empty = 'foreground' if len(boxes[0]) == 0 else 'background'
@@ -268,7 +268,7 @@ def test_context_pool_is_the_attended_mean(pair):
     logits = torch.randn(2, 1, *CELLS, dtype=torch.float64)
     weights = logits.flatten(1).exp()
     expected = (feature.flatten(2) * weights[:, None]).sum(2) / weights.sum(1)[:, None]
-    torch.testing.assert_close(features.context_pool(feature, logits), expected[:, :, None, None])
+    torch.testing.assert_close(focal_global.context_pool(feature, logits), expected[:, :, None, None])
 
 
 # PKD, CWD

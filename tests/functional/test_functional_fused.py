@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from kd_det.functional import blocks, features, focal_global, masks
+from kd_det.functional import blocks, focal_global, masks
 from kd_det.study.step_costs import peak_memory
 
 BATCH = (64, 96)
@@ -35,9 +35,9 @@ class Inputs:
         contexts = []
         for feature, attend, add in zip((self.student, self.teacher), self.attend, self.add):
             logits = torch.einsum('nchw,c->nhw', feature, attend)[:, None]
-            pooled = features.context_pool(feature, logits, self.valid)
+            pooled = focal_global.context_pool(feature, logits, self.valid)
             contexts.append(feature + torch.einsum('dc,ncij->ndij', add, pooled))
-        return features.fgd_loss(self.student, self.teacher, *self.masks, 0.8, *contexts, **WEIGHTS, valid=self.valid)
+        return focal_global.fgd_loss(self.student, self.teacher, *self.masks, 0.8, *contexts, **WEIGHTS, valid=self.valid)
 
     def fused(self):
         sums = focal_global.fgd_sums(self.student, self.teacher, *self.attend, 0.8, self.valid)

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd_det.functional import features, logits, masks, relations
+from kd_det.functional import features, focal_global, logits, masks, relations
 
 
 def _conv(x, params, name, **options):
@@ -11,7 +11,7 @@ def _conv(x, params, name, **options):
 
 
 def _global_context(x, params, side):
-    context = features.context_pool(x, _conv(x, params, f'context_mask_{side}'))
+    context = focal_global.context_pool(x, _conv(x, params, f'context_mask_{side}'))
     hidden = _conv(context, params, f'context_mlp_{side}.reduce')
     norm = f'context_mlp_{side}.norm'
     hidden = F.layer_norm(hidden, hidden.shape[1:], params[f'{norm}.weight'], params[f'{norm}.bias']).relu()
@@ -35,7 +35,7 @@ def test_fgd(golden, close, check_gradient, name):
     weights = {part: options[f'{letter}_fgd']
                for part, letter in zip(['foreground', 'background', 'attention', 'relation'],
                                        ['alpha', 'beta', 'gamma', 'lambda'])}
-    parts = features.fgd_loss(
+    parts = focal_global.fgd_loss(
         adapted, data.teacher, foreground, background, options['temp'],
         student_context=_global_context(adapted, data.params, 'student'),
         teacher_context=_global_context(data.teacher, data.params, 'teacher'),

@@ -36,7 +36,7 @@ def box_masks():
 
 def fgd(student):
     foreground, background, valid = box_masks()
-    return sum(features.fgd_loss(student, feature() + 1, foreground, background, student_context=student,
+    return sum(focal_global.fgd_loss(student, feature() + 1, foreground, background, student_context=student,
                                  teacher_context=feature(), valid=valid).values())
 
 

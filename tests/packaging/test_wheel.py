@@ -65,10 +65,10 @@ def test_metadata(wheel):
     read = {Path(name).name: archive.read(name).decode() for name in archive.namelist()
             if name.endswith(('METADATA', 'entry_points.txt', 'LICENSE'))}
     metadata = read['METADATA'].splitlines()
-    assert 'Name: kd-det' in metadata and 'Requires-Python: >=3.8' in metadata
+    assert 'Name: kd-det' in metadata and 'Requires-Python: >=3.10' in metadata
     required = {line.partition(': ')[2] for line in metadata if line.startswith('Requires-Dist')}
     assert {name for name in required if 'extra' not in name} == {'torch', 'torchvision', 'numpy', 'scipy', 'filelock',
-                                                                  'rich', 'matplotlib', 'jinja2'}
+                                                                  'rich', 'matplotlib', 'jinja2', 'shtab'}
     assert sum("extra == 'mmdet'" in name.replace('"', "'") for name in required) == 4
     assert 'Apache License' in read['LICENSE']
     assert 'kd-det = kd_det.cli.main:main' in read['entry_points.txt']
