@@ -1,13 +1,17 @@
-"""Several teachers of one config."""
+"""Several teachers: of one config, and of several."""
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
 
 from kd_det.config.composition import ensemble
-from kd_det.config.files import ConfigurationError
+from kd_det.config.files import ConfigurationError, load_config
 from kd_det.functional.logits import soft_target_kl
 
+DOCUMENTATION = Path(__file__).parents[2] / 'docs' / 'methods.md'
 TEMPERATURE, WEIGHT = 2.0, 3.0
 KD = dict(type='RoIClassification', temperature=TEMPERATURE, weight=WEIGHT)
 
@@ -103,3 +107,24 @@ def test_soft_targets_of_several_teachers_have_the_gradient_of_their_mean_predic
     assert not torch.allclose(predictions[0], predictions[1], atol=0.01)
     mean = TEMPERATURE * (sum(predictions) / 3).log()
     torch.testing.assert_close(found, gradient(WEIGHT * soft_target_kl(student, mean, TEMPERATURE), distiller))
+
+
+def test_the_documented_config_of_two_teachers_weighs_them_as_it_says(retinanet, batch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    section = DOCUMENTATION.read_text(encoding='utf-8').partition('## Several teachers')[2]
+    Path('two_teachers.py').write_text(re.search('```python\n(.*?)```', section, re.DOTALL)[1])
+    Config(dict(model=retinanet())).dump('my_student.py')
+    for seed, (name, depth) in enumerate(dict(strong=50, other=34).items()):
+        Config(dict(model=retinanet(depth=depth))).dump(f'{name}.py')
+        torch.manual_seed(seed)
+        torch.save(dict(state_dict=MODELS.build(retinanet(depth=depth)).state_dict()), f'{name}.pth')
+    config = load_config('two_teachers.py')
+    assert config.model.student == load_config('my_student.py').model
+    _, _, losses = step(config, batch())
+    for index, (name, weight) in enumerate(dict(strong=0.7, other=0.3).items()):
+        alone = load_config('two_teachers.py')
+        alone.model.teacher = alone.model.teacher[index]
+        alone.model.distill = dict(pkd=dict(type='mmdet.PKD', tap='neck', levels=4, weight=10.0))
+        _, _, expected = step(alone, batch())
+        assert expected['loss_pkd'] > 0
+        torch.testing.assert_close(losses[f'loss_pkd_{name}'], weight * expected['loss_pkd'])
