@@ -196,12 +196,14 @@ def built_leaves(dataset: object) -> Iterator[object]:
 
 
 def training_pipelines(config: Config) -> list[list[dict]]:
-    """The training pipelines: of each data set, and of wrappers that have one of their own."""
+    """The transforms that the images of each training data set go through, those of wrappers last."""
+
+    def follow(dataset: dict) -> list[list[dict]]:
+        inner, own = dataset.get('datasets', dataset.get('dataset')), list(dataset.get('pipeline') or ())
+        if inner is None:
+            return [own]
+        return [[*pipeline, *own] for each in (inner if isinstance(inner, (list, tuple)) else [inner])
+                for pipeline in follow(each)]
+
     loader = config.get('train_dataloader')
-    if not loader:
-        return []
-    wrappers, node = [], loader['dataset']
-    while isinstance(node, dict) and 'dataset' in node:
-        wrappers.append(node)
-        node = node['dataset']
-    return [list(each.get('pipeline') or ()) for each in (*leaf_datasets(loader['dataset']), *wrappers)]
+    return follow(loader['dataset']) if loader else []

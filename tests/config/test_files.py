@@ -14,6 +14,7 @@ from kd_det.config.files import (
     set_data_root,
     student_config,
     student_model,
+    training_pipelines,
     type_name,
 )
 from kd_det.config.options import merge_options
@@ -195,3 +196,12 @@ def test_leaf_datasets_look_through_wrappers():
     wrapped = dict(type='MultiImageMixDataset', dataset=dict(type='ConcatDataset', datasets=[first, second]))
     assert leaf_datasets(wrapped) == [first, second]
     assert leaf_datasets(first) == [first]
+
+
+def test_training_pipelines_go_through_wrappers():
+    first, second = (dict(type='CocoDataset', pipeline=[dict(type=name)]) for name in 'ab')
+    mixed = dict(type='MultiImageMixDataset', dataset=first, pipeline=[dict(type='Mosaic')])
+    joined = dict(type='RepeatDataset', dataset=dict(type='ConcatDataset', datasets=[mixed, second]))
+    pipelines = training_pipelines(Config(dict(train_dataloader=dict(dataset=joined))))
+    assert [[each['type'] for each in pipeline] for pipeline in pipelines] == [['a', 'Mosaic'], ['b']]
+    assert training_pipelines(Config(dict(train_dataloader=None))) == []
