@@ -1,5 +1,7 @@
 """Methods from outside the package: files, files within packages, and what entry points lead to."""
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -7,10 +9,11 @@ from kd_det.cli.main import main
 from kd_det.config import ConfigurationError
 from kd_det.config.composition import distillation_config, method_terms
 from kd_det.config.files import load_config
-from kd_det.config.methods import ENTRY_POINTS, available_methods, find_files, find_module, methods
+from kd_det.config.methods import ENTRY_POINTS, PARTS, available_methods, find_files, find_module, methods
 from kd_det.study.pair import Pair
 from kd_det.study.variants import parse_variants, variant_config
 
+DOCUMENTATION = Path(__file__).parents[2] / 'docs' / 'methods.md'
 RETINANET = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
 TEACHER = 'mmdet::retinanet/retinanet_r101_fpn_1x_coco.py'
 MINE = '''"""Mine: every feature."""
@@ -172,3 +175,17 @@ def test_modules_are_found_without_being_imported(site):
     for name in ('single.deep', 'plugin.nothing', 'no_such_package', '', '.', 'sys'):
         with pytest.raises(ConfigurationError, match='There is no'):
             find_module(name)
+
+
+def test_the_documented_method_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    section = DOCUMENTATION.read_text(encoding='utf-8').partition('## A method of your own')[2].partition('\n## ')[0]
+    shown = re.search('```python\n(.*?)```', section, re.DOTALL)[1]
+    Path('my_method.py').write_text(shown)
+    stated, = methods('my_method.py')
+    Path('my_method.py').write_text(re.sub(r"(?s)__about__ = .*?'\)\n", '', shown))
+    found, = methods('my_method.py')
+    assert stated.paper and found.paper is None
+    assert (stated.reads, stated.detectors) == (found.reads, found.detectors)
+    assert list(method_terms('fgd+my_method.py', 'two_stage')) == ['fgd', 'my_method']
+    assert all(f'`{part}`' in section for part in PARTS) and f'entry-points."{ENTRY_POINTS}"' in section
