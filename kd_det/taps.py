@@ -1,9 +1,11 @@
-"""Taps read what a module puts out during one forward, without touching the model's code."""
+"""Reads what the modules of a model put out, and what their methods are given, without touching the model's code."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +37,8 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
     raise TapError(f"{type(model).__name__} has no module '{path}'. Nearest names: {', '.join(nearest)}.")
 
 
-class _AllRead(Exception):
-    """Ends a forward of which nothing more is read."""
+class ForwardStopped(Exception):
+    """Ends a forward of which nothing more is read, see ``stop`` of :meth:`Taps.capture`; it never leaves that block."""
 
 
 class Taps:
@@ -68,25 +70,26 @@ class Taps:
     def __init__(self, model: nn.Module, paths: Iterable[str], grouped: bool = False) -> None:
         self.paths, self.grouped = tuple(dict.fromkeys(paths)), grouped
         self._seen: dict[str, list[_Reading]] = {}
-        self._kind: tuple[tuple[str, ...], bool] = self.paths, False  # of forward: what is read, whether it then stops
-        self._written_later: dict[tuple, bool] = {}  # by kind and path
+        # Kind of forward: which taps read, and whether it ends when they have.
+        self._kind: tuple[tuple[str, ...], bool] = self.paths, False
+        self._written_later: dict[tuple, bool] = {}  # by kind of forward and path
         self._token_shapes: list[torch.Size] = []
         if any(map(is_within_encoder, self.paths)):
             source = 'neck' if getattr(model, 'neck', None) is not None else 'backbone'
             find_module(model, source).register_forward_hook(self._note_token_shapes)
         for path in self.paths:
-            find_module(model, path).register_forward_hook(self._hook(path))
+            find_module(model, path).register_forward_hook(self._make_hook(path))
 
-    def _note_token_shapes(self, module: nn.Module, inputs: tuple, output) -> None:
+    def _note_token_shapes(self, module: nn.Module, inputs: tuple, output: Features) -> None:
         self._token_shapes = [level.shape[-2:] for level in output]
 
     def awaits(self, path: str) -> bool:
         """Whether, in a forward that is being read, a tap at or within this module has seen nothing yet."""
         return any((tap == path or tap.startswith(f'{path}.')) and not seen for tap, seen in self._seen.items())
 
-    def _hook(self, path: str):
+    def _make_hook(self, path: str) -> Callable:
 
-        def read(module: nn.Module, inputs: tuple, output):
+        def read(module: nn.Module, inputs: tuple, output: Any) -> Any:
             if path not in self._seen:
                 return output
             tokens = is_within_encoder(path) and isinstance(output, Tensor) and output.dim() == 3
@@ -94,8 +97,9 @@ class Taps:
                 output = _split_tokens(path, output, self._token_shapes)
             reading = _Reading(path, output, self.grouped, copy=self._written_later.get((self._kind, path), True))
             self._seen[path].append(reading)
-            if self._kind[1] and all(self._seen.values()):
-                raise _AllRead
+            _, stop = self._kind
+            if stop and all(self._seen.values()):
+                raise ForwardStopped
             return _join_tokens(reading.passed_on) if tokens else reading.passed_on
 
         return read
@@ -107,20 +111,23 @@ class Taps:
 
         Args:
             paths: Which of the taps read; all by default.
-            stop: Leave the block as soon as each of them has read: what comes after is not computed.
+            stop: Leave the block as soon as each of them has read. The last tap's hook raises
+                :class:`ForwardStopped`, which ends the forward there and is caught where the block ends: neither the
+                rest of the model nor the statements of the block after the forward run.
 
         Yields:
             A dict that is filled when the block ends: path -> tuple of (N, C, H, W), one per level; or tuples of those.
 
         Raises:
-            TapError: A tapped module did not run, ran more than once, or returned no feature.
+            TapError: A tapped module did not run, ran more than once, or returned no feature; or a later layer wrote
+                into what it returned.
         """
-        features: dict = {}
+        features: dict[str, Features | tuple[Features, ...]] = {}
         paths = self.paths if paths is None else tuple(dict.fromkeys(paths))
         self._seen, self._kind = {path: [] for path in paths}, (paths, stop)
         try:
             yield features
-        except _AllRead:
+        except ForwardStopped:
             pass
         finally:
             seen, self._seen = self._seen, {}
@@ -134,22 +141,37 @@ class Taps:
 
 
 class _Reading:
-    """One output of one module, with what is needed to tell whether a later layer wrote into it."""
+    """One output of one module, with what is needed to tell whether a later layer wrote into it.
 
-    def __init__(self, path: str, output, grouped: bool, copy: bool) -> None:
+    Args:
+        path: Of the module, for messages.
+        output: What it returned.
+        grouped: See :class:`Taps`.
+        copy: Pass a copy on to the later layers.
+
+    Attributes:
+        groups: The output itself, as groups of levels.
+        passed_on: What the later layers are given: the output, or its copy.
+    """
+
+    def __init__(self, path: str, output: Any, grouped: bool, copy: bool) -> None:
         self.path = path
-        self.held = _groups(path, output, grouped)
-        self.passed_on = _copied(output) if copy else output
-        self._watched = self.held, _groups(path, self.passed_on, grouped)
-        self._before = [_versions(groups) for groups in self._watched]
+        self.groups = _read_groups(path, output, grouped)
+        self.passed_on = _copy_tensors(output) if copy else output
+        self._watched = self.groups, _read_groups(path, self.passed_on, grouped)
+        self._writes = [_count_writes(groups) for groups in self._watched]
 
     def close(self) -> tuple[tuple[Features, ...], bool]:
-        """Returns the groups of levels, and whether a later layer wrote to what it was given."""
-        changed, written = (_versions(groups) != before for groups, before in zip(self._watched, self._before))
+        """Returns the groups of levels, and whether a later layer wrote to what it was given.
+
+        Raises:
+            TapError: A later layer wrote to the output itself.
+        """
+        changed, written = (_count_writes(groups) != before for groups, before in zip(self._watched, self._writes))
         if changed:
             raise TapError(f"The output of '{self.path}' was changed in place by a later layer, though in no step "
                            'before or not through the copy that it was given. Tap the layer after it.')
-        return self.held, written
+        return self.groups, written
 
 
 def is_within_encoder(path: str) -> bool:
@@ -172,22 +194,13 @@ def _join_tokens(levels: Features) -> Tensor:
     return torch.cat([level.flatten(2).mT for level in levels], 1)
 
 
-def _groups(path: str, output, grouped: bool) -> tuple[Features, ...]:
-    return tuple(_levels(path, group) for group in (output if grouped else (output, )))
+def _read_groups(path: str, output: Any, grouped: bool) -> tuple[Features, ...]:
+    """A module's output as groups of levels: the several that it returned if ``grouped``, else one."""
+    return tuple(_read_levels(path, group) for group in (output if grouped else (output, )))
 
 
-def _copied(output):
-    """The same tensors, or tuples and lists of them, in memory of their own."""
-    if isinstance(output, Tensor):
-        return output.clone()
-    return getattr(output, '_make', type(output))(map(_copied, output))  # a named tuple is made of one iterable as well
-
-
-def _versions(groups: Sequence[Features]) -> list[int]:
-    return [_version(level) for levels in groups for level in levels]
-
-
-def _levels(path: str, output) -> Features:
+def _read_levels(path: str, output: Any) -> Features:
+    """A feature, or a tuple or list of them, as a tuple of (N, C, H, W)."""
     levels = tuple(output) if isinstance(output, (tuple, list)) else (output, )
     if not levels or not all(isinstance(level, Tensor) and level.dim() == 4 for level in levels):
         shapes = [tuple(level.shape) if isinstance(level, Tensor) else type(level).__name__ for level in levels]
@@ -195,6 +208,57 @@ def _levels(path: str, output) -> Features:
     return levels
 
 
-def _version(tensor: Tensor) -> int:
-    """Autograd's count of in-place writes; tensors of inference mode have none and are taken for constant."""
-    return 0 if torch.is_inference(tensor) else tensor._version
+def _copy_tensors(output: Any) -> Any:
+    """The same tensors, or tuples and lists of them, in memory of their own."""
+    if isinstance(output, Tensor):
+        return output.clone()
+    return getattr(output, '_make', type(output))(map(_copy_tensors, output))  # so that a named tuple stays one
+
+
+def _count_writes(groups: Sequence[Features]) -> list[int]:
+    """Autograd's count of in-place writes to each tensor; those of inference mode have none, and count as constant."""
+    return [0 if torch.is_inference(level) else level._version for levels in groups for level in levels]
+
+
+# ------------------------------------------------------------------------------------------------ calls of methods
+
+
+class Call(NamedTuple):
+    """One call of a method: its arguments by name, and what it returned."""
+    arguments: dict[str, Any]
+    returned: Any
+
+
+@contextmanager
+def record_calls(module: nn.Module, method: str) -> Iterator[list[Call]]:
+    """Records the calls of one method of one module while the block runs, and leaves the module as it was.
+
+    For what no hook sees: methods other than ``forward``, and arguments by name.
+
+    Args:
+        module: The module.
+        method: Name of the method.
+
+    Yields:
+        A list that grows with each call.
+
+    Example:
+        >>> norm = nn.BatchNorm2d(3)
+        >>> with record_calls(norm, 'forward') as calls:
+        ...     _ = norm(torch.zeros(1, 3, 2, 2))
+        >>> list(calls[0].arguments), calls[0].returned.shape
+        (['input'], torch.Size([1, 3, 2, 2]))
+    """
+    calls: list[Call] = []
+    original = getattr(module, method)
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        returned = original(*args, **kwargs)
+        calls.append(Call(signature(original).bind(*args, **kwargs).arguments, returned))
+        return returned
+
+    setattr(module, method, record)  # on the instance, before the class's
+    try:
+        yield calls
+    finally:
+        delattr(module, method)

@@ -13,7 +13,6 @@ from kd_det.checks.doctor import check_config, inspect_config
 from kd_det.config.composition import distillation_config
 from kd_det.config.files import load_config
 from kd_det.distillers import build_weight
-from kd_det.heads import TOWERS_OF
 from kd_det.masks.base import build_mask
 from kd_det.registry import add_nodes, build_detector, build_own, find_class, scope_of, within_scope
 from kd_det.study.fidelity import measure_fidelity
@@ -119,7 +118,7 @@ def test_a_detector_is_built_within_the_scope_of_its_config(teacher_file, mmdete
             detector = build_detector(model)
             parts = detector, detector.backbone, detector.bbox_head, detector.bbox_head.loss_cls
             assert {type(part).__module__ for part in parts} == {f'{scope}.models'}
-            towers = [f'bbox_head{TOWERS_OF}']
+            towers = ['bbox_head.towers']
             assert probe_towers(given, towers) == probe_towers(mmdetections(depth=50, neck=12), towers)
     assert scope_of(Config(dict(default_scope=None))) == 'mmdet'
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from kd_det.taps import TapError, Taps, find_module
+from kd_det.taps import TapError, Taps, find_module, record_calls
 
 
 class Net(nn.Module):
@@ -194,3 +194,17 @@ def test_errors_within_a_forward_pass_through_a_capture_that_may_stop():
     with pytest.raises(ZeroDivisionError):
         with taps.capture(stop=True):
             1 / 0
+
+
+def test_recorded_calls_bind_arguments_by_name():
+
+    class Module(nn.Module):
+
+        def method(self, first, second=2):
+            return first + second
+
+    module = Module()
+    with record_calls(module, 'method') as calls:
+        assert module.method(1) + module.method(second=1, first=0) == 4
+    assert [(call.arguments, call.returned) for call in calls] == [(dict(first=1), 3), (dict(first=0, second=1), 1)]
+    assert module.method(1) == 3 and len(calls) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 from argparse import Action, ArgumentParser
 from collections.abc import Iterator
 
-from kd_det.config.choices import available_methods
+from kd_det.config.methods import available_methods
 
 SHELLS = ('bash', 'zsh', 'fish')
 FOLDERS = ('DIR', 'WORK_DIR')  # what a value is, told by its name in the help

@@ -6,7 +6,7 @@ several teachers. What ``--cfg-options`` change in it at last, :mod:`kd_det.conf
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 

@@ -31,7 +31,7 @@ from torch import nn
 
 from kd_det.config.choices import FAMILIES
 from kd_det.config.files import ConfigurationError, type_name
-from kd_det.heads.readers import HEADS
+from kd_det.heads.request import HEADS
 from kd_det.registry import HOME, find_class, within_scope
 
 HeadClasses = dict[str, type[nn.Module]]  # by their name in the detector

@@ -14,7 +14,7 @@ from torch import nn
 
 from kd_det.config.files import ConfigurationError
 from kd_det.distillers.weights import Weight, WeightConfig, build_weight
-from kd_det.heads import ROI_HEAD, TOWERS_OF, StudentHeads, StudentOutputs, find_head
+from kd_det.heads import ROI_HEAD, HeadRequest, StudentHeads, StudentOutputs, find_head
 from kd_det.heads.capture import can_be_kept
 from kd_det.heads.towers import tower_widths
 from kd_det.losses import DistillTerm
@@ -120,8 +120,8 @@ class Connections:
             yield features, outputs
 
     def _student_specs(self, student: nn.Module, term: DistillTerm) -> InputSpecs:
-        heads = {name: find_head(student, name) for name in term.student_heads}
-        towers = {name: tower_widths(head) for name, head in heads.items() if name.endswith(TOWERS_OF)}
+        heads = {request: find_head(student, request) for request in map(HeadRequest.parse, term.student_heads)}
+        towers = {request: tower_widths(head) for request, head in heads.items() if request.part == 'towers'}
         return {**self.student_levels, **towers}
 
     def _teacher_specs(self, teacher: dict, term: DistillTerm) -> InputSpecs:

@@ -11,15 +11,15 @@ from torch import Tensor
 from kd_det.config.classes import ClassMatch, match_classes
 from kd_det.config.files import ConfigurationError
 from kd_det.context import DistillContext
-from kd_det.heads import ROI_HEAD, DenseOutputs, QueryOutputs, TeacherTowers
+from kd_det.heads import ROI_HEAD, DenseOutputs, HeadRequest, QueryOutputs, TeacherTowers
 from kd_det.teachers import Teacher
 
 CLASSLESS_HEAD = 'rpn_head'  # it tells objects from background, whatever the classes
 
 
-def has_classes(head: str) -> bool:
-    """Whether the outputs of a head of that name tell classes apart."""
-    return not head.startswith(CLASSLESS_HEAD)
+def has_classes(name: str) -> bool:
+    """Whether what is read of a head, see :class:`~kd_det.heads.HeadRequest`, tells classes apart."""
+    return HeadRequest.parse(name).head != CLASSLESS_HEAD
 
 
 class ClassSets:

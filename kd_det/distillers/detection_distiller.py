@@ -23,11 +23,10 @@ from kd_det.distillers.monitor import GradientMonitor, IdleWatch
 from kd_det.distillers.supervision import Supervision, build_pseudo_labels, given, labelled_losses
 from kd_det.distillers.weights import Losses, Value, WeightConfig, logged, scaled, total, untouched, weighted
 from kd_det.heads import StudentOutputs, TeacherOutputs
-from kd_det.heads.recording import recorded_calls
 from kd_det.losses import DistillTerm
 from kd_det.losses.base import find_read_levels
 from kd_det.registry import build_detector
-from kd_det.taps import Features
+from kd_det.taps import Features, record_calls
 from kd_det.teachers import Teacher
 
 TERMS = 'distill_terms'  # the only child that a plain student lacks
@@ -327,7 +326,7 @@ class DetectionDistiller(StudentWrapper):
         names, supervision = tuple(names), self._supervise(inputs, data_samples)
         image_shapes = [tuple(sample.img_shape[:2]) for sample in data_samples]
         with self.connections.capture() as (student, student_outputs), \
-                recorded_calls(self.student, 'extract_feat') as extractions:
+                record_calls(self.student, 'extract_feat') as extractions:
             losses = dict(self.student.loss(inputs, supervision.samples))
         if not all(supervision.labelled):
             losses = labelled_losses(self.student, inputs, extractions[0].returned, supervision, losses)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kd_det.config.files import ConfigurationError
 from kd_det.context import Progress
 from kd_det.distillers.weights import Balance, Weight, total
-from kd_det.heads import find_head
+from kd_det.heads import HeadRequest, find_head
 from kd_det.losses import DistillTerm
 from kd_det.losses.base import FeatureTerm
 from kd_det.taps import find_module
@@ -224,7 +224,7 @@ class IdleWatch:
 
 def _cause(distiller: DetectionDistiller, observation: Observation, name: str) -> str:
     student, term = distiller.student, distiller.terms[name]
-    paths = term.student_taps or tuple(dict.fromkeys(head.split('.')[0] for head in term.student_heads))
+    paths = term.student_taps or tuple(dict.fromkeys(HeadRequest.parse(head).head for head in term.student_heads))
     modules = [find_module(student, path) for path in term.student_taps]
     modules += [] if modules else [find_head(student, head) for head in term.student_heads]
     read = f"It reads {' and '.join(map(repr, paths))}"

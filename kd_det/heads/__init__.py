@@ -2,21 +2,11 @@
 from kd_det.heads.capture import StudentHeads, StudentOutputs, TeacherForward, TeacherOutputs, find_head, run_heads
 from kd_det.heads.dense import DenseOutputs
 from kd_det.heads.queries import QueryOutputs, read_queries
-from kd_det.heads.readers import (
-           DISTRIBUTIONS_OF,
-           POSITIVES_OF,
-           QUERIES_OF,
-           ROI_HEAD,
-           TOWERS_OF,
-           HeadError,
-           check_head,
-           read_dense,
-           reads,
-)
+from kd_det.heads.readers import check_head, read_dense, reads
+from kd_det.heads.request import ROI_HEAD, HeadError, HeadRequest
 from kd_det.heads.roi import Regions, RoIOutputs
 from kd_det.heads.towers import TeacherTowers, TowerFeatures
 
-__all__ = ['DISTRIBUTIONS_OF', 'DenseOutputs', 'HeadError', 'POSITIVES_OF', 'QUERIES_OF', 'QueryOutputs', 'ROI_HEAD',
-           'Regions', 'RoIOutputs', 'StudentHeads', 'StudentOutputs', 'TOWERS_OF', 'TeacherForward', 'TeacherOutputs',
-           'TeacherTowers', 'TowerFeatures', 'check_head', 'find_head', 'read_dense', 'read_queries', 'reads',
-           'run_heads']
+__all__ = ['DenseOutputs', 'HeadError', 'HeadRequest', 'QueryOutputs', 'ROI_HEAD', 'Regions', 'RoIOutputs',
+           'StudentHeads', 'StudentOutputs', 'TeacherForward', 'TeacherOutputs', 'TeacherTowers', 'TowerFeatures',
+           'check_head', 'find_head', 'read_dense', 'read_queries', 'reads', 'run_heads']

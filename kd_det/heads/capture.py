@@ -10,39 +10,30 @@ from torch import Tensor, nn
 
 from kd_det.heads.dense import DenseOutputs
 from kd_det.heads.queries import QueryOutputs, read_queries
-from kd_det.heads.readers import (
-    DISTRIBUTIONS_OF,
-    HEADS,
-    POSITIVES_OF,
-    QUERIES_OF,
-    ROI_HEAD,
-    TOWERS_OF,
-    check_head,
-    find_reader,
-    read_dense,
-)
-from kd_det.heads.recording import recorded_calls
+from kd_det.heads.readers import check_head, find_reader, read_dense
+from kd_det.heads.request import HEADS, ROI_HEAD, HeadRequest
 from kd_det.heads.roi import RoIOutputs, read_sampled, run_roi_head, stages_of
-from kd_det.heads.towers import TeacherTowers, TowerFeatures, read_towers, recorded_towers
-from kd_det.taps import Features, Taps
-
-# Of a dense head: its outputs, and what needs none of a batch.
-KEPT = ('', TOWERS_OF, POSITIVES_OF, DISTRIBUTIONS_OF)
+from kd_det.heads.towers import TeacherTowers, TowerFeatures, read_towers, record_towers
+from kd_det.taps import Features, Taps, record_calls
 
 
 def can_be_kept(name: str) -> bool:
-    """Whether what a term reads of a head depends on the image alone, and is made of maps."""
-    head, dot, part = name.partition('.')
-    return head != ROI_HEAD and dot + part in KEPT
+    """Whether what a term reads of a head depends on the image alone, and is made of maps.
+
+    Args:
+        name: See :class:`~kd_det.heads.HeadRequest`.
+    """
+    request = HeadRequest.parse(name)
+    return request.head != ROI_HEAD and request.part != 'queries'
 
 
 @contextmanager
-def recorded_maps(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Features]]:
+def record_maps(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Features]]:
     """Records what the forwards of a teacher's dense heads return while the block runs.
 
     Args:
         model: The teacher.
-        names: See :func:`~kd_det.heads.find_head`; those that can be kept.
+        names: See :class:`~kd_det.heads.HeadRequest`; those that :func:`can_be_kept`.
 
     Yields:
         A dict that is filled when the block ends: ``'bbox_head/0'`` -> the first kind of maps of this head, one of
@@ -50,23 +41,23 @@ def recorded_maps(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, 
     """
     maps: dict[str, Features] = {}
     with ExitStack() as stack:
-        calls = {name: stack.enter_context(recorded_calls(getattr(model, name), 'forward'))
-                 for name in names if '.' not in name}
+        calls = {request: stack.enter_context(record_calls(getattr(model, request.head), 'forward'))
+                 for request in map(HeadRequest.parse, names) if not request.part}
         yield maps
     for name, (call, ) in calls.items():
         maps.update({f'{name}/{kind}': tuple(levels) for kind, levels in enumerate(call.returned)})
 
 
 def read_maps(model: nn.Module, names: Sequence[str], maps: dict[str, Features]) -> dict:
-    """Makes the outputs of a teacher's heads from what :func:`recorded_maps` recorded in this or another step."""
+    """Makes the outputs of a teacher's heads from what :func:`record_maps` recorded in this or another step."""
     outputs = {}
-    for name in names:
-        head, _, part = name.partition('.')
-        if not part:
-            present = takewhile(maps.__contains__, (f'{name}/{kind}' for kind in count()))
-            outputs[name] = read_dense(getattr(model, name), [maps[each] for each in present])
-        elif name.endswith(TOWERS_OF):
-            outputs[name] = TeacherTowers(getattr(model, head))
+    for request in map(HeadRequest.parse, names):
+        head = getattr(model, request.head)
+        if not request.part:
+            present = takewhile(maps.__contains__, (f'{request}/{kind}' for kind in count()))
+            outputs[request] = read_dense(head, [maps[each] for each in present])
+        elif request.part == 'towers':
+            outputs[request] = TeacherTowers(head)
     return outputs
 
 
@@ -112,17 +103,16 @@ def find_head(model: nn.Module, name: str) -> nn.Module:
 
     Args:
         model: The detector.
-        name: ``'bbox_head'`` of one-stage detectors, ``'rpn_head'`` and ``'roi_head'`` of two-stage detectors,
-            ``'bbox_head.queries'`` of DETRs; after it perhaps what else it must have, see
-            :func:`~kd_det.heads.readers.check_head`.
+        name: See :class:`~kd_det.heads.HeadRequest`.
 
     Raises:
-        HeadError: The detector has no such head, or its outputs can not be read.
+        HeadError: The detector has no such head, or what is asked of it can not be read.
     """
+    request = HeadRequest.parse(name)
     present = {each: type(getattr(model, each)) for each in HEADS if isinstance(getattr(model, each, None), nn.Module)}
-    check_head(type(model).__name__, present, name)
-    head = getattr(model, _base(name))
-    if name == ROI_HEAD:
+    check_head(type(model).__name__, present, request)
+    head = getattr(model, request.head)
+    if request == ROI_HEAD:
         stages_of(head)
     return head
 
@@ -132,7 +122,7 @@ class StudentHeads:
 
     Args:
         model: The student.
-        names: See :func:`find_head`.
+        names: See :class:`~kd_det.heads.HeadRequest`.
 
     Raises:
         HeadError: See :func:`find_head`.
@@ -145,9 +135,9 @@ class StudentHeads:
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
-        heads = {name: find_head(model, name) for name in names}
-        self.heads = {name: head for name, head in heads.items() if _kind_of(name) is not None}
-        self.taps = Taps(model, (_base(name) for name in self.heads if _kind_of(name).tapped), grouped=True)
+        heads = {request: find_head(model, request) for request in map(HeadRequest.parse, names)}
+        self.heads = {request: head for request, head in heads.items() if _kind_of(request) is not None}
+        self.taps = Taps(model, (request.head for request in self.heads if _kind_of(request).tapped), grouped=True)
 
     @contextmanager
     def capture(self) -> Iterator[StudentOutputs]:
@@ -159,24 +149,26 @@ class StudentHeads:
         outputs: StudentOutputs = {}
         with ExitStack() as stack:
             maps = stack.enter_context(self.taps.capture())
-            recorded = {name: stack.enter_context(_kind_of(name).record(head)) for name, head in self.heads.items()}
+            recorded = {request: stack.enter_context(_kind_of(request).record(head))
+                        for request, head in self.heads.items()}
             yield outputs
-        for name, head in self.heads.items():
-            outputs[name] = _kind_of(name).read(head, maps.get(_base(name)), recorded[name])
+        for request, head in self.heads.items():
+            outputs[request] = _kind_of(request).read(head, maps.get(request.head), recorded[request])
 
 
 def run_heads(names: Sequence[str], forward: TeacherForward) -> TeacherOutputs:
     """Runs some heads of a teacher.
 
     Args:
-        names: See :func:`find_head`.
+        names: See :class:`~kd_det.heads.HeadRequest`.
         forward: What there is before they run.
 
     Raises:
         HeadError: See :func:`find_head`.
     """
-    heads = {name: find_head(forward.model, name) for name in names}
-    return {name: _kind_of(name).run(head, forward) for name, head in heads.items() if _kind_of(name) is not None}
+    heads = {request: find_head(forward.model, request) for request in map(HeadRequest.parse, names)}
+    return {request: _kind_of(request).run(head, forward)
+            for request, head in heads.items() if _kind_of(request) is not None}
 
 
 # ---------------------------------------------------------------------------------------------------- the kinds
@@ -184,13 +176,13 @@ def run_heads(names: Sequence[str], forward: TeacherForward) -> TeacherOutputs:
 
 def _record_dense(head: nn.Module) -> AbstractContextManager:
     assignment = find_reader(head).assignment
-    return nullcontext(()) if assignment is None else recorded_calls(head, assignment.method)
+    return nullcontext(()) if assignment is None else record_calls(head, assignment.method)
 
 
 @contextmanager
 def _record_stages(head: nn.Module) -> Iterator[list]:
     with ExitStack() as stack:
-        yield [stack.enter_context(recorded_calls(stage, 'loss_and_target')) for stage in stages_of(head)]
+        yield [stack.enter_context(record_calls(stage, 'loss_and_target')) for stage in stages_of(head)]
 
 
 def _run_queries(head: nn.Module, forward: TeacherForward) -> QueryOutputs:
@@ -203,12 +195,12 @@ DENSE = Kind(
     run=lambda head, forward: read_dense(head, [tuple(map(forward.cut, maps)) for maps in head(forward.features)]),
     tapped=True)
 QUERIES = Kind(
-    record=lambda head: recorded_calls(head.assigner, 'assign'),
+    record=lambda head: record_calls(head.assigner, 'assign'),
     read=lambda head, maps, calls: read_queries(head, *(layers for layers, in maps), [call.returned for call in calls]),
     run=_run_queries,
     tapped=True)
 TOWERS = Kind(
-    record=recorded_towers,
+    record=record_towers,
     read=lambda head, _, calls: read_towers(calls),
     run=lambda head, _: TeacherTowers(head))
 ROIS = Kind(
@@ -216,14 +208,9 @@ ROIS = Kind(
     read=lambda head, _, calls: read_sampled(stages_of(head), calls),
     run=lambda head, forward: run_roi_head(head, forward.features, forward.student[ROI_HEAD].regions))
 
-KINDS = {**dict.fromkeys(HEADS, DENSE), ROI_HEAD: ROIS, TOWERS_OF: TOWERS, QUERIES_OF: QUERIES}
+KINDS = {'': DENSE, 'towers': TOWERS, 'queries': QUERIES}  # by part
 
 
-def _kind_of(name: str) -> Kind | None:
-    """The kind of outputs that a name means; None for one that only asks what a head has."""
-    head, dot, part = name.partition('.')
-    return KINDS.get(dot + part or head)
-
-
-def _base(name: str) -> str:
-    return name.partition('.')[0]
+def _kind_of(request: HeadRequest) -> Kind | None:
+    """The kind of outputs that a request is for; None for one that only demands what a head must have."""
+    return ROIS if request == ROI_HEAD else KINDS.get(request.part)

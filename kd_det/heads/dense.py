@@ -8,7 +8,7 @@ from functools import cached_property
 from torch import Tensor
 
 from kd_det.functional.logits import restricted_logits
-from kd_det.heads.recording import HeadError
+from kd_det.heads.request import HeadError
 from kd_det.taps import Features
 
 Stride = int | float

@@ -11,7 +11,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from kd_det.functional.logits import restricted_logits
-from kd_det.heads.recording import HeadError
+from kd_det.heads.request import HeadError
 
 # Subclasses too, unless they bring a forward of their own, as DDQ and Grounding DINO do.
 QUERY_HEADS = (ConditionalDETRHead, DABDETRHead, DETRHead, DINOHead, DeformableDETRHead)

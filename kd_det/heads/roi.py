@@ -11,8 +11,8 @@ from mmdet.models.task_modules import DeltaXYWHBBoxCoder
 from torch import Tensor, nn
 
 from kd_det.functional.logits import restricted_logits
-from kd_det.heads.recording import Call, HeadError
-from kd_det.taps import Features
+from kd_det.heads.request import HeadError
+from kd_det.taps import Call, Features
 
 
 class Regions(NamedTuple):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from kd_det.heads.dense import DenseOutputs
 from kd_det.heads.readers import read_dense
-from kd_det.heads.recording import Call, HeadError, recorded_calls
-from kd_det.taps import Features
+from kd_det.heads.request import HeadError
+from kd_det.taps import Call, Features, record_calls
 
 TOWERS = ('cls_convs', 'reg_convs')
 
@@ -92,19 +92,19 @@ class TeacherTowers(NamedTuple):
 
 
 @contextmanager
-def recorded_towers(head: nn.Module) -> Iterator[list[list[list[Call]]]]:
+def record_towers(head: nn.Module) -> Iterator[list[list[list[Call]]]]:
     """Records what passes the towers of a head while the block runs.
 
     Yields:
         The calls of each convolution of each tower, one per level, for :func:`read_towers`.
     """
     with ExitStack() as stack:
-        yield [[stack.enter_context(recorded_calls(layer, 'forward')) for layer in getattr(head, name)]
+        yield [[stack.enter_context(record_calls(layer, 'forward')) for layer in getattr(head, name)]
                for name in TOWERS]
 
 
 def read_towers(calls: Sequence[Sequence[Sequence[Call]]]) -> TowerFeatures:
-    """Reads the features from one step's calls, see :func:`recorded_towers`."""
+    """Reads the features from one step's calls, see :func:`record_towers`."""
     return TowerFeatures(*map(_features, calls))
 
 

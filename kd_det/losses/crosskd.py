@@ -7,7 +7,7 @@ from mmdet.registry import MODELS
 from torch import nn
 
 from kd_det.context import DistillContext
-from kd_det.heads import TOWERS_OF, DenseOutputs, HeadError
+from kd_det.heads import DenseOutputs, HeadError, HeadRequest
 from kd_det.losses.adapters import build_adapter
 from kd_det.losses.base import InputSpecs, Parts
 from kd_det.losses.dense import DenseClassification, DenseRegression
@@ -52,6 +52,8 @@ class CrossKD(DenseTerm):
         if remaining < 0:
             raise ValueError(f'remaining={remaining}: expected the number of convolutions, 0 or more.')
         self.remaining, self.adapter = remaining, adapter
+        self.student_towers, self.teacher_towers = (HeadRequest(head, 'towers')
+                                                    for head in (self.student_head, self.teacher_head))
         self.box_weight, self.distribution_weight = box_weight, distribution_weight
         self.classes = DenseClassification(beta=beta, **kwargs)
         boxes = dict(kwargs, weighting='confidence', normalizer='confidence')
@@ -60,11 +62,11 @@ class CrossKD(DenseTerm):
 
     @property
     def student_heads(self) -> tuple[str, ...]:
-        return (*self.classes.student_heads, self.student_head + TOWERS_OF)
+        return (*self.classes.student_heads, self.student_towers)
 
     @property
     def teacher_heads(self) -> tuple[str, ...]:
-        return (self.teacher_head, self.teacher_head + TOWERS_OF)
+        return (self.teacher_head, self.teacher_towers)
 
     def connect(self, student: InputSpecs, teacher: InputSpecs) -> None:
         """Makes an adapter for the features of each tower.
@@ -73,8 +75,8 @@ class CrossKD(DenseTerm):
             HeadError: A tower has fewer convolutions.
             ValueError: The adapter does not fit the widths.
         """
-        widths = (towers.before(self.remaining) for towers in (student[self.student_head + TOWERS_OF],
-                                                               teacher[self.teacher_head + TOWERS_OF]))
+        widths = (towers.before(self.remaining)
+                  for towers in (student[self.student_towers], teacher[self.teacher_towers]))
         self.adapters = nn.ModuleList(build_adapter(self.adapter, *each) for each in zip(*widths))
 
     def forward(self, context: DistillContext) -> Parts:
@@ -94,12 +96,12 @@ class CrossKD(DenseTerm):
         """
         self.levels(context)  # the student's own outputs must be comparable, too: its positives are counted
         student, teacher = context.student_outputs[self.student_head], context.teacher_outputs[self.teacher_index]
-        strides, towers = teacher[self.teacher_head].strides, teacher[self.teacher_head + TOWERS_OF]
+        strides, towers = teacher[self.teacher_head].strides, teacher[self.teacher_towers]
         if set(strides) != set(student.strides):
             raise HeadError(f"The student's head has levels of the strides {list(student.strides)}, the teacher's "
                             f'{list(strides)}: CrossKD needs the same.')
         order = [student.level_of(stride) for stride in strides]
-        features = context.student_outputs[self.student_head + TOWERS_OF].before(self.remaining)
+        features = context.student_outputs[self.student_towers].before(self.remaining)
         crossing = (tuple(adapter(levels[index].float()) for index in order)
                     for adapter, levels in zip(self.adapters, features))
         outputs = towers.resume(*crossing, self.remaining)

@@ -8,7 +8,7 @@ from torch import Tensor
 from kd_det.functional.boxes import distribution_kl, giou_imitation
 from kd_det.functional.logits import soft_target_kl
 from kd_det.functional.masks import valuable_region
-from kd_det.heads import DISTRIBUTIONS_OF, POSITIVES_OF, HeadError
+from kd_det.heads import HeadError, HeadRequest
 from kd_det.losses.base import Parts
 from kd_det.losses.outputs import ComparedOutputs, DenseTerm, sigmoid_divergence
 
@@ -119,7 +119,7 @@ class DenseRegression(DenseTerm):
     @property
     def student_heads(self) -> tuple[str, ...]:
         assigns = self.form == 'bounded' or self.weighting in ('positives', 'valuable')
-        positives = (self.student_head + POSITIVES_OF, ) if assigns else ()
+        positives = (HeadRequest(self.student_head, 'positives'), ) if assigns else ()
         return (*super().student_heads, *positives, *self._distributions_of(self.student_head))
 
     @property
@@ -127,7 +127,7 @@ class DenseRegression(DenseTerm):
         return (*super().teacher_heads, *self._distributions_of(self.teacher_head))
 
     def _distributions_of(self, head: str) -> tuple[str, ...]:
-        return (head + DISTRIBUTIONS_OF, ) if self.form == 'distribution' else ()
+        return (HeadRequest(head, 'distributions'), ) if self.form == 'distribution' else ()
 
     def compare(self, level: ComparedOutputs) -> Parts:
         if self.form == 'bounded':

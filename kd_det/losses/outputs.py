@@ -12,7 +12,7 @@ from torch import Tensor
 from kd_det.context import DistillContext
 from kd_det.functional.boxes import bounded_regression
 from kd_det.functional.logits import quality_bce
-from kd_det.heads import POSITIVES_OF, ROI_HEAD, DenseOutputs, HeadError, RoIOutputs
+from kd_det.heads import ROI_HEAD, DenseOutputs, HeadError, HeadRequest, RoIOutputs
 from kd_det.heads.roi import at_stage
 from kd_det.losses.base import DistillTerm, Parts
 
@@ -93,11 +93,13 @@ class DenseTerm(DistillTerm):
         if normalizer not in DENSE_NORMALIZERS:
             raise ValueError(f"normalizer='{normalizer}': expected one of {', '.join(DENSE_NORMALIZERS)}.")
         heads = dict(student=head, teacher=head) if isinstance(head, str) else head
-        self.student_head, self.teacher_head, self.normalizer = heads['student'], heads['teacher'], normalizer
+        self.student_head, self.teacher_head = HeadRequest(heads['student']), HeadRequest(heads['teacher'])
+        self.normalizer = normalizer
 
     @property
     def student_heads(self) -> tuple[str, ...]:
-        return (self.student_head, *((self.student_head + POSITIVES_OF, ) if self.normalizer == 'positives' else ()))
+        positives = (HeadRequest(self.student_head, 'positives'), ) if self.normalizer == 'positives' else ()
+        return (self.student_head, *positives)
 
     @property
     def teacher_heads(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from kd_det.context import DistillContext
 from kd_det.functional.boxes import giou_imitation
 from kd_det.functional.logits import soft_target_kl
 from kd_det.functional.queries import corners, match_queries, query_cost
-from kd_det.heads import QUERIES_OF, HeadError, QueryOutputs
+from kd_det.heads import HeadError, HeadRequest, QueryOutputs
 from kd_det.losses.base import DistillTerm, Parts
 from kd_det.losses.outputs import sigmoid_divergence
 
@@ -69,7 +69,7 @@ class QueryTerm(DistillTerm):
         if background < 0:
             raise ValueError(f'background={background}: expected a number of queries, 0 or more.')
         heads = dict(student=head, teacher=head) if isinstance(head, str) else head
-        self.student_head, self.teacher_head = (heads[side] + QUERIES_OF for side in ('student', 'teacher'))
+        self.student_head, self.teacher_head = (HeadRequest(heads[side], 'queries') for side in ('student', 'teacher'))
         self.layers, self.background, self.costs = layers, background, tuple(costs)
 
     @property

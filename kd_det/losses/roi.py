@@ -7,7 +7,7 @@ from torch import Tensor
 from kd_det.context import DistillContext
 from kd_det.functional.boxes import bounded_regression
 from kd_det.functional.logits import combine_decoupled, decoupled_kl, soft_target_kl, weighted_cross_entropy
-from kd_det.heads import POSITIVES_OF, RoIOutputs
+from kd_det.heads import HeadRequest, RoIOutputs
 from kd_det.losses.base import Parts
 from kd_det.losses.outputs import ComparedOutputs, DenseTerm, RoITerm, sigmoid_divergence
 
@@ -157,7 +157,7 @@ class RPNImitation(DenseTerm):
 
     @property
     def student_heads(self) -> tuple[str, ...]:
-        positives = (self.student_head + POSITIVES_OF, ) if self.form == 'bounded' else ()
+        positives = (HeadRequest(self.student_head, 'positives'), ) if self.form == 'bounded' else ()
         return (*super().student_heads, *positives)
 
     def compare(self, level: ComparedOutputs) -> Parts:

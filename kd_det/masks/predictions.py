@@ -14,7 +14,7 @@ from kd_det.functional.masks import (
     teacher_confidence,
 )
 from kd_det.functional.queries import corners
-from kd_det.heads import QUERIES_OF, ROI_HEAD, DenseOutputs, HeadError
+from kd_det.heads import ROI_HEAD, DenseOutputs, HeadError, HeadRequest
 from kd_det.heads.roi import at_stage
 from kd_det.masks.base import CellMask
 
@@ -38,7 +38,8 @@ class _PredictionMask(CellMask):
         if anchors not in ANCHOR_REDUCTIONS:
             raise ValueError(f"anchors='{anchors}': expected one of {', '.join(ANCHOR_REDUCTIONS)}.")
         heads = dict(student=head, teacher=head) if isinstance(head, str) else head
-        self.student_head, self.teacher_head, self.anchors = heads['student'], heads['teacher'], anchors
+        self.student_head, self.teacher_head = HeadRequest(heads['student']), HeadRequest(heads['teacher'])
+        self.anchors = anchors
 
     @property
     def teacher_heads(self) -> tuple[str, ...]:
@@ -134,7 +135,7 @@ class PredictionQuality(CellMask):
 
     def __init__(self, head: str = 'bbox_head', xi: float = 0.8, top_k: int = 30) -> None:
         super().__init__()
-        self.head, self.xi, self.top_k = head, xi, top_k
+        self.head, self.xi, self.top_k = HeadRequest(head), xi, top_k
 
     @property
     def teacher_heads(self) -> tuple[str, ...]:
@@ -185,7 +186,7 @@ class QueryConfidence(CellMask):
 
     def __init__(self, head: str = 'bbox_head', top_k: int = 100) -> None:
         super().__init__()
-        self.head, self.top_k = head + QUERIES_OF, top_k
+        self.head, self.top_k = HeadRequest(head, 'queries'), top_k
 
     @property
     def teacher_heads(self) -> tuple[str, ...]:

@@ -28,8 +28,8 @@ from kd_det.distillers.gradients import GradientNorms, gradient_norms
 from kd_det.distillers.monitor import find_idle
 from kd_det.distillers.weights import total
 from kd_det.heads import DenseOutputs, QueryOutputs, RoIOutputs
-from kd_det.heads.recording import recorded_calls
 from kd_det.losses import DistillTerm, FeatureTerm
+from kd_det.taps import record_calls
 
 IMAGES = 500  # of the training data that are read before; a run reads all
 
@@ -126,7 +126,7 @@ def compared_levels(distiller: DetectionDistiller, data: dict) -> tuple[Observat
         What was observed; and, by the names of the terms that compare features, the levels that they compared.
     """
     with ExitStack() as stack:
-        calls = {name: stack.enter_context(recorded_calls(term, 'compare'))
+        calls = {name: stack.enter_context(record_calls(term, 'compare'))
                  for name, term in distiller.terms.items() if isinstance(term, FeatureTerm)}
         observation = distiller.observe(data['inputs'], data['data_samples'], distiller.terms)
     return observation, {name: [call.arguments['level'] for call in made] for name, made in calls.items()}

@@ -14,7 +14,7 @@ from kd_det.compat.process import preserved_randomness
 from kd_det.config.detectors import head_classes
 from kd_det.config.files import type_name
 from kd_det.context import LevelSpec
-from kd_det.heads import TOWERS_OF, HeadError, check_head
+from kd_det.heads import HeadError, HeadRequest, check_head
 from kd_det.heads.dense import Stride
 from kd_det.heads.readers import called_strides
 from kd_det.heads.towers import TowerWidths, tower_widths
@@ -223,23 +223,23 @@ def probe_towers(config: ModelConfig, names: Iterable[str]) -> dict[str, TowerWi
 
     Args:
         config: See :func:`~kd_det.teachers.loading.read_model_config`.
-        names: Of heads, see :func:`~kd_det.heads.find_head`.
+        names: See :class:`~kd_det.heads.HeadRequest`.
 
     Returns:
-        Name -> widths, for the names that end with ``'.towers'``.
+        Name -> widths, for the names that ask for towers.
 
     Raises:
         HeadError: A head is absent, or has no towers.
     """
-    names = [name for name in names if name.endswith(TOWERS_OF)]
-    if not names:
+    requests = [request for request in map(HeadRequest.parse, names) if request.part == 'towers']
+    if not requests:
         return {}
     model, widths = read_model_config(config), {}
-    for name in names:
+    for request in requests:
         try:
-            check_head(type_name(model), head_classes(model), name)
+            check_head(type_name(model), head_classes(model), request)
         except HeadError as error:
-            raise HeadError(f"A term learns from the teacher's {name}. {error}") from error
+            raise HeadError(f"A term learns from the teacher's {request}. {error}") from error
         with preserved_randomness(), within_scope(model.get('_scope_')):
-            widths[name] = tower_widths(MODELS.build(model[name[:-len(TOWERS_OF)]]))
+            widths[request] = tower_widths(MODELS.build(model[request.head]))
     return widths

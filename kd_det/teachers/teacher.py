@@ -19,7 +19,7 @@ from kd_det import __version__
 from kd_det.compat.process import preserved_randomness
 from kd_det.config.classes import number_of_classes
 from kd_det.heads import HeadError, StudentOutputs, TeacherForward, TeacherOutputs, find_head, run_heads
-from kd_det.heads.capture import read_maps, recorded_maps
+from kd_det.heads.capture import read_maps, record_maps
 from kd_det.registry import build_detector, within_scope
 from kd_det.taps import ENCODER, Features, TapError, Taps, is_within_encoder
 from kd_det.teachers.bridge import InputBridge, Shape, cut_back, fitting_levels
@@ -275,7 +275,7 @@ class Teacher:
         there at all, and they are not cut back."""
         self._start()
         outputs: TeacherOutputs = {}
-        stop = not heads and not self.engine.shard
+        stop = not heads and not self.engine.shard  # the last tap then ends the block, see Taps.capture
         with self._cut(heads, taps, levels) as computed, self.taps.capture(taps, stop=stop) as features:
             samples = shape_samples(images.shape[-2:], image_shapes)
             with fitting_levels(images.shape[-2:]):
@@ -301,7 +301,7 @@ class Teacher:
         """As :meth:`_run`, by way of the cache, which keeps what the teacher made of the padded batch."""
 
         def compute() -> Answer:
-            with recorded_maps(self.model, heads) as maps:
+            with record_maps(self.model, heads) as maps:
                 features, _ = self._run(images, image_shapes, heads, taps, levels, cut)
             return {**features, **maps}
 

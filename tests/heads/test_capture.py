@@ -6,7 +6,6 @@ import torch
 from mmdet.registry import MODELS
 
 from kd_det.heads import HeadError, StudentHeads, TeacherForward, find_head, run_heads
-from kd_det.heads.recording import recorded_calls
 from kd_det.taps import TapError
 
 
@@ -122,20 +121,6 @@ def test_heads_that_can_not_be_read(retinanet, faster_rcnn):
         find_head(MODELS.build(config), 'roi_head')
 
 
-def test_recorded_calls_bind_arguments_by_name():
-
-    class Module(torch.nn.Module):
-
-        def method(self, first, second=2):
-            return first + second
-
-    module = Module()
-    with recorded_calls(module, 'method') as calls:
-        assert module.method(1) + module.method(second=1, first=0) == 4
-    assert [(call.arguments, call.returned) for call in calls] == [(dict(first=1), 3), (dict(first=0, second=1), 1)]
-    assert module.method(1) == 3 and len(calls) == 2
-
-
 @pytest.mark.parametrize('kind, stages', [('faster_rcnn', 1), ('cascade_rcnn', 2)])
 def test_the_teacher_looks_at_the_students_regions_in_its_own_features(kind, stages, faster_rcnn, request, step):
     _, student = step(faster_rcnn(), ['roi_head'])
@@ -195,3 +180,9 @@ def test_a_cascade_with_branches_of_the_whole_image_gives_them_to_its_box_heads(
         without = teacher.roi_head._bbox_forward(0, features, first.regions.rois,
                                                  **{**branches, branch: torch.zeros_like(feature)})
         assert not torch.allclose(first.logits, without['cls_score'])
+
+
+def test_a_roi_head_has_no_parts(faster_rcnn):
+    for name, absent in (('roi_head.towers', 'has no towers'), ('roi_head.positives', 'does not tell which priors')):
+        with pytest.raises(HeadError, match=f'A StandardRoIHead {absent}'):
+            find_head(MODELS.build(faster_rcnn()), name)

@@ -7,7 +7,7 @@ from mmengine.structures import InstanceData
 
 from kd_det.heads import HeadError, read_dense, reads
 from kd_det.heads.readers import READERS, find_reader
-from kd_det.heads.recording import recorded_calls
+from kd_det.taps import record_calls
 
 HEIGHT, WIDTH = 64, 96
 FAMILIES = ['retina', 'retina_softmax', 'atss', 'gfl', 'fcos', 'fcos_normalized', 'rtmdet', 'rtmdet_separate', 'yolox',
@@ -133,7 +133,7 @@ def test_positives_are_those_of_the_heads_own_assigner(name, dense_head, feature
     head = dense_head(name).train()
     head.init_weights()  # YOLOX assigns by its predictions, RTMDet too
     maps, assignment = head(features()), find_reader(head).assignment
-    with recorded_calls(head, assignment.method) as calls:
+    with record_calls(head, assignment.method) as calls:
         head.loss(features(), [_sample(((8, 8, 60, 50), )), _sample(())])
     outputs = read_dense(head, maps, [call.returned for call in calls])
     positives = torch.cat([outputs.positives(level) for level in range(3)], 1)
@@ -149,7 +149,7 @@ def test_targets_lead_positive_priors_to_their_boxes(name, dense_head, features)
     head = dense_head(name).train()
     head.init_weights()
     boxes = (8, 8, 60, 50), (30, 40, 90, 62)
-    with recorded_calls(head, find_reader(head).assignment.method) as calls:
+    with record_calls(head, find_reader(head).assignment.method) as calls:
         head.loss(features(), [_sample(boxes), _sample(())])
     outputs = read_dense(head, head(features()), [call.returned for call in calls])
     if name not in ('retina', 'retina_softmax', 'atss', 'rpn', 'ssd'):

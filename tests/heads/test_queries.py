@@ -4,7 +4,7 @@ import torch
 from mmdet.registry import MODELS
 
 from kd_det.heads import HeadError, StudentHeads, TeacherForward, find_head, read_queries, run_heads
-from kd_det.heads.recording import recorded_calls
+from kd_det.taps import record_calls
 from kd_det.teachers.probe import shape_samples
 
 KINDS = ('DETR', 'ConditionalDETR', 'DABDETR', 'DeformableDETR', 'DINO')
@@ -85,7 +85,7 @@ def test_a_teachers_queries_are_those_that_it_predicts_from(kind, detr, batch):
     forward = TeacherForward(model, model.extract_feat(images), {}, samples)
     queries = run_heads([NAME], forward)[NAME]
     assert queries.logits.shape[:3] == (3, 3, 12) and queries.assigned is None and queries.box_cost is None
-    with recorded_calls(model.bbox_head, 'predict_by_feat') as calls:
+    with record_calls(model.bbox_head, 'predict_by_feat') as calls:
         model.predict(images, data['data_samples'])
     (given, ) = calls
     logits, boxes = list(given.arguments.values())[:2]

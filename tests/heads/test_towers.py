@@ -6,14 +6,14 @@ import torch
 from mmdet.registry import MODELS
 
 from kd_det.heads import HeadError, StudentHeads, TeacherTowers, TowerFeatures, check_head, find_head, read_dense
-from kd_det.heads.towers import read_towers, recorded_towers, tower_widths
+from kd_det.heads.towers import read_towers, record_towers, tower_widths
 
 FAMILIES = ['retina', 'atss', 'gfl', 'fcos', 'fcos_normalized', 'rtmdet']
 FIELDS = ('logits', 'regressions', 'boxes', 'centerness', 'distributions')
 
 
 def _passed(head, inputs) -> TowerFeatures:
-    with recorded_towers(head) as calls:
+    with record_towers(head) as calls:
         head(inputs)
     return read_towers(calls)
 

@@ -7,12 +7,12 @@ from mmengine.structures import InstanceData
 from kd_det.config.files import ConfigurationError
 from kd_det.functional import boxes as box_functions
 from kd_det.functional.queries import corners
-from kd_det.heads import QUERIES_OF, HeadError
+from kd_det.heads import HeadError
 from kd_det.losses import QueryRegression
 from kd_det.losses import queries as module
 
 KINDS = ('DETR', 'ConditionalDETR', 'DABDETR', 'DeformableDETR', 'DINO')
-NAME = 'bbox_head' + QUERIES_OF
+NAME = 'bbox_head.queries'
 TERMS = dict(classes=dict(type='QueryClassification'), boxes=dict(type='QueryRegression'))
 # The second is padded; the third has no box.
 IMAGES = dict(shapes=((64, 96), (48, 56), (64, 64)), boxes=(((8, 8, 40, 40), (50, 10, 90, 60)), ((4, 4, 40, 44), ), ()))

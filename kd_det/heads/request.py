@@ -1,0 +1,73 @@
+"""What is read of a detector's heads, by name: a head's outputs, or a part of them that not every head has."""
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+
+class HeadError(ValueError):
+    """A detector lacks a head, a head puts out what can not be read, or two heads can not be compared."""
+
+
+# What can be asked of a head beside its outputs, and what is said of a head that does not have it.
+PARTS: dict[str, str] = {
+    'towers': 'has no towers, convolutions before its predictions that all levels share, as the heads of RetinaNet, '
+              'ATSS, GFL, FCOS and RTMDetHead have, RTMDetSepBNHead not',
+    'positives': 'does not tell which priors it assigned to boxes: choose a form without positives, such as '
+                 "normalizer='confidence'",
+    'distributions': "predicts no distributions over distances, as GFL and its kin do: choose form='giou'",
+    'queries': 'predicts no queries, as the heads of DETR, Conditional DETR, DAB-DETR, Deformable DETR and DINO do'}
+
+
+class HeadRequest(str):
+    """One thing that a term or a mask reads of a detector's heads.
+
+    It is the string that names it, with the head and the part told apart: it keys a step's outputs, is logged by its
+    name, and terms of your own may say plain ``'bbox_head.positives'``, which :meth:`parse` reads.
+
+    Args:
+        head: ``'bbox_head'`` of one-stage detectors and of DETRs, ``'rpn_head'`` and ``'roi_head'`` of two-stage
+            detectors. Whether a detector has it, :func:`~kd_det.heads.check_head` checks.
+        part: ``''`` for the head's outputs, dense or of regions. Of a dense head also ``'towers'``, the features within
+            it; ``'positives'`` and ``'distributions'``, which add nothing to the outputs but the demand that they tell
+            the priors that the head assigned to boxes, or distributions over distances. Of a DETR's head ``'queries'``.
+
+    Raises:
+        HeadError: No head has such a part; the message names those there are.
+
+    Example:
+        >>> request = HeadRequest('bbox_head', 'towers')
+        >>> request, request.head, request.part
+        ('bbox_head.towers', 'bbox_head', 'towers')
+        >>> HeadRequest.parse('bbox_head.towers').part
+        'towers'
+    """
+    head: str
+    part: str
+
+    def __new__(cls, head: str, part: str = '') -> HeadRequest:
+        request = super().__new__(cls, f'{head}.{part}' if part else head)
+        if part and part not in PARTS:
+            nearest = get_close_matches(part, PARTS, n=1)
+            raise HeadError(f"'{request}': no head has a part '{part}'. Parts are {', '.join(PARTS)}."
+                            + (f" Did you mean '{head}.{nearest[0]}'?" if nearest else ''))
+        request.head, request.part = head, part
+        return request
+
+    @classmethod
+    def parse(cls, name: str) -> HeadRequest:
+        """Reads ``'bbox_head'`` or ``'bbox_head.towers'``; a request is returned as it is.
+
+        Raises:
+            HeadError: No head has such a part.
+        """
+        if isinstance(name, HeadRequest):
+            return name
+        head, _, part = name.partition('.')
+        return cls(head, part)
+
+    def __reduce__(self) -> tuple[type[HeadRequest], tuple[str, str]]:
+        return HeadRequest, (self.head, self.part)
+
+
+ROI_HEAD = HeadRequest('roi_head')
+HEADS = ('bbox_head', 'rpn_head', ROI_HEAD)
