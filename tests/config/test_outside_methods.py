@@ -60,7 +60,7 @@ def test_a_file_of_one_family_serves_that_family(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_method(tmp_path / 'mine_two_stage.py', name='mine')
     assert list(method_terms('mine_two_stage.py', 'two_stage')) == ['mine']
-    with pytest.raises(ConfigurationError, match="'mine_two_stage.py' has no weights for one_stage.* only for two_stage"):
+    with pytest.raises(ConfigurationError, match="no weights for one_stage detectors, only for two_stage"):
         method_terms('mine_two_stage.py', 'one_stage')
 
 
@@ -94,7 +94,7 @@ def test_a_file_within_a_package_is_a_method(site):
     ('my_method', ConfigurationError, "no method 'my_method'. Choose from .* Did you mean the file 'my_method.py'"),
     ('fgx', ConfigurationError, "no method 'fgx'. Choose from .*fgd.*Did you mean 'fgd'"),
     ('no_such_package::mine.py', ConfigurationError, "There is no package 'no_such_package'"),
-    ('plugin::recipes/mien.py', FileNotFoundError, "no method's file 'plugin::recipes/mien.py'. Did you mean 'mine.py'?"),
+    ('plugin::recipes/mien.py', FileNotFoundError, "'plugin::recipes/mien.py'. Did you mean 'mine.py'?"),
     ('renamed.py', ConfigurationError, "renamed.py' holds no method: expected renamed = dict.* it defines 'my_method'"),
     ('empty.py', ConfigurationError, "empty.py' holds no method: .*; it defines nothing"),
     ('flat.py', ConfigurationError, "flat.py' holds no method: expected flat = dict.*of terms by name"),
@@ -111,6 +111,15 @@ def test_what_is_no_method_is_told(method, error, said, tmp_path, site, monkeypa
     (tmp_path / 'broken.py').write_text('broken = dict(\n')
     with pytest.raises(error, match=said):
         method_terms(method, 'one_stage')
+
+
+@pytest.mark.parametrize('term, said', [
+    ("type='mmdet.FGX'", 'KeyError: mmdet.FGX is not in the mmdet::model registry'),
+    ("type='mmdet.PKD', tap='neck', tempreature=1", "TypeError: .*unexpected keyword argument 'tempreature'")])
+def test_a_term_that_can_not_be_built_is_told_with_its_method(term, said, tmp_path):
+    (tmp_path / 'mine.py').write_text(f'mine = dict(mine=dict({term}))\n')
+    with pytest.raises(ConfigurationError, match=f"The method '.*mine.py': its term 'mine' can not be built: {said}"):
+        distillation_config(RETINANET, TEACHER, 'x.pth', str(tmp_path / 'mine.py'))
 
 
 def test_a_benchmark_takes_files(tmp_path, monkeypatch):

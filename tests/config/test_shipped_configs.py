@@ -10,7 +10,7 @@ import torch
 import yaml
 from mmengine.logging import MessageHub
 
-from kd_det.config.composition import head_family, method_terms
+from kd_det.config.composition import find_model_family, method_terms
 from kd_det.config.files import is_distillation, load_config, student_model
 from kd_det.teachers import InputBridge
 
@@ -132,7 +132,7 @@ def test_twin_differs_in_nothing_but_distillation(name):
 def test_weights_are_those_of_the_teachers_family(name):
     """Between unlike detectors the published weights go with the teacher: PKD's from Mask R-CNN to RetinaNet is 6."""
     model = load(name).model
-    assert model.distill == method_terms(method_of(name), head_family(load(model.teacher.config).model))
+    assert model.distill == method_terms(method_of(name), find_model_family(load(model.teacher.config).model))
 
 
 @pytest.mark.parametrize('twin, original, changed', [
