@@ -18,11 +18,11 @@ from mmengine.optim import build_optim_wrapper
 import kd_det  # noqa: F401  registers everything
 from benchmarks.steps import add_batch_options
 from kd_det.checks.synthetic import synthetic_batch
-from kd_det.cli.common import prepare_without_runner
 from kd_det.config.composition import distillation_config
 from kd_det.context import Progress
+from kd_det.registry import prepare_without_runner
 from kd_det.study.pair import read_pair
-from kd_det.study.step_costs import random_distiller, seconds
+from kd_det.study.step_costs import measure_seconds, random_distiller
 
 CASES = ('faster_rcnn_r101_r18:fgd', 'gfl_r101_r18:fgd+ld', 'dino_r50_r18:querykd')
 INTERVAL = 10  # Balance's default
@@ -51,7 +51,7 @@ def measure(pair: str, method: str, options: Namespace) -> dict:
         return call
 
     step(0)()  # whatever is done once; the first step always compares
-    rounds = [(seconds(step(1), repeats=1, warmup=0), seconds(step(INTERVAL), repeats=1, warmup=0))
+    rounds = [(measure_seconds(step(1), repeats=1, warmup=0), measure_seconds(step(INTERVAL), repeats=1, warmup=0))
               for _ in range(options.rounds)]
     plain, comparing = (median(times) for times in zip(*rounds))
     return dict(pair=pair, method=method, step=plain, comparing_step=comparing,

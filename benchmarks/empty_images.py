@@ -21,10 +21,10 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 
 import kd_det  # noqa: F401  registers everything
-from kd_det.cli.common import prepare_without_runner
 from kd_det.config.composition import distillation_config
 from kd_det.config.files import load_config
 from kd_det.datasets import generate_shapes
+from kd_det.registry import prepare_without_runner
 from kd_det.training.runner import build_runner
 
 IMAGES, SIZE, TEACHER_EPOCHS = 40, 96, 25

@@ -31,9 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kd_det  # noqa: F401  registers what configs name, and serves mmcv's operators
 from kd_det.config.files import load_config
-from kd_det.study.step_costs import seconds
+from kd_det.study.step_costs import measure_seconds
 from kd_det.teachers import Teacher
-from kd_det.teachers.loading import without_pretrained
+from kd_det.teachers.loading import remove_pretrained
 
 PLAIN, LEVELS = 'plain', 'levels'  # mmdet's own forward; the default engine where not all levels are read
 ENGINES = dict(
@@ -51,7 +51,7 @@ LOSSLESS = 1e-4  # relative
 def build(options: argparse.Namespace) -> dict[str, Callable[[], Sequence[Tensor]]]:
     """By name, what computes the levels of the neck: mmdet's plain forward, and teachers of the same weights."""
     MMLogger.get_instance('benchmark', log_level='ERROR')  # else every weight's initialisation is reported
-    config = without_pretrained(load_config(options.teacher).model)
+    config = remove_pretrained(load_config(options.teacher).model)
     torch.manual_seed(0)
     model = MODELS.build(config).eval()
     images = torch.randn(options.batch, 3, *options.size)
@@ -83,11 +83,12 @@ def measure(forms: dict[str, Callable[[], Sequence[Tensor]]], repeats: int) -> l
     """
     plain, rows = forms[PLAIN](), []
     for name, form in forms.items():
-        first = seconds(form, repeats=1, warmup=0)
+        first = measure_seconds(form, repeats=1, warmup=0)
         rows.append(dict(engine=name, options=ENGINES.get(name), first_s=first, deviation=deviation(form(), plain)))
         if ENGINES.get(name, {}).get('precision') is None and rows[-1]['deviation'] > LOSSLESS:
             raise RuntimeError(f"Engine '{name}': features deviate by {rows[-1]['deviation']:.1e} from the plain ones.")
-    rounds = [{name: seconds(form, repeats=1, warmup=0) for name, form in forms.items()} for _ in range(repeats)]
+    rounds = [{name: measure_seconds(form, repeats=1, warmup=0) for name, form in forms.items()}
+              for _ in range(repeats)]
     for row in rows:
         times = [each[row['engine']] for each in rounds]
         row.update(median_s=median(times), fastest_s=min(times), seconds=times,
@@ -105,7 +106,7 @@ def bound(form: Callable[[], object]) -> dict:
     run = torch.no_grad()(lambda: layer(images))
     with FlopCounterMode(display=False) as one:
         run()
-    operations, rate = counter.get_total_flops() / 1e9, one.get_total_flops() / 1e9 / seconds(run, repeats=25)
+    operations, rate = counter.get_total_flops() / 1e9, one.get_total_flops() / 1e9 / measure_seconds(run, repeats=25)
     return dict(operations=operations, rate=rate, s=operations / rate)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from kd_det.context import DistillContext, LevelSpec
 from kd_det.functional import features
 from kd_det.losses import FGD
-from kd_det.study.step_costs import peak_memory, seconds
+from kd_det.study.step_costs import measure_peak_memory, measure_seconds
 
 STRIDES = (8, 16, 32, 64, 128)
 MB = 2**20
@@ -115,9 +115,9 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, float]:
         # A bias before a softmax has the gradient 0, which the plain form only finds up to rounding.
         if expected.numel() > 1 and (actual - expected).norm() > 1e-4 * expected.norm():
             raise RuntimeError(f'{case.name}: the two forms differ.')
-    times = [[seconds(lambda: gradients(form), options.device, 1, warmup=0) for form in forms]
+    times = [[measure_seconds(lambda: gradients(form), options.device, 1, warmup=0) for form in forms]
              for _ in range(options.repeats + 1)][1:]
-    peaks = [peak_memory(lambda: gradients(form), options.device) / MB for form in forms]
+    peaks = [measure_peak_memory(lambda: gradients(form), options.device) / MB for form in forms]
     return dict(zip(('plain_s', 'ours_s', 'plain_mb', 'ours_mb'), (*map(median, zip(*times)), *peaks)))
 
 

@@ -15,9 +15,9 @@ import kd_det  # noqa: F401  registers everything
 from benchmarks.engine import processor
 from benchmarks.steps import add_batch_options
 from kd_det.checks.synthetic import synthetic_batch
-from kd_det.cli.common import prepare_without_runner
 from kd_det.config.composition import PAPER, distillation_config
 from kd_det.config.methods import methods
+from kd_det.registry import prepare_without_runner
 from kd_det.study.pair import read_pair
 from kd_det.study.step_costs import (
     PLAIN_TEACHER,

@@ -20,7 +20,7 @@ from mmengine.model import MMDistributedDataParallel
 from torch import nn
 
 from benchmarks.steps import build_distiller, make_batch, training_step
-from kd_det.study.step_costs import peak_memory, seconds
+from kd_det.study.step_costs import measure_peak_memory, measure_seconds
 
 BASE = dict(batch=2, size=192, boxes=10, ranks=1)
 SERIES = dict(batch=(1, 2, 4, 8), size=(128, 192, 256, 320), boxes=(1, 10, 100, 500), ranks=(1, 2))
@@ -43,12 +43,12 @@ def measure_point(distiller: nn.Module, classes: int, repeats: int, batch: int, 
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats + 1):
         for name, step in steps.items():  # in turns, so that a machine that changes changes all
-            times[name].append(seconds(step, repeats=1, warmup=0))
+            times[name].append(measure_seconds(step, repeats=1, warmup=0))
     point = dict(batch=batch, size=size, boxes=boxes, ranks=ranks)
     point.update({name: median(each[1:]) for name, each in times.items()})
     for name, step in steps.items():
         distiller.zero_grad()  # what was there before would be subtracted
-        point[f'{name}_bytes'] = peak_memory(step)
+        point[f'{name}_bytes'] = measure_peak_memory(step)
     return point
 
 

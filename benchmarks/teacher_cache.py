@@ -14,7 +14,7 @@ from statistics import median
 import torch
 
 from benchmarks.steps import add_batch_options, build_distiller, make_batch, training_step
-from kd_det.study.step_costs import seconds
+from kd_det.study.step_costs import measure_seconds
 from kd_det.teachers import Teacher
 
 
@@ -51,7 +51,7 @@ def measure(pair: str, size: tuple, batch: int, boxes: int, repeats: int) -> dic
         times = {name: [] for name in steps}
         for turn in range(repeats + 1):
             for name, step in steps.items():
-                times[name].append(seconds(step, repeats=1, warmup=0))
+                times[name].append(measure_seconds(step, repeats=1, warmup=0))
         results.update({name: median(each[1:]) for name, each in times.items()})  # without the first, which stores
         ratios = {name: [each / own for each, own in zip(times[name], times['student'])][1:] for name in teachers}
         results['ratios'] = {name: median(each) for name, each in ratios.items()}

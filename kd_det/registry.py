@@ -17,7 +17,9 @@ from typing import Any
 import mmdet.registry
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DefaultScope, Registry
+from mmengine.runner import set_random_seed
 from torch import nn
 
 from kd_det.compat.startup import REGISTRATION
@@ -43,6 +45,14 @@ def enter_scope(scope: str) -> None:
     """Has names without a scope looked up in this one from now on, as a Runner does for its config."""
     add_nodes(scope)
     DefaultScope.get_instance(f'{scope}_{time.time_ns()}', scope_name=scope)
+
+
+def prepare_without_runner(config: Mapping | None = None, seed: int = 0) -> None:
+    """Does what a Runner would do before a single step: enters the config's scope, seeds; and logs warnings alone."""
+    enter_scope(scope_of(config or {}))
+    MMLogger.get_current_instance().setLevel('WARNING')  # or every weight that is initialised is announced
+    set_random_seed(seed)
+    MessageHub.get_current_instance().update_info('iter', 0)  # some preprocessors and losses ask for it
 
 
 def add_nodes(scope: str) -> dict[str, Registry]:

@@ -1,12 +1,9 @@
 """``kd-det benchmark``: methods side by side on one pair, over seeds."""
 from __future__ import annotations
 
-import copy
-import json
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Sequence
-from dataclasses import replace
-from itertools import product
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,17 +13,14 @@ from kd_det.cli.common import (
     add_inheritance_option,
     add_weight_options,
     inherited_parts,
+    print_tables,
     read_options,
 )
-from kd_det.cli.tracking import add_tracking_option, track
+from kd_det.cli.tracking import add_tracking_option
 from kd_det.config.choices import SPLITS
 
 if TYPE_CHECKING:
-    from mmengine.config import Config
-
-    from kd_det.study.variants import Variant
-
-TEACHER_SEED = 0
+    from kd_det.study.benchmark import BenchmarkResult
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -87,113 +81,31 @@ def _seeds(text: str) -> list[int]:
 
 
 def run(options: Namespace) -> int:
-    import torch
-    from mmengine.config import Config
+    from kd_det.study.benchmark import benchmark
+    return print_benchmark(partial(benchmark, methods=options.methods), options)
 
-    from kd_det.checks.checkpoints import inspect_checkpoint
-    from kd_det.checks.doctor import check_config, inspect_data
-    from kd_det.checks.environment import raise_faults
-    from kd_det.checks.image_reader import Memory
+
+def print_benchmark(function: Callable[..., BenchmarkResult], options: Namespace) -> int:
+    """Calls a function with what :func:`add_common_arguments` added, and prints its tables; returns the exit status."""
     from kd_det.compat.console import PlainConsole
-    from kd_det.config.files import ConfigurationError
-    from kd_det.study.fidelity import add_fidelity, summarize_fidelity
-    from kd_det.study.pair import adapted, data_hash, read_pair, weights_hash
-    from kd_det.study.results import mark_twins, relative, run_entry, summarize
-    from kd_det.study.runs import command_line, environment
-    from kd_det.study.scheduling import Failure, Job, Machine
-    from kd_det.study.tables import markdown_table, rich_tables
-    from kd_det.study.variants import PLAIN, Variant, parse_variants, variant_config
+    from kd_det.study.benchmark import TeacherTrainingError
     console = PlainConsole(highlight=False)
-    root: Path = options.work_dir
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         console.print(text, soft_wrap=True)
 
-    pair = read_pair(options.pair, options.student, options.teacher, options.teacher_checkpoint)
-    pair = replace(pair, student=adapted(pair.student, options.data, options.epochs))
-    common = Variant('', PLAIN, options.balance, inherited_parts(options), read_options(options.cfg_options))
-    variants = parse_variants(options.methods, common)
-    number = teachers_needed(variants, pair.checkpoints)
-    if set(options.devices) - {'cpu'} and not torch.cuda.is_available():
-        raise ConfigurationError(f"--devices {','.join(options.devices)}: there is no GPU. Leave the option out, or "
-                                 'give cpu.')
-    for variant in variants:  # what can not be composed is told before a teacher is trained
-        variant_config(variant, pair, [''] * number)
-    raise_faults(inspect_checkpoint('--teacher-checkpoint', checkpoint, 'Give the path of a checkpoint')
-                 for checkpoint in options.teacher_checkpoint)
-    check_config(pair.student, splits=('train', 'val'))
-    raise_faults(inspect_data(pair.student, ('train', 'val'), Memory(root), options.check_images))
-    data = data_hash(pair.student)
-    track(Config(dict(work_dir=str(root))), options.track)  # whose package is missing is told before, too
-    machine = Machine(options.devices, options.jobs, options.threads, options.track)
-
-    teachers = [None] * number
-    if not pair.checkpoints:
-        config = adapted(pair.teacher_config(), options.data, options.teacher_epochs)
-        names = ['teacher', *(f'teacher_{index + 2}' for index in range(number - 1))]
-        teachers = machine.run([Job(name, root / name, seeded(copy.deepcopy(config), TEACHER_SEED + index), [data])
-                                for index, name in enumerate(names)], say)
-        failed = [each for each in teachers if isinstance(each, Failure)]
-        if failed:
-            say(f'Without a teacher there is nothing to compare. All that was said is in {failed[0].log}.')
-            return 1
-        pair = replace(pair, checkpoints=tuple(teacher.checkpoint for teacher in teachers))
-    taught_by = [weights_hash(each) for each in pair.checkpoints]
-
-    jobs, runs = [], []
-    for seed, variant in product(options.seeds, variants):
-        folder = root / variant.folder / f'seed{seed}'
-        config = seeded(variant_config(variant, pair, pair.checkpoints), seed)
-        jobs.append(Job(f'{variant.name}, seed {seed}', folder, config,
-                        [data] if variant.is_plain else [data, *taught_by[:variant.teachers]]))
-        runs.append((variant, seed, folder))
-    outcomes = machine.run(jobs, say)
-
-    entries = [run_entry(*each, outcome, root) for each, outcome in zip(runs, outcomes)]
-    mark_twins(entries)
-    trained = [None if teacher is None else relative(teacher, root) for teacher in teachers]
-    splits = ('val', ) if options.fidelity == [] else options.fidelity or ()
-    add_fidelity(entries, root, dict(config=pair.teacher, checkpoint=pair.checkpoints[0]), splits, say)
-    results = dict(
-        command=command_line(),
-        **environment(machine.threads),
-        pair=dict(student=str(pair.student.filename), teacher=pair.teacher, checkpoint=pair.checkpoints[0],
-                  checkpoint_hash=taught_by[0]),
-        data=dict(root=options.data, hash=data),
-        seeds=options.seeds,
-        teacher=trained[0],
-        further_teachers=[dict(checkpoint=checkpoint, checkpoint_hash=digest, run=run)
-                          for checkpoint, digest, run in zip(pair.checkpoints[1:], taught_by[1:], trained[1:])],
-        runs=entries,
-        summary=summarize(entries),
-        fidelity=summarize_fidelity(entries, splits))
-    (root / 'results.json').write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
-    (root / 'results.md').write_text(markdown_table(results), encoding='utf-8')
-    for table in rich_tables(results):
-        console.print(table)
-    say(f"Saved {root / 'results.json'}, {root / 'results.md'}.")
-    return 1 if any(isinstance(outcome, Failure) for outcome in outcomes) else 0
-
-
-def teachers_needed(variants: Sequence[Variant], checkpoints: Sequence[str]) -> int:
-    """How many teachers the variant with the most of them has.
-
-    Raises:
-        ConfigurationError: Weights are given, but of fewer teachers or of more.
-    """
-    from kd_det.config.files import ConfigurationError
-    most = max(variants, key=lambda variant: variant.teachers)
-    if checkpoints and len(checkpoints) != most.teachers:
-        counts = f'{len(checkpoints)} checkpoint{"s are" if len(checkpoints) > 1 else " is"} given'
-        if len(checkpoints) < most.teachers:
-            raise ConfigurationError(f'{most.name}: {counts}. Give {most.teachers} with --teacher-checkpoint, one for '
-                                     'each teacher.')
-        raise ConfigurationError(f'{counts}, but no method asks for more than {most.teachers}: name one with '
-                                 f'@teachers={len(checkpoints)}.')
-    return most.teachers
-
-
-def seeded(config: Config, seed: int) -> Config:
-    """The config with a seed."""
-    config.randomness = dict(config.get('randomness') or {}, seed=seed)
-    return config
+    try:
+        result = function(
+            options.pair, student=options.student, teacher=options.teacher,
+            teacher_checkpoints=options.teacher_checkpoint, seeds=options.seeds,
+            fidelity=('val', ) if options.fidelity == [] else options.fidelity or (), data_root=options.data,
+            epochs=options.epochs, teacher_epochs=options.teacher_epochs, balance=options.balance,
+            inherit=inherited_parts(options), options=read_options(options.cfg_options),
+            check_images=options.check_images, trackers=options.track, work_dir=options.work_dir,
+            devices=options.devices, jobs=options.jobs, threads=options.threads, log=log)
+    except TeacherTrainingError as error:
+        log(str(error))
+        return 1
+    print_tables(console, result.tabulate())
+    log(f"Saved {', '.join(map(str, result.files))}.")
+    return 1 if result.failed_runs else 0

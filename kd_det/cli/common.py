@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,9 @@ from kd_det.config.choices import PAPER, RATIO
 
 if TYPE_CHECKING:
     from mmengine.config import Config
+    from rich.console import Console
+
+    from kd_det.study.tables import TextTable
 
 
 class ConfigAction(Action):
@@ -125,28 +128,10 @@ def inherited_parts(options: Namespace) -> str | tuple[str, ...]:
     return {('auto', ): 'auto', ('none', ): ()}.get(parts, parts)
 
 
-def load_distillation(options: Namespace) -> Config:
-    """Reads the config that a command looks at a distillation of, with what the command line changes in it.
-
-    Raises:
-        ConfigurationError: Its model is a plain detector.
-    """
-    from kd_det.config.files import ConfigurationError, is_distillation, load_config
-    config = load_config(options.config)
-    apply_config_options(config, options)
-    if not is_distillation(config):
-        raise ConfigurationError(f"The model of '{options.config}' is a plain detector: give the config of a "
-                                 'distillation, such as one that kd-det distill saved.')
-    return config
-
-
-def prepare_without_runner(config: Config, seed: int) -> None:
-    """Does what a Runner would do before a single step: enters the config's scope, seeds; and logs warnings alone."""
-    from mmengine.logging import MessageHub, MMLogger
-    from mmengine.runner import set_random_seed
-
-    from kd_det.registry import enter_scope, scope_of
-    enter_scope(scope_of(config))
-    MMLogger.get_current_instance().setLevel('WARNING')  # or every weight that is initialised is announced
-    set_random_seed(seed)
-    MessageHub.get_current_instance().update_info('iter', 0)  # some preprocessors and losses ask for it
+def print_tables(console: Console, tables: Iterable[TextTable]) -> None:
+    """Prints tables: with lines and as wide as a terminal, or, into a pipe or a file, one line a row and whole."""
+    for table in tables:
+        if console.is_terminal:
+            console.print(table.to_rich())
+        else:
+            console.print(table.to_plain(), '', sep='\n', soft_wrap=True, highlight=False)

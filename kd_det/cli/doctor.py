@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from kd_det.cli.common import add_config_options, add_image_option, apply_config_options, prepare_without_runner
+from kd_det.cli.common import add_config_options, add_image_option, apply_config_options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,6 +45,7 @@ def diagnose_config(options: Namespace) -> list[Finding]:
     from kd_det.checks.doctor import inspect_config
     from kd_det.checks.environment import Finding
     from kd_det.config.files import ConfigurationError, is_distillation, load_config
+    from kd_det.registry import prepare_without_runner
     try:
         config = load_config(options.config)
         prepare_without_runner(config, seed=0)

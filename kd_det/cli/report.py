@@ -1,11 +1,10 @@
 """``kd-det report``: what runs left behind, on one page."""
 from __future__ import annotations
 
-import warnings
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from kd_det.cli.common import add_config_options, apply_config_options
+from kd_det.cli.common import add_config_options, read_options
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -22,31 +21,15 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    from mmdet.utils import register_all_modules
-    from mmengine.logging import MMLogger
-
     from kd_det.compat.console import PlainConsole
-    from kd_det.study.report.page import collect, render
-    from kd_det.study.report.runs import read_studies
+    from kd_det.study.report import report
     console = PlainConsole(highlight=False)
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         console.print(text, soft_wrap=True)
 
-    register_all_modules(init_default_scope=True)
-    MMLogger.get_current_instance().setLevel('WARNING')
-    warnings.filterwarnings('ignore', category=UserWarning)  # of PyTorch about mmdet's meshgrid, for each detector
-    studies = []
-    for study in read_studies(options.work_dirs):
-        for each in study.runs:
-            apply_config_options(each.config, options)
-        teacher = study.teacher
-        if teacher and options.teacher_checkpoint:
-            teacher['checkpoint'] = options.teacher_checkpoint
-        studies.append(collect(study, options.images, teacher, say, options.show))
-        for note in studies[-1]['notes']:
-            say(f'Note: {note}')
-    out = options.out or options.work_dirs[0] / 'report.html'
-    out.write_text(render(studies), encoding='utf-8')
-    say(f'Saved {out} ({out.stat().st_size / 1e6:.1f} MB).')
+    made = report(options.work_dirs, out=options.out, images=options.images, show=options.show,
+                  teacher_checkpoint=options.teacher_checkpoint, data_root=options.data_root,
+                  options=read_options(options.cfg_options), log=log)
+    log(f'Saved {made.file} ({made.file.stat().st_size / 1e6:.1f} MB).')
     return 0

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from itertools import product
+from functools import partial
 
 from kd_det.cli import benchmark
 
@@ -21,27 +21,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    from kd_det.config.files import ConfigurationError
+    from kd_det.study.benchmark import sweep
     named = dict(teachers=options.teachers, augment=options.augment)
     settings = [*options.set, *((key, values) for key, values in named.items() if values)]
-    if not settings:
-        raise ConfigurationError('There is nothing to try: give --set, --teachers or --augment.')
-    options.methods = ','.join(grid(options.method, settings))
-    return benchmark.run(options)
-
-
-def grid(method: str, settings: list[tuple[str, list[str]]]) -> list[str]:
-    """Names a variant for every combination of values, as ``kd-det benchmark --methods`` reads them.
-
-    Args:
-        method: The method.
-        settings: Key and values of each setting. A dotted key that begins with nothing that a run reads is a term's; a
-            config may define the method under the same name.
-    """
-    from kd_det.config.files import TOP_KEYS
-    keys = [f'model.distill.{key}' if '.' in key and key.split('.')[0] not in TOP_KEYS else key for key, _ in settings]
-    return ['@'.join([method, *(f'{key}={value}' for key, value in zip(keys, values))])
-            for values in product(*(values for _, values in settings))]
+    return benchmark.print_benchmark(partial(sweep, method=options.method, settings=settings), options)
 
 
 def _setting(text: str) -> tuple[str, list[str]]:

@@ -1,22 +1,54 @@
 """What ``--cfg-options`` change in a config, once it is made; in an ensemble of teachers, of all or of one."""
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 
 from kd_det.config import ConfigurationError
 from kd_det.config.composition import repeat_term, share_weight
-from kd_det.config.files import TOP_KEYS, is_distillation, set_data_root, type_name
+from kd_det.config.files import TOP_KEYS, is_distillation, load_config, set_data_root, type_name
 
 TERM_KEY = re.compile(r'model\.distill\.(?P<name>[^.]+)(?P<rest>.*)')
 TEACHER_KEY = re.compile(r'model\.teacher\.(?P<rest>(?!\d+(\.|$)).+)')  # of a teacher, whose index is not said
 AMOUNT = re.compile(r'\.weight(\.value)*(\.ratio(\.value)*)?')  # of a weight: the number, however deep it lies
 
 Members = dict[str, list[str]]  # the terms that an ensemble repeats for each teacher, by the name that they share
+
+
+def resolve_config(config: str | Path | Config, data_root: str | None = None, options: dict | None = None) -> Config:
+    """Returns a config of its own, as the arguments of a command or of a Python call name it.
+
+    Args:
+        config: As :func:`~kd_det.config.files.load_config` takes it; or a config, which stays as it is.
+        data_root: See :func:`~kd_det.config.files.set_data_root`.
+        options: See :func:`merge_options`.
+    """
+    config = copy.deepcopy(config) if isinstance(config, Config) else load_config(config)
+    if data_root:
+        set_data_root(config, data_root)
+    merge_options(config, options or {})
+    return config
+
+
+def resolve_distillation(config: str | Path | Config, data_root: str | None = None,
+                         options: dict | None = None) -> Config:
+    """As :func:`resolve_config`, of a distillation.
+
+    Raises:
+        ConfigurationError: Its model is a plain detector.
+    """
+    resolved = resolve_config(config, data_root, options)
+    if not is_distillation(resolved):
+        name = config.filename if isinstance(config, Config) else config
+        raise ConfigurationError(f"The model of '{name}' is a plain detector: give the config of a distillation, such "
+                                 'as one that kd-det distill saved.')
+    return resolved
 
 
 def merge_options(config: Config, options: dict) -> None:

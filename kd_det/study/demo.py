@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kd_det.compat.console import PlainConsole
-from kd_det.config.files import ConfigurationError, is_distillation, load_config, set_data_root
+from kd_det.config import ConfigurationError
+from kd_det.config.files import is_distillation, load_config, set_data_root
 from kd_det.datasets import generate_shapes
 from kd_det.study.demo_report import draw_pictures, results_table, summarize, write_results
-from kd_det.study.runs import Run, finished_run, identity, train
+from kd_det.study.runs import Run, identify_run, load_finished_run, train
 
 TEACHER_CONFIG = 'kd_det::demo/teacher_faster_rcnn_r101.py'
 PLAIN_CONFIG = 'kd_det::demo/baseline_faster_rcnn_r18.py'
@@ -87,13 +88,13 @@ def _config(name: str, folder: str, options: Namespace, epochs: int | None = Non
 
 def _train_once(name: str, config: Config, inputs: Any, progress: Progress) -> Run:
     """Trains and evaluates, unless the same run was finished before."""
-    expected = identity(config, inputs)
-    kept = finished_run(Path(config.work_dir), expected)
+    identity = identify_run(config, inputs)
+    kept = load_finished_run(Path(config.work_dir), identity)
     if kept is not None:
         progress.console.print(f"{name}: kept from before, mAP {100 * kept.metrics['bbox_mAP']:.1f}")
         return kept
     task = progress.add_task(name, total=None)
-    run = train(name, config, expected, say=lambda text: progress.console.print(text, highlight=False),
-                step=lambda runner: progress.update(task, advance=1, total=runner.max_iters))
+    run = train(name, config, identity, log=lambda text: progress.console.print(text, highlight=False),
+                after_step=lambda runner: progress.update(task, advance=1, total=runner.max_iters))
     progress.remove_task(task)
     return run

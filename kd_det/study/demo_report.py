@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kd_det.functional.masks import box_foreground, normalized_background, spatial_attention
 from kd_det.study.pictures import draw_curves, draw_detections, draw_maps, read_scalars, save_figure
-from kd_det.study.runs import Run, command_line, environment
+from kd_det.study.runs import Run, describe_environment, read_command_line
 
 TITLES = dict(teacher='teacher', plain='plain student', distilled='distilled student')
 PICTURED_LEVEL = 0  # of the neck: the finest, where small objects show
@@ -62,8 +62,8 @@ def _gain_text(gain: dict) -> str:
 def write_results(folder: Path, runs: Mapping[str, list[Run]], gains: dict, data: dict) -> Path:
     """Writes ``results.json``: the command, commit, versions and machine, every run's numbers, and the gains."""
     results = dict(
-        command=command_line(),
-        **environment(),
+        command=read_command_line(),
+        **describe_environment(),
         data=data,
         gain=gains,
         runs={kind: [asdict(run) for run in group] for kind, group in runs.items()})

@@ -1,4 +1,4 @@
-"""Which box is which: detections of two detectors, and detections and ground truth."""
+"""``FidelityMetric``: how closely a student follows its teacher, in what they detect and within."""
 from __future__ import annotations
 
 import copy
@@ -31,15 +31,15 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_iou, nms
 
 from kd_det import __version__
+from kd_det.config import ConfigurationError
 from kd_det.config.classes import ClassMatch, first_metainfo, label_names, match_classes, metainfo_of, number_of_classes
-from kd_det.config.files import ConfigurationError, leaf_datasets, load_config, student_model
+from kd_det.config.files import leaf_datasets, load_config, student_model
 from kd_det.functional.fidelity import Moments, expected_calibration_error, linear_cka, moments
 from kd_det.functional.masks import valid_cells
 from kd_det.heads.dense import Stride
 from kd_det.registry import build_detector, scope_of, within_scope
 from kd_det.study.distributions import class_distributions, class_kl, classifying_head
-from kd_det.study.pair import weights_hash
-from kd_det.study.results import mean_and_std
+from kd_det.study.pair import hash_weights
 from kd_det.study.scheduling import CONFIG_FILE
 from kd_det.taps import Taps
 from kd_det.teachers import Teacher, load_strictly, probe_levels, read_model_config
@@ -77,8 +77,9 @@ def match_boxes(overlaps: Tensor, min_iou: float = 0.5) -> tuple[Tensor, Tensor]
 
 
 def true_positives(overlaps: Tensor, scores: Tensor, min_iou: float = 0.5) -> Tensor:
-    """Tells which detections are correct, as COCO does: by falling score, each takes the object of its class that it
-    overlaps most and that is still free.
+    """Tells which detections are correct, as COCO does.
+
+    By falling score, each takes the object of its class that it overlaps most and that is still free.
 
     Args:
         overlaps: (n, m) of detections and objects, see :func:`class_overlaps`.
@@ -248,7 +249,7 @@ class FidelityMetric(BaseMetric):
                     agree=of_teacher.labels[places[0]] == of_student.labels[places[1]])
 
     def _shared(self, instances: dict) -> InstanceData:
-        """The boxes of a sample that are of shared classes, on the CPU. (The teacher's are restricted by now.)"""
+        """Reads the boxes of a sample that are of shared classes, onto the CPU; the teacher's are restricted by now."""
         read = InstanceData(**{name: get_box_tensor(instances[name]).cpu() for name in ('bboxes', 'labels', 'scores')
                                if name in instances})
         return read if self.match is None else read[self.match.shared(read.labels) >= 0]
@@ -333,7 +334,8 @@ def _attach(runner: Runner, loop: BaseLoop) -> None:
     for metric in loop.evaluator.metrics:
         if isinstance(metric, FidelityMetric):
             metric.attach(model)
-            metric.dataset_meta = dict(metainfo_of(loop.dataloader.dataset), classes=label_names(loop.dataloader.dataset))
+            dataset = loop.dataloader.dataset
+            metric.dataset_meta = dict(metainfo_of(dataset), classes=label_names(dataset))
 
 
 def measure_fidelity(config: Config, checkpoint: str, teacher: dict, split: str = 'val', **options) -> dict[str, float]:
@@ -392,7 +394,7 @@ def add_fidelity(entries: list[dict], root: Path, teacher: dict, splits: Sequenc
     if not splits:
         return
     register_all_modules(init_default_scope=True)
-    metric = dict(teacher=dict(config=teacher['config'], checkpoint_hash=weights_hash(teacher['checkpoint'])),
+    metric = dict(teacher=dict(config=teacher['config'], checkpoint_hash=hash_weights(teacher['checkpoint'])),
                   settings=dict(FidelityMetric(teacher).settings, kd_det=__version__))
     for entry in entries:
         if entry['status'] != 'finished':
@@ -409,15 +411,3 @@ def add_fidelity(entries: list[dict], root: Path, teacher: dict, splits: Sequenc
                     measured[split] = measure_fidelity(config, str(root / entry['checkpoint']), teacher, split)
                 file.write_text(json.dumps(dict(of, splits=measured), indent=2) + '\n', encoding='utf-8')
         entry['fidelity'] = {split: measured[split] for split in splits}
-
-
-def summarize_fidelity(entries: Sequence[dict], splits: Sequence[str]) -> dict[str, dict[str, dict[str, dict]]]:
-    """Split -> variant -> number -> mean and standard deviation over the seeds that have it."""
-    values: dict[str, dict[str, dict[str, list]]] = {split: {} for split in splits}
-    for entry in entries:
-        for split, numbers in entry.get('fidelity', {}).items():
-            by_name = values[split].setdefault(entry['variant'], {})
-            for name, value in numbers.items():
-                by_name.setdefault(name, []).append(value)
-    return {split: {variant: {name: mean_and_std(each) for name, each in by_name.items()}
-                    for variant, by_name in variants.items()} for split, variants in values.items()}

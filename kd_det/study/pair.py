@@ -1,4 +1,4 @@
-"""A student and its teacher: what a benchmark is about."""
+"""The pair that a benchmark is about: a student and its teacher, their configs and the hashes of their data."""
 from __future__ import annotations
 
 import copy
@@ -8,14 +8,9 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from kd_det.config.files import (
-    ConfigurationError,
-    is_distillation,
-    leaf_datasets,
-    load_config,
-    set_data_root,
-    student_config,
-)
+from kd_det.config import ConfigurationError
+from kd_det.config.files import is_distillation, leaf_datasets, load_config, set_data_root, student_config
+from kd_det.config.options import resolve_config
 from kd_det.study.runs import sha256
 
 
@@ -39,8 +34,8 @@ class Pair:
         return student_config(load_config(self.teacher))
 
 
-def read_pair(pair: str | None = None, student: str | None = None, teacher: str | None = None,
-              checkpoints: Sequence[str] = ()) -> Pair:
+def read_pair(pair: str | Path | Config | None = None, student: str | Path | Config | None = None,
+              teacher: str | Path | None = None, checkpoints: Sequence[str] = ()) -> Pair:
     """Reads a pair.
 
     Args:
@@ -55,7 +50,8 @@ def read_pair(pair: str | None = None, student: str | None = None, teacher: str 
     """
     config, named = None, {}
     if pair is not None:
-        config = load_config(pair)
+        config = resolve_config(pair)
+        pair = config.filename if isinstance(pair, Config) else pair
         if not is_distillation(config):
             raise ConfigurationError(f"PAIR '{pair}' is no distillation: give the config of one (its model a "
                                      'DetectionDistiller), or --student and --teacher in its place.')
@@ -65,10 +61,10 @@ def read_pair(pair: str | None = None, student: str | None = None, teacher: str 
                                      'give the weights of each with --teacher-checkpoint, and a method with '
                                      '@teachers=N.')
         config = student_config(config)
-    config = student_config(load_config(student)) if student else config
+    config = student_config(resolve_config(student)) if student else config
     if not checkpoints and teacher is None and _exists(named.get('checkpoint')):
         checkpoints = [named['checkpoint']]
-    teacher = teacher or named.get('config')
+    teacher = str(teacher) if teacher else named.get('config')
     if config is None or not teacher:
         raise ConfigurationError('There is no pair: give the config of a distillation, or --student and --teacher.')
     if not isinstance(teacher, str):
@@ -81,8 +77,8 @@ def _exists(checkpoint: str | None) -> bool:
     return bool(checkpoint) and ('://' in checkpoint or Path(checkpoint).is_file())
 
 
-def adapted(config: Config, data_root: str | None = None, epochs: int | None = None) -> Config:
-    """A copy of a config with another data root and with other epochs, its schedules stretched with them.
+def adapt_config(config: Config, data_root: str | None = None, epochs: int | None = None) -> Config:
+    """Returns a copy of a config with another data root and with other epochs, its schedules stretched with them.
 
     Raises:
         ConfigurationError: It does not count in epochs, or has no CocoMetric.
@@ -114,8 +110,8 @@ def _stretch(scheduler: dict, before: int, after: int) -> None:
             scheduler[key] = round(value * after / before)
 
 
-def data_hash(config: Config) -> str:
-    """The hash of a config's training and validation data: annotations by content, images by name and size."""
+def hash_data(config: Config) -> str:
+    """Returns the hash of a config's training and validation data: annotations by content, images by name and size."""
     parts = []
     for split in ('train', 'val'):
         for dataset in leaf_datasets(config[f'{split}_dataloader'].dataset):
@@ -127,6 +123,6 @@ def data_hash(config: Config) -> str:
     return sha256(b'\0'.join(parts))
 
 
-def weights_hash(checkpoint: str) -> str:
-    """The hash of a file of weights; of an address the address itself."""
+def hash_weights(checkpoint: str) -> str:
+    """Returns the hash of a file of weights; of an address the address itself."""
     return sha256(Path(checkpoint).read_bytes()) if Path(checkpoint).is_file() else checkpoint

@@ -1,6 +1,8 @@
-"""Text of users in pictures: no formulas, and in a font that has its signs."""
+"""Pictures: figures of curves, detections, maps and channels, and images as data URIs; text of users as it is."""
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -10,6 +12,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib import colormaps, font_manager
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
@@ -17,116 +20,15 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from mmengine.logging import MMLogger
+from PIL import Image
 
 # Fonts that show boxes for everything, and those of formulas, whose signs stand at places of others.
 NO_TEXT = ('Last', '.Last', 'cm', 'STIXNon', 'STIXSize')
 
-
-def literal(text: str) -> str:
-    """A text that matplotlib takes for no formula: of two dollars it would make one, or an error."""
-    return text.replace('$', r'\$')
-
-
-def save_figure(figure: Figure, file: str | Path, **settings) -> None:
-    """Saves a figure as pixels, each text in fonts that have its signs; what no installed font has is spelt out.
-
-    Args:
-        figure: The figure; changed.
-        file: Where to.
-        **settings: As ``Figure.savefig`` takes them.
-    """
-    for text in figure.findobj(Text):
-        missing = _missing(text.get_text(), text.get_fontproperties())
-        if missing:
-            families, unknown = _fonts_with(missing)
-            text.set_fontfamily([*text.get_fontfamily(), *families])
-            text.set_text(_spelt_out(text.get_text(), unknown))
-    figure.savefig(file, **settings)
-
-
-def names_to_draw(names: Sequence[str]) -> tuple[str, ...]:
-    """Names as somebody else's matplotlib code can draw them, which knows one font and no more.
-
-    Where the default font lacks signs, one that has all becomes the default of this process; else they are spelt out.
-    """
-    every = ''.join(names)
-    missing = _missing(every, FontProperties(family=['sans-serif']))
-    if missing:
-        families, left = _fonts_with(missing | {ord(sign) for sign in every if not sign.isspace()} | set(range(33, 127)))
-        if len(families) == 1 and not left:
-            matplotlib.rcParams['font.sans-serif'] = [*families, *matplotlib.rcParams['font.sans-serif']]
-        else:
-            names = [_spelt_out(name, missing) for name in names]
-    return tuple(map(literal, names))
-
-
-def _missing(text: str, font: FontProperties) -> frozenset[int]:
-    """The code points of a text that a font lacks."""
-    signs = {ord(sign) for sign in text if not sign.isspace()}
-    return frozenset(signs - _signs_of(font_manager.findfont(font)))
-
-
-@cache
-def _signs_of(file: str) -> set[int]:
-    try:
-        return set(font_manager.get_font(file).get_charmap())
-    except (OSError, RuntimeError):  # not one that matplotlib can read
-        return set()
-
-
-@cache
-def _fonts_with(signs: frozenset[int]) -> tuple[list[str], frozenset[int]]:
-    """Installed fonts that together have as many of these code points as can be, the fewest; and those left over."""
-    listed = {entry.fname for entry in font_manager.fontManager.ttflist}
-    for file in set(font_manager.findSystemFonts()) - listed:  # installed since matplotlib made its list
-        try:
-            font_manager.fontManager.addfont(file)
-        except (OSError, RuntimeError):
-            continue
-    upright = [entry for entry in font_manager.fontManager.ttflist
-               if entry.style == 'normal' and not entry.name.startswith(NO_TEXT)]
-    families, left = [], set(signs)
-    while left:
-        best = max(upright, key=lambda entry: (len(left & _signs_of(entry.fname)), -len(entry.name)), default=None)
-        if best is None or not left & _signs_of(best.fname):
-            break
-        families.append(best.name)
-        left -= _signs_of(best.fname)
-    if left:  # told once, as the answer is kept
-        signs = ''.join(map(chr, sorted(left)))
-        MMLogger.get_current_instance().warning(
-            f'No installed font has {signs}: pictures show {_spelt_out(signs, frozenset(left))} instead. Install one '
-            'that has, such as Noto Sans CJK.')
-    return families, frozenset(left)
-
-
-def _spelt_out(text: str, signs: frozenset[int]) -> str:
-    return ''.join(sign.encode('ascii', 'backslashreplace').decode() if ord(sign) in signs else sign for sign in text)
-
-
-def draw_channels(weights: Mapping[str, np.ndarray]) -> Figure:
-    """Draws the weights of channels, from the largest to the smallest, one line for each level.
-
-    Args:
-        weights: Title -> (C,).
-
-    Returns:
-        The figure.
-
-    Raises:
-        ValueError: If there is no level.
-    """
-    if not weights:
-        raise ValueError('There is nothing to draw: expected at least one level with the weights of its channels.')
-    figure = Figure(figsize=(5, 3.4), layout='constrained')
-    axes = figure.subplots()
-    for title, each in weights.items():
-        axes.plot(np.arange(1, len(each) + 1), np.sort(each)[::-1], label=literal(title))
-    axes.set(xlabel='channels, by weight', ylabel='weight', ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    return figure
-
+LONGEST_SIDE = 480  # of an image, in pixels
+MAX_CELLS = 64  # of a map, along its longer side
+MAP_COLOURS = 16  # of a map: its PNG takes half a byte for each cell
+JPEG_QUALITY = 80
 
 Curve = dict[int, float]  # epoch -> value
 
@@ -161,13 +63,6 @@ def read_scalars(files: str | Path | Sequence[str | Path]) -> dict[str, Curve]:
     return {name: _mean_by_epoch(values) for name, values in logged.items()}
 
 
-def _mean_by_epoch(values: dict[tuple, float]) -> Curve:
-    by_epoch = defaultdict(list)
-    for (epoch, _), value in values.items():
-        by_epoch[epoch].append(value)
-    return {epoch: float(np.mean(each)) for epoch, each in sorted(by_epoch.items())}
-
-
 def draw_curves(panels: Mapping[str, Mapping[str, Sequence[Curve]]]) -> Figure:
     """Draws one panel for each quantity, one line for each kind of run: its mean, and a band from lowest to highest.
 
@@ -187,11 +82,11 @@ def draw_curves(panels: Mapping[str, Mapping[str, Sequence[Curve]]]) -> Figure:
         for kind, curves in kinds.items():
             epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
             values = np.array([[curve[epoch] for epoch in epochs] for curve in curves])
-            line, = axes.plot(epochs, values.mean(0), label=literal(kind), gid=kind, marker='o', markersize=3)
+            line, = axes.plot(epochs, values.mean(0), label=escape_formula(kind), gid=kind, marker='o', markersize=3)
             if len(curves) > 1:
                 axes.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0,
                                   gid=kind)
-        axes.set(xlabel='epoch', title=literal(quantity))
+        axes.set(xlabel='epoch', title=escape_formula(quantity))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.legend(handles=axes.get_lines(), frameon=False)  # told, or a name that begins with _ had none
@@ -227,9 +122,9 @@ def draw_detections(image: np.ndarray,
     shown = set()
     for axes, (title, instances) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         axes.imshow(image, interpolation='nearest')
-        axes.set(xticks=[], yticks=[], title=literal(title))
-        boxes, labels = _array(instances.bboxes).reshape(-1, 4), _array(instances.labels)
-        scores = _array(instances.scores) if hasattr(instances, 'scores') else [None] * len(labels)
+        axes.set(xticks=[], yticks=[], title=escape_formula(title))
+        boxes, labels = _to_array(instances.bboxes).reshape(-1, 4), _to_array(instances.labels)
+        scores = _to_array(instances.scores) if hasattr(instances, 'scores') else [None] * len(labels)
         for (x1, y1, x2, y2), label, score in zip(boxes, labels, scores):
             if score is not None and score < score_threshold:
                 continue
@@ -242,15 +137,35 @@ def draw_detections(image: np.ndarray,
                           verticalalignment='bottom' if above else 'top',
                           bbox=dict(facecolor=colours[label], edgecolor='none', pad=0.6))
             shown.add(int(label))
-    handles = [Rectangle((0, 0), 1, 1, color=colours[label], label=literal(classes[label])) for label in sorted(shown)]
+    handles = [Rectangle((0, 0), 1, 1, color=colours[label], label=escape_formula(classes[label]))
+               for label in sorted(shown)]
     figure.legend(handles=handles, loc='outside lower center', ncols=max(len(handles), 1), frameon=False, fontsize=8)
     return figure
 
 
-def _array(values: Any) -> np.ndarray:
-    """A tensor, mmdet's boxes, or an array, as an array."""
-    values = getattr(values, 'tensor', values)
-    return values.detach().cpu().numpy() if hasattr(values, 'detach') else np.asarray(values)
+def draw_maps(image: np.ndarray, maps: Mapping[str, np.ndarray], columns: int = 4) -> Figure:
+    """Draws an image, then each map over it.
+
+    Args:
+        image: (H, W, 3) uint8, red first.
+        maps: Title -> (h, w) map, see :func:`overlay_map`.
+        columns: Panels in a row.
+
+    Returns:
+        The figure.
+    """
+    panels = {'image': image, **{title: overlay_map(image, cells) for title, cells in maps.items()}}
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    height, width = image.shape[:2]
+    figure = Figure(figsize=(3.0 * columns, (3.0 * height / width + 0.3) * rows), layout='constrained')
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (title, panel) in zip(grid, panels.items()):
+        axes.imshow(panel, interpolation='nearest')
+        axes.set_title(escape_formula(title), fontsize=10)
+    for axes in grid:
+        axes.set_axis_off()
+    return figure
 
 
 def overlay_map(image: np.ndarray, cells: np.ndarray, opacity: float = 0.65, colours: str = 'inferno') -> np.ndarray:
@@ -279,26 +194,165 @@ def overlay_map(image: np.ndarray, cells: np.ndarray, opacity: float = 0.65, col
     return (image * (1 - opacity) + colour * opacity).round().astype(np.uint8)
 
 
-def draw_maps(image: np.ndarray, maps: Mapping[str, np.ndarray], columns: int = 4) -> Figure:
-    """Draws an image, then each map over it.
+def draw_channels(weights: Mapping[str, np.ndarray]) -> Figure:
+    """Draws the weights of channels, from the largest to the smallest, one line for each level.
 
     Args:
-        image: (H, W, 3) uint8, red first.
-        maps: Title -> (h, w) map, see :func:`overlay_map`.
-        columns: Panels in a row.
+        weights: Title -> (C,).
 
     Returns:
         The figure.
+
+    Raises:
+        ValueError: If there is no level.
     """
-    panels = {'image': image, **{title: overlay_map(image, cells) for title, cells in maps.items()}}
-    columns = min(columns, len(panels))
-    rows = -(-len(panels) // columns)
-    height, width = image.shape[:2]
-    figure = Figure(figsize=(3.0 * columns, (3.0 * height / width + 0.3) * rows), layout='constrained')
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, (title, panel) in zip(grid, panels.items()):
-        axes.imshow(panel, interpolation='nearest')
-        axes.set_title(literal(title), fontsize=10)
-    for axes in grid:
-        axes.set_axis_off()
+    if not weights:
+        raise ValueError('There is nothing to draw: expected at least one level with the weights of its channels.')
+    figure = Figure(figsize=(5, 3.4), layout='constrained')
+    axes = figure.subplots()
+    for title, each in weights.items():
+        axes.plot(np.arange(1, len(each) + 1), np.sort(each)[::-1], label=escape_formula(title))
+    axes.set(xlabel='channels, by weight', ylabel='weight', ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
     return figure
+
+
+def image_uri(image: np.ndarray) -> str:
+    """An image as a JPEG, no larger than :data:`LONGEST_SIDE`.
+
+    Args:
+        image: (H, W), or (H, W, C) blue first. Of 2 channels the first is shown, of more than 3 the first three; what
+            is no uint8 is stretched from its smallest to its largest finite value.
+    """
+    image = image.reshape(*image.shape[:2], -1)
+    image = image[..., 2::-1] if image.shape[2] > 2 else image[..., [0, 0, 0]]
+    if image.dtype != np.uint8:
+        finite = image[np.isfinite(image)] if image.dtype.kind == 'f' else image
+        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+        stretched = (np.nan_to_num(image.astype(float), nan=low, posinf=high, neginf=low) - low) / ((high - low) or 1)
+        image = (stretched * 255).round().astype(np.uint8)
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    return _encode_image(picture, 'JPEG', quality=JPEG_QUALITY, optimize=True)
+
+
+def map_uri(cells: np.ndarray) -> str:
+    """A map as a PNG of one pixel for each cell, in inferno's colours from its smallest to its largest value.
+
+    Args:
+        cells: (h, w); where a side has more cells than :data:`MAX_CELLS`, the mean over neighbours is shown.
+    """
+    height, width = cells.shape
+    if max(height, width) > MAX_CELLS:
+        scale = MAX_CELLS / max(height, width)
+        size = (max(1, round(height * scale)), max(1, round(width * scale)))
+        cells = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(cells)[None], size)[0].numpy()
+    span = np.ptp(cells)
+    shares = (cells - cells.min()) / (span if span > 0 else 1)
+    image = Image.fromarray((shares * (MAP_COLOURS - 1)).round().astype(np.uint8)).convert('P')
+    palette = colormaps['inferno'](np.linspace(0, 1, MAP_COLOURS))[:, :3]
+    image.putpalette((palette * 255).round().astype(np.uint8).ravel().tolist())
+    return _encode_image(image, 'PNG', optimize=True, bits=4)
+
+
+def save_figure(figure: Figure, file: str | Path, **settings) -> None:
+    """Saves a figure as pixels, each text in fonts that have its signs; what no installed font has is spelt out.
+
+    Args:
+        figure: The figure; changed.
+        file: Where to.
+        **settings: As ``Figure.savefig`` takes them.
+    """
+    for text in figure.findobj(Text):
+        missing = _find_missing(text.get_text(), text.get_fontproperties())
+        if missing:
+            families, unknown = _find_fonts(missing)
+            text.set_fontfamily([*text.get_fontfamily(), *families])
+            text.set_text(_spell_out(text.get_text(), unknown))
+    figure.savefig(file, **settings)
+
+
+def names_to_draw(names: Sequence[str]) -> tuple[str, ...]:
+    """Names as somebody else's matplotlib code can draw them, which knows one font and no more.
+
+    Where the default font lacks signs, one that has all becomes the default of this process; else they are spelt out.
+    """
+    every = ''.join(names)
+    missing = _find_missing(every, FontProperties(family=['sans-serif']))
+    if missing:
+        needed = missing | {ord(sign) for sign in every if not sign.isspace()} | set(range(33, 127))
+        families, left = _find_fonts(needed)
+        if len(families) == 1 and not left:
+            matplotlib.rcParams['font.sans-serif'] = [*families, *matplotlib.rcParams['font.sans-serif']]
+        else:
+            names = [_spell_out(name, missing) for name in names]
+    return tuple(map(escape_formula, names))
+
+
+def escape_formula(text: str) -> str:
+    """Escapes a text so that matplotlib takes it for no formula: of two dollars it would make one, or an error."""
+    return text.replace('$', r'\$')
+
+
+def _find_missing(text: str, font: FontProperties) -> frozenset[int]:
+    """The code points of a text that a font lacks."""
+    signs = {ord(sign) for sign in text if not sign.isspace()}
+    return frozenset(signs - _read_signs(font_manager.findfont(font)))
+
+
+@cache
+def _read_signs(file: str) -> set[int]:
+    try:
+        return set(font_manager.get_font(file).get_charmap())
+    except (OSError, RuntimeError):  # not one that matplotlib can read
+        return set()
+
+
+@cache
+def _find_fonts(signs: frozenset[int]) -> tuple[list[str], frozenset[int]]:
+    """Installed fonts that together have as many of these code points as can be, the fewest; and those left over."""
+    listed = {entry.fname for entry in font_manager.fontManager.ttflist}
+    for file in set(font_manager.findSystemFonts()) - listed:  # installed since matplotlib made its list
+        try:
+            font_manager.fontManager.addfont(file)
+        except (OSError, RuntimeError):
+            continue
+    upright = [entry for entry in font_manager.fontManager.ttflist
+               if entry.style == 'normal' and not entry.name.startswith(NO_TEXT)]
+    families, left = [], set(signs)
+    while left:
+        best = max(upright, key=lambda entry: (len(left & _read_signs(entry.fname)), -len(entry.name)), default=None)
+        if best is None or not left & _read_signs(best.fname):
+            break
+        families.append(best.name)
+        left -= _read_signs(best.fname)
+    if left:  # told once, as the answer is kept
+        signs = ''.join(map(chr, sorted(left)))
+        MMLogger.get_current_instance().warning(
+            f'No installed font has {signs}: pictures show {_spell_out(signs, frozenset(left))} instead. Install one '
+            'that has, such as Noto Sans CJK.')
+    return families, frozenset(left)
+
+
+def _spell_out(text: str, signs: frozenset[int]) -> str:
+    return ''.join(sign.encode('ascii', 'backslashreplace').decode() if ord(sign) in signs else sign for sign in text)
+
+
+def _mean_by_epoch(values: dict[tuple, float]) -> Curve:
+    by_epoch = defaultdict(list)
+    for (epoch, _), value in values.items():
+        by_epoch[epoch].append(value)
+    return {epoch: float(np.mean(each)) for epoch, each in sorted(by_epoch.items())}
+
+
+def _to_array(values: Any) -> np.ndarray:
+    """A tensor, mmdet's boxes, or an array, as an array."""
+    values = getattr(values, 'tensor', values)
+    return values.detach().cpu().numpy() if hasattr(values, 'detach') else np.asarray(values)
+
+
+def _encode_image(image: Image.Image, kind: str, **options) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return f'data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}'

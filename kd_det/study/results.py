@@ -1,20 +1,37 @@
-"""What several seeds say about a difference, and what they do not."""
+"""The results of a benchmark: one entry a run, what several seeds say about a difference, and tables of both.
+
+``results.json`` of a benchmark's work dir holds:
+
+- ``command``, ``commit``, ``versions``, ``machine``: what it ran with, see
+  :func:`~kd_det.study.runs.describe_environment`;
+- ``pair``, ``data``, ``seeds``: what was asked for;
+- ``teacher``, ``further_teachers``: the runs that trained them; None where checkpoints were given;
+- ``runs``: see :func:`make_run_entry`, :func:`mark_twins` and :func:`~kd_det.study.fidelity.add_fidelity`;
+- ``summary``: see :func:`summarize`; ``fidelity``: see :func:`summarize_fidelity`.
+"""
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
 import numpy as np
 from scipy.stats import t as student_t
 
-from kd_det.study.runs import Run
 from kd_det.study.scheduling import Failure, Outcome
-from kd_det.study.variants import PLAIN, Variant, twin_of
+from kd_det.study.tables import TextTable
+from kd_det.study.variants import PLAIN, Variant, find_twin
 
 CONFIDENCE = 0.95
+METRICS = {'bbox_mAP': 'mAP', 'bbox_mAP_50': 'AP50', 'bbox_mAP_75': 'AP75', 'bbox_mAP_s': 'APs', 'bbox_mAP_m': 'APm',
+           'bbox_mAP_l': 'APl'}
+COSTS = ('parameters', 'FLOPs', 's/iteration', 'memory')
+FIDELITY = ('found', 'teacher_errors', 'copied_errors', 'agreement', 'teacher_iou', 'class_kl', 'student_ece',
+            'teacher_ece', 'cka')
+NONE = '–'
+TIMES = 'Times (s/iteration) compare only where the machine did nothing else.'
 
 
 @dataclass(frozen=True)
@@ -70,25 +87,15 @@ def paired_difference(baseline: Mapping[int, float], other: Mapping[int, float])
     return Difference(dict(zip(seeds, differences.tolist())), mean, interval)
 
 
-METRICS = {'bbox_mAP': 'mAP', 'bbox_mAP_50': 'AP50', 'bbox_mAP_75': 'AP75', 'bbox_mAP_s': 'APs', 'bbox_mAP_m': 'APm',
-           'bbox_mAP_l': 'APl'}
-
-
-def run_entry(variant: Variant, seed: int, folder: Path, outcome: Outcome, root: Path) -> dict:
-    """One element of ``runs``."""
+def make_run_entry(variant: Variant, seed: int, folder: Path, outcome: Outcome, root: Path) -> dict:
+    """Makes an element of ``runs``: the variant, its settings and its twin, and the run or why it failed."""
     distillation = dict(balance=variant.balance, inherit=variant.inherit, teachers=variant.teachers)
     settings = dict({} if variant.is_plain else distillation, augment=variant.augment, **variant.settings)
-    entry = dict(variant=variant.name, method=variant.method, seed=seed, settings=settings, twin=twin_of(variant.name),
-                 folder=os.path.relpath(folder, root))
+    entry = dict(variant=variant.name, method=variant.method, seed=seed, settings=settings,
+                 twin=find_twin(variant.name), folder=os.path.relpath(folder, root))
     if isinstance(outcome, Failure):
         return dict(entry, status='failed', error=outcome.error, log=os.path.relpath(outcome.log, root))
-    return dict(entry, status='finished', **relative(outcome, root))
-
-
-def relative(run: Run, root: Path) -> dict:
-    """A run as a dict, with paths relative to a folder."""
-    paths = {name: os.path.relpath(getattr(run, name), root) for name in ('checkpoint', 'scalars')}
-    return dict(asdict(run), **paths)
+    return dict(entry, status='finished', **outcome.to_dict(root))
 
 
 def mark_twins(entries: list[dict]) -> None:
@@ -96,32 +103,145 @@ def mark_twins(entries: list[dict]) -> None:
     finished = {(entry['variant'], entry['seed']): entry for entry in entries if entry['status'] == 'finished'}
     for entry in entries:
         if entry['status'] == 'finished':
-            twin = finished.get((twin_of(entry['variant']), entry['seed']))
+            twin = finished.get((find_twin(entry['variant']), entry['seed']))
             for key in ('start', 'order'):
                 entry[f'same_{key}'] = None if twin is None else entry[key] == twin[key]
 
 
-def counts(entry: dict, metric: str = 'bbox_mAP') -> bool:
+def has_metric(entry: dict, metric: str = 'bbox_mAP') -> bool:
     """Whether a run has a number of a metric: it finished, objects count for the metric, and it is finite."""
     return entry['status'] == 'finished' and 0 <= entry['metrics'].get(metric, -1) < inf
 
 
 def summarize(entries: list[dict]) -> dict[str, dict[str, dict]]:
-    """Mean and spread of every variant, and its paired difference to its twin, by metric."""
+    """Summarizes the runs: of every variant mean, spread and paired difference to its twin, by metric, in points."""
     values: dict[str, dict[str, dict[int, float]]] = {}  # variant -> metric -> seed -> points
     for entry in entries:
         by_metric = values.setdefault(entry['variant'], {})
         for metric in METRICS:
-            if counts(entry, metric):
+            if has_metric(entry, metric):
                 by_metric.setdefault(metric, {})[entry['seed']] = 100 * entry['metrics'][metric]
-    return {variant: {metric: _summary(variant, by_seed, values.get(twin_of(variant), {}).get(metric, {}))
+    return {variant: {metric: _summarize_metric(variant, by_seed, values.get(find_twin(variant), {}).get(metric, {}))
                       for metric, by_seed in by_metric.items()} for variant, by_metric in values.items()}
 
 
-def _summary(variant: str, by_seed: Mapping[int, float], twin: Mapping[int, float]) -> dict:
+def _summarize_metric(variant: str, by_seed: Mapping[int, float], twin: Mapping[int, float]) -> dict:
     summary = dict(seeds=len(by_seed), **mean_and_std(list(by_seed.values())))
     difference = None if variant == PLAIN else paired_difference(twin, by_seed)
     if difference is not None:
         summary.update(pairs=len(difference.by_seed), by_seed=difference.by_seed, difference=difference.mean,
                        interval=difference.interval, verdict=difference.verdict)
     return summary
+
+
+def summarize_fidelity(entries: Sequence[dict], splits: Sequence[str]) -> dict[str, dict[str, dict[str, dict]]]:
+    """Split -> variant -> number -> mean and standard deviation over the seeds that have it."""
+    values: dict[str, dict[str, dict[str, list]]] = {split: {} for split in splits}
+    for entry in entries:
+        for split, numbers in entry.get('fidelity', {}).items():
+            by_name = values[split].setdefault(entry['variant'], {})
+            for name, value in numbers.items():
+                by_name.setdefault(name, []).append(value)
+    return {split: {variant: {name: mean_and_std(each) for name, each in by_name.items()}
+                    for variant, by_name in variants.items()} for split, variants in values.items()}
+
+
+def tabulate(results: dict) -> list[TextTable]:
+    """Makes the tables for the console: what the detectors detect, what they cost, and their fidelity."""
+    rows = variant_rows(results)
+    tables = [
+        _make_table('COCO metric on the validation images, in points; mean ± standard deviation over seeds',
+                    ('seeds', 'mAP', 'Δ mAP', 'AP50', 'AP75'), rows,
+                    'Δ: paired mean over seeds against the plain student in the same setting ± half of its 95 % '
+                    'interval'),
+        _make_table('By size of the objects; costs of inference (parameters, multiply-adds) and of training',
+                    ('APs', 'APm', 'APl', *COSTS), rows, TIMES)]
+    tables += [_make_table(f'Fidelity on {split} images, mean ± standard deviation over seeds; cka: mean over levels',
+                           FIDELITY, fidelity_rows(variants)) for split, variants in results['fidelity'].items()]
+    return tables
+
+
+def _make_table(title: str, columns: Sequence[str], rows: Sequence[dict[str, str]], caption: str = '') -> TextTable:
+    columns = ('method', *columns)
+    unbroken = [index for index, column in enumerate(columns) if column in ('method', *METRICS.values())]
+    return TextTable(title, columns, [[row.get(column, '') for column in columns] for row in rows], caption,
+                     no_wrap=unbroken)
+
+
+def format_markdown(results: dict) -> str:
+    """Writes the same in Markdown, accuracy and costs in one table, with the runs that failed below it."""
+    table = _make_table('', ('seeds', *METRICS.values(), 'Δ mAP', *COSTS), variant_rows(results))
+    lines = [table.to_markdown(), '', 'mAP and the others in points, ± standard deviation over seeds. Δ: paired mean '
+             'over seeds against the plain student (none; where a setting changes the student, none with that '
+             f"setting), ± half of its 95 % interval (Student's t). FLOPs are multiply-adds. {TIMES}"]
+    lines += [f"- {run['variant']}, seed {run['seed']} failed: {run['error']}" for run in results['runs']
+              if run['status'] == 'failed']
+    for split, variants in results['fidelity'].items():
+        lines += ['', f'Fidelity on {split} images, mean ± standard deviation over seeds (cka: mean over levels too):',
+                  '', _make_table('', FIDELITY, fidelity_rows(variants)).to_markdown()]
+    return '\n'.join(lines) + '\n'
+
+
+def variant_rows(results: dict) -> list[dict[str, str]]:
+    """Column -> text of one row for the teachers, where they were trained here, and for each variant."""
+    rows = []
+    teachers = [results['teacher'], *(each['run'] for each in results.get('further_teachers', ()))]
+    if teachers[0] is not None:
+        points = {name: [100 * teacher['metrics'].get(metric, -1) for teacher in teachers]
+                  for metric, name in METRICS.items()}
+        metrics = {name: format_mean(**mean_and_std(values)) if min(values) >= 0 else NONE
+                   for name, values in points.items()}
+        rows.append(dict(method='teacher', seeds=f'{len(teachers)}', **metrics, **_format_costs(teachers)))
+    for variant, summary in results['summary'].items():
+        runs = [run for run in results['runs'] if run['variant'] == variant]
+        finished = [run for run in runs if run['status'] == 'finished']
+        metrics = {name: format_mean(summary[metric]['mean'], summary[metric]['std']) if metric in summary else NONE
+                   for metric, name in METRICS.items()}
+        counted = sum(map(has_metric, runs))
+        seeds = f'{len(runs)}' if counted == len(runs) else f'{counted} of {len(runs)}'
+        metrics['Δ mAP'] = format_difference(summary.get('bbox_mAP', {}), counted)
+        rows.append(dict(method=variant, seeds=seeds, **metrics, **_format_costs(finished)))
+    return rows
+
+
+def fidelity_rows(variants: dict[str, dict[str, dict]]) -> list[dict[str, str]]:
+    """Column -> text of one row for each variant: the numbers of FidelityMetric, its mean CKA over the levels."""
+    rows = []
+    for variant, numbers in variants.items():
+        texts = {name: format_mean(**each, digits=3) for name, each in numbers.items() if not name.startswith('cka_')}
+        levels = [each['mean'] for name, each in numbers.items() if name.startswith('cka_')]
+        rows.append(dict(method=variant, **texts, **(dict(cka=f'{np.mean(levels):.3f}') if levels else {})))
+    return rows
+
+
+def format_mean(mean: float, std: float | None = None, digits: int = 1) -> str:
+    """Writes a mean ± its standard deviation, where there is one."""
+    return f'{mean:.{digits}f}' + ('' if std is None else f' ± {std:.{digits}f}')
+
+
+def format_difference(summary: dict, seeds: int) -> str:
+    """Writes a difference with its interval, and what it says: never a gain where the interval holds 0.
+
+    Args:
+        summary: Of a metric, as :func:`summarize` gives it.
+        seeds: How many the variant's mean is over; where its twin lacks some, the number of pairs is told.
+    """
+    if 'verdict' not in summary:
+        return ''
+    text = f"{summary['difference']:+.1f}"
+    if summary['interval'] is not None:
+        text += f" ± {summary['interval'][1] - summary['difference']:.1f}"
+    if summary['verdict'] not in ('gain', 'loss'):
+        text = f"{summary['verdict']} ({text})"
+    pairs = len(summary['by_seed'])
+    return text if pairs == seeds else f"{text}, {pairs} pair{'s' * (pairs > 1)}"
+
+
+def _format_costs(runs: Sequence[dict]) -> dict[str, str]:
+    if not runs:
+        return dict.fromkeys(COSTS, NONE)
+    first = runs[0]
+    memory = max(run['peak_device_memory'] or run['peak_memory'] or 0 for run in runs)
+    texts = (f"{first['parameters'] / 1e6:.2f} M", NONE if first['flops'] is None else f"{first['flops'] / 1e9:.2f} G",
+             f"{np.median([run['seconds_per_iteration'] for run in runs]):.3f}", f'{memory / 2**30:.2f} GiB')
+    return dict(zip(COSTS, texts))

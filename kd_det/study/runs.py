@@ -1,4 +1,4 @@
-"""What trains: the code, the libraries and the machine."""
+"""One training of a benchmark: its identity, its result, and the code, libraries and machine that it ran with."""
 from __future__ import annotations
 
 import copy
@@ -30,30 +30,167 @@ from torch.utils.data import DataLoader
 
 from kd_det import __version__
 from kd_det.checks.doctor import explain
-from kd_det.config.files import ConfigurationError, is_distillation
+from kd_det.config import ConfigurationError
+from kd_det.config.files import is_distillation
 from kd_det.registry import HOME
 from kd_det.training.runner import build_runner
 
 PACKAGES = ('torch', 'torchvision', 'mmengine', 'mmdet', 'mmcv', 'mmcv-lite', 'numpy', 'pycocotools',
             'faster-coco-eval')
 CHECKOUT = Path(__file__).resolve().parents[2]
+RESULT_FILE = 'result.json'
 
 
-def command_line() -> str:
-    """The command that runs."""
+@dataclass(frozen=True)
+class Run:
+    """What came of a training.
+
+    Attributes:
+        identity: Hash of all that the run depends on; equal identities give equal results.
+        start: Hash of the detector's weights before the first step.
+        order: Hash of the images' ids in the order in which they were trained on.
+        checkpoint: The trained detector; a file within the run's folder.
+        scalars: mmengine's log of losses and metrics; a file within the run's folder.
+        metrics: CocoMetric's numbers after the last epoch, 0 to 1; -1 where there is no object of that size.
+        parameters: Number of the detector's parameters.
+        flops: Multiply-adds of the detector for one image, see :func:`count_multiply_adds`.
+        seconds_per_iteration: Median over the training steps, without the loading of data; comparable where the machine
+            did nothing else.
+        peak_memory: The most bytes that the process held until the training ended (resident set).
+        peak_device_memory: The most bytes that tensors took on the GPU; None without one.
+        epochs: Passes through the training images.
+        iterations: Training steps.
+        environment: Commit, versions and machine that it was trained with, see
+            :func:`describe_environment`; empty where an earlier version did not note them.
+    """
+    identity: str
+    start: str
+    order: str
+    checkpoint: str
+    scalars: str
+    metrics: dict[str, float]
+    parameters: int
+    flops: int | None
+    seconds_per_iteration: float
+    peak_memory: int | None
+    peak_device_memory: int | None
+    epochs: int
+    iterations: int
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    def resolve_paths(self, folder: Path) -> Run:
+        """Returns the run with the paths of its files as they are seen from where its folder is."""
+        return replace(self, checkpoint=str(Path(folder, self.checkpoint)), scalars=str(Path(folder, self.scalars)))
+
+    def to_dict(self, root: Path | None = None) -> dict[str, Any]:
+        """Returns what JSON can hold of the run; with a root its paths are relative to that folder."""
+        values = asdict(self)
+        if root is not None:
+            values.update({name: os.path.relpath(values[name], root) for name in ('checkpoint', 'scalars')})
+        return values
+
+
+def train(name: str, config: Config, identity: str, log: Callable[[str], None] = print,
+          after_step: Callable[[Runner], None] = lambda runner: None) -> Run:
+    """Trains and evaluates, and remembers what came of it in the config's work dir.
+
+    Args:
+        name: Begins each line of the log.
+        config: The config, with its work dir and a CocoMetric.
+        identity: See :func:`identify_run`.
+        log: Given a line after each epoch.
+        after_step: Called after each training step.
+
+    Returns:
+        The run, with paths as seen from here.
+    """
+    folder = Path(config.work_dir)
+    file = folder / RESULT_FILE
+    file.unlink(missing_ok=True)
+    environment = describe_environment()
+    config.experiment_name = f'{name}_{time.time_ns()}'  # mmengine keeps loggers and visualizers by name
+    config.visualizer = config.get('visualizer') or {}
+    config.visualizer.setdefault('type', f'{HOME}.DetLocalVisualizer')
+    config.visualizer.setdefault('vis_backends', [dict(type='LocalVisBackend')])
+    config.visualizer.name = config.experiment_name
+    with explain(config):
+        runner = build_runner(config)
+    recorder = TrainingRecorder(name, log, after_step)
+    runner.register_hook(recorder, priority='LOWEST')
+    runner.train()
+    memory, device_memory = measure_process_memory()  # of the training, not of what follows
+    detector = getattr(runner.model, 'student', runner.model)
+    run = Run(
+        identity=identity,
+        start=recorder.start,
+        order=recorder.order.hexdigest(),
+        checkpoint=Path(find_latest_checkpoint(runner.work_dir)).name,
+        scalars=str(Path(runner.log_dir, 'vis_data', 'scalars.json').relative_to(runner.work_dir)),
+        metrics=recorder.metrics,
+        parameters=sum(parameter.numel() for parameter in detector.parameters()),
+        flops=count_multiply_adds(detector, runner.val_dataloader),
+        seconds_per_iteration=float(np.median(recorder.seconds)),
+        peak_memory=memory,
+        peak_device_memory=device_memory,
+        epochs=runner.max_epochs,
+        iterations=runner.max_iters,
+        environment=environment)
+    partial = file.with_suffix('.partial')
+    partial.write_text(json.dumps(asdict(run), indent=2), encoding='utf-8')
+    os.replace(partial, file)
+    return run.resolve_paths(folder)
+
+
+def load_finished_run(folder: Path, identity: str) -> Run | None:
+    """Loads the run that was finished in a folder, with paths as seen from here; None unless it has this identity."""
+    file = Path(folder, RESULT_FILE)
+    if not file.is_file():
+        return None
+    stored = json.loads(file.read_text(encoding='utf-8'))
+    names = {each.name for each in fields(Run)}
+    if stored.get('identity') != identity or set(stored) | {'environment'} != names:
+        return None
+    run = Run(**stored).resolve_paths(folder)
+    return run if Path(run.checkpoint).is_file() and Path(run.scalars).is_file() else None
+
+
+def identify_run(config: Config, inputs: Any = None) -> str:
+    """Returns the hash of all that a run depends on.
+
+    Args:
+        config: The run's config. Where the run and its teacher lie does not count.
+        inputs: What the result depends on beside the config, such as hashes of data and teacher; anything that JSON
+            holds.
+    """
+    settings = copy.deepcopy(config.to_dict())
+    settings.pop('work_dir', None)
+    if is_distillation(config):
+        teachers = settings['model']['teacher']
+        for teacher in [teachers] if isinstance(teachers, dict) else teachers:
+            teacher.pop('checkpoint', None)
+    return sha256(json.dumps([settings, inputs], sort_keys=True, default=str).encode())
+
+
+def sha256(content: bytes) -> str:
+    """Returns the SHA-256 hash of bytes, in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_command_line() -> str:
+    """Returns the command line of this process, as a user would repeat it."""
     program = Path(sys.argv[0])
     program = ['python', sys.argv[0]] if program.suffix == '.py' and program.stem != '__main__' else ['kd-det']
     return shlex.join([*program, *sys.argv[1:]])
 
 
-def environment(threads: int | None = None) -> dict:
-    """What a training depends on beside its config and data.
+def describe_environment(threads: int | None = None) -> dict:
+    """Describes what a training depends on beside its config and data.
 
     Args:
         threads: PyTorch's threads of one training; those of this process by default.
 
     Returns:
-        ``commit`` (see :func:`commit`), ``versions`` and ``machine``.
+        ``commit`` (see :func:`find_commit`), ``versions`` and ``machine``.
     """
     found = {}
     for package in PACKAGES:
@@ -63,14 +200,14 @@ def environment(threads: int | None = None) -> dict:
             pass
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return dict(
-        commit=commit(),
+        commit=find_commit(),
         versions=dict(python=platform.python_version(), kd_det=__version__, **found),
         machine=dict(system=platform.platform(), processors=os.cpu_count(), devices=devices,
                      threads=threads or torch.get_num_threads()))
 
 
-def commit(checkout: Path = CHECKOUT) -> str | None:
-    """The commit of the git checkout that kd_det is imported from.
+def find_commit(checkout: Path = CHECKOUT) -> str | None:
+    """Finds the commit of the git checkout that kd_det is imported from.
 
     Returns:
         Its hash, with ``-dirty`` where files were changed, or added that git does not ignore; None without a checkout
@@ -78,10 +215,10 @@ def commit(checkout: Path = CHECKOUT) -> str | None:
     """
     if not (checkout / '.git').exists():  # a checkout around the environment that kd_det is installed in is another's
         return None
-    said = [_git(checkout, *question) for question in (('rev-parse', 'HEAD'), ('status', '--porcelain'))]
-    if None in said:
+    answers = [_git(checkout, *question) for question in (('rev-parse', 'HEAD'), ('status', '--porcelain'))]
+    if None in answers:
         return None
-    return said[0] + ('-dirty' if said[1] else '')
+    return answers[0] + ('-dirty' if answers[1] else '')
 
 
 def _git(checkout: Path, *arguments: str) -> str | None:
@@ -106,153 +243,11 @@ def use_fast_coco_evaluation() -> bool:
     return True
 
 
-RESULT_FILE = 'result.json'
+class TrainingRecorder(Hook):
+    """Records what :class:`Run` holds of a training, and logs a line after each epoch."""
 
-
-@dataclass(frozen=True)
-class Run:
-    """What came of a training.
-
-    Attributes:
-        identity: Hash of all that the run depends on; equal identities give equal results.
-        start: Hash of the detector's weights before the first step.
-        order: Hash of the images' ids in the order in which they were trained on.
-        checkpoint: The trained detector; a file within the run's folder.
-        scalars: mmengine's log of losses and metrics; a file within the run's folder.
-        metrics: CocoMetric's numbers after the last epoch, 0 to 1; -1 where there is no object of that size.
-        parameters: Number of the detector's parameters.
-        flops: Multiply-adds of the detector for one image, see :func:`~kd_det.study.runs.multiply_adds`.
-        seconds_per_iteration: Median over the training steps, without the loading of data; comparable where the machine
-            did nothing else.
-        peak_memory: The most bytes that the process held until the training ended (resident set).
-        peak_device_memory: The most bytes that tensors took on the GPU; None without one.
-        epochs: Passes through the training images.
-        iterations: Training steps.
-        environment: Commit, versions and machine that it was trained with, see
-            :func:`~kd_det.study.runs.environment`; empty where an earlier version did not note them.
-    """
-    identity: str
-    start: str
-    order: str
-    checkpoint: str
-    scalars: str
-    metrics: dict[str, float]
-    parameters: int
-    flops: int | None
-    seconds_per_iteration: float
-    peak_memory: int | None
-    peak_device_memory: int | None
-    epochs: int
-    iterations: int
-    environment: dict[str, Any] = field(default_factory=dict)
-
-    def within(self, folder: Path) -> Run:
-        """The same with the paths of its files as they are seen from where the folder is."""
-        return replace(self, checkpoint=str(Path(folder, self.checkpoint)), scalars=str(Path(folder, self.scalars)))
-
-
-def identity(config: Config, inputs: Any = None) -> str:
-    """The hash of all that a run depends on.
-
-    Args:
-        config: The run's config. Where the run and its teacher lie does not count.
-        inputs: What the result depends on beside the config, such as hashes of data and teacher; anything that JSON
-            holds.
-    """
-    settings = copy.deepcopy(config.to_dict())
-    settings.pop('work_dir', None)
-    if is_distillation(config):
-        teachers = settings['model']['teacher']
-        for teacher in [teachers] if isinstance(teachers, dict) else teachers:
-            teacher.pop('checkpoint', None)
-    return sha256(json.dumps([settings, inputs], sort_keys=True, default=str).encode())
-
-
-def finished_run(folder: Path, expected: str) -> Run | None:
-    """The run that was finished in a folder, with paths as seen from here; None unless it has the expected identity."""
-    file = Path(folder, RESULT_FILE)
-    if not file.is_file():
-        return None
-    stored = json.loads(file.read_text(encoding='utf-8'))
-    names = {each.name for each in fields(Run)}
-    if stored.get('identity') != expected or set(stored) | {'environment'} != names:
-        return None
-    run = Run(**stored).within(folder)
-    return run if Path(run.checkpoint).is_file() and Path(run.scalars).is_file() else None
-
-
-def train(name: str, config: Config, expected: str, say: Callable[[str], None] = print,
-          step: Callable[[Runner], None] = lambda runner: None) -> Run:
-    """Trains and evaluates, and remembers what came of it in the config's work dir.
-
-    Args:
-        name: What is said begins with it.
-        config: The config, with its work dir and a CocoMetric.
-        expected: The run's :func:`identity`.
-        say: Told after each epoch how it goes.
-        step: Called after each training step.
-
-    Returns:
-        The run, with paths as seen from here.
-    """
-    folder = Path(config.work_dir)
-    file = folder / RESULT_FILE
-    file.unlink(missing_ok=True)
-    began_in = environment()
-    config.experiment_name = f'{name}_{time.time_ns()}'  # mmengine keeps loggers and visualizers by name
-    config.visualizer = config.get('visualizer') or {}
-    config.visualizer.setdefault('type', f'{HOME}.DetLocalVisualizer')
-    config.visualizer.setdefault('vis_backends', [dict(type='LocalVisBackend')])
-    config.visualizer.name = config.experiment_name
-    with explain(config):
-        runner = build_runner(config)
-    watch = Watch(name, say, step)
-    runner.register_hook(watch, priority='LOWEST')
-    runner.train()
-    memory, device_memory = peak_memory()  # of the training, not of what follows
-    detector = getattr(runner.model, 'student', runner.model)
-    run = Run(
-        identity=expected,
-        start=watch.start,
-        order=watch.order.hexdigest(),
-        checkpoint=Path(find_latest_checkpoint(runner.work_dir)).name,
-        scalars=str(Path(runner.log_dir, 'vis_data', 'scalars.json').relative_to(runner.work_dir)),
-        metrics=watch.metrics,
-        parameters=sum(parameter.numel() for parameter in detector.parameters()),
-        flops=multiply_adds(detector, runner.val_dataloader),
-        seconds_per_iteration=float(np.median(watch.seconds)),
-        peak_memory=memory,
-        peak_device_memory=device_memory,
-        epochs=runner.max_epochs,
-        iterations=runner.max_iters,
-        environment=began_in)
-    partial = file.with_suffix('.partial')
-    partial.write_text(json.dumps(asdict(run), indent=2), encoding='utf-8')
-    os.replace(partial, file)
-    return run.within(folder)
-
-
-def sha256(content: bytes) -> str:
-    """The hash of bytes, in hexadecimal digits."""
-    return hashlib.sha256(content).hexdigest()
-
-
-def peak_memory() -> tuple:
-    """The most bytes that this process held so far, in memory and by tensors on the GPU; None for what is not known."""
-    on_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None, on_device
-    unit = 1 if sys.platform == 'darwin' else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, on_device
-
-
-class Watch(Hook):
-    """Takes notes of a training."""
-
-    def __init__(self, name: str, say: Callable[[str], None], step: Callable[[Runner], None]) -> None:
-        self.name, self.say, self.step = name, say, step
+    def __init__(self, name: str, log: Callable[[str], None], after_step: Callable[[Runner], None]) -> None:
+        self.name, self.log, self.after_step = name, log, after_step
         self.seconds, self.metrics, self.order = [], {}, hashlib.sha256()
 
     def before_train(self, runner: Runner) -> None:
@@ -262,17 +257,17 @@ class Watch(Hook):
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         images = [getattr(sample, 'img_id', None) for sample in data_batch['data_samples']]
         self.order.update(json.dumps(images, default=str).encode())
-        self._began = _now()
+        self._start_time = _read_clock()
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        self.seconds.append(_now() - self._began)
-        self.step(runner)
+        self.seconds.append(_read_clock() - self._start_time)
+        self.after_step(runner)
 
     def after_train_epoch(self, runner: Runner) -> None:
         loss = runner.message_hub.get_scalar('train/loss').mean(len(runner.train_dataloader))
         pace = np.median(self.seconds)
         left = pace * (runner.max_iters - len(self.seconds))
-        self.say(f'{self.name}: epoch {runner.epoch + 1}/{runner.max_epochs}, loss {loss:.3f}, {pace:.2f} s per '
+        self.log(f'{self.name}: epoch {runner.epoch + 1}/{runner.max_epochs}, loss {loss:.3f}, {pace:.2f} s per '
                  f'iteration, about {left:.0f} s left')
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
@@ -283,18 +278,29 @@ class Watch(Hook):
         if 'bbox_mAP' not in self.metrics:
             raise ConfigurationError(f"The val_evaluator gives {', '.join(metrics)}, but no bbox_mAP: expected a "
                                      "CocoMetric with metric='bbox'.")
-        self.say(f"{self.name}: mAP {100 * self.metrics['bbox_mAP']:.1f}")
+        self.log(f"{self.name}: mAP {100 * self.metrics['bbox_mAP']:.1f}")
 
 
-def _now() -> float:
+def _read_clock() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # what the step asked for is done
     return time.perf_counter()
 
 
+def measure_process_memory() -> tuple[int | None, int | None]:
+    """Returns the most bytes that this process held so far, in memory and by tensors on the GPU; None if not known."""
+    on_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None, on_device
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, on_device
+
+
 @torch.no_grad()
-def multiply_adds(detector: nn.Module, images: DataLoader) -> int | None:
-    """The multiply-adds that a detector needs for one image, without the decoding and suppression of its boxes.
+def count_multiply_adds(detector: nn.Module, images: DataLoader) -> int | None:
+    """Counts the multiply-adds that a detector needs for one image, without the decoding and suppression of its boxes.
 
     Of a two-stage detector it depends a little on how many regions it proposes.
 

@@ -16,7 +16,7 @@ from queue import Queue
 
 from mmengine.config import Config
 
-from kd_det.study.runs import Run, finished_run, identity
+from kd_det.study.runs import Run, identify_run, load_finished_run
 
 LOG_FILE, CONFIG_FILE = 'log.txt', 'config.py'
 
@@ -29,7 +29,7 @@ class Job:
         name: Shown to the user.
         folder: Its work dir.
         config: Its config.
-        inputs: What the result depends on beside the config, see :func:`~kd_det.study.runs.identity`.
+        inputs: What the result depends on beside the config, see :func:`~kd_det.study.runs.identify_run`.
     """
     name: str
     folder: Path
@@ -42,8 +42,8 @@ class Failure:
     """Why a training did not finish.
 
     Attributes:
-        error: What it said last.
-        log: All that it said.
+        error: The last line of its log.
+        log: The file of its log.
     """
     error: str
     log: str
@@ -52,8 +52,8 @@ class Failure:
 Outcome = Run | Failure
 
 
-class Machine:
-    """Where trainings run.
+class JobPool:
+    """Runs trainings in processes of their own, as many at once as it has slots.
 
     Args:
         devices: One training at a time on each: numbers of GPUs as ``CUDA_VISIBLE_DEVICES`` has them, or ``cpu``.
@@ -74,12 +74,12 @@ class Machine:
         self._processes: list[subprocess.Popen] = []
         self._stopped = False
 
-    def run(self, jobs: Iterable[Job], say: Callable[[str], None]) -> list[Outcome]:
-        """Does the jobs, all but those that were finished before; one that fails does not stop the others.
+    def run(self, jobs: Iterable[Job], log: Callable[[str], None]) -> list[Outcome]:
+        """Runs the jobs, all but those that were finished before; one that fails does not stop the others.
 
         Args:
             jobs: The trainings.
-            say: Told what begins, is kept, ends or fails.
+            log: Given a line when a job begins, is kept, ends or fails.
 
         Returns:
             What came of each, in the order of the jobs.
@@ -87,7 +87,7 @@ class Machine:
         jobs, futures = list(jobs), {}
         with _sigterm_raises(), ThreadPoolExecutor(self.jobs) as pool:
             try:
-                futures = {pool.submit(self._do, job, say): index for index, job in enumerate(jobs)}
+                futures = {pool.submit(self._run_job, job, log): index for index, job in enumerate(jobs)}
                 outcomes = {futures[future]: future.result() for future in as_completed(futures)}
             except BaseException:  # Ctrl-C or SIGTERM: no training outlives the benchmark
                 self._stopped = True
@@ -98,43 +98,43 @@ class Machine:
                 raise
         return [outcomes[index] for index in range(len(jobs))]
 
-    def _do(self, job: Job, say: Callable[[str], None]) -> Outcome:
-        expected = identity(job.config, job.inputs)
-        kept = finished_run(job.folder, expected)
+    def _run_job(self, job: Job, log: Callable[[str], None]) -> Outcome:
+        identity = identify_run(job.config, job.inputs)
+        kept = load_finished_run(job.folder, identity)
         if kept is not None:
-            say(f'{job.name}: kept from before, {_ap(kept)}')
+            log(f'{job.name}: kept from before, {_format_ap(kept)}')
             return kept
         device = self.slots.get()
         try:
-            return self._train(job, expected, device, say)
+            return self._train(job, identity, device, log)
         finally:
             self.slots.put(device)
 
-    def _train(self, job: Job, expected: str, device: str | None, say: Callable[[str], None]) -> Outcome:
+    def _train(self, job: Job, identity: str, device: str | None, log: Callable[[str], None]) -> Outcome:
         job.folder.mkdir(parents=True, exist_ok=True)
         config = Config(dict(job.config.to_dict(), work_dir=str(job.folder)))
         config.dump(job.folder / CONFIG_FILE)
         environment = dict(os.environ, OMP_NUM_THREADS=str(self.threads), PYTHONIOENCODING='utf-8:backslashreplace')
         if device is not None:
             environment['CUDA_VISIBLE_DEVICES'] = '' if device == 'cpu' else device
-        say(f'{job.name}: begins' + ('' if device is None else f' on {device}'))
-        began, log = time.monotonic(), job.folder / LOG_FILE
-        command = [sys.executable, '-m', 'kd_det.study.worker', str(job.folder / CONFIG_FILE), expected,
+        log(f'{job.name}: begins' + ('' if device is None else f' on {device}'))
+        start_time, log_file = time.monotonic(), job.folder / LOG_FILE
+        command = [sys.executable, '-m', 'kd_det.study.worker', str(job.folder / CONFIG_FILE), identity,
                    *self.trackers]
-        with open(log, 'w', encoding='utf-8') as output:
+        with open(log_file, 'w', encoding='utf-8') as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
             self._processes.append(process)
             if self._stopped:  # as it was started
                 process.terminate()
             process.wait()
-        run = finished_run(job.folder, expected) if process.returncode == 0 else None
+        run = load_finished_run(job.folder, identity) if process.returncode == 0 else None
         if run is None:
-            lines = log.read_text(encoding='utf-8', errors='replace').strip().splitlines()
-            failure = Failure(lines[-1] if lines else f'exit status {process.returncode}', str(log))
+            lines = log_file.read_text(encoding='utf-8', errors='replace').strip().splitlines()
+            failure = Failure(lines[-1] if lines else f'exit status {process.returncode}', str(log_file))
             if not self._stopped:  # else it was ended, and did not fail
-                say(f'{job.name}: failed: {failure.error} (see {log})')
+                log(f'{job.name}: failed: {failure.error} (see {log_file})')
             return failure
-        say(f'{job.name}: {_ap(run)}, {time.monotonic() - began:.0f} s')
+        log(f'{job.name}: {_format_ap(run)}, {time.monotonic() - start_time:.0f} s')
         return run
 
 
@@ -155,5 +155,5 @@ def _sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _ap(run: Run) -> str:
+def _format_ap(run: Run) -> str:
     return f"mAP {100 * run.metrics['bbox_mAP']:.1f}"

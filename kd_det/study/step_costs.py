@@ -1,103 +1,45 @@
-"""What a call costs: its seconds, and the memory that it takes at its peak. On the CPU and on GPUs."""
+"""What a training step costs, part by part: seconds and peak memory, on the CPU and on GPUs."""
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from itertools import accumulate
+from math import prod
+from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.optim import OptimWrapper, build_optim_wrapper
+from mmengine.device import get_device
+from mmengine.optim import build_optim_wrapper
 from mmengine.runner import set_random_seed
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from kd_det.checks.synthetic import USUAL_SIZES, Size, synthetic_batch, training_sizes
+from kd_det.config import ConfigurationError
+from kd_det.config.options import resolve_distillation
 from kd_det.context import DistillContext, Progress
 from kd_det.distillers import DetectionDistiller
-from kd_det.distillers.weights import Weight, total
+from kd_det.distillers.schedules import Schedule
 from kd_det.losses import DistillTerm
-from kd_det.registry import build_detector
+from kd_det.losses.base import sum_parts
+from kd_det.registry import build_detector, prepare_without_runner
+from kd_det.study.tables import TextTable
 from kd_det.teachers import read_model_config
-from kd_det.teachers.loading import without_pretrained
+from kd_det.teachers.bridge import SIZE_MISMATCH
+from kd_det.teachers.loading import remove_pretrained
 
 Device = str | torch.device
 Call = Callable[[], object]
-
-
-def seconds(call: Call, device: Device = 'cpu', repeats: int = 5, warmup: int = 2) -> float:
-    """The median time of a call.
-
-    On a GPU it is the time between two events on the current stream: what the host prepares ahead does not count, what
-    it makes the device wait for does.
-
-    Args:
-        call: Takes nothing; what it returns is let go of within the measured time.
-        device: Where it computes.
-        repeats: Number of measured calls.
-        warmup: Number of calls before them.
-    """
-    time_once = _seconds_on_gpu if torch.device(device).type == 'cuda' else _seconds_on_cpu
-    for _ in range(warmup):
-        call()
-    return median(time_once(call) for _ in range(repeats))
-
-
-def peak_memory(call: Call, device: Device = 'cpu') -> int:
-    """The most bytes that tensors made by a call took at once.
-
-    It counts what PyTorch's allocator hands out, temporaries within operators and tensors saved for the backward pass
-    included, and what ``call`` returns; neither scratch space of libraries (oneDNN, cuBLAS) nor unused parts of pools.
-    The number is exact and the same each time, unlike the size of the process.
-
-    Args:
-        call: Takes nothing. It runs once; call it before if its first run does more than the later ones. It should let
-            go of no tensor that was there before, such as gradients of an earlier step: on a GPU that would be
-            subtracted.
-        device: Where it computes.
-    """
-    if torch.device(device).type != 'cuda':
-        return _peak_on_cpu(call)
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    call()
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def _seconds_on_cpu(call: Call) -> float:
-    start = perf_counter()
-    call()
-    return perf_counter() - start
-
-
-def _seconds_on_gpu(call: Call) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def _peak_on_cpu(call: Call) -> int:
-    """From the profiler's record of each allocation and each release."""
-    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # it reports on itself, to the terminal
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == '[memory]']
-    events.sort(key=lambda event: event.start_ns())
-    return max(accumulate((event.nbytes() for event in events), initial=0))
-
-
+MEGABYTE = 2**20
 STUDENT, DISTILLED, TEACHER, PLAIN_TEACHER = 'student step', 'distilled step', 'teacher part', 'plain teacher forward'
 TERM = 'term '
-
-Call = Callable[[], object]
 
 
 class Cost(NamedTuple):
@@ -106,16 +48,25 @@ class Cost(NamedTuple):
     memory: int
 
 
-class StepCosts(NamedTuple):
+@dataclass(frozen=True)
+class StepCosts:
     """The costs of a step.
 
     Attributes:
         parts: By name: the student's whole step, the distilled one, what runs of the teachers, their plain forward in
             evaluation mode up to the neck, and each term's forward and backward as far as what it reads of the student.
         differences: Seconds that the distilled step takes longer than the student's, round by round.
+        batch_size: Images in the batch.
+        size: Their height and width, in pixels.
+        teacher_weights: Bytes of the teachers' weights.
+        setting: What else it was measured with: config, options, device, threads, versions.
     """
     parts: dict[str, Cost]
     differences: list[float]
+    batch_size: int = 1
+    size: Size = (0, 0)
+    teacher_weights: int = 0
+    setting: dict[str, Any] = field(default_factory=dict)
 
     @property
     def distilling(self) -> float:
@@ -133,20 +84,140 @@ class StepCosts(NamedTuple):
         low, high = np.quantile(self.differences, (0.25, 0.75)) / self.parts[PLAIN_TEACHER].seconds
         return float(low), float(high)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all that was measured, and on what, as JSON can hold it."""
+        return dict(self.setting, batch_size=self.batch_size, size=list(self.size),
+                    parts={name: cost._asdict() for name, cost in self.parts.items()}, distilling=self.distilling,
+                    ratio=self.ratio, middle_half=self.middle_half, teacher_weights=self.teacher_weights)
 
-def random_distiller(config: Config, device: Device = 'cpu') -> DetectionDistiller:
-    """The distiller of a config, with random weights, which take as long, and every term at its full weight."""
-    teachers = [config.model.teacher] if isinstance(config.model.teacher, dict) else config.model.teacher
-    for teacher in teachers:
-        teacher.update(checkpoint=None, random_teacher=True, cache=None)
-    config.model.student = without_pretrained(config.model.student)
-    distiller = build_detector(config.model).to(device).train()
-    distiller.student.init_weights()  # some parts are whatever the memory held before
-    distiller.weights = {name: Weight(weight.full) for name, weight in distiller.weights.items()}
-    distiller.progress = Progress(iteration=1)  # no gradients are compared in this step,
-    for balance in distiller.monitor.balances.values():
-        balance.start = 1  # but the first time that it is made
-    return distiller
+    def tabulate(self) -> TextTable:
+        """Makes a table of the parts, and of what distilling costs in plain forwards of the teacher."""
+        plain, student = self.parts[PLAIN_TEACHER].seconds, self.parts[STUDENT].memory
+        more = (self.parts[DISTILLED].memory - student) / MEGABYTE
+        low, high = self.middle_half
+        rows = [(name, f'{cost.seconds * 1e3:.1f} ms', f'{cost.seconds / plain:.2f}',
+                 f'{self.batch_size / cost.seconds:.2f}' if name in (STUDENT, DISTILLED) else '',
+                 f'{cost.memory / MEGABYTE:.1f} MiB') for name, cost in self.parts.items()]
+        return TextTable(
+            f'A training step, {self.batch_size} × {self.size[0]} × {self.size[1]} pixels',
+            ('Part', 'Time', 'Plain teacher forwards', 'Images / s', 'Peak memory'), rows,
+            f'Distilling costs {self.distilling * 1e3:.1f} ms, {self.ratio:.2f} plain forwards of the teacher '
+            f'({low:.2f} to {high:.2f} in the middle half of the rounds), and {more:.1f} MiB at the peak beside '
+            f'{self.teacher_weights / MEGABYTE:.1f} MiB of its weights')
+
+    def _repr_html_(self) -> str:
+        return self.tabulate().to_html()
+
+
+def measure_step_costs(config: str | Path | Config, *, batch_size: int = 2, size: Size | None = None, boxes: int = 10,
+                       repeats: int = 5, threads: int | None = None, device: str | None = None,
+                       data_root: str | None = None, options: dict[str, Any] | None = None) -> StepCosts:
+    """Measures what a distilled step costs beside the student's own, with random weights on random images.
+
+    Args:
+        config: Of a distillation: a file, ``'package::folder/file.py'`` or a config. Neither its data nor its
+            checkpoints are read.
+        batch_size: Images in the batch.
+        size: Their height and width; by default the largest that the training pipeline makes of 480 × 640 pixels.
+        boxes: Objects in each image.
+        repeats: Rounds, of which the medians count.
+        threads: PyTorch's threads on the CPU; its own choice by default.
+        device: ``'cpu'``, ``'cuda'``, …; a GPU by default where there is one.
+        data_root: Folder of the data, in place of the config's.
+        options: Settings that override the config, by dotted key.
+
+    Raises:
+        ConfigurationError: The config is no distillation, or a step fails on images of that size.
+    """
+    loaded, device = resolve_distillation(config, data_root, options), device or get_device()
+    if threads:
+        torch.set_num_threads(threads)
+    prepare_without_runner(loaded, seed=0)
+    distiller = random_distiller(loaded, device)
+    size = tuple(size or max(training_sizes(loaded, USUAL_SIZES[:1]), key=prod))
+    batch = synthetic_batch(distiller.student, batch_size, size, boxes)
+    try:
+        costs = measure_step(distiller, batch, loaded.optim_wrapper, repeats)
+    except RuntimeError as error:
+        if not SIZE_MISMATCH.search(str(error)):
+            raise
+        raise ConfigurationError(
+            f'A step fails on images of {size[0]} × {size[1]} pixels: {error}. Where the levels of the '
+            "student's pyramid do not fit each other at that size, set data_preprocessor.pad_size_divisor=32 in its "
+            'config, or its largest stride; another size is tried with --size H W (--debug shows where).') from error
+    tensors = (tensor for teacher in distiller.teachers
+               for tensor in (*teacher.model.parameters(), *teacher.model.buffers()))
+    setting = dict(config=str(config.filename if isinstance(config, Config) else config), options=options or {},
+                   boxes=boxes, repeats=repeats, device=device, threads=torch.get_num_threads(),
+                   processor=platform.machine(), torch=torch.__version__,
+                   engines=[asdict(teacher.engine) for teacher in distiller.teachers])
+    return replace(costs, batch_size=batch_size, size=size, teacher_weights=sum(tensor.nbytes for tensor in tensors),
+                   setting=setting)
+
+
+def measure_seconds(call: Call, device: Device = 'cpu', repeats: int = 5, warmup: int = 2) -> float:
+    """Measures the median time of a call.
+
+    On a GPU it is the time between two events on the current stream: what the host prepares ahead does not count, what
+    it makes the device wait for does.
+
+    Args:
+        call: Takes nothing; what it returns is let go of within the measured time.
+        device: Where it computes.
+        repeats: Number of measured calls.
+        warmup: Number of calls before them.
+    """
+    time_once = _time_on_gpu if torch.device(device).type == 'cuda' else _time_on_cpu
+    for _ in range(warmup):
+        call()
+    return median(time_once(call) for _ in range(repeats))
+
+
+def measure_peak_memory(call: Call, device: Device = 'cpu') -> int:
+    """Measures the most bytes that tensors made by a call took at once.
+
+    It counts what PyTorch's allocator hands out, temporaries within operators and tensors saved for the backward pass
+    included, and what ``call`` returns; neither scratch space of libraries (oneDNN, cuBLAS) nor unused parts of pools.
+    The number is exact and the same each time, unlike the size of the process.
+
+    Args:
+        call: Takes nothing. It runs once; call it before if its first run does more than the later ones. It should let
+            go of no tensor that was there before, such as gradients of an earlier step: on a GPU that would be
+            subtracted.
+        device: Where it computes.
+    """
+    if torch.device(device).type != 'cuda':
+        return _measure_peak_on_cpu(call)
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _time_on_cpu(call: Call) -> float:
+    start = perf_counter()
+    call()
+    return perf_counter() - start
+
+
+def _time_on_gpu(call: Call) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _measure_peak_on_cpu(call: Call) -> int:
+    """Reads it from the profiler's record of each allocation and each release."""
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # it reports on itself, to the terminal
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == '[memory]']
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in events), initial=0))
 
 
 def measure_step(distiller: DetectionDistiller, batch: dict, optimizer: dict, repeats: int = 5) -> StepCosts:
@@ -158,35 +229,36 @@ def measure_step(distiller: DetectionDistiller, batch: dict, optimizer: dict, re
         optimizer: The config's ``optim_wrapper``.
         repeats: Number of rounds, after one that is not counted.
     """
-    calls = dict(_steps(distiller, batch, optimizer), **dict(_parts(distiller, batch)))
-    parts, rounds = _measured(calls, next(distiller.parameters()).device, repeats)
+    calls = dict(_training_steps(distiller, batch, optimizer), **dict(_parts(distiller, batch)))
+    parts, rounds = _measure_calls(calls, next(distiller.parameters()).device, repeats)
     return StepCosts(parts, [each[DISTILLED] - each[STUDENT] for each in rounds])
 
 
 def measure_parts(distiller: DetectionDistiller, batch: dict, repeats: int = 5) -> dict[str, Cost]:
     """As :func:`measure_step`, of the parts alone; the steps take most of its time."""
-    return _measured(dict(_parts(distiller, batch)), next(distiller.parameters()).device, repeats)[0]
+    return _measure_calls(dict(_parts(distiller, batch)), next(distiller.parameters()).device, repeats)[0]
 
 
-def _measured(calls: dict[str, Call], device: Device, repeats: int) -> tuple[dict[str, Cost], list[dict[str, float]]]:
-    """The cost of each call, and its seconds round by round, so that a slow moment of the machine meets them all."""
+def _measure_calls(calls: dict[str, Call], device: Device,
+                   repeats: int) -> tuple[dict[str, Cost], list[dict[str, float]]]:
+    """Measures each call, and its seconds round by round, so that a slow moment of the machine meets them all."""
     rounds: list[dict[str, float]] = []
     for _ in range(repeats + 1):
         rounds.append({})
         for name, call in calls.items():
             set_random_seed(0)  # the same samples in all rounds
-            rounds[-1][name] = seconds(call, device, repeats=1, warmup=0)
+            rounds[-1][name] = measure_seconds(call, device, repeats=1, warmup=0)
     rounds = rounds[1:]
-    return {name: Cost(median(each[name] for each in rounds), peak_memory(call, device))
+    return {name: Cost(median(each[name] for each in rounds), measure_peak_memory(call, device))
             for name, call in calls.items()}, rounds
 
 
-def _steps(distiller: DetectionDistiller, batch: dict, optimizer: dict) -> Iterator[tuple[str, Call]]:
+def _training_steps(distiller: DetectionDistiller, batch: dict, optimizer: dict) -> Iterator[tuple[str, Call]]:
     for name, model in {STUDENT: distiller.student, DISTILLED: distiller}.items():
         wrapper = build_optim_wrapper(model, optimizer)
         for group in wrapper.param_groups:
             group['lr'] = 0.0
-        yield name, _training_step(model, batch, wrapper)
+        yield name, lambda model=model, wrapper=wrapper: model.train_step(dict(batch), wrapper)
 
 
 def _parts(distiller: DetectionDistiller, batch: dict) -> Iterator[tuple[str, Call]]:
@@ -208,27 +280,38 @@ def _forward_and_backward(term: DistillTerm, context: DistillContext) -> Call:
     """Of one term, backward as far as the features that it reads, or else the outputs of heads."""
     read = [context.student[path] for path in term.student_taps]
     read = read or [outputs for head, outputs in context.student_outputs.items() if head in term.student_heads]
-    learning = [*_learning(read), *term.parameters()]
+    learning = [*_find_learning(read), *term.parameters()]
 
     def call() -> None:
-        value = total(term(replace(context, _computed={})))  # nothing that another call has computed
+        value = sum_parts(term(replace(context, _computed={})))  # nothing that another call has computed
         torch.autograd.grad(value, learning, allow_unused=True, retain_graph=True)
 
     return call
 
 
-def _training_step(model: nn.Module, batch: dict, wrapper: OptimWrapper) -> Call:
-    return lambda: model.train_step(dict(batch), wrapper)
-
-
-def _learning(outputs: object) -> Iterator[Tensor]:
-    """The tensors within that a gradient can reach."""
+def _find_learning(outputs: object) -> Iterator[Tensor]:
+    """Yields the tensors within that a gradient can reach."""
     if isinstance(outputs, Tensor):
         if outputs.requires_grad:
             yield outputs
     elif isinstance(outputs, (tuple, list, dict)):
         for each in outputs.values() if isinstance(outputs, dict) else outputs:
-            yield from _learning(each)
+            yield from _find_learning(each)
     elif is_dataclass(outputs):
-        for field in fields(outputs):
-            yield from _learning(getattr(outputs, field.name))
+        for each in fields(outputs):
+            yield from _find_learning(getattr(outputs, each.name))
+
+
+def random_distiller(config: Config, device: Device = 'cpu') -> DetectionDistiller:
+    """The distiller of a config, with random weights, which take as long, and every term at its full weight."""
+    teachers = [config.model.teacher] if isinstance(config.model.teacher, dict) else config.model.teacher
+    for teacher in teachers:
+        teacher.update(checkpoint=None, random_teacher=True, cache=None)
+    config.model.student = remove_pretrained(config.model.student)
+    distiller = build_detector(config.model).to(device).train()
+    distiller.student.init_weights()  # some parts are whatever the memory held before
+    distiller.schedules = {name: Schedule(weight.full) for name, weight in distiller.schedules.items()}
+    distiller.progress = Progress(iteration=1)  # no gradients are compared in this step,
+    for balance in distiller.monitor.balances.values():
+        balance.start = 1  # but the first time that it is made
+    return distiller

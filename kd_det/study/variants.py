@@ -1,4 +1,4 @@
-"""What is compared: a method, or a method in a setting of its own."""
+"""The variants of a benchmark: a method, or a method in a setting of its own, and the config that trains it."""
 from __future__ import annotations
 
 import copy
@@ -6,21 +6,16 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
+from itertools import product, takewhile
 from pathlib import Path
 from typing import Any
 
 from mmdet.registry import TRANSFORMS
 from mmengine.config import Config, DictAction
 
+from kd_det.config import ConfigurationError
 from kd_det.config.composition import NO_METHOD, PAPER, distillation_config, ensemble
-from kd_det.config.files import (
-    ConfigurationError,
-    leaf_datasets,
-    student_model,
-    training_pipelines,
-    type_name,
-)
+from kd_det.config.files import TOP_KEYS, leaf_datasets, student_model, training_pipelines, type_name
 from kd_det.config.methods import available_methods, find_files, is_file
 from kd_det.config.options import merge_options
 from kd_det.registry import HOME, find_class, scope_of, within_scope
@@ -67,18 +62,18 @@ class Variant:
         return self.method == PLAIN and not self.inherit
 
 
-def twin_of(name: str) -> str:
+def find_twin(name: str) -> str:
     """The plain student that a variant is compared with, by their names.
 
     It has those of the variant's settings that would change the student without a teacher too: ``none@augment=mosaic``
     for ``fgd@paper@augment=mosaic``, so that augmentation does not count as the teacher's merit. The twin of a plain
     student in a setting is that without: ``none``.
     """
-    twin = '@'.join([PLAIN, *(setting for setting in name.split('@')[1:] if _is_students(setting))])
+    twin = '@'.join([PLAIN, *(setting for setting in name.split('@')[1:] if _changes_student(setting))])
     return PLAIN if twin == name else twin
 
 
-def _is_students(setting: str) -> bool:
+def _changes_student(setting: str) -> bool:
     if '.' in setting.partition('=')[0]:
         return not setting.startswith(DISTILLATION_KEYS)
     return setting.startswith('augment=') and setting != f'augment={PLAIN}'
@@ -103,22 +98,23 @@ def parse_variants(text: str, common: Variant = Variant('', PLAIN)) -> list[Vari
         common: The settings that hold unless a variant has its own; for the plain student only ``settings`` hold.
 
     Returns:
-        The variants; the plain student and the twins of all others, see :func:`twin_of`, come first, whether they were
-        named or not.
+        The variants; the plain student and the twins of all others, see :func:`find_twin`, come first, whether they
+        were named or not.
 
     Raises:
         ConfigurationError: A method or a setting is not known, or a variant is named twice.
     """
-    variants = [_parse(each.strip(), common) for each in re.split(r',(?![^\[(]*[\])])', text) if each.strip()]
+    variants = [_parse_variant(each.strip(), common) for each in re.split(r',(?![^\[(]*[\])])', text) if each.strip()]
     names = [variant.name for variant in variants]
     for name in names:
         if names.count(name) > 1:
             raise ConfigurationError(f"--methods names '{name}' {names.count(name)} times.")
-    twins = [PLAIN, *dict.fromkeys(twin for twin in map(twin_of, names) if twin != PLAIN)]
-    return [_parse(twin, common) for twin in twins] + [variant for variant in variants if variant.name not in twins]
+    twins = [PLAIN, *dict.fromkeys(twin for twin in map(find_twin, names) if twin != PLAIN)]
+    return [*(_parse_variant(twin, common) for twin in twins),
+            *(variant for variant in variants if variant.name not in twins)]
 
 
-def _parse(text: str, common: Variant) -> Variant:
+def _parse_variant(text: str, common: Variant) -> Variant:
     method, *settings = text.split('@')
     if method == 'inherit':
         method, settings = PLAIN, ['inherit', *settings]
@@ -132,14 +128,14 @@ def _parse(text: str, common: Variant) -> Variant:
         common = replace(common, balance=None, inherit=())
     variant = replace(common, name=text, method=method)
     for setting in settings:
-        variant = _with_setting(variant, setting)
+        variant = _apply_setting(variant, setting)
     if variant.method == PLAIN and variant.teachers > 1:
         raise ConfigurationError(f"--methods {text}: only a method's terms learn from several teachers, and here "
                                  f'are none. Name one, such as kd@teachers={variant.teachers}, or leave @teachers out.')
     return variant
 
 
-def _with_setting(variant: Variant, setting: str) -> Variant:
+def _apply_setting(variant: Variant, setting: str) -> Variant:
     key, given, value = setting.partition('=')
     if key == PAPER and not given:
         return replace(variant, balance=PAPER)
@@ -167,6 +163,19 @@ def _with_setting(variant: Variant, setting: str) -> Variant:
     raise ConfigurationError(f"--methods {variant.name}: there is no setting '@{setting}'. Expected @paper, "
                              '@balance=RATIO, @inherit, @inherit=PART+PART, @teachers=N, @augment=mosaic+mixup or '
                              '@dotted.key=value.')
+
+
+def expand_grid(method: str, settings: Sequence[tuple[str, Sequence]]) -> list[str]:
+    """Names a variant for every combination of values, as :func:`parse_variants` reads them.
+
+    Args:
+        method: The method.
+        settings: Key and values of each setting. A dotted key that begins with nothing that a run reads is a term's; a
+            config may define the method under the same name.
+    """
+    keys = [f'model.distill.{key}' if '.' in key and key.split('.')[0] not in TOP_KEYS else key for key, _ in settings]
+    return ['@'.join([method, *(f'{key}={value}' for key, value in zip(keys, values))])
+            for values in product(*(values for _, values in settings))]
 
 
 def variant_config(variant: Variant, pair: Pair, checkpoints: Sequence[str] = ()) -> Config:
@@ -219,17 +228,17 @@ def mix_images(config: Config, augmentations: Sequence[str]) -> None:
     leaves = leaf_datasets(dataset)
     pipeline = list(leaves[0].get('pipeline') or ())
     loading = list(takewhile(lambda transform: type_name(transform).startswith('Load'), pipeline))
-    _check(config, pipeline, loading)
-    size = _size(pipeline, leaves)
+    _check_mixable(config, pipeline, loading)
+    size = _find_size(pipeline, leaves)
     mean = (student_model(config).get('data_preprocessor') or {}).get('mean')
     pad_value = float(round(sum(mean) / len(mean))) if mean else PAD_VALUE
     for leaf in leaves:
         leaf.pipeline = loading
-    config.train_dataloader.dataset = dict(
-        type=WRAPPER, dataset=dataset, pipeline=[*_mixing(augmentations, size, pad_value), *pipeline[len(loading):]])
+    mixing = _mixing_transforms(augmentations, size, pad_value)
+    config.train_dataloader.dataset = dict(type=WRAPPER, dataset=dataset, pipeline=[*mixing, *pipeline[len(loading):]])
 
 
-def _mixing(augmentations: Sequence[str], size: tuple[int, int], pad_value: float) -> Iterator[dict]:
+def _mixing_transforms(augmentations: Sequence[str], size: tuple[int, int], pad_value: float) -> Iterator[dict]:
     """Yields the transforms; the image is then of that size, or within it where nothing but MixUp is done."""
     if 'mosaic' in augmentations:
         yield dict(type=f'{HOME}.Mosaic', img_scale=size, pad_val=pad_value)
@@ -242,7 +251,7 @@ def _mixing(augmentations: Sequence[str], size: tuple[int, int], pad_value: floa
     yield dict(type=f'{HOME}.FilterAnnotations', min_gt_bbox_wh=(1, 1), keep_empty=False)
 
 
-def _check(config: Config, pipeline: list[dict], loading: list[dict]) -> None:
+def _check_mixable(config: Config, pipeline: list[dict], loading: list[dict]) -> None:
     dataset = config.train_dataloader.dataset
     with within_scope(scope_of(config)):
         mixing = {type_name(each): None for each in _all_transforms(training_pipelines(config))
@@ -266,9 +275,9 @@ def _check(config: Config, pipeline: list[dict], loading: list[dict]) -> None:
                                  'masks.')
 
 
-def _size(pipeline: list[dict], leaves: list[dict]) -> tuple[int, int]:
+def _find_size(pipeline: list[dict], leaves: list[dict]) -> tuple[int, int]:
     """Width and height that images are scaled to."""
-    scales = list(_scales(pipeline))
+    scales = list(_find_scales(pipeline))
     if scales:
         return max(scales, key=lambda scale: scale[0] * scale[1])
     shapes: list[tuple[int, int]] = []
@@ -279,7 +288,7 @@ def _size(pipeline: list[dict], leaves: list[dict]) -> tuple[int, int]:
     return max(widths), max(heights)
 
 
-def _scales(pipeline: list[dict]) -> Iterator[tuple[int, int]]:
+def _find_scales(pipeline: list[dict]) -> Iterator[tuple[int, int]]:
     """The sizes that the resizing transforms of a pipeline name; upright ones lie down where the ratio is kept."""
     for transform in _all_transforms(pipeline):
         named = (transform.get('scales') or transform.get('scale') or ()) if 'Resize' in type_name(transform) else ()

@@ -10,7 +10,6 @@ from rich.table import Table
 
 from kd_det.checks.environment import Finding
 from kd_det.cli import distill
-from kd_det.cli.benchmark_step import costs_table
 from kd_det.cli.doctor import render
 from kd_det.cli.main import main
 from kd_det.compat import process
@@ -87,7 +86,7 @@ def test_columns_stay_in_line_where_signs_are_spelt_out(monkeypatch):
 def test_a_caption_of_numbers_is_plain(monkeypatch):
     output = ascii_output(monkeypatch)
     costs = StepCosts({name: Cost(1.0, 0) for name in (STUDENT, DISTILLED, PLAIN_TEACHER)}, [1.0])
-    PlainConsole().print(costs_table(costs, 1, (64, 64), 0))
+    PlainConsole().print(costs.tabulate().to_rich())
     assert '[bold]' not in written(output)
 
 
@@ -105,7 +104,8 @@ def test_a_process_of_another_locale_reads_and_writes_utf8(tmp_path):
                f"runpy.run_path({process.__file__!r})['use_any_encoding']()\n"
                "logging.basicConfig(handlers=[logging.FileHandler('x.log'), logging.StreamHandler(sys.stdout)])\n"
                "logging.warning('\\u732b \\u2013')\n")
-    environment = dict(os.environ, LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0', PYTHONPATH=os.pathsep.join(sys.path))
+    environment = dict(os.environ, LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0',
+                       PYTHONPATH=os.pathsep.join(sys.path))
     done = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == 0 and b'Logging error' not in done.stderr
     assert b'\\u732b -' in done.stdout and '猫 –' in (tmp_path / 'x.log').read_text(encoding='utf-8')

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from kd_det.functional import blocks, features, masks
-from kd_det.study.step_costs import peak_memory
+from kd_det.study.step_costs import measure_peak_memory
 
 BATCH, CELLS = (64, 96), (8, 12)
 VALID = masks.valid_cells([BATCH, (40, 56)], BATCH, CELLS)
@@ -71,7 +71,7 @@ def test_nothing_of_the_features_size_is_made_but_the_gradient(loss, monkeypatch
     student.requires_grad_()
 
     def peak():
-        return peak_memory(lambda: torch.autograd.grad(loss(student, teacher), student)) / (4 * student.numel())
+        return measure_peak_memory(lambda: torch.autograd.grad(loss(student, teacher), student)) / (4 * student.numel())
 
     at_once = peak()
     monkeypatch.setattr(blocks, 'BLOCK', 2**9)

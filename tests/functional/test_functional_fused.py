@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from kd_det.functional import blocks, focal_global, masks
-from kd_det.study.step_costs import peak_memory
+from kd_det.study.step_costs import measure_peak_memory
 
 BATCH = (64, 96)
 WEIGHTS = dict(alpha=2, beta=3, gamma=5, lambda_=7)
@@ -117,6 +117,6 @@ def test_nothing_of_the_features_size_is_made_but_the_gradient(monkeypatch):
     monkeypatch.setattr(blocks, 'BLOCK', 2**12)
     inputs = Inputs(shape=(2, 128, 32, 48), dtype=torch.float32)
     size = 4 * inputs.student.numel()
-    peaks = [peak_memory(lambda: torch.autograd.grad(sum(form().values()), inputs.learning))
+    peaks = [measure_peak_memory(lambda: torch.autograd.grad(sum(form().values()), inputs.learning))
              for form in (inputs.fused, inputs.plain)]
     assert size < peaks[0] < 1.25 * size and peaks[1] > 4 * size

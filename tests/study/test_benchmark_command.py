@@ -10,13 +10,12 @@ from mmengine.config.lazy import LazyObject
 
 from kd_det.cli.benchmark import add_arguments
 from kd_det.cli.main import main
-from kd_det.cli.sweep import grid
 from kd_det.compat import load_checkpoint
 from kd_det.config.files import load_config, student_config
 from kd_det.study.pair import Pair
 from kd_det.study.runs import train
-from kd_det.study.scheduling import CONFIG_FILE, Machine
-from kd_det.study.variants import parse_variants, variant_config
+from kd_det.study.scheduling import CONFIG_FILE, JobPool
+from kd_det.study.variants import expand_grid, parse_variants, variant_config
 
 BROKEN = 'fgd@model.distill.fgd.tap=nowhere'
 
@@ -41,7 +40,7 @@ def benchmark(run_config, retinanet, tmp_path, monkeypatch):
 def test_types_that_are_classes_are_written_by_their_names(run_config, retinanet):
     config = run_config(retinanet(), epochs=1, val=True)
     config.visualizer = dict(type=LazyObject('mmdet.visualization', 'DetLocalVisualizer'))
-    train('plain', config, 'identity', say=lambda text: None)
+    train('plain', config, 'identity', log=lambda text: None)
     saved = next(Path(config.work_dir).glob('*/vis_data/config.py'))
     assert "type='mmdet.visualization.DetLocalVisualizer'" in saved.read_text() and load_config(saved)
 
@@ -101,17 +100,17 @@ def test_seeds_that_are_none_are_named(seeds, capsys):
 
 
 def test_a_sweep_is_a_benchmark_of_a_grid():
-    assert grid('kd', [('teachers', ['1', '3']), ('augment', ['none', 'mosaic'])]) == [
+    assert expand_grid('kd', [('teachers', ['1', '3']), ('augment', ['none', 'mosaic'])]) == [
         f'kd@teachers={number}@augment={kind}' for number in (1, 3) for kind in ('none', 'mosaic')]
     settings = [('kd.temperature', ['1', '2']), ('train_cfg.max_epochs', ['8', '16'])]
-    assert grid('kd', settings) == [
+    assert expand_grid('kd', settings) == [
         f'kd@model.distill.kd.temperature={temperature}@train_cfg.max_epochs={epochs}'
         for temperature in (1, 2) for epochs in (8, 16)]
 
 
 def test_a_sweep_sets_a_term_whose_method_the_pairs_config_defines():
     pair = Pair(student_config(load_config('kd_det::fgd_r101_r18.py')), 'kd_det::baseline_faster_rcnn_r101_r18.py')
-    plain, variant = parse_variants(grid('fgd', [('fgd.temperature', ['0.8'])])[0])
+    plain, variant = parse_variants(expand_grid('fgd', [('fgd.temperature', ['0.8'])])[0])
     assert plain.is_plain and variant_config(variant, pair, ['r101.pth']).model.distill.fgd.temperature == 0.8
 
 
@@ -119,12 +118,12 @@ def test_a_sweep_sets_a_term_whose_method_the_pairs_config_defines():
 def in_this_process(monkeypatch):
     """Trainings in this process, which spares each one's imports."""
 
-    def train_here(machine, job, expected, device, say):
+    def train_here(pool, job, identity, device, log):
         job.folder.mkdir(parents=True, exist_ok=True)
         Config(dict(job.config.to_dict(), work_dir=str(job.folder))).dump(job.folder / CONFIG_FILE)
-        return train(job.name, load_config(job.folder / CONFIG_FILE), expected, say)
+        return train(job.name, load_config(job.folder / CONFIG_FILE), identity, log)
 
-    monkeypatch.setattr(Machine, '_train', train_here)
+    monkeypatch.setattr(JobPool, '_train', train_here)
 
 
 def test_ensembles_and_augmentation_are_swept(benchmark, in_this_process, tmp_path, capsys):

@@ -2,7 +2,7 @@ import subprocess
 
 import pytest
 
-from kd_det.study.runs import CHECKOUT, commit, environment
+from kd_det.study.runs import CHECKOUT, describe_environment, find_commit
 
 
 @pytest.fixture
@@ -26,34 +26,34 @@ def checkout(tmp_path):
 
 def test_the_commit_is_that_of_the_checkout(checkout):
     folder, git = checkout
-    assert commit(folder) == git('rev-parse', 'HEAD') and len(commit(folder)) == 40
+    assert find_commit(folder) == git('rev-parse', 'HEAD') and len(find_commit(folder)) == 40
 
 
 @pytest.mark.parametrize('name', ['code.py', 'new.py'])
 def test_what_no_commit_holds_is_marked(checkout, name):
     folder, git = checkout
     (folder / name).write_text('b')
-    assert commit(folder) == git('rev-parse', 'HEAD') + '-dirty'
+    assert find_commit(folder) == git('rev-parse', 'HEAD') + '-dirty'
 
 
 def test_a_folder_of_another_checkout_has_no_commit(checkout):
     folder, _ = checkout
     (folder / 'site-packages').mkdir()
-    assert commit(folder / 'site-packages') is None
+    assert find_commit(folder / 'site-packages') is None
 
 
 def test_a_checkout_without_a_commit_has_none(tmp_path):
     (tmp_path / '.git').mkdir()
-    assert commit(tmp_path) is None
+    assert find_commit(tmp_path) is None
 
 
 def test_without_git_there_is_none(checkout, monkeypatch):
     folder, _ = checkout
     monkeypatch.setenv('PATH', '')
-    assert commit(folder) is None
+    assert find_commit(folder) is None
 
 
 def test_environment_tells_code_libraries_and_machine():
-    found = environment(threads=3)
-    assert found['commit'] == commit(CHECKOUT) and (CHECKOUT / 'kd_det').is_dir()
+    found = describe_environment(threads=3)
+    assert found['commit'] == find_commit(CHECKOUT) and (CHECKOUT / 'kd_det').is_dir()
     assert found['versions']['torch'] and found['machine']['threads'] == 3

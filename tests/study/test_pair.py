@@ -2,8 +2,8 @@ import pytest
 from mmengine.config import Config
 
 from kd_det.config.files import ConfigurationError
-from kd_det.study.pair import adapted, data_hash, read_pair
-from kd_det.study.runs import identity
+from kd_det.study.pair import adapt_config, hash_data, read_pair
+from kd_det.study.runs import identify_run
 
 
 def test_a_distillation_gives_its_student_and_its_teacher():
@@ -50,33 +50,33 @@ def test_schedules_stretch_with_the_epochs():
         dict(type='LinearLR', by_epoch=False, begin=0, end=500),
         dict(type='MultiStepLR', begin=0, end=12, by_epoch=True, milestones=[8, 11]),
         dict(type='CosineAnnealingLR', T_max=12, by_epoch=True, convert_to_iter_based=True)]))
-    changed = adapted(config, epochs=3)
+    changed = adapt_config(config, epochs=3)
     assert changed.train_cfg == dict(max_epochs=3, val_interval=3)
     warmup, steps, cosine = changed.param_scheduler
     assert warmup.end == 500 and (steps.end, steps.milestones, cosine.T_max) == (3, [2, 3], 3)
     assert config.train_cfg.max_epochs == 12
     with pytest.raises(ConfigurationError, match='does not count in epochs'):
-        adapted(Config(dict(train_cfg=dict(max_iters=100))), epochs=3)
+        adapt_config(Config(dict(train_cfg=dict(max_iters=100))), epochs=3)
 
 
 def test_data_is_known_by_its_annotations_and_images(run_config, retinanet, coco_folder, tmp_path):
     import shutil
-    before = data_hash(run_config(retinanet(), val=True))
+    before = hash_data(run_config(retinanet(), val=True))
     copied = shutil.copytree(coco_folder, tmp_path / 'copy')
     config = run_config(retinanet(), val=True)
     for loader in (config.train_dataloader, config.val_dataloader):
         loader.dataset.data_root = str(copied)
-    assert data_hash(config) == before  # wherever it lies
+    assert hash_data(config) == before  # wherever it lies
     (copied / 'all.json').write_text((copied / 'all.json').read_text() + ' ')
-    changed = data_hash(config)
+    changed = hash_data(config)
     (copied / '0.png').unlink()
-    assert len({before, changed, data_hash(config)}) == 3
+    assert len({before, changed, hash_data(config)}) == 3
 
 
 def test_identity_is_of_what_counts():
     model = dict(type='DetectionDistiller', teacher=dict(config='a.py', checkpoint='a.pth'))
-    first = identity(Config(dict(work_dir='a', model=model)), ['data'])
+    first = identify_run(Config(dict(work_dir='a', model=model)), ['data'])
     moved = Config(dict(work_dir='b', model=dict(model, teacher=dict(config='a.py', checkpoint='b.pth'))))
-    assert identity(moved, ['data']) == first != identity(moved, ['other data'])
+    assert identify_run(moved, ['data']) == first != identify_run(moved, ['other data'])
     moved.model.teacher.config = 'b.py'
-    assert identity(moved, ['data']) != first
+    assert identify_run(moved, ['data']) != first

@@ -183,12 +183,13 @@ def fonts(monkeypatch):
         manager.ttflist += [font_manager.FontEntry(fname=name, name=name, style='normal', weight=400) for name in more]
         monkeypatch.setattr(pictures.font_manager, 'fontManager', manager)
         monkeypatch.setattr(pictures.font_manager, 'findSystemFonts', list)
-        charmap = pictures._signs_of.__wrapped__
-        monkeypatch.setattr(pictures, '_signs_of', lambda file: set(map(ord, more[file])) if file in more else charmap(file))
-        pictures._fonts_with.cache_clear()
+        charmap = pictures._read_signs.__wrapped__
+        monkeypatch.setattr(pictures, '_read_signs',
+                            lambda file: set(map(ord, more[file])) if file in more else charmap(file))
+        pictures._find_fonts.cache_clear()
 
     yield make
-    pictures._fonts_with.cache_clear()
+    pictures._find_fonts.cache_clear()
 
 
 def drawn(figure, tmp_path):
@@ -215,10 +216,11 @@ def test_signs_that_no_font_has_are_spelt_out(fonts, tmp_path, monkeypatch):
 def test_fonts_that_have_the_signs_are_used(fonts, tmp_path, monkeypatch):
     latin = ''.join(map(chr, range(33, 127)))
     fonts(Cats='猫', Wide=f'猫犬{latin}')
-    assert pictures._fonts_with(frozenset(map(ord, '猫犬')))[0] == ['Wide']
-    assert pictures._fonts_with(frozenset(map(ord, '猫🐈'))) == (['Cats'], {ord('🐈')})
+    assert pictures._find_fonts(frozenset(map(ord, '猫犬')))[0] == ['Wide']
+    assert pictures._find_fonts(frozenset(map(ord, '猫🐈'))) == (['Cats'], {ord('🐈')})
     with matplotlib.rc_context():
-        assert pictures.names_to_draw(('猫', '犬')) == ('猫', '犬') and matplotlib.rcParams['font.sans-serif'][0] == 'Wide'
+        assert pictures.names_to_draw(('猫', '犬')) == ('猫', '犬')
+        assert matplotlib.rcParams['font.sans-serif'][0] == 'Wide'
 
 
 @pytest.mark.skipif(not [path for path in font_manager.findSystemFonts() if 'wqy' in path or 'NotoSansCJK' in path],

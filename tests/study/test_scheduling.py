@@ -10,7 +10,7 @@ import torch
 from mmengine.config import Config
 
 from kd_det.study import worker
-from kd_det.study.scheduling import Failure, Job, Machine
+from kd_det.study.scheduling import Failure, Job, JobPool
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_sigterm_ends_the_trainings(jobs, tmp_path, monkeypatch):
     try:
         sender.start()
         with pytest.raises(SystemExit) as left:
-            Machine(jobs=1, threads=1).run(jobs(f'echo $$ > {file}; exec sleep 20', 2), said.append)
+            JobPool(jobs=1, threads=1).run(jobs(f'echo $$ > {file}; exec sleep 20', 2), said.append)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # as it was
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -63,14 +63,14 @@ def test_each_training_sees_its_device_alone(jobs, monkeypatch, devices, at_once
     # Of two at once each waits for the other to begin; the third argument is the config in the job's folder.
     wait = ('cd $(dirname $(dirname $3)); touch began$$; '
             f'while [ $(ls | grep -c began) -lt {at_once} ]; do sleep 0.02; done')
-    outcomes = Machine(devices, at_once, threads=1).run(
+    outcomes = JobPool(devices, at_once, threads=1).run(
         jobs(f'{wait}; echo "[$CUDA_VISIBLE_DEVICES] $OMP_NUM_THREADS"; exit 1', 2), lambda text: None)
     assert all(isinstance(outcome, Failure) for outcome in outcomes)
     assert {outcome.error for outcome in outcomes} == {f'[{device}] 1' for device in expected}
 
 
 def test_a_training_logs_to_the_trackers_under_its_method_and_seed(jobs, tmp_path, monkeypatch):
-    outcome, = Machine(threads=1, trackers=['tensorboard', 'mlflow']).run(
+    outcome, = JobPool(threads=1, trackers=['tensorboard', 'mlflow']).run(
         jobs('shift 4; echo "$@"; exit 1', 1), lambda text: None)
     assert outcome.error == 'tensorboard mlflow'
     trained = []

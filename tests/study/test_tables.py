@@ -4,8 +4,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from kd_det.study.results import mark_twins, summarize
-from kd_det.study.tables import difference_text, markdown_table, rich_tables, rows
+from kd_det.study.results import format_difference, format_markdown, mark_twins, summarize, tabulate, variant_rows
 
 
 def entry(variant, seed, ap, **changes):
@@ -35,7 +34,7 @@ def test_summary_is_in_points_and_paired(results):
 
 
 def test_an_interval_with_zero_is_never_printed_as_a_gain(results):
-    table, _, fidelity = markdown_table(results).partition('Fidelity on val')
+    table, _, fidelity = format_markdown(results).partition('Fidelity on val')
     lines = {line.split(' | ')[0].strip('| '): line for line in table.splitlines() if line.startswith('| ')}
     assert '| +2.0 ± 0.5 |' in lines['better']
     assert 'no difference shown (+1.0 ± ' in lines['other']
@@ -45,8 +44,8 @@ def test_an_interval_with_zero_is_never_printed_as_a_gain(results):
 
 def test_console_shows_the_same(results):
     console = Console(width=200, record=True, file=StringIO())
-    for table in rich_tables(results):
-        console.print(table)
+    for table in tabulate(results):
+        console.print(table.to_rich())
     shown = console.export_text()
     assert 'compare only where the machine did nothing else' in shown
     assert 'no difference shown (+1.0' in shown and '1.00 GiB' in shown and '2.00 M' in shown and '0.800' in shown
@@ -54,7 +53,7 @@ def test_console_shows_the_same(results):
 
 def test_one_seed_is_no_statement():
     runs = [entry('none', 0, 0.3), entry('better', 0, 0.5)]
-    assert difference_text(summarize(runs)['better']['bbox_mAP'], 1) == 'one seed, no statement (+20.0)'
+    assert format_difference(summarize(runs)['better']['bbox_mAP'], 1) == 'one seed, no statement (+20.0)'
 
 
 def test_a_difference_over_fewer_pairs_than_seeds_tells_how_many():
@@ -64,7 +63,7 @@ def test_a_difference_over_fewer_pairs_than_seeds_tells_how_many():
     summary = summarize(runs)
     better = summary['better']['bbox_mAP']
     assert (summary['none']['bbox_mAP']['seeds'], better['seeds'], better['pairs']) == (2, 3, 2)
-    plain, row = rows(dict(teacher=None, runs=runs, summary=summary, fidelity={}))
+    plain, row = variant_rows(dict(teacher=None, runs=runs, summary=summary, fidelity={}))
     assert (plain['seeds'], row['seeds'], row['Δ mAP']) == ('2 of 3', '3', '+4.0 ± 0.6, 2 pairs')
 
 
@@ -73,7 +72,7 @@ def test_a_number_that_is_none_is_no_seed():
     runs += [entry('better', 0, 0.34), entry('better', 1, float('nan')), entry('better', 2, float('inf'))]
     summary = summarize(runs)
     assert summary['better']['bbox_mAP']['mean'] == pytest.approx(34)
-    _, row = rows(dict(teacher=None, runs=runs, summary=summary, fidelity={}))
+    _, row = variant_rows(dict(teacher=None, runs=runs, summary=summary, fidelity={}))
     assert (row['seeds'], row['mAP'], row['Δ mAP']) == ('1 of 3', '34.0', 'one seed, no statement (+4.0)')
 
 
@@ -88,7 +87,7 @@ def test_runs_that_did_not_begin_like_their_twin_are_marked():
 def test_several_teachers_are_one_row(results):
     first, second = entry('teacher', 0, 0.40), entry('teacher', 1, 0.44)
     results.update(teacher=first, further_teachers=[dict(checkpoint='teacher_2.pth', checkpoint_hash='', run=second)])
-    row = markdown_table(results).splitlines()[2]
+    row = format_markdown(results).splitlines()[2]
     assert row.startswith('| teacher | 2 | 42.0 ± 2.8 | 84.0 ± 5.7 |')
 
 

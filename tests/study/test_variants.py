@@ -1,10 +1,10 @@
 import pytest
 from mmengine.config import Config
 
-from kd_det.cli.benchmark import teachers_needed
 from kd_det.config.files import ConfigurationError
+from kd_det.study.benchmark import count_teachers
 from kd_det.study.pair import Pair
-from kd_det.study.variants import Variant, parse_variants, twin_of, variant_config
+from kd_det.study.variants import Variant, find_twin, parse_variants, variant_config
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_inheriting_alone_has_no_terms(pair):
     ('none@augment=mixup', 'none'),
 ])
 def test_the_twin_is_the_plain_student_in_the_students_settings(name, twin):
-    assert twin_of(name) == twin
+    assert find_twin(name) == twin
 
 
 def test_twins_take_part_whether_named_or_not():
@@ -110,8 +110,8 @@ def test_a_setting_of_a_term_holds_for_all_teachers(pair):
 
 def test_weights_of_other_than_the_teachers_that_are_needed_are_told():
     variants = parse_variants('kd@teachers=3,kd')
-    assert teachers_needed(variants, []) == teachers_needed(variants, ['a', 'b', 'c']) == 3
+    assert count_teachers(variants, []) == count_teachers(variants, ['a', 'b', 'c']) == 3
     with pytest.raises(ConfigurationError, match='kd@teachers=3: 1 checkpoint is given. Give 3'):
-        teachers_needed(variants, ['a'])
+        count_teachers(variants, ['a'])
     with pytest.raises(ConfigurationError, match='2 checkpoints are given, but no method asks for more than 1.*=2'):
-        teachers_needed(parse_variants('kd'), ['a', 'b'])
+        count_teachers(parse_variants('kd'), ['a', 'b'])

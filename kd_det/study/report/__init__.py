@@ -1,10 +1,11 @@
 """The report: what runs left behind, on one page that needs nothing else.
 
-In two stages. :func:`~kd_det.study.report.page.collect` reads the runs, and runs their checkpoints on the validation
-images; what takes long is kept as JSON in ``<run>/report/``.
-:func:`~kd_det.study.report.page.render` makes a page of it.
+In two stages. :func:`~kd_det.study.report.summary.collect` reads the runs, and runs their checkpoints on the validation
+images; what takes long is kept as JSON in ``<run>/report/``. :func:`~kd_det.study.report.page.render` makes a page of
+it. :func:`~kd_det.study.report.page.report` does both.
 """
-from kd_det.study.report.page import collect, render
-from kd_det.study.report.runs import read_studies
+from kd_det.study.report.page import Report, render, report
+from kd_det.study.report.studies import read_studies
+from kd_det.study.report.summary import collect
 
-__all__ = ['collect', 'read_studies', 'render']
+__all__ = ['Report', 'collect', 'read_studies', 'render', 'report']

@@ -19,12 +19,14 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
+from kd_det.config import ConfigurationError
 from kd_det.config.classes import label_names, metainfo_of
-from kd_det.config.files import ConfigurationError, student_model
-from kd_det.registry import build_detector as build_model
-from kd_det.registry import scope_of, within_scope
+from kd_det.config.files import student_model
+from kd_det.registry import build_detector, scope_of, within_scope
 from kd_det.teachers import load_strictly
 
+CURVES = {'50': 0, '75': 5}  # IoU in percent -> index among COCO's thresholds
+ALL_AREAS, MOST_DETECTIONS = 0, -1
 LOADING = ('allow_missing', 'allow_unexpected', 'checkpoint_prefix')  # of a teacher, see load_strictly
 
 Detection = list[float]  # x1, y1, x2, y2 in pixels of the original image, label, score
@@ -57,7 +59,7 @@ class Validation(NamedTuple):
     images: list[LabelledImage]
 
 
-def read_validation(config: Config) -> Validation:
+def load_validation(config: Config) -> Validation:
     """Builds the validation data.
 
     Raises:
@@ -70,18 +72,18 @@ def read_validation(config: Config) -> Validation:
     classes = label_names(dataset)
     palette = metainfo_of(dataset).get('palette')
     if not isinstance(palette, (list, tuple)) or len(palette) < len(classes):
-        palette = [_colour(index, len(classes)) for index in range(len(classes))]
+        palette = [_choose_colour(index, len(classes)) for index in range(len(classes))]
     infos = (dataset.get_data_info(index) for index in range(len(dataset)))
-    return Validation(dataset, classes, tuple(map(tuple, palette)), [_labelled(info) for info in infos])
+    return Validation(dataset, classes, tuple(map(tuple, palette)), [_read_labels(info) for info in infos])
 
 
-def _colour(index: int, count: int) -> tuple[int, int, int]:
-    """A colour of its own for each class."""
+def _choose_colour(index: int, count: int) -> tuple[int, int, int]:
+    """Chooses a colour of its own for each class."""
     from matplotlib.colors import hsv_to_rgb
     return tuple(int(255 * channel) for channel in hsv_to_rgb((index / count, 0.85, 0.9)))
 
 
-def _labelled(info: dict) -> LabelledImage:
+def _read_labels(info: dict) -> LabelledImage:
     instances = info['instances']
     return LabelledImage(
         str(Path(info['img_path'])), info['height'], info['width'],
@@ -91,7 +93,7 @@ def _labelled(info: dict) -> LabelledImage:
 
 
 def load_detector(config: Config, checkpoint: str, teacher: dict | None = None) -> nn.Module:
-    """The trained detector of a config, or the trained student of a distillation, ready to detect.
+    """Loads the trained detector of a config, or the trained student of a distillation, ready to detect.
 
     Args:
         config: Its config.
@@ -99,7 +101,7 @@ def load_detector(config: Config, checkpoint: str, teacher: dict | None = None) 
         teacher: Of a teacher its config within a distillation, which may say how its checkpoint is loaded.
     """
     with within_scope(scope_of(config)):
-        detector = build_model(student_model(config))
+        detector = build_detector(student_model(config))
     told = {key: teacher[key] for key in LOADING if key in (teacher or {})}
     load_strictly(detector, checkpoint, role='student' if teacher is None else 'teacher', **told)
     return detector.to(get_device()).eval()
@@ -108,10 +110,10 @@ def load_detector(config: Config, checkpoint: str, teacher: dict | None = None) 
 @torch.no_grad()
 def detect(detector: nn.Module, dataset: torch.utils.data.Dataset) -> list[list[Detection]]:
     """Runs a detector on each image of a data set, prepared as for validation."""
-    return [_detections(detector.val_step(pseudo_collate([dataset[index]]))[0]) for index in range(len(dataset))]
+    return [_read_detections(detector.val_step(pseudo_collate([dataset[index]]))[0]) for index in range(len(dataset))]
 
 
-def _detections(sample) -> list[Detection]:
+def _read_detections(sample) -> list[Detection]:
     found = sample.pred_instances
     boxes = getattr(found.bboxes, 'tensor', found.bboxes)
     return [[*(round(side, 3) for side in box), label, round(score, 6)]
@@ -119,8 +121,8 @@ def _detections(sample) -> list[Detection]:
             if all(map(math.isfinite, (*box, score)))]  # else it is nowhere: the student has diverged
 
 
-def chosen(images: Sequence[LabelledImage], names: Sequence[str]) -> list[int]:
-    """Indices of the images of these names: the file, with its folders and its suffix or without.
+def find_images(images: Sequence[LabelledImage], names: Sequence[str]) -> list[int]:
+    """Finds the indices of the images of these names: the file, with its folders and its suffix or without.
 
     Raises:
         ConfigurationError: No image has a name, or several have.
@@ -139,18 +141,14 @@ def chosen(images: Sequence[LabelledImage], names: Sequence[str]) -> list[int]:
     return found
 
 
-def evenly_spaced(count: int, wanted: int) -> Sequence[int]:
-    """Indices spread over a data set: chosen by no result."""
+def choose_evenly(count: int, wanted: int) -> Sequence[int]:
+    """Chooses indices evenly spread over a data set: by no result."""
     wanted = min(count, wanted)
     return [(2 * index + 1) * count // (2 * wanted) for index in range(wanted)]
 
 
-CURVES = {'50': 0, '75': 5}  # IoU in percent -> index among COCO's thresholds
-ALL_AREAS, MOST_DETECTIONS = 0, -1
-
-
-def ground_truth(images: Sequence[LabelledImage], classes: Sequence[str]) -> COCO:
-    """The ground truth as pycocotools takes it; image and class are named by index, the latter from 1 on."""
+def build_ground_truth(images: Sequence[LabelledImage], classes: Sequence[str]) -> COCO:
+    """Builds the ground truth as pycocotools takes it; image and class are named by index, the latter from 1 on."""
     annotations = []
     for index, image in enumerate(images):
         for (x1, y1, x2, y2), label, ignored in zip(image.boxes, image.labels, image.ignored):
@@ -166,11 +164,11 @@ def ground_truth(images: Sequence[LabelledImage], classes: Sequence[str]) -> COC
     return coco
 
 
-def evaluate(truth: COCO, detections: Sequence[Sequence[Detection]]) -> dict[str, object]:
+def evaluate_boxes(truth: COCO, detections: Sequence[Sequence[Detection]]) -> dict[str, object]:
     """Evaluates the boxes that a detector found on all images.
 
     Args:
-        truth: See :func:`ground_truth`.
+        truth: See :func:`build_ground_truth`.
         detections: For each image, in the order of the ground truth.
 
     Returns:
@@ -180,19 +178,19 @@ def evaluate(truth: COCO, detections: Sequence[Sequence[Detection]]) -> dict[str
     found = [dict(image_id=index, category_id=int(label) + 1, bbox=[x1, y1, x2 - x1, y2 - y1], score=score)
              for index, each in enumerate(detections) for x1, y1, x2, y2, label, score in each]
     with redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(truth, truth.loadRes(found) if found else _nothing(truth), 'bbox')
+        evaluation = COCOeval(truth, truth.loadRes(found) if found else _make_empty_results(truth), 'bbox')
         evaluation.evaluate()
         evaluation.accumulate()
     precision = evaluation.eval['precision'][..., ALL_AREAS, MOST_DETECTIONS]  # (IoU, recall, class); -1: no objects
     per_class: list[float | None] = [float(each.mean()) if each.min() > -1 else None
-                                        for each in np.moveaxis(precision, 2, 0)]
+                                     for each in np.moveaxis(precision, 2, 0)]
     present = precision[:, :, [value is not None for value in per_class]]
     curves = {name: present[index].mean(-1).tolist() if present.size else [] for name, index in CURVES.items()}
     return dict(per_class=per_class, precision=curves)
 
 
-def _nothing(truth: COCO) -> COCO:
-    """The results of a detector that finds nothing, which ``loadRes`` does not take."""
+def _make_empty_results(truth: COCO) -> COCO:
+    """Makes the results of a detector that finds nothing, which ``loadRes`` does not take."""
     empty = COCO()
     empty.dataset = dict(truth.dataset, annotations=[])
     empty.createIndex()

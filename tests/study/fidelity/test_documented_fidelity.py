@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kd_det.study.fidelity import summarize_fidelity
-from kd_det.study.results import paired_difference
+from kd_det.study.results import paired_difference, summarize_fidelity
 
 DOCS = Path(__file__).parents[3] / 'docs'
 

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kd_det.study.report.plots import map_uri
-from kd_det.study.report.verdict import sentence, statements
-from kd_det.study.results import METRICS, summarize
-from kd_det.study.tables import COSTS, rows
+from kd_det.study.pictures import map_uri
+from kd_det.study.report.summary import state_differences, write_verdict
+from kd_det.study.results import COSTS, METRICS, summarize, variant_rows
 
 
 def _photograph(random, width: int, height: int) -> str:
@@ -47,10 +46,11 @@ def synthetic_study():
                  for stride in (4, 8, 16, 32)] for _ in range(4)]
         looks = dict(attention=maps[0], **{f'fgd: mask_{index}': each for index, each in enumerate(maps[1:])})
         return dict(
-            name=name, plain='none', variants=variants, notes=['A note.'], verdict=sentence(statements(summary)),
-            beyond='', statements=[dict(each, beyond=None) for each in statements(summary)], fidelity={},
+            name=name, plain='none', variants=variants, notes=['A note.'],
+            verdict=write_verdict(state_differences(summary)), beyond='',
+            statements=[dict(each, beyond=None) for each in state_differences(summary)], fidelity={},
             provenance=dict(command='kd-det benchmark', versions=dict(torch='2')),
-            table=dict(columns=['method', 'seeds', *METRICS.values(), 'Δ mAP', *COSTS], rows=rows(results)),
+            table=dict(columns=['method', 'seeds', *METRICS.values(), 'Δ mAP', *COSTS], rows=variant_rows(results)),
             curves={'validation mAP': {variant: [curve, curve] for variant in variants}},
             terms={method: dict(task={'loss_cls': [curve]}, terms=dict(
                 fgd=dict(loss=[curve], parts={'relation': [curve]}, pull=[curve],

@@ -124,15 +124,15 @@ def test_the_chosen_variant_is_drawn_bold_and_others_fade(open_page, synthetic_s
                           Number(getComputedStyle(each).opacity)])""", variant)
 
     page.add_style_tag(content='* { transition: none !important; }')
-    for chosen in methods[:2]:
-        page.locator('select').select_option(chosen)
-        other, = set(methods[:2]) - {chosen}
+    for find_images in methods[:2]:
+        page.locator('select').select_option(find_images)
+        other, = set(methods[:2]) - {find_images}
         plots = 1 + 2
-        assert drawn(chosen) == [['3.2px', 1]] * plots
+        assert drawn(find_images) == [['3.2px', 1]] * plots
         assert all(width == '1.8px' and opacity == 1 for width, opacity in drawn('none'))
         faded = drawn(other)
         assert len(faded) == plots and all(width == '1.8px' and opacity <= 0.5 for width, opacity in faded)
-        assert page.locator('.differences li.on').get_attribute('data-row') == chosen
+        assert page.locator('.differences li.on').get_attribute('data-row') == find_images
 
 
 def test_each_difference_lies_beside_its_name_and_on_the_axis(open_page, synthetic_study):

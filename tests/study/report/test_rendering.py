@@ -5,8 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from kd_det.study.report.page import render
-from kd_det.study.report.plots import variant_inks
+from kd_det.study.report.page import choose_inks, render
 
 
 class Outline(HTMLParser):
@@ -92,7 +91,7 @@ def test_numbers_that_are_not_finite_become_null(synthetic_study):
 
 def test_many_variants_look_different():
     variants = [f'method_{index}' for index in range(50)]
-    assert len(set(variant_inks(['none', *variants, 'teacher'], 'none').values())) == 52
+    assert len(set(choose_inks(['none', *variants, 'teacher'], 'none').values())) == 52
 
 
 @pytest.mark.parametrize('validated, alone', [(True, False), (False, True)])

@@ -8,9 +8,9 @@ from mmengine.config import Config
 from kd_det.cli.main import main
 from kd_det.compat import load_checkpoint
 from kd_det.config.files import ConfigurationError
-from kd_det.study.report.page import _per_class, collect, render
-from kd_det.study.report.runs import read_studies
-from kd_det.study.report.verdict import _in_words
+from kd_det.study.report.page import render
+from kd_det.study.report.studies import read_studies
+from kd_det.study.report.summary import _compare_classes, _put_in_words, collect
 
 RESULT = dict(identity='', start='', order='', parameters=10, flops=None, seconds_per_iteration=0.1, peak_memory=None,
               peak_device_memory=None, epochs=1, iterations=2, checkpoint='epoch_1.pth',
@@ -84,13 +84,14 @@ def test_the_table_is_in_the_order_of_the_differences(unfinished):
 
 
 def test_what_made_a_benchmark_is_told_in_words():
-    assert _in_words(dict(devices=[], root=None, methods=['a', 'b'])) == dict(devices='none', root='–', methods='a, b')
+    told = _put_in_words(dict(devices=[], root=None, methods=['a', 'b']))
+    assert told == dict(devices='none', root='–', methods='a, b')
 
 
 def test_classes_are_compared_with_the_plain_student_in_the_same_setting(unfinished):
     accuracies = {variant: {0: dict(per_class=[ap, None]), 1: dict(per_class=[ap + 0.02, None])} for variant, ap in (
         ('none', 0.1), ('none@augment=mixup', 0.3), ('fgd', 0.15), ('fgd@augment=mixup', 0.29), ('teacher', 0.9))}
-    made = _per_class(read_studies([unfinished])[0], ['cat', 'dog'], accuracies)
+    made = _compare_classes(read_studies([unfinished])[0], ['cat', 'dog'], accuracies)
     assert {variant: [(each['name'], round(each['difference'], 6)) for each in classes]
             for variant, classes in made.items()} == {
         'none@augment=mixup': [('cat', 20)], 'fgd': [('cat', 5)], 'fgd@augment=mixup': [('cat', -1)]}

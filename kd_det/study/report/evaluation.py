@@ -5,6 +5,7 @@ import copy
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +20,26 @@ from torch import Tensor, nn
 
 from kd_det.checks.image_reader import read_image
 from kd_det.compat import load_checkpoint
+from kd_det.config import ConfigurationError
 from kd_det.config.classes import ClassMatch, match_classes, number_of_classes
-from kd_det.config.files import ConfigurationError, is_distillation
+from kd_det.config.files import is_distillation
 from kd_det.distillers import DetectionDistiller
 from kd_det.functional.masks import spatial_attention, valid_cells
+from kd_det.losses import FeatureTerm
 from kd_det.registry import build_detector, scope_of, within_scope
-from kd_det.study.inspection import compared_levels
-from kd_det.study.masks_shown import mask_looks
-from kd_det.study.report.detections import Detection, Validation, detect, evaluate, ground_truth, load_detector
-from kd_det.study.report.plots import image_uri, map_uri
-from kd_det.study.report.runs import Study, TrainedRun, cached, stamp
+from kd_det.study.maps import make_mask_maps, observe_comparisons
+from kd_det.study.pictures import image_uri, map_uri
+from kd_det.study.report.detections import (
+    Detection,
+    Validation,
+    build_ground_truth,
+    detect,
+    evaluate_boxes,
+    load_detector,
+)
+from kd_det.study.report.studies import Study, TrainedRun, identify_file, load_or_make
 from kd_det.teachers import TeacherError, read_model_config
-from kd_det.teachers.loading import teacher_classes
+from kd_det.teachers.loading import find_class_names
 from kd_det.training.hooks import CHECKPOINT_KEY
 
 SHOWN_FROM = 0.05  # score of a box
@@ -38,11 +47,11 @@ TEACHER = 'teacher'
 
 
 @dataclass
-class Seen:
-    """What was seen.
+class StudyEvaluation:
+    """What the trained detectors of a study show on the validation images.
 
     Attributes:
-        accuracies: Variant -> seed -> accuracy, see :func:`~kd_det.study.report.detections.evaluate`.
+        accuracies: Variant -> seed -> accuracy, see :func:`~kd_det.study.report.detections.evaluate_boxes`.
         images: The shown images with ground truth and, by variant, the boxes of its first seed.
         maps: Variant -> title -> levels, for each shown image; of its first seed.
         notes: What is missing.
@@ -53,8 +62,8 @@ class Seen:
     notes: list[str] = field(default_factory=list)
 
 
-def look(study: Study, validation: Validation, shown: Sequence[int], teacher: dict | None,
-         say: Callable[[str], None]) -> Seen:
+def evaluate_study(study: Study, validation: Validation, shown: Sequence[int], teacher: dict | None,
+                   log: Callable[[str], None]) -> StudyEvaluation:
     """Runs the checkpoints of a study, and its teacher, on the validation images.
 
     Args:
@@ -62,92 +71,100 @@ def look(study: Study, validation: Validation, shown: Sequence[int], teacher: di
         validation: Its validation data.
         shown: Indices of the images to show.
         teacher: ``config`` and ``checkpoint``, if there is one.
-        say: Told what is being done.
+        log: Given a line on what is being done.
     """
-    truth, seen = ground_truth(validation.images, validation.classes), Seen()
+    truth, evaluation = build_ground_truth(validation.images, validation.classes), StudyEvaluation()
     for index in shown:
         image = validation.images[index]
         boxes = [[*box, label] for box, label, ignored in zip(image.boxes, image.labels, image.ignored) if not ignored]
-        seen.images.append(dict(name=Path(image.file).name, width=image.width, height=image.height,
-                                source=image_uri(read_image(validation.dataset, index)), truth=boxes, boxes={}))
+        evaluation.images.append(dict(
+            name=Path(image.file).name, width=image.width, height=image.height,
+            source=image_uri(read_image(validation.dataset, index)), truth=boxes, boxes={}))
     has_teacher = teacher is not None and Path(str(teacher['checkpoint'])).is_file()
     if has_teacher:
-        say(f'{study.name}: {TEACHER}')
-        _add(seen, TEACHER, [_teacher_run(study, teacher)], validation, truth, shown, teacher)
+        log(f'{study.name}: {TEACHER}')
+        _evaluate_variant(evaluation, TEACHER, [_make_teacher_run(study, teacher)], validation, truth, shown, teacher)
     elif teacher is not None:
-        seen.notes.append(f"Teacher and masks are not shown, for there is no checkpoint '{teacher['checkpoint']}' "
-                          '(--teacher-checkpoint tells where it is).')
+        evaluation.notes.append('Teacher and masks are not shown, for there is no checkpoint '
+                                f"'{teacher['checkpoint']}' (--teacher-checkpoint tells where it is).")
     for variant, runs in study.variants.items():
         trained = [run for run in runs if run.checkpoint is not None]
         if len(trained) < len(runs):
-            seen.notes.append(f'{variant}: {len(runs) - len(trained)} of {len(runs)} checkpoints are missing.')
+            evaluation.notes.append(f'{variant}: {len(runs) - len(trained)} of {len(runs)} checkpoints are missing.')
         if trained:
-            say(f'{study.name}: {variant}, {len(trained)} run{"s" * (len(trained) > 1)}')
-            _add(seen, variant, trained, validation, truth, shown)
+            log(f'{study.name}: {variant}, {len(trained)} run{"s" * (len(trained) > 1)}')
+            _evaluate_variant(evaluation, variant, trained, validation, truth, shown)
             if has_teacher and is_distillation(trained[0].config):
-                _add_masks(seen, trained[0], teacher, validation, shown)
-    return seen
+                _add_masks(evaluation, trained[0], teacher, validation, shown)
+    return evaluation
 
 
-def _teacher_run(study: Study, teacher: dict) -> TrainedRun:
+def _make_teacher_run(study: Study, teacher: dict) -> TrainedRun:
     """The teacher, as if it were a run; what is found out of it is kept in the folder of the study."""
     folder = study.runs[0].folder if study.results is None else study.runs[0].folder.parents[1]
     config = Config(dict(model=read_model_config(teacher['config'])))
     return TrainedRun(TEACHER, 0, folder / TEACHER, config, Path(teacher['checkpoint']), [])
 
 
-def _add(seen: Seen, variant: str, runs: list[TrainedRun], validation: Validation, truth: COCO,
-         shown: Sequence[int], teacher: dict | None = None) -> None:
+def _evaluate_variant(evaluation: StudyEvaluation, variant: str, runs: list[TrainedRun], validation: Validation,
+                      truth: COCO, shown: Sequence[int], teacher: dict | None = None) -> None:
     """Adds the accuracies of a variant, and boxes and attention of its first run; the classes of a teacher by name."""
     first = load_detector(runs[0].config, str(runs[0].checkpoint), teacher)
     count, match = number_of_classes(first), None
     try:
-        match = _shared_classes(teacher, count, validation.classes) if teacher else None
+        match = _match_classes(teacher, count, validation.classes) if teacher else None
     except (ConfigurationError, TeacherError) as error:
-        seen.notes.append(f'The {variant} is not shown: {error}')
+        evaluation.notes.append(f'The {variant} is not shown: {error}')
         return
     if match is None and count not in (None, len(validation.classes)):
-        seen.notes.append(f'{variant} knows other classes than the validation data: its boxes can not be compared.')
+        evaluation.notes.append(f'{variant} knows other classes than the validation data: its boxes can not be '
+                                'compared.')
         return
     if match is not None:
-        seen.notes.append(f"Classes: {match.report('what is shown of it')}")
+        evaluation.notes.append(f"Classes: {match.report('what is shown of it')}")
     if match is None or len(match.of_student) == len(validation.classes):  # AP of classes that it lacks would be 0
-        seen.accuracies[variant] = {}
+        evaluation.accuracies[variant] = {}
     for run in runs:
-        data = [stamp(run.checkpoint), [image._asdict() for image in validation.images]]
-        detections = cached(run.folder, 'detections', data, lambda: detect(
-            first if run is runs[0] else load_detector(run.config, str(run.checkpoint)), validation.dataset))
+        data = [identify_file(run.checkpoint), [image._asdict() for image in validation.images]]
+        detections = load_or_make(run.folder, 'detections', data,
+                                  partial(_detect, run, first if run is runs[0] else None, validation))
         if match is not None:
-            detections, data = [_translated(each, match) for each in detections], [*data, match.of_teacher]
-        if variant in seen.accuracies:
-            seen.accuracies[variant][run.seed] = cached(run.folder, 'accuracy', data,
-                                                        lambda: evaluate(truth, detections))
+            detections, data = [_relabel(each, match) for each in detections], [*data, match.of_teacher]
+        if variant in evaluation.accuracies:
+            evaluation.accuracies[variant][run.seed] = load_or_make(run.folder, 'accuracy', data,
+                                                                    partial(evaluate_boxes, truth, detections))
         if run is runs[0]:
-            for image, index in zip(seen.images, shown):
+            for image, index in zip(evaluation.images, shown):
                 image['boxes'][variant] = [[*(round(side, 1) for side in box[:4]), box[4], round(box[5], 3)]
                                            for box in detections[index] if box[5] >= SHOWN_FROM]
-            attention = cached(run.folder, 'attention', _cause(run, validation, shown),
-                               lambda: attention_maps(first, validation, shown))
-            seen.maps[variant] = [dict(attention=levels) for levels in attention]
+            attention = load_or_make(run.folder, 'attention', _list_causes(run, validation, shown),
+                                     partial(draw_attention, first, validation, shown))
+            evaluation.maps[variant] = [dict(attention=levels) for levels in attention]
 
 
-def _add_masks(seen: Seen, run: TrainedRun, teacher: dict, validation: Validation, shown: Sequence[int]) -> None:
+def _detect(run: TrainedRun, detector: nn.Module | None, validation: Validation) -> list[list[Detection]]:
+    return detect(detector or load_detector(run.config, str(run.checkpoint)), validation.dataset)
+
+
+def _add_masks(evaluation: StudyEvaluation, run: TrainedRun, teacher: dict, validation: Validation,
+               shown: Sequence[int]) -> None:
     """Adds the masks of a run's terms to its maps."""
     config = copy.deepcopy(run.config)
     if isinstance(config.model.teacher, dict):
         config.model.teacher.update(teacher)
-    cause = [stamp(Path(teacher['checkpoint'])), *_cause(run, validation, shown)]
+    cause = [identify_file(Path(teacher['checkpoint'])), *_list_causes(run, validation, shown)]
     try:
-        masks = cached(run.folder, 'masks', cause, lambda: mask_maps(config, str(run.checkpoint), validation, shown))
+        masks = load_or_make(run.folder, 'masks', cause,
+                             partial(draw_masks, config, str(run.checkpoint), validation, shown))
     except Exception as error:  # of any of the many methods; a page without its masks is better than none
-        seen.notes.append(f'{run.variant}: its masks are missing: {type(error).__name__}: {error}')
+        evaluation.notes.append(f'{run.variant}: its masks are missing: {type(error).__name__}: {error}')
         return
-    for maps, of_image in zip(seen.maps.get(run.variant, ()), masks):
-        maps.update({mask_title(name): levels for name, levels in of_image.items()})
+    for maps, of_image in zip(evaluation.maps.get(run.variant, ()), masks):
+        maps.update({describe_mask(name): levels for name, levels in of_image.items()})
 
 
-def _shared_classes(teacher: dict, count: int | None, classes: Sequence[str]) -> ClassMatch | None:
-    """How a teacher's classes fit those of the data, by their names; None if its names are not known, or are those.
+def _match_classes(teacher: dict, count: int | None, classes: Sequence[str]) -> ClassMatch | None:
+    """Matches a teacher's classes with those of the data, by name; None if its names are not known, or are those.
 
     Args:
         teacher: ``config`` and ``checkpoint``, perhaps ``classes``.
@@ -159,29 +176,29 @@ def _shared_classes(teacher: dict, count: int | None, classes: Sequence[str]) ->
         TeacherError: The teacher names more or fewer classes than it has.
     """
     meta = load_checkpoint(teacher['checkpoint']).get('meta') or {}
-    names = teacher_classes(count, teacher.get('classes', ()), meta, teacher['config'])
+    names = find_class_names(count, teacher.get('classes', ()), meta, teacher['config'])
     match = match_classes(classes, names) if names else None
     return None if match is None or match.is_identity else match
 
 
-def _translated(detections: Sequence[Detection], match: ClassMatch) -> list[Detection]:
-    """A teacher's detections with the labels of the data, without those of classes that the data lacks."""
+def _relabel(detections: Sequence[Detection], match: ClassMatch) -> list[Detection]:
+    """Gives a teacher's detections the labels of the data, without those of classes that the data lacks."""
     labels = dict(zip(match.of_teacher, match.of_student))
     return [[*box, labels[label], score] for *box, label, score in detections if label in labels]
 
 
-def _cause(run: TrainedRun, validation: Validation, shown: Sequence[int]) -> list:
-    """What the maps of a run follow from."""
-    return [stamp(run.checkpoint), [validation.images[index]._asdict() for index in shown]]
+def _list_causes(run: TrainedRun, validation: Validation, shown: Sequence[int]) -> list:
+    """Lists what the maps of a run follow from."""
+    return [identify_file(run.checkpoint), [validation.images[index]._asdict() for index in shown]]
 
 
 TEMPERATURE = 0.5  # FGD's
-Maps = dict[str, list[dict]]  # title -> one map for each level, see _picture
+Maps = dict[str, list[dict]]  # title -> one map for each level, see _draw_map
 
 
 @torch.no_grad()
-def attention_maps(detector: nn.Module, validation: Validation, indices: Sequence[int]) -> list[list[dict]]:
-    """The spatial attention of the neck's features, of each image and level.
+def draw_attention(detector: nn.Module, validation: Validation, indices: Sequence[int]) -> list[list[dict]]:
+    """Draws the spatial attention of the neck's features, of each image and level.
 
     Args:
         detector: A trained detector.
@@ -196,14 +213,14 @@ def attention_maps(detector: nn.Module, validation: Validation, indices: Sequenc
         for feature in detector.extract_feat(inputs):
             valid = valid_cells([sample.img_shape], inputs.shape[-2:], feature.shape[-2:], feature.device)
             stride = round(inputs.shape[-1] / feature.shape[-1])
-            levels.append(_picture(stride, spatial_attention(feature.float(), TEMPERATURE, valid)[0], valid[0]))
+            levels.append(_draw_map(stride, spatial_attention(feature.float(), TEMPERATURE, valid)[0], valid[0]))
         made.append(levels)
     return made
 
 
 @torch.no_grad()
-def mask_maps(config: Config, checkpoint: str, validation: Validation, indices: Sequence[int]) -> list[Maps]:
-    """The masks of the terms that compare features, of each image; on images without augmentation.
+def draw_masks(config: Config, checkpoint: str, validation: Validation, indices: Sequence[int]) -> list[Maps]:
+    """Draws the masks of the terms that compare features, of each image; on images without augmentation.
 
     Args:
         config: Of a distillation.
@@ -211,25 +228,27 @@ def mask_maps(config: Config, checkpoint: str, validation: Validation, indices: 
         validation: The images; their ground truth counts as it does in training.
         indices: Of the images to look at.
     """
-    distiller = _trained_distiller(config, checkpoint)
-    return [_masks(distiller, _with_ground_truth(validation, index)) for index in indices] if distiller.terms else []
+    distiller = _load_distiller(config, checkpoint)
+    shown = indices if distiller.terms else ()
+    return [_draw_image_masks(distiller, _load_batch(validation, index)) for index in shown]
 
 
-def _masks(distiller: DetectionDistiller, batch: dict) -> Maps:
+def _draw_image_masks(distiller: DetectionDistiller, batch: dict) -> Maps:
     data = distiller.data_preprocessor(batch, False)
-    _, levels = compared_levels(distiller, data)
-    made = {}
-    for name, each in levels.items():
-        for title, looks in mask_looks(distiller.terms[name], each):
-            pictures = [_picture(look.stride, look.cells[0], level.valid[0])
-                        for look, level in zip(looks, each) if look.cells is not None]
-            if pictures:
-                made[f'{name}: {title}'] = pictures
-    return made
+    _, comparisons = observe_comparisons(distiller, data)
+    pictures = {}
+    for name, compared in comparisons.items():
+        levels, term = [each.level for each in compared], distiller.terms[name]
+        for title, maps in make_mask_maps(term, levels) if isinstance(term, FeatureTerm) else ():
+            drawn = [_draw_map(each.stride, each.cells[0], level.valid[0]) for each, level in zip(maps, levels)
+                     if each.cells is not None]
+            if drawn:
+                pictures[f'{name}: {title}'] = drawn
+    return pictures
 
 
-def mask_title(name: str) -> str:
-    """A mask in words: ``fgd, box foreground`` for ``fgd: foreground_BoxForeground``, the mask's place and type."""
+def describe_mask(name: str) -> str:
+    """Names a mask in words: ``fgd, box foreground`` for ``fgd: foreground_BoxForeground``, its place and type."""
     term, _, mask = name.partition(': ')
     *place, kind = mask.split('_')
     kind = ' '.join(word if word == 'RoI' else word.lower() for word in re.split(r'(?<=[a-zI])(?=[A-Z][a-z])', kind))
@@ -237,8 +256,8 @@ def mask_title(name: str) -> str:
     return f'{term}, {kind}' + (f" ({' '.join(place)})" if place else '')
 
 
-def _picture(stride: int, cells: Tensor, valid: Tensor) -> dict:
-    """A map without the padding, which is not shown.
+def _draw_map(stride: int, cells: Tensor, valid: Tensor) -> dict:
+    """Draws a map without the padding.
 
     Returns:
         Its stride; how many cells are not finite, as those of a student that diverged; the smallest and the largest
@@ -254,8 +273,8 @@ def _picture(stride: int, cells: Tensor, valid: Tensor) -> dict:
     return dict(made, low=float(f'{low:.3g}'), high=float(f'{high:.3g}'), source=map_uri(clipped))
 
 
-def _trained_distiller(config: Config, checkpoint: str) -> DetectionDistiller:
-    """The distiller as it was at the end of its training."""
+def _load_distiller(config: Config, checkpoint: str) -> DetectionDistiller:
+    """Loads the distiller as it was at the end of its training."""
     with within_scope(scope_of(config)):
         distiller = build_detector(config.model)
     loaded = load_checkpoint(checkpoint, map_location='cpu')
@@ -266,8 +285,8 @@ def _trained_distiller(config: Config, checkpoint: str) -> DetectionDistiller:
     return distiller.to(get_device()).eval()
 
 
-def _with_ground_truth(validation: Validation, index: int) -> dict:
-    """An image as training would see it: prepared for validation, with its boxes in the prepared image's pixels."""
+def _load_batch(validation: Validation, index: int) -> dict:
+    """Loads an image as training sees it: prepared for validation, with its boxes in pixels of what was prepared."""
     batch, image = pseudo_collate([validation.dataset[index]]), validation.images[index]
     sample = batch['data_samples'][0]
     scale = np.tile(sample.metainfo.get('scale_factor', (1.0, 1.0)), 2)

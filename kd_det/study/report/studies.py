@@ -1,4 +1,4 @@
-"""Keeps what takes long to find out beside the run that it is about."""
+"""The runs that a report tells of, as their work dirs hold them: configs, checkpoints, logs; and what is kept there."""
 from __future__ import annotations
 
 import hashlib
@@ -11,45 +11,19 @@ from typing import Any, NamedTuple
 
 from mmengine.config import Config
 
-from kd_det.config.files import ConfigurationError, is_distillation, load_config, type_name
-from kd_det.distillers import build_weight
-from kd_det.study.fidelity import FIDELITY_FILE, summarize_fidelity
+from kd_det.config import ConfigurationError
+from kd_det.config.files import is_distillation, load_config, type_name
+from kd_det.distillers import build_schedule
+from kd_det.study.fidelity import FIDELITY_FILE
 from kd_det.study.pictures import Curve
-from kd_det.study.results import summarize
+from kd_det.study.results import summarize, summarize_fidelity
 from kd_det.study.runs import RESULT_FILE
 from kd_det.study.scheduling import CONFIG_FILE
 from kd_det.study.variants import PLAIN
 
 FOLDER = 'report'
 
-
-def cached(folder: Path, name: str, depends_on: Any, make: Callable[[], Any]) -> Any:
-    """Gives what was kept, or makes and keeps it.
-
-    Args:
-        folder: The run's work dir; the file is ``report/<name>.json`` within.
-        name: Of the file.
-        depends_on: What it follows from, as JSON can hold it: with anything else it is made anew.
-        make: Makes it; returns what JSON can hold.
-    """
-    file = folder / FOLDER / f'{name}.json'
-    identity = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()
-    if file.is_file():
-        stored = json.loads(file.read_text(encoding='utf-8'))
-        if stored.get('identity') == identity:
-            return stored['content']
-    content = make()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix('.partial')
-    partial.write_text(json.dumps(dict(identity=identity, content=content)), encoding='utf-8')
-    os.replace(partial, file)
-    return content
-
-
-def stamp(file: Path) -> list:
-    """Tells a file from what it was before it was written again: its name, size and time."""
-    status = file.stat()
-    return [file.name, status.st_size, status.st_mtime_ns]
+Scalars = Mapping[str, Curve]
 
 
 class TrainedRun(NamedTuple):
@@ -114,7 +88,7 @@ class Study:
 
 
 def read_studies(folders: Sequence[Path]) -> list[Study]:
-    """Finds the runs.
+    """Reads the runs of work dirs.
 
     Args:
         folders: Work dirs: of benchmarks, finished or not, each of which becomes a study; and of single trainings,
@@ -129,11 +103,11 @@ def read_studies(folders: Sequence[Path]) -> list[Study]:
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no work dir '{folder}'.")
         if (folder / 'results.json').is_file():
-            studies.append(_finished_benchmark(folder))
+            studies.append(_read_finished_benchmark(folder))
         elif list(folder.glob(f'*/seed*/{RESULT_FILE}')):
-            studies.append(_unfinished_benchmark(folder))
+            studies.append(_read_unfinished_benchmark(folder))
         else:
-            singles.append(_single_training(folder))
+            singles.append(_read_training(folder))
     if singles:
         note = ('These are single trainings, not a benchmark: nothing tells whether they began alike and saw the same '
                 'images, so no difference between them is claimed. kd-det benchmark makes runs that can be compared.')
@@ -141,62 +115,8 @@ def read_studies(folders: Sequence[Path]) -> list[Study]:
     return studies
 
 
-def _finished_benchmark(folder: Path) -> Study:
-    results = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
-    if not {'runs', 'summary', 'pair'} <= set(results):
-        raise ConfigurationError(f"'{folder / 'results.json'}' is not that of kd-det benchmark.")
-    results.setdefault('fidelity', {})
-    finished = [entry for entry in results['runs'] if entry['status'] == 'finished']
-    notes = [f"{entry['variant']}, seed {entry['seed']} failed: {entry['error']}" for entry in results['runs']
-             if entry['status'] == 'failed']
-    return Study(folder.resolve().name, [_run(folder, entry) for entry in finished], results, notes)
-
-
-def _unfinished_benchmark(folder: Path) -> Study:
-    entries, notes = [], ['The benchmark has not finished, for there is no results.json: this is what has.']
-    for run in sorted(path for path in folder.glob('*/seed*') if path.is_dir()):
-        variant, seed = run.parent.name, int(run.name[len('seed'):])
-        if not (run / RESULT_FILE).is_file():
-            notes.append(f'{variant}, seed {seed} has not finished.')
-            continue
-        stored = json.loads((run / RESULT_FILE).read_text(encoding='utf-8'))
-        paths = {name: str(run.relative_to(folder) / stored[name]) for name in ('checkpoint', 'scalars')}
-        entry = dict(stored, variant=variant, seed=seed, status='finished', folder=str(run.relative_to(folder)),
-                     **paths)
-        if (run / FIDELITY_FILE).is_file():
-            entry['fidelity'] = json.loads((run / FIDELITY_FILE).read_text(encoding='utf-8'))['splits']
-        entries.append(entry)
-    entries.sort(key=lambda entry: entry['variant'] != PLAIN)
-    splits = list(dict.fromkeys(split for entry in entries for split in entry.get('fidelity', {})))
-    results = dict(teacher=None, runs=entries, summary=summarize(entries), fidelity=summarize_fidelity(entries, splits))
-    return Study(folder.resolve().name, [_run(folder, entry) for entry in entries], results, notes)
-
-
-def _run(root: Path, entry: dict) -> TrainedRun:
-    """A finished run of a benchmark."""
-    folder, checkpoint = root / entry['folder'], root / entry['checkpoint']
-    return TrainedRun(entry['variant'], entry['seed'], folder, load_config(folder / CONFIG_FILE),
-                      checkpoint if checkpoint.is_file() else None, [root / entry['scalars']])
-
-
-def _single_training(folder: Path) -> TrainedRun:
-    logs = sorted(folder.glob('*/vis_data'))
-    config = next((path / 'config.py' for path in reversed(logs) if (path / 'config.py').is_file()), None)
-    if config is None:
-        raise ConfigurationError(f"'{folder}' is no work dir of a benchmark (*/seed*/result.json) nor of a training "
-                                 '(*/vis_data/config.py): give one that kd-det benchmark, distill or train wrote.')
-    loaded, last = load_config(config), folder / 'last_checkpoint'
-    checkpoint = folder / Path(last.read_text(encoding='utf-8').strip()).name if last.is_file() else None
-    scalars = [path / 'scalars.json' for path in logs if (path / 'scalars.json').is_file()]
-    return TrainedRun(folder.resolve().name, (loaded.get('randomness') or {}).get('seed') or 0, folder, loaded,
-                      checkpoint if checkpoint and checkpoint.is_file() else None, scalars)
-
-
-Scalars = Mapping[str, Curve]
-
-
-def term_curves(config: Config, scalars: list[Scalars]) -> dict[str, dict]:
-    """What was logged of each term, in the order of the config.
+def collect_term_curves(config: Config, scalars: list[Scalars]) -> dict[str, dict]:
+    """Collects what was logged of each term, in the order of the config.
 
     Args:
         config: Of the runs.
@@ -225,23 +145,103 @@ def term_curves(config: Config, scalars: list[Scalars]) -> dict[str, dict]:
     return curves
 
 
-def _unweighted_pull(weight, logged: list[Curve | None]) -> list[Curve] | None:
-    """Balance sets a weight of ratio · task / term, so that term / task is ratio / weight."""
-    balanced = weight if isinstance(weight, dict) else {}
-    if type_name(balanced) != 'Balance' or isinstance(balanced.get('ratio'), dict) or None in logged:
-        return None
-    ratio = build_weight(balanced).full
-    return [{epoch: ratio / value for epoch, value in curve.items() if value > 0} for curve in logged]
-
-
-def task_curves(scalars: list[Scalars], terms: list[str]) -> dict[str, list[Curve]]:
-    """The student's own losses, by name, of each run."""
+def collect_task_curves(scalars: list[Scalars], terms: list[str]) -> dict[str, list[Curve]]:
+    """Collects the student's own losses, by name, of each run."""
     names = [key for key in (scalars[0] if scalars else ())
              if key.startswith('loss_') and key not in {f'loss_{term}' for term in terms}]
     return {name: [each[name] for each in scalars if name in each] for name in names}
 
 
-def without_terms(scalars: Scalars, terms: list[str]) -> Curve:
-    """The loss of a run without what its terms added to it: what the losses of all variants have in common."""
+def subtract_terms(scalars: Scalars, terms: list[str]) -> Curve:
+    """Subtracts from the loss of a run what its terms added to it: what is left all variants have in common."""
     return {epoch: value - sum(scalars.get(f'loss_{term}', {}).get(epoch, 0.0) for term in terms)
             for epoch, value in scalars['loss'].items()}
+
+
+def load_or_make(folder: Path, name: str, depends_on: Any, make: Callable[[], Any]) -> Any:
+    """Loads what was kept beside a run, or makes and keeps it.
+
+    Args:
+        folder: The run's work dir; the file is ``report/<name>.json`` within.
+        name: Of the file.
+        depends_on: What it follows from, as JSON can hold it: with anything else it is made anew.
+        make: Makes it; returns what JSON can hold.
+    """
+    file = folder / FOLDER / f'{name}.json'
+    identity = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()
+    if file.is_file():
+        stored = json.loads(file.read_text(encoding='utf-8'))
+        if stored.get('identity') == identity:
+            return stored['content']
+    content = make()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix('.partial')
+    partial.write_text(json.dumps(dict(identity=identity, content=content)), encoding='utf-8')
+    os.replace(partial, file)
+    return content
+
+
+def identify_file(file: Path) -> list:
+    """Tells a file from what it was before it was written again: returns its name, size and time."""
+    status = file.stat()
+    return [file.name, status.st_size, status.st_mtime_ns]
+
+
+def _read_finished_benchmark(folder: Path) -> Study:
+    results = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
+    if not {'runs', 'summary', 'pair'} <= set(results):
+        raise ConfigurationError(f"'{folder / 'results.json'}' is not that of kd-det benchmark.")
+    results.setdefault('fidelity', {})
+    finished = [entry for entry in results['runs'] if entry['status'] == 'finished']
+    notes = [f"{entry['variant']}, seed {entry['seed']} failed: {entry['error']}" for entry in results['runs']
+             if entry['status'] == 'failed']
+    return Study(folder.resolve().name, [_read_run(folder, entry) for entry in finished], results, notes)
+
+
+def _read_unfinished_benchmark(folder: Path) -> Study:
+    entries, notes = [], ['The benchmark has not finished, for there is no results.json: this is what has.']
+    for run in sorted(path for path in folder.glob('*/seed*') if path.is_dir()):
+        variant, seed = run.parent.name, int(run.name[len('seed'):])
+        if not (run / RESULT_FILE).is_file():
+            notes.append(f'{variant}, seed {seed} has not finished.')
+            continue
+        stored = json.loads((run / RESULT_FILE).read_text(encoding='utf-8'))
+        paths = {name: str(run.relative_to(folder) / stored[name]) for name in ('checkpoint', 'scalars')}
+        entry = dict(stored, variant=variant, seed=seed, status='finished', folder=str(run.relative_to(folder)),
+                     **paths)
+        if (run / FIDELITY_FILE).is_file():
+            entry['fidelity'] = json.loads((run / FIDELITY_FILE).read_text(encoding='utf-8'))['splits']
+        entries.append(entry)
+    entries.sort(key=lambda entry: entry['variant'] != PLAIN)
+    splits = list(dict.fromkeys(split for entry in entries for split in entry.get('fidelity', {})))
+    results = dict(teacher=None, runs=entries, summary=summarize(entries), fidelity=summarize_fidelity(entries, splits))
+    return Study(folder.resolve().name, [_read_run(folder, entry) for entry in entries], results, notes)
+
+
+def _read_run(root: Path, entry: dict) -> TrainedRun:
+    """Reads a finished run of a benchmark."""
+    folder, checkpoint = root / entry['folder'], root / entry['checkpoint']
+    return TrainedRun(entry['variant'], entry['seed'], folder, load_config(folder / CONFIG_FILE),
+                      checkpoint if checkpoint.is_file() else None, [root / entry['scalars']])
+
+
+def _read_training(folder: Path) -> TrainedRun:
+    logs = sorted(folder.glob('*/vis_data'))
+    config = next((path / 'config.py' for path in reversed(logs) if (path / 'config.py').is_file()), None)
+    if config is None:
+        raise ConfigurationError(f"'{folder}' is no work dir of a benchmark (*/seed*/result.json) nor of a training "
+                                 '(*/vis_data/config.py): give one that kd-det benchmark, distill or train wrote.')
+    loaded, last = load_config(config), folder / 'last_checkpoint'
+    checkpoint = folder / Path(last.read_text(encoding='utf-8').strip()).name if last.is_file() else None
+    scalars = [path / 'scalars.json' for path in logs if (path / 'scalars.json').is_file()]
+    return TrainedRun(folder.resolve().name, (loaded.get('randomness') or {}).get('seed') or 0, folder, loaded,
+                      checkpoint if checkpoint and checkpoint.is_file() else None, scalars)
+
+
+def _unweighted_pull(weight, logged: list[Curve | None]) -> list[Curve] | None:
+    """Balance sets a weight of ratio · task / term, so that term / task is ratio / weight."""
+    balanced = weight if isinstance(weight, dict) else {}
+    if type_name(balanced) != 'Balance' or isinstance(balanced.get('ratio'), dict) or None in logged:
+        return None
+    ratio = build_schedule(balanced).full
+    return [{epoch: ratio / value for epoch, value in curve.items() if value > 0} for curve in logged]

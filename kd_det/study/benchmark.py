@@ -1,0 +1,222 @@
+"""Benchmarks: methods side by side on one pair of student and teacher, over seeds; and one method over a grid."""
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+
+from kd_det.checks.checkpoints import inspect_checkpoint
+from kd_det.checks.doctor import check_config, inspect_data
+from kd_det.checks.environment import raise_faults
+from kd_det.checks.image_reader import Memory
+from kd_det.cli.tracking import track
+from kd_det.config import ConfigurationError
+from kd_det.study.fidelity import add_fidelity
+from kd_det.study.pair import Pair, adapt_config, hash_data, hash_weights, read_pair
+from kd_det.study.results import format_markdown, make_run_entry, mark_twins, summarize, summarize_fidelity, tabulate
+from kd_det.study.runs import Run, describe_environment, read_command_line
+from kd_det.study.scheduling import Failure, Job, JobPool
+from kd_det.study.tables import TextTable
+from kd_det.study.variants import PLAIN, Variant, expand_grid, parse_variants, variant_config
+
+TEACHER_SEED = 0
+RESULTS_FILE, TABLE_FILE = 'results.json', 'results.md'
+
+
+class TeacherTrainingError(RuntimeError):
+    """The training of a teacher failed, so that there is nothing to compare."""
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """What a benchmark found.
+
+    Attributes:
+        work_dir: Where its runs lie, and the files below.
+        results: What ``results.json`` holds, see :mod:`kd_det.study.results`.
+    """
+    work_dir: Path
+    results: dict[str, Any]
+
+    @property
+    def files(self) -> tuple[Path, Path]:
+        """The results as JSON, and their tables as Markdown."""
+        return self.work_dir / RESULTS_FILE, self.work_dir / TABLE_FILE
+
+    @property
+    def failed_runs(self) -> list[dict[str, Any]]:
+        """The entries of the runs that did not finish, each with its ``error`` and its ``log``."""
+        return [run for run in self.results['runs'] if run['status'] == 'failed']
+
+    def tabulate(self) -> list[TextTable]:
+        """Makes the tables: what the detectors detect, what they cost, and their fidelity where it was measured."""
+        return tabulate(self.results)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the results as JSON holds them, with the work dir."""
+        return dict(self.results, work_dir=str(self.work_dir))
+
+    def _repr_html_(self) -> str:
+        return ''.join(table.to_html() for table in self.tabulate())
+
+
+def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | Config | None = None,
+              teacher: str | Path | None = None, teacher_checkpoints: Sequence[str] = (),
+              methods: str | Sequence[str] = 'none,kd,fgd,pkd', seeds: int | Sequence[int] = 3,
+              fidelity: Sequence[str] = (), data_root: str | None = None, epochs: int | None = None,
+              teacher_epochs: int | None = None, balance: float | str | None = None,
+              inherit: str | Sequence[str] = 'auto', options: dict[str, Any] | None = None,
+              check_images: int | None = None, trackers: Sequence[str] = (),
+              work_dir: str | Path = 'work_dirs/benchmark', devices: Sequence[str] = (), jobs: int | None = None,
+              threads: int | None = None, log: Callable[[str], None] = print) -> BenchmarkResult:
+    """Trains a pair with several methods and seeds, and tells which difference is more than chance.
+
+    Every training is a process of its own. Those in the work dir that finished before are kept.
+
+    Args:
+        pair: A distillation, whose student and teacher count and whose terms do not: a file, ``'package::file.py'`` or
+            a config.
+        student: The student's config, in place of the pair's.
+        teacher: The teacher's config, in place of the pair's.
+        teacher_checkpoints: The teacher's weights, and those of more for ``@teachers=N``. Without any, and where the
+            pair's are not there, as many teachers as are needed are trained first, with a seed each.
+        methods: Methods and their settings, see :func:`~kd_det.study.variants.parse_variants`.
+        seeds: How many, from 0 on; or a list of them.
+        fidelity: On which images, ``'val'`` and ``'train'``, to measure how closely the students follow the teacher.
+        data_root: Folder of the data, in place of the configs'.
+        epochs: Of the students, and their schedules with them; their config's by default.
+        teacher_epochs: Of the teacher; its config's by default.
+        balance: Each method's gradient at this ratio of the task's; ``'paper'`` for the published weights.
+        inherit: Parts of the student that start from the teacher's weights; ``'auto'`` for all but the backbone, ``()``
+            for none.
+        options: Settings of every student's config, by dotted key; ``model.distill…`` reaches the distilled ones.
+        check_images: Read so many images of each data set before; all by default.
+        trackers: ``'tensorboard'``, ``'wandb'``, ``'mlflow'``: where the runs log, too.
+        work_dir: Folder of runs and results.
+        devices: Numbers of GPUs, one training at a time on each, or ``'cpu'``.
+        jobs: Trainings at once; as many as devices by default.
+        threads: PyTorch's threads of each training; the processors divided by the jobs by default.
+        log: Given a line when a run begins, ends or fails.
+
+    Raises:
+        ConfigurationError: A config, a method or a setting can not serve.
+        DiagnosisError: A file is missing, or the data can not be trained on.
+        TeacherTrainingError: A teacher could not be trained.
+    """
+    root = Path(work_dir)
+    pair = read_pair(pair, student, teacher, teacher_checkpoints)
+    pair = replace(pair, student=adapt_config(pair.student, data_root, epochs))
+    common = Variant('', PLAIN, balance, inherit if isinstance(inherit, str) else tuple(inherit), options or {})
+    variants = parse_variants(methods if isinstance(methods, str) else ','.join(methods), common)
+    teachers = count_teachers(variants, pair.checkpoints)
+    if set(devices) - {'cpu'} and not torch.cuda.is_available():
+        raise ConfigurationError(f"--devices {','.join(devices)}: there is no GPU. Leave the option out, or give cpu.")
+    for variant in variants:  # what can not be composed is told before a teacher is trained
+        variant_config(variant, pair, [''] * teachers)
+    raise_faults(inspect_checkpoint('--teacher-checkpoint', checkpoint, 'Give the path of a checkpoint')
+                 for checkpoint in teacher_checkpoints)
+    check_config(pair.student, splits=('train', 'val'))
+    raise_faults(inspect_data(pair.student, ('train', 'val'), Memory(root), check_images))
+    data = hash_data(pair.student)
+    track(Config(dict(work_dir=str(root))), trackers)  # whose package is missing is told before, too
+    pool = JobPool(devices, jobs, threads, trackers)
+
+    teacher_runs: list[Run | None] = [None] * teachers
+    if not pair.checkpoints:
+        teacher_runs = _train_teachers(pair, teachers, data_root, teacher_epochs, data, root, pool, log)
+        pair = replace(pair, checkpoints=tuple(run.checkpoint for run in teacher_runs))
+    teacher_hashes = [hash_weights(each) for each in pair.checkpoints]
+
+    seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    runs, made = [], []
+    for seed, variant in product(seeds, variants):
+        folder = root / variant.folder / f'seed{seed}'
+        config = _set_seed(variant_config(variant, pair, pair.checkpoints), seed)
+        made.append(Job(f'{variant.name}, seed {seed}', folder, config,
+                        [data] if variant.is_plain else [data, *teacher_hashes[:variant.teachers]]))
+        runs.append((variant, seed, folder))
+    outcomes = pool.run(made, log)
+
+    entries = [make_run_entry(*each, outcome, root) for each, outcome in zip(runs, outcomes)]
+    mark_twins(entries)
+    add_fidelity(entries, root, dict(config=pair.teacher, checkpoint=pair.checkpoints[0]), fidelity, log)
+    trained = [None if run is None else run.to_dict(root) for run in teacher_runs]
+    result = BenchmarkResult(root, dict(
+        command=read_command_line(),
+        **describe_environment(pool.threads),
+        pair=dict(student=str(pair.student.filename), teacher=pair.teacher, checkpoint=pair.checkpoints[0],
+                  checkpoint_hash=teacher_hashes[0]),
+        data=dict(root=data_root, hash=data),
+        seeds=seeds,
+        teacher=trained[0],
+        further_teachers=[dict(checkpoint=checkpoint, checkpoint_hash=digest, run=run)
+                          for checkpoint, digest, run in zip(pair.checkpoints[1:], teacher_hashes[1:], trained[1:])],
+        runs=entries,
+        summary=summarize(entries),
+        fidelity=summarize_fidelity(entries, fidelity)))
+    json_file, markdown_file = result.files
+    json_file.write_text(json.dumps(result.results, indent=2) + '\n', encoding='utf-8')
+    markdown_file.write_text(format_markdown(result.results), encoding='utf-8')
+    return result
+
+
+def sweep(pair: str | Path | Config | None = None, *, method: str,
+          settings: Mapping[str, Sequence] | Sequence[tuple[str, Sequence]], **arguments: Any) -> BenchmarkResult:
+    """Benchmarks one method over a grid of settings.
+
+    Args:
+        pair: See :func:`benchmark`.
+        method: A method, or a sum of methods.
+        settings: The values of each setting, see :func:`~kd_det.study.variants.expand_grid`.
+        **arguments: As :func:`benchmark` takes them.
+
+    Raises:
+        ConfigurationError: There are no settings; and see :func:`benchmark`.
+    """
+    pairs = list(settings.items() if isinstance(settings, Mapping) else settings)
+    if not pairs:
+        raise ConfigurationError('There is nothing to try: give --set, --teachers or --augment.')
+    return benchmark(pair, methods=expand_grid(method, pairs), **arguments)
+
+
+def count_teachers(variants: Sequence[Variant], checkpoints: Sequence[str]) -> int:
+    """Counts the teachers of the variant with the most of them.
+
+    Raises:
+        ConfigurationError: Weights are given, but of fewer teachers or of more.
+    """
+    most = max(variants, key=lambda variant: variant.teachers)
+    if checkpoints and len(checkpoints) != most.teachers:
+        counts = f'{len(checkpoints)} checkpoint{"s are" if len(checkpoints) > 1 else " is"} given'
+        if len(checkpoints) < most.teachers:
+            raise ConfigurationError(f'{most.name}: {counts}. Give {most.teachers} with --teacher-checkpoint, one for '
+                                     'each teacher.')
+        raise ConfigurationError(f'{counts}, but no method asks for more than {most.teachers}: name one with '
+                                 f'@teachers={len(checkpoints)}.')
+    return most.teachers
+
+
+def _train_teachers(pair: Pair, number: int, data_root: str | None, epochs: int | None, data: str, root: Path,
+                    pool: JobPool, log: Callable[[str], None]) -> list[Run]:
+    """Trains so many teachers of the same config, each from a seed of its own."""
+    config = adapt_config(pair.teacher_config(), data_root, epochs)
+    names = ['teacher', *(f'teacher_{index + 2}' for index in range(number - 1))]
+    outcomes = pool.run([Job(name, root / name, _set_seed(copy.deepcopy(config), TEACHER_SEED + index), [data])
+                         for index, name in enumerate(names)], log)
+    failed = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+    if failed:
+        raise TeacherTrainingError(f'Without a teacher there is nothing to compare. All that was said is in '
+                                   f'{failed[0].log}.')
+    return outcomes
+
+
+def _set_seed(config: Config, seed: int) -> Config:
+    config.randomness = dict(config.get('randomness') or {}, seed=seed)
+    return config
