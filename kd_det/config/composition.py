@@ -37,6 +37,7 @@ from kd_det.config.files import (
     type_name,
 )
 from kd_det.config.methods import PARTS, find_files, split_family
+from kd_det.distillers.building import explain_build_error
 from kd_det.distillers.inheritance import find_part_keys
 from kd_det.distillers.schedules import DEFAULT_RATIO
 from kd_det.heads import HeadError, check_head
@@ -215,7 +216,7 @@ def check_terms(method: str, terms: dict[str, dict], detector: str, heads: HeadC
             term = build_term(config)
         except (TypeError, ValueError, KeyError) as error:  # of a file from outside, or a term of a user's own
             raise ConfigurationError(f"The method '{method}': its term '{name}' can not be built: "
-                                     f'{type(error).__name__}: {error.args[0] if error.args else error}') from error
+                                     f'{explain_build_error(error, config)}') from error
         try:
             for head in term.student_heads:
                 check_head(detector, heads, head)
