@@ -45,8 +45,8 @@ def results_table(runs: Mapping[str, list[Run]], gains: dict) -> Table:
     for kind, group in runs.items():
         mean_ap, ap50 = ([100 * run.metrics[metric] for run in group] for metric in ('bbox_mAP', 'bbox_mAP_50'))
         seconds = np.median([run.seconds_per_iteration for run in group])
-        table.add_row(TITLES[kind], str(group[0].epochs), format_mean(**mean_and_std(mean_ap)), format_mean(**mean_and_std(ap50)),
-                      f'{group[0].parameters / 1e6:.2f} M', f'{seconds:.2f} s')
+        table.add_row(TITLES[kind], str(group[0].epochs), format_mean(**mean_and_std(mean_ap)),
+                      format_mean(**mean_and_std(ap50)), f'{group[0].parameters / 1e6:.2f} M', f'{seconds:.2f} s')
     return table
 
 

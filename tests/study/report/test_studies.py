@@ -152,7 +152,7 @@ def test_the_command_makes_a_page_of_a_training(run_config, retinanet, make_runn
     made = report(tmp_path / 'run', out=tmp_path / 'one.html', images=1, log=lambda text: None)
     assert list(made.verdicts) == ['run'] and 'no benchmark' in made.verdicts['run'] and made.file.is_file()
     assert json.loads(json.dumps(made.to_dict()))['studies'][0]['variants'] == ['run']
-    assert 'no benchmark' in made._repr_html_() and '<iframe srcdoc="&lt;!doctype html&gt;' in made._repr_html_()
+    assert 'no benchmark' in made._repr_html_() and '<iframe srcdoc="&lt;!DOCTYPE html&gt;' in made._repr_html_()
     assert main(['report', str(tmp_path / 'run'), '--show', '5', '--out', str(tmp_path / 'small.html')]) == 0
     assert detections.stat().st_mtime_ns == kept
     shown = (tmp_path / 'small.html').read_text()
