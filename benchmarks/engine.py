@@ -33,7 +33,7 @@ import kd_det  # noqa: F401  registers what configs name, and serves mmcv's oper
 from kd_det.config.files import load_config
 from kd_det.study.step_costs import measure_seconds
 from kd_det.teachers import Teacher
-from kd_det.teachers.loading import without_pretrained
+from kd_det.teachers.loading import remove_pretrained
 
 PLAIN, LEVELS = 'plain', 'levels'  # mmdet's own forward; the default engine where not all levels are read
 ENGINES = dict(
@@ -51,7 +51,7 @@ LOSSLESS = 1e-4  # relative
 def build(options: argparse.Namespace) -> dict[str, Callable[[], Sequence[Tensor]]]:
     """By name, what computes the levels of the neck: mmdet's plain forward, and teachers of the same weights."""
     MMLogger.get_instance('benchmark', log_level='ERROR')  # else every weight's initialisation is reported
-    config = without_pretrained(load_config(options.teacher).model)
+    config = remove_pretrained(load_config(options.teacher).model)
     torch.manual_seed(0)
     model = MODELS.build(config).eval()
     images = torch.randn(options.batch, 3, *options.size)

@@ -38,7 +38,7 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
 
 
 class ForwardStopped(Exception):
-    """Ends a forward of which nothing more is read, see ``stop`` of :meth:`Taps.capture`; it never leaves that block."""
+    """Ends a forward of which nothing more is read, see ``stop`` of :meth:`Taps.capture`, which catches it."""
 
 
 class Taps:

@@ -12,7 +12,7 @@ from mmengine.registry import DefaultScope
 from kd_det.checks.doctor import check_config, inspect_config
 from kd_det.config.composition import distillation_config
 from kd_det.config.files import load_config
-from kd_det.distillers import build_weight
+from kd_det.distillers import build_schedule
 from kd_det.masks.base import build_mask
 from kd_det.registry import add_nodes, build_detector, build_own, find_class, scope_of, within_scope
 from kd_det.study.fidelity import measure_fidelity
@@ -102,12 +102,12 @@ def test_a_scope_looks_up_elsewhere_what_it_has_no_registry_for():
 @pytest.mark.parametrize('scope', ['mmengine', 'alphadet', 'mmdet', 'kd_det'])
 def test_this_packages_parts_are_built_whatever_scope_holds(scope):
     with within_scope(scope):
-        assert build_weight(dict(type='Warmup', value=dict(type='Balance'), epochs=1)).balance.full == 0.5
+        assert build_schedule(dict(type='Warmup', value=dict(type='Balance'), epochs=1)).balance.full == 0.5
         assert type(build_mask('BoxForeground')).__name__ == 'BoxForeground'
         assert type(build_mask(dict(type='MaskProduct', masks=['NearAnchorForeground']))).__name__ == 'MaskProduct'
         assert type(build_own(MODELS, dict(type='FGD', tap='neck'))).__name__ == 'FGD'
         with pytest.raises(ValueError, match="there is no schedule 'Warmdown'"):
-            build_weight(dict(type='Warmdown', value=1.0))
+            build_schedule(dict(type='Warmdown', value=1.0))
 
 
 def test_a_detector_is_built_within_the_scope_of_its_config(teacher_file, mmdetections):

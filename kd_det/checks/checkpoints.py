@@ -15,12 +15,12 @@ from kd_det.config.files import DISTILL_HOOK, ConfigurationError, hooks_of, is_d
 from kd_det.registry import build_detector
 from kd_det.teachers.loading import (
     ClassNamesError,
+    explain_model_errors,
+    find_class_names,
     is_pretrained,
     load_strictly,
-    of_teacher,
     read_model_config,
-    teacher_classes,
-    without_pretrained,
+    remove_pretrained,
 )
 from kd_det.training.runner import check_checkpoint
 
@@ -62,7 +62,7 @@ def inspect_start_weights(config: Config) -> Iterator[Finding]:
     checkpoint, resumes = config.get('load_from'), bool(config.get('resume'))
     if checkpoint and Path(checkpoint).is_file():
         try:
-            student = build_detector(without_pretrained(student_model(config)))
+            student = build_detector(remove_pretrained(student_model(config)))
             check_checkpoint(student, checkpoint, whole=resumes, resumes=resumes)
         except Exception as error:  # whatever stops it here would stop the run
             yield Finding('checkpoint weights', str(error), 'Correct load_from, or leave it out', fault=True)
@@ -109,7 +109,7 @@ def known_classes(teacher: dict) -> tuple[set[int], Sequence[str] | None]:
         OSError: The config can not be read.
     """
     found = class_counts(read_model_config(teacher['config']))
-    names = teacher_classes(next(iter(found), None), teacher.get('classes', ()), _meta(teacher), teacher['config'])
+    names = find_class_names(next(iter(found), None), teacher.get('classes', ()), _meta(teacher), teacher['config'])
     return found, names
 
 
@@ -149,7 +149,7 @@ def inspect_teacher_weights(config: Config) -> Iterator[Finding]:
         checkpoint = teacher.get('checkpoint')
         if checkpoint and Path(checkpoint).is_file():
             try:
-                with of_teacher(teacher['config']):
+                with explain_model_errors(teacher['config']):
                     model = build_detector(read_model_config(teacher['config']))
                 load_strictly(model, checkpoint, teacher.get('allow_missing', ()), teacher.get('allow_unexpected', ()),
                               checkpoint_prefix=teacher.get('checkpoint_prefix'))

@@ -18,8 +18,8 @@ from kd_det.compat.process import preserved_randomness
 from kd_det.config.files import is_distillation, leaf_datasets
 from kd_det.distillers import DetectionDistiller
 from kd_det.study.step_costs import random_distiller
-from kd_det.teachers.bridge import LARGEST_STRIDE, OTHER_SIZES
-from kd_det.teachers.probe import anchor_strides
+from kd_det.teachers.bridge import LARGEST_STRIDE, SIZE_MISMATCH
+from kd_det.teachers.probe import find_prior_strides
 
 IMAGES, BOXES = 2, 4
 SMALL = 192  # pixels
@@ -49,7 +49,7 @@ def inspect_step(config: Config, names: Sequence[str] | None = None) -> Iterator
                 teacher['classes'] = known_classes(teacher)[1] or ()
             distiller = random_distiller(config)
             distiller.match_classes(student_classes(config, names))
-            sizes = tried_sizes(config, ceil(max((SMALL, *anchor_strides(distiller.student)))))
+            sizes = tried_sizes(config, ceil(max((SMALL, *find_prior_strides(distiller.student)))))
             for size in sizes:
                 loss = step_loss(distiller, size)
                 if size == sizes[0]:
@@ -58,7 +58,7 @@ def inspect_step(config: Config, names: Sequence[str] | None = None) -> Iterator
         yield _finding(error, size)
         return
     yield Finding('a training step', f'computes {", ".join(distiller.terms) or "the task alone"}')
-    for name, cause in distiller.idle_watch.idle.items():
+    for name, cause in distiller.idle_check.idle.items():
         yield Finding(f'term {name}', 'teaches the student nothing: none of its weights gets a gradient from it', cause)
 
 
@@ -80,7 +80,7 @@ def _finding(error: Exception, size: Size | None) -> Finding:
         return Finding('a training step', f'could not be tried on noise{where}: {what}',
                        'kd-det inspect tries one on a batch of the training data')
     remedy = 'kd-det inspect tries one on a batch of the training data; with --debug it shows where'
-    if OTHER_SIZES.search(str(error)):
+    if SIZE_MISMATCH.search(str(error)):
         remedy = ("Set data_preprocessor.pad_size_divisor=32 in the student's config, or the largest stride of its "
                   f'pyramid, if its levels do not fit each other at that size; else: {remedy}')
     return Finding('a training step', f'fails on noise{where}: {what}', remedy, fault=True)

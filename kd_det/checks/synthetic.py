@@ -14,7 +14,7 @@ from torch import nn
 
 from kd_det.config.classes import number_of_classes
 from kd_det.config.files import type_name
-from kd_det.teachers.probe import input_channels
+from kd_det.teachers.probe import find_input_channels
 
 Size = tuple[int, int]  # height and width, in pixels
 
@@ -32,7 +32,7 @@ def synthetic_batch(model: nn.Module, images: int, size: Size, boxes: int) -> di
         boxes: Number of objects in each, of random place and size. Where the detector learns masks, these are the
             boxes; where it learns a semantic map, that is 0.
     """
-    (height, width), channels, samples = size, input_channels(model), []
+    (height, width), channels, samples = size, find_input_channels(model), []
     parts = ' '.join(name for name, _ in model.named_modules())
     for index in range(images):
         corners = torch.rand(boxes, 2) * 0.7

@@ -30,8 +30,8 @@ def add_arguments(parser: ArgumentParser) -> None:
                         help="the teacher's weights: a file or address; from several, all trained with this config, "
                         'the student learns as from an ensemble')
     parser.add_argument('--method', required=True,
-                        help=f"{', '.join(available_methods())}; a file, as my_method.py or package::folder/file.py; or "
-                        'a sum of them: a+b')
+                        help=f"{', '.join(available_methods())}; a file, as my_method.py or package::folder/file.py; "
+                        'or a sum of them: a+b')
     parser.add_argument('--family', choices=FAMILIES, default='',
                         help="whose published weights to use (told by the student's heads by default)")
     add_inheritance_option(parser)

@@ -45,7 +45,8 @@ def _spell_out(error: UnicodeError):
     if not isinstance(error, UnicodeEncodeError):
         raise error
     signs = error.object[error.start:error.end]
-    return ''.join(SPELT_OUT.get(sign) or sign.encode('ascii', 'backslashreplace').decode() for sign in signs), error.end
+    spelt = (SPELT_OUT.get(sign) or sign.encode('ascii', 'backslashreplace').decode() for sign in signs)
+    return ''.join(spelt), error.end
 
 
 codecs.register_error(ERRORS, _spell_out)

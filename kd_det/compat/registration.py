@@ -20,4 +20,4 @@ if find_spec('mmengine') and find_spec('mmcv') and find_spec('mmdet'):
     except Exception as error:
         MMDETECTION_ERROR = error
         warnings.warn(f'kd_det registered nothing, for MMDetection can not be imported: {type(error).__name__}: '
-                      f'{error}. Run `kd-det doctor`.')
+                      f'{error}. Run `kd-det doctor`.', stacklevel=2)

@@ -2,8 +2,8 @@
 
 Installing kd_det lays a copy of this module, and a ``.pth`` file that calls :func:`install`, where Python looks for
 them at its start. So it imports nothing that costs time before a program imports mmcv or MMDetection, and of kd_det
-then :mod:`kd_det.compat` alone. Where kd_det is imported itself, :func:`mend_mmdetection` puts another finder in the place
-of that one, which also makes kd_det's types and configs known.
+then :mod:`kd_det.compat` alone. Where kd_det is imported itself, :func:`mend_mmdetection` puts another finder in the
+place of that one, which also makes kd_det's types and configs known.
 """
 import os
 import sys
@@ -20,7 +20,7 @@ def install() -> None:
 
 
 def mend_mmdetection() -> None:
-    """Mends what is imported already of MMEngine and MMDetection, and all else as soon as it is. May be called again."""
+    """Mends what is imported already of MMEngine and MMDetection, all else as soon as it is. May be called again."""
     if not any(getattr(finder, 'mends', None) is MENDS_OF_KD_DET for finder in sys.meta_path):
         # Python's start may have installed one, of another version even, that knows less.
         sys.meta_path[:] = [finder for finder in sys.meta_path if not hasattr(finder, 'is_of_kd_det')]

@@ -37,8 +37,8 @@ from kd_det.config.files import (
     type_name,
 )
 from kd_det.config.methods import PARTS, find_files, split_family
-from kd_det.distillers.inheritance import keys_within
-from kd_det.distillers.weights import DEFAULT_RATIO
+from kd_det.distillers.inheritance import find_part_keys
+from kd_det.distillers.schedules import DEFAULT_RATIO
 from kd_det.heads import HeadError, check_head
 from kd_det.losses import DistillTerm
 from kd_det.registry import HOME, build_detector, build_own, scope_of, within_scope
@@ -221,7 +221,7 @@ def check_parts(model: dict, parts: Sequence[str]) -> None:
         with preserved_randomness():
             state = build_detector(model).state_dict()
         for part in parts:
-            keys_within(state, part)
+            find_part_keys(state, part)
 
 
 def distillation_config(student: str | Config, teacher_config: str, teacher_checkpoint: str, method: str,

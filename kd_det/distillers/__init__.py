@@ -1,5 +1,5 @@
 """The student, seen from outside as an ordinary mmdet detector, plus its terms."""
 from kd_det.distillers.detection_distiller import DetectionDistiller
-from kd_det.distillers.weights import Balance, Decay, Start, Stop, Warmup, Weight, build_weight
+from kd_det.distillers.schedules import Balance, Decay, Schedule, Start, Stop, Warmup, build_schedule
 
-__all__ = ['Balance', 'Decay', 'DetectionDistiller', 'Start', 'Stop', 'Warmup', 'Weight', 'build_weight']
+__all__ = ['Balance', 'Decay', 'DetectionDistiller', 'Schedule', 'Start', 'Stop', 'Warmup', 'build_schedule']

@@ -1,4 +1,7 @@
-"""What is wrong with a config that can not be built, in its writer's words and with the nearest right ones."""
+"""Builds a distiller from its config: student, terms and their schedules, and the connections between what they read.
+
+An error says in its writer's words what is wrong in the config and where, with the nearest right names.
+"""
 from __future__ import annotations
 
 import copy
@@ -7,70 +10,111 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from inspect import signature
+from itertools import chain
 from typing import Any
 
 from mmdet.registry import MODELS, TASK_UTILS
 from torch import nn
 
+from kd_det.config.detectors import check_student, plain_detector
 from kd_det.config.files import ConfigurationError
-from kd_det.distillers.weights import Weight, WeightConfig, build_weight
+from kd_det.distillers.schedules import Schedule, ScheduleConfig, build_schedule
 from kd_det.heads import ROI_HEAD, HeadRequest, StudentHeads, StudentOutputs, find_head
 from kd_det.heads.capture import can_be_kept
 from kd_det.heads.towers import tower_widths
 from kd_det.losses import DistillTerm
 from kd_det.losses.base import InputSpecs
-from kd_det.registry import build_own
+from kd_det.registry import build_detector, build_own
 from kd_det.taps import Features, Taps
-from kd_det.teachers import TeacherError, of_teacher, probe_config, probe_levels, probe_towers, read_model_config
+from kd_det.teachers import (
+    TeacherError,
+    explain_model_errors,
+    probe_config,
+    probe_levels,
+    probe_towers,
+    read_model_config,
+)
 
 UNKNOWN_ARGUMENT = re.compile(r"got an unexpected keyword argument '(\w+)'")
 UNKNOWN_TYPE = re.compile(r'(\w+) is not in the \S+ registry')
 
 
-def reason(error: Exception, config: Any) -> str:
-    """Why building failed.
+def build_student(config: dict) -> nn.Module:
+    """Builds the plain detector that ``model.student`` stands for.
+
+    Raises:
+        ConfigurationError: It is no detector.
+    """
+    check_student(config, 'model.student')
+    return build_detector(plain_detector(config))
+
+
+def list_teacher_configs(teacher: dict | Sequence[dict]) -> list[dict]:
+    """Lists the configs of the teachers.
+
+    Raises:
+        TeacherError: There is none, or one lacks its config.
+    """
+    configs = [teacher] if isinstance(teacher, dict) else list(teacher)
+    for config in configs:
+        if 'config' not in config:
+            raise TeacherError("model.teacher lacks 'config': a config file, 'mmdet::…' or a model dict.")
+    if not configs:
+        raise TeacherError('model.teacher is an empty list: at least one teacher is needed.')
+    return configs
+
+
+def build_terms(distill: dict[str, dict], teachers: int) -> tuple[dict[str, Schedule], dict[str, DistillTerm]]:
+    """Builds the terms whose weight is not 0 throughout, and the schedules of their weights.
 
     Args:
-        error: What building raised.
-        config: What was built: a dict with a ``type``, other such dicts perhaps within, or a class.
+        distill: Name -> term, with its weight.
+        teachers: How many teachers there are.
 
-    Returns:
-        For a name that does not exist, those like it; for anything else the error's own message.
+    Raises:
+        ConfigurationError: A term can not be built; the message says which and why.
     """
-    message = str(error)
-    argument, kind = UNKNOWN_ARGUMENT.search(message), UNKNOWN_TYPE.search(message)
-    if isinstance(error, TypeError) and argument:
-        others = _arguments(config) - {argument[1]}  # which another part, or a base class, may have
-        return f"there is no argument '{argument[1]}'.{nearest(argument[1], others)}"
-    if isinstance(error, KeyError) and kind:
-        own = (name for name, each in MODELS.module_dict.items() if each.__module__.startswith('kd_det.'))
-        return f"there is no '{kind[1]}'.{nearest(kind[1], own)} If it is your own, import it with custom_imports."
-    return message
+    schedules, terms = {}, {}
+    for name, config in distill.items():
+        where = f'model.distill.{name}'
+        if 'loss' in name:
+            raise ConfigurationError(f"{where}: a term's name may not contain 'loss', which mmengine takes for a loss "
+                                     f"to add; the term is logged as 'loss_{name}' by itself. Rename it.")
+        if not isinstance(config, dict) or 'type' not in config:
+            raise ConfigurationError(f"{where} = {config!r:.80}: expected a dict with a 'type', such as "
+                                     "dict(type='FGD', tap='neck').")
+        arguments = copy.deepcopy(dict(config))
+        try:
+            schedule = build_schedule(arguments.pop('weight', 1.0))
+            if schedule.is_zero:
+                continue
+            term = build_own(MODELS, arguments)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigurationError(f'{where}: {explain_build_error(error, config)}') from error
+        if not isinstance(term, DistillTerm):
+            raise ConfigurationError(
+                f"{where}: '{config['type']}' is a {type(term).__name__}, not a distillation term.")
+        if not 0 <= term.teacher_index < teachers:
+            raise ConfigurationError(
+                f'{where}: teacher={term.teacher_index}, but there are {teachers} teachers, counted from 0.')
+        schedules[name], terms[name] = schedule, term
+    return schedules, terms
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """A sentence on the names that are most like a wrong one; empty where none is."""
-    found = get_close_matches(name, sorted(names))
-    return f" Nearest names: {', '.join(found)}." if found else ''
+def build_task_schedule(config: ScheduleConfig) -> Schedule:
+    """Builds the schedule of the weight of the student's own losses.
 
-
-def _arguments(config: Any) -> set[str]:
-    """The arguments of all that a config names."""
-    if isinstance(config, type):
-        return {name for ancestor in config.__mro__[:-1] for name in signature(ancestor.__init__).parameters}
-    if isinstance(config, (list, tuple)):
-        return set().union(*map(_arguments, config))
-    if not isinstance(config, dict):
-        return set()
-    kind = config.get('type')
-    if isinstance(kind, str):
-        kind = MODELS.get(kind) or TASK_UTILS.get(kind)
-    return set().union(*map(_arguments, config.values()), _arguments(kind)) - {'self', 'args', 'kwargs'}
-
-
-def measured_taps(student: nn.Module, term: DistillTerm) -> tuple[str, ...]:
-    """The paths where the gradient of a term is measured: its own, or the neck's for one that reads heads alone."""
-    return term.student_taps or ('neck' if getattr(student, 'neck', None) is not None else 'backbone', )
+    Raises:
+        ConfigurationError: It can not be built, or is balanced.
+    """
+    try:
+        schedule = build_schedule(config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigurationError(f'model.task_weight: {explain_build_error(error, config)}') from error
+    if schedule.balance is not None:
+        raise ConfigurationError("model.task_weight: the task's gradient is what Balance measures terms by. Give a "
+                                 'number or a schedule of numbers.')
+    return schedule
 
 
 class Connections:
@@ -82,6 +126,8 @@ class Connections:
         terms: The terms by name.
 
     Attributes:
+        gradient_taps: For each term the paths where its gradient is measured: those that it taps, or the neck's, or
+            without a neck the backbone's, for a term that reads heads alone.
         student_levels: Levels of each tap of the student.
         teacher_taps: For each teacher the paths that its terms read.
         teacher_heads: For each teacher the heads that its terms read.
@@ -92,19 +138,25 @@ class Connections:
     """
 
     def __init__(self, student: nn.Module, teachers: Sequence[dict], terms: dict[str, DistillTerm]) -> None:
-        self.student_taps = Taps(student, (path for term in terms.values() for path in measured_taps(student, term)))
+        last = 'neck' if getattr(student, 'neck', None) is not None else 'backbone'
+        self.gradient_taps = {name: term.student_taps or (last, ) for name, term in terms.items()}
+        self.student_taps = Taps(student, chain.from_iterable(self.gradient_taps.values()))
         self.student_levels = probe_levels(student, self.student_taps) if terms else {}
-        of_teachers = [[term for term in terms.values() if term.teacher_index == index] for index in range(len(teachers))]
-        self.teacher_taps = [[path for term in each for path in term.teacher_taps] for each in of_teachers]
-        self.teacher_heads = [[head for term in each for head in term.teacher_heads] for each in of_teachers]
-        self.teacher_levels = []
-        for config, taps in zip(teachers, self.teacher_taps):
-            with of_teacher(config['config']):
-                self.teacher_levels.append(probe_config(read_model_config(config['config']), taps) if taps else {})
+
+        self.teacher_taps, self.teacher_heads, self.teacher_levels = [], [], []
+        for index, teacher in enumerate(teachers):
+            taught = [term for term in terms.values() if term.teacher_index == index]
+            taps = [path for term in taught for path in term.teacher_taps]
+            with explain_model_errors(teacher['config']):
+                levels = probe_config(read_model_config(teacher['config']), taps) if taps else {}
+            self.teacher_taps.append(taps)
+            self.teacher_heads.append([head for term in taught for head in term.teacher_heads])
+            self.teacher_levels.append(levels)
+
         for name, term in terms.items():
             try:
-                check_cached(teachers[term.teacher_index], term.teacher_heads)
-                term.connect(self._student_specs(student, term), self._teacher_specs(teachers[term.teacher_index], term))
+                _connect(term, student, self.student_levels, teachers[term.teacher_index],
+                         self.teacher_levels[term.teacher_index])
             except ValueError as error:
                 raise ConfigurationError(f'model.distill.{name}: {error}') from error
         self.student_heads = StudentHeads(student, (head for term in terms.values() for head in term.student_heads))
@@ -119,91 +171,62 @@ class Connections:
         with self.student_taps.capture() as features, self.student_heads.capture() as outputs:
             yield features, outputs
 
-    def _student_specs(self, student: nn.Module, term: DistillTerm) -> InputSpecs:
-        heads = {request: find_head(student, request) for request in map(HeadRequest.parse, term.student_heads)}
-        towers = {request: tower_widths(head) for request, head in heads.items() if request.part == 'towers'}
-        return {**self.student_levels, **towers}
 
-    def _teacher_specs(self, teacher: dict, term: DistillTerm) -> InputSpecs:
-        return {**self.teacher_levels[term.teacher_index], **probe_towers(teacher['config'], term.teacher_heads)}
-
-
-def checked_teachers(teacher: dict | Sequence[dict]) -> list[dict]:
-    """The configs of the teachers as a list.
+def _connect(term: DistillTerm, student: nn.Module, student_levels: InputSpecs, teacher: dict,
+             teacher_levels: InputSpecs) -> None:
+    """Tells a term the levels of its taps, and the widths of those of its heads that are towers.
 
     Raises:
-        TeacherError: There is none, or one lacks its config.
+        ValueError: It can not compare them, a head lacks, or the teacher's cache keeps no outputs of that head.
     """
-    configs = [teacher] if isinstance(teacher, dict) else list(teacher)
-    for config in configs:
-        if 'config' not in config:
-            raise TeacherError("model.teacher lacks 'config': a config file, 'mmdet::…' or a model dict.")
-    if not configs:
-        raise TeacherError('model.teacher is an empty list: at least one teacher is needed.')
-    return configs
-
-
-def check_cached(teacher: dict, heads: Sequence[str]) -> None:
-    """Checks that a teacher's cache, if it has one, can keep what a term reads of its heads.
-
-    Raises:
-        ConfigurationError: It can not; the message says what.
-    """
-    unkept = [head for head in heads if not can_be_kept(head)] if teacher.get('cache') else []
-    if unkept:
-        reason = ', which depend on the regions that the student samples in each step' if unkept[0] == ROI_HEAD else ''
-        raise ConfigurationError(f"it reads the outputs of the teacher's {unkept[0]}{reason}: a cache keeps features "
+    uncached = [head for head in term.teacher_heads if not can_be_kept(head)] if teacher.get('cache') else []
+    if uncached:
+        why = ', which depend on the regions that the student samples in each step' if uncached[0] == ROI_HEAD else ''
+        raise ConfigurationError(f"it reads the outputs of the teacher's {uncached[0]}{why}: a cache keeps features "
                                  'and the maps of dense heads alone. Remove model.teacher.cache, or this term.')
+    heads = {request: find_head(student, request) for request in map(HeadRequest.parse, term.student_heads)}
+    student_towers = {request: tower_widths(head) for request, head in heads.items() if request.part == 'towers'}
+    teacher_towers = probe_towers(teacher['config'], term.teacher_heads)
+    term.connect({**student_levels, **student_towers}, {**teacher_levels, **teacher_towers})
 
 
-def build_terms(distill: dict[str, dict], teachers: int) -> tuple[dict[str, Weight], dict[str, DistillTerm]]:
-    """Builds the terms whose weight is not 0 throughout, and their weights.
+def explain_build_error(error: Exception, config: Any) -> str:
+    """Says why building failed.
 
     Args:
-        distill: Name -> term, with its weight.
-        teachers: How many teachers there are.
+        error: What building raised.
+        config: What was built: a dict with a ``type``, other such dicts perhaps within, or a class.
 
-    Raises:
-        ConfigurationError: A term can not be built; the message says which and why.
+    Returns:
+        For a name that does not exist, those like it; for anything else the error's own message.
     """
-    weights, terms = {}, {}
-    for name, config in distill.items():
-        where = f'model.distill.{name}'
-        if 'loss' in name:
-            raise ConfigurationError(f"{where}: a term's name may not contain 'loss', which mmengine takes for a loss "
-                                     f"to add; the term is logged as 'loss_{name}' by itself. Rename it.")
-        if not isinstance(config, dict) or 'type' not in config:
-            raise ConfigurationError(f"{where} = {config!r:.80}: expected a dict with a 'type', such as "
-                                     "dict(type='FGD', tap='neck').")
-        whole, config = config, copy.deepcopy(dict(config))
-        try:
-            weight = build_weight(config.pop('weight', 1.0))
-            if weight.is_zero:
-                continue
-            term = build_own(MODELS, config)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigurationError(f'{where}: {reason(error, whole)}') from error
-        if not isinstance(term, DistillTerm):
-            raise ConfigurationError(
-                f"{where}: '{config['type']}' is a {type(term).__name__}, not a distillation term.")
-        if not 0 <= term.teacher_index < teachers:
-            raise ConfigurationError(
-                f'{where}: teacher={term.teacher_index}, but there are {teachers} teachers, counted from 0.')
-        weights[name], terms[name] = weight, term
-    return weights, terms
+    message = str(error)
+    argument, kind = UNKNOWN_ARGUMENT.search(message), UNKNOWN_TYPE.search(message)
+    if isinstance(error, TypeError) and argument:
+        others = _find_arguments(config) - {argument[1]}  # which another part, or a base class, may have
+        return f"there is no argument '{argument[1]}'.{suggest_names(argument[1], others)}"
+    if isinstance(error, KeyError) and kind:
+        own = (name for name, each in MODELS.module_dict.items() if each.__module__.startswith('kd_det.'))
+        return (f"there is no '{kind[1]}'.{suggest_names(kind[1], own)} If it is your own, import it with "
+                'custom_imports.')
+    return message
 
 
-def build_task_weight(config: WeightConfig) -> Weight:
-    """Builds the weight of the student's own losses.
+def suggest_names(name: str, names: Iterable[str]) -> str:
+    """Makes a sentence of the names that are most like a wrong one; empty where none is."""
+    found = get_close_matches(name, sorted(names))
+    return f" Nearest names: {', '.join(found)}." if found else ''
 
-    Raises:
-        ConfigurationError: It can not be built, or is balanced.
-    """
-    try:
-        weight = build_weight(config)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigurationError(f'model.task_weight: {reason(error, config)}') from error
-    if weight.balance is not None:
-        raise ConfigurationError("model.task_weight: the task's gradient is what Balance measures terms by. Give a "
-                                 'number or a schedule of numbers.')
-    return weight
+
+def _find_arguments(config: Any) -> set[str]:
+    """Finds the names of the arguments of all that a config names."""
+    if isinstance(config, type):
+        return {name for ancestor in config.__mro__[:-1] for name in signature(ancestor.__init__).parameters}
+    if isinstance(config, (list, tuple)):
+        return set().union(*map(_find_arguments, config))
+    if not isinstance(config, dict):
+        return set()
+    kind = config.get('type')
+    if isinstance(kind, str):
+        kind = MODELS.get(kind) or TASK_UTILS.get(kind)
+    return set().union(*map(_find_arguments, config.values()), _find_arguments(kind)) - {'self', 'args', 'kwargs'}

@@ -1,4 +1,4 @@
-"""Restricts what a teacher's terms read to the classes that it shares with the student."""
+"""Which classes each teacher shares with the student, and what of a step is restricted to them."""
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from mmengine.structures import InstanceData
-from torch import Tensor
+from torch import Tensor, nn
 
-from kd_det.config.classes import ClassMatch, match_classes
+from kd_det.config.classes import ClassMatch, match_classes, number_of_classes
 from kd_det.config.files import ConfigurationError
 from kd_det.context import DistillContext
 from kd_det.heads import ROI_HEAD, DenseOutputs, HeadRequest, QueryOutputs, TeacherTowers
@@ -18,14 +18,22 @@ CLASSLESS_HEAD = 'rpn_head'  # it tells objects from background, whatever the cl
 
 
 def has_classes(name: str) -> bool:
-    """Whether what is read of a head, see :class:`~kd_det.heads.HeadRequest`, tells classes apart."""
+    """Whether what is read of a head, see :class:`~kd_det.heads.HeadRequest`, depends on the class."""
     return HeadRequest.parse(name).head != CLASSLESS_HEAD
 
 
 class ClassSets:
-    """Which classes each teacher shares with the student. A teacher that was not matched has the student's."""
+    """Which classes each teacher shares with the student. A teacher that was not matched has the student's.
 
-    def __init__(self) -> None:
+    Args:
+        student: The student.
+
+    Attributes:
+        matches: By the teacher's index.
+    """
+
+    def __init__(self, student: nn.Module) -> None:
+        self.student_count = number_of_classes(student)
         self.matches: dict[int, ClassMatch] = {}
 
     def match(self, student: Sequence[str] | None, teachers: Sequence[Teacher], read: Container[int],
@@ -33,7 +41,8 @@ class ClassSets:
         """Matches the teachers' classes with the student's by name, where both are known.
 
         Args:
-            student: Names of the student's classes, by label, or None.
+            student: Names of the classes in the student's training data, by label, or None. Where the student's head
+                has another number of classes its labels are not those of the data, and the names count as unknown.
             teachers: The teachers.
             read: Indices of those whose outputs by class are read; another may share no class.
             inherited: The parts of the student that started from the first teacher.
@@ -44,6 +53,8 @@ class ClassSets:
         Raises:
             ConfigurationError: A teacher whose classes are read shares none with the student.
         """
+        if student is not None and self.student_count not in (None, len(student)):
+            student = None
         self.matches, reports = {}, []
         for index, teacher in enumerate(teachers):
             try:
@@ -66,39 +77,41 @@ class ClassSets:
         self.matches[index] = match_classes(student, teacher)
         return self.matches[index].report()
 
-    def restricted(self, context: DistillContext, teacher: int) -> DistillContext:
-        """The step as the terms of one teacher see it, see :func:`restricted_to_shared`."""
-        match = self.matches.get(teacher)
-        return context if match is None or match.is_identity else restricted_to_shared(context, teacher, match)
+    def restrict_context(self, context: DistillContext, teacher_index: int) -> DistillContext:
+        """The step as the terms of one teacher see it, see :func:`restrict_to_shared_classes`."""
+        match = self.matches.get(teacher_index)
+        if match is None or match.is_identity:
+            return context
+        return restrict_to_shared_classes(context, teacher_index, match)
 
-    def shared_labels(self, labels: Sequence[Tensor], teacher: int) -> list[Tensor]:
+    def convert_labels(self, labels: Sequence[Tensor], teacher_index: int) -> list[Tensor]:
         """Labels as the terms of one teacher see them: indices among the shared classes, -1 for the others."""
-        match = self.matches.get(teacher)
+        match = self.matches.get(teacher_index)
         return list(labels) if match is None or match.is_identity else [match.shared(each) for each in labels]
 
-    def translated(self, detections: list[InstanceData], index: int,
-                   counts: tuple[int | None, ...]) -> list[InstanceData]:
-        """A teacher's detections with the student's labels.
+    def translate(self, detections: list[InstanceData], teacher_index: int, teacher: Teacher) -> list[InstanceData]:
+        """Gives a teacher's detections the student's labels.
 
         Args:
-            detections: Of one teacher, one for each image.
-            index: Which of the teachers it is.
-            counts: How many classes the teacher and the student tell apart.
+            detections: Of the teacher, one for each image.
+            teacher_index: Which of the teachers it is.
+            teacher: The teacher.
 
         Raises:
-            ConfigurationError: The two numbers differ, and the names are not known.
+            ConfigurationError: It has another number of classes than the student, and the names are not known.
         """
-        if index in self.matches:
-            return [self.matches[index].translated(each) for each in detections]
-        if None not in counts and len(set(counts)) > 1:
+        if teacher_index in self.matches:
+            return [self.matches[teacher_index].translated(each) for each in detections]
+        counts = number_of_classes(teacher.model), self.student_count
+        if None not in counts and counts[0] != counts[1]:
             raise ConfigurationError(f'The teacher tells {counts[0]} classes apart, the student {counts[1]}, and '
                                      "which are the same is not known. Name the teacher's, by label, with "
                                      'teacher.classes=[…].')
         return detections
 
 
-def restricted_to_shared(context: DistillContext, teacher: int, match: ClassMatch) -> DistillContext:
-    """The step as the terms of one teacher see it: outputs and labels of the shared classes alone.
+def restrict_to_shared_classes(context: DistillContext, teacher_index: int, match: ClassMatch) -> DistillContext:
+    """Makes the step as the terms of one teacher see it: outputs and labels of the shared classes alone.
 
     Each side's logits, class probabilities and regressions by class are those of the shared classes, in the student's
     order. The background of softmax heads stands for "none of these". Labels are indices among the shared classes;
@@ -106,11 +119,11 @@ def restricted_to_shared(context: DistillContext, teacher: int, match: ClassMatc
 
     Args:
         context: The step.
-        teacher: Which of the teachers it is.
+        teacher_index: Which of the teachers it is.
         match: The classes that it shares with the student.
     """
-    student = _restricted(context.student_outputs, match.of_student)
-    taught = _restricted(context.teacher_outputs[teacher], match.of_teacher)
+    student = _restrict_outputs(context.student_outputs, match.of_student)
+    taught = _restrict_outputs(context.teacher_outputs[teacher_index], match.of_teacher)
     if ROI_HEAD in student:
         regions = student[ROI_HEAD].regions
         background, shared = regions.labels == len(match.student), len(match.of_student)
@@ -120,13 +133,13 @@ def restricted_to_shared(context: DistillContext, teacher: int, match: ClassMatc
         if ROI_HEAD in taught:
             taught[ROI_HEAD] = tuple(each.restricted(match.of_teacher, regions, kept) for each in taught[ROI_HEAD])
     teachers = list(context.teacher_outputs)
-    teachers[teacher] = taught
+    teachers[teacher_index] = taught
     return replace(context, student_outputs=student, teacher_outputs=teachers,
                    labels=[match.shared(labels) for labels in context.labels], _computed={})
 
 
-def _restricted(outputs: dict[str, Any], classes: Sequence[int]) -> dict[str, Any]:
-    """The outputs of dense heads and of queries restricted, the others as they are."""
+def _restrict_outputs(outputs: dict[str, Any], classes: Sequence[int]) -> dict[str, Any]:
+    """Restricts the outputs of dense heads and of queries; the others stay as they are."""
     return {name: each.restricted(classes)
-            if isinstance(each, (DenseOutputs, QueryOutputs, TeacherTowers)) and has_classes(name) else each
+            if isinstance(each, (DenseOutputs, HeadRequest, QueryOutputs, TeacherTowers)) and has_classes(name) else each
             for name, each in outputs.items()}

@@ -1,4 +1,4 @@
-"""How strongly a loss pulls at features, the norm of its gradient there; and whether it pulls at any weight."""
+"""How strongly a loss pulls at features, the norm of its gradient there; and whether it reaches any parameter."""
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
@@ -34,19 +34,20 @@ def gradient_norms(task: Tensor, terms: dict[str, Tensor],
         The norms by the terms' names, each as that of one process with the whole batch but for a common factor; 0 where
         the two losses share no feature.
     """
-    everything = list({id(feature): feature for name in terms for feature in features[name]}.values())
-    of_task = dict(zip(map(id, everything), _gradients(task, everything)))
+    read = list({id(feature): feature for name in terms for feature in features[name]}.values())
+    task_gradients = dict(zip(map(id, read), _compute_gradients(task, read)))
     squares = []
     for name, value in terms.items():
-        pairs = zip(_gradients(value, features[name]), (of_task[id(feature)] for feature in features[name]))
+        pairs = zip(_compute_gradients(value, features[name]), (task_gradients[id(each)] for each in features[name]))
         shared = [pair for pair in pairs if all(gradient is not None for gradient in pair)]
-        squares.append(torch.stack([_square_norm([pair[side] for pair in shared], task.device) for side in (0, 1)]))
+        squares.append(torch.stack([_compute_square_norm([pair[side] for pair in shared], task.device)
+                                    for side in (0, 1)]))
     norms = reduce_mean(torch.stack(squares)).sqrt() / SCALE
     return {name: GradientNorms(*each) for name, each in zip(terms, norms)}
 
 
-def reaches_weights(loss: Tensor, apart: Collection[Tensor] = ()) -> bool:
-    """Whether the gradient of a loss reaches any weight, be it 0 in this step.
+def reaches_parameters(loss: Tensor, apart: Collection[Tensor] = ()) -> bool:
+    """Whether the gradient of a loss reaches any parameter, be it 0 in this step.
 
     The graph is walked and no backward pass is made. So no hook of a model fires, be it compiled, sharded or for
     data-parallel training, and checkpointing that allows a single backward pass is none the wiser: what such a
@@ -54,7 +55,7 @@ def reaches_weights(loss: Tensor, apart: Collection[Tensor] = ()) -> bool:
 
     Args:
         loss: A scalar.
-        apart: Weights that do not count.
+        apart: Parameters that do not count.
     """
     apart, seen, nodes = set(map(id, apart)), set(), [loss.grad_fn]
     while nodes:
@@ -68,16 +69,17 @@ def reaches_weights(loss: Tensor, apart: Collection[Tensor] = ()) -> bool:
     return False
 
 
-def _gradients(loss: Tensor, features: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradient with respect to each feature, or None where there is none."""
+def _compute_gradients(loss: Tensor, features: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradient of a loss with respect to each feature, or None where there is none."""
     learning = [feature for feature in features if feature.requires_grad]
     if not learning or not loss.requires_grad:
         return [None] * len(features)
     with torch.autocast(loss.device.type, enabled=False):  # as in the step's backward pass
-        found = iter(torch.autograd.grad(loss * SCALE, learning, retain_graph=True, allow_unused=True))
-    return [next(found) if feature.requires_grad else None for feature in features]
+        gradients = iter(torch.autograd.grad(loss * SCALE, learning, retain_graph=True, allow_unused=True))
+    return [next(gradients) if feature.requires_grad else None for feature in features]
 
 
-def _square_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+def _compute_square_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Σ‖g‖² in float32, a scalar."""
     squares = (torch.linalg.vector_norm(each, dtype=torch.float32).square() for each in gradients)
     return sum(squares, torch.zeros((), device=device))

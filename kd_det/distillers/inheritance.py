@@ -1,4 +1,4 @@
-"""Where each weight came from: the answer to «why is my student random?»."""
+"""Where the student's weights come from: pretrained files, the first teacher, a checkpoint, or chance."""
 from __future__ import annotations
 
 import re
@@ -9,15 +9,15 @@ from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint_with_p
 from torch import Tensor, nn
 
 from kd_det.config.files import ConfigurationError
-from kd_det.distillers.building import nearest
+from kd_det.distillers.building import suggest_names
 from kd_det.teachers.loading import is_pretrained
 
 ORIGINS = ('random', 'pretrained', 'inherited', 'checkpoint')
 BRANCH = re.compile(r'(bbox_head\.(?:cls|reg)_branches)\.(\d+)\.(.+)')
 
 
-class Provenance:
-    """Keeps, for each parameter of a model, the last source that set it.
+class WeightOrigins:
+    """Keeps, for each parameter of a model, the last source that set it: the answer to «why is my student random?».
 
     Args:
         model: The model; all its parameters start as ``'random'``.
@@ -33,87 +33,16 @@ class Provenance:
             raise ValueError(f"origin='{origin}': expected one of {', '.join(ORIGINS)}.")
         self._origins.update(dict.fromkeys(self._sizes.keys() & set(names), origin))
 
-    def by_part(self) -> dict[str, dict[str, int]]:
-        """Number of weights by part (``backbone``, ``neck``, …) and origin."""
+    def count_by_part(self) -> dict[str, dict[str, int]]:
+        """Counts the weights by part (``backbone``, ``neck``, …) and origin."""
         parts: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(ORIGINS, 0))
         for name, origin in self._origins.items():
             parts[name.split('.')[0]][origin] += self._sizes[name]
         return dict(parts)
 
 
-def pretrained_parameters(model: nn.Module) -> Iterator[str]:
-    """Yields the names of the parameters that an ``init_cfg=dict(type='Pretrained', …)`` sets.
-
-    mmengine loads such files without strictness, so what they hold decides, not the config.
-    """
-    for path, module in model.named_modules():
-        init_cfg = getattr(module, 'init_cfg', None) or ()
-        for config in (init_cfg, ) if isinstance(init_cfg, dict) else init_cfg:
-            if is_pretrained(config):
-                held = _pretrained_state(config)
-                yield from (f'{path}.{name}'.lstrip('.') for name, parameter in module.named_parameters()
-                            if name in held and held[name].shape == parameter.shape)
-
-
-def _pretrained_state(config: dict) -> dict[str, Tensor]:
-    if config.get('prefix'):
-        return _load_checkpoint_with_prefix(config['prefix'], config['checkpoint'], map_location='cpu')
-    loaded = CheckpointLoader.load_checkpoint(config['checkpoint'], map_location='cpu', logger='silent')
-    return {re.sub(r'^module\.', '', key): value for key, value in loaded.get('state_dict', loaded).items()}
-
-
-def parts_in_common(student: nn.Module, teacher: nn.Module) -> tuple[str, ...]:
-    """The parts of two detectors that are of the same type and hold weights, without the backbones.
-
-    A weight of the detector itself, as the level embeddings of a Deformable DETR, is a part too.
-    """
-    theirs = {**dict(teacher.named_children()), **teacher._parameters}
-    modules = [name for name, part in student.named_children()
-               if name != 'backbone' and type(part) is type(theirs.get(name)) and part.state_dict()]
-    return (*modules, *(name for name in student._parameters if name in theirs))
-
-
-def keys_within(state: dict[str, Tensor], part: str) -> list[str]:
-    """The keys of a student's state dict that belong to a part of it.
-
-    Raises:
-        ConfigurationError: There is no such part.
-    """
-    keys = [key for key in state if f'{key}.'.startswith(f'{part}.')]
-    if not keys:
-        known = sorted({key.split('.')[0] for key in state})
-        raise ConfigurationError(f"inherit: the student has no part '{part}'; it has {', '.join(known)}."
-                                 f'{nearest(part, known)}')
-    return keys
-
-
-def counterpart(key: str, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> str | None:
-    """The key of the teacher's weight that does what the student's of this key does; None where there is none.
-
-    It is the same key but in the head of a two-stage DETR, which has a branch for each decoder layer and, as the last,
-    one that makes proposals of the encoder's output: with another number of layers it stands elsewhere.
-
-    Args:
-        key: A key of the student's state dict.
-        student: The student's state dict.
-        teacher: The teacher's.
-    """
-    branch = BRANCH.fullmatch(key)
-    own, theirs = (_proposal_branch(state) for state in (student, teacher)) if branch else (None, None)
-    if own == theirs or int(branch[2]) not in (own, theirs):
-        return key
-    return f'{branch[1]}.{theirs}.{branch[3]}' if int(branch[2]) == own and theirs is not None else None
-
-
-def _proposal_branch(state: dict[str, Tensor]) -> int | None:
-    """The index of the branch of a two-stage DETR's head that makes proposals; None if there is none."""
-    branches, layers = ({re.match(path + r'\.(\d+)\.', key)[1] for key in state if key.startswith(f'{path}.')}
-                        for path in ('bbox_head.cls_branches', 'decoder.layers'))
-    return len(layers) if len(branches) == len(layers) + 1 else None
-
-
 def inherit(student: nn.Module, teacher: nn.Module, parts: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Starts parts of the student from the teacher's, wherever name and shape agree, see :func:`counterpart`.
+    """Starts parts of the student from the teacher's, wherever name and shape agree, see :func:`find_counterpart`.
 
     Args:
         student: The detector that is written to.
@@ -127,12 +56,83 @@ def inherit(student: nn.Module, teacher: nn.Module, parts: Iterable[str]) -> tup
         ConfigurationError: The student has no such part.
     """
     source, target = teacher.state_dict(), student.state_dict()
-    inherited, left = [], []
+    inherited, refused = [], []
     for part in parts:
-        for key in keys_within(target, part):
-            found = source.get(counterpart(key, target, source))
+        for key in find_part_keys(target, part):
+            found = source.get(find_counterpart(key, target, source))
             fits = found is not None and found.shape == target[key].shape
-            (inherited if fits else left).append(key)
+            (inherited if fits else refused).append(key)
             if fits:
                 target[key].copy_(found)
-    return inherited, left
+    return inherited, refused
+
+
+def find_common_parts(student: nn.Module, teacher: nn.Module) -> tuple[str, ...]:
+    """Finds the parts of two detectors that are of the same type and hold weights, without the backbones.
+
+    A weight of the detector itself, as the level embeddings of a Deformable DETR, is a part too.
+    """
+    theirs = {**dict(teacher.named_children()), **teacher._parameters}
+    modules = [name for name, part in student.named_children()
+               if name != 'backbone' and type(part) is type(theirs.get(name)) and part.state_dict()]
+    return (*modules, *(name for name in student._parameters if name in theirs))
+
+
+def find_part_keys(state: dict[str, Tensor], part: str) -> list[str]:
+    """Finds the keys of a student's state dict that belong to a part of it.
+
+    Raises:
+        ConfigurationError: There is no such part.
+    """
+    keys = [key for key in state if f'{key}.'.startswith(f'{part}.')]
+    if not keys:
+        known = sorted({key.split('.')[0] for key in state})
+        raise ConfigurationError(f"inherit: the student has no part '{part}'; it has {', '.join(known)}."
+                                 f'{suggest_names(part, known)}')
+    return keys
+
+
+def find_counterpart(key: str, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> str | None:
+    """Finds the key of the teacher's weight that does what the student's of this key does; None where there is none.
+
+    It is the same key but in the head of a two-stage DETR, which has a branch for each decoder layer and, as the last,
+    one that makes proposals of the encoder's output: with another number of layers it stands elsewhere.
+
+    Args:
+        key: A key of the student's state dict.
+        student: The student's state dict.
+        teacher: The teacher's.
+    """
+    branch = BRANCH.fullmatch(key)
+    own, theirs = (_find_proposal_branch(state) for state in (student, teacher)) if branch else (None, None)
+    if own == theirs or int(branch[2]) not in (own, theirs):
+        return key
+    return f'{branch[1]}.{theirs}.{branch[3]}' if int(branch[2]) == own and theirs is not None else None
+
+
+def _find_proposal_branch(state: dict[str, Tensor]) -> int | None:
+    """Finds the index of the branch of a two-stage DETR's head that makes proposals; None if there is none."""
+    branches, layers = ({re.match(path + r'\.(\d+)\.', key)[1] for key in state if key.startswith(f'{path}.')}
+                        for path in ('bbox_head.cls_branches', 'decoder.layers'))
+    return len(layers) if len(branches) == len(layers) + 1 else None
+
+
+def find_pretrained_parameters(model: nn.Module) -> Iterator[str]:
+    """Finds the names of the parameters that an ``init_cfg=dict(type='Pretrained', …)`` sets.
+
+    mmengine loads such files without strictness, so what they hold decides, not the config.
+    """
+    for path, module in model.named_modules():
+        init_cfg = getattr(module, 'init_cfg', None) or ()
+        for config in (init_cfg, ) if isinstance(init_cfg, dict) else init_cfg:
+            if is_pretrained(config):
+                state = _load_pretrained(config)
+                yield from (f'{path}.{name}'.lstrip('.') for name, parameter in module.named_parameters()
+                            if name in state and state[name].shape == parameter.shape)
+
+
+def _load_pretrained(config: dict) -> dict[str, Tensor]:
+    if config.get('prefix'):
+        return _load_checkpoint_with_prefix(config['prefix'], config['checkpoint'], map_location='cpu')
+    loaded = CheckpointLoader.load_checkpoint(config['checkpoint'], map_location='cpu', logger='silent')
+    return {re.sub(r'^module\.', '', key): value for key, value in loaded.get('state_dict', loaded).items()}

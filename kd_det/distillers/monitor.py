@@ -1,4 +1,9 @@
-"""When the gradients of which terms are measured, who is told, and which terms can teach the student nothing."""
+"""Watches the terms in training: whose gradients are measured when, which drown the task, which teach nothing.
+
+A measurement is a comparison of gradients on the student's features (:mod:`kd_det.distillers.gradients`); a balanced
+weight (:class:`~kd_det.distillers.schedules.Balance`) follows it, and for any other :class:`DominanceCheck` warns.
+:class:`IdleTermCheck` needs no measurement: it looks once at the graph of each term.
+"""
 from __future__ import annotations
 
 import logging
@@ -13,91 +18,39 @@ from torch import Tensor, nn
 
 from kd_det.config.files import ConfigurationError
 from kd_det.context import Progress
-from kd_det.distillers.weights import Balance, Weight, total
+from kd_det.distillers.gradients import GradientNorms, gradient_norms, reaches_parameters
+from kd_det.distillers.schedules import Balance, Schedule
 from kd_det.heads import HeadRequest, find_head
 from kd_det.losses import DistillTerm
-from kd_det.losses.base import FeatureTerm
+from kd_det.losses.base import FeatureTerm, sum_parts
 from kd_det.taps import find_module
 
 if TYPE_CHECKING:
     from kd_det.distillers.detection_distiller import DetectionDistiller, Observation
 
-from kd_det.distillers.gradients import GradientNorms, gradient_norms, reaches_weights
-
 PATIENCE = 50  # measurements without any to go by, after which a balance is said to have no weight
-
-
-class DominanceWatch:
-    """Warns, once, where a term drowns the task: by some measurements at the beginning of a run.
-
-    Not by the very first: through a head that has learnt nothing yet hardly any gradient of the task passes. And a term
-    that looks everywhere may pull several times as hard as the task, which looks at few places, and still help: the
-    limit is far above 1. Later measurements are for the log alone.
-
-    Args:
-        name: Of the term.
-        weight: Of the term, without the schedules that shape it.
-        limit: How many times the task's gradient is too much.
-        interval: Iterations between measurements, and before the first.
-        measurements: How many decide.
-        later: Iterations between those that follow.
-    """
-
-    def __init__(self, name: str, weight: float, limit: float = 20.0, interval: int = 50, measurements: int = 4,
-                 later: int = 200) -> None:
-        self.name, self.weight, self.limit = name, weight, limit
-        self.measurements = self.left = measurements
-        self.interval, self.later, self.works = interval, later, True
-        self.sums: Tensor | float = 0.0  # (3,): of the term's norms, the task's, and the boxes
-
-    def due(self, progress: Progress) -> bool:
-        """Whether to measure in this step."""
-        interval = self.interval if self.left > 0 else self.later
-        return self.works and progress.iteration > 0 and progress.iteration % interval == 0
-
-    def update(self, norms: GradientNorms, boxes: Tensor) -> None:
-        """Takes in a measurement, see :meth:`Balance.update`; the last of the first ones decides."""
-        self.left -= 1
-        if self.left < 0:
-            return
-        self.sums = self.sums + torch.stack([*norms, boxes[0]])
-        if self.left:
-            return
-        term, task, seen = self.sums.tolist()
-        if task > 0 and seen > 0 and term == 0:
-            print_log(f"model.distill.{self.name} teaches the student nothing: in none of {self.measurements} "
-                      "measurements had it a gradient on the student's features. There may be nothing of what it "
-                      'compares in the data, or it agrees with the teacher already.', 'current', logging.WARNING)
-        term *= self.weight
-        if math.inf > term > self.limit * task > 0:
-            print_log(
-                f"The gradient of '{self.name}' on the student's features is {term / task:.1f} times the task's: the "
-                'student may learn to imitate at the expense of detecting. Published weights are made for their own '
-                f"data and widths. Lower model.distill.{self.name}.weight, or let it follow the task: "
-                "weight=dict(type='Balance', ratio=0.5).",
-                'current', logging.WARNING)
 
 
 class GradientMonitor:
     """Measures the gradients of the terms that are balanced, and now and then those of the others.
 
     Args:
-        weights: The terms' weights by name.
+        schedules: Those of the terms' weights, by the terms' names.
     """
 
-    def __init__(self, weights: dict[str, Weight]) -> None:
-        self.balances = {name: weight.balance for name, weight in weights.items() if weight.balance is not None}
-        self.watches = {name: DominanceWatch(name, weight.full) for name, weight in weights.items()
-                        if name not in self.balances}
-        self.observers: dict[str, Balance | DominanceWatch] = {**self.balances, **self.watches}
+    def __init__(self, schedules: dict[str, Schedule]) -> None:
+        self.balances = {name: each.balance for name, each in schedules.items() if each.balance is not None}
+        self.dominance_checks = {name: DominanceCheck(name, each.full) for name, each in schedules.items()
+                                 if name not in self.balances}
+        self.observers: dict[str, Balance | DominanceCheck] = {**self.balances, **self.dominance_checks}
 
-    def due(self, progress: Progress, names: Iterable[str]) -> list[str]:
-        """Those of the terms that are to be measured in this step."""
-        return [name for name in names if self.observers[name].due(progress)]
+    def find_due(self, progress: Progress, names: Iterable[str]) -> list[str]:
+        """Finds those of the terms that are to be measured in this step."""
+        return [name for name in names if self.observers[name].is_due(progress)]
 
     def measure(self, task: Tensor, values: dict[str, Tensor], features: dict[str, Sequence[Tensor]],
                 labels: dict[str, Sequence[Tensor]]) -> dict[str, Tensor]:
-        """Measures terms and tells their balance or watch.
+        """Measures terms, and tells their balances and checks.
 
         Args:
             task: The student's own loss.
@@ -118,7 +71,7 @@ class GradientMonitor:
         except RuntimeError as error:  # compiled graphs, and checkpointing that re-enters, allow one backward pass only
             self._give_up(error, [name for name in values if name in self.balances])
             return {}
-        boxes = torch.stack([_boxes_seen(labels[name]) for name in norms])
+        boxes = torch.stack([_count_boxes(labels[name]) for name in norms])
         all_reduce(boxes)
         for (name, measured), seen in zip(norms.items(), boxes):
             self.observers[name].update(measured, seen)
@@ -152,32 +105,64 @@ class GradientMonitor:
             raise ConfigurationError(
                 f"model.distill.{balanced[0]}.weight: Balance can not measure gradients in this model: {error}. Give a "
                 'number, or do without with_cp=True and compilation.') from error
-        for watch in self.watches.values():
-            watch.works = False
+        for check in self.dominance_checks.values():
+            check.is_possible = False
         print_log(f"The terms' gradients can not be compared with the task's: {error}", 'current', logging.DEBUG)
 
 
-def _boxes_seen(labels: Sequence[Tensor]) -> Tensor:
-    """(2,): the number of boxes in a batch, and that of the images that have any."""
-    numbers = torch.stack([(each >= 0).sum() for each in labels])
-    return torch.stack([numbers.sum(), (numbers > 0).sum()]).float()
+class DominanceCheck:
+    """Warns, once, where a term drowns the task: by some measurements at the beginning of a run.
 
-
-def find_idle(distiller: DetectionDistiller, observation: Observation) -> dict[str, str]:
-    """Which of the terms that were run can teach the student nothing.
+    Not by the very first: through a head that has learnt nothing yet hardly any gradient of the task passes. And a term
+    that looks everywhere may pull several times as hard as the task, which looks at few places, and still help: the
+    limit is far above 1. Later measurements are for the log alone.
 
     Args:
-        distiller: The distiller.
-        observation: One step of it, with a gradient.
-
-    Returns:
-        For each such term what it reads, the likely cause, and what to do.
+        name: Of the term.
+        weight: Of the term, without the schedules that shape it.
+        limit: How many times the task's gradient is too much.
+        interval: Iterations between measurements, and before the first.
+        measurements: How many decide.
+        later: Iterations between those that follow.
     """
-    return {name: _cause(distiller, observation, name) for name, value in observation.values.items()
-            if not reaches_weights(total(value), apart=list(distiller.terms[name].parameters()))}
+
+    def __init__(self, name: str, weight: float, limit: float = 20.0, interval: int = 50, measurements: int = 4,
+                 later: int = 200) -> None:
+        self.name, self.weight, self.limit = name, weight, limit
+        self.measurements = self.remaining = measurements
+        self.interval, self.later = interval, later
+        self.is_possible = True  # unless the model's gradients can not be measured
+        self.sums: Tensor | float = 0.0  # (3,): of the term's norms, the task's, and the boxes
+
+    def is_due(self, progress: Progress) -> bool:
+        """Whether to measure in this step."""
+        interval = self.interval if self.remaining > 0 else self.later
+        return self.is_possible and progress.iteration > 0 and progress.iteration % interval == 0
+
+    def update(self, norms: GradientNorms, boxes: Tensor) -> None:
+        """Takes in a measurement, see :meth:`Balance.update`; the last of the first ones decides."""
+        self.remaining -= 1
+        if self.remaining < 0:
+            return
+        self.sums = self.sums + torch.stack([*norms, boxes[0]])
+        if self.remaining:
+            return
+        term, task, seen = self.sums.tolist()
+        if task > 0 and seen > 0 and term == 0:
+            print_log(f"model.distill.{self.name} teaches the student nothing: in none of {self.measurements} "
+                      "measurements had it a gradient on the student's features. There may be nothing of what it "
+                      'compares in the data, or it agrees with the teacher already.', 'current', logging.WARNING)
+        term *= self.weight
+        if math.inf > term > self.limit * task > 0:
+            print_log(
+                f"The gradient of '{self.name}' on the student's features is {term / task:.1f} times the task's: the "
+                'student may learn to imitate at the expense of detecting. Published weights are made for their own '
+                f"data and widths. Lower model.distill.{self.name}.weight, or let it follow the task: "
+                "weight=dict(type='Balance', ratio=0.5).",
+                'current', logging.WARNING)
 
 
-class IdleWatch:
+class IdleTermCheck:
     """Warns of each term that can teach nothing, in the term's first step; and ends the run where that is all of them.
 
     A term of a user's own may be a constant where there are no boxes. So a batch without any proves nothing, unless
@@ -192,43 +177,58 @@ class IdleWatch:
     """
 
     def __init__(self, names: Iterable[str], patience: int = 50) -> None:
-        self.left = {name: patience for name in names}
+        self.remaining = {name: patience for name in names}
         self.idle: dict[str, str] = {}
 
-    def look(self, distiller: DetectionDistiller, observation: Observation) -> None:
-        """Looks at the terms of a step that it has not judged yet.
+    def check(self, distiller: DetectionDistiller, observation: Observation) -> None:
+        """Judges the terms of a step that it has not judged yet.
 
         Raises:
             ConfigurationError: No term can teach anything, and there are no pseudo-labels to learn from.
         """
-        new = {name: value for name, value in observation.values.items() if name in self.left}
+        new = {name: value for name, value in observation.values.items() if name in self.remaining}
         if not new:
             return
-        found = find_idle(distiller, observation._replace(values=new))
+        idle = find_idle_terms(distiller, observation._replace(values=new))
         for name in new:
-            if name in found and self.left[name] > 0 and not any(map(len, observation.context.boxes)):
-                self.left[name] -= 1
+            if name in idle and self.remaining[name] > 0 and not any(map(len, observation.context.boxes)):
+                self.remaining[name] -= 1
                 continue
-            del self.left[name]
-            if name in found:
-                self.idle[name] = found[name]
+            del self.remaining[name]
+            if name in idle:
+                self.idle[name] = idle[name]
                 print_log(f'model.distill.{name} teaches the student nothing: none of its weights gets a gradient from '
-                          f'it. {found[name]}', 'current', logging.WARNING)
+                          f'it. {idle[name]}', 'current', logging.WARNING)
             else:
-                _tell_frozen_levels(distiller.terms[name], name, observation)
-        if not self.left and len(self.idle) == len(distiller.terms) and distiller.pseudo_labels is None:
+                _report_frozen_levels(distiller.terms[name], name, observation)
+        if not self.remaining and len(self.idle) == len(distiller.terms) and distiller.pseudo_labels is None:
             causes = ' '.join(f'model.distill.{name}: {cause}' for name, cause in self.idle.items())
             raise ConfigurationError('No weight of the student gets a gradient from any term: it would train as '
                                      f'without a teacher. {causes}')
 
 
-def _cause(distiller: DetectionDistiller, observation: Observation, name: str) -> str:
+def find_idle_terms(distiller: DetectionDistiller, observation: Observation) -> dict[str, str]:
+    """Finds those of the terms that were run that can teach the student nothing.
+
+    Args:
+        distiller: The distiller.
+        observation: One step of it, with a gradient.
+
+    Returns:
+        For each such term what it reads, the likely cause, and what to do.
+    """
+    return {name: _find_cause(distiller, observation, name) for name, value in observation.values.items()
+            if not reaches_parameters(sum_parts(value), apart=list(distiller.terms[name].parameters()))}
+
+
+def _find_cause(distiller: DetectionDistiller, observation: Observation, name: str) -> str:
+    """Says what a term reads, and what cuts its gradient there."""
     student, term = distiller.student, distiller.terms[name]
     paths = term.student_taps or tuple(dict.fromkeys(HeadRequest.parse(head).head for head in term.student_heads))
     modules = [find_module(student, path) for path in term.student_taps]
     modules += [] if modules else [find_head(student, head) for head in term.student_heads]
     read = f"It reads {' and '.join(map(repr, paths))}"
-    flows = any(level.requires_grad for level in distiller.measured_features(name, observation.context))
+    flows = any(level.requires_grad for level in distiller.gradient_features(name, observation.context))
     if not flows and not any(map(_learns, modules)):
         learning = [part for part, module in student.named_children() if _learns(module)]
         return (f'{read}, where nothing learns: the weights there are frozen (requires_grad=False, as frozen_stages '
@@ -245,8 +245,8 @@ def _learns(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _tell_frozen_levels(term: DistillTerm, name: str, observation: Observation) -> None:
-    """Tells of single levels that teach nothing, as those of a backbone's first, frozen stages."""
+def _report_frozen_levels(term: DistillTerm, name: str, observation: Observation) -> None:
+    """Reports single levels that teach nothing, as those of a backbone's first, frozen stages."""
     if not isinstance(term, FeatureTerm):
         return
     levels = [pair.student_level for pair in term.pairs]
@@ -255,3 +255,9 @@ def _tell_frozen_levels(term: DistillTerm, name: str, observation: Observation) 
         frozen = ', '.join(str(level) for level in levels if level not in learning)
         print_log(f"model.distill.{name}: level {frozen} of '{term.student_path}' is frozen, so that nothing is learnt "
                   f'there. levels={tuple(learning)} leaves it out.', 'current', logging.INFO)
+
+
+def _count_boxes(labels: Sequence[Tensor]) -> Tensor:
+    """Counts the boxes in a batch, and the images that have any: (2,)."""
+    numbers = torch.stack([(each >= 0).sum() for each in labels])
+    return torch.stack([numbers.sum(), (numbers > 0).sum()]).float()

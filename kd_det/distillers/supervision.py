@@ -1,8 +1,7 @@
-"""What a step is told of the objects in its images, and the student's own loss where it is told nothing of some."""
+"""What a step is told of the objects in its images: ground truth, pseudo-labels, or nothing; and the losses from it."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,9 +13,16 @@ from torchvision.ops import batched_nms, box_iou
 from kd_det.config.files import ConfigurationError
 from kd_det.context import Progress
 from kd_det.datasets import UNLABELLED
-from kd_det.distillers.building import reason
-from kd_det.distillers.weights import Losses, Weight, WeightConfig, build_weight, scaled
+from kd_det.distillers.building import explain_build_error
+from kd_det.distillers.schedules import Schedule, ScheduleConfig, build_schedule
 from kd_det.taps import Features
+
+Losses = dict[str, Tensor | list[Tensor]]  # of a step by name; those with 'loss' in it are summed, the others logged
+
+MODES = ('join', 'replace')
+IMAGES = ('all', 'unlabelled')
+BY_SCORE = 'score'
+MIN_SIDE = 1.0  # pixels; of a box without area losses are infinite, and heads clip some to nothing
 
 
 class Supervision(NamedTuple):
@@ -34,7 +40,7 @@ class Supervision(NamedTuple):
     @property
     def boxes(self) -> list[Tensor]:
         """(n, 4) of each image."""
-        return [boxes_of(sample) for sample in self.samples]
+        return [get_boxes(sample) for sample in self.samples]
 
     @property
     def labels(self) -> list[Tensor]:
@@ -42,20 +48,20 @@ class Supervision(NamedTuple):
         return [sample.gt_instances.labels for sample in self.samples]
 
 
-def given(samples: Sequence[DetDataSample]) -> Supervision:
-    """What the data itself says, see :class:`~kd_det.datasets.Unlabelled`."""
+def read_supervision(samples: Sequence[DetDataSample]) -> Supervision:
+    """Reads what the data itself says, see :class:`~kd_det.datasets.Unlabelled`."""
     return Supervision(list(samples), tuple(not sample.metainfo.get(UNLABELLED, False) for sample in samples))
 
 
-def boxes_of(sample: DetDataSample) -> Tensor:
-    """(n, 4) of an image's ground truth, whether it is a tensor or one of mmdet's box types."""
+def get_boxes(sample: DetDataSample) -> Tensor:
+    """The boxes of an image's ground truth, (n, 4), whether they are a tensor or one of mmdet's box types."""
     boxes = sample.gt_instances.bboxes
     return getattr(boxes, 'tensor', boxes).detach()
 
 
-def labelled_losses(student: nn.Module, inputs: Tensor, features: Features, supervision: Supervision,
-                    of_all: Losses) -> Losses:
-    """The student's own losses on the labelled images of a batch.
+def compute_labelled_losses(student: nn.Module, inputs: Tensor, features: Features, supervision: Supervision,
+                            losses: Losses) -> Losses:
+    """Computes the student's own losses on the labelled images of a batch.
 
     They are those of plain training on these images alone. Backbone and neck have seen the whole batch and are not run
     again.
@@ -65,30 +71,27 @@ def labelled_losses(student: nn.Module, inputs: Tensor, features: Features, supe
         inputs: (N, 3, H, W), the whole batch.
         features: What its ``extract_feat`` made of it.
         supervision: What is known of the batch.
-        of_all: The losses as if unlabelled images were background: without any labelled image 0 times these, so that
-            every weight has a gradient, for which data-parallel training waits.
+        losses: Those of all images, as if unlabelled ones were background: without any labelled image 0 times these,
+            so that every weight has a gradient, for which data-parallel training waits.
     """
     rows = [row for row, labelled in enumerate(supervision.labelled) if labelled]
     if not rows:
-        return scaled(of_all, 0.0)
-    with _given_features(student, tuple(level[rows] for level in features)):
-        return dict(student.loss(inputs[rows], [supervision.samples[row] for row in rows]))
-
-
-@contextmanager
-def _given_features(model: nn.Module, features: Features) -> Iterator[None]:
-    """Lets a detector take these features for those of any images while the block runs."""
-    model.extract_feat = lambda *args, **kwargs: features  # on the instance, before the class's
+        return scale_losses(losses, 0.0)
+    selected = tuple(level[rows] for level in features)
+    student.extract_feat = lambda *args, **kwargs: selected  # on the instance, before the class's
     try:
-        yield
+        return dict(student.loss(inputs[rows], [supervision.samples[row] for row in rows]))
     finally:
-        del model.extract_feat
+        del student.extract_feat
 
 
-MODES = ('join', 'replace')
-IMAGES = ('all', 'unlabelled')
-BY_SCORE = 'score'
-SMALLEST = 1.0  # pixels a side; of a box without area losses are infinite, and heads clip some to nothing
+def scale_losses(losses: Losses, weight: float) -> Losses:
+    """Multiplies the student's own losses by a weight; what is only for the log stays as it is."""
+    if weight == 1:
+        return losses
+    return {name: value if 'loss' not in name else
+            [weight * each for each in value] if isinstance(value, list) else weight * value
+            for name, value in losses.items()}
 
 
 class PseudoLabels:
@@ -123,23 +126,23 @@ class PseudoLabels:
     """
 
     def __init__(self, score: float = 0.5, iou: float = 0.5, nms_iou: float = 0.5, mode: str = 'join',
-                 images: str = 'all', weight: str | WeightConfig = 1.0, teacher: int = 0) -> None:
+                 images: str = 'all', weight: str | ScheduleConfig = 1.0, teacher: int = 0) -> None:
         if mode not in MODES or images not in IMAGES:
             raise ValueError(f"mode='{mode}', images='{images}': expected one of {', '.join(MODES)}, and one of "
                              f"{', '.join(IMAGES)}.")
         if not all(0 <= each <= 1 for each in (score, iou, nms_iou)):
             raise ValueError(f'score={score}, iou={iou}, nms_iou={nms_iou}: expected numbers from 0 to 1.')
         self.by_score = weight == BY_SCORE
-        self.weight: Weight = build_weight(1.0 if self.by_score else weight)
-        if self.weight.balance is not None or not 0 <= self.weight.full <= 1:
+        self.schedule: Schedule = build_schedule(1.0 if self.by_score else weight)
+        if self.schedule.balance is not None or not 0 <= self.schedule.full <= 1:
             raise ValueError(f"weight={weight!r}: expected 'score', or a number from 0 to 1 or a schedule of one, for "
                              'it is the probability with which a box counts in a step.')
         self.score, self.iou, self.nms_iou, self.teacher_index = score, iou, nms_iou, teacher
         self.replaces, self.only_unlabelled = mode == 'replace', images == 'unlabelled'
 
-    def wants(self, supervision: Supervision, progress: Progress) -> bool:
+    def is_due(self, supervision: Supervision, progress: Progress) -> bool:
         """Whether the teacher has to detect in this step."""
-        return self.weight(progress) > 0 and not (self.only_unlabelled and all(supervision.labelled))
+        return self.schedule(progress) > 0 and not (self.only_unlabelled and all(supervision.labelled))
 
     def __call__(self, supervision: Supervision, detections: list[InstanceData], progress: Progress) -> Supervision:
         """Joins a teacher's detections with what is known; nothing that it is given changes.
@@ -150,31 +153,34 @@ class PseudoLabels:
             progress: Where the training stands.
         """
         samples, labelled, counts = [], [], []
-        for sample, is_labelled, found in zip(supervision.samples, supervision.labelled, detections):
+        for sample, is_labelled, detected in zip(supervision.samples, supervision.labelled, detections):
             if self.only_unlabelled and is_labelled:
-                found = found[:0]
+                detected = detected[:0]
             elif self.replaces:
-                sample, is_labelled = _with_truth(sample, sample.gt_instances[:0]), False
-            found = self.confident(found, boxes_of(sample))
-            drawn = found[self._drawn(found.scores, progress)]
-            labelled.append(is_labelled or len(found) > 0)
+                sample, is_labelled = _replace_truth(sample, sample.gt_instances[:0]), False
+            boxes, labels = get_boxes(sample), sample.gt_instances.labels
+            confident = self.select_confident(detected, boxes)
+            drawn = confident[self._draw(confident.scores, progress)]
+            labelled.append(is_labelled or len(confident) > 0)
             counts.append(len(drawn))
-            samples.append(_joined(sample, drawn) if len(drawn) else sample)
+            if len(drawn):
+                sample = _replace_truth(sample, InstanceData(bboxes=torch.cat([boxes, drawn.bboxes.to(boxes)]),
+                                                             labels=torch.cat([labels, drawn.labels.to(labels)])))
+            samples.append(sample)
         count = torch.tensor(float(sum(counts)) / len(counts))
         return Supervision(samples, tuple(labelled), {**supervision.log, 'distill/pseudo_boxes': count})
 
-    def confident(self, found: InstanceData, truth: Tensor) -> InstanceData:
-        """Those detections of an image that may become ground truth beside its boxes, (n, 4)."""
-        sides = found.bboxes[:, 2:] - found.bboxes[:, :2]
-        found = found[(found.scores >= self.score) & (sides >= SMALLEST).all(1)]
-        boxes = found.bboxes.float()
-        found = found[batched_nms(boxes, found.scores.float(), found.labels, self.nms_iou)]
-        if len(truth) and len(found):
-            found = found[box_iou(found.bboxes.float(), truth.float()).amax(1) <= self.iou]
-        return found
+    def select_confident(self, detected: InstanceData, truth: Tensor) -> InstanceData:
+        """Selects the detections of an image that may become ground truth beside its boxes, (n, 4)."""
+        sides = detected.bboxes[:, 2:] - detected.bboxes[:, :2]
+        kept = detected[(detected.scores >= self.score) & (sides >= MIN_SIDE).all(1)]
+        kept = kept[batched_nms(kept.bboxes.float(), kept.scores.float(), kept.labels, self.nms_iou)]
+        if len(truth) and len(kept):
+            kept = kept[box_iou(kept.bboxes.float(), truth.float()).amax(1) <= self.iou]
+        return kept
 
-    def _drawn(self, scores: Tensor, progress: Progress) -> Tensor:
-        weight = self.weight(progress)
+    def _draw(self, scores: Tensor, progress: Progress) -> Tensor:
+        weight = self.schedule(progress)
         if weight == 1 and not self.by_score:
             return torch.ones_like(scores, dtype=torch.bool)
         return torch.rand_like(scores) < (scores if self.by_score else weight)
@@ -192,10 +198,10 @@ def build_pseudo_labels(config: dict | None, student: nn.Module, teachers: Seque
     try:
         pseudo_labels = PseudoLabels(**config)
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigurationError(f'model.pseudo_labels: {reason(error, PseudoLabels)}') from error
+        raise ConfigurationError(f'model.pseudo_labels: {explain_build_error(error, PseudoLabels)}') from error
     if not 0 <= pseudo_labels.teacher_index < len(teachers):
-        raise ConfigurationError(f'model.pseudo_labels: teacher={pseudo_labels.teacher_index}, but there are {len(teachers)} '
-                                 'teachers, counted from 0.')
+        raise ConfigurationError(f'model.pseudo_labels: teacher={pseudo_labels.teacher_index}, but there are '
+                                 f'{len(teachers)} teachers, counted from 0.')
     if pseudo_labels.only_unlabelled and teachers[pseudo_labels.teacher_index].get('shard'):
         raise ConfigurationError("model.pseudo_labels: images='unlabelled' asks the teacher on those ranks alone whose "
                                  "batch has such images, which one with shard=True can not serve. Take images='all', "
@@ -207,14 +213,8 @@ def build_pseudo_labels(config: dict | None, student: nn.Module, teachers: Seque
     return pseudo_labels
 
 
-def _joined(sample: DetDataSample, found: InstanceData) -> DetDataSample:
-    boxes, labels = boxes_of(sample), sample.gt_instances.labels
-    return _with_truth(sample, InstanceData(bboxes=torch.cat([boxes, found.bboxes.to(boxes)]),
-                                            labels=torch.cat([labels, found.labels.to(labels)])))
-
-
-def _with_truth(sample: DetDataSample, truth: InstanceData) -> DetDataSample:
-    """A data sample of the same image with other ground truth."""
+def _replace_truth(sample: DetDataSample, truth: InstanceData) -> DetDataSample:
+    """Makes a data sample of the same image with other ground truth."""
     other = sample.new()
     other.gt_instances = truth
     return other

@@ -1,7 +1,7 @@
 """What a dense head says about one batch, in one form for all heads."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -12,6 +12,23 @@ from kd_det.heads.request import HeadError
 from kd_det.taps import Features
 
 Stride = int | float
+
+
+def read_strides(strides: Iterable[Stride | Sequence[Stride]]) -> tuple[Stride, ...]:
+    """The strides by which levels are told apart, from those of a prior generator or of its config.
+
+    Args:
+        strides: In pixels, each a number, or a pair of width and height, of which the width's counts.
+
+    Returns:
+        Whole numbers as ``int``, so that 8, 8.0 and (8, 8) are the same level.
+
+    Example:
+        >>> read_strides([8, 16.0, (32, 32), 10.5])
+        (8, 16, 32, 10.5)
+    """
+    widths = (stride[0] if isinstance(stride, (tuple, list)) else stride for stride in strides)
+    return tuple(int(width) if width == int(width) else float(width) for width in widths)
 
 
 @dataclass

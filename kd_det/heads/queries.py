@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from kd_det.functional.logits import restricted_logits
 from kd_det.heads.request import HeadError
 
-# Subclasses too, unless they bring a forward of their own, as DDQ and Grounding DINO do.
-QUERY_HEADS = (ConditionalDETRHead, DABDETRHead, DETRHead, DINOHead, DeformableDETRHead)
+# Subclasses too, unless they bring a forward of their own, as DDQ and Grounding DINO do; reads_like adds to them.
+QUERY_HEADS: set[type[nn.Module]] = {ConditionalDETRHead, DABDETRHead, DETRHead, DINOHead, DeformableDETRHead}
 
 BoxCost = Callable[[Tensor, Tensor, Tensor, Tensor, tuple[int, int]], Tensor]
 
@@ -62,7 +62,7 @@ class QueryOutputs:
         return self.logits.softmax(-1)[..., :-1].amax(-1)
 
 
-def has_queries(head: type[nn.Module]) -> bool:
+def predicts_queries(head: type[nn.Module]) -> bool:
     """Whether the outputs of a class of heads can be read as queries."""
     for ancestor in head.__mro__:
         if ancestor in QUERY_HEADS:

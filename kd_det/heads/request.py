@@ -13,9 +13,10 @@ PARTS: dict[str, str] = {
     'towers': 'has no towers, convolutions before its predictions that all levels share, as the heads of RetinaNet, '
               'ATSS, GFL, FCOS and RTMDetHead have, RTMDetSepBNHead not',
     'positives': 'does not tell which priors it assigned to boxes: choose a form without positives, such as '
-                 "normalizer='confidence'",
+                 "normalizer='confidence', or declare its own assignment with kd_det.heads.reads_like",
     'distributions': "predicts no distributions over distances, as GFL and its kin do: choose form='giou'",
-    'queries': 'predicts no queries, as the heads of DETR, Conditional DETR, DAB-DETR, Deformable DETR and DINO do'}
+    'queries': 'predicts no queries, as the heads of DETR, Conditional DETR, DAB-DETR, Deformable DETR and DINO do; '
+               'kd_det.heads.reads_like declares one with a forward of its own'}
 
 
 class HeadRequest(str):

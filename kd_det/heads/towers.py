@@ -74,8 +74,9 @@ class TeacherTowers(NamedTuple):
         return self._replace(classes=tuple(classes))
 
     def resume(self, classes: Features, boxes: Features, remaining: int) -> DenseOutputs:
-        """Runs the head from the last convolutions of its towers on, with all that comes after them: the layers that
-        predict, scales, and units.
+        """Runs the head from the last convolutions of its towers on.
+
+        All that comes after them runs: the layers that predict, scales, and units.
 
         Args:
             classes: Features for the tower of classes, on every level of the head, in its order.

@@ -31,8 +31,13 @@ def rank_share(mask: Tensor) -> Tensor:
     return total / reduce_mean(total).clamp(min=torch.finfo(total.dtype).tiny)
 
 
-Parts = dict[str, Tensor]
+Parts = dict[str, Tensor]  # of a term's value, by name; scalars
 InputSpecs = dict[str, tuple[LevelSpec, ...] | TowerWidths]
+
+
+def sum_parts(value: Tensor | Parts) -> Tensor:
+    """The value of a term as one scalar."""
+    return sum(value.values()) if isinstance(value, dict) else value
 
 
 class DistillTerm(nn.Module):

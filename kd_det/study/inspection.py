@@ -31,10 +31,10 @@ from kd_det.config.options import resolve_distillation
 from kd_det.context import ComparedLevel
 from kd_det.distillers.detection_distiller import DetectionDistiller, Observation
 from kd_det.distillers.gradients import GradientNorms, gradient_norms
-from kd_det.distillers.monitor import find_idle
-from kd_det.distillers.weights import total
+from kd_det.distillers.monitor import find_idle_terms
 from kd_det.heads import DenseOutputs, QueryOutputs, RoIOutputs
 from kd_det.losses import DistillTerm, FeatureTerm
+from kd_det.losses.base import sum_parts
 from kd_det.registry import build_detector, prepare_without_runner
 from kd_det.study.maps import Comparison, draw_comparisons, make_mask_maps, observe_comparisons
 from kd_det.study.tables import TextTable
@@ -247,8 +247,8 @@ def observe_step(distiller: DetectionDistiller, batch: dict) -> ObservedStep:
     data = distiller.data_preprocessor(batch, True)
     observation, comparisons = observe_comparisons(distiller, data)
     task, _ = distiller.parse_losses(observation.losses)
-    norms = gradient_norms(task, {name: total(value) for name, value in observation.values.items()},
-                           {name: distiller.measured_features(name, observation.context) for name in distiller.terms})
+    norms = gradient_norms(task, {name: sum_parts(value) for name, value in observation.values.items()},
+                           {name: distiller.gradient_features(name, observation.context) for name in distiller.terms})
     return ObservedStep(data['inputs'], observation, task, norms, comparisons)
 
 
@@ -263,16 +263,16 @@ def describe_step(distiller: DetectionDistiller, step: ObservedStep, pictures: S
     for name, term in distiller.terms.items():
         for tap in (*_feature_taps(term, step), *_head_taps(term, step)):
             taps.setdefault(tap, {})[name] = None
-    idle, terms = find_idle(distiller, step.observation), {}
+    idle, terms = find_idle_terms(distiller, step.observation), {}
     for name, value in step.observation.values.items():
-        norms, weight = step.norms[name], distiller.weights[name]
+        norms, weight = step.norms[name], distiller.schedules[name]
         factor = weight.full
         if weight.balance is not None:
             factor *= (norms.task / norms.term).item() if norms.term > 0 else 0.0
         parts = {part: each.item() for part, each in value.items()} if isinstance(value, dict) else {}
         terms[name] = InspectedTerm(
-            total(value).item(), parts, factor, '' if weight.is_constant else type(weight).__name__,
-            tuple(distiller.measured_taps(distiller.terms[name])), factor * norms.term.item(), norms.task.item(),
+            sum_parts(value).item(), parts, factor, '' if weight.is_constant else type(weight).__name__,
+            tuple(distiller.connections.gradient_taps[name]), factor * norms.term.item(), norms.task.item(),
             tuple(_describe_levels(distiller.terms[name], step.comparisons.get(name, ()))), idle.get(name, ''))
     return Inspection({tap: tuple(names) for tap, names in taps.items()}, terms, step.task.item(),
                       any(map(len, step.observation.context.boxes)), tuple(pictures))

@@ -26,13 +26,14 @@ from kd_det.config import ConfigurationError
 from kd_det.config.options import resolve_distillation
 from kd_det.context import DistillContext, Progress
 from kd_det.distillers import DetectionDistiller
-from kd_det.distillers.weights import Weight, total
+from kd_det.distillers.schedules import Schedule
 from kd_det.losses import DistillTerm
+from kd_det.losses.base import sum_parts
 from kd_det.registry import build_detector, prepare_without_runner
 from kd_det.study.tables import TextTable
 from kd_det.teachers import read_model_config
-from kd_det.teachers.bridge import OTHER_SIZES
-from kd_det.teachers.loading import without_pretrained
+from kd_det.teachers.bridge import SIZE_MISMATCH
+from kd_det.teachers.loading import remove_pretrained
 
 Device = str | torch.device
 Call = Callable[[], object]
@@ -138,7 +139,7 @@ def measure_step_costs(config: str | Path | Config, *, batch_size: int = 2, size
     try:
         costs = measure_step(distiller, batch, loaded.optim_wrapper, repeats)
     except RuntimeError as error:
-        if not OTHER_SIZES.search(str(error)):
+        if not SIZE_MISMATCH.search(str(error)):
             raise
         raise ConfigurationError(
             f'A step fails on images of {size[0]} × {size[1]} pixels: {error}. Where the levels of the '
@@ -282,7 +283,7 @@ def _forward_and_backward(term: DistillTerm, context: DistillContext) -> Call:
     learning = [*_find_learning(read), *term.parameters()]
 
     def call() -> None:
-        value = total(term(replace(context, _computed={})))  # nothing that another call has computed
+        value = sum_parts(term(replace(context, _computed={})))  # nothing that another call has computed
         torch.autograd.grad(value, learning, allow_unused=True, retain_graph=True)
 
     return call
@@ -306,10 +307,10 @@ def random_distiller(config: Config, device: Device = 'cpu') -> DetectionDistill
     teachers = [config.model.teacher] if isinstance(config.model.teacher, dict) else config.model.teacher
     for teacher in teachers:
         teacher.update(checkpoint=None, random_teacher=True, cache=None)
-    config.model.student = without_pretrained(config.model.student)
+    config.model.student = remove_pretrained(config.model.student)
     distiller = build_detector(config.model).to(device).train()
     distiller.student.init_weights()  # some parts are whatever the memory held before
-    distiller.weights = {name: Weight(weight.full) for name, weight in distiller.weights.items()}
+    distiller.schedules = {name: Schedule(weight.full) for name, weight in distiller.schedules.items()}
     distiller.progress = Progress(iteration=1)  # no gradients are compared in this step,
     for balance in distiller.monitor.balances.values():
         balance.start = 1  # but the first time that it is made

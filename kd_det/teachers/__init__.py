@@ -1,8 +1,8 @@
 """The frozen teacher: strict loading, the input bridge, its taps."""
 from kd_det.teachers.bridge import InputBridge
-from kd_det.teachers.loading import TeacherError, load_strictly, of_teacher, read_model_config
+from kd_det.teachers.loading import TeacherError, explain_model_errors, load_strictly, read_model_config
 from kd_det.teachers.probe import probe_config, probe_levels, probe_towers
 from kd_det.teachers.teacher import Teacher
 
-__all__ = ['InputBridge', 'Teacher', 'TeacherError', 'load_strictly', 'of_teacher', 'probe_config', 'probe_levels',
-           'probe_towers', 'read_model_config']
+__all__ = ['InputBridge', 'Teacher', 'TeacherError', 'explain_model_errors', 'load_strictly', 'probe_config',
+           'probe_levels', 'probe_towers', 'read_model_config']

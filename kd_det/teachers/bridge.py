@@ -1,4 +1,4 @@
-"""The input bridge: one preprocessed batch, re-expressed as another detector expects it, and its features cut back."""
+"""The input bridge: one preprocessed batch, re-expressed as another detector expects it, and its features cropped."""
 from __future__ import annotations
 
 import re
@@ -15,7 +15,7 @@ Shape = tuple[int, int]
 
 LUMINANCE = (0.114, 0.587, 0.299)  # of blue, green and red (ITU-R BT.601): by which OpenCV reads a colour file as gray
 LARGEST_STRIDE = 128  # of a pyramid, in pixels: a batch of multiples of it suits every neck
-OTHER_SIZES = re.compile('[Ss]izes? of tensor')  # begins what PyTorch says of maps that do not fit each other
+SIZE_MISMATCH = re.compile('[Ss]izes? of tensor')  # begins what PyTorch says of maps that do not fit each other
 
 
 class InputBridge(nn.Module):
@@ -40,18 +40,18 @@ class InputBridge(nn.Module):
 
     def __init__(self, student: nn.Module, teacher: nn.Module, channels: int | None = None) -> None:
         super().__init__()
-        (student_mean, student_std), (mean, std) = _normalization(student), _normalization(teacher)
+        (student_mean, student_std), (mean, std) = _read_normalization(student), _read_normalization(teacher)
         self.channels = channels or (len(mean) if len(mean) > 1 else None)
-        self.swap_channels = _swaps_channels(student) != _swaps_channels(teacher)
+        self.swap_channels = _is_swapping_channels(student) != _is_swapping_channels(teacher)
         if self.swap_channels:  # the student's statistics, in the teacher's channel order
             student_mean, student_std = student_mean.flip(0), student_std.flip(0)
         if 1 not in (len(student_mean), len(mean)) and len(student_mean) != len(mean):
             raise TeacherError(f"The student's data_preprocessor normalises {len(student_mean)} channels, the "
                                f"teacher's {len(mean)}: a teacher has to see the kind of images that the student sees.")
-        self.divisor, pad_value = int(getattr(teacher, 'pad_size_divisor', 1) or 1), _pad_value(teacher)
+        self.divisor, pad_value = int(getattr(teacher, 'pad_size_divisor', 1) or 1), _read_pad_value(teacher)
         self.same_normalization = _are_equal(student_mean, mean) and _are_equal(student_std, std)
-        self.same_padding = _are_equal(_pad_value(student), pad_value)
-        luminance = torch.tensor(LUMINANCE if not _swaps_channels(teacher) else LUMINANCE[::-1])
+        self.same_padding = _are_equal(_read_pad_value(student), pad_value)
+        luminance = torch.tensor(LUMINANCE if not _is_swapping_channels(teacher) else LUMINANCE[::-1])
         for name, values in dict(scale=student_std / std, shift=(student_mean - mean) / std, mean=mean, std=std,
                                  student_mean=student_mean, student_std=student_std, luminance=luminance,
                                  pad_value=pad_value).items():
@@ -79,33 +79,35 @@ class InputBridge(nn.Module):
         below, right = (-side % self.divisor for side in images.shape[-2:])
         if self.is_identity and same_channels and not below and not right:
             return images
-        images = F.pad(self._converted(images), (0, right, 0, below))
+        images = F.pad(self._convert(images), (0, right, 0, below))
         height, width = images.shape[-2:]
         rows, columns = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
         shapes = torch.tensor(image_shapes).to(images.device, non_blocking=True)
         inside = (rows < shapes[:, :1])[:, None, :, None] & (columns < shapes[:, 1:2])[:, None, None, :]
         return torch.where(inside, images, self.pad_value.to(images.dtype))
 
-    def _converted(self, images: Tensor) -> Tensor:
-        """The same images with the teacher's channels, whatever is in the padding."""
-        given, wanted = images.shape[1], self.channels or images.shape[1]
-        if self.swap_channels and given == 3:
+    def _convert(self, images: Tensor) -> Tensor:
+        """Converts images to the teacher's channels and normalisation, whatever is in the padding."""
+        channels, wanted = images.shape[1], self.channels or images.shape[1]
+        if self.swap_channels and channels == 3:
             images = images.flip(1)
-        if (given, wanted) == (3, 1):
+        if (channels, wanted) == (3, 1):
             gray = ((images * self.student_std + self.student_mean) * self.luminance).sum(1, keepdim=True)
             return (gray - self.mean) / self.std
-        if given != wanted and (given, wanted) != (1, 3):
-            raise TeacherError(f'The student is given images of {_counted(given)}, and the teacher takes images of '
-                               f'{_counted(wanted)}: only between gray and colour images is it known what the other '
-                               'would see. Take a teacher of as many channels (backbone.in_channels) as the student.')
-        return (images if self.same_normalization else images * self.scale + self.shift).expand(-1, wanted, -1, -1)
+        if channels != wanted and (channels, wanted) != (1, 3):
+            raise TeacherError(f'The student is given images of {_format_count(channels)}, and the teacher takes '
+                               f'images of {_format_count(wanted)}: only between gray and colour images is it known '
+                               'what the other would see. Take a teacher of as many channels (backbone.in_channels) as '
+                               'the student.')
+        images = images if self.same_normalization else images * self.scale + self.shift
+        return images.expand(-1, wanted, -1, -1)
 
 
-def cut_back(level: Tensor, padded: Shape, batch_shape: Shape) -> Tensor:
-    """The cells of a level that lie in the student's batch.
+def crop_to_batch(level: Tensor, padded: Shape, batch_shape: Shape) -> Tensor:
+    """Crops a level to the cells that lie in the student's batch.
 
     Args:
-        level: (N, C, h, w), of the batch as the teacher was given it.
+        level: (N, C, h, w), of the batch as the teacher sees it.
         padded: Height and width of that batch, in pixels.
         batch_shape: Height and width of the student's.
 
@@ -117,8 +119,8 @@ def cut_back(level: Tensor, padded: Shape, batch_shape: Shape) -> Tensor:
 
 
 @contextmanager
-def fitting_levels(batch_shape: Shape) -> Iterator[None]:
-    """Says what to do where the levels of a teacher's pyramid do not fit each other.
+def explain_size_mismatch(batch_shape: Shape) -> Iterator[None]:
+    """Says what to do where the levels of a teacher's pyramid do not fit each other in the block.
 
     Args:
         batch_shape: Height and width of the batch that the teacher is given.
@@ -129,7 +131,7 @@ def fitting_levels(batch_shape: Shape) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not OTHER_SIZES.search(str(error)) or not any(side % LARGEST_STRIDE for side in batch_shape):
+        if not SIZE_MISMATCH.search(str(error)) or not any(side % LARGEST_STRIDE for side in batch_shape):
             raise
         raise TeacherError(f'The teacher can not be run on a batch of {batch_shape[0]} × {batch_shape[1]} pixels, for '
                            f'the levels of its pyramid do not fit each other there ({error}). Set '
@@ -137,20 +139,20 @@ def fitting_levels(batch_shape: Shape) -> Iterator[None]:
                            'its pyramid: the batch is then padded for the teacher.') from error
 
 
-def _normalization(preprocessor: nn.Module) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, each (C,) in the order of the channels after preprocessing, or (1,) for all."""
+def _read_normalization(preprocessor: nn.Module) -> tuple[Tensor, Tensor]:
+    """Reads mean and standard deviation, each (C,) in the channels' order after preprocessing, or (1,) for all."""
     mean: Tensor | None = getattr(preprocessor, 'mean', None)
     if mean is None or not getattr(preprocessor, '_enable_normalize', True):
         return torch.zeros(1), torch.ones(1)
     return mean.detach().float().cpu().flatten(), preprocessor.std.detach().float().cpu().flatten()
 
 
-def _swaps_channels(preprocessor: nn.Module) -> bool:
+def _is_swapping_channels(preprocessor: nn.Module) -> bool:
     """Whether the preprocessor reverses the channels of the loaded (BGR) image."""
     return bool(getattr(preprocessor, '_channel_conversion', False))
 
 
-def _pad_value(preprocessor: nn.Module) -> Tensor:
+def _read_pad_value(preprocessor: nn.Module) -> Tensor:
     """(1,), or (C,) of a preprocessor that pads each channel with its own value."""
     return torch.as_tensor(getattr(preprocessor, 'pad_value', 0), dtype=torch.float32).cpu().reshape(-1)
 
@@ -161,5 +163,5 @@ def _are_equal(values: Tensor, others: Tensor) -> bool:
     return comparable and bool((values == others).all())
 
 
-def _counted(channels: int) -> str:
+def _format_count(channels: int) -> str:
     return '1 channel' if channels == 1 else f'{channels} channels'

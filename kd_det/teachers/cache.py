@@ -1,4 +1,4 @@
-"""Arrays kept on disk, entry by entry: read whole or not at all, by several processes, within a bound."""
+"""A teacher's outputs kept on disk, image by image; and the store beneath, which processes share, within a bound."""
 from __future__ import annotations
 
 import hashlib
@@ -24,142 +24,18 @@ from torch import Tensor
 from kd_det.config.files import ConfigurationError
 from kd_det.taps import Features
 
+Outputs = dict[str, Features]
 Arrays = dict[str, np.ndarray]
 
+DTYPES = dict(float16=torch.float16, float32=torch.float32)
+GIGABYTE = 10**9
 ENTRY, UNFINISHED = '.npz', '.tmp'
 CHECKSUM = 4  # bytes
 ABANDONED = 3600.0  # seconds after which a file that was never renamed is taken for what a killed process left
 
 
-class StoreFullError(RuntimeError):
-    """Another entry would exceed the store's limit."""
-
-
-class ArrayStore:
-    """A folder of entries; each holds some arrays by name, under a key.
-
-    Several processes may read and write at once. An entry is written under another name and renamed when it is
-    complete, so that a process that is killed leaves no torn one. It is an uncompressed ``.npz`` archive, whose
-    checksums are verified at each read; an entry that fails is removed and counts as absent. Reading takes no lock.
-
-    Args:
-        folder: Made if need be; ``~`` is the user's home.
-        limit: Bytes that the folder may hold, files that are being written included, whoever writes them.
-
-    Raises:
-        OSError: The folder can not be made or written to.
-    """
-
-    def __init__(self, folder: str, limit: int) -> None:
-        self.folder, self.limit = Path(folder).expanduser(), limit
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(str(self.folder / 'lock'))
-        self._count = self.folder / 'size'
-        with self._lock:
-            self._remove_abandoned()
-            self._set_size(self._measured())
-
-    @property
-    def size(self) -> int:
-        """Bytes that the folder holds."""
-        return self._size()
-
-    def get(self, key: str) -> Arrays | None:
-        """The arrays under a key, a string of hexadecimal digits; None where none can be read whole."""
-        path = self._path(key)
-        try:
-            content = path.read_bytes()
-        except OSError:  # there is none, or it may not be read
-            return None
-        if content[-CHECKSUM:] != _checksum(memoryview(content)[:-CHECKSUM]):
-            self._remove(path)
-            return None
-        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-
-    def put(self, key: str, arrays: Arrays) -> int:
-        """Keeps arrays under a key, unless there are some already.
-
-        Returns:
-            The number of bytes written.
-
-        Raises:
-            StoreFullError: They would exceed the limit.
-            OSError: The disk is full, or can not be written to.
-        """
-        path = self._path(key)
-        if path.exists():
-            return 0
-        content = io.BytesIO()
-        np.savez(content, **arrays)
-        content.write(_checksum(content.getbuffer()))
-        content = content.getvalue()
-        unfinished = path.with_suffix(f'.{uuid.uuid4().hex}{UNFINISHED}')
-        try:
-            self._reserve(unfinished, len(content))
-            unfinished.write_bytes(content)
-            with self._lock:  # whoever measures the folder finds a file under one name
-                os.replace(unfinished, path)
-        except OSError:
-            self._remove(unfinished)
-            raise
-        return len(content)
-
-    def _path(self, key: str) -> Path:
-        return self.folder / key[:2] / f'{key}{ENTRY}'
-
-    def _reserve(self, unfinished: Path, count: int) -> None:
-        """Makes a file of its later size, so that whoever measures the folder meanwhile counts it in full."""
-        with self._lock:
-            size = self._size() + count
-            if size > self.limit:
-                raise StoreFullError(f'{size} bytes would exceed the limit of {self.limit}')
-            unfinished.parent.mkdir(exist_ok=True)
-            with open(unfinished, 'xb') as file:
-                file.truncate(count)
-            self._set_size(size)
-
-    def _remove(self, path: Path) -> None:
-        with suppress(OSError), self._lock:  # another process may have been faster, or the folder is read-only
-            count = path.stat().st_size
-            path.unlink()
-            self._set_size(self._size() - count)
-
-    def _size(self) -> int:
-        try:
-            return int(self._count.read_text())
-        except (OSError, ValueError):  # a process was killed while it wrote the number
-            return self._measured()
-
-    def _set_size(self, size: int) -> None:
-        self._count.write_text(str(size))
-
-    def _measured(self) -> int:
-        return sum(file.stat().st_size for file in self._files(ENTRY, UNFINISHED))
-
-    def _remove_abandoned(self) -> None:
-        for file in self._files(UNFINISHED):
-            if time.time() - file.stat().st_mtime > ABANDONED:
-                os.unlink(file)
-
-    def _files(self, *suffixes: str) -> Iterator[os.DirEntry]:
-        for folder in os.scandir(self.folder):
-            if folder.is_dir():
-                yield from (file for file in os.scandir(folder) if file.name.endswith(suffixes))
-
-
-def _checksum(content: memoryview) -> bytes:
-    return zlib.crc32(content).to_bytes(CHECKSUM, 'big')
-
-
-Answer = dict[str, Features]
-
-DTYPES = dict(float16=torch.float16, float32=torch.float32)
-GIGABYTE = 10**9
-
-
 @dataclass
-class Counts:
+class CacheCounts:
     """What a cache did: images read and computed, bytes read and written."""
     hits: int = 0
     misses: int = 0
@@ -195,7 +71,7 @@ class TeacherCache:
         if not max_gb > 0:
             raise ConfigurationError(f'model.teacher.cache.max_gb={max_gb}: expected a number of gigabytes above 0.')
         self.folder, self.dtype, self.max_gb = str(dir), dtype, max_gb
-        self.counts = Counts()
+        self.counts = CacheCounts()
         self._stores = True
 
     @cached_property
@@ -208,39 +84,39 @@ class TeacherCache:
                 f"model.teacher.cache.dir='{self.folder}' can not be written to: {error}") from error
 
     def recall(self, question: str, images: Tensor, image_shapes: Sequence[tuple[int, int]],
-               compute: Callable[[], Answer]) -> Answer:
-        """Reads the answer for a batch, or computes it and keeps it.
+               compute: Callable[[], Outputs]) -> Outputs:
+        """Reads the outputs for a batch, or computes and keeps them.
 
         Args:
-            question: All that the answer depends on beside the batch.
+            question: All that the outputs depend on beside the batch.
             images: (N, 3, H, W), as the teacher is given them.
             image_shapes: Height and width of each image within the batch.
-            compute: Makes the answer: name -> tuple of (N, C, H, W).
+            compute: Makes the outputs: name -> tuple of (N, C, H, W).
 
         Returns:
-            The answer.
+            The outputs, in the form in which they are kept.
         """
-        keys = self._keys(question, images, image_shapes)
+        keys = self._compute_keys(question, images, image_shapes)
         entries = [self.store.get(key) for key in keys]
         if all(entry is not None for entry in entries):
             self.counts.hits += len(keys)
             self.counts.read += sum(array.nbytes for entry in entries for array in entry.values())
         else:
             self.counts.misses += len(keys)
-            entries = list(self._entries(compute()))
+            entries = list(self._split_images(compute()))
             for key, entry in zip(keys, entries):
-                self._keep(key, entry)
-        return _joined(entries, images.device)
+                self._store_entry(key, entry)
+        return _join_images(entries, images.device)
 
     def report(self) -> str:
         """One line on what was done on all ranks since the last report."""
-        hits, misses, read, written = _summed(self.counts)
-        self.counts = Counts()
+        hits, misses, read, written = _sum_over_ranks(self.counts)
+        self.counts = CacheCounts()
         return (f'Teacher cache: {hits} images read ({read / GIGABYTE:.3f} GB), {misses} computed '
                 f'({written / GIGABYTE:.3f} GB written); {self.folder} holds {self.store.size / GIGABYTE:.3f} of '
                 f'{self.max_gb:g} GB')
 
-    def _keys(self, question: str, images: Tensor, image_shapes: Sequence[tuple[int, int]]) -> list[str]:
+    def _compute_keys(self, question: str, images: Tensor, image_shapes: Sequence[tuple[int, int]]) -> list[str]:
         # What a matrix product comes out as tells of an autocast around the step.
         one = images.new_ones(1, 1)
         common = repr((question, self.dtype, tuple(images.shape), images.dtype, (one @ one).dtype, images.device.type))
@@ -253,7 +129,7 @@ class TeacherCache:
             keys.append(digest.hexdigest())
         return keys
 
-    def _keep(self, key: str, entry: Arrays) -> None:
+    def _store_entry(self, key: str, entry: Arrays) -> None:
         if not self._stores:
             return
         try:
@@ -264,26 +140,26 @@ class TeacherCache:
                       'all else is computed in each step. Raise model.teacher.cache.max_gb, or empty the folder.',
                       logger='current', level=logging.WARNING)
 
-    def _entries(self, answer: Answer) -> Iterator[Arrays]:
-        """The answer image by image, each array named ``name/level/dtype/memory format``."""
-        levels = {f'{name}/{index}/{str(level.dtype)[6:]}/{_format_of(level)}': level.detach().cpu()
-                  for name, each in answer.items() for index, level in enumerate(each)}
+    def _split_images(self, outputs: Outputs) -> Iterator[Arrays]:
+        """Splits the outputs into images, each array named ``name/level/dtype/memory format``."""
+        levels = {f'{name}/{index}/{str(level.dtype)[6:]}/{_find_memory_format(level)}': level.detach().cpu()
+                  for name, each in outputs.items() for index, level in enumerate(each)}
         for image in range(len(next(iter(levels.values())))):
-            yield {name: self._rounded(level[image]).contiguous().numpy() for name, level in levels.items()}
+            yield {name: self._round(level[image]).contiguous().numpy() for name, level in levels.items()}
 
-    def _rounded(self, values: Tensor) -> Tensor:
+    def _round(self, values: Tensor) -> Tensor:
         kept = values.to(DTYPES[self.dtype])
         return kept if self.dtype == 'float32' or kept.isfinite().all() else values.float()
 
 
-def _format_of(level: Tensor) -> str:
+def _find_memory_format(level: Tensor) -> str:
     contiguous = level.is_contiguous() or not level.is_contiguous(memory_format=torch.channels_last)
     return 'contiguous_format' if contiguous else 'channels_last'
 
 
-def _joined(entries: Sequence[Arrays], device: torch.device) -> Answer:
-    """The batch of these images, with the floating-point type and memory format that the teacher had put out."""
-    answer: dict[str, list[Tensor]] = {}
+def _join_images(entries: Sequence[Arrays], device: torch.device) -> Outputs:
+    """Joins these images to a batch, with the floating-point type and memory format that the teacher had put out."""
+    outputs: dict[str, list[Tensor]] = {}
     for name in entries[0]:
         path, _, dtype, memory_format = name.rsplit('/', 3)
         arrays = [torch.from_numpy(entry[name]) for entry in entries]
@@ -291,11 +167,132 @@ def _joined(entries: Sequence[Arrays], device: torch.device) -> Answer:
                             memory_format=getattr(torch, memory_format))
         for image, array in zip(level, arrays):
             image.copy_(array)
-        answer.setdefault(path, []).append(level.to(device))
-    return {path: tuple(levels) for path, levels in answer.items()}
+        outputs.setdefault(path, []).append(level.to(device))
+    return {path: tuple(levels) for path, levels in outputs.items()}
 
 
-def _summed(counts: Counts) -> list[int]:
+def _sum_over_ranks(counts: CacheCounts) -> list[int]:
     total = torch.tensor(astuple(counts), dtype=torch.long)
     all_reduce(total)
     return total.tolist()
+
+
+class ArrayStore:
+    """A folder of entries; each holds some arrays by name, under a key.
+
+    Several processes may read and write at once. An entry is written under another name and renamed when it is
+    complete, so that a process that is killed leaves no torn one. It is an uncompressed ``.npz`` archive, whose
+    checksums are verified at each read; an entry that fails is removed and counts as absent. Reading takes no lock.
+
+    Args:
+        folder: Made if need be; ``~`` is the user's home.
+        limit: Bytes that the folder may hold, files that are being written included, whoever writes them.
+
+    Raises:
+        OSError: The folder can not be made or written to.
+    """
+
+    def __init__(self, folder: str, limit: int) -> None:
+        self.folder, self.limit = Path(folder).expanduser(), limit
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(str(self.folder / 'lock'))
+        self._count = self.folder / 'size'
+        with self._lock:
+            self._remove_abandoned()
+            self._write_size(self._measure())
+
+    @property
+    def size(self) -> int:
+        """Bytes that the folder holds."""
+        return self._read_size()
+
+    def get(self, key: str) -> Arrays | None:
+        """The arrays under a key, a string of hexadecimal digits; None where none can be read whole."""
+        path = self._path(key)
+        try:
+            content = path.read_bytes()
+        except OSError:  # there is none, or it may not be read
+            return None
+        if content[-CHECKSUM:] != _compute_checksum(memoryview(content)[:-CHECKSUM]):
+            self._remove(path)
+            return None
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+
+    def put(self, key: str, arrays: Arrays) -> int:
+        """Keeps arrays under a key, unless there are some already.
+
+        Returns:
+            The number of bytes written.
+
+        Raises:
+            StoreFullError: They would exceed the limit.
+            OSError: The disk is full, or can not be written to.
+        """
+        path = self._path(key)
+        if path.exists():
+            return 0
+        content = io.BytesIO()
+        np.savez(content, **arrays)
+        content.write(_compute_checksum(content.getbuffer()))
+        content = content.getvalue()
+        unfinished = path.with_suffix(f'.{uuid.uuid4().hex}{UNFINISHED}')
+        try:
+            self._reserve(unfinished, len(content))
+            unfinished.write_bytes(content)
+            with self._lock:  # whoever measures the folder finds a file under one name
+                os.replace(unfinished, path)
+        except OSError:
+            self._remove(unfinished)
+            raise
+        return len(content)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f'{key}{ENTRY}'
+
+    def _reserve(self, unfinished: Path, count: int) -> None:
+        """Makes a file of its later size, so that whoever measures the folder meanwhile counts it in full."""
+        with self._lock:
+            size = self._read_size() + count
+            if size > self.limit:
+                raise StoreFullError(f'{size} bytes would exceed the limit of {self.limit}')
+            unfinished.parent.mkdir(exist_ok=True)
+            with open(unfinished, 'xb') as file:
+                file.truncate(count)
+            self._write_size(size)
+
+    def _remove(self, path: Path) -> None:
+        with suppress(OSError), self._lock:  # another process may have been faster, or the folder is read-only
+            count = path.stat().st_size
+            path.unlink()
+            self._write_size(self._read_size() - count)
+
+    def _read_size(self) -> int:
+        try:
+            return int(self._count.read_text())
+        except (OSError, ValueError):  # a process was killed while it wrote the number
+            return self._measure()
+
+    def _write_size(self, size: int) -> None:
+        self._count.write_text(str(size))
+
+    def _measure(self) -> int:
+        return sum(file.stat().st_size for file in self._find_files(ENTRY, UNFINISHED))
+
+    def _remove_abandoned(self) -> None:
+        for file in self._find_files(UNFINISHED):
+            if time.time() - file.stat().st_mtime > ABANDONED:
+                os.unlink(file)
+
+    def _find_files(self, *suffixes: str) -> Iterator[os.DirEntry]:
+        for folder in os.scandir(self.folder):
+            if folder.is_dir():
+                yield from (file for file in os.scandir(folder) if file.name.endswith(suffixes))
+
+
+class StoreFullError(RuntimeError):
+    """Another entry would exceed the store's limit."""
+
+
+def _compute_checksum(content: memoryview) -> bytes:
+    return zlib.crc32(content).to_bytes(CHECKSUM, 'big')

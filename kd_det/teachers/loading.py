@@ -1,4 +1,4 @@
-"""Finds a teacher's config and loads its weights, strictly: nothing is missing, left over or misshapen unnoticed."""
+"""Finds a teacher's config, weights and class names; weights are loaded strictly: no key lacks, is left or misfits."""
 from __future__ import annotations
 
 import copy
@@ -63,7 +63,7 @@ def read_model_config(config: ModelConfig) -> ConfigDict:
 
 
 @contextmanager
-def of_teacher(config: ModelConfig) -> Iterator[None]:
+def explain_model_errors(config: ModelConfig) -> Iterator[None]:
     """Names the teacher's config, which is another file than the run's, where its model can not be built.
 
     Raises:
@@ -81,13 +81,13 @@ def of_teacher(config: ModelConfig) -> Iterator[None]:
                            f'{type(error).__name__}: {reason}.{remedy}') from error
 
 
-def without_pretrained(config: Any) -> Any:
-    """The same model dict without what would load weights from somewhere: each ``Pretrained``, and ``pretrained=``."""
+def remove_pretrained(config: Any) -> Any:
+    """Copies a model dict without what would load weights from somewhere: each ``Pretrained``, and ``pretrained=``."""
     if isinstance(config, (list, tuple)):
-        return type(config)(without_pretrained(each) for each in config if not is_pretrained(each))
+        return type(config)(remove_pretrained(each) for each in config if not is_pretrained(each))
     if not isinstance(config, dict):
         return config
-    return type(config)({key: without_pretrained(value) for key, value in config.items()
+    return type(config)({key: remove_pretrained(value) for key, value in config.items()
                          if key != 'pretrained' and not is_pretrained(value)})
 
 
@@ -133,12 +133,12 @@ def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str
     missing = [key for key in missing if key not in shapes and not key.endswith('num_batches_tracked')]
     place = {key: index for index, key in enumerate(state)}  # a key that its module renamed has none
     unexpected = sorted(unexpected, key=lambda key: place.get(key, len(place)))
-    faults = {'missing from the file': _not_allowed(missing, allow_missing),
-              'unexpected in the file': _not_allowed(unexpected, allow_unexpected),
+    faults = {'missing from the file': _filter_disallowed(missing, allow_missing),
+              'unexpected in the file': _filter_disallowed(unexpected, allow_unexpected),
               'of another shape': list(shapes.values())}
     if any(faults.values()):
-        lines = [f'{len(keys)} keys {fault}: {_shortened(keys)}' for fault, keys in faults.items() if keys]
-        advice = _prefix_advice(whole, expected, role, not missing and not shapes)
+        lines = [f'{len(keys)} keys {fault}: {_abbreviate(keys)}' for fault, keys in faults.items() if keys]
+        advice = _suggest_prefix(whole, expected, role, not missing and not shapes)
         raise CheckpointError(f"The checkpoint '{checkpoint}' does not fit the {role} {type(model).__name__}.\n  "
                               + '\n  '.join([*([advice] if advice else []), *lines])
                               + '\nUse the config that the checkpoint was trained with'
@@ -161,8 +161,8 @@ def check_some_fit(model: nn.Module, checkpoint: str) -> None:
     state = find_weights(load_checkpoint(checkpoint, map_location='cpu'), checkpoint, 'student', None, expected)
     if any(key in state and state[key].shape == value.shape for key, value in expected.items() if value.dim()):
         return
-    advice = (_prefix_advice(list(state), expected, 'student', False)
-              or f'Its keys begin with {_counted(_beginnings(state))}.')
+    advice = (_suggest_prefix(list(state), expected, 'student', False)
+              or f'Its keys begin with {_format_counts(_count_first_parts(state))}.')
     raise CheckpointError(f"load_from: the checkpoint '{checkpoint}' has no weight of the student "
                           f'{type(model).__name__}, so training would not start from it. {advice}')
 
@@ -181,41 +181,72 @@ def find_weights(loaded: dict, checkpoint: str, role: str, prefix: str | None,
     Raises:
         CheckpointError: There are none, or those of several models, or none with the prefix.
     """
-    entries = {place: _renamed({'': state}, _unwrapped) for place, state in _weight_entries(loaded).items()}
+    entries = {place: _rename_keys({'': state}, _strip_wrappers) for place, state in _find_state_dicts(loaded).items()}
     if not entries:
         there = ', '.join(f"'{key}' ({'None' if value is None else type(value).__name__})"
                           for key, value in list(loaded.items())[:12])
         raise CheckpointError(f"The checkpoint '{checkpoint}' holds no weights: "
                               + (f'it has the entries {there}.' if there else 'it is empty.'))
-    entry, prefix = _main_entry(entries), _unwrapped(prefix or '')
+    entry, prefix = _find_main_entry(entries), _strip_wrappers(prefix or '')
     if prefix:
-        found = _picked(entries, entry, prefix)
+        found = _select_prefixed(entries, entry, prefix)
         if not found:
-            begins = _beginnings(entries.get(entry, {})) + Counter(
+            begins = _count_first_parts(entries.get(entry, {})) + Counter(
                 {place: len(state) for place, state in entries.items() if place != entry})
             raise CheckpointError(f"teacher.checkpoint_prefix='{prefix}': no key in the checkpoint '{checkpoint}' "
-                                  f'begins with it. They begin with {_counted(begins)}.')
+                                  f'begins with it. They begin with {_format_counts(begins)}.')
         old = {key.replace('.', '_'): key for key in expected}  # MMDetection 2's averaged copies have no dots
-        return _renamed({'': found}, lambda key: key if '.' in key else old.get(key, key))
+        return _rename_keys({'': found}, lambda key: key if '.' in key else old.get(key, key))
     if entry is None:
         raise CheckpointError(f"The checkpoint '{checkpoint}' holds the weights of several models, under "
-                              + _counted(Counter({place: len(state) for place, state in entries.items()}))
-                              + f': {_pick(entries, role)}')
+                              + _format_counts(Counter({place: len(state) for place, state in entries.items()}))
+                              + f': {_suggest_choice(entries, role)}')
     return entries[entry]
 
 
-def _picked(entries: dict[str, dict], entry: str | None, prefix: str) -> OrderedDict[str, Tensor]:
-    """The weights after a prefix: of keys within the main entry, or else the name of an entry."""
+class ClassNamesError(TeacherError):
+    """``teacher.classes`` names no classes of this teacher."""
+
+
+def find_class_names(count: int | None, names: Sequence[str], meta: dict, config: ModelConfig) -> Names | None:
+    """Finds the names of a teacher's classes, by label.
+
+    Args:
+        count: How many classes its head tells apart; None where that is not known.
+        names: Those that ``teacher.classes`` gives, or none.
+        meta: The checkpoint's ``meta``, where mmengine keeps the names of the training data.
+        config: The teacher's, which may also name its data; as for
+            :func:`~kd_det.teachers.loading.read_model_config`.
+
+    Returns:
+        The first of these that has ``count`` names; None where none has.
+
+    Raises:
+        ClassNamesError: As many names are given as the teacher has not, one twice, or a text.
+    """
+    if isinstance(names, str) or names and len(set(names)) != len(names):
+        raise ClassNamesError(f'teacher.classes={names!r} is no list of names: name each class once, by label.')
+    if names and count not in (None, len(names)):
+        raise ClassNamesError(f'teacher.classes gives {len(names)} names, but the teacher tells {count} classes apart: '
+                           'name all of them, by label.')
+    for candidate in _list_candidates(names, meta, config):
+        if candidate and not isinstance(candidate, str) and count in (None, len(candidate)):
+            return tuple(map(str, candidate))
+    return None
+
+
+def _select_prefixed(entries: dict[str, dict], entry: str | None, prefix: str) -> OrderedDict[str, Tensor]:
+    """Selects the weights after a prefix: of keys within the main entry, or else the name of an entry."""
     for states in ({'': entries.get(entry, {})}, entries):
         for each in (prefix if prefix.endswith('.') else f'{prefix}.', prefix):
-            found = _renamed(states, lambda key: _unwrapped(key[len(each):]) if key.startswith(each) else None)
+            found = _rename_keys(states, lambda key: _strip_wrappers(key[len(each):]) if key.startswith(each) else None)
             if found:
                 return found
     return OrderedDict()
 
 
-def _renamed(states: dict[str, dict], rename: Callable[[str], str | None]) -> OrderedDict[str, Tensor]:
-    """State dicts by their place as one, each key after its place renamed, or left out where that gives None."""
+def _rename_keys(states: dict[str, dict], rename: Callable[[str], str | None]) -> OrderedDict[str, Tensor]:
+    """Joins state dicts by their place to one, each key after its place renamed, or left out where that gives None."""
     renamed, metadata = OrderedDict(), {}  # versions of the modules, by which they rename keys themselves
     for place, state in states.items():
         # An average over training steps counts them beside the model that it wraps.
@@ -231,12 +262,12 @@ def _renamed(states: dict[str, dict], rename: Callable[[str], str | None]) -> Or
     return renamed
 
 
-def _unwrapped(key: str) -> str:
+def _strip_wrappers(key: str) -> str:
     return WRAPPERS.sub('', key)
 
 
-def _weight_entries(loaded: dict) -> dict[str, dict]:
-    """Each dict of tensors in a checkpoint, by its place: ``'state_dict.'``, ``'ema.module.'``, ``''`` for itself."""
+def _find_state_dicts(loaded: dict) -> dict[str, dict]:
+    """Finds each dict of tensors in a checkpoint, by place: ``'state_dict.'``, ``'ema.module.'``, ``''`` for itself."""
     found = {}
     for key, value in loaded.items():
         if key in OTHERS or not isinstance(value, dict):
@@ -257,8 +288,8 @@ def _is_state_dict(value: Any) -> bool:
     return any(isinstance(each, Tensor) for each in values) and not any(isinstance(each, dict) for each in values)
 
 
-def _main_entry(entries: dict[str, dict]) -> str | None:
-    """The place of the weights that a checkpoint is about; None where that is not clear."""
+def _find_main_entry(entries: dict[str, dict]) -> str | None:
+    """Finds the place of the weights that a checkpoint is about; None where that is not clear."""
     for name in WEIGHTS:
         within = [place for place in entries if place.startswith(f'{name}.')]
         if within:
@@ -266,8 +297,8 @@ def _main_entry(entries: dict[str, dict]) -> str | None:
     return next(iter(entries)) if len(entries) == 1 else None
 
 
-def _prefix_advice(keys: Sequence[str], expected: Iterable[str], role: str, complete: bool) -> str | None:
-    """What to do where keys of a file are the model's after a prefix; None where none are.
+def _suggest_prefix(keys: Sequence[str], expected: Iterable[str], role: str, complete: bool) -> str | None:
+    """Says what to do where keys of a file are the model's after a prefix; None where none are.
 
     ``complete`` tells that the model's own keys are there too.
     """
@@ -281,29 +312,29 @@ def _prefix_advice(keys: Sequence[str], expected: Iterable[str], role: str, comp
             found[key[:end]] += 1
     fitting = Counter({prefix: count for prefix, count in found.items() if count >= len(weights) / 2})
     if fitting and complete and role == 'teacher':
-        return (f"The file holds the model's weights, and once more after {_counted(fitting)}. Leave those out with "
-                f"teacher.allow_unexpected={[f'{prefix}*' for prefix in fitting]}, or load them instead: "
+        return (f"The file holds the model's weights, and once more after {_format_counts(fitting)}. Leave those out "
+                f"with teacher.allow_unexpected={[f'{prefix}*' for prefix in fitting]}, or load them instead: "
                 f"teacher.checkpoint_prefix='{next(iter(fitting))}'.")
     if fitting:
-        return f"Keys of the file are the model's after {_counted(fitting)}: {_pick(fitting, role)}"
-    begins = _beginnings(keys)
+        return f"Keys of the file are the model's after {_format_counts(fitting)}: {_suggest_choice(fitting, role)}"
+    begins = _count_first_parts(keys)
     shared = next(iter(begins), '')
     if len(begins) == 1 and not any(key.startswith(shared) for key in expected):
         return (f"All keys of the file begin with '{shared}', and none of the model's does. If that is a wrapper "
-                f'around the detector: {_pick(begins, role)}')
+                f'around the detector: {_suggest_choice(begins, role)}')
     return None
 
 
-def _beginnings(keys: Iterable[str]) -> Counter:
-    """How many keys begin with each first part: ``'backbone.'``, or ``'ema_'`` of a key without dots."""
+def _count_first_parts(keys: Iterable[str]) -> Counter:
+    """Counts the keys that begin with each first part: ``'backbone.'``, or ``'ema_'`` of a key without dots."""
     return Counter(re.match(r'[^.]*\.|[^_]*_?', key)[0] for key in keys)
 
 
-def _counted(prefixes: Counter) -> str:
+def _format_counts(prefixes: Counter) -> str:
     return ' and '.join(f"'{prefix}' ({count} keys)" for prefix, count in prefixes.most_common(8))
 
 
-def _pick(prefixes: Sequence[str], role: str) -> str:
+def _suggest_choice(prefixes: Sequence[str], role: str) -> str:
     prefix = min(prefixes, key=lambda prefix: 'teacher' not in prefix)  # of equals the first
     if role != 'teacher':
         return f"save those after '{prefix}' again, without it, as the state_dict of a checkpoint."
@@ -311,49 +342,18 @@ def _pick(prefixes: Sequence[str], role: str) -> str:
     return f"{chosen} with teacher.checkpoint_prefix='{prefix}'."
 
 
-def _not_allowed(keys: Sequence[str], patterns: Sequence[str]) -> list:
+def _filter_disallowed(keys: Sequence[str], patterns: Sequence[str]) -> list:
     patterns = (patterns, ) if isinstance(patterns, str) else patterns
     return [key for key in keys if not any(fnmatch(key, pattern) for pattern in patterns)]
 
 
-def _shortened(keys: Sequence[str], most: int = 12) -> str:
+def _abbreviate(keys: Sequence[str], most: int = 12) -> str:
     rest = len(keys) - most
     return ', '.join(keys[:most]) + (f', … and {rest} more' if rest > 0 else '')
 
 
-class ClassNamesError(TeacherError):
-    """``teacher.classes`` names no classes of this teacher."""
-
-
-def teacher_classes(count: int | None, given: Sequence[str], meta: dict, config: ModelConfig) -> Names | None:
-    """Finds the names of a teacher's classes, by label.
-
-    Args:
-        count: How many classes its head tells apart; None where that is not known.
-        given: The names that ``teacher.classes`` gives, or none.
-        meta: The checkpoint's ``meta``, where mmengine keeps the names of the training data.
-        config: The teacher's, which may also name its data; as for
-            :func:`~kd_det.teachers.loading.read_model_config`.
-
-    Returns:
-        The first of these that has ``count`` names; None where none has.
-
-    Raises:
-        ClassNamesError: As many names are given as the teacher has not, one twice, or a text.
-    """
-    if isinstance(given, str) or given and len(set(given)) != len(given):
-        raise ClassNamesError(f'teacher.classes={given!r} is no list of names: name each class once, by label.')
-    if given and count not in (None, len(given)):
-        raise ClassNamesError(f'teacher.classes gives {len(given)} names, but the teacher tells {count} classes apart: '
-                           'name all of them, by label.')
-    for names in _candidates(given, meta, config):
-        if names and not isinstance(names, str) and count in (None, len(names)):
-            return tuple(map(str, names))
-    return None
-
-
-def _candidates(given: Sequence[str], meta: dict, config: ModelConfig) -> Iterator[Sequence[str] | None]:
-    yield given
+def _list_candidates(names: Sequence[str], meta: dict, config: ModelConfig) -> Iterator[Sequence[str] | None]:
+    yield names
     trained = first_metainfo(meta.get('dataset_meta'))
     yield trained.get('classes', trained.get('CLASSES', meta.get('CLASSES')))  # capitals: mmdet 2 and early 3
     config = load_config(config) if isinstance(config, (str, Path)) else config

@@ -1,4 +1,7 @@
-"""The transformer of a DETR, between neck and head, as far as a teacher or a probe runs it."""
+"""Finds out what form a detector's features have, and what images it takes, by a blank image that it is shown.
+
+Nothing is loaded or trained: a config is probed by its backbone and neck alone, where possible without memory.
+"""
 from __future__ import annotations
 
 import math
@@ -15,127 +18,18 @@ from kd_det.config.detectors import head_classes
 from kd_det.config.files import type_name
 from kd_det.context import LevelSpec
 from kd_det.heads import HeadError, HeadRequest, check_head
-from kd_det.heads.dense import Stride
-from kd_det.heads.readers import called_strides
+from kd_det.heads.dense import Stride, read_strides
 from kd_det.heads.towers import TowerWidths, tower_widths
 from kd_det.registry import build_detector, within_scope
 from kd_det.taps import ENCODER, Features, TapError, Taps, find_module, is_within_encoder
 from kd_det.teachers.loading import ModelConfig, read_model_config
 
-
-def shape_samples(batch_shape: Sequence[int], image_shapes: Sequence[tuple[int, int]]) -> list[DetDataSample]:
-    """Data samples that tell what is padding, and nothing else.
-
-    Args:
-        batch_shape: Height and width of the padded batch.
-        image_shapes: Height and width of each image within it.
-    """
-    return [DetDataSample(metainfo=dict(img_shape=tuple(shape), batch_input_shape=tuple(batch_shape)))
-            for shape in image_shapes]
-
-
-def run_encoder(model: nn.Module, features: Features, samples: Sequence[DetDataSample]) -> Tensor:
-    """Runs the encoder of a DETR, without its decoder.
-
-    Args:
-        model: The detector.
-        features: What its neck puts out.
-        samples: See :func:`shape_samples`.
-
-    Returns:
-        (N, tokens, C).
-    """
-    inputs, _ = model.pre_transformer(features, samples)
-    return model.forward_encoder(**inputs)['memory']
-
-
 PROBE_SIZE = 256  # pixels at least; a multiple of every stride of a pyramid
 LIKELY_CHANNELS = (3, *range(4, 17), 2, 1)  # of images, colours first
 
 
-class FeatureExtractor(nn.Module):
-    """The backbone and neck of a detector, from its model dict.
-
-    Args:
-        model: A model dict with ``backbone`` and perhaps ``neck``.
-
-    Attributes:
-        strides: Those of its anchors, where its ``bbox_head`` names them.
-    """
-
-    def __init__(self, model: dict) -> None:
-        super().__init__()
-        with within_scope(model.get('_scope_')):
-            self.backbone = MODELS.build(model['backbone'])
-            self.neck = MODELS.build(model['neck']) if model.get('neck') else None
-        head = model.get('bbox_head')
-        head = head if isinstance(head, dict) else {}  # some detectors have a list of them
-        self.strides = (head.get('anchor_generator') or head).get('strides') or ()
-
-    def extract_feat(self, images):
-        features = self.backbone(images)
-        return features if self.neck is None else self.neck(features)
-
-
-class _Reached(Exception):
-    """Ends a forward at the first layer with a fixed number of input channels.
-
-    Args:
-        given: Channels that it was given.
-        wanted: Channels that it has weights for.
-    """
-
-    def __init__(self, given: int, wanted: int) -> None:
-        super().__init__(given, wanted)
-        self.given, self.wanted = given, wanted
-
-
-def input_channels(model: nn.Module) -> int:
-    """The number of channels of the images that a detector takes.
-
-    Configs say it in many ways or not at all, so the first layer that runs is asked: a blank image is passed through
-    the detector as far as that. A stem that first takes cells apart, as YOLOX's does, gives it several times as many.
-
-    Args:
-        model: A detector, or a :class:`FeatureExtractor`.
-
-    Returns:
-        The number; 3 where the forward ends before a convolution or batch normalisation.
-    """
-
-    def stop(module: nn.Module, inputs: tuple) -> None:
-        wanted = _wanted_channels(module)
-        if wanted and inputs and isinstance(inputs[0], torch.Tensor) and inputs[0].dim() == 4:
-            raise _Reached(inputs[0].shape[1], wanted)
-
-    anchor = next(model.parameters())
-    handle = register_module_forward_pre_hook(stop)
-    try:
-        for channels in LIKELY_CHANNELS:
-            image = torch.zeros(1, channels, PROBE_SIZE, PROBE_SIZE, device=anchor.device, dtype=anchor.dtype)
-            try:
-                with preserved_randomness(), torch.no_grad():
-                    model.extract_feat(image)
-                break
-            except _Reached as reached:
-                return channels * reached.wanted // reached.given
-            except Exception:  # of the model's own: before that layer something else wants other channels
-                continue
-    finally:
-        handle.remove()
-    return LIKELY_CHANNELS[0]
-
-
-def _wanted_channels(module: nn.Module) -> int | None:
-    """The channels that a convolution or batch normalisation has weights for; None for another module."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return module.num_features
-    weight = module._parameters.get('weight')
-    return weight.shape[1] * getattr(module, 'groups', 1) if weight is not None and weight.dim() == 4 else None
-
-
 def probe_levels(model: nn.Module, taps: Taps) -> dict[str, tuple[LevelSpec, ...]]:
-    """Runs one blank image through backbone and neck. An encoder does not run: it keeps the form of its tokens.
+    """Finds the form of the tapped levels by one blank image; an encoder does not run, for it keeps that of its tokens.
 
     An SSD's last layers have no padding: they fit the one size of image that its largest stride names, where the 10
     cells of stride 32 of 300 pixels are no multiple of it. So the image is as large as the largest stride of the
@@ -154,9 +48,9 @@ def probe_levels(model: nn.Module, taps: Taps) -> dict[str, tuple[LevelSpec, ...
     """
     was_training = {module: module.training for module in model.modules()}
     anchor = next(model.parameters())
-    strides = anchor_strides(model)
+    strides = find_prior_strides(model)
     size = math.ceil(max((PROBE_SIZE, *strides)))
-    image = torch.zeros(1, input_channels(model), size, size, device=anchor.device, dtype=anchor.dtype)
+    image = torch.zeros(1, find_input_channels(model), size, size, device=anchor.device, dtype=anchor.dtype)
     with preserved_randomness(), torch.no_grad(), taps.capture() as features:
         maps = model.eval().extract_feat(image)
         for path in filter(is_within_encoder, taps.paths):
@@ -199,25 +93,6 @@ def probe_config(model: dict, paths: Iterable[str]) -> dict[str, tuple[LevelSpec
             return probe_levels(extractor, Taps(extractor, paths))
 
 
-def anchor_strides(model: nn.Module) -> tuple[Stride, ...]:
-    """The strides of a dense head's priors in pixels, ``()`` where it has none."""
-    if isinstance(model, FeatureExtractor):
-        return called_strides(model.strides)
-    priors = getattr(getattr(model, 'bbox_head', None), 'prior_generator', None)
-    return called_strides(getattr(priors, 'strides', ()))
-
-
-def _pass_tokens(model: nn.Module, path: str, maps: Features, size: int) -> None:
-    """Shows a tap in an encoder what the encoder would be given."""
-    module, batch_shape = find_module(model, path), (size, size)
-    tokens = model.pre_transformer(maps, shape_samples(batch_shape, [batch_shape]))[0]['feat']
-    module.forward = lambda query: query  # on the instance, before the class's
-    try:
-        module(tokens)
-    finally:
-        del module.forward
-
-
 def probe_towers(config: ModelConfig, names: Iterable[str]) -> dict[str, TowerWidths]:
     """Builds those heads of a teacher whose towers are asked for, and lets them go again.
 
@@ -243,3 +118,129 @@ def probe_towers(config: ModelConfig, names: Iterable[str]) -> dict[str, TowerWi
         with preserved_randomness(), within_scope(model.get('_scope_')):
             widths[request] = tower_widths(MODELS.build(model[request.head]))
     return widths
+
+
+def find_input_channels(model: nn.Module) -> int:
+    """Finds the number of channels of the images that a detector takes.
+
+    Configs say it in many ways or not at all, so the first layer that runs is asked: a blank image is passed through
+    the detector as far as that. A stem that first takes cells apart, as YOLOX's does, gives it several times as many.
+
+    Args:
+        model: A detector, or a :class:`FeatureExtractor`.
+
+    Returns:
+        The number; 3 where the forward ends before a convolution or batch normalisation.
+    """
+
+    def stop(module: nn.Module, inputs: tuple) -> None:
+        wanted = _read_channels(module)
+        if wanted and inputs and isinstance(inputs[0], torch.Tensor) and inputs[0].dim() == 4:
+            raise _FirstLayerReached(inputs[0].shape[1], wanted)
+
+    anchor = next(model.parameters())
+    handle = register_module_forward_pre_hook(stop)
+    try:
+        for channels in LIKELY_CHANNELS:
+            image = torch.zeros(1, channels, PROBE_SIZE, PROBE_SIZE, device=anchor.device, dtype=anchor.dtype)
+            try:
+                with preserved_randomness(), torch.no_grad():
+                    model.extract_feat(image)
+                break
+            except _FirstLayerReached as reached:
+                return channels * reached.wanted // reached.shown
+            except Exception:  # of the model's own: before that layer something else wants other channels
+                continue
+    finally:
+        handle.remove()
+    return LIKELY_CHANNELS[0]
+
+
+def find_prior_strides(model: nn.Module) -> tuple[Stride, ...]:
+    """Finds the strides of a dense head's priors in pixels, ``()`` where it has none."""
+    if isinstance(model, FeatureExtractor):
+        return read_strides(model.strides)
+    priors = getattr(getattr(model, 'bbox_head', None), 'prior_generator', None)
+    return read_strides(getattr(priors, 'strides', ()))
+
+
+class FeatureExtractor(nn.Module):
+    """The backbone and neck of a detector, from its model dict.
+
+    Args:
+        model: A model dict with ``backbone`` and perhaps ``neck``.
+
+    Attributes:
+        strides: Those of its anchors, where its ``bbox_head`` names them.
+    """
+
+    def __init__(self, model: dict) -> None:
+        super().__init__()
+        with within_scope(model.get('_scope_')):
+            self.backbone = MODELS.build(model['backbone'])
+            self.neck = MODELS.build(model['neck']) if model.get('neck') else None
+        head = model.get('bbox_head')
+        head = head if isinstance(head, dict) else {}  # some detectors have a list of them
+        self.strides = (head.get('anchor_generator') or head).get('strides') or ()
+
+    def extract_feat(self, images):
+        features = self.backbone(images)
+        return features if self.neck is None else self.neck(features)
+
+
+def make_shape_samples(batch_shape: Sequence[int], image_shapes: Sequence[tuple[int, int]]) -> list[DetDataSample]:
+    """Makes data samples that tell what is padding, and nothing else.
+
+    Args:
+        batch_shape: Height and width of the padded batch.
+        image_shapes: Height and width of each image within it.
+    """
+    return [DetDataSample(metainfo=dict(img_shape=tuple(shape), batch_input_shape=tuple(batch_shape)))
+            for shape in image_shapes]
+
+
+def run_encoder(model: nn.Module, features: Features, samples: Sequence[DetDataSample]) -> Tensor:
+    """Runs the encoder of a DETR, without its decoder.
+
+    Args:
+        model: The detector.
+        features: What its neck puts out.
+        samples: See :func:`make_shape_samples`.
+
+    Returns:
+        (N, tokens, C).
+    """
+    inputs, _ = model.pre_transformer(features, samples)
+    return model.forward_encoder(**inputs)['memory']
+
+
+def _pass_tokens(model: nn.Module, path: str, maps: Features, size: int) -> None:
+    """Shows a tap in an encoder what the encoder would be given."""
+    module, batch_shape = find_module(model, path), (size, size)
+    tokens = model.pre_transformer(maps, make_shape_samples(batch_shape, [batch_shape]))[0]['feat']
+    module.forward = lambda query: query  # on the instance, before the class's
+    try:
+        module(tokens)
+    finally:
+        del module.forward
+
+
+def _read_channels(module: nn.Module) -> int | None:
+    """Reads the channels that a convolution or batch normalisation has weights for; None for another module."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return module.num_features
+    weight = module._parameters.get('weight')
+    return weight.shape[1] * getattr(module, 'groups', 1) if weight is not None and weight.dim() == 4 else None
+
+
+class _FirstLayerReached(Exception):
+    """Ends a forward at the first layer with a fixed number of input channels.
+
+    Args:
+        shown: Channels that it was shown.
+        wanted: Channels that it has weights for.
+    """
+
+    def __init__(self, shown: int, wanted: int) -> None:
+        super().__init__(shown, wanted)
+        self.shown, self.wanted = shown, wanted

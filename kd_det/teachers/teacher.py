@@ -1,11 +1,15 @@
-"""The levels of a pyramid that are read: mmdet's FPN without those finer or coarser, which nobody then computes."""
+"""The frozen teacher: loaded strictly, run through the input bridge as far as its taps and heads are read, no further.
+
+What nothing reads is not computed: modules after the last tap, where no head is read (:class:`~kd_det.taps.Taps` ends
+the forward), and the finer and coarser levels of an FPN (:func:`cut_pyramid`).
+"""
 from __future__ import annotations
 
 import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import mmdet
@@ -22,21 +26,285 @@ from kd_det.heads import HeadError, StudentOutputs, TeacherForward, TeacherOutpu
 from kd_det.heads.capture import read_maps, record_maps
 from kd_det.registry import build_detector, within_scope
 from kd_det.taps import ENCODER, Features, TapError, Taps, is_within_encoder
-from kd_det.teachers.bridge import InputBridge, Shape, cut_back, fitting_levels
-from kd_det.teachers.cache import Answer, TeacherCache
-from kd_det.teachers.engine import Engine, held
+from kd_det.teachers.bridge import InputBridge, Shape, crop_to_batch, explain_size_mismatch
+from kd_det.teachers.cache import Outputs, TeacherCache
+from kd_det.teachers.engine import Engine, to_local
 from kd_det.teachers.loading import (
     ModelConfig,
     TeacherError,
+    explain_model_errors,
+    find_class_names,
     load_strictly,
-    of_teacher,
     read_model_config,
-    teacher_classes,
-    without_pretrained,
+    remove_pretrained,
 )
-from kd_det.teachers.probe import input_channels, run_encoder, shape_samples
+from kd_det.teachers.probe import find_input_channels, make_shape_samples, run_encoder
 
 ReadLevels = dict[str, Sequence[bool]]  # by path of a tap; for each of its levels, whether anything reads it
+NECK = 'neck'
+VERSIONS = torch.__version__, mmdet.__version__, __version__  # of what computes a teacher's outputs
+
+
+class Teacher:
+    """A frozen detector in evaluation mode with its taps and its input bridge.
+
+    It is deliberately no ``nn.Module``: held as an attribute of one, it joins neither its parameters nor its state
+    dict, its training mode, its data-parallel buckets or its copies.
+
+    Args:
+        config: See :func:`~kd_det.teachers.loading.read_model_config`.
+        checkpoint: File or address of the weights.
+        random_teacher: Draw all weights, also those that the config would load; for tests and dry runs only.
+        allow_missing: See :func:`~kd_det.teachers.loading.load_strictly`.
+        allow_unexpected: See :func:`~kd_det.teachers.loading.load_strictly`.
+        checkpoint_prefix: See :func:`~kd_det.teachers.loading.load_strictly`.
+        classes: Names of its classes, by label; by default those that the checkpoint or the config names, see
+            :func:`~kd_det.teachers.loading.find_class_names`.
+        cache: The arguments of a :class:`~kd_det.teachers.cache.TeacherCache`, which keeps the outputs on disk; None
+            for none. Outputs of heads must be of those that :func:`~kd_det.heads.capture.can_be_kept`.
+        fuse: See :class:`~kd_det.teachers.engine.Engine`.
+        channels_last: See :class:`~kd_det.teachers.engine.Engine`.
+        precision: See :class:`~kd_det.teachers.engine.Engine`.
+        compile: See :class:`~kd_det.teachers.engine.Engine`.
+        shard: See :class:`~kd_det.teachers.engine.Engine`; not with a cache, which asks the teacher on one rank alone.
+        taps: Module paths whose outputs are read.
+        heads: Heads whose outputs may be asked for, see :func:`~kd_det.heads.find_head`.
+        student_preprocessor: The student's data preprocessor, whose batches the teacher is given.
+
+    Attributes:
+        classes: Names of its classes, by label; None where nothing tells them.
+        num_parameters: How many weights it has.
+
+    Raises:
+        TeacherError: No checkpoint and not ``random_teacher``, a head that is absent or can not be read, another number
+            of classes than it has, or options that are unknown or do not go together.
+        CheckpointError: The checkpoint does not fit.
+    """
+
+    def __init__(self,
+                 config: ModelConfig,
+                 checkpoint: str | None = None,
+                 random_teacher: bool = False,
+                 allow_missing: Sequence[str] = (),
+                 allow_unexpected: Sequence[str] = (),
+                 classes: Sequence[str] = (),
+                 cache: dict | None = None,
+                 fuse: bool = True,
+                 channels_last: bool = True,
+                 precision: str = 'float32',
+                 compile: bool | dict = False,
+                 shard: bool = False,
+                 checkpoint_prefix: str | None = None,
+                 *,
+                 taps: Iterable[str],
+                 heads: Iterable[str] = (),
+                 student_preprocessor: nn.Module) -> None:
+        if not checkpoint and not random_teacher:
+            raise TeacherError('The teacher has no checkpoint: set teacher.checkpoint to its weights. A random teacher '
+                               'teaches noise; for a dry run say so with teacher.random_teacher=True.')
+        if checkpoint and random_teacher:
+            raise TeacherError(f"teacher.random_teacher=True contradicts teacher.checkpoint='{checkpoint}': remove "
+                               'one.')
+        if shard and cache is not None:
+            raise TeacherError('model.teacher.shard and model.teacher.cache do not go together: ranks find different '
+                               'images in a cache, but have to run a sharded teacher together. Remove one.')
+        self.checkpoint = checkpoint
+        self.engine = Engine(fuse, channels_last, precision, compile, shard)
+        self._digests: tuple[str, str] | None = None  # of the weights as loaded, and as the engine runs them
+        with preserved_randomness(), explain_model_errors(config):
+            model_config = read_model_config(config)
+            self._config = json.dumps(model_config.to_dict(), sort_keys=True, default=str)
+            self.model = build_detector(remove_pretrained(model_config) if random_teacher else model_config)
+            if random_teacher:  # some modules' weights are of no value before
+                with within_scope(model_config.get('_scope_')):
+                    self.model.init_weights()
+        self.meta = load_strictly(self.model, checkpoint, allow_missing, allow_unexpected,
+                                  checkpoint_prefix=checkpoint_prefix) if checkpoint else {}
+        self.classes = find_class_names(number_of_classes(self.model), classes, self.meta, config)
+        self.model.eval().requires_grad_(False)
+        self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        for name in heads:
+            try:
+                find_head(self.model, name)
+            except HeadError as error:
+                raise TeacherError(f"A term learns from the teacher's {name}. {error}") from error
+        self.taps = Taps(self.model, taps)
+        self.bridge = InputBridge(student_preprocessor, self.model.data_preprocessor, find_input_channels(self.model))
+        try:
+            self.cache = None if cache is None else TeacherCache(**cache)
+        except TypeError as error:
+            raise TeacherError(f'model.teacher.cache: {error}') from error
+        self._last_fingerprint: tuple[tuple, str] = ((), '')
+
+    def __deepcopy__(self, memo: dict) -> Teacher:
+        return self  # nothing changes it, so copies of the student (EMA) share it
+
+    def to_like(self, parameter: Tensor) -> Teacher:
+        """Moves the teacher to the device and floating-point type of ``parameter``."""
+        return self._apply(lambda tensor: tensor.to(parameter.device,
+                                                    parameter.dtype if tensor.is_floating_point() else None))
+
+    def _apply(self, function) -> Teacher:
+        self.model._apply(function)
+        self.bridge._apply(function)
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights as they were loaded.
+
+        Raises:
+            TeacherError: The teacher has run, and its engine has changed them.
+        """
+        if self._digests is not None and self._digests[0] != self._digests[1]:
+            raise TeacherError('The weights of a teacher that has run are no longer those of its checkpoint. Let the '
+                               'student inherit before the first step.')
+        return self.model.state_dict()
+
+    def _start_engine(self) -> None:
+        """Starts the engine, before the first forward and no sooner: until then the student may inherit."""
+        if self._digests is None:
+            loaded = self._compute_digest()
+            self.engine.start(self.model)
+            self._digests = loaded, self._compute_digest()
+
+    @torch.no_grad()  # tensors of inference mode could not be saved for the backward pass, as the terms do
+    def observe(self,
+                images: Tensor,
+                image_shapes: Sequence[tuple[int, int]],
+                heads: Sequence[str] = (),
+                student: StudentOutputs | None = None,
+                taps: Sequence[str] | None = None,
+                levels: ReadLevels | None = None) -> tuple[dict[str, Features], TeacherOutputs]:
+        """Runs the teacher as far as the taps read it, and some heads.
+
+        Args:
+            images: (N, C, H, W), preprocessed for the student.
+            image_shapes: Height and width of each image within the batch.
+            heads: Names of the heads to run.
+            student: The student's outputs in this step, which hold the regions for the teacher's RoI head.
+            taps: Which of the taps to read; all by default.
+            levels: Of taps of which not all levels are read, which are. The others need not be computed, and stand as
+                :class:`~kd_det.teachers.teacher.UnreadLevel` in the result.
+
+        Returns:
+            Module path -> tuple of (N, C, H, W), and name of the head -> outputs; all without gradient. Where the
+            bridge pads the batch, features and outputs of dense heads are cut back to the student's.
+
+        Raises:
+            TeacherError: The teacher can not be run on images of that size, or of so many channels.
+        """
+        own_images, taps = self.bridge(images, image_shapes), self.taps.paths if taps is None else tuple(taps)
+        levels = {path: tuple(read) for path, read in (levels or {}).items() if path in taps}
+        crop = partial(crop_to_batch, padded=own_images.shape[-2:], batch_shape=images.shape[-2:])
+        if self.cache is not None:
+            features, outputs = self._recall(own_images, image_shapes, heads, taps, levels, crop)
+        else:
+            features, outputs = self._run(own_images, image_shapes, heads, taps, levels, crop, student)
+        features = {path: tuple(map(crop, group)) for path, group in features.items()}
+        features.update({path: mark_unread(path, features[path], read) for path, read in levels.items()})
+        return features, outputs
+
+    def _run(self, images: Tensor, image_shapes: Sequence[Shape], heads: Sequence[str], taps: Sequence[str],
+             levels: ReadLevels, crop: Callable[[Tensor], Tensor],
+             student: StudentOutputs | None = None) -> tuple[dict[str, Features], TeacherOutputs]:
+        """Runs a batch that has passed the bridge, as :meth:`observe`.
+
+        Features are those of the whole batch of the teacher, and of each tap only the levels that are read.
+        """
+        self._start_engine()
+        outputs: TeacherOutputs = {}
+        # Heads, an encoder, and taps within the neck may read every level of the neck.
+        neck_read = levels.get(NECK, ())
+        whole = heads or any(is_within_encoder(path) or path.startswith(f'{NECK}.') for path in taps)
+        pyramid = (nullcontext(range(len(neck_read))) if whole or not neck_read else
+                   cut_pyramid(self.model.neck, neck_read))
+        # Without heads the last tap ends the block, in the midst of the forward, see Taps.capture. Ranks that share a
+        # sharded teacher have to let it end.
+        stop = not heads and not self.engine.shard
+        with pyramid as computed, self.taps.capture(taps, stop=stop) as features:
+            samples = make_shape_samples(images.shape[-2:], image_shapes)
+            with explain_size_mismatch(images.shape[-2:]):
+                neck_levels = self.model.extract_feat(images)
+            forward = TeacherForward(self.model, neck_levels, student, samples, crop)
+            outputs = run_heads(heads, forward)
+            if self.taps.awaits(ENCODER):  # a head that reads queries has run it
+                run_encoder(self.model, forward.features, samples)
+        for path, read in levels.items():
+            indices = computed if path == NECK else range(len(read))
+            features[path] = tuple(level for index, level in zip(indices, features[path]) if read[index])
+        # The terms go through features channel by channel, as the student's lie.
+        return {path: tuple(level.contiguous() for level in group) for path, group in features.items()}, outputs
+
+    def _recall(self, images: Tensor, image_shapes: Sequence[Shape], heads: Sequence[str], taps: Sequence[str],
+                levels: ReadLevels, crop: Callable[[Tensor], Tensor]) -> tuple[dict[str, Features], TeacherOutputs]:
+        """Runs as :meth:`_run`, by way of the cache, which keeps what the teacher made of the padded batch."""
+
+        def compute() -> Outputs:
+            with record_maps(self.model, heads) as maps:
+                features, _ = self._run(images, image_shapes, heads, taps, levels, crop)
+            return {**features, **maps}
+
+        question = repr((self._find_fingerprint(), self._config, self.engine, tuple(taps), levels, tuple(heads),
+                         VERSIONS))
+        kept = self.cache.recall(question, images, image_shapes, compute)
+        features = {path: kept.pop(path) for path in taps}
+        return features, read_maps(self.model, heads, {name: tuple(map(crop, maps)) for name, maps in kept.items()})
+
+    def _find_fingerprint(self) -> str:
+        """The fingerprint, computed again only where a weight was written to."""
+        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
+        versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+        if self._last_fingerprint[0] != versions:
+            self._last_fingerprint = versions, self.fingerprint()
+        return self._last_fingerprint[1]
+
+    @torch.no_grad()
+    def extract_feat(self, images: Tensor, image_shapes: Sequence[Shape]) -> Features:
+        """The features that its heads are given, of a batch preprocessed for the student and cut back to that."""
+        self._start_engine()
+        own_images = self.bridge(images, image_shapes)
+        with explain_size_mismatch(own_images.shape[-2:]):
+            levels = self.model.extract_feat(own_images)
+        return tuple(crop_to_batch(level, own_images.shape[-2:], images.shape[-2:]) for level in levels)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, data_samples: list, rescale: bool = True) -> list:
+        """Detects, on a batch preprocessed for the student; returns mmdet's data samples with ``pred_instances``.
+
+        Args:
+            images: (N, C, H, W).
+            data_samples: mmdet's data samples; their ``batch_input_shape`` becomes that of the teacher's batch.
+            rescale: Put the boxes into the coordinates of the original images.
+        """
+        self._start_engine()
+        images = self.bridge(images, [sample.img_shape[:2] for sample in data_samples])
+        for sample in data_samples:
+            sample.set_metainfo(dict(batch_input_shape=tuple(images.shape[-2:])))
+        with explain_size_mismatch(images.shape[-2:]):
+            return self.model.predict(images, data_samples, rescale=rescale)
+
+    def detect(self, images: Tensor, data_samples: Sequence) -> list[InstanceData]:
+        """Detects on a batch preprocessed for the student, in its coordinates; the data samples stay as they are.
+
+        Returns:
+            ``bboxes``, ``scores`` and ``labels`` of each image, after the suppression of the teacher's ``test_cfg``.
+        """
+        samples = [DetDataSample(metainfo=sample.metainfo) for sample in data_samples]
+        found = [sample.pred_instances for sample in self.predict(images, samples, rescale=False)]
+        return [InstanceData(bboxes=each.bboxes, scores=each.scores, labels=each.labels) for each in found]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all parameters and buffers as they were loaded; another once something has written to those that
+        this rank holds."""
+        digest = self._compute_digest()
+        return self._digests[0] if self._digests is not None and self._digests[1] == digest else digest
+
+    def _compute_digest(self) -> str:
+        digest = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(to_local(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
 
 class UnreadLevel:
@@ -83,14 +351,16 @@ def cut_pyramid(neck: nn.Module, read: Sequence[bool]) -> Iterator[range]:
     cut = dict(start_level=neck.start_level + first, num_outs=last - first, lateral_convs=neck.lateral_convs[first:],
                fpn_convs=neck.fpn_convs[first:])
     try:
-        _set(neck, cut)
+        for name, value in cut.items():
+            setattr(neck, name, value)
         yield range(first, last)
     finally:
-        _set(neck, whole)
+        for name, value in whole.items():
+            setattr(neck, name, value)
 
 
-def placed(path: str, levels: Features, read: Sequence[bool]) -> tuple[Tensor | UnreadLevel, ...]:
-    """The levels that were read, each at its own index.
+def mark_unread(path: str, levels: Features, read: Sequence[bool]) -> tuple[Tensor | UnreadLevel, ...]:
+    """Puts each level that was read at its own index, and an :class:`UnreadLevel` at every other.
 
     Args:
         path: Of the tap.
@@ -99,270 +369,3 @@ def placed(path: str, levels: Features, read: Sequence[bool]) -> tuple[Tensor | 
     """
     following = iter(levels)
     return tuple(next(following) if each else UnreadLevel(path, index) for index, each in enumerate(read))
-
-
-def _set(module: nn.Module, attributes: dict[str, object]) -> None:
-    for name, value in attributes.items():
-        setattr(module, name, value)
-
-
-NECK = 'neck'
-VERSIONS = torch.__version__, mmdet.__version__, __version__  # of what computes a teacher's answers
-
-
-class Teacher:
-    """A frozen detector in evaluation mode with its taps and its input bridge.
-
-    It is deliberately no ``nn.Module``: held as an attribute of one, it joins neither its parameters nor its state
-    dict, its training mode, its data-parallel buckets or its copies.
-
-    Args:
-        config: See :func:`~kd_det.teachers.loading.read_model_config`.
-        checkpoint: File or address of the weights.
-        random_teacher: Draw all weights, also those that the config would load; for tests and dry runs only.
-        allow_missing: See :func:`~kd_det.teachers.loading.load_strictly`.
-        allow_unexpected: See :func:`~kd_det.teachers.loading.load_strictly`.
-        checkpoint_prefix: See :func:`~kd_det.teachers.loading.load_strictly`.
-        classes: Names of its classes, by label; by default those that the checkpoint or the config names, see
-            :func:`~kd_det.teachers.loading.teacher_classes`.
-        cache: The arguments of a :class:`~kd_det.teachers.cache.TeacherCache`, which keeps the outputs on disk; None
-            for none. Outputs of heads must be of those that :func:`~kd_det.heads.capture.can_be_kept`.
-        fuse: See :class:`~kd_det.teachers.engine.Engine`.
-        channels_last: See :class:`~kd_det.teachers.engine.Engine`.
-        precision: See :class:`~kd_det.teachers.engine.Engine`.
-        compile: See :class:`~kd_det.teachers.engine.Engine`.
-        shard: See :class:`~kd_det.teachers.engine.Engine`; not with a cache, which asks the teacher on one rank alone.
-        taps: Module paths whose outputs are read.
-        heads: Heads whose outputs may be asked for, see :func:`~kd_det.heads.find_head`.
-        student_preprocessor: The student's data preprocessor, whose batches the teacher is given.
-
-    Attributes:
-        classes: Names of its classes, by label; None where nothing tells them.
-        weights: How many weights it has.
-
-    Raises:
-        TeacherError: No checkpoint and not ``random_teacher``, a head that is absent or can not be read, another number
-            of classes than it has, or options that are unknown or do not go together.
-        CheckpointError: The checkpoint does not fit.
-    """
-
-    def __init__(self,
-                 config: ModelConfig,
-                 checkpoint: str | None = None,
-                 random_teacher: bool = False,
-                 allow_missing: Sequence[str] = (),
-                 allow_unexpected: Sequence[str] = (),
-                 classes: Sequence[str] = (),
-                 cache: dict | None = None,
-                 fuse: bool = True,
-                 channels_last: bool = True,
-                 precision: str = 'float32',
-                 compile: bool | dict = False,
-                 shard: bool = False,
-                 checkpoint_prefix: str | None = None,
-                 *,
-                 taps: Iterable[str],
-                 heads: Iterable[str] = (),
-                 student_preprocessor: nn.Module) -> None:
-        if not checkpoint and not random_teacher:
-            raise TeacherError('The teacher has no checkpoint: set teacher.checkpoint to its weights. A random teacher '
-                               'teaches noise; for a dry run say so with teacher.random_teacher=True.')
-        if checkpoint and random_teacher:
-            raise TeacherError(f"teacher.random_teacher=True contradicts teacher.checkpoint='{checkpoint}': remove "
-                               'one.')
-        if shard and cache is not None:
-            raise TeacherError('model.teacher.shard and model.teacher.cache do not go together: ranks find different '
-                               'images in a cache, but have to run a sharded teacher together. Remove one.')
-        self.checkpoint = checkpoint
-        self.engine = Engine(fuse, channels_last, precision, compile, shard)
-        self._digests: tuple[str, str] | None = None  # of the weights as loaded, and as the engine runs them
-        with preserved_randomness(), of_teacher(config):
-            model_config = read_model_config(config)
-            self._config = json.dumps(model_config.to_dict(), sort_keys=True, default=str)
-            self.model = build_detector(without_pretrained(model_config) if random_teacher else model_config)
-            if random_teacher:  # some modules' weights are of no value before
-                with within_scope(model_config.get('_scope_')):
-                    self.model.init_weights()
-        self.meta = load_strictly(self.model, checkpoint, allow_missing, allow_unexpected,
-                                  checkpoint_prefix=checkpoint_prefix) if checkpoint else {}
-        self.classes = teacher_classes(number_of_classes(self.model), classes, self.meta, config)
-        self.model.eval().requires_grad_(False)
-        self.weights = sum(parameter.numel() for parameter in self.model.parameters())
-        for name in heads:
-            try:
-                find_head(self.model, name)
-            except HeadError as error:
-                raise TeacherError(f"A term learns from the teacher's {name}. {error}") from error
-        self.taps = Taps(self.model, taps)
-        self.bridge = InputBridge(student_preprocessor, self.model.data_preprocessor, input_channels(self.model))
-        try:
-            self.cache = None if cache is None else TeacherCache(**cache)
-        except TypeError as error:
-            raise TeacherError(f'model.teacher.cache: {error}') from error
-        self._hashed: tuple[tuple, str] = ((), '')
-
-    def __deepcopy__(self, memo: dict) -> Teacher:
-        return self  # nothing changes it, so copies of the student (EMA) share it
-
-    def to_like(self, parameter: Tensor) -> Teacher:
-        """Moves the teacher to the device and floating-point type of ``parameter``."""
-        return self._apply(lambda tensor: tensor.to(parameter.device,
-                                                    parameter.dtype if tensor.is_floating_point() else None))
-
-    def _apply(self, function) -> Teacher:
-        self.model._apply(function)
-        self.bridge._apply(function)
-        return self
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The weights as they were loaded.
-
-        Raises:
-            TeacherError: The teacher has run, and its engine has changed them.
-        """
-        if self._digests is not None and self._digests[0] != self._digests[1]:
-            raise TeacherError('The weights of a teacher that has run are no longer those of its checkpoint. Let the '
-                               'student inherit before the first step.')
-        return self.model.state_dict()
-
-    def _start(self) -> None:
-        """Starts the engine. Not before the first forward: until then the student may inherit."""
-        if self._digests is None:
-            loaded = self._digest()
-            self.engine.start(self.model)
-            self._digests = loaded, self._digest()
-
-    @torch.no_grad()  # tensors of inference mode could not be saved for the backward pass, as the terms do
-    def observe(self,
-                images: Tensor,
-                image_shapes: Sequence[tuple[int, int]],
-                heads: Sequence[str] = (),
-                student: StudentOutputs | None = None,
-                taps: Sequence[str] | None = None,
-                levels: ReadLevels | None = None) -> tuple[dict[str, Features], TeacherOutputs]:
-        """Runs the teacher as far as the taps read it, and some heads.
-
-        Args:
-            images: (N, C, H, W), preprocessed for the student.
-            image_shapes: Height and width of each image within the batch.
-            heads: Names of the heads to run.
-            student: The student's outputs in this step, which hold the regions for the teacher's RoI head.
-            taps: Which of the taps to read; all by default.
-            levels: Of taps of which not all levels are read, which are. The others need not be computed, and stand as
-                :class:`~kd_det.teachers.teacher.UnreadLevel` in the result.
-
-        Returns:
-            Module path -> tuple of (N, C, H, W), and name of the head -> outputs; all without gradient. Where the
-            bridge pads the batch, features and outputs of dense heads are cut back to the student's.
-
-        Raises:
-            TeacherError: The teacher can not be run on images of that size, or of so many channels.
-        """
-        given, taps = self.bridge(images, image_shapes), self.taps.paths if taps is None else tuple(taps)
-        levels = {path: tuple(read) for path, read in (levels or {}).items() if path in taps}
-        cut = partial(cut_back, padded=given.shape[-2:], batch_shape=images.shape[-2:])
-        if self.cache is not None:
-            features, outputs = self._recall(given, image_shapes, heads, taps, levels, cut)
-        else:
-            features, outputs = self._run(given, image_shapes, heads, taps, levels, cut, student)
-        features = {path: tuple(map(cut, group)) for path, group in features.items()}
-        return {**features, **{path: placed(path, features[path], read) for path, read in levels.items()}}, outputs
-
-    def _run(self, images: Tensor, image_shapes: Sequence[Shape], heads: Sequence[str], taps: Sequence[str],
-             levels: ReadLevels, cut: Callable[[Tensor], Tensor],
-             student: StudentOutputs | None = None) -> tuple[dict[str, Features], TeacherOutputs]:
-        """As :meth:`observe`, of a batch that has passed the bridge; but of each tap only the levels that are read are
-        there at all, and they are not cut back."""
-        self._start()
-        outputs: TeacherOutputs = {}
-        stop = not heads and not self.engine.shard  # the last tap then ends the block, see Taps.capture
-        with self._cut(heads, taps, levels) as computed, self.taps.capture(taps, stop=stop) as features:
-            samples = shape_samples(images.shape[-2:], image_shapes)
-            with fitting_levels(images.shape[-2:]):
-                of_neck = self.model.extract_feat(images)
-            forward = TeacherForward(self.model, of_neck, student, samples, cut)
-            outputs = run_heads(heads, forward)
-            if self.taps.awaits(ENCODER):  # a head that reads queries has run it
-                run_encoder(self.model, forward.features, samples)
-        for path, read in levels.items():
-            indices = computed if path == NECK else range(len(read))
-            features[path] = tuple(level for index, level in zip(indices, features[path]) if read[index])
-        # The terms go through features channel by channel, as the student's lie.
-        return {path: tuple(level.contiguous() for level in group) for path, group in features.items()}, outputs
-
-    def _cut(self, heads: Sequence[str], taps: Sequence[str], levels: ReadLevels) -> AbstractContextManager[Sequence[int]]:
-        """The neck without what nothing reads: heads, an encoder, and taps within the neck may read all of it."""
-        read = levels.get(NECK, ())
-        whole = heads or any(is_within_encoder(path) or path.startswith(f'{NECK}.') for path in taps)
-        return nullcontext(range(len(read))) if whole or not read else cut_pyramid(self.model.neck, read)
-
-    def _recall(self, images: Tensor, image_shapes: Sequence[Shape], heads: Sequence[str], taps: Sequence[str],
-                levels: ReadLevels, cut: Callable[[Tensor], Tensor]) -> tuple[dict[str, Features], TeacherOutputs]:
-        """As :meth:`_run`, by way of the cache, which keeps what the teacher made of the padded batch."""
-
-        def compute() -> Answer:
-            with record_maps(self.model, heads) as maps:
-                features, _ = self._run(images, image_shapes, heads, taps, levels, cut)
-            return {**features, **maps}
-
-        weights = self._hashed_weights()
-        question = repr((weights, self._config, self.engine, tuple(taps), levels, tuple(heads), VERSIONS))
-        answer = self.cache.recall(question, images, image_shapes, compute)
-        features = {path: answer.pop(path) for path in taps}
-        return features, read_maps(self.model, heads, {name: tuple(map(cut, each)) for name, each in answer.items()})
-
-    def _hashed_weights(self) -> str:
-        """The fingerprint, taken again where a weight was written to."""
-        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
-        versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
-        if self._hashed[0] != versions:
-            self._hashed = versions, self.fingerprint()
-        return self._hashed[1]
-
-    @torch.no_grad()
-    def extract_feat(self, images: Tensor, image_shapes: Sequence[Shape]) -> Features:
-        """The features that its heads are given, of a batch preprocessed for the student and cut back to that."""
-        self._start()
-        given = self.bridge(images, image_shapes)
-        with fitting_levels(given.shape[-2:]):
-            levels = self.model.extract_feat(given)
-        return tuple(cut_back(level, given.shape[-2:], images.shape[-2:]) for level in levels)
-
-    @torch.no_grad()
-    def predict(self, images: Tensor, data_samples: list, rescale: bool = True) -> list:
-        """Detects, on a batch preprocessed for the student; returns mmdet's data samples with ``pred_instances``.
-
-        Args:
-            images: (N, C, H, W).
-            data_samples: mmdet's data samples; their ``batch_input_shape`` becomes that of the teacher's batch.
-            rescale: Put the boxes into the coordinates of the original images.
-        """
-        self._start()
-        images = self.bridge(images, [sample.img_shape[:2] for sample in data_samples])
-        for sample in data_samples:
-            sample.set_metainfo(dict(batch_input_shape=tuple(images.shape[-2:])))
-        with fitting_levels(images.shape[-2:]):
-            return self.model.predict(images, data_samples, rescale=rescale)
-
-    def detect(self, images: Tensor, data_samples: Sequence) -> list[InstanceData]:
-        """Detects on a batch preprocessed for the student, in its coordinates; the data samples stay as they are.
-
-        Returns:
-            ``bboxes``, ``scores`` and ``labels`` of each image, after the suppression of the teacher's ``test_cfg``.
-        """
-        samples = [DetDataSample(metainfo=sample.metainfo) for sample in data_samples]
-        found = [sample.pred_instances for sample in self.predict(images, samples, rescale=False)]
-        return [InstanceData(bboxes=each.bboxes, scores=each.scores, labels=each.labels) for each in found]
-
-    def fingerprint(self) -> str:
-        """SHA-256 over all parameters and buffers as they were loaded; another once something has written to those that
-        this rank holds."""
-        digest = self._digest()
-        return self._digests[0] if self._digests is not None and self._digests[1] == digest else digest
-
-    def _digest(self) -> str:
-        digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
-            digest.update(name.encode())
-            digest.update(held(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()

@@ -133,7 +133,7 @@ class DistillHook(Hook):
         distiller = _distiller_of(runner)
         if distiller is None:
             return
-        distiller.provenance.mark(checkpoint.get('state_dict', checkpoint), 'checkpoint')
+        distiller.origins.mark(checkpoint.get('state_dict', checkpoint), 'checkpoint')
         if not runner._resume:
             return
         if CHECKPOINT_KEY in checkpoint:
@@ -159,7 +159,7 @@ def origin_table(distiller: DetectionDistiller) -> str:
         table.add_row(part, *(f'{counts.get(origin, 0):,}' if counts.get(origin) else '–' for origin in ORIGINS),
                       f'{sum(counts.values()):,}')
 
-    for part, counts in distiller.provenance.by_part().items():
+    for part, counts in distiller.origins.count_by_part().items():
         add(f'student.{part}', counts)
     for name, term in distiller.terms.items():
         count = sum(parameter.numel() for parameter in term.parameters())
@@ -167,7 +167,7 @@ def origin_table(distiller: DetectionDistiller) -> str:
             add(f'adapters of {name}', {distiller.terms_origin: count})
     for index, teacher in enumerate(distiller.teachers or ()):
         add(f'teacher {index}' if len(distiller.teachers) > 1 else 'teacher',
-            {'checkpoint' if teacher.checkpoint else 'random': teacher.weights})
+            {'checkpoint' if teacher.checkpoint else 'random': teacher.num_parameters})
     output = StringIO()
     PlainConsole(file=output, width=110, no_color=True).print(table)
     if distiller.not_inherited:

@@ -47,8 +47,8 @@ def test_a_config_is_enough(config, tmp_path, capsys):
 def test_the_size_is_that_of_the_training_pipeline(config, tmp_path, capsys):
     config.train_dataloader.dataset.pipeline[2] = dict(type='Resize', scale=(100, 60), keep_ratio=True)
     config.dump(tmp_path / 'config.py')
-    assert main(['benchmark-step', str(tmp_path / 'config.py'), '--repeats', '1', '--device', 'cpu', '--batch-size', '1',
-                 '--out', str(tmp_path / 'o.json')]) == 0
+    assert main(['benchmark-step', str(tmp_path / 'config.py'), '--repeats', '1', '--device', 'cpu',
+                 '--batch-size', '1', '--out', str(tmp_path / 'o.json')]) == 0
     assert '1 × 60 × 80 pixels' in capsys.readouterr().out
     assert json.loads((tmp_path / 'o.json').read_text())['size'] == [60, 80]
 

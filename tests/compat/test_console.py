@@ -104,7 +104,8 @@ def test_a_process_of_another_locale_reads_and_writes_utf8(tmp_path):
                f"runpy.run_path({process.__file__!r})['use_any_encoding']()\n"
                "logging.basicConfig(handlers=[logging.FileHandler('x.log'), logging.StreamHandler(sys.stdout)])\n"
                "logging.warning('\\u732b \\u2013')\n")
-    environment = dict(os.environ, LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0', PYTHONPATH=os.pathsep.join(sys.path))
+    environment = dict(os.environ, LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0',
+                       PYTHONPATH=os.pathsep.join(sys.path))
     done = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == 0 and b'Logging error' not in done.stderr
     assert b'\\u732b -' in done.stdout and '猫 –' in (tmp_path / 'x.log').read_text(encoding='utf-8')

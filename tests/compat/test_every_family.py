@@ -17,7 +17,7 @@ from mmengine.logging import MessageHub
 from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
-from kd_det.teachers.loading import without_pretrained
+from kd_det.teachers.loading import remove_pretrained
 
 CONFIGS = Path(mmdet.__file__).parent / '.mim' / 'configs'
 
@@ -195,10 +195,10 @@ SIZES = dict(detectors=128)
 def load_model(family: str) -> ConfigDict:
     """The model of a family's config, without pretrained weights, and with few channels, classes, layers and boxes."""
     divisors = DIVISORS.get(family, (8, 8))
-    model = shrink(without_pretrained(Config.fromfile(CONFIGS / family / f'{RUN[family]}.py').model), *divisors)
+    model = shrink(remove_pretrained(Config.fromfile(CONFIGS / family / f'{RUN[family]}.py').model), *divisors)
     if family == 'ld':
         teacher = Config.fromfile(CONFIGS.parent / model.teacher_config).model
-        model.update(teacher_config=dict(model=shrink(without_pretrained(teacher), *divisors)), teacher_ckpt=None)
+        model.update(teacher_config=dict(model=shrink(remove_pretrained(teacher), *divisors)), teacher_ckpt=None)
     if 'language_model' in model:
         model.language_model = dict(type=Characters)
     config = Config(dict(model=model))

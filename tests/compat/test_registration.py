@@ -67,7 +67,8 @@ def test_every_type_is_found_in_whatever_order_is_imported(order, checkpoint):
 
 
 def test_a_checkpoint_loads_where_mmengine_was_not_imported(checkpoint):
-    program = "import sys; from kd_det.compat import load_checkpoint; print(load_checkpoint(sys.argv[1])['history'].current())"
+    program = ("import sys; from kd_det.compat import load_checkpoint;"
+               "print(load_checkpoint(sys.argv[1])['history'].current())")
     assert run(program, checkpoint) == '1.0\n'
 
 

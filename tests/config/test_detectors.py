@@ -13,7 +13,7 @@ from kd_det.config.detectors import check_student, inner_detectors, plain_detect
 from kd_det.config.files import ConfigurationError, load_config, type_name
 from kd_det.registry import build_detector
 from kd_det.teachers import TeacherError, read_model_config
-from kd_det.teachers.loading import without_pretrained
+from kd_det.teachers.loading import remove_pretrained
 
 TEACHER = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
 
@@ -53,7 +53,7 @@ def test_of_mmdetections_own_configs_the_detector_teaches(name, detector, head):
     model = read_model_config(f'mmdet::{name}')
     assert type_name(model) == detector and head in model
     outer = load_config(f'mmdet::{name}').model
-    built = build_detector(without_pretrained(model))
+    built = build_detector(remove_pretrained(model))
     expected = outer.data_preprocessor.get('data_preprocessor', outer.data_preprocessor)
     assert type(built.data_preprocessor).__name__ == 'DetDataPreprocessor'
     if expected.get('mean'):

@@ -12,7 +12,7 @@ from mmdet.utils import register_all_modules
 from mmengine.model import MMDistributedDataParallel
 
 import kd_det  # noqa: F401
-from kd_det.teachers.engine import held
+from kd_det.teachers.engine import to_local
 
 
 def distilled_gradients(config, images, samples, wrap=lambda model: model):
@@ -37,7 +37,7 @@ def distilled_gradients(config, images, samples, wrap=lambda model: model):
         total.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in plain.named_parameters()
                  if parameter.requires_grad}
-    weights = sum(held(parameter).numel() for parameter in plain.teacher.model.parameters())
+    weights = sum(to_local(parameter).numel() for parameter in plain.teacher.model.parameters())
     return gradients, plain.monitor.state_dict(), weights
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from kd_det.config.files import ConfigurationError
 from kd_det.context import Progress
-from kd_det.distillers import build_weight, monitor
+from kd_det.distillers import build_schedule, monitor
 from kd_det.distillers.gradients import GradientNorms, gradient_norms
 from kd_det.losses import FeatureTerm
 
@@ -23,7 +23,7 @@ TERMS = dict(
 
 
 def _norms(term, task, measurements=1, **balance):
-    weight = build_weight(dict(BALANCE, **balance))
+    weight = build_schedule(dict(BALANCE, **balance))
     for _ in range(measurements):
         weight.update(GradientNorms(torch.tensor(float(term)), torch.tensor(float(task))))
     return weight
@@ -99,17 +99,17 @@ def test_a_measurement_without_a_ratio_changes_nothing(term, task):
 def test_schedules_shape_the_ratio_from_within_and_without():
     warmup = dict(type='Warmup', epochs=2)
     for config in (dict(warmup, value=BALANCE), dict(BALANCE, ratio=dict(warmup, value=0.5))):
-        weight = build_weight(config)
+        weight = build_schedule(config)
         assert weight.balance is not None and weight.full == 0.5 and not weight.is_constant
         assert [weight(Progress(epoch=epoch)) for epoch in range(4)] == [0, 0.25, 0.5, 0.5]
-    assert build_weight(dict(BALANCE, ratio=0)).is_zero
+    assert build_schedule(dict(BALANCE, ratio=0)).is_zero
 
 
 @pytest.mark.parametrize('start, expected', [(1, [4, 6, 9, 12]), (4, [4, 5, 6, 7, 9, 12])])
 def test_it_measures_first_and_then_at_every_interval(start, expected):
-    weight, measured = build_weight(dict(BALANCE, interval=3, start=start)), []
+    weight, measured = build_schedule(dict(BALANCE, interval=3, start=start)), []
     for iteration in range(4, 14):
-        if weight.due(Progress(iteration)):
+        if weight.is_due(Progress(iteration)):
             measured.append(iteration)
             weight.update(GradientNorms(torch.tensor(1.0), torch.tensor(1.0)))
     assert measured == expected
@@ -119,7 +119,7 @@ def test_it_measures_first_and_then_at_every_interval(start, expected):
                                     dict(ratio=dict(BALANCE))])
 def test_arguments_out_of_range_are_refused(faulty):
     with pytest.raises(ValueError, match='Balance'):
-        build_weight(dict(BALANCE, **faulty))
+        build_schedule(dict(BALANCE, **faulty))
 
 
 # ---------------------------------------------------------------- what represents the data
@@ -127,7 +127,7 @@ def test_arguments_out_of_range_are_refused(faulty):
 
 def _measured(*measurements, **balance):
     """A weight that has measured (task's / term's, boxes, images with boxes)."""
-    weight = build_weight(dict(BALANCE, **balance))
+    weight = build_schedule(dict(BALANCE, **balance))
     for ratio, *boxes in measurements:
         weight.update(GradientNorms(torch.tensor(1.0), torch.tensor(float(ratio))), torch.tensor(boxes or [4.0, 2.0]))
     return weight
@@ -178,9 +178,9 @@ def test_a_checkpoint_of_any_point_goes_on_as_if_nothing_had_happened():
         torch.randn(20).exp().tolist(), torch.randint(0, 3, (20, )).tolist())]
     straight = _measured(*measurements, start=6)
     for point in (0, 1, 4, 7, 15):
-        resumed = build_weight(dict(BALANCE, start=6))
+        resumed = build_schedule(dict(BALANCE, start=6))
         resumed.load_state_dict(copy.deepcopy(_measured(*measurements[:point], start=6).state_dict()))
-        assert resumed.due(Progress(1)) == (point < 6)
+        assert resumed.is_due(Progress(1)) == (point < 6)
         for ratio, *boxes in measurements[point:]:
             resumed.update(GradientNorms(torch.tensor(1.0), torch.tensor(ratio)), torch.tensor(boxes))
         assert resumed.scale == straight.scale and resumed.state_dict().keys() == straight.state_dict().keys()
@@ -188,10 +188,10 @@ def test_a_checkpoint_of_any_point_goes_on_as_if_nothing_had_happened():
 
 
 def test_checkpoints_of_earlier_versions_hold_averages_alone():
-    weight = build_weight(BALANCE)
+    weight = build_schedule(BALANCE)
     weight.load_state_dict(dict(averages=torch.tensor([0.36 * 1.25, 0.36])))
     assert weight.scale == pytest.approx(torch.tensor(1.25).exp().item())
-    assert not weight.due(Progress(iteration=1)) and weight.due(Progress(iteration=10))
+    assert not weight.is_due(Progress(iteration=1)) and weight.is_due(Progress(iteration=10))
     weight.update(GradientNorms(torch.tensor(1.0), torch.tensor(9.0)), torch.tensor([5.0, 1.0]))
     assert 3.5 < weight.scale < 9
 
@@ -232,7 +232,7 @@ def test_the_gradient_has_the_ratio_to_the_tasks(case, request, distiller, batch
     teacher = make() if case == 'written_to' else make(depth=50, neck=12)
     model = distiller(make(), teacher, distill=dict(term=dict(term, weight=BALANCE)))
     levels = []
-    (path, ) = model.measured_taps(model.terms['term'])
+    (path, ) = model.connections.gradient_taps['term']
 
     def note(module, inputs, output):
         levels.extend([output] if isinstance(output, torch.Tensor) else output)
@@ -332,7 +332,8 @@ def test_the_task_is_watched_seldom_and_not_before_it_has_learnt_something(retin
         model.set_progress(iteration, epoch=0)
         logged[iteration] = _losses(model, batch()).get('distill/fgd_gradient')
     assert measured == [50, 100, 150, 200, 400]
-    assert {iteration: value for iteration, value in logged.items() if value is not None} == dict.fromkeys(measured, 12.5)
+    seen = {iteration: value for iteration, value in logged.items() if value is not None}
+    assert seen == dict.fromkeys(measured, 12.5)
 
 
 class _Still(FeatureTerm):

@@ -6,7 +6,7 @@ import torch
 
 from kd_det.config.classes import match_classes
 from kd_det.config.files import ConfigurationError
-from kd_det.distillers.class_sets import restricted_to_shared
+from kd_det.distillers.class_sets import restrict_to_shared_classes
 from kd_det.heads import HeadError, Regions, RoIOutputs
 
 DENSE = dict(classes=dict(type='DenseClassification'), boxes=dict(type='DenseRegression', weighting='gap'),
@@ -138,7 +138,7 @@ def test_regions_of_other_classes_are_left_out(make_context):
     context = make_context(torch.randn(1, 2, 8, 12), torch.randn(1, 2, 8, 12), [torch.rand(3, 4)])
     context.labels = [torch.tensor([0, 2, 1])]
     context.student_outputs, context.teacher_outputs = dict(roi_head=student), [dict(roi_head=(teacher, ))]
-    seen = restricted_to_shared(context, 0, match_classes(STUDENT, ('horse', 'bird')))
+    seen = restrict_to_shared_classes(context, 0, match_classes(STUDENT, ('horse', 'bird')))
     ours, (theirs, ) = seen.student_outputs['roi_head'], seen.teacher_outputs[0]['roi_head']
     assert ours.regions.labels.tolist() == [0, 1] == theirs.regions.labels.tolist()
     assert torch.equal(ours.regions.rois, regions.rois[[0, 2]])

@@ -236,7 +236,7 @@ def test_inheritance_copies_what_fits_and_tells_what_does_not(faster_rcnn, disti
                                                             and part != 'backbone')
         assert (part in model.inherited_parts and not fits) == (key in model.not_inherited)
     assert any(key.startswith('neck.lateral_convs') for key in model.not_inherited)
-    counts = model.provenance.by_part()
+    counts = model.origins.count_by_part()
     assert counts['rpn_head']['inherited'] == sum(parameter.numel() for parameter in model.rpn_head.parameters())
     assert counts['backbone']['random'] and counts['neck']['random'] and counts['neck']['inherited']
 
@@ -250,7 +250,7 @@ def test_pretrained_weights_are_told_apart(kind, retinanet, distiller, tmp_path)
     student['backbone']['init_cfg'] = dict(type=kind, checkpoint=str(tmp_path / 'backbone.pth'))
     model = distiller(student, retinanet())
     model.init_weights()
-    counts = model.provenance.by_part()['backbone']
+    counts = model.origins.count_by_part()['backbone']
     assert counts['random'] == sum(parameter.numel() for parameter in donor.layer4.parameters())
     assert counts['pretrained'] == sum(parameter.numel() for parameter in donor.parameters()) - counts['random']
 

@@ -32,7 +32,8 @@ def model(retinanet, tmp_path):
             inherit=('bbox_head', ), task_weight=dict(type='Warmup', epochs=3, value=1.0),
             distill=dict(
                 fgd=dict(type='FGD', levels=(1, 2), weight=dict(type='Balance', interval=2)),
-                mimic=dict(type='FeatureImitation', teacher=1, levels=(0, 1), weight=dict(type='Stop', epochs=3, value=0.1)),
+                mimic=dict(type='FeatureImitation', teacher=1, levels=(0, 1),
+                           weight=dict(type='Stop', epochs=3, value=0.1)),
                 classes=dict(type='DenseClassification', teacher=1, normalizer='positives',
                              weight=dict(type='Warmup', epochs=2, value=dict(type='Balance', ratio=0.3)))))
 

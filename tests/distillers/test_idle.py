@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kd_det.config.files import ConfigurationError
 from kd_det.distillers import monitor
-from kd_det.distillers.gradients import reaches_weights
+from kd_det.distillers.gradients import reaches_parameters
 from kd_det.losses import DistillTerm, FeatureTerm
 
 HINT = dict(type='FeatureImitation', tap='backbone', normalizer='mean')
@@ -47,18 +47,18 @@ def _freeze(model, *learning):
 def test_weights_are_reached_where_there_is_a_way_whatever_the_gradient_is():
     weight, apart = (torch.ones(3, requires_grad=True) for _ in range(2))
     weight.register_hook(lambda gradient: pytest.fail('a backward pass'))
-    assert reaches_weights((weight * apart).sum()) and reaches_weights((weight * 0).sum(), apart=[apart])
-    assert reaches_weights(apart.sum()) and not reaches_weights(apart.sum(), apart=[apart])
-    assert not reaches_weights((weight.detach() * apart).sum(), apart=[apart])
-    assert not reaches_weights(torch.zeros(()))
-    assert reaches_weights(torch.stack([apart.sum(), weight[1:].relu().sum()]).prod(), apart=[apart])
+    assert reaches_parameters((weight * apart).sum()) and reaches_parameters((weight * 0).sum(), apart=[apart])
+    assert reaches_parameters(apart.sum()) and not reaches_parameters(apart.sum(), apart=[apart])
+    assert not reaches_parameters((weight.detach() * apart).sum(), apart=[apart])
+    assert not reaches_parameters(torch.zeros(()))
+    assert reaches_parameters(torch.stack([apart.sum(), weight[1:].relu().sum()]).prod(), apart=[apart])
 
 
 @pytest.mark.parametrize('reentrant', [True, False])
 def test_weights_are_reached_through_checkpointing(reentrant):
     first, second = nn.Linear(2, 2), nn.Linear(2, 2)
     output = checkpoint(second, first(torch.ones(1, 2)), use_reentrant=reentrant)
-    assert reaches_weights(output.sum())
+    assert reaches_parameters(output.sum())
     output.sum().backward()  # which it allows once only
     assert first.weight.grad is not None
 
@@ -206,9 +206,9 @@ def test_a_batch_without_boxes_proves_nothing(own_terms, retinanet, distiller, b
     model = distiller(retinanet(), retinanet(), distill=dict(own=dict(type='_OfBoxes')))
     for iteration, boxes in enumerate([((), ())] * 3 + [(((8, 8, 40, 40), ), ())]):
         _step(model, batch(boxes=boxes), iteration)
-    assert not said and not model.idle_watch.left
+    assert not said and not model.idle_check.remaining
     model = distiller(retinanet(), retinanet(), distill=dict(own=dict(type='_OfBoxes')))
-    model.idle_watch.left['own'] = 3  # such batches, of the 50 that are waited for
+    model.idle_check.remaining['own'] = 3  # such batches, of the 50 that are waited for
     for iteration in range(3):
         _step(model, batch(boxes=((), ())), iteration)
     with pytest.raises(ConfigurationError, match='model.distill.own'):

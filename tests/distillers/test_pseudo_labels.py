@@ -8,7 +8,7 @@ from mmengine.structures import InstanceData
 
 from kd_det.config.files import ConfigurationError
 from kd_det.context import Progress
-from kd_det.distillers.supervision import PseudoLabels, given
+from kd_det.distillers.supervision import PseudoLabels, read_supervision
 
 SURE = [(0., 0., 20., 20.), (1., 0., 21., 20.), (40., 40., 60., 60.), (0., 40., 20., 60.)]
 
@@ -31,19 +31,19 @@ def _labels(supervision):
 
 def test_confident_boxes_without_their_doubles():
     pseudo_labels, nothing = PseudoLabels(), torch.zeros(0, 4)
-    assert pseudo_labels.confident(_found(), nothing).scores.tolist() == pytest.approx([0.9, 0.7])
-    assert len(PseudoLabels(nms_iou=0.95).confident(_found(), nothing)) == 3
-    assert len(pseudo_labels.confident(_found(labels=(0, 1, 1, 2)), nothing)) == 3  # doubles are of one class
-    assert len(PseudoLabels(score=0.2).confident(_found(), nothing)) == 3
-    assert len(pseudo_labels.confident(_found()[:0], nothing)) == 0
+    assert pseudo_labels.select_confident(_found(), nothing).scores.tolist() == pytest.approx([0.9, 0.7])
+    assert len(PseudoLabels(nms_iou=0.95).select_confident(_found(), nothing)) == 3
+    assert len(pseudo_labels.select_confident(_found(labels=(0, 1, 1, 2)), nothing)) == 3  # doubles are of one class
+    assert len(PseudoLabels(score=0.2).select_confident(_found(), nothing)) == 3
+    assert len(pseudo_labels.select_confident(_found()[:0], nothing)) == 0
     flat = [(0., 0., 20., 20.), (64., 10., 64., 30.), (30., 30., 30.5, 50.), (40., 40., 60., 60.)]  # as heads clip them
-    assert pseudo_labels.confident(_found(flat, (0.9, 0.9, 0.9, 0.9)), nothing).labels.tolist() == [0, 2]
+    assert pseudo_labels.select_confident(_found(flat, (0.9, 0.9, 0.9, 0.9)), nothing).labels.tolist() == [0, 2]
 
 
 def test_the_ground_truth_is_right_where_it_is():
     truth = torch.tensor([[38., 40., 60., 60.]])
-    assert PseudoLabels().confident(_found(), truth).labels.tolist() == [0]
-    assert PseudoLabels(iou=0.95).confident(_found(), truth).labels.tolist() == [0, 1]
+    assert PseudoLabels().select_confident(_found(), truth).labels.tolist() == [0]
+    assert PseudoLabels(iou=0.95).select_confident(_found(), truth).labels.tolist() == [0, 1]
 
 
 def test_modes_and_images():
@@ -51,7 +51,7 @@ def test_modes_and_images():
     samples = [_sample(people, [2]), _sample(unlabelled=True), _sample(unlabelled=True)]
     before = copy.deepcopy(samples)
     found = [_found(), _found(), _found()[:0]]
-    known = given(samples)
+    known = read_supervision(samples)
     assert known.labelled == (True, False, False)
 
     def joined(**options):
@@ -77,7 +77,7 @@ def test_a_box_counts_as_often_as_it_weighs(weight, expected):
     pseudo_labels, counts = PseudoLabels(weight=weight), torch.zeros(2)
     torch.manual_seed(0)
     for _ in range(600):
-        supervision = pseudo_labels(given([_sample(unlabelled=True)]), [_found()], Progress())
+        supervision = pseudo_labels(read_supervision([_sample(unlabelled=True)]), [_found()], Progress())
         assert supervision.labelled == (True, )  # the draw does not decide whether the image is known
         counts[supervision.labels[0]] += 1
     assert counts.div(600).tolist() == pytest.approx(expected, abs=0.06)
@@ -85,16 +85,16 @@ def test_a_box_counts_as_often_as_it_weighs(weight, expected):
 
 def test_a_weight_of_one_draws_nothing():
     state = torch.get_rng_state()
-    PseudoLabels()(given([_sample()]), [_found()], Progress())
+    PseudoLabels()(read_supervision([_sample()]), [_found()], Progress())
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_when_the_teacher_detects():
-    labelled, partly = given([_sample()]), given([_sample(), _sample(unlabelled=True)])
+    labelled, partly = read_supervision([_sample()]), read_supervision([_sample(), _sample(unlabelled=True)])
     scheduled = PseudoLabels(weight=dict(type='Stop', value=1.0, epochs=2))
-    assert scheduled.wants(labelled, Progress(0, 0.0)) and not scheduled.wants(labelled, Progress(9, 2.0))
-    assert not PseudoLabels(images='unlabelled').wants(labelled, Progress())
-    assert PseudoLabels(images='unlabelled').wants(partly, Progress())
+    assert scheduled.is_due(labelled, Progress(0, 0.0)) and not scheduled.is_due(labelled, Progress(9, 2.0))
+    assert not PseudoLabels(images='unlabelled').is_due(labelled, Progress())
+    assert PseudoLabels(images='unlabelled').is_due(partly, Progress())
 
 
 @pytest.mark.parametrize('arguments, message', [

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kd_det.datasets import Unlabelled
-from kd_det.distillers.supervision import given, labelled_losses
+from kd_det.distillers.supervision import compute_labelled_losses, read_supervision
 
 IMAGES = dict(shapes=((64, 64), (64, 64), (48, 64)), boxes=(((8, 8, 40, 40), ), (), ((2, 10, 30, 46), )))
 
@@ -36,7 +36,7 @@ def test_own_losses_are_those_of_the_labelled_images_alone(make, distiller, batc
     samples = data['data_samples']
     features = model.student.extract_feat(data['inputs'])
     torch.manual_seed(0)
-    actual = labelled_losses(model.student, data['inputs'], features, given(samples), {})
+    actual = compute_labelled_losses(model.student, data['inputs'], features, read_supervision(samples), {})
     torch.manual_seed(0)
     expected = model.student.loss(data['inputs'][[0, 2]], [samples[0], samples[2]])
     assert actual.keys() == expected.keys()

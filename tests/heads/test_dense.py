@@ -2,10 +2,12 @@
 import pytest
 import torch
 from mmdet.models.dense_heads import RetinaHead
+from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 
 from kd_det.heads import HeadError, read_dense, reads
+from kd_det.heads.families import RetinaReader
 from kd_det.heads.readers import READERS, find_reader
 from kd_det.taps import record_calls
 
@@ -132,8 +134,8 @@ def test_a_prior_lies_on_its_cell(name, dense_head, features):
 def test_positives_are_those_of_the_heads_own_assigner(name, dense_head, features):
     head = dense_head(name).train()
     head.init_weights()  # YOLOX assigns by its predictions, RTMDet too
-    maps, assignment = head(features()), find_reader(head).assignment
-    with record_calls(head, assignment.method) as calls:
+    maps, method = head(features()), find_reader(type(head)).assigning_method
+    with record_calls(head, method) as calls:
         head.loss(features(), [_sample(((8, 8, 60, 50), )), _sample(())])
     outputs = read_dense(head, maps, [call.returned for call in calls])
     positives = torch.cat([outputs.positives(level) for level in range(3)], 1)
@@ -149,7 +151,7 @@ def test_targets_lead_positive_priors_to_their_boxes(name, dense_head, features)
     head = dense_head(name).train()
     head.init_weights()
     boxes = (8, 8, 60, 50), (30, 40, 90, 62)
-    with record_calls(head, find_reader(head).assignment.method) as calls:
+    with record_calls(head, find_reader(type(head)).assigning_method) as calls:
         head.loss(features(), [_sample(boxes), _sample(())])
     outputs = read_dense(head, head(features()), [call.returned for call in calls])
     if name not in ('retina', 'retina_softmax', 'atss', 'rpn', 'ssd'):
@@ -163,6 +165,27 @@ def test_targets_lead_positive_priors_to_their_boxes(name, dense_head, features)
         centers, sizes = (priors[:, :2] + priors[:, 2:]) / 2 + shift * sizes, sizes * scale.exp()
         found |= {tuple(box) for box in torch.cat([centers - sizes / 2, centers + sizes / 2], 1).round().tolist()}
     assert found and found <= set(boxes)
+
+
+def test_positives_of_yolof_lie_on_their_own_image():
+    """It has one level, and returns the labels of a batch as one tensor."""
+    coder = dict(type='DeltaXYWHBBoxCoder', target_stds=[1., 1., 1., 1.], add_ctr_clamp=True, ctr_clamp=32)
+    anchors = dict(type='AnchorGenerator', ratios=[1.0], scales=[1, 2], strides=[16])
+    torch.manual_seed(0)
+    head = MODELS.build(dict(
+        type='YOLOFHead', num_classes=3, in_channels=8, num_cls_convs=1, num_reg_convs=1, norm_cfg=dict(type='BN'),
+        reg_decoded_bbox=True, anchor_generator=anchors, bbox_coder=coder, loss_bbox=dict(type='GIoULoss'),
+        train_cfg=dict(assigner=dict(type='UniformAssigner', pos_ignore_thr=0.15, neg_ignore_thr=0.7),
+                       allowed_border=-1, pos_weight=-1, debug=False))).train()
+    levels = (torch.randn(2, 8, HEIGHT // 16, WIDTH // 16), )
+    with record_calls(head, 'get_targets') as calls:
+        head.loss(levels, [_sample(((8, 8, 40, 40), )), _sample(())])
+    outputs = read_dense(head, head(levels), [call.returned for call in calls])
+    labels = calls[0].returned[0]
+    assert labels.shape == outputs.logits[0].shape[:2] == (2, 4 * 6 * 2)
+    assert torch.equal(outputs.positives(0), (labels >= 0) & (labels < 3))
+    assert outputs.positives(0)[0].any() and not outputs.positives(0)[1].any()
+    assert outputs.targets is None
 
 
 def test_positives_that_no_assignment_tells(dense_head, features):
@@ -197,12 +220,12 @@ def test_a_subclass_is_read_unless_it_has_a_forward_of_its_own(dense_head):
     retina = dense_head('retina')
     for kind, assigns in ((SameOutputs, True), (OwnTargets, False)):
         retina.__class__ = kind
-        assert (find_reader(retina).assignment is not None) == assigns
+        assert ('positives' in find_reader(type(retina)).parts) == assigns
     retina.__class__ = OwnOutputs
     with pytest.raises(HeadError, match='outputs of a OwnOutputs can not be read. Known are ATSSHead, .*YOLOXHead'):
-        find_reader(retina)
+        find_reader(type(retina))
     try:
-        reads(OwnOutputs)(READERS[RetinaHead].read)
-        assert find_reader(retina).read is READERS[RetinaHead].read
+        reads(OwnOutputs)(RetinaReader)
+        assert type(find_reader(type(retina))) is type(READERS[RetinaHead]) is RetinaReader
     finally:
         del READERS[OwnOutputs]

@@ -5,7 +5,7 @@ from mmdet.registry import MODELS
 
 from kd_det.heads import HeadError, StudentHeads, TeacherForward, find_head, read_queries, run_heads
 from kd_det.taps import record_calls
-from kd_det.teachers.probe import shape_samples
+from kd_det.teachers.probe import make_shape_samples
 
 KINDS = ('DETR', 'ConditionalDETR', 'DABDETR', 'DeformableDETR', 'DINO')
 NAME = 'bbox_head.queries'
@@ -80,7 +80,7 @@ def test_a_teachers_queries_are_those_that_it_predicts_from(kind, detr, batch):
     data = model.data_preprocessor(batch(**IMAGES), False)
     shapes = [sample.img_shape for sample in data['data_samples']]
     images = data['inputs']
-    samples = shape_samples(images.shape[-2:], shapes)
+    samples = make_shape_samples(images.shape[-2:], shapes)
     assert not hasattr(samples[0], 'gt_instances')
     forward = TeacherForward(model, model.extract_feat(images), {}, samples)
     queries = run_heads([NAME], forward)[NAME]

@@ -15,7 +15,8 @@ from kd_det.config.detectors import DETECTORS
 from kd_det.config.files import ConfigurationError
 from kd_det.config.methods import methods
 from kd_det.distillers import DetectionDistiller
-from kd_det.distillers.detection_distiller import TERMS, Observation
+from kd_det.distillers.detection_distiller import Observation
+from kd_det.distillers.student_wrapper import TERMS
 from kd_det.losses import (
     CrossKD,
     DenseClassification,

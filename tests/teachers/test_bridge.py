@@ -5,7 +5,7 @@ import torch
 from mmdet.models.data_preprocessors import DetDataPreprocessor
 
 from kd_det.teachers import InputBridge, TeacherError
-from kd_det.teachers.bridge import cut_back, fitting_levels
+from kd_det.teachers.bridge import crop_to_batch, explain_size_mismatch
 
 PLAIN = dict(pad_size_divisor=32)
 IMAGENET = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True, pad_size_divisor=32)
@@ -117,14 +117,14 @@ def test_levels_are_cut_back_to_the_cells_that_the_students_batch_has():
         padded = -(-size // 32) * 32
         for stride in (4, 8, 16, 32, 64, 128):
             level = torch.zeros(1, 1, -(-padded // stride), -(-padded // stride))
-            assert cut_back(level, (padded, padded), (size, size)).shape[-1] == -(-size // stride), (size, stride)
+            assert crop_to_batch(level, (padded, padded), (size, size)).shape[-1] == -(-size // stride), (size, stride)
 
 
 def test_only_levels_that_do_not_fit_are_explained():
     with pytest.raises(TeacherError, match=r'100 × 96 pixels.*size of tensor a.*pad_size_divisor=32'):
-        with fitting_levels((100, 96)):
+        with explain_size_mismatch((100, 96)):
             torch.zeros(2) + torch.zeros(3)
     for shape, other in (((128, 256), 3), ((100, 96), None)):
-        with pytest.raises(RuntimeError) as raised, fitting_levels(shape):
+        with pytest.raises(RuntimeError) as raised, explain_size_mismatch(shape):
             torch.zeros(2).view(3) if other is None else torch.zeros(2) + torch.zeros(other)
         assert not isinstance(raised.value, TeacherError)

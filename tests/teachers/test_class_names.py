@@ -4,7 +4,7 @@ import torch
 from mmdet.registry import MODELS
 
 from kd_det.teachers import Teacher, TeacherError
-from kd_det.teachers.loading import teacher_classes
+from kd_det.teachers.loading import find_class_names
 
 NAMES, OTHERS = ('cat', 'dog'), ('bird', 'fish')
 
@@ -15,29 +15,29 @@ NAMES, OTHERS = ('cat', 'dog'), ('bird', 'fish')
                                   dict(dataset_meta=None, CLASSES=NAMES)])
 def test_checkpoints_of_all_ages(meta):
     config = dict(train_dataloader=dict(dataset=dict(type='CocoDataset', metainfo=dict(classes=OTHERS))))
-    assert teacher_classes(2, (), meta, config) == NAMES
-    assert teacher_classes(2, OTHERS, meta, {}) == OTHERS  # what is given has the last word
+    assert find_class_names(2, (), meta, config) == NAMES
+    assert find_class_names(2, OTHERS, meta, {}) == OTHERS  # what is given has the last word
 
 
 def test_configs(tmp_path):
     inner = dict(type='CocoDataset', metainfo=dict(classes=NAMES))
     config = dict(train_dataloader=dict(dataset=dict(type='RepeatDataset', dataset=inner)))
-    assert teacher_classes(2, (), {}, config) == NAMES
+    assert find_class_names(2, (), {}, config) == NAMES
     (tmp_path / 'teacher.py').write_text(f'model = dict(type="A")\nval_dataloader = {config["train_dataloader"]}')
-    assert teacher_classes(2, (), {}, tmp_path / 'teacher.py') == NAMES
-    assert len(teacher_classes(80, (), {}, dict(val_dataloader=dict(dataset=dict(type='CocoDataset'))))) == 80
+    assert find_class_names(2, (), {}, tmp_path / 'teacher.py') == NAMES
+    assert len(find_class_names(80, (), {}, dict(val_dataloader=dict(dataset=dict(type='CocoDataset'))))) == 80
 
 
 def test_names_that_do_not_fit_the_head_are_not_its_names():
     config = dict(train_dataloader=dict(dataset=dict(type='CocoDataset', metainfo=dict(classes=NAMES))))
-    assert teacher_classes(2, (), dict(dataset_meta=dict(classes=('cat', ))), config) == NAMES
-    assert teacher_classes(3, (), dict(CLASSES='cat'), config) is None
+    assert find_class_names(2, (), dict(dataset_meta=dict(classes=('cat', ))), config) == NAMES
+    assert find_class_names(3, (), dict(CLASSES='cat'), config) is None
     with pytest.raises(TeacherError, match='gives 2 names, but the teacher tells 3 classes apart'):
-        teacher_classes(3, NAMES, {}, {})
+        find_class_names(3, NAMES, {}, {})
     for given in ('cat', ('cat', 'cat', 'dog')):
         with pytest.raises(TeacherError, match='name each class once, by label'):
-            teacher_classes(3, given, {}, {})
-    assert teacher_classes(2, None, dict(CLASSES=NAMES), {}) == NAMES
+            find_class_names(3, given, {}, {})
+    assert find_class_names(2, None, dict(CLASSES=NAMES), {}) == NAMES
 
 
 def test_a_teacher_knows_them(retinanet, tmp_path):

@@ -11,8 +11,8 @@ from kd_det.context import LevelError
 from kd_det.heads.readers import read_dense
 from kd_det.taps import Taps
 from kd_det.teachers import Teacher, TeacherError, probe_config, probe_levels
-from kd_det.teachers.bridge import cut_back
-from kd_det.teachers.probe import FeatureExtractor, input_channels
+from kd_det.teachers.bridge import crop_to_batch
+from kd_det.teachers.probe import FeatureExtractor, find_input_channels
 
 SHAPES = ((100, 76), (68, 90))
 UNPADDED = dict(type='DetDataPreprocessor', pad_size_divisor=1)
@@ -66,7 +66,7 @@ def unpadded(model: dict) -> dict:
 def test_channels_are_those_of_the_first_layer_that_runs(channels, by):
     model = dict(backbone=dict(type='NormalizedInput', channels=channels, by=by))
     if (channels, by) != (1, 'means'):  # one mean suits any number
-        assert input_channels(FeatureExtractor(model)) == channels
+        assert find_input_channels(FeatureExtractor(model)) == channels
     assert probe_config(model, ['backbone'])['backbone'] == ((8, 4), )
 
 
@@ -80,7 +80,7 @@ def test_channels_are_those_of_the_first_layer_that_runs(channels, by):
 def test_channels_of_backbones(backbone, channels):
     extractor = FeatureExtractor(dict(backbone=backbone))
     before = copy.deepcopy(extractor.state_dict())
-    assert input_channels(extractor) == channels
+    assert find_input_channels(extractor) == channels
     assert all(torch.equal(value, before[name]) for name, value in extractor.state_dict().items())
     levels = probe_config(dict(backbone=backbone), ['backbone'])
     assert probe_levels(extractor, Taps(extractor, ['backbone'])) == levels
@@ -131,10 +131,10 @@ def test_a_padded_batch_is_cut_back_to_the_students_cells(cache, yolox, batch, t
         assert [level.shape[-2:] for level in features['neck']] == [(13, 12), (7, 6), (4, 3)]
         assert features['backbone.stage2'][0].shape[-2:] == (13, 12)
         for level, whole in zip(features['neck'], expected):
-            torch.testing.assert_close(level, cut_back(whole, (128, 96), (100, 90)), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(level, crop_to_batch(whole, (128, 96), (100, 90)), rtol=1e-4, atol=1e-5)
         dense = outputs['bbox_head']
         assert dense.shapes == ((13, 12), (7, 6), (4, 3)) and len(dense.boxes[0][0]) == len(dense.priors[0]) == 156
-        cut = cut_back(maps[0][0], (128, 96), (100, 90)).permute(0, 2, 3, 1).flatten(1, 2)
+        cut = crop_to_batch(maps[0][0], (128, 96), (100, 90)).permute(0, 2, 3, 1).flatten(1, 2)
         torch.testing.assert_close(dense.logits[0], cut, rtol=1e-4, atol=1e-5)
 
 

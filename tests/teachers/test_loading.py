@@ -9,7 +9,7 @@ from mmengine.model import PretrainedInit
 
 from kd_det.compat import CheckpointError
 from kd_det.teachers import TeacherError, load_strictly, read_model_config
-from kd_det.teachers.loading import is_pretrained, without_pretrained
+from kd_det.teachers.loading import is_pretrained, remove_pretrained
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_keys_of_older_versions_load_as_their_module_renames_them(tmp_path):
 def test_a_random_detector_loads_no_weights_of_its_parts(retinanet, given, left):
     given, left = (ConfigDict(retinanet(), roi_heads=[dict(backbone=dict(depth=18, **each))]) for each in (given, left))
     before = given.to_dict()
-    assert without_pretrained(given) == left
+    assert remove_pretrained(given) == left
     assert given.to_dict() == before
 
 
@@ -206,4 +206,4 @@ def test_a_shared_beginning_that_fits_nothing_is_told_too(detector, tmp_path):
     (dict(type='Normal', std=0.1), False), (dict(config='a.py', checkpoint='a.pth'), False), ('a.pth', False)])
 def test_what_loads_weights_from_somewhere(config, loads):
     assert is_pretrained(config) is loads
-    assert ('init_cfg' in without_pretrained(dict(type='PVT', init_cfg=config))) is not loads
+    assert ('init_cfg' in remove_pretrained(dict(type='PVT', init_cfg=config))) is not loads

@@ -6,7 +6,7 @@ from mmengine.structures import InstanceData
 
 from kd_det.taps import TapError
 from kd_det.teachers import Teacher
-from kd_det.teachers.teacher import UnreadLevel, cut_pyramid, placed
+from kd_det.teachers.teacher import UnreadLevel, cut_pyramid, mark_unread
 
 SHAPES = [(64, 64)] * 2
 COMPILED = dict(backend='aot_eager')  # without a C++ compiler
@@ -50,7 +50,7 @@ def test_other_necks_stay_whole():
 
 
 def test_an_unread_level_is_never_read_silently():
-    levels = placed('neck', (torch.ones(1), ), [False, True])
+    levels = mark_unread('neck', (torch.ones(1), ), [False, True])
     assert isinstance(levels[0], UnreadLevel) and torch.equal(levels[1], torch.ones(1)) and levels[0].nbytes == 0
     with pytest.raises(TapError, match="No term declares that it reads level 0 of the teacher's 'neck'"):
         levels[0].float()

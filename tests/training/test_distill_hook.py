@@ -145,7 +145,7 @@ def test_whole_runs_with_weights_of_zero_are_plain_runs(faster_rcnn, distilled, 
 def test_the_tasks_weight_follows_the_runner_without_any_term(distilled, make_runner):
     runner, seen = make_runner(distilled(task_weight=dict(type='Warmup', value=1.0, epochs=2)) | dict(distill={}),
                                epochs=2), []
-    runner.model.task_weight.done = lambda progress: seen.append(progress.epoch) or 1.0
+    runner.model.task_schedule.share_done = lambda progress: seen.append(progress.epoch) or 1.0
     runner.train()
     assert seen == [0.0, 0.5, 1.0, 1.5]
 
@@ -154,8 +154,8 @@ def test_schedules_follow_the_runner(distilled, make_runner):
     model = distilled()
     model['distill']['fgd']['weight'] = dict(type='Warmup', value=1.0, epochs=2)
     runner, seen = make_runner(model, epochs=3), []
-    weight = runner.model.weights['fgd']
-    runner.model.weights['fgd'] = lambda progress: seen.append(weight(progress)) or seen[-1]
+    schedule = runner.model.schedules['fgd']
+    runner.model.schedules['fgd'] = lambda progress: seen.append(schedule(progress)) or seen[-1]
     runner.train()
     assert seen == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]  # two iterations an epoch
 

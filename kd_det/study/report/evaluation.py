@@ -39,7 +39,7 @@ from kd_det.study.report.detections import (
 )
 from kd_det.study.report.studies import Study, TrainedRun, identify_file, load_or_make
 from kd_det.teachers import TeacherError, read_model_config
-from kd_det.teachers.loading import teacher_classes
+from kd_det.teachers.loading import find_class_names
 from kd_det.training.hooks import CHECKPOINT_KEY
 
 SHOWN_FROM = 0.05  # score of a box
@@ -176,7 +176,7 @@ def _match_classes(teacher: dict, count: int | None, classes: Sequence[str]) -> 
         TeacherError: The teacher names more or fewer classes than it has.
     """
     meta = load_checkpoint(teacher['checkpoint']).get('meta') or {}
-    names = teacher_classes(count, teacher.get('classes', ()), meta, teacher['config'])
+    names = find_class_names(count, teacher.get('classes', ()), meta, teacher['config'])
     match = match_classes(classes, names) if names else None
     return None if match is None or match.is_identity else match
 

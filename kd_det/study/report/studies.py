@@ -13,7 +13,7 @@ from mmengine.config import Config
 
 from kd_det.config import ConfigurationError
 from kd_det.config.files import is_distillation, load_config, type_name
-from kd_det.distillers import build_weight
+from kd_det.distillers import build_schedule
 from kd_det.study.fidelity import FIDELITY_FILE
 from kd_det.study.pictures import Curve
 from kd_det.study.results import summarize, summarize_fidelity
@@ -243,5 +243,5 @@ def _unweighted_pull(weight, logged: list[Curve | None]) -> list[Curve] | None:
     balanced = weight if isinstance(weight, dict) else {}
     if type_name(balanced) != 'Balance' or isinstance(balanced.get('ratio'), dict) or None in logged:
         return None
-    ratio = build_weight(balanced).full
+    ratio = build_schedule(balanced).full
     return [{epoch: ratio / value for epoch, value in curve.items() if value > 0} for curve in logged]

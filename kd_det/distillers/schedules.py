@@ -1,8 +1,11 @@
-"""A weight: a number, or a number that follows the training."""
+"""The schedule of a weight: a number, a number that follows the training, or one that follows the task's gradient.
+
+A config writes it as the ``weight`` of a term. A schedule shapes what it holds, which is a number or another schedule:
+``dict(type='Warmup', epochs=1, value=dict(type='Balance', ratio=0.5))`` is the product of both.
+"""
 from __future__ import annotations
 
 import math
-from math import isfinite
 from typing import NamedTuple, Union
 
 import torch
@@ -11,14 +14,13 @@ from torch import Tensor
 
 from kd_det.context import Progress
 from kd_det.distillers.gradients import GradientNorms
-from kd_det.losses import DistillTerm
 from kd_det.registry import HOME, build_own, find_class
 
-WeightConfig = Union[float, int, dict, 'Weight']
+ScheduleConfig = Union[float, int, dict, 'Schedule']
 
 
-class Weight:
-    """A constant weight, and the base of those that change.
+class Schedule:
+    """A constant weight, and the base of the schedules that change it.
 
     Args:
         value: The weight, or another schedule that this one shapes.
@@ -27,10 +29,10 @@ class Weight:
         ValueError: The weight is not finite.
     """
 
-    def __init__(self, value: WeightConfig) -> None:
-        if isinstance(value, (float, int)) and not isfinite(value):
+    def __init__(self, value: ScheduleConfig) -> None:
+        if isinstance(value, (float, int)) and not math.isfinite(value):
             raise ValueError(f'{type(self).__name__}: {value} is no weight: expected a finite number, or a schedule.')
-        self.value = value if isinstance(value, (float, int)) else build_weight(value)
+        self.value = value if isinstance(value, (float, int)) else build_schedule(value)
 
     def __call__(self, progress: Progress) -> float:
         """The weight at this point of the training."""
@@ -44,7 +46,7 @@ class Weight:
     @property
     def is_constant(self) -> bool:
         """Whether the weight never changes."""
-        return type(self) is Weight
+        return type(self) is Schedule
 
     @property
     def full(self) -> float:
@@ -52,12 +54,12 @@ class Weight:
         return float(self.value) if isinstance(self.value, (float, int)) else self.value.full
 
     @property
-    def balance(self) -> Weight | None:
-        """The :class:`~kd_det.distillers.weights.Balance` within, if there is one: the weight is then a ratio."""
+    def balance(self) -> Schedule | None:
+        """The :class:`~kd_det.distillers.schedules.Balance` within, if there is one: the weight is then a ratio."""
         return None if isinstance(self.value, (float, int)) else self.value.balance
 
 
-class _Ramp(Weight):
+class Ramp(Schedule):
     """A weight that moves between two points of the training, counted in epochs or in iterations.
 
     Args:
@@ -70,7 +72,7 @@ class _Ramp(Weight):
         ValueError: Both or neither of ``epochs`` and ``iterations`` given.
     """
 
-    def __init__(self, value: WeightConfig, epochs: float | None = None, iterations: int | None = None,
+    def __init__(self, value: ScheduleConfig, epochs: float | None = None, iterations: int | None = None,
                  begin: float = 0) -> None:
         super().__init__(value)
         if (epochs is None) == (iterations is None):
@@ -78,8 +80,8 @@ class _Ramp(Weight):
         self.by_epoch = epochs is not None
         self.begin, self.length = begin, epochs if self.by_epoch else iterations
 
-    def done(self, progress: Progress) -> float:
-        """The share of the change that is done, 0 to 1."""
+    def share_done(self, progress: Progress) -> float:
+        """How much of the change is done, 0 to 1."""
         passed = (progress.epoch if self.by_epoch else progress.iteration) - self.begin
         if self.length <= 0:
             return float(passed >= 0)
@@ -87,54 +89,58 @@ class _Ramp(Weight):
 
 
 @TASK_UTILS.register_module()
-class Warmup(_Ramp):
-    __doc__ = 'Grows linearly from ``start`` times its value to its value.\n' + _Ramp.__doc__
+class Warmup(Ramp):
+    __doc__ = 'Grows linearly from ``start`` times its value to its value.\n' + Ramp.__doc__
 
-    def __init__(self, value: WeightConfig, epochs: float | None = None, iterations: int | None = None,
+    def __init__(self, value: ScheduleConfig, epochs: float | None = None, iterations: int | None = None,
                  begin: float = 0, start: float = 0.0) -> None:
         super().__init__(value, epochs, iterations, begin)
         self.start = start
 
     def __call__(self, progress: Progress) -> float:
-        return super().__call__(progress) * (self.start + (1 - self.start) * self.done(progress))
+        return super().__call__(progress) * (self.start + (1 - self.start) * self.share_done(progress))
 
 
 @TASK_UTILS.register_module()
-class Decay(_Ramp):
-    __doc__ = 'Falls linearly from its value to ``end`` times its value.\n' + _Ramp.__doc__
+class Decay(Ramp):
+    __doc__ = 'Falls linearly from its value to ``end`` times its value.\n' + Ramp.__doc__
 
-    def __init__(self, value: WeightConfig, epochs: float | None = None, iterations: int | None = None,
+    def __init__(self, value: ScheduleConfig, epochs: float | None = None, iterations: int | None = None,
                  begin: float = 0, end: float = 0.0) -> None:
         super().__init__(value, epochs, iterations, begin)
         self.end = end
 
     def __call__(self, progress: Progress) -> float:
-        return super().__call__(progress) * (1 - (1 - self.end) * self.done(progress))
+        return super().__call__(progress) * (1 - (1 - self.end) * self.share_done(progress))
 
 
 @TASK_UTILS.register_module()
-class Start(_Ramp):
-    __doc__ = 'Is 0 for that long, then its value.\n' + _Ramp.__doc__
+class Start(Ramp):
+    __doc__ = 'Is 0 for that long, then its value.\n' + Ramp.__doc__
 
     def __call__(self, progress: Progress) -> float:
-        return super().__call__(progress) if self.done(progress) == 1 else 0.0
+        return super().__call__(progress) if self.share_done(progress) == 1 else 0.0
 
 
 @TASK_UTILS.register_module()
-class Stop(_Ramp):
+class Stop(Ramp):
     __doc__ = 'Keeps its value for that long, then 0: the term, and a teacher that no other needs, no longer run.\n' \
-        + _Ramp.__doc__
+        + Ramp.__doc__
 
     def __call__(self, progress: Progress) -> float:
-        return super().__call__(progress) if self.done(progress) < 1 else 0.0
+        return super().__call__(progress) if self.share_done(progress) < 1 else 0.0
 
 
-def build_weight(config: WeightConfig) -> Weight:
-    """Builds a weight from a number or a dict such as ``dict(type='Warmup', value=1.0, epochs=1)``."""
-    if isinstance(config, Weight):
+def build_schedule(config: ScheduleConfig) -> Schedule:
+    """Builds a schedule from a number or a dict such as ``dict(type='Warmup', value=1.0, epochs=1)``.
+
+    Raises:
+        ValueError: It is neither, there is no such schedule, or an argument is out of its range.
+    """
+    if isinstance(config, Schedule):
         return config
     if isinstance(config, (float, int)):
-        return Weight(config)
+        return Schedule(config)
     if isinstance(config, dict) and 'type' in config:
         if find_class(TASK_UTILS, config, HOME) is None:
             raise ValueError(f"weight: there is no schedule '{config['type']}': expected one of Warmup, Decay, "
@@ -142,45 +148,6 @@ def build_weight(config: WeightConfig) -> Weight:
         return build_own(TASK_UTILS, config)
     raise ValueError(f"weight={config!r}: expected a number or a schedule such as dict(type='Warmup', value=1.0, "
                      'epochs=1).')
-
-
-Losses = dict[str, Tensor | list[Tensor]]
-Value = Tensor | dict[str, Tensor]  # of a term: a scalar, or its parts by name
-
-
-def total(value: Value) -> Tensor:
-    """The value of a term: the sum of its parts."""
-    return sum(value.values()) if isinstance(value, dict) else value
-
-
-def scaled(losses: Losses, weight: float) -> Losses:
-    """The student's own losses times a weight; what is only for the log stays as it is."""
-
-    def scale(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        return [weight * each for each in value] if isinstance(value, list) else weight * value
-
-    if weight == 1:
-        return losses
-    return {name: scale(value) if 'loss' in name else value for name, value in losses.items()}
-
-
-def weighted(name: str, value: Value, weight: float | Tensor) -> dict[str, Tensor]:
-    """The loss to add, and the parts to look at (without 'loss' in their names, or mmengine would add them too)."""
-    parts = value if isinstance(value, dict) else {}
-    return {f'loss_{name}': weight * total(value),
-            **{f'distill/{name}_{part}': weight * each.detach() for part, each in parts.items()}}
-
-
-def untouched(name: str, term: DistillTerm, device: torch.device) -> dict[str, Tensor]:
-    """0 with a gradient of 0 for every weight of the term: data-parallel training waits for each in every step."""
-    zeros = (parameter.sum() * 0 for parameter in term.parameters())
-    return {f'loss_{name}': sum(zeros, torch.zeros((), device=device))}
-
-
-def logged(**numbers: dict[str, float | Tensor]) -> dict[str, Tensor]:
-    """Numbers of the terms, by kind and by the term's name, under the names of the log."""
-    return {f'distill/{name}_{kind}': torch.as_tensor(value) for kind, each in numbers.items()
-            for name, value in each.items()}
 
 
 DEFAULT_RATIO = 0.5
@@ -191,8 +158,11 @@ SPREADS = 3.0  # times their mean distance from their mean; as far as one is fol
 NEAR = math.log(2)  # as far as one is always followed
 
 
-class Means(NamedTuple):
-    """What a :class:`Balance` has measured; each mean (2,): the sum of the shares, and of 1, by which it is divided.
+class MovingMeans(NamedTuple):
+    """What a :class:`Balance` has measured. A checkpoint keeps it by the names of these fields.
+
+    Each mean is (2,): the decayed sum of the values, and that of ones, by which it is divided, so that its start at 0
+    biases nothing.
 
     Attributes:
         averages: Of log(task's / term's), of batches with boxes.
@@ -209,7 +179,7 @@ class Means(NamedTuple):
 
 
 @TASK_UTILS.register_module()
-class Balance(Weight):
+class Balance(Schedule):
     """Keeps the norm of the term's gradient on the student's features at ``ratio`` times that of the task's gradient.
 
     The features are those that the term taps, or the neck's for a term that reads heads alone. The term's weight is
@@ -241,7 +211,7 @@ class Balance(Weight):
         >>> dict(type='Warmup', epochs=1, value=dict(type='Balance', ratio=0.5))
     """
 
-    def __init__(self, ratio: WeightConfig = DEFAULT_RATIO, interval: int = 10, momentum: float = 0.8,
+    def __init__(self, ratio: ScheduleConfig = DEFAULT_RATIO, interval: int = 10, momentum: float = 0.8,
                  start: int = 50) -> None:
         super().__init__(ratio)
         if super().balance is not None:
@@ -252,7 +222,7 @@ class Balance(Weight):
                              '[0, 1).')
         self.interval, self.momentum, self.start = interval, momentum, start
         self.steps = 0  # measurements; on the host, where the decision falls whether to measure
-        self.means: Means | None = None
+        self.means: MovingMeans | None = None
 
     @property
     def balance(self) -> Balance:
@@ -263,7 +233,7 @@ class Balance(Weight):
         """Whether the measurements in every step are done."""
         return self.steps >= self.start
 
-    def due(self, progress: Progress) -> bool:
+    def is_due(self, progress: Progress) -> bool:
         """Whether to measure in this step."""
         return not self.has_started or progress.iteration % self.interval == 0
 
@@ -277,34 +247,34 @@ class Balance(Weight):
         """
         both = torch.stack(norms)
         self.steps += 1
-        means = self._means(both.device)
+        means = self._get_means(both.device)
         number, images = both.new_tensor([1, 2]) if boxes is None else boxes.to(both)
         counts = torch.isfinite(both).all() & (norms.task > 0) & (norms.term > ROUNDING * norms.task)
         ratio = torch.where(counts, torch.log(norms.task / norms.term), 0)
         full = (counts & (number > 0)).to(both)
-        mean_boxes = _taken(means.boxes, number, self.momentum**full)
-        share = full * (number / _value(mean_boxes).clamp(min=1)).clamp(max=1)  # of a whole measurement
+        mean_boxes = _update_mean(means.boxes, number, self.momentum**full)
+        share = full * (number / _read_mean(mean_boxes).clamp(min=1)).clamp(max=1)  # of a whole measurement
 
-        mean, known = _value(means.averages), means.averages[1] > 0
+        mean, known = _read_mean(means.averages), means.averages[1] > 0
         distance = torch.where(known, ratio - mean, 0)
-        limit = (SPREADS * _value(means.spread)).clamp(min=NEAR)
+        limit = (SPREADS * _read_mean(means.spread)).clamp(min=NEAR)
         bounded = torch.where(means.counts[0] < MEASUREMENTS, ratio, mean + distance.clamp(-limit, limit))
-        self.means = Means(
-            averages=_taken(means.averages, bounded, self.momentum**share),
-            spread=_taken(means.spread, distance.abs(), self.momentum**(share * known)),
+        self.means = MovingMeans(
+            averages=_update_mean(means.averages, bounded, self.momentum**share),
+            spread=_update_mean(means.spread, distance.abs(), self.momentum**(share * known)),
             boxes=mean_boxes,
-            empty=_taken(means.empty, ratio, self.momentum**(counts.to(both) - full)),
+            empty=_update_mean(means.empty, ratio, self.momentum**(counts.to(both) - full)),
             counts=means.counts + full * torch.stack([torch.ones_like(images), images]))
 
     @property
     def scale(self) -> Tensor:
         """The weight that makes the two norms equal, a scalar."""
-        means = self._means()
+        means = self._get_means()
         measurements, images = means.counts
         enough = (images > measurements) | (measurements >= (1 if self.has_started else SINGLES))
         instead = means.empty if self.has_started else torch.zeros_like(means.empty)
         mean = torch.where(images > 0, means.averages * enough, instead)
-        return torch.where(mean[1] > 0, torch.exp(_value(mean)), 0)
+        return torch.where(mean[1] > 0, torch.exp(_read_mean(mean)), 0)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""
@@ -318,20 +288,20 @@ class Balance(Weight):
         self.steps = int(state.pop('steps', self.start if state else 0))
         self.means = None
         if state:
-            seen_enough = self._means()._replace(counts=torch.tensor([0.0, 1.0]))
+            seen_enough = self._get_means()._replace(counts=torch.tensor([0.0, 1.0]))
             self.means = seen_enough._replace(**state)
 
-    def _means(self, device: torch.device | None = None) -> Means:
+    def _get_means(self, device: torch.device | None = None) -> MovingMeans:
         if self.means is None:
-            return Means(*(torch.zeros(2, device=device) for _ in Means._fields))
-        return self.means if device is None else Means(*(mean.to(device) for mean in self.means))
+            return MovingMeans(*(torch.zeros(2, device=device) for _ in MovingMeans._fields))
+        return self.means if device is None else MovingMeans(*(mean.to(device) for mean in self.means))
 
 
-def _value(mean: Tensor) -> Tensor:
-    """The mean that a sum of shares stands for; 0 where nothing was taken in."""
+def _read_mean(mean: Tensor) -> Tensor:
+    """The value of a mean; 0 where nothing was taken in."""
     return mean[0] / torch.where(mean[1] > 0, mean[1], 1)
 
 
-def _taken(mean: Tensor, value: Tensor, kept: Tensor) -> Tensor:
-    """A mean that has taken in a value, and keeps that share of itself."""
+def _update_mean(mean: Tensor, value: Tensor, kept: Tensor) -> Tensor:
+    """A mean that keeps that share of itself, and takes in a value as the rest."""
     return kept * mean + (1 - kept) * torch.stack([value, torch.ones_like(value)])

@@ -1,11 +1,11 @@
 import pytest
 
 from kd_det.context import Progress
-from kd_det.distillers import build_weight
+from kd_det.distillers import build_schedule
 
 
 def _at(config, *points):
-    weight = build_weight(config)
+    weight = build_schedule(config)
     return [weight(Progress(iteration=100 * epoch, epoch=epoch)) for epoch in points]
 
 
@@ -26,21 +26,21 @@ def test_weight_at_epochs_0_to_3(config, expected):
 def test_length_is_given_in_one_unit():
     for faulty in (dict(type='Stop', value=1.0), dict(type='Stop', value=1.0, epochs=1, iterations=2)):
         with pytest.raises(ValueError, match='either in epochs or in iterations'):
-            build_weight(faulty)
+            build_schedule(faulty)
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
 def test_weights_are_finite(value):
     for config in (value, dict(type='Warmup', value=value, epochs=1), dict(type='Balance', ratio=value)):
         with pytest.raises(ValueError, match='expected a finite number'):
-            build_weight(config)
+            build_schedule(config)
 
 
 def test_zero_throughout():
-    assert build_weight(0).is_zero and build_weight(dict(type='Warmup', value=0, epochs=1)).is_zero
-    assert not build_weight(dict(type='Warmup', value=1, epochs=1)).is_zero
+    assert build_schedule(0).is_zero and build_schedule(dict(type='Warmup', value=0, epochs=1)).is_zero
+    assert not build_schedule(dict(type='Warmup', value=1, epochs=1)).is_zero
 
 
 def test_a_schedule_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="no schedule 'Warmupp': expected one of Warmup, Decay"):
-        build_weight(dict(type='Warmupp', value=1.0, epochs=1))
+        build_schedule(dict(type='Warmupp', value=1.0, epochs=1))

@@ -1,0 +1,65 @@
+"""A module that looks like the student within it, and holds the distillation terms beside it."""
+from __future__ import annotations
+
+from mmengine.model import BaseModel
+from torch import Tensor, nn
+
+TERMS = 'distill_terms'  # the only child that a plain student lacks
+
+
+class StudentWrapper(BaseModel):
+    """Shows a detector's children, parameters, buffers and attributes as its own, under the same names.
+
+    The terms are one child more, because optimizer and data-parallel training must see their weights; ``state_dict``
+    leaves them out. Prediction is the detector's own.
+
+    Args:
+        detector: The student.
+    """
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__(data_preprocessor=detector.data_preprocessor)
+        self.__dict__['student'] = detector  # past nn.Module.__setattr__: its weights are registered only once
+        self._parameters, self._buffers = detector._parameters, detector._buffers
+        self._non_persistent_buffers_set = detector._non_persistent_buffers_set
+        self._modules.update(detector._modules)
+        self._modules[TERMS] = nn.ModuleDict()
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if 'student' not in self.__dict__:
+                raise
+            return getattr(self.__dict__['student'], name)
+
+    @property
+    def terms(self) -> nn.ModuleDict:
+        """The distillation terms by name; those with a weight."""
+        return self._modules[TERMS]
+
+    def train(self, mode: bool = True) -> StudentWrapper:
+        self.training = mode
+        self.student.train(mode)
+        self.terms.train(mode)
+        return self
+
+    def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = 'tensor'):
+        """As the student's; only ``mode='loss'`` distils."""
+        if mode == 'loss':
+            return self.loss(inputs, data_samples)
+        return self.student(inputs, data_samples, mode=mode)
+
+    def state_dict(self, *args, destination=None, prefix: str = '', keep_vars: bool = False):
+        """The plain student's state dict."""
+        state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        for entries in (state, getattr(state, '_metadata', {})):
+            for key in [key for key in entries if f'{key}.'.startswith(f'{prefix}{TERMS}.')]:
+                del entries[key]
+        return state
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        # A plain student's weights are complete: the terms, which are stored apart, keep theirs.
+        for key, value in self.terms.state_dict(prefix=f'{prefix}{TERMS}.').items():
+            state_dict.setdefault(key, value)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -1,0 +1,196 @@
+"""The known families of dense heads: what each puts out, and how it is read."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mmdet.models.dense_heads import (
+    ATSSHead,
+    FCOSHead,
+    GFLHead,
+    RetinaHead,
+    RetinaSepBNHead,
+    RPNHead,
+    RTMDetHead,
+    RTMDetSepBNHead,
+    SSDHead,
+    YOLOFHead,
+    YOLOV3Head,
+    YOLOXHead,
+)
+from mmdet.models.task_modules import DeltaXYWHBBoxCoder
+from torch import Tensor
+
+from kd_det.heads.dense import DenseOutputs, read_strides
+from kd_det.heads.readers import DenseReader, Maps, order_by_prior, reads, remove_normalization
+from kd_det.taps import Features
+
+
+class TargetsReader(DenseReader):
+    """Of heads whose ``get_targets`` returns lists by level, at fixed places of a tuple.
+
+    Attributes:
+        labels_at: The place of the labels.
+        targets_at: The place of the regressions; None where they are in other units than those of the outputs.
+    """
+
+    parts = frozenset({'positives'})
+    assigning_method = 'get_targets'
+    labels_at = 0
+    targets_at: int | None = None
+
+    def read_positives(self, head: Any, returned: Sequence, images: int) -> Tensor:
+        labels = torch.cat([level.reshape(images, -1) for level in returned[-1][self.labels_at]], 1)
+        return (labels >= 0) & (labels < head.num_classes)
+
+    def read_targets(self, head: Any, returned: Sequence, dense: DenseOutputs) -> Tensor | None:
+        if self.targets_at is None or dense.assigned is None or not isinstance(head.bbox_coder, DeltaXYWHBBoxCoder):
+            return None
+        assigned = torch.cat(dense.assigned, 1)
+        deltas = torch.cat([level.reshape(len(assigned), -1, 4) for level in returned[-1][self.targets_at]], 1).float()
+        if head.reg_decoded_bbox:  # the targets are boxes; priors without one become their own target
+            priors = torch.cat(dense.priors).expand_as(deltas)
+            boxes = torch.where(assigned.unsqueeze(-1), deltas, priors)
+            deltas = head.bbox_coder.encode(priors.flatten(0, 1), boxes.flatten(0, 1)).view_as(deltas)
+        return remove_normalization(head.bbox_coder, deltas) * assigned.unsqueeze(-1)
+
+
+@reads(RetinaSepBNHead, SSDHead, RPNHead)
+class AnchorReader(TargetsReader):
+    """Of heads with anchors, whose maps are classes, deltas, and perhaps centerness."""
+
+    targets_at = 2
+
+    def read(self, head: Any, logits: Maps, deltas: Maps, centerness: Maps | None = None) -> DenseOutputs:
+        encoded = regressions = order_by_prior(deltas, 4)
+        if isinstance(head.bbox_coder, DeltaXYWHBBoxCoder):
+            regressions = tuple(remove_normalization(head.bbox_coder, each) for each in encoded)
+        return self.assemble(head, logits, regressions, encoded=encoded,
+                             centerness=None if centerness is None else _order_scalars(centerness))
+
+    def decode(self, head: Any, priors: Tensor, encoded: Tensor) -> Tensor:
+        return head.bbox_coder.decode(priors, encoded)
+
+
+@reads(YOLOFHead)
+class YOLOFReader(AnchorReader):
+    """Of YOLOF: its only level's labels are one tensor, and its targets those of the positives alone."""
+
+    targets_at = None
+
+    def read_positives(self, head: Any, returned: Sequence, images: int) -> Tensor:
+        labels = returned[-1][self.labels_at]  # (N, priors)
+        return (labels >= 0) & (labels < head.num_classes)
+
+
+@reads(RetinaHead)
+class RetinaReader(AnchorReader):
+    """Of RetinaNet, whose levels share their towers."""
+
+    parts = frozenset({'positives', 'towers'})
+
+
+@reads(ATSSHead)
+class ATSSReader(RetinaReader):
+    """Of ATSS, whose ``get_targets`` returns the anchors first."""
+
+    labels_at, targets_at = 1, 3
+
+
+@reads(GFLHead)
+class GFLReader(TargetsReader):
+    """Of GFL: it predicts distributions over the distances to the four sides, in strides."""
+
+    parts = frozenset({'positives', 'towers', 'distributions'})
+    labels_at = 1
+
+    def read(self, head: Any, logits: Maps, distributions: Maps) -> DenseOutputs:
+        bins = head.reg_max + 1
+        by_side = tuple(each.unflatten(-1, (4, bins)) for each in order_by_prior(distributions, 4 * bins))
+        distances = tuple(head.integral(each).view(each.shape[:3]) * stride
+                          for each, stride in zip(by_side, read_strides(head.prior_generator.strides)))
+        return self.assemble(head, logits, distances, distributions=by_side)
+
+    def decode(self, head: Any, priors: Tensor, encoded: Tensor) -> Tensor:
+        return head.bbox_coder.decode(head.anchor_center(priors), encoded)
+
+
+@reads(RTMDetHead)
+class RTMDetReader(TargetsReader):
+    """Of RTMDet: distances from points to the four sides, in pixels."""
+
+    parts = frozenset({'positives', 'towers'})
+    labels_at = 1
+
+    def read(self, head: Any, logits: Maps, distances: Maps) -> DenseOutputs:
+        return self.assemble(head, logits, order_by_prior(distances, 4))
+
+    def decode(self, head: Any, priors: Tensor, encoded: Tensor) -> Tensor:
+        return head.bbox_coder.decode(priors[:, :2], encoded)
+
+
+@reads(RTMDetSepBNHead)
+class RTMDetSepBNReader(RTMDetReader):
+    """Of RTMDet with normalisation by level, whose levels do not share their towers."""
+
+    parts = frozenset({'positives'})
+
+
+@reads(FCOSHead)
+class FCOSReader(RTMDetReader):
+    """Of FCOS: distances from points as well, which ``norm_on_bbox`` leaves in strides, in train mode alone."""
+
+    labels_at = 0
+
+    def read(self, head: Any, logits: Maps, distances: Maps, centerness: Maps) -> DenseOutputs:
+        regressions = order_by_prior(distances, 4)
+        if head.norm_on_bbox and head.training:  # in eval mode the head itself multiplies by the stride
+            strides = read_strides(head.prior_generator.strides)
+            regressions = tuple(each * stride for each, stride in zip(regressions, strides))
+        return self.assemble(head, logits, regressions, centerness=_order_scalars(centerness))
+
+
+@reads(YOLOXHead)
+class YOLOXReader(DenseReader):
+    """Of YOLOX, which assigns image by image."""
+
+    parts = frozenset({'positives'})
+    assigning_method = '_get_targets_single'
+
+    def read(self, head: Any, logits: Maps, regressions: Maps, objectness: Maps) -> DenseOutputs:
+        return self.assemble(head, logits, order_by_prior(regressions, 4), objectness=_order_scalars(objectness))
+
+    def decode(self, head: Any, priors: Tensor, encoded: Tensor) -> Tensor:
+        return head._bbox_decode(priors, encoded)
+
+    def read_positives(self, head: Any, returned: Sequence, images: int) -> Tensor:
+        return torch.stack([foreground for foreground, *_ in returned]).bool()
+
+
+@reads(YOLOV3Head)
+class YOLOv3Reader(DenseReader):
+    """Of YOLOv3, whose only maps hold box, objectness and classes one after the other."""
+
+    parts = frozenset({'positives'})
+    assigning_method = 'get_targets'
+
+    def read(self, head: Any, maps: Maps) -> DenseOutputs:
+        predictions = order_by_prior(maps, head.num_attrib)
+        # The coder takes the place of the centre within its cell, 0 to 1, and a stride to multiply it by.
+        shifts_in_pixels = tuple(torch.cat([(each[..., :2].sigmoid() - 0.5) * stride, each[..., 2:4]], -1)
+                                 for each, stride in zip(predictions, read_strides(head.prior_generator.strides)))
+        return self.assemble(head, maps, shifts_in_pixels, logits=tuple(each[..., 5:] for each in predictions),
+                             activation='sigmoid', objectness=tuple(each[..., 4] for each in predictions))
+
+    def decode(self, head: Any, priors: Tensor, encoded: Tensor) -> Tensor:
+        return head.bbox_coder.decode(priors, encoded + encoded.new_tensor([0.5, 0.5, 0, 0]), 1)
+
+    def read_positives(self, head: Any, returned: Sequence, images: int) -> Tensor:
+        targets, _ = returned[-1]  # by level, (N, priors, attributes), of which the fifth is objectness
+        return torch.cat([level[..., 4] for level in targets], 1) > 0
+
+
+def _order_scalars(maps: Maps) -> Features:
+    """(N, A, H, W) maps as (N, H·W·A), in float32."""
+    return tuple(each.squeeze(-1) for each in order_by_prior(maps, 1))
