@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from kd_det.study.pictures import draw_channels
+from kd_det.training.pictures import draw_channels
 
 
 def test_channels_are_sorted_lines_by_level():
