@@ -175,8 +175,7 @@ def distill(student: str | Path | Config, teacher: str | Path, checkpoint: str |
     config = renamed(config, Path(config.work_dir) / f'{name}.py')
     check_config(config, splits=('train', 'val'))  # before anything is written
     if int(os.environ.get('RANK', 0)) == 0:
-        Path(config.filename).parent.mkdir(parents=True, exist_ok=True)
-        config.dump(config.filename)
+        save_config(config)
         if on_config:
             on_config(config)
     return _train(config, resume, check_images)
@@ -282,6 +281,12 @@ def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path,
     plain.dump(out.with_suffix('.py'))
     return ExportedStudent(out, out.with_suffix('.py'), type_name(plain.model),
                            sum(parameter.numel() for parameter in model.parameters()))
+
+
+def save_config(config: Config) -> None:
+    """Saves a config under its name, so that ``kd-det train`` and ``tools/train.py`` repeat the run."""
+    Path(config.filename).parent.mkdir(parents=True, exist_ok=True)
+    config.dump(config.filename)
 
 
 def _set_run(config: Config, name: str, data_root: str | None, work_dir: str | Path | None, epochs: int | None = None,

@@ -5,8 +5,8 @@ import pytest
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from kd_det.cli import tracking
 from kd_det.config.files import ConfigurationError
+from kd_det.training import runner
 from kd_det.training.runner import add_trackers
 
 
@@ -65,6 +65,6 @@ def test_backends_that_the_config_has_stay():
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(tracking, 'find_spec', lambda module: None)
+    monkeypatch.setattr(runner, 'find_spec', lambda module: None)
     with pytest.raises(ConfigurationError, match='--track mlflow.*pip install mlflow'):
         add_trackers(Config(dict(work_dir='run')), ['mlflow'])
