@@ -51,7 +51,8 @@ setup(
             'setuptools<81',  # mmengine imports pkg_resources
         ],
         'browser': ['playwright'],  # drives an installed Chromium in the tests of the report
-        'test': ['pytest', 'pytest-timeout', 'pytest-xdist', 'setuptools<81', 'tensorboard', 'wheel'],
+        'test': ['ipykernel', 'nbclient', 'nbformat', 'pytest', 'pytest-timeout', 'pytest-xdist', 'setuptools<81',
+                 'tensorboard', 'wheel'],
     },
     entry_points={'console_scripts': ['kd-det = kd_det.cli.main:main']},
     classifiers=[
