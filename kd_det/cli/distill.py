@@ -41,17 +41,17 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     from kd_det.checks.doctor import check_config
-    from kd_det.config.composition import distillation_config, ensemble
-    from kd_det.config.files import renamed
+    from kd_det.config.composition import distillation_config, make_ensemble
+    from kd_det.config.files import rename_config
     checkpoints = options.teacher_checkpoint
     config = distillation_config(options.student, options.teacher, checkpoints[0], options.method,
                                  inherited_parts(options), options.family, options.balance)
     several = f'_{len(checkpoints)}_teachers' if len(checkpoints) > 1 else ''
     name = f'{Path(options.student).stem}_{name_sum(options.method)}{several}'
     if several:
-        config = ensemble(config, checkpoints)
+        config = make_ensemble(config, checkpoints)
     apply_training_options(config, options, name)  # last: what is set of a term holds for all teachers, or for one
-    config = renamed(config, Path(config.work_dir) / f'{name}.py')
+    config = rename_config(config, Path(config.work_dir) / f'{name}.py')
     check_config(config, splits=('train', 'val'))  # before anything is written
     if int(os.environ.get('RANK', 0)) == 0:
         save(config)

@@ -24,13 +24,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     from kd_det.compat import CheckpointError
-    from kd_det.config.files import ConfigurationError, load_config, type_name
-    from kd_det.registry import build_detector, enter_scope, scope_of
+    from kd_det.config.files import ConfigurationError, get_type_name, load_config
+    from kd_det.registry import build_detector, enter_scope, get_scope
     from kd_det.teachers import load_strictly
     config = load_config(options.config)
     apply_config_options(config, options)
     config = plain_config(config)
-    enter_scope(scope_of(config))
+    enter_scope(get_scope(config))
     model = build_detector(config.model)
     try:
         found = load_strictly(model, options.checkpoint, role='student')
@@ -42,18 +42,18 @@ def run(options: Namespace) -> int:
     config_file = options.out.with_suffix('.py')
     config.dump(config_file)
     count = sum(parameter.numel() for parameter in model.parameters())
-    print(f'{options.out} holds the {count:,} parameters of a {type_name(config.model)}, {config_file} its config.')
+    print(f'{options.out} holds the {count:,} parameters of a {get_type_name(config.model)}, {config_file} its config.')
     return 0
 
 
 def plain_config(config: Config) -> Config:
     """The config of the plain student, which needs kd_det no more."""
-    from kd_det.config.files import imports_of, student_config
+    from kd_det.config.files import list_imports, student_config
     from kd_det.config.methods import available_methods
     plain = student_config(config)
     for method in available_methods():
         plain.pop(method, None)
-    others = [name for name in imports_of(plain) if name.split('.')[0] != 'kd_det']
+    others = [name for name in list_imports(plain) if name.split('.')[0] != 'kd_det']
     if others:
         plain.custom_imports.imports = others
     else:

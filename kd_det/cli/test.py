@@ -30,12 +30,12 @@ def run(options: Namespace) -> int:
 
     from kd_det.checks.data import check_labels
     from kd_det.checks.doctor import check_config, explain
-    from kd_det.config.files import load_config, renamed, student_config
+    from kd_det.config.files import load_config, rename_config, student_config
     from kd_det.study.pictures import names_to_draw
     from kd_det.training.runner import build_runner, check_start, use_one_metainfo
     config, name = student_config(load_config(options.config)), Path(options.config).stem
     apply_run_options(config, options, name)
-    config = renamed(config, f'{name}_test.py')  # the work dir keeps the config of its training
+    config = rename_config(config, f'{name}_test.py')  # the work dir keeps the config of its training
     config.load_from = options.checkpoint
     if options.show or options.show_dir:
         config = trigger_visualization_hook(config, options)
@@ -61,9 +61,9 @@ def augment(config: Config) -> None:
     """Turns on test-time augmentation: the config's own ``tta_model`` and ``tta_pipeline``, or horizontal flips."""
     from mmengine.config import ConfigDict
 
-    from kd_det.config.files import leaf_datasets
+    from kd_det.config.files import list_leaf_datasets
     from kd_det.registry import HOME
-    dataset = leaf_datasets(config.test_dataloader.dataset)[0]
+    dataset = list_leaf_datasets(config.test_dataloader.dataset)[0]
     pipeline = config.get('tta_pipeline')
     if pipeline is None:
         keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')

@@ -35,7 +35,7 @@ def track(config: Config, trackers: Sequence[str], name: str | None = None) -> N
     Raises:
         ConfigurationError: The tracker's package is not installed.
     """
-    from kd_det.config.files import ConfigurationError, type_name
+    from kd_det.config.files import ConfigurationError, get_type_name
     from kd_det.registry import HOME
     work_dir = Path(config.work_dir).resolve()
     name = name or work_dir.name
@@ -53,6 +53,6 @@ def track(config: Config, trackers: Sequence[str], name: str | None = None) -> N
         package, module = PACKAGES[tracker]
         if find_spec(module) is None:
             raise ConfigurationError(f'--track {tracker}: its package is not installed: pip install {package}')
-        if type_name(backends[tracker]) not in map(type_name, present):
+        if get_type_name(backends[tracker]) not in map(get_type_name, present):
             present.append(backends[tracker])
     config.visualizer.vis_backends = present

@@ -9,7 +9,7 @@ from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 from torch import nn
 
 from kd_det.compat import CheckpointError, load_checkpoint, log_operator_backend
-from kd_det.config.classes import metainfo_of
+from kd_det.config.classes import get_metainfo
 from kd_det.registry import add_nodes
 from kd_det.teachers.loading import check_some_fit, find_weights, load_strictly
 
@@ -40,9 +40,9 @@ def use_one_metainfo(loop: BaseLoop | None) -> None:
     their own: MMDetection takes it for a dict, and would end after the last image of the first validation."""
     dataset = getattr(getattr(loop, 'dataloader', None), 'dataset', None)
     if isinstance(getattr(dataset, 'metainfo', None), (list, tuple)):
-        loop.runner.visualizer.dataset_meta = metainfo_of(dataset)
+        loop.runner.visualizer.dataset_meta = get_metainfo(dataset)
         if hasattr(loop, 'evaluator'):
-            loop.evaluator.dataset_meta = metainfo_of(dataset)
+            loop.evaluator.dataset_meta = get_metainfo(dataset)
 
 
 def check_start(runner: Runner, whole: bool = True) -> None:
