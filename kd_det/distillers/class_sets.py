@@ -101,7 +101,7 @@ class ClassSets:
             ConfigurationError: It has another number of classes than the student, and the names are not known.
         """
         if teacher_index in self.matches:
-            return [self.matches[teacher_index].translated(each) for each in detections]
+            return [self.matches[teacher_index].translate(each) for each in detections]
         counts = count_classes(teacher.model), self.student_count
         if None not in counts and counts[0] != counts[1]:
             raise ConfigurationError(f'The teacher tells {counts[0]} classes apart, the student {counts[1]}, and '
@@ -135,11 +135,11 @@ def restrict_to_shared_classes(context: DistillContext, teacher_index: int, matc
     teachers = list(context.teacher_outputs)
     teachers[teacher_index] = taught
     return replace(context, student_outputs=student, teacher_outputs=teachers,
-                   labels=[match.index_shared(labels) for labels in context.labels], _computed={})
+                   labels=[match.index_shared(labels) for labels in context.labels])
 
 
 def _restrict_outputs(outputs: dict[str, Any], classes: Sequence[int]) -> dict[str, Any]:
     """Restricts the outputs of dense heads and of queries; the others stay as they are."""
     return {name: each.restricted(classes)
-            if isinstance(each, (DenseOutputs, HeadRequest, QueryOutputs, TeacherTowers)) and has_classes(name) else each
+            if isinstance(each, (DenseOutputs, QueryOutputs, TeacherTowers)) and has_classes(name) else each
             for name, each in outputs.items()}

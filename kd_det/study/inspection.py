@@ -4,7 +4,9 @@ from __future__ import annotations
 import base64
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
+from io import StringIO
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -350,7 +352,8 @@ def load_training_batch(config: Config) -> tuple[dict, Names | None]:
     settings = copy.deepcopy(config.train_dataloader)
     settings.update(num_workers=0, persistent_workers=False)
     settings.pop('prefetch_factor', None)
-    loader = Runner.build_dataloader(settings, seed=(config.get('randomness') or {}).get('seed') or 0)
+    with redirect_stdout(StringIO()):  # pycocotools writes
+        loader = Runner.build_dataloader(settings, seed=(config.get('randomness') or {}).get('seed') or 0)
     check_labels(dict(train=loader.dataset))
     check_images(loader.dataset, most=CHECKED_IMAGES)
     return next(iter(loader)), find_label_names(loader.dataset)

@@ -1,4 +1,4 @@
-"""Runs trainings in processes of their own, several at once."""
+"""A pool of trainings: processes of their own, several at once, on one device or on several."""
 from __future__ import annotations
 
 import os

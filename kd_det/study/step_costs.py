@@ -283,7 +283,7 @@ def _forward_and_backward(term: DistillTerm, context: DistillContext) -> Call:
     learning = [*_find_learning(read), *term.parameters()]
 
     def call() -> None:
-        value = sum_parts(term(replace(context, _computed={})))  # nothing that another call has computed
+        value = sum_parts(term(replace(context, valid_cells={})))  # nothing that another call has computed
         torch.autograd.grad(value, learning, allow_unused=True, retain_graph=True)
 
     return call

@@ -1,4 +1,4 @@
-"""MMEngine's Runner for a config."""
+"""Builds MMEngine's Runner for a config, and checks what it would only find out late, or not at all."""
 from __future__ import annotations
 
 from mmdet.utils import setup_cache_size_limit_of_dynamo
@@ -36,8 +36,11 @@ def build_optimizer(runner: Runner) -> None:
 
 
 def use_one_metainfo(loop: BaseLoop | None) -> None:
-    """Lets metrics and pictures of a loop have one ``metainfo`` where joined data sets have several, as with palettes of
-    their own: MMDetection takes it for a dict, and would end after the last image of the first validation."""
+    """Lets metrics and pictures of a loop have one ``metainfo`` where joined data sets have several.
+
+    They do where each has a palette of its own. MMDetection takes it for a dict, and would end after the last image of
+    the first validation.
+    """
     dataset = getattr(getattr(loop, 'dataloader', None), 'dataset', None)
     if isinstance(getattr(dataset, 'metainfo', None), (list, tuple)):
         loop.runner.visualizer.dataset_meta = get_metainfo(dataset)
@@ -66,7 +69,7 @@ def check_start(runner: Runner, whole: bool = True) -> None:
         model = model.module
     if checkpoint:
         check_checkpoint(model, checkpoint, whole, runner._resume)
-        runner.register_hook(WeightsHook(), priority='HIGHEST')
+        runner.register_hook(FindWeightsHook(), priority='HIGHEST')
 
 
 def check_checkpoint(model: nn.Module, checkpoint: str, whole: bool, resumes: bool) -> None:
@@ -88,8 +91,8 @@ def check_checkpoint(model: nn.Module, checkpoint: str, whole: bool, resumes: bo
     if not whole:
         check_some_fit(model, checkpoint)
         return
-    given = [name for name, _ in model.named_buffers() if not name.endswith(STATISTICS)]
-    load_strictly(model, checkpoint, allow_missing=given, allow_unexpected='*', role='student')
+    constants = [name for name, _ in model.named_buffers() if not name.endswith(STATISTICS)]
+    load_strictly(model, checkpoint, allow_missing=constants, allow_unexpected='*', role='student')
     if resumes:
         loaded = load_checkpoint(checkpoint)
         lacking = [f"meta['{key}']" for key in ('epoch', 'iter') if key not in loaded.get('meta', {})]
@@ -100,8 +103,8 @@ def check_checkpoint(model: nn.Module, checkpoint: str, whole: bool, resumes: bo
                                   f"training from its weights, set load_from='{checkpoint}' and do not resume.")
 
 
-class WeightsHook(Hook):
-    """Puts the weights of a checkpoint where MMEngine looks for them, before other hooks and the model are given it."""
+class FindWeightsHook(Hook):
+    """Puts the weights of a checkpoint where MMEngine looks for them, before other hooks and the model get it."""
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         checkpoint['state_dict'] = find_weights(checkpoint, str(runner._load_from), 'student', None, ())

@@ -102,7 +102,7 @@ def test_soft_targets_of_several_teachers_have_the_gradient_of_their_mean_predic
 
     torch.manual_seed(1)  # the same regions
     context = distiller.observe(data['inputs'], data['data_samples'], distiller.terms).context
-    outputs = [term.outputs(context) for term in distiller.terms.values()]
+    outputs = [term.read_outputs(context) for term in distiller.terms.values()]
     student, predictions = outputs[0][0].logits, [(teacher.logits / TEMPERATURE).softmax(-1) for _, teacher in outputs]
     assert not torch.allclose(predictions[0], predictions[1], atol=0.01)
     mean = TEMPERATURE * (sum(predictions) / 3).log()
