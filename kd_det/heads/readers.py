@@ -55,7 +55,7 @@ class DenseReader:
         """
         raise NotImplementedError
 
-    def read_positives(self, head: Any, returned: Sequence, images: int) -> Tensor:
+    def read_positives(self, head: Any, returned: Sequence[Any], images: int) -> Tensor:
         """Tells which priors the head assigned to boxes.
 
         Args:
@@ -68,7 +68,7 @@ class DenseReader:
         """
         raise NotImplementedError
 
-    def read_targets(self, head: Any, returned: Sequence, dense: DenseOutputs) -> Tensor | None:
+    def read_targets(self, head: Any, returned: Sequence[Any], dense: DenseOutputs) -> Tensor | None:
         """Tells to what the assigned priors are regressed.
 
         Args:
@@ -267,7 +267,7 @@ def check_head(detector: str, heads: Mapping[str, type[nn.Module]], name: str) -
         raise HeadError(f'A {head.__name__} {PARTS[part]}.')
 
 
-def read_dense(head: nn.Module, outputs: Sequence[Maps], assignments: Sequence = ()) -> DenseOutputs:
+def read_dense(head: nn.Module, outputs: Sequence[Maps], assignments: Sequence[Any] = ()) -> DenseOutputs:
     """Reads the raw outputs of a dense head.
 
     Args:
