@@ -135,7 +135,7 @@ def restrict_to_shared_classes(context: DistillContext, teacher_index: int, matc
     teachers = list(context.teacher_outputs)
     teachers[teacher_index] = taught
     return replace(context, student_outputs=student, teacher_outputs=teachers,
-                   labels=[match.shared(labels) for labels in context.labels], _computed={})
+                   labels=[match.shared(labels) for labels in context.labels])
 
 
 def _restrict_outputs(outputs: dict[str, Any], classes: Sequence[int]) -> dict[str, Any]:
