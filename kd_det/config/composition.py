@@ -40,7 +40,7 @@ from kd_det.config.methods import PARTS, find_files, split_family
 from kd_det.distillers.building import explain_build_error
 from kd_det.distillers.inheritance import find_part_keys
 from kd_det.distillers.schedules import DEFAULT_RATIO
-from kd_det.heads import HeadError, check_head
+from kd_det.heads import HeadError, HeadRequest, check_head
 from kd_det.losses import DistillTerm
 from kd_det.registry import HOME, build_detector, build_own, get_scope, within_scope
 from kd_det.teachers import read_model_config
@@ -176,9 +176,12 @@ def find_parts(terms: dict[str, dict]) -> list[str]:
     Returns:
         Parts such as those of :data:`~kd_det.config.methods.PARTS`, each once.
     """
-    built = list(map(build_term, terms.values()))
-    paths = [path for term in built for path in (*term.student_taps, *term.student_heads, *term.teacher_heads)]
-    return list(dict.fromkeys(path if path in PARTS else path.split('.')[0] for path in paths))
+    parts = []
+    for term in map(build_term, terms.values()):
+        requests = map(HeadRequest.parse, (*term.student_heads, *term.teacher_heads))
+        parts += [path.split('.')[0] for path in term.student_taps]
+        parts += [request if request in PARTS else request.head for request in requests]
+    return list(dict.fromkeys(parts))
 
 
 def find_served(terms: dict[str, dict], kinds: Collection[str]) -> list[str]:

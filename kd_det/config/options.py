@@ -51,6 +51,34 @@ def resolve_distillation(config: str | Path | Config, data_root: str | None = No
     return resolved
 
 
+def set_epochs(config: Config, epochs: int) -> None:
+    """Lets a config train for so many epochs, its schedules stretched with them.
+
+    Raises:
+        ConfigurationError: It does not count in epochs.
+    """
+    before = (config.get('train_cfg') or {}).get('max_epochs')
+    if before is None:
+        raise ConfigurationError(f"--epochs: the config '{config.filename}' does not count in epochs.")
+    config.train_cfg.max_epochs = epochs
+    config.train_cfg.val_interval = min(config.train_cfg.get('val_interval', 1), epochs)
+    schedulers = config.get('param_scheduler') or []
+    for scheduler in [schedulers] if isinstance(schedulers, dict) else schedulers:
+        _stretch(scheduler, before, epochs)
+
+
+def _stretch(scheduler: dict, before: int, after: int) -> None:
+    """Scales what a scheduler counts in epochs; one that counts iterations, such as a warm-up, stays."""
+    if not scheduler.get('by_epoch', True):
+        return
+    for key in ('begin', 'end', 'T_max', 'milestones'):
+        value = scheduler.get(key)
+        if isinstance(value, (list, tuple)):
+            scheduler[key] = [round(each * after / before) for each in value]
+        elif isinstance(value, int):
+            scheduler[key] = round(value * after / before)
+
+
 def merge_options(config: Config, options: dict) -> None:
     """Applies ``--cfg-options``.
 
