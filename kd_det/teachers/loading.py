@@ -16,10 +16,10 @@ from mmengine.utils import import_modules_from_strings
 from torch import Tensor, nn
 
 from kd_det.compat import CheckpointError, load_checkpoint
-from kd_det.config.classes import Names, dataset_classes, first_metainfo
-from kd_det.config.detectors import the_detector
-from kd_det.config.files import DISTILLER, imports_of, leaf_datasets, load_config, type_name
-from kd_det.registry import scope_of, within_scope
+from kd_det.config.classes import Names, find_dataset_classes, get_first_metainfo
+from kd_det.config.detectors import find_detector
+from kd_det.config.files import DISTILLER, get_type_name, list_imports, list_leaf_datasets, load_config
+from kd_det.registry import get_scope, within_scope
 
 ModelConfig = str | Path | dict
 
@@ -53,14 +53,14 @@ def read_model_config(config: ModelConfig) -> ConfigDict:
     """
     loaded = load_config(config) if isinstance(config, (str, Path)) else ConfigDict(config)
     model = loaded.get('model', loaded)
-    if not type_name(model):
+    if not get_type_name(model):
         raise TeacherError(f"The teacher's config {config!r:.200} holds no model: expected a key 'model', or a model "
                            "dict with a 'type'.")
-    model = copy.deepcopy(model.student if type_name(model) == DISTILLER else model)  # building may write into it
+    model = copy.deepcopy(model.student if get_type_name(model) == DISTILLER else model)  # building may write into it
     if 'model' in loaded:
-        import_modules_from_strings(imports_of(loaded))  # a file's are imported as it is read, a dict's are not
-        model.setdefault('_scope_', scope_of(loaded))
-    return the_detector(model, f"The model of the teacher's config {config!r:.200}")
+        import_modules_from_strings(list_imports(loaded))  # a file's are imported as it is read, a dict's are not
+        model.setdefault('_scope_', get_scope(loaded))
+    return find_detector(model, f"The model of the teacher's config {config!r:.200}")
 
 
 @contextmanager
@@ -94,8 +94,8 @@ def remove_pretrained(config: Any) -> Any:
 
 def is_pretrained(config: Any) -> bool:
     """Whether a part of a model dict is an ``init_cfg`` that loads a checkpoint; PVT's and its kin's have no type."""
-    if type_name(config):
-        return type_name(config) in ('Pretrained', 'PretrainedInit')
+    if get_type_name(config):
+        return get_type_name(config) in ('Pretrained', 'PretrainedInit')
     return isinstance(config, dict) and 'checkpoint' in config and 'config' not in config
 
 
@@ -359,12 +359,12 @@ def _abbreviate(keys: Sequence[str], most: int = 12) -> str:
 
 def _list_candidates(names: Sequence[str], meta: dict, config: ModelConfig) -> Iterator[Sequence[str] | None]:
     yield names
-    trained = first_metainfo(meta.get('dataset_meta'))
+    trained = get_first_metainfo(meta.get('dataset_meta'))
     yield trained.get('classes', trained.get('CLASSES', meta.get('CLASSES')))  # capitals: mmdet 2 and early 3
     config = load_config(config) if isinstance(config, (str, Path)) else config
     for split in ('train', 'val', 'test'):
         loader = config.get(f'{split}_dataloader')
-        for dataset in leaf_datasets(loader['dataset']) if loader else ():
-            with within_scope(scope_of(config)):
-                classes = dataset_classes(dataset)
+        for dataset in list_leaf_datasets(loader['dataset']) if loader else ():
+            with within_scope(get_scope(config)):
+                classes = find_dataset_classes(dataset)
             yield classes
