@@ -91,9 +91,9 @@ def _generate(settings: DemoSettings, progress: Progress) -> dict:
     written = generate_shapes(settings.out / 'data', **data,
                               progress=lambda done, total: progress.update(task, completed=done, total=total))
     progress.remove_task(task)
+    kept = '' if written else ', kept from before'
     progress.console.print(f'data: {settings.images} + {settings.val_images} images of {settings.size} x '
-                           f"{settings.size} pixels in {settings.out / 'data'}{'' if written else ', kept from before'}",
-                           highlight=False)
+                           f"{settings.size} pixels in {settings.out / 'data'}{kept}", highlight=False)
     return data
 
 
