@@ -90,7 +90,12 @@ class Ramp(Schedule):
 
 @TASK_UTILS.register_module()
 class Warmup(Ramp):
-    __doc__ = 'Grows linearly from ``start`` times its value to its value.\n' + Ramp.__doc__
+    """Grows linearly from ``start`` times its value to its value.
+
+    Args:
+        value: See :class:`Ramp`, as ``epochs``, ``iterations`` and ``begin``.
+        start: Share of the value at the beginning.
+    """
 
     def __init__(self, value: ScheduleConfig, epochs: float | None = None, iterations: int | None = None,
                  begin: float = 0, start: float = 0.0) -> None:
@@ -103,7 +108,12 @@ class Warmup(Ramp):
 
 @TASK_UTILS.register_module()
 class Decay(Ramp):
-    __doc__ = 'Falls linearly from its value to ``end`` times its value.\n' + Ramp.__doc__
+    """Falls linearly from its value to ``end`` times its value.
+
+    Args:
+        value: See :class:`Ramp`, as ``epochs``, ``iterations`` and ``begin``.
+        end: Share of the value at the end.
+    """
 
     def __init__(self, value: ScheduleConfig, epochs: float | None = None, iterations: int | None = None,
                  begin: float = 0, end: float = 0.0) -> None:
@@ -116,7 +126,7 @@ class Decay(Ramp):
 
 @TASK_UTILS.register_module()
 class Start(Ramp):
-    __doc__ = 'Is 0 for that long, then its value.\n' + Ramp.__doc__
+    """Is 0 for that long, then its value; arguments as of :class:`Ramp`."""
 
     def __call__(self, progress: Progress) -> float:
         return super().__call__(progress) if self.share_done(progress) == 1 else 0.0
@@ -124,8 +134,10 @@ class Start(Ramp):
 
 @TASK_UTILS.register_module()
 class Stop(Ramp):
-    __doc__ = 'Keeps its value for that long, then 0: the term, and a teacher that no other needs, no longer run.\n' \
-        + Ramp.__doc__
+    """Keeps its value for that long, then 0: the term, and a teacher that no other needs, no longer run.
+
+    Arguments are as of :class:`Ramp`.
+    """
 
     def __call__(self, progress: Progress) -> float:
         return super().__call__(progress) if self.share_done(progress) < 1 else 0.0

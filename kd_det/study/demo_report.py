@@ -17,9 +17,9 @@ from rich.table import Table
 from torch import Tensor
 
 from kd_det.functional.masks import box_foreground, normalized_background, spatial_attention
-from kd_det.study.pictures import draw_curves, draw_detections, draw_maps, read_scalars, save_figure
 from kd_det.study.results import format_mean, mean_and_std
 from kd_det.study.runs import Run, describe_environment, read_command_line
+from kd_det.training.pictures import draw_curves, draw_detections, draw_maps, read_scalars, save_figure
 
 TITLES = dict(teacher='teacher', plain='plain student', distilled='distilled student')
 PICTURED_LEVEL = 0  # of the neck: the finest, where small objects show

@@ -24,6 +24,7 @@ from kd_det.checks.data import check_labels
 from kd_det.checks.doctor import check_config, explain
 from kd_det.checks.images import check_images
 from kd_det.compat import load_checkpoint
+from kd_det.compat.console import TextTable
 from kd_det.config import ConfigurationError
 from kd_det.config.classes import Names, label_names, training_classes
 from kd_det.config.files import leaf_datasets, type_name
@@ -37,7 +38,6 @@ from kd_det.losses import DistillTerm, FeatureTerm
 from kd_det.losses.base import sum_parts
 from kd_det.registry import build_detector, prepare_without_runner
 from kd_det.study.maps import Comparison, draw_comparisons, make_mask_maps, observe_comparisons
-from kd_det.study.tables import TextTable
 from kd_det.teachers import load_strictly
 from kd_det.training.hooks import CHECKPOINT_KEY
 

@@ -7,6 +7,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,9 +238,13 @@ def find_class_names(count: int | None, names: Sequence[str], meta: dict, config
 
 def _select_prefixed(entries: dict[str, dict], entry: str | None, prefix: str) -> OrderedDict[str, Tensor]:
     """Selects the weights after a prefix: of keys within the main entry, or else the name of an entry."""
+
+    def remove(start: str, key: str) -> str | None:
+        return _strip_wrappers(key[len(start):]) if key.startswith(start) else None
+
     for states in ({'': entries.get(entry, {})}, entries):
-        for each in (prefix if prefix.endswith('.') else f'{prefix}.', prefix):
-            found = _rename_keys(states, lambda key: _strip_wrappers(key[len(each):]) if key.startswith(each) else None)
+        for start in (prefix if prefix.endswith('.') else f'{prefix}.', prefix):
+            found = _rename_keys(states, partial(remove, start))
             if found:
                 return found
     return OrderedDict()
@@ -277,9 +282,9 @@ def _find_state_dicts(loaded: dict) -> dict[str, dict]:
         else:
             found.update({f'{key}.{name}.': each for name, each in value.items() if _is_state_dict(each)})
     loose = [value for value in loaded.values() if isinstance(value, Tensor)]
-    if loose and not any(place.partition('.')[0] in WEIGHTS for place in found):
-        if not found or any(value.dim() for value in loose):  # a mere counter is no weight
-            return {'': loaded}
+    named = any(place.partition('.')[0] in WEIGHTS for place in found)
+    if loose and not named and (not found or any(value.dim() for value in loose)):  # a mere counter is no weight
+        return {'': loaded}
     return found
 
 
