@@ -72,7 +72,7 @@ class Taps:
         self._seen: dict[str, list[_Reading]] = {}
         # Kind of forward: which taps read, and whether it ends when they have.
         self._kind: tuple[tuple[str, ...], bool] = self.paths, False
-        self._written_later: dict[tuple, bool] = {}  # by kind of forward and path
+        self._written_later: dict[tuple[Any, str], bool] = {}  # by kind of forward and path
         self._token_shapes: list[torch.Size] = []
         if any(map(is_within_encoder, self.paths)):
             source = 'neck' if getattr(model, 'neck', None) is not None else 'backbone'
@@ -80,16 +80,16 @@ class Taps:
         for path in self.paths:
             find_module(model, path).register_forward_hook(self._make_hook(path))
 
-    def _note_token_shapes(self, module: nn.Module, inputs: tuple, output: Features) -> None:
+    def _note_token_shapes(self, module: nn.Module, inputs: tuple[Any, ...], output: Features) -> None:
         self._token_shapes = [level.shape[-2:] for level in output]
 
     def awaits(self, path: str) -> bool:
         """Whether, in a forward that is being read, a tap at or within this module has seen nothing yet."""
         return any((tap == path or tap.startswith(f'{path}.')) and not seen for tap, seen in self._seen.items())
 
-    def _make_hook(self, path: str) -> Callable:
+    def _make_hook(self, path: str) -> Callable[..., Any]:
 
-        def read(module: nn.Module, inputs: tuple, output: Any) -> Any:
+        def read(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
             if path not in self._seen:
                 return output
             tokens = is_within_encoder(path) and isinstance(output, Tensor) and output.dim() == 3
@@ -106,7 +106,7 @@ class Taps:
 
     @contextmanager
     def capture(self, paths: Iterable[str] | None = None,
-                stop: bool = False) -> Iterator[dict[str, Features | tuple[Features, ...]]]:
+                stop: bool = False) -> Iterator[dict[str, Any]]:
         """Reads one forward.
 
         Args:
@@ -116,13 +116,14 @@ class Taps:
                 rest of the model nor the statements of the block after the forward run.
 
         Yields:
-            A dict that is filled when the block ends: path -> tuple of (N, C, H, W), one per level; or tuples of those.
+            A dict that is filled when the block ends: path -> tuple of (N, C, H, W), one per level; or, ``grouped``, a
+            tuple of those.
 
         Raises:
             TapError: A tapped module did not run, ran more than once, or returned no feature; or a later layer wrote
                 into what it returned.
         """
-        features: dict[str, Features | tuple[Features, ...]] = {}
+        features: dict[str, Any] = {}
         paths = self.paths if paths is None else tuple(dict.fromkeys(paths))
         self._seen, self._kind = {path: [] for path in paths}, (paths, stop)
         try:

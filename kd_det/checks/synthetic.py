@@ -13,7 +13,7 @@ from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
 from kd_det.config.classes import number_of_classes
-from kd_det.config.files import type_name
+from kd_det.config.files import training_pipelines, type_name
 from kd_det.teachers.probe import find_input_channels
 
 Size = tuple[int, int]  # height and width, in pixels
@@ -72,20 +72,8 @@ def training_sizes(config: Config, originals: Sequence[Size] = USUAL_SIZES) -> l
         config: The config.
         originals: Sizes of the images as they are loaded.
     """
-    loader = config.get('train_dataloader')
-    pipelines = _pipelines(loader['dataset']) if loader else [[]]
-    sizes = [size for pipeline in pipelines for size in _after(pipeline, list(originals))]
+    sizes = [size for pipeline in training_pipelines(config) or [[]] for size in _after(pipeline, list(originals))]
     return list(dict.fromkeys((max(height, 1), max(width, 1)) for height, width in sizes))
-
-
-def _pipelines(dataset: dict) -> list[list[dict]]:
-    """What the images of each data set go through, the transforms of wrappers last."""
-    inner, own = dataset.get('datasets', dataset.get('dataset')), list(dataset.get('pipeline') or ())
-    if inner is None:
-        return [own]
-    within = [pipeline for each in (inner if isinstance(inner, (list, tuple)) else [inner])
-              for pipeline in _pipelines(each)]
-    return [[*pipeline, *own] for pipeline in within]
 
 
 def _after(pipeline: Sequence[dict | Sequence[dict]], sizes: list[Size]) -> list[Size]:

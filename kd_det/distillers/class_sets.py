@@ -128,18 +128,18 @@ def restrict_to_shared_classes(context: DistillContext, teacher_index: int, matc
         regions = student[ROI_HEAD].regions
         background, shared = regions.labels == len(match.student), len(match.of_student)
         labels = match.shared(regions.labels.masked_fill(background, 0)).masked_fill(background, shared)
-        regions, kept = regions._replace(labels=labels).chosen(labels >= 0), labels >= 0
-        student[ROI_HEAD] = student[ROI_HEAD].restricted(match.of_student, regions, kept)
+        regions, kept = regions._replace(labels=labels).select(labels >= 0), labels >= 0
+        student[ROI_HEAD] = student[ROI_HEAD].restrict(match.of_student, regions, kept)
         if ROI_HEAD in taught:
-            taught[ROI_HEAD] = tuple(each.restricted(match.of_teacher, regions, kept) for each in taught[ROI_HEAD])
+            taught[ROI_HEAD] = tuple(each.restrict(match.of_teacher, regions, kept) for each in taught[ROI_HEAD])
     teachers = list(context.teacher_outputs)
     teachers[teacher_index] = taught
     return replace(context, student_outputs=student, teacher_outputs=teachers,
-                   labels=[match.shared(labels) for labels in context.labels], _computed={})
+                   labels=[match.shared(labels) for labels in context.labels])
 
 
 def _restrict_outputs(outputs: dict[str, Any], classes: Sequence[int]) -> dict[str, Any]:
     """Restricts the outputs of dense heads and of queries; the others stay as they are."""
-    return {name: each.restricted(classes)
+    return {name: each.restrict(classes)
             if isinstance(each, (DenseOutputs, QueryOutputs, TeacherTowers)) and has_classes(name) else each
             for name, each in outputs.items()}

@@ -40,11 +40,11 @@ class TargetsReader(DenseReader):
     labels_at = 0
     targets_at: int | None = None
 
-    def read_positives(self, head: Any, returned: Sequence, images: int) -> Tensor:
+    def read_positives(self, head: Any, returned: Sequence[Any], images: int) -> Tensor:
         labels = torch.cat([level.reshape(images, -1) for level in returned[-1][self.labels_at]], 1)
         return (labels >= 0) & (labels < head.num_classes)
 
-    def read_targets(self, head: Any, returned: Sequence, dense: DenseOutputs) -> Tensor | None:
+    def read_targets(self, head: Any, returned: Sequence[Any], dense: DenseOutputs) -> Tensor | None:
         if self.targets_at is None or dense.assigned is None or not isinstance(head.bbox_coder, DeltaXYWHBBoxCoder):
             return None
         assigned = torch.cat(dense.assigned, 1)
@@ -60,7 +60,7 @@ class TargetsReader(DenseReader):
 class AnchorReader(TargetsReader):
     """Of heads with anchors, whose maps are classes, deltas, and perhaps centerness."""
 
-    targets_at = 2
+    targets_at: int | None = 2
 
     def read(self, head: Any, logits: Maps, deltas: Maps, centerness: Maps | None = None) -> DenseOutputs:
         encoded = regressions = order_by_prior(deltas, 4)
@@ -79,7 +79,7 @@ class YOLOFReader(AnchorReader):
 
     targets_at = None
 
-    def read_positives(self, head: Any, returned: Sequence, images: int) -> Tensor:
+    def read_positives(self, head: Any, returned: Sequence[Any], images: int) -> Tensor:
         labels = returned[-1][self.labels_at]  # (N, priors)
         return (labels >= 0) & (labels < head.num_classes)
 
@@ -116,18 +116,22 @@ class GFLReader(TargetsReader):
         return head.bbox_coder.decode(head.anchor_center(priors), encoded)
 
 
+class PointReader(TargetsReader):
+    """Of heads that regress the distances from points to the four sides, in pixels."""
+
+    def decode(self, head: Any, priors: Tensor, encoded: Tensor) -> Tensor:
+        return head.bbox_coder.decode(priors[:, :2], encoded)
+
+
 @reads(RTMDetHead)
-class RTMDetReader(TargetsReader):
-    """Of RTMDet: distances from points to the four sides, in pixels."""
+class RTMDetReader(PointReader):
+    """Of RTMDet."""
 
     parts = frozenset({'positives', 'towers'})
     labels_at = 1
 
     def read(self, head: Any, logits: Maps, distances: Maps) -> DenseOutputs:
         return self.assemble(head, logits, order_by_prior(distances, 4))
-
-    def decode(self, head: Any, priors: Tensor, encoded: Tensor) -> Tensor:
-        return head.bbox_coder.decode(priors[:, :2], encoded)
 
 
 @reads(RTMDetSepBNHead)
@@ -138,10 +142,10 @@ class RTMDetSepBNReader(RTMDetReader):
 
 
 @reads(FCOSHead)
-class FCOSReader(RTMDetReader):
-    """Of FCOS: distances from points as well, which ``norm_on_bbox`` leaves in strides, in train mode alone."""
+class FCOSReader(PointReader):
+    """Of FCOS, whose distances are in strides with ``norm_on_bbox``, in train mode alone."""
 
-    labels_at = 0
+    parts = frozenset({'positives', 'towers'})
 
     def read(self, head: Any, logits: Maps, distances: Maps, centerness: Maps) -> DenseOutputs:
         regressions = order_by_prior(distances, 4)
@@ -164,7 +168,7 @@ class YOLOXReader(DenseReader):
     def decode(self, head: Any, priors: Tensor, encoded: Tensor) -> Tensor:
         return head._bbox_decode(priors, encoded)
 
-    def read_positives(self, head: Any, returned: Sequence, images: int) -> Tensor:
+    def read_positives(self, head: Any, returned: Sequence[Any], images: int) -> Tensor:
         return torch.stack([foreground for foreground, *_ in returned]).bool()
 
 
@@ -186,7 +190,7 @@ class YOLOv3Reader(DenseReader):
     def decode(self, head: Any, priors: Tensor, encoded: Tensor) -> Tensor:
         return head.bbox_coder.decode(priors, encoded + encoded.new_tensor([0.5, 0.5, 0, 0]), 1)
 
-    def read_positives(self, head: Any, returned: Sequence, images: int) -> Tensor:
+    def read_positives(self, head: Any, returned: Sequence[Any], images: int) -> Tensor:
         targets, _ = returned[-1]  # by level, (N, priors, attributes), of which the fifth is objectness
         return torch.cat([level[..., 4] for level in targets], 1) > 0
 

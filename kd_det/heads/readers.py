@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kd_det.heads.dense import DenseOutputs, read_strides
 from kd_det.heads.queries import QUERY_HEADS, predicts_queries
-from kd_det.heads.request import PARTS, ROI_HEAD, HeadError, HeadRequest
+from kd_det.heads.request import HEAD_PARTS, ROI_HEAD, HeadError, HeadRequest
 from kd_det.taps import Features
 
 Maps = Sequence[Tensor]  # (N, channels, H, W), one per level
@@ -55,7 +55,7 @@ class DenseReader:
         """
         raise NotImplementedError
 
-    def read_positives(self, head: Any, returned: Sequence, images: int) -> Tensor:
+    def read_positives(self, head: Any, returned: Sequence[Any], images: int) -> Tensor:
         """Tells which priors the head assigned to boxes.
 
         Args:
@@ -68,7 +68,7 @@ class DenseReader:
         """
         raise NotImplementedError
 
-    def read_targets(self, head: Any, returned: Sequence, dense: DenseOutputs) -> Tensor | None:
+    def read_targets(self, head: Any, returned: Sequence[Any], dense: DenseOutputs) -> Tensor | None:
         """Tells to what the assigned priors are regressed.
 
         Args:
@@ -103,11 +103,9 @@ class DenseReader:
         """
         shapes, device = tuple((each.shape[-2], each.shape[-1]) for each in class_maps), class_maps[0].device
 
-        def decode() -> Features:
-            by_level = zip(_generate_priors(head, shapes, device), regressions if encoded is None else encoded)
-            boxes = ((self.decode(head, priors.repeat(len(level), 1), level.flatten(0, 1)), level)
-                     for priors, level in by_level)
-            return tuple(get_box_tensor(each).view_as(level) for each, level in boxes)
+        def decode_levels() -> Features:
+            levels = zip(_generate_priors(head, shapes, device), regressions if encoded is None else encoded)
+            return tuple(self._decode_level(head, *level) for level in levels)
 
         return DenseOutputs(
             logits=order_by_prior(class_maps, head.cls_out_channels) if logits is None else logits,
@@ -115,9 +113,14 @@ class DenseReader:
             regressions=regressions,
             shapes=shapes,
             strides=read_strides(head.prior_generator.strides),
-            decode=decode,
+            decode=decode_levels,
             generate_priors=lambda: _prior_boxes(head, _generate_priors(head, shapes, device)),
             **others)
+
+    def _decode_level(self, head: Any, priors: Tensor, encoded: Tensor) -> Tensor:
+        """(N, H·W·A, 4) regressions of one level as boxes in the same shape; its priors are (H·W·A, 4)."""
+        boxes = self.decode(head, priors.repeat(len(encoded), 1), encoded.flatten(0, 1))
+        return get_box_tensor(boxes).view_as(encoded)
 
 
 READERS: dict[type[nn.Module], DenseReader] = {}
@@ -261,10 +264,10 @@ def check_head(detector: str, heads: Mapping[str, type[nn.Module]], name: str) -
         reader = find_reader(head)
         has = not part or part in reader.parts
     if not has:
-        raise HeadError(f'A {head.__name__} {PARTS[part]}.')
+        raise HeadError(f'A {head.__name__} {HEAD_PARTS[part]}.')
 
 
-def read_dense(head: nn.Module, outputs: Sequence[Maps], assignments: Sequence = ()) -> DenseOutputs:
+def read_dense(head: nn.Module, outputs: Sequence[Maps], assignments: Sequence[Any] = ()) -> DenseOutputs:
     """Reads the raw outputs of a dense head.
 
     Args:
