@@ -49,7 +49,7 @@ def use_one_metainfo(loop: BaseLoop | None) -> None:
     the first validation.
     """
     dataset = getattr(getattr(loop, 'dataloader', None), 'dataset', None)
-    if isinstance(getattr(dataset, 'metainfo', None), (list, tuple)):
+    if loop is not None and isinstance(getattr(dataset, 'metainfo', None), (list, tuple)):
         loop.runner.visualizer.dataset_meta = get_metainfo(dataset)
         if hasattr(loop, 'evaluator'):
             loop.evaluator.dataset_meta = get_metainfo(dataset)
