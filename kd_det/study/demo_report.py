@@ -17,9 +17,9 @@ from rich.table import Table
 from torch import Tensor
 
 from kd_det.functional.masks import box_foreground, normalized_background, spatial_attention
-from kd_det.study.pictures import draw_curves, draw_detections, draw_maps, read_scalars, save_figure
 from kd_det.study.results import format_mean, mean_and_std
 from kd_det.study.runs import Run, describe_environment, read_command_line
+from kd_det.training.pictures import draw_curves, draw_detections, draw_maps, read_scalars, save_figure
 
 TITLES = dict(teacher='teacher', plain='plain student', distilled='distilled student')
 PICTURED_LEVEL = 0  # of the neck: the finest, where small objects show
@@ -36,7 +36,7 @@ def summarize(runs: Mapping[str, list[Run]]) -> dict:
     return gains
 
 
-def results_table(runs: Mapping[str, list[Run]], gains: dict) -> Table:
+def tabulate_runs(runs: Mapping[str, list[Run]], gains: dict) -> Table:
     """The detectors side by side; several seeds as mean ± standard deviation."""
     table = Table(title='COCO metric on the validation images', caption=_gain_text(gains['bbox_mAP']))
     table.add_column('model', no_wrap=True)

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t as student_t
 
+from kd_det.compat.console import TextTable
 from kd_det.study.scheduling import Failure, Outcome
-from kd_det.study.tables import TextTable
 from kd_det.study.variants import PLAIN, Variant, find_twin
 
 CONFIDENCE = 0.95

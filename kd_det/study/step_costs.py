@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from kd_det.checks.synthetic import USUAL_SIZES, Size, synthetic_batch, training_sizes
+from kd_det.compat.console import TextTable
 from kd_det.config import ConfigurationError
 from kd_det.config.options import resolve_distillation
 from kd_det.context import DistillContext, Progress
@@ -30,7 +31,6 @@ from kd_det.distillers.schedules import Schedule
 from kd_det.losses import DistillTerm
 from kd_det.losses.base import sum_parts
 from kd_det.registry import build_detector, prepare_without_runner
-from kd_det.study.tables import TextTable
 from kd_det.teachers import read_model_config
 from kd_det.teachers.bridge import SIZE_MISMATCH
 from kd_det.teachers.loading import remove_pretrained

@@ -1,6 +1,11 @@
 """Builds MMEngine's Runner for a config, and checks what it would only find out late, or not at all."""
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
 from mmengine.hooks import Hook
@@ -9,8 +14,10 @@ from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 from torch import nn
 
 from kd_det.compat import CheckpointError, load_checkpoint, log_operator_backend
-from kd_det.config.classes import metainfo_of
-from kd_det.registry import add_nodes
+from kd_det.config import ConfigurationError
+from kd_det.config.classes import get_metainfo
+from kd_det.config.files import get_type_name
+from kd_det.registry import HOME, add_nodes
 from kd_det.teachers.loading import check_some_fit, find_weights, load_strictly
 
 STATISTICS = ('running_mean', 'running_var')  # buffers that training fills
@@ -42,10 +49,44 @@ def use_one_metainfo(loop: BaseLoop | None) -> None:
     the first validation.
     """
     dataset = getattr(getattr(loop, 'dataloader', None), 'dataset', None)
-    if isinstance(getattr(dataset, 'metainfo', None), (list, tuple)):
-        loop.runner.visualizer.dataset_meta = metainfo_of(dataset)
+    if loop is not None and isinstance(getattr(dataset, 'metainfo', None), (list, tuple)):
+        loop.runner.visualizer.dataset_meta = get_metainfo(dataset)
         if hasattr(loop, 'evaluator'):
-            loop.evaluator.dataset_meta = metainfo_of(dataset)
+            loop.evaluator.dataset_meta = get_metainfo(dataset)
+
+
+def add_trackers(config: Config, trackers: Sequence[str], name: str | None = None) -> None:
+    """Adds trackers to the backends of the config's visualizer; those that it has stay as they are.
+
+    TensorBoard writes into the work dir, MLflow too (``mlflow.db``) unless ``MLFLOW_TRACKING_URI`` names a server;
+    Weights & Biases asks for an account unless ``WANDB_MODE=offline``.
+
+    Args:
+        config: With its ``work_dir``; changed.
+        trackers: Some of :data:`~kd_det.config.choices.TRACKERS`.
+        name: What Weights & Biases and MLflow call the run; that of its work dir by default.
+
+    Raises:
+        ConfigurationError: The tracker's package is not installed.
+    """
+    work_dir = Path(config.work_dir).resolve()
+    name = name or work_dir.name
+    backends = dict(
+        tensorboard=dict(type='TensorboardVisBackend'),
+        wandb=dict(type='WandbVisBackend', init_kwargs=dict(project='kd_det', name=name)),
+        # A parameter of MLflow is a short text, a config is not: MMEngine stores the whole of it as config.py.
+        mlflow=dict(type='MLflowVisBackend', exp_name='kd_det', run_name=name, tracked_config_keys=(),
+                    tracking_uri=os.environ.get('MLFLOW_TRACKING_URI', f'sqlite:///{work_dir}/mlflow.db'),
+                    artifact_location=None if 'MLFLOW_TRACKING_URI' in os.environ else str(work_dir / 'mlflow')))
+    if not config.get('visualizer'):
+        config.visualizer = dict(type=f'{HOME}.DetLocalVisualizer', name='visualizer')
+    present = list(config.visualizer.get('vis_backends') or [dict(type='LocalVisBackend')])
+    for tracker in trackers:
+        if find_spec(tracker) is None:
+            raise ConfigurationError(f'--track {tracker}: its package is not installed: pip install {tracker}')
+        if get_type_name(backends[tracker]) not in map(get_type_name, present):
+            present.append(backends[tracker])
+    config.visualizer.vis_backends = present
 
 
 def check_start(runner: Runner, whole: bool = True) -> None:

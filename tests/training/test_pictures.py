@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from mmengine.structures import InstanceData
 
-from kd_det.study import pictures
-from kd_det.study.pictures import (
+from kd_det.training import pictures
+from kd_det.training.pictures import (
     draw_channels,
     draw_curves,
     draw_detections,
