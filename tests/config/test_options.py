@@ -144,4 +144,4 @@ def test_options_of_an_ensemble_are_what_its_terms_are_built_with(retinanet, dis
     torch.manual_seed(0)
     distiller = MODELS.build(config.model)
     assert [term.temperature for term in distiller.terms.values()] == [0.8, 0.8]
-    assert [distiller.weights[name].full for name in distiller.terms] == [0.7, 1.0]
+    assert [distiller.schedules[name].full for name in distiller.terms] == [0.7, 1.0]
