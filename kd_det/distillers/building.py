@@ -16,7 +16,7 @@ from typing import Any
 from mmdet.registry import MODELS, TASK_UTILS
 from torch import nn
 
-from kd_det.config.detectors import check_student, plain_detector
+from kd_det.config.detectors import check_student, extract_plain_detector
 from kd_det.config.files import ConfigurationError
 from kd_det.distillers.schedules import Schedule, ScheduleConfig, build_schedule
 from kd_det.heads import ROI_HEAD, HeadRequest, StudentHeads, StudentOutputs, find_head
@@ -46,7 +46,7 @@ def build_student(config: dict) -> nn.Module:
         ConfigurationError: It is no detector.
     """
     check_student(config, 'model.student')
-    return build_detector(plain_detector(config))
+    return build_detector(extract_plain_detector(config))
 
 
 def list_teacher_configs(teacher: dict | Sequence[dict]) -> list[dict]:

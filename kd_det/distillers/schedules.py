@@ -31,7 +31,8 @@ class Schedule:
 
     def __init__(self, value: ScheduleConfig) -> None:
         if isinstance(value, (float, int)) and not math.isfinite(value):
-            raise ValueError(f'{type(self).__name__}: {value} is no weight: expected a finite number, or a schedule.')
+            name = 'Weight' if type(self) is Schedule else type(self).__name__  # a plain number's
+            raise ValueError(f'{name}: {value} is no weight: expected a finite number, or a schedule.')
         self.value = value if isinstance(value, (float, int)) else build_schedule(value)
 
     def __call__(self, progress: Progress) -> float:
@@ -75,10 +76,11 @@ class Ramp(Schedule):
     def __init__(self, value: ScheduleConfig, epochs: float | None = None, iterations: int | None = None,
                  begin: float = 0) -> None:
         super().__init__(value)
-        if (epochs is None) == (iterations is None):
+        length = iterations if epochs is None else epochs
+        if length is None or None not in (epochs, iterations):
             raise ValueError(f'{type(self).__name__}: give its length either in epochs or in iterations.')
         self.by_epoch = epochs is not None
-        self.begin, self.length = begin, epochs if self.by_epoch else iterations
+        self.begin, self.length = begin, length
 
     def share_done(self, progress: Progress) -> float:
         """How much of the change is done, 0 to 1."""
