@@ -135,7 +135,8 @@ class LabelNames(NamedTuple):
     @property
     def absent(self) -> list[str]:
         """The declared names that no category has, letter by letter, where labels are missing for it."""
-        return [name for name in self.declared if name not in self.known] if len(self.meant) < len(self.declared) else []
+        missing = len(self.meant) < len(self.declared)
+        return [name for name in self.declared if name not in self.known] if missing else []
 
 
 def same_meaning(first: Sequence[str], second: Sequence[str]) -> bool:
@@ -190,8 +191,7 @@ def metainfo_of(dataset: object) -> dict:
 
 
 def first_metainfo(metainfo: dict | Sequence[dict] | None) -> dict:
-    """One ``metainfo``, or of joined data sets that differ in it, as in a palette, the first; empty where there is none.
-    """
+    """One ``metainfo``, or the first of joined data sets that differ in it, as in a palette; empty without any."""
     given = [metainfo] if isinstance(metainfo, dict) else metainfo or ()
     return next((each for each in given if isinstance(each, dict)), {})
 

@@ -1,7 +1,7 @@
 """Makes a distillation config out of a student's: what ``kd-det distill`` trains.
 
-In the order in which it is made: the terms of the methods, what they need of the student, the config, and that of several
-teachers. What ``--cfg-options`` change in it at last, :mod:`kd_det.config.options` does.
+In the order in which it is made: the terms of the methods, what they need of the student, the config, and that of
+several teachers. What ``--cfg-options`` change in it at last, :mod:`kd_det.config.options` does.
 """
 from __future__ import annotations
 
@@ -166,9 +166,7 @@ def build_term(config: dict) -> DistillTerm:
 
 
 def find_parts(terms: dict[str, dict]) -> list[str]:
-    """The parts of student and teacher that terms read, each once, such as those of
-    :data:`~kd_det.config.methods.PARTS`.
-    """
+    """The parts of student and teacher that terms read, each once, see :data:`~kd_det.config.methods.PARTS`."""
     built = list(map(build_term, terms.values()))
     paths = [path for term in built for path in (*term.student_taps, *term.student_heads, *term.teacher_heads)]
     return list(dict.fromkeys(path if path in PARTS else path.split('.')[0] for path in paths))
@@ -336,7 +334,7 @@ def repeat_term(name: str, term: ConfigDict, number: int) -> dict[str, ConfigDic
 
 
 def share_weight(weight: float | dict, number: int) -> float | dict:
-    """Returns the n-th part of a weight; schedules around it stay. So does what is none, for the distiller to refuse."""
+    """Returns the n-th part of a weight; schedules around it stay. So does what is none: the distiller refuses it."""
     if isinstance(weight, (float, int)):
         return weight / number
     if type_name(weight) == 'Balance':

@@ -7,8 +7,8 @@ heads, ``<method>.py`` for all others. The file lies
   to a package whose files are methods; such methods go by their names;
 - anywhere else: it then goes by its path, or within a package by ``package::folder/file.py``.
 
-What the file states of itself is a dict of literals named ``__about__`` (MMEngine leaves such names out of a config), see
-:func:`read_about`. So all methods are listed without running a file, and without importing more than the standard
+What the file states of itself is a dict of literals named ``__about__`` (MMEngine leaves such names out of a config),
+see :func:`read_about`. So all methods are listed without running a file, and without importing more than the standard
 library.
 """
 from __future__ import annotations
@@ -137,7 +137,8 @@ def _list_all() -> Iterator[Method]:
             method = Method(name, files=files, source=source.package)
             try:
                 if name in found:
-                    raise ConfigurationError(f"{found[name].source or 'kd_det'} has a method of this name, which holds; "
+                    first = found[name].source or 'kd_det'
+                    raise ConfigurationError(f"{first} has a method of this name, which holds; "
                                              f"this one goes by its file: {', '.join(map(str, files.values()))}")
                 method = replace(describe_method(name, files), source=source.package)
             except (ConfigurationError, OSError) as error:
@@ -268,7 +269,8 @@ def find_files(method: str) -> Files:
     found = available_methods()
     if method not in found:
         meant = f" Did you mean the file '{method}.py'?" if Path(f'{method}.py').is_file() else suggest(method, found)
-        raise ConfigurationError(f"There is no method '{method}'. Choose from {', '.join(found)}, or a sum: a+b.{meant}")
+        raise ConfigurationError(f"There is no method '{method}'. Choose from {', '.join(found)}, or a sum: a+b."
+                                 f'{meant}')
     return found[method]
 
 
@@ -329,7 +331,8 @@ def _find_sources() -> Iterator[_Source]:
 
 def _find_methods_of(point: EntryPoint) -> list[Path]:
     place = find_module(point.value)
-    files = [file for file in sorted(place.glob('*.py')) if not file.name.startswith('_')] if place.is_dir() else [place]
+    files = [place] if not place.is_dir() else [file for file in sorted(place.glob('*.py'))
+                                                if not file.name.startswith('_')]
     if not files:
         raise ConfigurationError(f"The entry point {point.name} = {point.value} leads to '{place}', which holds no "
                                  'method.')

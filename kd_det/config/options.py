@@ -18,7 +18,7 @@ TERM_KEY = re.compile(r'model\.distill\.(?P<name>[^.]+)(?P<rest>.*)')
 TEACHER_KEY = re.compile(r'model\.teacher\.(?P<rest>(?!\d+(\.|$)).+)')  # of a teacher, whose index is not said
 AMOUNT = re.compile(r'\.weight(\.value)*(\.ratio(\.value)*)?')  # of a weight: the number, however deep it lies
 
-Members = dict[str, list[str]]  # the terms that an ensemble repeats for each teacher in turn, by what they have in common
+Members = dict[str, list[str]]  # the terms that an ensemble repeats for each teacher, by what they have in common
 
 
 def resolve_config(config: str | Path | Config, data_root: str | None = None, options: dict | None = None) -> Config:
@@ -54,11 +54,11 @@ def resolve_distillation(config: str | Path | Config, data_root: str | None = No
 def merge_options(config: Config, options: dict) -> None:
     """Applies ``--cfg-options``.
 
-    Unlike in plain MMEngine, ``data_root=…`` reaches every path that starts with it. And of an ensemble, see
-    :func:`~kd_det.config.composition.ensemble`, options reach all teachers or one: ``model.distill.fgd.temperature=0.8``
-    sets that of ``fgd_1``, ``fgd_2``, … (a term that options add is repeated, too), ``model.teacher.fuse=False`` that
-    of all teachers; ``model.distill.fgd_1.temperature=0.8`` and ``model.teacher.0.fuse=False`` those of one. A weight
-    of ``fgd`` is shared out, a weight of ``fgd_1`` is its own.
+    Unlike in plain MMEngine, ``data_root=…`` reaches every path that starts with it. And options of an ensemble, see
+    :func:`~kd_det.config.composition.ensemble`, reach all teachers or one: ``model.distill.fgd.temperature=0.8`` sets
+    that of ``fgd_1``, ``fgd_2``, … (a term that options add is repeated, too), ``model.teacher.fuse=False`` that of all
+    teachers; ``model.distill.fgd_1.temperature=0.8`` and ``model.teacher.0.fuse=False`` those of one. A weight of
+    ``fgd`` is shared out, a weight of ``fgd_1`` is its own.
 
     Args:
         config: The config; changed.

@@ -140,6 +140,6 @@ def restrict_to_shared_classes(context: DistillContext, teacher_index: int, matc
 
 def _restrict_outputs(outputs: dict[str, Any], classes: Sequence[int]) -> dict[str, Any]:
     """Restricts the outputs of dense heads and of queries; the others stay as they are."""
-    return {name: each.restricted(classes)
-            if isinstance(each, (DenseOutputs, HeadRequest, QueryOutputs, TeacherTowers)) and has_classes(name) else each
+    kinds = (DenseOutputs, HeadRequest, QueryOutputs, TeacherTowers)
+    return {name: each.restricted(classes) if isinstance(each, kinds) and has_classes(name) else each
             for name, each in outputs.items()}

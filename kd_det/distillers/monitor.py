@@ -177,7 +177,7 @@ class IdleTermCheck:
     """
 
     def __init__(self, names: Iterable[str], patience: int = 50) -> None:
-        self.remaining = {name: patience for name in names}
+        self.remaining = dict.fromkeys(names, patience)
         self.idle: dict[str, str] = {}
 
     def check(self, distiller: DetectionDistiller, observation: Observation) -> None:

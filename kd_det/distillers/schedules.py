@@ -90,7 +90,15 @@ class Ramp(Schedule):
 
 @TASK_UTILS.register_module()
 class Warmup(Ramp):
-    __doc__ = 'Grows linearly from ``start`` times its value to its value.\n' + Ramp.__doc__
+    """Grows linearly from ``start`` times its value to its value.
+
+    Args:
+        value: The full weight, or another schedule.
+        epochs: Length of the change in epochs (1.5 is one and a half), or
+        iterations: its length in iterations.
+        begin: When it starts, in the same unit.
+        start: The share of its value that it begins with.
+    """
 
     def __init__(self, value: ScheduleConfig, epochs: float | None = None, iterations: int | None = None,
                  begin: float = 0, start: float = 0.0) -> None:
@@ -103,7 +111,15 @@ class Warmup(Ramp):
 
 @TASK_UTILS.register_module()
 class Decay(Ramp):
-    __doc__ = 'Falls linearly from its value to ``end`` times its value.\n' + Ramp.__doc__
+    """Falls linearly from its value to ``end`` times its value.
+
+    Args:
+        value: The full weight, or another schedule.
+        epochs: Length of the change in epochs (1.5 is one and a half), or
+        iterations: its length in iterations.
+        begin: When it starts, in the same unit.
+        end: The share of its value that it keeps.
+    """
 
     def __init__(self, value: ScheduleConfig, epochs: float | None = None, iterations: int | None = None,
                  begin: float = 0, end: float = 0.0) -> None:
@@ -116,7 +132,14 @@ class Decay(Ramp):
 
 @TASK_UTILS.register_module()
 class Start(Ramp):
-    __doc__ = 'Is 0 for that long, then its value.\n' + Ramp.__doc__
+    """Is 0 for that long, then its value.
+
+    Args:
+        value: The full weight, or another schedule.
+        epochs: Length of the change in epochs (1.5 is one and a half), or
+        iterations: its length in iterations.
+        begin: When it starts, in the same unit.
+    """
 
     def __call__(self, progress: Progress) -> float:
         return super().__call__(progress) if self.share_done(progress) == 1 else 0.0
@@ -124,8 +147,14 @@ class Start(Ramp):
 
 @TASK_UTILS.register_module()
 class Stop(Ramp):
-    __doc__ = 'Keeps its value for that long, then 0: the term, and a teacher that no other needs, no longer run.\n' \
-        + Ramp.__doc__
+    """Keeps its value for that long, then 0: the term, and a teacher that no other needs, no longer run.
+
+    Args:
+        value: The full weight, or another schedule.
+        epochs: Length of the change in epochs (1.5 is one and a half), or
+        iterations: its length in iterations.
+        begin: When it starts, in the same unit.
+    """
 
     def __call__(self, progress: Progress) -> float:
         return super().__call__(progress) if self.share_done(progress) < 1 else 0.0

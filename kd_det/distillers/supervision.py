@@ -35,7 +35,7 @@ class Supervision(NamedTuple):
     """
     samples: list[DetDataSample]
     labelled: tuple[bool, ...]
-    log: dict[str, Tensor] = {}
+    log: dict[str, Tensor] = {}  # noqa: RUF012  a NamedTuple's default
 
     @property
     def boxes(self) -> list[Tensor]:

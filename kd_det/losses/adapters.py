@@ -76,8 +76,8 @@ class GlobalContext(nn.Module):
 
     def forward(self, feature: Tensor, valid: Tensor | None = None) -> Tensor:
         """Args:
-            feature: (N, C, H, W).
-            valid: (N, H, W) of bool; the other cells (padding) are not looked at. All cells by default.
+        feature: (N, C, H, W).
+        valid: (N, H, W) of bool; the other cells (padding) are not looked at. All cells by default.
         """
         return feature + self.addition(context_pool(feature, self.attend(feature), valid))
 

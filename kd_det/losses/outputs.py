@@ -214,7 +214,8 @@ class RoITerm(DistillTerm):
 
 def sigmoid_divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     """:func:`~kd_det.functional.logits.quality_bce`; with ``beta=0`` less the teacher's own entropy, which leaves the
-    gradient, and makes it 0 where the two agree, as it is for any other ``beta``."""
+    gradient, and makes it 0 where the two agree, as it is for any other ``beta``.
+    """
     divergence = quality_bce(student, teacher, beta)
     return divergence - quality_bce(teacher, teacher, beta) if beta == 0 else divergence
 

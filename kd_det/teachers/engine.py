@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import wraps
+from itertools import pairwise
 
 import torch
 from mmcv.cnn import ConvModule
@@ -92,7 +93,7 @@ def fold_batch_norms(model: nn.Module) -> None:
     """
     for module in list(model.modules()):
         children = list(module._modules.items())
-        for (conv_name, conv), (norm_name, norm) in zip(children, children[1:]):
+        for (conv_name, conv), (norm_name, norm) in pairwise(children):
             if _can_fold(module, conv, norm):
                 fused = fuse_conv_bn_eval(conv, norm).requires_grad_(False)
                 module._modules.update({conv_name: fused, norm_name: nn.Identity().eval()})

@@ -239,7 +239,8 @@ def _select_prefixed(entries: dict[str, dict], entry: str | None, prefix: str) -
     """Selects the weights after a prefix: of keys within the main entry, or else the name of an entry."""
     for states in ({'': entries.get(entry, {})}, entries):
         for each in (prefix if prefix.endswith('.') else f'{prefix}.', prefix):
-            found = _rename_keys(states, lambda key: _strip_wrappers(key[len(each):]) if key.startswith(each) else None)
+            found = _rename_keys(states, lambda key, start=each:
+                                 _strip_wrappers(key[len(start):]) if key.startswith(start) else None)
             if found:
                 return found
     return OrderedDict()
@@ -277,9 +278,9 @@ def _find_state_dicts(loaded: dict) -> dict[str, dict]:
         else:
             found.update({f'{key}.{name}.': each for name, each in value.items() if _is_state_dict(each)})
     loose = [value for value in loaded.values() if isinstance(value, Tensor)]
-    if loose and not any(place.partition('.')[0] in WEIGHTS for place in found):
-        if not found or any(value.dim() for value in loose):  # a mere counter is no weight
-            return {'': loaded}
+    named = any(place.partition('.')[0] in WEIGHTS for place in found)
+    if loose and not named and (not found or any(value.dim() for value in loose)):  # a mere counter is no weight
+        return {'': loaded}
     return found
 
 

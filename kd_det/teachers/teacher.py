@@ -294,8 +294,10 @@ class Teacher:
         return [InstanceData(bboxes=each.bboxes, scores=each.scores, labels=each.labels) for each in found]
 
     def fingerprint(self) -> str:
-        """SHA-256 over all parameters and buffers as they were loaded; another once something has written to those that
-        this rank holds."""
+        """SHA-256 over all parameters and buffers as they were loaded.
+
+        It is another once something has written to those that this rank holds.
+        """
         digest = self._compute_digest()
         return self._digests[0] if self._digests is not None and self._digests[1] == digest else digest
 

@@ -27,8 +27,10 @@ CHECKPOINT_KEY = 'distill'
 
 @HOOKS.register_module()
 class DistillHook(Hook):
-    """What distillation needs of the training loop. Every distillation config lists it:
-    ``default_hooks=dict(distill=dict(type='DistillHook'))``. With a plain detector it only tells the epoch.
+    """What distillation needs of the training loop.
+
+    Every distillation config lists it: ``default_hooks=dict(distill=dict(type='DistillHook'))``. With a plain detector
+    it only tells the epoch.
 
     - Before training the teacher is loaded, evaluated (pre-flight), and a table tells where all weights came from.
     - Each step the weights' schedules move, and the random numbers are set from seed and iteration, so that a resumed
@@ -49,7 +51,7 @@ class DistillHook(Hook):
     """
     priority = 'ABOVE_NORMAL'  # before EMAHook exchanges weights at the same point
 
-    def __init__(self, preflight: dict | None = dict(images=64, min_map=0.01)) -> None:
+    def __init__(self, preflight: dict | None = dict(images=64, min_map=0.01)) -> None:  # noqa: B006
         self.preflight = None if preflight is None else {**dict(images=64, min_map=0.01), **preflight}
         self._fingerprints = []
 

@@ -45,8 +45,8 @@ class ReplayedRandomness(BaseTransform):
     resumed sees the images of one that was not, with persistent workers too. Random numbers of other transforms are not
     moved.
 
-    The epoch is known from :class:`~kd_det.training.hooks.DistillHook`; where it is not in the config, and where training counts
-    iterations, all images stay in their first variant.
+    The epoch is known from :class:`~kd_det.training.hooks.DistillHook`; where it is not in the config, and where
+    training counts iterations, all images stay in their first variant.
 
     Args:
         transforms: Random transforms, in their order.

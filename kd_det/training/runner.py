@@ -36,8 +36,11 @@ def build_optimizer(runner: Runner) -> None:
 
 
 def use_one_metainfo(loop: BaseLoop | None) -> None:
-    """Lets metrics and pictures of a loop have one ``metainfo`` where joined data sets have several, as with palettes of
-    their own: MMDetection takes it for a dict, and would end after the last image of the first validation."""
+    """Lets metrics and pictures of a loop have one ``metainfo`` where joined data sets have several.
+
+    They have as with palettes of their own. MMDetection takes it for a dict, and would end after the last image of the
+    first validation.
+    """
     dataset = getattr(getattr(loop, 'dataloader', None), 'dataset', None)
     if isinstance(getattr(dataset, 'metainfo', None), (list, tuple)):
         loop.runner.visualizer.dataset_meta = metainfo_of(dataset)

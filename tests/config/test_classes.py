@@ -130,7 +130,8 @@ def test_a_name_that_is_no_category_shifts_the_labels(built):
 
 
 def test_names_within_wrappers(built):
-    parts = [built(COCO, metainfo=dict(classes=('ant', 'zebra'), palette=palette)) for palette in ([(0, 0, 0)] * 2, None)]
+    parts = [built(COCO, metainfo=dict(classes=('ant', 'zebra'), palette=palette))
+             for palette in ([(0, 0, 0)] * 2, None)]
     joined = ConcatDataset(parts)
     assert isinstance(joined.metainfo, list)
     assert label_names(Subset(joined, [0])) == label_names(RepeatDataset(parts[0], 2)) == ('zebra', 'ant')

@@ -1,4 +1,4 @@
-"""Heads that are no subclass of a known one, or override what is read, are read once it is declared what they are like."""
+"""Heads that are no subclass of a known one, or override what is read, are read once it is said what they are like."""
 import copy
 
 import pytest

@@ -185,7 +185,8 @@ def fonts(monkeypatch):
         monkeypatch.setattr(pictures.font_manager, 'findSystemFonts', list)
         charmap = pictures._read_signs.__wrapped__
         monkeypatch.setattr(pictures, '_read_signs',
-                            lambda file: set(map(ord, more[file])) if file in more else charmap(file))
+                            lambda file:
+                            set(map(ord, more[file])) if file in more else charmap(file))
         pictures._find_fonts.cache_clear()
 
     yield make
