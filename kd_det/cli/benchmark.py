@@ -11,12 +11,12 @@ from kd_det.cli.common import (
     ConfigAction,
     add_image_option,
     add_inheritance_option,
+    add_tracking_option,
     add_weight_options,
     inherited_parts,
     print_tables,
     read_options,
 )
-from kd_det.cli.tracking import add_tracking_option
 from kd_det.config.choices import SPLITS
 
 if TYPE_CHECKING:

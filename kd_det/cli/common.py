@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_det.config.choices import PAPER, RATIO
+from kd_det.config.tracking import PACKAGES
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -56,6 +57,12 @@ def _image_count(text: str) -> int | None:
     if not text.isdigit() or int(text) == 0:
         raise ArgumentTypeError(f"expected all, none, or a whole number of at least 1, got '{text}'")
     return int(text)
+
+
+def add_tracking_option(parser: ArgumentParser) -> None:
+    """Adds ``--track``."""
+    parser.add_argument('--track', nargs='+', choices=list(PACKAGES), default=(), metavar='TRACKER',
+                        help=f"log to {', '.join(PACKAGES)} too; losses of terms are loss_*, their parts distill/*")
 
 
 def add_config_options(parser: ArgumentParser) -> None:

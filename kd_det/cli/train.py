@@ -5,8 +5,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd_det.cli.common import add_image_option, add_run_options, apply_run_options
-from kd_det.cli.tracking import add_tracking_option, track
+from kd_det.cli.common import add_image_option, add_run_options, add_tracking_option, apply_run_options
+from kd_det.config.tracking import track
 
 if TYPE_CHECKING:
     from mmengine.config import Config

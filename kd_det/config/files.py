@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -205,3 +206,9 @@ def training_pipelines(config: Config) -> list[list[dict]]:
         wrappers.append(node)
         node = node['dataset']
     return [list(each.get('pipeline') or ()) for each in (*leaf_datasets(loader['dataset']), *wrappers)]
+
+
+def suggest_names(name: str, names: Iterable[str]) -> str:
+    """Makes a sentence of the names that are most like a wrong one; empty where none is."""
+    found = get_close_matches(name, sorted(names))
+    return f" Nearest names: {', '.join(found)}." if found else ''

@@ -16,8 +16,8 @@ from kd_det.checks.checkpoints import inspect_checkpoint
 from kd_det.checks.doctor import check_config, inspect_data
 from kd_det.checks.environment import raise_faults
 from kd_det.checks.image_reader import Memory
-from kd_det.cli.tracking import track
 from kd_det.config import ConfigurationError
+from kd_det.config.tracking import track
 from kd_det.study.fidelity import add_fidelity
 from kd_det.study.pair import Pair, adapt_config, hash_data, hash_weights, read_pair
 from kd_det.study.results import format_markdown, make_run_entry, mark_twins, summarize, summarize_fidelity, tabulate

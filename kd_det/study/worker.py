@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 
 from kd_det.checks.doctor import check_config
-from kd_det.cli.main import describe
-from kd_det.cli.tracking import track
-from kd_det.compat.process import use_any_encoding
+from kd_det.compat.process import describe, use_any_encoding
 from kd_det.config.files import load_config
+from kd_det.config.tracking import track
 from kd_det.study.runs import train, use_fast_coco_evaluation
 
 

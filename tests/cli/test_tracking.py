@@ -5,9 +5,9 @@ import pytest
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from kd_det.cli import tracking
-from kd_det.cli.tracking import track
+from kd_det.config import tracking
 from kd_det.config.files import ConfigurationError
+from kd_det.config.tracking import track
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import os
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,12 +12,6 @@ if TYPE_CHECKING:
 
 # Tracker -> (what to install, the module that has to be there).
 PACKAGES = dict(tensorboard=('tensorboard', 'tensorboard'), wandb=('wandb', 'wandb'), mlflow=('mlflow', 'mlflow'))
-
-
-def add_tracking_option(parser: ArgumentParser) -> None:
-    """Adds ``--track``."""
-    parser.add_argument('--track', nargs='+', choices=list(PACKAGES), default=(), metavar='TRACKER',
-                        help=f"log to {', '.join(PACKAGES)} too; losses of terms are loss_*, their parts distill/*")
 
 
 def track(config: Config, trackers: Sequence[str], name: str | None = None) -> None:
