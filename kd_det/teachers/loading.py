@@ -77,7 +77,7 @@ def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str
             ``'ema_'`` also undoes MMDetection 2's ``ema_backbone_conv1_weight``.
 
     Returns:
-        The checkpoint's ``meta``, see :func:`~kd_det.compat.load_checkpoint`.
+        The checkpoint's ``meta``, see :func:`~kd_det.compat.checkpoint.load_checkpoint`.
 
     Raises:
         CheckpointError: The file has no weights, or several and no prefix tells which, or none with the prefix; or keys

@@ -55,7 +55,9 @@ def modulated_deform_conv_forward(input: Tensor, weight: Tensor, bias: Tensor, o
     """Writes ``output``, (N, C_out, H_out, W_out).
 
     Args:
-        input, weight, offset: as in :func:`deform_conv_forward`.
+        input: as in :func:`deform_conv_forward`.
+        weight: as there.
+        offset: as there.
         bias: (C_out,); empty unless ``with_bias``.
         mask: (N, deformable_group * kernel_h * kernel_w, H_out, W_out), the weight of each sample.
 
