@@ -15,6 +15,29 @@ compat.install()
 
 # Public names -> the modules that have them, which are imported when a name is first asked for.
 _PUBLIC = {
+    'distill': 'kd_det.training.runs',
+    'train': 'kd_det.training.runs',
+    'evaluate': 'kd_det.training.runs',
+    'export': 'kd_det.training.runs',
+    'benchmark': 'kd_det.study.benchmark',
+    'sweep': 'kd_det.study.benchmark',
+    'measure_step_costs': 'kd_det.study.step_costs',
+    'inspect': 'kd_det.study.inspection',
+    'report': 'kd_det.study.report',
+    'measure_fidelity': 'kd_det.study.fidelity',
+    'doctor': 'kd_det.checks.environment',
+    'methods': 'kd_det.config.methods',
+    'RunResult': 'kd_det.training.runs',
+    'ExportedStudent': 'kd_det.training.runs',
+    'BenchmarkResult': 'kd_det.study.benchmark',
+    'StepCosts': 'kd_det.study.step_costs',
+    'Inspection': 'kd_det.study.inspection',
+    'Diagnosis': 'kd_det.checks.environment',
+    'Methods': 'kd_det.config.methods',
+    'ConfigurationError': 'kd_det.config',
+    'DiagnosisError': 'kd_det.checks.environment',
+    'CheckpointError': 'kd_det.compat',
+    'TeacherError': 'kd_det.teachers',
     'MMDETECTION_ERROR': 'kd_det.compat.registration',
 }
 

@@ -1,9 +1,13 @@
-"""What every distillation term may read in one step, and nothing else."""
+"""What the terms and masks may read in one step: the whole step, and one level of it.
+
+A term is given a :class:`DistillContext`; a mask and a distance are given a :class:`ComparedLevel`, which leads to the
+context of its step.
+"""
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +36,13 @@ class Progress(NamedTuple):
 class DistillContext:
     """One step as the terms see it. It is made anew each step and nothing keeps it.
 
+    N is the number of images, K that of classes. Features, boxes and outputs are on one device, in the precision of the
+    model; terms run outside of autocast, and compute in float32.
+
+    What several terms, masks or levels need is computed once a step, by :meth:`once`. ``dataclasses.replace`` makes a
+    context that has computed nothing yet, for what it would be computed from may have changed; the valid cells alone
+    are handed on, each kept with all that it depends on.
+
     Attributes:
         student: Tapped features by module path; each a tuple of (N, C, H, W), finest level as the module orders them.
         teachers: The same of each teacher, without gradient.
@@ -47,6 +58,7 @@ class DistillContext:
         progress: Iterations and epochs done.
         student_outputs: What the student's heads put out, of the heads that terms ask for, by name.
         teacher_outputs: The same of each teacher, without gradient.
+        valid_cells: What :meth:`valid` has computed, by shape, shapes of the images and of the batch, and device.
     """
     student: dict[str, Features]
     teachers: list[dict[str, Features]]
@@ -56,18 +68,67 @@ class DistillContext:
     labels: list[Tensor]
     batch_shape: tuple[int, int]
     image_shapes: list[tuple[int, int]]
-    progress: Progress = Progress()  # noqa: RUF009  a frozen one
+    progress: Progress = Progress()
     labelled: tuple[bool, ...] | None = None
     student_outputs: StudentOutputs = field(default_factory=dict)
     teacher_outputs: list[TeacherOutputs] = field(default_factory=list)
-    _computed: dict[Hashable, object] = field(default_factory=dict, repr=False)
+    valid_cells: dict[Hashable, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _computed: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @classmethod
+    def of_features(
+        cls,
+        student: Tensor | Sequence[Tensor],
+        teacher: Tensor | Sequence[Tensor],
+        stride: Stride | Sequence[Stride] = 8,
+        boxes: Sequence[Tensor] | None = None,
+        labels: Sequence[Tensor] | None = None,
+        image_shapes: Sequence[tuple[int, int]] | None = None,
+        batch_shape: tuple[int, int] | None = None,
+        tap: str = 'neck',
+        **others: Any,
+    ) -> DistillContext:
+        """The step of one tap of a student and of one teacher, from plain tensors: for examples, tests and notebooks.
+
+        Args:
+            student: (N, C, H, W), or one for each level, the finest first.
+            teacher: (N, C', H, W), or one for each level.
+            stride: Of the finest level, in pixels, each next level having twice that; or one for each level.
+            boxes: One (n, 4) of x1, y1, x2, y2 in pixels per image; no boxes by default.
+            labels: One (n,) of class indices per image; 0 by default.
+            image_shapes: Height and width of each image in pixels; ``batch_shape`` by default, which is no padding.
+            batch_shape: Height and width of the padded batch in pixels; what the first level covers by default.
+            tap: The name of the tap.
+            **others: Other attributes, such as ``labelled`` or ``teacher_outputs``.
+
+        Example:
+            >>> import torch
+            >>> context = DistillContext.of_features(torch.zeros(2, 16, 8, 12), torch.zeros(2, 32, 8, 12), stride=8,
+            ...                                      image_shapes=[(64, 96), (32, 40)])
+            >>> context.batch_shape, [len(boxes) for boxes in context.boxes]
+            ((64, 96), [0, 0])
+            >>> context.valid((8, 12)).sum((1, 2))
+            tensor([96, 20])
+        """
+        students, teachers = ((each, ) if isinstance(each, Tensor) else tuple(each) for each in (student, teacher))
+        strides = [stride * 2**index for index in range(len(students))] if isinstance(stride, (int, float)) else stride
+        images, _, height, width = students[0].shape
+        batch_shape = batch_shape or (round(height * strides[0]), round(width * strides[0]))
+        boxes = [students[0].new_zeros(0, 4)] * images if boxes is None else list(boxes)
+        labels = [each.new_zeros(len(each), dtype=torch.long) for each in boxes] if labels is None else list(labels)
+        student_specs, teacher_specs = (tuple(LevelSpec(level.shape[1], each) for level, each in zip(levels, strides))
+                                        for levels in (students, teachers))
+        return cls(
+            student={tap: students}, teachers=[{tap: teachers}], student_levels={tap: student_specs},
+            teacher_levels=[{tap: teacher_specs}], boxes=boxes, labels=labels, batch_shape=batch_shape,
+            image_shapes=[batch_shape] * images if image_shapes is None else list(image_shapes), **others)
 
     @property
     def device(self) -> torch.device:
         return self.boxes[0].device
 
     def valid(self, feature_shape: Sequence[int]) -> Tensor:
-        """The cells that hold a part of an image and not only padding.
+        """The cells that hold a part of an image and not only padding; computed once for each shape.
 
         Args:
             feature_shape: Height and width of the level, in cells.
@@ -75,12 +136,15 @@ class DistillContext:
         Returns:
             (N, H, W) of bool.
         """
-        shape = tuple(feature_shape)
-        return self.once(('valid', shape), lambda: valid_cells(self.image_shapes, self.batch_shape, shape, self.device))
+        height, width = feature_shape
+        key = (height, width), self.batch_shape, tuple(self.image_shapes), self.device
+        if key not in self.valid_cells:
+            self.valid_cells[key] = valid_cells(self.image_shapes, self.batch_shape, (height, width), self.device)
+        return self.valid_cells[key]
 
     @property
     def fully_labelled(self) -> bool:
-        """Whether it is known of every image what it shows."""
+        """Whether it is known of every image what it shows: whether all cells without a box are background."""
         return self.labelled is None or all(self.labelled)
 
     def where_labelled(self, values: Tensor) -> Tensor:
@@ -90,15 +154,35 @@ class DistillContext:
         return values * values.new_tensor(self.labelled).view(-1, *[1] * (values.dim() - 1))
 
     def once(self, key: Hashable, compute: Callable[[], Result]) -> Result:
-        """Computes once in this step what several levels or terms need.
+        """Computes once in this step what several levels, masks or terms need.
 
         Args:
-            key: Tells this result from all others; the same for all that share it.
-            compute: Makes it.
+            key: Tells this result from all others: a word of its own, and every argument that it depends on beside the
+                context, such as the level's shape, the teacher's index, the name of a head.
+            compute: Makes it; called the first time alone. What it returns is shared: nobody writes into it.
+
+        Example:
+            >>> import torch
+            >>> context = DistillContext.of_features(torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4, 4))
+            >>> context.once(('box counts', ), lambda: [len(boxes) for boxes in context.boxes])
+            [0, 0]
         """
         if key not in self._computed:
             self._computed[key] = compute()
-        return self._computed[key]
+        return cast(Result, self._computed[key])
+
+    def read_level(self, index: int = 0, tap: str | None = None, teacher_index: int = 0) -> ComparedLevel:
+        """A level as both detectors have it, without an adapter: what a mask is given where the widths are equal.
+
+        Args:
+            index: Of the level among the student's.
+            tap: The student's and the teacher's; the first by default.
+            teacher_index: Which of the teachers.
+        """
+        tap = next(iter(self.student)) if tap is None else tap
+        student, teacher = self.student[tap][index], self.teachers[teacher_index][tap][index]
+        strides = tuple(spec.stride for spec in self.student_levels[tap])
+        return ComparedLevel(student, teacher, student, index, strides, self, teacher_index)
 
 
 @dataclass
@@ -106,28 +190,42 @@ class ComparedLevel:
     """One level of one tap in one step: what a mask and a distance look at.
 
     Attributes:
-        student: (N, C, H, W), after the adapter.
-        teacher: (N, C, H, W), without gradient.
-        stride: Of the level, in pixels.
-        index: Of the level among the student's.
-        context: The step.
+        student: (N, C, H, W), after the adapter: as wide as the teacher's. A mask detaches it.
+        teacher: (N, C, H, W), without gradient; resized to the student's cells where the term does that.
+        raw_student: (N, C', H, W), before the adapter: as wide as the student is.
+        index: Of the level among the student's, as its module orders them; mostly the finest first.
+        strides: Of all levels of the student's tap, in pixels, in the same order, whichever of them are compared.
+        context: The step: boxes, image shapes, outputs of heads, and what others have computed.
         teacher_index: Which of the teachers it is.
+
+    Example:
+        >>> import torch
+        >>> level = DistillContext.of_features(torch.ones(2, 3, 4, 6), torch.ones(2, 3, 4, 6), 16).read_level()
+        >>> level.shape, level.stride, level.valid.shape
+        ((4, 6), 16, torch.Size([2, 4, 6]))
     """
     student: Tensor
     teacher: Tensor
-    stride: Stride
+    raw_student: Tensor
     index: int
+    strides: tuple[Stride, ...]
     context: DistillContext
     teacher_index: int = 0
 
     @property
+    def stride(self) -> Stride:
+        """Of the level, in pixels; a float where it is not whole."""
+        return self.strides[self.index]
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Height and width of the level, in cells."""
-        return tuple(self.teacher.shape[-2:])
+        height, width = self.teacher.shape[-2:]
+        return height, width
 
     @property
     def valid(self) -> Tensor:
-        """(N, H, W) of bool: the cells that hold a part of an image."""
+        """(N, H, W) of bool: the cells that hold a part of an image; the others are padding."""
         return self.context.valid(self.shape)
 
 

@@ -7,11 +7,13 @@ MMEngine's ``_scope_``; and what this package builds of its own is found from wi
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
+from pkgutil import iter_modules
 from typing import Any
 
 import mmdet.registry
@@ -27,7 +29,7 @@ from kd_det.compat.startup import REGISTRATION
 HOME = 'mmdet'  # this package's classes join MMDetection's registries
 
 
-def scope_of(config: Mapping) -> str:
+def scope_of(config: Mapping[str, Any]) -> str:
     """The scope of a config: MMDetection's where it names none, as pure-Python configs do, whose types are classes."""
     return config.get('default_scope') or HOME
 
@@ -77,7 +79,7 @@ def add_nodes(scope: str) -> dict[str, Registry]:
             for name, node in lacking.items()}
 
 
-def find_class(registry: Registry, config: Mapping, otherwise: str | None = None) -> Any | None:
+def find_class(registry: Registry, config: Mapping[str, Any], otherwise: str | None = None) -> Any | None:
     """What the ``type`` of a dict stands for: a class, or a function; None where no registry has it.
 
     Args:
@@ -96,19 +98,37 @@ def find_class(registry: Registry, config: Mapping, otherwise: str | None = None
     return None
 
 
-def build_detector(model: Mapping) -> nn.Module:
+def build_detector(model: Mapping[str, Any]) -> nn.Module:
     """Builds a detector from its model dict, which stays as it is, within the scope that the dict carries.
 
     Where it carries none, the scope that holds is that of its config: a run's, or :func:`within_scope`.
     """
     with within_scope(model.get('_scope_')):
-        return MODELS.build(copy.deepcopy(model))  # building may write into a config
+        detector: nn.Module = MODELS.build(copy.deepcopy(model))  # building may write into a config
+    return detector
 
 
-def build_own(registry: Registry, config: Mapping) -> Any:
+def build_own(registry: Registry, config: Mapping[str, Any]) -> Any:
     """Builds a term, a mask or a weight. One of this package need not be named with its scope, whatever scope holds."""
     with nullcontext() if find_class(registry, config) is not None else DefaultScope.overwrite_default_scope(HOME):
         return registry.build(config)
+
+
+def import_registered(package: str) -> dict[str, type]:
+    """Imports every module of a package that is being imported, so that what they hold is registered.
+
+    Who adds a term or a mask adds a file, and nothing else.
+
+    Args:
+        package: Its name.
+
+    Returns:
+        The classes that its own modules register as models, by name.
+    """
+    modules = [import_module(f'{package}.{each.name}') for each in iter_modules(sys.modules[package].__path__)]
+    registered = MODELS.module_dict.values()
+    return {name: value for module in modules for name, value in vars(module).items()
+            if isinstance(value, type) and value.__module__ == module.__name__ and value in registered}
 
 
 SCOPE = 'kd_det'

@@ -106,7 +106,7 @@ class Taps:
 
     @contextmanager
     def capture(self, paths: Iterable[str] | None = None,
-                stop: bool = False) -> Iterator[dict[str, Features | tuple[Features, ...]]]:
+                stop: bool = False) -> Iterator[dict[str, Any]]:
         """Reads one forward.
 
         Args:
@@ -116,13 +116,14 @@ class Taps:
                 rest of the model nor the statements of the block after the forward run.
 
         Yields:
-            A dict that is filled when the block ends: path -> tuple of (N, C, H, W), one per level; or tuples of those.
+            A dict that is filled when the block ends: path -> tuple of (N, C, H, W), one per level; or, ``grouped``, a
+            tuple of those.
 
         Raises:
             TapError: A tapped module did not run, ran more than once, or returned no feature; or a later layer wrote
                 into what it returned.
         """
-        features: dict[str, Features | tuple[Features, ...]] = {}
+        features: dict[str, Any] = {}
         paths = self.paths if paths is None else tuple(dict.fromkeys(paths))
         self._seen, self._kind = {path: [] for path in paths}, (paths, stop)
         try:

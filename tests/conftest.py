@@ -14,7 +14,7 @@ from mmengine.config import ConfigDict
 from mmengine.registry import init_default_scope
 from mmengine.runner import set_random_seed
 
-from kd_det.context import DistillContext, LevelSpec
+from kd_det.context import DistillContext
 
 torch.set_num_threads(1)
 
@@ -382,12 +382,8 @@ def make_context():
     """Makes the context of a step from features of one stride, boxes and shapes."""
 
     def make(student, teacher, boxes, batch_shape=(64, 96), image_shapes=None, stride=8) -> DistillContext:
-        return DistillContext(
-            student=dict(neck=(student, )), teachers=[dict(neck=(teacher, ))],
-            student_levels=dict(neck=(LevelSpec(student.shape[1], stride), )),
-            teacher_levels=[dict(neck=(LevelSpec(teacher.shape[1], stride), ))],
-            boxes=boxes, labels=[torch.zeros(len(each), dtype=torch.long) for each in boxes], batch_shape=batch_shape,
-            image_shapes=image_shapes or [batch_shape] * len(student))
+        return DistillContext.of_features(student, teacher, stride, boxes, image_shapes=image_shapes,
+                                          batch_shape=batch_shape)
 
     return make
 

@@ -1,18 +1,24 @@
-"""What an inspection found, and the error that several of them make."""
+"""What a check found; the installation; and ``kd_det.doctor``, which must run where MMDetection can not be imported."""
 from __future__ import annotations
 
 import locale
 import platform
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kd_det import __version__
+from kd_det.compat.console import TextTable
 from kd_det.compat.process import files_are_utf8
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,11 @@ class Finding:
     found: str
     remedy: str = ''
     fault: bool = False
+
+    @property
+    def mark(self) -> str:
+        """``'fault'``, ``'note'`` where something may be done, or ``'ok'``."""
+        return 'fault' if self.fault else 'note' if self.remedy else 'ok'
 
 
 class DiagnosisError(ValueError):
@@ -110,3 +121,67 @@ def _inspect_device() -> Finding:
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         return Finding('GPU', ', '.join(names))
     return Finding('GPU', 'none; runs use the CPU, which is enough for small data only')
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was looked at, what it is like, and what to do about it.
+
+    Attributes:
+        findings: One after the other; those with ``fault`` would stop a run.
+    """
+    findings: tuple[Finding, ...]
+
+    @property
+    def faults(self) -> int:
+        """How many would stop a run."""
+        return sum(finding.fault for finding in self.findings)
+
+    def tabulate(self) -> TextTable:
+        """Makes a table of the findings; of those of several lines the first."""
+        rows = [(finding.mark, finding.subject, lines[0] + (' (below)' if lines[1:] else ''), finding.remedy)
+                for finding in self.findings for lines in [finding.found.splitlines() or ['']]]
+        return TextTable('', ('', 'Looked at', 'Found', 'What to do'), rows, words=range(4))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the findings as JSON can hold them."""
+        return dict(faults=self.faults, findings=[asdict(finding) for finding in self.findings])
+
+    def _repr_html_(self) -> str:
+        return self.tabulate().to_html()
+
+
+def doctor(config: str | Path | Config | None = None, *, teacher_checkpoint: str | Path | None = None,
+           check_images: int | None = None, data_root: str | None = None,
+           options: dict[str, Any] | None = None) -> Diagnosis:
+    """Checks the installation, and a config: what would fail, and what to do about it.
+
+    Args:
+        config: Also look at this: a file, ``'package::folder/file.py'``, or a config.
+        teacher_checkpoint: Check this file as the teacher's weights.
+        check_images: Look at so many images of each data set; at all by default.
+        data_root: Folder of the data, in place of the config's.
+        options: Settings that override the config, by dotted key.
+    """
+    findings = list(inspect_environment())
+    if config is not None and not any(finding.fault for finding in findings):
+        from mmengine.config import Config
+
+        from kd_det.checks.doctor import inspect_config  # needs MMDetection, which may be what is at fault
+        from kd_det.config.files import ConfigurationError, is_distillation, load_config
+        from kd_det.config.options import resolve_config
+        from kd_det.registry import prepare_without_runner
+        try:
+            resolved = load_config(config) if not isinstance(config, Config) else config
+            prepare_without_runner(resolved, seed=0)
+            resolved = resolve_config(resolved, data_root, options)
+            if teacher_checkpoint:
+                if not is_distillation(resolved):
+                    raise ConfigurationError(
+                        '--teacher-checkpoint: the config has no teacher, its model is a plain detector')
+                resolved.model.teacher.checkpoint = str(teacher_checkpoint)
+            name = config.filename or 'Config' if isinstance(config, Config) else config
+            findings += [Finding('config', str(name)), *inspect_config(resolved, check_images)]
+        except (ConfigurationError, OSError) as error:
+            findings.append(Finding('config', str(error), 'Correct the config', fault=True))
+    return Diagnosis(tuple(findings))

@@ -1,4 +1,4 @@
-"""Noise for training data, of the sizes that a config trains on, and random weights for trained ones."""
+"""Batches of noise in place of training data: of the sizes that a config trains on, with all that detectors ask for."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -13,12 +13,7 @@ from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
 from kd_det.config.classes import number_of_classes
-from kd_det.config.files import type_name
-from kd_det.context import Progress
-from kd_det.distillers import DetectionDistiller
-from kd_det.distillers.schedules import Schedule
-from kd_det.registry import build_detector
-from kd_det.teachers.loading import remove_pretrained
+from kd_det.config.files import training_pipelines, type_name
 from kd_det.teachers.probe import find_input_channels
 
 Size = tuple[int, int]  # height and width, in pixels
@@ -77,20 +72,8 @@ def training_sizes(config: Config, originals: Sequence[Size] = USUAL_SIZES) -> l
         config: The config.
         originals: Sizes of the images as they are loaded.
     """
-    loader = config.get('train_dataloader')
-    pipelines = _pipelines(loader['dataset']) if loader else [[]]
-    sizes = [size for pipeline in pipelines for size in _after(pipeline, list(originals))]
+    sizes = [size for pipeline in training_pipelines(config) or [[]] for size in _after(pipeline, list(originals))]
     return list(dict.fromkeys((max(height, 1), max(width, 1)) for height, width in sizes))
-
-
-def _pipelines(dataset: dict) -> list[list[dict]]:
-    """What the images of each data set go through, the transforms of wrappers last."""
-    inner, own = dataset.get('datasets', dataset.get('dataset')), list(dataset.get('pipeline') or ())
-    if inner is None:
-        return [own]
-    within = [pipeline for each in (inner if isinstance(inner, (list, tuple)) else [inner])
-              for pipeline in _pipelines(each)]
-    return [[*pipeline, *own] for pipeline in within]
 
 
 def _after(pipeline: Sequence[dict | Sequence[dict]], sizes: list[Size]) -> list[Size]:
@@ -178,18 +161,3 @@ def _padded(size: Size, step: dict) -> Size:
 
 def _pair(value: float | Sequence[float]) -> Sequence[float]:
     return value if isinstance(value, (list, tuple)) else (value, value)
-
-
-def random_distiller(config: Config, device: str | torch.device = 'cpu') -> DetectionDistiller:
-    """The distiller of a config, with random weights, which take as long, and every term at its full weight."""
-    teachers = [config.model.teacher] if isinstance(config.model.teacher, dict) else config.model.teacher
-    for teacher in teachers:
-        teacher.update(checkpoint=None, random_teacher=True, cache=None)
-    config.model.student = remove_pretrained(config.model.student)
-    distiller = build_detector(config.model).to(device).train()
-    distiller.student.init_weights()  # some parts are whatever the memory held before
-    distiller.schedules = {name: Schedule(weight.full) for name, weight in distiller.schedules.items()}
-    distiller.progress = Progress(iteration=1)  # no gradients are compared in this step,
-    for balance in distiller.monitor.balances.values():
-        balance.start = 1  # but the first time that it is made
-    return distiller

@@ -1,20 +1,16 @@
 """The options that several commands share, and what they do to a config."""
 from __future__ import annotations
 
-import os
 from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_det.config.choices import PAPER, RATIO
-from kd_det.config.tracking import PACKAGES
+from kd_det.config.choices import PAPER, RATIO, TRACKERS
 
 if TYPE_CHECKING:
-    from mmengine.config import Config
     from rich.console import Console
 
-    from kd_det.study.tables import TextTable
+    from kd_det.compat.console import TextTable
 
 
 class ConfigAction(Action):
@@ -59,12 +55,6 @@ def _image_count(text: str) -> int | None:
     return int(text)
 
 
-def add_tracking_option(parser: ArgumentParser) -> None:
-    """Adds ``--track``."""
-    parser.add_argument('--track', nargs='+', choices=list(PACKAGES), default=(), metavar='TRACKER',
-                        help=f"log to {', '.join(PACKAGES)} too; losses of terms are loss_*, their parts distill/*")
-
-
 def add_config_options(parser: ArgumentParser) -> None:
     """Adds the options that change a config."""
     parser.add_argument('--data-root', metavar='DIR', help="folder of the data, in place of the config's data_root")
@@ -89,27 +79,10 @@ def add_run_options(parser: ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, metavar='RANK', help='set by the launcher')
 
 
-def apply_config_options(config: Config, options: Namespace) -> None:
-    """Applies what :func:`add_config_options` added."""
-    from kd_det.config.files import set_data_root
-    from kd_det.config.options import merge_options
-    if options.data_root:
-        set_data_root(config, options.data_root)
-    merge_options(config, read_options(options.cfg_options))
-
-
-def apply_run_options(config: Config, options: Namespace, name: str) -> None:
-    """Applies what :func:`add_run_options` added.
-
-    Args:
-        config: The config; changed.
-        options: The parsed command line.
-        name: Of the work dir within ``work_dirs/``, unless the config or the command line give another.
-    """
-    os.environ.setdefault('LOCAL_RANK', str(options.local_rank))
-    apply_config_options(config, options)
-    config.launcher = options.launcher
-    config.work_dir = options.work_dir or config.get('work_dir') or str(Path('work_dirs') / name)
+def add_tracking_option(parser: ArgumentParser) -> None:
+    """Adds ``--track``: sends logs to experiment trackers beside mmengine's own files."""
+    parser.add_argument('--track', nargs='+', choices=TRACKERS, default=(), metavar='TRACKER',
+                        help=f"log to {', '.join(TRACKERS)} too; losses of terms are loss_*, their parts distill/*")
 
 
 def add_inheritance_option(parser: ArgumentParser) -> None:

@@ -1,16 +1,14 @@
 """``kd-det distill``: composes a distillation out of a student's config and a teacher, saves it, and trains it."""
 from __future__ import annotations
 
-import os
 import shlex
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kd_det.cli.common import add_inheritance_option, add_weight_options, inherited_parts
-from kd_det.cli.train import add_training_options, apply_training_options, train
+from kd_det.cli.train import add_training_options, read_training_options
 from kd_det.config.choices import FAMILIES
-from kd_det.config.methods import available_methods, name_sum
+from kd_det.config.methods import available_methods
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -40,35 +38,21 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    from kd_det.checks.doctor import check_config
-    from kd_det.config.composition import distillation_config, ensemble
-    from kd_det.config.files import renamed
-    checkpoints = options.teacher_checkpoint
-    config = distillation_config(options.student, options.teacher, checkpoints[0], options.method,
-                                 inherited_parts(options), options.family, options.balance)
-    several = f'_{len(checkpoints)}_teachers' if len(checkpoints) > 1 else ''
-    name = f'{Path(options.student).stem}_{name_sum(options.method)}{several}'
-    if several:
-        config = ensemble(config, checkpoints)
-    apply_training_options(config, options, name)  # last: what is set of a term holds for all teachers, or for one
-    config = renamed(config, Path(config.work_dir) / f'{name}.py')
-    check_config(config, splits=('train', 'val'))  # before anything is written
-    if int(os.environ.get('RANK', 0)) == 0:
-        save(config)
-    train(config, options.resume, options.check_images)
+    from kd_det.training.runs import distill
+    distill(options.student, options.teacher, options.teacher_checkpoint, options.method,
+            inherit=inherited_parts(options), balance=options.balance, family=options.family, on_config=show,
+            **read_training_options(options))
     return 0
 
 
-def save(config: Config) -> None:
-    """Shows the config and saves it under its name, so that ``kd-det train`` and ``tools/train.py`` repeat the run."""
+def show(config: Config) -> None:
+    """Shows the config, and how ``kd-det train`` or ``tools/train.py`` repeat the run."""
     from rich.syntax import Syntax
     from rich.text import Text
 
     from kd_det.compat.console import PlainConsole
     console = PlainConsole()
     console.print(Syntax(config.pretty_text, 'python', background_color='default'))
-    Path(config.filename).parent.mkdir(parents=True, exist_ok=True)
-    config.dump(config.filename)
     saved = Text.assemble('This config is saved as ', (config.filename, 'bold'),
                           f'. To repeat the run: kd-det train {shlex.quote(config.filename)}')
     console.print(saved, soft_wrap=True)  # so that the command can be copied

@@ -2,15 +2,14 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from kd_det.cli.common import add_config_options, add_image_option, apply_config_options
+from kd_det.cli.common import add_config_options, add_image_option, read_options
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from kd_det.checks.environment import Finding
+    from kd_det.checks.environment import Diagnosis
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -23,54 +22,28 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> int:
     from rich.text import Text
 
-    from kd_det.checks.environment import inspect_environment
+    from kd_det.checks.environment import doctor
     from kd_det.compat.console import PlainConsole
-    findings = list(inspect_environment())
-    installed = not any(finding.fault for finding in findings)
-    if options.config and installed:
-        findings.extend(diagnose_config(options))
-    faults = sum(finding.fault for finding in findings)
+    diagnosis = doctor(options.config, teacher_checkpoint=options.teacher_checkpoint,
+                       check_images=options.check_images, data_root=options.data_root,
+                       options=read_options(options.cfg_options) if options.cfg_options else None)
     console = PlainConsole()
-    console.print(render(findings))
-    for finding in findings:  # side by side what a column of the table has no room for
+    console.print(render(diagnosis))
+    for finding in diagnosis.findings:  # side by side what a column of the table has no room for
         if '\n' in finding.found:
             console.print(f'{finding.subject}: {finding.found}', soft_wrap=True)
-    console.print(Text(f'Faults that would stop a run: {faults}', 'red') if faults else
+    console.print(Text(f'Faults that would stop a run: {diagnosis.faults}', 'red') if diagnosis.faults else
                   Text('No faults found.', 'green'))
-    return 1 if faults else 0
+    return 1 if diagnosis.faults else 0
 
 
-def diagnose_config(options: Namespace) -> list[Finding]:
-    """What there is to say about the config on the command line."""
-    from kd_det.checks.doctor import inspect_config
-    from kd_det.checks.environment import Finding
-    from kd_det.config.files import ConfigurationError, is_distillation, load_config
-    from kd_det.registry import prepare_without_runner
-    try:
-        config = load_config(options.config)
-        prepare_without_runner(config, seed=0)
-        apply_config_options(config, options)
-        if options.teacher_checkpoint:
-            if not is_distillation(config):
-                raise ConfigurationError(
-                    '--teacher-checkpoint: the config has no teacher, its model is a plain detector')
-            config.model.teacher.checkpoint = options.teacher_checkpoint
-        return [Finding('config', options.config), *inspect_config(config, options.check_images)]
-    except (ConfigurationError, OSError) as error:
-        return [Finding('config', str(error), 'Correct the config', fault=True)]
-
-
-def render(findings: Iterable[Finding]) -> Table:
+def render(diagnosis: Diagnosis) -> Table:
     """The findings as a table; of those of several lines the first."""
     from rich.table import Table
     from rich.text import Text
     table = Table(show_lines=False)
-    table.add_column('')
-    table.add_column('Looked at')
-    table.add_column('Found', overflow='fold')
-    table.add_column('What to do', overflow='fold')
-    for finding in findings:
-        colour, mark = ('red', 'fault') if finding.fault else ('yellow', 'note') if finding.remedy else ('green', 'ok')
-        lines = finding.found.splitlines()
-        table.add_row(Text(mark, colour), finding.subject, lines[0] + (' (below)' if lines[1:] else ''), finding.remedy)
+    for column, overflow in zip(diagnosis.tabulate().columns, ('ellipsis', 'ellipsis', 'fold', 'fold')):
+        table.add_column(column, overflow=overflow)
+    for mark, *cells in diagnosis.tabulate().rows:
+        table.add_row(Text(mark, dict(fault='red', note='yellow', ok='green')[mark]), *cells)
     return table

@@ -1,15 +1,10 @@
 """``kd-det test``: MMDetection's evaluation of a checkpoint, with its options."""
 from __future__ import annotations
 
-import copy
+import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from kd_det.cli.common import add_run_options, apply_run_options
-
-if TYPE_CHECKING:
-    from mmengine.config import Config
+from kd_det.cli.common import add_run_options, read_options
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -25,57 +20,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    from mmdet.engine.hooks.utils import trigger_visualization_hook
-    from mmdet.evaluation import DumpDetResults
-
-    from kd_det.checks.data import check_labels
-    from kd_det.checks.doctor import check_config, explain
-    from kd_det.config.files import load_config, renamed, student_config
-    from kd_det.study.pictures import names_to_draw
-    from kd_det.training.runner import build_runner, check_start, use_one_metainfo
-    config, name = student_config(load_config(options.config)), Path(options.config).stem
-    apply_run_options(config, options, name)
-    config = renamed(config, f'{name}_test.py')  # the work dir keeps the config of its training
-    config.load_from = options.checkpoint
-    if options.show or options.show_dir:
-        config = trigger_visualization_hook(config, options)
-    if options.tta:
-        augment(config)
-    check_config(config, splits=('test', ))
-    with explain(config):
-        runner = build_runner(config)
-        use_one_metainfo(runner.test_loop)
-        metrics = runner.test_loop.evaluator.metrics
-        check_labels(dict(test=runner.test_loop.dataloader.dataset), dict(test=metrics))
-        if options.out:
-            metrics.append(DumpDetResults(out_file_path=options.out))
-    check_start(runner)
-    if options.show or options.show_dir:
-        meta = runner.test_loop.dataloader.dataset.metainfo
-        runner.visualizer.dataset_meta = dict(meta, classes=names_to_draw(meta.get('classes') or ()))
-    runner.test()
+    from kd_det.training.runs import evaluate
+    os.environ.setdefault('LOCAL_RANK', str(options.local_rank))
+    evaluate(options.config, options.checkpoint, data_root=options.data_root, work_dir=options.work_dir,
+             tta=options.tta, out=options.out, show=options.show, show_dir=options.show_dir,
+             wait_time=options.wait_time, launcher=options.launcher, options=read_options(options.cfg_options))
     return 0
-
-
-def augment(config: Config) -> None:
-    """Turns on test-time augmentation: the config's own ``tta_model`` and ``tta_pipeline``, or horizontal flips."""
-    from mmengine.config import ConfigDict
-
-    from kd_det.config.files import leaf_datasets
-    from kd_det.registry import HOME
-    dataset = leaf_datasets(config.test_dataloader.dataset)[0]
-    pipeline = config.get('tta_pipeline')
-    if pipeline is None:
-        keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
-        flips = [dict(type=f'{HOME}.RandomFlip', prob=probability) for probability in (1.0, 0.0)]
-        pipeline = copy.deepcopy(dataset['pipeline'])
-        packing = [dict(type=f'{HOME}.PackDetInputs', meta_keys=keys)]
-        pipeline[-1] = dict(type='TestTimeAug', transforms=[flips, packing])
-    dataset['pipeline'] = pipeline
-    wrapper = ConfigDict(config.get('tta_model') or dict(  # its types may be classes, which ** would write as such
-        type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)))
-    wrapper.module = config.model
-    config.model = wrapper
 
 
 def _pickle_file(path: str) -> str:

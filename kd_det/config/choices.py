@@ -33,3 +33,6 @@ RATIO = 1.0  # of a method's gradient to the task's: what served best on data sm
 PAPER = 'paper'  # in place of a ratio: the weights in the method's file
 
 SPLITS = ('val', 'train')  # on which fidelity is measured
+
+# Where runs log beside MMEngine's own files; each is the module, and the package, of that name.
+TRACKERS = ('tensorboard', 'wandb', 'mlflow')

@@ -47,11 +47,11 @@ class ClassMatch(NamedTuple):
 
     def shared(self, labels: Tensor) -> Tensor:
         """The student's labels as indices among the shared classes; -1 where the class is not shared."""
-        return _look_up(labels, len(self.student), self.of_student, range(len(self.of_student)))
+        return _map_labels(labels, len(self.student), self.of_student, range(len(self.of_student)))
 
     def translated(self, detections: InstanceData) -> InstanceData:
         """The teacher's detections with the student's labels, without those of classes that the student lacks."""
-        labels = _look_up(detections.labels, len(self.teacher), self.of_teacher, self.of_student)
+        labels = _map_labels(detections.labels, len(self.teacher), self.of_teacher, self.of_student)
         kept = detections[labels >= 0]
         kept.labels = labels[labels >= 0]
         return kept
@@ -70,15 +70,13 @@ class ClassMatch(NamedTuple):
                      f"{shared} of the student's {ours} are among the teacher's {theirs}; {restricted} is restricted "
                      'to them, and follows their names.']
         missing = [name for label, name in enumerate(self.student) if label not in self.of_student]
-        respelt = [f"'{student}' = '{teacher}'" for student, teacher in self._pairs() if student != teacher]
+        pairs = [(self.student[label], self.teacher[other]) for label, other in zip(self.of_student, self.of_teacher)]
+        respelt = [f"'{student}' = '{teacher}'" for student, teacher in pairs if student != teacher]
         if missing:
             sentences.append(f"Not shared: {', '.join(missing)}.")
         if respelt:
             sentences.append(f"Taken for the same: {', '.join(respelt)}.")
         return ' '.join(sentences)
-
-    def _pairs(self) -> list[tuple[str, str]]:
-        return [(self.student[s], self.teacher[t]) for s, t in zip(self.of_student, self.of_teacher)]
 
 
 def match_classes(student: Sequence[str], teacher: Sequence[str]) -> ClassMatch:
@@ -99,8 +97,8 @@ def match_classes(student: Sequence[str], teacher: Sequence[str]) -> ClassMatch:
     pairs = [pair for pair in pairs if pair[1] is not None]
     if not pairs:
         raise ConfigurationError(
-            f"The student's classes ({_listed(student)}) and the teacher's ({_listed(teacher)}) have no name in "
-            "common. Name the teacher's in the student's words, by label, with teacher.classes=[…], or give another "
+            f"The student's classes ({_join_names(student)}) and the teacher's ({_join_names(teacher)}) have no name "
+            "in common. Name the teacher's in the student's words, by label, with teacher.classes=[…], or give another "
             'teacher.')
     return ClassMatch(tuple(student), tuple(teacher), *zip(*pairs))
 
@@ -135,8 +133,9 @@ class LabelNames(NamedTuple):
     @property
     def absent(self) -> list[str]:
         """The declared names that no category has, letter by letter, where labels are missing for it."""
-        missing = len(self.meant) < len(self.declared)
-        return [name for name in self.declared if name not in self.known] if missing else []
+        if len(self.meant) >= len(self.declared):
+            return []
+        return [name for name in self.declared if name not in self.known]
 
 
 def same_meaning(first: Sequence[str], second: Sequence[str]) -> bool:
@@ -163,7 +162,7 @@ def read_label_names(leaf: object) -> LabelNames | None:
     labels, named, known = getattr(leaf, 'cat2label', None), getattr(leaf, 'label_map', None), ()
     meant: dict[int, str] = dict(enumerate(declared))
     if isinstance(labels, dict) and hasattr(leaf, 'cat_ids'):
-        categories = _categories_of(leaf)
+        categories = _find_categories(leaf)
         # A data set of one's own may unite categories, and name what they are together.
         if labels.keys() <= categories.keys() and len(set(labels.values())) == len(labels):
             meant, known = {label: categories[category] for category, label in labels.items()}, categories.values()
@@ -191,12 +190,12 @@ def metainfo_of(dataset: object) -> dict:
 
 
 def first_metainfo(metainfo: dict | Sequence[dict] | None) -> dict:
-    """One ``metainfo``, or the first of joined data sets that differ in it, as in a palette; empty without any."""
+    """Returns the first ``metainfo``: joined data sets that differ in it, as in a palette, have several; else {}."""
     given = [metainfo] if isinstance(metainfo, dict) else metainfo or ()
     return next((each for each in given if isinstance(each, dict)), {})
 
 
-def _categories_of(leaf: object) -> dict[int, str]:
+def _find_categories(leaf: object) -> dict[int, str]:
     """The categories of a data set of COCO's kin by id, in the order in which it numbers them; none if not readable."""
     try:
         categories = read_categories(leaf.ann_file, getattr(leaf, 'backend_args', None))
@@ -222,11 +221,11 @@ def read_categories(file: str, backend_args: dict | None = None) -> dict[int, st
     """
     with get_local_path(file, backend_args=backend_args) as path:
         state = os.stat(path)
-        return dict(_categories_in(str(path), state.st_mtime_ns, state.st_size))
+        return dict(_read_categories(str(path), state.st_mtime_ns, state.st_size))
 
 
 @lru_cache(maxsize=8)
-def _categories_in(path: str, changed: int, size: int) -> dict[int, str]:
+def _read_categories(path: str, changed: int, size: int) -> dict[int, str]:
     with open(path, 'rb') as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
         starts = [match.end() for match in CATEGORIES.finditer(content)]
         found = _decode_list(content, starts[0]) if len(starts) == 1 else json.loads(content[:])['categories']
@@ -266,11 +265,11 @@ def spelling(name: str) -> str:
     return ''.join(each for each in unicodedata.normalize('NFKC', name).casefold() if each not in ' _-')
 
 
-def _look_up(labels: Tensor, count: int, keys: Sequence[int], values: Sequence[int]) -> Tensor:
+def _map_labels(labels: Tensor, count: int, keys: Sequence[int], values: Sequence[int]) -> Tensor:
     table: dict[int, int] = dict(zip(keys, values))
     return labels.new_tensor([table.get(label, -1) for label in range(count)])[labels]
 
 
-def _listed(names: Sequence[str], most: int = 6) -> str:
+def _join_names(names: Sequence[str], most: int = 6) -> str:
     rest = len(names) - most
     return ', '.join(names[:most]) + (f', … and {rest} more' if rest > 0 else '')

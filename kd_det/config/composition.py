@@ -8,12 +8,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from mmdet.registry import MODELS
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
-from torch import Tensor
 
 from kd_det.compat.process import preserved_randomness
 from kd_det.config import ConfigurationError
@@ -22,11 +21,10 @@ from kd_det.config.detectors import (
     DETECTORS,
     HeadClasses,
     check_student,
-    family_of,
+    find_family,
     has_one_level,
     head_classes,
     plain_detector,
-    read_model_config,
 )
 from kd_det.config.files import (
     DISTILLER,
@@ -36,27 +34,27 @@ from kd_det.config.files import (
     is_distillation,
     load_config,
     student_model,
-    suggest_names,
     type_name,
 )
 from kd_det.config.methods import PARTS, find_files, split_family
+from kd_det.distillers.building import explain_build_error
+from kd_det.distillers.inheritance import find_part_keys
+from kd_det.distillers.schedules import DEFAULT_RATIO
 from kd_det.heads import HeadError, check_head
+from kd_det.losses import DistillTerm
 from kd_det.registry import HOME, build_detector, build_own, scope_of, within_scope
-
-if TYPE_CHECKING:
-    from kd_det.losses import DistillTerm
+from kd_det.teachers import read_model_config
 
 NO_METHOD = 'none'  # no terms: the student may still inherit
-DEFAULT_RATIO = 0.5  # of a Balance that is given none
 
 
-def head_family(model: dict) -> str:
+def find_model_family(model: dict) -> str:
     """Tells to which of :data:`~kd_det.config.choices.FAMILIES` a detector belongs, from its model dict.
 
     Raises:
         ConfigurationError: It has neither a RoI head nor a dense head.
     """
-    return family_of(type_name(model), head_classes(model))
+    return find_family(type_name(model), head_classes(model))
 
 
 class LoadedMethod(NamedTuple):
@@ -144,23 +142,24 @@ def balance_terms(loaded: dict[str, LoadedMethod], balance: float | str | None) 
         for name, term in method.terms.items():
             united[name] = copy.deepcopy(term)
             if balance != PAPER:
-                united[name]['weight'] = balanced(term.get('weight', 1.0), balance, len(method.terms))
+                united[name]['weight'] = balance_weight(term.get('weight', 1.0), balance, len(method.terms))
     return united
 
 
-def balanced(weight: float | dict, ratio: float | None, terms: int) -> dict:
-    """A weight whose number gives way to :class:`~kd_det.distillers.Balance`; schedules around it stay.
+def balance_weight(weight: float | dict, ratio: float | None, terms: int) -> dict:
+    """Returns a weight whose number gives way to :class:`~kd_det.distillers.Balance`; schedules around it stay.
 
     Args:
         weight: The weight in a method's file.
-        ratio: Of the method's gradient to the task's; None for that of the file, else :data:`RATIO`.
+        ratio: Of the method's gradient to the task's; None for that of the file, else
+            :data:`~kd_det.config.choices.RATIO`.
         terms: How many the method has; they share the ratio.
     """
     if not isinstance(weight, dict):
         return dict(type=f'{HOME}.Balance', ratio=(RATIO if ratio is None else ratio) / terms)
     if type_name(weight) == 'Balance':
         return weight if ratio is None else dict(weight, ratio=ratio / terms)
-    return dict(weight, value=balanced(weight['value'], ratio, terms))
+    return dict(weight, value=balance_weight(weight['value'], ratio, terms))
 
 
 def build_term(config: dict) -> DistillTerm:
@@ -169,14 +168,26 @@ def build_term(config: dict) -> DistillTerm:
 
 
 def find_parts(terms: dict[str, dict]) -> list[str]:
-    """The parts of student and teacher that terms read, each once, see :data:`~kd_det.config.methods.PARTS`."""
+    """Builds terms, and lists the parts of student and teacher that they read.
+
+    Args:
+        terms: Their configs by name.
+
+    Returns:
+        Parts such as those of :data:`~kd_det.config.methods.PARTS`, each once.
+    """
     built = list(map(build_term, terms.values()))
     paths = [path for term in built for path in (*term.student_taps, *term.student_heads, *term.teacher_heads)]
     return list(dict.fromkeys(path if path in PARTS else path.split('.')[0] for path in paths))
 
 
 def find_served(terms: dict[str, dict], kinds: Collection[str]) -> list[str]:
-    """Those of some kinds of detectors, of :data:`~kd_det.config.detectors.DETECTORS`, that terms serve."""
+    """Builds terms, and lists the kinds of detectors that they serve.
+
+    Args:
+        terms: Their configs by name.
+        kinds: To choose from; of :data:`~kd_det.config.detectors.DETECTORS`.
+    """
 
     def is_served(kind: str) -> bool:
         try:
@@ -198,10 +209,14 @@ def check_terms(method: str, terms: dict[str, dict], detector: str, heads: HeadC
         heads: See :func:`~kd_det.config.detectors.head_classes`.
 
     Raises:
-        ConfigurationError: It has not.
+        ConfigurationError: It has not, or a term can not be built.
     """
     for name, config in terms.items():
-        term = build_term(config)
+        try:
+            term = build_term(config)
+        except (TypeError, ValueError, KeyError) as error:  # of a file from outside, or a term of a user's own
+            raise ConfigurationError(f"The method '{method}': its term '{name}' can not be built: "
+                                     f'{explain_build_error(error, config)}') from error
         try:
             for head in term.student_heads:
                 check_head(detector, heads, head)
@@ -223,20 +238,6 @@ def check_parts(model: dict, parts: Sequence[str]) -> None:
             state = build_detector(model).state_dict()
         for part in parts:
             find_part_keys(state, part)
-
-
-def find_part_keys(state: dict[str, Tensor], part: str) -> list[str]:
-    """Finds the keys of a student's state dict that belong to a part of it.
-
-    Raises:
-        ConfigurationError: There is no such part.
-    """
-    keys = [key for key in state if f'{key}.'.startswith(f'{part}.')]
-    if not keys:
-        known = sorted({key.split('.')[0] for key in state})
-        raise ConfigurationError(f"inherit: the student has no part '{part}'; it has {', '.join(known)}."
-                                 f'{suggest_names(part, known)}')
-    return keys
 
 
 def distillation_config(student: str | Config, teacher_config: str, teacher_checkpoint: str, method: str,
@@ -272,8 +273,8 @@ def distillation_config(student: str | Config, teacher_config: str, teacher_chec
             f"The student's config '{config.filename}' is a distillation already (its model is a "
             f'{DISTILLER}): give the config of a plain detector, or train this one with kd-det train.')
     with within_scope(scope_of(config)):
-        model = _student_of(config, str((config.filename or '') if isinstance(student, Config) else student))
-        methods = load_methods(method, family or head_family(model))
+        model = _find_student(config, str((config.filename or '') if isinstance(student, Config) else student))
+        methods = load_methods(method, family or find_model_family(model))
         terms = balance_terms(methods, balance)
         check_terms(method, terms, type_name(model), head_classes(model))
         check_parts(model, () if inherit == 'auto' else (inherit, ) if isinstance(inherit, str) else inherit)
@@ -294,7 +295,7 @@ def distillation_config(student: str | Config, teacher_config: str, teacher_chec
     return config
 
 
-def _student_of(config: Config, file: str) -> ConfigDict:
+def _find_student(config: Config, file: str) -> ConfigDict:
     """The detector that a config is of, without what another distillation has added to it."""
     model = student_model(config)
     check_student(model, f"The model of the student's config '{file}'", file)
@@ -351,7 +352,7 @@ def repeat_term(name: str, term: ConfigDict, number: int) -> dict[str, ConfigDic
 
 
 def share_weight(weight: float | dict, number: int) -> float | dict:
-    """Returns the n-th part of a weight; schedules around it stay. So does what is none: the distiller refuses it."""
+    """Divides a weight; schedules around it stay, and so does what is no weight, for the distiller to refuse."""
     if isinstance(weight, (float, int)):
         return weight / number
     if type_name(weight) == 'Balance':

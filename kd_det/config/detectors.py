@@ -27,15 +27,13 @@ from mmdet.models.detectors import BaseDetector, KnowledgeDistillationSingleStag
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from mmdet.registry import MODELS
 from mmengine.config import Config, ConfigDict
-from mmengine.utils import import_modules_from_strings
 from torch import nn
 
 from kd_det.config.choices import FAMILIES
-from kd_det.config.files import DISTILLER, ConfigurationError, imports_of, load_config, type_name
+from kd_det.config.files import ConfigurationError, type_name
 from kd_det.heads.request import HEADS
-from kd_det.registry import HOME, find_class, scope_of, within_scope
+from kd_det.registry import HOME, find_class, within_scope
 
-ModelConfig = str | Path | dict
 HeadClasses = dict[str, type[nn.Module]]  # by their name in the detector
 
 ANCHOR_FREE_HEADS = ('AnchorFreeHead', 'YOLOXHead', 'CenterNetHead')
@@ -84,7 +82,7 @@ def has_one_level(heads: HeadClasses) -> bool:
     return issubclass(head, (DETRHead, ConditionalDETRHead, DABDETRHead)) and not issubclass(head, DeformableDETRHead)
 
 
-def family_of(detector: str, heads: HeadClasses) -> str:
+def find_family(detector: str, heads: HeadClasses) -> str:
     """Tells to which of :data:`~kd_det.config.choices.FAMILIES` a detector belongs.
 
     Args:
@@ -118,7 +116,7 @@ class Inner(NamedTuple):
     model: ConfigDict
 
 
-def inner_detectors(model: dict) -> Iterator[Inner]:
+def find_inner_detectors(model: dict) -> Iterator[Inner]:
     """Finds the detectors within a model that is none itself: a semi-supervised pair, a tracker, an augmented test.
 
     A detector has a backbone, and heads beside it; whatever stands within those does not count.
@@ -133,10 +131,10 @@ def inner_detectors(model: dict) -> Iterator[Inner]:
             part.setdefault('_scope_', model['_scope_'])
         if _is_detector(part):
             if not part.get('data_preprocessor') and model.get('data_preprocessor'):
-                part.data_preprocessor = _for_images(model['data_preprocessor'])
+                part.data_preprocessor = _make_image_preprocessor(model['data_preprocessor'])
             yield Inner(name, part)
         else:
-            yield from (Inner(f'{name}.{inner.path}', inner.model) for inner in inner_detectors(part))
+            yield from (Inner(f'{name}.{inner.path}', inner.model) for inner in find_inner_detectors(part))
 
 
 def _is_detector(model: dict) -> bool:
@@ -147,7 +145,7 @@ def _is_detector(model: dict) -> bool:
     return isinstance(kind, type) and issubclass(kind, BaseDetector) or any(head in model for head in HEADS)
 
 
-def _for_images(preprocessor: dict) -> ConfigDict:
+def _make_image_preprocessor(preprocessor: dict) -> ConfigDict:
     """The preprocessor of a single detector, out of that of branches or of videos."""
     if 'data_preprocessor' in preprocessor:
         return preprocessor['data_preprocessor']
@@ -166,10 +164,10 @@ def the_detector(model: dict, whose: str) -> ConfigDict:
     Raises:
         ConfigurationError: There are several within it.
     """
-    within = list(inner_detectors(model))
+    within = list(find_inner_detectors(model))
     if len(within) > 1:
-        raise ConfigurationError(f'{whose} ({type_name(model)}) holds several detectors: {_listed(within)}. Give a '
-                                 'config whose model is the one that is meant.')
+        raise ConfigurationError(f'{whose} ({type_name(model)}) holds several detectors: {_name_detectors(within)}. '
+                                 'Give a config whose model is the one that is meant.')
     return plain_detector(within[0].model if within else model)
 
 
@@ -184,16 +182,16 @@ def check_student(model: dict, whose: str, file: str = '') -> None:
     Raises:
         ConfigurationError: It holds detectors; the message names them.
     """
-    within = list(inner_detectors(model))
+    within = list(find_inner_detectors(model))
     if within:
         remedy = (f'Write a config beside it, and give that as the student:\n{_config_lines(within[0], model, file)}\n'
                   f'with data, hooks and loops of a plain detector, where those are made for the {type_name(model)}.'
                   if file else f"Put its part '{within[0].path}' in its place.")
-        raise ConfigurationError(f'{whose} ({type_name(model)}) is no detector itself, but holds {_listed(within)}. '
-                                 f'{remedy}')
+        raise ConfigurationError(f'{whose} ({type_name(model)}) is no detector itself, but holds '
+                                 f'{_name_detectors(within)}. {remedy}')
 
 
-def _listed(within: Iterable[Inner]) -> str:
+def _name_detectors(within: Iterable[Inner]) -> str:
     return ' and '.join(f'model.{inner.path} ({type_name(inner.model)})' for inner in within)
 
 
@@ -221,65 +219,33 @@ def plain_detector(model: dict) -> ConfigDict:
         if not isinstance(kind, type) or not issubclass(kind, KnowledgeDistillationSingleStageDetector):
             return model
         plain = copy.deepcopy(model if isinstance(model, ConfigDict) else ConfigDict(model))
-        _replace(plain, kind, next(each for each in kind.__mro__ if not _teacher_arguments(each)))
+        _replace_class(plain, kind, next(each for each in kind.__mro__ if not _list_teacher_arguments(each)))
         head_kind = find_class(MODELS, head)
-        _replace(plain.bbox_head, head_kind, next(filter(_learns_from_boxes, head_kind.__mro__), head_kind))
+        _replace_class(plain.bbox_head, head_kind, next(filter(_learns_from_boxes, head_kind.__mro__), head_kind))
     return plain
 
 
-def _replace(config: ConfigDict, kind: type, plain: type) -> None:
+def _replace_class(config: ConfigDict, kind: type, plain: type) -> None:
     """Writes a class's ancestor in its place, without the arguments that the ancestor does not have."""
     if plain is kind:
         return
-    taken = _arguments(plain.__mro__)
-    for name in _arguments(each for each in kind.__mro__ if each not in plain.__mro__) - taken:
+    taken = _list_arguments(plain.__mro__)
+    for name in _list_arguments(each for each in kind.__mro__ if each not in plain.__mro__) - taken:
         config.pop(name, None)
     config.type = (f'{HOME}.{plain.__name__}' if MODELS.get(f'{HOME}.{plain.__name__}') is plain
                    else f'{plain.__module__}.{plain.__qualname__}')
 
 
-def _arguments(classes: Iterable[type]) -> set[str]:
+def _list_arguments(classes: Iterable[type]) -> set[str]:
     return {name for each in classes if '__init__' in vars(each) for name, parameter
             in signature(each.__init__).parameters.items()
             if parameter.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)}
 
 
-def _teacher_arguments(kind: type) -> set[str]:
-    return {name for name in _arguments(kind.__mro__) if name.startswith('teacher_')}
+def _list_teacher_arguments(kind: type) -> set[str]:
+    return {name for name in _list_arguments(kind.__mro__) if name.startswith('teacher_')}
 
 
 def _learns_from_boxes(head: type) -> bool:
     """Whether a head computes its loss of features and ground truth, and asks for nothing of a teacher."""
     return hasattr(head, 'loss') and list(signature(head.loss).parameters) == ['self', 'x', 'batch_data_samples']
-
-
-class TeacherError(ValueError):
-    """The teacher can not serve as its config says."""
-
-
-def read_model_config(config: ModelConfig) -> ConfigDict:
-    """Returns the model dict of a detector, with the scope of its config, see :mod:`kd_det.registry`.
-
-    Of a student that was itself distilled it is the student; of a model that holds one detector, as a semi-supervised
-    pair or a tracker does, that one; of one that MMDetection's own distillation trains, the plain detector.
-
-    Args:
-        config: A config file, a name such as ``'mmdet::faster_rcnn/faster-rcnn_r101_fpn_1x_coco.py'``, a whole config
-            as a dict (with a key ``model``), or a model dict (with a key ``type``), whose scope is that of the config
-            that it stands in.
-
-    Raises:
-        TeacherError: The config holds no model.
-        FileNotFoundError: There is no such file.
-        ConfigurationError: The file has an error, or the model holds several detectors.
-    """
-    loaded = load_config(config) if isinstance(config, (str, Path)) else ConfigDict(config)
-    model = loaded.get('model', loaded)
-    if not type_name(model):
-        raise TeacherError(f"The teacher's config {config!r:.200} holds no model: expected a key 'model', or a model "
-                           "dict with a 'type'.")
-    model = copy.deepcopy(model.student if type_name(model) == DISTILLER else model)  # building may write into it
-    if 'model' in loaded:
-        import_modules_from_strings(imports_of(loaded))  # a file's are imported as it is read, a dict's are not
-        model.setdefault('_scope_', scope_of(loaded))
-    return the_detector(model, f"The model of the teacher's config {config!r:.200}")

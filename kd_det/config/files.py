@@ -2,8 +2,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from difflib import get_close_matches
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -51,7 +50,7 @@ def load_config(name: str | Path) -> Config:
         raise FileNotFoundError(f"There is no config file '{path}'.")
     try:
         config = Config.fromfile(path) if scope in ('', 'kd_det') else get_config(name)
-        _recall_types(config._cfg_dict)
+        _restore_types(config._cfg_dict)
         return config
     except SyntaxError as error:
         raise ConfigurationError(f"The config '{name}' is not valid Python: {error}") from error
@@ -59,16 +58,16 @@ def load_config(name: str | Path) -> Config:
         raise ConfigurationError(f"The config '{name}' can not be read: {type(error).__name__}: {error}") from error
 
 
-def _recall_types(node: Any, key: str = '') -> None:
+def _restore_types(node: Any, key: str = '') -> None:
     """Makes the types of a pure-Python config, once it was saved as text, what they were: classes and functions.
 
     ``type=Resize`` is saved as ``'mmdet.datasets.transforms.Resize'``, which registries know how to find. Some types
     MMDetection looks up elsewhere, by their bare names alone: those get them at once, so that it reads what is saved.
     """
     for name, value in dict.items(node) if isinstance(node, dict) else ():
-        _recall_types(value, name)
+        _restore_types(value, name)
     for value in node if isinstance(node, (list, tuple)) else ():
-        _recall_types(value, key)
+        _restore_types(value, key)
     kind = dict.get(node, 'type') if isinstance(node, dict) else None
     if isinstance(kind, (LazyObject, LazyAttr)):
         kind.build()  # what can not be imported is told here, with its line, and not when a run is under way
@@ -197,18 +196,14 @@ def built_leaves(dataset: object) -> Iterator[object]:
 
 
 def training_pipelines(config: Config) -> list[list[dict]]:
-    """The training pipelines: of each data set, and of wrappers that have one of their own."""
+    """The transforms that the images of each training data set go through, those of wrappers last."""
+
+    def follow(dataset: dict) -> list[list[dict]]:
+        inner, own = dataset.get('datasets', dataset.get('dataset')), list(dataset.get('pipeline') or ())
+        if inner is None:
+            return [own]
+        return [[*pipeline, *own] for each in (inner if isinstance(inner, (list, tuple)) else [inner])
+                for pipeline in follow(each)]
+
     loader = config.get('train_dataloader')
-    if not loader:
-        return []
-    wrappers, node = [], loader['dataset']
-    while isinstance(node, dict) and 'dataset' in node:
-        wrappers.append(node)
-        node = node['dataset']
-    return [list(each.get('pipeline') or ()) for each in (*leaf_datasets(loader['dataset']), *wrappers)]
-
-
-def suggest_names(name: str, names: Iterable[str]) -> str:
-    """Makes a sentence of the names that are most like a wrong one; empty where none is."""
-    found = get_close_matches(name, sorted(names))
-    return f" Nearest names: {', '.join(found)}." if found else ''
+    return follow(loader['dataset']) if loader else []

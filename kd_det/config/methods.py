@@ -137,9 +137,8 @@ def _list_all() -> Iterator[Method]:
             method = Method(name, files=files, source=source.package)
             try:
                 if name in found:
-                    first = found[name].source or 'kd_det'
-                    raise ConfigurationError(f"{first} has a method of this name, which holds; "
-                                             f"this one goes by its file: {', '.join(map(str, files.values()))}")
+                    raise ConfigurationError(f"The name is taken by a method of {found[name].source or 'kd_det'}; this "
+                                             f"one goes by its file: {', '.join(map(str, files.values()))}")
                 method = replace(describe_method(name, files), source=source.package)
             except (ConfigurationError, OSError) as error:
                 method = replace(method, error=str(error))
@@ -270,7 +269,7 @@ def find_files(method: str) -> Files:
     if method not in found:
         meant = f" Did you mean the file '{method}.py'?" if Path(f'{method}.py').is_file() else suggest(method, found)
         raise ConfigurationError(f"There is no method '{method}'. Choose from {', '.join(found)}, or a sum: a+b."
-                                 f'{meant}')
+                                 + meant)
     return found[method]
 
 
@@ -331,8 +330,9 @@ def _find_sources() -> Iterator[_Source]:
 
 def _find_methods_of(point: EntryPoint) -> list[Path]:
     place = find_module(point.value)
-    files = [place] if not place.is_dir() else [file for file in sorted(place.glob('*.py'))
-                                                if not file.name.startswith('_')]
+    files = [place]
+    if place.is_dir():
+        files = [file for file in sorted(place.glob('*.py')) if not file.name.startswith('_')]
     if not files:
         raise ConfigurationError(f"The entry point {point.name} = {point.value} leads to '{place}', which holds no "
                                  'method.')
@@ -356,6 +356,6 @@ def find_module(name: str) -> Path:
             return place
         if within and place.with_suffix('.py').is_file():
             return place.with_suffix('.py')
-    if spec and spec.origin and not within:
+    if spec and spec.has_location and not within:
         return Path(spec.origin)
     raise ConfigurationError(f"There is no package '{top}'." if spec is None else f"There is no module '{name}'.")

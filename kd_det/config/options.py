@@ -18,7 +18,7 @@ TERM_KEY = re.compile(r'model\.distill\.(?P<name>[^.]+)(?P<rest>.*)')
 TEACHER_KEY = re.compile(r'model\.teacher\.(?P<rest>(?!\d+(\.|$)).+)')  # of a teacher, whose index is not said
 AMOUNT = re.compile(r'\.weight(\.value)*(\.ratio(\.value)*)?')  # of a weight: the number, however deep it lies
 
-Members = dict[str, list[str]]  # the terms that an ensemble repeats for each teacher, by what they have in common
+Members = dict[str, list[str]]  # the terms that an ensemble repeats for each teacher, by the name that they share
 
 
 def resolve_config(config: str | Path | Config, data_root: str | None = None, options: dict | None = None) -> Config:
@@ -51,14 +51,42 @@ def resolve_distillation(config: str | Path | Config, data_root: str | None = No
     return resolved
 
 
+def set_epochs(config: Config, epochs: int) -> None:
+    """Lets a config train for so many epochs, its schedules stretched with them.
+
+    Raises:
+        ConfigurationError: It does not count in epochs.
+    """
+    before = (config.get('train_cfg') or {}).get('max_epochs')
+    if before is None:
+        raise ConfigurationError(f"--epochs: the config '{config.filename}' does not count in epochs.")
+    config.train_cfg.max_epochs = epochs
+    config.train_cfg.val_interval = min(config.train_cfg.get('val_interval', 1), epochs)
+    schedulers = config.get('param_scheduler') or []
+    for scheduler in [schedulers] if isinstance(schedulers, dict) else schedulers:
+        _stretch(scheduler, before, epochs)
+
+
+def _stretch(scheduler: dict, before: int, after: int) -> None:
+    """Scales what a scheduler counts in epochs; one that counts iterations, such as a warm-up, stays."""
+    if not scheduler.get('by_epoch', True):
+        return
+    for key in ('begin', 'end', 'T_max', 'milestones'):
+        value = scheduler.get(key)
+        if isinstance(value, (list, tuple)):
+            scheduler[key] = [round(each * after / before) for each in value]
+        elif isinstance(value, int):
+            scheduler[key] = round(value * after / before)
+
+
 def merge_options(config: Config, options: dict) -> None:
     """Applies ``--cfg-options``.
 
-    Unlike in plain MMEngine, ``data_root=…`` reaches every path that starts with it. And options of an ensemble, see
-    :func:`~kd_det.config.composition.ensemble`, reach all teachers or one: ``model.distill.fgd.temperature=0.8`` sets
-    that of ``fgd_1``, ``fgd_2``, … (a term that options add is repeated, too), ``model.teacher.fuse=False`` that of all
-    teachers; ``model.distill.fgd_1.temperature=0.8`` and ``model.teacher.0.fuse=False`` those of one. A weight of
-    ``fgd`` is shared out, a weight of ``fgd_1`` is its own.
+    Unlike in plain MMEngine, ``data_root=…`` reaches every path that starts with it. And of an ensemble, see
+    :func:`~kd_det.config.composition.ensemble`, options reach all teachers or one:
+    ``model.distill.fgd.temperature=0.8`` sets that of ``fgd_1``, ``fgd_2``, … (a term that options add is repeated,
+    too), ``model.teacher.fuse=False`` that of all teachers; ``model.distill.fgd_1.temperature=0.8`` and
+    ``model.teacher.0.fuse=False`` those of one. A weight of ``fgd`` is shared out, a weight of ``fgd_1`` is its own.
 
     Args:
         config: The config; changed.

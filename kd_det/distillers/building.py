@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from inspect import signature
 from itertools import chain
 from typing import Any
@@ -16,7 +17,7 @@ from mmdet.registry import MODELS, TASK_UTILS
 from torch import nn
 
 from kd_det.config.detectors import check_student, plain_detector
-from kd_det.config.files import ConfigurationError, suggest_names
+from kd_det.config.files import ConfigurationError
 from kd_det.distillers.schedules import Schedule, ScheduleConfig, build_schedule
 from kd_det.heads import ROI_HEAD, HeadRequest, StudentHeads, StudentOutputs, find_head
 from kd_det.heads.capture import can_be_kept
@@ -209,6 +210,12 @@ def explain_build_error(error: Exception, config: Any) -> str:
         return (f"there is no '{kind[1]}'.{suggest_names(kind[1], own)} If it is your own, import it with "
                 'custom_imports.')
     return message
+
+
+def suggest_names(name: str, names: Iterable[str]) -> str:
+    """Makes a sentence of the names that are most like a wrong one; empty where none is."""
+    found = get_close_matches(name, sorted(names))
+    return f" Nearest names: {', '.join(found)}." if found else ''
 
 
 def _find_arguments(config: Any) -> set[str]:

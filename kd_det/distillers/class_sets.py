@@ -135,11 +135,11 @@ def restrict_to_shared_classes(context: DistillContext, teacher_index: int, matc
     teachers = list(context.teacher_outputs)
     teachers[teacher_index] = taught
     return replace(context, student_outputs=student, teacher_outputs=teachers,
-                   labels=[match.shared(labels) for labels in context.labels], _computed={})
+                   labels=[match.shared(labels) for labels in context.labels])
 
 
 def _restrict_outputs(outputs: dict[str, Any], classes: Sequence[int]) -> dict[str, Any]:
     """Restricts the outputs of dense heads and of queries; the others stay as they are."""
-    kinds = (DenseOutputs, HeadRequest, QueryOutputs, TeacherTowers)
-    return {name: each.restricted(classes) if isinstance(each, kinds) and has_classes(name) else each
+    return {name: each.restricted(classes)
+            if isinstance(each, (DenseOutputs, QueryOutputs, TeacherTowers)) and has_classes(name) else each
             for name, each in outputs.items()}

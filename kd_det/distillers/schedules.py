@@ -12,7 +12,6 @@ import torch
 from mmdet.registry import TASK_UTILS
 from torch import Tensor
 
-from kd_det.config.composition import DEFAULT_RATIO
 from kd_det.context import Progress
 from kd_det.distillers.gradients import GradientNorms
 from kd_det.registry import HOME, build_own, find_class
@@ -94,11 +93,8 @@ class Warmup(Ramp):
     """Grows linearly from ``start`` times its value to its value.
 
     Args:
-        value: The full weight, or another schedule.
-        epochs: Length of the change in epochs (1.5 is one and a half), or
-        iterations: its length in iterations.
-        begin: When it starts, in the same unit.
-        start: The share of its value that it begins with.
+        value: See :class:`Ramp`, as ``epochs``, ``iterations`` and ``begin``.
+        start: Share of the value at the beginning.
     """
 
     def __init__(self, value: ScheduleConfig, epochs: float | None = None, iterations: int | None = None,
@@ -115,11 +111,8 @@ class Decay(Ramp):
     """Falls linearly from its value to ``end`` times its value.
 
     Args:
-        value: The full weight, or another schedule.
-        epochs: Length of the change in epochs (1.5 is one and a half), or
-        iterations: its length in iterations.
-        begin: When it starts, in the same unit.
-        end: The share of its value that it keeps.
+        value: See :class:`Ramp`, as ``epochs``, ``iterations`` and ``begin``.
+        end: Share of the value at the end.
     """
 
     def __init__(self, value: ScheduleConfig, epochs: float | None = None, iterations: int | None = None,
@@ -133,14 +126,7 @@ class Decay(Ramp):
 
 @TASK_UTILS.register_module()
 class Start(Ramp):
-    """Is 0 for that long, then its value.
-
-    Args:
-        value: The full weight, or another schedule.
-        epochs: Length of the change in epochs (1.5 is one and a half), or
-        iterations: its length in iterations.
-        begin: When it starts, in the same unit.
-    """
+    """Is 0 for that long, then its value; arguments as of :class:`Ramp`."""
 
     def __call__(self, progress: Progress) -> float:
         return super().__call__(progress) if self.share_done(progress) == 1 else 0.0
@@ -150,11 +136,7 @@ class Start(Ramp):
 class Stop(Ramp):
     """Keeps its value for that long, then 0: the term, and a teacher that no other needs, no longer run.
 
-    Args:
-        value: The full weight, or another schedule.
-        epochs: Length of the change in epochs (1.5 is one and a half), or
-        iterations: its length in iterations.
-        begin: When it starts, in the same unit.
+    Arguments are as of :class:`Ramp`.
     """
 
     def __call__(self, progress: Progress) -> float:
@@ -180,6 +162,7 @@ def build_schedule(config: ScheduleConfig) -> Schedule:
                      'epochs=1).')
 
 
+DEFAULT_RATIO = 0.5
 ROUNDING = 1e-8  # share of the task's gradient below which a term's is rounding, and no direction to follow
 SINGLES = 3  # measurements of one image with boxes, before there is a weight; of several at once one will do
 MEASUREMENTS = 5  # before a measurement can be called far from the others

@@ -35,7 +35,7 @@ class Supervision(NamedTuple):
     """
     samples: list[DetDataSample]
     labelled: tuple[bool, ...]
-    log: dict[str, Tensor] = {}  # noqa: RUF012  a NamedTuple's default
+    log: dict[str, Tensor]
 
     @property
     def boxes(self) -> list[Tensor]:
@@ -50,7 +50,7 @@ class Supervision(NamedTuple):
 
 def read_supervision(samples: Sequence[DetDataSample]) -> Supervision:
     """Reads what the data itself says, see :class:`~kd_det.datasets.Unlabelled`."""
-    return Supervision(list(samples), tuple(not sample.metainfo.get(UNLABELLED, False) for sample in samples))
+    return Supervision(list(samples), tuple(not sample.metainfo.get(UNLABELLED, False) for sample in samples), {})
 
 
 def get_boxes(sample: DetDataSample) -> Tensor:

@@ -1,5 +1,11 @@
-"""Only features of one shape can be compared."""
+"""What to compare in features: losses between the features of student and teacher, both of one shape (N, C, H, W).
+
+The teacher is taken as a constant. Results are scalars, finite also where a mask is empty, and 0 where the student
+equals the teacher.
+"""
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -8,20 +14,19 @@ from torch import Tensor
 from kd_det.functional.blocks import by_channels
 
 
-def check_shapes(student: Tensor, teacher: Tensor) -> None:
-    """Raises a ValueError, with what to do, where two features differ in shape."""
-    if student.shape != teacher.shape:
-        raise ValueError(f'student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have one shape: '
-                         'adapt the channels and pair the levels by stride.')
+def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """Half the squared difference of unit vectors: in sum 1 - cos, but exactly 0 where the two agree."""
+    return (unit(student, 1) - unit(teacher, 1)).square() / 2
 
 
-_DISTANCES = {
+# Distance of two features, element by element.
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     'mse': lambda student, teacher: (student - teacher).square(),
     'l1': lambda student, teacher: (student - teacher).abs(),
     'smooth_l1': lambda student, teacher: F.smooth_l1_loss(student, teacher, reduction='none'),
-    # Half the squared distance of unit vectors: equal to 1 - cos, but exactly 0 where the two agree.
-    'cosine': lambda student, teacher: (unit(student, 1) - unit(teacher, 1)).square() / 2,
+    'cosine': _cosine,
 }
+NORMALIZERS = ('batch', 'cells', 'mean', 'mask', 'twice_mask', 'twice_elements')
 
 
 def masked_imitation(
@@ -47,11 +52,11 @@ def masked_imitation(
     ===================== ============================================ ============================================
 
     Args:
-        student: (N, C, H, W).
-        teacher: (N, C, H, W).
-        mask: (N, H, W), or four dimensions that broadcast to (N, C, H, W); None for 1 everywhere.
+        student: s, (N, C, H, W).
+        teacher: t, (N, C, H, W).
+        mask: M, (N, H, W), or four dimensions that broadcast to (N, C, H, W); None for 1 everywhere.
         channel_weight: (N, C), a factor of the mask; None for 1 everywhere.
-        distance: ``'mse'`` squared difference, ``'l1'``, ``'smooth_l1'`` with threshold 1, each summed over the
+        distance: d: ``'mse'`` squared difference, ``'l1'``, ``'smooth_l1'`` with threshold 1, each summed over the
             channels; or ``'cosine'``, 1 - cos of the two channel vectors of a cell, as half the squared difference of
             the unit vectors, which is what channel weights then weigh.
         normalizer: See the table; ΣM is kept from 0, so that an empty mask gives 0. A mask that differs between
@@ -62,23 +67,27 @@ def masked_imitation(
 
     Raises:
         ValueError: Shapes that differ, or an unknown distance or normalizer.
+
+    Example:
+        >>> student, teacher = torch.zeros(1, 2, 1, 3), torch.ones(1, 2, 1, 3)
+        >>> mask = torch.tensor([[[1.0, 0.5, 0.0]]])
+        >>> masked_imitation(student, teacher, mask), masked_imitation(student, teacher, mask, normalizer='mask')
+        (tensor(3.), tensor(2.))
     """
     check_shapes(student, teacher)
-    if distance not in _DISTANCES:
-        raise ValueError(f'distance={distance!r}: expected one of {", ".join(_DISTANCES)}.')
+    if distance not in DISTANCES:
+        raise ValueError(f'distance={distance!r}: expected one of {", ".join(DISTANCES)}.')
     teacher = teacher.detach()
     if mask is not None:
         mask = mask.detach() if mask.dim() == 4 else mask.detach()[:, None]
     # Channels are summed first where the mask is the same for all of them: no product of the full size.
     if mask is None or mask.shape[1] == 1:
-        difference = difference_of_cells(student, teacher, channel_weight, distance)
+        difference = sum_distance(student, teacher, channel_weight, distance)
         total = (difference if mask is None else difference * mask).sum()
     else:
         weight = mask if channel_weight is None else mask * channel_weight.detach()[:, :, None, None]
-        total = (_DISTANCES[distance](student, teacher) * weight).sum()
-    if isinstance(normalizer, str):
-        normalizer = _normalizer(normalizer, mask, student)
-    return total / normalizer
+        total = (DISTANCES[distance](student, teacher) * weight).sum()
+    return total / (_normalizer(normalizer, mask, student) if isinstance(normalizer, str) else normalizer)
 
 
 def decoupled_imitation(student: Tensor, teacher: Tensor, foreground: Tensor,
@@ -86,45 +95,187 @@ def decoupled_imitation(student: Tensor, teacher: Tensor, foreground: Tensor,
     """Imitation of the foreground and of the background apart, each Σ M·(s - t)² / (2·C·ΣM) (DeFeat, arXiv 2103.14475).
 
     Args:
-        student: (N, C, H, W).
-        teacher: (N, C, H, W).
-        foreground: (N, H, W) in [0, 1], see :func:`kd_det.functional.masks.level_foreground`; the background is
-            1 - foreground, and nothing where that is negative.
+        student: s, (N, C, H, W).
+        teacher: t, (N, C, H, W).
+        foreground: M, (N, H, W) in [0, 1], see :func:`kd_det.functional.masks.level_foreground`; the background is
+            1 - M, and nothing where that is negative.
         valid: (N, H, W) bool; cells of padding belong to neither part.
 
     Returns:
         The loss of the foreground and of the background, two scalars.
+
+    Raises:
+        ValueError: Shapes that differ.
+
+    Example:
+        >>> student, teacher = torch.zeros(1, 2, 1, 3), torch.ones(1, 2, 1, 3)
+        >>> decoupled_imitation(student, teacher, torch.tensor([[[1.0, 0.0, 0.0]]]))
+        (tensor(0.5000), tensor(0.5000))
     """
     check_shapes(student, teacher)
-    difference = difference_of_cells(student, teacher.detach())
+    difference = sum_distance(student, teacher.detach())
     foreground = foreground.detach()[:, None]
     background = (1 - foreground).clamp(min=0)
     if valid is not None:
         foreground, background = foreground * valid[:, None], background * valid[:, None]
-    return tuple((difference * mask).sum() / _normalizer('twice_elements', mask, student)
-                 for mask in (foreground, background))
+    of_foreground, of_background = ((difference * mask).sum() / _normalizer('twice_elements', mask, student)
+                                    for mask in (foreground, background))
+    return of_foreground, of_background
 
 
 def generation_distance(generated: Tensor, teacher: Tensor) -> Tensor:
     """Σ (G(s) - t)² / N for the feature generated from the randomly masked student (MGD, arXiv 2205.01529).
 
     Args:
-        generated: (N, C, H, W), the output of the generation block.
-        teacher: (N, C, H, W).
+        generated: G(s), (N, C, H, W), the output of the generation block.
+        teacher: t, (N, C, H, W).
 
     Returns:
         Scalar.
+
+    Raises:
+        ValueError: Shapes that differ.
+
+    Example:
+        >>> generation_distance(torch.zeros(2, 3, 1, 1), torch.ones(2, 3, 1, 1))
+        tensor(3.)
     """
     return masked_imitation(generated, teacher, normalizer='batch')
 
 
-def difference_of_cells(student: Tensor, teacher: Tensor, channel_weight: Tensor | None = None,
-                distance: str = 'mse') -> Tensor:
+def channel_wise_kl(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
+    """Each channel as a distribution over the cells: T² · Σ KL(t ‖ s) / (N·C) (CWD, arXiv 2011.13256).
+
+    Args:
+        student: s, (N, C, H, W).
+        teacher: t, (N, C, H, W).
+        temperature: T of the softmax over the H·W cells, > 0.
+        valid: (N, H, W) bool; the softmax runs over these cells alone.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError: Shapes that differ.
+
+    Example:
+        >>> teacher = torch.tensor([[[[0.0, 1.0]]]])
+        >>> channel_wise_kl(teacher, teacher, temperature=1.0), channel_wise_kl(-teacher, teacher, temperature=1.0) > 0
+        (tensor(0.), tensor(True))
+    """
+    check_shapes(student, teacher)
+
+    def divergence(*features: Tensor) -> Tensor:
+        logits = [feature / temperature for feature in features]
+        if valid is not None:
+            # A finite floor: both sides give such a cell probability 0, and 0 · (finite - finite) is 0.
+            logits = [each.masked_fill(~valid[:, None], torch.finfo(each.dtype).min) for each in logits]
+        log_student, log_teacher = (each.flatten(2).log_softmax(2) for each in logits)
+        return F.kl_div(log_student, log_teacher, reduction='sum', log_target=True)
+
+    return temperature**2 * by_channels(divergence, student, teacher.detach()) / (student.shape[0] * student.shape[1])
+
+
+def pearson_distance(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Half the mean squared difference of standardised channels, ½·mean (ŝ - t̂)² = 1 - r (PKD, arXiv 2207.02039).
+
+    Each channel is standardised over (N, H, W), with the unbiased deviation and ε = 1e-6; so the loss ignores scale and
+    offset of either side. Channels without variation, such as those of a single cell, count as 0.
+
+    Args:
+        student: s, (N, C, H, W) of one level.
+        teacher: t, (N, C, H, W) of one level.
+        valid: (N, H, W) bool; statistics and mean run over these cells alone.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError: Shapes that differ.
+
+    Example:
+        >>> teacher = torch.tensor([[[[0.0, 1.0, 2.0]]]])
+        >>> round(pearson_distance(5 * teacher + 7, teacher).item(), 4)  # scale and offset do not matter
+        0.0
+    """
+    check_shapes(student, teacher)
+
+    def square(student: Tensor, teacher: Tensor) -> Tensor:
+        return (_standardize(student, valid) - _standardize(teacher, valid)).square().sum()
+
+    count = student.numel() if valid is None else student.shape[1] * valid.sum().clamp(min=1)
+    return by_channels(square, student, teacher.detach()) / count / 2
+
+
+def fkd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    student_channels: Tensor,
+    student_cells: Tensor,
+    student_relation: Tensor | None = None,
+    teacher_relation: Tensor | None = None,
+    feature_weight: float = 7e-5,
+    pooling_weight: float = 4e-3,
+    relation_weight: float = 7e-5,
+) -> dict[str, Tensor]:
+    """Attention-guided and non-local distillation of one level (FKD, ICLR 2021, openreview uKhGRvM8QNH).
+
+    All parts are L2 norms over the whole batch, not their squares: √(Σ M·(a(s) - t)²), the difference weighted by the
+    attention; the differences of the means over cells and over channels; and that of the non-local relations
+    (:func:`kd_det.functional.relations.non_local`). The default weights are the released ones.
+
+    Args:
+        student: a(s), (N, C, H, W), after its 1×1 adapter.
+        teacher: t, (N, C, H, W).
+        mask: (N, H, W), the mean of both spatial attentions, see :func:`kd_det.functional.masks.spatial_attention`.
+        student_channels: (N, C), the student's mean over cells after its linear adapter.
+        student_cells: (N, 1, H, W), the student's mean over channels after its 3×3 adapter.
+        student_relation: (N, C, H, W), after its 1×1 adapter; None leaves the relation part out.
+        teacher_relation: (N, C, H, W); keeps its gradient, since the block that makes it is trained.
+        feature_weight: Weight of the attended difference.
+        pooling_weight: Weight of both pooled differences.
+        relation_weight: Weight of the relation.
+
+    Returns:
+        The weighted scalars ``imitation``, ``channel``, ``spatial`` and, with relations, ``relation``.
+
+    Raises:
+        ValueError: Shapes that differ.
+
+    Example:
+        >>> student, teacher = torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)
+        >>> fkd_loss(student, teacher, torch.ones(1, 2, 2), torch.zeros(1, 1), torch.zeros(1, 1, 2, 2),
+        ...          feature_weight=1, pooling_weight=1)
+        {'imitation': tensor(2.), 'channel': tensor(1.), 'spatial': tensor(2.)}
+    """
+    check_shapes(student, teacher)
+    teacher = teacher.detach()
+    parts = dict(
+        imitation=feature_weight * _root((sum_distance(student, teacher) * mask.detach()[:, None]).sum()),
+        channel=pooling_weight * torch.linalg.vector_norm(student_channels - teacher.mean((2, 3))),
+        spatial=pooling_weight * torch.linalg.vector_norm(student_cells - teacher.mean(1, keepdim=True)),
+    )
+    if student_relation is not None and teacher_relation is not None:
+        parts['relation'] = relation_weight * torch.linalg.vector_norm(student_relation - teacher_relation)
+    return parts
+
+
+def check_shapes(student: Tensor, teacher: Tensor) -> None:
+    """Raises a ValueError, with what to do, where two features differ in shape."""
+    if student.shape != teacher.shape:
+        raise ValueError(f'student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have one shape: '
+                         'adapt the channels and pair the levels by stride.')
+
+
+def sum_distance(student: Tensor, teacher: Tensor, channel_weight: Tensor | None = None,
+                 distance: str = 'mse') -> Tensor:
     """The distance of each cell, summed over the channels with their (N, C) weight: (N, 1, H, W)."""
-    if distance == 'cosine':  # no sum over channels: each has a part in the length
-        return sum_channels(_DISTANCES[distance](student, teacher), channel_weight)
+    measure = DISTANCES[distance]
+    if distance == 'cosine':  # not by blocks of channels: each has a part in the length
+        return sum_channels(measure(student, teacher), channel_weight)
     features = [student, teacher] + ([] if channel_weight is None else [channel_weight.detach()])
-    return by_channels(lambda s, t, *weight: sum_channels(_DISTANCES[distance](s, t), *weight), *features)
+    return by_channels(lambda s, t, *weight: sum_channels(measure(s, t), *weight), *features)
 
 
 def sum_channels(difference: Tensor, channel_weight: Tensor | None = None) -> Tensor:
@@ -132,6 +283,12 @@ def sum_channels(difference: Tensor, channel_weight: Tensor | None = None) -> Te
     if channel_weight is None:
         return difference.sum(1, keepdim=True)
     return torch.einsum('nchw,nc->nhw', difference, channel_weight)[:, None]
+
+
+def unit(vectors: Tensor, dim: int) -> Tensor:
+    """Vectors of length 1 along ``dim``; those of length 0 stay 0 and get a finite gradient."""
+    length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
+    return vectors / torch.where(length > 1e-12, length, 1)
 
 
 def _normalizer(name: str, mask: Tensor | None, feature: Tensor) -> Tensor | int:
@@ -149,121 +306,21 @@ def _normalizer(name: str, mask: Tensor | None, feature: Tensor) -> Tensor | int
     return factors[name] * total.clamp(min=torch.finfo(feature.dtype).eps)
 
 
-def unit(vectors: Tensor, dim: int) -> Tensor:
-    """Vectors of length 1 along ``dim``; those of length 0 stay 0 and get a finite gradient."""
-    length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
-    return vectors / torch.where(length > 1e-12, length, 1)
-
-
-def channel_wise_kl(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
-    """Each channel as a distribution over the cells: T² · Σ KL(t ‖ s) / (N·C) (CWD, arXiv 2011.13256).
-
-    Args:
-        student: (N, C, H, W).
-        teacher: (N, C, H, W).
-        temperature: T of the softmax over the H·W cells.
-        valid: (N, H, W) bool; the softmax runs over these cells alone.
-
-    Returns:
-        Scalar.
-    """
-    check_shapes(student, teacher)
-
-    def divergence(*features: Tensor) -> Tensor:
-        logits = (feature / temperature for feature in features)
-        if valid is not None:
-            # A finite floor: both sides give such a cell probability 0, and 0 · (finite - finite) is 0.
-            logits = (each.masked_fill(~valid[:, None], torch.finfo(each.dtype).min) for each in logits)
-        return F.kl_div(*(each.flatten(2).log_softmax(2) for each in logits), reduction='sum', log_target=True)
-
-    return temperature**2 * by_channels(divergence, student, teacher.detach()) / (student.shape[0] * student.shape[1])
-
-
-def pearson_distance(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Half the mean squared difference of standardised channels, 1 - Pearson (PKD, arXiv 2207.02039).
-
-    Each channel is standardised over (N, H, W), with the unbiased deviation and ε = 1e-6; so the loss ignores scale and
-    offset of either side. Channels without variation, such as those of a single cell, count as 0.
-
-    Args:
-        student: (N, C, H, W) of one level.
-        teacher: (N, C, H, W) of one level.
-        valid: (N, H, W) bool; statistics and mean run over these cells alone.
-
-    Returns:
-        Scalar.
-    """
-    check_shapes(student, teacher)
-
-    def square(student: Tensor, teacher: Tensor) -> Tensor:
-        return (_standardize(student, valid) - _standardize(teacher, valid)).square().sum()
-
-    count = student.numel() if valid is None else student.shape[1] * valid.sum().clamp(min=1)
-    return by_channels(square, student, teacher.detach()) / count / 2
-
-
 def _standardize(feature: Tensor, valid: Tensor | None) -> Tensor:
     """Each channel over (N, H, W) with mean 0 and deviation 1; (N, C, H, W), 0 in cells that are not valid."""
     dims = (0, 2, 3)
+    root: Tensor | float
     if valid is None:
-        count = feature.numel() // feature.shape[1]
         centred = feature - feature.mean(dims, keepdim=True)
-        freedom = max(count - 1, 1)
+        root = max(feature.numel() // feature.shape[1] - 1, 1)**0.5
     else:
-        weight = valid[:, None].to(feature.dtype)
-        count = valid.sum()
-        mean = (feature * weight).sum(dims, keepdim=True) / count.clamp(min=1)
-        centred = (feature - mean) * weight
-        freedom = (count - 1).clamp(min=1)
+        inside, count = valid[:, None].to(feature.dtype), valid.sum()
+        mean = (feature * inside).sum(dims, keepdim=True) / count.clamp(min=1)
+        centred = (feature - mean) * inside
+        root = (count - 1).clamp(min=1)**0.5
     # The norm, unlike the root of the variance, has a finite gradient at 0.
-    deviation = torch.linalg.vector_norm(centred, dim=dims, keepdim=True) / freedom**0.5
+    deviation: Tensor = torch.linalg.vector_norm(centred, dim=dims, keepdim=True) / root
     return centred / (deviation + 1e-6)
-
-
-def fkd_loss(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor,
-    student_channels: Tensor,
-    student_cells: Tensor,
-    student_relation: Tensor | None = None,
-    teacher_relation: Tensor | None = None,
-    feature_weight: float = 7e-5,
-    pooling_weight: float = 4e-3,
-    relation_weight: float = 7e-5,
-) -> dict[str, Tensor]:
-    """Attention-guided and non-local distillation of one level (FKD, ICLR 2021, openreview uKhGRvM8QNH).
-
-    All parts are L2 norms over the whole batch, not their squares: the difference weighted by the attention, the
-    difference of the means over cells and over channels, and that of the non-local relations
-    (:func:`kd_det.functional.relations.non_local`). The default weights are the released ones.
-
-    Args:
-        student: (N, C, H, W), after its 1×1 adapter.
-        teacher: (N, C, H, W).
-        mask: (N, H, W), the mean of both spatial attentions, see :func:`kd_det.functional.masks.spatial_attention`.
-        student_channels: (N, C), the student's mean over cells after its linear adapter.
-        student_cells: (N, 1, H, W), the student's mean over channels after its 3×3 adapter.
-        student_relation: (N, C, H, W), after its 1×1 adapter; None leaves the relation part out.
-        teacher_relation: (N, C, H, W); keeps its gradient, since the block that makes it is trained.
-        feature_weight: Weight of the attended difference.
-        pooling_weight: Weight of both pooled differences.
-        relation_weight: Weight of the relation.
-
-    Returns:
-        The weighted scalars ``imitation``, ``channel``, ``spatial`` and, with relations, ``relation``.
-    """
-    check_shapes(student, teacher)
-    teacher = teacher.detach()
-    norm = torch.linalg.vector_norm
-    parts = dict(
-        imitation=feature_weight * _root((difference_of_cells(student, teacher) * mask.detach()[:, None]).sum()),
-        channel=pooling_weight * norm(student_channels - teacher.mean((2, 3))),
-        spatial=pooling_weight * norm(student_cells - teacher.mean(1, keepdim=True)),
-    )
-    if student_relation is not None and teacher_relation is not None:
-        parts['relation'] = relation_weight * norm(student_relation - teacher_relation)
-    return parts
 
 
 def _root(square: Tensor) -> Tensor:

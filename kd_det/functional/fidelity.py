@@ -23,14 +23,14 @@ class Moments(NamedTuple):
         yy: (Q, Q) YᵀY.
         xy: (P, Q) XᵀY.
     """
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # not the method of tuples
     sum_x: Tensor
     sum_y: Tensor
     xx: Tensor
     yy: Tensor
     xy: Tensor
 
-    def __add__(self, other: Moments) -> Moments:  # type: ignore[override]  of tuples it would be their concatenation
+    def __add__(self, other: Moments) -> Moments:  # type: ignore[override]  # not the concatenation of tuples
         return Moments(*(mine + theirs for mine, theirs in zip(self, other)))
 
 

@@ -18,9 +18,9 @@ def soft_target_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, c
     """Soft targets: T² · KL(softmax(t / T) ‖ softmax(s / T)) (Hinton et al., arXiv 1503.02531).
 
     Args:
-        student: (N, classes) logits.
-        teacher: (N, classes) logits.
-        temperature: T.
+        student: s, (N, classes) logits.
+        teacher: t, (N, classes) logits.
+        temperature: T, > 0; larger compares more of what the teacher thinks of the wrong classes.
         class_reduction: ``'sum'`` over the classes, which is the divergence, or ``'mean'``, as mmdet's
             ``KnowledgeDistillationKLDivLoss``.
         reduction: ``'mean'`` over the samples, or ``'none'``.
@@ -30,6 +30,13 @@ def soft_target_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, c
 
     Raises:
         ValueError: An unknown reduction.
+
+    Example:
+        >>> teacher = torch.tensor([[0.0, 2.0]])
+        >>> soft_target_kl(teacher, teacher, temperature=2.0)
+        tensor(0.)
+        >>> round(soft_target_kl(-teacher, teacher, temperature=2.0).item(), 4)
+        1.8485
     """
     if class_reduction not in ('sum', 'mean') or reduction not in ('mean', 'none'):
         raise ValueError(f"class_reduction={class_reduction!r}, reduction={reduction!r}: expected 'sum' or 'mean', and "
@@ -49,10 +56,10 @@ def decoupled_kl(student: Tensor, teacher: Tensor, labels: Tensor,
     distribution among those others. :func:`combine_decoupled` weighs them.
 
     Args:
-        student: (N, classes) logits, two classes or more.
-        teacher: (N, classes) logits.
+        student: s, (N, classes) logits, two classes or more.
+        teacher: t, (N, classes) logits.
         labels: (N,) long, the ground-truth class of each sample.
-        temperature: T.
+        temperature: T, > 0.
 
     Returns:
         Target divergence, non-target divergence, and the teacher's probability of the target at this temperature: (N,)
@@ -60,6 +67,13 @@ def decoupled_kl(student: Tensor, teacher: Tensor, labels: Tensor,
 
     Raises:
         ValueError: Fewer than two classes.
+
+    Example:
+        >>> student, teacher = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[0.0, 1.0, 1.0]])
+        >>> parts = decoupled_kl(student, teacher, labels=torch.tensor([0]))
+        >>> plain = combine_decoupled(*parts, alpha=1, beta=1, form='coupled')
+        >>> torch.allclose(plain, soft_target_kl(student, teacher, reduction='none'))
+        True
     """
     if student.shape[-1] < 2:
         raise ValueError(f'decoupled_kl needs two classes or more, got logits {tuple(student.shape)}: a sigmoid head '
@@ -90,6 +104,10 @@ def combine_decoupled(target: Tensor, non_target: Tensor, teacher_target_probabi
 
     Raises:
         ValueError: An unknown form.
+
+    Example:
+        >>> combine_decoupled(torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([0.75]), alpha=1, beta=4)
+        tensor([9.])
     """
     if form not in ('decoupled', 'coupled'):
         raise ValueError(f"form={form!r}: expected 'decoupled' or 'coupled'.")
@@ -102,15 +120,20 @@ def quality_bce(student: Tensor, teacher: Tensor, beta: float = 1.0) -> Tensor:
     """Soft labels of sigmoid heads: Σ_classes BCE(s, σ(t)) · |σ(t) - σ(s)|^β (BCKD 2308.14286, CrossKD 2306.11369).
 
     Args:
-        student: (N, classes) logits.
-        teacher: (N, classes) logits.
-        beta: Exponent of the modulating gap, 1 or more; 0 is the plain cross-entropy.
+        student: s, (N, classes) logits.
+        teacher: t, (N, classes) logits.
+        beta: β, exponent of the modulating gap, 1 or more; 0 is the plain cross-entropy.
 
     Returns:
         (N,).
 
     Raises:
         ValueError: ``beta`` between 0 and 1, whose gradient is infinite where student and teacher agree, or negative.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 3.0]])
+        >>> quality_bce(logits, logits), quality_bce(logits, -logits) > 0
+        (tensor([0.]), tensor([True]))
     """
     if beta != 0 and beta < 1:
         raise ValueError(f'beta={beta}: expected 0, or 1 or more.')
@@ -124,14 +147,19 @@ def weighted_cross_entropy(student: Tensor, teacher: Tensor, background_weight: 
     """Class-weighted soft targets: -Σ_c w_c · p_t · log p_s · T² (Chen et al., NeurIPS 2017).
 
     Args:
-        student: (N, classes) logits, background among the classes.
-        teacher: (N, classes) logits.
+        student: s, (N, classes) logits, background among the classes.
+        teacher: t, (N, classes) logits.
         background_weight: w of the background; that of the other classes is 1.
         background: Index of the background, the last in mmdet.
-        temperature: T of both softmaxes.
+        temperature: T of both softmaxes, > 0.
 
     Returns:
         (N,).
+
+    Example:
+        >>> logits = torch.zeros(1, 2)  # an object or background, as likely: (1 + 1.5) / 2 times log 2
+        >>> round(weighted_cross_entropy(logits, logits).item(), 4)
+        0.8664
     """
     weight = student.new_ones(student.shape[-1])
     weight[background] = background_weight
@@ -150,6 +178,11 @@ def rank_mimicking(student: Tensor, teacher: Tensor, groups: Tensor, num_groups:
 
     Returns:
         (num_groups,), 0 for boxes with fewer than two candidates.
+
+    Example:
+        >>> teacher, boxes = torch.tensor([1.0, 3.0, 2.0, 9.0]), torch.tensor([0, 0, 1, -1])
+        >>> rank_mimicking(teacher, teacher, boxes, num_groups=2)
+        tensor([0., 0.])
     """
     # Candidates of no box fall into one more group, which is cut off at the end.
     groups = torch.where(groups < 0, num_groups, groups)
@@ -173,6 +206,10 @@ def restricted_logits(logits: Tensor, classes: Sequence[int], background: bool) 
 
     Returns:
         (..., chosen), or (..., chosen + 1) with background.
+
+    Example:
+        >>> restricted_logits(torch.tensor([0.0, 1.0, 2.0]), [2, 0], background=False)
+        tensor([2., 0.])
     """
     count = logits.shape[-1]
     if list(classes) == list(range(count - background)):

@@ -5,6 +5,7 @@ A query predicts one object: class logits and a box, as centre x, centre y, widt
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from kd_det.functional.boxes import giou_imitation
+
+Array = np.ndarray[Any, Any]
 
 UNAFFORDABLE = 1e6  # takes the place of costs that are not finite
 
@@ -28,20 +31,27 @@ def query_cost(student_logits: Tensor, teacher_logits: Tensor, student_boxes: Te
     Args:
         student_logits: (N, Q, K).
         teacher_logits: (N, M, K).
-        student_boxes: (N, Q, 4).
+        student_boxes: (N, Q, 4), as shares of the image.
         teacher_boxes: (N, M, 4).
         activation: ``'sigmoid'`` or ``'softmax'``: what turns logits into probabilities.
         weights: Of classes, L1 and GIoU; those of Deformable DETR's matching to ground truth by default.
 
     Returns:
         (N, Q, M), 0 where a pair is equal, without gradient.
+
+    Example:
+        >>> logits = torch.tensor([[[9.0], [-9.0]]])
+        >>> boxes = torch.tensor([[[0.2, 0.2, 0.1, 0.1], [0.8, 0.8, 0.1, 0.1]]])
+        >>> query_cost(logits, logits, boxes, boxes).argmin(-1)  # the same query of both
+        tensor([[0, 1]])
     """
     pairs = len(student_boxes), student_boxes.shape[1], teacher_boxes.shape[1]
     first, second = (corners(boxes).unsqueeze(dim).expand(*pairs, 4).flatten(0, 2)
                      for boxes, dim in ((student_boxes, 2), (teacher_boxes, 1)))
-    costs = (_class_divergence(student_logits, teacher_logits, activation),
-             torch.cdist(student_boxes, teacher_boxes, p=1), giou_imitation(first, second).view(pairs))
-    return sum(weight * cost for weight, cost in zip(weights, costs))
+    of_classes, of_l1, of_giou = weights
+    return (of_classes * _class_divergence(student_logits, teacher_logits, activation)
+            + of_l1 * torch.cdist(student_boxes, teacher_boxes, p=1)
+            + of_giou * giou_imitation(first, second).view(pairs))
 
 
 def match_queries(cost: Tensor, candidates: Tensor, box_cost: Tensor, num_boxes: Sequence[int],
@@ -63,24 +73,30 @@ def match_queries(cost: Tensor, candidates: Tensor, box_cost: Tensor, num_boxes:
 
     Returns:
         (P, Q) long: the index of the teacher's query; -1 for none, where the teacher has fewer queries.
+
+    Example:
+        >>> cost = torch.tensor([[[5.0], [1.0]]])        # of the student's two queries with the teacher's query 1
+        >>> box_cost = torch.tensor([[[0.0], [2.0]]])    # the teacher's query 0 finds the only box
+        >>> match_queries(cost, torch.tensor([[1]]), box_cost, [1], assigned=torch.tensor([[0, -1]]))
+        tensor([[0, 1]])
     """
     tensors = [each.detach().float() for each in (cost, candidates, box_cost, assigned)]  # indices are exact up to 2²⁴
-    held = torch.cat([each.flatten(1) for each in tensors], 1).nan_to_num(*[UNAFFORDABLE] * 2, -UNAFFORDABLE).cpu()
-    split = held.split([each[0].numel() for each in tensors], 1)
-    problems = zip(*(part.view(each.shape).numpy() for part, each in zip(split, tensors)), num_boxes)
+    joined = torch.cat([each.flatten(1) for each in tensors], 1).nan_to_num(UNAFFORDABLE, UNAFFORDABLE, -UNAFFORDABLE)
+    parts = torch.split(joined.cpu(), [each[0].numel() for each in tensors], 1)
+    problems = zip(*(part.view(each.shape).numpy() for part, each in zip(parts, tensors)), num_boxes)
     paired = [_match(cost, each.astype(int), box_cost[:, :count], of_student.astype(int))
               for cost, each, box_cost, of_student, count in problems]
     return torch.from_numpy(np.stack(paired)).to(assigned.device)
 
 
-def _match(cost: np.ndarray, candidates: np.ndarray, box_cost: np.ndarray, assigned: np.ndarray) -> np.ndarray:
+def _match(cost: Array, candidates: Array, box_cost: Array, assigned: Array) -> Array:
     """The index of the teacher's query for each of the student's, (Q,)."""
     queries, boxes = linear_sum_assignment(box_cost)
     affordable = box_cost[queries, boxes] < UNAFFORDABLE
     queries, boxes = queries[affordable], boxes[affordable]
     query_of = np.full(box_cost.shape[1] + 1, -1)  # by box; the last for no box, to which the index -1 leads
     query_of[boxes] = queries
-    paired = query_of[assigned]
+    paired: Array = query_of[assigned]
     rest, free = np.flatnonzero(assigned < 0), np.flatnonzero(~np.isin(candidates, queries))
     rows, columns = linear_sum_assignment(cost[np.ix_(rest, free)])
     paired[rest[rows]] = candidates[free[columns]]

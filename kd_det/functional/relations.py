@@ -25,6 +25,10 @@ def flow_matrix(feature_a: Tensor, feature_b: Tensor) -> Tensor:
 
     Returns:
         (N, A, B).
+
+    Example:
+        >>> flow_matrix(torch.ones(1, 1, 2, 2), torch.full((1, 2, 1, 1), 3.0))
+        tensor([[[3., 3.]]])
     """
     size = tuple(min(sides) for sides in zip(feature_a.shape[2:], feature_b.shape[2:]))
     a, b = (feature if feature.shape[2:] == size else F.adaptive_max_pool2d(feature, size)
@@ -44,6 +48,10 @@ def flow_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
     Raises:
         ValueError: Shapes that differ; the layers of both networks need the same channels.
+
+    Example:
+        >>> flow_distance(torch.zeros(2, 3, 4), torch.ones(2, 3, 4))
+        tensor(12.)
     """
     if student.shape != teacher.shape:
         raise ValueError(f'flow matrices {tuple(student.shape)} of the student and {tuple(teacher.shape)} of the '
@@ -60,6 +68,11 @@ def distance_relation(student: Tensor, teacher: Tensor) -> Tensor:
 
     Returns:
         Scalar, mean over the N² pairs; exactly 0 for two members, whose one distance is the unit.
+
+    Example:
+        >>> members = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
+        >>> distance_relation(members, members), distance_relation(members, members[:, :1]) > 0
+        (tensor(0.), tensor(True))
     """
     if len(student) < RELATED:
         return 0 * student.sum()
@@ -75,6 +88,11 @@ def angle_relation(student: Tensor, teacher: Tensor) -> Tensor:
 
     Returns:
         Scalar, mean over the N³ triples; exactly 0 for two members, which span no angle.
+
+    Example:
+        >>> members = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
+        >>> angle_relation(members, members), angle_relation(members, members[:, :1]) > 0
+        (tensor(0.), tensor(True))
     """
     if len(student) < RELATED:
         return 0 * student.sum()
@@ -83,20 +101,26 @@ def angle_relation(student: Tensor, teacher: Tensor) -> Tensor:
 
 def dist_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, inter: float = 1.0,
               intra: float = 1.0) -> Tensor:
-    """One minus the Pearson correlation of the class probabilities, times T² (DIST, arXiv 2205.10536).
+    """One minus the Pearson correlation of the class probabilities p, times T² (DIST, arXiv 2205.10536).
 
-    ``inter`` weighs the mean over the members of the batch, each correlated over its classes; ``intra`` the mean over
-    the classes, each correlated over the batch.
+    T²·(inter·mean_n(1 - r(p_s, p_t over classes)) + intra·mean_c(1 - r(p_s, p_t over n))): ``inter`` weighs the mean
+    over the members of the batch, each correlated over its classes; ``intra`` the mean over the classes, each
+    correlated over the batch.
 
     Args:
-        student: (N, classes) logits.
-        teacher: (N, classes) logits.
-        temperature: T of the softmax.
+        student: s, (N, classes) logits.
+        teacher: t, (N, classes) logits.
+        temperature: T of the softmax, > 0.
         inter: Weight of the relation between classes.
         intra: Weight of the relation within a class.
 
     Returns:
         Scalar.
+
+    Example:
+        >>> teacher = torch.tensor([[0.0, 1.0, 3.0], [2.0, 0.0, 1.0]])
+        >>> dist_loss(teacher, teacher)
+        tensor(0.)
     """
     student, teacher = ((logits / temperature).softmax(1) for logits in (student, teacher.detach()))
     between, within = (_one_minus_pearson(student, teacher, dim) for dim in (1, 0))
@@ -113,6 +137,11 @@ def non_local(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     Returns:
         (N, C, H, W), the value's cells weighted by query · key / (h·w).
+
+    Example:
+        >>> query, key, value = torch.ones(1, 1, 1, 3), torch.tensor([[[[1.0, 3.0]]]]), torch.tensor([[[[4.0, 2.0]]]])
+        >>> non_local(query, key, value)
+        tensor([[[[5., 5., 5.]]]])
     """
     # The keys and values first: their product is small, the H·W × h·w table of weights is not.
     gathered = torch.einsum('nkhw,nchw->nkc', key, value) / (key.shape[2] * key.shape[3])

@@ -12,13 +12,14 @@ from kd_det.heads.dense import DenseOutputs
 from kd_det.heads.queries import QueryOutputs, read_queries
 from kd_det.heads.readers import check_head, find_reader, read_dense
 from kd_det.heads.request import HEADS, ROI_HEAD, HeadRequest
-from kd_det.heads.roi import RoIOutputs, read_sampled, run_roi_head, stages_of
+from kd_det.heads.roi import RoIOutputs, find_stages, read_sampled, run_roi_head
 from kd_det.heads.towers import TeacherTowers, TowerFeatures, read_towers, record_towers
 from kd_det.taps import Call, Features, Taps, record_calls
 
-StudentOutputs = dict[str, DenseOutputs | QueryOutputs | RoIOutputs | TowerFeatures]
-# Of a teacher's RoI head there is one for each of its stages.
-TeacherOutputs = dict[str, DenseOutputs | QueryOutputs | tuple[RoIOutputs, ...] | TeacherTowers]
+# By request: DenseOutputs, QueryOutputs, RoIOutputs or TowerFeatures; who reads them knows which it asked for.
+StudentOutputs = dict[str, Any]
+# The same, but TeacherTowers for towers, and of a RoI head a tuple with the RoIOutputs of each of its stages.
+TeacherOutputs = dict[str, Any]
 
 
 class TeacherForward(NamedTuple):
@@ -31,7 +32,7 @@ class TeacherForward(NamedTuple):
         samples: mmdet's data samples with the shapes of images and batch, which DETRs ask for; without ground truth.
         cut: Cuts a map of a batch that was padded for the teacher back to the student's.
     """
-    model: nn.Module
+    model: Any
     features: Features
     student: StudentOutputs
     samples: Sequence = ()
@@ -91,10 +92,12 @@ class QueryKind(OutputKind):
         return record_calls(head.assigner, 'assign')
 
     def read(self, head: Any, maps: tuple[Features, ...], recorded: Sequence[Call]) -> QueryOutputs:
-        return read_queries(head, *(layers for layers, in maps), [call.returned for call in recorded])
+        (logits, ), (boxes, ) = maps  # each one tensor of all decoder layers
+        return read_queries(head, logits, boxes, [call.returned for call in recorded])
 
     def run(self, head: Any, forward: TeacherForward) -> QueryOutputs:
-        return read_queries(head, *head(**forward.model.forward_transformer(forward.features, forward.samples)))
+        logits, boxes = head(**forward.model.forward_transformer(forward.features, forward.samples))
+        return read_queries(head, logits, boxes)
 
 
 class TowerKind(OutputKind):
@@ -116,10 +119,10 @@ class RoIKind(OutputKind):
     @contextmanager
     def record(self, head: Any) -> Iterator[list[list[Call]]]:
         with ExitStack() as stack:
-            yield [stack.enter_context(record_calls(stage, 'loss_and_target')) for stage in stages_of(head)]
+            yield [stack.enter_context(record_calls(stage, 'loss_and_target')) for stage in find_stages(head)]
 
     def read(self, head: Any, maps: tuple[Features, ...], recorded: list[list[Call]]) -> RoIOutputs:
-        return read_sampled(stages_of(head), recorded)
+        return read_sampled(find_stages(head), recorded)
 
     def run(self, head: Any, forward: TeacherForward) -> tuple[RoIOutputs, ...]:
         return run_roi_head(head, forward.features, forward.student[ROI_HEAD].regions)
@@ -144,7 +147,7 @@ def find_head(model: nn.Module, name: str) -> nn.Module:
     check_head(type(model).__name__, present, request)
     head = getattr(model, request.head)
     if request == ROI_HEAD:
-        stages_of(head)
+        find_stages(head)
     return head
 
 
@@ -250,9 +253,9 @@ def record_maps(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Fe
         maps.update({f'{name}/{kind}': tuple(levels) for kind, levels in enumerate(call.returned)})
 
 
-def read_maps(model: nn.Module, names: Sequence[str], maps: dict[str, Features]) -> dict:
+def read_maps(model: nn.Module, names: Sequence[str], maps: dict[str, Features]) -> TeacherOutputs:
     """Makes the outputs of a teacher's heads from what :func:`record_maps` recorded in this or another step."""
-    outputs = {}
+    outputs: TeacherOutputs = {}
     for request in map(HeadRequest.parse, names):
         head = getattr(model, request.head)
         if not request.part:

@@ -4,7 +4,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from kd_det.functional.logits import restricted_logits
@@ -27,8 +29,8 @@ def read_strides(strides: Iterable[Stride | Sequence[Stride]]) -> tuple[Stride, 
         >>> read_strides([8, 16.0, (32, 32), 10.5])
         (8, 16, 32, 10.5)
     """
-    widths = (stride[0] if isinstance(stride, (tuple, list)) else stride for stride in strides)
-    return tuple(int(width) if width == int(width) else float(width) for width in widths)
+    widths = (float(stride[0] if isinstance(stride, Sequence) else stride) for stride in strides)
+    return tuple(int(width) if width.is_integer() else width for width in widths)
 
 
 @dataclass
@@ -68,6 +70,33 @@ class DenseOutputs:
     distributions: Features | None = None
     assigned: Features | None = None
     targets: Features | None = None
+
+    @classmethod
+    def of_boxes(cls, logits: Tensor, boxes: Tensor, shape: tuple[int, int], stride: Stride = 8,
+                 activation: str = 'sigmoid', positives: Tensor | None = None, **others: Any) -> DenseOutputs:
+        """The outputs of one level with one prior a cell, its square, from plain tensors: for examples and tests.
+
+        Args:
+            logits: (N, H·W, K) class logits.
+            boxes: (N, H·W, 4) boxes x1, y1, x2, y2 in pixels, which are the regressions too.
+            shape: H and W.
+            stride: In pixels.
+            activation: ``'sigmoid'`` or ``'softmax'``.
+            positives: (N, H·W) of bool, the priors that the head assigned to boxes, if it tells.
+            **others: Other attributes, such as ``objectness``; each a tuple of the only level.
+
+        Example:
+            >>> import torch
+            >>> outputs = DenseOutputs.of_boxes(torch.zeros(1, 2, 3), torch.zeros(1, 2, 4), shape=(1, 2))
+            >>> outputs.priors[0]
+            tensor([[ 0.,  0.,  8.,  8.],
+                    [ 8.,  0., 16.,  8.]])
+        """
+        corners = torch.cartesian_prod(*(torch.arange(cells, device=boxes.device) for cells in shape))
+        corners = stride * corners.flip(1).to(boxes.dtype)
+        priors = torch.cat([corners, corners + stride], 1)
+        return cls((logits, ), activation, (boxes, ), (shape, ), (stride, ), lambda: (boxes, ), lambda: (priors, ),
+                   assigned=None if positives is None else (positives, ), **others)
 
     @cached_property
     def boxes(self) -> Features:

@@ -60,7 +60,7 @@ class TargetsReader(DenseReader):
 class AnchorReader(TargetsReader):
     """Of heads with anchors, whose maps are classes, deltas, and perhaps centerness."""
 
-    targets_at = 2
+    targets_at: int | None = 2
 
     def read(self, head: Any, logits: Maps, deltas: Maps, centerness: Maps | None = None) -> DenseOutputs:
         encoded = regressions = order_by_prior(deltas, 4)
@@ -116,18 +116,22 @@ class GFLReader(TargetsReader):
         return head.bbox_coder.decode(head.anchor_center(priors), encoded)
 
 
+class PointReader(TargetsReader):
+    """Of heads that regress the distances from points to the four sides, in pixels."""
+
+    def decode(self, head: Any, priors: Tensor, encoded: Tensor) -> Tensor:
+        return head.bbox_coder.decode(priors[:, :2], encoded)
+
+
 @reads(RTMDetHead)
-class RTMDetReader(TargetsReader):
-    """Of RTMDet: distances from points to the four sides, in pixels."""
+class RTMDetReader(PointReader):
+    """Of RTMDet."""
 
     parts = frozenset({'positives', 'towers'})
     labels_at = 1
 
     def read(self, head: Any, logits: Maps, distances: Maps) -> DenseOutputs:
         return self.assemble(head, logits, order_by_prior(distances, 4))
-
-    def decode(self, head: Any, priors: Tensor, encoded: Tensor) -> Tensor:
-        return head.bbox_coder.decode(priors[:, :2], encoded)
 
 
 @reads(RTMDetSepBNHead)
@@ -138,10 +142,10 @@ class RTMDetSepBNReader(RTMDetReader):
 
 
 @reads(FCOSHead)
-class FCOSReader(RTMDetReader):
-    """Of FCOS: distances from points as well, which ``norm_on_bbox`` leaves in strides, in train mode alone."""
+class FCOSReader(PointReader):
+    """Of FCOS, whose distances are in strides with ``norm_on_bbox``, in train mode alone."""
 
-    labels_at = 0
+    parts = frozenset({'positives', 'towers'})
 
     def read(self, head: Any, logits: Maps, distances: Maps, centerness: Maps) -> DenseOutputs:
         regressions = order_by_prior(distances, 4)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from mmdet.models.dense_heads import ConditionalDETRHead, DABDETRHead, DeformableDETRHead, DETRHead, DINOHead
@@ -72,7 +73,7 @@ def predicts_queries(head: type[nn.Module]) -> bool:
     return False
 
 
-def read_queries(head: nn.Module, logits: Tensor, boxes: Tensor, assignments: Sequence = ()) -> QueryOutputs:
+def read_queries(head: Any, logits: Tensor, boxes: Tensor, assignments: Sequence = ()) -> QueryOutputs:
     """Reads the raw outputs of a DETR's head.
 
     Args:
@@ -95,17 +96,19 @@ def read_queries(head: nn.Module, logits: Tensor, boxes: Tensor, assignments: Se
     assigned = torch.stack([each.gt_inds for each in assignments[:layers * images]]).unflatten(0, (layers, images)) - 1
     matched = assigned.shape[-1]  # denoising queries, which come first, are not
     return replace(outputs, logits=outputs.logits[:, :, -matched:], boxes=outputs.boxes[:, :, -matched:],
-                   assigned=assigned, box_cost=_box_cost(head.assigner.match_costs))
+                   assigned=assigned, box_cost=_make_box_cost(head.assigner.match_costs))
 
 
-def _box_cost(match_costs: Sequence[Callable]) -> BoxCost:
+def _make_box_cost(match_costs: Sequence[Callable]) -> BoxCost:
+    """The sum of a matcher's costs, see ``box_cost`` of :class:`QueryOutputs`."""
 
     @torch.no_grad()
     def cost(logits: Tensor, boxes: Tensor, truth: Tensor, labels: Tensor, image_shape: tuple[int, int]) -> Tensor:
         height, width = image_shape
         pixels = bbox_cxcywh_to_xyxy(boxes) * boxes.new_tensor([width, height, width, height])
-        given = dict(pred_instances=InstanceData(scores=logits, bboxes=pixels),
-                     gt_instances=InstanceData(bboxes=truth, labels=labels), img_meta=dict(img_shape=image_shape))
-        return sum(match_cost(**given) for match_cost in match_costs)
+        queries = InstanceData(scores=logits, bboxes=pixels)
+        objects = InstanceData(bboxes=truth, labels=labels)
+        return sum(match_cost(pred_instances=queries, gt_instances=objects, img_meta=dict(img_shape=image_shape))
+                   for match_cost in match_costs)
 
     return cost

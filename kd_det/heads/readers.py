@@ -103,11 +103,9 @@ class DenseReader:
         """
         shapes, device = tuple((each.shape[-2], each.shape[-1]) for each in class_maps), class_maps[0].device
 
-        def decode() -> Features:
-            by_level = zip(_generate_priors(head, shapes, device), regressions if encoded is None else encoded)
-            boxes = ((self.decode(head, priors.repeat(len(level), 1), level.flatten(0, 1)), level)
-                     for priors, level in by_level)
-            return tuple(get_box_tensor(each).view_as(level) for each, level in boxes)
+        def decode_levels() -> Features:
+            levels = zip(_generate_priors(head, shapes, device), regressions if encoded is None else encoded)
+            return tuple(self._decode_level(head, *level) for level in levels)
 
         return DenseOutputs(
             logits=order_by_prior(class_maps, head.cls_out_channels) if logits is None else logits,
@@ -115,9 +113,14 @@ class DenseReader:
             regressions=regressions,
             shapes=shapes,
             strides=read_strides(head.prior_generator.strides),
-            decode=decode,
+            decode=decode_levels,
             generate_priors=lambda: _prior_boxes(head, _generate_priors(head, shapes, device)),
             **others)
+
+    def _decode_level(self, head: Any, priors: Tensor, encoded: Tensor) -> Tensor:
+        """(N, H·W·A, 4) regressions of one level as boxes in the same shape; its priors are (H·W·A, 4)."""
+        boxes = self.decode(head, priors.repeat(len(encoded), 1), encoded.flatten(0, 1))
+        return get_box_tensor(boxes).view_as(encoded)
 
 
 READERS: dict[type[nn.Module], DenseReader] = {}

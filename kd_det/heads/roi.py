@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
@@ -11,6 +11,7 @@ from mmdet.models.task_modules import DeltaXYWHBBoxCoder
 from torch import Tensor, nn
 
 from kd_det.functional.logits import restricted_logits
+from kd_det.heads.readers import remove_normalization
 from kd_det.heads.request import HeadError
 from kd_det.taps import Call, Features
 
@@ -78,8 +79,8 @@ class RoIOutputs(NamedTuple):
         return self.logits.softmax(1)[:, :-1]
 
 
-def stages_of(roi_head: nn.Module) -> list[nn.Module]:
-    """The box heads of a RoI head, one per stage.
+def find_stages(roi_head: Any) -> list[Any]:
+    """Returns the box heads of a RoI head, one per stage.
 
     Raises:
         HeadError: Their outputs can not be read.
@@ -115,18 +116,19 @@ def read_sampled(stages: Sequence[nn.Module], calls: Sequence[Sequence[Call]]) -
     return RoIOutputs(regions, logits, deltas)
 
 
-def _read_call(stage: int, head: nn.Module, call: Call) -> RoIOutputs:
+def _read_call(stage: int, head: Any, call: Call) -> RoIOutputs:
     labels, _, targets, _ = call.returned['bbox_targets']
     rois = call.arguments['rois'].float()
     if head.reg_decoded_bbox:  # the targets are boxes, or 0 for background, which becomes its own target
         boxes = torch.where((labels < head.num_classes).unsqueeze(1), targets.float(), rois[:, 1:])
         targets = head.bbox_coder.encode(rois[:, 1:], boxes)
     stds = rois.new_tensor(head.bbox_coder.stds).expand_as(targets)
-    regions = Regions(rois, labels, _without_normalization(head, targets), stds, torch.full_like(labels, stage))
-    return _outputs(head, regions, call.arguments['cls_score'], call.arguments['bbox_pred'])
+    targets = remove_normalization(head.bbox_coder, targets)
+    regions = Regions(rois, labels, targets, stds, stages=torch.full_like(labels, stage))
+    return _assemble(head, regions, call.arguments['cls_score'], call.arguments['bbox_pred'])
 
 
-def run_roi_head(roi_head: nn.Module, features: Features, regions: Regions) -> tuple[RoIOutputs, ...]:
+def run_roi_head(roi_head: Any, features: Features, regions: Regions) -> tuple[RoIOutputs, ...]:
     """Runs a teacher's RoI head, its own RoI extractor included, on the student's regions.
 
     Args:
@@ -137,18 +139,18 @@ def run_roi_head(roi_head: nn.Module, features: Features, regions: Regions) -> t
     Returns:
         The outputs of each stage; all stages see the same regions, none the boxes that the stage before it refined.
     """
-    outputs, context = [], _context(roi_head, features)
-    for stage, head in enumerate(stages_of(roi_head)):
+    outputs, branches = [], _run_image_branches(roi_head, features)
+    for stage, head in enumerate(find_stages(roi_head)):
         which = (stage, ) if isinstance(roi_head, CascadeRoIHead) else ()
-        results = roi_head._bbox_forward(*which, features, regions.rois, **context)
-        outputs.append(_outputs(head, regions, results['cls_score'], results['bbox_pred']))
+        results = roi_head._bbox_forward(*which, features, regions.rois, **branches)
+        outputs.append(_assemble(head, regions, results['cls_score'], results['bbox_pred']))
     return tuple(outputs)
 
 
-def _context(roi_head: nn.Module, features: Features) -> dict[str, Tensor]:
-    """What the box heads of HTC and SCNet are given beside the regions: features of the whole image."""
-    branches = dict(semantic_feat='semantic_head', glbctx_feat='glbctx_head')
-    heads = {argument: getattr(roi_head, name, None) for argument, name in branches.items()}
+def _run_image_branches(roi_head: Any, features: Features) -> dict[str, Tensor]:
+    """Makes what the box heads of HTC and SCNet are given beside the regions: features of the whole image."""
+    names = dict(semantic_feat='semantic_head', glbctx_feat='glbctx_head')
+    heads = {argument: getattr(roi_head, name, None) for argument, name in names.items()}
     return {argument: head(features)[1] for argument, head in heads.items() if head is not None}
 
 
@@ -175,9 +177,7 @@ def at_stage(outputs: Sequence[RoIOutputs], stage: int | str) -> RoIOutputs:
     return outputs[0]._replace(logits=logits[same, everyone], deltas=deltas[same, everyone])
 
 
-def _outputs(head: nn.Module, regions: Regions, logits: Tensor, deltas: Tensor) -> RoIOutputs:
-    return RoIOutputs(regions, logits.float(), _without_normalization(head, deltas.float().view(len(deltas), -1, 4)))
-
-
-def _without_normalization(head: nn.Module, deltas: Tensor) -> Tensor:
-    return deltas * deltas.new_tensor(head.bbox_coder.stds) + deltas.new_tensor(head.bbox_coder.means)
+def _assemble(head: Any, regions: Regions, logits: Tensor, deltas: Tensor) -> RoIOutputs:
+    """Puts the one form together from a box head's (R, K + 1) logits and (R, K·4) or (R, 4) deltas."""
+    by_class = deltas.float().view(len(deltas), -1, 4)
+    return RoIOutputs(regions, logits.float(), remove_normalization(head.bbox_coder, by_class))

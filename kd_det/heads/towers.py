@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -54,7 +54,7 @@ class TowerWidths(NamedTuple):
         return self.classes[-1 - remaining], self.boxes[-1 - remaining]
 
 
-def tower_widths(head: nn.Module) -> TowerWidths:
+def tower_widths(head: Any) -> TowerWidths:
     """The channels within the towers of a head."""
     return TowerWidths(*((head.in_channels, *(head.feat_channels for _ in getattr(head, name))) for name in TOWERS))
 
@@ -86,8 +86,7 @@ class TeacherTowers(NamedTuple):
         dtype = next(self.head.parameters()).dtype
         with ExitStack() as stack:
             for name, levels in zip(TOWERS, (classes, boxes)):
-                given = [level.to(dtype) for level in levels]
-                stack.enter_context(_entered(self.head, name, given, remaining))
+                stack.enter_context(_enter_tower(self.head, name, [level.to(dtype) for level in levels], remaining))
             outputs = read_dense(self.head, self.head(classes))
         return outputs if self.classes is None else outputs.restricted(self.classes)
 
@@ -106,16 +105,17 @@ def record_towers(head: nn.Module) -> Iterator[list[list[list[Call]]]]:
 
 def read_towers(calls: Sequence[Sequence[Sequence[Call]]]) -> TowerFeatures:
     """Reads the features from one step's calls, see :func:`record_towers`."""
-    return TowerFeatures(*map(_features, calls))
+    return TowerFeatures(*map(_read_tower, calls))
 
 
-def _features(tower: Sequence[Sequence[Call]]) -> tuple[Features, ...]:
-    given = tuple(next(iter(call.arguments.values())) for call in tower[0]) if tower else ()
-    return (given, *(tuple(call.returned for call in layer) for layer in tower))
+def _read_tower(convolutions: Sequence[Sequence[Call]]) -> tuple[Features, ...]:
+    """The features of one tower, depth by depth, from the calls of each convolution, one per level."""
+    inputs = tuple(next(iter(call.arguments.values())) for call in convolutions[0]) if convolutions else ()
+    return (inputs, *(tuple(call.returned for call in calls) for calls in convolutions))
 
 
-class _Given(nn.Module):
-    """Stands in a tower for the convolutions that are left out: on each level it returns what it was made with."""
+class _TowerInput(nn.Module):
+    """Stands in a tower for the convolutions that are left out: at each call it returns the next of its levels."""
 
     def __init__(self, levels: Sequence[Tensor]) -> None:
         super().__init__()
@@ -126,10 +126,10 @@ class _Given(nn.Module):
 
 
 @contextmanager
-def _entered(head: nn.Module, name: str, levels: Sequence[Tensor], remaining: int) -> Iterator[None]:
-    """Shortens a tower of a head to its last convolutions, which are given those features, while the block runs."""
+def _enter_tower(head: nn.Module, name: str, levels: Sequence[Tensor], remaining: int) -> Iterator[None]:
+    """Lets a tower of a head run from its last convolutions on, from those features, while the block runs."""
     layers = getattr(head, name)
-    setattr(head, name, nn.ModuleList([_Given(levels), *layers[len(layers) - remaining:]]))
+    setattr(head, name, nn.ModuleList([_TowerInput(levels), *layers[len(layers) - remaining:]]))
     try:
         yield
     finally:

@@ -1,10 +1,15 @@
-"""Student channels -> teacher channels."""
+"""What trains beside the student so that features can be compared: adapters of the channels, and blocks of the methods.
+
+None of it is part of the student: it is gone at inference.
+"""
 from __future__ import annotations
+
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
+from kd_det.config.arguments import check_choice
 from kd_det.functional.focal_global import context_pool
 from kd_det.functional.relations import non_local
 
@@ -20,11 +25,17 @@ def build_adapter(kind: str, student_channels: int, teacher_channels: int) -> nn
         student_channels: C of the student's (N, C, H, W).
         teacher_channels: C of the teacher's.
 
+    Returns:
+        A module (N, C, H, W) -> (N, C', H, W), with the teacher's channels.
+
     Raises:
         ValueError: Unknown kind, or ``'none'`` between different widths.
+
+    Example:
+        >>> build_adapter('auto', 16, 32), build_adapter('auto', 32, 32)
+        (Conv2d(16, 32, kernel_size=(1, 1), stride=(1, 1)), Identity())
     """
-    if kind not in CHANNEL_ADAPTERS:
-        raise ValueError(f"adapter='{kind}': expected one of {', '.join(CHANNEL_ADAPTERS)}.")
+    check_choice('adapter', kind, CHANNEL_ADAPTERS)
     if kind == 'none' and student_channels != teacher_channels:
         raise ValueError(f"adapter='none' needs equal channels, but the student has {student_channels} and the teacher "
                          f"{teacher_channels}: use adapter='conv1x1'.")
@@ -50,10 +61,10 @@ class GenerationBlock(nn.Sequential):
 
 
 class GlobalContext(nn.Module):
-    """Adds to every cell what the whole image says: ``x + mlp(Σ_hw softmax_hw(conv1x1(x)) · x)``.
+    """Adds to every cell what the whole image says: ``G(x) = x + mlp(Σ_hw softmax_hw(conv1x1(x)) · x)``.
 
-    Of GCNet (arXiv 1904.11492), as FGD (arXiv 2111.11837) uses it to compare relations. The last layer starts at zero,
-    so that the block starts as the identity.
+    Of GCNet (arXiv 1904.11492), as FGD (arXiv 2111.11837) uses it to compare relations; mlp is C -> C/2, LayerNorm,
+    ReLU, C/2 -> C. The last layer starts at zero, so that the block starts as the identity.
 
     Args:
         channels: C of the features; the hidden layer has half as many.
@@ -70,34 +81,33 @@ class GlobalContext(nn.Module):
         self.norm = nn.LayerNorm([hidden, 1, 1])
         self.expand = nn.Conv2d(hidden, channels, 1)
         nn.init.kaiming_normal_(self.attend.weight, mode='fan_in')
-        nn.init.zeros_(self.attend.bias)
-        nn.init.zeros_(self.expand.weight)
-        nn.init.zeros_(self.expand.bias)
+        for parameter in (self.attend.bias, self.expand.weight, self.expand.bias):
+            nn.init.zeros_(cast(Tensor, parameter))
 
     def forward(self, feature: Tensor, valid: Tensor | None = None) -> Tensor:
         """Args:
-        feature: (N, C, H, W).
-        valid: (N, H, W) of bool; the other cells (padding) are not looked at. All cells by default.
+            feature: (N, C, H, W).
+            valid: (N, H, W) of bool; the other cells (padding) are not looked at. All cells by default.
         """
-        return feature + self.addition(context_pool(feature, self.attend(feature), valid))
+        return feature + self.transform(context_pool(feature, self.attend(feature), valid))
 
-    def addition(self, context: Tensor) -> Tensor:
-        """What every cell gets, from the context vector; both (N, C, 1, 1)."""
-        hidden = _at_one_cell(self.reduce, context)
-        return _at_one_cell(self.expand, self.norm(hidden).relu())
+    def transform(self, pooled: Tensor) -> Tensor:
+        """The mlp: what is added to every cell, from the pooled vector; both (N, C, 1, 1)."""
+        hidden = _convolve_one_cell(self.reduce, pooled)
+        return _convolve_one_cell(self.expand, self.norm(hidden).relu())
 
     def attention_weight(self) -> Tensor:
-        """(C,), of which the logits are made. The softmax over the cells does not see the bias, whose gradient is 0."""
-        return self.attend.weight.flatten() + 0 * self.attend.bias
+        """(C,), by which the logits are made. The softmax over the cells does not see the bias, whose gradient is 0."""
+        return self.attend.weight.flatten() + 0 * cast(Tensor, self.attend.bias)
 
 
-def _at_one_cell(conv: nn.Conv2d, context: Tensor) -> Tensor:
+def _convolve_one_cell(conv: nn.Conv2d, vector: Tensor) -> Tensor:
     """A 1 × 1 convolution of (N, C, 1, 1), as the matrix product that it is: some three times faster on the CPU."""
-    return linear(context.flatten(1), conv.weight.flatten(1), conv.bias)[:, :, None, None]
+    return F.linear(vector.flatten(1), conv.weight.flatten(1), conv.bias)[:, :, None, None]
 
 
 class NonLocal(nn.Module):
-    """Adds to every cell what it gathers from all others: ``x + norm(expand(non_local(query(x), key(x), value(x))))``.
+    """Adds to every cell what it gathers from all others: ``R(x) = x + BN(conv1x1(query(x)·Σ key(x)·value(x)))``.
 
     The dot-product form of Non-local Neural Networks (arXiv 1711.07971), as in FKD (ICLR 2021, openreview uKhGRvM8QNH):
     keys and values are max-pooled, and BatchNorm starts at 0, so that the block starts as the identity.
@@ -124,11 +134,11 @@ class NonLocal(nn.Module):
         window = [min(self.pool, side) for side in feature.shape[2:]]
         gathered = non_local(self.query(feature), F.max_pool2d(self.key(feature), window),
                              F.max_pool2d(self.value(feature), window))
-        return feature + self._normalized(self.expand(gathered))
+        return feature + self._normalize(self.expand(gathered))
 
-    def _normalized(self, gathered: Tensor) -> Tensor:
+    def _normalize(self, gathered: Tensor) -> Tensor:
         """BatchNorm; by its running statistics where a channel has a single value, which has no deviation."""
-        if gathered.numel() > gathered.shape[1]:
-            return self.norm(gathered)
         norm = self.norm
+        if gathered.numel() > gathered.shape[1]:
+            return cast(Tensor, norm(gathered))
         return F.batch_norm(gathered, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)

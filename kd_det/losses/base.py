@@ -1,43 +1,24 @@
-"""Normalisers that count the whole batch of data-parallel training."""
+"""What a distillation term is, and what terms that compare features level by level share."""
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from numbers import Integral
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from mmdet.utils import reduce_mean
 from torch import Tensor, nn
 
-from kd_det.context import ComparedLevel, DistillContext, LevelError, LevelSpec, pair_levels
+from kd_det.config.arguments import check_choice, check_flags, check_number, refuse, split_sides
+from kd_det.context import ComparedLevel, DistillContext, LevelError, LevelPair, LevelSpec, pair_levels
 from kd_det.heads.towers import TowerWidths
-from kd_det.losses.adapters import build_adapter
+from kd_det.losses.adapters import CHANNEL_ADAPTERS, build_adapter
 from kd_det.masks.base import Mask
-
-
-def rank_share(mask: Tensor) -> Tensor:
-    """ΣM of this rank over its mean across ranks; 1 in a single process.
-
-    Data-parallel training averages the ranks. Losses over their own rank's ΣM, each times its share, average to what
-    one process finds over the ΣM of the whole batch, however unevenly the boxes are spread. Every rank must call this.
-
-    Args:
-        mask: (N, H, W), or any other shape.
-
-    Returns:
-        Scalar, 0 where no rank has any.
-    """
-    total = mask.sum()
-    return total / reduce_mean(total).clamp(min=torch.finfo(total.dtype).tiny)
-
 
 Parts = dict[str, Tensor]  # of a term's value, by name; scalars
 InputSpecs = dict[str, tuple[LevelSpec, ...] | TowerWidths]
-
-
-def sum_parts(value: Tensor | Parts) -> Tensor:
-    """The value of a term as one scalar."""
-    return sum(value.values()) if isinstance(value, dict) else value
 
 
 class DistillTerm(nn.Module):
@@ -46,19 +27,36 @@ class DistillTerm(nn.Module):
     A term declares what it reads (:attr:`student_taps`, :attr:`student_heads`, and the teacher's), makes its adapters
     once the form of the taps is known (:meth:`connect`), and turns each step's
     :class:`~kd_det.context.DistillContext` into named parts. It does not know its weight: the distiller multiplies, and
-    runs the terms in float32.
+    runs the terms in float32. What its arguments do not allow, it refuses when it is built.
 
     Args:
-        teacher: Which teacher to learn from, where there are several.
+        teacher: Which teacher to learn from, where there are several; counted from 0.
 
     Attributes:
         least_levels: How many levels a tap must have for the term to say anything.
+
+    Raises:
+        ValueError: An argument that does not fit; the message names it, its value, and what would.
+
+    Example:
+        A term of one's own, which draws the mean of the student's neck to the teacher's:
+
+        >>> from kd_det.context import DistillContext
+        >>> class MeanImitation(DistillTerm):
+        ...     student_taps = teacher_taps = ('neck', )
+        ...
+        ...     def forward(self, context):
+        ...         student, teacher = context.student['neck'], context.teachers[self.teacher_index]['neck']
+        ...         return dict(mean=sum((s.mean() - t.mean()).abs() for s, t in zip(student, teacher)))
+        >>> MeanImitation()(DistillContext.of_features(torch.zeros(1, 4, 8, 8), torch.ones(1, 4, 8, 8)))
+        {'mean': tensor(1.)}
     """
 
     least_levels = 1
 
     def __init__(self, teacher: int = 0) -> None:
         super().__init__()
+        check_number('teacher', teacher, least=0, whole=True)
         self.teacher_index = teacher
 
     @property
@@ -73,7 +71,7 @@ class DistillTerm(nn.Module):
 
     @property
     def student_heads(self) -> tuple[str, ...]:
-        """Heads whose outputs the term reads in the student, see :func:`~kd_det.heads.find_head`."""
+        """Heads whose outputs the term reads in the student, see :class:`~kd_det.heads.HeadRequest`."""
         return ()
 
     @property
@@ -84,8 +82,7 @@ class DistillTerm(nn.Module):
     @property
     def teacher_levels_read(self) -> dict[str, tuple[int, ...]]:
         """Indices of the levels that a connected term reads of a path of :attr:`teacher_taps`, where these are not all.
-        The others need not be computed.
-        """
+        The others need not be computed."""
         return {}
 
     def connect(self, student: InputSpecs, teacher: InputSpecs) -> None:
@@ -109,19 +106,38 @@ class FeatureTerm(DistillTerm):
     Args:
         tap: What to read: ``'neck'``, ``'backbone'`` or any module path within them; or a dict with the keys
             ``student`` and ``teacher`` where the paths differ.
-        levels: Indices of the student's levels to compare; or a number: the first so many, all where it has fewer; all
-            by default. Each is paired with the teacher level of the same stride.
+        levels: Indices of the student's levels to compare, negative ones from the last on; or a number, 1 or more: the
+            first so many, all where it has fewer; all by default. Each is paired with the teacher level of the same
+            stride.
         adapter: Student channels -> teacher channels, see :func:`~kd_det.losses.adapters.build_adapter`.
         resize: Interpolate the teacher's level where it differs in stride or size.
         teacher: See :class:`DistillTerm`.
+
+    Raises:
+        ValueError: An argument that does not fit.
+
+    Example:
+        A term of one's own, with the adapters and levels of all others:
+
+        >>> from kd_det.context import DistillContext
+        >>> class LargestDifference(FeatureTerm):
+        ...     def compare(self, level, position):
+        ...         return dict(largest=((level.student - level.teacher).abs() * level.valid[:, None]).amax())
+        >>> context = DistillContext.of_features(torch.zeros(1, 4, 8, 8), torch.ones(1, 4, 8, 8))
+        >>> term = LargestDifference(tap='neck')
+        >>> term.connect(context.student_levels, context.teacher_levels[0])
+        >>> term(context)
+        {'largest': tensor(1.)}
     """
 
     def __init__(self, tap: str | dict[str, str] = 'neck',
                  levels: int | Sequence[int] | None = None, adapter: str = 'auto', resize: bool = False,
                  teacher: int = 0) -> None:
         super().__init__(teacher)
-        paths = dict(student=tap, teacher=tap) if isinstance(tap, str) else tap
-        self.student_path, self.teacher_path = paths['student'], paths['teacher']
+        self.student_path, self.teacher_path = split_sides('tap', tap)
+        _check_levels(levels)
+        check_choice('adapter', adapter, CHANNEL_ADAPTERS)
+        check_flags(resize=resize)
         self.levels, self.adapter, self.resize = levels, adapter, resize
 
     @property
@@ -145,16 +161,24 @@ class FeatureTerm(DistillTerm):
         return {self.teacher_path: tuple(pair.teacher_level for pair in self.pairs)}
 
     def connect(self, student: InputSpecs, teacher: InputSpecs) -> None:
-        self.pairs = pair_levels(student[self.student_path], teacher[self.teacher_path], self.levels, self.resize)
-        self.adapters = nn.ModuleList(
-            build_adapter(self.adapter, pair.student_spec.channels, pair.teacher_spec.channels) for pair in self.pairs)
+        """Pairs the levels, and makes an adapter for each.
+
+        Raises:
+            LevelError: A level has no partner.
+            ValueError: The adapter does not fit the channels.
+        """
+        specs = (cast(tuple[LevelSpec, ...], student[self.student_path]),
+                 cast(tuple[LevelSpec, ...], teacher[self.teacher_path]))
+        self.pairs = pair_levels(*specs, self.levels, self.resize)
+        self.adapters = nn.ModuleList(self.make_adapter(pair) for pair in self.pairs)
+
+    def make_adapter(self, pair: LevelPair) -> nn.Module:
+        """Makes what the student's feature passes before it is compared; a subclass may need another, or none."""
+        return build_adapter(self.adapter, pair.student_spec.channels, pair.teacher_spec.channels)
 
     def forward(self, context: DistillContext) -> Parts:
-        parts: Parts = defaultdict(float)
-        for position, pair in enumerate(self.pairs):
-            for name, value in self.compare(self._level(context, position), position).items():
-                parts[name] = parts[name] + value
-        return dict(parts)
+        return add_parts(self.compare(self.read_level(context, position), position)
+                         for position in range(len(self.pairs)))
 
     def compare(self, level: ComparedLevel, position: int) -> Parts:
         """Compares one level.
@@ -168,9 +192,15 @@ class FeatureTerm(DistillTerm):
         """
         raise NotImplementedError
 
-    def _level(self, context: DistillContext, position: int) -> ComparedLevel:
+    def read_level(self, context: DistillContext, position: int) -> ComparedLevel:
+        """The features of one level in this step, the student's after its adapter.
+
+        Raises:
+            LevelError: The two have other numbers of cells, and ``resize`` is not set.
+        """
         pair = self.pairs[position]
-        student = self.adapters[position](context.student[self.student_path][pair.student_level].float())
+        raw_student = context.student[self.student_path][pair.student_level].float()
+        student = self.adapters[position](raw_student)
         teacher = context.teachers[self.teacher_index][self.teacher_path][pair.teacher_level].float()
         if student.shape[-2:] != teacher.shape[-2:]:
             if not self.resize:
@@ -180,10 +210,57 @@ class FeatureTerm(DistillTerm):
                                  "down do, set data_preprocessor.pad_size_divisor of the student's config to the "
                                  'largest stride; else allow resize=True of the term.')
             teacher = F.interpolate(teacher, student.shape[-2:], mode='bilinear', align_corners=False)
-        return ComparedLevel(student, teacher, pair.student_spec.stride, pair.student_level, context, self.teacher_index)
+        strides = tuple(spec.stride for spec in context.student_levels[self.student_path])
+        return ComparedLevel(student, teacher, raw_student, pair.student_level, strides, context, self.teacher_index)
 
 
-def find_read_levels(terms: Iterable[DistillTerm], specs: dict[str, Sequence[LevelSpec]]) -> dict[str, tuple[bool, ...]]:
+def sum_parts(value: Tensor | Parts) -> Tensor:
+    """The value of a term as one scalar.
+
+    Example:
+        >>> sum_parts(dict(foreground=torch.tensor(1.0), background=torch.tensor(2.0)))
+        tensor(3.)
+    """
+    return cast(Tensor, sum(value.values())) if isinstance(value, dict) else value
+
+
+def add_parts(several: Iterable[Parts]) -> Parts:
+    """Adds parts, such as those of several levels, by their names.
+
+    Example:
+        >>> add_parts([dict(flow=torch.tensor(1.0)), dict(flow=torch.tensor(2.0))])
+        {'flow': tensor(3.)}
+    """
+    total: Parts = {}
+    for parts in several:
+        for name, value in parts.items():
+            total[name] = total[name] + value if name in total else value
+    return total
+
+
+def rank_share(mask: Tensor) -> Tensor:
+    """ΣM of this rank over its mean across ranks; 1 in a single process.
+
+    Data-parallel training averages the ranks. Losses over their own rank's ΣM, each times its share, average to what
+    one process finds over the ΣM of the whole batch, however unevenly the boxes are spread. Every rank must call this.
+
+    Args:
+        mask: (N, H, W), or any other shape.
+
+    Returns:
+        Scalar, 0 where no rank has any.
+
+    Example:
+        >>> rank_share(torch.ones(2, 4, 4))
+        tensor(1.)
+    """
+    total = mask.sum()
+    mean: Tensor = reduce_mean(total)
+    return total / mean.clamp(min=torch.finfo(total.dtype).tiny)
+
+
+def find_read_levels(terms: Iterable[DistillTerm],
+                     specs: dict[str, Sequence[LevelSpec]]) -> dict[str, tuple[bool, ...]]:
     """Which levels of a teacher's taps are read by any of its terms.
 
     Args:
@@ -199,3 +276,11 @@ def find_read_levels(terms: Iterable[DistillTerm], specs: dict[str, Sequence[Lev
             indices[path].update(term.teacher_levels_read.get(path, range(len(specs[path]))))
     read = {path: tuple(index in indices[path] for index in range(len(specs[path]))) for path in indices}
     return {path: each for path, each in read.items() if not all(each)}
+
+
+def _check_levels(levels: Any) -> None:
+    """Checks indices of levels, or how many: what of it can be known before the levels are."""
+    indices = levels if isinstance(levels, Sequence) and not isinstance(levels, str) else [levels]
+    if levels is not None and not (len(indices) and all(isinstance(each, Integral) and not isinstance(each, bool)
+                                                        for each in indices)):
+        refuse('levels', levels, 'indices of levels, such as (0, 1, 2, 3), or how many, such as 4.')

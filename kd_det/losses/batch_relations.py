@@ -1,15 +1,17 @@
-"""What the terms share that compare how the images of a batch relate to each other."""
+"""RKD and DIST: how the images of a batch relate to each other."""
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from mmdet.registry import MODELS
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from kd_det.context import ComparedLevel, LevelSpec, pair_levels
+from kd_det.config.arguments import check_flags, check_number, check_weights
+from kd_det.context import ComparedLevel, LevelPair
 from kd_det.functional.relations import RELATED, angle_relation, dist_loss, distance_relation
 from kd_det.losses.base import FeatureTerm, Parts
 
@@ -22,10 +24,14 @@ class BatchRelation(FeatureTerm):
     Args:
         pad_aware: Pool the cells of the images alone, not the padding.
         **kwargs: See :class:`~kd_det.losses.base.FeatureTerm`.
+
+    Raises:
+        ValueError: An argument that does not fit.
     """
 
-    def __init__(self, pad_aware: bool = True, **kwargs) -> None:
+    def __init__(self, pad_aware: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_flags(pad_aware=pad_aware)
         self.pad_aware = pad_aware
 
     def compare(self, level: ComparedLevel, position: int) -> Parts:
@@ -43,21 +49,39 @@ class BatchRelation(FeatureTerm):
 class DIST(BatchRelation):
     """Distillation from a stronger teacher (Huang et al., NeurIPS 2022, arXiv 2205.10536), on pooled features.
 
-    The paper correlates class probabilities; here each channel, pooled over the image, takes the place of a class:
-    1 − Pearson within each image and, for each channel, across the images of the batch, times T².
+    ::
+
+        p = softmax_c(mean_hw F / T)
+        L = Σ_level T²·(inter·mean_n(1 − r(p_s, p_t over c)) + intra·mean_c(1 − r(p_s, p_t over n)))
+
+    with F (N, C, H, W), the student's after its adapter, r Pearson's correlation. The paper correlates class
+    probabilities; here each channel, pooled over the image, takes the place of a class.
+
+    In a config: ``dict(type='DIST', tap='neck', temperature=1.0, inter=1.0, intra=1.0)``.
 
     Args:
-        temperature: Of the softmax over the channels.
-        inter: Weight of the correlation over the channels of an image.
-        intra: Weight of the correlation over the images; 0 in a batch of one.
+        temperature: T of the softmax over the channels, > 0.
+        inter: Weight of the correlation over the channels of an image, ≥ 0.
+        intra: Weight of the correlation over the images, ≥ 0; that part is 0 in a batch of one.
         **kwargs: See :class:`~kd_det.losses.batch_relations.BatchRelation`.
 
+    Raises:
+        ValueError: An argument that does not fit.
+
     Example:
-        >>> dict(type='DIST', tap='neck', temperature=1.0, inter=1.0, intra=1.0)
+        >>> from kd_det.context import DistillContext
+        >>> teacher = torch.rand(2, 4, 8, 8)
+        >>> context = DistillContext.of_features(teacher.clone(), teacher)
+        >>> term = DIST()
+        >>> term.connect(context.student_levels, context.teacher_levels[0])
+        >>> term(context)
+        {'correlation': tensor(0.)}
     """
 
-    def __init__(self, temperature: float = 1.0, inter: float = 1.0, intra: float = 1.0, **kwargs) -> None:
+    def __init__(self, temperature: float = 1.0, inter: float = 1.0, intra: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_number('temperature', temperature, above=0)
+        check_weights(inter=inter, intra=intra)
         self.temperature, self.inter, self.intra = temperature, inter, intra
 
     def relate(self, student: Tensor, teacher: Tensor) -> Parts:
@@ -68,30 +92,45 @@ class DIST(BatchRelation):
 class RKD(BatchRelation):
     """Relational knowledge distillation (Park et al., CVPR 2019, arXiv 1904.05068), on features pooled over the image.
 
-    Smooth L1 between the pairwise distances, in units of their mean, and between the cosines of the angles at each
+    ::
+
+        L = Σ_level w_d·SmoothL1(d_ij(s), d_ij(t)) + w_a·SmoothL1(cos∠_ijk(s), cos∠_ijk(t))
+
+    with s, t (N, C) and (N, C') pooled features, d their pairwise distances in units of the mean, ∠ the angles at each
     image. Student and teacher need no common width, hence no adapter. Two images have one distance and no angle: with
     fewer than three in a process both parts are 0, which a warning says.
 
+    In a config: ``dict(type='RKD', tap='neck', distance_weight=25.0, angle_weight=50.0)``.
+
     Args:
         tap, levels, resize, teacher: See :class:`~kd_det.losses.base.FeatureTerm`.
-        distance_weight: Weight of the distances.
-        angle_weight: Weight of the angles.
+        distance_weight: w_d, weight of the distances, ≥ 0.
+        angle_weight: w_a, weight of the angles, ≥ 0.
         pad_aware: See :class:`~kd_det.losses.batch_relations.BatchRelation`.
 
+    Raises:
+        ValueError: An argument that does not fit.
+
     Example:
-        >>> dict(type='RKD', tap='neck', distance_weight=25.0, angle_weight=50.0)
+        >>> from kd_det.context import DistillContext
+        >>> student, teacher = torch.rand(3, 4, 8, 8), torch.rand(3, 16, 8, 8)  # of other widths, without an adapter
+        >>> context = DistillContext.of_features(student, teacher)
+        >>> term = RKD()
+        >>> term.connect(context.student_levels, context.teacher_levels[0])
+        >>> {name: bool(value > 0) for name, value in term(context).items()}
+        {'distance': True, 'angle': True}
     """
 
     def __init__(self, tap: str | dict[str, str] = 'neck', levels: int | Sequence[int] | None = None,
                  resize: bool = False, teacher: int = 0, distance_weight: float = 25.0, angle_weight: float = 50.0,
                  pad_aware: bool = True) -> None:
         super().__init__(pad_aware, tap=tap, levels=levels, resize=resize, teacher=teacher)
+        check_weights(distance_weight=distance_weight, angle_weight=angle_weight)
         self.distance_weight, self.angle_weight = distance_weight, angle_weight
         self._warned = False
 
-    def connect(self, student: dict[str, tuple[LevelSpec, ...]], teacher: dict[str, tuple[LevelSpec, ...]]) -> None:
-        self.pairs = pair_levels(student[self.student_path], teacher[self.teacher_path], self.levels, self.resize)
-        self.adapters = nn.ModuleList(nn.Identity() for _ in self.pairs)
+    def make_adapter(self, pair: LevelPair) -> nn.Module:
+        return nn.Identity()
 
     def relate(self, student: Tensor, teacher: Tensor) -> Parts:
         if len(student) < RELATED and not self._warned:

@@ -1,14 +1,17 @@
-"""The teacher's head finishes what the student's head begins, and must predict what it predicts by itself."""
+"""CrossKD: the teacher's head finishes what the student's head begins, and must predict what it predicts by itself."""
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, cast
 
 from mmdet.registry import MODELS
 from torch import nn
 
+from kd_det.config.arguments import check_choice, check_number, check_weights
 from kd_det.context import DistillContext
 from kd_det.heads import DenseOutputs, HeadError, HeadRequest
-from kd_det.losses.adapters import build_adapter
+from kd_det.heads.towers import TeacherTowers, TowerFeatures, TowerWidths
+from kd_det.losses.adapters import CHANNEL_ADAPTERS, build_adapter
 from kd_det.losses.base import InputSpecs, Parts
 from kd_det.losses.dense import DenseClassification, DenseRegression
 from kd_det.losses.outputs import DenseTerm
@@ -16,11 +19,18 @@ from kd_det.losses.outputs import DenseTerm
 
 @MODELS.register_module()
 class CrossKD(DenseTerm):
-    """Cross-head distillation of dense heads (CrossKD, Wang et al., arXiv 2306.11369).
+    """Cross-head distillation of dense heads (CrossKD, Wang et al., CVPR 2024, arXiv 2306.11369).
 
-    Features from within the student's head pass the last layers of the teacher's, which are frozen but let the gradient
-    through. These cross predictions imitate the teacher's own. The last layers of the student's head learn from the
-    ground truth alone, so that the two do not contradict each other there.
+    ::
+
+        x = P_t(C_t(f_s))
+        L = Σ BCE(x, σ(t))·|σ(t) − σ(x)|^β / N_pos + w·Σ max_c σ(t)·d(box_x, box_t) / Σ max_c σ(t)
+
+    with f_s the features within the student's head, ``remaining`` convolutions before its end, C_t and P_t the last
+    convolutions of the teacher's head and its layers that predict, which are frozen but let the gradient through, and
+    t (N, H·W·A, K) the teacher's own class logits; d 1 − GIoU, or KL(t ‖ x) of the distributions over distances, summed
+    over the sides. The last layers of the student's head learn from the ground truth alone, so that the two do not
+    contradict each other there.
 
     For heads with towers, as those of RetinaNet, ATSS, GFL, FCOS and RTMDet. Classes are compared by
     :class:`~kd_det.losses.DenseClassification`, over the student's positives; boxes by
@@ -28,29 +38,47 @@ class CrossKD(DenseTerm):
     distances where the teacher predicts them, else the GIoU. Centerness (ATSS, FCOS) is not compared: the teacher has
     learnt it on positive priors alone. It counts as a factor of the score.
 
+    In a config: ``dict(type='CrossKD', head='bbox_head', remaining=1)``.
+
     Args:
-        remaining: How many convolutions of the teacher's towers the features pass, before the layers that predict.
-            With 1, of four convolutions three are the student's. With 0 only what predicts is the teacher's.
-        adapter: Student channels -> teacher channels there, see :func:`~kd_det.losses.adapters.build_adapter`; one for each
-            tower, which train with the student.
-        beta: See :class:`~kd_det.losses.DenseClassification`.
-        temperature: T of the distributions over distances.
-        box_weight: Weight of the boxes beside the classes, compared by GIoU.
+        remaining: How many convolutions of the teacher's towers the features pass, before the layers that predict, ≥ 0
+            (1; FCOS 2). With 1, of four convolutions three are the student's. With 0 only what predicts is the
+            teacher's.
+        adapter: Student channels -> teacher channels there, see :func:`~kd_det.losses.adapters.build_adapter`; one for
+            each tower, which train with the student.
+        beta: β, 0 or ≥ 1, see :class:`~kd_det.losses.DenseClassification`.
+        temperature: T of the distributions over distances, > 0.
+        box_weight: w, weight of the boxes beside the classes, compared by GIoU, ≥ 0.
         distribution_weight: The same where they are compared by their distributions.
         **kwargs: ``head`` and ``teacher``, see :class:`~kd_det.losses.outputs.DenseTerm`.
 
     Raises:
-        ValueError: A negative ``remaining``.
+        ValueError: An argument that does not fit.
 
     Example:
-        >>> dict(type='CrossKD', head='bbox_head', remaining=1)
+        >>> import torch
+        >>> from kd_det.heads import read_dense
+        >>> head = MODELS.build(dict(
+        ...     type='RetinaHead', num_classes=3, in_channels=4, feat_channels=4, stacked_convs=1,
+        ...     anchor_generator=dict(type='AnchorGenerator', strides=[8], ratios=[1.0], scales=[4])))
+        >>> levels = (torch.rand(1, 4, 2, 2), )
+        >>> outputs, towers = read_dense(head, head(levels)), TowerFeatures((levels, levels), (levels, levels))
+        >>> student = replace(outputs, assigned=(torch.ones(1, 4, dtype=torch.bool), ))
+        >>> context = DistillContext.of_features(
+        ...     *levels, *levels, student_outputs={'bbox_head': student, 'bbox_head.towers': towers},
+        ...     teacher_outputs=[{'bbox_head': outputs, 'bbox_head.towers': TeacherTowers(head)}])
+        >>> term, widths = CrossKD(remaining=1), {'bbox_head.towers': TowerWidths((4, 4), (4, 4))}
+        >>> term.connect(widths, widths)
+        >>> term(context)['classes'].item()  # from the teacher's own features its head predicts what it predicts
+        0.0
     """
 
     def __init__(self, remaining: int = 1, adapter: str = 'auto', beta: float = 1.0, temperature: float = 1.0,
-                 box_weight: float = 1.0, distribution_weight: float = 4.0, **kwargs) -> None:
+                 box_weight: float = 1.0, distribution_weight: float = 4.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if remaining < 0:
-            raise ValueError(f'remaining={remaining}: expected the number of convolutions, 0 or more.')
+        check_number('remaining', remaining, least=0, whole=True, meaning='the number of convolutions')
+        check_choice('adapter', adapter, CHANNEL_ADAPTERS)
+        check_weights(box_weight=box_weight, distribution_weight=distribution_weight)
         self.remaining, self.adapter = remaining, adapter
         self.student_towers, self.teacher_towers = (HeadRequest(head, 'towers')
                                                     for head in (self.student_head, self.teacher_head))
@@ -75,14 +103,14 @@ class CrossKD(DenseTerm):
             HeadError: A tower has fewer convolutions.
             ValueError: The adapter does not fit the widths.
         """
-        widths = (towers.before(self.remaining)
+        widths = (cast(TowerWidths, towers).before(self.remaining)
                   for towers in (student[self.student_towers], teacher[self.teacher_towers]))
         self.adapters = nn.ModuleList(build_adapter(self.adapter, *each) for each in zip(*widths))
 
     def forward(self, context: DistillContext) -> Parts:
         crossed = replace(context, student_outputs={self.student_head: self.cross_outputs(context)})
         parts = self.classes(crossed)
-        if context.teacher_outputs[self.teacher_index][self.teacher_head].distributions is None:
+        if cast(DenseOutputs, context.teacher_outputs[self.teacher_index][self.teacher_head]).distributions is None:
             weight, boxes = self.box_weight, self.boxes(crossed)
         else:
             weight, boxes = self.distribution_weight, self.distributions(crossed)
@@ -94,17 +122,18 @@ class CrossKD(DenseTerm):
         Raises:
             HeadError: The two heads have other levels, priors or classes.
         """
-        self.levels(context)  # the student's own outputs must be comparable, too: its positives are counted
-        student, teacher = context.student_outputs[self.student_head], context.teacher_outputs[self.teacher_index]
-        strides, towers = teacher[self.teacher_head].strides, teacher[self.teacher_towers]
+        # The student's own outputs must be comparable, too: its positives are counted.
+        student, teacher = self.pair_levels(context)[0][:2]
+        strides = teacher.strides
         if set(strides) != set(student.strides):
             raise HeadError(f"The student's head has levels of the strides {list(student.strides)}, the teacher's "
                             f'{list(strides)}: CrossKD needs the same.')
         order = [student.level_of(stride) for stride in strides]
-        features = context.student_outputs[self.student_towers].before(self.remaining)
-        crossing = (tuple(adapter(levels[index].float()) for index in order)
-                    for adapter, levels in zip(self.adapters, features))
-        outputs = towers.resume(*crossing, self.remaining)
+        features = cast(TowerFeatures, context.student_outputs[self.student_towers]).before(self.remaining)
+        classes, boxes = (tuple(adapter(levels[index].float()) for index in order)
+                          for adapter, levels in zip(self.adapters, features))
+        towers = cast(TeacherTowers, context.teacher_outputs[self.teacher_index][self.teacher_towers])
+        outputs = towers.resume(classes, boxes, self.remaining)
         if student.assigned is not None:
             outputs.assigned = tuple(student.assigned[index] for index in order)
         return outputs

@@ -1,8 +1,11 @@
-"""Each channel of a feature as a distribution over the image."""
+"""CWD: each channel of a feature as a distribution over the image."""
 from __future__ import annotations
+
+from typing import Any
 
 from mmdet.registry import MODELS
 
+from kd_det.config.arguments import check_flags, check_number
 from kd_det.context import ComparedLevel
 from kd_det.functional.features import channel_wise_kl
 from kd_det.losses.base import FeatureTerm, Parts
@@ -10,19 +13,38 @@ from kd_det.losses.base import FeatureTerm, Parts
 
 @MODELS.register_module()
 class CWD(FeatureTerm):
-    """Channel-wise distillation (Shu et al., ICCV 2021, arXiv 2011.13256): T²·KL between softmaxes over the cells.
+    """Channel-wise distillation (Shu et al., ICCV 2021, arXiv 2011.13256).
+
+    ::
+
+        L = Σ_level T²·Σ_nc KL(softmax_hw(t/T) ‖ softmax_hw(s/T)) / (N·C)
+
+    with s, t (N, C, H, W), s after its adapter. What a channel finds counts more than how strongly it responds.
+
+    In a config: ``dict(type='CWD', tap='neck', temperature=1.0, weight=10.0)``.
 
     Args:
-        temperature: Of the softmax; smaller looks at fewer cells.
+        temperature: T, > 0; smaller looks at fewer cells.
         pad_aware: Leave padding cells out. The paper's form counts them.
         **kwargs: See :class:`~kd_det.losses.base.FeatureTerm`.
 
+    Raises:
+        ValueError: An argument that does not fit.
+
     Example:
-        >>> dict(type='CWD', tap='neck', temperature=1.0, weight=10.0)
+        >>> import torch
+        >>> from kd_det.context import DistillContext
+        >>> context = DistillContext.of_features(torch.zeros(1, 4, 8, 8), torch.ones(1, 4, 8, 8))
+        >>> term = CWD(temperature=1.0)
+        >>> term.connect(context.student_levels, context.teacher_levels[0])
+        >>> term(context)  # the same in all cells, on either side
+        {'channel_kl': tensor(0.)}
     """
 
-    def __init__(self, temperature: float = 1.0, pad_aware: bool = True, **kwargs) -> None:
+    def __init__(self, temperature: float = 1.0, pad_aware: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_number('temperature', temperature, above=0)
+        check_flags(pad_aware=pad_aware)
         self.temperature, self.pad_aware = temperature, pad_aware
 
     def compare(self, level: ComparedLevel, position: int) -> Parts:

@@ -1,47 +1,72 @@
-"""The student's dense head classifies every prior as the teacher's does."""
+"""The student's dense head classifies and locates prior by prior as the teacher's does: KD, BCKD, LD, FRS."""
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from mmdet.registry import MODELS
 from torch import Tensor
 
+from kd_det.config.arguments import check_choice, check_number
 from kd_det.functional.boxes import distribution_kl, giou_imitation
 from kd_det.functional.logits import soft_target_kl
 from kd_det.functional.masks import valuable_region
 from kd_det.heads import HeadError, HeadRequest
 from kd_det.losses.base import Parts
-from kd_det.losses.outputs import ComparedOutputs, DenseTerm, sigmoid_divergence
+from kd_det.losses.outputs import ComparedOutputs, DenseTerm, check_beta, sigmoid_divergence
 
 CLASSIFICATION_WEIGHTINGS = ('all', 'richness')
+REGRESSION_FORMS = ('giou', 'distribution', 'bounded')
+REGRESSION_WEIGHTINGS = ('confidence', 'gap', 'positives', 'valuable')
+REDUCTIONS = ('mean', 'sum')
 
 
 @MODELS.register_module()
 class DenseClassification(DenseTerm):
-    """Class distillation of dense heads.
+    """Class distillation of dense heads (BCKD, Yang et al., ICCV 2023, arXiv 2308.14286, with β = 1).
 
-    Heads with sigmoid classes: T²·Σ_classes BCE(s, σ(t))·|σ(t) − σ(s)|^β (BCKD, Yang et al., arXiv 2308.14286; β = 1),
-    of s / T and t / T; with β = 0 less the teacher's entropy, which makes it T²·KL, class by class. Heads with softmax
-    classes: T²·KL(t ‖ s). The class logits of a head that predicts objectness (YOLOX, YOLOv3) mean nothing where there
-    is no object: they weigh with the teacher's objectness, which is distilled as a part of its own.
+    ::
+
+        L = Σ_priors w·T²·Σ_classes BCE(s/T, σ(t/T))·|σ(t/T) − σ(s/T)|^β / normalizer          sigmoid classes
+        L = Σ_priors w·T²·KL(softmax(t/T) ‖ softmax(s/T)) / normalizer                          softmax classes
+
+    with s, t (N, H·W·A, K) class logits. With β = 0 the BCE counts from the teacher's entropy, which makes it T²·KL,
+    class by class (arXiv 1503.02531). The class logits of a head that predicts objectness (YOLOX, YOLOv3) mean nothing
+    where there is no object: they weigh with the teacher's objectness, which is distilled as a part of its own.
+
+    In a config: ``dict(type='DenseClassification', head='bbox_head', beta=1.0)``.
 
     Args:
-        beta: Exponent of the gap, see :func:`~kd_det.losses.outputs.sigmoid_divergence`; softmax heads have none.
-        temperature: T.
-        weighting: ``'all'`` priors alike, or by the ``'richness'`` of their cell, the teacher's largest probability
-            there (FRS, Du et al., arXiv 2111.00674).
+        beta: β, exponent of the gap, 0 or ≥ 1, see :func:`~kd_det.losses.outputs.sigmoid_divergence`: with 1 most of
+            the many easy priors do not count; softmax heads have none.
+        temperature: T, > 0; larger compares more of what the teacher thinks of the wrong classes.
+        weighting: w: ``'all'`` priors alike, or by the ``'richness'`` of their cell, the teacher's largest probability
+            there (FRS, Du et al., arXiv 2111.00674). Both 0 on padding.
         **kwargs: See :class:`~kd_det.losses.outputs.DenseTerm`.
 
     Raises:
-        ValueError: An unknown weighting.
+        ValueError: An argument that does not fit.
 
     Example:
-        >>> dict(type='DenseClassification', head='bbox_head', beta=1.0)
+        >>> from kd_det.context import DistillContext
+        >>> from kd_det.heads import DenseOutputs
+        >>> boxes = torch.tensor([[[0.0, 0.0, 8.0, 8.0], [8.0, 0.0, 16.0, 8.0]]])  # of two cells
+        >>> positives = torch.tensor([[True, False]])
+        >>> student = DenseOutputs.of_boxes(torch.zeros(1, 2, 3), boxes, (1, 2), positives=positives)
+        >>> teacher = DenseOutputs.of_boxes(torch.full((1, 2, 3), 9.0), boxes, (1, 2))
+        >>> context = DistillContext.of_features(
+        ...     torch.zeros(1, 4, 1, 2), torch.zeros(1, 4, 1, 2),
+        ...     student_outputs=dict(bbox_head=student), teacher_outputs=[dict(bbox_head=teacher)])
+        >>> term = DenseClassification(beta=1.0, normalizer='positives')
+        >>> round(term(context)['classes'].item(), 2)  # 6 classes of log 2, times a gap of 0.5, over one positive
+        2.08
     """
 
-    def __init__(self, beta: float = 1.0, temperature: float = 1.0, weighting: str = 'all', **kwargs) -> None:
+    def __init__(self, beta: float = 1.0, temperature: float = 1.0, weighting: str = 'all', **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if weighting not in CLASSIFICATION_WEIGHTINGS:
-            raise ValueError(f"weighting='{weighting}': expected one of {', '.join(CLASSIFICATION_WEIGHTINGS)}.")
+        check_beta(beta)
+        check_number('temperature', temperature, above=0)
+        check_choice('weighting', weighting, CLASSIFICATION_WEIGHTINGS)
         self.beta, self.temperature, self.weighting = beta, temperature, weighting
 
     def compare(self, level: ComparedOutputs) -> Parts:
@@ -59,30 +84,28 @@ class DenseClassification(DenseTerm):
         return dict(parts, classes=(class_weight * divergence).sum())
 
     def _sigmoid_divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
-        softened = (each / self.temperature for each in (student, teacher))
-        return self.temperature**2 * sigmoid_divergence(*softened, self.beta)
-
-
-REGRESSION_FORMS = ('giou', 'distribution', 'bounded')
-REDUCTIONS = ('mean', 'sum')
-REGRESSION_WEIGHTINGS = ('confidence', 'gap', 'positives', 'valuable')
+        divergence = sigmoid_divergence(student / self.temperature, teacher / self.temperature, self.beta)
+        return self.temperature**2 * divergence
 
 
 @MODELS.register_module()
 class DenseRegression(DenseTerm):
-    """Box distillation of dense heads.
+    """Box distillation of dense heads (LD, Zheng et al., CVPR 2022, arXiv 2102.12252, and others).
 
-    Forms:
+    ::
 
-    - ``'giou'``: 1 − GIoU of the decoded boxes, for heads of any box encoding. A box of the teacher without area
-      teaches nothing.
-    - ``'distribution'``: T²·KL of the distributions over the distance to each side, for GFL and its kin (localisation
-      distillation, LD, Zheng et al., arXiv 2102.12252).
-    - ``'bounded'``: ‖s − y‖² of positive priors, each alike, where it is not better than the teacher's ‖t − y‖² by the
-      margin, else 0 (Chen et al., NeurIPS 2017); for heads with anchors and deltas, in the units of
-      :class:`~kd_det.heads.DenseOutputs`.
+        L = Σ_priors w·d / normalizer
 
-    Weightings of the priors, for the other two forms:
+    with w, d (N, H·W·A). Forms of d:
+
+    - ``'giou'``: 1 − GIoU(box_s, box_t) of the decoded boxes, for heads of any box encoding. A box of the teacher
+      without area teaches nothing.
+    - ``'distribution'``: T²·KL(softmax(t/T) ‖ softmax(s/T)) of the distributions over the distance to each side, for
+      GFL and its kin (LD).
+    - ``'bounded'``: ‖s − y‖² of positive priors, each alike, where ‖s − y‖² + m > ‖t − y‖², else 0 (Chen et al.,
+      NeurIPS 2017); for heads with anchors and deltas, in the units of :class:`~kd_det.heads.DenseOutputs`.
+
+    Weightings w of the priors, for the other two forms:
 
     - ``'confidence'``: the teacher's score.
     - ``'gap'``: the largest difference of a class probability between the two (BCKD, arXiv 2308.14286).
@@ -91,28 +114,41 @@ class DenseRegression(DenseTerm):
     - ``'valuable'``: the overlap with a box, on the other priors around boxes (LD's valuable localisation region), see
       :func:`~kd_det.functional.masks.valuable_region`.
 
+    In a config: ``dict(type='DenseRegression', form='giou', weighting='gap', weight=4.0)``.
+
     Args:
         form: See above.
         weighting: See above.
-        temperature: T of the distributions.
+        temperature: T of the distributions, > 0 (LD 10, CrossKD 1).
         reduction: ``'mean'`` over their bins and sides, for which LD's published weight is, or ``'sum'``.
-        margin: Of the bounded form.
+        margin: m of the bounded form, a squared error, ≥ 0: a student better by less still learns.
         **kwargs: See :class:`~kd_det.losses.outputs.DenseTerm`.
 
     Raises:
-        ValueError: An unknown form, weighting or reduction.
+        ValueError: An argument that does not fit.
 
     Example:
-        >>> dict(type='DenseRegression', form='giou', weighting='gap', weight=4.0)
+        >>> from kd_det.context import DistillContext
+        >>> from kd_det.heads import DenseOutputs
+        >>> logits, boxes = torch.zeros(1, 1, 3), torch.tensor([[[0.0, 0.0, 8.0, 8.0]]])  # of a single cell
+        >>> student = DenseOutputs.of_boxes(logits, boxes + torch.tensor([8.0, 0.0, 8.0, 0.0]), (1, 1))
+        >>> teacher = DenseOutputs.of_boxes(logits, boxes, (1, 1))
+        >>> context = DistillContext.of_features(
+        ...     torch.zeros(1, 4, 1, 1), torch.zeros(1, 4, 1, 1),
+        ...     student_outputs=dict(bbox_head=student), teacher_outputs=[dict(bbox_head=teacher)])
+        >>> term = DenseRegression(form='giou', weighting='confidence', normalizer='none')
+        >>> term(context)  # boxes side by side have a GIoU of 0; the teacher's score is 0.5
+        {'giou': tensor(0.5000)}
     """
 
     def __init__(self, form: str = 'giou', weighting: str = 'confidence', temperature: float = 10.0,
-                 reduction: str = 'mean', margin: float = 0.0, **kwargs) -> None:
+                 reduction: str = 'mean', margin: float = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name, value, known in (('form', form, REGRESSION_FORMS), ('weighting', weighting, REGRESSION_WEIGHTINGS),
-                                   ('reduction', reduction, REDUCTIONS)):
-            if value not in known:
-                raise ValueError(f"{name}='{value}': expected one of {', '.join(known)}.")
+        check_choice('form', form, REGRESSION_FORMS)
+        check_choice('weighting', weighting, REGRESSION_WEIGHTINGS)
+        check_choice('reduction', reduction, REDUCTIONS)
+        check_number('temperature', temperature, above=0)
+        check_number('margin', margin, least=0)
         self.form, self.weighting, self.temperature, self.reduction = form, weighting, temperature, reduction
         self.margin = margin
 
@@ -132,9 +168,9 @@ class DenseRegression(DenseTerm):
     def compare(self, level: ComparedOutputs) -> Parts:
         if self.form == 'bounded':
             return dict(bounded=level.bounded_errors(self.margin).sum())
-        weight = level.valid * self._weight(level)
+        weight = level.valid * self._weigh(level)
         if self.form == 'distribution':
-            student, teacher = (each.flatten(0, 1) for each in _distributions(level))
+            student, teacher = (each.flatten(0, 1) for each in _read_distributions(level))
             distance = distribution_kl(student, teacher, self.temperature, self.reduction)
         else:
             student, teacher = (each.flatten(0, 1) for each in level.both('boxes'))
@@ -143,7 +179,7 @@ class DenseRegression(DenseTerm):
             distance = giou_imitation(student, torch.where(usable[:, None], teacher, student.detach())) * usable
         return {self.form: (weight.flatten() * distance).sum()}
 
-    def _weight(self, level: ComparedOutputs) -> Tensor:
+    def _weigh(self, level: ComparedOutputs) -> Tensor:
         """(N, H·W·A), without gradient."""
         if self.weighting == 'confidence':
             return level.teacher.scores(level.teacher_level)
@@ -153,18 +189,19 @@ class DenseRegression(DenseTerm):
             return (teacher - student).abs().amax(-1)
         positives = level.student.positives(level.student_level)
         if self.weighting == 'valuable':
-            return _valuable(level) * ~positives
+            return _find_valuable(level) * ~positives
         return level.student.scores(level.student_level).detach() * positives
 
 
-def _valuable(level: ComparedOutputs) -> Tensor:
+def _find_valuable(level: ComparedOutputs) -> Tensor:
+    """(N, H·W·A), see :func:`~kd_det.functional.masks.valuable_region`."""
     priors = level.student.priors  # a box's threshold is one for all levels
     regions = level.context.once(('valuable', level.student.strides, priors[0].shape),
                                  lambda: valuable_region(priors, level.context.boxes))
-    return regions.split([len(each) for each in priors], 1)[level.student_level]
+    return torch.split(regions, [len(each) for each in priors], 1)[level.student_level]
 
 
-def _distributions(level: ComparedOutputs) -> tuple[Tensor, Tensor]:
+def _read_distributions(level: ComparedOutputs) -> tuple[Tensor, Tensor]:
     student, teacher = level.both('distributions')
     if student.shape != teacher.shape:
         raise HeadError(f'The student distributes distances over {student.shape[-1]} bins, the teacher over '

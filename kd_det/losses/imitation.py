@@ -1,46 +1,74 @@
-"""Masked feature imitation: the base of most methods."""
+"""Imitation of features where masks look, of their attentions, and of foreground and background apart.
+
+FitNets, FGFI, FRS, PFI and PGD are :class:`FeatureImitation` with one mask, distance and normaliser or another.
+"""
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from mmdet.registry import MODELS
 from torch import Tensor
 
+from kd_det.config.arguments import check_choice, check_flags, check_number, check_weights, refuse
 from kd_det.context import ComparedLevel
-from kd_det.functional.features import decoupled_imitation, masked_imitation
+from kd_det.functional.features import DISTANCES, NORMALIZERS, decoupled_imitation, masked_imitation
 from kd_det.functional.focal_global import attention_distance
-from kd_det.losses.base import FeatureTerm, Parts, rank_share
+from kd_det.losses.base import FeatureTerm, Parts, add_parts, rank_share
 from kd_det.masks import build_mask
-from kd_det.masks.base import CellMask, MaskConfig, Weighting
+from kd_det.masks.base import CellMask, Mask, MaskConfig, Weighting
 
 MASK_NORMALIZERS = ('mask', 'twice_mask', 'twice_elements')
 
 
 @MODELS.register_module()
 class FeatureImitation(FeatureTerm):
-    """The student's features approach the teacher's, where a mask says so: Σ M·d(s, t) over a normaliser.
+    """The student's features approach the teacher's where a mask says so, as in FitNets (arXiv 1412.6550) everywhere.
+
+    ::
+
+        L = Σ_level Σ M·d(s, t) / normalizer
+
+    with s, t (N, C, H, W), s after its adapter, M the mask over cells and channels, d summed over the channels.
+
+    In a config: ``dict(type='FeatureImitation', mask=dict(type='MaskProduct', masks=['BoxForeground',
+    'SpatialAttention']))``.
 
     Args:
-        mask: Config or name of a mask; every cell of the images by default.
-        distance: ``'mse'``, ``'l1'``, ``'smooth_l1'`` or ``'cosine'``.
-        normalizer: What the sum is divided by, see :func:`~kd_det.functional.features.masked_imitation`; each summand
-            of a :class:`~kd_det.masks.MaskSum` by its own. What counts the mask counts it on all ranks.
+        mask: M: config or name of a mask; every cell of the images by default.
+        distance: d: ``'mse'``, ``'l1'``, ``'smooth_l1'``, or ``'cosine'``, which does not see the scale of features.
+        normalizer: What the sum is divided by, see :func:`~kd_det.functional.features.masked_imitation`: published
+            weights fit the normaliser of their method. Each summand of a :class:`~kd_det.masks.MaskSum` is divided by
+            its own. What counts the mask counts it on all ranks.
         **kwargs: See :class:`~kd_det.losses.base.FeatureTerm`.
 
+    Raises:
+        ValueError: An argument that does not fit.
+
     Example:
-        >>> dict(type='FeatureImitation', mask=dict(type='MaskProduct', masks=['BoxForeground', 'SpatialAttention']))
+        >>> from kd_det.context import DistillContext
+        >>> boxes = [torch.tensor([[8.0, 8.0, 24.0, 32.0]])]
+        >>> context = DistillContext.of_features(torch.zeros(1, 4, 8, 8), torch.ones(1, 4, 8, 8), 8, boxes)
+        >>> term = FeatureImitation(mask='BoxForeground', distance='mse', normalizer='batch')
+        >>> term.connect(context.student_levels, context.teacher_levels[0])
+        >>> term(context)  # the box covers 3 × 4 cells, each of four channels
+        {'imitation': tensor(48.)}
     """
+    mask: Mask | None
 
     def __init__(self, mask: MaskConfig | None = None, distance: str = 'mse', normalizer: str = 'batch',
-                 **kwargs) -> None:
+                 **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_choice('distance', distance, DISTANCES)
+        check_choice('normalizer', normalizer, NORMALIZERS)
         self.mask = None if mask is None else build_mask(mask)
         self.distance, self.normalizer = distance, normalizer
 
     def compare(self, level: ComparedLevel, position: int) -> Parts:
         weightings = (Weighting(), ) if self.mask is None else self.mask(level)
-        return dict(imitation=sum(self._imitation(level, weighting) for weighting in weightings))
+        return add_parts(dict(imitation=self._imitate(level, weighting)) for weighting in weightings)
 
-    def _imitation(self, level: ComparedLevel, weighting: Weighting) -> Tensor:
+    def _imitate(self, level: ComparedLevel, weighting: Weighting) -> Tensor:
         cells = level.valid.float() if weighting.cells is None else weighting.cells
         value = masked_imitation(
             level.student, level.teacher, cells, weighting.channels, self.distance, self.normalizer)
@@ -50,16 +78,37 @@ class FeatureImitation(FeatureTerm):
 
 @MODELS.register_module()
 class AttentionImitation(FeatureTerm):
-    """FGD's attention part (arXiv 2111.11837): Σ|A_s − A_t| of the spatial and of the channel attention, each over N.
+    """The student attends to the cells and channels that the teacher attends to, a part of FGD (arXiv 2111.11837).
+
+    ::
+
+        L = Σ_level (Σ|A_sp(s) − A_sp(t)| + Σ|A_ch(s) − A_ch(t)|) / N
+        A_sp = H·W·softmax_hw(mean_c |F| / T)    A_ch = C·softmax_c(mean_hw |F| / T)
+
+    with s, t (N, C, H, W), s after its adapter.
 
     Args:
-        temperature: Of both softmaxes.
+        temperature: T, > 0; smaller is more selective (0.5; FCOS 0.8).
         pad_aware: Leave padding cells out. The paper's form looks at them too.
         **kwargs: See :class:`~kd_det.losses.base.FeatureTerm`.
+
+    Raises:
+        ValueError: An argument that does not fit.
+
+    Example:
+        >>> from kd_det.context import DistillContext
+        >>> teacher = torch.rand(1, 4, 8, 8)
+        >>> context = DistillContext.of_features(-teacher, teacher)  # the attention is that of absolute values
+        >>> term = AttentionImitation(temperature=0.5)
+        >>> term.connect(context.student_levels, context.teacher_levels[0])
+        >>> term(context)
+        {'attention': tensor(0.)}
     """
 
-    def __init__(self, temperature: float = 0.5, pad_aware: bool = True, **kwargs) -> None:
+    def __init__(self, temperature: float = 0.5, pad_aware: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_number('temperature', temperature, above=0)
+        check_flags(pad_aware=pad_aware)
         self.temperature, self.pad_aware = temperature, pad_aware
 
     def compare(self, level: ComparedLevel, position: int) -> Parts:
@@ -69,33 +118,51 @@ class AttentionImitation(FeatureTerm):
 
 @MODELS.register_module()
 class DecoupledImitation(FeatureTerm):
-    """The neck's part of DeFeat (Guo et al., CVPR 2021, arXiv 2103.14475): Σ M·(s − t)² / (2·C·ΣM), mean over levels.
+    """The neck's part of DeFeat (Guo et al., CVPR 2021, arXiv 2103.14475): foreground and background teach apart.
 
-    The background, 1 − mask, teaches as well, but it must not outweigh the foreground by the number of its cells.
+    ::
+
+        L = mean over levels of w_fg·Σ M·(s − t)² / (2·C·ΣM) + w_bg·Σ (1 − M)·(s − t)² / (2·C·Σ(1 − M))
+
+    with s, t (N, C, H, W), s after its adapter, M (N, H, W). The background teaches as well, but it must not outweigh
+    the foreground by the number of its cells.
+
+    In a config: ``dict(type='DecoupledImitation', mask='LevelForeground', foreground_weight=3.0,
+    background_weight=12.0)``.
 
     Args:
-        mask: Foreground in [0, 1]: config or name of a mask over the cells. What it weighs more is foreground alone.
-        foreground_weight: Weight of the foreground.
-        background_weight: Weight of the background.
+        mask: M, the foreground in [0, 1]: config or name of a mask over the cells. What it weighs more is foreground
+            alone.
+        foreground_weight: w_fg, ≥ 0.
+        background_weight: w_bg, ≥ 0.
         pad_aware: Padding belongs to neither. In the paper's form it is background.
         **kwargs: See :class:`~kd_det.losses.base.FeatureTerm`.
 
     Raises:
-        ValueError: A mask that is not one over the cells.
+        ValueError: An argument that does not fit, such as a mask that is not one over the cells.
 
     Example:
-        >>> dict(type='DecoupledImitation', mask='LevelForeground', foreground_weight=3.0, background_weight=12.0)
+        >>> from kd_det.context import DistillContext
+        >>> boxes = [torch.tensor([[8.0, 8.0, 24.0, 24.0]])]
+        >>> context = DistillContext.of_features(torch.zeros(1, 4, 8, 8), torch.ones(1, 4, 8, 8), 8, boxes)
+        >>> term = DecoupledImitation(foreground_weight=3.0, background_weight=12.0)
+        >>> term.connect(context.student_levels, context.teacher_levels[0])
+        >>> term(context)  # half of each weight, however many cells
+        {'foreground': tensor(1.5000), 'background': tensor(6.)}
     """
+    mask: CellMask
 
-    def __init__(self, mask: str | dict | CellMask = 'LevelForeground', foreground_weight: float = 3.0,
-                 background_weight: float = 12.0, pad_aware: bool = True, **kwargs) -> None:
+    def __init__(self, mask: MaskConfig = 'LevelForeground', foreground_weight: float = 3.0,
+                 background_weight: float = 12.0, pad_aware: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.mask = build_mask(mask)
-        if not isinstance(self.mask, CellMask):
-            raise ValueError(f'mask={mask!r}: expected a mask over the cells, such as LevelForeground; '
-                             f'{type(self.mask).__name__} has other parts too.')
-        self.weights = dict(foreground=foreground_weight, background=background_weight)
-        self.pad_aware = pad_aware
+        check_weights(foreground_weight=foreground_weight, background_weight=background_weight)
+        check_flags(pad_aware=pad_aware)
+        built = build_mask(mask)
+        if not isinstance(built, CellMask):
+            refuse('mask', mask, f'a mask over the cells, such as LevelForeground; {type(built).__name__} has other '
+                                 'parts too.')
+        self.mask, self.pad_aware = built, pad_aware
+        self.part_weights = dict(foreground=foreground_weight, background=background_weight)
 
     def compare(self, level: ComparedLevel, position: int) -> Parts:
         foreground = self.mask.cells(level)
@@ -105,4 +172,4 @@ class DecoupledImitation(FeatureTerm):
         values = decoupled_imitation(level.student, level.teacher, foreground, valid)
         shares = (rank_share(cells * valid) for cells in (foreground, (1 - foreground).clamp(min=0)))
         return {name: weight / len(self.pairs) * share * value
-                for (name, weight), share, value in zip(self.weights.items(), shares, values)}
+                for (name, weight), share, value in zip(self.part_weights.items(), shares, values)}

@@ -1,23 +1,24 @@
-"""What the terms that compare outputs of heads share."""
+"""What the terms that compare outputs of heads share: of dense heads prior by prior, of RoI heads region by region."""
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from mmdet.utils import reduce_mean
 from torch import Tensor
 
+from kd_det.config.arguments import check_choice, check_number, refuse, split_sides
 from kd_det.context import DistillContext
 from kd_det.functional.boxes import bounded_regression
 from kd_det.functional.logits import quality_bce
 from kd_det.heads import ROI_HEAD, DenseOutputs, HeadError, HeadRequest, RoIOutputs
 from kd_det.heads.roi import at_stage
-from kd_det.losses.base import DistillTerm, Parts
+from kd_det.losses.base import DistillTerm, Parts, add_parts
 
 DENSE_NORMALIZERS = ('positives', 'confidence', 'richness', 'none')
 ROI_NORMALIZERS = ('regions', 'own')
+STAGES = ('mean', 'same')
 
 
 class ComparedOutputs(NamedTuple):
@@ -70,7 +71,8 @@ class ComparedOutputs(NamedTuple):
 class DenseTerm(DistillTerm):
     """A term that compares two dense heads prior by prior; a subclass implements :meth:`compare`.
 
-    Levels are paired by stride. Both heads must have the same priors per cell, classes, and activation.
+    Levels are paired by stride. Both heads must have the same priors per cell, classes, and activation. Outputs are
+    (N, H·W·A, …) per level, see :class:`~kd_det.heads.DenseOutputs`.
 
     Args:
         head: ``'bbox_head'`` of one-stage detectors or ``'rpn_head'``; or a dict with the keys ``student`` and
@@ -84,16 +86,14 @@ class DenseTerm(DistillTerm):
         teacher: See :class:`~kd_det.losses.base.DistillTerm`.
 
     Raises:
-        ValueError: An unknown normalizer.
+        ValueError: An argument that does not fit.
     """
 
     def __init__(self, head: str | dict[str, str] = 'bbox_head', normalizer: str = 'positives',
                  teacher: int = 0) -> None:
         super().__init__(teacher)
-        if normalizer not in DENSE_NORMALIZERS:
-            raise ValueError(f"normalizer='{normalizer}': expected one of {', '.join(DENSE_NORMALIZERS)}.")
-        heads = dict(student=head, teacher=head) if isinstance(head, str) else head
-        self.student_head, self.teacher_head = HeadRequest(heads['student']), HeadRequest(heads['teacher'])
+        check_choice('normalizer', normalizer, DENSE_NORMALIZERS)
+        self.student_head, self.teacher_head = map(HeadRequest, split_sides('head', head))
         self.normalizer = normalizer
 
     @property
@@ -106,12 +106,9 @@ class DenseTerm(DistillTerm):
         return (self.teacher_head, )
 
     def forward(self, context: DistillContext) -> Parts:
-        levels = self.levels(context)
-        parts: Parts = defaultdict(float)
-        for level, divisor in zip(levels, self._divisors(levels)):
-            for name, value in self.compare(level).items():
-                parts[name] = parts[name] + value / divisor
-        return dict(parts)
+        levels = self.pair_levels(context)
+        return add_parts({name: value / divisor for name, value in self.compare(level).items()}
+                         for level, divisor in zip(levels, self._divisors(levels)))
 
     def compare(self, level: ComparedOutputs) -> Parts:
         """Compares one level; returns the parts by name, each a sum over the level's priors."""
@@ -121,7 +118,7 @@ class DenseTerm(DistillTerm):
         """One for each level."""
         if self.normalizer == 'none':
             return levels[0].valid.new_ones(len(levels))
-        counts = reduce_mean(torch.stack([self._count(level) for level in levels]))
+        counts: Tensor = reduce_mean(torch.stack([self._count(level) for level in levels]))
         if self.normalizer == 'richness':
             return counts.clamp(min=torch.finfo(counts.dtype).tiny)
         return counts.sum().clamp(min=1).expand(len(levels))
@@ -137,22 +134,22 @@ class DenseTerm(DistillTerm):
             return positives
         return positives + (level.confidence() - level.context.where_labelled(level.confidence())).sum()
 
-    def levels(self, context: DistillContext) -> list[ComparedOutputs]:
-        """The levels of the two heads, paired by stride.
+    def pair_levels(self, context: DistillContext) -> list[ComparedOutputs]:
+        """Pairs the levels of the two heads by stride.
 
         Raises:
             HeadError: The two can not be compared prior by prior and class by class.
         """
-        student = context.student_outputs[self.student_head]
-        teacher = context.teacher_outputs[self.teacher_index][self.teacher_head]
+        student = cast(DenseOutputs, context.student_outputs[self.student_head])
+        teacher = cast(DenseOutputs, context.teacher_outputs[self.teacher_index][self.teacher_head])
         _require_same_classes(student, teacher)
         levels = []
         for index, (stride, shape) in enumerate(zip(student.strides, student.shapes)):
             other = teacher.level_of(stride)
             if student.logits[index].shape != teacher.logits[other].shape or shape != teacher.shapes[other]:
                 raise HeadError(
-                    f'On the level of stride {stride} the student has {_layout(student, index)}, the teacher '
-                    f'{_layout(teacher, other)}: dense outputs are compared prior by prior. Use heads with the same '
+                    f'On the level of stride {stride} the student has {_describe(student, index)}, the teacher '
+                    f'{_describe(teacher, other)}: dense outputs are compared prior by prior. Use heads with the same '
                     'anchors.')
             valid = context.valid(shape).flatten(1)
             priors = student.logits[index].shape[1] // valid.shape[1]
@@ -174,30 +171,32 @@ class RoITerm(DistillTerm):
         teacher: See :class:`~kd_det.losses.base.DistillTerm`.
 
     Raises:
-        ValueError: An unknown stage or normalizer.
+        ValueError: An argument that does not fit.
     """
 
     student_heads = teacher_heads = (ROI_HEAD, )
 
     def __init__(self, stage: str | int = 'mean', normalizer: str = 'regions', teacher: int = 0) -> None:
         super().__init__(teacher)
-        if stage not in ('mean', 'same') and not isinstance(stage, int):
-            raise ValueError(f"stage={stage!r}: expected the index of a stage, 'mean' or 'same'.")
-        if normalizer not in ROI_NORMALIZERS:
-            raise ValueError(f"normalizer='{normalizer}': expected one of {', '.join(ROI_NORMALIZERS)}.")
+        if isinstance(stage, int) and not isinstance(stage, bool):
+            check_number('stage', stage, least=0, whole=True)
+        elif stage not in STAGES:
+            refuse('stage', stage, "the index of a stage, 'mean' or 'same'.")
+        check_choice('normalizer', normalizer, ROI_NORMALIZERS)
         self.stage, self.normalizer = stage, normalizer
 
-    def outputs(self, context: DistillContext) -> tuple[RoIOutputs, RoIOutputs]:
+    def read_outputs(self, context: DistillContext) -> tuple[RoIOutputs, RoIOutputs]:
         """The student's outputs, and the teacher's on the same regions.
 
         Raises:
             HeadError: The two tell other classes apart, or the teacher has no such stage.
         """
-        student, stages = context.student_outputs[ROI_HEAD], context.teacher_outputs[self.teacher_index][ROI_HEAD]
+        student = cast(RoIOutputs, context.student_outputs[ROI_HEAD])
+        stages = cast(tuple[RoIOutputs, ...], context.teacher_outputs[self.teacher_index][ROI_HEAD])
         _require_same_classes(student, stages[0])
         return student, at_stage(stages, self.stage)
 
-    def normalized(self, values: Tensor, chosen: Sequence[Tensor]) -> list[Tensor]:
+    def normalize(self, values: Tensor, chosen: Sequence[Tensor]) -> list[Tensor]:
         """Sums of one value per region over subsets of the regions, normalised.
 
         Args:
@@ -212,10 +211,25 @@ class RoITerm(DistillTerm):
         return list((masks * values).sum(1) / reduce_mean(counts).clamp(min=1))
 
 
+def check_beta(beta: float) -> None:
+    """Checks the exponent of :func:`sigmoid_divergence`.
+
+    Raises:
+        ValueError: It is none; between 0 and 1 the gradient is infinite where student and teacher agree.
+
+    Example:
+        >>> check_beta(0.5)
+        Traceback (most recent call last):
+        ValueError: beta=0.5: expected 0, or a number of at least 1.
+    """
+    check_number('beta', beta, least=0)
+    if 0 < beta < 1:
+        refuse('beta', beta, '0, or a number of at least 1.')
+
+
 def sigmoid_divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     """:func:`~kd_det.functional.logits.quality_bce`; with ``beta=0`` less the teacher's own entropy, which leaves the
-    gradient, and makes it 0 where the two agree, as it is for any other ``beta``.
-    """
+    gradient, and makes it 0 where the two agree, as it is for any other ``beta``."""
     divergence = quality_bce(student, teacher, beta)
     return divergence - quality_bce(teacher, teacher, beta) if beta == 0 else divergence
 
@@ -227,7 +241,7 @@ def _require_same_classes(student: DenseOutputs | RoIOutputs, teacher: DenseOutp
                         "theirs. Name the teacher's, by label, with teacher.classes=[…], or distil features alone.")
 
 
-def _layout(outputs: DenseOutputs, level: int) -> str:
+def _describe(outputs: DenseOutputs, level: int) -> str:
     height, width = outputs.shapes[level]
     priors = outputs.logits[level].shape[1] // (height * width)
     return f'{priors} priors on each of {height} × {width} cells with {outputs.activation} classes'

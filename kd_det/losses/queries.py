@@ -1,8 +1,8 @@
-"""What the terms that compare the queries of DETRs share: which query is compared with which."""
+"""The student's queries classify and locate as the teacher's do, in DETRs; and which query is compared with which."""
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +10,17 @@ from mmdet.registry import MODELS
 from mmdet.utils import reduce_mean
 from torch import Tensor
 
+from kd_det.config.arguments import check_number, check_weights, refuse, split_sides
 from kd_det.context import DistillContext
 from kd_det.functional.boxes import giou_imitation
 from kd_det.functional.logits import soft_target_kl
 from kd_det.functional.queries import corners, match_queries, query_cost
 from kd_det.heads import HeadError, HeadRequest, QueryOutputs
+from kd_det.heads.queries import BoxCost
 from kd_det.losses.base import DistillTerm, Parts
-from kd_det.losses.outputs import sigmoid_divergence
+from kd_det.losses.outputs import check_beta, sigmoid_divergence
+
+COSTS = ('classes', 'l1', 'giou')
 
 
 class QueryPairs(NamedTuple):
@@ -36,7 +40,7 @@ class QueryPairs(NamedTuple):
     background: Tensor
     divisor: Tensor
 
-    def normalized(self, values: Tensor) -> Tensor:
+    def normalize(self, values: Tensor) -> Tensor:
         """The sum of (D, N, Q) values over layers, images and queries, by the number of boxes."""
         return values.sum() / self.divisor
 
@@ -51,26 +55,27 @@ class QueryTerm(DistillTerm):
 
     Args:
         head: ``'bbox_head'``; or a dict with the keys ``student`` and ``teacher``.
-        layers: Number of decoder layers; as many as both have by default.
-        background: Number of the teacher's queries that count for the student's without a box, the surest; 0 for none.
-            The matching's time on the host grows with it.
-        costs: Weights of classes, L1 and GIoU in the cost, see :func:`~kd_det.functional.queries.query_cost`.
+        layers: Number of decoder layers, ≥ 1; as many as both have by default.
+        background: Number of the teacher's queries that count for the student's without a box, the surest, ≥ 0; 0 for
+            none. The matching's time on the host grows with it.
+        costs: Weights of classes, L1 and GIoU in the cost, ≥ 0, see :func:`~kd_det.functional.queries.query_cost`.
         teacher: See :class:`~kd_det.losses.base.DistillTerm`.
 
     Raises:
-        ValueError: Fewer than one layer, or a negative number of queries.
+        ValueError: An argument that does not fit.
     """
 
     def __init__(self, head: str | dict[str, str] = 'bbox_head', layers: int | None = None,
                  background: int = 100, costs: tuple[float, float, float] = (2.0, 5.0, 2.0), teacher: int = 0) -> None:
         super().__init__(teacher)
-        if layers is not None and layers < 1:
-            raise ValueError(f'layers={layers}: expected the number of decoder layers, 1 or more.')
-        if background < 0:
-            raise ValueError(f'background={background}: expected a number of queries, 0 or more.')
-        heads = dict(student=head, teacher=head) if isinstance(head, str) else head
-        self.student_head, self.teacher_head = (HeadRequest(heads[side], 'queries') for side in ('student', 'teacher'))
-        self.layers, self.background, self.costs = layers, background, tuple(costs)
+        if layers is not None:
+            check_number('layers', layers, least=1, whole=True, meaning='the number of decoder layers')
+        check_number('background', background, least=0, whole=True, meaning='a number of queries')
+        if not isinstance(costs, (list, tuple)) or len(costs) != len(COSTS):
+            refuse('costs', costs, 'three weights, of classes, L1 and GIoU.')
+        check_weights(**{f'costs of {name}': weight for name, weight in zip(COSTS, costs)})
+        self.student_head, self.teacher_head = (HeadRequest(name, 'queries') for name in split_sides('head', head))
+        self.layers, self.background, self.costs = layers, background, (costs[0], costs[1], costs[2])
 
     @property
     def student_heads(self) -> tuple[str, ...]:
@@ -80,135 +85,179 @@ class QueryTerm(DistillTerm):
     def teacher_heads(self) -> tuple[str, ...]:
         return (self.teacher_head, )
 
-    def pairs(self, context: DistillContext) -> QueryPairs:
-        """The student's queries with the teacher's, matched once for all terms that pair alike.
+    def pair_queries(self, context: DistillContext) -> QueryPairs:
+        """Pairs the student's queries with the teacher's, once for all terms that pair alike.
 
         Raises:
             HeadError: The two heads tell other classes apart.
         """
-        key = ('queries', self.teacher_index, self.student_head, self.teacher_head, self.layers, self.background, self.costs)
-        return context.once(key, lambda: self._pairs(context))
+        key = ('queries', self.teacher_index, self.student_head, self.teacher_head, self.layers, self.background,
+               self.costs)
+        return context.once(key, lambda: self._pair_queries(context))
 
-    def _pairs(self, context: DistillContext) -> QueryPairs:
-        student = context.student_outputs[self.student_head]
-        teacher = context.teacher_outputs[self.teacher_index][self.teacher_head]
+    def _pair_queries(self, context: DistillContext) -> QueryPairs:
+        student = cast(QueryOutputs, context.student_outputs[self.student_head])
+        teacher = cast(QueryOutputs, context.teacher_outputs[self.teacher_index][self.teacher_head])
         _require_same_classes(student, teacher)
         layers = min(len(student.logits), len(teacher.logits), self.layers or len(student.logits))
         student, teacher = student.last(layers), teacher.last(layers)
         paired = self._match(student, teacher, context)
         found, scores = paired >= 0, teacher.scores()[-1]
         count = (scores - context.where_labelled(scores)).sum() + sum(map(len, context.boxes))
-        return QueryPairs(student, _ordered(teacher, paired.clamp(min=0)),
-                          foreground=(found & (student.assigned >= 0)).float(),
-                          background=(found & (student.assigned < 0)).float(),
+        has_box = cast(Tensor, student.assigned) >= 0
+        return QueryPairs(student, _choose(teacher, paired.clamp(min=0)),
+                          foreground=(found & has_box).float(), background=(found & ~has_box).float(),
                           divisor=reduce_mean(count).clamp(min=1))
 
     @torch.no_grad()
     def _match(self, student: QueryOutputs, teacher: QueryOutputs, context: DistillContext) -> Tensor:
         """(D, N, Q): the index of the teacher's query, -1 for none."""
         surest = teacher.scores().topk(min(self.background, teacher.logits.shape[2])).indices
-        candidates = _ordered(teacher, surest)
-        compared = student.logits, candidates.logits, student.boxes, candidates.boxes
-        cost = query_cost(*(each.flatten(0, 1) for each in compared), student.activation, self.costs)
-        counts = [len(boxes) for boxes in context.boxes] * len(student.logits)
-        assigned, box_cost = student.assigned, _box_cost(student, teacher, context)
+        candidates = _choose(teacher, surest)
+        logits = student.logits.flatten(0, 1), candidates.logits.flatten(0, 1)
+        boxes = student.boxes.flatten(0, 1), candidates.boxes.flatten(0, 1)
+        cost = query_cost(*logits, *boxes, activation=student.activation, weights=self.costs)
+        counts = [len(image_boxes) for image_boxes in context.boxes] * len(student.logits)
+        assigned, box_cost = cast(Tensor, student.assigned), _compute_box_cost(student, teacher, context)
         paired = match_queries(cost, surest.flatten(0, 1), box_cost.flatten(0, 1), counts, assigned.flatten(0, 1))
         return paired.view_as(assigned)
 
 
-def _ordered(outputs: QueryOutputs, indices: Tensor) -> QueryOutputs:
+def _choose(outputs: QueryOutputs, indices: Tensor) -> QueryOutputs:
     """The queries of these indices, (D, N, chosen), in this order."""
 
-    def chosen(values: Tensor) -> Tensor:
+    def gather(values: Tensor) -> Tensor:
         return values.gather(2, indices.unsqueeze(-1).expand(*indices.shape, values.shape[-1]))
 
-    return replace(outputs, logits=chosen(outputs.logits), boxes=chosen(outputs.boxes))
+    return replace(outputs, logits=gather(outputs.logits), boxes=gather(outputs.boxes))
 
 
-def _box_cost(student: QueryOutputs, teacher: QueryOutputs, context: DistillContext) -> Tensor:
+def _compute_box_cost(student: QueryOutputs, teacher: QueryOutputs, context: DistillContext) -> Tensor:
     """(D, N, M, n): the student's matcher's costs of assigning the teacher's queries to the n boxes of an image.
 
     Boxes of a class that the teacher does not know are left to nobody.
     """
-    most, costs = max(map(len, context.boxes)), []
+    layers, _, queries = teacher.logits.shape[:3]
+    most, costs, compute = max(map(len, context.boxes)), [], cast(BoxCost, student.box_cost)
     for image, (boxes, labels) in enumerate(zip(context.boxes, context.labels)):
         logits, predicted = (each[:, image].flatten(0, 1) for each in (teacher.logits, teacher.boxes))
         cost = logits.new_zeros(len(logits), 0)
         if len(boxes):
-            cost = student.box_cost(logits, predicted, boxes, labels.clamp(min=0), context.image_shapes[image])
-        cost = cost.masked_fill(labels < 0, torch.inf).unflatten(0, (len(teacher.logits), -1))
-        costs.append(F.pad(cost, (0, most - len(boxes))))
+            cost = compute(logits, predicted, boxes, labels.clamp(min=0), context.image_shapes[image])
+        cost = cost.masked_fill(labels < 0, torch.inf)
+        costs.append(F.pad(cost.view(layers, queries, len(boxes)), (0, most - len(boxes))))
     return torch.stack(costs, 1)
 
 
 def _require_same_classes(student: QueryOutputs, teacher: QueryOutputs) -> None:
-    told = [f'{each.num_classes} classes apart by {each.activation}' for each in (student, teacher)]
-    if told[0] != told[1]:
-        raise HeadError(f'The student tells {told[0]}, the teacher {told[1]}: queries are compared class by class. '
-                        'Give a teacher of the same classes and kind, or distil features alone.')
+    classes = [f'{each.num_classes} classes apart by {each.activation}' for each in (student, teacher)]
+    if classes[0] != classes[1]:
+        raise HeadError(f'The student tells {classes[0]}, the teacher {classes[1]}: queries are compared class by '
+                        'class. Give a teacher of the same classes and kind, or distil features alone.')
 
 
 @MODELS.register_module()
 class QueryClassification(QueryTerm):
-    """Class distillation of DETRs, query by query (after DETRDistill, Chang et al., arXiv 2211.10156).
+    """Class distillation of DETRs, query by query (after DETRDistill, Chang et al., ICCV 2023, arXiv 2211.10156).
 
-    Heads with sigmoid classes (Conditional DETR, DAB-DETR, Deformable DETR, DINO): Σ_classes
-    BCE(s, σ(t))·|σ(t) − σ(s)|^β (BCKD, arXiv 2308.14286), which fades where the two agree, as on most of the
-    background. Heads with softmax classes (DETR): T²·KL(t ‖ s).
+    ::
+
+        L = (w_fg·Σ_foreground d(s, t) + w_bg·Σ_background d(s, t)) / N_boxes
+        d = Σ_classes BCE(s, σ(t))·|σ(t) − σ(s)|^β                                              sigmoid classes
+        d = T²·KL(softmax(t/T) ‖ softmax(s/T))                                                  softmax classes
+
+    with s, t (D, N, Q, K) class logits of D decoder layers, N images and Q pairs of queries. Sigmoid classes have the
+    heads of Conditional DETR, DAB-DETR, Deformable DETR and DINO: their form (BCKD, arXiv 2308.14286) fades where the
+    two agree, as on most of the background. DETR's are softmax classes.
+
+    In a config: ``dict(type='QueryClassification', beta=1.0, background=100)``.
 
     Args:
-        beta: Exponent of the gap; 0 for the plain cross-entropy, see :func:`~kd_det.losses.outputs.sigmoid_divergence`.
-        temperature: T of softmax heads.
-        foreground_weight: Of the queries with a ground-truth box.
-        background_weight: Of the others that are paired.
+        beta: β, exponent of the gap, 0 or ≥ 1; 0 for the plain cross-entropy, see
+            :func:`~kd_det.losses.outputs.sigmoid_divergence`.
+        temperature: T of softmax heads, > 0.
+        foreground_weight: w_fg of the queries with a ground-truth box, ≥ 0.
+        background_weight: w_bg of the others that are paired, ≥ 0.
         **kwargs: See :class:`~kd_det.losses.queries.QueryTerm`.
 
+    Raises:
+        ValueError: An argument that does not fit.
+
     Example:
-        >>> dict(type='QueryClassification', beta=1.0, background=100)
+        >>> boxes, assigned = torch.tensor([[[[0.5, 0.5, 0.2, 0.2]]]]), torch.tensor([[[-1]]])  # a query without a box
+        >>> student = QueryOutputs(torch.zeros(1, 1, 1, 3), boxes, 'sigmoid', assigned)
+        >>> teacher = QueryOutputs(torch.full((1, 1, 1, 3), 9.0), boxes, 'sigmoid')
+        >>> context = DistillContext.of_features(
+        ...     torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), student_outputs={'bbox_head.queries': student},
+        ...     teacher_outputs=[{'bbox_head.queries': teacher}])
+        >>> term = QueryClassification(beta=1.0)
+        >>> {name: round(value.item(), 2) for name, value in term(context).items()}
+        {'foreground': 0.0, 'background': 1.04}
     """
 
     def __init__(self, beta: float = 1.0, temperature: float = 1.0, foreground_weight: float = 1.0,
-                 background_weight: float = 1.0, **kwargs) -> None:
+                 background_weight: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_beta(beta)
+        check_number('temperature', temperature, above=0)
+        check_weights(foreground_weight=foreground_weight, background_weight=background_weight)
         self.beta, self.temperature = beta, temperature
         self.foreground_weight, self.background_weight = foreground_weight, background_weight
 
     def forward(self, context: DistillContext) -> Parts:
-        pairs = self.pairs(context)
+        pairs = self.pair_queries(context)
         student, teacher = pairs.student.logits, pairs.teacher.logits
         if pairs.student.activation == 'sigmoid':
             divergence = sigmoid_divergence(student, teacher, self.beta)
         else:
             divergence = soft_target_kl(student, teacher, self.temperature, reduction='none')
-        return dict(foreground=self.foreground_weight * pairs.normalized(divergence * pairs.foreground),
-                    background=self.background_weight * pairs.normalized(divergence * pairs.background))
+        return dict(foreground=self.foreground_weight * pairs.normalize(divergence * pairs.foreground),
+                    background=self.background_weight * pairs.normalize(divergence * pairs.background))
 
 
 @MODELS.register_module()
 class QueryRegression(QueryTerm):
-    """Box distillation of DETRs, query by query (after DETRDistill, Chang et al., arXiv 2211.10156).
+    """Box distillation of DETRs, query by query (after DETRDistill, Chang et al., ICCV 2023, arXiv 2211.10156).
 
-    Σ w·(l1·‖s − t‖₁ + giou·(1 − GIoU(s, t))) of the boxes, with w the teacher's score: a box that the teacher does not
-    believe in teaches nothing.
+    ::
+
+        L = Σ_pairs max_c σ(t)·(w_l1·‖box_s − box_t‖₁ + w_giou·(1 − GIoU(box_s, box_t))) / N_boxes
+
+    with boxes (D, N, Q, 4) of D decoder layers, N images and Q pairs of queries, and t the teacher's class logits: a
+    box that the teacher does not believe in teaches nothing.
+
+    In a config: ``dict(type='QueryRegression', l1_weight=5.0, giou_weight=2.0)``.
 
     Args:
-        l1_weight: Of the L1 distance of centre, width and height, as shares of the image.
-        giou_weight: Of 1 − GIoU.
+        l1_weight: w_l1 of the L1 distance of centre, width and height, as shares of the image, ≥ 0.
+        giou_weight: w_giou, ≥ 0.
         **kwargs: See :class:`~kd_det.losses.queries.QueryTerm`.
 
+    Raises:
+        ValueError: An argument that does not fit.
+
     Example:
-        >>> dict(type='QueryRegression', l1_weight=5.0, giou_weight=2.0)
+        >>> logits, assigned = torch.zeros(1, 1, 1, 3), torch.tensor([[[-1]]])  # one query, without a box
+        >>> student = QueryOutputs(logits, torch.tensor([[[[0.5, 0.5, 0.2, 0.2]]]]), 'sigmoid', assigned)
+        >>> teacher = QueryOutputs(logits, torch.tensor([[[[0.7, 0.5, 0.2, 0.2]]]]), 'sigmoid')
+        >>> context = DistillContext.of_features(
+        ...     torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), student_outputs={'bbox_head.queries': student},
+        ...     teacher_outputs=[{'bbox_head.queries': teacher}])
+        >>> term = QueryRegression(l1_weight=5.0, giou_weight=2.0)
+        >>> {name: round(value.item(), 2) for name, value in term(context).items()}  # side by side; a score of 0.5
+        {'l1': 0.5, 'giou': 1.0}
     """
 
-    def __init__(self, l1_weight: float = 5.0, giou_weight: float = 2.0, **kwargs) -> None:
+    def __init__(self, l1_weight: float = 5.0, giou_weight: float = 2.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_weights(l1_weight=l1_weight, giou_weight=giou_weight)
         self.l1_weight, self.giou_weight = l1_weight, giou_weight
 
     def forward(self, context: DistillContext) -> Parts:
-        pairs = self.pairs(context)
+        pairs = self.pair_queries(context)
         weight = pairs.teacher.scores() * (pairs.foreground + pairs.background)
         student, teacher = pairs.student.boxes, pairs.teacher.boxes
         l1 = (student - teacher).abs().sum(-1)
         giou = giou_imitation(*(corners(boxes).flatten(0, 2) for boxes in (student, teacher))).view_as(weight)
-        return dict(l1=self.l1_weight * pairs.normalized(weight * l1),
-                    giou=self.giou_weight * pairs.normalized(weight * giou))
+        return dict(l1=self.l1_weight * pairs.normalize(weight * l1),
+                    giou=self.giou_weight * pairs.normalize(weight * giou))

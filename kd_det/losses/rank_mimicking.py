@@ -1,4 +1,4 @@
-"""The student ranks the candidates of each box as the teacher does."""
+"""RM: the student ranks the candidates of each box as the teacher does."""
 from __future__ import annotations
 
 import torch
@@ -6,6 +6,7 @@ from mmdet.registry import MODELS
 from mmdet.utils import reduce_mean
 from torchvision.ops import box_iou
 
+from kd_det.config.arguments import check_number
 from kd_det.context import DistillContext
 from kd_det.functional.logits import rank_mimicking
 from kd_det.losses.base import Parts
@@ -14,27 +15,46 @@ from kd_det.losses.outputs import DenseTerm
 
 @MODELS.register_module()
 class RankMimicking(DenseTerm):
-    """KL(t ‖ s) of the softmax over the scores of one box's candidates (RM, Li et al., arXiv 2112.04840).
+    """Rank mimicking (Li et al., AAAI 2022, arXiv 2112.04840).
 
-    The candidates of a box are the priors that the student's assigner counts as positive and whose box, as the teacher
-    predicts it, overlaps this ground-truth box most. Their scores are the logits of the box's class. The value is the
-    mean over the boxes.
+    ::
+
+        L = mean over boxes of KL(softmax(t/T) ‖ softmax(s/T))
+
+    with s, t (candidates of a box) the logits of the box's class. The candidates are the priors that the student's
+    assigner counts as positive and whose box, as the teacher predicts it, overlaps this ground-truth box most.
+
+    In a config: ``dict(type='RankMimicking', head='bbox_head')``.
 
     Args:
-        temperature: Of the softmax over the candidates.
+        temperature: T of the softmax over the candidates, > 0; smaller looks at the best alone.
         head: See :class:`~kd_det.losses.outputs.DenseTerm`.
         teacher: See :class:`~kd_det.losses.base.DistillTerm`.
 
+    Raises:
+        ValueError: An argument that does not fit.
+
     Example:
-        >>> dict(type='RankMimicking', head='bbox_head')
+        >>> from kd_det.heads import DenseOutputs
+        >>> boxes, positives = torch.tensor([[[0.0, 0.0, 8.0, 8.0]] * 2]), torch.ones(1, 2, dtype=torch.bool)
+        >>> student, teacher = (
+        ...     DenseOutputs.of_boxes(torch.tensor([[[first], [second]]]), boxes, (1, 2), positives=positives)
+        ...     for first, second in ((1.0, 2.0), (2.0, 1.0)))
+        >>> context = DistillContext.of_features(
+        ...     torch.zeros(1, 4, 1, 2), torch.zeros(1, 4, 1, 2), boxes=list(boxes[:, 0].unsqueeze(1)),
+        ...     student_outputs=dict(bbox_head=student), teacher_outputs=[dict(bbox_head=teacher)])
+        >>> term = RankMimicking()
+        >>> round(term(context)['rank'].item(), 3)  # both find the box, and rank the two candidates otherwise
+        0.462
     """
 
-    def __init__(self, temperature: float = 1.0, head: str = 'bbox_head', teacher: int = 0) -> None:
+    def __init__(self, temperature: float = 1.0, head: str | dict[str, str] = 'bbox_head', teacher: int = 0) -> None:
         super().__init__(head=head, teacher=teacher)
+        check_number('temperature', temperature, above=0)
         self.temperature = temperature
 
     def forward(self, context: DistillContext) -> Parts:
-        levels = self.levels(context)
+        levels = self.pair_levels(context)
         student, teacher = (torch.cat(each, 1) for each in zip(*(level.both('logits') for level in levels)))
         boxes = torch.cat([level.both('boxes')[1] for level in levels], 1)
         positives = torch.cat([level.student.positives(level.student_level) for level in levels], 1)

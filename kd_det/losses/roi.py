@@ -1,9 +1,12 @@
-"""The student's RoI head classifies its regions as the teacher's does."""
+"""The student's RoI head and RPN classify and regress as the teacher's do: KD, DKD, and bounded regression."""
 from __future__ import annotations
+
+from typing import Any
 
 from mmdet.registry import MODELS
 from torch import Tensor
 
+from kd_det.config.arguments import check_choice, check_number, check_weights
 from kd_det.context import DistillContext
 from kd_det.functional.boxes import bounded_regression
 from kd_det.functional.logits import combine_decoupled, decoupled_kl, soft_target_kl, weighted_cross_entropy
@@ -12,54 +15,79 @@ from kd_det.losses.base import Parts
 from kd_det.losses.outputs import ComparedOutputs, DenseTerm, RoITerm, sigmoid_divergence
 
 CLASSIFICATION_FORMS = ('plain', 'decoupled', 'coupled', 'weighted')
+REGRESSION_FORMS = ('bounded', 'l1', 'mse')
+RPN_FORMS = ('l1', 'bounded')
 
 
 @MODELS.register_module()
 class RoIClassification(RoITerm):
     """Class distillation of two-stage detectors: both RoI heads classify the regions that the student sampled.
 
-    The teacher's RoI head, its RoI extractor included, looks at these regions in its own features. With foreground and
-    background weighted alike and ``normalizer='regions'`` this is the mean over all regions. Forms:
+    ::
 
-    - ``'plain'``: T²·KL(t ‖ s) of the softened classes (Hinton et al., arXiv 1503.02531).
-    - ``'decoupled'``: α·target + β·non-target class divergence (DKD, Zhao et al., arXiv 2203.08679; its authors take
-      α = 1, β = 0.25, T = 1 for detectors). A background region's target is the background.
-    - ``'coupled'``: the same with the non-target part times 1 − p_t, of which α = β = 1 is the plain form.
-    - ``'weighted'``: cross-entropy to the teacher's classes, the background class weighing 1.5 (Chen et al., NeurIPS
-      2017). Where the two heads agree it is the teacher's entropy, not 0.
+        L = (w_fg·Σ_foreground d(s, t) + w_bg·Σ_background d(s, t)) / number of regions
+
+    with s, t (R, K + 1) logits of R regions. The teacher's RoI head, its RoI extractor included, looks at these regions
+    in its own features. With w_fg = w_bg and ``normalizer='regions'`` this is the mean over all regions. Forms of d:
+
+    - ``'plain'``: T²·KL(softmax(t/T) ‖ softmax(s/T)) (Hinton et al., arXiv 1503.02531).
+    - ``'decoupled'``: T²·(α·KL(target against the rest) + β·KL(among the others)) (DKD, Zhao et al., CVPR 2022, arXiv
+      2203.08679; its authors take α = 1, β = 0.25, T = 1 for detectors). A background region's target is the
+      background.
+    - ``'coupled'``: the same with the part among the others times 1 − p_t, of which α = β = 1 is the plain form.
+    - ``'weighted'``: −T²·Σ_c w_c·p_t·log p_s, with w = ``background_class_weight`` of the background and 1 of the
+      others (Chen et al., NeurIPS 2017). Where the two heads agree it is the teacher's entropy, not 0.
+
+    In a config: ``dict(type='RoIClassification', form='decoupled', alpha=1.0, beta=0.25, temperature=1.0)``.
 
     Args:
         form: See above.
-        temperature: T.
-        alpha: Of the decoupled and coupled form.
-        beta: Of the decoupled and coupled form.
-        foreground_weight: Of the regions with a ground-truth box.
-        background_weight: Of the others. DeFeat (arXiv 2103.14475) weighs the two apart, with ``normalizer='own'``.
-        background_class_weight: Of the background class in the weighted form.
+        temperature: T, > 0; larger compares more of what the teacher thinks of the wrong classes.
+        alpha: α of the decoupled and coupled form, ≥ 0.
+        beta: β of the decoupled and coupled form, ≥ 0.
+        foreground_weight: w_fg of the regions with a ground-truth box, ≥ 0.
+        background_weight: w_bg of the others, ≥ 0. DeFeat (arXiv 2103.14475) weighs the two apart, with
+            ``normalizer='own'``.
+        background_class_weight: Of the background class in the weighted form, ≥ 0.
         **kwargs: See :class:`~kd_det.losses.outputs.RoITerm`.
 
     Raises:
-        ValueError: An unknown form.
+        ValueError: An argument that does not fit.
 
     Example:
-        >>> dict(type='RoIClassification', form='decoupled', alpha=1.0, beta=0.25, temperature=1.0)
+        >>> import torch
+        >>> from kd_det.heads import Regions
+        >>> regions = Regions(  # one, of the second of three classes
+        ...     rois=torch.tensor([[0.0, 0.0, 0.0, 8.0, 8.0]]), labels=torch.tensor([1]), targets=torch.zeros(1, 4),
+        ...     stds=torch.ones(1, 4), stages=torch.tensor([0]))
+        >>> student = RoIOutputs(regions, logits=torch.zeros(1, 4), deltas=torch.zeros(1, 3, 4))
+        >>> teacher = RoIOutputs(regions, logits=torch.tensor([[0.0, 3.0, 0.0, 0.0]]), deltas=torch.zeros(1, 3, 4))
+        >>> context = DistillContext.of_features(
+        ...     torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2),
+        ...     student_outputs=dict(roi_head=student), teacher_outputs=[dict(roi_head=(teacher, ))])
+        >>> term = RoIClassification(form='plain', temperature=2.0)
+        >>> {name: round(value.item(), 3) for name, value in term(context).items()}
+        {'foreground': 1.089, 'background': 0.0}
     """
 
     def __init__(self, form: str = 'plain', temperature: float = 1.0, alpha: float = 1.0, beta: float = 0.25,
                  foreground_weight: float = 1.0, background_weight: float = 1.0, background_class_weight: float = 1.5,
-                 **kwargs) -> None:
+                 **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if form not in CLASSIFICATION_FORMS:
-            raise ValueError(f"form='{form}': expected one of {', '.join(CLASSIFICATION_FORMS)}.")
+        check_choice('form', form, CLASSIFICATION_FORMS)
+        check_number('temperature', temperature, above=0)
+        check_weights(alpha=alpha, beta=beta, foreground_weight=foreground_weight, background_weight=background_weight,
+                      background_class_weight=background_class_weight)
         self.form, self.temperature, self.alpha, self.beta = form, temperature, alpha, beta
-        self.weights = foreground_weight, background_weight
+        self.foreground_weight, self.background_weight = foreground_weight, background_weight
         self.background_class_weight = background_class_weight
 
     def forward(self, context: DistillContext) -> Parts:
-        student, teacher = self.outputs(context)
-        foreground = student.regions.labels < student.num_classes
-        values = self.normalized(self._divergence(student, teacher), (foreground, ~foreground))
-        return {name: weight * value for name, weight, value in zip(('foreground', 'background'), self.weights, values)}
+        student, teacher = self.read_outputs(context)
+        is_foreground = student.regions.labels < student.num_classes
+        divergence = self._divergence(student, teacher)
+        foreground, background = self.normalize(divergence, (is_foreground, ~is_foreground))
+        return dict(foreground=self.foreground_weight * foreground, background=self.background_weight * background)
 
     def _divergence(self, student: RoIOutputs, teacher: RoIOutputs) -> Tensor:
         """(R,), one value per region."""
@@ -72,86 +100,116 @@ class RoIClassification(RoITerm):
         return combine_decoupled(*parts, self.alpha, self.beta, self.form)
 
 
-REGRESSION_FORMS = ('bounded', 'l1', 'mse')
-
-
 @MODELS.register_module()
 class RoIRegression(RoITerm):
-    """Box distillation of two-stage detectors, on the foreground regions that the student sampled.
+    """Box distillation of two-stage detectors, on the student's foreground regions (Chen et al., NeurIPS 2017).
 
-    Regressions of the region's class (or the only ones of a class-agnostic head; the two detectors may differ in that)
-    are compared in the units of the student's coder. Forms:
+    ::
 
-    - ``'bounded'``: ‖s − y‖² where it is not better than the teacher's ‖t − y‖² by the margin, else 0 (Chen et al.,
-      NeurIPS 2017).
+        L = Σ_foreground d(s, t) / number of regions
+
+    with s, t (R, 4) the regressions of each region's class (or the only ones of a class-agnostic head; the two
+    detectors may differ in that), y those to its ground-truth box, all in the units of the student's coder. Forms of d:
+
+    - ``'bounded'``: ‖s − y‖² where ‖s − y‖² + m > ‖t − y‖², else 0.
     - ``'l1'``, ``'mse'``: |s − t| and (s − t)², summed over the four values.
+
+    In a config: ``dict(type='RoIRegression', form='bounded', margin=0.0, weight=0.5)``.
 
     Args:
         form: See above.
-        margin: Of the bounded form.
+        margin: m of the bounded form, a squared error, ≥ 0: a student better by less still learns.
         **kwargs: See :class:`~kd_det.losses.outputs.RoITerm`.
 
     Raises:
-        ValueError: An unknown form.
+        ValueError: An argument that does not fit.
 
     Example:
-        >>> dict(type='RoIRegression', form='bounded', margin=0.0, weight=0.5)
+        >>> import torch
+        >>> from kd_det.heads import Regions
+        >>> regions = Regions(  # one, of the second of three classes
+        ...     rois=torch.tensor([[0.0, 0.0, 0.0, 8.0, 8.0]]), labels=torch.tensor([1]), targets=torch.zeros(1, 4),
+        ...     stds=torch.ones(1, 4), stages=torch.tensor([0]))
+        >>> student = RoIOutputs(regions, logits=torch.zeros(1, 4), deltas=torch.ones(1, 3, 4))
+        >>> teacher = RoIOutputs(regions, logits=torch.zeros(1, 4), deltas=torch.zeros(1, 3, 4))
+        >>> context = DistillContext.of_features(
+        ...     torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2),
+        ...     student_outputs=dict(roi_head=student), teacher_outputs=[dict(roi_head=(teacher, ))])
+        >>> term = RoIRegression(form='bounded')
+        >>> term(context)  # the teacher's box is right, the student's is off by 1 in four values
+        {'regression': tensor(4.)}
     """
 
-    def __init__(self, form: str = 'bounded', margin: float = 0.0, **kwargs) -> None:
+    def __init__(self, form: str = 'bounded', margin: float = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if form not in REGRESSION_FORMS:
-            raise ValueError(f"form='{form}': expected one of {', '.join(REGRESSION_FORMS)}.")
+        check_choice('form', form, REGRESSION_FORMS)
+        check_number('margin', margin, least=0)
         self.form, self.margin = form, margin
 
     def forward(self, context: DistillContext) -> Parts:
-        outputs = self.outputs(context)
+        outputs = self.read_outputs(context)
         regions, classes = outputs[0].regions, outputs[0].num_classes
         student, teacher = (each.labelled_deltas() / regions.stds for each in outputs)
         if self.form == 'bounded':
             errors = bounded_regression(student, teacher, regions.targets / regions.stds, self.margin)
         else:
             errors = ((student - teacher).abs() if self.form == 'l1' else (student - teacher).square()).sum(1)
-        (value, ) = self.normalized(errors, (regions.labels < classes, ))
+        (value, ) = self.normalize(errors, (regions.labels < classes, ))
         return dict(regression=value)
-
-
-RPN_FORMS = ('l1', 'bounded')
 
 
 @MODELS.register_module()
 class RPNImitation(DenseTerm):
-    """Objectness and box distillation of region proposal networks with the same anchors.
+    """Objectness and box distillation of RPNs with the same anchors (after Chen et al., NeurIPS 2017).
 
-    Objectness: BCE(s, σ(t)), less the teacher's own entropy, which leaves the gradient and makes it 0 where the two
-    agree; or KL(t ‖ s) of softmax heads. Forms of the box part:
+    ::
 
-    - ``'l1'``: |s − t| summed over the four regressions, weighted by the teacher's objectness.
-    - ``'bounded'``: ‖s − y‖² where it is not better than the teacher's ‖t − y‖² by the margin, else 0 (Chen et al.,
-      NeurIPS 2017), on the anchors that the student sampled as positive; with ``normalizer='positives'`` its mean.
+        L = (w_obj·Σ_priors (BCE(s, σ(t)) − BCE(t, σ(t))) + w_reg·Σ_priors d(r_s, r_t)) / normalizer
+
+    with s, t (N, H·W·A, 1) logits of objectness, of which the BCE counts from the teacher's own entropy: that leaves
+    the gradient and makes it 0 where the two agree; softmax heads take KL(t ‖ s). Forms of d, of the regressions r
+    (N, H·W·A, 4):
+
+    - ``'l1'``: σ(t)·|r_s − r_t| summed over the four regressions.
+    - ``'bounded'``: ‖r_s − y‖² where ‖r_s − y‖² + m > ‖r_t − y‖², else 0, on the anchors that the student sampled as
+      positive; with ``normalizer='positives'`` its mean.
+
+    In a config: ``dict(type='RPNImitation', form='bounded', regression_weight=0.5)``.
 
     Args:
         form: See above.
-        margin: Of the bounded form.
-        objectness_weight: Factor of the objectness part.
-        regression_weight: Factor of the box part.
+        margin: m of the bounded form, a squared error, ≥ 0: a student better by less still learns.
+        objectness_weight: w_obj, ≥ 0.
+        regression_weight: w_reg, ≥ 0.
+        head: See :class:`~kd_det.losses.outputs.DenseTerm`.
         normalizer: See :class:`~kd_det.losses.outputs.DenseTerm`; the teacher's confidence by default, because the
             sampler of an RPN may leave positive anchors out.
         **kwargs: See :class:`~kd_det.losses.outputs.DenseTerm`.
 
     Raises:
-        ValueError: An unknown form.
+        ValueError: An argument that does not fit.
 
     Example:
-        >>> dict(type='RPNImitation', form='bounded', regression_weight=0.5)
+        >>> import torch
+        >>> from kd_det.heads import DenseOutputs
+        >>> logits, regressions = torch.zeros(1, 4, 1), torch.zeros(1, 4, 4)  # of four cells
+        >>> student = DenseOutputs.of_boxes(logits, regressions, (2, 2))
+        >>> teacher = DenseOutputs.of_boxes(logits, regressions + 1, (2, 2))
+        >>> context = DistillContext.of_features(
+        ...     torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2),
+        ...     student_outputs=dict(rpn_head=student), teacher_outputs=[dict(rpn_head=teacher)])
+        >>> term = RPNImitation(form='l1', normalizer='none')
+        >>> term(context)  # the teacher is sure by half of each cell
+        {'objectness': tensor(0.), 'regression': tensor(8.)}
     """
 
     def __init__(self, form: str = 'l1', margin: float = 0.0, objectness_weight: float = 1.0,
-                 regression_weight: float = 1.0, head: str = 'rpn_head', normalizer: str = 'confidence',
-                 **kwargs) -> None:
+                 regression_weight: float = 1.0, head: str | dict[str, str] = 'rpn_head',
+                 normalizer: str = 'confidence', **kwargs: Any) -> None:
         super().__init__(head=head, normalizer=normalizer, **kwargs)
-        if form not in RPN_FORMS:
-            raise ValueError(f"form='{form}': expected one of {', '.join(RPN_FORMS)}.")
+        check_choice('form', form, RPN_FORMS)
+        check_number('margin', margin, least=0)
+        check_weights(objectness_weight=objectness_weight, regression_weight=regression_weight)
         self.form, self.margin = form, margin
         self.objectness_weight, self.regression_weight = objectness_weight, regression_weight
 
@@ -167,9 +225,9 @@ class RPNImitation(DenseTerm):
         else:
             divergence = soft_target_kl(student, teacher, reduction='none')
         return dict(objectness=self.objectness_weight * (level.valid * divergence).sum(),
-                    regression=self.regression_weight * self._regression(level).sum())
+                    regression=self.regression_weight * self._compare_regressions(level).sum())
 
-    def _regression(self, level: ComparedOutputs) -> Tensor:
+    def _compare_regressions(self, level: ComparedOutputs) -> Tensor:
         """(N, H·W·A)."""
         if self.form == 'bounded':
             return level.bounded_errors(self.margin)

@@ -1,4 +1,4 @@
-"""Masks from the features themselves."""
+"""Masks from the features themselves: the cells and the channels that respond strongly."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from mmdet.registry import MODELS
 from torch import Tensor
 
+from kd_det.config.arguments import check_choice, check_flags, check_number
 from kd_det.context import ComparedLevel
 from kd_det.functional.masks import channel_attention, spatial_attention
 from kd_det.masks.base import CellMask, Mask, Weighting
@@ -14,42 +15,70 @@ ATTENTION_SOURCES = ('teacher', 'student', 'both')
 
 
 class _Attention(Mask):
-    """Where, or on what, a detector's features respond strongly.
-
-    Args:
-        temperature: Of the softmax; smaller is more selective.
-        source: Whose features: ``'teacher'`` (FGD), ``'student'``, or ``'both'``, the mean of the two attentions (FKD).
-        pad_aware: Leave padding cells out. The papers' form looks at them too.
-
-    Raises:
-        ValueError: An unknown source.
-    """
 
     def __init__(self, temperature: float = 0.5, source: str = 'teacher', pad_aware: bool = True) -> None:
         super().__init__()
-        if source not in ATTENTION_SOURCES:
-            raise ValueError(f"source='{source}': expected one of {', '.join(ATTENTION_SOURCES)}.")
+        check_number('temperature', temperature, above=0)
+        check_choice('source', source, ATTENTION_SOURCES)
+        check_flags(pad_aware=pad_aware)
         self.temperature, self.source, self.pad_aware = temperature, source, pad_aware
 
-    def attention(self, level: ComparedLevel, attend: Callable[..., Tensor]) -> Tensor:
-        """The attention of the source by one of the functions of :mod:`kd_det.functional.masks`."""
+    def attend(self, level: ComparedLevel, attention: Callable[[Tensor, float, Tensor | None], Tensor]) -> Tensor:
+        """The attention of the source by one of the functions of :mod:`kd_det.functional.masks`, without gradient."""
         features = dict(teacher=[level.teacher], student=[level.student.detach()],
                         both=[level.teacher, level.student.detach()])[self.source]
         valid = level.valid if self.pad_aware else None
-        return sum(attend(feature, self.temperature, valid) for feature in features) / len(features)
+        attentions = [attention(feature, self.temperature, valid) for feature in features]
+        return sum(attentions[1:], attentions[0]) / len(attentions)
 
 
 @MODELS.register_module()
 class SpatialAttention(_Attention, CellMask):
-    __doc__ = 'The cells that respond: H·W·softmax of the mean absolute value over channels.\n' + _Attention.__doc__
+    """The cells that respond (FGD, arXiv 2111.11837): H·W·softmax over the cells of mean_c |F| / T.
+
+    Args:
+        temperature: T, above 0; smaller is more selective.
+        source: Whose feature F is: ``'teacher'`` (FGD), ``'student'``, or ``'both'``, the mean of the two attentions
+            (FKD, openreview uKhGRvM8QNH). The student's is that after the adapter.
+        pad_aware: Leave padding cells out; H·W is then the number of the others. The papers' form looks at them too.
+
+    Raises:
+        ValueError: A temperature that is not above 0, or an unknown source.
+
+    Example:
+        >>> import torch
+        >>> from kd_det.context import DistillContext
+        >>> feature = torch.tensor([[[[0., 0.], [0., 1.]]]])
+        >>> SpatialAttention(temperature=0.5).cells(DistillContext.of_features(feature, feature).read_level())
+        tensor([[[0.3850, 0.3850],
+                 [0.3850, 2.8449]]])
+    """
 
     def cells(self, level: ComparedLevel) -> Tensor:
-        return self.attention(level, spatial_attention)
+        return self.attend(level, spatial_attention)
 
 
 @MODELS.register_module()
 class ChannelAttention(_Attention):
-    __doc__ = 'The channels that respond: C·softmax of the mean absolute value over cells.\n' + _Attention.__doc__
+    """The channels that respond (FGD, arXiv 2111.11837): C·softmax over the channels of mean_hw |F| / T.
+
+    Args:
+        temperature: T, above 0; smaller is more selective.
+        source: Whose feature F is: ``'teacher'`` (FGD), ``'student'``, or ``'both'``, the mean of the two attentions
+            (FKD, openreview uKhGRvM8QNH). The student's is that after the adapter.
+        pad_aware: Take the mean over the cells of the image alone. The papers' form takes it over padding too.
+
+    Raises:
+        ValueError: A temperature that is not above 0, or an unknown source.
+
+    Example:
+        >>> import torch
+        >>> from kd_det.context import DistillContext
+        >>> feature = torch.tensor([[[[0., 0.]], [[1., 1.]]]])
+        >>> (weighting, ) = ChannelAttention()(DistillContext.of_features(feature, feature).read_level())
+        >>> weighting.channels
+        tensor([[0.2384, 1.7616]])
+    """
 
     def forward(self, level: ComparedLevel) -> tuple[Weighting, ...]:
-        return (Weighting(channels=self.attention(level, channel_attention)), )
+        return (Weighting(channels=self.attend(level, channel_attention)), )

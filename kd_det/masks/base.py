@@ -1,19 +1,24 @@
-"""What all masks share."""
+"""What a mask is, how its config is built, and how masks combine.
+
+A mask is given a :class:`~kd_det.context.ComparedLevel`: the features of student and teacher on one level, its stride
+and those of the whole tap, and as its ``context`` the step: boxes, labels, sizes of the images, outputs of the heads
+that the mask asks for. It returns weights; the term that holds it multiplies and normalises.
+"""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import reduce
 from itertools import product
+from math import prod
 from operator import mul
-from typing import NamedTuple, Union
+from typing import Any, NamedTuple
 
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
+from kd_det.config.arguments import check_number, refuse
 from kd_det.context import ComparedLevel
 from kd_det.registry import build_own
-
-MaskConfig = Union[str, dict, 'Mask']
 
 
 class Weighting(NamedTuple):
@@ -30,7 +35,12 @@ class Weighting(NamedTuple):
 
 
 class Mask(nn.Module):
-    """Says where, and how much, student and teacher are compared on one level. No gradient flows through a mask."""
+    """Says where, and how much, student and teacher are compared on one level. No gradient flows through a mask.
+
+    A subclass implements :meth:`forward`, or that of :class:`CellMask`. It checks its arguments when it is built, and
+    declares the heads that it reads: their outputs are then in the context, of the student's in ``student_outputs``, of
+    the teacher's in ``teacher_outputs[level.teacher_index]``.
+    """
 
     @property
     def student_heads(self) -> tuple[str, ...]:
@@ -39,12 +49,15 @@ class Mask(nn.Module):
 
     @property
     def teacher_heads(self) -> tuple[str, ...]:
-        """Heads whose outputs the mask itself reads in the teacher."""
+        """Heads whose outputs the mask itself reads in the teacher. They then run in the steps of its term."""
         return ()
 
     @property
     def needs_boxes(self) -> bool:
-        """Whether 0 means nothing on an image whose boxes are not known."""
+        """Whether the mask is made of ground-truth boxes, so that its 0 means nothing on an image that is not labelled.
+
+        :class:`~kd_det.losses.imitation.DecoupledImitation`, for which 0 is background, then leaves such images out.
+        """
         return False
 
     def forward(self, level: ComparedLevel) -> tuple[Weighting, ...]:
@@ -53,62 +66,110 @@ class Mask(nn.Module):
 
 
 class CellMask(Mask):
-    """A mask over the cells; a subclass implements :meth:`cells`."""
+    """A mask over the cells; a subclass implements :meth:`cells`.
+
+    Example:
+        The cells near the teacher's strongest one:
+
+        >>> import torch
+        >>> from kd_det.context import ComparedLevel, DistillContext
+        >>> class Strongest(CellMask):
+        ...     def cells(self, level: ComparedLevel) -> torch.Tensor:
+        ...         response = level.teacher.abs().mean(1) * level.valid
+        ...         return (response == response.amax((1, 2), keepdim=True)).float()
+        >>> teacher = torch.tensor([[[[0., 1.], [3., 2.]]]])
+        >>> Strongest().cells(DistillContext.of_features(teacher, teacher).read_level())
+        tensor([[[0., 0.],
+                 [1., 0.]]])
+    """
 
     def cells(self, level: ComparedLevel) -> Tensor:
-        """Returns (N, H, W); padding cells get 0."""
+        """Returns (N, H, W) of float32, at least 0 and finite, without gradient.
+
+        Padding gets 0: the cells that are not in ``level.valid``. An image without boxes, a level of one cell and an
+        image that is all padding are ordinary. What does not depend on the level is computed once a step, by
+        ``level.context.once``.
+        """
         raise NotImplementedError
 
     def forward(self, level: ComparedLevel) -> tuple[Weighting, ...]:
         return (Weighting(cells=self.cells(level)), )
 
 
+MaskConfig = str | dict[str, Any] | Mask
+
+
 def build_mask(config: MaskConfig) -> Mask:
-    """Builds a mask from its dict, or from its name alone if it needs no arguments."""
-    if isinstance(config, nn.Module):
-        return config
-    return build_own(MODELS, dict(type=config) if isinstance(config, str) else config)
+    """Builds a mask from its dict, or from its name alone if it needs no arguments.
+
+    Raises:
+        ValueError: It is none of these, or what it builds is no mask.
+
+    Example:
+        >>> build_mask('BoxForeground').needs_boxes
+        True
+    """
+    if not isinstance(config, str | dict | Mask):
+        refuse('mask', config, 'the name or the dict of a mask.')
+    mask = config if isinstance(config, Mask) else build_own(
+        MODELS, dict(type=config) if isinstance(config, str) else config)
+    if not isinstance(mask, Mask):
+        refuse('mask', config, f'a mask, which {type(mask).__name__} is not.')
+    return mask
 
 
 class _Combination(Mask):
 
     def __init__(self, masks: Sequence[MaskConfig]) -> None:
         super().__init__()
+        if isinstance(masks, str | dict | Mask):
+            refuse('masks', masks, 'a list of masks.')
         if not masks:
             raise ValueError(f'{type(self).__name__} needs at least one mask.')
         self.masks = nn.ModuleList(build_mask(mask) for mask in masks)
 
+    @property
+    def needs_boxes(self) -> bool:
+        return any(mask.needs_boxes for mask in self.masks)
+
 
 @MODELS.register_module()
 class MaskProduct(_Combination):
-    """Where all of several masks look.
+    """Where all of several masks look: M = ∏ᵢ Mᵢ.
 
     Args:
-        masks: Configs or names of masks.
+        masks: Configs or names of masks, at least one.
+
+    Raises:
+        ValueError: There is none.
 
     Example:
         >>> dict(type='MaskProduct', masks=['BoxForeground', dict(type='ChannelAttention', temperature=0.5)])
+        {'type': 'MaskProduct', 'masks': ['BoxForeground', {'type': 'ChannelAttention', 'temperature': 0.5}]}
     """
 
     def forward(self, level: ComparedLevel) -> tuple[Weighting, ...]:
-        return tuple(Weighting(_product(each.cells for each in together), _product(each.channels for each in together),
-                               _product(each.factor for each in together))
+        return tuple(Weighting(_multiply(each.cells for each in together),
+                               _multiply(each.channels for each in together),
+                               prod(each.factor for each in together))
                      for together in product(*(mask(level) for mask in self.masks)))
 
 
 @MODELS.register_module()
 class MaskSum(_Combination):
-    """Where any of several masks looks.
+    """Where any of several masks looks: M = Σᵢ wᵢ·Mᵢ. Each summand is normalised by itself.
 
     Args:
-        masks: Configs or names of masks.
-        weights: Factor of each, whatever the normaliser of the imitation; 1 by default.
+        masks: Configs or names of masks, at least one.
+        weights: wᵢ, the factor of each, whatever the normaliser of the imitation; 1 by default.
 
     Raises:
-        ValueError: Not as many weights as masks.
+        ValueError: There is no mask, not as many weights as masks, or a weight is no number.
 
     Example:
-        >>> dict(type='MaskSum', masks=['BoxForeground', 'BoxBackground'], weights=[1.0, 0.5])
+        >>> mask = build_mask(dict(type='MaskSum', masks=['BoxForeground', 'BoxBackground'], weights=[1.0, 0.5]))
+        >>> mask.weights
+        (1.0, 0.5)
     """
 
     def __init__(self, masks: Sequence[MaskConfig], weights: Sequence[float] | None = None) -> None:
@@ -116,13 +177,15 @@ class MaskSum(_Combination):
         self.weights = tuple(weights) if weights is not None else (1.0, ) * len(masks)
         if len(self.weights) != len(masks):
             raise ValueError(f'MaskSum has {len(masks)} masks but {len(self.weights)} weights.')
+        for index, weight in enumerate(self.weights):
+            check_number(f'weights[{index}]', weight)
 
     def forward(self, level: ComparedLevel) -> tuple[Weighting, ...]:
         return tuple(each._replace(factor=weight * each.factor)
                      for mask, weight in zip(self.masks, self.weights) for each in mask(level))
 
 
-def _product(factors: Iterable[Tensor | float | None]) -> Tensor | float | None:
+def _multiply(factors: Iterable[Tensor | None]) -> Tensor | None:
     """The product of what is there; None where nothing is."""
     present = [factor for factor in factors if factor is not None]
     return reduce(mul, present) if present else None

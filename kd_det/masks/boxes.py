@@ -1,9 +1,12 @@
-"""Masks from the ground-truth boxes."""
+"""Masks from the ground-truth boxes: on all levels, or on the level of each box's size alone."""
 from __future__ import annotations
+
+from typing import Any
 
 from mmdet.registry import MODELS, TASK_UTILS
 from torch import Tensor
 
+from kd_det.config.arguments import check_choice, check_flags, check_number
 from kd_det.context import ComparedLevel, LevelError
 from kd_det.functional.masks import (
     assign_levels,
@@ -21,24 +24,34 @@ WEIGHTINGS = ('binary', 'inverse_area')
 
 @MODELS.register_module()
 class BoxForeground(CellMask):
-    """The cells that ground-truth boxes cover, see :func:`~kd_det.functional.masks.box_foreground`.
+    """The cells that ground-truth boxes cover (FGD, arXiv 2111.11837): 1, or the largest 1/area of the boxes on a cell.
+
+    A box covers the cells from ⌊x1⌋ to ⌈x2⌉ inclusive, in units of cells, see
+    :func:`~kd_det.functional.masks.box_foreground`.
 
     Args:
-        weighting: ``'binary'``, or ``'inverse_area'``: at each cell the largest 1/area over the boxes on it (FGD).
+        weighting: ``'binary'`` for 1, or ``'inverse_area'`` for 1/area, counted in cells.
         box_mapping: ``'batch'`` maps pixels to cells by the padded batch, which the feature covers. ``'image'`` is the
             mapping of FGD's released code, by each image's own size, for parity only: it stretches boxes on padded
             batches.
 
     Raises:
         ValueError: An unknown weighting or mapping.
+
+    Example:
+        >>> import torch
+        >>> from kd_det.context import DistillContext
+        >>> feature, boxes = torch.zeros(1, 1, 3, 4), [torch.tensor([[8., 0., 15., 7.]])]
+        >>> BoxForeground().cells(DistillContext.of_features(feature, feature, 8, boxes).read_level())
+        tensor([[[0., 1., 1., 0.],
+                 [0., 1., 1., 0.],
+                 [0., 0., 0., 0.]]])
     """
 
     def __init__(self, weighting: str = 'binary', box_mapping: str = 'batch') -> None:
         super().__init__()
-        if weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting='{weighting}': expected one of {', '.join(WEIGHTINGS)}.")
-        if box_mapping not in BOX_MAPPINGS:
-            raise ValueError(f"box_mapping='{box_mapping}': expected one of {', '.join(BOX_MAPPINGS)}.")
+        check_choice('weighting', weighting, WEIGHTINGS)
+        check_choice('box_mapping', box_mapping, BOX_MAPPINGS)
         self.weighting, self.box_mapping = weighting, box_mapping
 
     @property
@@ -46,22 +59,37 @@ class BoxForeground(CellMask):
         return True
 
     def cells(self, level: ComparedLevel) -> Tensor:
-        context, shape = level.context, level.shape
-        image_shapes = context.image_shapes if self.box_mapping == 'image' else None
         # Painted once a level: what covers a cell has an area, so the weights tell the binary mask as well.
-        painted = context.once(('boxes', shape, self.box_mapping), lambda: box_foreground(
-            context.boxes, context.batch_shape, shape, 'inverse_area', image_shapes))
-        return painted if self.weighting == 'inverse_area' else (painted > 0).to(painted.dtype)
+        painted = level.context.once(('boxes', level.shape, self.box_mapping), lambda: self._paint(level))
+        return painted if self.weighting == 'inverse_area' else (painted > 0).float()
+
+    def _paint(self, level: ComparedLevel) -> Tensor:
+        boxes, batch_shape = level.context.boxes, level.context.batch_shape
+        if self.box_mapping == 'image':
+            return box_foreground(boxes, batch_shape, level.shape, 'inverse_area', level.context.image_shapes)
+        # The last cell that a box covers may begin where its image ends.
+        return box_foreground(boxes, batch_shape, level.shape, 'inverse_area') * level.valid
 
 
 @MODELS.register_module()
 class BoxBackground(BoxForeground):
-    """The cells of the image that no ground-truth box covers, each weighing 1 / their number in the image (FGD).
+    """The cells that no ground-truth box covers, each 1 / their number in the image (FGD, arXiv 2111.11837).
 
-    An unlabelled image has no background that anybody knows.
+    An unlabelled image has no background that anybody knows, so its cells get 0.
 
     Args:
         box_mapping: See :class:`BoxForeground`. With ``'image'`` padding counts as background, as in the released code.
+
+    Raises:
+        ValueError: An unknown mapping.
+
+    Example:
+        >>> import torch
+        >>> from kd_det.context import DistillContext
+        >>> feature, boxes = torch.zeros(1, 1, 2, 3), [torch.tensor([[8., 0., 15., 15.]])]
+        >>> BoxBackground().cells(DistillContext.of_features(feature, feature, 8, boxes).read_level())
+        tensor([[[0.5000, 0.0000, 0.0000],
+                 [0.5000, 0.0000, 0.0000]]])
     """
 
     def __init__(self, box_mapping: str = 'batch') -> None:
@@ -73,23 +101,31 @@ class BoxBackground(BoxForeground):
 
 
 class PyramidMask(CellMask):
-    """A mask of boxes that are spread over the levels, counted from the finest: floor(log2(√area / finest_scale)).
+    """A mask of boxes that are spread over the levels, counted from the finest: ⌊log2(√area / finest_scale)⌋.
+
+    A subclass implements :meth:`cells` by :meth:`assign_boxes`.
 
     Args:
-        finest_scale: Boxes up to twice this size, in pixels, belong to the finest level.
-        num_levels: Number of levels of the pyramid, the last of which gets all larger boxes; that of the longest tap to
-            which the compared level can belong by default.
+        finest_scale: Boxes up to twice this size, in pixels, belong to the finest level; above 0.
+        num_levels: Number of levels of the pyramid, the last of which gets all larger boxes; that of the student's tap
+            by default, whichever of its levels are compared.
+
+    Raises:
+        ValueError: Not such numbers.
     """
 
     def __init__(self, finest_scale: float = 56, num_levels: int | None = None) -> None:
         super().__init__()
+        check_number('finest_scale', finest_scale, above=0)
+        if num_levels is not None:
+            check_number('num_levels', num_levels, least=1, whole=True)
         self.finest_scale, self.num_levels = finest_scale, num_levels
 
     @property
     def needs_boxes(self) -> bool:
         return True
 
-    def box_levels(self, level: ComparedLevel) -> tuple[list[Tensor], int]:
+    def assign_boxes(self, level: ComparedLevel) -> tuple[list[Tensor], int]:
         """The level that each box belongs to, one (n,) per image, and which this is; both counted from the finest.
 
         Raises:
@@ -100,20 +136,37 @@ class PyramidMask(CellMask):
                              f"{' × '.join(map(str, level.context.batch_shape))} pixels does not have square cells of "
                              f'{level.stride} pixels, which {type(self).__name__} reads by. Take another mask, such as '
                              'BoxForeground.')
-        taps = level.context.student_levels.values()  # some, as YOLOv3's neck, begin with the coarsest level
-        strides = max((sorted(each.stride for each in levels) for levels in taps if len(levels) > level.index
-                       and levels[level.index].stride == level.stride), key=len)
+        strides = sorted(level.strides)  # some taps, as YOLOv3's neck, begin with the coarsest level
         box_levels = assign_levels(level.context.boxes, self.num_levels or len(strides), self.finest_scale)
         return box_levels, strides.index(level.stride)
 
 
 @MODELS.register_module()
 class LevelForeground(PyramidMask):
-    __doc__ = ('The cells that boxes cover, each box on its own level alone (DeFeat, arXiv 2103.14475).\n'
-               + PyramidMask.__doc__.partition('\n')[2])
+    """The cells that boxes cover, each box on its own level alone (DeFeat, arXiv 2103.14475): 1 there, else 0.
+
+    A box belongs to the level ⌊log2(√area / finest_scale)⌋, counted from the finest, and covers there the cells from
+    ⌊x1⌋ up to, not including, ⌊x2⌋, see :func:`~kd_det.functional.masks.level_foreground`.
+
+    Args:
+        finest_scale: See :class:`PyramidMask`.
+        num_levels: See :class:`PyramidMask`.
+
+    Raises:
+        LevelError: In a step: the cells of a level are not square.
+
+    Example:
+        >>> import torch
+        >>> from kd_det.context import DistillContext
+        >>> levels = [torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 8, 8)]
+        >>> boxes = [torch.tensor([[0., 0., 15., 15.], [0., 0., 127., 127.]])]
+        >>> context = DistillContext.of_features(levels, levels, 8, boxes)
+        >>> [LevelForeground().cells(context.read_level(index)).sum() for index in range(2)]
+        [tensor(1.), tensor(49.)]
+    """
 
     def cells(self, level: ComparedLevel) -> Tensor:
-        box_levels, index = self.box_levels(level)
+        box_levels, index = self.assign_boxes(level)
         return level_foreground(level.context.boxes, box_levels, level.stride, level.shape, index)
 
 
@@ -121,26 +174,41 @@ class LevelForeground(PyramidMask):
 class NearAnchorForeground(PyramidMask):
     """The cells with an anchor that overlaps a box of this level nearly best (FGFI, arXiv 1906.03609).
 
+    1 where an anchor's IoU with a box of this level is above φ times the box's best, else 0, see
+    :func:`~kd_det.functional.masks.near_anchor_foreground`.
+
     Args:
         anchors: Settings of mmdet's ``AnchorGenerator``, such as those of the student's head; sizes are in units of
-            the stride. Their ``strides`` do not count: each level has its own.
-        phi: Share of a box's best IoU on the level that an anchor must exceed.
+            the stride. Their ``strides`` do not count: each level has its own. Scale 8 and three ratios by default.
+        phi: φ, the share of a box's best IoU on the level that an anchor must exceed; at least 0 and below 1.
         pad_aware: Leave padding cells out. In the paper's form their anchors count too.
         **kwargs: See :class:`PyramidMask`.
 
+    Raises:
+        ValueError: Another ``phi``.
+        LevelError: In a step: the cells of a level are not square.
+
     Example:
-        >>> dict(type='NearAnchorForeground', anchors=dict(scales=[8], ratios=[0.5, 1.0, 2.0]))
+        >>> import torch
+        >>> from kd_det.context import DistillContext
+        >>> feature, boxes = torch.zeros(1, 1, 16, 16), [torch.tensor([[32., 32., 96., 96.]])]
+        >>> mask = NearAnchorForeground(anchors=dict(scales=[8], ratios=[1.0]), phi=0.9)
+        >>> mask.cells(DistillContext.of_features(feature, feature, 8, boxes).read_level()).nonzero()
+        tensor([[0, 8, 8]])
     """
 
-    def __init__(self, anchors: dict = dict(scales=[8], ratios=[0.5, 1.0, 2.0]), phi: float = 0.5,
-                 pad_aware: bool = True, **kwargs) -> None:
+    def __init__(self, anchors: dict[str, Any] | None = None, phi: float = 0.5, pad_aware: bool = True,
+                 **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_number('phi', phi, least=0, below=1)
+        check_flags(pad_aware=pad_aware)
+        anchors = dict(scales=[8], ratios=[0.5, 1.0, 2.0]) if anchors is None else anchors
         # Anchors grow with the stride: those of stride 1, times the stride, are the level's.
         self.anchors = TASK_UTILS.build({'type': f'{HOME}.AnchorGenerator', **anchors, 'strides': [1]})
         self.phi, self.pad_aware = phi, pad_aware
 
     def cells(self, level: ComparedLevel) -> Tensor:
-        box_levels, index = self.box_levels(level)
+        box_levels, index = self.assign_boxes(level)
         priors = level.stride * self.anchors.single_level_grid_priors(level.shape, 0, device=level.context.device)
         foreground = near_anchor_foreground(level.context.boxes, box_levels, index, priors, level.shape, self.phi)
         return foreground * level.valid if self.pad_aware else foreground

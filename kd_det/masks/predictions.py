@@ -1,10 +1,18 @@
-"""Masks from what dense heads predict; only that of prediction quality needs ground truth."""
+"""Masks from what the heads predict: dense heads, the queries of DETRs, RoI heads.
+
+Only that of prediction quality needs ground truth. A mask reads the outputs of the heads that it declares; those of
+student and teacher are detached here, for no gradient flows through a mask.
+"""
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from mmdet.registry import MODELS
 from torch import Tensor
 
+from kd_det.config.arguments import check_choice, check_flags, check_number, refuse, split_sides
 from kd_det.context import ComparedLevel, DistillContext
 from kd_det.functional.masks import (
     assign_levels,
@@ -14,31 +22,21 @@ from kd_det.functional.masks import (
     teacher_confidence,
 )
 from kd_det.functional.queries import corners
-from kd_det.heads import ROI_HEAD, DenseOutputs, HeadError, HeadRequest
+from kd_det.heads import ROI_HEAD, DenseOutputs, HeadError, HeadRequest, QueryOutputs, RoIOutputs
 from kd_det.heads.roi import at_stage
 from kd_det.masks.base import CellMask
 
 ANCHOR_REDUCTIONS = ('max', 'mean')
+STAGES = ('mean', 'same')
 
 
 class _PredictionMask(CellMask):
-    """A mask from the class probabilities at each cell, of the head's level of the same stride.
-
-    Args:
-        head: ``'bbox_head'`` of one-stage detectors, or ``'rpn_head'``, whose only class is the object; or a dict with
-            the keys ``student`` and ``teacher``.
-        anchors: ``'max'`` or ``'mean'`` over the anchors of a cell.
-
-    Raises:
-        ValueError: Another word for ``anchors``.
-    """
+    """A mask from the class probabilities at each cell, of the head's level of the same stride."""
 
     def __init__(self, head: str | dict[str, str] = 'bbox_head', anchors: str = 'max') -> None:
         super().__init__()
-        if anchors not in ANCHOR_REDUCTIONS:
-            raise ValueError(f"anchors='{anchors}': expected one of {', '.join(ANCHOR_REDUCTIONS)}.")
-        heads = dict(student=head, teacher=head) if isinstance(head, str) else head
-        self.student_head, self.teacher_head = HeadRequest(heads['student']), HeadRequest(heads['teacher'])
+        check_choice('anchors', anchors, ANCHOR_REDUCTIONS)
+        self.student_head, self.teacher_head = map(HeadRequest, split_sides('head', head))
         self.anchors = anchors
 
     @property
@@ -47,7 +45,8 @@ class _PredictionMask(CellMask):
 
     def teacher_probabilities(self, level: ComparedLevel) -> Tensor:
         """(N, classes, H, W)."""
-        return self.probabilities(level, level.context.teacher_outputs[level.teacher_index][self.teacher_head])
+        outputs = level.context.teacher_outputs[level.teacher_index][self.teacher_head]
+        return self.probabilities(level, cast(DenseOutputs, outputs))
 
     def probabilities(self, level: ComparedLevel, outputs: DenseOutputs) -> Tensor:
         """(N, classes, H, W) of that level.
@@ -55,15 +54,25 @@ class _PredictionMask(CellMask):
         Raises:
             HeadError: The head has no such level.
         """
-        return outputs.cell_probabilities(_head_level(level, outputs), self.anchors).detach()
+        return outputs.cell_probabilities(_find_head_level(level, outputs), self.anchors).detach()
 
 
-def _head_level(level: ComparedLevel, outputs: DenseOutputs) -> int:
+def _find_head_level(level: ComparedLevel, outputs: DenseOutputs) -> int:
     index = outputs.level_of(level.stride)
     if outputs.shapes[index] != level.shape:
         raise HeadError(f'On the level of stride {level.stride} the features have {level.shape} cells but the head '
                         f'{outputs.shapes[index]}: a mask of predictions needs the features that the head sees.')
     return index
+
+
+def _compare_probabilities(student: Tensor, teacher: Tensor, class_agnostic: bool) -> Tensor:
+    """The difference of class probabilities, (N, K, …) or (R, K), as (N, …) or (R,)."""
+    if class_agnostic:
+        student, teacher = student.amax(1, keepdim=True), teacher.amax(1, keepdim=True)
+    if student.shape != teacher.shape:
+        raise HeadError(f'The student tells {student.shape[1]} classes apart, the teacher {teacher.shape[1]}: give a '
+                        'teacher of the same classes, or set class_agnostic=True.')
+    return prediction_difference(student, teacher)
 
 
 @MODELS.register_module()
@@ -75,15 +84,24 @@ class PredictionDifference(_PredictionMask):
     Args:
         class_agnostic: Compare the largest class probability alone: for heads that tell other classes apart, such as an
             RPN and a one-stage head.
-        **kwargs: ``head`` (``'bbox_head'`` or ``'rpn_head'``, or a dict with the keys ``student`` and ``teacher``) and
-            ``anchors`` (``'max'`` or ``'mean'`` over those of a cell).
+        **kwargs: ``head`` (``'bbox_head'`` of one-stage detectors, or ``'rpn_head'``, whose only class is the object;
+            or a dict with the keys ``student`` and ``teacher``) and ``anchors`` (``'max'`` or ``'mean'`` over those of
+            a cell).
+
+    Raises:
+        ValueError: Another word for ``anchors``, or ``head`` is no name.
+        HeadError: In a step: the heads tell other classes apart, or see other levels than the features are.
 
     Example:
-        >>> dict(type='FeatureImitation', mask=dict(type='PredictionDifference', head='rpn_head'), normalizer='cells')
+        >>> from kd_det.masks import build_mask
+        >>> mask = build_mask(dict(type='PredictionDifference', head='rpn_head'))
+        >>> mask.anchors, mask.needs_boxes
+        ('max', False)
     """
 
-    def __init__(self, class_agnostic: bool = False, **kwargs) -> None:
+    def __init__(self, class_agnostic: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_flags(class_agnostic=class_agnostic)
         self.class_agnostic = class_agnostic
 
     @property
@@ -91,25 +109,33 @@ class PredictionDifference(_PredictionMask):
         return (self.student_head, )
 
     def cells(self, level: ComparedLevel) -> Tensor:
-        student = self.probabilities(level, level.context.student_outputs[self.student_head])
-        teacher = self.teacher_probabilities(level)
-        if self.class_agnostic:
-            student, teacher = student.amax(1, keepdim=True), teacher.amax(1, keepdim=True)
-        if student.shape != teacher.shape:
-            raise HeadError(f'The student tells {student.shape[1]} classes apart, the teacher {teacher.shape[1]}: give '
-                            'a teacher of the same classes, or set class_agnostic=True.')
-        return prediction_difference(student, teacher) * level.valid
+        student = self.probabilities(level, cast(DenseOutputs, level.context.student_outputs[self.student_head]))
+        return _compare_probabilities(student, self.teacher_probabilities(level), self.class_agnostic) * level.valid
 
 
 @MODELS.register_module()
 class TeacherConfidence(_PredictionMask):
-    """Where the teacher sees an object: its largest class probability (feature richness, FRS, arXiv 2111.00674).
+    """Where the teacher sees an object: max over classes of p_t (feature richness, FRS, arXiv 2111.00674).
 
     Args:
-        **kwargs: See :class:`PredictionDifference`; of ``head`` the teacher's counts.
+        **kwargs: ``head`` and ``anchors``, see :class:`PredictionDifference`; of ``head`` the teacher's counts.
+
+    Raises:
+        ValueError: Another word for ``anchors``, or ``head`` is no name.
+        HeadError: In a step: the head sees other levels than the features are.
 
     Example:
-        >>> dict(type='FeatureImitation', mask='TeacherConfidence', normalizer='mask')
+        A head of two cells, a class and an anchor:
+
+        >>> import torch
+        >>> from kd_det.context import DistillContext
+        >>> from kd_det.heads import DenseOutputs
+        >>> outputs = DenseOutputs(logits=(torch.tensor([[[-1.], [1.]]]), ), activation='sigmoid', regressions=(),
+        ...                        shapes=((1, 2), ), strides=(8, ), decode=tuple, generate_priors=tuple)
+        >>> feature = torch.zeros(1, 4, 1, 2)
+        >>> context = DistillContext.of_features(feature, feature, 8, teacher_outputs=[dict(bbox_head=outputs)])
+        >>> TeacherConfidence().cells(context.read_level())
+        tensor([[[0.2689, 0.7311]]])
     """
 
     def cells(self, level: ComparedLevel) -> Tensor:
@@ -124,18 +150,28 @@ class PredictionQuality(CellMask):
     each box, of all levels of the head, get the height of the Gaussian fitted to their positions; all others get 0.
 
     Args:
-        head: The teacher's: ``'bbox_head'``, or ``'rpn_head'``, whose only class is the object. Boxes of a class that
-            the head does not have get no cells.
-        xi: ξ, the share of the localisation in the quality.
-        top_k: Number of cells for each box.
+        head: ``'bbox_head'``, or ``'rpn_head'``, whose only class is the object; of a dict with the keys ``student`` and
+            ``teacher`` the teacher's counts. Boxes of a class that the head does not have get no cells.
+        xi: ξ, the share of the localisation in the quality, from 0 to 1.
+        top_k: Number of cells for each box, at least 1.
+
+    Raises:
+        ValueError: A number out of its range, or ``head`` is no name.
+        HeadError: In a step: the head sees other levels than the features are.
 
     Example:
-        >>> dict(type='FeatureImitation', mask=dict(type='PredictionQuality', top_k=30), normalizer='mask')
+        >>> from kd_det.masks import build_mask
+        >>> mask = build_mask(dict(type='PredictionQuality', top_k=9))
+        >>> mask.xi, mask.needs_boxes
+        (0.8, True)
     """
 
-    def __init__(self, head: str = 'bbox_head', xi: float = 0.8, top_k: int = 30) -> None:
+    def __init__(self, head: str | dict[str, str] = 'bbox_head', xi: float = 0.8, top_k: int = 30) -> None:
         super().__init__()
-        self.head, self.xi, self.top_k = HeadRequest(head), xi, top_k
+        check_number('xi', xi, least=0, most=1)
+        check_number('top_k', top_k, least=1, whole=True)
+        _, teacher_head = split_sides('head', head)
+        self.head, self.xi, self.top_k = HeadRequest(teacher_head), xi, top_k
 
     @property
     def teacher_heads(self) -> tuple[str, ...]:
@@ -146,13 +182,14 @@ class PredictionQuality(CellMask):
         return True
 
     def cells(self, level: ComparedLevel) -> Tensor:
-        context, teacher = level.context, level.teacher_index
-        outputs = context.teacher_outputs[teacher][self.head]
-        index = _head_level(level, outputs)
-        key = ('quality', teacher, self.head, self.xi, self.top_k)  # boxes compete for the cells of all levels together
-        return context.once(key, lambda: self._levels(context, outputs))[index] * level.valid
+        context, teacher_index = level.context, level.teacher_index
+        outputs = cast(DenseOutputs, context.teacher_outputs[teacher_index][self.head])
+        index = _find_head_level(level, outputs)
+        # Boxes compete for the cells of all levels together.
+        key = ('quality', teacher_index, self.head, self.xi, self.top_k)
+        return context.once(key, lambda: self._spread_quality(context, outputs))[index] * level.valid
 
-    def _levels(self, context: DistillContext, outputs: DenseOutputs) -> list[Tensor]:
+    def _spread_quality(self, context: DistillContext, outputs: DenseOutputs) -> list[Tensor]:
         """(N, H, W) of each level of the head."""
         sizes = [height * width for height, width in outputs.shapes]
         anchors = [len(priors) // size for priors, size in zip(outputs.priors, sizes)]
@@ -171,22 +208,30 @@ class PredictionQuality(CellMask):
 
 @MODELS.register_module()
 class QueryConfidence(CellMask):
-    """Where the queries of a teacher see objects: at each cell the largest score of a query whose box covers it.
+    """Where the queries of a teacher see objects: at each cell the largest score, max_c p_t, of those that cover it.
 
     FRS (arXiv 2111.00674) weighs features by what the teacher's dense head sees; this does it by the last decoder layer
     of a DETR, which says itself how far an object reaches. It needs no ground truth.
 
     Args:
-        head: The teacher's.
-        top_k: Number of queries that count, the surest.
+        head: ``'bbox_head'``; of a dict with the keys ``student`` and ``teacher`` the teacher's counts.
+        top_k: Number of queries that count, the surest; at least 1.
+
+    Raises:
+        ValueError: Another number, or ``head`` is no name.
 
     Example:
-        >>> dict(type='FeatureImitation', tap='encoder', mask='QueryConfidence', normalizer='mask')
+        >>> from kd_det.masks import build_mask
+        >>> build_mask(dict(type='QueryConfidence', top_k=0))
+        Traceback (most recent call last):
+        ValueError: top_k=0: expected an integer of at least 1.
     """
 
-    def __init__(self, head: str = 'bbox_head', top_k: int = 100) -> None:
+    def __init__(self, head: str | dict[str, str] = 'bbox_head', top_k: int = 100) -> None:
         super().__init__()
-        self.head, self.top_k = HeadRequest(head, 'queries'), top_k
+        check_number('top_k', top_k, least=1, whole=True)
+        _, teacher_head = split_sides('head', head)
+        self.head, self.top_k = HeadRequest(teacher_head, 'queries'), top_k
 
     @property
     def teacher_heads(self) -> tuple[str, ...]:
@@ -194,7 +239,7 @@ class QueryConfidence(CellMask):
 
     def cells(self, level: ComparedLevel) -> Tensor:
         context = level.context
-        last = context.teacher_outputs[level.teacher_index][self.head].last(1)
+        last = cast(QueryOutputs, context.teacher_outputs[level.teacher_index][self.head]).last(1)
         scores, surest = last.scores()[0].topk(min(self.top_k, last.boxes.shape[2]))
         boxes = corners(last.boxes[0]).gather(1, surest.unsqueeze(-1).expand(-1, -1, 4)) / 1000
         sizes = boxes.new_tensor([[width, height] * 2 for height, width in context.image_shapes])
@@ -215,12 +260,19 @@ class RoIPredictionDifference(CellMask):
     Args:
         stage: Of a cascade teacher: ``'mean'``, ``'same'`` or an index, see :func:`~kd_det.heads.roi.at_stage`.
         class_agnostic: Compare the largest class probability alone: for RoI heads that tell other classes apart.
-        num_levels: Number of levels that the RoI heads read, counted from the finest.
+        num_levels: Number of levels that the RoI heads read, counted from the finest; at least 1.
         finest_scale: Regions up to twice this size, in pixels, are read from the finest level, as ``finest_scale`` of
-            mmdet's ``SingleRoIExtractor``.
+            mmdet's ``SingleRoIExtractor``; above 0.
+
+    Raises:
+        ValueError: A word or a number out of its range.
+        HeadError: In a step: the heads tell other classes apart, or the teacher has no such stage.
 
     Example:
-        >>> dict(type='MaskSum', masks=[dict(type='PredictionDifference', head='rpn_head'), 'RoIPredictionDifference'])
+        >>> from kd_det.masks import build_mask
+        >>> build_mask(dict(type='RoIPredictionDifference', stage='last'))
+        Traceback (most recent call last):
+        ValueError: stage='last': expected mean, same, or the index of a stage.
     """
 
     student_heads = teacher_heads = (ROI_HEAD, )
@@ -228,29 +280,29 @@ class RoIPredictionDifference(CellMask):
     def __init__(self, stage: str | int = 'mean', class_agnostic: bool = False, num_levels: int = 4,
                  finest_scale: float = 56) -> None:
         super().__init__()
+        if stage not in STAGES and (not isinstance(stage, int) or isinstance(stage, bool) or stage < 0):
+            refuse('stage', stage, f"{', '.join(STAGES)}, or the index of a stage.")
+        check_flags(class_agnostic=class_agnostic)
+        check_number('num_levels', num_levels, least=1, whole=True)
+        check_number('finest_scale', finest_scale, above=0)
         self.stage, self.class_agnostic = stage, class_agnostic
         self.num_levels, self.finest_scale = num_levels, finest_scale
 
     def cells(self, level: ComparedLevel) -> Tensor:
-        context, teacher = level.context, level.teacher_index
-        key = ('regions', teacher, self.stage, self.class_agnostic)
-        difference = context.once(key, lambda: self.difference(context, teacher))
-        rois = context.student_outputs[ROI_HEAD].regions.rois
+        context, teacher_index = level.context, level.teacher_index
+        key = ('regions', teacher_index, self.stage, self.class_agnostic)
+        difference = context.once(key, lambda: self._compare_regions(context, teacher_index))
+        rois = cast(RoIOutputs, context.student_outputs[ROI_HEAD]).regions.rois
         (levels, ) = assign_levels([rois[:, 1:]], self.num_levels, self.finest_scale)
         values = difference * (levels == level.index)
         return region_foreground(rois, values, len(level.teacher), context.batch_shape, level.shape) * level.valid
 
-    def difference(self, context: DistillContext, teacher: int) -> Tensor:
+    def _compare_regions(self, context: DistillContext, teacher_index: int) -> Tensor:
         """(R,) of the regions.
 
         Raises:
             HeadError: The two tell other classes apart, or the teacher has no such stage.
         """
-        outputs = context.student_outputs[ROI_HEAD], at_stage(context.teacher_outputs[teacher][ROI_HEAD], self.stage)
-        ours, theirs = (each.probabilities() for each in outputs)
-        if self.class_agnostic:
-            ours, theirs = ours.amax(1, keepdim=True), theirs.amax(1, keepdim=True)
-        if ours.shape != theirs.shape:
-            raise HeadError(f'The student tells {ours.shape[1]} classes apart, the teacher {theirs.shape[1]}: give a '
-                            'teacher of the same classes, or set class_agnostic=True.')
-        return prediction_difference(ours, theirs)
+        stages = cast(Sequence[RoIOutputs], context.teacher_outputs[teacher_index][ROI_HEAD])
+        student, teacher = cast(RoIOutputs, context.student_outputs[ROI_HEAD]), at_stage(stages, self.stage)
+        return _compare_probabilities(student.probabilities(), teacher.probabilities(), self.class_agnostic)

@@ -16,15 +16,15 @@ from kd_det.checks.checkpoints import inspect_checkpoint
 from kd_det.checks.doctor import check_config, inspect_data
 from kd_det.checks.environment import raise_faults
 from kd_det.checks.image_reader import Memory
+from kd_det.compat.console import TextTable
 from kd_det.config import ConfigurationError
-from kd_det.config.tracking import track
 from kd_det.study.fidelity import add_fidelity
 from kd_det.study.pair import Pair, adapt_config, hash_data, hash_weights, read_pair
 from kd_det.study.results import format_markdown, make_run_entry, mark_twins, summarize, summarize_fidelity, tabulate
 from kd_det.study.runs import Run, describe_environment, read_command_line
 from kd_det.study.scheduling import Failure, Job, JobPool
-from kd_det.study.tables import TextTable
 from kd_det.study.variants import PLAIN, Variant, expand_grid, parse_variants, variant_config
+from kd_det.training.runner import add_trackers
 
 TEACHER_SEED = 0
 RESULTS_FILE, TABLE_FILE = 'results.json', 'results.md'
@@ -125,7 +125,7 @@ def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | 
     check_config(pair.student, splits=('train', 'val'))
     raise_faults(inspect_data(pair.student, ('train', 'val'), Memory(root), check_images))
     data = hash_data(pair.student)
-    track(Config(dict(work_dir=str(root))), trackers)  # whose package is missing is told before, too
+    add_trackers(Config(dict(work_dir=str(root))), trackers)  # whose package is missing is told before, too
     pool = JobPool(devices, jobs, threads, trackers)
 
     teacher_runs: list[Run | None] = [None] * teachers

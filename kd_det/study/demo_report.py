@@ -17,8 +17,9 @@ from rich.table import Table
 from torch import Tensor
 
 from kd_det.functional.masks import box_foreground, normalized_background, spatial_attention
-from kd_det.study.pictures import draw_curves, draw_detections, draw_maps, read_scalars, save_figure
+from kd_det.study.results import format_mean, mean_and_std
 from kd_det.study.runs import Run, describe_environment, read_command_line
+from kd_det.training.pictures import draw_curves, draw_detections, draw_maps, read_scalars, save_figure
 
 TITLES = dict(teacher='teacher', plain='plain student', distilled='distilled student')
 PICTURED_LEVEL = 0  # of the neck: the finest, where small objects show
@@ -44,18 +45,14 @@ def results_table(runs: Mapping[str, list[Run]], gains: dict) -> Table:
     for kind, group in runs.items():
         mean_ap, ap50 = ([100 * run.metrics[metric] for run in group] for metric in ('bbox_mAP', 'bbox_mAP_50'))
         seconds = np.median([run.seconds_per_iteration for run in group])
-        table.add_row(TITLES[kind], str(group[0].epochs), _spread(mean_ap), _spread(ap50),
-                      f'{group[0].parameters / 1e6:.2f} M', f'{seconds:.2f} s')
+        table.add_row(TITLES[kind], str(group[0].epochs), format_mean(**mean_and_std(mean_ap)),
+                      format_mean(**mean_and_std(ap50)), f'{group[0].parameters / 1e6:.2f} M', f'{seconds:.2f} s')
     return table
-
-
-def _spread(values: list[float], sign: str = '') -> str:
-    return f'{np.mean(values):{sign}.1f}' + (f' ± {np.std(values, ddof=1):.1f}' if len(values) > 1 else '')
 
 
 def _gain_text(gain: dict) -> str:
     by_seed = gain['by_seed']
-    text = f"distilled - plain: {_spread(by_seed, sign='+')} mAP"
+    text = f"distilled - plain: {format_mean(**mean_and_std(by_seed), sign='+')} mAP"
     return text if len(by_seed) == 1 else f'{text} (by seed: {", ".join(f"{value:+.1f}" for value in by_seed)})'
 
 

@@ -1,4 +1,4 @@
-"""What student and teacher say about the classes at the teacher's boxes."""
+"""Class distributions of student and teacher at the teacher's boxes, and their divergence."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ class ClassDistributions(NamedTuple):
     logits: Tensor | None
 
 
-def classifying_head(detector: nn.Module) -> str:
-    """The name of the head that gives the classes; ``''`` if it can not be read."""
+def find_classifying_head(detector: nn.Module) -> str:
+    """Finds the name of the head that gives the classes; ``''`` if it can not be read."""
     for name in (ROI_HEAD, 'bbox_head'):
         if isinstance(getattr(detector, name, None), nn.Module):
             try:
@@ -45,10 +45,10 @@ def class_distributions(detector: nn.Module, features: Features, boxes: Sequence
     """Reads a detector at some boxes.
 
     A RoI head is run on the boxes (of a cascade: the mean of its stages' logits counts). Of a dense head one prior
-    speaks for each box, see :func:`speaking_priors`.
+    stands for each box, see :func:`select_priors`.
 
     Args:
-        detector: In eval mode; one with a :func:`classifying_head`.
+        detector: In eval mode; one with a :func:`find_classifying_head`.
         features: What its neck puts out.
         boxes: (n, 4) of each image, in pixels of the padded batch.
         shapes: Height and width of each image.
@@ -57,7 +57,7 @@ def class_distributions(detector: nn.Module, features: Features, boxes: Sequence
     Returns:
         Of the boxes of all images, one after another.
     """
-    head = classifying_head(detector)
+    head = find_classifying_head(detector)
     if head == ROI_HEAD:
         rois = bbox2roi(boxes)
         unknown = rois.new_zeros(len(rois), dtype=torch.long)
@@ -67,7 +67,7 @@ def class_distributions(detector: nn.Module, features: Features, boxes: Sequence
         return ClassDistributions(logits.softmax(1)[:, :-1], logits)
     dense = read_dense(detector.bbox_head, detector.bbox_head(features))
     dense = dense if classes is None else dense.restricted(classes)
-    chosen = [speaking_priors(dense, image, *each) for image, each in enumerate(zip(boxes, shapes))]
+    chosen = [select_priors(dense, image, *each) for image, each in enumerate(zip(boxes, shapes))]
 
     def at_boxes(levels: Features) -> Tensor:
         return torch.cat([torch.cat([level[image] for level in levels])[index] for image, index in enumerate(chosen)])
@@ -95,8 +95,8 @@ def class_kl(student: ClassDistributions, teacher: ClassDistributions) -> Tensor
     return bernoulli_kl(teacher.probabilities, student.probabilities)
 
 
-def speaking_priors(dense: DenseOutputs, image: int, boxes: Tensor, shape: Sequence[int]) -> Tensor:
-    """For each box the prior that speaks for it: the one with the largest product of score and IoU with the box.
+def select_priors(dense: DenseOutputs, image: int, boxes: Tensor, shape: Sequence[int]) -> Tensor:
+    """Selects for each box the prior that stands for it: that with the largest product of score and IoU with the box.
 
     Args:
         dense: A head's outputs.

@@ -38,67 +38,13 @@ from kd_det.functional.fidelity import Moments, expected_calibration_error, line
 from kd_det.functional.masks import valid_cells
 from kd_det.heads.dense import Stride
 from kd_det.registry import build_detector, scope_of, within_scope
-from kd_det.study.distributions import class_distributions, class_kl, classifying_head
+from kd_det.study.distributions import class_distributions, class_kl, find_classifying_head
 from kd_det.study.pair import hash_weights
 from kd_det.study.scheduling import CONFIG_FILE
 from kd_det.taps import Taps
 from kd_det.teachers import Teacher, load_strictly, probe_levels, read_model_config
 
-
-def class_overlaps(boxes: InstanceData, others: InstanceData, mode: str = 'iou') -> Tensor:
-    """How much boxes overlap others of their class.
-
-    Args:
-        boxes: n ``bboxes`` as x1, y1, x2, y2, with their ``labels``.
-        others: m of them.
-        mode: ``'iou'``, or ``'iof'``: the intersection's share of the first box, as COCO measures it on crowds.
-
-    Returns:
-        (n, m); 0 between boxes of unlike classes.
-    """
-    overlaps = bbox_overlaps(boxes.bboxes.double(), others.bboxes.double(), mode)
-    return overlaps * (boxes.labels[:, None] == others.labels)
-
-
-def match_boxes(overlaps: Tensor, min_iou: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Pairs boxes one to one so that their overlaps sum up to the most.
-
-    Args:
-        overlaps: (n, m).
-        min_iou: Pairs that overlap less are none.
-
-    Returns:
-        (p,) indices of the rows and (p,) indices of the columns.
-    """
-    gain = torch.where(overlaps >= min_iou, overlaps, torch.zeros_like(overlaps))
-    rows, columns = map(torch.from_numpy, linear_sum_assignment(gain.numpy(), maximize=True))
-    paired = gain[rows, columns] > 0
-    return rows[paired], columns[paired]
-
-
-def true_positives(overlaps: Tensor, scores: Tensor, min_iou: float = 0.5) -> Tensor:
-    """Tells which detections are correct, as COCO does.
-
-    By falling score, each takes the object of its class that it overlaps most and that is still free.
-
-    Args:
-        overlaps: (n, m) of detections and objects, see :func:`class_overlaps`.
-        scores: (n,) of the detections.
-        min_iou: Of a detection and its object.
-
-    Returns:
-        (n,) of bool.
-    """
-    free = overlaps.numpy().copy()
-    correct = np.zeros(len(free), dtype=bool)
-    for index in np.argsort(-scores.numpy(), kind='stable') if free.shape[1] else ():
-        best = free[index].argmax()
-        if free[index, best] >= min_iou:
-            correct[index] = True
-            free[:, best] = 0
-    return torch.from_numpy(correct)
-
-
+FIDELITY_FILE = 'fidelity.json'
 NOTHING = dict(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
 
 
@@ -177,19 +123,19 @@ class FidelityMetric(BaseMetric):
             data_batch: As the data loader gives it.
             data_samples: The student's detections, and ground truth, both in pixels of the original images.
         """
-        teacher = self._built_teacher()
+        teacher = self._build_teacher()
         data = self._preprocessor(copy.deepcopy(data_batch), False)
         images, samples = data['inputs'], data['data_samples']
         boxes = teacher.to_like(images).detect(images, samples)
         boxes = boxes if self.match is None else [self.match.translated(each) for each in boxes]
-        divergences = self._compare_insides(teacher, images, samples, boxes) if self.student is not None else None
+        divergences = self._compare_modules(teacher, images, samples, boxes) if self.student is not None else None
         for index, (sample, of_teacher) in enumerate(zip(data_samples, boxes)):
             result = self._compare(sample, of_teacher.cpu())
             if divergences is not None:
                 result['class_kl'] = divergences[index].cpu()
             self.results.append(result)
 
-    def _built_teacher(self) -> Teacher:
+    def _build_teacher(self) -> Teacher:
         if self.teacher is None:
             model = read_model_config(self.teacher_config['config'])
             # Without the student's modules the teacher sees the images as its own preprocessing makes them.
@@ -202,8 +148,8 @@ class FidelityMetric(BaseMetric):
                 print_log("FidelityMetric compares detections alone: custom_hooks=[dict(type='FidelityHook')] shows it "
                           "the student's modules for class_kl and cka.", 'current')
             else:
-                self._classify = all(map(classifying_head, (self.student, self.teacher.model)))
-                self._strides = [_strides(each) for each in (self.student, self.teacher.model)]
+                self._classify = all(map(find_classifying_head, (self.student, self.teacher.model)))
+                self._strides = [_find_strides(each) for each in (self.student, self.teacher.model)]
         return self.teacher
 
     def _match_classes(self, teacher: Teacher) -> ClassMatch | None:
@@ -227,7 +173,7 @@ class FidelityMetric(BaseMetric):
 
     def _compare(self, sample: dict, teacher: InstanceData) -> dict:
         """The numbers of one image that add up to those of all."""
-        student, truth, ignored = (self._shared(sample.get(key) or NOTHING)
+        student, truth, ignored = (self._read_shared_boxes(sample.get(key) or NOTHING)
                                    for key in ('pred_instances', 'gt_instances', 'ignored_instances'))
         teacher.bboxes = teacher.bboxes / teacher.bboxes.new_tensor(sample['scale_factor']).repeat(2)
         calibration = {}
@@ -248,13 +194,13 @@ class FidelityMetric(BaseMetric):
         return dict(found=found, wrong=teacher.wrong, overlaps=overlaps[pairs], calibration=calibration,
                     agree=of_teacher.labels[places[0]] == of_student.labels[places[1]])
 
-    def _shared(self, instances: dict) -> InstanceData:
+    def _read_shared_boxes(self, instances: dict) -> InstanceData:
         """Reads the boxes of a sample that are of shared classes, onto the CPU; the teacher's are restricted by now."""
         read = InstanceData(**{name: get_box_tensor(instances[name]).cpu() for name in ('bboxes', 'labels', 'scores')
                                if name in instances})
         return read if self.match is None else read[self.match.shared(read.labels) >= 0]
 
-    def _compare_insides(self, teacher: Teacher, images: Tensor, samples: Sequence[DetDataSample],
+    def _compare_modules(self, teacher: Teacher, images: Tensor, samples: Sequence[DetDataSample],
                          boxes: Sequence[InstanceData]) -> list[Tensor] | None:
         """Adds to the sums of the features, and gives the divergence of the classes at each image's confident boxes."""
         shapes = [sample.img_shape[:2] for sample in samples]
@@ -288,14 +234,14 @@ class FidelityMetric(BaseMetric):
     def compute_metrics(self, results: list[dict]) -> dict[str, float]:
         """From the images of all ranks."""
 
-        def joined(name: str) -> Tensor:
+        def join(name: str) -> Tensor:
             return torch.cat([result[name].double() for result in results])
 
-        found, wrong = joined('found'), joined('wrong').bool()
-        values = dict(found=found, copied_errors=found[wrong], teacher_errors=wrong.double(), agreement=joined('agree'),
-                      teacher_iou=joined('overlaps'))
+        found, wrong = join('found'), join('wrong').bool()
+        values = dict(found=found, copied_errors=found[wrong], teacher_errors=wrong.double(), agreement=join('agree'),
+                      teacher_iou=join('overlaps'))
         if 'class_kl' in results[0]:
-            values['class_kl'] = joined('class_kl')
+            values['class_kl'] = join('class_kl')
         metrics = {name: each.mean().item() for name, each in values.items() if len(each)}
         for name in ('student', 'teacher'):
             scores, correct = map(torch.cat, zip(*(result['calibration'][name] for result in results)))
@@ -308,12 +254,6 @@ class FidelityMetric(BaseMetric):
         return metrics
 
 
-def _strides(detector: nn.Module) -> list[Stride]:
-    """The strides of what a detector's ``extract_feat`` returns."""
-    path = 'neck' if getattr(detector, 'neck', None) is not None else 'backbone'
-    return [level.stride for level in probe_levels(detector, Taps(detector, [path]))[path]]
-
-
 @HOOKS.register_module()
 class FidelityHook(Hook):
     """Shows the model of the run to every :class:`~kd_det.study.fidelity.FidelityMetric` of its evaluators.
@@ -323,19 +263,10 @@ class FidelityHook(Hook):
     """
 
     def before_val(self, runner: Runner) -> None:
-        _attach(runner, runner.val_loop)
+        _attach_model(runner, runner.val_loop)
 
     def before_test(self, runner: Runner) -> None:
-        _attach(runner, runner.test_loop)
-
-
-def _attach(runner: Runner, loop: BaseLoop) -> None:
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-    for metric in loop.evaluator.metrics:
-        if isinstance(metric, FidelityMetric):
-            metric.attach(model)
-            dataset = loop.dataloader.dataset
-            metric.dataset_meta = dict(metainfo_of(dataset), classes=label_names(dataset))
+        _attach_model(runner, runner.test_loop)
 
 
 def measure_fidelity(config: Config, checkpoint: str, teacher: dict, split: str = 'val', **options) -> dict[str, float]:
@@ -354,7 +285,7 @@ def measure_fidelity(config: Config, checkpoint: str, teacher: dict, split: str 
     """
     with within_scope(scope_of(config)):
         detector = build_detector(student_model(config))
-        dataset = DATASETS.build(_prepared_as_for_validation(config, split))
+        dataset = DATASETS.build(_make_dataset_config(config, split))
     load_strictly(detector, checkpoint, role='student')
     detector.to(get_device()).eval()
     metric = FidelityMetric(teacher, **options)
@@ -367,18 +298,8 @@ def measure_fidelity(config: Config, checkpoint: str, teacher: dict, split: str 
     return {name.split('/')[-1]: value for name, value in evaluator.evaluate(len(dataset)).items()}
 
 
-def _prepared_as_for_validation(config: Config, split: str) -> dict:
-    """A data set of the config, with the pipeline of its validation; training images that are filtered out stay so."""
-    validation = leaf_datasets(config.val_dataloader.dataset)[0]
-    dataset = validation if split == 'val' else leaf_datasets(config.train_dataloader.dataset)[0]
-    return copy.deepcopy(dict(dataset, pipeline=validation['pipeline']))
-
-
-FIDELITY_FILE = 'fidelity.json'
-
-
 def add_fidelity(entries: list[dict], root: Path, teacher: dict, splits: Sequence[str],
-                 say: Callable[[str], None]) -> None:
+                 log: Callable[[str], None]) -> None:
     """Adds ``fidelity`` to every finished run of ``results.json``: split -> number -> value.
 
     What was measured lies beside ``result.json``, with all that it depends on, and is kept while that is the same: the
@@ -389,7 +310,7 @@ def add_fidelity(entries: list[dict], root: Path, teacher: dict, splits: Sequenc
         root: The work dir of the benchmark.
         teacher: ``config`` and ``checkpoint``.
         splits: ``'val'`` and ``'train'``, or one of them; none to measure nothing.
-        say: Told what is measured.
+        log: Given a line on what is measured.
     """
     if not splits:
         return
@@ -405,9 +326,85 @@ def add_fidelity(entries: list[dict], root: Path, teacher: dict, splits: Sequenc
         measured = stored['splits'] if {key: stored.get(key) for key in of} == of else {}
         for split in splits:
             if split not in measured:
-                say(f"{entry['variant']}, seed {entry['seed']}: fidelity on {split}")
+                log(f"{entry['variant']}, seed {entry['seed']}: fidelity on {split}")
                 config = load_config(file.parent / CONFIG_FILE)
                 with redirect_stdout(StringIO()):  # of pycocotools
                     measured[split] = measure_fidelity(config, str(root / entry['checkpoint']), teacher, split)
                 file.write_text(json.dumps(dict(of, splits=measured), indent=2) + '\n', encoding='utf-8')
         entry['fidelity'] = {split: measured[split] for split in splits}
+
+
+def class_overlaps(boxes: InstanceData, others: InstanceData, mode: str = 'iou') -> Tensor:
+    """Computes how much boxes overlap others of their class.
+
+    Args:
+        boxes: n ``bboxes`` as x1, y1, x2, y2, with their ``labels``.
+        others: m of them.
+        mode: ``'iou'``, or ``'iof'``: the intersection's share of the first box, as COCO measures it on crowds.
+
+    Returns:
+        (n, m); 0 between boxes of unlike classes.
+    """
+    overlaps = bbox_overlaps(boxes.bboxes.double(), others.bboxes.double(), mode)
+    return overlaps * (boxes.labels[:, None] == others.labels)
+
+
+def match_boxes(overlaps: Tensor, min_iou: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Pairs boxes one to one so that their overlaps sum up to the most.
+
+    Args:
+        overlaps: (n, m).
+        min_iou: Pairs that overlap less are none.
+
+    Returns:
+        (p,) indices of the rows and (p,) indices of the columns.
+    """
+    gain = torch.where(overlaps >= min_iou, overlaps, torch.zeros_like(overlaps))
+    rows, columns = map(torch.from_numpy, linear_sum_assignment(gain.numpy(), maximize=True))
+    paired = gain[rows, columns] > 0
+    return rows[paired], columns[paired]
+
+
+def true_positives(overlaps: Tensor, scores: Tensor, min_iou: float = 0.5) -> Tensor:
+    """Tells which detections are correct, as COCO does.
+
+    By falling score, each takes the object of its class that it overlaps most and that is still free.
+
+    Args:
+        overlaps: (n, m) of detections and objects, see :func:`class_overlaps`.
+        scores: (n,) of the detections.
+        min_iou: Of a detection and its object.
+
+    Returns:
+        (n,) of bool.
+    """
+    free = overlaps.numpy().copy()
+    correct = np.zeros(len(free), dtype=bool)
+    for index in np.argsort(-scores.numpy(), kind='stable') if free.shape[1] else ():
+        best = free[index].argmax()
+        if free[index, best] >= min_iou:
+            correct[index] = True
+            free[:, best] = 0
+    return torch.from_numpy(correct)
+
+
+def _find_strides(detector: nn.Module) -> list[Stride]:
+    """Finds the strides of what a detector's ``extract_feat`` returns."""
+    path = 'neck' if getattr(detector, 'neck', None) is not None else 'backbone'
+    return [level.stride for level in probe_levels(detector, Taps(detector, [path]))[path]]
+
+
+def _attach_model(runner: Runner, loop: BaseLoop) -> None:
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    for metric in loop.evaluator.metrics:
+        if isinstance(metric, FidelityMetric):
+            metric.attach(model)
+            dataset = loop.dataloader.dataset
+            metric.dataset_meta = dict(metainfo_of(dataset), classes=label_names(dataset))
+
+
+def _make_dataset_config(config: Config, split: str) -> dict:
+    """Makes the config of a data set, with the pipeline of validation; training images that are filtered stay so."""
+    validation = leaf_datasets(config.val_dataloader.dataset)[0]
+    dataset = validation if split == 'val' else leaf_datasets(config.train_dataloader.dataset)[0]
+    return copy.deepcopy(dict(dataset, pipeline=validation['pipeline']))

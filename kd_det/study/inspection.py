@@ -4,7 +4,9 @@ from __future__ import annotations
 import base64
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
+from io import StringIO
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ from kd_det.checks.data import check_labels
 from kd_det.checks.doctor import check_config, explain
 from kd_det.checks.images import check_images
 from kd_det.compat import load_checkpoint
+from kd_det.compat.console import TextTable
 from kd_det.config import ConfigurationError
 from kd_det.config.classes import Names, label_names, training_classes
 from kd_det.config.files import leaf_datasets, type_name
@@ -35,7 +38,6 @@ from kd_det.losses import DistillTerm, FeatureTerm
 from kd_det.losses.base import sum_parts
 from kd_det.registry import build_detector, prepare_without_runner
 from kd_det.study.maps import Comparison, draw_comparisons, make_mask_maps, observe_comparisons
-from kd_det.study.tables import TextTable
 from kd_det.teachers import load_strictly
 from kd_det.training.hooks import CHECKPOINT_KEY
 
@@ -349,7 +351,8 @@ def load_training_batch(config: Config) -> tuple[dict, Names | None]:
     settings = copy.deepcopy(config.train_dataloader)
     settings.update(num_workers=0, persistent_workers=False)
     settings.pop('prefetch_factor', None)
-    loader = Runner.build_dataloader(settings, seed=(config.get('randomness') or {}).get('seed') or 0)
+    with redirect_stdout(StringIO()):  # pycocotools writes
+        loader = Runner.build_dataloader(settings, seed=(config.get('randomness') or {}).get('seed') or 0)
     check_labels(dict(train=loader.dataset))
     check_images(loader.dataset, most=CHECKED_IMAGES)
     return next(iter(loader)), label_names(loader.dataset)

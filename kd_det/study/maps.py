@@ -21,8 +21,8 @@ from kd_det.losses import FGD, FKD, AttentionImitation, DistillTerm, FeatureTerm
 from kd_det.losses.base import Parts
 from kd_det.losses.outputs import ComparedOutputs, DenseTerm
 from kd_det.masks import Mask
-from kd_det.study.pictures import draw_channels, draw_maps, save_figure
 from kd_det.taps import record_calls
+from kd_det.training.pictures import draw_channels, draw_maps, save_figure
 
 MAX_IMAGES = 4  # of a batch
 TEMPERATURE = 0.5  # of the attentions of a term that has none itself

@@ -10,7 +10,7 @@ from mmengine.config import Config
 
 from kd_det.config import ConfigurationError
 from kd_det.config.files import is_distillation, leaf_datasets, load_config, set_data_root, student_config
-from kd_det.config.options import resolve_config
+from kd_det.config.options import resolve_config, set_epochs
 from kd_det.study.runs import sha256
 
 
@@ -87,27 +87,8 @@ def adapt_config(config: Config, data_root: str | None = None, epochs: int | Non
     if data_root is not None:
         set_data_root(config, data_root)
     if epochs is not None:
-        before = config.train_cfg.get('max_epochs')
-        if before is None:
-            raise ConfigurationError(f"--epochs: the config '{config.filename}' does not count in epochs.")
-        config.train_cfg.max_epochs = epochs
-        config.train_cfg.val_interval = min(config.train_cfg.get('val_interval', 1), epochs)
-        schedulers = config.get('param_scheduler') or []
-        for scheduler in [schedulers] if isinstance(schedulers, dict) else schedulers:
-            _stretch(scheduler, before, epochs)
+        set_epochs(config, epochs)
     return config
-
-
-def _stretch(scheduler: dict, before: int, after: int) -> None:
-    """Scales what a scheduler counts in epochs; one that counts iterations, such as a warm-up, stays."""
-    if not scheduler.get('by_epoch', True):
-        return
-    for key in ('begin', 'end', 'T_max', 'milestones'):
-        value = scheduler.get(key)
-        if isinstance(value, (list, tuple)):
-            scheduler[key] = [round(each * after / before) for each in value]
-        elif isinstance(value, int):
-            scheduler[key] = round(value * after / before)
 
 
 def hash_data(config: Config) -> str:

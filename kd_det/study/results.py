@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t as student_t
 
+from kd_det.compat.console import TextTable
 from kd_det.study.scheduling import Failure, Outcome
-from kd_det.study.tables import TextTable
 from kd_det.study.variants import PLAIN, Variant, find_twin
 
 CONFIDENCE = 0.95
@@ -214,9 +214,9 @@ def fidelity_rows(variants: dict[str, dict[str, dict]]) -> list[dict[str, str]]:
     return rows
 
 
-def format_mean(mean: float, std: float | None = None, digits: int = 1) -> str:
-    """Writes a mean ± its standard deviation, where there is one."""
-    return f'{mean:.{digits}f}' + ('' if std is None else f' ± {std:.{digits}f}')
+def format_mean(mean: float, std: float | None = None, digits: int = 1, sign: str = '') -> str:
+    """Writes a mean ± its standard deviation, where there is one; ``sign='+'`` writes that of a gain, too."""
+    return f'{mean:{sign}.{digits}f}' + ('' if std is None else f' ± {std:.{digits}f}')
 
 
 def format_difference(summary: dict, seeds: int) -> str:

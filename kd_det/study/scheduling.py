@@ -1,4 +1,4 @@
-"""Runs trainings in processes of their own, several at once."""
+"""A pool of trainings: processes of their own, several at once, on one device or on several."""
 from __future__ import annotations
 
 import os
@@ -60,7 +60,7 @@ class JobPool:
             Without any the processes see what this one sees.
         jobs: Trainings at once; as many as devices by default, and dealt out to them in turn.
         threads: PyTorch's threads of each training; the processors divided by the jobs by default.
-        trackers: Where trainings log too, see :func:`~kd_det.config.tracking.track`; no part of their identity.
+        trackers: Where trainings log too, see :func:`~kd_det.training.runner.add_trackers`; no part of their identity.
     """
 
     def __init__(self, devices: Sequence[str] = (), jobs: int | None = None, threads: int | None = None,

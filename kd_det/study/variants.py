@@ -254,9 +254,9 @@ def _mixing_transforms(augmentations: Sequence[str], size: tuple[int, int], pad_
 def _check_mixable(config: Config, pipeline: list[dict], loading: list[dict]) -> None:
     dataset = config.train_dataloader.dataset
     with within_scope(scope_of(config)):
-        mixing = [type_name(each) for each in _all_transforms(training_pipelines(config))
+        mixing = {type_name(each): None for each in _all_transforms(training_pipelines(config))
                   # hasattr fails: mmcv's decorator wants an instance
-                  if type_name(each) and 'get_indexes' in dir(find_class(TRANSFORMS, each, HOME))]
+                  if type_name(each) and 'get_indexes' in dir(find_class(TRANSFORMS, each, HOME))}
     if mixing:
         raise ConfigurationError("@augment: the student's training pipeline mixes images already "
                                  f"({', '.join(mixing)}). Give a config without, and without the hooks that end it.")

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from kd_det.checks.doctor import check_config
-from kd_det.compat.process import describe, use_any_encoding
+from kd_det.cli.main import describe
+from kd_det.compat.process import use_any_encoding
 from kd_det.config.files import load_config
-from kd_det.config.tracking import track
 from kd_det.study.runs import train, use_fast_coco_evaluation
+from kd_det.training.runner import add_trackers
 
 
 def main(config_file: str, identity: str, *trackers: str) -> int:
@@ -22,7 +23,7 @@ def main(config_file: str, identity: str, *trackers: str) -> int:
     use_fast_coco_evaluation()
     try:
         config = load_config(config_file)
-        track(config, trackers, name='/'.join(Path(config.work_dir).resolve().parts[-2:]))  # fgd/seed0
+        add_trackers(config, trackers, name='/'.join(Path(config.work_dir).resolve().parts[-2:]))  # fgd/seed0
         check_config(config, splits=('train', 'val'))
         train(config.work_dir, config, identity)
     except Exception as error:

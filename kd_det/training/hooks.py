@@ -1,4 +1,4 @@
-"""Connects a distiller with mmengine's Runner: checkpoints, schedules, pre-flight, and the table of origins."""
+"""Connects a distiller with MMEngine's Runner: pre-flight, schedules, seeds, checkpoints, and the table of origins."""
 from __future__ import annotations
 
 from io import StringIO
@@ -23,6 +23,7 @@ from kd_det.training.replay import training_epoch
 from kd_det.training.runner import use_one_metainfo
 
 CHECKPOINT_KEY = 'distill'
+PREFLIGHT = dict(images=64, min_map=0.01)
 
 
 @HOOKS.register_module()
@@ -40,9 +41,20 @@ class DistillHook(Hook):
       :class:`~kd_det.distillers.detection_distiller.StepCost`.
     - At the start of each epoch :class:`~kd_det.training.replay.ReplayedRandomness` is told which it is; at its end the
       teachers' caches report.
-    - Each checkpoint gets the terms' weights, and what their balance has measured, under ``'distill'``, beside the
-      student's ``state_dict``.
+    - Each checkpoint gets an entry ``'distill'``, see below.
     - After training the teacher's fingerprint must be what it was.
+
+    **What lies in a checkpoint.** Beside what MMEngine saves of every training (``meta``, ``message_hub``,
+    ``optimizer``, ``param_schedulers``):
+
+    - ``state_dict``: that of the plain student, key by key, so that MMDetection loads the file with the student's
+      config; no teacher, no adapters. With an ``EMAHook`` it is the averaged student, and ``ema_state_dict`` the
+      trained one.
+    - ``distill``: what only a resumed run needs. ``terms`` is the state dict of the terms' own parameters, their
+      adapters first of all, as ``<term>.<parameter>``; ``weights`` has for each term whose weight is balanced what its
+      :class:`~kd_det.distillers.schedules.Balance` has measured.
+    - ``optimizer``: the state of the student's parameters, then that of the terms'.
+    - ``meta['dataset_meta']``: the names of the student's classes.
 
     Args:
         preflight: ``images`` (at most so many validation images) and ``min_map`` (the mAP of its boxes, 0 to 1, below
@@ -51,12 +63,12 @@ class DistillHook(Hook):
     """
     priority = 'ABOVE_NORMAL'  # before EMAHook exchanges weights at the same point
 
-    def __init__(self, preflight: dict | None = dict(images=64, min_map=0.01)) -> None:  # noqa: B006
-        self.preflight = None if preflight is None else {**dict(images=64, min_map=0.01), **preflight}
-        self._fingerprints = []
+    def __init__(self, preflight: dict | None = PREFLIGHT) -> None:
+        self.preflight = None if preflight is None else {**PREFLIGHT, **preflight}
+        self._fingerprints: list[str] = []
 
     def before_train(self, runner: Runner) -> None:
-        distiller = _distiller_of(runner)
+        distiller = _find_distiller(runner)
         if distiller is None:
             return
         log_operator_backend()
@@ -78,9 +90,10 @@ class DistillHook(Hook):
                         raise
                     raise TeacherError(f'model.teacher[{index}]: {error}') from error
         if is_main_process():
-            runner.logger.info('\n'.join(['Where the weights came from:', origin_table(distiller), *classes]))
+            runner.logger.info('\n'.join(['Where the weights came from:', build_origin_table(distiller), *classes]))
 
     def _check_teacher(self, runner: Runner, teacher: Teacher) -> None:
+        """Evaluates a teacher on validation images; raises a :class:`~kd_det.teachers.TeacherError` if it fails."""
         skill = evaluate_teacher(runner, teacher, self.preflight['images'])
         if skill is None:
             runner.logger.warning('Pre-flight: the config has no validation data, so the teacher goes unchecked.')
@@ -93,13 +106,14 @@ class DistillHook(Hook):
 
     def before_train_epoch(self, runner: Runner) -> None:
         training_epoch().set(runner.epoch)
-        self._follow(runner)  # the first batch is loaded before the first iteration is announced
+        self._set_progress(runner)  # the first batch is loaded before the first iteration is announced
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
-        self._follow(runner)
+        self._set_progress(runner)
 
-    def _follow(self, runner: Runner) -> None:
-        distiller = _distiller_of(runner)
+    def _set_progress(self, runner: Runner) -> None:
+        """Tells the distiller where the training stands, and seeds the step by that."""
+        distiller = _find_distiller(runner)
         if distiller is None:
             return
         distiller.set_progress(runner.iter, runner.iter / len(runner.train_dataloader))
@@ -107,32 +121,32 @@ class DistillHook(Hook):
             set_random_seed((runner.seed * 1_000_003 + runner.iter) % 2**32)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        distiller = _distiller_of(runner)
+        distiller = _find_distiller(runner)
         if distiller is not None and distiller.teachers:
             runner.message_hub.update_scalar('train/kd_time', distiller.cost.seconds)
             runner.message_hub.update_scalar('train/kd_memory', distiller.cost.megabytes)
 
     def after_train_epoch(self, runner: Runner) -> None:
-        distiller = _distiller_of(runner)
+        distiller = _find_distiller(runner)
         for teacher in () if distiller is None else distiller.teachers:
             if teacher.cache is not None:
                 runner.logger.info(teacher.cache.report())
 
     def after_train(self, runner: Runner) -> None:
-        distiller = _distiller_of(runner)
+        distiller = _find_distiller(runner)
         if distiller is not None and [teacher.fingerprint() for teacher in distiller.teachers] != self._fingerprints:
             raise RuntimeError("The teacher's weights or buffers changed during training. Some hook or module writes "
                                'to it.')
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        distiller = _distiller_of(runner)
+        distiller = _find_distiller(runner)
         if distiller is not None:
             checkpoint['meta']['dataset_meta'] = metainfo_of(runner.train_dataloader.dataset)  # init_detector wants one
             checkpoint[CHECKPOINT_KEY] = dict(
                 terms=weights_to_cpu(distiller.terms.state_dict()), weights=distiller.monitor.state_dict())
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        distiller = _distiller_of(runner)
+        distiller = _find_distiller(runner)
         if distiller is None:
             return
         distiller.origins.mark(checkpoint.get('state_dict', checkpoint), 'checkpoint')
@@ -146,13 +160,8 @@ class DistillHook(Hook):
                                   'The adapters start anew.')
 
 
-def _distiller_of(runner: Runner) -> DetectionDistiller | None:
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-    return model if isinstance(model, DetectionDistiller) else None
-
-
-def origin_table(distiller: DetectionDistiller) -> str:
-    """A table of how many weights each part has, and where they came from."""
+def build_origin_table(distiller: DetectionDistiller) -> str:
+    """Makes a table of how many weights each part has, and where they came from."""
     table = Table('part', *ORIGINS, 'weights')
     for column in table.columns[1:]:
         column.justify = 'right'
@@ -176,3 +185,9 @@ def origin_table(distiller: DetectionDistiller) -> str:
         output.write(f'Could not be inherited (absent in the teacher, or of another shape): '
                      f"{', '.join(distiller.not_inherited)}\n")
     return output.getvalue()
+
+
+def _find_distiller(runner: Runner) -> DetectionDistiller | None:
+    """The model of a run, out of its data-parallel wrapper; None where it is no distiller."""
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    return model if isinstance(model, DetectionDistiller) else None

@@ -14,28 +14,6 @@ from mmdet.registry import TRANSFORMS
 from kd_det.compat.process import preserved_randomness
 
 
-class SharedEpoch:
-    """The epoch of the training, in memory that data-loader workers share with the process that starts them."""
-
-    def __init__(self) -> None:
-        self._value = torch.zeros((), dtype=torch.long).share_memory_()
-
-    def __deepcopy__(self, memo: dict) -> SharedEpoch:
-        return self  # a copy of a data set is told the epoch, too
-
-    def set(self, epoch: int) -> None:
-        self._value.fill_(epoch)
-
-    def get(self) -> int:
-        return int(self._value)
-
-
-@cache
-def training_epoch() -> SharedEpoch:
-    """The one that :class:`~kd_det.training.hooks.DistillHook` sets at the start of each epoch."""
-    return SharedEpoch()
-
-
 @TRANSFORMS.register_module()
 class ReplayedRandomness(BaseTransform):
     """Runs random transforms on numbers that depend on the image, the epoch and a seed alone.
@@ -81,6 +59,7 @@ class ReplayedRandomness(BaseTransform):
         return results
 
     def _set_seed(self, results: dict) -> None:
+        """Seeds the generators of the CPU by image, variant and seed."""
         epoch = self.epoch.get()
         variant = epoch if self.period is None else epoch % self.period
         image = results['img_id'] if 'img_id' in results else results['img_path']
@@ -92,3 +71,25 @@ class ReplayedRandomness(BaseTransform):
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}(transforms={self.transforms}, period={self.period}, seed={self.seed})'
+
+
+class SharedEpoch:
+    """The epoch of the training, in memory that data-loader workers share with the process that starts them."""
+
+    def __init__(self) -> None:
+        self._value = torch.zeros((), dtype=torch.long).share_memory_()
+
+    def __deepcopy__(self, memo: dict) -> SharedEpoch:
+        return self  # a copy of a data set is told the epoch, too
+
+    def set(self, epoch: int) -> None:
+        self._value.fill_(epoch)
+
+    def get(self) -> int:
+        return int(self._value)
+
+
+@cache
+def training_epoch() -> SharedEpoch:
+    """The one shared epoch, which :class:`~kd_det.training.hooks.DistillHook` sets at the start of each."""
+    return SharedEpoch()

@@ -1,17 +1,26 @@
-"""MMEngine's Runner for a config."""
+"""Builds MMEngine's Runner for a config, and checks what it would only find out late, or not at all."""
 from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
+from torch import nn
 
-from kd_det.checks.checkpoints import check_checkpoint
-from kd_det.compat import log_operator_backend
+from kd_det.compat import CheckpointError, load_checkpoint, log_operator_backend
+from kd_det.config import ConfigurationError
 from kd_det.config.classes import metainfo_of
-from kd_det.registry import add_nodes
-from kd_det.teachers.loading import find_weights
+from kd_det.config.files import type_name
+from kd_det.registry import HOME, add_nodes
+from kd_det.teachers.loading import check_some_fit, find_weights, load_strictly
+
+STATISTICS = ('running_mean', 'running_var')  # buffers that training fills
 
 
 def build_runner(config: Config) -> Runner:
@@ -36,14 +45,48 @@ def build_optimizer(runner: Runner) -> None:
 def use_one_metainfo(loop: BaseLoop | None) -> None:
     """Lets metrics and pictures of a loop have one ``metainfo`` where joined data sets have several.
 
-    They have as with palettes of their own. MMDetection takes it for a dict, and would end after the last image of the
-    first validation.
+    They do where each has a palette of its own. MMDetection takes it for a dict, and would end after the last image of
+    the first validation.
     """
     dataset = getattr(getattr(loop, 'dataloader', None), 'dataset', None)
     if isinstance(getattr(dataset, 'metainfo', None), (list, tuple)):
         loop.runner.visualizer.dataset_meta = metainfo_of(dataset)
         if hasattr(loop, 'evaluator'):
             loop.evaluator.dataset_meta = metainfo_of(dataset)
+
+
+def add_trackers(config: Config, trackers: Sequence[str], name: str | None = None) -> None:
+    """Adds trackers to the backends of the config's visualizer; those that it has stay as they are.
+
+    TensorBoard writes into the work dir, MLflow too (``mlflow.db``) unless ``MLFLOW_TRACKING_URI`` names a server;
+    Weights & Biases asks for an account unless ``WANDB_MODE=offline``.
+
+    Args:
+        config: With its ``work_dir``; changed.
+        trackers: Some of :data:`~kd_det.config.choices.TRACKERS`.
+        name: What Weights & Biases and MLflow call the run; that of its work dir by default.
+
+    Raises:
+        ConfigurationError: The tracker's package is not installed.
+    """
+    work_dir = Path(config.work_dir).resolve()
+    name = name or work_dir.name
+    backends = dict(
+        tensorboard=dict(type='TensorboardVisBackend'),
+        wandb=dict(type='WandbVisBackend', init_kwargs=dict(project='kd_det', name=name)),
+        # A parameter of MLflow is a short text, a config is not: MMEngine stores the whole of it as config.py.
+        mlflow=dict(type='MLflowVisBackend', exp_name='kd_det', run_name=name, tracked_config_keys=(),
+                    tracking_uri=os.environ.get('MLFLOW_TRACKING_URI', f'sqlite:///{work_dir}/mlflow.db'),
+                    artifact_location=None if 'MLFLOW_TRACKING_URI' in os.environ else str(work_dir / 'mlflow')))
+    if not config.get('visualizer'):
+        config.visualizer = dict(type=f'{HOME}.DetLocalVisualizer', name='visualizer')
+    present = list(config.visualizer.get('vis_backends') or [dict(type='LocalVisBackend')])
+    for tracker in trackers:
+        if find_spec(tracker) is None:
+            raise ConfigurationError(f'--track {tracker}: its package is not installed: pip install {tracker}')
+        if type_name(backends[tracker]) not in map(type_name, present):
+            present.append(backends[tracker])
+    config.visualizer.vis_backends = present
 
 
 def check_start(runner: Runner, whole: bool = True) -> None:
@@ -54,10 +97,10 @@ def check_start(runner: Runner, whole: bool = True) -> None:
 
     Args:
         runner: The runner.
-        whole: See :func:`~kd_det.checks.checkpoints.check_checkpoint`.
+        whole: See :func:`check_checkpoint`.
 
     Raises:
-        CheckpointError: See :func:`~kd_det.checks.checkpoints.check_checkpoint`.
+        CheckpointError: See :func:`check_checkpoint`.
     """
     if not isinstance(runner, Runner):
         return
@@ -67,11 +110,42 @@ def check_start(runner: Runner, whole: bool = True) -> None:
         model = model.module
     if checkpoint:
         check_checkpoint(model, checkpoint, whole, runner._resume)
-        runner.register_hook(WeightsHook(), priority='HIGHEST')
+        runner.register_hook(FindWeightsHook(), priority='HIGHEST')
 
 
-class WeightsHook(Hook):
-    """Puts the weights of a checkpoint where MMEngine looks for them, before other hooks and the model are given it."""
+def check_checkpoint(model: nn.Module, checkpoint: str, whole: bool, resumes: bool) -> None:
+    """Checks that a checkpoint fits a student.
+
+    A buffer that it lacks, as older versions of a module may have had none, keeps the value that the module gave it,
+    and MMEngine names it; not so statistics that were learnt.
+
+    Args:
+        model: The student. Where the whole of it is asked for, that is loaded.
+        checkpoint: A file, or an address that mmengine's ``CheckpointLoader`` knows.
+        whole: Whether it must be of this detector; a training may start from that of another, of which something fits.
+        resumes: Whether it must also tell where its training was.
+
+    Raises:
+        CheckpointError: It lacks weights, or has them in another shape, or lacks what tells where its training was. The
+            message names them.
+    """
+    if not whole:
+        check_some_fit(model, checkpoint)
+        return
+    constants = [name for name, _ in model.named_buffers() if not name.endswith(STATISTICS)]
+    load_strictly(model, checkpoint, allow_missing=constants, allow_unexpected='*', role='student')
+    if resumes:
+        loaded = load_checkpoint(checkpoint)
+        lacking = [f"meta['{key}']" for key in ('epoch', 'iter') if key not in loaded.get('meta', {})]
+        lacking += ["'message_hub'"] if 'message_hub' not in loaded else []
+        if lacking:
+            raise CheckpointError(f"The checkpoint '{checkpoint}' can not be resumed: it has weights, but lacks "
+                                  f"{', '.join(lacking)}, which MMEngine saves during training. To start a new "
+                                  f"training from its weights, set load_from='{checkpoint}' and do not resume.")
+
+
+class FindWeightsHook(Hook):
+    """Puts the weights of a checkpoint where MMEngine looks for them, before other hooks and the model get it."""
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         checkpoint['state_dict'] = find_weights(checkpoint, str(runner._load_from), 'student', None, ())

@@ -15,9 +15,9 @@ from mmengine.config.lazy import LazyObject
 from kd_det.cli import distill
 from kd_det.cli import main as entry
 from kd_det.cli.main import main, run_tool
-from kd_det.cli.test import augment
 from kd_det.config.composition import PAPER
 from kd_det.config.files import load_config
+from kd_det.training.runs import _augment
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ('blue', 'green', 'red')
@@ -244,7 +244,7 @@ def test_augmentation_writes_types_that_are_classes_by_their_names(run_config, r
     config = run_config(retinanet(), val=True, test_dataloader=dict(dataset=dict(pipeline=[])))
     config.tta_model = dict(type=LazyObject('mmdet.models', 'DetTTAModel'), tta_cfg=dict(max_per_img=9))
     config.tta_pipeline = [dict(type=LazyObject('mmcv.transforms', 'TestTimeAug'), transforms=[])]
-    augment(config)
+    _augment(config)
     assert '<' not in config.pretty_text and "type='mmdet.models.DetTTAModel'" in config.pretty_text
     assert config.model.module.type == 'RetinaNet' and config.model.tta_cfg.max_per_img == 9
 
@@ -277,11 +277,11 @@ def test_distributed_tools_launch_one_process_per_gpu(tool, arguments, tmp_path)
 
 
 def test_mixed_precision_needs_a_gpu(workspace, capsys, monkeypatch):
-    monkeypatch.setattr('mmengine.device.get_device', lambda: 'cpu')
+    monkeypatch.setattr('kd_det.training.runs.get_device', lambda: 'cpu')
     assert '--amp needs a GPU' in error_of(['train', 'student.py', '--amp'], capsys)
     trained = []
-    monkeypatch.setattr('mmengine.device.get_device', lambda: 'cuda')
-    monkeypatch.setattr('kd_det.cli.train.train', lambda config, *options: trained.append(config.optim_wrapper))
+    monkeypatch.setattr('kd_det.training.runs.get_device', lambda: 'cuda')
+    monkeypatch.setattr('kd_det.training.runs._train', lambda config, *options: trained.append(config.optim_wrapper))
     assert main(['train', 'student.py', '--amp']) == 0
     assert trained[0].type == 'AmpOptimWrapper' and trained[0].loss_scale == 'dynamic'
 

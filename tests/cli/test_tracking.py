@@ -5,9 +5,9 @@ import pytest
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from kd_det.config import tracking
 from kd_det.config.files import ConfigurationError
-from kd_det.config.tracking import track
+from kd_det.training import runner
+from kd_det.training.runner import add_trackers
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def tracked_run(run_config, retinanet, monkeypatch):
             epochs=1, name=tracker)
         config.default_hooks.logger = dict(type='LoggerHook', interval=1)
         config.pop('visualizer')
-        track(config, [tracker])
+        add_trackers(config, [tracker])
         config.visualizer.name = config.work_dir
         runner = Runner.from_cfg(config)
         runner.train()
@@ -60,11 +60,11 @@ def test_wandb_writes_a_run_offline(tracked_run, monkeypatch):
 def test_backends_that_the_config_has_stay():
     own = dict(type='TensorboardVisBackend', save_dir='elsewhere')
     config = Config(dict(work_dir='work_dirs/run', visualizer=dict(type='Visualizer', vis_backends=[own])))
-    track(config, ['tensorboard'])
+    add_trackers(config, ['tensorboard'])
     assert config.visualizer.vis_backends == [own]
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(tracking, 'find_spec', lambda module: None)
+    monkeypatch.setattr(runner, 'find_spec', lambda module: None)
     with pytest.raises(ConfigurationError, match='--track mlflow.*pip install mlflow'):
-        track(Config(dict(work_dir='run')), ['mlflow'])
+        add_trackers(Config(dict(work_dir='run')), ['mlflow'])

@@ -8,7 +8,7 @@ import pytest
 from mmengine.config import Config
 from rich.table import Table
 
-from kd_det.checks.environment import Finding
+from kd_det.checks.environment import Diagnosis, Finding
 from kd_det.cli import distill
 from kd_det.cli.doctor import render
 from kd_det.cli.main import main
@@ -17,6 +17,7 @@ from kd_det.compat.console import PlainConsole
 from kd_det.compat.process import use_any_encoding
 from kd_det.config.methods import Method, Methods
 from kd_det.study.step_costs import DISTILLED, PLAIN_TEACHER, STUDENT, Cost, StepCosts
+from kd_det.training.runs import save_config
 
 NAMES = ['block[/b]', 'disc [red]', '[', '\\[x]', ':cat:', '[link=x]', '{0} %s', '猫', '🐈']
 
@@ -47,14 +48,16 @@ def test_markup_and_emojis_of_users_are_text():
 
 def test_findings_are_printed_as_they_are():
     output = io.StringIO()
-    PlainConsole(file=output, width=300).print(render([Finding(*[f'{name}!' for name in NAMES[:3]], fault=True)]))
+    PlainConsole(file=output, width=300).print(render(Diagnosis((Finding(*[f'{name}!' for name in NAMES[:3]], fault=True), ))))
     assert all(f'{name}!' in output.getvalue() for name in NAMES[:3]) and 'fault' in output.getvalue()
 
 
 @pytest.mark.parametrize('folder', ['runs [v1]', 'runs [v1]/[/final]', 'a b', '猫'])
 def test_the_command_that_repeats_a_run_can_be_copied(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    distill.save(Config(dict(classes=('[/b]', '猫')), cfg_text='#', filename=f'{folder}/x.py'))
+    config = Config(dict(classes=('[/b]', '猫')), cfg_text='#', filename=f'{folder}/x.py')
+    save_config(config)
+    distill.show(config)
     said = capsys.readouterr().out
     assert f'saved as {folder}/x.py.' in said and f"kd-det train '{folder}/x.py'" in said
     assert Config.fromfile(f'{folder}/x.py').classes == ('[/b]', '猫')

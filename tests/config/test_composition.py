@@ -6,9 +6,9 @@ from mmengine.registry import DefaultScope
 from kd_det.config.composition import (
     PAPER,
     RATIO,
-    balanced,
+    balance_weight,
     distillation_config,
-    head_family,
+    find_model_family,
     method_terms,
 )
 from kd_det.config.files import ConfigurationError, load_config, student_config
@@ -42,12 +42,12 @@ def test_every_method_file_is_found_and_holds_its_method():
     ('ddq/ddq-detr-4scale_r50_8xb2-12e_coco.py', 'detr'),
 ])
 def test_family_is_told_by_the_heads(config, family):
-    assert head_family(load_config(f'mmdet::{config}').model) == family
+    assert find_model_family(load_config(f'mmdet::{config}').model) == family
 
 
 def test_family_of_something_else():
     with pytest.raises(ConfigurationError, match='SOLO has neither roi_head nor bbox_head'):
-        head_family(dict(type='SOLO', mask_head=dict(type='SOLOHead')))
+        find_model_family(dict(type='SOLO', mask_head=dict(type='SOLOHead')))
 
 
 @pytest.mark.parametrize('method, pair', [('fgd', 'retinanet_r101_r18'), ('querykd', 'dino_r50_r18')])
@@ -110,8 +110,8 @@ def test_a_method_has_a_ratio_of_its_own_where_its_file_says_so():
     made = distillation_config(RETINANET, TEACHER, 'x.pth', 'rm+pkd', balance=RATIO).model.distill
     assert made.rm.weight == made.pkd.weight == dict(type='mmdet.Balance', ratio=RATIO)  # what is asked for wins
     late = dict(type='Start', epochs=1, value=dict(type='Balance', ratio=0.2, interval=5))
-    assert balanced(late, None, terms=2) == late
-    assert balanced(late, 0.5, terms=2) == dict(late, value=dict(type='Balance', ratio=0.25, interval=5))
+    assert balance_weight(late, None, terms=2) == late
+    assert balance_weight(late, 0.5, terms=2) == dict(late, value=dict(type='Balance', ratio=0.25, interval=5))
 
 
 def test_published_weights_on_demand():

@@ -9,7 +9,7 @@ from mmengine.config import Config, ConfigDict
 from kd_det.checks.doctor import check_config
 from kd_det.checks.environment import DiagnosisError
 from kd_det.config.composition import distillation_config
-from kd_det.config.detectors import check_student, inner_detectors, plain_detector, the_detector
+from kd_det.config.detectors import check_student, find_inner_detectors, plain_detector, the_detector
 from kd_det.config.files import ConfigurationError, load_config, type_name
 from kd_det.registry import build_detector
 from kd_det.teachers import TeacherError, read_model_config
@@ -67,7 +67,7 @@ def test_the_detector_within_is_found(wrap, path, faster_rcnn):
     model = faster_rcnn()
     outer = wrap(model)
     before = outer.to_dict()
-    (inner, ) = inner_detectors(outer)
+    (inner, ) = find_inner_detectors(outer)
     assert inner.path == path and outer.to_dict() == before
     found = the_detector(outer, 'x')
     assert {**found, 'data_preprocessor': None} == {**model, 'data_preprocessor': None}
@@ -80,7 +80,7 @@ def test_the_detector_within_is_found(wrap, path, faster_rcnn):
 
 def test_a_detector_holds_none(faster_rcnn, retinanet, detr):
     for model in (faster_rcnn(), retinanet(), detr('DINO'), dict(type='SOLO', mask_head=dict(type='SOLOHead'))):
-        assert not list(inner_detectors(model)) and plain_detector(model) is model
+        assert not list(find_inner_detectors(model)) and plain_detector(model) is model
         check_student(model, 'x')
 
 
@@ -171,7 +171,7 @@ def test_a_users_own_distilled_head_gives_way_to_the_one_that_learns_from_boxes(
 
 
 def test_inner_detectors_keep_their_scope(faster_rcnn):
-    (inner, ) = inner_detectors(dict(semi(faster_rcnn()), _scope_='mmdet'))
+    (inner, ) = find_inner_detectors(dict(semi(faster_rcnn()), _scope_='mmdet'))
     assert inner.model._scope_ == 'mmdet'
     config = Config(dict(default_scope='mmdet', model=semi(faster_rcnn())))
     assert read_model_config(config.to_dict())._scope_ == 'mmdet'

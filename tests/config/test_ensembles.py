@@ -1,22 +1,22 @@
-"""Several teachers of one config."""
+"""Several teachers: of one config, and of several."""
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
 
 from kd_det.config.composition import ensemble
-from kd_det.config.files import ConfigurationError
+from kd_det.config.files import ConfigurationError, load_config
 from kd_det.functional.logits import soft_target_kl
 
+DOCUMENTATION = Path(__file__).parents[2] / 'docs' / 'methods.md'
 TEMPERATURE, WEIGHT = 2.0, 3.0
 KD = dict(type='RoIClassification', temperature=TEMPERATURE, weight=WEIGHT)
 
 
-def distillation(student, teacher, **terms) -> Config:
-    return Config(dict(model=dict(type='DetectionDistiller', student=student, teacher=teacher, distill=terms)))
-
-
-def test_each_term_is_repeated_for_every_teacher_with_its_part_of_the_weight():
+def test_each_term_is_repeated_for_every_teacher_with_its_part_of_the_weight(distillation):
     one = distillation(
         dict(type='RetinaNet'), dict(config='teacher.py', checkpoint='x.pth', classes=['cat']),
         plain=dict(type='PKD', weight=6.0), unsaid=dict(type='MGD', tap='neck'),
@@ -39,13 +39,13 @@ def test_each_term_is_repeated_for_every_teacher_with_its_part_of_the_weight():
 @pytest.mark.parametrize('weight, message', [
     (dict(type='Warmup', epochs=1), 'model.distill.pkd_1: .*value'),
     (dict(type='Warmup', epochs=1, value='much'), "model.distill.pkd_1: weight='much': expected a number")])
-def test_a_weight_that_is_none_is_told_by_the_distiller(retinanet, weight, message):
+def test_a_weight_that_is_none_is_told_by_the_distiller(retinanet, weight, message, distillation):
     one = distillation(retinanet(), dict(config=retinanet(), random_teacher=True), pkd=dict(type='PKD', weight=weight))
     with pytest.raises(ConfigurationError, match=message):
         MODELS.build(ensemble(one, ['a.pth', 'b.pth']).model)
 
 
-def test_what_no_ensemble_can_be_made_of_is_told():
+def test_what_no_ensemble_can_be_made_of_is_told(distillation):
     one = distillation(dict(), dict(config='teacher.py'))
     with pytest.raises(ConfigurationError, match='two teachers at least, not 1'):
         ensemble(one, ['a.pth'])
@@ -82,7 +82,7 @@ def gradient(value, distiller) -> torch.Tensor:
     return torch.cat([each.flatten() for each in found if each is not None])
 
 
-def test_equal_teachers_pull_as_hard_as_one(faster_rcnn, batch, checkpoints):
+def test_equal_teachers_pull_as_hard_as_one(faster_rcnn, batch, checkpoints, distillation):
     one = distillation(faster_rcnn(), dict(config=faster_rcnn(depth=50), checkpoint=checkpoints[0]), kd=KD,
                        pkd=dict(type='PKD', weight=dict(type='Balance', ratio=0.5)))
     single, _, alone = step(one, batch())
@@ -94,15 +94,37 @@ def test_equal_teachers_pull_as_hard_as_one(faster_rcnn, batch, checkpoints):
         torch.testing.assert_close(gradient(sum(shares), several), gradient(alone[f'loss_{name}'], single))
 
 
-def test_soft_targets_of_several_teachers_have_the_gradient_of_their_mean_prediction(faster_rcnn, batch, checkpoints):
+def test_soft_targets_of_several_teachers_have_the_gradient_of_their_mean_prediction(faster_rcnn, batch, checkpoints,
+                                                                                     distillation):
     one = distillation(faster_rcnn(), dict(config=faster_rcnn(depth=50), checkpoint=checkpoints[0]), kd=KD)
     distiller, data, losses = step(ensemble(one, checkpoints), batch())
     found = gradient(sum(losses[f'loss_kd_{number}'] for number in (1, 2, 3)), distiller)
 
     torch.manual_seed(1)  # the same regions
     context = distiller.observe(data['inputs'], data['data_samples'], distiller.terms).context
-    outputs = [term.outputs(context) for term in distiller.terms.values()]
+    outputs = [term.read_outputs(context) for term in distiller.terms.values()]
     student, predictions = outputs[0][0].logits, [(teacher.logits / TEMPERATURE).softmax(-1) for _, teacher in outputs]
     assert not torch.allclose(predictions[0], predictions[1], atol=0.01)
     mean = TEMPERATURE * (sum(predictions) / 3).log()
     torch.testing.assert_close(found, gradient(WEIGHT * soft_target_kl(student, mean, TEMPERATURE), distiller))
+
+
+def test_the_documented_config_of_two_teachers_weighs_them_as_it_says(retinanet, batch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    section = DOCUMENTATION.read_text(encoding='utf-8').partition('## Several teachers')[2]
+    Path('two_teachers.py').write_text(re.search('```python\n(.*?)```', section, re.DOTALL)[1])
+    Config(dict(model=retinanet())).dump('my_student.py')
+    for seed, (name, depth) in enumerate(dict(strong=50, other=34).items()):
+        Config(dict(model=retinanet(depth=depth))).dump(f'{name}.py')
+        torch.manual_seed(seed)
+        torch.save(dict(state_dict=MODELS.build(retinanet(depth=depth)).state_dict()), f'{name}.pth')
+    config = load_config('two_teachers.py')
+    assert config.model.student == load_config('my_student.py').model
+    _, _, losses = step(config, batch())
+    for index, (name, weight) in enumerate(dict(strong=0.7, other=0.3).items()):
+        alone = load_config('two_teachers.py')
+        alone.model.teacher = alone.model.teacher[index]
+        alone.model.distill = dict(pkd=dict(type='mmdet.PKD', tap='neck', levels=4, weight=10.0))
+        _, _, expected = step(alone, batch())
+        assert expected['loss_pkd'] > 0
+        torch.testing.assert_close(losses[f'loss_pkd_{name}'], weight * expected['loss_pkd'])

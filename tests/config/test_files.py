@@ -1,6 +1,4 @@
 """Reading configs, and deriving the plain student's and the one on another data root."""
-import re
-
 import pytest
 from mmengine.config import Config
 
@@ -12,13 +10,14 @@ from kd_det.config.files import (
     is_distillation,
     leaf_datasets,
     load_config,
-    merge_options,
     renamed,
     set_data_root,
     student_config,
     student_model,
+    training_pipelines,
     type_name,
 )
+from kd_det.config.options import merge_options
 
 
 @pytest.mark.parametrize('name', [
@@ -77,17 +76,9 @@ def test_student_model_asks_for_a_model():
         student_model(Config(dict(train_cfg=None)))
 
 
-def data_config(root: str) -> Config:
-    return Config(dict(
-        data_root=root,
-        train_dataloader=dict(dataset=dict(type='RepeatDataset', dataset=dict(data_root=root, ann_file='train.json'))),
-        val_evaluator=[dict(ann_file=f'{root}val.json')],
-        other='elsewhere/val.json'))
-
-
 @pytest.mark.parametrize('new', ['/new/place', '/new/place/'])
 @pytest.mark.parametrize('old', ['data/coco/', 's3://bucket/coco/'])
-def test_data_root_moves_every_path(old, new):
+def test_data_root_moves_every_path(old, new, data_config):
     config = data_config(old)
     set_data_root(config, new)
     assert config.to_dict() == data_config('/new/place/').to_dict()
@@ -104,25 +95,6 @@ def test_data_root_moves_all_of_mmdets_own_configs():
 def test_data_root_that_is_not_there():
     with pytest.raises(ConfigurationError, match='no data_root'):
         set_data_root(Config(dict(model=dict(type='RetinaNet'))), '/new')
-
-
-def test_options_override_and_data_root_reaches_all():
-    config = data_config('data/coco/')
-    merge_options(config, {'data_root': '/new', 'train_dataloader.batch_size': 4, 'val_evaluator.0.metric': 'bbox'})
-    assert config.train_dataloader.batch_size == 4
-    assert config.val_evaluator == [dict(ann_file='/new/val.json', metric='bbox')]
-
-
-@pytest.mark.parametrize('options, said', [
-    ({'val_evaluator.0.ann_file.key': 1}, '--cfg-options'),
-    ({'val_evaluator.7.metric': 'bbox'}, '--cfg-options'),
-    ({'other': 1}, "'other' is a variable of the config file"),
-    ({'train_dataloder.batch_size': 1}, "Did you mean 'train_dataloader'?"),
-    ({'quite_another': 1}, "no run reads a key 'quite_another'."),
-])
-def test_options_that_lead_nowhere(options, said):
-    with pytest.raises(ConfigurationError, match=re.escape(said)):
-        merge_options(data_config('data/coco/'), options)
 
 
 def test_renamed_keeps_all_but_the_name(tmp_path):
@@ -224,3 +196,12 @@ def test_leaf_datasets_look_through_wrappers():
     wrapped = dict(type='MultiImageMixDataset', dataset=dict(type='ConcatDataset', datasets=[first, second]))
     assert leaf_datasets(wrapped) == [first, second]
     assert leaf_datasets(first) == [first]
+
+
+def test_training_pipelines_go_through_wrappers():
+    first, second = (dict(type='CocoDataset', pipeline=[dict(type=name)]) for name in 'ab')
+    mixed = dict(type='MultiImageMixDataset', dataset=first, pipeline=[dict(type='Mosaic')])
+    joined = dict(type='RepeatDataset', dataset=dict(type='ConcatDataset', datasets=[mixed, second]))
+    pipelines = training_pipelines(Config(dict(train_dataloader=dict(dataset=joined))))
+    assert [[each['type'] for each in pipeline] for pipeline in pipelines] == [['a', 'Mosaic'], ['b']]
+    assert training_pipelines(Config(dict(train_dataloader=None))) == []

@@ -10,7 +10,7 @@ import torch
 import yaml
 from mmengine.logging import MessageHub
 
-from kd_det.config.composition import head_family, method_terms
+from kd_det.config.composition import find_model_family, method_terms
 from kd_det.config.files import is_distillation, load_config, student_model
 from kd_det.teachers import InputBridge
 
@@ -132,7 +132,7 @@ def test_twin_differs_in_nothing_but_distillation(name):
 def test_weights_are_those_of_the_teachers_family(name):
     """Between unlike detectors the published weights go with the teacher: PKD's from Mask R-CNN to RetinaNet is 6."""
     model = load(name).model
-    assert model.distill == method_terms(method_of(name), head_family(load(model.teacher.config).model))
+    assert model.distill == method_terms(method_of(name), find_model_family(load(model.teacher.config).model))
 
 
 @pytest.mark.parametrize('twin, original, changed', [
@@ -243,7 +243,7 @@ def test_pkd_pairs_the_levels_of_unlike_detectors_by_stride(pair, strides):
     config.model.student = shrunk(config.model.student)
     config.model.teacher = dict(config=shrunk(student_model(load(config.model.teacher.config))), random_teacher=True)
     pairs = MODELS.build(config.model).terms['pkd'].pairs
-    assert [each.student.stride for each in pairs] == [each.teacher.stride for each in pairs] == strides
+    assert [each.student_spec.stride for each in pairs] == [each.teacher_spec.stride for each in pairs] == strides
 
 
 def test_methods_add_up(tmp_path):

@@ -265,6 +265,20 @@ def test_several_teachers(retinanet, distiller, batch):
     assert model.terms['second'].adapters[0].out_channels == 16
 
 
+def test_two_teachers_pull_by_their_weights(retinanet, distiller, batch):
+    teachers = [dict(config=retinanet(neck=12), random_teacher=True) for _ in range(2)]
+
+    def losses(**weights):
+        terms = {name: dict(type='FGD', teacher=index, weight=weight)
+                 for index, (name, weight) in enumerate(weights.items())}
+        return _step(distiller(retinanet(), None, teacher=teachers, distill=terms), batch())
+
+    shares, whole = losses(first=0.7, second=0.3), losses(first=1.0, second=1.0)
+    assert whole['loss_first'] != whole['loss_second']
+    assert shares['loss_first'].item() == pytest.approx(0.7 * whole['loss_first'].item())
+    assert shares['loss_second'].item() == pytest.approx(0.3 * whole['loss_second'].item())
+
+
 @pytest.mark.parametrize('changes, error, message', [
     (dict(distill=dict(fgd=dict(type='FGD', tap='nek'))), TapError, "no module 'nek'.*neck"),
     (dict(distill=dict(fgd=dict(type='FGD', tap='bbox_head'))), TapError, 'bbox_head'),

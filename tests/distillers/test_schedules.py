@@ -1,3 +1,4 @@
+"""The weight of a term: a number, or a schedule that follows the training."""
 import pytest
 
 from kd_det.context import Progress

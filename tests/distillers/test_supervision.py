@@ -128,7 +128,7 @@ def test_positives_of_unlabelled_images_are_counted_by_the_teachers_scores(retin
     term, seen = model.terms['positives'], []
     term.register_forward_hook(lambda module, args, _: seen.append(args[0]))
     _step(model, _unlabelled(batch(**IMAGES), [1]))
-    levels = term.levels(seen[0])
+    levels = term.pair_levels(seen[0])
     expected = sum(level.student.positives(level.student_level)[[0, 2]].sum() + level.confidence()[1].sum()
                    for level in levels)
     torch.testing.assert_close(term._divisors(levels)[0], expected.clamp(min=1))

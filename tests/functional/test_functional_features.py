@@ -182,37 +182,37 @@ def test_decoupled_imitation_leaves_padding_out(pair, valid):
 
 def test_fgd_equals_the_sum_of_its_parts(pair, valid):
     student, teacher = pair
-    contexts = dict(student_context=student * 2, teacher_context=teacher * 3)
+    relations = dict(student_relation=student * 2, teacher_relation=teacher * 3)
     for cells in (None, valid):
         foreground, background = box_masks(BOXES, cells)
-        parts = focal_global.fgd_loss(student, teacher, foreground, background, 0.8, **contexts, alpha=2, beta=3, gamma=5,
-                                  lambda_=7, valid=cells)
+        parts = focal_global.fgd_loss(student, teacher, foreground, background, 0.8, **relations, alpha=2, beta=3,
+                                      gamma=5, lambda_=7, valid=cells)
         spatial, channel = (attention(teacher, 0.8, cells)
                             for attention in (masks.spatial_attention, masks.channel_attention))
         expected = dict(
             foreground=2 * features.masked_imitation(student, teacher, foreground * spatial, channel),
             background=3 * features.masked_imitation(student, teacher, background * spatial, channel),
             attention=5 * focal_global.attention_distance(student, teacher, 0.8, cells),
-            relation=7 * focal_global.relation_distance(*contexts.values(), cells))
+            relation=7 * focal_global.relation_distance(*relations.values(), cells))
         assert parts.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(parts[name], value)
 
 
-def test_fgd_without_contexts_has_no_relation_part(pair):
+def test_fgd_without_relations_has_no_relation_part(pair):
     assert list(focal_global.fgd_loss(*pair, *box_masks(BOXES))) == ['foreground', 'background', 'attention']
 
 
 def test_relation_trains_the_teachers_context_block(pair):
-    student_context, teacher_context = pair
-    focal_global.relation_distance(student_context, teacher_context).backward()
-    torch.testing.assert_close(student_context.grad, student_context - teacher_context)
-    torch.testing.assert_close(teacher_context.grad, teacher_context - student_context)
+    student_relation, teacher_relation = pair
+    focal_global.relation_distance(student_relation, teacher_relation).backward()
+    torch.testing.assert_close(student_relation.grad, student_relation - teacher_relation)
+    torch.testing.assert_close(teacher_relation.grad, teacher_relation - student_relation)
 
 
 def fgd(student, teacher, boxes, valid):
-    contexts = [feature + focal_global.context_pool(feature, feature[:, :1], valid) for feature in (student, teacher)]
-    return sum(focal_global.fgd_loss(student, teacher, *box_masks(boxes, valid), 0.5, *contexts, valid=valid).values())
+    relations = [feature + focal_global.context_pool(feature, feature[:, :1], valid) for feature in (student, teacher)]
+    return sum(focal_global.fgd_loss(student, teacher, *box_masks(boxes, valid), 0.5, *relations, valid=valid).values())
 
 
 PADDING_AWARE = dict(

@@ -32,18 +32,19 @@ class Inputs:
         return [self.student, *self.attend, *self.add]
 
     def plain(self):
-        contexts = []
+        relations = []
         for feature, attend, add in zip((self.student, self.teacher), self.attend, self.add):
             logits = torch.einsum('nchw,c->nhw', feature, attend)[:, None]
             pooled = focal_global.context_pool(feature, logits, self.valid)
-            contexts.append(feature + torch.einsum('dc,ncij->ndij', add, pooled))
-        return focal_global.fgd_loss(self.student, self.teacher, *self.masks, 0.8, *contexts, **WEIGHTS, valid=self.valid)
+            relations.append(feature + torch.einsum('dc,ncij->ndij', add, pooled))
+        return focal_global.fgd_loss(self.student, self.teacher, *self.masks, 0.8, *relations, **WEIGHTS,
+                                     valid=self.valid)
 
     def fused(self):
         sums = focal_global.fgd_sums(self.student, self.teacher, *self.attend, 0.8, self.valid)
         added = [torch.einsum('dc,ncij->ndij', add, context)
-                 for add, context in zip(self.add, (sums.student_context, sums.teacher_context))]
-        return focal_global.fgd_parts(sums, added[0] - added[1], *self.masks, **WEIGHTS, valid=self.valid)
+                 for add, context in zip(self.add, (sums.student_pooled, sums.teacher_pooled))]
+        return focal_global.fgd_loss_of_sums(sums, added[0] - added[1], *self.masks, **WEIGHTS, valid=self.valid)
 
 
 CASES = dict(

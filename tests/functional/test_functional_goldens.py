@@ -37,8 +37,8 @@ def test_fgd(golden, close, check_gradient, name):
                                        ['alpha', 'beta', 'gamma', 'lambda'])}
     parts = focal_global.fgd_loss(
         adapted, data.teacher, foreground, background, options['temp'],
-        student_context=_global_context(adapted, data.params, 'student'),
-        teacher_context=_global_context(data.teacher, data.params, 'teacher'),
+        student_relation=_global_context(adapted, data.params, 'student'),
+        teacher_relation=_global_context(data.teacher, data.params, 'teacher'),
         alpha=weights['foreground'], beta=weights['background'], gamma=weights['attention'],
         lambda_=weights['relation'])
     assert parts.keys() == weights.keys()

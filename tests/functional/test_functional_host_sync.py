@@ -36,14 +36,14 @@ def box_masks():
 
 def fgd(student):
     foreground, background, valid = box_masks()
-    return sum(focal_global.fgd_loss(student, feature() + 1, foreground, background, student_context=student,
-                                 teacher_context=feature(), valid=valid).values())
+    return sum(focal_global.fgd_loss(student, feature() + 1, foreground, background, student_relation=student,
+                                 teacher_relation=feature(), valid=valid).values())
 
 
 def fused_fgd(student):
     foreground, background, valid = box_masks()
     sums = focal_global.fgd_sums(student, feature() + 1, feature(3), feature(3), 0.5, valid)
-    return sum(focal_global.fgd_parts(sums, sums.student_context - sums.teacher_context, foreground, background,
+    return sum(focal_global.fgd_loss_of_sums(sums, sums.student_pooled - sums.teacher_pooled, foreground, background,
                                valid=valid).values())
 
 

@@ -1,4 +1,4 @@
-"""Heads that are no subclass of a known one, or override what is read, are read once it is said what they are like."""
+"""A head that overrides what is read, or is derived from no known one, is read once it is declared what it is like."""
 import copy
 
 import pytest

@@ -3,8 +3,11 @@ import copy
 import pickle
 
 import pytest
+from mmdet.registry import MODELS
 
+from kd_det.config.files import ConfigurationError
 from kd_det.heads import ROI_HEAD, HeadError, HeadRequest
+from kd_det.losses import DistillTerm
 
 
 @pytest.mark.parametrize('name, head, part', [('bbox_head', 'bbox_head', ''), ('roi_head', 'roi_head', ''),
@@ -30,3 +33,38 @@ def test_a_request_is_the_string_that_names_it(name, head, part):
 def test_a_part_that_no_head_has(name, message):
     with pytest.raises(HeadError, match=message):
         HeadRequest.parse(name)
+
+
+@pytest.fixture
+def own_term():
+    """Registers a term of a user's own, which says in plain strings what it reads."""
+
+    class OwnTerm(DistillTerm):
+
+        def __init__(self, heads=('bbox_head', 'bbox_head.positives'), **kwargs):
+            super().__init__(**kwargs)
+            self.heads = tuple(heads)
+
+        @property
+        def student_heads(self):
+            return self.heads
+
+        def forward(self, context):
+            outputs = context.student_outputs['bbox_head']
+            return sum(logits[assigned].square().mean() for logits, assigned in zip(outputs.logits, outputs.assigned)
+                       if assigned.any())
+
+    MODELS.register_module(module=OwnTerm)
+    yield
+    del MODELS.module_dict['OwnTerm']
+
+
+def test_terms_of_your_own_say_it_in_plain_strings(own_term, retinanet, distiller, batch):
+    model = distiller(retinanet(), retinanet(), distill=dict(own=dict(type='OwnTerm')))
+    assert model(**model.data_preprocessor(batch(), True), mode='loss')['loss_own'] > 0
+
+
+def test_a_wrong_part_is_told_when_the_distiller_is_built(own_term, retinanet, distiller):
+    with pytest.raises(ConfigurationError, match=r"model.distill.own: .*no head has a part 'positive'.* Did you mean "
+                                                 r"'bbox_head.positives'\?"):
+        distiller(retinanet(), retinanet(), distill=dict(own=dict(type='OwnTerm', heads=['bbox_head.positive'])))

@@ -37,7 +37,8 @@ def test_sum_of_masks_is_the_sum_of_terms(normalizer, context, connected):
 
     whole = value(dict(type='MaskSum', masks=masks, weights=[1.0, 0.5]))
     torch.testing.assert_close(whole, value(masks[0]) + 0.5 * value(masks[1]))
-    nested = value(dict(type='MaskProduct', masks=[dict(type='MaskSum', masks=masks, weights=[1.0, 0.5]), 'BoxForeground']))
+    nested = value(dict(type='MaskProduct', masks=[dict(type='MaskSum', masks=masks, weights=[1.0, 0.5]),
+                                                   'BoxForeground']))
     assert nested == value('BoxForeground')  # where there is a box there is no background
 
 

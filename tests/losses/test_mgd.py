@@ -12,7 +12,7 @@ def test_reproduces_the_authors_values(golden, make_context, term_of, check_grad
     term = term_of(context, type='MGD', ratio=data.meta['mask_ratio'])
     term.load_state_dict({f'{ours}.{kind}': data.params[f'{theirs}.{kind}'] for ours, theirs in PARAMETERS.items()
                           for kind in ('weight', 'bias')})
-    monkeypatch.setattr(term, 'kept_cells', lambda feature: data.keep)
+    monkeypatch.setattr(term, 'draw_kept_cells', lambda feature: data.keep)
     loss = data.meta['alpha'] * term(context)['generation']
     check_gradient(loss, [student], data.loss, [data.grad_student])
 
@@ -20,11 +20,11 @@ def test_reproduces_the_authors_values(golden, make_context, term_of, check_grad
 def test_drops_the_given_share_of_the_cells_anew_each_time(padded, term_of):
     term = term_of(padded, type='MGD', ratio=0.65)
     torch.manual_seed(0)
-    first, second = (term.kept_cells(torch.zeros(4, 3, 100, 100)) for _ in range(2))
+    first, second = (term.draw_kept_cells(torch.zeros(4, 3, 100, 100)) for _ in range(2))
     assert first.shape == (4, 1, 100, 100) and set(first.unique().tolist()) == {0, 1}
     assert first.mean().item() == pytest.approx(0.35, abs=0.01) and not torch.equal(first, second)
     torch.manual_seed(0)
-    assert torch.equal(term.kept_cells(torch.zeros(4, 3, 100, 100)), first)
+    assert torch.equal(term.draw_kept_cells(torch.zeros(4, 3, 100, 100)), first)
 
 
 def test_size_normalised_form(padded, term_of):

@@ -79,7 +79,7 @@ def test_layers_are_paired_from_the_last_and_queries_by_their_box(kind, queries,
     """The teacher's query for a box is the one that mmdet's own assigner, the student's, would assign to it."""
     model = make(detr(kind), detr(kind, queries=queries, layers=layers))
     context, _ = observed(model)
-    pairs = model.terms['boxes'].pairs(context)
+    pairs = model.terms['boxes'].pair_queries(context)
     student, teacher = context.student_outputs[NAME], context.teacher_outputs[0][NAME]
     depth = min(2, layers)
     assert pairs.foreground.shape == (depth, 3, 10)
@@ -104,7 +104,7 @@ def test_layers_are_paired_from_the_last_and_queries_by_their_box(kind, queries,
 def test_background_is_paired_with_the_surest_that_have_no_box(detr, make, observed):
     model = make(detr('DINO'), detr('DINO', queries=20), dict(boxes=dict(TERMS['boxes'], background=4)))
     context, _ = observed(model)
-    pairs = model.terms['boxes'].pairs(context)
+    pairs = model.terms['boxes'].pair_queries(context)
     scores = context.teacher_outputs[0][NAME].scores()
     for layer in range(2):
         for image in range(3):
@@ -113,7 +113,7 @@ def test_background_is_paired_with_the_surest_that_have_no_box(detr, make, obser
             assert partners.min() >= scores[layer, image].sort(descending=True).values[3]
     model.terms['boxes'].background = 0
     context._computed.clear()
-    assert model.terms['boxes'].pairs(context).background.sum() == 0
+    assert model.terms['boxes'].pair_queries(context).background.sum() == 0
 
 
 @pytest.mark.parametrize('kind', ['DETR', 'DeformableDETR'])
@@ -121,7 +121,7 @@ def test_values_are_those_of_the_formulas(kind, detr, make, observed):
     distill = dict(classes=dict(TERMS['classes'], foreground_weight=2.0, background_weight=0.5), boxes=TERMS['boxes'])
     model = make(detr(kind), detr(kind, queries=12), distill)
     context, values = observed(model)
-    pairs, expected = model.terms['boxes'].pairs(context), dict(foreground=0, background=0, l1=0, giou=0)
+    pairs, expected = model.terms['boxes'].pair_queries(context), dict(foreground=0, background=0, l1=0, giou=0)
     for layer in range(2):
         for image in range(3):
             for query in range(10):
@@ -161,7 +161,7 @@ def test_a_box_of_a_class_that_the_teacher_lacks_is_compared_with_nothing(detr, 
     context, _ = observed(model)
     context.labels[0][1] = -1
     context._computed.clear()
-    pairs, assigned = model.terms['boxes'].pairs(context), context.student_outputs[NAME].assigned
+    pairs, assigned = model.terms['boxes'].pair_queries(context), context.student_outputs[NAME].assigned
     assert torch.equal(pairs.foreground.sum(2), torch.tensor([[1., 1, 0]] * 2))
     unknown = assigned[:, 0] == 1
     assert (pairs.foreground + pairs.background)[:, 0][unknown].sum() == 0
@@ -188,7 +188,7 @@ def test_queries_are_matched_once_a_step(detr, make, observed, monkeypatch):
 def test_a_number_of_layers(detr, make, observed):
     model = make(detr(layers=3), detr(layers=3), dict(boxes=dict(TERMS['boxes'], layers=1)))
     context, _ = observed(model)
-    pairs = model.terms['boxes'].pairs(context)
+    pairs = model.terms['boxes'].pair_queries(context)
     assert torch.equal(pairs.student.boxes, context.student_outputs[NAME].boxes[-1:])
 
 

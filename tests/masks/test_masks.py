@@ -2,7 +2,6 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 
-from kd_det.context import ComparedLevel
 from kd_det.functional import masks as functional
 from kd_det.masks import build_mask
 
@@ -13,7 +12,7 @@ def level(make_context):
     torch.manual_seed(0)
     boxes = [torch.tensor([[8., 16., 31., 40.]]), torch.tensor([[0., 0., 7., 7.]])]
     context = make_context(torch.randn(2, 6, 8, 12), torch.randn(2, 6, 8, 12), boxes, image_shapes=[(64, 96), (40, 56)])
-    return ComparedLevel(context.student['neck'][0], context.teachers[0]['neck'][0], 8, 0, context)
+    return context.read_level()
 
 
 def test_boxes_land_in_the_right_cells_of_a_padded_batch(level):
@@ -31,6 +30,16 @@ def test_background_is_the_rest_of_the_image_and_no_padding(level):
     torch.testing.assert_close(background.sum((1, 2)), torch.ones(2))
     assert (background[1, 5:] == 0).all() and (background[1, :, 7:] == 0).all() and background[1, 4, 6] > 0
     assert ((background > 0) & (build_mask('BoxForeground').cells(level) > 0)).sum() == 0
+
+
+def test_a_box_at_the_edge_of_its_image_covers_no_padding(make_context):
+    """Its last cell, included as in FGD, would be the first one of padding."""
+    feature = torch.zeros(1, 1, 8, 12)
+    level = make_context(feature, feature, [torch.tensor([[8., 16., 56., 40.]])], image_shapes=[(40, 56)]).read_level()
+    for weighting, value in (('binary', 1), ('inverse_area', 1 / (4 * 7))):  # the area is that of all its cells
+        cells = build_mask(dict(type='BoxForeground', weighting=weighting)).cells(level)[0]
+        torch.testing.assert_close(cells[2:5, 1:7], torch.full((3, 6), value, dtype=torch.float))
+        assert (cells > 0).sum() == 3 * 6
 
 
 @pytest.mark.parametrize('source', ['teacher', 'student', 'both'])
@@ -68,10 +77,29 @@ def test_products_distribute_over_sums(level):
     torch.testing.assert_close(_dense(level, nested), (2 * foreground + 0.5 * channels) * spatial)
 
 
-def test_faulty_masks_are_errors():
-    for config, message in ((dict(type='SpatialAttention', source='me'), "source='me'"),
-                            (dict(type='MaskProduct', masks=[]), 'at least one'),
-                            (dict(type='MaskSum', masks=['BoxForeground'], weights=[1, 2]), '1 masks but 2 weights'),
-                            (dict(type='BoxForeground', box_mapping='pad'), "box_mapping='pad'")):
-        with pytest.raises(ValueError, match=message):
-            MODELS.build(config)
+@pytest.mark.parametrize('config, message', [
+    (dict(type='SpatialAttention', source='me'), "source='me'"),
+    (dict(type='SpatialAttention', source='teachers'), "source='teachers': .*Nearest: teacher"),
+    (dict(type='ChannelAttention', temperature=0.0), 'temperature=0.0: expected a number above 0'),
+    (dict(type='ChannelAttention', pad_aware='no'), "pad_aware='no': expected True or False"),
+    (dict(type='MaskProduct', masks=[]), 'at least one'),
+    (dict(type='MaskProduct', masks='BoxForeground'), "masks='BoxForeground': expected a list of masks"),
+    (dict(type='MaskProduct', masks=[3]), 'mask=3: expected the name or the dict of a mask'),
+    (dict(type='MaskProduct', masks=['PKD']), "mask='PKD': expected a mask, which PKD is not"),
+    (dict(type='MaskSum', masks=['BoxForeground'], weights=[1, 2]), '1 masks but 2 weights'),
+    (dict(type='MaskSum', masks=['BoxForeground'], weights=['1']), r"weights\[0\]='1': expected a number"),
+    (dict(type='BoxForeground', box_mapping='pad'), "box_mapping='pad'"),
+    (dict(type='BoxForeground', weighting='area'), "weighting='area': expected one of binary, inverse_area"),
+    (dict(type='LevelForeground', finest_scale=0), 'finest_scale=0: expected a number above 0'),
+    (dict(type='LevelForeground', num_levels=2.5), 'num_levels=2.5: expected an integer of at least 1'),
+    (dict(type='NearAnchorForeground', phi=1), 'phi=1: expected a number of at least 0 and below 1'),
+    (dict(type='PredictionDifference', class_agnostic=1), 'class_agnostic=1: expected True or False'),
+    (dict(type='PredictionDifference', head=dict(teacher='rpn_head')), 'head=.*expected a name, or dict'),
+    (dict(type='PredictionQuality', xi=1.5), 'xi=1.5: expected a number of at least 0 and of at most 1'),
+    (dict(type='PredictionQuality', top_k=0), 'top_k=0: expected an integer of at least 1'),
+    (dict(type='QueryConfidence', top_k=-1), 'top_k=-1: expected an integer of at least 1'),
+    (dict(type='RoIPredictionDifference', stage=-1), 'stage=-1: expected mean, same, or the index of a stage'),
+    (dict(type='RoIPredictionDifference', num_levels=0), 'num_levels=0: expected an integer of at least 1')])
+def test_faulty_masks_are_errors(config, message):
+    with pytest.raises(ValueError, match=message):
+        MODELS.build(config)

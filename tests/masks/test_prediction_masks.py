@@ -25,7 +25,7 @@ def level(make_context):
                                image_shapes=[(64, 96), (40, 56)])
         context.student_outputs = dict(bbox_head=student or _outputs(seed=1))
         context.teacher_outputs = [dict(bbox_head=teacher or _outputs(seed=2))]
-        return ComparedLevel(context.student['neck'][0], context.teachers[0]['neck'][0], 8, 0, context)
+        return context.read_level()
 
     return make
 
@@ -107,7 +107,7 @@ def detecting(level):
 def test_quality_is_where_the_teacher_detects_a_box_best(detecting):
     """The boxes compete for the cells of all levels; both of these are as far from their mean."""
     context, mask = detecting.context, build_mask(dict(type='PredictionQuality', top_k=2))
-    coarse = ComparedLevel(torch.zeros(2, 6, 4, 6), torch.zeros(2, 6, 4, 6), 16, 1, context)
+    coarse = ComparedLevel(*[torch.zeros(2, 6, 4, 6)] * 3, 1, (8, 16), context)
     fine, coarse = mask.cells(detecting), mask.cells(coarse)
     assert fine.shape == (2, 8, 12) and coarse.shape == (2, 4, 6)
     assert fine[0].max() == 0 and coarse[0].nonzero().tolist() == [[1, 2], [2, 3]]
@@ -119,7 +119,7 @@ def test_quality_is_where_the_teacher_detects_a_box_best(detecting):
 def test_quality_is_computed_once_for_all_levels(detecting, monkeypatch):
     mask = build_mask('PredictionQuality')
     first = mask.cells(detecting)
-    monkeypatch.setattr(PredictionQuality, '_levels', None)
+    monkeypatch.setattr(PredictionQuality, '_spread_quality', None)
     assert torch.equal(mask.cells(detecting), first)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd_det.context import ComparedLevel, DistillContext, LevelError, LevelSpec
+from kd_det.context import DistillContext, LevelError
 from kd_det.masks import build_mask
 
 GOLDENS = Path(__file__).parents[1] / 'goldens'
@@ -16,15 +16,11 @@ STRIDES = (4, 8, 16, 32, 64)
 def compared():
     """Makes the compared levels of a batch, one for each stride."""
 
-    def make(boxes, strides=STRIDES, batch_shape=(128, 192), image_shapes=None, taps=('neck', )) -> list:
-        levels = tuple(LevelSpec(2, stride) for stride in strides)
-        context = DistillContext(
-            student={}, teachers=[], student_levels={tap: levels for tap in taps}, teacher_levels=[], boxes=boxes,
-            labels=[torch.zeros(len(each)) for each in boxes], batch_shape=batch_shape,
-            image_shapes=image_shapes or [batch_shape] * len(boxes))
+    def make(boxes, strides=STRIDES, batch_shape=(128, 192), image_shapes=None) -> list:
         features = [torch.zeros(len(boxes), 2, *(-(-side // stride) for side in batch_shape)) for stride in strides]
-        return [ComparedLevel(feature, feature, stride, index, context)
-                for index, (feature, stride) in enumerate(zip(features, strides))]
+        context = DistillContext.of_features(features, features, strides, boxes, image_shapes=image_shapes,
+                                             batch_shape=batch_shape)
+        return [context.read_level(index) for index in range(len(strides))]
 
     return make
 
@@ -54,7 +50,10 @@ def test_each_box_is_on_one_level_however_many_there_are(mask, strides, compared
 def test_number_of_levels_is_that_of_the_tap(compared):
     """A backbone of four levels, tapped as well, does not shorten the neck's five; what is given goes before."""
     level = compared([torch.tensor([[0., 0., 1000., 1000.]])])[3]
-    level.context.student_levels['backbone'] = level.context.student_levels['neck'][:4]
+    context = level.context
+    for side in (context.student, context.teachers[0], context.student_levels):
+        side['backbone'] = side['neck'][:4]
+    assert build_mask('LevelForeground').cells(context.read_level(3, 'backbone')).any()
     assert not build_mask('LevelForeground').cells(level).any()
     assert build_mask(dict(type='LevelForeground', num_levels=4)).cells(level).any()
 
@@ -98,5 +97,6 @@ def test_no_boxes_no_foreground(mask, compared):
 def test_cells_that_are_not_square_are_refused(mask, compared):
     level = compared([torch.tensor([[0., 0., 30., 30.]])])[0]
     level.teacher = level.teacher[:, :, :, ::2]  # a stride of 8 by 4
-    with pytest.raises(LevelError, match='32 × 24 cells of a batch of 128 × 192 pixels does not have square cells of 4'):
+    message = '32 × 24 cells of a batch of 128 × 192 pixels does not have square cells of 4'
+    with pytest.raises(LevelError, match=message):
         build_mask(mask).cells(level)

@@ -2,7 +2,6 @@
 import pytest
 import torch
 
-from kd_det.context import ComparedLevel
 from kd_det.heads import QueryOutputs
 from kd_det.masks import build_mask
 
@@ -19,7 +18,7 @@ def level(make_context):
     earlier = torch.zeros_like(BOXES), torch.full_like(LOGITS, 9.0)
     context.teacher_outputs = [{'bbox_head.queries': QueryOutputs(torch.stack([earlier[1], LOGITS]),
                                                                   torch.stack([earlier[0], BOXES]), 'sigmoid')}]
-    return ComparedLevel(feature, feature, 8, 0, context)
+    return context.read_level()
 
 
 def test_a_cell_has_the_largest_score_of_the_queries_that_cover_it(level):

@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 
-from kd_det.context import ComparedLevel
+from kd_det.context import DistillContext
 from kd_det.heads import HeadError, Regions, RoIOutputs
 from kd_det.masks import build_mask
 
@@ -22,14 +22,14 @@ def _outputs(seed, classes=3):
 
 
 @pytest.fixture
-def levels(make_context):
+def levels():
     """Two levels, of strides 8 and 16, of a batch of two images of which the second is padded."""
 
     def make(student, teachers):
         maps = [(torch.randn(2, 6, 24, 24), torch.randn(2, 6, 12, 12)) for _ in range(2)]
-        context = make_context(maps[0][0], maps[1][0], [torch.zeros(0, 4)] * 2, (192, 192), [(192, 192), (80, 192)])
+        context = DistillContext.of_features(*maps, image_shapes=[(192, 192), (80, 192)])
         context.student_outputs, context.teacher_outputs = dict(roi_head=student), [dict(roi_head=teachers)]
-        return [ComparedLevel(*each, 8 * 2**index, index, context) for index, each in enumerate(zip(*maps))]
+        return [context.read_level(index) for index in range(2)]
 
     return make
 

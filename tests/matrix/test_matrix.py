@@ -10,7 +10,7 @@ import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from kd_det.config.composition import distillation_config, head_family, method_terms
+from kd_det.config.composition import distillation_config, find_model_family, method_terms
 from kd_det.config.detectors import DETECTORS
 from kd_det.config.files import ConfigurationError
 from kd_det.config.methods import methods
@@ -98,7 +98,7 @@ def lesson(last_lesson, detector_config, distiller, batch_for):
         key = (detector, str(images), equal)
         if key not in last_lesson:
             student = detector_config(detector)
-            methods = {method: method_terms(method, head_family(student)) for method in SERVED
+            methods = {method: method_terms(method, find_model_family(student)) for method in SERVED
                        if detector in SERVED[method]}
             teacher = dict(config=detector_config(detector, teacher=not equal), random_teacher=True, **AS_LOADED)
             model = distiller(student, teacher['config'], teacher=teacher,
@@ -208,7 +208,7 @@ def test_a_method_trains_alone(method, detector_config, distiller, batch_for):
     """As a run has it: what other methods tap is not there."""
     detector = SERVED[method][0]
     student = detector_config(detector)
-    terms = method_terms(method, head_family(student))
+    terms = method_terms(method, find_model_family(student))
     model = awake(distiller(student, detector_config(detector, teacher=True), distill=terms))
     model.set_progress(iteration=1000, epoch=1.0)  # behind any warm-up
     before = model.teacher.fingerprint()

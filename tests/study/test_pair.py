@@ -1,7 +1,8 @@
 import pytest
 from mmengine.config import Config
 
-from kd_det.config.files import ConfigurationError
+from kd_det.config import ConfigurationError
+from kd_det.config.files import load_config
 from kd_det.study.pair import adapt_config, hash_data, read_pair
 from kd_det.study.runs import identify_run
 
@@ -11,6 +12,16 @@ def test_a_distillation_gives_its_student_and_its_teacher():
     assert pair.student.model.type == 'RetinaNet' and 'distill' not in pair.student.default_hooks
     assert pair.teacher.startswith('mmdet::retinanet/retinanet_r101') and pair.checkpoints[0].startswith('https://')
     assert pair.teacher_config().model.backbone.depth == 101
+
+
+def test_a_pair_and_a_student_may_be_config_objects():
+    config = load_config('kd_det::fgd_retinanet_r101_r18.py')
+    pair = read_pair(config)
+    assert pair.student.model.type == 'RetinaNet' and config.model.type == 'mmdet.DetectionDistiller'
+    student = load_config('kd_det::demo/baseline_retinanet_r18.py')
+    assert read_pair(config, student=student).student.model == student.model
+    with pytest.raises(ConfigurationError, match="PAIR '.*baseline_retinanet_r18.py' is no distillation"):
+        read_pair(student)
 
 
 def test_options_win_over_the_pair():

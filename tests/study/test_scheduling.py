@@ -76,7 +76,7 @@ def test_a_training_logs_to_the_trackers_under_its_method_and_seed(jobs, tmp_pat
     trained = []
     monkeypatch.setattr(worker, 'train', lambda name, config, identity: trained.append(config))
     monkeypatch.setattr(worker, 'check_config', lambda config, splits: None)
-    monkeypatch.setattr('kd_det.config.tracking.find_spec', lambda module: True)
+    monkeypatch.setattr('kd_det.training.runner.find_spec', lambda module: True)
     monkeypatch.setattr(worker, 'use_fast_coco_evaluation', lambda: None)
     monkeypatch.setenv('OMP_NUM_THREADS', str(torch.get_num_threads()))
     Config(dict(work_dir=str(tmp_path / 'fgd' / 'seed0'))).dump(tmp_path / 'config.py')

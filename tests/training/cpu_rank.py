@@ -1,4 +1,4 @@
-"""One rank of test_two_ranks.py: trains a config on the CPU, where MMEngine's own launcher insists on a GPU.
+"""One rank of test_runs_on_two_ranks.py: trains a config on the CPU, where MMEngine's own launcher insists on a GPU.
 
 Usage: torchrun cpu_rank.py CONFIG
 """

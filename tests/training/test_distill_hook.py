@@ -109,8 +109,8 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(family, weight, req
 
 
 def _table(runner) -> str:
-    from kd_det.training.hooks import origin_table
-    return origin_table(runner.model)
+    from kd_det.training.hooks import build_origin_table
+    return build_origin_table(runner.model)
 
 
 def _assert_equal(a, b, path=''):

@@ -1,8 +1,8 @@
 """Query distillation: classes and boxes of queries, paired by box and by cost.
 
-Neither the form of the classes nor the weights are DETRDistill's: the task's own gradient did worse than a fifth of it on
-every seed that we tried (docs/results.md), so a fifth is the default. The boxes warm up, because DETRs start with layers
-that regress nothing, which pass no gradient on.
+Neither the form of the classes nor the weights are DETRDistill's: the task's own gradient did worse than a fifth of it
+on every seed that we tried (docs/results.md), so a fifth is the default. The boxes warm up, because DETRs start with
+layers that regress nothing, which pass no gradient on.
 """
 __about__ = dict(
     paper='after DETRDistill, arXiv 2211.10156',

@@ -55,9 +55,7 @@ def modulated_deform_conv_forward(input: Tensor, weight: Tensor, bias: Tensor, o
     """Writes ``output``, (N, C_out, H_out, W_out).
 
     Args:
-        input: as in :func:`deform_conv_forward`.
-        weight: as there.
-        offset: as there.
+        input, weight, offset: as in :func:`deform_conv_forward`.
         bias: (C_out,); empty unless ``with_bias``.
         mask: (N, deformable_group * kernel_h * kernel_w, H_out, W_out), the weight of each sample.
 

@@ -17,8 +17,7 @@ def roi_align_forward(input: Tensor, rois: Tensor, output: Tensor, argmax_y: Ten
         input: (N, C, H, W).
         rois: (K, 5) as image index, x1, y1, x2, y2.
         output: (K, C, aligned_height, aligned_width), written.
-        argmax_y: used by max pooling only.
-        argmax_x: used by max pooling only.
+        argmax_y, argmax_x: used by max pooling only.
         spatial_scale: feature cells per pixel of ``rois``.
         sampling_ratio: samples a bin and axis; 0 adapts to the size of the box.
         pool_mode: 1 for the average; 0, the maximum, is not served.

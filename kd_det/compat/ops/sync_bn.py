@@ -22,12 +22,9 @@ def sync_bn_forward_output(input: Tensor, mean: Tensor, var: Tensor, weight: Ten
 
     Args:
         input: (N, C, cells).
-        mean: (C,), of all ranks.
-        var: (C,), of all ranks.
-        weight: (C,); or None.
-        bias: (C,); or None.
-        running_mean: (C,), moved by ``momentum``; or None.
-        running_var: (C,), moved by ``momentum``, without bias; or None.
+        mean, var: (C,), of all ranks.
+        weight, bias: (C,); or None.
+        running_mean, running_var: (C,), moved by ``momentum``; the variance without bias. Or None.
         norm: as ``input``, written: normalised, for the backward pass.
         std: (C,), written.
         output: as ``input``, written: ``norm`` times ``weight`` plus ``bias``.

@@ -24,8 +24,7 @@ def carafe_forward(features: Tensor, masks: Tensor, rfeatures: Tensor, routput: 
         masks: (N, group_size * kernel_size^2, H * scale_factor, W * scale_factor), the kernels; a group of
             C / group_size channels shares one.
         rfeatures: written for the backward pass: the features as (N, H, W, C).
-        routput: a buffer of mmcv's kernels, not used.
-        rmasks: a buffer of mmcv's kernels, not used.
+        routput, rmasks: buffers of mmcv's kernels, not used.
     """
     n, c, h, w = features.shape
     rfeatures.resize_(n, h, w, c).copy_(features.permute(0, 2, 3, 1))
@@ -64,8 +63,7 @@ def masked_im2col_forward(im: Tensor, mask_h_idx: Tensor, mask_w_idx: Tensor, co
 
     Args:
         im: (1, C, H, W); beyond its padding, too, it counts 0.
-        mask_h_idx: (K,), row of each output cell.
-        mask_w_idx: (K,), column of each output cell.
+        mask_h_idx, mask_w_idx: (K,), row and column of each output cell.
     """
     _, channels, height, width = im.shape
     rows = mask_h_idx[:, None] - pad_h + torch.arange(kernel_h, device=im.device)

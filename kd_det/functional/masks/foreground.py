@@ -1,4 +1,7 @@
-"""Paints many rectangles, or runs of cells, onto maps, without a loop over them."""
+"""Cells that boxes or regions cover, the other ones, and those of padding; and how they are painted.
+
+Many rectangles, or runs of cells, are painted onto a map without a loop over them and without a table of cells × boxes.
+"""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -8,103 +11,6 @@ import torch
 from torch import Tensor
 
 from kd_det.functional.boxes import concatenate
-
-
-def paint_rectangles(
-    left: Tensor,
-    top: Tensor,
-    right: Tensor,
-    bottom: Tensor,
-    weight: Tensor,
-    image: Tensor,
-    num_images: int,
-    feature_shape: tuple[int, int],
-) -> Tensor:
-    """At each cell the largest weight of the rectangles that cover it; 0 where none does.
-
-    A two-dimensional segment tree: each rectangle is a few aligned blocks whose sides are powers of two; their weights
-    are scattered once and then handed down, size by size, to the single cells. No table of cells × rectangles.
-
-    Args:
-        left: (B,) first column of each rectangle; what lies beyond the map is cut off.
-        top: (B,) first row.
-        right: (B,) last column, inclusive.
-        bottom: (B,) last row, inclusive.
-        weight: (B,) at least 0.
-        image: (B,) long, index of the image that the rectangle is on.
-        num_images: N.
-        feature_shape: (H, W) of the map in cells.
-
-    Returns:
-        (N, H, W) in the weight's dtype.
-    """
-    height, width = feature_shape
-    rows, in_rows, num_rows = _aligned_blocks(top, bottom, height)
-    columns, in_columns, num_columns = _aligned_blocks(left, right, width)
-    index = (image[:, None] * num_rows + rows)[:, :, None] * num_columns + columns[:, None, :]
-    used = in_rows[:, :, None] & in_columns[:, None, :]
-    blocks = weight.new_zeros(num_images * num_rows * num_columns)
-    blocks.scatter_reduce_(0, index.flatten(), (weight[:, None, None] * used).flatten(), 'amax')
-    blocks = _hand_down(blocks.view(num_images, num_rows, num_columns), width)
-    return _hand_down(blocks.mT, height).mT.contiguous()
-
-
-def paint_runs(first: Tensor, stop: Tensor, image: Tensor, num_images: int, width: int) -> Tensor:
-    """1 at each cell that a run of cells covers, 0 at the others.
-
-    Where a run begins the number of runs grows by 1, where it stops it falls; summed along the row, that is how many
-    cover a cell.
-
-    Args:
-        first: (..., B, H) long, in each row the column where the run of a box begins, 0 to W.
-        stop: (..., B, H) long, the column after its last one, 0 to W; the run is empty if this is not after ``first``.
-        image: (B,) long, index of the image that the box is on.
-        num_images: N.
-        width: W, columns of the map.
-
-    Returns:
-        (N, H, W) float32 of 0 and 1.
-    """
-    height = first.shape[-1]
-    rows = image[:, None] * height + torch.arange(height, device=image.device)
-    changes = torch.zeros(num_images * height * (width + 1), dtype=torch.int32, device=first.device)
-    for column, change in ((first, 1), (torch.maximum(first, stop), -1)):
-        index = (rows * (width + 1) + column).flatten()
-        changes.scatter_add_(0, index, changes.new_full((1, ), change).expand_as(index))
-    covering = changes.view(num_images, height, width + 1).cumsum(2)[:, :, :width]
-    return (covering > 0).float()
-
-
-def _block_counts(length: int) -> list[int]:
-    """How many aligned blocks of 1, 2, 4, ... cells cover a line of ``length`` cells, up to a single block."""
-    return [ceil(length / 2**size) for size in range((length - 1).bit_length() + 1)]
-
-
-def _aligned_blocks(first: Tensor, last: Tensor, length: int) -> tuple[Tensor, Tensor, int]:
-    """Covers each interval ``first..last`` of a line exactly by aligned blocks, at most two of each size.
-
-    Returns:
-        Block indices (B, 2·sizes), whether each is in use (same shape), and the number of blocks of all sizes.
-    """
-    counts = _block_counts(length)
-    size = torch.arange(len(counts), device=first.device)
-    count = (length + (1 << size) - 1) >> size
-    begin = first.clamp(0, length).long()[:, None]
-    end = last.clamp(-1, length - 1).long()[:, None] + 1
-    # What is left of the interval once blocks smaller than 2^size have been taken off both of its ends.
-    begin, end = (begin + (1 << size) - 1) >> size, end >> size
-    remains = begin < end
-    used = torch.cat([remains & (begin % 2 == 1), remains & (end % 2 == 1)], 1)
-    block = torch.stack([begin, end - 1], 1).clamp(min=0).minimum(count - 1) + count.cumsum(0) - count
-    return block.flatten(1), used, sum(counts)
-
-
-def _hand_down(blocks: Tensor, length: int) -> Tensor:
-    """Gives each cell of the last dimension the largest weight of the blocks of all sizes that hold it."""
-    *finer, covered = blocks.split(_block_counts(length), dim=-1)
-    for level in reversed(finer):
-        covered = torch.maximum(level, covered.repeat_interleave(2, dim=-1)[..., :level.shape[-1]])
-    return covered
 
 
 @torch.no_grad()
@@ -138,19 +44,20 @@ def box_foreground(
     if weighting not in ('binary', 'inverse_area'):
         raise ValueError(f"weighting={weighting!r}: expected 'binary' or 'inverse_area'.")
     corners, image = concatenate(boxes)
-    if image_shapes is None:
-        height, width = batch_shape
-    else:
+    height: float | Tensor
+    width: float | Tensor
+    height, width = batch_shape
+    if image_shapes is not None:
         shapes = torch.tensor([tuple(shape[:2]) for shape in image_shapes], dtype=corners.dtype)
         height, width = shapes.to(corners.device, non_blocking=True)[image].unbind(1)
-    x1, y1, x2, y2 = corners.unbind(-1)
+    x1, y1, x2, y2 = corners.unbind(1)
     left, right = (x1 * feature_shape[1] / width).floor(), (x2 * feature_shape[1] / width).ceil()
     top, bottom = (y1 * feature_shape[0] / height).floor(), (y2 * feature_shape[0] / height).ceil()
-    if weighting == 'binary':
-        weight = torch.ones_like(left)
-    else:
-        weight = 1 / (bottom + 1 - top).clamp(min=1) / (right + 1 - left).clamp(min=1)
-    return paint_rectangles(left, top, right, bottom, weight, image, len(boxes), feature_shape)
+    weight = torch.ones_like(left)
+    if weighting == 'inverse_area':
+        weight = weight / (bottom + 1 - top).clamp(min=1) / (right + 1 - left).clamp(min=1)
+    first, last = torch.stack([left, top], 1), torch.stack([right, bottom], 1)
+    return paint_rectangles(first, last, weight, image, len(boxes), feature_shape)
 
 
 @torch.no_grad()
@@ -224,4 +131,100 @@ def region_foreground(
     scale = cells / rois.new_tensor([batch_shape[1], batch_shape[0]])
     first = (rois[:, 1:3] * scale).floor()
     last = torch.maximum((rois[:, 3:] * scale).ceil() - 1, first)  # a region without area is on one cell
-    return paint_rectangles(*first.unbind(1), *last.unbind(1), values, rois[:, 0].long(), num_images, feature_shape)
+    return paint_rectangles(first, last, values, rois[:, 0].long(), num_images, feature_shape)
+
+
+@torch.no_grad()
+def paint_rectangles(
+    first: Tensor,
+    last: Tensor,
+    weight: Tensor,
+    image: Tensor,
+    num_images: int,
+    feature_shape: tuple[int, int],
+) -> Tensor:
+    """At each cell the largest weight of the rectangles that cover it; 0 where none does.
+
+    A two-dimensional segment tree: each rectangle is a few aligned blocks whose sides are powers of two; their weights
+    are scattered once and then handed down, size by size, to the single cells. No table of cells × rectangles.
+
+    Args:
+        first: (B, 2) first column and row of each rectangle; what lies beyond the map is cut off.
+        last: (B, 2) last column and row, inclusive.
+        weight: (B,) at least 0.
+        image: (B,) long, index of the image that the rectangle is on.
+        num_images: N.
+        feature_shape: (H, W) of the map in cells.
+
+    Returns:
+        (N, H, W) in the weight's dtype.
+    """
+    height, width = feature_shape
+    columns, in_columns, num_columns = _aligned_blocks(first[:, 0], last[:, 0], width)
+    rows, in_rows, num_rows = _aligned_blocks(first[:, 1], last[:, 1], height)
+    index = (image[:, None] * num_rows + rows)[:, :, None] * num_columns + columns[:, None, :]
+    used = in_rows[:, :, None] & in_columns[:, None, :]
+    blocks = weight.new_zeros(num_images * num_rows * num_columns)
+    blocks.scatter_reduce_(0, index.flatten(), (weight[:, None, None] * used).flatten(), 'amax')
+    blocks = _hand_down(blocks.view(num_images, num_rows, num_columns), width)
+    return _hand_down(blocks.mT, height).mT.contiguous()
+
+
+@torch.no_grad()
+def paint_runs(first: Tensor, stop: Tensor, image: Tensor, num_images: int, width: int) -> Tensor:
+    """1 at each cell that a run of cells covers, 0 at the others.
+
+    Where a run begins the number of runs grows by 1, where it stops it falls; summed along the row, that is how many
+    cover a cell.
+
+    Args:
+        first: (..., B, H) long, in each row the column where the run of a box begins, 0 to W.
+        stop: (..., B, H) long, the column after its last one, 0 to W; the run is empty if this is not after ``first``.
+        image: (B,) long, index of the image that the box is on.
+        num_images: N.
+        width: W, columns of the map.
+
+    Returns:
+        (N, H, W) float32 of 0 and 1.
+    """
+    height = first.shape[-1]
+    rows = image[:, None] * height + torch.arange(height, device=image.device)
+    changes = torch.zeros(num_images * height * (width + 1), dtype=torch.int32, device=first.device)
+    for column, change in ((first, 1), (torch.maximum(first, stop), -1)):
+        index = (rows * (width + 1) + column).flatten()
+        changes.scatter_add_(0, index, changes.new_full((1, ), change).expand_as(index))
+    covering = changes.view(num_images, height, width + 1).cumsum(2)[:, :, :width]
+    return (covering > 0).float()
+
+
+def _block_counts(length: int) -> list[int]:
+    """How many aligned blocks of 1, 2, 4, ... cells cover a line of ``length`` cells, up to a single block."""
+    return [ceil(length / 2**size) for size in range((length - 1).bit_length() + 1)]
+
+
+def _aligned_blocks(first: Tensor, last: Tensor, length: int) -> tuple[Tensor, Tensor, int]:
+    """Covers each interval ``first..last`` of a line exactly by aligned blocks, at most two of each size.
+
+    Returns:
+        Block indices (B, 2·sizes), whether each is in use (same shape), and the number of blocks of all sizes.
+    """
+    counts = _block_counts(length)
+    size = torch.arange(len(counts), device=first.device)
+    blocks_of = (length + (1 << size) - 1) >> size
+    begin = first.clamp(0, length).long()[:, None]
+    end = last.clamp(-1, length - 1).long()[:, None] + 1
+    # What is left of the interval once blocks smaller than 2^size have been taken off both of its ends.
+    begin, end = (begin + (1 << size) - 1) >> size, end >> size
+    remains = begin < end
+    used = torch.cat([remains & (begin % 2 == 1), remains & (end % 2 == 1)], 1)
+    block = torch.stack([begin, end - 1], 1).clamp(min=0).minimum(blocks_of - 1) + blocks_of.cumsum(0) - blocks_of
+    return block.flatten(1), used, sum(counts)
+
+
+def _hand_down(blocks: Tensor, length: int) -> Tensor:
+    """Gives each cell of the last dimension the largest weight of the blocks of all sizes that hold it."""
+    covered: Tensor
+    *finer, covered = blocks.split(_block_counts(length), dim=-1)
+    for level in reversed(finer):
+        covered = torch.maximum(level, covered.repeat_interleave(2, dim=-1)[..., :level.shape[-1]])
+    return covered

@@ -1,4 +1,4 @@
-"""Boxes that belong to one level of the pyramid each, and the cells that they or their anchors mark there."""
+"""Boxes and priors of a pyramid: a box's level, the cells that it or its anchors mark there, its valuable priors."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def level_foreground(
     first = torch.where(empty, torch.minimum(first, size - 1), first)
     last = torch.where(empty, first, stop - 1)
     weight = belongs.to(corners.dtype)
-    return paint_rectangles(*first.unbind(1), *last.unbind(1), weight, image, len(boxes), feature_shape)
+    return paint_rectangles(first, last, weight, image, len(boxes), feature_shape)
 
 
 @torch.no_grad()

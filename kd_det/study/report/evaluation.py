@@ -28,7 +28,6 @@ from kd_det.functional.masks import spatial_attention, valid_cells
 from kd_det.losses import FeatureTerm
 from kd_det.registry import build_detector, scope_of, within_scope
 from kd_det.study.maps import make_mask_maps, observe_comparisons
-from kd_det.study.pictures import image_uri, map_uri
 from kd_det.study.report.detections import (
     Detection,
     Validation,
@@ -41,6 +40,7 @@ from kd_det.study.report.studies import Study, TrainedRun, identify_file, load_o
 from kd_det.teachers import TeacherError, read_model_config
 from kd_det.teachers.loading import find_class_names
 from kd_det.training.hooks import CHECKPOINT_KEY
+from kd_det.training.pictures import image_uri, map_uri
 
 SHOWN_FROM = 0.05  # score of a box
 TEACHER = 'teacher'

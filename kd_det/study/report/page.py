@@ -25,10 +25,10 @@ from mmengine.logging import MMLogger
 from kd_det import __version__
 from kd_det.config.files import set_data_root
 from kd_det.config.options import merge_options
-from kd_det.study.pictures import Curve, draw_curves
 from kd_det.study.report.evaluation import TEACHER
 from kd_det.study.report.studies import read_studies
 from kd_det.study.report.summary import collect, name_baseline
+from kd_det.training.pictures import Curve, draw_curves
 
 PULLS = {'pull': 'pull, as weighted (task: 1)', 'unweighted_pull': 'pull before weighting (task: 1)'}
 

@@ -15,11 +15,11 @@ from kd_det.config import ConfigurationError
 from kd_det.config.files import is_distillation, load_config, type_name
 from kd_det.distillers import build_schedule
 from kd_det.study.fidelity import FIDELITY_FILE
-from kd_det.study.pictures import Curve
 from kd_det.study.results import summarize, summarize_fidelity
 from kd_det.study.runs import RESULT_FILE
 from kd_det.study.scheduling import CONFIG_FILE
 from kd_det.study.variants import PLAIN
+from kd_det.training.pictures import Curve
 
 FOLDER = 'report'
 
@@ -120,7 +120,7 @@ def collect_term_curves(config: Config, scalars: list[Scalars]) -> dict[str, dic
 
     Args:
         config: Of the runs.
-        scalars: What each of them logged, see :func:`kd_det.study.pictures.read_scalars`.
+        scalars: What each of them logged, see :func:`kd_det.training.pictures.read_scalars`.
 
     Returns:
         Term -> ``loss``: the weighted loss of each run; ``parts``: name -> the weighted part of each run; ``pull``: of

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from kd_det.study.pictures import read_scalars
 from kd_det.study.report.detections import CURVES, choose_evenly, find_images, load_validation
 from kd_det.study.report.evaluation import TEACHER, evaluate_study
 from kd_det.study.report.studies import Study, collect_task_curves, collect_term_curves, subtract_terms
@@ -21,6 +20,7 @@ from kd_det.study.results import (
     variant_rows,
 )
 from kd_det.study.variants import PLAIN, find_twin
+from kd_det.training.pictures import read_scalars
 
 METRIC = 'bbox_mAP'
 INHERIT = 'inherit'  # the student that starts from the teacher's weights and learns from nothing else

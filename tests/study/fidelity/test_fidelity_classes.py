@@ -7,7 +7,7 @@ from mmengine.structures import InstanceData
 
 from kd_det.config.classes import match_classes
 from kd_det.config.files import ConfigurationError
-from kd_det.study.distributions import ClassDistributions, class_kl, classifying_head
+from kd_det.study.distributions import ClassDistributions, class_kl, find_classifying_head
 from kd_det.study.fidelity import FidelityMetric
 from kd_det.teachers import TeacherError
 
@@ -45,7 +45,7 @@ def test_a_sigmoid_head_on_either_side_is_compared_class_by_class(student, teach
 def says(detector, *probabilities):
     """Makes a detector say the same of every box; the background's probability is what is left."""
     wanted = torch.tensor(probabilities)
-    if classifying_head(detector) == 'roi_head':
+    if find_classifying_head(detector) == 'roi_head':
         layer, bias = detector.roi_head.bbox_head.fc_cls, torch.cat([wanted, 1 - wanted.sum().reshape(1)]).log()
     else:
         layer, bias = detector.bbox_head.retina_cls, wanted.logit()

@@ -4,7 +4,7 @@ import torch
 from mmengine.structures import InstanceData
 
 from kd_det.functional.fidelity import moments
-from kd_det.study.distributions import speaking_priors
+from kd_det.study.distributions import select_priors
 from kd_det.study.fidelity import FidelityMetric
 
 
@@ -173,7 +173,7 @@ def test_the_prior_that_speaks_fits_and_is_sure(retinanet):
     with torch.no_grad():
         dense = read_dense(head, head([torch.randn(1, 8, size, size) for size in (8, 4, 2, 1, 1)]))
     boxes = torch.tensor([[5.0, 6.0, 40.0, 44.0], [30.0, 2.0, 62.0, 30.0]])
-    chosen = speaking_priors(dense, 0, boxes, (64, 64))
+    chosen = select_priors(dense, 0, boxes, (64, 64))
     decoded = clip_boxes_to_image(torch.cat([level[0] for level in dense.boxes]), (64, 64))
     scores = torch.cat([level[0].sigmoid().amax(-1) for level in dense.logits])
     for box, prior in zip(boxes, chosen):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kd_det.study.pictures import map_uri
 from kd_det.study.report.summary import state_differences, write_verdict
 from kd_det.study.results import COSTS, METRICS, summarize, variant_rows
+from kd_det.training.pictures import map_uri
 
 
 def _photograph(random, width: int, height: int) -> str:

@@ -8,7 +8,7 @@ from mmengine.config import Config
 from kd_det.cli.main import main
 from kd_det.compat import load_checkpoint
 from kd_det.config.files import ConfigurationError
-from kd_det.study.report.page import render
+from kd_det.study.report.page import render, report
 from kd_det.study.report.studies import read_studies
 from kd_det.study.report.summary import _compare_classes, _put_in_words, collect
 
@@ -149,6 +149,10 @@ def test_the_command_makes_a_page_of_a_training(run_config, retinanet, make_runn
     teacher = load_checkpoint(tmp_path / 'teacher' / 'epoch_1.pth')
     teacher['meta']['dataset_meta']['classes'] = ('red', 'blue', 'green')
     torch.save(teacher, tmp_path / 'teacher' / 'epoch_1.pth')
+    made = report(tmp_path / 'run', out=tmp_path / 'one.html', images=1, log=lambda text: None)
+    assert list(made.verdicts) == ['run'] and 'no benchmark' in made.verdicts['run'] and made.file.is_file()
+    assert json.loads(json.dumps(made.to_dict()))['studies'][0]['variants'] == ['run']
+    assert 'no benchmark' in made._repr_html_() and '<iframe srcdoc="&lt;!DOCTYPE html&gt;' in made._repr_html_()
     assert main(['report', str(tmp_path / 'run'), '--show', '5', '--out', str(tmp_path / 'small.html')]) == 0
     assert detections.stat().st_mtime_ns == kept
     shown = (tmp_path / 'small.html').read_text()

@@ -1,8 +1,10 @@
+"""What a run notes of code, libraries and machine, and what it evaluates with."""
 import subprocess
 
 import pytest
+from mmdet.evaluation.metrics import coco_metric
 
-from kd_det.study.runs import CHECKOUT, describe_environment, find_commit
+from kd_det.study.runs import CHECKOUT, describe_environment, find_commit, use_fast_coco_evaluation
 
 
 @pytest.fixture
@@ -57,3 +59,17 @@ def test_environment_tells_code_libraries_and_machine():
     found = describe_environment(threads=3)
     assert found['commit'] == find_commit(CHECKOUT) and (CHECKOUT / 'kd_det').is_dir()
     assert found['versions']['torch'] and found['machine']['threads'] == 3
+
+
+def test_coco_metric_evaluates_with_the_faster_library_where_it_is_installed(tmp_path, monkeypatch):
+    """A stand-in for the library: what counts is that MMDetection's metric takes its class."""
+    monkeypatch.setattr(coco_metric, 'COCOeval', coco_metric.COCOeval)  # put back at the end
+    (tmp_path / 'faster_coco_eval.py').write_text('class COCOeval_faster: pass\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert use_fast_coco_evaluation() and coco_metric.COCOeval.__name__ == 'COCOeval_faster'
+
+
+def test_without_it_nothing_changes(monkeypatch):
+    before = coco_metric.COCOeval
+    monkeypatch.setattr('kd_det.study.runs.find_spec', lambda name: None)
+    assert not use_fast_coco_evaluation() and coco_metric.COCOeval is before

@@ -1,3 +1,4 @@
+"""Pictures, by what is drawn in them."""
 import copy
 import json
 import warnings
@@ -11,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from mmengine.structures import InstanceData
 
-from kd_det.study import pictures
-from kd_det.study.pictures import (
+from kd_det.training import pictures
+from kd_det.training.pictures import (
     draw_channels,
     draw_curves,
     draw_detections,
@@ -185,8 +186,7 @@ def fonts(monkeypatch):
         monkeypatch.setattr(pictures.font_manager, 'findSystemFonts', list)
         charmap = pictures._read_signs.__wrapped__
         monkeypatch.setattr(pictures, '_read_signs',
-                            lambda file:
-                            set(map(ord, more[file])) if file in more else charmap(file))
+                            lambda file: set(map(ord, more[file])) if file in more else charmap(file))
         pictures._find_fonts.cache_clear()
 
     yield make
@@ -231,3 +231,17 @@ def test_an_installed_font_shows_them(tmp_path):
     figure.subplots().set_title('猫')
     title, families = drawn(figure, tmp_path)
     assert title == '猫' and len(families) == 2
+
+
+def test_channels_are_sorted_lines_by_level():
+    axes, = draw_channels({'stride 8': np.array([1.0, 3.0, 2.0]), 'stride 16': np.array([0.5, 0.5])}).axes
+    fine, coarse = axes.get_lines()
+    np.testing.assert_allclose(fine.get_xydata(), [[1, 3], [2, 2], [3, 1]])
+    np.testing.assert_allclose(coarse.get_ydata(), [0.5, 0.5])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ['stride 8', 'stride 16']
+    assert axes.get_ylim()[0] == 0
+
+
+def test_channels_of_no_level_are_an_error():
+    with pytest.raises(ValueError, match='nothing to draw'):
+        draw_channels({})

@@ -1,3 +1,4 @@
+"""A whole run on two ranks: pre-flight, training, validation and saving."""
 import os
 import subprocess
 import sys

@@ -6,7 +6,6 @@ from mmengine.config import Config
 from PIL import Image
 
 from kd_det.config.files import ConfigurationError
-from kd_det.study.pictures import MAP_COLOURS, MAX_CELLS, image_uri, map_uri
 from kd_det.study.report.detections import LabelledImage, build_ground_truth, choose_evenly, evaluate_boxes, find_images
 from kd_det.study.report.evaluation import _draw_map, _match_classes, _relabel, describe_mask
 from kd_det.study.report.page import place_differences
@@ -18,6 +17,7 @@ from kd_det.study.report.summary import (
     state_differences,
     write_verdict,
 )
+from kd_det.training.pictures import MAP_COLOURS, MAX_CELLS, image_uri, map_uri
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
 """From the runs' numbers to what is printed."""
+import json
 from io import StringIO
 
 import pytest
 from rich.console import Console
 
+from kd_det.study.benchmark import BenchmarkResult
 from kd_det.study.results import format_difference, format_markdown, mark_twins, summarize, tabulate, variant_rows
 
 
@@ -99,3 +101,11 @@ def test_a_method_is_compared_with_the_plain_student_in_its_setting():
     assert summary[f'none{mixed}']['bbox_mAP']['difference'] == pytest.approx(4.0)
     mark_twins(runs)
     assert [run['same_order'] for run in runs] == [True] * 3
+
+
+def test_a_result_is_json_and_tables_of_a_notebook(results, tmp_path):
+    result = BenchmarkResult(tmp_path, results)
+    assert [run['variant'] for run in result.failed_runs] == ['broken']
+    assert json.loads(json.dumps(result.to_dict()))['summary']['better']['bbox_mAP']['verdict'] == 'gain'
+    html = result._repr_html_()
+    assert html.count('<table>') == 3 and '>+2.0 ± 0.5</td>' in html and 'no difference shown (+1.0 ± ' in html

@@ -1,0 +1,390 @@
+"""One call for each thing that is done with one detector: train it, distil into it, evaluate it, export it."""
+from __future__ import annotations
+
+import base64
+import copy
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from mmdet.engine.hooks.utils import trigger_visualization_hook
+from mmdet.evaluation import DumpDetResults
+from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
+from mmengine.runner import Runner
+
+from kd_det.checks.data import check_labels
+from kd_det.checks.doctor import check_config, explain
+from kd_det.checks.image_reader import Memory
+from kd_det.checks.images import check_images, student_channels
+from kd_det.compat import CheckpointError
+from kd_det.compat.console import TextTable
+from kd_det.config import ConfigurationError
+from kd_det.config.composition import distillation_config, ensemble
+from kd_det.config.files import imports_of, leaf_datasets, renamed, set_data_root, student_config, type_name
+from kd_det.config.methods import available_methods, name_sum
+from kd_det.config.options import merge_options, resolve_config, set_epochs
+from kd_det.registry import HOME, build_detector, enter_scope, scope_of
+from kd_det.teachers import load_strictly
+from kd_det.training.pictures import draw_curves, names_to_draw, read_scalars
+from kd_det.training.runner import add_trackers, build_optimizer, build_runner, check_start, use_one_metainfo
+
+CURVES = 4  # metrics whose curves a notebook shows
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a training, or an evaluation, left behind.
+
+    Attributes:
+        work_dir: Folder of its logs and checkpoints.
+        config: The file that repeats it; None where there is none.
+        checkpoint: The last checkpoint of a training, a plain student's; that which was evaluated.
+        best_checkpoint: The best one by the config's ``save_best``; None where it keeps none.
+        metrics: What the last evaluation found, such as ``coco/bbox_mAP``, 0 to 1.
+        epochs: Done, those before a resume among them.
+        iterations: Done, likewise.
+        scalars: MMEngine's logs of the run and of those that it resumed, oldest first.
+    """
+    work_dir: Path
+    config: Path | None = None
+    checkpoint: Path | None = None
+    best_checkpoint: Path | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    epochs: int = 0
+    iterations: int = 0
+    scalars: tuple[Path, ...] = ()
+
+    def tabulate(self) -> TextTable:
+        """Makes a table of the metrics and of where everything is."""
+        files = (('config', self.config), ('checkpoint', self.checkpoint), ('best checkpoint', self.best_checkpoint))
+        rows = [(name, f'{value:.4g}') for name, value in self.metrics.items()]
+        rows += [(name, str(file)) for name, file in files if file is not None]
+        return TextTable(str(self.work_dir), ('', ''), rows, words=(0, 1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all of it as JSON can hold it."""
+        files = {name: None if getattr(self, name) is None else str(getattr(self, name))
+                 for name in ('work_dir', 'config', 'checkpoint', 'best_checkpoint')}
+        return {**asdict(self), **files, 'scalars': list(map(str, self.scalars))}
+
+    def _repr_html_(self) -> str:
+        """The table, and the curves of the loss and of the first metrics."""
+        logged = read_scalars(self.scalars) if self.scalars else {}
+        panels = {name: {self.work_dir.name: [logged[name]]} for name in ('loss', *self.metrics) if logged.get(name)}
+        if not panels:
+            return self.tabulate().to_html()
+        picture = BytesIO()
+        draw_curves(dict(list(panels.items())[:CURVES])).savefig(picture, format='png')
+        encoded = base64.b64encode(picture.getvalue()).decode()
+        return f'{self.tabulate().to_html()}<img alt="learning curves" src="data:image/png;base64,{encoded}">'
+
+
+def train(config: str | Path | Config, *, data_root: str | None = None, work_dir: str | Path | None = None,
+          epochs: int | None = None, seed: int | None = None, amp: bool = False, auto_scale_lr: bool = False,
+          resume: bool | str | Path = False, launcher: str = 'none', check_images: int | None = None,
+          trackers: Sequence[str] = (), options: dict[str, Any] | None = None) -> RunResult:
+    """Trains a detector from a config, with or without distillation, after a look at what would fail.
+
+    Args:
+        config: A file, ``'package::folder/file.py'``, or a config, which stays as it is.
+        data_root: Folder of the data, in place of the config's.
+        work_dir: For logs and checkpoints; the config's, or ``work_dirs/CONFIG``, by default.
+        epochs: Train for so many, the schedules stretched with them; as the config says by default.
+        seed: Of all random numbers; the config's, or one that MMEngine draws, by default.
+        amp: Train with automatic mixed precision, on a GPU.
+        auto_scale_lr: Scale the learning rate with the batch size, by the config's ``base_batch_size``.
+        resume: Go on from the latest checkpoint in the work dir, or from this one.
+        launcher: ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``: what started this process as one of several.
+        check_images: Read so many images of each data set before, and stop at what can not be read; all by default, 0
+            for none.
+        trackers: ``'tensorboard'``, ``'wandb'``, ``'mlflow'``: where it logs, too.
+        options: Settings that override the config, by dotted key.
+
+    Raises:
+        DiagnosisError: A file is missing, the data is empty or unreadable, class counts differ, or labels mean
+            something else than the data's metainfo says.
+        CheckpointError: The checkpoint to resume is of another detector, or that to start from has nothing of this one.
+        ConfigurationError: Something of the config can not be built.
+    """
+    config = resolve_config(config)
+    _set_run(config, Path(config.filename or 'config').stem, data_root, work_dir, epochs, seed, amp, auto_scale_lr,
+             launcher, trackers, options)
+    return _train(config, resume, check_images)
+
+
+def distill(student: str | Path | Config, teacher: str | Path, checkpoint: str | Path | Sequence[str | Path],
+            method: str = 'fgd', *, data_root: str | None = None, work_dir: str | Path | None = None,
+            epochs: int | None = None, inherit: str | Sequence[str] = 'auto', balance: float | str | None = None,
+            seed: int | None = None, amp: bool = False, resume: bool | str | Path = False, launcher: str = 'none',
+            options: dict[str, Any] | None = None, family: str = '', auto_scale_lr: bool = False,
+            check_images: int | None = None, trackers: Sequence[str] = (),
+            on_config: Callable[[Config], None] | None = None) -> RunResult:
+    """Composes a distillation out of a student's config and a teacher, saves it in the work dir, and trains it.
+
+    The student's config alone decides data, classes, schedule and evaluation.
+
+    Args:
+        student: Config of the detector to train: a file, ``'mmdet::folder/file.py'``, or a config.
+        teacher: Config of the teacher: a file, or ``'mmdet::folder/file.py'``.
+        checkpoint: The teacher's weights: a file or an address; from several, all trained with this config, the student
+            learns as from an ensemble.
+        method: One of :func:`kd_det.methods`, the file of another, ``'package::folder/file.py'``, or a sum: ``'a+b'``.
+        data_root: See :func:`train`, as for all that is not told here.
+        work_dir: For logs, checkpoints and the config; ``work_dirs/STUDENT_METHOD`` by default.
+        epochs: Train for so many, the schedules stretched with them.
+        inherit: Parts of the student that start from the teacher's weights where shapes agree; ``'auto'`` for all but
+            the backbone, ``()`` for none.
+        balance: Keep each method's gradient on the student's features at this ratio of the task's; ``'paper'`` for the
+            published weights. 1, unless the method's file says otherwise.
+        seed: Of all random numbers.
+        amp: Automatic mixed precision.
+        resume: Go on from the latest checkpoint in the work dir, or from this one.
+        launcher: What started this process as one of several.
+        options: Settings that override the config that is made, by dotted key.
+        family: Whose published weights to use, of :data:`~kd_det.config.choices.FAMILIES`; told by the student's heads
+            by default.
+        auto_scale_lr: Scale the learning rate with the batch size.
+        check_images: Read so many images of each data set before.
+        trackers: Where it logs, too.
+        on_config: Given the config, once it is saved and before it is trained.
+
+    Raises:
+        ConfigurationError: The student is a distillation already, the method does not serve it, or a setting is wrong.
+        TeacherError: The teacher's config or weights can not serve; or it detects nothing on the validation images.
+        DiagnosisError: See :func:`train`.
+        CheckpointError: See :func:`train`.
+    """
+    checkpoints = [str(checkpoint)] if isinstance(checkpoint, (str, Path)) else list(map(str, checkpoint))
+    if not checkpoints:
+        raise ConfigurationError('There is no checkpoint of the teacher: give a file or an address, or several.')
+    config = distillation_config(student if isinstance(student, Config) else str(student), str(teacher), checkpoints[0],
+                                 method, inherit, family, balance)
+    several = f'_{len(checkpoints)}_teachers' if len(checkpoints) > 1 else ''
+    source = (student.filename or 'student') if isinstance(student, Config) else student
+    name = f'{Path(source).stem}_{name_sum(method)}{several}'
+    if several:
+        config = ensemble(config, checkpoints)
+    _set_run(config, name, data_root, work_dir, epochs, seed, amp, auto_scale_lr, launcher, trackers, options)
+    config = renamed(config, Path(config.work_dir) / f'{name}.py')
+    check_config(config, splits=('train', 'val'))  # before anything is written
+    if int(os.environ.get('RANK', 0)) == 0:
+        save_config(config)
+        if on_config:
+            on_config(config)
+    return _train(config, resume, check_images)
+
+
+def evaluate(config: str | Path | Config, checkpoint: str | Path, *, data_root: str | None = None,
+             work_dir: str | Path | None = None, tta: bool = False, out: str | Path | None = None, show: bool = False,
+             show_dir: str | None = None, wait_time: float = 2, launcher: str = 'none',
+             options: dict[str, Any] | None = None) -> RunResult:
+    """Evaluates a checkpoint on the config's test data; of a distillation the student alone, no teacher is built.
+
+    Args:
+        config: A file, ``'package::folder/file.py'``, or a config.
+        checkpoint: A file, or an address.
+        data_root: Folder of the data, in place of the config's.
+        work_dir: For the log; the config's, or ``work_dirs/CONFIG``, by default.
+        tta: Augment the images: by the config's own ``tta_model`` and ``tta_pipeline``, or by flips.
+        out: Write the predictions to this file, ``.pkl``.
+        show: Show the predictions in a window.
+        show_dir: Save painted images in this folder within the work dir.
+        wait_time: Seconds for which each is shown.
+        launcher: See :func:`train`.
+        options: Settings that override the config, by dotted key.
+
+    Raises:
+        DiagnosisError: A file is missing, or labels mean something else than the data's metainfo says.
+        CheckpointError: The checkpoint is of another detector.
+        ConfigurationError: Something of the config can not be built.
+    """
+    config = student_config(resolve_config(config))
+    name = Path(config.filename or 'config').stem
+    _set_run(config, name, data_root, work_dir, launcher=launcher, options=options)
+    config = renamed(config, f'{name}_test.py')  # the work dir keeps the config of its training
+    config.load_from = str(checkpoint)
+    if show or show_dir:
+        config = trigger_visualization_hook(config, SimpleNamespace(show=show, show_dir=show_dir, wait_time=wait_time))
+    if tta:
+        _augment(config)
+    check_config(config, splits=('test', ))
+    with explain(config):
+        runner = build_runner(config)
+        use_one_metainfo(runner.test_loop)
+        metrics = runner.test_loop.evaluator.metrics
+        check_labels(dict(test=runner.test_loop.dataloader.dataset), dict(test=metrics))
+        if out:
+            metrics.append(DumpDetResults(out_file_path=str(out)))
+    check_start(runner)
+    if show or show_dir:
+        meta = runner.test_loop.dataloader.dataset.metainfo
+        runner.visualizer.dataset_meta = dict(meta, classes=names_to_draw(meta.get('classes') or ()))
+    found = runner.test()
+    return RunResult(work_dir=Path(config.work_dir), config=_existing(config.filename), checkpoint=Path(checkpoint),
+                     metrics={name: float(value) for name, value in found.items()})
+
+
+@dataclass(frozen=True)
+class ExportedStudent:
+    """A plain student, for stock MMDetection and whatever reads its models.
+
+    Attributes:
+        checkpoint: Its weights, and nothing else but what its classes are.
+        config: Its config, which needs kd_det no more.
+        detector: Its type, such as ``FasterRCNN``.
+        parameters: How many it has.
+    """
+    checkpoint: Path
+    config: Path
+    detector: str
+    parameters: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all of it as JSON can hold it."""
+        return dict(asdict(self), checkpoint=str(self.checkpoint), config=str(self.config))
+
+
+def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path, *, data_root: str | None = None,
+           options: dict[str, Any] | None = None) -> ExportedStudent:
+    """Writes a plain student: its weights alone, and a config that stock MMDetection reads.
+
+    Args:
+        config: Of the run that wrote the checkpoint: a file, ``'package::folder/file.py'``, or a config.
+        checkpoint: A file.
+        out: The file to write, ``.pth``; the config comes beside it, as ``.py``.
+        data_root: Folder of the data, in place of the config's.
+        options: Settings that override the config, by dotted key.
+
+    Raises:
+        ConfigurationError: The checkpoint is not of the student in the config.
+    """
+    plain, out = _strip_distillation(resolve_config(config, data_root, options)), Path(out)
+    enter_scope(scope_of(plain))
+    model = build_detector(plain.model)
+    try:
+        loaded = load_strictly(model, str(checkpoint), role='student')
+    except CheckpointError as error:
+        name = config.filename if isinstance(config, Config) else config
+        raise ConfigurationError(f"The checkpoint '{checkpoint}' is not of the student in '{name}': {error}") from error
+    meta = {key: value for key, value in loaded.items() if key in ('dataset_meta', 'epoch', 'iter')}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f'{out.name}.partial')
+    torch.save(dict(meta=meta, state_dict=model.state_dict()), partial)
+    os.replace(partial, out)  # whole or not at all
+    plain.dump(out.with_suffix('.py'))
+    return ExportedStudent(out, out.with_suffix('.py'), type_name(plain.model),
+                           sum(parameter.numel() for parameter in model.parameters()))
+
+
+def save_config(config: Config) -> None:
+    """Saves a config under its name, so that ``kd-det train`` and ``tools/train.py`` repeat the run."""
+    Path(config.filename).parent.mkdir(parents=True, exist_ok=True)
+    config.dump(config.filename)
+
+
+def _set_run(config: Config, name: str, data_root: str | None, work_dir: str | Path | None, epochs: int | None = None,
+             seed: int | None = None, amp: bool = False, auto_scale_lr: bool = False, launcher: str = 'none',
+             trackers: Sequence[str] = (), options: dict[str, Any] | None = None) -> None:
+    """Writes into a config how it is to be run; what ``options`` say of it counts last."""
+    if epochs is not None:
+        set_epochs(config, epochs)
+    if seed is not None:
+        config.randomness = dict(config.get('randomness') or {}, seed=seed)
+    if data_root:
+        set_data_root(config, data_root)
+    merge_options(config, options or {})
+    config.launcher = launcher
+    config.work_dir = str(work_dir or config.get('work_dir') or Path('work_dirs') / name)
+    add_trackers(config, trackers)
+    if amp:
+        if get_device() == 'cpu':
+            raise ConfigurationError('--amp needs a GPU, and there is none: leave it out.')
+        config.optim_wrapper.type = 'AmpOptimWrapper'
+        config.optim_wrapper.loss_scale = 'dynamic'
+    if auto_scale_lr:
+        if 'base_batch_size' not in (config.get('auto_scale_lr') or {}):
+            raise ConfigurationError(
+                '--auto-scale-lr: the config does not tell for which batch size its learning rate is '
+                'meant; expected auto_scale_lr=dict(base_batch_size=…).')
+        config.auto_scale_lr.enable = True
+
+
+def _train(config: Config, resume: bool | str | Path, images: int | None) -> RunResult:
+    if resume:
+        config.resume = True
+        config.load_from = None if resume is True or resume == 'auto' else str(resume)
+    check_config(config, splits=('train', 'val'))
+    with explain(config):
+        runner = build_runner(config)
+        loops = dict(train=runner.train_loop, val=runner.val_loop)
+        for loop in loops.values():
+            use_one_metainfo(loop)
+        datasets = {split: loop.dataloader.dataset for split, loop in loops.items() if loop is not None}
+        check_labels(datasets, dict(val=runner.val_loop.evaluator.metrics) if runner.val_loop else {})
+        memory = Memory(config.work_dir)
+        for dataset in datasets.values():
+            check_images(dataset, memory, images, student_channels(config))
+        build_optimizer(runner)
+    check_start(runner, whole=bool(config.get('resume')))  # as the config may say itself
+    runner.train()
+    return _read_result(runner, config)
+
+
+def _read_result(runner: Runner, config: Config) -> RunResult:
+    work_dir, hub = Path(runner.work_dir), runner.message_hub
+    last = work_dir / 'last_checkpoint'
+    best = hub.get_info('best_ckpt') if 'best_ckpt' in hub.runtime_info else None
+    metrics = {name.partition('/')[2]: float(scalar.current()) for name, scalar in hub.log_scalars.items()
+               if name.startswith('val/') and not name.endswith(('/time', '/data_time'))}
+    return RunResult(
+        work_dir=work_dir,
+        config=_existing(config.filename) or _existing(work_dir / Path(config.filename or 'config').name),
+        checkpoint=_existing(last.read_text(encoding='utf-8').strip()) if last.is_file() else None,
+        best_checkpoint=_existing(best),
+        metrics=metrics,
+        epochs=runner.epoch,
+        iterations=runner.iter,
+        scalars=tuple(sorted(work_dir.glob('*/vis_data/scalars.json'))))
+
+
+def _existing(file: str | Path | None) -> Path | None:
+    with suppress(OSError, TypeError):
+        return Path(file) if Path(file).is_file() else None
+    return None
+
+
+def _strip_distillation(config: Config) -> Config:
+    """Makes the config of the plain student, which needs kd_det no more."""
+    plain = student_config(config)
+    for method in available_methods():
+        plain.pop(method, None)
+    others = [name for name in imports_of(plain) if name.split('.')[0] != 'kd_det']
+    if others:
+        plain.custom_imports.imports = others
+    else:
+        plain.pop('custom_imports', None)
+    return plain
+
+
+def _augment(config: Config) -> None:
+    """Turns on test-time augmentation: the config's own ``tta_model`` and ``tta_pipeline``, or horizontal flips."""
+    dataset = leaf_datasets(config.test_dataloader.dataset)[0]
+    pipeline = config.get('tta_pipeline')
+    if pipeline is None:
+        keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
+        flips = [dict(type=f'{HOME}.RandomFlip', prob=probability) for probability in (1.0, 0.0)]
+        pipeline = copy.deepcopy(dataset['pipeline'])
+        packing = [dict(type=f'{HOME}.PackDetInputs', meta_keys=keys)]
+        pipeline[-1] = dict(type='TestTimeAug', transforms=[flips, packing])
+    dataset['pipeline'] = pipeline
+    wrapper = ConfigDict(config.get('tta_model') or dict(  # its types may be classes, which ** would write as such
+        type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)))
+    wrapper.module = config.model
+    config.model = wrapper

@@ -1,0 +1,143 @@
+"""What every term keeps: found by where it lies, built from its name, checked without a line of its own.
+
+A term that needs an argument, or whose other forms are to be checked as well, has its configs in ``CONFIGS``.
+"""
+import copy
+import pickle
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+
+import kd_det.losses
+from kd_det.losses import DistillTerm
+
+CONFIGS = dict(
+    DenseRegression=[dict(), dict(form='distribution', weighting='positives'), dict(form='bounded'),
+                     dict(weighting='valuable'), dict(weighting='gap', normalizer='confidence')],
+    DenseClassification=[dict(), dict(weighting='richness', normalizer='richness', beta=0)],
+    FeatureImitation=[dict(), *(dict(distance=distance) for distance in ('l1', 'smooth_l1', 'cosine')),
+                      dict(normalizer='mask', mask='SpatialAttention')],
+    RoIClassification=[dict(), *(dict(form=form) for form in ('decoupled', 'coupled', 'weighted'))],
+    RoIRegression=[dict(), dict(form='l1'), dict(form='mse', normalizer='own')],
+    RPNImitation=[dict(), dict(form='bounded', normalizer='positives')])
+
+# Terms whose value is not 0 where the student equals the teacher.
+NEVER_ZERO = dict(
+    FKD='each comparison has an adapter, drawn at random, of equal widths too',
+    MGD='it generates the feature from a random part of its cells',
+    RoIClassification_weighted='a cross-entropy, which is at least the entropy of the teacher')
+
+TERMS = [name for name in kd_det.losses.__all__ if name in MODELS.module_dict]
+CASES = {'_'.join([name, *(str(value) for value in config.values())]): dict(config, type=name)
+         for name in TERMS for config in CONFIGS.get(name, [{}])}
+every_term = pytest.mark.parametrize('case', CASES)
+
+
+@pytest.fixture
+def evaluate():
+    """Runs a term as the distiller does; draws the same numbers each time."""
+
+    def run(term, context) -> dict:
+        torch.manual_seed(1)
+        with torch.autocast('cpu', enabled=False):
+            parts = term(context)
+        return parts if isinstance(parts, dict) else {'': parts}
+
+    return run
+
+
+@pytest.fixture
+def connect(make_scene):
+    """Builds the term of a case and connects it to the scene of a situation; returns both."""
+
+    def make(case: str, situation: str = 'plain', **changes):
+        scene = make_scene(situation, **changes)
+        torch.manual_seed(0)
+        return scene.connect(MODELS.build(CASES[case])), scene
+
+    return make
+
+
+@every_term
+def test_its_parts_are_finite_scalars_in_float32(case, situation, connect, evaluate):
+    """Whatever it is shown: padding, no boxes, unlabelled images, an image that is all padding, levels of one cell."""
+    term, scene = connect(case, situation)
+    parts = evaluate(term, scene.show_to(term))
+    assert isinstance(term, DistillTerm) and parts
+    for name, value in parts.items():
+        assert isinstance(name, str) and value.shape == () and value.dtype == torch.float32
+        assert value.isfinite() and value >= 0
+    learning = [*scene.student, *term.parameters()]
+    total = sum(parts.values())
+    gradients = torch.autograd.grad(total, learning, allow_unused=True) if total.requires_grad else ()
+    assert all(each is None or each.isfinite().all() for each in gradients)
+
+
+@every_term
+def test_it_teaches_student_and_adapters_and_leaves_what_it_reads(case, connect, evaluate, tensors_of):
+    term, scene = connect(case)
+    context = scene.show_to(term)
+    read = tensors_of(context)
+    before = [each.detach().clone() for each in read]
+    total = sum(evaluate(term, context).values())
+    assert total > 0
+    total.backward()
+    assert any(each.grad is not None and each.grad.any() for each in scene.student)
+    assert all(parameter.grad is not None for parameter in term.parameters() if parameter.requires_grad)
+    for name, parameter in term.named_parameters():
+        assert 'adapters' not in name or parameter.grad.any()
+    assert all(torch.equal(now, then) for now, then in zip(read, before))
+    taught = tensors_of([context.teachers, context.teacher_outputs])
+    assert not any(each.requires_grad or each.grad is not None for each in taught)
+
+
+@every_term
+def test_it_is_0_where_the_student_equals_the_teacher(case, connect, evaluate):
+    term, scene = connect(case, equal=True)
+    values = evaluate(term, scene.show_to(term)).values()
+    if case in NEVER_ZERO:
+        assert sum(values) > 0  # or it would not belong into that table
+    else:
+        assert [value.item() for value in values] == pytest.approx([0] * len(values), abs=1e-6)
+
+
+@every_term
+def test_features_in_half_precision_are_compared_in_float32(case, connect, evaluate):
+    term, scene = connect(case)
+    half = {path: tuple(level.half() for level in levels) for path, levels in scene.context.student.items()}
+    taught = {path: tuple(level.half() for level in levels) for path, levels in scene.context.teachers[0].items()}
+    for value in evaluate(term, scene.show_to(term, student=half, teachers=[taught])).values():
+        assert value.dtype == torch.float32 and value.isfinite()
+
+
+@every_term
+def test_it_can_be_pickled_copied_and_restored(case, connect, evaluate):
+    term, scene = connect(case)
+    context = scene.show_to(term)
+    expected = evaluate(term, context)
+    restored = scene.connect(MODELS.build(CASES[case]))
+    restored.load_state_dict(term.state_dict())
+    for other in (term, pickle.loads(pickle.dumps(term)), copy.deepcopy(term), restored):
+        assert evaluate(other, scene.show_to(term)) == expected
+
+
+@every_term
+def test_it_learns_from_the_teacher_of_its_index(case, connect, evaluate):
+    term, scene = connect(case)
+    expected, context = evaluate(term, scene.show_to(term)), scene.show_to(term)
+    context.teachers, context.teacher_outputs = [{}, *context.teachers], [{}, *context.teacher_outputs]
+    second = MODELS.build(dict(CASES[case], teacher=1))
+    scene.context.teacher_levels.append(scene.context.teacher_levels[0])
+    scene.connect(second).load_state_dict(term.state_dict())
+    assert second.teacher_index == 1 and evaluate(second, context) == expected
+
+
+@pytest.mark.parametrize('name', TERMS)
+def test_its_docstring_tells_its_arguments(name, documented_arguments):
+    documented_arguments(getattr(kd_det.losses, name))
+
+
+@pytest.mark.parametrize('name', TERMS)
+def test_it_refuses_arguments_of_another_kind_when_it_is_built(name, refuse_arguments):
+    refuse_arguments(dict(CONFIGS.get(name, [{}])[0], type=name))
