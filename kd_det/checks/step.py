@@ -13,11 +13,10 @@ from torch import Tensor
 
 from kd_det.checks.checkpoints import known_classes, student_classes, teachers_of
 from kd_det.checks.environment import Finding
-from kd_det.checks.synthetic import USUAL_SIZES, Size, synthetic_batch, training_sizes
+from kd_det.checks.synthetic import USUAL_SIZES, Size, random_distiller, synthetic_batch, training_sizes
 from kd_det.compat.process import preserved_randomness
 from kd_det.config.files import is_distillation, leaf_datasets
 from kd_det.distillers import DetectionDistiller
-from kd_det.study.step_costs import random_distiller
 from kd_det.teachers.bridge import LARGEST_STRIDE, SIZE_MISMATCH
 from kd_det.teachers.probe import find_prior_strides
 

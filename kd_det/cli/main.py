@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 import kd_det
 from kd_det.cli.completion import SHELLS, completion_script
-from kd_det.compat.process import use_any_encoding
+from kd_det.compat.process import describe, is_expected, use_any_encoding
 
 COMMANDS = {
     'train': 'train a detector from a config, with or without distillation',
@@ -132,21 +132,3 @@ def _leave_process_group() -> None:
     distributed = sys.modules.get('torch.distributed')
     if distributed and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-def is_expected(error: Exception) -> bool:
-    """Whether an error speaks for itself: kd_det's own, a file that can not be used, or a name in no registry.
-
-    Anything else may be a fault of the program, and comes with its traceback.
-    """
-    return (type(error).__module__.split('.')[0] == 'kd_det' or isinstance(error, OSError)
-            or isinstance(error, KeyError) and 'registry' in str(error))
-
-
-def describe(error: Exception) -> str:
-    """The message of an error, with its kind where the message alone would not say much."""
-    # A KeyError shows its message quoted, and a data-loader worker puts its whole traceback into it.
-    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
-    if message.startswith('Caught ') and 'DataLoader worker' in message:
-        message = message.splitlines()[-1]
-    return message if is_expected(error) and message else f'{type(error).__name__}: {message}'

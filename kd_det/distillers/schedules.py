@@ -12,6 +12,7 @@ import torch
 from mmdet.registry import TASK_UTILS
 from torch import Tensor
 
+from kd_det.config.composition import DEFAULT_RATIO
 from kd_det.context import Progress
 from kd_det.distillers.gradients import GradientNorms
 from kd_det.registry import HOME, build_own, find_class
@@ -162,7 +163,6 @@ def build_schedule(config: ScheduleConfig) -> Schedule:
                      'epochs=1).')
 
 
-DEFAULT_RATIO = 0.5
 ROUNDING = 1e-8  # share of the task's gradient below which a term's is rounding, and no direction to follow
 SINGLES = 3  # measurements of one image with boxes, before there is a weight; of several at once one will do
 MEASUREMENTS = 5  # before a measurement can be called far from the others

@@ -10,10 +10,9 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_iou
 
-from kd_det.config.files import ConfigurationError
+from kd_det.config.files import ConfigurationError, explain_build_error
 from kd_det.context import Progress
 from kd_det.datasets import UNLABELLED
-from kd_det.distillers.building import explain_build_error
 from kd_det.distillers.schedules import Schedule, ScheduleConfig, build_schedule
 from kd_det.taps import Features
 

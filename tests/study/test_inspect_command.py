@@ -7,9 +7,8 @@ import sys
 import pytest
 
 from kd_det.cli.common import print_tables
-from kd_det.compat.console import PlainConsole
+from kd_det.compat.console import PlainConsole, TextTable
 from kd_det.study.inspection import inspect
-from kd_det.compat.console import TextTable
 
 
 @pytest.fixture
