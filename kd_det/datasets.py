@@ -348,8 +348,11 @@ class Unlabelled(BaseTransform):
         ConfigurationError: It stands before ``PackDetInputs``.
 
     Example:
-        >>> dict(type='CocoDataset', ann_file='unlabelled.json', filter_cfg=dict(filter_empty_gt=False),
-        ...      pipeline=[*train_pipeline, dict(type='Unlabelled')])
+        >>> from mmdet.structures import DetDataSample
+        >>> sample = DetDataSample(gt_instances=InstanceData(bboxes=torch.rand(3, 4)))
+        >>> marked = Unlabelled()(dict(data_samples=sample))['data_samples']
+        >>> marked.unlabelled, marked.gt_instances.bboxes.shape
+        (True, torch.Size([0, 4]))
     """
 
     def transform(self, results: dict) -> dict:

@@ -169,8 +169,8 @@ def _inspect_label_names(subject: str, names: LabelNames, evaluated: bool) -> It
         lines.append(f'its boxes have other names than metainfo.classes says{COCO_ORDER}:'
                      + _side_by_side(names.meant, names.declared, 'boxes', 'metainfo'))
     if subject.endswith('evaluator') and not lines[:-1]:
-        yield Finding(f'{subject} classes', *lines, 'Give the evaluator the annotation file of its data set, or one with '
-                      'the categories in that order', fault=True)
+        yield Finding(f'{subject} classes', *lines, 'Give the evaluator the annotation file of its data set, or one '
+                      'with the categories in that order', fault=True)
         return
     yield Finding(f'{subject} classes', '; '.join(lines),
                   ('Add the category to the annotation file, at its place in metainfo.classes, or leave it out: '

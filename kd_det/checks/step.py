@@ -72,8 +72,8 @@ def _finding(error: Exception, size: Size | None) -> Finding:
         return Finding('a training step', str(error), 'Correct model.distill, or take another pair', fault=True)
     what = f'{type(error).__name__}: {error}'
     if size is None:
-        return Finding('a training step', f'can not be built: {what}', 'Correct the config: kd-det train CONFIG --debug '
-                       'shows where', fault=True)
+        return Finding('a training step', f'can not be built: {what}',
+                       'Correct the config: kd-det train CONFIG --debug shows where', fault=True)
     where = f' of {size[0]} × {size[1]} pixels, one of the sizes of the training data'
     if isinstance(error, AttributeError) and LACKING.search(str(error)):
         return Finding('a training step', f'could not be tried on noise{where}: {what}',

@@ -219,8 +219,9 @@ class Balance(Schedule):
         ValueError: An argument is out of its range, or the ratio is balanced itself.
 
     Example:
-        >>> dict(type='Balance', ratio=0.5)
-        >>> dict(type='Warmup', epochs=1, value=dict(type='Balance', ratio=0.5))
+        >>> schedule = build_schedule(dict(type='Warmup', epochs=1, value=dict(type='Balance', ratio=0.5)))
+        >>> schedule.balance.full
+        0.5
     """
 
     def __init__(self, ratio: ScheduleConfig = DEFAULT_RATIO, interval: int = 10, momentum: float = 0.8,

@@ -121,7 +121,9 @@ class PseudoLabels:
         ValueError: An argument is out of its range.
 
     Example:
-        >>> dict(score=0.5, iou=0.5, mode='join', weight=dict(type='Warmup', value=1.0, epochs=1))
+        >>> labels = PseudoLabels(score=0.5, mode='join', weight=dict(type='Warmup', value=1.0, epochs=2))
+        >>> labels.weight(Progress(epoch=1.0))
+        0.5
     """
 
     def __init__(self, score: float = 0.5, iou: float = 0.5, nms_iou: float = 0.5, mode: str = 'join',

@@ -150,8 +150,8 @@ class PredictionQuality(CellMask):
     each box, of all levels of the head, get the height of the Gaussian fitted to their positions; all others get 0.
 
     Args:
-        head: ``'bbox_head'``, or ``'rpn_head'``, whose only class is the object; of a dict with the keys ``student`` and
-            ``teacher`` the teacher's counts. Boxes of a class that the head does not have get no cells.
+        head: ``'bbox_head'``, or ``'rpn_head'``, whose only class is the object; of a dict with the keys ``student``
+            and ``teacher`` the teacher's counts. Boxes of a class that the head does not have get no cells.
         xi: ξ, the share of the localisation in the quality, from 0 to 1.
         top_k: Number of cells for each box, at least 1.
 
