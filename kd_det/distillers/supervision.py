@@ -122,7 +122,7 @@ class PseudoLabels:
 
     Example:
         >>> labels = PseudoLabels(score=0.5, mode='join', weight=dict(type='Warmup', value=1.0, epochs=2))
-        >>> labels.weight(Progress(epoch=1.0))
+        >>> labels.schedule(Progress(epoch=1.0))
         0.5
     """
 
