@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import kd_det  # noqa: F401  registers the distiller
 from kd_det.checks.synthetic import random_distiller
-from kd_det.config.classes import number_of_classes
+from kd_det.config.classes import count_classes
 from kd_det.config.files import load_config
 from kd_det.registry import prepare_without_runner
 
@@ -38,7 +38,7 @@ def build_distiller(pair: str) -> tuple[nn.Module, int]:
     prepare_without_runner(seed=0)
     distiller = random_distiller(load_config(PAIRS[pair]))
     distiller.build_teachers()
-    return distiller, number_of_classes(distiller.student)
+    return distiller, count_classes(distiller.student)
 
 
 def make_batch(size: tuple[int, int], images: int, boxes: int, classes: int,

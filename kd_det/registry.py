@@ -29,7 +29,7 @@ from kd_det.compat.startup import REGISTRATION
 HOME = 'mmdet'  # this package's classes join MMDetection's registries
 
 
-def scope_of(config: Mapping[str, Any]) -> str:
+def get_scope(config: Mapping[str, Any]) -> str:
     """The scope of a config: MMDetection's where it names none, as pure-Python configs do, whose types are classes."""
     return config.get('default_scope') or HOME
 
@@ -51,7 +51,7 @@ def enter_scope(scope: str) -> None:
 
 def prepare_without_runner(config: Mapping | None = None, seed: int = 0) -> None:
     """Does what a Runner would do before a single step: enters the config's scope, seeds; and logs warnings alone."""
-    enter_scope(scope_of(config or {}))
+    enter_scope(get_scope(config or {}))
     MMLogger.get_current_instance().setLevel('WARNING')  # or every weight that is initialised is announced
     set_random_seed(seed)
     MessageHub.get_current_instance().update_info('iter', 0)  # some preprocessors and losses ask for it

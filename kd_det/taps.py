@@ -72,7 +72,7 @@ class Taps:
         self._seen: dict[str, list[_Reading]] = {}
         # Kind of forward: which taps read, and whether it ends when they have.
         self._kind: tuple[tuple[str, ...], bool] = self.paths, False
-        self._written_later: dict[tuple, bool] = {}  # by kind of forward and path
+        self._written_later: dict[tuple[Any, str], bool] = {}  # by kind of forward and path
         self._token_shapes: list[torch.Size] = []
         if any(map(is_within_encoder, self.paths)):
             source = 'neck' if getattr(model, 'neck', None) is not None else 'backbone'
@@ -80,16 +80,16 @@ class Taps:
         for path in self.paths:
             find_module(model, path).register_forward_hook(self._make_hook(path))
 
-    def _note_token_shapes(self, module: nn.Module, inputs: tuple, output: Features) -> None:
+    def _note_token_shapes(self, module: nn.Module, inputs: tuple[Any, ...], output: Features) -> None:
         self._token_shapes = [level.shape[-2:] for level in output]
 
     def awaits(self, path: str) -> bool:
         """Whether, in a forward that is being read, a tap at or within this module has seen nothing yet."""
         return any((tap == path or tap.startswith(f'{path}.')) and not seen for tap, seen in self._seen.items())
 
-    def _make_hook(self, path: str) -> Callable:
+    def _make_hook(self, path: str) -> Callable[..., Any]:
 
-        def read(module: nn.Module, inputs: tuple, output: Any) -> Any:
+        def read(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
             if path not in self._seen:
                 return output
             tokens = is_within_encoder(path) and isinstance(output, Tensor) and output.dim() == 3

@@ -10,9 +10,16 @@ from torch import nn
 from kd_det.checks.data import class_counts
 from kd_det.checks.environment import Finding
 from kd_det.compat.checkpoint import CheckpointError, load_checkpoint
-from kd_det.config.classes import match_classes, training_classes
+from kd_det.config.classes import find_training_classes, match_classes
 from kd_det.config.detectors import check_student, read_model_config
-from kd_det.config.files import DISTILL_HOOK, ConfigurationError, hooks_of, is_distillation, student_model, type_name
+from kd_det.config.files import (
+    DISTILL_HOOK,
+    ConfigurationError,
+    get_type_name,
+    is_distillation,
+    list_hooks,
+    student_model,
+)
 from kd_det.registry import build_detector
 from kd_det.teachers.loading import (
     ClassNamesError,
@@ -77,7 +84,7 @@ def inspect_teacher_classes(config: Config, names: Sequence[str] | None = None) 
         names: See :func:`student_classes`.
     """
     expected, student = class_counts(student_model(config)), student_classes(config, names)
-    preflight = any(hook.get('preflight') for hook in hooks_of(config) if type_name(hook) == DISTILL_HOOK)
+    preflight = any(hook.get('preflight') for hook in list_hooks(config) if get_type_name(hook) == DISTILL_HOOK)
     for name, teacher in teachers_of(config):
         try:
             found, names = known_classes(teacher)
@@ -129,7 +136,7 @@ def student_classes(config: Config, names: Sequence[str] | None = None) -> Seque
         config: The config.
         names: What the labels of the training data mean, where it was built; else what the config declares counts.
     """
-    names = names or training_classes(config)
+    names = names or find_training_classes(config)
     return names if names and class_counts(student_model(config)) <= {len(names)} else None
 
 

@@ -17,19 +17,26 @@ from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 
 from kd_det.checks.environment import Finding, raise_faults
-from kd_det.config.classes import LabelNames, dataset_classes, metainfo_of, read_label_names, same_meaning, spelling
+from kd_det.config.classes import (
+    LabelNames,
+    find_dataset_classes,
+    get_metainfo,
+    mean_the_same,
+    normalize_name,
+    read_label_names,
+)
 from kd_det.config.files import (
     DISTILL_HOOK,
-    built_leaves,
-    hooks_of,
+    get_type_name,
     is_distillation,
-    leaf_datasets,
+    iterate_built_datasets,
+    list_hooks,
+    list_leaf_datasets,
     student_model,
     training_pipelines,
-    type_name,
 )
 from kd_det.datasets import Unlabelled
-from kd_det.registry import HOME, find_class, scope_of, within_scope
+from kd_det.registry import HOME, find_class, get_scope, within_scope
 
 SPLITS = ('train', 'val', 'test')
 SET_DATA_ROOT = 'Set the folder of the data with --data-root, or the path with --cfg-options'
@@ -67,7 +74,7 @@ def inspect_classes(config: Config, splits: Sequence[str] = SPLITS) -> Iterator[
     """Whether the student's heads have as many classes as the data."""
     heads = class_counts(student_model(config))
     for split, dataset in _datasets(config, splits):
-        classes = dataset_classes(dataset)
+        classes = find_dataset_classes(dataset)
         if isinstance(classes, str):
             yield Finding(f'{split} classes', f"classes='{classes}' is a text, which counts as {len(classes)} classes",
                           f"Write a tuple: metainfo=dict(classes=('{classes}', ))", fault=True)
@@ -90,13 +97,13 @@ def inspect_labels(datasets: Mapping[str, object], metrics: Mapping[str, Sequenc
     found: dict[str, LabelNames] = {}
     evaluated: list[LabelNames] = []
     for split, dataset in datasets.items():
-        leaves = [leaf for leaf in built_leaves(dataset) if not _is_unlabelled(leaf)]
+        leaves = [leaf for leaf in iterate_built_datasets(dataset) if not _is_unlabelled(leaf)]
         for index, leaf in enumerate(leaves):
             names = read_label_names(leaf)
             if names and names not in found.values():
                 found[f'{split} data {index}' if len(leaves) > 1 else f'{split} data'] = names
         for api in filter(None, (getattr(metric, '_coco_api', None) for metric in metrics.get(split, ()))):
-            names = _evaluated_names(api, metainfo_of(dataset).get('classes') or ())
+            names = _evaluated_names(api, get_metainfo(dataset).get('classes') or ())
             evaluated.append(names)
             if names not in found.values():
                 found[f'{split} evaluator'] = names
@@ -104,7 +111,7 @@ def inspect_labels(datasets: Mapping[str, object], metrics: Mapping[str, Sequenc
         yield from _inspect_label_names(subject, names, names in evaluated)
     (first, names), others = next(iter(found.items()), ('', LabelNames((), (), ()))), list(found.items())[1:]
     for subject, other in others:
-        if names.agree and other.agree and not same_meaning(names.meant, other.meant):
+        if names.agree and other.agree and not mean_the_same(names.meant, other.meant):
             yield Finding(f'{subject} labels', f'a label does not mean the same as in the {first}:'
                           f'{_side_by_side(other.meant, names.meant, subject, first)}',
                           f'Give both the same classes in the same order{COCO_ORDER}; where their files have the '
@@ -118,7 +125,7 @@ def build_data(config: Config, splits: Sequence[str]) -> tuple[dict[str, object]
         The data sets by split, the metrics by split, and what could not be built.
     """
     datasets, metrics, faults, configs = {}, {}, [], []
-    with within_scope(scope_of(config)), redirect_stdout(StringIO()):  # pycocotools tells how long it took
+    with within_scope(get_scope(config)), redirect_stdout(StringIO()):  # pycocotools tells how long it took
         for split in splits:
             loader, evaluators = config.get(f'{split}_dataloader'), config.get(f'{split}_evaluator') or []
             if not loader or (loader['dataset'], evaluators) in configs:
@@ -150,8 +157,9 @@ def _inspect_label_names(subject: str, names: LabelNames, evaluated: bool) -> It
         names: What its labels mean.
         evaluated: Whether an evaluator looks up the category of each label in this annotation file.
     """
-    unused = {spelling(name): name for name in names.known if name not in names.meant}
-    nearest = {name: [unused[near] for near in get_close_matches(spelling(name), unused, n=1)] for name in names.absent}
+    unused = {normalize_name(name): name for name in names.known if name not in names.meant}
+    nearest = {name: [unused[near] for near in get_close_matches(normalize_name(name), unused, n=1)]
+               for name in names.absent}
     misspelt = [f"there is no category '{name}' in the annotations; the nearest name is '{near[0]}'"
                 for name, near in nearest.items() if near]
     missing = [f"'{name}'" for name, near in nearest.items() if not near]
@@ -183,7 +191,7 @@ def _side_by_side(first: Sequence[str], second: Sequence[str], of_first: str, of
     """Two orders of classes as lines of a table; of long ones those labels that differ."""
     rows = [(str(label), *pair) for label, pair in enumerate(zip_longest(first, second, fillvalue='–'))]
     if len(rows) > MOST_LABELS:
-        rows = [row for row in rows if not same_meaning(*([name] for name in row[1:]))]
+        rows = [row for row in rows if not mean_the_same(*([name] for name in row[1:]))]
     left = len(rows) - MOST_LABELS
     rows = [('label', of_first, of_second), *rows[:MOST_LABELS]]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
@@ -223,7 +231,7 @@ def _datasets(config: Config, splits: Sequence[str]) -> Iterator[tuple[str, dict
     seen: list[tuple] = []
     for split in splits:
         loader = config.get(f'{split}_dataloader')
-        for dataset in leaf_datasets(loader['dataset']) if loader else ():
+        for dataset in list_leaf_datasets(loader['dataset']) if loader else ():
             data = tuple(dataset.get(key) for key in ('data_root', 'ann_file', 'data_prefix', 'metainfo'))
             if data not in seen:
                 seen.append(data)
@@ -263,7 +271,7 @@ def _inspect_coco(split: str, dataset: dict, path: str) -> Iterator[Finding]:
         yield Finding(subject, f"'{path}' is no COCO annotation file ({type(error).__name__}: {error})",
                       'Expected a JSON object with the lists images, categories and annotations', fault=True)
         return
-    classes = dataset_classes(dataset) or tuple(names.values())
+    classes = find_dataset_classes(dataset) or tuple(names.values())
     missing = [name for name in classes if name not in names.values()]
     annotated = {image for image, name in boxes if name in classes}
     if not images:
@@ -289,7 +297,7 @@ def _inspect_coco(split: str, dataset: dict, path: str) -> Iterator[Finding]:
 def _ends_unlabelled(dataset: dict) -> bool:
     """Whether the pipeline marks every image as unlabelled."""
     pipeline = dataset.get('pipeline') or ()
-    return bool(pipeline) and type_name(pipeline[-1]) == Unlabelled.__name__
+    return bool(pipeline) and get_type_name(pipeline[-1]) == Unlabelled.__name__
 
 
 def _listed(values: Sequence, most: int = 6) -> str:
@@ -305,7 +313,7 @@ DRAWS_ELSEWHERE = ('Albu', )  # whose own library draws
 def inspect_cache(config: Config) -> Iterator[Finding]:
     """Whether the images of a distillation with a teacher's cache recur, and whether replayed transforms can."""
     pipelines = training_pipelines(config)
-    if any(REPLAYED in map(type_name, pipeline) for pipeline in pipelines):
+    if any(REPLAYED in map(get_type_name, pipeline) for pipeline in pipelines):
         yield from _inspect_replay(config)
     teachers = config.model.teacher if is_distillation(config) else []
     if not any(teacher.get('cache') for teacher in ([teachers] if isinstance(teachers, dict) else teachers)):
@@ -329,10 +337,10 @@ def inspect_cache(config: Config) -> Iterator[Finding]:
 def random_transforms(pipeline: list[dict]) -> Iterator[str]:
     """Names the transforms of a pipeline that draw random numbers, except replayed ones."""
     for transform in pipeline:
-        if type_name(transform) == REPLAYED:
+        if get_type_name(transform) == REPLAYED:
             continue
         if _draws(transform):
-            yield type_name(transform)
+            yield get_type_name(transform)
         for inner in transform.get('transforms') or ():
             yield from random_transforms(inner if isinstance(inner, (list, tuple)) else [inner])
 
@@ -340,7 +348,7 @@ def random_transforms(pipeline: list[dict]) -> Iterator[str]:
 def _draws(transform: dict) -> bool:
     """Whether the code of a transform's class, or of a base, draws random numbers."""
     found = find_class(TRANSFORMS, transform, HOME)
-    if found is None or type_name(transform) in DRAWS_ELSEWHERE:
+    if found is None or get_type_name(transform) in DRAWS_ELSEWHERE:
         return found is not None
     for each in getattr(found, '__mro__', ()):
         try:
@@ -353,16 +361,16 @@ def _draws(transform: dict) -> bool:
 
 def _shapes_vary(config: Config, pipelines: list[list[dict]]) -> bool:
     preprocessor = student_model(config).get('data_preprocessor') or {}
-    padded = [type_name(each) for each in preprocessor.get('batch_augments') or ()]
+    padded = [get_type_name(each) for each in preprocessor.get('batch_augments') or ()]
     keeps = any(transform.get('keep_ratio') for pipeline in pipelines for transform in pipeline)
     return keeps and 'BatchFixedSizePad' not in padded and (config.train_dataloader.get('batch_size') or 1) > 1
 
 
 def _inspect_replay(config: Config) -> Iterator[Finding]:
-    if DISTILL_HOOK not in map(type_name, hooks_of(config)):
+    if DISTILL_HOOK not in map(get_type_name, list_hooks(config)):
         yield Finding(REPLAYED, 'nothing tells it the epoch, so that every image would stay in its first variant',
                       f"Add default_hooks=dict(distill=dict(type='{DISTILL_HOOK}')); a plain detector can have it, too",
                       fault=True)
-    if type_name(config.get('train_cfg')) == 'IterBasedTrainLoop':
+    if get_type_name(config.get('train_cfg')) == 'IterBasedTrainLoop':
         yield Finding(REPLAYED, 'training counts iterations, so that every image would stay in its first variant',
                       "Train by epochs: train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=…)", fault=True)

@@ -29,9 +29,9 @@ from kd_det.checks.environment import Finding, raise_faults
 from kd_det.checks.image_reader import Memory
 from kd_det.checks.images import inspect_images, student_channels
 from kd_det.checks.step import inspect_step
-from kd_det.config.classes import Names, label_names
+from kd_det.config.classes import Names, find_label_names
 from kd_det.config.files import ConfigurationError
-from kd_det.registry import scope_of, within_scope
+from kd_det.registry import get_scope, within_scope
 
 
 def inspect_config(config: Config, images: int | None = None) -> Iterator[Finding]:
@@ -44,7 +44,7 @@ def inspect_config(config: Config, images: int | None = None) -> Iterator[Findin
     # What a run has looked at is known; a work dir is not made for a diagnosis.
     work_dir = config.get('work_dir')
     memory = Memory(work_dir if work_dir and Path(work_dir).is_dir() else None)
-    with within_scope(scope_of(config)):
+    with within_scope(get_scope(config)):
         findings, names = _look_at_data(config, SPLITS, memory, images)
         yield from chain(_inspect_cheaply(config, SPLITS, names), findings, inspect_teacher_weights(config),
                          inspect_start_weights(config), inspect_step(config, names))
@@ -72,7 +72,7 @@ def _look_at_data(config: Config, splits: Sequence[str], memory: Memory | None,
     datasets, metrics, faults = build_data(config, splits)
     findings += [*faults, *inspect_labels(datasets, metrics),
                  *inspect_images(datasets, student_channels(config), memory, images)]
-    return findings, label_names(datasets['train']) if 'train' in datasets else None
+    return findings, find_label_names(datasets['train']) if 'train' in datasets else None
 
 
 def check_config(config: Config, splits: Sequence[str]) -> None:
@@ -85,7 +85,7 @@ def check_config(config: Config, splits: Sequence[str]) -> None:
     Raises:
         DiagnosisError: A file is missing or class counts differ; all faults are listed.
     """
-    with within_scope(scope_of(config)):
+    with within_scope(get_scope(config)):
         raise_faults(_inspect_cheaply(config, splits))
 
 

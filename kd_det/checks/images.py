@@ -15,7 +15,7 @@ from mmengine.logging import MMLogger
 from kd_det.checks.environment import DiagnosisError, Finding
 from kd_det.checks.image_reader import MOST_FAULTS, Look, Memory, Reader, gathered, loading_transforms, spread
 from kd_det.compat.process import preserved_randomness
-from kd_det.config.files import built_leaves, student_model
+from kd_det.config.files import iterate_built_datasets, student_model
 
 REMEDY = ("Replace it, or take it out of the annotations; if it is what it should be, begin the data set's pipeline "
           'with a transform that reads it')
@@ -57,7 +57,7 @@ def check_images(dataset: object, memory: Memory | None = None, most: int | None
     if len(dataset) == 0:
         raise DiagnosisError(
             'The data set is empty: no image has boxes of its classes. Run kd-det doctor on the config.')
-    for leaf in built_leaves(dataset):
+    for leaf in iterate_built_datasets(dataset):
         report = look_at_images(leaf, memory or Memory(), most, channels)
         if report.faults:
             raise DiagnosisError('\n  '.join([*(f'{fault}.' for fault in report.faults), f'{REMEDY}.']))
@@ -70,7 +70,7 @@ def inspect_images(datasets: Mapping[str, object], channels: int | None = None, 
     """Whether the images of built data sets, by split, can be read; as :func:`check_images`, and the same arguments."""
     memory, told = memory or Memory(), set()
     for split, dataset in datasets.items():
-        for leaf in built_leaves(dataset):
+        for leaf in iterate_built_datasets(dataset):
             report = look_at_images(leaf, memory, most, channels)
             findings = [*(Finding(f'{split} images', fault, REMEDY, fault=True) for fault in report.faults),
                         *(Finding(f'{split} images', note, NOTE_REMEDY) for note in report.notes)]

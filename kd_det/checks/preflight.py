@@ -20,7 +20,7 @@ from torchvision.ops import box_iou
 
 from kd_det.checks.data import check_labels
 from kd_det.compat.process import preserved_randomness
-from kd_det.config.classes import ClassMatch, Names, label_names, match_classes, number_of_classes
+from kd_det.config.classes import ClassMatch, Names, count_classes, find_label_names, match_classes
 from kd_det.config.files import ConfigurationError
 from kd_det.teachers import Teacher, TeacherError
 
@@ -93,14 +93,14 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int,
         dataset = DATASETS.build(copy.deepcopy(loader['dataset']))
         check_labels(dict(val=dataset))
         indices = labelled_images(dataset, images)
-        names = label_names(dataset)
+        names = find_label_names(dataset)
         if names is None:
             raise ConfigurationError('The validation data does not name its classes: write metainfo=dict(classes=(…)) '
                                      'in val_dataloader.dataset.')
         match = classes_on(teacher, names)
         metric = Evaluator([CocoMetric(metric='bbox', outfile_prefix=outfile_prefix)])
         metric.dataset_meta = dict(classes=names)
-        votes = torch.zeros(number_of_classes(teacher.model) or len(teacher.classes or names), len(names),
+        votes = torch.zeros(count_classes(teacher.model) or len(teacher.classes or names), len(names),
                             dtype=torch.long)
         share = _share_of_rank(len(indices))
         images_of_rank = Subset(dataset, [indices[place % len(indices)] for place in share])
@@ -113,7 +113,7 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int,
                 found = _plain_boxes(sample.pred_instances)
                 if place < len(indices):
                     votes += count_votes(found, *_truth(objects), *votes.shape)
-                found = found if match is None else match.translated(found)
+                found = found if match is None else match.translate(found)
                 metric.process([dict(img_id=place % len(indices), ori_shape=sample.ori_shape[:2],
                                      pred_instances=found, instances=[_plain_object(each) for each in objects])])
         all_reduce(votes)
@@ -127,7 +127,7 @@ def classes_on(teacher: Teacher, classes: Sequence[str]) -> ClassMatch | None:
         TeacherError: The teacher's names are not known, and their number is not that of the data.
         ConfigurationError: No class is shared.
     """
-    known = number_of_classes(teacher.model)
+    known = count_classes(teacher.model)
     if teacher.classes is None and known not in (None, len(classes)):
         raise TeacherError(f'The teacher tells {known} classes apart, but the data has {len(classes)}, and neither the '
                            "checkpoint nor the config names the teacher's. Name them, by label, with "

@@ -15,7 +15,7 @@ from kd_det.checks.checkpoints import known_classes, student_classes, teachers_o
 from kd_det.checks.environment import Finding
 from kd_det.checks.synthetic import USUAL_SIZES, Size, random_distiller, synthetic_batch, training_sizes
 from kd_det.compat.process import preserved_randomness
-from kd_det.config.files import is_distillation, leaf_datasets
+from kd_det.config.files import is_distillation, list_leaf_datasets
 from kd_det.distillers import DetectionDistiller
 from kd_det.teachers.bridge import LARGEST_STRIDE, SIZE_MISMATCH
 from kd_det.teachers.probe import find_prior_strides
@@ -106,7 +106,7 @@ def _reduced(side: int, smallest: int) -> int:
 def original_sizes(config: Config) -> list[Size]:
     """The most frequent sizes of the training images, wide and high, as their annotation file tells them."""
     loader = config.get('train_dataloader')
-    leaf = leaf_datasets(loader['dataset'])[0] if loader else {}
+    leaf = list_leaf_datasets(loader['dataset'])[0] if loader else {}
     file = Path(leaf.get('data_root') or '') / (leaf.get('ann_file') or '')
     if file.suffix != '.json' or not file.is_file():
         return list(USUAL_SIZES)

@@ -12,8 +12,8 @@ from mmengine.config import Config
 from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
-from kd_det.config.classes import number_of_classes
-from kd_det.config.files import training_pipelines, type_name
+from kd_det.config.classes import count_classes
+from kd_det.config.files import get_type_name, training_pipelines
 from kd_det.context import Progress
 from kd_det.distillers import DetectionDistiller
 from kd_det.distillers.schedules import Schedule
@@ -45,7 +45,7 @@ def synthetic_batch(model: nn.Module, images: int, size: Size, boxes: int) -> di
         corners = torch.cat([corners, extents], 1) * torch.tensor([width, height] * 2)
         sample = DetDataSample(metainfo=dict(img_id=index, img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0)))
         sample.gt_instances = InstanceData(bboxes=corners,
-                                           labels=torch.randint(number_of_classes(model) or 1, (boxes, )))
+                                           labels=torch.randint(count_classes(model) or 1, (boxes, )))
         sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
         if 'mask' in parts or 'panoptic' in parts:
             sample.gt_instances.masks = BitmapMasks(_filled(corners, height, width), height, width)
@@ -87,7 +87,8 @@ def _after(pipeline: Sequence[dict | Sequence[dict]], sizes: list[Size]) -> list
             sizes = _after(step, sizes)
         elif isinstance(step, dict) and 'type' in step:
             try:
-                sizes = list(dict.fromkeys(new for size in sizes for new in _sizes_after(step, type_name(step), size)))
+                sizes = list(dict.fromkeys(new for size in sizes
+                                           for new in _sizes_after(step, get_type_name(step), size)))
             except (ArithmeticError, LookupError, TypeError, ValueError):  # it is none of those known here
                 continue
     return sizes

@@ -25,6 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    from kd_det.study.demo import run_demo
-    run_demo(options)
+    from kd_det.study.demo import DemoSettings, run_demo
+    run_demo(DemoSettings(options.out, options.config, options.seeds, options.epochs, options.teacher_epochs,
+                          options.images, options.val_images, options.size))
     return 0

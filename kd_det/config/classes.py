@@ -18,7 +18,7 @@ from mmengine.fileio import get_local_path, load
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from kd_det.config.files import ConfigurationError, built_leaves, leaf_datasets
+from kd_det.config.files import ConfigurationError, iterate_built_datasets, list_leaf_datasets
 from kd_det.registry import HOME, find_class
 
 Names = tuple[str, ...]
@@ -45,11 +45,11 @@ class ClassMatch(NamedTuple):
         """Whether the two have the same classes in the same order."""
         return self.of_student == tuple(range(len(self.teacher))) == self.of_teacher == tuple(range(len(self.student)))
 
-    def shared(self, labels: Tensor) -> Tensor:
+    def index_shared(self, labels: Tensor) -> Tensor:
         """The student's labels as indices among the shared classes; -1 where the class is not shared."""
         return _map_labels(labels, len(self.student), self.of_student, range(len(self.of_student)))
 
-    def translated(self, detections: InstanceData) -> InstanceData:
+    def translate(self, detections: InstanceData) -> InstanceData:
         """The teacher's detections with the student's labels, without those of classes that the student lacks."""
         labels = _map_labels(detections.labels, len(self.teacher), self.of_teacher, self.of_student)
         kept = detections[labels >= 0]
@@ -92,8 +92,8 @@ def match_classes(student: Sequence[str], teacher: Sequence[str]) -> ClassMatch:
         ConfigurationError: No class is shared.
     """
     exact = {name: label for label, name in reversed(list(enumerate(teacher)))}
-    left = {spelling(name): label for name, label in exact.items() if name not in set(student)}
-    pairs = [(label, exact.get(name, left.get(spelling(name)))) for label, name in enumerate(student)]
+    left = {normalize_name(name): label for name, label in exact.items() if name not in set(student)}
+    pairs = [(label, exact.get(name, left.get(normalize_name(name)))) for label, name in enumerate(student)]
     pairs = [pair for pair in pairs if pair[1] is not None]
     if not pairs:
         raise ConfigurationError(
@@ -103,7 +103,7 @@ def match_classes(student: Sequence[str], teacher: Sequence[str]) -> ClassMatch:
     return ClassMatch(tuple(student), tuple(teacher), *zip(*pairs))
 
 
-def dataset_classes(dataset: dict) -> Sequence[str] | None:
+def find_dataset_classes(dataset: dict) -> Sequence[str] | None:
     """The class names of a data set's config: its own, a file's, or its type's; a text where that is the mistake."""
     classes = (dataset.get('metainfo') or {}).get('classes')
     if isinstance(classes, str) and Path(classes).is_file():
@@ -128,7 +128,7 @@ class LabelNames(NamedTuple):
     @property
     def agree(self) -> bool:
         """Whether no label has boxes of another name than the metainfo says, up to spelling."""
-        return len(self.meant) <= len(self.declared) and same_meaning(self.meant, self.declared)
+        return len(self.meant) <= len(self.declared) and mean_the_same(self.meant, self.declared)
 
     @property
     def absent(self) -> list[str]:
@@ -138,9 +138,9 @@ class LabelNames(NamedTuple):
         return [name for name in self.declared if name not in self.known]
 
 
-def same_meaning(first: Sequence[str], second: Sequence[str]) -> bool:
+def mean_the_same(first: Sequence[str], second: Sequence[str]) -> bool:
     """Whether labels that two lists of names both have mean the same in both, up to spelling."""
-    return all(spelling(one) == spelling(other) for one, other in zip(first, second))
+    return all(normalize_name(one) == normalize_name(other) for one, other in zip(first, second))
 
 
 def read_label_names(leaf: object) -> LabelNames | None:
@@ -158,7 +158,7 @@ def read_label_names(leaf: object) -> LabelNames | None:
         The names; None where nothing tells them.
     """
     getattr(leaf, 'full_init', lambda: None)()  # as a Runner does, where lazy_init left it
-    declared = tuple(map(str, metainfo_of(leaf).get('classes') or ()))
+    declared = tuple(map(str, get_metainfo(leaf).get('classes') or ()))
     labels, named, known = getattr(leaf, 'cat2label', None), getattr(leaf, 'label_map', None), ()
     meant: dict[int, str] = dict(enumerate(declared))
     if isinstance(labels, dict) and hasattr(leaf, 'cat_ids'):
@@ -174,22 +174,22 @@ def read_label_names(leaf: object) -> LabelNames | None:
     return LabelNames(names, declared or names, tuple(known) or names) if names or known else None
 
 
-def label_names(dataset: object) -> Names | None:
+def find_label_names(dataset: object) -> Names | None:
     """What the labels of a built data set mean, see :func:`read_label_names`; of joined ones those of the first.
 
     Args:
         dataset: Of MMDetection or MMEngine, wrappers included.
     """
-    found = map(read_label_names, built_leaves(dataset))
+    found = map(read_label_names, iterate_built_datasets(dataset))
     return next((names.meant for names in found if names and names.meant), None)
 
 
-def metainfo_of(dataset: object) -> dict:
-    """The ``metainfo`` of a built data set, see :func:`first_metainfo`."""
-    return first_metainfo(getattr(dataset, 'metainfo', None))
+def get_metainfo(dataset: object) -> dict:
+    """The ``metainfo`` of a built data set, see :func:`get_first_metainfo`."""
+    return get_first_metainfo(getattr(dataset, 'metainfo', None))
 
 
-def first_metainfo(metainfo: dict | Sequence[dict] | None) -> dict:
+def get_first_metainfo(metainfo: dict | Sequence[dict] | None) -> dict:
     """Returns the first ``metainfo``: joined data sets that differ in it, as in a palette, have several; else {}."""
     given = [metainfo] if isinstance(metainfo, dict) else metainfo or ()
     return next((each for each in given if isinstance(each, dict)), {})
@@ -243,16 +243,16 @@ def _decode_list(content: mmap.mmap, start: int, size: int = 2**16) -> list:
             size *= 8
 
 
-def training_classes(config: Config) -> Sequence[str] | None:
-    """The class names that a config's training data declares, see :func:`dataset_classes`; None without training data.
+def find_training_classes(config: Config) -> Sequence[str] | None:
+    """The class names that a config's training data declares, see :func:`find_dataset_classes`; None without such data.
 
-    What its labels mean is known once the data is read, see :func:`label_names`.
+    What its labels mean is known once the data is read, see :func:`find_label_names`.
     """
     loader = config.get('train_dataloader')
-    return dataset_classes(leaf_datasets(loader['dataset'])[0]) if loader else None
+    return find_dataset_classes(list_leaf_datasets(loader['dataset'])[0]) if loader else None
 
 
-def number_of_classes(model: nn.Module) -> int | None:
+def count_classes(model: nn.Module) -> int | None:
     """The number of classes that a detector tells apart, or None where its head does not say."""
     head = getattr(model, 'roi_head', None) or getattr(model, 'bbox_head', None)
     head = getattr(head, 'bbox_head', head)
@@ -260,7 +260,7 @@ def number_of_classes(model: nn.Module) -> int | None:
     return getattr(head, 'num_classes', None)
 
 
-def spelling(name: str) -> str:
+def normalize_name(name: str) -> str:
     """A name without regard to case, spaces, '_' and '-', and to how Unicode composes its signs."""
     return ''.join(each for each in unicodedata.normalize('NFKC', name).casefold() if each not in ' _-')
 

@@ -22,10 +22,10 @@ from kd_det.config.detectors import (
     DETECTORS,
     HeadClasses,
     check_student,
+    extract_plain_detector,
     find_family,
+    find_head_classes,
     has_one_level,
-    head_classes,
-    plain_detector,
     read_model_config,
 )
 from kd_det.config.files import (
@@ -33,16 +33,16 @@ from kd_det.config.files import (
     SCOPED_DISTILLER,
     SCOPED_HOOK,
     explain_build_error,
-    imports_of,
+    get_type_name,
     is_distillation,
+    list_imports,
     load_config,
     student_model,
     suggest_names,
-    type_name,
 )
 from kd_det.config.methods import PARTS, find_files, split_family
-from kd_det.heads import HeadError, check_head
-from kd_det.registry import HOME, build_detector, build_own, scope_of, within_scope
+from kd_det.heads import HeadError, HeadRequest, check_head
+from kd_det.registry import HOME, build_detector, build_own, get_scope, within_scope
 
 if TYPE_CHECKING:
     from kd_det.losses import DistillTerm
@@ -57,7 +57,7 @@ def find_model_family(model: dict) -> str:
     Raises:
         ConfigurationError: It has neither a RoI head nor a dense head.
     """
-    return find_family(type_name(model), head_classes(model))
+    return find_family(get_type_name(model), find_head_classes(model))
 
 
 class LoadedMethod(NamedTuple):
@@ -79,11 +79,11 @@ def load_method(file: Path) -> LoadedMethod:
     """
     config, name = load_config(file), split_family(file)[0]
     terms = config.get(name)
-    if not isinstance(terms, dict) or not terms or not all(type_name(term) for term in terms.values()):
+    if not isinstance(terms, dict) or not terms or not all(get_type_name(term) for term in terms.values()):
         others = ', '.join(f"'{key}'" for key in config) or 'nothing'
         raise ConfigurationError(f"The method's file '{file}' holds no method: expected {name} = dict(NAME=dict("
                                  f'type=…, …)), a dict of terms by name; it defines {others}.')
-    return LoadedMethod(terms, imports_of(config))
+    return LoadedMethod(terms, list_imports(config))
 
 
 def load_methods(methods: str, family: str) -> dict[str, LoadedMethod]:
@@ -160,7 +160,7 @@ def balance_weight(weight: float | dict, ratio: float | None, terms: int) -> dic
     """
     if not isinstance(weight, dict):
         return dict(type=f'{HOME}.Balance', ratio=(RATIO if ratio is None else ratio) / terms)
-    if type_name(weight) == 'Balance':
+    if get_type_name(weight) == 'Balance':
         return weight if ratio is None else dict(weight, ratio=ratio / terms)
     return dict(weight, value=balance_weight(weight['value'], ratio, terms))
 
@@ -179,9 +179,12 @@ def find_parts(terms: dict[str, dict]) -> list[str]:
     Returns:
         Parts such as those of :data:`~kd_det.config.methods.PARTS`, each once.
     """
-    built = list(map(build_term, terms.values()))
-    paths = [path for term in built for path in (*term.student_taps, *term.student_heads, *term.teacher_heads)]
-    return list(dict.fromkeys(path if path in PARTS else path.split('.')[0] for path in paths))
+    parts = []
+    for term in map(build_term, terms.values()):
+        requests = map(HeadRequest.parse, (*term.student_heads, *term.teacher_heads))
+        parts += [path.split('.')[0] for path in term.student_taps]
+        parts += [request if request in PARTS else request.head for request in requests]
+    return list(dict.fromkeys(parts))
 
 
 def find_served(terms: dict[str, dict], kinds: Collection[str]) -> list[str]:
@@ -209,7 +212,7 @@ def check_terms(method: str, terms: dict[str, dict], detector: str, heads: HeadC
         method: Its name, for the message.
         terms: See :func:`method_terms`.
         detector: The student's type, for the message.
-        heads: See :func:`~kd_det.config.detectors.head_classes`.
+        heads: See :func:`~kd_det.config.detectors.find_head_classes`.
 
     Raises:
         ConfigurationError: It has not, or a term can not be built.
@@ -289,11 +292,11 @@ def distillation_config(student: str | Config, teacher_config: str, teacher_chec
         raise ConfigurationError(
             f"The student's config '{config.filename}' is a distillation already (its model is a "
             f'{DISTILLER}): give the config of a plain detector, or train this one with kd-det train.')
-    with within_scope(scope_of(config)):
+    with within_scope(get_scope(config)):
         model = _find_student(config, str((config.filename or '') if isinstance(student, Config) else student))
         methods = load_methods(method, family or find_model_family(model))
         terms = balance_terms(methods, balance)
-        check_terms(method, terms, type_name(model), head_classes(model))
+        check_terms(method, terms, get_type_name(model), find_head_classes(model))
         check_parts(model, () if inherit == 'auto' else (inherit, ) if isinstance(inherit, str) else inherit)
     read_model_config(teacher_config)  # before anything is built or written
     config.model = dict(
@@ -306,7 +309,7 @@ def distillation_config(student: str | Config, teacher_config: str, teacher_chec
         config.default_hooks = ConfigDict()
     config.default_hooks['distill'] = dict(type=SCOPED_HOOK, preflight=dict(images=64, min_map=0.01))
     config.custom_imports = dict(
-        imports=list(dict.fromkeys([*imports_of(config), 'kd_det', *(name for each in methods.values()
+        imports=list(dict.fromkeys([*list_imports(config), 'kd_det', *(name for each in methods.values()
                                                                      for name in each.imports)])),
         allow_failed_imports=(config.get('custom_imports') or {}).get('allow_failed_imports', False))
     return config
@@ -316,15 +319,15 @@ def _find_student(config: Config, file: str) -> ConfigDict:
     """The detector that a config is of, without what another distillation has added to it."""
     model = student_model(config)
     check_student(model, f"The model of the student's config '{file}'", file)
-    plain = plain_detector(model)
+    plain = extract_plain_detector(model)
     if plain is not model:
-        print_log(f"The model of the student's config '{file}' ({type_name(model)}) is MMDetection's own distillation. "
-                  f'The student is its plain detector ({type_name(plain)} with {type_name(plain.bbox_head)}), without '
-                  'its teacher.', 'current')
+        print_log(f"The model of the student's config '{file}' ({get_type_name(model)}) is MMDetection's own "
+                  f'distillation. The student is its plain detector ({get_type_name(plain)} with '
+                  f'{get_type_name(plain.bbox_head)}), without its teacher.', 'current')
     return plain
 
 
-def ensemble(config: Config, checkpoints: Sequence[str]) -> Config:
+def make_ensemble(config: Config, checkpoints: Sequence[str]) -> Config:
     """Makes a distillation from one teacher into one from several, which differ in their weights alone.
 
     Each term is repeated for every teacher: ``fgd`` becomes ``fgd_1``, ``fgd_2``, …, each with adapters of its own,
@@ -372,7 +375,7 @@ def share_weight(weight: float | dict, number: int) -> float | dict:
     """Divides a weight; schedules around it stay, and so does what is no weight, for the distiller to refuse."""
     if isinstance(weight, (float, int)):
         return weight / number
-    if type_name(weight) == 'Balance':
+    if get_type_name(weight) == 'Balance':
         return dict(weight, ratio=share_weight(weight.get('ratio', DEFAULT_RATIO), number))
     if isinstance(weight, dict) and 'value' in weight:
         return dict(weight, value=share_weight(weight['value'], number))

@@ -31,9 +31,9 @@ from mmengine.utils import import_modules_from_strings
 from torch import nn
 
 from kd_det.config.choices import FAMILIES
-from kd_det.config.files import DISTILLER, ConfigurationError, imports_of, load_config, type_name
+from kd_det.config.files import DISTILLER, ConfigurationError, get_type_name, list_imports, load_config
 from kd_det.heads.request import HEADS
-from kd_det.registry import HOME, find_class, scope_of, within_scope
+from kd_det.registry import HOME, find_class, get_scope, within_scope
 
 ModelConfig = str | Path | dict
 HeadClasses = dict[str, type[nn.Module]]  # by their name in the detector
@@ -60,7 +60,7 @@ DETECTORS: dict[str, HeadClasses] = {
     'DINO': dict(bbox_head=DINOHead)}
 
 
-def head_classes(model: dict) -> HeadClasses:
+def find_head_classes(model: dict) -> HeadClasses:
     """The classes of a detector's heads, from its model dict.
 
     Raises:
@@ -89,7 +89,7 @@ def find_family(detector: str, heads: HeadClasses) -> str:
 
     Args:
         detector: Its type, for the message.
-        heads: See :func:`head_classes`.
+        heads: See :func:`find_head_classes`.
 
     Raises:
         ConfigurationError: It has neither a RoI head nor a dense head.
@@ -126,7 +126,7 @@ def find_inner_detectors(model: dict) -> Iterator[Inner]:
     if 'backbone' in model:
         return
     for name, part in model.items():
-        if not type_name(part):
+        if not get_type_name(part):
             continue
         part = copy.deepcopy(part if isinstance(part, ConfigDict) else ConfigDict(part))
         if model.get('_scope_'):
@@ -152,11 +152,11 @@ def _make_image_preprocessor(preprocessor: dict) -> ConfigDict:
     if 'data_preprocessor' in preprocessor:
         return preprocessor['data_preprocessor']
     settings = {key: value for key, value in preprocessor.items() if key != 'use_det_processor'}
-    is_of_videos = type_name(preprocessor) == 'TrackDataPreprocessor'
+    is_of_videos = get_type_name(preprocessor) == 'TrackDataPreprocessor'
     return ConfigDict(settings, type=f'{HOME}.DetDataPreprocessor') if is_of_videos else ConfigDict(settings)
 
 
-def the_detector(model: dict, whose: str) -> ConfigDict:
+def find_detector(model: dict, whose: str) -> ConfigDict:
     """The detector that a model dict is of: itself, the only one within it, or the plain one of a distillation.
 
     Args:
@@ -168,9 +168,9 @@ def the_detector(model: dict, whose: str) -> ConfigDict:
     """
     within = list(find_inner_detectors(model))
     if len(within) > 1:
-        raise ConfigurationError(f'{whose} ({type_name(model)}) holds several detectors: {_name_detectors(within)}. '
-                                 'Give a config whose model is the one that is meant.')
-    return plain_detector(within[0].model if within else model)
+        raise ConfigurationError(f'{whose} ({get_type_name(model)}) holds several detectors: '
+                                 f'{_name_detectors(within)}. Give a config whose model is the one that is meant.')
+    return extract_plain_detector(within[0].model if within else model)
 
 
 def check_student(model: dict, whose: str, file: str = '') -> None:
@@ -187,14 +187,15 @@ def check_student(model: dict, whose: str, file: str = '') -> None:
     within = list(find_inner_detectors(model))
     if within:
         remedy = (f'Write a config beside it, and give that as the student:\n{_config_lines(within[0], model, file)}\n'
-                  f'with data, hooks and loops of a plain detector, where those are made for the {type_name(model)}.'
+                  'with data, hooks and loops of a plain detector, where those are made for the '
+                  f'{get_type_name(model)}.'
                   if file else f"Put its part '{within[0].path}' in its place.")
-        raise ConfigurationError(f'{whose} ({type_name(model)}) is no detector itself, but holds '
+        raise ConfigurationError(f'{whose} ({get_type_name(model)}) is no detector itself, but holds '
                                  f'{_name_detectors(within)}. {remedy}')
 
 
 def _name_detectors(within: Iterable[Inner]) -> str:
-    return ' and '.join(f'model.{inner.path} ({type_name(inner.model)})' for inner in within)
+    return ' and '.join(f'model.{inner.path} ({get_type_name(inner.model)})' for inner in within)
 
 
 def _config_lines(inner: Inner, model: dict, file: str) -> str:
@@ -211,7 +212,7 @@ def _config_lines(inner: Inner, model: dict, file: str) -> str:
     return f"  _base_ = '{base}'\n  model = dict(_delete_=True, **_base_.model.{inner.path}{preprocessor})"
 
 
-def plain_detector(model: dict) -> ConfigDict:
+def extract_plain_detector(model: dict) -> ConfigDict:
     """The detector itself where a model dict is of one that MMDetection distils, as LD; any other as it is.
 
     Its own teacher goes, and its head gives way to the one that it is derived from and that learns from boxes alone.
@@ -275,11 +276,11 @@ def read_model_config(config: ModelConfig) -> ConfigDict:
     """
     loaded = load_config(config) if isinstance(config, (str, Path)) else ConfigDict(config)
     model = loaded.get('model', loaded)
-    if not type_name(model):
+    if not get_type_name(model):
         raise TeacherError(f"The teacher's config {config!r:.200} holds no model: expected a key 'model', or a model "
                            "dict with a 'type'.")
-    model = copy.deepcopy(model.student if type_name(model) == DISTILLER else model)  # building may write into it
+    model = copy.deepcopy(model.student if get_type_name(model) == DISTILLER else model)  # building may write into it
     if 'model' in loaded:
-        import_modules_from_strings(imports_of(loaded))  # a file's are imported as it is read, a dict's are not
-        model.setdefault('_scope_', scope_of(loaded))
-    return the_detector(model, f"The model of the teacher's config {config!r:.200}")
+        import_modules_from_strings(list_imports(loaded))  # a file's are imported as it is read, a dict's are not
+        model.setdefault('_scope_', get_scope(loaded))
+    return find_detector(model, f"The model of the teacher's config {config!r:.200}")

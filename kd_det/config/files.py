@@ -23,7 +23,7 @@ UNKNOWN_ARGUMENT = re.compile(r"got an unexpected keyword argument '(\w+)'")
 UNKNOWN_TYPE = re.compile(r'(\w+) is not in the \S+ registry')
 
 # Types of this package. It writes them with the scope of the registries that hold them, for a config may have another
-# default_scope; :func:`type_name` reads them, however they are written.
+# default_scope; :func:`get_type_name` reads them, however they are written.
 DISTILLER = 'DetectionDistiller'
 DISTILL_HOOK = 'DistillHook'
 SCOPED_DISTILLER, SCOPED_HOOK = f'mmdet.{DISTILLER}', f'mmdet.{DISTILL_HOOK}'
@@ -92,7 +92,7 @@ def _restore_types(node: Any, key: str = '') -> None:
         dict.__setitem__(node, 'type', 'Pretrained' if name == 'PretrainedInit' else name)
 
 
-def renamed(config: Config, path: str | Path) -> Config:
+def rename_config(config: Config, path: str | Path) -> Config:
     """The same config under another file name, which is where MMEngine's Runner writes it within the work dir."""
     made = copy.deepcopy(config)
     object.__setattr__(made, '_filename', str(path))  # past Config.__setattr__, which would add a key
@@ -102,12 +102,12 @@ def renamed(config: Config, path: str | Path) -> Config:
 
 def is_distillation(config: Config) -> bool:
     """Whether the config's model is a distiller."""
-    return type_name(config.get('model')) == DISTILLER
+    return get_type_name(config.get('model')) == DISTILLER
 
 
 def student_model(config: Config) -> ConfigDict:
     """The model dict of the detector that a run of this config yields."""
-    if not type_name(config.get('model')):
+    if not get_type_name(config.get('model')):
         raise ConfigurationError(f"The config '{config.filename}' has no model: expected model=dict(type=…, …).")
     return config.model.student if is_distillation(config) else config.model
 
@@ -120,20 +120,20 @@ def student_config(config: Config) -> Config:
     plain = copy.deepcopy(config)
     plain.model = student_model(plain)
     for name, hook in list((plain.get('default_hooks') or {}).items()):
-        if type_name(hook) == DISTILL_HOOK:
+        if get_type_name(hook) == DISTILL_HOOK:
             del plain.default_hooks[name]
     if plain.get('custom_hooks'):
-        plain.custom_hooks = [hook for hook in plain.custom_hooks if type_name(hook) != DISTILL_HOOK]
+        plain.custom_hooks = [hook for hook in plain.custom_hooks if get_type_name(hook) != DISTILL_HOOK]
     return plain
 
 
-def hooks_of(config: Config) -> list[dict]:
+def list_hooks(config: Config) -> list[dict]:
     """The hooks of a config, those that it turns off left out."""
     return [hook for hook in (*(config.get('default_hooks') or {}).values(), *(config.get('custom_hooks') or ()))
             if hook]
 
 
-def imports_of(config: Config) -> list[str]:
+def list_imports(config: Config) -> list[str]:
     """The modules that a config imports."""
     imports = (config.get('custom_imports') or {}).get('imports') or []
     return [imports] if isinstance(imports, str) else list(imports)
@@ -172,7 +172,7 @@ def _map_strings(value: Any, function: Callable[[str], str]) -> Any:
     return value
 
 
-def type_name(config: Any) -> str:
+def get_type_name(config: Any) -> str:
     """The name of what a config builds, without its scope or module.
 
     Returns:
@@ -183,22 +183,23 @@ def type_name(config: Any) -> str:
     return kind.rpartition('.')[2] if isinstance(kind, str) else getattr(kind, '__name__', '')
 
 
-def leaf_datasets(dataset: dict) -> list[dict]:
+def list_leaf_datasets(dataset: dict) -> list[dict]:
     """The data sets within wrappers such as ``RepeatDataset``, ``MultiImageMixDataset`` and ``ConcatDataset``."""
     inner = dataset.get('datasets', dataset.get('dataset'))
     if inner is None:
         return [dataset]
-    return [leaf for item in (inner if isinstance(inner, (list, tuple)) else [inner]) for leaf in leaf_datasets(item)]
+    return [leaf for item in (inner if isinstance(inner, (list, tuple)) else [inner])
+            for leaf in list_leaf_datasets(item)]
 
 
-def built_leaves(dataset: object) -> Iterator[object]:
-    """As :func:`leaf_datasets`, of a data set that is built."""
+def iterate_built_datasets(dataset: object) -> Iterator[object]:
+    """As :func:`list_leaf_datasets`, of a data set that is built."""
     inner = getattr(dataset, 'datasets', None) or getattr(dataset, 'dataset', None)
     if not hasattr(inner, '__getitem__') or isinstance(inner, str):
         yield dataset
     else:
         for item in inner if isinstance(inner, (list, tuple)) else [inner]:
-            yield from built_leaves(item)
+            yield from iterate_built_datasets(item)
 
 
 def training_pipelines(config: Config) -> list[list[dict]]:

@@ -12,7 +12,7 @@ from mmengine.config import Config
 
 from kd_det.config import ConfigurationError
 from kd_det.config.composition import repeat_term, share_weight
-from kd_det.config.files import TOP_KEYS, is_distillation, load_config, set_data_root, type_name
+from kd_det.config.files import TOP_KEYS, get_type_name, is_distillation, load_config, set_data_root
 
 TERM_KEY = re.compile(r'model\.distill\.(?P<name>[^.]+)(?P<rest>.*)')
 TEACHER_KEY = re.compile(r'model\.teacher\.(?P<rest>(?!\d+(\.|$)).+)')  # of a teacher, whose index is not said
@@ -83,7 +83,7 @@ def merge_options(config: Config, options: dict) -> None:
     """Applies ``--cfg-options``.
 
     Unlike in plain MMEngine, ``data_root=…`` reaches every path that starts with it. And of an ensemble, see
-    :func:`~kd_det.config.composition.ensemble`, options reach all teachers or one:
+    :func:`~kd_det.config.composition.make_ensemble`, options reach all teachers or one:
     ``model.distill.fgd.temperature=0.8`` sets that of ``fgd_1``, ``fgd_2``, … (a term that options add is repeated,
     too), ``model.teacher.fuse=False`` that of all teachers; ``model.distill.fgd_1.temperature=0.8`` and
     ``model.teacher.0.fuse=False`` those of one. A weight of ``fgd`` is shared out, a weight of ``fgd_1`` is its own.
@@ -167,7 +167,7 @@ def _address(options: dict[str, Any], config: Config, members: Members, terms: d
 def _check_terms_have_types(config: Config, added: Iterable[str], members: Members) -> None:
     """Refuses options of a term that there is not: they have made one that has no type."""
     for name in added:
-        if not type_name(config.model.distill[name]):
+        if not get_type_name(config.model.distill[name]):
             others = [other for other in (*config.model.distill, *members) if other != name]
             near = get_close_matches(name, others, n=1)
             raise ConfigurationError(f"--cfg-options model.distill.{name}: there is no term '{name}', only "

@@ -12,7 +12,7 @@ from itertools import chain
 from mmdet.registry import MODELS
 from torch import nn
 
-from kd_det.config.detectors import check_student, plain_detector
+from kd_det.config.detectors import check_student, extract_plain_detector
 from kd_det.config.files import ConfigurationError, explain_build_error
 from kd_det.distillers.schedules import Schedule, ScheduleConfig, build_schedule
 from kd_det.heads import ROI_HEAD, HeadRequest, StudentHeads, StudentOutputs, find_head
@@ -39,7 +39,7 @@ def build_student(config: dict) -> nn.Module:
         ConfigurationError: It is no detector.
     """
     check_student(config, 'model.student')
-    return build_detector(plain_detector(config))
+    return build_detector(extract_plain_detector(config))
 
 
 def list_teacher_configs(teacher: dict | Sequence[dict]) -> list[dict]:

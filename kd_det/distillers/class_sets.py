@@ -8,7 +8,7 @@ from typing import Any
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from kd_det.config.classes import ClassMatch, match_classes, number_of_classes
+from kd_det.config.classes import ClassMatch, count_classes, match_classes
 from kd_det.config.files import ConfigurationError
 from kd_det.context import DistillContext
 from kd_det.heads import ROI_HEAD, DenseOutputs, HeadRequest, QueryOutputs, TeacherTowers
@@ -33,7 +33,7 @@ class ClassSets:
     """
 
     def __init__(self, student: nn.Module) -> None:
-        self.student_count = number_of_classes(student)
+        self.student_count = count_classes(student)
         self.matches: dict[int, ClassMatch] = {}
 
     def match(self, student: Sequence[str] | None, teachers: Sequence[Teacher], read: Container[int],
@@ -87,7 +87,7 @@ class ClassSets:
     def convert_labels(self, labels: Sequence[Tensor], teacher_index: int) -> list[Tensor]:
         """Labels as the terms of one teacher see them: indices among the shared classes, -1 for the others."""
         match = self.matches.get(teacher_index)
-        return list(labels) if match is None or match.is_identity else [match.shared(each) for each in labels]
+        return list(labels) if match is None or match.is_identity else [match.index_shared(each) for each in labels]
 
     def translate(self, detections: list[InstanceData], teacher_index: int, teacher: Teacher) -> list[InstanceData]:
         """Gives a teacher's detections the student's labels.
@@ -101,8 +101,8 @@ class ClassSets:
             ConfigurationError: It has another number of classes than the student, and the names are not known.
         """
         if teacher_index in self.matches:
-            return [self.matches[teacher_index].translated(each) for each in detections]
-        counts = number_of_classes(teacher.model), self.student_count
+            return [self.matches[teacher_index].translate(each) for each in detections]
+        counts = count_classes(teacher.model), self.student_count
         if None not in counts and counts[0] != counts[1]:
             raise ConfigurationError(f'The teacher tells {counts[0]} classes apart, the student {counts[1]}, and '
                                      "which are the same is not known. Name the teacher's, by label, with "
@@ -127,19 +127,19 @@ def restrict_to_shared_classes(context: DistillContext, teacher_index: int, matc
     if ROI_HEAD in student:
         regions = student[ROI_HEAD].regions
         background, shared = regions.labels == len(match.student), len(match.of_student)
-        labels = match.shared(regions.labels.masked_fill(background, 0)).masked_fill(background, shared)
-        regions, kept = regions._replace(labels=labels).chosen(labels >= 0), labels >= 0
-        student[ROI_HEAD] = student[ROI_HEAD].restricted(match.of_student, regions, kept)
+        labels = match.index_shared(regions.labels.masked_fill(background, 0)).masked_fill(background, shared)
+        regions, kept = regions._replace(labels=labels).select(labels >= 0), labels >= 0
+        student[ROI_HEAD] = student[ROI_HEAD].restrict(match.of_student, regions, kept)
         if ROI_HEAD in taught:
-            taught[ROI_HEAD] = tuple(each.restricted(match.of_teacher, regions, kept) for each in taught[ROI_HEAD])
+            taught[ROI_HEAD] = tuple(each.restrict(match.of_teacher, regions, kept) for each in taught[ROI_HEAD])
     teachers = list(context.teacher_outputs)
     teachers[teacher_index] = taught
     return replace(context, student_outputs=student, teacher_outputs=teachers,
-                   labels=[match.shared(labels) for labels in context.labels])
+                   labels=[match.index_shared(labels) for labels in context.labels])
 
 
 def _restrict_outputs(outputs: dict[str, Any], classes: Sequence[int]) -> dict[str, Any]:
     """Restricts the outputs of dense heads and of queries; the others stay as they are."""
-    return {name: each.restricted(classes)
+    return {name: each.restrict(classes)
             if isinstance(each, (DenseOutputs, QueryOutputs, TeacherTowers)) and has_classes(name) else each
             for name, each in outputs.items()}

@@ -39,9 +39,9 @@ def gradient_norms(task: Tensor, terms: dict[str, Tensor],
     squares = []
     for name, value in terms.items():
         pairs = zip(_compute_gradients(value, features[name]), (task_gradients[id(each)] for each in features[name]))
-        shared = [pair for pair in pairs if all(gradient is not None for gradient in pair)]
-        squares.append(torch.stack([_compute_square_norm([pair[side] for pair in shared], task.device)
-                                    for side in (0, 1)]))
+        shared = [(own, tasks) for own, tasks in pairs if own is not None and tasks is not None]
+        squares.append(torch.stack([_compute_square_norm([own for own, _ in shared], task.device),
+                                    _compute_square_norm([tasks for _, tasks in shared], task.device)]))
     norms = reduce_mean(torch.stack(squares)).sqrt() / SCALE
     return {name: GradientNorms(*each) for name, each in zip(terms, norms)}
 
@@ -57,13 +57,13 @@ def reaches_parameters(loss: Tensor, apart: Collection[Tensor] = ()) -> bool:
         loss: A scalar.
         apart: Parameters that do not count.
     """
-    apart, seen, nodes = set(map(id, apart)), set(), [loss.grad_fn]
+    ignored, seen, nodes = {id(each) for each in apart}, set(), [loss.grad_fn]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if type(node).__name__ == 'AccumulateGrad' and id(node.variable) not in apart:
+        if type(node).__name__ == 'AccumulateGrad' and id(node.variable) not in ignored:
             return True
         nodes.extend(before for before, _ in node.next_functions)
     return False

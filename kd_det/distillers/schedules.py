@@ -76,10 +76,11 @@ class Ramp(Schedule):
     def __init__(self, value: ScheduleConfig, epochs: float | None = None, iterations: int | None = None,
                  begin: float = 0) -> None:
         super().__init__(value)
-        if (epochs is None) == (iterations is None):
+        length = iterations if epochs is None else epochs
+        if length is None or None not in (epochs, iterations):
             raise ValueError(f'{type(self).__name__}: give its length either in epochs or in iterations.')
         self.by_epoch = epochs is not None
-        self.begin, self.length = begin, epochs if self.by_epoch else iterations
+        self.begin, self.length = begin, length
 
     def share_done(self, progress: Progress) -> float:
         """How much of the change is done, 0 to 1."""

@@ -35,7 +35,7 @@ class TeacherForward(NamedTuple):
     model: Any
     features: Features
     student: StudentOutputs
-    samples: Sequence = ()
+    samples: Sequence[Any] = ()
     cut: Callable[[Tensor], Tensor] = lambda level: level
 
 

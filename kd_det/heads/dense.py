@@ -112,7 +112,7 @@ class DenseOutputs:
     def num_classes(self) -> int:
         return self.logits[0].shape[-1] - (self.activation == 'softmax')
 
-    def restricted(self, classes: Sequence[int]) -> DenseOutputs:
+    def restrict(self, classes: Sequence[int]) -> DenseOutputs:
         """The same of some classes alone, in this order, see :func:`~kd_det.functional.logits.restricted_logits`."""
         background = self.activation == 'softmax'
         return replace(self, logits=tuple(restricted_logits(each, classes, background) for each in self.logits))

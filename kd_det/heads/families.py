@@ -40,11 +40,11 @@ class TargetsReader(DenseReader):
     labels_at = 0
     targets_at: int | None = None
 
-    def read_positives(self, head: Any, returned: Sequence, images: int) -> Tensor:
+    def read_positives(self, head: Any, returned: Sequence[Any], images: int) -> Tensor:
         labels = torch.cat([level.reshape(images, -1) for level in returned[-1][self.labels_at]], 1)
         return (labels >= 0) & (labels < head.num_classes)
 
-    def read_targets(self, head: Any, returned: Sequence, dense: DenseOutputs) -> Tensor | None:
+    def read_targets(self, head: Any, returned: Sequence[Any], dense: DenseOutputs) -> Tensor | None:
         if self.targets_at is None or dense.assigned is None or not isinstance(head.bbox_coder, DeltaXYWHBBoxCoder):
             return None
         assigned = torch.cat(dense.assigned, 1)
@@ -79,7 +79,7 @@ class YOLOFReader(AnchorReader):
 
     targets_at = None
 
-    def read_positives(self, head: Any, returned: Sequence, images: int) -> Tensor:
+    def read_positives(self, head: Any, returned: Sequence[Any], images: int) -> Tensor:
         labels = returned[-1][self.labels_at]  # (N, priors)
         return (labels >= 0) & (labels < head.num_classes)
 
@@ -168,7 +168,7 @@ class YOLOXReader(DenseReader):
     def decode(self, head: Any, priors: Tensor, encoded: Tensor) -> Tensor:
         return head._bbox_decode(priors, encoded)
 
-    def read_positives(self, head: Any, returned: Sequence, images: int) -> Tensor:
+    def read_positives(self, head: Any, returned: Sequence[Any], images: int) -> Tensor:
         return torch.stack([foreground for foreground, *_ in returned]).bool()
 
 
@@ -190,7 +190,7 @@ class YOLOv3Reader(DenseReader):
     def decode(self, head: Any, priors: Tensor, encoded: Tensor) -> Tensor:
         return head.bbox_coder.decode(priors, encoded + encoded.new_tensor([0.5, 0.5, 0, 0]), 1)
 
-    def read_positives(self, head: Any, returned: Sequence, images: int) -> Tensor:
+    def read_positives(self, head: Any, returned: Sequence[Any], images: int) -> Tensor:
         targets, _ = returned[-1]  # by level, (N, priors, attributes), of which the fifth is objectness
         return torch.cat([level[..., 4] for level in targets], 1) > 0
 

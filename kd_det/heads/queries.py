@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class QueryOutputs:
     def num_classes(self) -> int:
         return self.logits.shape[-1] - (self.activation == 'softmax')
 
-    def restricted(self, classes: Sequence[int]) -> QueryOutputs:
+    def restrict(self, classes: Sequence[int]) -> QueryOutputs:
         """The same of some classes alone, in this order, see :func:`~kd_det.functional.logits.restricted_logits`."""
         return replace(self, logits=restricted_logits(self.logits, classes, self.activation == 'softmax'))
 
@@ -73,7 +74,7 @@ def predicts_queries(head: type[nn.Module]) -> bool:
     return False
 
 
-def read_queries(head: Any, logits: Tensor, boxes: Tensor, assignments: Sequence = ()) -> QueryOutputs:
+def read_queries(head: Any, logits: Tensor, boxes: Tensor, assignments: Sequence[Any] = ()) -> QueryOutputs:
     """Reads the raw outputs of a DETR's head.
 
     Args:
@@ -99,7 +100,7 @@ def read_queries(head: Any, logits: Tensor, boxes: Tensor, assignments: Sequence
                    assigned=assigned, box_cost=_make_box_cost(head.assigner.match_costs))
 
 
-def _make_box_cost(match_costs: Sequence[Callable]) -> BoxCost:
+def _make_box_cost(match_costs: Sequence[Callable[..., Tensor]]) -> BoxCost:
     """The sum of a matcher's costs, see ``box_cost`` of :class:`QueryOutputs`."""
 
     @torch.no_grad()
@@ -108,7 +109,8 @@ def _make_box_cost(match_costs: Sequence[Callable]) -> BoxCost:
         pixels = bbox_cxcywh_to_xyxy(boxes) * boxes.new_tensor([width, height, width, height])
         queries = InstanceData(scores=logits, bboxes=pixels)
         objects = InstanceData(bboxes=truth, labels=labels)
-        return sum(match_cost(pred_instances=queries, gt_instances=objects, img_meta=dict(img_shape=image_shape))
-                   for match_cost in match_costs)
+        costs = (match_cost(pred_instances=queries, gt_instances=objects, img_meta=dict(img_shape=image_shape))
+                 for match_cost in match_costs)
+        return reduce(torch.add, costs)
 
     return cost

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kd_det.heads.dense import DenseOutputs, read_strides
 from kd_det.heads.queries import QUERY_HEADS, predicts_queries
-from kd_det.heads.request import PARTS, ROI_HEAD, HeadError, HeadRequest
+from kd_det.heads.request import HEAD_PARTS, ROI_HEAD, HeadError, HeadRequest
 from kd_det.taps import Features
 
 Maps = Sequence[Tensor]  # (N, channels, H, W), one per level
@@ -55,7 +55,7 @@ class DenseReader:
         """
         raise NotImplementedError
 
-    def read_positives(self, head: Any, returned: Sequence, images: int) -> Tensor:
+    def read_positives(self, head: Any, returned: Sequence[Any], images: int) -> Tensor:
         """Tells which priors the head assigned to boxes.
 
         Args:
@@ -68,7 +68,7 @@ class DenseReader:
         """
         raise NotImplementedError
 
-    def read_targets(self, head: Any, returned: Sequence, dense: DenseOutputs) -> Tensor | None:
+    def read_targets(self, head: Any, returned: Sequence[Any], dense: DenseOutputs) -> Tensor | None:
         """Tells to what the assigned priors are regressed.
 
         Args:
@@ -264,10 +264,10 @@ def check_head(detector: str, heads: Mapping[str, type[nn.Module]], name: str) -
         reader = find_reader(head)
         has = not part or part in reader.parts
     if not has:
-        raise HeadError(f'A {head.__name__} {PARTS[part]}.')
+        raise HeadError(f'A {head.__name__} {HEAD_PARTS[part]}.')
 
 
-def read_dense(head: nn.Module, outputs: Sequence[Maps], assignments: Sequence = ()) -> DenseOutputs:
+def read_dense(head: nn.Module, outputs: Sequence[Maps], assignments: Sequence[Any] = ()) -> DenseOutputs:
     """Reads the raw outputs of a dense head.
 
     Args:

@@ -9,7 +9,7 @@ class HeadError(ValueError):
 
 
 # What can be asked of a head beside its outputs, and what is said of a head that does not have it.
-PARTS: dict[str, str] = {
+HEAD_PARTS: dict[str, str] = {
     'towers': 'has no towers, convolutions before its predictions that all levels share, as the heads of RetinaNet, '
               'ATSS, GFL, FCOS and RTMDetHead have, RTMDetSepBNHead not',
     'positives': 'does not tell which priors it assigned to boxes: choose a form without positives, such as '
@@ -47,9 +47,9 @@ class HeadRequest(str):
 
     def __new__(cls, head: str, part: str = '') -> HeadRequest:
         request = super().__new__(cls, f'{head}.{part}' if part else head)
-        if part and part not in PARTS:
-            nearest = get_close_matches(part, PARTS, n=1)
-            raise HeadError(f"'{request}': no head has a part '{part}'. Parts are {', '.join(PARTS)}."
+        if part and part not in HEAD_PARTS:
+            nearest = get_close_matches(part, HEAD_PARTS, n=1)
+            raise HeadError(f"'{request}': no head has a part '{part}'. Parts are {', '.join(HEAD_PARTS)}."
                             + (f" Did you mean '{head}.{nearest[0]}'?" if nearest else ''))
         request.head, request.part = head, part
         return request

@@ -33,7 +33,7 @@ class Regions(NamedTuple):
     stds: Tensor
     stages: Tensor
 
-    def chosen(self, rows: Tensor) -> Regions:
+    def select(self, rows: Tensor) -> Regions:
         """Those of the R regions where ``rows``, (R,) of bool, is true."""
         return Regions(*(each[rows] for each in self))
 
@@ -57,7 +57,7 @@ class RoIOutputs(NamedTuple):
     def num_classes(self) -> int:
         return self.logits.shape[1] - 1
 
-    def restricted(self, classes: Sequence[int], regions: Regions, rows: Tensor) -> RoIOutputs:
+    def restrict(self, classes: Sequence[int], regions: Regions, rows: Tensor) -> RoIOutputs:
         """The same of some classes and some regions alone.
 
         Args:

@@ -69,7 +69,7 @@ class TeacherTowers(NamedTuple):
     head: nn.Module
     classes: tuple[int, ...] | None = None
 
-    def restricted(self, classes: Sequence[int]) -> TeacherTowers:
+    def restrict(self, classes: Sequence[int]) -> TeacherTowers:
         """The same for predictions of some classes alone, in this order."""
         return self._replace(classes=tuple(classes))
 
@@ -88,7 +88,7 @@ class TeacherTowers(NamedTuple):
             for name, levels in zip(TOWERS, (classes, boxes)):
                 stack.enter_context(_enter_tower(self.head, name, [level.to(dtype) for level in levels], remaining))
             outputs = read_dense(self.head, self.head(classes))
-        return outputs if self.classes is None else outputs.restricted(self.classes)
+        return outputs if self.classes is None else outputs.restrict(self.classes)
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,68 +15,93 @@ from kd_det.compat.console import PlainConsole
 from kd_det.config import ConfigurationError
 from kd_det.config.files import is_distillation, load_config, set_data_root
 from kd_det.datasets import generate_shapes
-from kd_det.study.demo_report import draw_pictures, results_table, summarize, write_results
+from kd_det.study.demo_report import draw_pictures, summarize, tabulate_runs, write_results
 from kd_det.study.runs import Run, identify_run, load_finished_run, train
 
 TEACHER_CONFIG = 'kd_det::demo/teacher_faster_rcnn_r101.py'
 PLAIN_CONFIG = 'kd_det::demo/baseline_faster_rcnn_r18.py'
 
 
-def run_demo(options: Namespace) -> None:
-    """Does what the options of ``kd-det demo`` say."""
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the demo generates and trains.
+
+    Attributes:
+        out: Folder of data, trainings, results and pictures.
+        config: How the distilled student learns.
+        seeds: How often both students are trained, from seeds 0 on, under one teacher.
+        epochs: Of the students; their config's by default.
+        teacher_epochs: Of the teacher; its config's by default.
+        images: Number of training images.
+        val_images: Number of validation images.
+        size: Height and width of the images, in pixels.
+    """
+    out: Path
+    config: str
+    seeds: int = 1
+    epochs: int | None = None
+    teacher_epochs: int | None = None
+    images: int = 240
+    val_images: int = 80
+    size: int = 128
+
+
+def run_demo(settings: DemoSettings) -> None:
+    """Generates data, trains a teacher and two students, with and without distillation, and compares them."""
     console = PlainConsole(file=sys.stdout)  # the real one, not what it is redirected to below
-    options.out.mkdir(parents=True, exist_ok=True)
+    settings.out.mkdir(parents=True, exist_ok=True)
     # MMEngine logs much: that goes to a file, a line for each epoch to the console.
-    with open(options.out / 'log.txt', 'a', encoding='utf-8') as log, redirect_stdout(log), redirect_stderr(log):
-        _demo(options, console)
+    with open(settings.out / 'log.txt', 'a', encoding='utf-8') as log, redirect_stdout(log), redirect_stderr(log):
+        _train_and_compare(settings, console)
 
 
-def _demo(options: Namespace, console: Console) -> None:
+def _train_and_compare(settings: DemoSettings, console: Console) -> None:
     columns = (TextColumn('{task.description}', markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
-        data = _generate(options, progress)
-        config = _config(TEACHER_CONFIG, 'teacher', options, options.teacher_epochs)
+        data = _generate(settings, progress)
+        config = _load_config(TEACHER_CONFIG, 'teacher', settings, settings.teacher_epochs)
         teacher = _train_once('teacher', config, data, progress)
         plain, distilled = [], []
-        for seed in range(options.seeds):
+        for seed in range(settings.seeds):
             name = f'plain student, seed {seed}'
-            config = _config(PLAIN_CONFIG, f'plain_{seed}', options, options.epochs, seed)
+            config = _load_config(PLAIN_CONFIG, f'plain_{seed}', settings, settings.epochs, seed)
             plain.append(_train_once(name, config, data, progress))
             name = f'distilled student, seed {seed}'
-            config = _config(options.config, f'distilled_{seed}', options, options.epochs, seed)
+            config = _load_config(settings.config, f'distilled_{seed}', settings, settings.epochs, seed)
             if not is_distillation(config):
-                raise ConfigurationError(f'--config {options.config} is no distillation: its model is not a '
+                raise ConfigurationError(f'--config {settings.config} is no distillation: its model is not a '
                                          'DetectionDistiller.')
             config.model.teacher = dict(config=TEACHER_CONFIG, checkpoint=teacher.checkpoint)
             distilled.append(_train_once(name, config, [data, teacher.identity], progress))
     runs = dict(teacher=[teacher], plain=plain, distilled=distilled)
     summary = summarize(runs)
-    console.print(results_table(runs, summary))
-    plain_config = _config(PLAIN_CONFIG, 'plain', options)
-    configs = dict(teacher=_config(TEACHER_CONFIG, 'teacher', options), plain=plain_config, distilled=plain_config)
-    saved = [write_results(options.out, runs, summary, data), *draw_pictures(options.out, runs, configs)]
+    console.print(tabulate_runs(runs, summary))
+    plain_config = _load_config(PLAIN_CONFIG, 'plain', settings)
+    teacher_config = _load_config(TEACHER_CONFIG, 'teacher', settings)
+    configs = dict(teacher=teacher_config, plain=plain_config, distilled=plain_config)
+    saved = [write_results(settings.out, runs, summary, data), *draw_pictures(settings.out, runs, configs)]
     console.print(f"Saved {', '.join(map(str, saved))}.", highlight=False)
 
 
-def _generate(options: Namespace, progress: Progress) -> dict:
+def _generate(settings: DemoSettings, progress: Progress) -> dict:
     """Writes the data unless it is there; returns what decides it."""
-    data = dict(train_images=options.images, val_images=options.val_images, size=options.size)
+    data = dict(train_images=settings.images, val_images=settings.val_images, size=settings.size)
     task = progress.add_task('data', total=None)
-    written = generate_shapes(options.out / 'data', **data,
+    written = generate_shapes(settings.out / 'data', **data,
                               progress=lambda done, total: progress.update(task, completed=done, total=total))
     progress.remove_task(task)
-    progress.console.print(f'data: {options.images} + {options.val_images} images of {options.size} x {options.size} '
-                           f"pixels in {options.out / 'data'}{'' if written else ', kept from before'}",
-                           highlight=False)
+    kept = '' if written else ', kept from before'
+    progress.console.print(f'data: {settings.images} + {settings.val_images} images of {settings.size} x '
+                           f"{settings.size} pixels in {settings.out / 'data'}{kept}", highlight=False)
     return data
 
 
-def _config(name: str, folder: str, options: Namespace, epochs: int | None = None, seed: int = 0) -> Config:
-    """A config of the demo, on the generated data."""
+def _load_config(name: str, folder: str, settings: DemoSettings, epochs: int | None = None, seed: int = 0) -> Config:
+    """Loads a config of the demo, on the generated data."""
     config = load_config(name)
-    set_data_root(config, str(options.out / 'data'))
-    config.work_dir = str(options.out / 'runs' / folder)
+    set_data_root(config, str(settings.out / 'data'))
+    config.work_dir = str(settings.out / 'runs' / folder)
     config.randomness = dict(seed=seed)
     if epochs is not None:
         config.train_cfg.max_epochs = epochs

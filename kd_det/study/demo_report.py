@@ -36,7 +36,7 @@ def summarize(runs: Mapping[str, list[Run]]) -> dict:
     return gains
 
 
-def results_table(runs: Mapping[str, list[Run]], gains: dict) -> Table:
+def tabulate_runs(runs: Mapping[str, list[Run]], gains: dict) -> Table:
     """The detectors side by side; several seeds as mean ± standard deviation."""
     table = Table(title='COCO metric on the validation images', caption=_gain_text(gains['bbox_mAP']))
     table.add_column('model', no_wrap=True)

@@ -66,7 +66,7 @@ def class_distributions(detector: nn.Module, features: Features, boxes: Sequence
         logits = logits if classes is None else restricted_logits(logits, classes, background=True)
         return ClassDistributions(logits.softmax(1)[:, :-1], logits)
     dense = read_dense(detector.bbox_head, detector.bbox_head(features))
-    dense = dense if classes is None else dense.restricted(classes)
+    dense = dense if classes is None else dense.restrict(classes)
     chosen = [select_priors(dense, image, *each) for image, each in enumerate(zip(boxes, shapes))]
 
     def at_boxes(levels: Features) -> Tensor:

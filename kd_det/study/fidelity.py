@@ -32,12 +32,19 @@ from torchvision.ops import box_iou, nms
 
 from kd_det import __version__
 from kd_det.config import ConfigurationError
-from kd_det.config.classes import ClassMatch, first_metainfo, label_names, match_classes, metainfo_of, number_of_classes
-from kd_det.config.files import leaf_datasets, load_config, student_model
+from kd_det.config.classes import (
+    ClassMatch,
+    count_classes,
+    find_label_names,
+    get_first_metainfo,
+    get_metainfo,
+    match_classes,
+)
+from kd_det.config.files import list_leaf_datasets, load_config, student_model
 from kd_det.functional.fidelity import Moments, expected_calibration_error, linear_cka, moments
 from kd_det.functional.masks import valid_cells
 from kd_det.heads.dense import Stride
-from kd_det.registry import build_detector, scope_of, within_scope
+from kd_det.registry import build_detector, get_scope, within_scope
 from kd_det.study.distributions import class_distributions, class_kl, find_classifying_head
 from kd_det.study.pair import hash_weights
 from kd_det.study.scheduling import CONFIG_FILE
@@ -127,7 +134,7 @@ class FidelityMetric(BaseMetric):
         data = self._preprocessor(copy.deepcopy(data_batch), False)
         images, samples = data['inputs'], data['data_samples']
         boxes = teacher.to_like(images).detect(images, samples)
-        boxes = boxes if self.match is None else [self.match.translated(each) for each in boxes]
+        boxes = boxes if self.match is None else [self.match.translate(each) for each in boxes]
         divergences = self._compare_modules(teacher, images, samples, boxes) if self.student is not None else None
         for index, (sample, of_teacher) in enumerate(zip(data_samples, boxes)):
             result = self._compare(sample, of_teacher.cpu())
@@ -153,8 +160,8 @@ class FidelityMetric(BaseMetric):
         return self.teacher
 
     def _match_classes(self, teacher: Teacher) -> ClassMatch | None:
-        names = first_metainfo(self.dataset_meta).get('classes')
-        mine = None if self.student is None else number_of_classes(self.student)
+        names = get_first_metainfo(self.dataset_meta).get('classes')
+        mine = None if self.student is None else count_classes(self.student)
         if names and mine not in (None, len(names)):
             names = None  # the head's labels are then not those of the data
         if names and teacher.classes:
@@ -163,7 +170,7 @@ class FidelityMetric(BaseMetric):
                 return None
             print_log(f"FidelityMetric, classes: {match.report('the comparison')}", 'current')
             return match
-        mine, theirs = mine or (len(names) if names else None), number_of_classes(teacher.model)
+        mine, theirs = mine or (len(names) if names else None), count_classes(teacher.model)
         if None not in (mine, theirs) and mine != theirs:
             whose, remedy = (('teacher', "name them, by label, with FidelityMetric's teacher=dict(classes=[…])")
                              if names else ('student', 'name them, by label, in the metainfo of the validation data'))
@@ -198,7 +205,7 @@ class FidelityMetric(BaseMetric):
         """Reads the boxes of a sample that are of shared classes, onto the CPU; the teacher's are restricted by now."""
         read = InstanceData(**{name: get_box_tensor(instances[name]).cpu() for name in ('bboxes', 'labels', 'scores')
                                if name in instances})
-        return read if self.match is None else read[self.match.shared(read.labels) >= 0]
+        return read if self.match is None else read[self.match.index_shared(read.labels) >= 0]
 
     def _compare_modules(self, teacher: Teacher, images: Tensor, samples: Sequence[DetDataSample],
                          boxes: Sequence[InstanceData]) -> list[Tensor] | None:
@@ -283,7 +290,7 @@ def measure_fidelity(config: Config, checkpoint: str, teacher: dict, split: str 
     Returns:
         The metric's numbers.
     """
-    with within_scope(scope_of(config)):
+    with within_scope(get_scope(config)):
         detector = build_detector(student_model(config))
         dataset = DATASETS.build(_make_dataset_config(config, split))
     load_strictly(detector, checkpoint, role='student')
@@ -291,7 +298,7 @@ def measure_fidelity(config: Config, checkpoint: str, teacher: dict, split: str 
     metric = FidelityMetric(teacher, **options)
     metric.attach(detector)
     evaluator = Evaluator([metric])
-    evaluator.dataset_meta = dict(metainfo_of(dataset), classes=label_names(dataset))
+    evaluator.dataset_meta = dict(get_metainfo(dataset), classes=find_label_names(dataset))
     batch_size = config.val_dataloader.get('batch_size') or 1
     for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=pseudo_collate):
         evaluator.process(data_samples=detector.val_step(batch), data_batch=batch)
@@ -400,11 +407,11 @@ def _attach_model(runner: Runner, loop: BaseLoop) -> None:
         if isinstance(metric, FidelityMetric):
             metric.attach(model)
             dataset = loop.dataloader.dataset
-            metric.dataset_meta = dict(metainfo_of(dataset), classes=label_names(dataset))
+            metric.dataset_meta = dict(get_metainfo(dataset), classes=find_label_names(dataset))
 
 
 def _make_dataset_config(config: Config, split: str) -> dict:
     """Makes the config of a data set, with the pipeline of validation; training images that are filtered stay so."""
-    validation = leaf_datasets(config.val_dataloader.dataset)[0]
-    dataset = validation if split == 'val' else leaf_datasets(config.train_dataloader.dataset)[0]
+    validation = list_leaf_datasets(config.val_dataloader.dataset)[0]
+    dataset = validation if split == 'val' else list_leaf_datasets(config.train_dataloader.dataset)[0]
     return copy.deepcopy(dict(dataset, pipeline=validation['pipeline']))

@@ -26,8 +26,8 @@ from kd_det.checks.images import check_images
 from kd_det.compat import load_checkpoint
 from kd_det.compat.console import TextTable
 from kd_det.config import ConfigurationError
-from kd_det.config.classes import Names, label_names, training_classes
-from kd_det.config.files import leaf_datasets, type_name
+from kd_det.config.classes import Names, find_label_names, find_training_classes
+from kd_det.config.files import get_type_name, list_leaf_datasets
 from kd_det.config.options import resolve_distillation
 from kd_det.context import ComparedLevel
 from kd_det.distillers.detection_distiller import DetectionDistiller, Observation
@@ -73,7 +73,8 @@ def inspect(config: str | Path | Config, *, image: str | Path | None = None, che
     prepare_without_runner(config, (config.get('randomness') or {}).get('seed') or 0)
     with explain(config):
         distiller = _build_distiller(config, checkpoint)
-        batch, names = (load_image(config, image), training_classes(config)) if image else load_training_batch(config)
+        batch, names = ((load_image(config, image), find_training_classes(config)) if image
+                        else load_training_batch(config))
         distiller.match_classes(names)
         step = observe_step(distiller, batch)
     folder = Path(out) if out else Path('work_dirs') / Path(config.filename or 'config').stem / 'inspection'
@@ -355,7 +356,7 @@ def load_training_batch(config: Config) -> tuple[dict, Names | None]:
         loader = Runner.build_dataloader(settings, seed=(config.get('randomness') or {}).get('seed') or 0)
     check_labels(dict(train=loader.dataset))
     check_images(loader.dataset, most=CHECKED_IMAGES)
-    return next(iter(loader)), label_names(loader.dataset)
+    return next(iter(loader)), find_label_names(loader.dataset)
 
 
 def load_image(config: Config, file: str | Path) -> dict:
@@ -374,13 +375,13 @@ def load_image(config: Config, file: str | Path) -> dict:
                                  'the image. Leave --image out to look at training data.')
     if not Path(file).is_file():
         raise FileNotFoundError(f"There is no image '{file}'.")
-    pipeline = leaf_datasets(config.val_dataloader.dataset)[0]['pipeline']
-    load, *prepare = (step for step in pipeline if 'Annotations' not in type_name(step))
+    pipeline = list_leaf_datasets(config.val_dataloader.dataset)[0]['pipeline']
+    load, *prepare = (step for step in pipeline if 'Annotations' not in get_type_name(step))
     try:  # whatever the transform reads is an image
         loaded = Compose([load])(dict(img_path=str(file), img_id=0))
     except Exception as error:
-        raise ConfigurationError(f"'{file}' can not be read as an image by {type_name(load)}, the first transform of "
-                                 f'the val_dataloader: {type(error).__name__}: {error}') from error
+        raise ConfigurationError(f"'{file}' can not be read as an image by {get_type_name(load)}, the first transform "
+                                 f'of the val_dataloader: {type(error).__name__}: {error}') from error
     data = Compose(prepare)(loaded)
     nothing = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
     data['data_samples'].ignored_instances = nothing

@@ -9,7 +9,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from kd_det.config import ConfigurationError
-from kd_det.config.files import is_distillation, leaf_datasets, load_config, set_data_root, student_config
+from kd_det.config.files import is_distillation, list_leaf_datasets, load_config, set_data_root, student_config
 from kd_det.config.options import resolve_config, set_epochs
 from kd_det.study.runs import sha256
 
@@ -95,7 +95,7 @@ def hash_data(config: Config) -> str:
     """Returns the hash of a config's training and validation data: annotations by content, images by name and size."""
     parts = []
     for split in ('train', 'val'):
-        for dataset in leaf_datasets(config[f'{split}_dataloader'].dataset):
+        for dataset in list_leaf_datasets(config[f'{split}_dataloader'].dataset):
             root = Path(dataset.get('data_root') or '')
             parts.append(Path(root, dataset['ann_file']).read_bytes())
             images = Path(root, (dataset.get('data_prefix') or {}).get('img', ''))

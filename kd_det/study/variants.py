@@ -14,11 +14,11 @@ from mmdet.registry import TRANSFORMS
 from mmengine.config import Config, DictAction
 
 from kd_det.config import ConfigurationError
-from kd_det.config.composition import NO_METHOD, PAPER, distillation_config, ensemble
-from kd_det.config.files import TOP_KEYS, leaf_datasets, student_model, training_pipelines, type_name
+from kd_det.config.composition import NO_METHOD, PAPER, distillation_config, make_ensemble
+from kd_det.config.files import TOP_KEYS, get_type_name, list_leaf_datasets, student_model, training_pipelines
 from kd_det.config.methods import available_methods, find_files, is_file
 from kd_det.config.options import merge_options
-from kd_det.registry import HOME, find_class, scope_of, within_scope
+from kd_det.registry import HOME, find_class, get_scope, within_scope
 from kd_det.study.pair import Pair
 
 PLAIN = NO_METHOD
@@ -39,7 +39,7 @@ class Variant:
         inherit: Parts of the student that start from the teacher's weights; ``'auto'`` for all but the backbone.
         settings: Overrides of the student's config by dotted key; those of :data:`DISTILLATION_KEYS` reach the
             distillation.
-        teachers: How many teachers it learns from, see :func:`~kd_det.config.composition.ensemble`.
+        teachers: How many teachers it learns from, see :func:`~kd_det.config.composition.make_ensemble`.
         augment: What is done to the training images beside the student's own pipeline, see
             :func:`~kd_det.study.variants.mix_images`.
     """
@@ -195,7 +195,7 @@ def variant_config(variant: Variant, pair: Pair, checkpoints: Sequence[str] = ()
     config = distillation_config(config, pair.teacher, checkpoints[0], variant.method, variant.inherit,
                                  balance=variant.balance)
     if variant.teachers > 1:
-        config = ensemble(config, checkpoints[:variant.teachers])
+        config = make_ensemble(config, checkpoints[:variant.teachers])
     merge_options(config, of_distillation)  # of a term: for all its teachers, or for one
     return config
 
@@ -225,9 +225,9 @@ def mix_images(config: Config, augmentations: Sequence[str]) -> None:
     if not augmentations:
         return
     dataset = config.train_dataloader.dataset
-    leaves = leaf_datasets(dataset)
+    leaves = list_leaf_datasets(dataset)
     pipeline = list(leaves[0].get('pipeline') or ())
-    loading = list(takewhile(lambda transform: type_name(transform).startswith('Load'), pipeline))
+    loading = list(takewhile(lambda transform: get_type_name(transform).startswith('Load'), pipeline))
     _check_mixable(config, pipeline, loading)
     size = _find_size(pipeline, leaves)
     mean = (student_model(config).get('data_preprocessor') or {}).get('mean')
@@ -253,23 +253,23 @@ def _mixing_transforms(augmentations: Sequence[str], size: tuple[int, int], pad_
 
 def _check_mixable(config: Config, pipeline: list[dict], loading: list[dict]) -> None:
     dataset = config.train_dataloader.dataset
-    with within_scope(scope_of(config)):
-        mixing = {type_name(each): None for each in _all_transforms(training_pipelines(config))
+    with within_scope(get_scope(config)):
+        mixing = {get_type_name(each): None for each in _all_transforms(training_pipelines(config))
                   # hasattr fails: mmcv's decorator wants an instance
-                  if type_name(each) and 'get_indexes' in dir(find_class(TRANSFORMS, each, HOME))}
+                  if get_type_name(each) and 'get_indexes' in dir(find_class(TRANSFORMS, each, HOME))}
     if mixing:
         raise ConfigurationError("@augment: the student's training pipeline mixes images already "
                                  f"({', '.join(mixing)}). Give a config without, and without the hooks that end it.")
     for hook in config.get('custom_hooks') or ():
-        if type_name(hook) == 'PipelineSwitchHook':
+        if get_type_name(hook) == 'PipelineSwitchHook':
             raise ConfigurationError("@augment: the student's PipelineSwitchHook would exchange the pipeline that "
                                      'mixes. Take it out of custom_hooks.')
-    if any(list(leaf.get('pipeline') or ()) != pipeline for leaf in leaf_datasets(dataset)):
+    if any(list(leaf.get('pipeline') or ()) != pipeline for leaf in list_leaf_datasets(dataset)):
         raise ConfigurationError('@augment: the data sets within train_dataloader.dataset have different pipelines, so '
                                  'it is not clear which a mixed image goes through. Give all the same.')
-    if not any(type_name(transform) == 'LoadAnnotations' for transform in loading):
+    if not any(get_type_name(transform) == 'LoadAnnotations' for transform in loading):
         raise ConfigurationError('@augment: expected a training pipeline that begins with LoadImageFromFile and '
-                                 f"LoadAnnotations, got {', '.join(map(type_name, pipeline)) or 'none'}.")
+                                 f"LoadAnnotations, got {', '.join(map(get_type_name, pipeline)) or 'none'}.")
     if any(transform.get(key) for transform in loading for key in ('with_mask', 'with_seg')):
         raise ConfigurationError('@augment: Mosaic and MixUp mix boxes, no masks, and the training pipeline loads '
                                  'masks.')
@@ -291,7 +291,8 @@ def _find_size(pipeline: list[dict], leaves: list[dict]) -> tuple[int, int]:
 def _find_scales(pipeline: list[dict]) -> Iterator[tuple[int, int]]:
     """The sizes that the resizing transforms of a pipeline name; upright ones lie down where the ratio is kept."""
     for transform in _all_transforms(pipeline):
-        named = (transform.get('scales') or transform.get('scale') or ()) if 'Resize' in type_name(transform) else ()
+        resizes = 'Resize' in get_type_name(transform)
+        named = (transform.get('scales') or transform.get('scale') or ()) if resizes else ()
         named = (named, named) if isinstance(named, int) else named
         for scale in [named] if named and isinstance(named[0], int) else named:
             yield tuple(sorted(scale, reverse=True)) if transform.get('keep_ratio') else tuple(scale)

@@ -37,6 +37,14 @@ class InputBridge(nn.Module):
     Raises:
         TeacherError: The two normalise different numbers of channels, neither of them 1.
     """
+    scale: Tensor
+    shift: Tensor
+    mean: Tensor
+    std: Tensor
+    student_mean: Tensor
+    student_std: Tensor
+    luminance: Tensor
+    pad_value: Tensor
 
     def __init__(self, student: nn.Module, teacher: nn.Module, channels: int | None = None) -> None:
         super().__init__()

@@ -97,8 +97,8 @@ class TeacherCache:
             The outputs, in the form in which they are kept.
         """
         keys = self._compute_keys(question, images, image_shapes)
-        entries = [self.store.get(key) for key in keys]
-        if all(entry is not None for entry in entries):
+        entries = [entry for entry in map(self.store.get, keys) if entry is not None]
+        if len(entries) == len(keys):
             self.counts.hits += len(keys)
             self.counts.read += sum(array.nbytes for entry in entries for array in entry.values())
         else:
@@ -232,10 +232,10 @@ class ArrayStore:
         path = self._path(key)
         if path.exists():
             return 0
-        content = io.BytesIO()
-        np.savez(content, **arrays)
-        content.write(_compute_checksum(content.getbuffer()))
-        content = content.getvalue()
+        archive = io.BytesIO()
+        np.savez(archive, **arrays)
+        archive.write(_compute_checksum(archive.getbuffer()))
+        content = archive.getvalue()
         unfinished = path.with_suffix(f'.{uuid.uuid4().hex}{UNFINISHED}')
         try:
             self._reserve(unfinished, len(content))

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import partial
@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from kd_det.compat import CheckpointError, load_checkpoint
-from kd_det.config.classes import Names, dataset_classes, first_metainfo
+from kd_det.config.classes import Names, find_dataset_classes, get_first_metainfo
 from kd_det.config.detectors import ModelConfig, TeacherError
-from kd_det.config.files import leaf_datasets, load_config, type_name
-from kd_det.registry import scope_of, within_scope
+from kd_det.config.files import get_type_name, list_leaf_datasets, load_config
+from kd_det.registry import get_scope, within_scope
 
 # Where programs keep a model's weights, in the order in which they are looked for. MMEngine's EMA is in the first.
 WEIGHTS = ('state_dict', 'model', 'model_state_dict', 'model_state', 'net', 'network', 'weights', 'params')
@@ -57,8 +57,8 @@ def remove_pretrained(config: Any) -> Any:
 
 def is_pretrained(config: Any) -> bool:
     """Whether a part of a model dict is an ``init_cfg`` that loads a checkpoint; PVT's and its kin's have no type."""
-    if type_name(config):
-        return type_name(config) in ('Pretrained', 'PretrainedInit')
+    if get_type_name(config):
+        return get_type_name(config) in ('Pretrained', 'PretrainedInit')
     return isinstance(config, dict) and 'checkpoint' in config and 'config' not in config
 
 
@@ -155,7 +155,7 @@ def find_weights(loaded: dict, checkpoint: str, role: str, prefix: str | None,
     if prefix:
         found = _select_prefixed(entries, entry, prefix)
         if not found:
-            begins = _count_first_parts(entries.get(entry, {})) + Counter(
+            begins = _count_first_parts(entries.get(entry or '', {})) + Counter(
                 {place: len(state) for place, state in entries.items() if place != entry})
             raise CheckpointError(f"teacher.checkpoint_prefix='{prefix}': no key in the checkpoint '{checkpoint}' "
                                   f'begins with it. They begin with {_format_counts(begins)}.')
@@ -199,13 +199,13 @@ def find_class_names(count: int | None, names: Sequence[str], meta: dict, config
     return None
 
 
-def _select_prefixed(entries: dict[str, dict], entry: str | None, prefix: str) -> OrderedDict[str, Tensor]:
+def _select_prefixed(entries: Mapping[str, dict], entry: str | None, prefix: str) -> OrderedDict[str, Tensor]:
     """Selects the weights after a prefix: of keys within the main entry, or else the name of an entry."""
 
     def remove(start: str, key: str) -> str | None:
         return _strip_wrappers(key[len(start):]) if key.startswith(start) else None
 
-    for states in ({'': entries.get(entry, {})}, entries):
+    for states in ({'': entries.get(entry or '', {})}, entries):
         for start in (prefix if prefix.endswith('.') else f'{prefix}.', prefix):
             found = _rename_keys(states, partial(remove, start))
             if found:
@@ -213,20 +213,22 @@ def _select_prefixed(entries: dict[str, dict], entry: str | None, prefix: str) -
     return OrderedDict()
 
 
-def _rename_keys(states: dict[str, dict], rename: Callable[[str], str | None]) -> OrderedDict[str, Tensor]:
+def _rename_keys(states: Mapping[str, dict], rename: Callable[[str], str | None]) -> OrderedDict[str, Tensor]:
     """Joins state dicts by their place to one, each key after its place renamed, or left out where that gives None."""
-    renamed, metadata = OrderedDict(), {}  # versions of the modules, by which they rename keys themselves
+    renamed: OrderedDict[str, Tensor] = OrderedDict()
+    metadata: dict[str, dict] = {}  # versions of the modules, by which they rename keys themselves
     for place, state in states.items():
         # An average over training steps counts them beside the model that it wraps.
         average = all(key.startswith('module.') for key in state if key not in COUNTERS)
         for key, value in state.items():
-            if isinstance(value, Tensor) and not (average and key in COUNTERS):
-                renamed[rename(place + key)] = value
+            name = rename(place + key) if isinstance(value, Tensor) else None
+            if name is not None and not (average and key in COUNTERS):
+                renamed[name] = value
         for key, value in (getattr(state, '_metadata', None) or {}).items():
             name = rename(f'{place}{key}.')
-            metadata[None if name is None else name[:-1]] = value
-    renamed.pop(None, None)
-    renamed._metadata = metadata
+            if name is not None:
+                metadata[name[:-1]] = value
+    renamed._metadata = metadata  # type: ignore[attr-defined]  # as PyTorch's own state dicts have it
     return renamed
 
 
@@ -256,7 +258,7 @@ def _is_state_dict(value: Any) -> bool:
     return any(isinstance(each, Tensor) for each in values) and not any(isinstance(each, dict) for each in values)
 
 
-def _find_main_entry(entries: dict[str, dict]) -> str | None:
+def _find_main_entry(entries: Collection[str]) -> str | None:
     """Finds the place of the weights that a checkpoint is about; None where that is not clear."""
     for name in WEIGHTS:
         within = [place for place in entries if place.startswith(f'{name}.')]
@@ -272,7 +274,7 @@ def _suggest_prefix(keys: Sequence[str], expected: Iterable[str], role: str, com
     """
     known = {*expected, *(key.replace('.', '_') for key in expected)}
     weights = [key for key in expected if not key.endswith('num_batches_tracked')]
-    found = Counter()
+    found: Counter[str] = Counter()
     for key in keys:
         ends = (match.end() for match in re.finditer(r'[._]', key))
         end = next((end for end in ends if key[end:] in known), None)
@@ -295,14 +297,14 @@ def _suggest_prefix(keys: Sequence[str], expected: Iterable[str], role: str, com
 
 def _count_first_parts(keys: Iterable[str]) -> Counter:
     """Counts the keys that begin with each first part: ``'backbone.'``, or ``'ema_'`` of a key without dots."""
-    return Counter(re.match(r'[^.]*\.|[^_]*_?', key)[0] for key in keys)
+    return Counter(match[0] for match in map(re.compile(r'[^.]*\.|[^_]*_?').match, keys) if match)
 
 
 def _format_counts(prefixes: Counter) -> str:
     return ' and '.join(f"'{prefix}' ({count} keys)" for prefix, count in prefixes.most_common(8))
 
 
-def _suggest_choice(prefixes: Sequence[str], role: str) -> str:
+def _suggest_choice(prefixes: Collection[str], role: str) -> str:
     prefix = min(prefixes, key=lambda prefix: 'teacher' not in prefix)  # of equals the first
     if role != 'teacher':
         return f"save those after '{prefix}' again, without it, as the state_dict of a checkpoint."
@@ -322,12 +324,12 @@ def _abbreviate(keys: Sequence[str], most: int = 12) -> str:
 
 def _list_candidates(names: Sequence[str], meta: dict, config: ModelConfig) -> Iterator[Sequence[str] | None]:
     yield names
-    trained = first_metainfo(meta.get('dataset_meta'))
+    trained = get_first_metainfo(meta.get('dataset_meta'))
     yield trained.get('classes', trained.get('CLASSES', meta.get('CLASSES')))  # capitals: mmdet 2 and early 3
     config = load_config(config) if isinstance(config, (str, Path)) else config
     for split in ('train', 'val', 'test'):
         loader = config.get(f'{split}_dataloader')
-        for dataset in leaf_datasets(loader['dataset']) if loader else ():
-            with within_scope(scope_of(config)):
-                classes = dataset_classes(dataset)
+        for dataset in list_leaf_datasets(loader['dataset']) if loader else ():
+            with within_scope(get_scope(config)):
+                classes = find_dataset_classes(dataset)
             yield classes

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from kd_det.compat.process import preserved_randomness
-from kd_det.config.detectors import ModelConfig, head_classes, read_model_config
-from kd_det.config.files import type_name
+from kd_det.config.detectors import ModelConfig, find_head_classes, read_model_config
+from kd_det.config.files import get_type_name
 from kd_det.context import LevelSpec
 from kd_det.heads import HeadError, HeadRequest, check_head
 from kd_det.heads.dense import Stride, read_strides
@@ -111,7 +111,7 @@ def probe_towers(config: ModelConfig, names: Iterable[str]) -> dict[str, TowerWi
     model, widths = read_model_config(config), {}
     for request in requests:
         try:
-            check_head(type_name(model), head_classes(model), request)
+            check_head(get_type_name(model), find_head_classes(model), request)
         except HeadError as error:
             raise HeadError(f"A term learns from the teacher's {request}. {error}") from error
         with preserved_randomness(), within_scope(model.get('_scope_')):

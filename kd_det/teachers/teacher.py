@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kd_det import __version__
 from kd_det.compat.process import preserved_randomness
-from kd_det.config.classes import number_of_classes
+from kd_det.config.classes import count_classes
 from kd_det.config.detectors import ModelConfig, TeacherError, read_model_config
 from kd_det.heads import HeadError, StudentOutputs, TeacherForward, TeacherOutputs, find_head, run_heads
 from kd_det.heads.capture import read_maps, record_maps
@@ -113,7 +113,7 @@ class Teacher:
                     self.model.init_weights()
         self.meta = load_strictly(self.model, checkpoint, allow_missing, allow_unexpected,
                                   checkpoint_prefix=checkpoint_prefix) if checkpoint else {}
-        self.classes = find_class_names(number_of_classes(self.model), classes, self.meta, config)
+        self.classes = find_class_names(count_classes(self.model), classes, self.meta, config)
         self.model.eval().requires_grad_(False)
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         for name in heads:

@@ -15,7 +15,7 @@ from kd_det.checks.data import check_labels
 from kd_det.checks.preflight import evaluate_teacher, require_names, require_skill
 from kd_det.compat import log_operator_backend
 from kd_det.compat.console import PlainConsole
-from kd_det.config.classes import label_names, metainfo_of
+from kd_det.config.classes import find_label_names, get_metainfo
 from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.distillers.inheritance import ORIGINS
 from kd_det.teachers import Teacher, TeacherError
@@ -79,7 +79,7 @@ class DistillHook(Hook):
             use_one_metainfo(loop)
         check_labels({split: loop.dataloader.dataset for split, loop in loops.items() if loop is not None},
                      dict(val=runner.val_loop.evaluator.metrics) if runner.val_loop else {})
-        classes = distiller.match_classes(label_names(runner.train_dataloader.dataset))
+        classes = distiller.match_classes(find_label_names(runner.train_dataloader.dataset))
         for index, teacher in enumerate(teachers):
             # A random teacher is the user's explicit wish, and detects nothing.
             if self.preflight is not None and teacher.checkpoint:
@@ -141,7 +141,8 @@ class DistillHook(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         distiller = _find_distiller(runner)
         if distiller is not None:
-            checkpoint['meta']['dataset_meta'] = metainfo_of(runner.train_dataloader.dataset)  # init_detector wants one
+            # init_detector wants one
+            checkpoint['meta']['dataset_meta'] = get_metainfo(runner.train_dataloader.dataset)
             checkpoint[CHECKPOINT_KEY] = dict(
                 terms=weights_to_cpu(distiller.terms.state_dict()), weights=distiller.monitor.state_dict())
 

@@ -15,8 +15,8 @@ from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 from kd_det.checks.checkpoints import check_checkpoint
 from kd_det.compat import log_operator_backend
 from kd_det.config import ConfigurationError
-from kd_det.config.classes import metainfo_of
-from kd_det.config.files import type_name
+from kd_det.config.classes import get_metainfo
+from kd_det.config.files import get_type_name
 from kd_det.registry import HOME, add_nodes
 from kd_det.teachers.loading import find_weights
 
@@ -47,10 +47,10 @@ def use_one_metainfo(loop: BaseLoop | None) -> None:
     the first validation.
     """
     dataset = getattr(getattr(loop, 'dataloader', None), 'dataset', None)
-    if isinstance(getattr(dataset, 'metainfo', None), (list, tuple)):
-        loop.runner.visualizer.dataset_meta = metainfo_of(dataset)
+    if loop is not None and isinstance(getattr(dataset, 'metainfo', None), (list, tuple)):
+        loop.runner.visualizer.dataset_meta = get_metainfo(dataset)
         if hasattr(loop, 'evaluator'):
-            loop.evaluator.dataset_meta = metainfo_of(dataset)
+            loop.evaluator.dataset_meta = get_metainfo(dataset)
 
 
 def add_trackers(config: Config, trackers: Sequence[str], name: str | None = None) -> None:
@@ -82,7 +82,7 @@ def add_trackers(config: Config, trackers: Sequence[str], name: str | None = Non
     for tracker in trackers:
         if find_spec(tracker) is None:
             raise ConfigurationError(f'--track {tracker}: its package is not installed: pip install {tracker}')
-        if type_name(backends[tracker]) not in map(type_name, present):
+        if get_type_name(backends[tracker]) not in map(get_type_name, present):
             present.append(backends[tracker])
     config.visualizer.vis_backends = present
 

@@ -26,11 +26,18 @@ from kd_det.checks.images import check_images, student_channels
 from kd_det.compat import CheckpointError
 from kd_det.compat.console import TextTable
 from kd_det.config import ConfigurationError
-from kd_det.config.composition import distillation_config, ensemble
-from kd_det.config.files import imports_of, leaf_datasets, renamed, set_data_root, student_config, type_name
+from kd_det.config.composition import distillation_config, make_ensemble
+from kd_det.config.files import (
+    get_type_name,
+    list_imports,
+    list_leaf_datasets,
+    rename_config,
+    set_data_root,
+    student_config,
+)
 from kd_det.config.methods import available_methods, name_sum
 from kd_det.config.options import merge_options, resolve_config, set_epochs
-from kd_det.registry import HOME, build_detector, enter_scope, scope_of
+from kd_det.registry import HOME, build_detector, enter_scope, get_scope
 from kd_det.teachers import load_strictly
 from kd_det.training.pictures import draw_curves, names_to_draw, read_scalars
 from kd_det.training.runner import add_trackers, build_optimizer, build_runner, check_start, use_one_metainfo
@@ -170,9 +177,9 @@ def distill(student: str | Path | Config, teacher: str | Path, checkpoint: str |
     source = (student.filename or 'student') if isinstance(student, Config) else student
     name = f'{Path(source).stem}_{name_sum(method)}{several}'
     if several:
-        config = ensemble(config, checkpoints)
+        config = make_ensemble(config, checkpoints)
     _set_run(config, name, data_root, work_dir, epochs, seed, amp, auto_scale_lr, launcher, trackers, options)
-    config = renamed(config, Path(config.work_dir) / f'{name}.py')
+    config = rename_config(config, Path(config.work_dir) / f'{name}.py')
     check_config(config, splits=('train', 'val'))  # before anything is written
     if int(os.environ.get('RANK', 0)) == 0:
         save_config(config)
@@ -208,7 +215,7 @@ def evaluate(config: str | Path | Config, checkpoint: str | Path, *, data_root: 
     config = student_config(resolve_config(config))
     name = Path(config.filename or 'config').stem
     _set_run(config, name, data_root, work_dir, launcher=launcher, options=options)
-    config = renamed(config, f'{name}_test.py')  # the work dir keeps the config of its training
+    config = rename_config(config, f'{name}_test.py')  # the work dir keeps the config of its training
     config.load_from = str(checkpoint)
     if show or show_dir:
         config = trigger_visualization_hook(config, SimpleNamespace(show=show, show_dir=show_dir, wait_time=wait_time))
@@ -266,7 +273,7 @@ def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path,
         ConfigurationError: The checkpoint is not of the student in the config.
     """
     plain, out = _strip_distillation(resolve_config(config, data_root, options)), Path(out)
-    enter_scope(scope_of(plain))
+    enter_scope(get_scope(plain))
     model = build_detector(plain.model)
     try:
         loaded = load_strictly(model, str(checkpoint), role='student')
@@ -279,7 +286,7 @@ def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path,
     torch.save(dict(meta=meta, state_dict=model.state_dict()), partial)
     os.replace(partial, out)  # whole or not at all
     plain.dump(out.with_suffix('.py'))
-    return ExportedStudent(out, out.with_suffix('.py'), type_name(plain.model),
+    return ExportedStudent(out, out.with_suffix('.py'), get_type_name(plain.model),
                            sum(parameter.numel() for parameter in model.parameters()))
 
 
@@ -365,7 +372,7 @@ def _strip_distillation(config: Config) -> Config:
     plain = student_config(config)
     for method in available_methods():
         plain.pop(method, None)
-    others = [name for name in imports_of(plain) if name.split('.')[0] != 'kd_det']
+    others = [name for name in list_imports(plain) if name.split('.')[0] != 'kd_det']
     if others:
         plain.custom_imports.imports = others
     else:
@@ -375,7 +382,7 @@ def _strip_distillation(config: Config) -> Config:
 
 def _augment(config: Config) -> None:
     """Turns on test-time augmentation: the config's own ``tta_model`` and ``tta_pipeline``, or horizontal flips."""
-    dataset = leaf_datasets(config.test_dataloader.dataset)[0]
+    dataset = list_leaf_datasets(config.test_dataloader.dataset)[0]
     pipeline = config.get('tta_pipeline')
     if pipeline is None:
         keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')

@@ -11,11 +11,11 @@ from mmengine.structures import InstanceData
 from torch.utils.data import Subset
 
 from kd_det.config.classes import (
-    dataset_classes,
-    label_names,
+    count_classes,
+    find_dataset_classes,
+    find_label_names,
+    get_metainfo,
     match_classes,
-    metainfo_of,
-    number_of_classes,
     read_categories,
     read_label_names,
 )
@@ -35,7 +35,7 @@ def test_what_is_no_identity(student, teacher):
 def test_another_order_and_another_set():
     match = match_classes(['dog', 'unicorn', 'cat'], ['bird', 'cat', 'dog'])
     assert match.of_student == (0, 2) and match.of_teacher == (2, 1)
-    assert match.shared(torch.tensor([2, 1, 0, 2])).tolist() == [1, -1, 0, 1]
+    assert match.index_shared(torch.tensor([2, 1, 0, 2])).tolist() == [1, -1, 0, 1]
     assert match.report() == ("2 of the student's 3 are among the teacher's 3; distillation is restricted to them, and "
                               'follows their names. Not shared: unicorn.')
     assert 'teacher\'s 3; the comparison is restricted to them' in match.report('the comparison')
@@ -45,12 +45,12 @@ def test_detections_get_the_students_labels():
     match = match_classes(['dog', 'unicorn', 'cat'], ['bird', 'cat', 'dog'])
     detections = InstanceData(bboxes=torch.arange(16.).view(4, 4), labels=torch.tensor([0, 1, 2, 1]),
                               scores=torch.rand(4))
-    translated = match.translated(detections)
+    translated = match.translate(detections)
     assert translated.labels.tolist() == [2, 0, 2]
     assert torch.equal(translated.bboxes, detections.bboxes[1:])
     assert torch.equal(translated.scores, detections.scores[1:])
     assert detections.labels.tolist() == [0, 1, 2, 1]
-    assert len(match.translated(detections[:0])) == 0
+    assert len(match.translate(detections[:0])) == 0
 
 
 def test_how_unicode_composes_a_name_does_not_count():
@@ -70,16 +70,16 @@ def test_nothing_in_common():
 
 def test_classes_of_a_data_set(tmp_path):
     (tmp_path / 'names.txt').write_text('cat\ndog\n')
-    assert dataset_classes(dict(type='CocoDataset', metainfo=dict(classes=('cat', )))) == ('cat', )
+    assert find_dataset_classes(dict(type='CocoDataset', metainfo=dict(classes=('cat', )))) == ('cat', )
     named = dict(type='CocoDataset', metainfo=dict(classes=str(tmp_path / 'names.txt')))
-    assert dataset_classes(named) == ['cat', 'dog']
-    assert len(dataset_classes(dict(type='CocoDataset'))) == 80
+    assert find_dataset_classes(named) == ['cat', 'dog']
+    assert len(find_dataset_classes(dict(type='CocoDataset'))) == 80
 
 
 @pytest.mark.parametrize('family', ['retinanet', 'faster_rcnn', 'cascade_rcnn'])
 def test_number_of_classes(family, request):
-    assert number_of_classes(MODELS.build(request.getfixturevalue(family)(classes=5))) == 5
-    assert number_of_classes(torch.nn.Identity()) is None
+    assert count_classes(MODELS.build(request.getfixturevalue(family)(classes=5))) == 5
+    assert count_classes(torch.nn.Identity()) is None
 
 
 # ---------------------------------------------------------------- what labels mean
@@ -111,11 +111,11 @@ def test_labels_mean_the_categories_that_boxes_have(built, kind, meant):
     names = read_label_names(dataset)
     assert names.meant == names.known == meant and names.declared == ('ant', 'Katze 猫', 'zebra') and not names.agree
     assert names.meant[dataset.get_data_info(0)['instances'][0]['bbox_label']] == 'ant'
-    assert label_names(dataset) == meant
+    assert find_label_names(dataset) == meant
 
 
 def test_labels_of_a_data_set_that_is_not_read_yet(built):
-    assert label_names(built(COCO, metainfo=dict(classes=('ant', 'zebra')), lazy_init=True)) == ('zebra', 'ant')
+    assert find_label_names(built(COCO, metainfo=dict(classes=('ant', 'zebra')), lazy_init=True)) == ('zebra', 'ant')
 
 
 def test_a_data_set_that_unites_categories_says_what_they_are(built):
@@ -134,8 +134,8 @@ def test_names_within_wrappers(built):
              for palette in ([(0, 0, 0)] * 2, None)]
     joined = ConcatDataset(parts)
     assert isinstance(joined.metainfo, list)
-    assert label_names(Subset(joined, [0])) == label_names(RepeatDataset(parts[0], 2)) == ('zebra', 'ant')
-    assert metainfo_of(joined)['palette'] == [(0, 0, 0)] * 2 and metainfo_of([]) == {}
+    assert find_label_names(Subset(joined, [0])) == find_label_names(RepeatDataset(parts[0], 2)) == ('zebra', 'ant')
+    assert get_metainfo(joined)['palette'] == [(0, 0, 0)] * 2 and get_metainfo([]) == {}
 
 
 def test_a_file_of_mmengine_names_its_labels(built):
@@ -164,7 +164,7 @@ def test_a_data_set_of_ones_own_that_reads_another_form(built):
     dataset = built(COCO, metainfo=dict(classes=('ant', 'zebra')))
     dataset.ann_file += '.csv'  # nothing that could be read as COCO's form
     assert read_label_names(dataset).meant == ('ant', 'zebra')
-    assert read_label_names(object()) is None and label_names([]) is None
+    assert read_label_names(object()) is None and find_label_names([]) is None
 
 
 @pytest.mark.parametrize('text', [

@@ -9,8 +9,8 @@ from mmengine.config import Config, ConfigDict
 from kd_det.checks.doctor import check_config
 from kd_det.checks.environment import DiagnosisError
 from kd_det.config.composition import distillation_config
-from kd_det.config.detectors import check_student, find_inner_detectors, plain_detector, the_detector
-from kd_det.config.files import ConfigurationError, load_config, type_name
+from kd_det.config.detectors import check_student, extract_plain_detector, find_detector, find_inner_detectors
+from kd_det.config.files import ConfigurationError, get_type_name, load_config
 from kd_det.registry import build_detector
 from kd_det.teachers import TeacherError, read_model_config
 from kd_det.teachers.loading import remove_pretrained
@@ -51,7 +51,7 @@ def distilled_by_mmdetection(gfl: dict) -> dict:
 ])
 def test_of_mmdetections_own_configs_the_detector_teaches(name, detector, head):
     model = read_model_config(f'mmdet::{name}')
-    assert type_name(model) == detector and head in model
+    assert get_type_name(model) == detector and head in model
     outer = load_config(f'mmdet::{name}').model
     built = build_detector(remove_pretrained(model))
     expected = outer.data_preprocessor.get('data_preprocessor', outer.data_preprocessor)
@@ -69,7 +69,7 @@ def test_the_detector_within_is_found(wrap, path, faster_rcnn):
     before = outer.to_dict()
     (inner, ) = find_inner_detectors(outer)
     assert inner.path == path and outer.to_dict() == before
-    found = the_detector(outer, 'x')
+    found = find_detector(outer, 'x')
     assert {**found, 'data_preprocessor': None} == {**model, 'data_preprocessor': None}
     built, expected = build_detector(found).data_preprocessor, build_detector(model).data_preprocessor
     assert torch.equal(built.mean, expected.mean) and built.pad_size_divisor == expected.pad_size_divisor
@@ -80,7 +80,7 @@ def test_the_detector_within_is_found(wrap, path, faster_rcnn):
 
 def test_a_detector_holds_none(faster_rcnn, retinanet, detr):
     for model in (faster_rcnn(), retinanet(), detr('DINO'), dict(type='SOLO', mask_head=dict(type='SOLOHead'))):
-        assert not list(find_inner_detectors(model)) and plain_detector(model) is model
+        assert not list(find_inner_detectors(model)) and extract_plain_detector(model) is model
         check_student(model, 'x')
 
 
@@ -165,7 +165,7 @@ def test_a_users_own_distilled_head_gives_way_to_the_one_that_learns_from_boxes(
 
     ld = distilled_by_mmdetection(one_stage('gfl'))
     ld.bbox_head.update(type=OwnHead, sharpness=2.0)
-    plain = plain_detector(ld)
+    plain = extract_plain_detector(ld)
     assert plain.bbox_head.type == 'mmdet.GFLHead' and not {'sharpness', 'loss_ld'} & set(plain.bbox_head)
     build_detector(plain)
 

@@ -7,7 +7,7 @@ import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
 
-from kd_det.config.composition import ensemble
+from kd_det.config.composition import make_ensemble
 from kd_det.config.files import ConfigurationError, load_config
 from kd_det.functional.logits import soft_target_kl
 
@@ -24,7 +24,7 @@ def test_each_term_is_repeated_for_every_teacher_with_its_part_of_the_weight(dis
         fading=dict(type='FGD', weight=dict(type='Balance', ratio=dict(type='Decay', value=0.3, epochs=2))),
         balanced=dict(type='FGD', weight=dict(type='Balance')))
     before = one.to_dict()
-    made = ensemble(one, ['a.pth', 'b.pth', 'c.pth']).model
+    made = make_ensemble(one, ['a.pth', 'b.pth', 'c.pth']).model
     assert one.to_dict() == before
     assert made.teacher == [dict(config='teacher.py', checkpoint=f'{name}.pth', classes=['cat']) for name in 'abc']
     assert list(made.distill)[:4] == ['plain_1', 'plain_2', 'plain_3', 'unsaid_1'] and len(made.distill) == 15
@@ -42,17 +42,17 @@ def test_each_term_is_repeated_for_every_teacher_with_its_part_of_the_weight(dis
 def test_a_weight_that_is_none_is_told_by_the_distiller(retinanet, weight, message, distillation):
     one = distillation(retinanet(), dict(config=retinanet(), random_teacher=True), pkd=dict(type='PKD', weight=weight))
     with pytest.raises(ConfigurationError, match=message):
-        MODELS.build(ensemble(one, ['a.pth', 'b.pth']).model)
+        MODELS.build(make_ensemble(one, ['a.pth', 'b.pth']).model)
 
 
 def test_what_no_ensemble_can_be_made_of_is_told(distillation):
     one = distillation(dict(), dict(config='teacher.py'))
     with pytest.raises(ConfigurationError, match='two teachers at least, not 1'):
-        ensemble(one, ['a.pth'])
+        make_ensemble(one, ['a.pth'])
     several = distillation(dict(), [dict(config='teacher.py')])
     for config in (several, Config(dict(model=dict(type='RetinaNet')))):
         with pytest.raises(ConfigurationError, match='made of a distillation with one teacher'):
-            ensemble(config, ['a.pth', 'b.pth'])
+            make_ensemble(config, ['a.pth', 'b.pth'])
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_equal_teachers_pull_as_hard_as_one(faster_rcnn, batch, checkpoints, dis
     one = distillation(faster_rcnn(), dict(config=faster_rcnn(depth=50), checkpoint=checkpoints[0]), kd=KD,
                        pkd=dict(type='PKD', weight=dict(type='Balance', ratio=0.5)))
     single, _, alone = step(one, batch())
-    several, _, together = step(ensemble(one, checkpoints[:1] * 3), batch())
+    several, _, together = step(make_ensemble(one, checkpoints[:1] * 3), batch())
     for name in ('kd', 'pkd'):
         assert alone[f'loss_{name}'] > 0
         shares = [together[f'loss_{name}_{number}'] for number in (1, 2, 3)]
@@ -97,7 +97,7 @@ def test_equal_teachers_pull_as_hard_as_one(faster_rcnn, batch, checkpoints, dis
 def test_soft_targets_of_several_teachers_have_the_gradient_of_their_mean_prediction(faster_rcnn, batch, checkpoints,
                                                                                      distillation):
     one = distillation(faster_rcnn(), dict(config=faster_rcnn(depth=50), checkpoint=checkpoints[0]), kd=KD)
-    distiller, data, losses = step(ensemble(one, checkpoints), batch())
+    distiller, data, losses = step(make_ensemble(one, checkpoints), batch())
     found = gradient(sum(losses[f'loss_kd_{number}'] for number in (1, 2, 3)), distiller)
 
     torch.manual_seed(1)  # the same regions

@@ -5,17 +5,17 @@ from mmengine.config import Config
 from kd_det.config.files import (
     CONFIG_ROOT,
     ConfigurationError,
-    hooks_of,
-    imports_of,
+    get_type_name,
     is_distillation,
-    leaf_datasets,
+    list_hooks,
+    list_imports,
+    list_leaf_datasets,
     load_config,
-    renamed,
+    rename_config,
     set_data_root,
     student_config,
     student_model,
     training_pipelines,
-    type_name,
 )
 from kd_det.config.options import merge_options
 
@@ -99,7 +99,7 @@ def test_data_root_that_is_not_there():
 
 def test_renamed_keeps_all_but_the_name(tmp_path):
     config = load_config('kd_det::fgd_r101_r18.py')
-    other = renamed(config, tmp_path / 'other.py')
+    other = rename_config(config, tmp_path / 'other.py')
     assert other.to_dict() == config.to_dict() and other.filename == str(tmp_path / 'other.py')
     other.dump(other.filename)
     assert load_config(other.filename).to_dict() == config.to_dict()
@@ -147,7 +147,7 @@ def test_a_pure_python_config_is_the_same_once_it_was_saved(pure_python, tmp_pat
     from mmdet.models import RetinaNet
     from mmengine.dataset import pseudo_collate
     merge_options(pure_python, {'data_root': '/new', 'train_cfg.max_epochs': 2})
-    moved = renamed(pure_python, tmp_path / 'saved.py')
+    moved = rename_config(pure_python, tmp_path / 'saved.py')
     moved.dump(moved.filename)
     read = load_config(moved.filename)
     assert '<' not in moved.pretty_text and read.to_dict() == moved.to_dict() == pure_python.to_dict()
@@ -165,9 +165,9 @@ def test_a_pure_python_config_is_the_same_once_it_was_saved(pure_python, tmp_pat
 def test_types_are_told_however_they_are_written(pure_python):
     from kd_det.losses import FGD
     for written in ('FGD', 'mmdet.FGD', 'kd_det.losses.FGD', 'kd_det.losses.fgd.FGD', FGD):
-        assert type_name(dict(type=written)) == 'FGD'
-    assert type_name(dict(type=len)) == 'len' and type_name(pure_python.model.distill.fgd) == 'FGD'
-    assert [type_name(nothing) for nothing in (None, 'FGD', {}, dict(type=None), [dict(type='FGD')])] == [''] * 5
+        assert get_type_name(dict(type=written)) == 'FGD'
+    assert get_type_name(dict(type=len)) == 'len' and get_type_name(pure_python.model.distill.fgd) == 'FGD'
+    assert [get_type_name(nothing) for nothing in (None, 'FGD', {}, dict(type=None), [dict(type='FGD')])] == [''] * 5
 
 
 def test_a_type_that_only_looks_like_a_modules_stays(tmp_path):
@@ -179,13 +179,13 @@ def test_what_a_config_may_leave_out_or_set_to_none():
     hook = dict(type='DistillHook')
     for nothing in ({}, dict(default_hooks=None, custom_hooks=None, custom_imports=None, train_dataloader=None)):
         config = Config(dict(model=dict(type='RetinaNet'), **nothing))
-        assert hooks_of(config) == [] == imports_of(config)
+        assert list_hooks(config) == [] == list_imports(config)
         assert student_config(config).to_dict() == config.to_dict()
         with pytest.raises(ConfigurationError, match='no data_root'):
             set_data_root(config, '/new')
     config = Config(dict(default_hooks=dict(timer=None, distill=hook), custom_hooks=[hook]))
-    assert hooks_of(config) == [hook, hook]
-    assert imports_of(Config(dict(custom_imports=dict(imports='one')))) == ['one']
+    assert list_hooks(config) == [hook, hook]
+    assert list_imports(Config(dict(custom_imports=dict(imports='one')))) == ['one']
     with pytest.raises(ConfigurationError, match='no model'):
         student_model(Config(dict(model=None)))
     assert not is_distillation(Config(dict(model=None)))
@@ -194,8 +194,8 @@ def test_what_a_config_may_leave_out_or_set_to_none():
 def test_leaf_datasets_look_through_wrappers():
     first, second = dict(type='CocoDataset', ann_file='a'), dict(type='CocoDataset', ann_file='b')
     wrapped = dict(type='MultiImageMixDataset', dataset=dict(type='ConcatDataset', datasets=[first, second]))
-    assert leaf_datasets(wrapped) == [first, second]
-    assert leaf_datasets(first) == [first]
+    assert list_leaf_datasets(wrapped) == [first, second]
+    assert list_leaf_datasets(first) == [first]
 
 
 def test_training_pipelines_go_through_wrappers():

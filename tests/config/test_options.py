@@ -6,7 +6,7 @@ import torch
 from mmdet.registry import MODELS
 
 from kd_det.config import ConfigurationError
-from kd_det.config.composition import PAPER, distillation_config, ensemble
+from kd_det.config.composition import PAPER, distillation_config, make_ensemble
 from kd_det.config.files import load_config
 from kd_det.config.options import merge_options
 
@@ -20,7 +20,7 @@ def two_teachers(distillation):
     config = distillation(dict(type='RetinaNet'), dict(config='teacher.py', checkpoint='x.pth'),
                           fgd=dict(type='mmdet.FGD', tap='neck', weight=dict(type='mmdet.Balance', ratio=0.5)),
                           pkd=dict(type='mmdet.PKD', tap='neck', weight=6.0))
-    return ensemble(config, ['a.pth', 'b.pth'])
+    return make_ensemble(config, ['a.pth', 'b.pth'])
 
 
 def test_options_override_and_data_root_reaches_all(data_config):
@@ -72,7 +72,7 @@ def test_a_weight_of_a_term_is_shared_out_and_a_weight_for_one_teacher_is_its_ow
      lambda term: term.weight.ratio.value)])
 def test_the_number_within_a_schedule_is_shared_out(weight, option, share, distillation):
     one = distillation(dict(type='RetinaNet'), dict(config='teacher.py'), kd=dict(type='KD', weight=weight))
-    config = ensemble(one, ['a.pth', 'b.pth'])
+    config = make_ensemble(one, ['a.pth', 'b.pth'])
     assert share(config.model.distill.kd_1) == 1.5
     merge_options(config, {f'model.distill.kd.{option}': 5.0, 'model.distill.kd.weight.begin': 3})
     assert [share(term) for term in config.model.distill.values()] == [2.5, 2.5]
@@ -85,8 +85,8 @@ def test_options_before_and_after_there_are_several_teachers_mean_the_same():
                'train_cfg.max_epochs': 3}
     before, after = (distillation_config(RETINANET, TEACHER, 'x.pth', 'frs', balance=PAPER) for _ in range(2))
     merge_options(before, options)
-    before = ensemble(before, ['a.pth', 'b.pth', 'c.pth'])
-    after = ensemble(after, ['a.pth', 'b.pth', 'c.pth'])
+    before = make_ensemble(before, ['a.pth', 'b.pth', 'c.pth'])
+    after = make_ensemble(after, ['a.pth', 'b.pth', 'c.pth'])
     merge_options(after, options)
     assert after.to_dict() == before.to_dict() and after.model.distill.extra_3.teacher == 2
 
@@ -102,7 +102,7 @@ def test_options_reach_the_terms_of_a_sum_and_of_a_saved_ensemble(tmp_path):
     config = distillation_config(RETINANET, TEACHER, 'x.pth', 'fgd+pkd')
     merge_options(config, {'model.distill.pkd.levels': 3})
     assert config.model.distill.pkd['levels'] == 3 and 'levels' not in config.model.distill.fgd
-    ensemble(config, ['a.pth', 'b.pth']).dump(tmp_path / 'saved.py')
+    make_ensemble(config, ['a.pth', 'b.pth']).dump(tmp_path / 'saved.py')
     saved = load_config(tmp_path / 'saved.py')
     merge_options(saved, {'model.distill.pkd.levels': 2, 'model.distill.fgd_1.temperature': 0.8})
     terms = saved.model.distill
@@ -137,11 +137,11 @@ def test_an_option_of_a_term_that_there_is_not_is_refused():
 def test_options_of_an_ensemble_are_what_its_terms_are_built_with(retinanet, distillation):
     teacher = dict(config=retinanet(), random_teacher=True)
     one = distillation(retinanet(), teacher, fgd=dict(type='FGD', temperature=0.5, weight=2.0))
-    config = ensemble(one, ['a.pth', 'b.pth'])
+    config = make_ensemble(one, ['a.pth', 'b.pth'])
     for each in config.model.teacher:
         del each['checkpoint']
     merge_options(config, {'model.distill.fgd.temperature': 0.8, 'model.distill.fgd_1.weight': 0.7})
     torch.manual_seed(0)
     distiller = MODELS.build(config.model)
     assert [term.temperature for term in distiller.terms.values()] == [0.8, 0.8]
-    assert [distiller.weights[name].full for name in distiller.terms] == [0.7, 1.0]
+    assert [distiller.schedules[name].full for name in distiller.terms] == [0.7, 1.0]

@@ -105,7 +105,7 @@ def test_scores_are_the_largest_probability_of_a_class(detr, step):
 @pytest.mark.parametrize('kind', ['DETR', 'DINO'])
 def test_some_classes_alone(kind, detr, step):
     queries = step(detr(kind))[1]
-    restricted = queries.restricted([2, 0])
+    restricted = queries.restrict([2, 0])
     assert restricted.num_classes == 2 and torch.equal(restricted.logits[..., :2], queries.logits[..., [2, 0]])
     assert restricted.boxes is queries.boxes and restricted.assigned is queries.assigned
 

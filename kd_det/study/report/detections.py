@@ -20,9 +20,9 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from kd_det.config import ConfigurationError
-from kd_det.config.classes import label_names, metainfo_of
+from kd_det.config.classes import find_label_names, get_metainfo
 from kd_det.config.files import student_model
-from kd_det.registry import build_detector, scope_of, within_scope
+from kd_det.registry import build_detector, get_scope, within_scope
 from kd_det.teachers import load_strictly
 
 CURVES = {'50': 0, '75': 5}  # IoU in percent -> index among COCO's thresholds
@@ -67,10 +67,10 @@ def load_validation(config: Config) -> Validation:
     """
     if not config.get('val_dataloader'):
         raise ConfigurationError(f"The config '{config.filename}' has no val_dataloader.")
-    with redirect_stdout(io.StringIO()), within_scope(scope_of(config)):  # pycocotools writes
+    with redirect_stdout(io.StringIO()), within_scope(get_scope(config)):  # pycocotools writes
         dataset = DATASETS.build(copy.deepcopy(config.val_dataloader.dataset))
-    classes = label_names(dataset)
-    palette = metainfo_of(dataset).get('palette')
+    classes = find_label_names(dataset)
+    palette = get_metainfo(dataset).get('palette')
     if not isinstance(palette, (list, tuple)) or len(palette) < len(classes):
         palette = [_choose_colour(index, len(classes)) for index in range(len(classes))]
     infos = (dataset.get_data_info(index) for index in range(len(dataset)))
@@ -100,7 +100,7 @@ def load_detector(config: Config, checkpoint: str, teacher: dict | None = None) 
         checkpoint: Its weights.
         teacher: Of a teacher its config within a distillation, which may say how its checkpoint is loaded.
     """
-    with within_scope(scope_of(config)):
+    with within_scope(get_scope(config)):
         detector = build_detector(student_model(config))
     told = {key: teacher[key] for key in LOADING if key in (teacher or {})}
     load_strictly(detector, checkpoint, role='student' if teacher is None else 'teacher', **told)

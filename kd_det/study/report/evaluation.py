@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from kd_det.checks.image_reader import read_image
 from kd_det.compat import load_checkpoint
 from kd_det.config import ConfigurationError
-from kd_det.config.classes import ClassMatch, match_classes, number_of_classes
+from kd_det.config.classes import ClassMatch, count_classes, match_classes
 from kd_det.config.files import is_distillation
 from kd_det.distillers import DetectionDistiller
 from kd_det.functional.masks import spatial_attention, valid_cells
 from kd_det.losses import FeatureTerm
-from kd_det.registry import build_detector, scope_of, within_scope
+from kd_det.registry import build_detector, get_scope, within_scope
 from kd_det.study.maps import make_mask_maps, observe_comparisons
 from kd_det.study.report.detections import (
     Detection,
@@ -110,7 +110,7 @@ def _evaluate_variant(evaluation: StudyEvaluation, variant: str, runs: list[Trai
                       truth: COCO, shown: Sequence[int], teacher: dict | None = None) -> None:
     """Adds the accuracies of a variant, and boxes and attention of its first run; the classes of a teacher by name."""
     first = load_detector(runs[0].config, str(runs[0].checkpoint), teacher)
-    count, match = number_of_classes(first), None
+    count, match = count_classes(first), None
     try:
         match = _match_classes(teacher, count, validation.classes) if teacher else None
     except (ConfigurationError, TeacherError) as error:
@@ -275,7 +275,7 @@ def _draw_map(stride: int, cells: Tensor, valid: Tensor) -> dict:
 
 def _load_distiller(config: Config, checkpoint: str) -> DetectionDistiller:
     """Loads the distiller as it was at the end of its training."""
-    with within_scope(scope_of(config)):
+    with within_scope(get_scope(config)):
         distiller = build_detector(config.model)
     loaded = load_checkpoint(checkpoint, map_location='cpu')
     distiller.load_state_dict(loaded['state_dict'])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from mmengine.config import Config
 
 from kd_det.config import ConfigurationError
-from kd_det.config.files import is_distillation, load_config, type_name
+from kd_det.config.files import get_type_name, is_distillation, load_config
 from kd_det.distillers import build_schedule
 from kd_det.study.fidelity import FIDELITY_FILE
 from kd_det.study.results import summarize, summarize_fidelity
@@ -241,7 +241,7 @@ def _read_training(folder: Path) -> TrainedRun:
 def _unweighted_pull(weight, logged: list[Curve | None]) -> list[Curve] | None:
     """Balance sets a weight of ratio · task / term, so that term / task is ratio / weight."""
     balanced = weight if isinstance(weight, dict) else {}
-    if type_name(balanced) != 'Balance' or isinstance(balanced.get('ratio'), dict) or None in logged:
+    if get_type_name(balanced) != 'Balance' or isinstance(balanced.get('ratio'), dict) or None in logged:
         return None
     ratio = build_schedule(balanced).full
     return [{epoch: ratio / value for epoch, value in curve.items() if value > 0} for curve in logged]

@@ -130,7 +130,7 @@ def test_detections_and_ground_truth_of_other_classes_do_not_count(instances):
     sample = dict(scale_factor=(1.0, 1.0),
                   pred_instances=instances([(0, .9, 0), (20, .7, 0), (40, .8, 1)]),
                   gt_instances=instances([(0, 1., 0), (20, 1., 2), (40, 1., 1)]))
-    teacher = metric.match.translated(InstanceData(**instances([(0, .8, 2), (20, .8, 0), (40, .8, 1), (60, .8, 0)])))
+    teacher = metric.match.translate(InstanceData(**instances([(0, .8, 2), (20, .8, 0), (40, .8, 1), (60, .8, 0)])))
     found = metric.compute_metrics([metric._compare(sample, teacher)])
     assert found['found'] == pytest.approx(1 / 3)
     assert found['teacher_errors'] == pytest.approx(1 / 3)  # the dog at 60

@@ -50,7 +50,7 @@ def test_mmdet_is_found_by_its_module(tmp_path, distribution):
     program = (
         'import kd_det; from kd_det.config.files import load_config; from kd_det.checks import environment as e;'
         "print(load_config('kd_det::fgd_r101_r18.py').model.student.type, e.installed(e.DISTRIBUTIONS['mmdet']))")
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     # -S leaves out the real site-packages.
     result = subprocess.run([sys.executable, '-S', '-c', program], capture_output=True, text=True, cwd=root,
                             env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(root), str(tmp_path)])})
