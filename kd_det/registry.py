@@ -49,7 +49,7 @@ def enter_scope(scope: str) -> None:
     DefaultScope.get_instance(f'{scope}_{time.time_ns()}', scope_name=scope)
 
 
-def prepare_without_runner(config: Mapping | None = None, seed: int = 0) -> None:
+def prepare_without_runner(config: Mapping[str, Any] | None = None, seed: int = 0) -> None:
     """Does what a Runner would do before a single step: enters the config's scope, seeds; and logs warnings alone."""
     enter_scope(get_scope(config or {}))
     MMLogger.get_current_instance().setLevel('WARNING')  # or every weight that is initialised is announced

@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 
 from mmdet.utils import setup_cache_size_limit_of_dynamo
@@ -26,9 +27,26 @@ def build_runner(config: Config) -> Runner:
     setup_cache_size_limit_of_dynamo()
     if config.get('default_scope'):
         add_nodes(config.default_scope)
+    _rename_visualizer(config)
     runner = RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
     log_operator_backend()  # into the log that the runner has opened
     return runner
+
+
+_visualizers: set[str] = set()  # the names of those of earlier runs of this process
+
+
+def _rename_visualizer(config: Config) -> None:
+    """Gives a visualizer another name where an earlier run of this process had the same.
+
+    MMEngine keeps visualizers by name, and this run would log into the folder of that one.
+    """
+    name = (config.get('visualizer') or {}).get('name')
+    if name is not None:
+        if name in _visualizers:
+            config.visualizer.name = next(each for each in (f'{name}_{number}' for number in count(2))
+                                          if each not in _visualizers)
+        _visualizers.add(config.visualizer.name)
 
 
 def build_optimizer(runner: Runner) -> None:

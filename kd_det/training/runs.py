@@ -234,7 +234,7 @@ def evaluate(config: str | Path | Config, checkpoint: str | Path, *, data_root: 
         meta = runner.test_loop.dataloader.dataset.metainfo
         runner.visualizer.dataset_meta = dict(meta, classes=names_to_draw(meta.get('classes') or ()))
     found = runner.test()
-    return RunResult(work_dir=Path(config.work_dir), config=_existing(config.filename), checkpoint=Path(checkpoint),
+    return RunResult(work_dir=Path(config.work_dir), config=_saved_config(runner), checkpoint=Path(checkpoint),
                      metrics={name: float(value) for name, value in found.items()})
 
 
@@ -253,9 +253,18 @@ class ExportedStudent:
     detector: str
     parameters: int
 
+    def tabulate(self) -> TextTable:
+        """Makes a table of what it is and where."""
+        rows = [('detector', self.detector), ('parameters', f'{self.parameters:,}'),
+                ('checkpoint', str(self.checkpoint)), ('config', str(self.config))]
+        return TextTable('Exported student', ('', ''), rows, words=(0, 1))
+
     def to_dict(self) -> dict[str, Any]:
         """Returns all of it as JSON can hold it."""
         return dict(asdict(self), checkpoint=str(self.checkpoint), config=str(self.config))
+
+    def _repr_html_(self) -> str:
+        return self.tabulate().to_html()
 
 
 def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path, *, data_root: str | None = None,
@@ -341,10 +350,10 @@ def _train(config: Config, resume: bool | str | Path, images: int | None) -> Run
         build_optimizer(runner)
     check_start(runner, whole=bool(config.get('resume')))  # as the config may say itself
     runner.train()
-    return _read_result(runner, config)
+    return _read_result(runner)
 
 
-def _read_result(runner: Runner, config: Config) -> RunResult:
+def _read_result(runner: Runner) -> RunResult:
     work_dir, hub = Path(runner.work_dir), runner.message_hub
     last = work_dir / 'last_checkpoint'
     best = hub.get_info('best_ckpt') if 'best_ckpt' in hub.runtime_info else None
@@ -352,13 +361,19 @@ def _read_result(runner: Runner, config: Config) -> RunResult:
                if name.startswith('val/') and not name.endswith(('/time', '/data_time'))}
     return RunResult(
         work_dir=work_dir,
-        config=_existing(config.filename) or _existing(work_dir / Path(config.filename or 'config').name),
+        config=_saved_config(runner),
         checkpoint=_existing(last.read_text(encoding='utf-8').strip()) if last.is_file() else None,
         best_checkpoint=_existing(best),
         metrics=metrics,
         epochs=runner.epoch,
         iterations=runner.iter,
         scalars=tuple(sorted(work_dir.glob('*/vis_data/scalars.json'))))
+
+
+def _saved_config(runner: Runner) -> Path | None:
+    """The file that the runner wrote: unlike that which was read, it holds what arguments and options have set."""
+    name = Path(runner.cfg.filename).name if runner.cfg.filename else f'{runner.timestamp}.py'
+    return _existing(Path(runner.work_dir) / name)
 
 
 def _existing(file: str | Path | None) -> Path | None:

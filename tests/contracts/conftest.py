@@ -182,6 +182,25 @@ def make_scene(dense_head_config, built_heads):
     return make
 
 
+@pytest.fixture(scope='session')
+def known_scenes():
+    """Scenes that are made once."""
+    return {}
+
+
+@pytest.fixture
+def find_scene(make_scene, known_scenes):
+    """The :class:`Scene` of a situation, one for all tests: they neither change it nor call backward."""
+
+    def find(situation: str, **changes) -> Scene:
+        key = situation, *changes.items()
+        if key not in known_scenes:
+            known_scenes[key] = make_scene(situation, **changes)
+        return known_scenes[key]
+
+    return find
+
+
 def make_regions(boxes: list[Tensor], batch_shape: tuple[int, int]) -> Regions:
     """Four regions of each image: the first of an image with boxes is its first box, all others are background."""
     height, width = batch_shape

@@ -31,11 +31,11 @@ every_mask = pytest.mark.parametrize('case', CASES)
 
 
 @pytest.fixture
-def look(make_scene):
+def look(find_scene):
     """Builds the mask of a case; returns it and the levels of a situation, with what it declares to read alone."""
 
     def make(case: str, situation: str = 'plain', **changes):
-        scene = make_scene(situation, student_width=TEACHER_WIDTH)  # as if after an adapter
+        scene = find_scene(situation, student_width=TEACHER_WIDTH)  # as if after an adapter
         mask = build_mask(CASES[case])
         inner = [module for module in mask.modules() if isinstance(module, Mask)]
         context = scene.show(*([head for each in inner for head in getattr(each, side)]

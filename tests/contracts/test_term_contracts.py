@@ -48,11 +48,11 @@ def evaluate():
 
 
 @pytest.fixture
-def connect(make_scene):
-    """Builds the term of a case and connects it to the scene of a situation; returns both."""
+def connect(make_scene, find_scene):
+    """Builds the term of a case and connects it to the scene of a situation, of its own or not; returns both."""
 
-    def make(case: str, situation: str = 'plain', **changes):
-        scene = make_scene(situation, **changes)
+    def make(case: str, situation: str = 'plain', own: bool = False, **changes):
+        scene = (make_scene if own else find_scene)(situation, **changes)
         torch.manual_seed(0)
         return scene.connect(MODELS.build(CASES[case])), scene
 
@@ -70,13 +70,15 @@ def test_its_parts_are_finite_scalars_in_float32(case, situation, connect, evalu
         assert value.isfinite() and value >= 0
     learning = [*scene.student, *term.parameters()]
     total = sum(parts.values())
-    gradients = torch.autograd.grad(total, learning, allow_unused=True) if total.requires_grad else ()
+    gradients = ()
+    if total.requires_grad:
+        gradients = torch.autograd.grad(total, learning, allow_unused=True, retain_graph=True)
     assert all(each is None or each.isfinite().all() for each in gradients)
 
 
 @every_term
 def test_it_teaches_student_and_adapters_and_leaves_what_it_reads(case, connect, evaluate, tensors_of):
-    term, scene = connect(case)
+    term, scene = connect(case, own=True)
     context = scene.show_to(term)
     read = tensors_of(context)
     before = [each.detach().clone() for each in read]
@@ -124,7 +126,7 @@ def test_it_can_be_pickled_copied_and_restored(case, connect, evaluate):
 
 @every_term
 def test_it_learns_from_the_teacher_of_its_index(case, connect, evaluate):
-    term, scene = connect(case)
+    term, scene = connect(case, own=True)
     expected, context = evaluate(term, scene.show_to(term)), scene.show_to(term)
     context.teachers, context.teacher_outputs = [{}, *context.teachers], [{}, *context.teacher_outputs]
     second = MODELS.build(dict(CASES[case], teacher=1))

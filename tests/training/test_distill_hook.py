@@ -9,6 +9,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 
 from kd_det.compat import CheckpointError
+from kd_det.distillers import Schedule
 from kd_det.teachers import TeacherError
 
 
@@ -154,8 +155,14 @@ def test_schedules_follow_the_runner(distilled, make_runner):
     model = distilled()
     model['distill']['fgd']['weight'] = dict(type='Warmup', value=1.0, epochs=2)
     runner, seen = make_runner(model, epochs=3), []
-    schedule = runner.model.schedules['fgd']
-    runner.model.schedules['fgd'] = lambda progress: seen.append(schedule(progress)) or seen[-1]
+
+    class Recorded(Schedule):
+
+        def __call__(self, progress):
+            seen.append(super().__call__(progress))
+            return seen[-1]
+
+    runner.model.schedules['fgd'] = Recorded(runner.model.schedules['fgd'])
     runner.train()
     assert seen == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]  # two iterations an epoch
 
