@@ -143,7 +143,7 @@ def draw_scene(stream: Stream, height: int, width: int) -> tuple[np.ndarray, lis
     kinds = [kinds[i] for i in np.argsort(stream.integers(0, 2**31, (len(kinds), )), kind='stable')]
     for kind in kinds + [_bar] * stream.integer(0, 2):
         for _ in range(8):  # a figure that hides too much, or is hidden, is tried elsewhere
-            figure = kind(stream, *owner.shape)
+            figure = kind(stream, owner.shape[0], owner.shape[1])
             window, covered, colour = _render(figure, owner.shape)
             hidden = np.bincount(owner[window][covered], minlength=len(figures) + 1)[1:]
             candidates = [*figures, figure]

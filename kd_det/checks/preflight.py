@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from mmdet.evaluation import CocoMetric
@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from torchvision.ops import box_iou
 
 from kd_det.checks.data import check_labels
@@ -136,7 +136,7 @@ def classes_on(teacher: Teacher, classes: Sequence[str]) -> ClassMatch | None:
     return None if teacher.classes is None else match_classes(classes, teacher.classes)
 
 
-def labelled_images(dataset: Dataset, most: int) -> list[int]:
+def labelled_images(dataset: Any, most: int) -> list[int]:
     """The first images of a data set, or, where none of these has a box, the first that have.
 
     Raises:

@@ -95,7 +95,7 @@ def tried_sizes(config: Config, smallest: int = SMALL) -> list[Size]:
         smallest: No size becomes smaller than that, in pixels: an SSD's last levels are of its largest stride.
     """
     sizes = training_sizes(config, original_sizes(config))
-    reduced = dict.fromkeys(tuple(_reduced(side, smallest) for side in size) for size in sizes)
+    reduced = dict.fromkeys((_reduced(height, smallest), _reduced(width, smallest)) for height, width in sizes)
     return sorted(reduced, key=lambda size: not any(side % 32 for side in size))[:MOST_SIZES]
 
 

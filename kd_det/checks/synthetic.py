@@ -148,10 +148,11 @@ def _resized(size: Size, scale: Sequence[float], keep_ratio: bool) -> Size:
 def _cropped(size: Size, crop: Sequence[float], kind: str, pads: bool) -> Size:
     crop = _pair(crop)
     if kind.startswith('relative'):
-        return tuple(int(side * share + 0.5) for side, share in zip(size, crop))
+        return int(size[0] * crop[0] + 0.5), int(size[1] * crop[1] + 0.5)
     if kind == 'absolute_range':  # from the smaller to the larger of the two numbers, on both sides
         crop = (max(crop), ) * 2
-    return tuple(map(int, crop)) if pads else tuple(int(min(each)) for each in zip(size, crop))
+    height, width = crop if pads else map(min, zip(size, crop))
+    return int(height), int(width)
 
 
 def _padded(size: Size, step: dict) -> Size:
@@ -175,7 +176,7 @@ def random_distiller(config: Config, device: str | torch.device = 'cpu') -> Dete
     for teacher in teachers:
         teacher.update(checkpoint=None, random_teacher=True, cache=None)
     config.model.student = remove_pretrained(config.model.student)
-    distiller = build_detector(config.model).to(device).train()
+    distiller: DetectionDistiller = build_detector(config.model).to(device).train()
     distiller.student.init_weights()  # some parts are whatever the memory held before
     distiller.schedules = {name: Schedule(weight.full) for name, weight in distiller.schedules.items()}
     distiller.progress = Progress(iteration=1)  # no gradients are compared in this step,

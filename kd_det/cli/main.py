@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Container, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import kd_det
 from kd_det.cli.completion import SHELLS, completion_script
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     use_any_encoding()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     asked = next((argument for argument in arguments if not argument.startswith('-')), None)
-    return _run(make_parser([asked]), arguments)
+    return _run(make_parser([asked] if asked else []), arguments)
 
 
 def run_tool(command: str, arguments: Sequence[str] | None = None) -> int:
@@ -74,7 +75,7 @@ def make_parser(commands: Container[str] = tuple(COMMANDS)) -> argparse.Argument
 class CompletionAction(argparse.Action):
     """Prints the completion script of a shell, and that is all."""
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: str,
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
                  option_string: str | None = None) -> None:
         print(completion_script(make_parser(), values))
         parser.exit()

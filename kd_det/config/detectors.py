@@ -71,10 +71,11 @@ def find_head_classes(model: dict) -> HeadClasses:
         head = model.get(name)
         if head:
             with within_scope(model.get('_scope_')):
-                classes[name] = find_class(MODELS, head)
-            if classes[name] is None:
+                found = find_class(MODELS, head)
+            if found is None:
                 raise ConfigurationError(f"model.{name}: there is no '{head['type']}' among MMDetection's models. "
                                          'If it is your own, import it with custom_imports.')
+            classes[name] = found
     return classes
 
 

@@ -55,7 +55,7 @@ class Schedule:
         return float(self.value) if isinstance(self.value, (float, int)) else self.value.full
 
     @property
-    def balance(self) -> Schedule | None:
+    def balance(self) -> Balance | None:
         """The :class:`~kd_det.distillers.schedules.Balance` within, if there is one: the weight is then a ratio."""
         return None if isinstance(self.value, (float, int)) else self.value.balance
 

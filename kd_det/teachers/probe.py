@@ -92,7 +92,7 @@ def probe_config(model: dict, paths: Iterable[str]) -> dict[str, tuple[LevelSpec
             return probe_levels(extractor, Taps(extractor, paths))
 
 
-def probe_towers(config: ModelConfig, names: Iterable[str]) -> dict[str, TowerWidths]:
+def probe_towers(config: ModelConfig, names: Iterable[str]) -> dict[HeadRequest, TowerWidths]:
     """Builds those heads of a teacher whose towers are asked for, and lets them go again.
 
     Args:
