@@ -95,3 +95,14 @@ def test_rooms_and_public_names_come_when_asked_for():
     assert set(kd_det.compat.__all__) <= set(dir(kd_det.compat))
     with pytest.raises(AttributeError, match="module 'kd_det.compat' has no attribute 'nothing'"):
         kd_det.compat.nothing
+
+
+@pytest.mark.parametrize('code, file, own', [
+    ('1 / 0', 'masks/mine.py', True), ('1 / 0', '/elsewhere/mmdet/models.py', False),
+    ('import a_package_that_is_not_there', 'masks/mine.py', False),
+    ('from kd_det.masks import nothing_like_it', 'losses/mine.py', True)])
+def test_mistakes_in_files_of_kd_det_are_told_from_those_of_mmdetection(code, file, own):
+    from kd_det.compat.registration import PACKAGE, _is_of_kd_det
+    with pytest.raises((ArithmeticError, ImportError)) as raised:
+        exec(compile(code, str(PACKAGE / file), 'exec'))
+    assert _is_of_kd_det(raised.value) == own
