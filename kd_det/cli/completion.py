@@ -24,7 +24,7 @@ def completion_script(parser: ArgumentParser, shell: str) -> str:
         name = action.metavar or action.dest
         if name in FOLDERS or name in FILES:
             kind = shtab.DIRECTORY if name in FOLDERS else shtab.FILE
-            action.complete = kind  # type: ignore[attr-defined]  which shtab looks for
+            action.complete = kind  # type: ignore[attr-defined]  # which shtab looks for
         elif name == 'method':  # no choices of the parser's, which takes sums of them too
             action.choices = tuple(available_methods())
     return shtab.complete(parser, shell)

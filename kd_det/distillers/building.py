@@ -180,5 +180,5 @@ def _connect(term: DistillTerm, student: nn.Module, student_levels: InputSpecs, 
     heads = {request: find_head(student, request) for request in map(HeadRequest.parse, term.student_heads)}
     student_towers = {request: tower_widths(head) for request, head in heads.items() if request.part == 'towers'}
     teacher_towers = probe_towers(teacher['config'], term.teacher_heads)
-    term.connect({**student_levels, **student_towers},  # type: ignore[dict-item]  a request equals its name
+    term.connect({**student_levels, **student_towers},  # type: ignore[dict-item]  # a request equals its name
                  {**teacher_levels, **teacher_towers})  # type: ignore[dict-item]
