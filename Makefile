@@ -1,4 +1,5 @@
-# kd_det: `make demo` shows it at work, `make test` tests it. Both need Python and make, nothing else.
+# kd_det: `make demo` shows it at work, `make test` tests it, `make lint` checks style and types, `make docs` builds the site
+# of its documentation. They need Python and make, nothing else.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 # Written when an install has finished; it is done again only when what it installs from has changed.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test clean
+.PHONY: help install demo test lint docs clean
 
 help:  ## Show this help.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -23,8 +24,15 @@ demo: $(INSTALLED)  ## Generate data, train a teacher and two students, and comp
 test: $(INSTALLED)  ## Run all tests.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests
 
+lint: $(INSTALLED)-lint  ## Check style and imports with ruff, and types with mypy.
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+docs: $(INSTALLED)-docs  ## Build the site of the documentation, build/site/index.html; a dead link is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file docs/site/mkdocs.yml
+
 clean:  ## Remove the virtual environment and what builds leave behind; data and runs stay.
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -34,4 +42,9 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt kd_det/compat/startup.py |
 	$(PIP_INSTALL) --no-build-isolation --editable '.[mmdet,test]'
 	@# A machine without a screen may lack libGL, which OpenCV's desktop build wants.
 	$(BIN)/python -c 'import cv2' 2>/dev/null || $(PIP_INSTALL) --force-reinstall --no-deps opencv-python-headless
+	@touch $@
+
+# What a target needs beyond that: the extra of its name in setup.py.
+$(INSTALLED)-%: $(INSTALLED)
+	$(PIP_INSTALL) --no-build-isolation --editable '.[$*]'
 	@touch $@

@@ -14,6 +14,11 @@ VERSION = re.compile(r"^__version__ = '(.+?)'", re.MULTILINE)
 # One line, as Python wants it; what went wrong in it would be printed whenever Python starts.
 PTH = r"exec('try:\n import kd_det_startup\n kd_det_startup.install()\nexcept Exception:\n pass')"
 
+TEST = ['ipykernel', 'nbclient', 'nbformat', 'pytest', 'pytest-timeout', 'pytest-xdist', 'setuptools<81', 'tensorboard',
+        'wheel']
+LINT = ['ruff>=0.17,<0.18', 'mypy>=2.4,<2.5']
+DOCS = ['mkdocs>=1.6,<2', 'mkdocs-material>=9.6,<10', 'mkdocstrings[python]>=1,<2']
+
 
 class BuildWithStartup(build_py):
     """Also writes the start-up file, into the wheel and into that of an editable install."""
@@ -37,7 +42,7 @@ setup(
     keywords='knowledge distillation, object detection, MMDetection, PyTorch',
     python_requires='>=3.10',
     packages=find_packages(include=['kd_det', 'kd_det.*']),
-    package_data={'kd_det': ['.mim/*', '.mim/**/*'], 'kd_det.study.report': ['*.html', '*.css', '*.js']},
+    package_data={'kd_det': ['py.typed', '.mim/*', '.mim/**/*'], 'kd_det.study.report': ['*.html', '*.css', '*.js']},
     exclude_package_data={'': ['__pycache__/*', '*.pyc']},
     cmdclass={'build_py': BuildWithStartup},
     zip_safe=False,
@@ -51,8 +56,10 @@ setup(
             'setuptools<81',  # mmengine imports pkg_resources
         ],
         'browser': ['playwright'],  # drives an installed Chromium in the tests of the report
-        'test': ['ipykernel', 'nbclient', 'nbformat', 'pytest', 'pytest-timeout', 'pytest-xdist', 'setuptools<81',
-                 'tensorboard', 'wheel'],
+        'dev': [*TEST, *LINT, *DOCS, 'pre-commit'],
+        'docs': DOCS,
+        'lint': LINT,
+        'test': TEST,
     },
     entry_points={'console_scripts': ['kd-det = kd_det.cli.main:main']},
     classifiers=[

@@ -17,12 +17,12 @@ from mmengine.optim import build_optim_wrapper
 
 import kd_det  # noqa: F401  registers everything
 from benchmarks.steps import add_batch_options
-from kd_det.checks.synthetic import synthetic_batch
+from kd_det.checks.synthetic import random_distiller, synthetic_batch
 from kd_det.config.composition import distillation_config
 from kd_det.context import Progress
 from kd_det.registry import prepare_without_runner
 from kd_det.study.pair import read_pair
-from kd_det.study.step_costs import measure_seconds, random_distiller
+from kd_det.study.step_costs import measure_seconds
 
 CASES = ('faster_rcnn_r101_r18:fgd', 'gfl_r101_r18:fgd+ld', 'dino_r50_r18:querykd')
 INTERVAL = 10  # Balance's default

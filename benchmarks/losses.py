@@ -13,6 +13,7 @@ import argparse
 import json
 import platform
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import ceil
 from pathlib import Path
 from statistics import median
@@ -115,9 +116,9 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, float]:
         # A bias before a softmax has the gradient 0, which the plain form only finds up to rounding.
         if expected.numel() > 1 and (actual - expected).norm() > 1e-4 * expected.norm():
             raise RuntimeError(f'{case.name}: the two forms differ.')
-    times = [[measure_seconds(lambda: gradients(form), options.device, 1, warmup=0) for form in forms]
+    times = [[measure_seconds(partial(gradients, form), options.device, 1, warmup=0) for form in forms]
              for _ in range(options.repeats + 1)][1:]
-    peaks = [measure_peak_memory(lambda: gradients(form), options.device) / MB for form in forms]
+    peaks = [measure_peak_memory(partial(gradients, form), options.device) / MB for form in forms]
     return dict(zip(('plain_s', 'ours_s', 'plain_mb', 'ours_mb'), (*map(median, zip(*times)), *peaks)))
 
 

@@ -14,7 +14,7 @@ import torch
 import kd_det  # noqa: F401  registers everything
 from benchmarks.engine import processor
 from benchmarks.steps import add_batch_options
-from kd_det.checks.synthetic import synthetic_batch
+from kd_det.checks.synthetic import random_distiller, synthetic_batch
 from kd_det.config.composition import PAPER, distillation_config
 from kd_det.config.methods import methods
 from kd_det.registry import prepare_without_runner
@@ -27,7 +27,6 @@ from kd_det.study.step_costs import (
     Cost,
     measure_parts,
     measure_step,
-    random_distiller,
 )
 
 # The pair on which a method is measured: the first of these detectors that it serves.

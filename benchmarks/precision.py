@@ -1,6 +1,6 @@
 """What a teacher's engine changes of its detections: its mAP on validation images, plain and under each option.
 
-    python -m benchmarks.precision teacher.py teacher.pth --data-root /data/coco --out docs/results/engine_precision.json
+    python -m benchmarks.precision teacher.py teacher.pth --data-root /data/coco --out engine_precision.json
 
 The teacher is fed as in the pre-flight. A file that is there already gets a row more. MMDetection rounds its metrics
 to three digits, so pycocotools is asked for all of them.

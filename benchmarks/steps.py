@@ -10,10 +10,10 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 import kd_det  # noqa: F401  registers the distiller
+from kd_det.checks.synthetic import random_distiller
 from kd_det.config.classes import count_classes
 from kd_det.config.files import load_config
 from kd_det.registry import prepare_without_runner
-from kd_det.study.step_costs import random_distiller
 
 PAIRS = dict(demo='kd_det::demo/fgd_faster_rcnn_r101_r18.py', coco='kd_det::fgd_r101_r18.py')
 

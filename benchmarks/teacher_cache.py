@@ -49,7 +49,7 @@ def measure(pair: str, size: tuple, batch: int, boxes: int, repeats: int) -> dic
         for name, each in teachers.items():
             steps[f'teacher_{name}'] = lambda teacher=each[0]: teacher.observe(images, [size] * batch)
         times = {name: [] for name in steps}
-        for turn in range(repeats + 1):
+        for _ in range(repeats + 1):
             for name, step in steps.items():
                 times[name].append(measure_seconds(step, repeats=1, warmup=0))
         results.update({name: median(each[1:]) for name, each in times.items()})  # without the first, which stores

@@ -68,7 +68,7 @@ class DistillContext:
     labels: list[Tensor]
     batch_shape: tuple[int, int]
     image_shapes: list[tuple[int, int]]
-    progress: Progress = Progress()
+    progress: Progress = Progress()  # noqa: RUF009  a frozen one
     labelled: tuple[bool, ...] | None = None
     student_outputs: StudentOutputs = field(default_factory=dict)
     teacher_outputs: list[TeacherOutputs] = field(default_factory=list)

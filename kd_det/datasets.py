@@ -143,7 +143,7 @@ def draw_scene(stream: Stream, height: int, width: int) -> tuple[np.ndarray, lis
     kinds = [kinds[i] for i in np.argsort(stream.integers(0, 2**31, (len(kinds), )), kind='stable')]
     for kind in kinds + [_bar] * stream.integer(0, 2):
         for _ in range(8):  # a figure that hides too much, or is hidden, is tried elsewhere
-            figure = kind(stream, *owner.shape)
+            figure = kind(stream, owner.shape[0], owner.shape[1])
             window, covered, colour = _render(figure, owner.shape)
             hidden = np.bincount(owner[window][covered], minlength=len(figures) + 1)[1:]
             candidates = [*figures, figure]
@@ -348,8 +348,11 @@ class Unlabelled(BaseTransform):
         ConfigurationError: It stands before ``PackDetInputs``.
 
     Example:
-        >>> dict(type='CocoDataset', ann_file='unlabelled.json', filter_cfg=dict(filter_empty_gt=False),
-        ...      pipeline=[*train_pipeline, dict(type='Unlabelled')])
+        >>> from mmdet.structures import DetDataSample
+        >>> sample = DetDataSample(gt_instances=InstanceData(bboxes=torch.rand(3, 4)))
+        >>> marked = Unlabelled()(dict(data_samples=sample))['data_samples']
+        >>> marked.unlabelled, marked.gt_instances.bboxes.shape
+        (True, torch.Size([0, 4]))
     """
 
     def transform(self, results: dict) -> dict:

@@ -92,7 +92,8 @@ def test_the_sweeps_are_their_records():
     by_variant = points('demo_sweep_teachers')
     plain, one = by_variant['none'], by_variant['bckd@teachers=1']
     assert documented('demo_sweep_teachers') == [
-        [str(count), *_seeds_and_mean(by_seed), difference(plain, by_seed), difference(one, by_seed) if count > 1 else '']
+        [str(count), *_seeds_and_mean(by_seed), difference(plain, by_seed),
+         difference(one, by_seed) if count > 1 else '']
         for count, by_seed in ((count, by_variant[f'bckd@teachers={count}']) for count in (1, 3, 5))]
 
 
@@ -126,7 +127,8 @@ def test_the_table_of_balances_weights_is_its_record():
     expected = {}
     for row in summary:
         name = f"`{row['term']}`" + (f" of `{row['method']}`" if row['method'] != row['term'] else '')
-        expected.setdefault(name, [f"{row['control']:.2f}"]).append(f"{row['low_share']:.2f} to {row['high_share']:.2f}")
+        shares = f"{row['low_share']:.2f} to {row['high_share']:.2f}"
+        expected.setdefault(name, [f"{row['control']:.2f}"]).append(shares)
     assert len(expected) == 4
     for name, cells in expected.items():
         assert f"| {name} | {' | '.join(cells)} |" in text
@@ -138,4 +140,5 @@ def _seeds_and_spread(name: str, by_seed: dict[int, float]) -> list[str]:
 
 
 def _seeds_and_mean(by_seed: dict[int, float]) -> list[str]:
-    return [', '.join(f'{by_seed[seed]:.1f}' for seed in sorted(by_seed)), f'{sum(by_seed.values()) / len(by_seed):.1f}']
+    return [', '.join(f'{by_seed[seed]:.1f}' for seed in sorted(by_seed)),
+            f'{sum(by_seed.values()) / len(by_seed):.1f}']

@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mmengine.config import Config
+from torch import nn
 
 from kd_det.checks.data import class_counts
 from kd_det.checks.environment import Finding
 from kd_det.compat.checkpoint import CheckpointError, load_checkpoint
 from kd_det.config.classes import find_training_classes, match_classes
-from kd_det.config.detectors import check_student
+from kd_det.config.detectors import check_student, read_model_config
 from kd_det.config.files import (
     DISTILL_HOOK,
     ConfigurationError,
@@ -22,17 +23,17 @@ from kd_det.config.files import (
 from kd_det.registry import build_detector
 from kd_det.teachers.loading import (
     ClassNamesError,
+    check_some_fit,
     explain_model_errors,
     find_class_names,
     is_pretrained,
     load_strictly,
-    read_model_config,
     remove_pretrained,
 )
-from kd_det.training.runner import check_checkpoint
 
 SET_TEACHER = ('Set it with --teacher-checkpoint where the command has that option, or with --cfg-options '
                'model.teacher.checkpoint=FILE')
+STATISTICS = ('running_mean', 'running_var')  # buffers that training fills
 
 
 def inspect_checkpoints(config: Config) -> Iterator[Finding]:
@@ -198,3 +199,34 @@ def inspect_checkpoint(subject: str, checkpoint: str, remedy: str) -> Finding:
 
 def _number(counts: set[int]) -> str:
     return ' and '.join(map(str, sorted(counts)))
+
+
+def check_checkpoint(model: nn.Module, checkpoint: str, whole: bool, resumes: bool) -> None:
+    """Checks that a checkpoint fits a student.
+
+    A buffer that it lacks, as older versions of a module may have had none, keeps the value that the module gave it,
+    and MMEngine names it; not so statistics that were learnt.
+
+    Args:
+        model: The student. Where the whole of it is asked for, that is loaded.
+        checkpoint: A file, or an address that mmengine's ``CheckpointLoader`` knows.
+        whole: Whether it must be of this detector; a training may start from that of another, of which something fits.
+        resumes: Whether it must also tell where its training was.
+
+    Raises:
+        CheckpointError: It lacks weights, or has them in another shape, or lacks what tells where its training was. The
+            message names them.
+    """
+    if not whole:
+        check_some_fit(model, checkpoint)
+        return
+    constants = [name for name, _ in model.named_buffers() if not name.endswith(STATISTICS)]
+    load_strictly(model, checkpoint, allow_missing=constants, allow_unexpected='*', role='student')
+    if resumes:
+        loaded = load_checkpoint(checkpoint)
+        lacking = [f"meta['{key}']" for key in ('epoch', 'iter') if key not in loaded.get('meta', {})]
+        lacking += ["'message_hub'"] if 'message_hub' not in loaded else []
+        if lacking:
+            raise CheckpointError(f"The checkpoint '{checkpoint}' can not be resumed: it has weights, but lacks "
+                                  f"{', '.join(lacking)}, which MMEngine saves during training. To start a new "
+                                  f"training from its weights, set load_from='{checkpoint}' and do not resume.")

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from io import StringIO
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from mmdet.registry import DATASETS, TRANSFORMS
 from mmengine.config import Config
@@ -168,7 +169,7 @@ def _inspect_label_names(subject: str, names: LabelNames, evaluated: bool) -> It
     # A class without a category that stands last shifts no label: nothing but the evaluation stumbles over it.
     if names.agree and not misspelt and not (absent and evaluated):
         if absent:
-            yield Finding(f'{subject} classes', *absent, 'Check the spelling; no box has this class')
+            yield Finding(f'{subject} classes', '; '.join(absent), 'Check the spelling; no box has this class')
         return
     corrected = {near[0] if near else '' for near in nearest.values()} | set(names.declared)
     right = tuple(name for name in names.known if name in corrected)
@@ -177,8 +178,8 @@ def _inspect_label_names(subject: str, names: LabelNames, evaluated: bool) -> It
         lines.append(f'its boxes have other names than metainfo.classes says{COCO_ORDER}:'
                      + _side_by_side(names.meant, names.declared, 'boxes', 'metainfo'))
     if subject.endswith('evaluator') and not lines[:-1]:
-        yield Finding(f'{subject} classes', *lines, 'Give the evaluator the annotation file of its data set, or one with '
-                      'the categories in that order', fault=True)
+        yield Finding(f'{subject} classes', lines[0], 'Give the evaluator the annotation file of its data set, or one '
+                      'with the categories in that order', fault=True)
         return
     yield Finding(f'{subject} classes', '; '.join(lines),
                   ('Add the category to the annotation file, at its place in metainfo.classes, or leave it out: '
@@ -199,7 +200,7 @@ def _side_by_side(first: Sequence[str], second: Sequence[str], of_first: str, of
     return '\n    '.join(['', *lines, *([f'… and {left} more'] if left > 0 else [])])
 
 
-def _evaluated_names(api: object, classes: Sequence[str]) -> LabelNames:
+def _evaluated_names(api: Any, classes: Sequence[str]) -> LabelNames:
     """What labels mean to a metric with an annotation file of its own, see mmdet's ``CocoMetric``."""
     known = {category['id']: str(category['name']) for category in api.dataset.get('categories', ())}
     meant = tuple(known[category] for category in api.get_cat_ids(cat_names=list(classes)))

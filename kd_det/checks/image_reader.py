@@ -101,7 +101,7 @@ class Look(NamedTuple):
     known: bool = False
 
 
-def loading_transforms(dataset: object) -> list[Callable]:
+def loading_transforms(dataset: Any) -> list[Callable]:
     """The transforms up to the one that puts ``img`` there.
 
     Returns:
@@ -126,7 +126,7 @@ def loading_transforms(dataset: object) -> list[Callable]:
     return transforms
 
 
-def read_image(dataset: object, index: int) -> np.ndarray:
+def read_image(dataset: Any, index: int) -> np.ndarray:
     """An image of a built data set as its own transforms load it: (H, W) or (H, W, C), blue first where there are 3."""
     results = dataset.get_data_info(index)
     for transform in loading_transforms(dataset) or [LoadImageFromFile()]:
@@ -143,11 +143,12 @@ class Reader:
         memory: What is known from before, and is added to.
     """
 
-    def __init__(self, dataset: object, transforms: list[Callable], memory: Memory) -> None:
+    def __init__(self, dataset: Any, transforms: list[Callable], memory: Memory) -> None:
         self.dataset, self.transforms, self.memory = dataset, transforms, memory
         self.identity = '; '.join(map(_identity, transforms))
         # Whether mmcv's own code decodes; somebody else's may do with a damaged file what it likes.
-        self.decodes_files = type(transforms[-1]).transform in (
+        loads: Any = type(transforms[-1])
+        self.decodes_files = loads.transform in (
             LoadImageFromFile.transform, LoadMultiChannelImageFromFiles.transform)
         self._of_thread = local()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.logging import MMLogger
@@ -39,7 +40,7 @@ class Report:
     known: int = 0
 
 
-def check_images(dataset: object, memory: Memory | None = None, most: int | None = None,
+def check_images(dataset: Any, memory: Memory | None = None, most: int | None = None,
                  channels: int | None = None) -> None:
     """Checks a built data set: that it holds images, and that its pipeline's own loader reads them.
 
@@ -84,7 +85,7 @@ def student_channels(config: Config) -> int | None:
     return len(mean) if isinstance(mean, (list, tuple)) and len(mean) > 1 else None
 
 
-def look_at_images(dataset: object, memory: Memory, most: int | None = None,
+def look_at_images(dataset: Any, memory: Memory, most: int | None = None,
                    channels: int | None = None) -> Report:
     """Has the images of a data set read by the transforms of its pipeline that load.
 
@@ -113,7 +114,7 @@ def look_at_images(dataset: object, memory: Memory, most: int | None = None,
     return report
 
 
-def _channel_faults(dataset: object, looks: Sequence[Look], channels: int | None) -> list[str]:
+def _channel_faults(dataset: Any, looks: Sequence[Look], channels: int | None) -> list[str]:
     """Whether the images have one number of channels, the student's, when the pipeline is through with them."""
     first = {look.shape[2]: look for look in reversed(looks) if look.shape and look.shape[2]}
     if len(first) < 2 and (channels is None or channels in first):
@@ -147,7 +148,7 @@ def _size_notes(looks: Sequence[Look]) -> list[str]:
             f'{width} x {height}{turned}']
 
 
-def _lie_elsewhere(dataset: object) -> bool:
+def _lie_elsewhere(dataset: Any) -> bool:
     """Whether the images come from a server, or from where a file client of MMEngine's finds them."""
     transforms = getattr(getattr(dataset, 'pipeline', None), 'transforms', ())
     clients = [getattr(each, name, None) for each in (dataset, *transforms)

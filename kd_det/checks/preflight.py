@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from mmdet.evaluation import CocoMetric
@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from torchvision.ops import box_iou
 
 from kd_det.checks.data import check_labels
@@ -75,7 +75,7 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int,
         runner: Holds the validation data (``val_dataloader``) and the student.
         teacher: The teacher.
         images: At most this many images: the first, or, where these have no boxes, the first that have.
-        outfile_prefix: Of the files in which boxes and ground truth are left, see mmdet's ``CocoMetric``; None for none.
+        outfile_prefix: Of the files in which boxes and ground truth are left, see mmdet's ``CocoMetric``; None: none.
 
     Returns:
         The teacher's skill, the same on every rank; None where the config has no validation data.
@@ -95,8 +95,8 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int,
         indices = labelled_images(dataset, images)
         names = find_label_names(dataset)
         if names is None:
-            raise ConfigurationError('The validation data does not name its classes: write metainfo=dict(classes=(…)) in '
-                                     'val_dataloader.dataset.')
+            raise ConfigurationError('The validation data does not name its classes: write metainfo=dict(classes=(…)) '
+                                     'in val_dataloader.dataset.')
         match = classes_on(teacher, names)
         metric = Evaluator([CocoMetric(metric='bbox', outfile_prefix=outfile_prefix)])
         metric.dataset_meta = dict(classes=names)
@@ -136,7 +136,7 @@ def classes_on(teacher: Teacher, classes: Sequence[str]) -> ClassMatch | None:
     return None if teacher.classes is None else match_classes(classes, teacher.classes)
 
 
-def labelled_images(dataset: Dataset, most: int) -> list[int]:
+def labelled_images(dataset: Any, most: int) -> list[int]:
     """The first images of a data set, or, where none of these has a box, the first that have.
 
     Raises:
@@ -152,8 +152,8 @@ def labelled_images(dataset: Dataset, most: int) -> list[int]:
     later = [index for index in range(len(first), len(dataset)) if has_boxes(index)][:most]
     if not later:
         raise ConfigurationError(f"The validation data {'has no boxes' if len(dataset) else 'is empty'}: check "
-                                 'val_dataloader.dataset (ann_file, data_prefix, data_root, metainfo). To train without '
-                                 'looking at the teacher, set default_hooks.distill.preflight=None.')
+                                 'val_dataloader.dataset (ann_file, data_prefix, data_root, metainfo). To train '
+                                 'without looking at the teacher, set default_hooks.distill.preflight=None.')
     return later
 
 
@@ -238,7 +238,9 @@ def agreement(votes: Tensor, names: Mapping[int, int]) -> int:
 
 
 def require_names(skill: Skill, teacher: Teacher) -> None:
-    """Raises:
+    """Ends a run whose teacher's classes have other names than it says.
+
+    Raises:
         TeacherError: Boxes of the teacher lie on objects of other classes than their names say, see
             :func:`wrong_names`; the message shows the confusion and names the classes anew.
     """
@@ -254,14 +256,16 @@ def require_names(skill: Skill, teacher: Teacher) -> None:
     raise TeacherError(
         "Pre-flight: the teacher's boxes lie on objects of other classes than its names say. By its most confident box "
         f'it takes objects of the validation data (columns) for (rows):{_table(rows)}\n'
-        'Its checkpoint or config names the classes in another order than its head has learnt, as where metainfo.classes '
-        'and the annotation file of its training disagree. Name them by label'
+        'Its checkpoint or config names the classes in another order than its head has learnt, as where '
+        'metainfo.classes and the annotation file of its training disagree. Name them by label'
         + (f': by its boxes teacher.classes={line!r}' if line else ' with teacher.classes=[…]')
         + '; to train all the same, set default_hooks.distill.preflight=None.')
 
 
 def require_skill(skill: Skill, minimum: float, images: int) -> None:
-    """Raises:
+    """Ends a run whose teacher can not detect.
+
+    Raises:
         TeacherError: The teacher's mAP is below ``minimum``, of which classes that it does not know are not demanded.
     """
     # CocoMetric reports nothing at all where nothing was detected.
@@ -272,8 +276,10 @@ def require_skill(skill: Skill, minimum: float, images: int) -> None:
 
 
 def _share_of_rank(count: int) -> list[int]:
-    """The places of a rank's images, equally many on each, in the order in which mmengine collects: those beyond
-    ``count`` stand for the first ones once more."""
+    """The places of a rank's images, equally many on each, in the order in which mmengine collects.
+
+    Those beyond ``count`` stand for the first ones once more.
+    """
     world = get_world_size()
     return list(range(get_rank(), -(-count // world) * world, world))
 
@@ -298,8 +304,11 @@ def _plain_boxes(found: InstanceData) -> InstanceData:
 
 
 def _right_names(skill: Skill, names: Sequence[str], wrong: dict[int, int]) -> list[str] | None:
-    """All names of the teacher as its boxes tell them: those of some usual order that fits what it takes objects for, or
-    its own with the wrong ones exchanged; None where that leaves some open."""
+    """All names of the teacher as its boxes tell them.
+
+    They are those of some usual order that fits what it takes objects for, or its own with the wrong ones exchanged;
+    None where that leaves some open.
+    """
     labels = {name: label for label, name in enumerate(skill.names)}
     exchanged = [skill.names[wrong[label]] if label in wrong else name for label, name in enumerate(names)]
     orders = [exchanged, list(skill.names), sorted(names), list(names[::-1]), [*names[1:], names[0]],

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from kd_det.checks.checkpoints import known_classes, student_classes, teachers_of
 from kd_det.checks.environment import Finding
-from kd_det.checks.synthetic import USUAL_SIZES, Size, synthetic_batch, training_sizes
+from kd_det.checks.synthetic import USUAL_SIZES, Size, random_distiller, synthetic_batch, training_sizes
 from kd_det.compat.process import preserved_randomness
 from kd_det.config.files import is_distillation, list_leaf_datasets
 from kd_det.distillers import DetectionDistiller
-from kd_det.study.step_costs import random_distiller
 from kd_det.teachers.bridge import LARGEST_STRIDE, SIZE_MISMATCH
 from kd_det.teachers.probe import find_prior_strides
 
@@ -73,8 +72,8 @@ def _finding(error: Exception, size: Size | None) -> Finding:
         return Finding('a training step', str(error), 'Correct model.distill, or take another pair', fault=True)
     what = f'{type(error).__name__}: {error}'
     if size is None:
-        return Finding('a training step', f'can not be built: {what}', 'Correct the config: kd-det train CONFIG --debug '
-                       'shows where', fault=True)
+        return Finding('a training step', f'can not be built: {what}',
+                       'Correct the config: kd-det train CONFIG --debug shows where', fault=True)
     where = f' of {size[0]} × {size[1]} pixels, one of the sizes of the training data'
     if isinstance(error, AttributeError) and LACKING.search(str(error)):
         return Finding('a training step', f'could not be tried on noise{where}: {what}',
@@ -96,7 +95,7 @@ def tried_sizes(config: Config, smallest: int = SMALL) -> list[Size]:
         smallest: No size becomes smaller than that, in pixels: an SSD's last levels are of its largest stride.
     """
     sizes = training_sizes(config, original_sizes(config))
-    reduced = dict.fromkeys(tuple(_reduced(side, smallest) for side in size) for size in sizes)
+    reduced = dict.fromkeys((_reduced(height, smallest), _reduced(width, smallest)) for height, width in sizes)
     return sorted(reduced, key=lambda size: not any(side % 32 for side in size))[:MOST_SIZES]
 
 

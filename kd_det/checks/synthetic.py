@@ -1,4 +1,4 @@
-"""Batches of noise in place of training data: of the sizes that a config trains on, with all that detectors ask for."""
+"""Noise for training data, of the sizes that a config trains on, and random weights for trained ones."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +14,11 @@ from torch import nn
 
 from kd_det.config.classes import count_classes
 from kd_det.config.files import get_type_name, training_pipelines
+from kd_det.context import Progress
+from kd_det.distillers import DetectionDistiller
+from kd_det.distillers.schedules import Schedule
+from kd_det.registry import build_detector
+from kd_det.teachers.loading import remove_pretrained
 from kd_det.teachers.probe import find_input_channels
 
 Size = tuple[int, int]  # height and width, in pixels
@@ -143,10 +148,11 @@ def _resized(size: Size, scale: Sequence[float], keep_ratio: bool) -> Size:
 def _cropped(size: Size, crop: Sequence[float], kind: str, pads: bool) -> Size:
     crop = _pair(crop)
     if kind.startswith('relative'):
-        return tuple(int(side * share + 0.5) for side, share in zip(size, crop))
+        return int(size[0] * crop[0] + 0.5), int(size[1] * crop[1] + 0.5)
     if kind == 'absolute_range':  # from the smaller to the larger of the two numbers, on both sides
         crop = (max(crop), ) * 2
-    return tuple(map(int, crop)) if pads else tuple(int(min(each)) for each in zip(size, crop))
+    height, width = crop if pads else map(min, zip(size, crop))
+    return int(height), int(width)
 
 
 def _padded(size: Size, step: dict) -> Size:
@@ -162,3 +168,18 @@ def _padded(size: Size, step: dict) -> Size:
 
 def _pair(value: float | Sequence[float]) -> Sequence[float]:
     return value if isinstance(value, (list, tuple)) else (value, value)
+
+
+def random_distiller(config: Config, device: str | torch.device = 'cpu') -> DetectionDistiller:
+    """The distiller of a config, with random weights, which take as long, and every term at its full weight."""
+    teachers = [config.model.teacher] if isinstance(config.model.teacher, dict) else config.model.teacher
+    for teacher in teachers:
+        teacher.update(checkpoint=None, random_teacher=True, cache=None)
+    config.model.student = remove_pretrained(config.model.student)
+    distiller: DetectionDistiller = build_detector(config.model).to(device).train()
+    distiller.student.init_weights()  # some parts are whatever the memory held before
+    distiller.schedules = {name: Schedule(weight.full) for name, weight in distiller.schedules.items()}
+    distiller.progress = Progress(iteration=1)  # no gradients are compared in this step,
+    for balance in distiller.monitor.balances.values():
+        balance.start = 1  # but the first time that it is made
+    return distiller

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class ConfigAction(Action):
     """Collects texts KEY=VALUE in a list, of which :func:`read_options` makes a dict."""
 
-    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Sequence[str],
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Any,
                  option_string: str | None = None) -> None:
         for value in values:
             if '=' not in value:
@@ -105,7 +105,9 @@ def add_weight_options(parser: ArgumentParser) -> None:
 def inherited_parts(options: Namespace) -> str | tuple[str, ...]:
     """What ``--inherit`` says, as :func:`~kd_det.config.composition.distillation_config` takes it."""
     parts = tuple(options.inherit)
-    return {('auto', ): 'auto', ('none', ): ()}.get(parts, parts)
+    if parts == ('auto', ):
+        return 'auto'
+    return () if parts == ('none', ) else parts
 
 
 def print_tables(console: Console, tables: Iterable[TextTable]) -> None:

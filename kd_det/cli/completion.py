@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from argparse import Action, ArgumentParser
 from collections.abc import Iterator
+from typing import Any
 
 from kd_det.config.methods import available_methods
 
@@ -22,7 +23,8 @@ def completion_script(parser: ArgumentParser, shell: str) -> str:
     for action in _actions(parser):
         name = action.metavar or action.dest
         if name in FOLDERS or name in FILES:
-            action.complete = shtab.DIRECTORY if name in FOLDERS else shtab.FILE
+            kind = shtab.DIRECTORY if name in FOLDERS else shtab.FILE
+            action.complete = kind  # type: ignore[attr-defined]  # which shtab looks for
         elif name == 'method':  # no choices of the parser's, which takes sums of them too
             action.choices = tuple(available_methods())
     return shtab.complete(parser, shell)
@@ -32,5 +34,6 @@ def _actions(parser: ArgumentParser) -> Iterator[Action]:
     """All arguments, those of the commands too."""
     for action in parser._actions:
         yield action
-        for command in (action.choices or {}).values() if action.nargs == 'A...' else ():
+        commands: Any = action.choices or {}
+        for command in commands.values() if action.nargs == 'A...' else ():
             yield from _actions(command)

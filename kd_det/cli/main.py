@@ -9,10 +9,11 @@ import warnings
 from collections.abc import Container, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import kd_det
 from kd_det.cli.completion import SHELLS, completion_script
-from kd_det.compat.process import use_any_encoding
+from kd_det.compat.process import describe, is_expected, use_any_encoding
 
 COMMANDS = {
     'train': 'train a detector from a config, with or without distillation',
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     use_any_encoding()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     asked = next((argument for argument in arguments if not argument.startswith('-')), None)
-    return _run(make_parser([asked]), arguments)
+    return _run(make_parser([asked] if asked else []), arguments)
 
 
 def run_tool(command: str, arguments: Sequence[str] | None = None) -> int:
@@ -74,7 +75,7 @@ def make_parser(commands: Container[str] = tuple(COMMANDS)) -> argparse.Argument
 class CompletionAction(argparse.Action):
     """Prints the completion script of a shell, and that is all."""
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: str,
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
                  option_string: str | None = None) -> None:
         print(completion_script(make_parser(), values))
         parser.exit()
@@ -132,21 +133,3 @@ def _leave_process_group() -> None:
     distributed = sys.modules.get('torch.distributed')
     if distributed and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-def is_expected(error: Exception) -> bool:
-    """Whether an error speaks for itself: kd_det's own, a file that can not be used, or a name in no registry.
-
-    Anything else may be a fault of the program, and comes with its traceback.
-    """
-    return (type(error).__module__.split('.')[0] == 'kd_det' or isinstance(error, OSError)
-            or isinstance(error, KeyError) and 'registry' in str(error))
-
-
-def describe(error: Exception) -> str:
-    """The message of an error, with its kind where the message alone would not say much."""
-    # A KeyError shows its message quoted, and a data-loader worker puts its whole traceback into it.
-    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
-    if message.startswith('Caught ') and 'DataLoader worker' in message:
-        message = message.splitlines()[-1]
-    return message if is_expected(error) and message else f'{type(error).__name__}: {message}'

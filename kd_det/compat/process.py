@@ -66,3 +66,21 @@ def preserved_randomness() -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+def is_expected(error: Exception) -> bool:
+    """Whether an error speaks for itself: kd_det's own, a file that can not be used, or a name in no registry.
+
+    Anything else may be a fault of the program, and comes with its traceback.
+    """
+    return (type(error).__module__.split('.')[0] == 'kd_det' or isinstance(error, OSError)
+            or isinstance(error, KeyError) and 'registry' in str(error))
+
+
+def describe(error: Exception) -> str:
+    """The message of an error, with its kind where the message alone would not say much."""
+    # A KeyError shows its message quoted, and a data-loader worker puts its whole traceback into it.
+    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
+    if message.startswith('Caught ') and 'DataLoader worker' in message:
+        message = message.splitlines()[-1]
+    return message if is_expected(error) and message else f'{type(error).__name__}: {message}'

@@ -129,7 +129,7 @@ def let_init_detector_take_students(module) -> None:
 
     module.init_detector = init_student
     if 'mmdet.apis' in sys.modules:  # imported before
-        sys.modules['mmdet.apis'].init_detector = init_student
+        vars(sys.modules['mmdet.apis'])['init_detector'] = init_student
 
 
 def load_safely(module) -> None:

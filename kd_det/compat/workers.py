@@ -24,4 +24,4 @@ def _install() -> _InstallOnUnpickling:
 
 def install_in_child_processes() -> None:
     """Makes every process started from here on call :func:`kd_det.compat.install` first."""
-    multiprocessing.current_process()._config[_KEY] = _InstallOnUnpickling()
+    multiprocessing.current_process()._config[_KEY] = _InstallOnUnpickling()  # type: ignore[attr-defined]

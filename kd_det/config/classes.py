@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mmdet.registry import DATASETS
 from mmengine.config import Config
@@ -143,7 +143,7 @@ def mean_the_same(first: Sequence[str], second: Sequence[str]) -> bool:
     return all(normalize_name(one) == normalize_name(other) for one, other in zip(first, second))
 
 
-def read_label_names(leaf: object) -> LabelNames | None:
+def read_label_names(leaf: Any) -> LabelNames | None:
     """Reads what the labels of a built data set mean from its annotations.
 
     MMDetection numbers the labels of COCO files and their kin in the order of the *file's* categories, whatever order
@@ -174,7 +174,7 @@ def read_label_names(leaf: object) -> LabelNames | None:
     return LabelNames(names, declared or names, tuple(known) or names) if names or known else None
 
 
-def find_label_names(dataset: object) -> Names | None:
+def find_label_names(dataset: Any) -> Names | None:
     """What the labels of a built data set mean, see :func:`read_label_names`; of joined ones those of the first.
 
     Args:
@@ -184,7 +184,7 @@ def find_label_names(dataset: object) -> Names | None:
     return next((names.meant for names in found if names and names.meant), None)
 
 
-def get_metainfo(dataset: object) -> dict:
+def get_metainfo(dataset: Any) -> dict:
     """The ``metainfo`` of a built data set, see :func:`get_first_metainfo`."""
     return get_first_metainfo(getattr(dataset, 'metainfo', None))
 
@@ -195,7 +195,7 @@ def get_first_metainfo(metainfo: dict | Sequence[dict] | None) -> dict:
     return next((each for each in given if isinstance(each, dict)), {})
 
 
-def _find_categories(leaf: object) -> dict[int, str]:
+def _find_categories(leaf: Any) -> dict[int, str]:
     """The categories of a data set of COCO's kin by id, in the order in which it numbers them; none if not readable."""
     try:
         categories = read_categories(leaf.ann_file, getattr(leaf, 'backend_args', None))

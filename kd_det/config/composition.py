@@ -8,11 +8,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mmdet.registry import MODELS
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
+from torch import Tensor
 
 from kd_det.compat.process import preserved_randomness
 from kd_det.config import ConfigurationError
@@ -25,27 +26,29 @@ from kd_det.config.detectors import (
     find_family,
     find_head_classes,
     has_one_level,
+    read_model_config,
 )
 from kd_det.config.files import (
     DISTILLER,
     SCOPED_DISTILLER,
     SCOPED_HOOK,
+    explain_build_error,
     get_type_name,
     is_distillation,
     list_imports,
     load_config,
     student_model,
+    suggest_names,
 )
 from kd_det.config.methods import PARTS, find_files, split_family
-from kd_det.distillers.building import explain_build_error
-from kd_det.distillers.inheritance import find_part_keys
-from kd_det.distillers.schedules import DEFAULT_RATIO
 from kd_det.heads import HeadError, HeadRequest, check_head
-from kd_det.losses import DistillTerm
 from kd_det.registry import HOME, build_detector, build_own, get_scope, within_scope
-from kd_det.teachers import read_model_config
+
+if TYPE_CHECKING:
+    from kd_det.losses import DistillTerm
 
 NO_METHOD = 'none'  # no terms: the student may still inherit
+DEFAULT_RATIO = 0.5  # of a Balance that is given none
 
 
 def find_model_family(model: dict) -> str:
@@ -241,6 +244,20 @@ def check_parts(model: dict, parts: Sequence[str]) -> None:
             state = build_detector(model).state_dict()
         for part in parts:
             find_part_keys(state, part)
+
+
+def find_part_keys(state: dict[str, Tensor], part: str) -> list[str]:
+    """Finds the keys of a student's state dict that belong to a part of it.
+
+    Raises:
+        ConfigurationError: There is no such part.
+    """
+    keys = [key for key in state if f'{key}.'.startswith(f'{part}.')]
+    if not keys:
+        known = sorted({key.split('.')[0] for key in state})
+        raise ConfigurationError(f"inherit: the student has no part '{part}'; it has {', '.join(known)}."
+                                 f'{suggest_names(part, known)}')
+    return keys
 
 
 def distillation_config(student: str | Config, teacher_config: str, teacher_checkpoint: str, method: str,

@@ -27,13 +27,15 @@ from mmdet.models.detectors import BaseDetector, KnowledgeDistillationSingleStag
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from mmdet.registry import MODELS
 from mmengine.config import Config, ConfigDict
+from mmengine.utils import import_modules_from_strings
 from torch import nn
 
 from kd_det.config.choices import FAMILIES
-from kd_det.config.files import ConfigurationError, get_type_name
+from kd_det.config.files import DISTILLER, ConfigurationError, get_type_name, list_imports, load_config
 from kd_det.heads.request import HEADS
-from kd_det.registry import HOME, find_class, within_scope
+from kd_det.registry import HOME, find_class, get_scope, within_scope
 
+ModelConfig = str | Path | dict
 HeadClasses = dict[str, type[nn.Module]]  # by their name in the detector
 
 ANCHOR_FREE_HEADS = ('AnchorFreeHead', 'YOLOXHead', 'CenterNetHead')
@@ -69,10 +71,11 @@ def find_head_classes(model: dict) -> HeadClasses:
         head = model.get(name)
         if head:
             with within_scope(model.get('_scope_')):
-                classes[name] = find_class(MODELS, head)
-            if classes[name] is None:
+                found = find_class(MODELS, head)
+            if found is None:
                 raise ConfigurationError(f"model.{name}: there is no '{head['type']}' among MMDetection's models. "
                                          'If it is your own, import it with custom_imports.')
+            classes[name] = found
     return classes
 
 
@@ -250,3 +253,35 @@ def _list_teacher_arguments(kind: type) -> set[str]:
 def _learns_from_boxes(head: type) -> bool:
     """Whether a head computes its loss of features and ground truth, and asks for nothing of a teacher."""
     return hasattr(head, 'loss') and list(signature(head.loss).parameters) == ['self', 'x', 'batch_data_samples']
+
+
+class TeacherError(ValueError):
+    """The teacher can not serve as its config says."""
+
+
+def read_model_config(config: ModelConfig) -> ConfigDict:
+    """Returns the model dict of a detector, with the scope of its config, see :mod:`kd_det.registry`.
+
+    Of a student that was itself distilled it is the student; of a model that holds one detector, as a semi-supervised
+    pair or a tracker does, that one; of one that MMDetection's own distillation trains, the plain detector.
+
+    Args:
+        config: A config file, a name such as ``'mmdet::faster_rcnn/faster-rcnn_r101_fpn_1x_coco.py'``, a whole config
+            as a dict (with a key ``model``), or a model dict (with a key ``type``), whose scope is that of the config
+            that it stands in.
+
+    Raises:
+        TeacherError: The config holds no model.
+        FileNotFoundError: There is no such file.
+        ConfigurationError: The file has an error, or the model holds several detectors.
+    """
+    loaded = load_config(config) if isinstance(config, (str, Path)) else ConfigDict(config)
+    model = loaded.get('model', loaded)
+    if not get_type_name(model):
+        raise TeacherError(f"The teacher's config {config!r:.200} holds no model: expected a key 'model', or a model "
+                           "dict with a 'type'.")
+    model = copy.deepcopy(model.student if get_type_name(model) == DISTILLER else model)  # building may write into it
+    if 'model' in loaded:
+        import_modules_from_strings(list_imports(loaded))  # a file's are imported as it is read, a dict's are not
+        model.setdefault('_scope_', get_scope(loaded))
+    return find_detector(model, f"The model of the teacher's config {config!r:.200}")

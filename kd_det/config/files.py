@@ -2,12 +2,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
+from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from mmdet.registry import MODELS, TASK_UTILS
 from mmengine.config import Config, ConfigDict
 from mmengine.config.lazy import LazyAttr, LazyObject
 from mmengine.hub import get_config
@@ -15,6 +18,9 @@ from mmengine.runner import Runner
 
 from kd_det.config import ConfigurationError
 from kd_det.config.choices import CONFIG_ROOT
+
+UNKNOWN_ARGUMENT = re.compile(r"got an unexpected keyword argument '(\w+)'")
+UNKNOWN_TYPE = re.compile(r'(\w+) is not in the \S+ registry')
 
 # Types of this package. It writes them with the scope of the registries that hold them, for a config may have another
 # default_scope; :func:`get_type_name` reads them, however they are written.
@@ -208,3 +214,45 @@ def training_pipelines(config: Config) -> list[list[dict]]:
 
     loader = config.get('train_dataloader')
     return follow(loader['dataset']) if loader else []
+
+
+def explain_build_error(error: Exception, config: Any) -> str:
+    """Says why building failed.
+
+    Args:
+        error: What building raised.
+        config: What was built: a dict with a ``type``, other such dicts perhaps within, or a class.
+
+    Returns:
+        For a name that does not exist, those like it; for anything else the error's own message.
+    """
+    message = str(error)
+    argument, kind = UNKNOWN_ARGUMENT.search(message), UNKNOWN_TYPE.search(message)
+    if isinstance(error, TypeError) and argument:
+        others = _find_arguments(config) - {argument[1]}  # which another part, or a base class, may have
+        return f"there is no argument '{argument[1]}'.{suggest_names(argument[1], others)}"
+    if isinstance(error, KeyError) and kind:
+        own = (name for name, each in MODELS.module_dict.items() if each.__module__.startswith('kd_det.'))
+        return (f"there is no '{kind[1]}'.{suggest_names(kind[1], own)} If it is your own, import it with "
+                'custom_imports.')
+    return message
+
+
+def suggest_names(name: str, names: Iterable[str]) -> str:
+    """Makes a sentence of the names that are most like a wrong one; empty where none is."""
+    found = get_close_matches(name, sorted(names))
+    return f" Nearest names: {', '.join(found)}." if found else ''
+
+
+def _find_arguments(config: Any) -> set[str]:
+    """Finds the names of the arguments of all that a config names."""
+    if isinstance(config, type):
+        return {name for ancestor in config.__mro__[:-1] for name in signature(ancestor.__init__).parameters}
+    if isinstance(config, (list, tuple)):
+        return set().union(*map(_find_arguments, config))
+    if not isinstance(config, dict):
+        return set()
+    kind = config.get('type')
+    if isinstance(kind, str):
+        kind = MODELS.get(kind) or TASK_UTILS.get(kind)
+    return set().union(*map(_find_arguments, config.values()), _find_arguments(kind)) - {'self', 'args', 'kwargs'}

@@ -191,7 +191,7 @@ def read_about(file: Path) -> dict[str, Any]:
         return {}
     try:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict' and not node.args:
-            about = {each.arg: ast.literal_eval(each.value) for each in node.keywords}
+            about: Any = {each.arg: ast.literal_eval(each.value) for each in node.keywords}
         else:
             about = ast.literal_eval(node)
     except (TypeError, ValueError):

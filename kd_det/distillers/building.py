@@ -5,19 +5,15 @@ An error says in its writer's words what is wrong in the config and where, with 
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
-from inspect import signature
 from itertools import chain
-from typing import Any
 
-from mmdet.registry import MODELS, TASK_UTILS
+from mmdet.registry import MODELS
 from torch import nn
 
 from kd_det.config.detectors import check_student, extract_plain_detector
-from kd_det.config.files import ConfigurationError
+from kd_det.config.files import ConfigurationError, explain_build_error
 from kd_det.distillers.schedules import Schedule, ScheduleConfig, build_schedule
 from kd_det.heads import ROI_HEAD, HeadRequest, StudentHeads, StudentOutputs, find_head
 from kd_det.heads.capture import can_be_kept
@@ -34,9 +30,6 @@ from kd_det.teachers import (
     probe_towers,
     read_model_config,
 )
-
-UNKNOWN_ARGUMENT = re.compile(r"got an unexpected keyword argument '(\w+)'")
-UNKNOWN_TYPE = re.compile(r'(\w+) is not in the \S+ registry')
 
 
 def build_student(config: dict) -> nn.Module:
@@ -187,46 +180,5 @@ def _connect(term: DistillTerm, student: nn.Module, student_levels: InputSpecs, 
     heads = {request: find_head(student, request) for request in map(HeadRequest.parse, term.student_heads)}
     student_towers = {request: tower_widths(head) for request, head in heads.items() if request.part == 'towers'}
     teacher_towers = probe_towers(teacher['config'], term.teacher_heads)
-    term.connect({**student_levels, **student_towers}, {**teacher_levels, **teacher_towers})
-
-
-def explain_build_error(error: Exception, config: Any) -> str:
-    """Says why building failed.
-
-    Args:
-        error: What building raised.
-        config: What was built: a dict with a ``type``, other such dicts perhaps within, or a class.
-
-    Returns:
-        For a name that does not exist, those like it; for anything else the error's own message.
-    """
-    message = str(error)
-    argument, kind = UNKNOWN_ARGUMENT.search(message), UNKNOWN_TYPE.search(message)
-    if isinstance(error, TypeError) and argument:
-        others = _find_arguments(config) - {argument[1]}  # which another part, or a base class, may have
-        return f"there is no argument '{argument[1]}'.{suggest_names(argument[1], others)}"
-    if isinstance(error, KeyError) and kind:
-        own = (name for name, each in MODELS.module_dict.items() if each.__module__.startswith('kd_det.'))
-        return (f"there is no '{kind[1]}'.{suggest_names(kind[1], own)} If it is your own, import it with "
-                'custom_imports.')
-    return message
-
-
-def suggest_names(name: str, names: Iterable[str]) -> str:
-    """Makes a sentence of the names that are most like a wrong one; empty where none is."""
-    found = get_close_matches(name, sorted(names))
-    return f" Nearest names: {', '.join(found)}." if found else ''
-
-
-def _find_arguments(config: Any) -> set[str]:
-    """Finds the names of the arguments of all that a config names."""
-    if isinstance(config, type):
-        return {name for ancestor in config.__mro__[:-1] for name in signature(ancestor.__init__).parameters}
-    if isinstance(config, (list, tuple)):
-        return set().union(*map(_find_arguments, config))
-    if not isinstance(config, dict):
-        return set()
-    kind = config.get('type')
-    if isinstance(kind, str):
-        kind = MODELS.get(kind) or TASK_UTILS.get(kind)
-    return set().union(*map(_find_arguments, config.values()), _find_arguments(kind)) - {'self', 'args', 'kwargs'}
+    term.connect({**student_levels, **student_towers},  # type: ignore[dict-item]  # a request equals its name
+                 {**teacher_levels, **teacher_towers})  # type: ignore[dict-item]

@@ -63,7 +63,8 @@ def reaches_parameters(loss: Tensor, apart: Collection[Tensor] = ()) -> bool:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if type(node).__name__ == 'AccumulateGrad' and id(node.variable) not in ignored:
+        leaf = getattr(node, 'variable', None) if type(node).__name__ == 'AccumulateGrad' else None
+        if leaf is not None and id(leaf) not in ignored:
             return True
         nodes.extend(before for before, _ in node.next_functions)
     return False

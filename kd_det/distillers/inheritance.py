@@ -8,8 +8,7 @@ from collections.abc import Iterable, Iterator
 from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint_with_prefix
 from torch import Tensor, nn
 
-from kd_det.config.files import ConfigurationError
-from kd_det.distillers.building import suggest_names
+from kd_det.config.composition import find_part_keys
 from kd_det.teachers.loading import is_pretrained
 
 ORIGINS = ('random', 'pretrained', 'inherited', 'checkpoint')
@@ -76,20 +75,6 @@ def find_common_parts(student: nn.Module, teacher: nn.Module) -> tuple[str, ...]
     modules = [name for name, part in student.named_children()
                if name != 'backbone' and type(part) is type(theirs.get(name)) and part.state_dict()]
     return (*modules, *(name for name in student._parameters if name in theirs))
-
-
-def find_part_keys(state: dict[str, Tensor], part: str) -> list[str]:
-    """Finds the keys of a student's state dict that belong to a part of it.
-
-    Raises:
-        ConfigurationError: There is no such part.
-    """
-    keys = [key for key in state if f'{key}.'.startswith(f'{part}.')]
-    if not keys:
-        known = sorted({key.split('.')[0] for key in state})
-        raise ConfigurationError(f"inherit: the student has no part '{part}'; it has {', '.join(known)}."
-                                 f'{suggest_names(part, known)}')
-    return keys
 
 
 def find_counterpart(key: str, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> str | None:

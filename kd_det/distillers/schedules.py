@@ -12,6 +12,7 @@ import torch
 from mmdet.registry import TASK_UTILS
 from torch import Tensor
 
+from kd_det.config.composition import DEFAULT_RATIO
 from kd_det.context import Progress
 from kd_det.distillers.gradients import GradientNorms
 from kd_det.registry import HOME, build_own, find_class
@@ -55,7 +56,7 @@ class Schedule:
         return float(self.value) if isinstance(self.value, (float, int)) else self.value.full
 
     @property
-    def balance(self) -> Schedule | None:
+    def balance(self) -> Balance | None:
         """The :class:`~kd_det.distillers.schedules.Balance` within, if there is one: the weight is then a ratio."""
         return None if isinstance(self.value, (float, int)) else self.value.balance
 
@@ -164,7 +165,6 @@ def build_schedule(config: ScheduleConfig) -> Schedule:
                      'epochs=1).')
 
 
-DEFAULT_RATIO = 0.5
 ROUNDING = 1e-8  # share of the task's gradient below which a term's is rounding, and no direction to follow
 SINGLES = 3  # measurements of one image with boxes, before there is a weight; of several at once one will do
 MEASUREMENTS = 5  # before a measurement can be called far from the others
@@ -221,8 +221,9 @@ class Balance(Schedule):
         ValueError: An argument is out of its range, or the ratio is balanced itself.
 
     Example:
-        >>> dict(type='Balance', ratio=0.5)
-        >>> dict(type='Warmup', epochs=1, value=dict(type='Balance', ratio=0.5))
+        >>> schedule = build_schedule(dict(type='Warmup', epochs=1, value=dict(type='Balance', ratio=0.5)))
+        >>> schedule.balance.full
+        0.5
     """
 
     def __init__(self, ratio: ScheduleConfig = DEFAULT_RATIO, interval: int = 10, momentum: float = 0.8,

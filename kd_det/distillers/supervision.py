@@ -10,10 +10,9 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_iou
 
-from kd_det.config.files import ConfigurationError
+from kd_det.config.files import ConfigurationError, explain_build_error
 from kd_det.context import Progress
 from kd_det.datasets import UNLABELLED
-from kd_det.distillers.building import explain_build_error
 from kd_det.distillers.schedules import Schedule, ScheduleConfig, build_schedule
 from kd_det.taps import Features
 
@@ -122,7 +121,9 @@ class PseudoLabels:
         ValueError: An argument is out of its range.
 
     Example:
-        >>> dict(score=0.5, iou=0.5, mode='join', weight=dict(type='Warmup', value=1.0, epochs=1))
+        >>> labels = PseudoLabels(score=0.5, mode='join', weight=dict(type='Warmup', value=1.0, epochs=2))
+        >>> labels.schedule(Progress(epoch=1.0))
+        0.5
     """
 
     def __init__(self, score: float = 0.5, iou: float = 0.5, nms_iou: float = 0.5, mode: str = 'join',

@@ -307,7 +307,7 @@ class _Sums(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         cells, channels, _, _, attended, square, drift, student_pooled, teacher_pooled = gradients
-        student, teacher, student_attend, teacher_attend, *saved = ctx.saved_tensors
+        student, teacher, student_attend, _, *saved = ctx.saved_tensors
         inside, teacher_channel, student_focus, teacher_focus = saved
         s, t = student.flatten(2), teacher.flatten(2)
         cells, attended, square = (gradient.flatten(1)[:, None] for gradient in (cells, 2 * attended, 2 * square))

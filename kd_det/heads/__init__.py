@@ -1,5 +1,5 @@
 """The outputs of heads, in one form per family of heads."""
-from kd_det.heads import families  # noqa: F401  registers their readers
+from kd_det.heads import families  # registers their readers
 from kd_det.heads.capture import StudentHeads, StudentOutputs, TeacherForward, TeacherOutputs, find_head, run_heads
 from kd_det.heads.dense import DenseOutputs
 from kd_det.heads.queries import QueryOutputs, read_queries

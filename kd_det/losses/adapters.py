@@ -85,7 +85,9 @@ class GlobalContext(nn.Module):
             nn.init.zeros_(cast(Tensor, parameter))
 
     def forward(self, feature: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Args:
+        """Adds its context to the feature.
+
+        Args:
             feature: (N, C, H, W).
             valid: (N, H, W) of bool; the other cells (padding) are not looked at. All cells by default.
         """

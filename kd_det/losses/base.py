@@ -82,7 +82,9 @@ class DistillTerm(nn.Module):
     @property
     def teacher_levels_read(self) -> dict[str, tuple[int, ...]]:
         """Indices of the levels that a connected term reads of a path of :attr:`teacher_taps`, where these are not all.
-        The others need not be computed."""
+
+        The others need not be computed.
+        """
         return {}
 
     def connect(self, student: InputSpecs, teacher: InputSpecs) -> None:

@@ -1,6 +1,7 @@
 """FSP: how features flow from one stage of the network to the next."""
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from mmdet.registry import MODELS
@@ -74,4 +75,4 @@ class FSP(FeatureTerm):
 
 def _flow_matrices(features: list[Tensor]) -> list[Tensor]:
     """The flow matrices between each feature and the next."""
-    return [flow_matrix(feature, following) for feature, following in zip(features, features[1:])]
+    return [flow_matrix(feature, following) for feature, following in pairwise(features)]

@@ -53,8 +53,9 @@ class ComparedOutputs(NamedTuple):
         return cells.repeat_interleave(self.valid.shape[1] // cells.shape[1], 1) * self.valid
 
     def bounded_errors(self, margin: float) -> Tensor:
-        """(N, H·W·A): the student's squared error on its positive priors, where it is not better than the teacher's by
-        the margin, else 0, see :func:`~kd_det.functional.boxes.bounded_regression`.
+        """The student's squared error on its positive priors, (N, H·W·A); 0 where it is better than the teacher's.
+
+        That is by the margin, see :func:`~kd_det.functional.boxes.bounded_regression`; and 0 on all other priors.
 
         Raises:
             HeadError: The student's targets are not known.
@@ -228,8 +229,11 @@ def check_beta(beta: float) -> None:
 
 
 def sigmoid_divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    """:func:`~kd_det.functional.logits.quality_bce`; with ``beta=0`` less the teacher's own entropy, which leaves the
-    gradient, and makes it 0 where the two agree, as it is for any other ``beta``."""
+    """See :func:`~kd_det.functional.logits.quality_bce`.
+
+    With ``beta=0`` it is less the teacher's own entropy, which leaves the gradient, and makes it 0 where the two agree,
+    as it is for any other ``beta``.
+    """
     divergence = quality_bce(student, teacher, beta)
     return divergence - quality_bce(teacher, teacher, beta) if beta == 0 else divergence
 

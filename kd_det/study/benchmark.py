@@ -214,7 +214,7 @@ def _train_teachers(pair: Pair, number: int, data_root: str | None, epochs: int 
     if failed:
         raise TeacherTrainingError(f'Without a teacher there is nothing to compare. All that was said is in '
                                    f'{failed[0].log}.')
-    return outcomes
+    return [outcome for outcome in outcomes if not isinstance(outcome, Failure)]
 
 
 def _set_seed(config: Config, seed: int) -> Config:

@@ -404,7 +404,7 @@ def _set_teachers(config: Config, checkpoint: str | None, random: bool) -> None:
 
 def _build_distiller(config: Config, checkpoint: str | None) -> DetectionDistiller:
     """Builds the distiller as it is when training starts, or as a checkpoint has it."""
-    distiller = build_detector(config.model)
+    distiller: DetectionDistiller = build_detector(config.model)
     distiller.init_weights()
     checkpoint = checkpoint or config.get('load_from')
     if checkpoint:

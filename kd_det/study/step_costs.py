@@ -21,19 +21,17 @@ from mmengine.runner import set_random_seed
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from kd_det.checks.synthetic import USUAL_SIZES, Size, synthetic_batch, training_sizes
+from kd_det.checks.synthetic import USUAL_SIZES, Size, random_distiller, synthetic_batch, training_sizes
 from kd_det.compat.console import TextTable
 from kd_det.config import ConfigurationError
 from kd_det.config.options import resolve_distillation
-from kd_det.context import DistillContext, Progress
+from kd_det.context import DistillContext
 from kd_det.distillers import DetectionDistiller
-from kd_det.distillers.schedules import Schedule
 from kd_det.losses import DistillTerm
 from kd_det.losses.base import sum_parts
 from kd_det.registry import build_detector, prepare_without_runner
 from kd_det.teachers import read_model_config
 from kd_det.teachers.bridge import SIZE_MISMATCH
-from kd_det.teachers.loading import remove_pretrained
 
 Device = str | torch.device
 Call = Callable[[], object]
@@ -300,18 +298,3 @@ def _find_learning(outputs: object) -> Iterator[Tensor]:
     elif is_dataclass(outputs):
         for each in fields(outputs):
             yield from _find_learning(getattr(outputs, each.name))
-
-
-def random_distiller(config: Config, device: Device = 'cpu') -> DetectionDistiller:
-    """The distiller of a config, with random weights, which take as long, and every term at its full weight."""
-    teachers = [config.model.teacher] if isinstance(config.model.teacher, dict) else config.model.teacher
-    for teacher in teachers:
-        teacher.update(checkpoint=None, random_teacher=True, cache=None)
-    config.model.student = remove_pretrained(config.model.student)
-    distiller = build_detector(config.model).to(device).train()
-    distiller.student.init_weights()  # some parts are whatever the memory held before
-    distiller.schedules = {name: Schedule(weight.full) for name, weight in distiller.schedules.items()}
-    distiller.progress = Progress(iteration=1)  # no gradients are compared in this step,
-    for balance in distiller.monitor.balances.values():
-        balance.start = 1  # but the first time that it is made
-    return distiller

@@ -233,7 +233,7 @@ def mix_images(config: Config, augmentations: Sequence[str]) -> None:
     mean = (student_model(config).get('data_preprocessor') or {}).get('mean')
     pad_value = float(round(sum(mean) / len(mean))) if mean else PAD_VALUE
     for leaf in leaves:
-        leaf.pipeline = loading
+        leaf['pipeline'] = loading
     mixing = _mixing_transforms(augmentations, size, pad_value)
     config.train_dataloader.dataset = dict(type=WRAPPER, dataset=dataset, pipeline=[*mixing, *pipeline[len(loading):]])
 

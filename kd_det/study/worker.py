@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from kd_det.checks.doctor import check_config
-from kd_det.cli.main import describe
-from kd_det.compat.process import use_any_encoding
+from kd_det.compat.process import describe, use_any_encoding
 from kd_det.config.files import load_config
 from kd_det.study.runs import train, use_fast_coco_evaluation
 from kd_det.training.runner import add_trackers

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_det.teachers.loading import TeacherError
+from kd_det.config.detectors import TeacherError
 
 Shape = tuple[int, int]
 

@@ -12,8 +12,8 @@ from mmengine.dist import get_world_size
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from kd_det.config.detectors import TeacherError
 from kd_det.taps import Features
-from kd_det.teachers.loading import TeacherError
 
 PLAIN_NORMS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)  # MMEngine derives from them
 MMCV_OPERATORS = 'mmcv.ops'

@@ -1,7 +1,6 @@
 """Finds a teacher's config, weights and class names; weights are loaded strictly: no key lacks, is left or misfits."""
 from __future__ import annotations
 
-import copy
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -11,17 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import ConfigDict
-from mmengine.utils import import_modules_from_strings
 from torch import Tensor, nn
 
 from kd_det.compat import CheckpointError, load_checkpoint
 from kd_det.config.classes import Names, find_dataset_classes, get_first_metainfo
-from kd_det.config.detectors import find_detector
-from kd_det.config.files import DISTILLER, get_type_name, list_imports, list_leaf_datasets, load_config
+from kd_det.config.detectors import ModelConfig, TeacherError
+from kd_det.config.files import get_type_name, list_leaf_datasets, load_config
 from kd_det.registry import get_scope, within_scope
-
-ModelConfig = str | Path | dict
 
 # Where programs keep a model's weights, in the order in which they are looked for. MMEngine's EMA is in the first.
 WEIGHTS = ('state_dict', 'model', 'model_state_dict', 'model_state', 'net', 'network', 'weights', 'params')
@@ -29,38 +24,6 @@ WEIGHTS = ('state_dict', 'model', 'model_state_dict', 'model_state', 'net', 'net
 OTHERS = ('meta', 'message_hub', 'optimizer', 'optimizers', 'param_schedulers', 'scheduler', 'lr_scheduler', 'distill')
 WRAPPERS = re.compile(r'^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.')  # of data-parallel training, torch.compile
 COUNTERS = ('steps', 'n_averaged')  # of the wrappers that average weights
-
-
-class TeacherError(ValueError):
-    """The teacher can not serve as its config says."""
-
-
-def read_model_config(config: ModelConfig) -> ConfigDict:
-    """Returns the model dict of a detector, with the scope of its config, see :mod:`kd_det.registry`.
-
-    Of a student that was itself distilled it is the student; of a model that holds one detector, as a semi-supervised
-    pair or a tracker does, that one; of one that MMDetection's own distillation trains, the plain detector.
-
-    Args:
-        config: A config file, a name such as ``'mmdet::faster_rcnn/faster-rcnn_r101_fpn_1x_coco.py'``, a whole config
-            as a dict (with a key ``model``), or a model dict (with a key ``type``), whose scope is that of the config
-            that it stands in.
-
-    Raises:
-        TeacherError: The config holds no model.
-        FileNotFoundError: There is no such file.
-        ConfigurationError: The file has an error, or the model holds several detectors.
-    """
-    loaded = load_config(config) if isinstance(config, (str, Path)) else ConfigDict(config)
-    model = loaded.get('model', loaded)
-    if not get_type_name(model):
-        raise TeacherError(f"The teacher's config {config!r:.200} holds no model: expected a key 'model', or a model "
-                           "dict with a 'type'.")
-    model = copy.deepcopy(model.student if get_type_name(model) == DISTILLER else model)  # building may write into it
-    if 'model' in loaded:
-        import_modules_from_strings(list_imports(loaded))  # a file's are imported as it is read, a dict's are not
-        model.setdefault('_scope_', get_scope(loaded))
-    return find_detector(model, f"The model of the teacher's config {config!r:.200}")
 
 
 @contextmanager
@@ -217,7 +180,7 @@ def find_class_names(count: int | None, names: Sequence[str], meta: dict, config
         names: Those that ``teacher.classes`` gives, or none.
         meta: The checkpoint's ``meta``, where mmengine keeps the names of the training data.
         config: The teacher's, which may also name its data; as for
-            :func:`~kd_det.teachers.loading.read_model_config`.
+            :func:`~kd_det.config.detectors.read_model_config`.
 
     Returns:
         The first of these that has ``count`` names; None where none has.

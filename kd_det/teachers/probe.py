@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from kd_det.compat.process import preserved_randomness
-from kd_det.config.detectors import find_head_classes
+from kd_det.config.detectors import ModelConfig, find_head_classes, read_model_config
 from kd_det.config.files import get_type_name
 from kd_det.context import LevelSpec
 from kd_det.heads import HeadError, HeadRequest, check_head
@@ -22,7 +22,6 @@ from kd_det.heads.dense import Stride, read_strides
 from kd_det.heads.towers import TowerWidths, tower_widths
 from kd_det.registry import build_detector, within_scope
 from kd_det.taps import ENCODER, Features, TapError, Taps, find_module, is_within_encoder
-from kd_det.teachers.loading import ModelConfig, read_model_config
 
 PROBE_SIZE = 256  # pixels at least; a multiple of every stride of a pyramid
 LIKELY_CHANNELS = (3, *range(4, 17), 2, 1)  # of images, colours first
@@ -93,11 +92,11 @@ def probe_config(model: dict, paths: Iterable[str]) -> dict[str, tuple[LevelSpec
             return probe_levels(extractor, Taps(extractor, paths))
 
 
-def probe_towers(config: ModelConfig, names: Iterable[str]) -> dict[str, TowerWidths]:
+def probe_towers(config: ModelConfig, names: Iterable[str]) -> dict[HeadRequest, TowerWidths]:
     """Builds those heads of a teacher whose towers are asked for, and lets them go again.
 
     Args:
-        config: See :func:`~kd_det.teachers.loading.read_model_config`.
+        config: See :func:`~kd_det.config.detectors.read_model_config`.
         names: See :class:`~kd_det.heads.HeadRequest`.
 
     Returns:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from kd_det import __version__
 from kd_det.compat.process import preserved_randomness
 from kd_det.config.classes import count_classes
+from kd_det.config.detectors import ModelConfig, TeacherError, read_model_config
 from kd_det.heads import HeadError, StudentOutputs, TeacherForward, TeacherOutputs, find_head, run_heads
 from kd_det.heads.capture import read_maps, record_maps
 from kd_det.registry import build_detector, within_scope
@@ -29,15 +30,7 @@ from kd_det.taps import ENCODER, Features, TapError, Taps, is_within_encoder
 from kd_det.teachers.bridge import InputBridge, Shape, crop_to_batch, explain_size_mismatch
 from kd_det.teachers.cache import Outputs, TeacherCache
 from kd_det.teachers.engine import Engine, to_local
-from kd_det.teachers.loading import (
-    ModelConfig,
-    TeacherError,
-    explain_model_errors,
-    find_class_names,
-    load_strictly,
-    read_model_config,
-    remove_pretrained,
-)
+from kd_det.teachers.loading import explain_model_errors, find_class_names, load_strictly, remove_pretrained
 from kd_det.teachers.probe import find_input_channels, make_shape_samples, run_encoder
 
 ReadLevels = dict[str, Sequence[bool]]  # by path of a tap; for each of its levels, whether anything reads it
@@ -52,7 +45,7 @@ class Teacher:
     dict, its training mode, its data-parallel buckets or its copies.
 
     Args:
-        config: See :func:`~kd_det.teachers.loading.read_model_config`.
+        config: See :func:`~kd_det.config.detectors.read_model_config`.
         checkpoint: File or address of the weights.
         random_teacher: Draw all weights, also those that the config would load; for tests and dry runs only.
         allow_missing: See :func:`~kd_det.teachers.loading.load_strictly`.

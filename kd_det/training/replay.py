@@ -35,7 +35,12 @@ class ReplayedRandomness(BaseTransform):
         ValueError: A period below 1, or a transform that mixes several images, as Mosaic and MixUp do.
 
     Example:
-        >>> dict(type='ReplayedRandomness', period=2, transforms=[dict(type='RandomFlip', prob=0.5)])
+        >>> class Noise(BaseTransform):
+        ...     def transform(self, results):
+        ...         return dict(results, noise=random.random())
+        >>> replayed = ReplayedRandomness([Noise()], period=2)
+        >>> replayed(dict(img_id=7)) == replayed(dict(img_id=7)) != replayed(dict(img_id=8))
+        True
     """
 
     def __init__(self, transforms: Sequence[dict | BaseTransform], period: int | None = 2,

@@ -12,16 +12,14 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
-from torch import nn
 
-from kd_det.compat import CheckpointError, load_checkpoint, log_operator_backend
+from kd_det.checks.checkpoints import check_checkpoint
+from kd_det.compat import log_operator_backend
 from kd_det.config import ConfigurationError
 from kd_det.config.classes import get_metainfo
 from kd_det.config.files import get_type_name
 from kd_det.registry import HOME, add_nodes
-from kd_det.teachers.loading import check_some_fit, find_weights, load_strictly
-
-STATISTICS = ('running_mean', 'running_var')  # buffers that training fills
+from kd_det.teachers.loading import find_weights
 
 
 def build_runner(config: Config) -> Runner:
@@ -115,10 +113,10 @@ def check_start(runner: Runner, whole: bool = True) -> None:
 
     Args:
         runner: The runner.
-        whole: See :func:`check_checkpoint`.
+        whole: See :func:`~kd_det.checks.checkpoints.check_checkpoint`.
 
     Raises:
-        CheckpointError: See :func:`check_checkpoint`.
+        CheckpointError: See :func:`~kd_det.checks.checkpoints.check_checkpoint`.
     """
     if not isinstance(runner, Runner):
         return
@@ -129,37 +127,6 @@ def check_start(runner: Runner, whole: bool = True) -> None:
     if checkpoint:
         check_checkpoint(model, checkpoint, whole, runner._resume)
         runner.register_hook(FindWeightsHook(), priority='HIGHEST')
-
-
-def check_checkpoint(model: nn.Module, checkpoint: str, whole: bool, resumes: bool) -> None:
-    """Checks that a checkpoint fits a student.
-
-    A buffer that it lacks, as older versions of a module may have had none, keeps the value that the module gave it,
-    and MMEngine names it; not so statistics that were learnt.
-
-    Args:
-        model: The student. Where the whole of it is asked for, that is loaded.
-        checkpoint: A file, or an address that mmengine's ``CheckpointLoader`` knows.
-        whole: Whether it must be of this detector; a training may start from that of another, of which something fits.
-        resumes: Whether it must also tell where its training was.
-
-    Raises:
-        CheckpointError: It lacks weights, or has them in another shape, or lacks what tells where its training was. The
-            message names them.
-    """
-    if not whole:
-        check_some_fit(model, checkpoint)
-        return
-    constants = [name for name, _ in model.named_buffers() if not name.endswith(STATISTICS)]
-    load_strictly(model, checkpoint, allow_missing=constants, allow_unexpected='*', role='student')
-    if resumes:
-        loaded = load_checkpoint(checkpoint)
-        lacking = [f"meta['{key}']" for key in ('epoch', 'iter') if key not in loaded.get('meta', {})]
-        lacking += ["'message_hub'"] if 'message_hub' not in loaded else []
-        if lacking:
-            raise CheckpointError(f"The checkpoint '{checkpoint}' can not be resumed: it has weights, but lacks "
-                                  f"{', '.join(lacking)}, which MMEngine saves during training. To start a new "
-                                  f"training from its weights, set load_from='{checkpoint}' and do not resume.")
 
 
 class FindWeightsHook(Hook):

@@ -113,7 +113,8 @@ def turned():
      'the end of its JPEG data is missing'),
     ('hole.jpg', lambda image, path: path.write_bytes((data := jpeg_bytes(image))[:600] + bytes(len(data) - 600)),
      'the end of its JPEG data is missing'),
-    ('half.png', lambda image, path: (image.save(path), path.write_bytes(path.read_bytes()[:60])), 'LoadImageFromFile: '),
+    ('half.png', lambda image, path: (image.save(path), path.write_bytes(path.read_bytes()[:60])),
+     'LoadImageFromFile: '),
     ('pointer.jpg', lambda image, path: path.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:4d\n'),
      'git lfs pull'),
     ('page.jpg', lambda image, path: path.write_text('<!DOCTYPE html>\n<html>'), "it holds text: '<!DOCTYPE html>'"),
@@ -123,7 +124,8 @@ def test_what_the_loader_can_not_read_is_named(name, write, said, build, folder)
     replace(folder, name, write)
     with pytest.raises(DiagnosisError) as error:
         check_images(build())
-    assert name in str(error.value) and said in str(error.value) and 'take it out of the annotations' in str(error.value)
+    assert name in str(error.value) and said in str(error.value)
+    assert 'take it out of the annotations' in str(error.value)
 
 
 @pytest.mark.parametrize('backend, package', [('tifffile', 'tifffile'), ('turbojpeg', 'PyTurboJPEG')])

@@ -471,7 +471,8 @@ def test_terms_that_can_teach_nothing_are_told_before_the_run(distilling):
 
 @pytest.mark.parametrize('error, said', [
     (RuntimeError('stack expects each tensor to be equal'), 'RuntimeError: stack expects each'),
-    (ZeroDivisionError('division'), 'ZeroDivisionError'), (AttributeError("'Conv2d' object has no attribute 'x'"), 'x')])
+    (ZeroDivisionError('division'), 'ZeroDivisionError'),
+    (AttributeError("'Conv2d' object has no attribute 'x'"), 'x')])
 def test_an_error_of_a_step_is_a_fault_that_tells_the_size(error, said, distilling, monkeypatch):
     monkeypatch.setattr('mmdet.models.RetinaNet.loss', lambda *given: throw(error))
     distilling.train_dataloader.dataset.dataset.pipeline = [dict(type='Resize', scale=(70, 50))]

@@ -23,7 +23,7 @@ def runner(retinanet, make_runner):
 
 @pytest.fixture
 def teacher(retinanet, monkeypatch):
-    """Makes a teacher that finds every box and calls the classes by other labels; ``truth`` is told by an image's id."""
+    """Makes a teacher that finds every box and calls the classes by other labels; ``truth`` is by an image's id."""
 
     def make(truth, labels=(0, 1, 2), classes=CLASSES):
         made = Teacher(retinanet(classes=len(labels)), random_teacher=True, classes=classes, taps=['neck'],
@@ -82,7 +82,8 @@ def test_the_first_images_that_have_boxes(runner, teacher, truth, coco_folder, t
 
 @pytest.mark.parametrize('metainfo, boxes, message', [
     ({}, False, 'has no boxes: .*metainfo.*preflight=None'), ({}, True, 'does not name its classes')])
-def test_validation_data_without_names_or_boxes(runner, teacher, truth, coco_folder, tmp_path, metainfo, boxes, message):
+def test_validation_data_without_names_or_boxes(
+        runner, teacher, truth, coco_folder, tmp_path, metainfo, boxes, message):
     image = json.loads((coco_folder / 'all.json').read_text())['images'][0]
     objects = dict(instances=[dict(bbox=[0, 0, 9, 9], bbox_label=0, ignore_flag=0)]) if boxes else {}
     listed = dict(img_path=image['file_name'], img_id=image['id'], height=64, width=64, **objects)
@@ -181,7 +182,8 @@ def test_a_weak_teacher_of_many_classes_is_told_from_one_in_another_order(classe
     truth = torch.randint(classes, (objects, ), generator=generator)
     guessed = torch.randint(classes, (objects, ), generator=generator)
     called = truth.where(torch.rand(objects, generator=generator) < rightly, guessed)
-    votes = torch.zeros(classes, classes, dtype=torch.long).index_put_((called, truth), torch.tensor(1), accumulate=True)
+    votes = torch.zeros(classes, classes, dtype=torch.long)
+    votes.index_put_((called, truth), torch.tensor(1), accumulate=True)
     skill = skill_of(votes.tolist(), names=tuple(map(str, range(classes))))
     assert wrong_names(skill) == {}
     able = votes + torch.eye(classes, dtype=torch.long) * 3
@@ -193,7 +195,8 @@ def test_an_order_is_proposed_where_boxes_tell_all_of_it():
     offset = skill_of([[8, 0, 0, 0], [0, 7, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]],
                       match_classes(names, ('background', 'a', 'b', 'c')), names)
     assert wrong_names(offset) == {0: 0, 1: 1, 2: 2}
-    for made, line in ((('background', 'a', 'b', 'c'), "['a', 'b', 'c', 'd']"), (('d', 'c', 'b', 'a'), "['a', 'b', 'c', 'd']")):
+    for made, line in ((('background', 'a', 'b', 'c'), "['a', 'b', 'c', 'd']"),
+                       (('d', 'c', 'b', 'a'), "['a', 'b', 'c', 'd']")):
         with pytest.raises(TeacherError, match='lie on objects') as error:
             require_names(offset._replace(match=match_classes(names, made)), SimpleNamespace(classes=made))
         assert f'teacher.classes={line}' in str(error.value)

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from kd_det.checks.synthetic import synthetic_batch
+from kd_det.checks.synthetic import random_distiller, synthetic_batch
 from kd_det.cli.main import main
 from kd_det.config.composition import method_terms
 from kd_det.study.step_costs import (
@@ -17,7 +17,6 @@ from kd_det.study.step_costs import (
     StepCosts,
     measure_parts,
     measure_step,
-    random_distiller,
 )
 
 

@@ -48,7 +48,8 @@ def test_markup_and_emojis_of_users_are_text():
 
 def test_findings_are_printed_as_they_are():
     output = io.StringIO()
-    PlainConsole(file=output, width=300).print(render(Diagnosis((Finding(*[f'{name}!' for name in NAMES[:3]], fault=True), ))))
+    finding = Finding(*[f'{name}!' for name in NAMES[:3]], fault=True)
+    PlainConsole(file=output, width=300).print(render(Diagnosis((finding, ))))
     assert all(f'{name}!' in output.getvalue() for name in NAMES[:3]) and 'fault' in output.getvalue()
 
 

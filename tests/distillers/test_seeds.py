@@ -7,7 +7,7 @@ import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
 
-from kd_det.study.step_costs import random_distiller
+from kd_det.checks.synthetic import random_distiller
 
 TERMS = dict(fgd=dict(type='FGD'), mgd=dict(type='MGD'))
 

@@ -1,5 +1,6 @@
-"""``make demo`` and ``make test``: they install what they need, once."""
+"""``make demo``, ``test``, ``lint`` and ``docs``: they install what they need, once."""
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,6 +16,7 @@ echo "$(basename "$0") $*" >> calls.txt
 case "$*" in
     "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; cp "$0" "$3/bin/kd-det";;
     *"pip install"*) exit ${PIP_STATUS:-0};;
+    "-m ruff "*) exit ${RUFF_STATUS:-0};;
     "-c import cv2") exit ${CV2_STATUS:-0};;
 esac
 '''
@@ -53,6 +55,31 @@ def test_first_run_installs_and_second_does_not(make):
     assert make('make', 'demo') == ['kd-det demo']
 
 
+def test_lint_and_docs_install_their_own_extra(make):
+    lint = make('make', 'lint')
+    assert [call.split()[-1] for call in lint if '--editable' in call] == ['.[mmdet,test]', '.[lint]']
+    assert all('--constraint constraints.txt' in call for call in lint if 'pip install' in call)
+    assert lint[-2:] == ['python -m ruff check .', 'python -m mypy'] == make('make', 'lint')
+    docs = make('make', 'docs')
+    assert [call.split()[-1] for call in docs if '--editable' in call] == ['.[docs]']
+    build = 'python -m mkdocs build --strict --config-file docs/site/mkdocs.yml'
+    assert docs[-1] == build and make('make', 'docs') == [build]
+    assert (ROOT / 'docs' / 'site' / 'mkdocs.yml').is_file()
+
+
+def test_a_changed_setup_installs_the_tools_again(make):
+    make('make', 'lint')
+    later = (make.folder / '.venv' / '.installed-lint').stat().st_mtime + 10
+    os.utime(make.folder / 'setup.py', (later, later))
+    installs = [call for call in make('make', 'lint') if '--editable' in call]
+    assert [call.split()[-1] for call in installs] == ['.[mmdet,test]', '.[lint]']
+
+
+def test_a_style_error_is_the_status_of_lint(make):
+    make('make', 'lint')
+    assert 'python -m mypy' not in make('make', 'lint', check=False, RUFF_STATUS='1')
+
+
 def test_a_change_of_what_is_installed_installs_again(make):
     make('make', 'install')
     for name in ('setup.py', 'constraints.txt', STARTUP):
@@ -75,8 +102,13 @@ def test_without_libgl_opencv_is_headless(make):
     assert make('make', 'install', CV2_STATUS='1') == []
 
 
-def test_continuous_integration_runs_the_tests(make):
-    assert make('.ci/run')[-1] == 'python -m pytest -n 2 tests'
+def test_continuous_integration_runs_lint_and_the_tests(make):
+    assert make('.ci/run')[-3:] == ['python -m ruff check .', 'python -m mypy', 'python -m pytest -n 2 tests']
+
+
+def test_every_target_is_explained(make):
+    lines = subprocess.run(['make', 'help'], cwd=make.folder, check=True, capture_output=True, text=True).stdout
+    assert re.findall('make ([a-z]+)  ', lines) == ['help', 'install', 'demo', 'test', 'lint', 'docs', 'clean']
 
 
 def test_python_can_be_chosen(make):

@@ -34,7 +34,8 @@ def test_a_checkpoint_holds_the_plain_student_and_beside_it_what_a_resumed_run_n
     assert checkpoint['meta']['dataset_meta']['classes'] == ('blue', 'green', 'red')
 
 
-def test_of_an_averaged_student_the_average_is_its_state_dict_and_the_trained_one_lies_beside_it(retinanet, make_runner):
+def test_of_an_averaged_student_the_average_is_its_state_dict_and_the_trained_one_lies_beside_it(
+        retinanet, make_runner):
     model = dict(type='DetectionDistiller', student=retinanet(), distill=TERMS,
                  teacher=dict(config=retinanet(neck=12), random_teacher=True))
     runner = make_runner(model, epochs=1, custom_hooks=[dict(type='EMAHook', momentum=0.3)])

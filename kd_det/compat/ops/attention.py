@@ -33,8 +33,8 @@ def ms_deform_attn_backward(value: Tensor, value_spatial_shapes: Tensor, value_l
     """Writes the three gradients, by computing the forward pass once more with autograd."""
     inputs = [tensor.detach().requires_grad_() for tensor in (value, sampling_locations, attention_weights)]
     with torch.enable_grad():
-        output = ms_deform_attn_forward(inputs[0], value_spatial_shapes, value_level_start_index, *inputs[1:],
-                                        im2col_step)
+        output = ms_deform_attn_forward(inputs[0], value_spatial_shapes, value_level_start_index, inputs[1],
+                                        inputs[2], im2col_step)
     gradients = torch.autograd.grad(output, inputs, grad_output)
     for target, gradient in zip((grad_value, grad_sampling_loc, grad_attn_weight), gradients):
         target.copy_(gradient)

@@ -41,8 +41,9 @@ def roi_align_backward(grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argm
     # The CUDA kernel adds up in any order, which PyTorch refuses in a deterministic run.
     deterministic = grad_output.is_cuda and torch.are_deterministic_algorithms_enabled()
     backward = _deterministic_backward if deterministic else torch.ops.torchvision._roi_align_backward
-    grad_input.copy_(backward(grad_output, rois, spatial_scale, aligned_height, aligned_width, *grad_input.shape,
-                              sampling_ratio, aligned))
+    batch, channels, height, width = grad_input.shape
+    grad_input.copy_(backward(grad_output, rois, spatial_scale, aligned_height, aligned_width, batch, channels, height,
+                              width, sampling_ratio, aligned))
 
 
 def _deterministic_backward(grad_output: Tensor, rois: Tensor, spatial_scale: float, pooled_height: int,

@@ -80,7 +80,8 @@ def load_validation(config: Config) -> Validation:
 def _choose_colour(index: int, count: int) -> tuple[int, int, int]:
     """Chooses a colour of its own for each class."""
     from matplotlib.colors import hsv_to_rgb
-    return tuple(int(255 * channel) for channel in hsv_to_rgb((index / count, 0.85, 0.9)))
+    red, green, blue = hsv_to_rgb((index / count, 0.85, 0.9))
+    return int(255 * red), int(255 * green), int(255 * blue)
 
 
 def _read_labels(info: dict) -> LabelledImage:

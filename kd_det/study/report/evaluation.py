@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -125,7 +126,7 @@ def _evaluate_variant(evaluation: StudyEvaluation, variant: str, runs: list[Trai
     if match is None or len(match.of_student) == len(validation.classes):  # AP of classes that it lacks would be 0
         evaluation.accuracies[variant] = {}
     for run in runs:
-        data = [identify_file(run.checkpoint), [image._asdict() for image in validation.images]]
+        data: list[Any] = [identify_file(run.checkpoint), [image._asdict() for image in validation.images]]
         detections = load_or_make(run.folder, 'detections', data,
                                   partial(_detect, run, first if run is runs[0] else None, validation))
         if match is not None:
@@ -276,7 +277,7 @@ def _draw_map(stride: int, cells: Tensor, valid: Tensor) -> dict:
 def _load_distiller(config: Config, checkpoint: str) -> DetectionDistiller:
     """Loads the distiller as it was at the end of its training."""
     with within_scope(get_scope(config)):
-        distiller = build_detector(config.model)
+        distiller: DetectionDistiller = build_detector(config.model)
     loaded = load_checkpoint(checkpoint, map_location='cpu')
     distiller.load_state_dict(loaded['state_dict'])
     if CHECKPOINT_KEY in loaded:

@@ -173,7 +173,8 @@ class Ink(NamedTuple):
 def choose_inks(variants: Sequence[str], plain: str | None) -> dict[str, Ink]:
     """Chooses an ink for each variant; grey for the plain student, gold for the teacher."""
     others = [variant for variant in variants if variant not in (plain, 'teacher')]
-    return {plain: Ink(PLAIN_COLOUR), 'teacher': Ink(TEACHER_COLOUR),
+    own = {} if plain is None else {plain: Ink(PLAIN_COLOUR)}
+    return {**own, 'teacher': Ink(TEACHER_COLOUR),
             **{variant: _nth_ink(index) for index, variant in enumerate(others)}}
 
 
