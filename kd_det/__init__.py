@@ -32,6 +32,7 @@ _PUBLIC = {
     'BenchmarkResult': 'kd_det.study.benchmark',
     'StepCosts': 'kd_det.study.step_costs',
     'Inspection': 'kd_det.study.inspection',
+    'Report': 'kd_det.study.report',
     'Diagnosis': 'kd_det.checks.environment',
     'Methods': 'kd_det.config.methods',
     'ConfigurationError': 'kd_det.config',

@@ -13,7 +13,7 @@ _MODULES = {
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = ['install', *_MODULE_OF]
+__all__ = ['CheckpointError', 'install']
 
 
 def install() -> None:

@@ -38,7 +38,7 @@ class OperatorLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         from . import ops
-        for name in ops.__all__:
+        for name in ops.OPERATORS:
             setattr(module, name, getattr(ops, name))
         module.__getattr__ = refuse_operator
 
@@ -95,4 +95,4 @@ def log_operator_backend() -> None:
 def served_operators() -> tuple[str, ...]:
     """Names of the operators of ``mmcv._ext`` that :mod:`kd_det.compat.ops` computes."""
     from . import ops
-    return tuple(ops.__all__)
+    return tuple(ops.OPERATORS)

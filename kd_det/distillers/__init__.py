@@ -2,4 +2,5 @@
 from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.distillers.schedules import Balance, Decay, Schedule, Start, Stop, Warmup, build_schedule
 
-__all__ = ['Balance', 'Decay', 'DetectionDistiller', 'Schedule', 'Start', 'Stop', 'Warmup', 'build_schedule']
+# ruff: noqa: F401  what is imported beside these is for other rooms, not public
+__all__ = ['Balance', 'Decay', 'DetectionDistiller', 'Start', 'Stop', 'Warmup']

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from kd_det.functional.boxes import giou_imitation
@@ -91,6 +90,7 @@ def match_queries(cost: Tensor, candidates: Tensor, box_cost: Tensor, num_boxes:
 
 def _match(cost: Array, candidates: Array, box_cost: Array, assigned: Array) -> Array:
     """The index of the teacher's query for each of the student's, (Q,)."""
+    from scipy.optimize import linear_sum_assignment  # here, for this package is to be imported with PyTorch alone
     queries, boxes = linear_sum_assignment(box_cost)
     affordable = box_cost[queries, boxes] < UNAFFORDABLE
     queries, boxes = queries[affordable], boxes[affordable]

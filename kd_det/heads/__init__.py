@@ -1,5 +1,5 @@
 """The outputs of heads, in one form per family of heads."""
-from kd_det.heads import families  # noqa: F401  registers their readers
+from kd_det.heads import families  # registers their readers
 from kd_det.heads.capture import StudentHeads, StudentOutputs, TeacherForward, TeacherOutputs, find_head, run_heads
 from kd_det.heads.dense import DenseOutputs
 from kd_det.heads.queries import QueryOutputs, read_queries
@@ -8,6 +8,5 @@ from kd_det.heads.request import ROI_HEAD, HeadError, HeadRequest
 from kd_det.heads.roi import Regions, RoIOutputs
 from kd_det.heads.towers import TeacherTowers, TowerFeatures
 
-__all__ = ['DenseOutputs', 'DenseReader', 'HeadError', 'HeadRequest', 'QueryOutputs', 'ROI_HEAD', 'Regions',
-           'RoIOutputs', 'StudentHeads', 'StudentOutputs', 'TeacherForward', 'TeacherOutputs', 'TeacherTowers',
-           'TowerFeatures', 'check_head', 'find_head', 'read_dense', 'read_queries', 'reads', 'reads_like', 'run_heads']
+# ruff: noqa: F401  what is imported beside these is for other rooms, not public
+__all__ = ['DenseOutputs', 'HeadError', 'HeadRequest', 'QueryOutputs', 'RoIOutputs', 'reads_like']

@@ -5,5 +5,5 @@ from kd_det.teachers.loading import explain_model_errors, load_strictly
 from kd_det.teachers.probe import probe_config, probe_levels, probe_towers
 from kd_det.teachers.teacher import Teacher
 
-__all__ = ['InputBridge', 'Teacher', 'TeacherError', 'explain_model_errors', 'load_strictly', 'probe_config',
-           'probe_levels', 'probe_towers', 'read_model_config']
+# ruff: noqa: F401  what is imported beside these is for other rooms, not public
+__all__ = ['Teacher', 'TeacherError']

@@ -3,6 +3,7 @@
 Each function has the name, the argument names and the in-place outputs of the compiled operator, so that ``mmcv.ops``
 calls it unchanged. Only the numbers are ours: reduced precision is computed in float32, on the CPU and on the GPU.
 """
+# ruff: noqa: F401  what OPERATORS names
 from .attention import ms_deform_attn_backward, ms_deform_attn_forward
 from .deform_conv import (
                           deform_conv_backward_input,
@@ -31,7 +32,7 @@ from .sync_bn import (
 )
 from .windows import carafe_backward, carafe_forward, masked_col2im_forward, masked_im2col_forward
 
-__all__ = [
+OPERATORS = [  # mmcv's names, not of this package's making
     'carafe_backward', 'carafe_forward', 'deform_conv_backward_input', 'deform_conv_backward_parameters',
     'deform_conv_forward', 'deform_roi_pool_backward', 'deform_roi_pool_forward', 'get_compiler_version',
     'get_compiling_cuda_version', 'masked_col2im_forward', 'masked_im2col_forward', 'modulated_deform_conv_backward',

@@ -8,4 +8,5 @@ from kd_det.study.report.page import Report, render, report
 from kd_det.study.report.studies import read_studies
 from kd_det.study.report.summary import collect
 
-__all__ = ['Report', 'collect', 'read_studies', 'render', 'report']
+# ruff: noqa: F401  what is imported beside these is for other rooms, not public
+__all__ = ['Report', 'report']
