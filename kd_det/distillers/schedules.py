@@ -32,7 +32,8 @@ class Schedule:
 
     def __init__(self, value: ScheduleConfig) -> None:
         if isinstance(value, (float, int)) and not math.isfinite(value):
-            raise ValueError(f'{type(self).__name__}: {value} is no weight: expected a finite number, or a schedule.')
+            name = 'Weight' if type(self) is Schedule else type(self).__name__  # a plain number's
+            raise ValueError(f'{name}: {value} is no weight: expected a finite number, or a schedule.')
         self.value = value if isinstance(value, (float, int)) else build_schedule(value)
 
     def __call__(self, progress: Progress) -> float:
