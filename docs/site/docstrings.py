@@ -1,6 +1,7 @@
 """Lets the reference show docstrings that are written with Sphinx's roles: an extension of griffe, which reads them."""
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -56,8 +57,28 @@ def find_object(name: str, scope: griffe.Object, modules: griffe.ModulesCollecti
         path = (member.target_path if member.is_alias else member.path) + dot + rest
     if path.partition('.')[0] != PACKAGE or any(part.startswith('_') for part in path.split('.')):
         return None
-    try:
-        found = modules[path]
-        return found.canonical_path if found.has_docstring else None
-    except (KeyError, griffe.AliasResolutionError):
+    found = look_up(path, modules)
+    if found is None:
         return path
+    return found.canonical_path if found.has_docstring else None
+
+
+def look_up(path: str, modules: griffe.ModulesCollection) -> griffe.Object | griffe.Alias | None:
+    """Finds an object by its path, which may be one that its package fills in when asked for a name.
+
+    The package kd_det names such modules in ``_PUBLIC``; other packages take names from the modules that they hold.
+    """
+    try:
+        return modules[path]
+    except (KeyError, griffe.AliasResolutionError):
+        pass
+    parent, _, name = path.rpartition('.')
+    try:
+        package = modules[parent]
+    except KeyError:
+        return None
+    if '_PUBLIC' in package.members:
+        module = ast.literal_eval(str(package.members['_PUBLIC'].value)).get(name)
+        return None if module is None else look_up(f'{module}.{name}', modules)
+    holders = [each for each in package.modules.values() if name in each.members and not each.members[name].is_alias]
+    return holders[0].members[name] if holders else None

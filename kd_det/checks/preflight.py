@@ -36,7 +36,8 @@ default_hooks.distill.preflight=None, or lower its min_map."""
 MAP = 'coco/bbox_mAP'
 SURE = 0.25  # score from which a box says what the teacher takes an object for
 OVERLAP = 0.5  # IoU from which a box lies on an object
-FEW, MANY = 3, 10  # objects that show that a name is wrong: beside other wrong names, and by themselves
+FEW = 3  # objects that show that a name is wrong, beside other wrong names,
+MANY = 10  # and by themselves
 CLEARLY = 4  # times as many objects
 MOST_SHOWN = 8  # classes of a confusion
 
