@@ -1,4 +1,4 @@
-"""What lies in a checkpoint of a distillation, to the last key."""
+"""What lies in a checkpoint of a distillation, to the last key, as docs/methods.md says."""
 import torch
 from mmdet.registry import MODELS
 
