@@ -1,5 +1,6 @@
 """docs/notebook.ipynb: stored without outputs; and it runs, from the data to a student that MMDetection loads."""
 import os
+import re
 from pathlib import Path
 
 import nbformat
@@ -12,6 +13,8 @@ NOTEBOOK = ROOT / 'docs' / 'notebook.ipynb'
 SHOWN = {'kd_det.doctor(': 'operators', 'kd_det.train(': 'coco/bbox_mAP_50', 'kd_det.methods(': 'crosskd',
          'kd_det.distill(': 'coco/bbox_mAP_50', 'kd_det.inspect(': 'Balance', 'kd_det.evaluate(': 'coco/bbox_mAP_50',
          'kd_det.export(': 'FasterRCNN'}
+# The line that was replaced again and again, as it is at the end.
+PROGRESS = r'(\d+) of \1 iterations, epoch (\d+) of \2, loss [\d.]+, coco/bbox_mAP [\d.]+'
 PICTURES = ('kd_det.train(', 'kd_det.distill(', 'kd_det.inspect(')
 
 
@@ -47,6 +50,10 @@ def test_the_notebook_runs(notebook, tmp_path, monkeypatch):
     for call, text in SHOWN.items():
         assert '<table' in shown[call] and text in shown[call], call
         assert ('<img' in shown[call]) == (call in PICTURES), call
+    for call in ('kd_det.train(', 'kd_det.distill('):  # in one line that was replaced again and again
+        cell = next(cell for cell in notebook.cells if call in cell.source)
+        lines = [output.data['text/html'] for output in cell.outputs if output.output_type == 'display_data']
+        assert any(re.fullmatch(PROGRESS, line) for line in lines), lines
     runs = folder / 'notebook_runs'
     assert [(runs / each / 'last_checkpoint').is_file() for each in ('teacher', 'student')] == [True, True]
     for checkpoint in ('teacher/epoch_10.pth', 'student/epoch_3.pth', 'student.pth'):

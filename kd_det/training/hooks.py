@@ -1,7 +1,12 @@
 """Connects a distiller with MMEngine's Runner: pre-flight, schedules, seeds, checkpoints, and the table of origins."""
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from html import escape
 from io import StringIO
+from time import perf_counter
+from typing import Any
 
 from mmdet.registry import HOOKS
 from mmengine.dist import is_main_process
@@ -192,3 +197,50 @@ def _find_distiller(runner: Runner) -> DetectionDistiller | None:
     """The model of a run, out of its data-parallel wrapper; None where it is no distiller."""
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     return model if isinstance(model, DetectionDistiller) else None
+
+
+class NotebookProgress(Hook):
+    """Shows below a notebook's cell how far its training is; MMEngine's log, where its level lets it, comes beside it.
+
+    Args:
+        show: Given the line whenever it has changed; by default what replaces the last one below the cell.
+    """
+    priority = 'VERY_LOW'
+    pause = 1.0  # seconds between two lines
+
+    def __init__(self, show: Callable[[str], None] | None = None) -> None:
+        self._show, self._shown, self._metrics = show or _make_display(), 0.0, ''
+
+    def before_train(self, runner: Runner) -> None:
+        self._tell(runner)
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if perf_counter() - self._shown > self.pause:
+            self._tell(runner, done=runner.iter + 1)
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        self._metrics = ''.join(f', {name} {value:.3f}' for name, value in (metrics or {}).items()
+                                if name.endswith('_mAP'))
+        self._tell(runner)
+
+    def after_train(self, runner: Runner) -> None:
+        self._tell(runner)
+
+    def _tell(self, runner: Runner, done: int | None = None) -> None:
+        scalars = runner.message_hub.log_scalars
+        loss = f", loss {scalars['train/loss'].current():.3f}" if 'train/loss' in scalars else ''
+        done = runner.iter if done is None else done
+        self._show(f'{done} of {runner.max_iters} iterations, epoch {min(runner.epoch + 1, runner.max_epochs)} of '
+                   f'{runner.max_epochs}{loss}{self._metrics}')
+        self._shown = perf_counter()
+
+
+def is_in_notebook() -> bool:
+    """Whether a notebook's kernel runs this process, and is able to show what replaces what was shown before."""
+    return 'ipykernel' in sys.modules and getattr(sys.modules['IPython'].get_ipython(), 'kernel', None) is not None
+
+
+def _make_display() -> Callable[[str], None]:
+    from IPython.display import HTML, display
+    handle = display(HTML(''), display_id=True)
+    return lambda line: handle.update(HTML(escape(line)))

@@ -17,6 +17,7 @@ from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
+from mmengine.dist import is_main_process
 from mmengine.runner import Runner
 
 from kd_det.checks.data import check_labels
@@ -39,6 +40,7 @@ from kd_det.config.methods import available_methods, name_sum
 from kd_det.config.options import merge_options, resolve_config, set_epochs
 from kd_det.registry import HOME, build_detector, enter_scope, get_scope
 from kd_det.teachers import load_strictly
+from kd_det.training.hooks import NotebookProgress, is_in_notebook
 from kd_det.training.pictures import draw_curves, names_to_draw, read_scalars
 from kd_det.training.runner import add_trackers, build_optimizer, build_runner, check_start, use_one_metainfo
 
@@ -349,6 +351,8 @@ def _train(config: Config, resume: bool | str | Path, images: int | None) -> Run
             check_images(dataset, memory, images, student_channels(config))
         build_optimizer(runner)
     check_start(runner, whole=bool(config.get('resume')))  # as the config may say itself
+    if is_in_notebook() and is_main_process():
+        runner.register_hook(NotebookProgress())
     runner.train()
     return _read_result(runner)
 

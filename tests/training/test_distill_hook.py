@@ -11,6 +11,7 @@ from mmengine.hooks import Hook
 from kd_det.compat import CheckpointError
 from kd_det.distillers import Schedule
 from kd_det.teachers import TeacherError
+from kd_det.training.hooks import NotebookProgress, is_in_notebook
 
 
 @pytest.fixture
@@ -276,3 +277,17 @@ def test_a_resumed_run_is_the_uninterrupted_one_with_every_option_of_the_engine(
     straight, resumed = (_load(Path(again.work_dir).parent / name / 'epoch_2.pth') for name in ('straight', 'resumed'))
     _assert_equal({key: straight[key] for key in ('state_dict', 'distill', 'optimizer')},
                   {key: resumed[key] for key in ('state_dict', 'distill', 'optimizer')})
+
+
+def test_progress_is_told_from_the_first_iteration_to_the_last(retinanet, make_runner):
+    lines = []
+    runner = make_runner(retinanet(), epochs=2)
+    progress = NotebookProgress(lines.append)
+    progress.pause = 0.0
+    runner.register_hook(progress)
+    runner.train()
+    counts = [int(line.split()[0]) for line in lines]
+    assert counts[0] == 0 and counts[-1] == runner.max_iters and set(counts) == set(range(runner.max_iters + 1))
+    assert lines[0].startswith(f'0 of {runner.max_iters} iterations, epoch 1 of 2')
+    assert 'epoch 2 of 2, loss ' in lines[-1]
+    assert not is_in_notebook()
