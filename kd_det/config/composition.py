@@ -32,6 +32,7 @@ from kd_det.config.files import (
     DISTILLER,
     SCOPED_DISTILLER,
     SCOPED_HOOK,
+    build_own,
     explain_build_error,
     get_type_name,
     is_distillation,
@@ -42,7 +43,7 @@ from kd_det.config.files import (
 )
 from kd_det.config.methods import PARTS, find_files, split_family
 from kd_det.heads import HeadError, HeadRequest, check_head
-from kd_det.registry import HOME, build_detector, build_own, get_scope, within_scope
+from kd_det.registry import HOME, build_detector, get_scope, within_scope
 
 if TYPE_CHECKING:
     from kd_det.losses import DistillTerm

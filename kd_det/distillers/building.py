@@ -13,14 +13,14 @@ from mmdet.registry import MODELS
 from torch import nn
 
 from kd_det.config.detectors import check_student, extract_plain_detector
-from kd_det.config.files import ConfigurationError, explain_build_error
+from kd_det.config.files import ConfigurationError, build_own, explain_build_error
 from kd_det.distillers.schedules import Schedule, ScheduleConfig, build_schedule
 from kd_det.heads import ROI_HEAD, HeadRequest, StudentHeads, StudentOutputs, find_head
 from kd_det.heads.capture import can_be_kept
 from kd_det.heads.towers import tower_widths
 from kd_det.losses import DistillTerm
 from kd_det.losses.base import InputSpecs
-from kd_det.registry import build_detector, build_own
+from kd_det.registry import build_detector
 from kd_det.taps import Features, Taps
 from kd_det.teachers import (
     TeacherError,

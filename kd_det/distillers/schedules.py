@@ -13,9 +13,10 @@ from mmdet.registry import TASK_UTILS
 from torch import Tensor
 
 from kd_det.config.composition import DEFAULT_RATIO
+from kd_det.config.files import build_own
 from kd_det.context import Progress
 from kd_det.distillers.gradients import GradientNorms
-from kd_det.registry import HOME, build_own, find_class
+from kd_det.registry import HOME, find_class
 
 ScheduleConfig = Union[float, int, dict, 'Schedule']
 
