@@ -11,7 +11,7 @@ from mmengine.registry import DefaultScope
 
 from kd_det.checks.doctor import check_config, inspect_config
 from kd_det.config.composition import distillation_config
-from kd_det.config.files import load_config
+from kd_det.config.files import build_own, load_config
 from kd_det.distillers import build_schedule
 from kd_det.masks.base import build_mask
 from kd_det.registry import add_nodes, build_detector, find_class, get_scope, within_scope
