@@ -213,7 +213,7 @@ def _read_types(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def declared(function: F) -> F:
-    """Has a function refuse what the types of its signature do not allow. A default is taken as it is.
+    """Has a function, or a dataclass, refuse what the types of its signature do not allow. A default is taken as it is.
 
     Example:
         >>> @declared
@@ -222,6 +222,9 @@ def declared(function: F) -> F:
         Traceback (most recent call last):
         kd_det.config.arguments.ArgumentError: minutes: expected a number above 0, got -1.0.
     """
+    if isinstance(function, type):
+        function.__init__ = declared(function.__init__)
+        return function
     parameters = signature(function)
 
     @wraps(function)
@@ -247,23 +250,26 @@ def _cached_types(function: Callable[..., Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------ what is given
 
 
-def check_keys(function: Callable[..., Any], given: Iterable[str], besides: Iterable[str] = ()) -> None:
+def check_keys(function: Callable[..., Any], given: Iterable[str], besides: Iterable[str] = (),
+               internal: Iterable[str] = ()) -> None:
     """Refuses names that a function or class has no argument of; without one that is known, anything goes.
 
     Args:
         function: What is called.
         given: The names.
         besides: Names that are someone else's.
+        internal: Names of arguments that a config does not give.
 
     Raises:
         ArgumentError: There is no such argument.
     """
-    known = declared_arguments(function)
-    if known is None:
+    arguments = declared_arguments(function)
+    if arguments is None:
         return
+    known = {*arguments, *besides}.difference(internal)
     for name in given:
-        if name not in known and name not in besides:
-            raise ArgumentError(str(name), f'there is no such key. {_say_known(name, set(known) | set(besides))}')
+        if name not in known:
+            raise ArgumentError(str(name), f'there is no such key. {_say_known(name, known)}')
 
 
 def _say_known(name: str, names: Iterable[str]) -> str:
@@ -271,23 +277,25 @@ def _say_known(name: str, names: Iterable[str]) -> str:
     return suggest_names(name, names) or (f"Expected one of {', '.join(names)}." if names else 'None is expected.')
 
 
-def check_arguments(function: Callable[..., Any], given: Mapping[str, Any], besides: Iterable[str] = ()) -> None:
+def check_arguments(function: Callable[..., Any], given: Mapping[str, Any], besides: Iterable[str] = (),
+                    internal: Iterable[str] = ()) -> None:
     """Checks names and values of arguments, as a config holds them, without calling what they are of.
 
     Args:
         function: A function or class.
         given: Values by name.
         besides: Names that are someone else's.
+        internal: Names of arguments that a config does not give.
 
     Raises:
         ArgumentError: An argument that there is not, that lacks, or whose value does not fit.
     """
-    check_keys(function, given, besides)
+    check_keys(function, given, besides, internal)
     for name, argument in (declared_arguments(function) or {}).items():
         if name in given:
             if given[name] is not argument.default:
                 check_value(name, given[name], argument.annotation)
-        elif argument.default is Parameter.empty and name not in besides:
+        elif argument.default is Parameter.empty and name not in (*besides, *internal):
             raise ArgumentError(name, f'lacks. Expected {describe_type(argument.annotation)}.')
 
 
