@@ -14,12 +14,14 @@ Nothing else of this package is imported here, and pydantic when the first value
 """
 from __future__ import annotations
 
+import builtins
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache, wraps
-from inspect import Parameter, signature
+from inspect import Parameter, signature, unwrap
+from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -58,6 +60,7 @@ Share = Annotated[float, Ge(0), Le(1)]
 Index = Annotated[int, Ge(0)]
 Count = Annotated[int, Ge(1)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]
+Seeds = Annotated[Sequence[Seed], MinLen(1), Predicate(is_distinct)]
 Name = Annotated[str, MinLen(1)]
 Names = Annotated[Sequence[Name], Predicate(is_distinct)]
 
@@ -69,6 +72,9 @@ class Sides(TypedDict):
 
 
 EitherSide = Name | Sides  # one name for both, or one for each
+Place = Annotated[str | Path, 'the path of a file or folder']
+Ratio = Weight | Literal['paper']  # of a method's gradient to the task's, or the published weights
+Parts = Name | Sequence[Name]  # of a student, that start from the teacher's weights
 
 
 def split_sides(names: EitherSide) -> tuple[str, str]:
@@ -207,9 +213,19 @@ def declared_arguments(function: Callable[..., Any]) -> dict[str, Argument] | No
 def _read_types(function: Callable[..., Any]) -> dict[str, Any]:
     """The declared types of a function's arguments; none of code whose own names can not be resolved."""
     try:
-        return get_type_hints(function, include_extras=True)
-    except (NameError, TypeError, AttributeError, SyntaxError):
+        return get_type_hints(function, localns=_Known(function), include_extras=True)  # type: ignore[arg-type]
+    except (TypeError, AttributeError, SyntaxError):
         return {}
+
+
+class _Known(dict[str, Any]):
+    """The names that a function's types are written in; Any for one that is imported for type checkers alone."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__({**vars(builtins), **getattr(unwrap(function), '__globals__', {})})
+
+    def __missing__(self, name: str) -> Any:
+        return Any
 
 
 def declared(function: F) -> F:
@@ -243,7 +259,7 @@ def declared(function: F) -> F:
 @cache
 def _cached_types(function: Callable[..., Any]) -> dict[str, Any]:
     kinds = {name: parameter.kind for name, parameter in signature(function).parameters.items()}
-    return {name: annotation for name, annotation in get_type_hints(function, include_extras=True).items()
+    return {name: annotation for name, annotation in _read_types(function).items()
             if kinds.get(name) not in (None, Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)}
 
 

@@ -27,7 +27,6 @@ from kd_det.losses.base import InputSpecs
 from kd_det.registry import build_detector
 from kd_det.taps import Features, Taps
 from kd_det.teachers import (
-    TeacherError,
     check_teacher_arguments,
     explain_model_errors,
     probe_config,
@@ -51,15 +50,14 @@ def list_teacher_configs(teacher: dict | Sequence[dict]) -> list[dict]:
     """Lists the configs of the teachers.
 
     Raises:
-        TeacherError: There is none.
-        ArgumentError: One lacks its config, or an argument of one does not fit.
+        ArgumentError: There is none, one lacks its config, or an argument of one does not fit.
     """
     configs = [teacher] if isinstance(teacher, dict) else list(teacher)
     for index, config in enumerate(configs):
         with at('model.teacher' if isinstance(teacher, dict) else f'model.teacher[{index}]'):
             check_teacher_arguments(config)
     if not configs:
-        raise TeacherError('model.teacher is an empty list: at least one teacher is needed.')
+        refuse('model.teacher', [], 'at least one teacher')
     return configs
 
 
@@ -77,11 +75,10 @@ def build_terms(distill: dict[str, dict], teachers: int) -> tuple[dict[str, Sche
     for name, config in distill.items():
         where = f'model.distill.{name}'
         if 'loss' in name:
-            raise ConfigurationError(f"{where}: a term's name may not contain 'loss', which mmengine takes for a loss "
-                                     f"to add; the term is logged as 'loss_{name}' by itself. Rename it.")
+            raise ArgumentError(where, "a term's name may not contain 'loss', which mmengine takes for a loss to add; "
+                                       f"the term is logged as 'loss_{name}' by itself. Rename it.")
         if not isinstance(config, dict) or 'type' not in config:
-            raise ConfigurationError(f"{where} = {config!r:.80}: expected a dict with a 'type', such as "
-                                     "dict(type='FGD', tap='neck').")
+            refuse(where, config, "a dict with a 'type', such as dict(type='FGD', tap='neck')")
         arguments = copy.deepcopy(dict(config))
         with at(where), _explained(config):
             with at('weight'):
