@@ -14,7 +14,7 @@ from kd_det.config.composition import distillation_config
 from kd_det.config.files import load_config
 from kd_det.distillers import build_schedule
 from kd_det.masks.base import build_mask
-from kd_det.registry import add_nodes, build_detector, build_own, find_class, get_scope, within_scope
+from kd_det.registry import add_nodes, build_detector, find_class, get_scope, within_scope
 from kd_det.study.fidelity import measure_fidelity
 from kd_det.teachers import TeacherError, probe_towers, read_model_config
 from kd_det.training.runner import build_runner

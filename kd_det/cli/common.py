@@ -93,7 +93,8 @@ def _image_count(text: str) -> int | None:
 
 def add_config_options(parser: ArgumentParser) -> None:
     """Adds the options that change a config."""
-    parser.add_argument('--data-root', type=_folder, metavar='DIR', help="folder of the data, in place of the config's data_root")
+    parser.add_argument('--data-root', type=_folder, metavar='DIR',
+                        help="folder of the data, in place of the config's data_root")
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -113,7 +114,8 @@ def add_run_options(parser: ArgumentParser) -> None:
     add_config_options(parser)
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
     # torch.distributed.launch passes --local-rank, older versions --local_rank; torchrun sets the variable instead.
-    parser.add_argument('--local_rank', '--local-rank', type=index, default=0, metavar='RANK', help='set by the launcher')
+    parser.add_argument('--local_rank', '--local-rank', type=index, default=0, metavar='RANK',
+                        help='set by the launcher')
 
 
 def add_tracking_option(parser: ArgumentParser) -> None:

@@ -67,6 +67,7 @@ Names = Annotated[Sequence[Name], Predicate(is_distinct)]
 
 class Sides(TypedDict):
     """The names of the same thing in both detectors, where they differ."""
+    __pydantic_config__ = dict(extra='forbid', strict=True)  # noqa: RUF012 (no other key)
     student: Name
     teacher: Name
 
@@ -245,12 +246,13 @@ def declared(function: F) -> F:
 
     @wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        given = parameters.bind(*args, **kwargs).arguments
+        given = parameters.bind(*args, **kwargs)
         annotations = _cached_types(function)
-        for name, value in given.items():
+        for name, value in given.arguments.items():
             if name in annotations and value is not parameters.parameters[name].default:
                 check_value(name, value, annotations[name])
-        return function(*args, **kwargs)
+                given.arguments[name] = _to_plain(value)
+        return function(*given.args, **given.kwargs)
 
     checked.is_declared = True  # type: ignore[attr-defined]
     return cast(F, checked)
@@ -347,9 +349,11 @@ def _make_adapter(annotation: Any) -> TypeAdapter[Any]:
 
 
 def _to_plain(value: Any) -> Any:
-    """What NumPy and range hold, as Python's own numbers and lists."""
+    """What NumPy and range hold, as Python's own numbers and lists: NumPy's integers are no ``int``."""
     if type(value).__module__ == 'numpy' and getattr(value, 'ndim', None) == 0:
         return value.item()
+    if type(value) in (list, tuple):
+        return type(value)(map(_to_plain, value))
     return list(value) if isinstance(value, range) else value
 
 

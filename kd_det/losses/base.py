@@ -17,7 +17,7 @@ from kd_det.heads.towers import TowerWidths
 from kd_det.losses.adapters import ChannelAdapter, build_adapter
 from kd_det.masks.base import Mask
 
-Levels = Count | Annotated[Sequence[int], MinLen(1), Predicate(is_distinct)]  # the first so many, or their indices
+Levels = Count | Annotated[Sequence[int], MinLen(1), Predicate(is_distinct), 'a list of different indices']
 Parts = dict[str, Tensor]  # of a term's value, by name; scalars
 InputSpecs = dict[str, tuple[LevelSpec, ...] | TowerWidths]
 

@@ -1,19 +1,18 @@
 """MGD: the student completes the teacher's feature from a part of its own."""
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Lt
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from kd_det.config.arguments import check_choice, check_flags, check_number
+from kd_det.config.arguments import declared
 from kd_det.context import ComparedLevel
 from kd_det.functional.features import masked_imitation
 from kd_det.losses.adapters import GenerationBlock
 from kd_det.losses.base import FeatureTerm, InputSpecs, Parts
-
-NORMALIZERS = ('batch', 'cells', 'mean')
 
 
 @MODELS.register_module()
@@ -49,11 +48,11 @@ class MGD(FeatureTerm):
         tensor(True)
     """
 
-    def __init__(self, ratio: float = 0.65, normalizer: str = 'batch', pad_aware: bool = True, **kwargs: Any) -> None:
+    @declared
+    def __init__(self, ratio: Annotated[float, Ge(0), Lt(1)] = 0.65,
+                 normalizer: Literal['batch', 'cells', 'mean'] = 'batch', pad_aware: bool = True,
+                 **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_number('ratio', ratio, least=0, below=1, meaning='the share of the cells to drop')
-        check_choice('normalizer', normalizer, NORMALIZERS)
-        check_flags(pad_aware=pad_aware)
         self.ratio, self.normalizer, self.pad_aware = ratio, normalizer, pad_aware
 
     def connect(self, student: InputSpecs, teacher: InputSpecs) -> None:

@@ -2,25 +2,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from mmdet.registry import MODELS
 from torch import Tensor
 
-from kd_det.config.arguments import check_choice, check_flags, check_number
+from kd_det.config.arguments import Positive, declared
 from kd_det.context import ComparedLevel
 from kd_det.functional.masks import channel_attention, spatial_attention
 from kd_det.masks.base import CellMask, Mask, Weighting
 
-ATTENTION_SOURCES = ('teacher', 'student', 'both')
-
 
 class _Attention(Mask):
 
-    def __init__(self, temperature: float = 0.5, source: str = 'teacher', pad_aware: bool = True) -> None:
+    @declared
+    def __init__(self, temperature: Positive = 0.5, source: Literal['teacher', 'student', 'both'] = 'teacher',
+                 pad_aware: bool = True) -> None:
         super().__init__()
-        check_number('temperature', temperature, above=0)
-        check_choice('source', source, ATTENTION_SOURCES)
-        check_flags(pad_aware=pad_aware)
         self.temperature, self.source, self.pad_aware = temperature, source, pad_aware
 
     def attend(self, level: ComparedLevel, attention: Callable[[Tensor, float, Tensor | None], Tensor]) -> Tensor:

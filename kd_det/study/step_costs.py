@@ -111,7 +111,8 @@ class StepCosts:
 
 @declared
 def measure_step_costs(config: str | Path | Config, *, batch_size: Count = 2,
-                       size: Annotated[Sequence[Count], Len(2, 2)] | None = None, boxes: Index = 10, repeats: Count = 5, threads: Count | None = None, device: str | None = None,
+                       size: Annotated[Sequence[Count], Len(2, 2)] | None = None, boxes: Index = 10,
+                       repeats: Count = 5, threads: Count | None = None, device: str | None = None,
                        data_root: str | None = None, options: dict[str, Any] | None = None) -> StepCosts:
     """Measures what a distilled step costs beside the student's own, with random weights on random images.
 
