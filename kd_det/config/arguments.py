@@ -45,6 +45,7 @@ from kd_det.config import ConfigurationError
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
+MISSPELT = 0.85  # how alike two names are, 0 to 1, of which one is meant to be the other
 F = TypeVar('F', bound=Callable[..., Any])
 
 
@@ -174,14 +175,20 @@ class Argument(NamedTuple):
     default: Any
 
 
+class Arguments(dict[str, Argument]):
+    """Arguments by name.
+
+    Attributes:
+        is_open: Whether others are taken too: of a function that takes any keywords, or has no signature to be read.
+    """
+    is_open = False
+
+
 @cache
-def declared_arguments(function: Callable[..., Any]) -> dict[str, Argument] | None:
-    """The arguments by name that a function or class can be given in a config.
+def declared_arguments(function: Callable[..., Any]) -> Arguments:
+    """The arguments that a function or class can be given in a config.
 
     Those of a class are also those of its bases, as far as it passes on what it does not know.
-
-    Returns:
-        None where that is not known: what takes any keywords, or has no signature that can be read.
 
     Example:
         >>> def cook(minutes: Positive, salt: bool = True): ...
@@ -190,12 +197,12 @@ def declared_arguments(function: Callable[..., Any]) -> dict[str, Argument] | No
     """
     constructors = ([vars(base)['__init__'] for base in function.__mro__[:-1] if '__init__' in vars(base)]
                     if isinstance(function, type) else [function])
-    found: dict[str, Argument] = {}
+    found = Arguments()
     for constructor in constructors:
         try:
             parameters = list(signature(constructor).parameters.values())[isinstance(function, type):]
         except (TypeError, ValueError):
-            return None
+            break
         types_by_name = _read_types(constructor)
         passes_on = False
         for parameter in parameters:
@@ -208,7 +215,8 @@ def declared_arguments(function: Callable[..., Any]) -> dict[str, Argument] | No
                                  Argument(types_by_name.get(parameter.name, Any), parameter.default))
         if not passes_on:
             return found
-    return None if constructors else {}
+    found.is_open = bool(constructors)
+    return found
 
 
 def _read_types(function: Callable[..., Any]) -> dict[str, Any]:
@@ -270,7 +278,7 @@ def _cached_types(function: Callable[..., Any]) -> dict[str, Any]:
 
 def check_keys(function: Callable[..., Any], given: Iterable[str], besides: Iterable[str] = (),
                internal: Iterable[str] = ()) -> None:
-    """Refuses names that a function or class has no argument of; without one that is known, anything goes.
+    """Refuses names that a function or class has no argument of; where it takes any, those that seem misspelt.
 
     Args:
         function: What is called.
@@ -282,17 +290,15 @@ def check_keys(function: Callable[..., Any], given: Iterable[str], besides: Iter
         ArgumentError: There is no such argument.
     """
     arguments = declared_arguments(function)
-    if arguments is None:
-        return
     known = {*arguments, *besides}.difference(internal)
     for name in given:
-        if name not in known:
-            raise ArgumentError(str(name), f'there is no such key. {_say_known(name, known)}')
-
-
-def _say_known(name: str, names: Iterable[str]) -> str:
-    names = sorted(names)
-    return suggest_names(name, names) or (f"Expected one of {', '.join(names)}." if names else 'None is expected.')
+        if name in known or arguments.is_open and not get_close_matches(name, known, n=1, cutoff=MISSPELT):
+            continue
+        advice = suggest_names(name, known)
+        if not advice:
+            named = ', '.join(sorted(known - {'type', '_scope_'}))
+            advice = f'Expected one of {named}.' if named else 'It takes none.'
+        raise ArgumentError(str(name), f'there is no such key. {advice}')
 
 
 def check_arguments(function: Callable[..., Any], given: Mapping[str, Any], besides: Iterable[str] = (),
@@ -309,7 +315,7 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any], besi
         ArgumentError: An argument that there is not, that lacks, or whose value does not fit.
     """
     check_keys(function, given, besides, internal)
-    for name, argument in (declared_arguments(function) or {}).items():
+    for name, argument in declared_arguments(function).items():
         if name in given:
             if given[name] is not argument.default:
                 check_value(name, given[name], argument.annotation)
@@ -424,6 +430,9 @@ def _describe_range(kind: Any, *constraints: Any) -> str:
     listed = _describe_list(kind, constraints)
     if listed:
         return listed
+    if [type(each) for each in constraints] == [Ge, Le]:
+        least, most = constraints
+        return f'{describe_type(kind)} from {least.ge:g} to {most.le:g}'
     limits = ' and '.join(f'{words} {getattr(each, name):.12g}' for each in constraints
                           for bound, (words, name) in BOUNDS.items() if isinstance(each, bound))
     return f'{describe_type(kind)} {limits}'.strip()
