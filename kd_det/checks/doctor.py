@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from kd_det.checks.arguments import inspect_arguments
 from kd_det.checks.checkpoints import (
     inspect_checkpoints,
     inspect_start,
@@ -45,6 +46,10 @@ def inspect_config(config: Config, images: int | None = None) -> Iterator[Findin
     work_dir = config.get('work_dir')
     memory = Memory(work_dir if work_dir and Path(work_dir).is_dir() else None)
     with within_scope(get_scope(config)):
+        mistakes = list(inspect_arguments(config))
+        if mistakes:  # what else there is to look at is read by them
+            yield from mistakes
+            return
         findings, names = _look_at_data(config, SPLITS, memory, images)
         yield from chain(_inspect_cheaply(config, SPLITS, names), findings, inspect_teacher_weights(config),
                          inspect_start_weights(config), inspect_step(config, names))
@@ -76,15 +81,16 @@ def _look_at_data(config: Config, splits: Sequence[str], memory: Memory | None,
 
 
 def check_config(config: Config, splits: Sequence[str]) -> None:
-    """Looks at what is cheap to look at: paths and numbers of classes.
+    """Looks at what is cheap to look at: keys and values, paths and numbers of classes.
 
     Args:
         config: The config.
         splits: Whose data a run needs, of :data:`~kd_det.checks.data.SPLITS`; weights matter where it trains.
 
     Raises:
-        DiagnosisError: A file is missing or class counts differ; all faults are listed.
+        DiagnosisError: A key or a value does not fit, a file is missing or class counts differ; all faults are listed.
     """
+    raise_faults(inspect_arguments(config))
     with within_scope(get_scope(config)):
         raise_faults(_inspect_cheaply(config, splits))
 

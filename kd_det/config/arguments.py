@@ -14,12 +14,14 @@ Nothing else of this package is imported here, and pydantic when the first value
 """
 from __future__ import annotations
 
+import builtins
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache, wraps
-from inspect import Parameter, signature
+from inspect import Parameter, signature, unwrap
+from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -43,6 +45,7 @@ from kd_det.config import ConfigurationError
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
+MISSPELT = 0.85  # how alike two names are, 0 to 1, of which one is meant to be the other
 F = TypeVar('F', bound=Callable[..., Any])
 
 
@@ -58,6 +61,7 @@ Share = Annotated[float, Ge(0), Le(1)]
 Index = Annotated[int, Ge(0)]
 Count = Annotated[int, Ge(1)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]
+Seeds = Annotated[Sequence[Seed], MinLen(1), Predicate(is_distinct)]
 Name = Annotated[str, MinLen(1)]
 Names = Annotated[Sequence[Name], Predicate(is_distinct)]
 
@@ -70,6 +74,9 @@ class Sides(TypedDict):
 
 
 EitherSide = Name | Sides  # one name for both, or one for each
+Place = Annotated[str | Path, 'the path of a file or folder']
+Ratio = Weight | Literal['paper']  # of a method's gradient to the task's, or the published weights
+Parts = Name | Sequence[Name]  # of a student, that start from the teacher's weights
 
 
 def split_sides(names: EitherSide) -> tuple[str, str]:
@@ -168,14 +175,20 @@ class Argument(NamedTuple):
     default: Any
 
 
+class Arguments(dict[str, Argument]):
+    """Arguments by name.
+
+    Attributes:
+        is_open: Whether others are taken too: of a function that takes any keywords, or has no signature to be read.
+    """
+    is_open = False
+
+
 @cache
-def declared_arguments(function: Callable[..., Any]) -> dict[str, Argument] | None:
-    """The arguments by name that a function or class can be given in a config.
+def declared_arguments(function: Callable[..., Any]) -> Arguments:
+    """The arguments that a function or class can be given in a config.
 
     Those of a class are also those of its bases, as far as it passes on what it does not know.
-
-    Returns:
-        None where that is not known: what takes any keywords, or has no signature that can be read.
 
     Example:
         >>> def cook(minutes: Positive, salt: bool = True): ...
@@ -184,12 +197,12 @@ def declared_arguments(function: Callable[..., Any]) -> dict[str, Argument] | No
     """
     constructors = ([vars(base)['__init__'] for base in function.__mro__[:-1] if '__init__' in vars(base)]
                     if isinstance(function, type) else [function])
-    found: dict[str, Argument] = {}
+    found = Arguments()
     for constructor in constructors:
         try:
             parameters = list(signature(constructor).parameters.values())[isinstance(function, type):]
         except (TypeError, ValueError):
-            return None
+            break
         types_by_name = _read_types(constructor)
         passes_on = False
         for parameter in parameters:
@@ -202,19 +215,30 @@ def declared_arguments(function: Callable[..., Any]) -> dict[str, Argument] | No
                                  Argument(types_by_name.get(parameter.name, Any), parameter.default))
         if not passes_on:
             return found
-    return None if constructors else {}
+    found.is_open = bool(constructors)
+    return found
 
 
 def _read_types(function: Callable[..., Any]) -> dict[str, Any]:
     """The declared types of a function's arguments; none of code whose own names can not be resolved."""
     try:
-        return get_type_hints(function, include_extras=True)
-    except (NameError, TypeError, AttributeError, SyntaxError):
+        return get_type_hints(function, localns=_Known(function), include_extras=True)  # type: ignore[arg-type]
+    except (TypeError, AttributeError, SyntaxError):
         return {}
 
 
+class _Known(dict[str, Any]):
+    """The names that a function's types are written in; Any for one that is imported for type checkers alone."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__({**vars(builtins), **getattr(unwrap(function), '__globals__', {})})
+
+    def __missing__(self, name: str) -> Any:
+        return Any
+
+
 def declared(function: F) -> F:
-    """Has a function refuse what the types of its signature do not allow. A default is taken as it is.
+    """Has a function, or a dataclass, refuse what the types of its signature do not allow. A default is taken as it is.
 
     Example:
         >>> @declared
@@ -223,6 +247,9 @@ def declared(function: F) -> F:
         Traceback (most recent call last):
         kd_det.config.arguments.ArgumentError: minutes: expected a number above 0, got -1.0.
     """
+    if isinstance(function, type):
+        function.__init__ = declared(function.__init__)
+        return function
     parameters = signature(function)
 
     @wraps(function)
@@ -242,54 +269,57 @@ def declared(function: F) -> F:
 @cache
 def _cached_types(function: Callable[..., Any]) -> dict[str, Any]:
     kinds = {name: parameter.kind for name, parameter in signature(function).parameters.items()}
-    return {name: annotation for name, annotation in get_type_hints(function, include_extras=True).items()
+    return {name: annotation for name, annotation in _read_types(function).items()
             if kinds.get(name) not in (None, Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)}
 
 
 # ------------------------------------------------------------------------------------------------------ what is given
 
 
-def check_keys(function: Callable[..., Any], given: Iterable[str], besides: Iterable[str] = ()) -> None:
-    """Refuses names that a function or class has no argument of; without one that is known, anything goes.
+def check_keys(function: Callable[..., Any], given: Iterable[str], besides: Iterable[str] = (),
+               internal: Iterable[str] = ()) -> None:
+    """Refuses names that a function or class has no argument of; where it takes any, those that seem misspelt.
 
     Args:
         function: What is called.
         given: The names.
         besides: Names that are someone else's.
+        internal: Names of arguments that a config does not give.
 
     Raises:
         ArgumentError: There is no such argument.
     """
-    known = declared_arguments(function)
-    if known is None:
-        return
+    arguments = declared_arguments(function)
+    known = {*arguments, *besides}.difference(internal)
     for name in given:
-        if name not in known and name not in besides:
-            raise ArgumentError(str(name), f'there is no such key. {_say_known(name, set(known) | set(besides))}')
+        if name in known or arguments.is_open and not get_close_matches(name, known, n=1, cutoff=MISSPELT):
+            continue
+        advice = suggest_names(name, known)
+        if not advice:
+            named = ', '.join(sorted(known - {'type', '_scope_'}))
+            advice = f'Expected one of {named}.' if named else 'It takes none.'
+        raise ArgumentError(str(name), f'there is no such key. {advice}')
 
 
-def _say_known(name: str, names: Iterable[str]) -> str:
-    names = sorted(names)
-    return suggest_names(name, names) or (f"Expected one of {', '.join(names)}." if names else 'None is expected.')
-
-
-def check_arguments(function: Callable[..., Any], given: Mapping[str, Any], besides: Iterable[str] = ()) -> None:
+def check_arguments(function: Callable[..., Any], given: Mapping[str, Any], besides: Iterable[str] = (),
+                    internal: Iterable[str] = ()) -> None:
     """Checks names and values of arguments, as a config holds them, without calling what they are of.
 
     Args:
         function: A function or class.
         given: Values by name.
         besides: Names that are someone else's.
+        internal: Names of arguments that a config does not give.
 
     Raises:
         ArgumentError: An argument that there is not, that lacks, or whose value does not fit.
     """
-    check_keys(function, given, besides)
-    for name, argument in (declared_arguments(function) or {}).items():
+    check_keys(function, given, besides, internal)
+    for name, argument in declared_arguments(function).items():
         if name in given:
             if given[name] is not argument.default:
                 check_value(name, given[name], argument.annotation)
-        elif argument.default is Parameter.empty and name not in besides:
+        elif argument.default is Parameter.empty and name not in (*besides, *internal):
             raise ArgumentError(name, f'lacks. Expected {describe_type(argument.annotation)}.')
 
 
@@ -400,6 +430,9 @@ def _describe_range(kind: Any, *constraints: Any) -> str:
     listed = _describe_list(kind, constraints)
     if listed:
         return listed
+    if [type(each) for each in constraints] == [Ge, Le]:
+        least, most = constraints
+        return f'{describe_type(kind)} from {least.ge:g} to {most.le:g}'
     limits = ' and '.join(f'{words} {getattr(each, name):.12g}' for each in constraints
                           for bound, (words, name) in BOUNDS.items() if isinstance(each, bound))
     return f'{describe_type(kind)} {limits}'.strip()

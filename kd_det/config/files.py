@@ -18,7 +18,7 @@ from mmengine.registry import DefaultScope, Registry
 from mmengine.runner import Runner
 
 from kd_det.config import ConfigurationError
-from kd_det.config.arguments import ArgumentError, check_keys, suggest_names
+from kd_det.config.arguments import ArgumentError, check_keys, refuse, suggest_names
 from kd_det.config.choices import CONFIG_ROOT
 from kd_det.registry import HOME, find_class
 
@@ -225,6 +225,8 @@ def build_own(registry: Registry, config: Mapping[str, Any]) -> Any:
     Raises:
         ArgumentError: Its type, or one of its arguments, does not exist, or does not fit.
     """
+    if 'type' not in config:
+        refuse('', dict(config), "a dict with a 'type'")
     kind = find_class(registry, config, HOME)
     if kind is None:
         own = (name for name, each in registry.module_dict.items() if each.__module__.startswith('kd_det.'))

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from mmdet.engine.hooks.utils import trigger_visualization_hook
@@ -27,6 +27,7 @@ from kd_det.checks.images import check_images, student_channels
 from kd_det.compat import CheckpointError
 from kd_det.compat.console import TextTable
 from kd_det.config import ConfigurationError
+from kd_det.config.arguments import Count, Index, Name, Parts, Ratio, Seed, Weight, declared
 from kd_det.config.composition import distillation_config, make_ensemble
 from kd_det.config.files import (
     get_type_name,
@@ -44,6 +45,7 @@ from kd_det.training.hooks import NotebookProgress, is_in_notebook
 from kd_det.training.pictures import draw_curves, names_to_draw, read_scalars
 from kd_det.training.runner import add_trackers, build_optimizer, build_runner, check_start, use_one_metainfo
 
+Launcher = Literal['none', 'pytorch', 'slurm', 'mpi']
 CURVES = 4  # metrics whose curves a notebook shows
 
 
@@ -95,10 +97,11 @@ class RunResult:
         return f'{self.tabulate().to_html()}<img alt="learning curves" src="data:image/png;base64,{encoded}">'
 
 
+@declared
 def train(config: str | Path | Config, *, data_root: str | None = None, work_dir: str | Path | None = None,
-          epochs: int | None = None, seed: int | None = None, amp: bool = False, auto_scale_lr: bool = False,
-          resume: bool | str | Path = False, launcher: str = 'none', check_images: int | None = None,
-          trackers: Sequence[str] = (), options: dict[str, Any] | None = None) -> RunResult:
+          epochs: Count | None = None, seed: Seed | None = None, amp: bool = False, auto_scale_lr: bool = False,
+          resume: bool | str | Path = False, launcher: Launcher = 'none', check_images: Index | None = None,
+          trackers: Sequence[Name] = (), options: dict[str, Any] | None = None) -> RunResult:
     """Trains a detector from a config, with or without distillation, after a look at what would fail.
 
     Args:
@@ -128,12 +131,13 @@ def train(config: str | Path | Config, *, data_root: str | None = None, work_dir
     return _train(config, resume, check_images)
 
 
+@declared
 def distill(student: str | Path | Config, teacher: str | Path, checkpoint: str | Path | Sequence[str | Path],
             method: str = 'fgd', *, data_root: str | None = None, work_dir: str | Path | None = None,
-            epochs: int | None = None, inherit: str | Sequence[str] = 'auto', balance: float | str | None = None,
-            seed: int | None = None, amp: bool = False, resume: bool | str | Path = False, launcher: str = 'none',
+            epochs: Count | None = None, inherit: Parts = 'auto', balance: Ratio | None = None,
+            seed: Seed | None = None, amp: bool = False, resume: bool | str | Path = False, launcher: Launcher = 'none',
             options: dict[str, Any] | None = None, family: str = '', auto_scale_lr: bool = False,
-            check_images: int | None = None, trackers: Sequence[str] = (),
+            check_images: Index | None = None, trackers: Sequence[Name] = (),
             on_config: Callable[[Config], None] | None = None) -> RunResult:
     """Composes a distillation out of a student's config and a teacher, saves it in the work dir, and trains it.
 
@@ -190,9 +194,10 @@ def distill(student: str | Path | Config, teacher: str | Path, checkpoint: str |
     return _train(config, resume, check_images)
 
 
+@declared
 def evaluate(config: str | Path | Config, checkpoint: str | Path, *, data_root: str | None = None,
              work_dir: str | Path | None = None, tta: bool = False, out: str | Path | None = None, show: bool = False,
-             show_dir: str | None = None, wait_time: float = 2, launcher: str = 'none',
+             show_dir: str | None = None, wait_time: Weight = 2, launcher: Launcher = 'none',
              options: dict[str, Any] | None = None) -> RunResult:
     """Evaluates a checkpoint on the config's test data; of a distillation the student alone, no teacher is built.
 
@@ -269,6 +274,7 @@ class ExportedStudent:
         return self.tabulate().to_html()
 
 
+@declared
 def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path, *, data_root: str | None = None,
            options: dict[str, Any] | None = None) -> ExportedStudent:
     """Writes a plain student: its weights alone, and a config that stock MMDetection reads.
