@@ -106,7 +106,7 @@ def test_this_packages_parts_are_built_whatever_scope_holds(scope):
         assert type(build_mask('BoxForeground')).__name__ == 'BoxForeground'
         assert type(build_mask(dict(type='MaskProduct', masks=['NearAnchorForeground']))).__name__ == 'MaskProduct'
         assert type(build_own(MODELS, dict(type='FGD', tap='neck'))).__name__ == 'FGD'
-        with pytest.raises(ValueError, match="there is no schedule 'Warmdown'"):
+        with pytest.raises(ValueError, match="there is no 'Warmdown'"):
             build_schedule(dict(type='Warmdown', value=1.0))
 
 

@@ -254,12 +254,16 @@ def declared(function: F) -> F:
 
     @wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        given = parameters.bind(*args, **kwargs)
+        given = parameters.bind_partial(*args, **kwargs)
         annotations = _cached_types(function)
-        for name, value in given.arguments.items():
-            if name in annotations and value is not parameters.parameters[name].default:
-                check_value(name, value, annotations[name])
-                given.arguments[name] = _to_plain(value)
+        for name, annotation in annotations.items():
+            default = parameters.parameters[name].default
+            if name not in given.arguments:
+                if default is Parameter.empty:
+                    raise ArgumentError(name, f'lacks. Expected {describe_type(annotation)}.')
+            elif given.arguments[name] is not default:
+                check_value(name, given.arguments[name], annotation)
+                given.arguments[name] = _to_plain(given.arguments[name])
         return function(*given.args, **given.kwargs)
 
     checked.is_declared = True  # type: ignore[attr-defined]
@@ -365,7 +369,9 @@ def _to_plain(value: Any) -> Any:
 
 def _refuse_innermost(place: str, value: Any, annotation: Any, where: Sequence[Any]) -> NoReturn:
     """Refuses the item of a list that is wrong, or the whole, where it is no list of items."""
-    bare = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    kinds = [kind for kind in _members(annotation) if kind is not type(None)]
+    bare = kinds[0] if len(kinds) == 1 else annotation
+    bare = get_args(bare)[0] if get_origin(bare) is Annotated else bare
     if where and isinstance(where[0], int) and get_origin(bare) in (Sequence, list, tuple):
         items = get_args(bare)
         if where[0] < len(value):
