@@ -59,9 +59,9 @@ class DIST(BatchRelation):
     In a config: ``dict(type='DIST', tap='neck', temperature=1.0, inter=1.0, intra=1.0)``.
 
     Args:
-        temperature: T of the softmax over the channels, > 0.
-        inter: Weight of the correlation over the channels of an image, ≥ 0.
-        intra: Weight of the correlation over the images, ≥ 0; that part is 0 in a batch of one.
+        temperature: T of the softmax over the channels.
+        inter: Weight of the correlation over the channels of an image.
+        intra: Weight of the correlation over the images; that part is 0 in a batch of one.
         **kwargs: See :class:`~kd_det.losses.batch_relations.BatchRelation`.
 
     Raises:
@@ -102,8 +102,8 @@ class RKD(BatchRelation):
 
     Args:
         tap, levels, resize, teacher: See :class:`~kd_det.losses.base.FeatureTerm`.
-        distance_weight: w_d, weight of the distances, ≥ 0.
-        angle_weight: w_a, weight of the angles, ≥ 0.
+        distance_weight: w_d, weight of the distances.
+        angle_weight: w_a, weight of the angles.
         pad_aware: See :class:`~kd_det.losses.batch_relations.BatchRelation`.
 
     Raises:

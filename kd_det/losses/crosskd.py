@@ -41,14 +41,14 @@ class CrossKD(DenseTerm):
     In a config: ``dict(type='CrossKD', head='bbox_head', remaining=1)``.
 
     Args:
-        remaining: How many convolutions of the teacher's towers the features pass, before the layers that predict, ≥ 0
+        remaining: How many convolutions of the teacher's towers the features pass, before the layers that predict
             (1; FCOS 2). With 1, of four convolutions three are the student's. With 0 only what predicts is the
             teacher's.
         adapter: Student channels -> teacher channels there, see :func:`~kd_det.losses.adapters.build_adapter`; one for
             each tower, which train with the student.
-        beta: β, 0 or ≥ 1, see :class:`~kd_det.losses.DenseClassification`.
-        temperature: T of the distributions over distances, > 0.
-        box_weight: w, weight of the boxes beside the classes, compared by GIoU, ≥ 0.
+        beta: β, see :class:`~kd_det.losses.DenseClassification`.
+        temperature: T of the distributions over distances.
+        box_weight: w, weight of the boxes beside the classes, compared by GIoU.
         distribution_weight: The same where they are compared by their distributions.
         **kwargs: ``head`` and ``teacher``, see :class:`~kd_det.losses.outputs.DenseTerm`.
 

@@ -24,7 +24,7 @@ class CWD(FeatureTerm):
     In a config: ``dict(type='CWD', tap='neck', temperature=1.0, weight=10.0)``.
 
     Args:
-        temperature: T, > 0; smaller looks at fewer cells.
+        temperature: T; smaller looks at fewer cells.
         pad_aware: Leave padding cells out. The paper's form counts them.
         **kwargs: See :class:`~kd_det.losses.base.FeatureTerm`.
 

@@ -36,9 +36,9 @@ class DenseClassification(DenseTerm):
     In a config: ``dict(type='DenseClassification', head='bbox_head', beta=1.0)``.
 
     Args:
-        beta: β, exponent of the gap, 0 or ≥ 1, see :func:`~kd_det.losses.outputs.sigmoid_divergence`: with 1 most of
+        beta: β, exponent of the gap, see :func:`~kd_det.losses.outputs.sigmoid_divergence`: with 1 most of
             the many easy priors do not count; softmax heads have none.
-        temperature: T, > 0; larger compares more of what the teacher thinks of the wrong classes.
+        temperature: T; larger compares more of what the teacher thinks of the wrong classes.
         weighting: w: ``'all'`` priors alike, or by the ``'richness'`` of their cell, the teacher's largest probability
             there (FRS, Du et al., arXiv 2111.00674). Both 0 on padding.
         **kwargs: See :class:`~kd_det.losses.outputs.DenseTerm`.
@@ -117,9 +117,9 @@ class DenseRegression(DenseTerm):
     Args:
         form: See above.
         weighting: See above.
-        temperature: T of the distributions, > 0 (LD 10, CrossKD 1).
+        temperature: T of the distributions (LD 10, CrossKD 1).
         reduction: ``'mean'`` over their bins and sides, for which LD's published weight is, or ``'sum'``.
-        margin: m of the bounded form, a squared error, ≥ 0: a student better by less still learns.
+        margin: m of the bounded form, a squared error: a student better by less still learns.
         **kwargs: See :class:`~kd_det.losses.outputs.DenseTerm`.
 
     Raises:

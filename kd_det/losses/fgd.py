@@ -92,11 +92,11 @@ class FGD(GlobalContextTerm):
     lambda_=5e-7)``.
 
     Args:
-        temperature: T of both attentions, > 0 (0.5; FCOS 0.8).
-        alpha: α, weight of the foreground, ≥ 0 (two-stage 5e-5, one-stage 1e-3, anchor-free 1.6e-3).
-        beta: β, weight of the background, ≥ 0 (2.5e-5, 5e-4, 8e-4).
-        gamma: γ, weight of the attention, ≥ 0 (5e-5, 5e-4, 8e-4).
-        lambda_: λ, weight of the relation, ≥ 0 (5e-7, 5e-6, 8e-6).
+        temperature: T of both attentions (0.5; FCOS 0.8).
+        alpha: α, weight of the foreground (two-stage 5e-5, one-stage 1e-3, anchor-free 1.6e-3).
+        beta: β, weight of the background (2.5e-5, 5e-4, 8e-4).
+        gamma: γ, weight of the attention (5e-5, 5e-4, 8e-4).
+        lambda_: λ, weight of the relation (5e-7, 5e-6, 8e-6).
         box_mapping: ``'batch'`` maps boxes to cells by the padded batch and gives padding no weight anywhere.
             ``'image'`` is what the released code does, for parity only, see :class:`~kd_det.masks.BoxForeground`.
         **kwargs: See :class:`~kd_det.losses.base.FeatureTerm`.

@@ -48,10 +48,10 @@ class FKD(FeatureTerm):
     In a config: ``dict(type='FKD', temperature=0.5, feature_weight=7e-5, pooling_weight=4e-3, relation_weight=7e-5)``.
 
     Args:
-        temperature: T of the spatial attention, > 0 (two-stage 0.5, one-stage 0.1).
-        feature_weight: α, weight of the attended features, ≥ 0 (7e-5, 4.2e-4).
-        pooling_weight: β, weight of each of the two means, ≥ 0 (4e-3, 2.4e-2).
-        relation_weight: γ, weight of the relations, ≥ 0 (7e-5, 4.2e-4).
+        temperature: T of the spatial attention (two-stage 0.5, one-stage 0.1).
+        feature_weight: α, weight of the attended features (7e-5, 4.2e-4).
+        pooling_weight: β, weight of each of the two means (4e-3, 2.4e-2).
+        relation_weight: γ, weight of the relations (7e-5, 4.2e-4).
         adapter: See :class:`~kd_det.losses.base.FeatureTerm`.
         pad_aware: Set padding to 0 on both sides, before and after each block. The paper's form compares it too.
         **kwargs: See :class:`~kd_det.losses.base.FeatureTerm`.

@@ -87,7 +87,7 @@ class AttentionImitation(FeatureTerm):
     with s, t (N, C, H, W), s after its adapter.
 
     Args:
-        temperature: T, > 0; smaller is more selective (0.5; FCOS 0.8).
+        temperature: T; smaller is more selective (0.5; FCOS 0.8).
         pad_aware: Leave padding cells out. The paper's form looks at them too.
         **kwargs: See :class:`~kd_det.losses.base.FeatureTerm`.
 
@@ -131,8 +131,8 @@ class DecoupledImitation(FeatureTerm):
     Args:
         mask: M, the foreground in [0, 1]: config or name of a mask over the cells. What it weighs more is foreground
             alone.
-        foreground_weight: w_fg, ≥ 0.
-        background_weight: w_bg, ≥ 0.
+        foreground_weight: w_fg.
+        background_weight: w_bg.
         pad_aware: Padding belongs to neither. In the paper's form it is background.
         **kwargs: See :class:`~kd_det.losses.base.FeatureTerm`.
 

@@ -30,14 +30,14 @@ class MGD(FeatureTerm):
     In a config: ``dict(type='MGD', tap='neck', ratio=0.65, weight=2e-5)``.
 
     Args:
-        ratio: Share of the cells that is dropped, in [0, 1) (one-stage 0.65, two-stage 0.45).
+        ratio: Share of the cells that is dropped (one-stage 0.65, two-stage 0.45).
         normalizer: ``'batch'``, N, is the paper's, and its weights fit it; ``'cells'``, N·H·W, and ``'mean'``, N·C·H·W,
             do not grow with the image.
         pad_aware: Leave padding cells out. The paper's form counts them.
         **kwargs: See :class:`~kd_det.losses.base.FeatureTerm`.
 
     Raises:
-        ValueError: An argument that does not fit, such as a ratio that is not in [0, 1).
+        ValueError: An argument that does not fit.
 
     Example:
         >>> from kd_det.context import DistillContext

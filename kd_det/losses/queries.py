@@ -55,10 +55,10 @@ class QueryTerm(DistillTerm):
 
     Args:
         head: ``'bbox_head'``; or a dict with the keys ``student`` and ``teacher``.
-        layers: Number of decoder layers, ≥ 1; as many as both have by default.
-        background: Number of the teacher's queries that count for the student's without a box, the surest, ≥ 0; 0 for
+        layers: Number of decoder layers; as many as both have by default.
+        background: Number of the teacher's queries that count for the student's without a box, the surest; 0 for
             none. The matching's time on the host grows with it.
-        costs: Weights of classes, L1 and GIoU in the cost, ≥ 0, see :func:`~kd_det.functional.queries.query_cost`.
+        costs: Weights of classes, L1 and GIoU in the cost, see :func:`~kd_det.functional.queries.query_cost`.
         teacher: See :class:`~kd_det.losses.base.DistillTerm`.
 
     Raises:
@@ -168,11 +168,11 @@ class QueryClassification(QueryTerm):
     In a config: ``dict(type='QueryClassification', beta=1.0, background=100)``.
 
     Args:
-        beta: β, exponent of the gap, 0 or ≥ 1; 0 for the plain cross-entropy, see
+        beta: β, exponent of the gap; 0 for the plain cross-entropy, see
             :func:`~kd_det.losses.outputs.sigmoid_divergence`.
-        temperature: T of softmax heads, > 0.
-        foreground_weight: w_fg of the queries with a ground-truth box, ≥ 0.
-        background_weight: w_bg of the others that are paired, ≥ 0.
+        temperature: T of softmax heads.
+        foreground_weight: w_fg of the queries with a ground-truth box.
+        background_weight: w_bg of the others that are paired.
         **kwargs: See :class:`~kd_det.losses.queries.QueryTerm`.
 
     Raises:
@@ -223,7 +223,7 @@ class QueryRegression(QueryTerm):
 
     Args:
         l1_weight: w_l1 of the L1 distance of centre, width and height, as shares of the image, ≥ 0.
-        giou_weight: w_giou, ≥ 0.
+        giou_weight: w_giou.
         **kwargs: See :class:`~kd_det.losses.queries.QueryTerm`.
 
     Raises:

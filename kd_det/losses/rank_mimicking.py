@@ -27,7 +27,7 @@ class RankMimicking(DenseTerm):
     In a config: ``dict(type='RankMimicking', head='bbox_head')``.
 
     Args:
-        temperature: T of the softmax over the candidates, > 0; smaller looks at the best alone.
+        temperature: T of the softmax over the candidates; smaller looks at the best alone.
         head: See :class:`~kd_det.losses.outputs.DenseTerm`.
         teacher: See :class:`~kd_det.losses.base.DistillTerm`.
 

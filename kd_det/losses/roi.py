@@ -40,13 +40,13 @@ class RoIClassification(RoITerm):
 
     Args:
         form: See above.
-        temperature: T, > 0; larger compares more of what the teacher thinks of the wrong classes.
-        alpha: α of the decoupled and coupled form, ≥ 0.
-        beta: β of the decoupled and coupled form, ≥ 0.
-        foreground_weight: w_fg of the regions with a ground-truth box, ≥ 0.
-        background_weight: w_bg of the others, ≥ 0. DeFeat (arXiv 2103.14475) weighs the two apart, with
+        temperature: T; larger compares more of what the teacher thinks of the wrong classes.
+        alpha: α of the decoupled and coupled form.
+        beta: β of the decoupled and coupled form.
+        foreground_weight: w_fg of the regions with a ground-truth box.
+        background_weight: w_bg of the others. DeFeat (arXiv 2103.14475) weighs the two apart, with
             ``normalizer='own'``.
-        background_class_weight: Of the background class in the weighted form, ≥ 0.
+        background_class_weight: Of the background class in the weighted form.
         **kwargs: See :class:`~kd_det.losses.outputs.RoITerm`.
 
     Raises:
@@ -113,7 +113,7 @@ class RoIRegression(RoITerm):
 
     Args:
         form: See above.
-        margin: m of the bounded form, a squared error, ≥ 0: a student better by less still learns.
+        margin: m of the bounded form, a squared error: a student better by less still learns.
         **kwargs: See :class:`~kd_det.losses.outputs.RoITerm`.
 
     Raises:
@@ -172,9 +172,9 @@ class RPNImitation(DenseTerm):
 
     Args:
         form: See above.
-        margin: m of the bounded form, a squared error, ≥ 0: a student better by less still learns.
-        objectness_weight: w_obj, ≥ 0.
-        regression_weight: w_reg, ≥ 0.
+        margin: m of the bounded form, a squared error: a student better by less still learns.
+        objectness_weight: w_obj.
+        regression_weight: w_reg.
         head: See :class:`~kd_det.losses.outputs.DenseTerm`.
         normalizer: See :class:`~kd_det.losses.outputs.DenseTerm`; the teacher's confidence by default, because the
             sampler of an RPN may leave positive anchors out.

@@ -35,13 +35,13 @@ class SpatialAttention(_Attention, CellMask):
     """The cells that respond (FGD, arXiv 2111.11837): H·W·softmax over the cells of mean_c |F| / T.
 
     Args:
-        temperature: T, above 0; smaller is more selective.
+        temperature: T; smaller is more selective.
         source: Whose feature F is: ``'teacher'`` (FGD), ``'student'``, or ``'both'``, the mean of the two attentions
             (FKD, openreview uKhGRvM8QNH). The student's is that after the adapter.
         pad_aware: Leave padding cells out; H·W is then the number of the others. The papers' form looks at them too.
 
     Raises:
-        ValueError: A temperature that is not above 0, or an unknown source.
+        ValueError: An argument that does not fit.
 
     Example:
         >>> import torch
@@ -61,13 +61,13 @@ class ChannelAttention(_Attention):
     """The channels that respond (FGD, arXiv 2111.11837): C·softmax over the channels of mean_hw |F| / T.
 
     Args:
-        temperature: T, above 0; smaller is more selective.
+        temperature: T; smaller is more selective.
         source: Whose feature F is: ``'teacher'`` (FGD), ``'student'``, or ``'both'``, the mean of the two attentions
             (FKD, openreview uKhGRvM8QNH). The student's is that after the adapter.
         pad_aware: Take the mean over the cells of the image alone. The papers' form takes it over padding too.
 
     Raises:
-        ValueError: A temperature that is not above 0, or an unknown source.
+        ValueError: An argument that does not fit.
 
     Example:
         >>> import torch

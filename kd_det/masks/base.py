@@ -141,10 +141,10 @@ class MaskProduct(_Combination):
     """Where all of several masks look: M = ∏ᵢ Mᵢ.
 
     Args:
-        masks: Configs or names of masks, at least one.
+        masks: Configs or names of masks.
 
     Raises:
-        ValueError: There is none.
+        ValueError: An argument that does not fit.
 
     Example:
         >>> dict(type='MaskProduct', masks=['BoxForeground', dict(type='ChannelAttention', temperature=0.5)])
@@ -163,11 +163,11 @@ class MaskSum(_Combination):
     """Where any of several masks looks: M = Σᵢ wᵢ·Mᵢ. Each summand is normalised by itself.
 
     Args:
-        masks: Configs or names of masks, at least one.
+        masks: Configs or names of masks.
         weights: wᵢ, the factor of each, whatever the normaliser of the imitation; 1 by default.
 
     Raises:
-        ValueError: There is no mask, not as many weights as masks, or a weight is no number.
+        ValueError: An argument that does not fit.
 
     Example:
         >>> mask = build_mask(dict(type='MaskSum', masks=['BoxForeground', 'BoxBackground'], weights=[1.0, 0.5]))

@@ -37,7 +37,7 @@ class BoxForeground(CellMask):
             batches.
 
     Raises:
-        ValueError: An unknown weighting or mapping.
+        ValueError: An argument that does not fit.
 
     Example:
         >>> import torch
@@ -82,7 +82,7 @@ class BoxBackground(BoxForeground):
         box_mapping: See :class:`BoxForeground`. With ``'image'`` padding counts as background, as in the released code.
 
     Raises:
-        ValueError: An unknown mapping.
+        ValueError: An argument that does not fit.
 
     Example:
         >>> import torch
@@ -108,12 +108,12 @@ class PyramidMask(CellMask):
     A subclass implements :meth:`cells` by :meth:`assign_boxes`.
 
     Args:
-        finest_scale: Boxes up to twice this size, in pixels, belong to the finest level; above 0.
+        finest_scale: Boxes up to twice this size, in pixels, belong to the finest level.
         num_levels: Number of levels of the pyramid, the last of which gets all larger boxes; that of the student's tap
             by default, whichever of its levels are compared.
 
     Raises:
-        ValueError: Not such numbers.
+        ValueError: An argument that does not fit.
     """
 
     @declared
@@ -180,12 +180,12 @@ class NearAnchorForeground(PyramidMask):
     Args:
         anchors: Settings of mmdet's ``AnchorGenerator``, such as those of the student's head; sizes are in units of
             the stride. Their ``strides`` do not count: each level has its own. Scale 8 and three ratios by default.
-        phi: φ, the share of a box's best IoU on the level that an anchor must exceed; at least 0 and below 1.
+        phi: φ, the share of a box's best IoU on the level that an anchor must exceed.
         pad_aware: Leave padding cells out. In the paper's form their anchors count too.
         **kwargs: See :class:`PyramidMask`.
 
     Raises:
-        ValueError: Another ``phi``.
+        ValueError: An argument that does not fit.
         LevelError: In a step: the cells of a level are not square.
 
     Example:

@@ -6,7 +6,7 @@ student and teacher are detached here, for no gradient flows through a mask.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from mmdet.registry import MODELS
@@ -81,12 +81,12 @@ class PredictionDifference(_PredictionMask):
     Args:
         class_agnostic: Compare the largest class probability alone: for heads that tell other classes apart, such as an
             RPN and a one-stage head.
-        **kwargs: ``head`` (``'bbox_head'`` of one-stage detectors, or ``'rpn_head'``, whose only class is the object;
-            or a dict with the keys ``student`` and ``teacher``) and ``anchors`` (``'max'`` or ``'mean'`` over those of
-            a cell).
+        head: ``'bbox_head'`` of one-stage detectors, or ``'rpn_head'``, whose only class is the object; or a dict with
+            the keys ``student`` and ``teacher``.
+        anchors: What counts of the anchors of a cell: ``'max'`` or ``'mean'``.
 
     Raises:
-        ValueError: Another word for ``anchors``, or ``head`` is no name.
+        ValueError: An argument that does not fit.
         HeadError: In a step: the heads tell other classes apart, or see other levels than the features are.
 
     Example:
@@ -97,8 +97,9 @@ class PredictionDifference(_PredictionMask):
     """
 
     @declared
-    def __init__(self, class_agnostic: bool = False, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, class_agnostic: bool = False, head: EitherSide = 'bbox_head',
+                 anchors: Literal['max', 'mean'] = 'max') -> None:
+        super().__init__(head, anchors)
         self.class_agnostic = class_agnostic
 
     @property
@@ -115,10 +116,11 @@ class TeacherConfidence(_PredictionMask):
     """Where the teacher sees an object: max over classes of p_t (feature richness, FRS, arXiv 2111.00674).
 
     Args:
-        **kwargs: ``head`` and ``anchors``, see :class:`PredictionDifference`; of ``head`` the teacher's counts.
+        head: See :class:`PredictionDifference`; of a dict the teacher's counts.
+        anchors: See :class:`PredictionDifference`.
 
     Raises:
-        ValueError: Another word for ``anchors``, or ``head`` is no name.
+        ValueError: An argument that does not fit.
         HeadError: In a step: the head sees other levels than the features are.
 
     Example:
@@ -149,11 +151,11 @@ class PredictionQuality(CellMask):
     Args:
         head: ``'bbox_head'``, or ``'rpn_head'``, whose only class is the object; of a dict with the keys ``student``
             and ``teacher`` the teacher's counts. Boxes of a class that the head does not have get no cells.
-        xi: ξ, the share of the localisation in the quality, from 0 to 1.
-        top_k: Number of cells for each box, at least 1.
+        xi: ξ, the share of the localisation in the quality.
+        top_k: Number of cells for each box.
 
     Raises:
-        ValueError: A number out of its range, or ``head`` is no name.
+        ValueError: An argument that does not fit.
         HeadError: In a step: the head sees other levels than the features are.
 
     Example:
@@ -211,10 +213,10 @@ class QueryConfidence(CellMask):
 
     Args:
         head: ``'bbox_head'``; of a dict with the keys ``student`` and ``teacher`` the teacher's counts.
-        top_k: Number of queries that count, the surest; at least 1.
+        top_k: Number of queries that count, the surest.
 
     Raises:
-        ValueError: Another number, or ``head`` is no name.
+        ValueError: An argument that does not fit.
 
     Example:
         >>> from kd_det.masks import build_mask
@@ -256,12 +258,12 @@ class RoIPredictionDifference(CellMask):
     Args:
         stage: Of a cascade teacher: ``'mean'``, ``'same'`` or an index, see :func:`~kd_det.heads.roi.at_stage`.
         class_agnostic: Compare the largest class probability alone: for RoI heads that tell other classes apart.
-        num_levels: Number of levels that the RoI heads read, counted from the finest; at least 1.
+        num_levels: Number of levels that the RoI heads read, counted from the finest.
         finest_scale: Regions up to twice this size, in pixels, are read from the finest level, as ``finest_scale`` of
-            mmdet's ``SingleRoIExtractor``; above 0.
+            mmdet's ``SingleRoIExtractor``.
 
     Raises:
-        ValueError: A word or a number out of its range.
+        ValueError: An argument that does not fit.
         HeadError: In a step: the heads tell other classes apart, or the teacher has no such stage.
 
     Example:
