@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from annotated_types import Gt, Lt
+from annotated_types import Ge, Gt, Lt, MultipleOf
 from mmdet import registry
 from mmengine.config import Config
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, Registry
@@ -49,11 +49,12 @@ READ_BY_RUNNER = {  # besides the arguments of what is built
     'scheduler': ('convert_to_iter_based', ),
     'wrapper': ('constructor', 'optimizer', 'paramwise_cfg'),
 }
+Whole = Annotated[float, Ge(1), MultipleOf(1), 'an integer of at least 1']  # 5e3 counts too
 Every = Count | Literal[-1]  # -1 turns it off, or sets no limit
 
 # Values of MMEngine's parts with which a run ends late, or trains nothing and says nothing.
 RANGES: dict[str, dict[str, Any]] = {
-    'loop': dict(max_epochs=Count, max_iters=Count, val_begin=Index, val_interval=Count),
+    'loop': dict(max_epochs=Count, max_iters=Count, val_begin=Index, val_interval=Whole),
     'loader': dict(batch_size=Count, num_workers=Index),
     'optimizer': dict(lr=Weight, weight_decay=Weight, momentum=Share),
     'wrapper': dict(accumulative_counts=Count),
@@ -61,7 +62,7 @@ RANGES: dict[str, dict[str, Any]] = {
     'hook': dict(interval=Every, max_keep_ckpts=Every, momentum=Annotated[float, Gt(0), Lt(1)], begin_iter=Index,
                  begin_epoch=Index),
 }
-NO_TYPE_OF_ITS_OWN = ('cfg', 'conv', 'init_cfg', 'plugins')  # the ends of keys whose dicts are read by their own rules
+NO_TYPE_OF_ITS_OWN = ('cfg', 'conv', 'dcn', 'plugins')  # the ends of keys whose dicts are read by their own rules
 
 
 def inspect_arguments(config: Config) -> Iterator[Finding]:
@@ -95,8 +96,7 @@ def _list_checks(config: Config) -> Iterator[Callable[[], None]]:
         place = f'{split}_cfg'
         yield partial(_check_loop, place, config.get(place))
         yield from _check_loader(f'{split}_dataloader', config.get(f'{split}_dataloader'))
-        yield from _each(f'{split}_evaluator', config.get(f'{split}_evaluator'),
-                         partial(_check_part, registry.METRICS, inner=('metrics', )))
+        yield from _check_evaluator(f'{split}_evaluator', config.get(f'{split}_evaluator'))
     wrapper, optimizers = config.get('optim_wrapper'), registry.OPTIMIZERS
     yield partial(_check_part, registry.OPTIM_WRAPPERS, 'optim_wrapper', wrapper, 'wrapper', default='OptimWrapper')
     if isinstance(wrapper, Mapping):
@@ -172,6 +172,13 @@ def _check_loader(place: str, loader: Any) -> Iterator[Callable[[], None]]:
     yield from _check_dataset(f'{place}.dataset', loader.get('dataset'))
 
 
+def _check_evaluator(place: str, evaluator: Any) -> Iterator[Callable[[], None]]:
+    if isinstance(evaluator, Mapping) and 'metrics' in evaluator:
+        yield partial(_check_part, registry.EVALUATOR, place, evaluator, default='Evaluator')
+        place, evaluator = f'{place}.metrics', evaluator['metrics']
+    yield from _each(place, evaluator, partial(_check_part, registry.METRICS))
+
+
 def _check_dataset(place: str, dataset: Any) -> Iterator[Callable[[], None]]:
     if not isinstance(dataset, Mapping):
         return
@@ -196,13 +203,17 @@ def _check_model(place: str, model: Any) -> Iterator[Callable[[], None]]:
 
 
 def _check_model_part(place: str, part: Mapping[str, Any]) -> None:
-    found = find_class(registry.MODELS, part, HOME)
+    try:
+        found = find_class(registry.MODELS, part, HOME)
+    except Exception:  # MMEngine imports what a type of no registry might be the name of
+        return
     if found is not None:
-        _check_keys_at(place, found, part)
+        with at(place):
+            check_keys(found, dict.keys(part), ('type', '_scope_'), exactly=False)
 
 
 def _check_part(registry: Registry, place: str, part: Any, kind: str = '', *, default: str = '',
-                internal: Iterable[str] = (), inner: Iterable[str] = ()) -> Any:
+                internal: Iterable[str] = ()) -> Any:
     """Checks what a registry builds: its type, the names of its arguments, and the values in :data:`RANGES`.
 
     Args:
@@ -212,7 +223,6 @@ def _check_part(registry: Registry, place: str, part: Any, kind: str = '', *, de
         kind: Key of :data:`RANGES`.
         default: Its type where it names none.
         internal: Names of arguments that the Runner gives.
-        inner: Names of arguments that hold parts of the same registry.
 
     Returns:
         The class, or None.
@@ -222,9 +232,6 @@ def _check_part(registry: Registry, place: str, part: Any, kind: str = '', *, de
     found = _check_type(registry, place, part if 'type' in part else dict(part, type=default))
     _check_keys_at(place, found, part, READ_BY_RUNNER.get(kind, ()), internal)
     _check_values(place, part, RANGES.get(kind, {}))
-    for name in inner:
-        for check in _each(join_place(place, name), part.get(name), partial(_check_part, registry)):
-            check()
     return found
 
 

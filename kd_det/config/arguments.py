@@ -281,7 +281,7 @@ def _cached_types(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def check_keys(function: Callable[..., Any], given: Iterable[str], besides: Iterable[str] = (),
-               internal: Iterable[str] = ()) -> None:
+               internal: Iterable[str] = (), exactly: bool = True) -> None:
     """Refuses names that a function or class has no argument of; where it takes any, those that seem misspelt.
 
     Args:
@@ -289,6 +289,7 @@ def check_keys(function: Callable[..., Any], given: Iterable[str], besides: Iter
         given: The names.
         besides: Names that are someone else's.
         internal: Names of arguments that a config does not give.
+        exactly: False where others may take a name from the dict before: only what seems misspelt is refused then.
 
     Raises:
         ArgumentError: There is no such argument.
@@ -296,7 +297,8 @@ def check_keys(function: Callable[..., Any], given: Iterable[str], besides: Iter
     arguments = declared_arguments(function)
     known = {*arguments, *besides}.difference(internal)
     for name in given:
-        if name in known or arguments.is_open and not get_close_matches(name, known, n=1, cutoff=MISSPELT):
+        vague = arguments.is_open or not exactly
+        if name in known or vague and not get_close_matches(name, known, n=1, cutoff=MISSPELT):
             continue
         advice = suggest_names(name, known)
         if not advice:
