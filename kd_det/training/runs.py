@@ -24,7 +24,7 @@ from kd_det.checks.data import check_labels
 from kd_det.checks.doctor import check_config, explain
 from kd_det.checks.image_reader import Memory
 from kd_det.checks.images import check_images, student_channels
-from kd_det.compat import CheckpointError
+from kd_det.compat import CheckpointError, NotFiniteError
 from kd_det.compat.console import TextTable
 from kd_det.config import ConfigurationError
 from kd_det.config.composition import distillation_config, make_ensemble
@@ -40,6 +40,7 @@ from kd_det.config.methods import available_methods, name_sum
 from kd_det.config.options import merge_options, resolve_config, set_epochs
 from kd_det.registry import HOME, build_detector, enter_scope, get_scope
 from kd_det.teachers import load_strictly
+from kd_det.training.finiteness import explain_divergence
 from kd_det.training.hooks import NotebookProgress, is_in_notebook
 from kd_det.training.pictures import draw_curves, names_to_draw, read_scalars
 from kd_det.training.runner import add_trackers, build_optimizer, build_runner, check_start, use_one_metainfo
@@ -120,7 +121,8 @@ def train(config: str | Path | Config, *, data_root: str | None = None, work_dir
         DiagnosisError: A file is missing, the data is empty or unreadable, class counts differ, or labels mean
             something else than the data's metainfo says.
         CheckpointError: The checkpoint to resume is of another detector, or that to start from has nothing of this one.
-        ConfigurationError: Something of the config can not be built.
+        ConfigurationError: Something of the config can not be built; or losses, features or weights become NaN or
+            infinite.
     """
     config = resolve_config(config)
     _set_run(config, Path(config.filename or 'config').stem, data_root, work_dir, epochs, seed, amp, auto_scale_lr,
@@ -282,12 +284,15 @@ def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path,
 
     Raises:
         ConfigurationError: The checkpoint is not of the student in the config.
+        NotFiniteError: Its weights are NaN or infinite.
     """
     plain, out = _strip_distillation(resolve_config(config, data_root, options)), Path(out)
     enter_scope(get_scope(plain))
     model = build_detector(plain.model)
     try:
         loaded = load_strictly(model, str(checkpoint), role='student')
+    except NotFiniteError:
+        raise
     except CheckpointError as error:
         name = config.filename if isinstance(config, Config) else config
         raise ConfigurationError(f"The checkpoint '{checkpoint}' is not of the student in '{name}': {error}") from error
@@ -353,7 +358,8 @@ def _train(config: Config, resume: bool | str | Path, images: int | None) -> Run
     check_start(runner, whole=bool(config.get('resume')))  # as the config may say itself
     if is_in_notebook() and is_main_process():
         runner.register_hook(NotebookProgress())
-    runner.train()
+    with explain_divergence(runner):
+        runner.train()
     return _read_result(runner)
 
 
