@@ -8,11 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from difflib import get_close_matches
 from io import StringIO
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from mmdet.datasets import CocoDataset, Objects365V1Dataset, Objects365V2Dataset
 from mmdet.evaluation import CocoMetric
 from mmdet.registry import DATASETS, METRICS, TRANSFORMS
 from mmengine.config import Config
@@ -20,6 +19,7 @@ from mmengine.evaluator import Evaluator
 
 from kd_det.checks.annotations import Use, inspect_coco_file
 from kd_det.checks.environment import Finding, raise_faults
+from kd_det.checks.instances import inspect_instances, inspect_other_form, is_unlabelled, reads_as_coco
 from kd_det.checks.records import list_some
 from kd_det.config.classes import (
     LabelNames,
@@ -65,32 +65,30 @@ def inspect_paths(config: Config, splits: Sequence[str] = SPLITS) -> Iterator[Fi
         yield _existing(subject, path)
 
 
-def inspect_annotations(config: Config, splits: Sequence[str] = SPLITS) -> Iterator[Finding]:
-    """Reads the COCO annotation files of data sets and evaluators: what is damaged, and how much the classes use."""
+def inspect_annotations(config: Config, splits: Sequence[str] = SPLITS, others: bool = True) -> Iterator[Finding]:
+    """Reads annotation files: what is damaged, and of COCO's how much the config's classes use.
+
+    Args:
+        config: The config.
+        splits: Whose data sets and evaluators to look at.
+        others: Also read files of other forms, whose boxes are judged once they are built: see
+            :func:`~kd_det.checks.instances.inspect_instances`.
+    """
     uses: dict[str, list[Use]] = {}
     for split, dataset in _datasets(config, splits):
-        path = _join(dataset, dataset.get('ann_file') or '')
-        if path.endswith('.json') and Path(path).is_file() and _is_coco(dataset):
+        path, kind = _join(dataset, dataset.get('ann_file') or ''), find_class(DATASETS, dataset, HOME)
+        if kind is None and path.endswith('.json') or reads_as_coco(kind):
             uses.setdefault(path, []).append(_use(config, split, dataset))
+        elif others:
+            yield from inspect_other_form(f'{split} data', kind, dataset, _join, find_dataset_classes(dataset))
     for split in splits:
         for evaluator in _evaluators(config, split):
-            path = evaluator.get('ann_file') or ''
-            metric = find_class(METRICS, evaluator, HOME)
-            if getattr(metric, '__init__', None) is CocoMetric.__init__ and Path(path).is_file() \
-                    and not evaluator.get('format_only'):
-                uses.setdefault(path, []).append(Use(f'{split} evaluator', scored=True))
+            metric = find_class(METRICS, evaluator, HOME) if 'type' in evaluator else None
+            if getattr(metric, '__init__', None) is CocoMetric.__init__ and not evaluator.get('format_only'):
+                uses.setdefault(evaluator.get('ann_file') or '', []).append(Use(f'{split} evaluator', scored=True))
     for path, of_path in uses.items():
-        yield from inspect_coco_file(path, of_path)
-
-
-def _is_coco(dataset: dict) -> bool:
-    """Whether MMDetection's own code reads a data set's file as one of COCO; where no class is found, it may be."""
-    kind = find_class(DATASETS, dataset, HOME)
-    if kind is None:
-        return True
-    return isinstance(kind, type) and issubclass(kind, CocoDataset) and kind.COCOAPI is CocoDataset.COCOAPI \
-        and kind.parse_data_info is CocoDataset.parse_data_info and kind.load_data_list in (
-            each.load_data_list for each in (CocoDataset, Objects365V1Dataset, Objects365V2Dataset))
+        if Path(path).is_file():
+            yield from inspect_coco_file(path, of_path)
 
 
 def _use(config: Config, split: str, dataset: dict) -> Use:
@@ -136,7 +134,7 @@ def inspect_labels(datasets: Mapping[str, object], metrics: Mapping[str, Sequenc
     found: dict[str, LabelNames] = {}
     evaluated: list[LabelNames] = []
     for split, dataset in datasets.items():
-        leaves = [leaf for leaf in iterate_built_datasets(dataset) if not _is_unlabelled(leaf)]
+        leaves = [leaf for leaf in iterate_built_datasets(dataset) if not is_unlabelled(leaf)]
         for index, leaf in enumerate(leaves):
             names = read_label_names(leaf)
             if names and names not in found.values():
@@ -180,12 +178,13 @@ def build_data(config: Config, splits: Sequence[str]) -> tuple[dict[str, object]
 
 
 def check_labels(datasets: Mapping[str, object], metrics: Mapping[str, Sequence[object]] = {}) -> None:
-    """As :func:`inspect_labels`.
+    """As :func:`inspect_labels` and :func:`~kd_det.checks.instances.inspect_instances`.
 
     Raises:
-        DiagnosisError: Labels mean something else than the metainfo says, or not the same in all data sets.
+        DiagnosisError: Labels mean something else than the metainfo says, or not the same in all data sets; or boxes
+            are none.
     """
-    raise_faults(inspect_labels(datasets, metrics))
+    raise_faults(chain(inspect_labels(datasets, metrics), inspect_instances(datasets)))
 
 
 def _inspect_label_names(subject: str, names: LabelNames, evaluated: bool) -> Iterator[Finding]:
@@ -244,11 +243,6 @@ def _evaluated_names(api: Any, classes: Sequence[str]) -> LabelNames:
     known = {category['id']: str(category['name']) for category in api.dataset.get('categories', ())}
     meant = tuple(known[category] for category in api.get_cat_ids(cat_names=list(classes)))
     return LabelNames(meant, tuple(classes) or meant, tuple(known.values()))
-
-
-def _is_unlabelled(leaf: object) -> bool:
-    transforms = getattr(getattr(leaf, 'pipeline', None), 'transforms', ())
-    return bool(transforms) and isinstance(transforms[-1], Unlabelled)
 
 
 def class_counts(model: dict) -> set[int]:

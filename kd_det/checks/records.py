@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,34 @@ def without_garbage_collection() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
+
+
+class Damages:
+    """Counts damages by kind, and keeps of each kind what is told of the first.
+
+    Args:
+        subject: Whose they are.
+        remedy: What to do about them, unless a kind has its own.
+    """
+
+    def __init__(self, subject: str, remedy: str) -> None:
+        self.subject, self.remedy = subject, remedy
+        self._kinds: dict[str, tuple[str, str, bool]] = {}
+        self._counts: Counter = Counter()
+
+    def __bool__(self) -> bool:
+        return bool(self._kinds)
+
+    def add(self, kind: str, text: str, count: int = 1, remedy: str = '', fault: bool = True) -> None:
+        """Adds so many damages of a kind; the text tells of the first."""
+        self._kinds.setdefault(kind, (text, remedy or self.remedy, fault))
+        self._counts[kind] += count
+
+    def findings(self) -> Iterator[Finding]:
+        """One finding for each kind."""
+        for kind, (text, remedy, fault) in self._kinds.items():
+            count = self._counts[kind]
+            yield Finding(self.subject, text + (f' (the first of {count:,})' if count > 1 else ''), remedy, fault)
 
 
 class Entries:

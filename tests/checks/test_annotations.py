@@ -6,9 +6,20 @@ from collections import Counter
 import numpy as np
 import pytest
 from mmdet.datasets import CocoDataset
+from mmdet.registry import DATASETS
 
-from kd_det.checks.annotations import Use, _find_relevant, _judge_boxes, _read_sizes, judge_coco
-from kd_det.checks.records import Entries
+from kd_det.checks.annotations import (
+    Use,
+    _find_relevant,
+    _judge_boxes,
+    _read_sizes,
+    inspect_coco_file,
+    judge_coco,
+)
+from kd_det.checks.data import check_labels
+from kd_det.checks.environment import DiagnosisError
+from kd_det.checks.instances import inspect_instances, inspect_other_form
+from kd_det.checks.records import Entries, read_json
 
 TRAIN, EVALUATOR = Use('train data'), Use('val evaluator', scored=True)
 NAN, INF = math.nan, math.inf
@@ -66,15 +77,15 @@ def count_objects(content, tmp_path, **settings):
     """How many objects MMDetection's class takes from each image, or the error in which that ends."""
     (tmp_path / 'f.json').write_text(json.dumps(content))
     try:
-        dataset = CocoDataset(ann_file=str(tmp_path / 'f.json'), data_prefix=dict(img=''), pipeline=[], serialize_data=False,
-                              metainfo=dict(classes=('cat', 'dog')), **settings)
+        dataset = CocoDataset(ann_file=str(tmp_path / 'f.json'), data_prefix=dict(img=''), pipeline=[],
+                              serialize_data=False, metainfo=dict(classes=('cat', 'dog')), **settings)
     except Exception as error:
         return type(error).__name__
     return {info['img_id']: len(info['instances']) for info in dataset.data_list}
 
 
 FIRST = "'f.json': annotation 2 (id 13): "
-LOSES, KEEPS, LACKS = 'loses objects', 'keeps all objects', 'loses none that is shown'
+LOSES, KEEPS = 'loses objects', 'keeps all objects'
 LOST = 'so the object would be background'
 # What is changed, what is found (the beginning), whether it is a fault, and what MMDetection makes of it.
 DAMAGES = {
@@ -96,7 +107,8 @@ DAMAGES = {
     'no numbers': (box(), FIRST + 'its bbox is [], expected 4 numbers', True, 'ValueError'),
     'texts': (box('0', '0', '50', '40'), FIRST + "its bbox is ['0', '0', '50', '40'], expected 4", True, 'TypeError'),
     'a null': (box(0, 0, None, 40), FIRST + 'its bbox is [0, 0, None, 40], expected 4 numbers', True, 'TypeError'),
-    'a text among numbers': (box(0, 0, 50, 'x'), FIRST + "its bbox is [0, 0, 50, 'x'], expected 4 numbers", True, 'TypeError'),
+    'a text among numbers': (box(0, 0, 50, 'x'), FIRST + "its bbox is [0, 0, 50, 'x'], expected 4", True,
+                            'TypeError'),
     'null for a box': (set_of('annotations', 2, bbox=None), FIRST + 'its bbox is None, expected', True, 'TypeError'),
     'a dict for a box': (set_of('annotations', 2, bbox=dict(x=0)), FIRST + "its bbox is {'x': 0}, expected", True,
                          'ValueError'),
@@ -177,11 +189,10 @@ def test_each_damage_is_named_with_its_file_and_entry(damage, tmp_path):
     assert fault or not any(mark == 'fault' for _, mark in found)
     # MMDetection's own class is the witness that the damage does what the finding says.
     content = sound()
-    before = count_objects(content, tmp_path)
     change(content)
     taken = count_objects(content, tmp_path)
     if outcome in (LOSES, KEEPS):
-        assert (sum(taken.values()) < sum(before.values())) == (outcome == LOSES)
+        assert (sum(taken.values()) < 6) == (outcome == LOSES)
     else:
         assert taken == outcome
 
@@ -219,7 +230,8 @@ def test_boxes_that_are_taken_are_those_that_mmdetection_takes(tmp_path):
     content['images'] = [dict(id=index, file_name=f'{index}.jpg', width=100, height=80) for index in range(400)]
     content['annotations'] = [
         dict(id=index, image_id=index % 400, category_id=int(random.choice([7, 9])), iscrowd=0,
-             bbox=[float(value) if random.random() < 0.8 else random.choice(odd) for value in random.uniform(-20, 120, 4)],
+             bbox=[float(value) if random.random() < 0.8 else random.choice(odd)
+                   for value in random.uniform(-20, 120, 4)],
              area=float(random.choice([0, 1, 10])), ignore=int(random.random() < 0.1)) for index in range(4000)]
     images, annotations = (Entries(kind, content[kind], print) for kind in ('images', 'annotations'))
     _, kept = _judge_boxes(images, annotations, _read_sizes(images), _find_relevant(images, annotations, TRAIN), TRAIN)
@@ -234,3 +246,233 @@ def test_boxes_that_are_taken_are_those_that_mmdetection_takes(tmp_path):
 def takes_infinite(x, y, width, height):
     return all(map(math.isfinite, (x, y))) and not all(abs(value) < 1e38 for value in (width, height)) and \
         min(x + width, 100) > max(x, 0) and min(y + height, 80) > max(y, 0) and min(width, height) >= 1
+
+
+# What COCO's metric would make of a file of its own: it leaves nothing out.
+SCORED = {
+    'no iscrowd': (set_of('annotations', 2, iscrowd=...), FIRST + "no 'iscrowd'", 'fault'),
+    'a NaN': (box(NAN, 0, 50, 40), FIRST + 'its bbox is [nan, 0, 50, 40], which is not finite', 'fault'),
+    'no width': (box(10, 10, 0, 40), FIRST + 'its bbox is [10, 10, 0, 40], of less than a pixel, which counts as an '
+                 'object that is not found', 'note'),
+    'two images': (repeat('images', 1), "'f.json': image 3 (id 2): image 1 has this id, too", 'fault'),
+    'no size': (set_of('images', 1, width=...), None, None),  # which it does not ask for
+    'an area of 0': (set_of('annotations', 2, area=0), None, None),
+}
+
+
+@pytest.mark.parametrize('damage', SCORED)
+def test_an_evaluators_file(damage):
+    change, expected, mark = SCORED[damage]
+    found = judge(change, EVALUATOR)
+    assert (found == []) == (expected is None)
+    assert all(text.startswith(expected) and marked == mark for text, marked in found)
+
+
+MASKED = {
+    'none': (dict(segmentation=...), "no 'segmentation', and the pipeline loads masks", 'fault'),
+    'nothing': (dict(segmentation=[]), "no 'segmentation', and the pipeline loads masks", 'fault'),
+    'texts': (dict(segmentation=[['1', '2'] * 3]), "its segmentation is [['1', '2', '1', '2', '1', '2']], expected",
+              'fault'),
+    'numbers': (dict(segmentation=[1, 2, 3, 4, 5, 6]), 'its segmentation is [1, 2, 3, 4, 5, 6], expected', 'fault'),
+    'a NaN': (dict(segmentation=[[1, 2, 3, 4, 5, NAN]]), 'its segmentation is [[1, 2, 3, 4, 5, nan]]', 'fault'),
+    'another size': (dict(segmentation=dict(size=[100, 80], counts='x')), 'its segmentation is of the size (height, '
+                     'width) [100, 80], its image of [80, 100]', 'fault'),
+    'two points': (dict(segmentation=[[1, 2, 3, 4]]), 'its segmentation has no polygon of three points', 'note'),
+    'half a point': (dict(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), 'its segmentation has no polygon of three', 'note'),
+    'no counts': (dict(segmentation=dict(size=[80, 100])), 'its segmentation has no polygon of three', 'note'),
+}
+
+
+@pytest.mark.parametrize('damage', MASKED)
+def test_masks_are_judged_where_they_are_loaded(damage):
+    values, expected, mark = MASKED[damage]
+    change = set_of('annotations', 2, **values)
+    assert [mark for _, mark in judge(change)] == ['ok']
+    content = sound()
+    change(content)
+    found = list(judge_coco(content, Use('train data', masks=True), 'f.json', finite=damage != 'a NaN'))
+    assert found[0].found.startswith(FIRST + expected) and found[0].mark == mark
+
+
+def test_images_that_are_listed_twice():
+    def change(content):
+        content['images'].append(dict(content['images'][0], id=4))
+        content['annotations'] += [dict(each, id=each['id'] + 100, image_id=4) for each in content['annotations'][:2]]
+    (found, mark), _ = judge(change)
+    assert (found, mark) == ("'f.json': image 3 (id 4): image 0 has the file_name '1.jpg', too; it is used more than "
+                             'once', 'note')
+    empty = repeat('images', 0, id=4)  # the copy would teach that its objects are background
+    assert judge(empty)[0][1] == 'fault'
+    assert judge(empty, Use('train data', filters_empty=True))[0][1] == 'note'  # then it is left out
+    assert judge(empty, Use('train data', unlabelled=True))[0][1] == 'note'
+
+
+def test_a_name_that_is_given_twice_matters_where_it_is_used():
+    change = repeat('categories', 0, id=8)
+    assert judge(change, Use('train data', classes=('dog', )))[0][1] == 'note'
+    assert judge(change, Use('train data', classes=('cat', )))[0][1] == 'fault'
+
+
+def test_boxes_of_unlabelled_images_are_dropped_but_read():
+    unlabelled = Use('train data', unlabelled=True)
+    assert [mark for _, mark in judge(box(NAN, 0, 50, 40), unlabelled)] == ['ok']
+    assert judge(box(0, 0, 50), unlabelled)[0][1] == 'fault'
+
+
+def as_corners(content):
+    for each in content['annotations']:
+        x, y, width, height = each['bbox']
+        each['bbox'] = [x, y, x + width, y + height]
+
+
+def test_boxes_that_hold_corners():
+    def change(content):
+        content['annotations'] += [dict(each, id=each['id'] + 100) for each in content['annotations']]
+        as_corners(content)
+    (found, mark), _ = judge(change)
+    assert mark == 'note' and found == (
+        "'f.json': 6 of 12 boxes reach beyond their images, such as that of annotation 1 (id 12): [40, 20, 70, 50]; as "
+        'corners x1, y1, x2, y2 all would fit')
+    assert [mark for _, mark in judge(box(60, 0, 41, 40))] == ['ok']  # by a pixel
+    found, mark = judge(box(0, 0, 1000, 40))[0]
+    assert mark == 'note' and '1 of 6 boxes reach beyond' in found and 'corners' not in found
+
+
+def test_a_file_is_read_once_for_all_that_use_it(tmp_path, monkeypatch):
+    reads = []
+    monkeypatch.setattr('kd_det.checks.annotations.read_json', lambda path: reads.append(path) or read_json(path))
+    (tmp_path / 'f.json').write_text(json.dumps(sound()))
+    uses = [Use('train data'), Use('val data'), Use('val evaluator', scored=True)]
+    first = inspect_coco_file(str(tmp_path / 'f.json'), uses)
+    assert inspect_coco_file(str(tmp_path / 'f.json'), uses) == first and len(reads) == len(first) == 1
+    content = sound()
+    box(0, 0, INF, 40)(content)
+    (tmp_path / 'f.json').write_text(json.dumps(content))
+    found = inspect_coco_file(str(tmp_path / 'f.json'), uses)
+    assert len(reads) == 2 and [(each.subject, each.mark) for each in found] == [('train data', 'fault')]  # told once
+
+
+# ---------------------------------------------------------------- other forms
+
+LOADING = [dict(type='mmdet.LoadAnnotations', with_bbox=True)]
+
+
+def own_form(tmp_path, instance, pipeline=LOADING, **entry):
+    content = dict(metainfo=dict(classes=('cat', 'dog')), data_list=[
+        dict(img_path='1.jpg', height=80, width=100, instances=[
+            dict(bbox=[1, 2, 30, 40], bbox_label=1, ignore_flag=0), dict(
+                dict(bbox=[1, 2, 30, 40], bbox_label=1, ignore_flag=0), **instance)], **entry)])
+    (tmp_path / 'own.json').write_text(json.dumps(content))
+    return dict(type='BaseDetDataset', ann_file=str(tmp_path / 'own.json'), data_prefix=dict(img_path=''),
+                pipeline=pipeline)
+
+
+BUILT = {
+    'a NaN': (dict(bbox=[1, NAN, 30, 40]), 'its bbox is [1, nan, 30, 40], which is not finite', 'fault'),
+    'infinite': (dict(bbox=[1, 2, INF, 40]), 'its bbox is [1, 2, inf, 40], which is not finite', 'fault'),
+    'negative': (dict(bbox=[30, 2, 1, 40]), 'its bbox is [30, 2, 1, 40], of negative size, expected x1, y1, x2, y2',
+                 'fault'),
+    'empty': (dict(bbox=[1, 2, 1, 40]), 'its bbox is [1, 2, 1, 40], of no size, on which it trains', 'note'),
+    'three': (dict(bbox=[1, 2, 30]), 'its bbox is [1, 2, 30], expected 4 numbers: x1, y1, x2, y2', 'fault'),
+    'texts': (dict(bbox=['1', '2', '30', '40']), "its bbox is ['1', '2', '30', '40'], expected 4 numbers", 'fault'),
+    'no class': (dict(bbox_label=2), 'its bbox_label is 2, and there are 2 classes, counted from 0', 'fault'),
+    'below 0': (dict(bbox_label=-1), 'its bbox_label is -1, and there are 2 classes', 'fault'),
+    'a name': (dict(bbox_label='dog'), "its bbox_label is 'dog', expected a whole number", 'fault'),
+}
+
+
+@pytest.mark.parametrize('damage', BUILT)
+def test_boxes_of_other_forms_are_judged_when_they_are_built(damage, tmp_path):
+    instance, expected, mark = BUILT[damage]
+    dataset = DATASETS.build(own_form(tmp_path, instance))
+    found, = inspect_instances(dict(train=dataset))
+    assert found.found.startswith(f"'{tmp_path}/own.json': image 0 ('1.jpg'), instance 1: {expected}")
+    assert (found.mark, found.subject) == (mark, 'train data')
+    if mark == 'fault':
+        with pytest.raises(DiagnosisError, match='image 0'):
+            check_labels(dict(train=dataset))
+
+
+def test_sound_boxes_of_other_forms(tmp_path):
+    assert not list(inspect_instances(dict(train=DATASETS.build(own_form(tmp_path, {})))))
+    filtered = [*LOADING, dict(type='mmdet.FilterAnnotations')]
+    assert not list(inspect_instances(dict(train=DATASETS.build(own_form(
+        tmp_path, dict(bbox=[1, 2, 1, 40]), filtered)))))
+    dataset = DATASETS.build(own_form(tmp_path, dict(bbox=[NAN] * 4), pipeline=[]))  # something else may read it
+    assert not list(inspect_instances(dict(train=dataset)))
+
+
+def inspect_form(dataset, classes=('cat', 'dog')):
+    kind = DATASETS.get(dataset['type'])
+    return [(each.found, each.mark)
+            for each in inspect_other_form('train data', kind, dataset, lambda _, path: str(path), classes)]
+
+
+def test_why_a_file_of_mmengines_form_can_not_be_read(tmp_path):
+    dataset, path = own_form(tmp_path, {}), tmp_path / 'own.json'
+    assert inspect_form(dataset) == []
+    for text, why in (('[]', 'it holds a list'), ('{"metainfo": {}', 'it is cut off'),
+                      ('{"metainfo": {}}', "no 'data_list'"), ('{"metainfo": 1, "data_list": []}', "'metainfo' is a")):
+        path.write_text(text)
+        (found, mark), = inspect_form(dataset)
+        assert found.startswith(f"'{path}' is no annotation file of MMEngine's form ({why}") and mark == 'fault'
+    path.write_text('{"metainfo": {}, "data_list": [{"img_path": "a"}, {}, 3, {}]}')
+    assert [found for found, _ in inspect_form(dataset)] == [
+        f"'{path}': entry 1 of data_list: no 'img_path' (the first of 2)",
+        f"'{path}': entry 2 of data_list: it is a number, no object"]
+
+
+XML = ('<annotation><size><width>100</width><height>80</height></size><object><name>cat</name><bndbox><xmin>1</xmin>'
+       '<ymin>2</ymin><xmax>30</xmax><ymax>40</ymax></bndbox></object></annotation>')
+OBJECT = ": object 0 ('cat'): its "
+DAMAGED_XML = {
+    'cut off': (XML[:100], ': it is no XML, or cut off (no element found', 'fault', 'ParseError'),
+    'empty': ('', ': it is no XML, or cut off (no element found', 'fault', 'ParseError'),
+    'NaN': (XML.replace('<xmin>1', '<xmin>nan'), OBJECT + "xmin is 'nan', expected a number", 'fault', 'ValueError'),
+    'infinite': (XML.replace('<ymax>40', '<ymax>inf'), OBJECT + "ymax is 'inf', expected", 'fault', 'OverflowError'),
+    'a text': (XML.replace('<ymin>2', '<ymin>two'), OBJECT + "ymin is 'two', expected", 'fault', 'ValueError'),
+    'no corner': (XML.replace('<ymin>2</ymin>', ''), OBJECT + 'ymin is None, expected', 'fault', 'AttributeError'),
+    'no box': (XML.replace('bndbox', 'box'), OBJECT + 'xmin is None, expected', 'fault', 'AttributeError'),
+    'no name': (XML.replace('name', 'label'), ': object 0 (None): no name', 'fault', 'AttributeError'),
+    'no width': (XML.replace('<width>100</width>', ''), ': its width is None, expected a whole', 'fault',
+                 'AttributeError'),
+    'another class': (XML.replace('cat', 'cta'), ": object 0 ('cta'): none of the classes has this name, and "
+                      'MMDetection leaves it out', 'note', 0),
+    'sound': (XML, None, None, 1),
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGED_XML)
+def test_why_a_file_of_voc_can_not_be_read(damage, tmp_path):
+    text, expected, mark, outcome = DAMAGED_XML[damage]
+    (tmp_path / 'Annotations').mkdir()
+    (tmp_path / 'Annotations/7.xml').write_text(text)
+    (tmp_path / 'list.txt').write_text('7\n')
+    dataset = dict(type='XMLDataset', ann_file=str(tmp_path / 'list.txt'), metainfo=dict(classes=('cat', 'dog')),
+                   data_prefix=dict(sub_data_root=str(tmp_path)), pipeline=[])
+    found = inspect_form(dataset)
+    if expected is None:
+        assert found == []
+    else:
+        start = f"'{tmp_path}/Annotations/7.xml'{expected}"
+        assert found[0][0].startswith(start) and found[0][1] == mark
+    try:
+        taken = len(DATASETS.build(dataset).get_data_info(0)['instances'])
+    except Exception as error:
+        taken = type(error).__name__
+    assert taken == outcome
+
+
+def test_why_a_file_of_odvg_can_not_be_read(tmp_path):
+    sound_line = dict(filename='1.jpg', height=80, width=100,
+                      detection=dict(instances=[dict(bbox=[1, 2, 30, 40], label=1, category='dog')]))
+    lines = [json.dumps(sound_line), '{"filename": ', '3', json.dumps(dict(filename='1.jpg', height=80)),
+             json.dumps(dict(sound_line, detection=dict(instances=[dict(bbox=[1, 2, 30], label='dog')])))]
+    path = tmp_path / 'odvg.json'
+    path.write_text('\n'.join(lines))
+    dataset = dict(type='ODVGDataset', ann_file=str(path), label_map_file='labels.json')
+    assert [found.split(f"'{path}': ")[1].split(':')[0] for found, _ in inspect_form(dataset)] == [
+        'line 2', 'line 3', 'line 4', 'line 5, instance 0', 'line 5, instance 0']
+    path.write_text(lines[0])
+    assert inspect_form(dataset) == []
+    assert inspect_form(dict(dataset, label_map_file=None)) == [(f"'{path}': line 1: no 'grounding'", 'fault')]

@@ -119,7 +119,8 @@ def test_all_missing_files_are_told_at_once_and_the_remedy_once(config):
                   ('{"images": []}', "no 'categories'"), ('', 'it is empty'), (' \n', 'it is empty'),
                   ('{"images": {}, "categories": [], "annotations": []}', "'images' is an object, no list"),
                   ('{"images": [{"file_name": "a', 'it is cut off: Unterminated string'),
-                  ('{"images": [1,, 2]}', 'it is no JSON: Expecting value: line 1 column 15'), ('null', 'it holds null'),
+                  ('{"images": [1,, 2]}', 'it is no JSON: Expecting value: line 1 column 15'),
+                  ('null', 'it holds null'),
                   ('\ufeff{}', 'it is no JSON: Unexpected UTF-8 BOM'),
                   ('[' * 100000, 'it can not be read'), (b'{"images": "\xe9"}', 'it is not encoded as UTF-8')])
 def test_a_file_that_is_no_annotation_file(config, folder, text, why):
