@@ -21,7 +21,7 @@ from mmengine.dist import is_main_process
 from mmengine.runner import Runner
 
 from kd_det.checks.data import check_labels
-from kd_det.checks.doctor import check_config, explain
+from kd_det.checks.doctor import check_config, explain, warn_of_annotations
 from kd_det.checks.image_reader import Memory
 from kd_det.checks.images import check_images, student_channels
 from kd_det.compat import CheckpointError, NotFiniteError
@@ -228,6 +228,7 @@ def evaluate(config: str | Path | Config, checkpoint: str | Path, *, data_root: 
     check_config(config, splits=('test', ))
     with explain(config):
         runner = build_runner(config)
+        warn_of_annotations(config, ('test', ))
         use_one_metainfo(runner.test_loop)
         metrics = runner.test_loop.evaluator.metrics
         check_labels(dict(test=runner.test_loop.dataloader.dataset), dict(test=metrics))
@@ -346,6 +347,7 @@ def _train(config: Config, resume: bool | str | Path, images: int | None) -> Run
     check_config(config, splits=('train', 'val'))
     with explain(config):
         runner = build_runner(config)
+        warn_of_annotations(config, ('train', 'val'))
         loops = dict(train=runner.train_loop, val=runner.val_loop)
         for loop in loops.values():
             use_one_metainfo(loop)
