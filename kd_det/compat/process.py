@@ -1,4 +1,4 @@
-"""What kd_det asks of its process: an encoding for any text, and random numbers that nobody else misses.
+"""What kd_det asks of its process: an encoding for any text, random numbers that nobody else misses, a gentle end.
 
 Importing it costs next to nothing, for every command line starts with it.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 import codecs
 import locale
 import random
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -66,6 +68,23 @@ def preserved_randomness() -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Within, SIGTERM raises SystemExit, as Ctrl-C raises KeyboardInterrupt; only a main thread can have it so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number, frame):
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: not Python's own
 
 
 def is_expected(error: Exception) -> bool:

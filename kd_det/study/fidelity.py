@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_iou, nms
 
 from kd_det import __version__
+from kd_det.compat.writing import write_whole
 from kd_det.config import ConfigurationError
 from kd_det.config.classes import (
     ClassMatch,
@@ -337,7 +338,7 @@ def add_fidelity(entries: list[dict], root: Path, teacher: dict, splits: Sequenc
                 config = load_config(file.parent / CONFIG_FILE)
                 with redirect_stdout(StringIO()):  # of pycocotools
                     measured[split] = measure_fidelity(config, str(root / entry['checkpoint']), teacher, split)
-                file.write_text(json.dumps(dict(of, splits=measured), indent=2) + '\n', encoding='utf-8')
+                write_whole(file, json.dumps(dict(of, splits=measured), indent=2) + '\n')
         entry['fidelity'] = {split: measured[split] for split in splits}
 
 

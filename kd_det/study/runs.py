@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 
 from kd_det import __version__
 from kd_det.checks.doctor import explain
+from kd_det.compat.writing import locked_folder, write_whole
 from kd_det.config import ConfigurationError
 from kd_det.config.files import is_distillation
 from kd_det.registry import HOME
@@ -104,10 +105,21 @@ def train(name: str, config: Config, identity: str, log: Callable[[str], None] =
 
     Returns:
         The run, with paths as seen from here.
+
+    Raises:
+        WritingError: Another run trains in its work dir.
     """
     folder = Path(config.work_dir)
-    file = folder / RESULT_FILE
-    file.unlink(missing_ok=True)
+    with locked_folder(folder):
+        Path(folder, RESULT_FILE).unlink(missing_ok=True)
+        run = _train(name, config, identity, log, after_step)
+        write_whole(folder / RESULT_FILE, json.dumps(asdict(run), indent=2))
+    return run.resolve_paths(folder)
+
+
+def _train(name: str, config: Config, identity: str, log: Callable[[str], None],
+           after_step: Callable[[Runner], None]) -> Run:
+    """As :func:`train`, but what comes of it has paths within its folder."""
     environment = describe_environment()
     config.experiment_name = f'{name}_{time.time_ns()}'  # mmengine keeps loggers and visualizers by name
     config.visualizer = config.get('visualizer') or {}
@@ -122,7 +134,7 @@ def train(name: str, config: Config, identity: str, log: Callable[[str], None] =
         runner.train()
     memory, device_memory = measure_process_memory()  # of the training, not of what follows
     detector = getattr(runner.model, 'student', runner.model)
-    run = Run(
+    return Run(
         identity=identity,
         start=recorder.start,
         order=recorder.order.hexdigest(),
@@ -137,10 +149,6 @@ def train(name: str, config: Config, identity: str, log: Callable[[str], None] =
         epochs=runner.max_epochs,
         iterations=runner.max_iters,
         environment=environment)
-    partial = file.with_suffix('.partial')
-    partial.write_text(json.dumps(asdict(run), indent=2), encoding='utf-8')
-    os.replace(partial, file)
-    return run.resolve_paths(folder)
 
 
 def load_finished_run(folder: Path, identity: str) -> Run | None:

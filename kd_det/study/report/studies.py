@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 from mmengine.config import Config
 
+from kd_det.compat.writing import write_whole
 from kd_det.config import ConfigurationError
 from kd_det.config.files import get_type_name, is_distillation, load_config
 from kd_det.distillers import build_schedule
@@ -175,9 +175,7 @@ def load_or_make(folder: Path, name: str, depends_on: Any, make: Callable[[], An
             return stored['content']
     content = make()
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix('.partial')
-    partial.write_text(json.dumps(dict(identity=identity, content=content)), encoding='utf-8')
-    os.replace(partial, file)
+    write_whole(file, json.dumps(dict(identity=identity, content=content)))
     return content
 
 
