@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -20,14 +19,22 @@ from kd_det.compat.console import TextTable
 from kd_det.config import ConfigurationError
 from kd_det.study.fidelity import add_fidelity
 from kd_det.study.pair import Pair, adapt_config, hash_data, hash_weights, read_pair
-from kd_det.study.results import format_markdown, make_run_entry, mark_twins, summarize, summarize_fidelity, tabulate
-from kd_det.study.runs import Run, describe_environment, read_command_line
+from kd_det.study.results import (
+    RESULTS_FILE,
+    TABLE_FILE,
+    format_markdown,
+    make_run_entry,
+    mark_twins,
+    summarize,
+    summarize_fidelity,
+    tabulate,
+)
+from kd_det.study.runs import Run, describe_environment, read_command_line, write_json, write_whole
 from kd_det.study.scheduling import Failure, Job, JobPool
 from kd_det.study.variants import PLAIN, Variant, expand_grid, parse_variants, variant_config
 from kd_det.training.runner import add_trackers
 
 TEACHER_SEED = 0
-RESULTS_FILE, TABLE_FILE = 'results.json', 'results.md'
 
 
 class TeacherTrainingError(RuntimeError):
@@ -162,8 +169,8 @@ def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | 
         summary=summarize(entries),
         fidelity=summarize_fidelity(entries, fidelity)))
     json_file, markdown_file = result.files
-    json_file.write_text(json.dumps(result.results, indent=2) + '\n', encoding='utf-8')
-    markdown_file.write_text(format_markdown(result.results), encoding='utf-8')
+    write_json(json_file, result.results)
+    write_whole(markdown_file, format_markdown(result.results))
     return result
 
 

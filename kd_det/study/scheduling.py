@@ -100,7 +100,7 @@ class JobPool:
 
     def _run_job(self, job: Job, log: Callable[[str], None]) -> Outcome:
         identity = identify_run(job.config, job.inputs)
-        kept = load_finished_run(job.folder, identity)
+        kept = load_finished_run(job.folder, identity, log)
         if kept is not None:
             log(f'{job.name}: kept from before, {_format_ap(kept)}')
             return kept
@@ -122,15 +122,17 @@ class JobPool:
         command = [sys.executable, '-m', 'kd_det.study.worker', str(job.folder / CONFIG_FILE), identity,
                    *self.trackers]
         with open(log_file, 'w', encoding='utf-8') as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-            self._processes.append(process)
-            if self._stopped:  # as it was started
-                process.terminate()
-            process.wait()
+            # The input says nothing: it ends when this process does, and the training with it.
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
+                                  env=environment) as process:
+                self._processes.append(process)
+                if self._stopped:  # as it was started
+                    process.terminate()
+                process.wait()
         run = load_finished_run(job.folder, identity) if process.returncode == 0 else None
         if run is None:
             lines = log_file.read_text(encoding='utf-8', errors='replace').strip().splitlines()
-            failure = Failure(lines[-1] if lines else f'exit status {process.returncode}', str(log_file))
+            failure = Failure(_describe_end(process.returncode, lines), str(log_file))
             if not self._stopped:  # else it was ended, and did not fail
                 log(f'{job.name}: failed: {failure.error} (see {log_file})')
             return failure
@@ -153,6 +155,16 @@ def _sigterm_raises() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _describe_end(status: int, lines: list[str]) -> str:
+    """Why a training ended: the last line of its log, unless a signal ended it."""
+    if status < 0:
+        killed = status == -getattr(signal, 'SIGKILL', 0)
+        return f'ended by signal {-status}' + (', perhaps for want of memory' if killed else '')
+    if status == 0:
+        return 'it left no result'
+    return lines[-1] if lines else f'exit status {status}'
 
 
 def _format_ap(run: Run) -> str:
