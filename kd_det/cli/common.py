@@ -71,6 +71,11 @@ def add_config_options(parser: ArgumentParser) -> None:
         'key=a,b, no white space')
 
 
+def add_force_option(parser: ArgumentParser) -> None:
+    """Adds ``--force``."""
+    parser.add_argument('--force', action='store_true', help='write over files that kd_det did not write')
+
+
 def add_run_options(parser: ArgumentParser) -> None:
     """Adds the options of a run, MMDetection's own, beside those that change its config."""
     parser.add_argument('--work-dir',

@@ -79,6 +79,23 @@ def preserved_randomness() -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Within, SIGTERM raises SystemExit, as Ctrl-C raises KeyboardInterrupt; only a main thread can have it so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number, frame):
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: not Python's own
+
+
 INTERRUPTED, TERMINATED = 128 + 2, 128 + 15  # exit statuses, as shells give them
 OUT_OF_MEMORY = re.compile('out of memory|can.t allocate memory', re.IGNORECASE)
 LESS_MEMORY = 'Take a smaller train_dataloader.batch_size or smaller images, or --amp on a GPU.'

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -16,6 +17,7 @@ from kd_det.checks.doctor import check_config, inspect_data
 from kd_det.checks.environment import raise_faults
 from kd_det.checks.image_reader import Memory
 from kd_det.compat.console import TextTable
+from kd_det.compat.writing import write_whole
 from kd_det.config import ConfigurationError
 from kd_det.study.fidelity import add_fidelity
 from kd_det.study.pair import Pair, adapt_config, hash_data, hash_weights, read_pair
@@ -29,7 +31,7 @@ from kd_det.study.results import (
     summarize_fidelity,
     tabulate,
 )
-from kd_det.study.runs import Run, describe_environment, read_command_line, write_json, write_whole
+from kd_det.study.runs import Run, describe_environment, read_command_line
 from kd_det.study.scheduling import Failure, Job, JobPool
 from kd_det.study.variants import PLAIN, Variant, expand_grid, parse_variants, variant_config
 from kd_det.training.runner import add_trackers
@@ -169,7 +171,7 @@ def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | 
         summary=summarize(entries),
         fidelity=summarize_fidelity(entries, fidelity)))
     json_file, markdown_file = result.files
-    write_json(json_file, result.results)
+    write_whole(json_file, json.dumps(result.results, indent=2) + '\n')
     write_whole(markdown_file, format_markdown(result.results))
     return result
 

@@ -1,6 +1,7 @@
 """What the demo tells at its end: a table, the numbers in a file, and pictures."""
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from kd_det.functional.masks import box_foreground, normalized_background, spatial_attention
 from kd_det.study.results import format_mean, mean_and_std
-from kd_det.study.runs import Run, describe_environment, read_command_line, write_json
+from kd_det.study.runs import Run, describe_environment, read_command_line
 from kd_det.training.pictures import draw_curves, draw_detections, draw_maps, read_scalars, save_figure
 
 TITLES = dict(teacher='teacher', plain='plain student', distilled='distilled student')
@@ -64,7 +65,7 @@ def write_results(folder: Path, runs: Mapping[str, list[Run]], gains: dict, data
         gain=gains,
         runs={kind: [asdict(run) for run in group] for kind, group in runs.items()})
     file = folder / 'results.json'
-    write_json(file, results)
+    file.write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
     return file
 
 

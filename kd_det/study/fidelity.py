@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
@@ -30,6 +31,7 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_iou, nms
 
 from kd_det import __version__
+from kd_det.compat.writing import write_whole
 from kd_det.config import ConfigurationError
 from kd_det.config.classes import (
     ClassMatch,
@@ -46,7 +48,7 @@ from kd_det.heads.dense import Stride
 from kd_det.registry import build_detector, get_scope, within_scope
 from kd_det.study.distributions import class_distributions, class_kl, find_classifying_head
 from kd_det.study.pair import hash_weights
-from kd_det.study.runs import check_shape, read_json, write_json
+from kd_det.study.runs import check_shape, read_json
 from kd_det.study.scheduling import CONFIG_FILE
 from kd_det.taps import Taps
 from kd_det.teachers import Teacher, load_strictly, probe_levels, read_model_config
@@ -337,7 +339,7 @@ def add_fidelity(entries: list[dict], root: Path, teacher: dict, splits: Sequenc
                 config = load_config(file.parent / CONFIG_FILE)
                 with redirect_stdout(StringIO()):  # of pycocotools
                     measured[split] = measure_fidelity(config, str(root / entry['checkpoint']), teacher, split)
-                write_json(file, dict(of, splits=measured))
+                write_whole(file, json.dumps(dict(of, splits=measured), indent=2) + '\n')
         entry['fidelity'] = {split: measured[split] for split in splits}
 
 

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 
 from kd_det import __version__
 from kd_det.checks.doctor import explain
+from kd_det.compat.writing import locked_folder, write_whole
 from kd_det.config import ConfigurationError
 from kd_det.config.files import is_distillation
 from kd_det.registry import HOME
@@ -104,10 +105,21 @@ def train(name: str, config: Config, identity: str, log: Callable[[str], None] =
 
     Returns:
         The run, with paths as seen from here.
+
+    Raises:
+        WritingError: Another run trains in its work dir.
     """
     folder = Path(config.work_dir)
-    file = folder / RESULT_FILE
-    file.unlink(missing_ok=True)
+    with locked_folder(folder):
+        Path(folder, RESULT_FILE).unlink(missing_ok=True)
+        run = _train(name, config, identity, log, after_step)
+        write_whole(folder / RESULT_FILE, json.dumps(asdict(run), indent=2))
+    return run.resolve_paths(folder)
+
+
+def _train(name: str, config: Config, identity: str, log: Callable[[str], None],
+           after_step: Callable[[Runner], None]) -> Run:
+    """As :func:`train`, but what comes of it has paths within its folder."""
     environment = describe_environment()
     config.experiment_name = f'{name}_{time.time_ns()}'  # mmengine keeps loggers and visualizers by name
     config.visualizer = config.get('visualizer') or {}
@@ -121,7 +133,7 @@ def train(name: str, config: Config, identity: str, log: Callable[[str], None] =
     runner.train()
     memory, device_memory = measure_process_memory()  # of the training, not of what follows
     detector = getattr(runner.model, 'student', runner.model)
-    run = Run(
+    return Run(
         identity=identity,
         start=recorder.start,
         order=recorder.order.hexdigest(),
@@ -136,8 +148,6 @@ def train(name: str, config: Config, identity: str, log: Callable[[str], None] =
         epochs=runner.max_epochs,
         iterations=runner.max_iters,
         environment=environment)
-    write_json(file, asdict(run))
-    return run.resolve_paths(folder)
 
 
 def load_finished_run(folder: Path, identity: str, log: Callable[[str], None] = lambda text: None) -> Run | None:
@@ -177,25 +187,6 @@ def check_run(content: Any, place: str = '') -> None:
         check_shape(content['metrics'].get('bbox_mAP'), float)
     except ConfigurationError as error:
         raise ConfigurationError(f'{place}{error}') from None
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Writes what JSON can hold, whole or not at all."""
-    write_whole(file, json.dumps(content, indent=2) + '\n')
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes a text beside a file, then puts it in its place: whoever is killed meanwhile leaves a whole file."""
-    partial = file.with_name(f'{file.name}.{os.getpid()}.partial')
-    try:
-        with open(partial, 'w', encoding='utf-8') as opened:
-            opened.write(text)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(partial, file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def read_json(file: Path, kind: Any = dict) -> Any:

@@ -5,17 +5,16 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 
 from mmengine.config import Config
 
+from kd_det.compat.process import sigterm_raises
 from kd_det.study.runs import Run, identify_run, load_finished_run
 
 LOG_FILE, CONFIG_FILE = 'log.txt', 'config.py'
@@ -85,7 +84,7 @@ class JobPool:
             What came of each, in the order of the jobs.
         """
         jobs, futures = list(jobs), {}
-        with _sigterm_raises(), ThreadPoolExecutor(self.jobs) as pool:
+        with sigterm_raises(), ThreadPoolExecutor(self.jobs) as pool:
             try:
                 futures = {pool.submit(self._run_job, job, log): index for index, job in enumerate(jobs)}
                 outcomes = {futures[future]: future.result() for future in as_completed(futures)}
@@ -138,23 +137,6 @@ class JobPool:
             return failure
         log(f'{job.name}: {_format_ap(run)}, {time.monotonic() - start_time:.0f} s')
         return run
-
-
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Within, SIGTERM raises SystemExit, as Ctrl-C raises KeyboardInterrupt; only a main thread can have it so."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number, frame):
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _describe_end(status: int, lines: list[str]) -> str:

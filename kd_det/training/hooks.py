@@ -26,6 +26,7 @@ from kd_det.distillers.inheritance import ORIGINS
 from kd_det.teachers import Teacher, TeacherError
 from kd_det.training.replay import training_epoch
 from kd_det.training.runner import use_one_metainfo
+from kd_det.training.saving import choose_checkpoint, keep_checkpoints_whole
 
 CHECKPOINT_KEY = 'distill'
 PREFLIGHT = dict(images=64, min_map=0.01)
@@ -46,7 +47,8 @@ class DistillHook(Hook):
       :class:`~kd_det.distillers.detection_distiller.StepCost`.
     - At the start of each epoch :class:`~kd_det.training.replay.ReplayedRandomness` is told which it is; at its end the
       teachers' caches report.
-    - Each checkpoint gets an entry ``'distill'``, see below.
+    - Each checkpoint gets an entry ``'distill'``, see below. MMEngine's ``CheckpointHook`` gives way to
+      :class:`~kd_det.training.saving.WholeCheckpointHook`.
     - After training the teacher's fingerprint must be what it was.
 
     **What lies in a checkpoint.** Beside what MMEngine saves of every training (``meta``, ``message_hub``,
@@ -71,6 +73,11 @@ class DistillHook(Hook):
     def __init__(self, preflight: dict | None = PREFLIGHT) -> None:
         self.preflight = None if preflight is None else {**PREFLIGHT, **preflight}
         self._fingerprints: list[str] = []
+
+    def before_run(self, runner: Runner) -> None:
+        if runner._train_loop is not None:  # it trains; perhaps started by MMDetection's own tools/train.py
+            keep_checkpoints_whole(runner)
+            choose_checkpoint(runner)
 
     def before_train(self, runner: Runner) -> None:
         distiller = _find_distiller(runner)
