@@ -95,7 +95,7 @@ def refuse_to_replace(file: str | Path, is_own: Callable[[bytes], bool], what: s
     file = Path(file)
     if file.is_dir():
         raise WritingError(f"'{file}' is a folder: give the name of a file.")
-    if file.is_file() and not force and not is_own(file.read_bytes()):
+    if not force and file.is_file() and file.stat().st_size and not is_own(file.read_bytes()):
         raise WritingError(f"'{file}' exists, and is not {what} that kd_det wrote. {advice}")
 
 

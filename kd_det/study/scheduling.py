@@ -1,6 +1,7 @@
 """A pool of trainings: processes of their own, several at once, on one device or on several."""
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,15 +10,18 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Queue
 
 from mmengine.config import Config
 
 from kd_det.compat.process import sigterm_raises
-from kd_det.study.runs import Run, identify_run, load_finished_run
+from kd_det.compat.writing import refuse_to_replace
+from kd_det.study.runs import RESULT_FILE, Run, identify_run, load_finished_run
 
 LOG_FILE, CONFIG_FILE = 'log.txt', 'config.py'
+OTHER_FOLDER = 'Give another --work-dir, or train over it with --force.'
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,14 @@ class JobPool:
         jobs: Trainings at once; as many as devices by default, and dealt out to them in turn.
         threads: PyTorch's threads of each training; the processors divided by the jobs by default.
         trackers: Where trainings log too, see :func:`~kd_det.training.runner.add_trackers`; no part of their identity.
+        force: Train over finished runs of another identity.
     """
 
     def __init__(self, devices: Sequence[str] = (), jobs: int | None = None, threads: int | None = None,
-                 trackers: Sequence[str] = ()) -> None:
+                 trackers: Sequence[str] = (), force: bool = False) -> None:
         self.jobs = jobs or max(1, len(devices))
         self.threads = threads or max(1, (os.cpu_count() or 1) // self.jobs)
-        self.trackers = trackers
+        self.trackers, self.force = trackers, force
         self.slots: Queue = Queue()
         for slot in range(self.jobs):
             self.slots.put(devices[slot % len(devices)] if devices else None)
@@ -82,8 +87,16 @@ class JobPool:
 
         Returns:
             What came of each, in the order of the jobs.
+
+        Raises:
+            WritingError: In the folder of one lies a finished run of something else.
         """
         jobs, futures = list(jobs), {}
+        for job in jobs if not self.force else ():
+            is_own = partial(_may_be, identify_run(job.config, job.inputs))
+            refuse_to_replace(job.folder / RESULT_FILE, is_own,
+                              f'the result of this run ({job.name})', advice='It was trained with other data, weights '
+                              f'or settings, or something else than a benchmark wrote it. {OTHER_FOLDER}')
         with sigterm_raises(), ThreadPoolExecutor(self.jobs) as pool:
             try:
                 futures = {pool.submit(self._run_job, job, log): index for index, job in enumerate(jobs)}
@@ -147,6 +160,16 @@ def _describe_end(status: int, lines: list[str]) -> str:
     if status == 0:
         return 'it left no result'
     return lines[-1] if lines else f'exit status {status}'
+
+
+def _may_be(identity: str, content: bytes) -> bool:
+    """Whether the content of a result is that of a run of this identity, or was not written to its end."""
+    try:
+        stored = json.loads(content)
+    except ValueError:
+        begin = b'{\n  "identity": '
+        return content[:len(begin)] == begin[:len(content)] or not content.strip(b'\0')
+    return isinstance(stored, dict) and stored.get('identity') == identity
 
 
 def _format_ap(run: Run) -> str:

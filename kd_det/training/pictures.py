@@ -22,6 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from mmengine.logging import MMLogger
 from PIL import Image
 
+from kd_det.compat.writing import refuse_to_replace
 from kd_det.config import ConfigurationError
 
 # Fonts that show boxes for everything, and those of formulas, whose signs stand at places of others.
@@ -280,14 +281,19 @@ def map_uri(cells: np.ndarray) -> str:
     return _encode_image(image, 'PNG', optimize=True, bits=4)
 
 
-def save_figure(figure: Figure, file: str | Path, **settings) -> None:
+def save_figure(figure: Figure, file: str | Path, force: bool = True, **settings) -> None:
     """Saves a figure as pixels, each text in fonts that have its signs; what no installed font has is spelt out.
 
     Args:
         figure: The figure; changed.
         file: Where to.
+        force: Replace a file of that name that matplotlib did not write.
         **settings: As ``Figure.savefig`` takes them.
+
+    Raises:
+        WritingError: There is such a file.
     """
+    refuse_to_replace(file, lambda content: b'Matplotlib' in content[:1000], 'a picture', force)
     for text in figure.findobj(Text):
         missing = _find_missing(text.get_text(), text.get_fontproperties())
         if missing:

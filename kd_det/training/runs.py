@@ -197,7 +197,7 @@ def distill(student: str | Path | Config, teacher: str | Path, checkpoint: str |
 def evaluate(config: str | Path | Config, checkpoint: str | Path, *, data_root: str | None = None,
              work_dir: str | Path | None = None, tta: bool = False, out: str | Path | None = None, show: bool = False,
              show_dir: str | None = None, wait_time: float = 2, launcher: str = 'none',
-             options: dict[str, Any] | None = None) -> RunResult:
+             options: dict[str, Any] | None = None, force: bool = False) -> RunResult:
     """Evaluates a checkpoint on the config's test data; of a distillation the student alone, no teacher is built.
 
     Args:
@@ -212,12 +212,16 @@ def evaluate(config: str | Path | Config, checkpoint: str | Path, *, data_root: 
         wait_time: Seconds for which each is shown.
         launcher: See :func:`train`.
         options: Settings that override the config, by dotted key.
+        force: Replace a file of the name ``out`` that holds no predictions.
 
     Raises:
+        WritingError: There is such a file.
         DiagnosisError: A file is missing, or labels mean something else than the data's metainfo says.
         CheckpointError: The checkpoint is of another detector.
         ConfigurationError: Something of the config can not be built.
     """
+    if out:
+        refuse_to_replace(out, lambda content: b'pred_instances' in content, 'predictions', force)
     config = student_config(resolve_config(config))
     name = Path(config.filename or 'config').stem
     _set_run(config, name, data_root, work_dir, launcher=launcher, options=options)
