@@ -222,7 +222,7 @@ def declared_arguments(function: Callable[..., Any]) -> Arguments:
 def _read_types(function: Callable[..., Any]) -> dict[str, Any]:
     """The declared types of a function's arguments; none of code whose own names can not be resolved."""
     try:
-        return get_type_hints(function, localns=_Known(function), include_extras=True)  # type: ignore[arg-type]
+        return get_type_hints(function, localns=_Known(function), include_extras=True)
     except (TypeError, AttributeError, SyntaxError):
         return {}
 

@@ -70,6 +70,8 @@ class FKD(FeatureTerm):
         (['imitation', 'channel', 'spatial', 'relation'], 16.0)
     """
 
+    independent_of_batch_size = False  # norms of the whole batch grow with the root of its size
+
     @declared
     def __init__(self, temperature: Positive = 0.5, feature_weight: Weight = 7e-5, pooling_weight: Weight = 4e-3,
                  relation_weight: Weight = 7e-5, adapter: ChannelAdapter = 'conv1x1', pad_aware: bool = True,
