@@ -102,7 +102,8 @@ def test_of_a_list_the_item_is_told(kind):
 
 @pytest.mark.parametrize(('value', 'kind'), [
     (0, Share), (1, Share), (1e-9, Positive), (1, Count), (np.float32(0.5), Share), (np.int64(3), Count),
-    (np.bool_(True), bool), (range(3), Sequence[int]), ((0, 1), Seeds), ([np.int64(1)], Sequence[int]), ('giou', FORMS), (None, Count | None),
+    (np.bool_(True), bool), (range(3), Sequence[int]), ((0, 1), Seeds),
+    ([np.int64(1)], Sequence[int]), ('giou', FORMS), (None, Count | None),
     (ConfigDict(student='a', teacher='b'), EitherSide), ('neck', EitherSide), (object(), Any), ([], Names)])
 def test_what_fits_passes(value, kind):
     check_value('size', value, kind)
