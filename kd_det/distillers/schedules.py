@@ -71,8 +71,8 @@ class Ramp(Schedule):
 
     Args:
         value: The full weight, or another schedule.
-        epochs: Length of the change in epochs (1.5 is one and a half), or
-        iterations: its length in iterations.
+        epochs: Length of the change in epochs (1.5 is one and a half); either this or ``iterations``.
+        iterations: Length of the change in iterations.
         begin: When it starts, in the same unit.
 
     Raises:
@@ -103,7 +103,7 @@ class Warmup(Ramp):
     """Grows linearly from ``start`` times its value to its value.
 
     Args:
-        value: See :class:`Ramp`, as ``epochs``, ``iterations`` and ``begin``.
+        value, epochs, iterations, begin: See :class:`Ramp`.
         start: Share of the value at the beginning.
     """
 
@@ -122,7 +122,7 @@ class Decay(Ramp):
     """Falls linearly from its value to ``end`` times its value.
 
     Args:
-        value: See :class:`Ramp`, as ``epochs``, ``iterations`` and ``begin``.
+        value, epochs, iterations, begin: See :class:`Ramp`.
         end: Share of the value at the end.
     """
 

@@ -222,7 +222,7 @@ class QueryRegression(QueryTerm):
     In a config: ``dict(type='QueryRegression', l1_weight=5.0, giou_weight=2.0)``.
 
     Args:
-        l1_weight: w_l1 of the L1 distance of centre, width and height, as shares of the image, ≥ 0.
+        l1_weight: w_l1 of the L1 distance of centre, width and height, as shares of the image.
         giou_weight: w_giou.
         **kwargs: See :class:`~kd_det.losses.queries.QueryTerm`.
 
