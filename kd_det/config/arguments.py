@@ -391,7 +391,7 @@ def _members(annotation: Any) -> tuple[Any, ...]:
 # ------------------------------------------------------------------------------------------------------ what is meant
 
 PLAIN = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'a text', dict: 'a dict',
-         type(None): 'None'}
+         type(None): 'None', Any: 'anything'}
 BOUNDS = {Ge: ('of at least', 'ge'), Gt: ('above', 'gt'), Le: ('of at most', 'le'), Lt: ('below', 'lt')}
 
 
