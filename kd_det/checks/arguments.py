@@ -34,7 +34,7 @@ from kd_det.config.arguments import (
     join_place,
     suggest_names,
 )
-from kd_det.config.files import TOP_KEYS, is_distillation
+from kd_det.config.files import TOP_KEYS, get_type_name, is_distillation
 from kd_det.distillers.building import build_task_schedule, build_terms, list_teacher_configs
 from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.distillers.supervision import build_pseudo_labels
@@ -240,7 +240,7 @@ def _check_type(registry: Registry, place: str, part: Mapping[str, Any], key: st
     if found is None:
         names = {name for each in (registry, registry.root) for name in each.module_dict}
         raise ArgumentError(join_place(place, key), ' '.join(filter(None, (
-            f"there is no '{part['type']}'.", suggest_names(part['type'], names),
+            f"there is no '{get_type_name(part)}'.", suggest_names(get_type_name(part), names),
             'If it is your own, import it with custom_imports.'))))
     return found
 

@@ -260,7 +260,7 @@ def declared(function: F) -> F:
             default = parameters.parameters[name].default
             if name not in given.arguments:
                 if default is Parameter.empty:
-                    raise ArgumentError(name, f'lacks. Expected {describe_type(annotation)}.')
+                    raise ArgumentError(name, f'expected {describe_type(annotation)}, got nothing.')
             elif given.arguments[name] is not default:
                 check_value(name, given.arguments[name], annotation)
                 given.arguments[name] = _to_plain(given.arguments[name])
@@ -326,7 +326,7 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any], besi
             if given[name] is not argument.default:
                 check_value(name, given[name], argument.annotation)
         elif argument.default is Parameter.empty and name not in (*besides, *internal):
-            raise ArgumentError(name, f'lacks. Expected {describe_type(argument.annotation)}.')
+            raise ArgumentError(name, f'expected {describe_type(argument.annotation)}, got nothing.')
 
 
 def check_value(place: str, value: Any, annotation: Any) -> None:
@@ -378,12 +378,9 @@ def _refuse_innermost(place: str, value: Any, annotation: Any, where: Sequence[A
         items = get_args(bare)
         if where[0] < len(value):
             _refuse_innermost(f'{place}[{where[0]}]', value[where[0]], items[0], where[1:])
-    choices = [choice for kind in _members(annotation) if get_origin(kind) is Literal for choice in get_args(kind)]
-    refuse(place, value, describe_type(annotation), suggest_names(value, filter(_is_text, choices), most=1))
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    choices = [choice for kind in _members(annotation) if get_origin(kind) is Literal for choice in get_args(kind)
+               if isinstance(choice, str)]
+    refuse(place, value, describe_type(annotation), suggest_names(value, choices, most=1))
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:

@@ -253,7 +253,7 @@ def build_own(registry: Registry, config: Mapping[str, Any]) -> Any:
     if kind is None:
         own = (name for name, each in registry.module_dict.items() if each.__module__.startswith('kd_det.'))
         raise ArgumentError('type', ' '.join(filter(None, (
-            f"there is no '{config['type']}'.", suggest_names(config['type'], own),
+            f"there is no '{get_type_name(config)}'.", suggest_names(get_type_name(config), own),
             'If it is your own, import it with custom_imports.'))))
     check_keys(kind, config, besides=('type', '_scope_'))
     with nullcontext() if find_class(registry, config) is not None else DefaultScope.overwrite_default_scope(HOME):

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from html import escape
 from io import StringIO
 from time import perf_counter
@@ -47,6 +47,9 @@ class Preflight:
     min_map: Share = 0.01
 
 
+PREFLIGHT = asdict(Preflight())
+
+
 @HOOKS.register_module()
 class DistillHook(Hook):
     """What distillation needs of the training loop.
@@ -88,7 +91,7 @@ class DistillHook(Hook):
     priority = 'ABOVE_NORMAL'  # before EMAHook exchanges weights at the same point
 
     @declared
-    def __init__(self, preflight: dict[str, Any] | None = {}) -> None:  # noqa: B006 (which nothing changes)
+    def __init__(self, preflight: dict[str, Any] | None = PREFLIGHT) -> None:
         with at('preflight'):
             check_arguments(Preflight, preflight or {})
         self.preflight = None if preflight is None else Preflight(**preflight)
