@@ -28,6 +28,7 @@ from kd_det.teachers.cache import TeacherCache
 from kd_det.teachers.engine import Engine
 from kd_det.teachers.loading import load_strictly
 from kd_det.teachers.teacher import NOT_OF_CONFIGS, Teacher
+from kd_det.training.finiteness import FiniteHook
 from kd_det.training.hooks import DistillHook, Preflight
 from kd_det.training.replay import ReplayedRandomness
 
@@ -58,7 +59,8 @@ def make_page() -> str:
         'The distiller': ("`model = dict(type='DetectionDistiller', …)`", [DetectionDistiller]),
         'A teacher': ('`model.teacher`, or each of a list of them, and its `cache`', [Teacher, TeacherCache]),
         'Pseudo-labels': ('`model.pseudo_labels`', [PseudoLabels]),
-        'The hook of a distillation': ('`default_hooks.distill`, and its `preflight`', [DistillHook, Preflight]),
+        'Hooks': ('`default_hooks.distill` with its `preflight`, and `custom_hooks`',
+                  [DistillHook, Preflight, FiniteHook]),
         'In data and evaluation': ('A transform of the training pipeline, and a metric of `val_evaluator`',
                                    [ReplayedRandomness, FidelityMetric]),
         'Weights that change': ('`weight` of a term, beside its own arguments: a number of at least 0, by default 1.0, '

@@ -1,6 +1,8 @@
 """Declared types of arguments: what is said of them, and that values which do not fit are refused by their place."""
 import pickle
+import runpy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -148,7 +150,7 @@ def test_a_declared_function_refuses_what_does_not_fit():
         Derived(0)
     with pytest.raises(ArgumentError, match=r'^later: expected True or False or None, got 1\.$'):
         Derived(1, later=1)
-    with pytest.raises(ArgumentError, match=r'^size: lacks\. Expected a number above 0\.$'):
+    with pytest.raises(ArgumentError, match=r'^size: expected a number above 0, got nothing\.$'):
         Derived(form='giou')
     with pytest.raises(TypeError, match='tacher'):
         Derived(1, tacher=1)
@@ -184,7 +186,8 @@ def test_arguments_are_checked_without_a_call():
     check_arguments(Derived, {}, internal=['size'])
     for given, message in ((dict(size=-1), '^size: expected a number above 0, got -1'),
                            (dict(size=1, teacher=-1), '^teacher: expected an integer of at least 0, got -1'),
-                           ({}, '^size: lacks. Expected a number'), (dict(siz=1), '^siz: .* Nearest: size')):
+                           ({}, '^size: expected a number above 0, got nothing'),
+                           (dict(siz=1), '^siz: .* Nearest: size')):
         with pytest.raises(ArgumentError, match=message):
             check_arguments(Derived, given)
 
@@ -207,3 +210,9 @@ def test_names_are_suggested_by_likeness():
     assert suggest_names('xyz', ('mse', 'cosine')) == suggest_names(3, ('mse', )) == ''
     assert is_distinct([1, 2]) and not is_distinct([1, 1])
     assert describe_type(Annotated[Sequence[int], Predicate(is_distinct)]) == 'a list, no two the same, each an integer'
+
+
+def test_the_documented_arguments_are_those_that_are_declared():
+    script = Path(__file__).parents[2] / 'docs' / 'site' / 'arguments.py'
+    page = runpy.run_path(str(script))
+    assert page['PAGE'].read_text(encoding='utf-8') == page['make_page'](), 'Run `python docs/site/arguments.py`.'

@@ -2,18 +2,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import Parameter
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import mmdet.registry
 import numpy as np
 import pytest
 from annotated_types import Ge, Gt, Le, Len, Lt, MinLen, Predicate
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from mmdet.registry import MODELS, TASK_UTILS
+from mmengine.registry import Registry
 from torch import nn
 from typing_extensions import is_typeddict
 
@@ -25,10 +27,13 @@ from kd_det.distillers.supervision import PseudoLabels
 from kd_det.losses import DistillTerm
 from kd_det.masks import BoxForeground, Mask, build_mask
 from kd_det.masks.base import MaskConfig
+from kd_det.study.fidelity import FidelityMetric
 from kd_det.teachers.cache import TeacherCache
 from kd_det.teachers.engine import Engine
 from kd_det.teachers.teacher import NOT_OF_CONFIGS, Teacher
+from kd_det.training.finiteness import FiniteHook
 from kd_det.training.hooks import DistillHook, Preflight
+from kd_det.training.replay import ReplayedRandomness, Transform
 
 
 def find_registered(registry, base: type) -> dict[str, type]:
@@ -40,7 +45,8 @@ TERMS, MASKS = find_registered(MODELS, DistillTerm), find_registered(MODELS, Mas
 SCHEDULES = find_registered(TASK_UTILS, Schedule)
 BUILT = {**TERMS, **MASKS, **SCHEDULES}  # from nothing but their arguments
 DECLARED = {**BUILT, **{each.__name__: each for each in (
-    DetectionDistiller, DistillHook, Engine, Preflight, PseudoLabels, Teacher, TeacherCache)}}
+    DetectionDistiller, DistillHook, Engine, FidelityMetric, FiniteHook, Preflight, PseudoLabels, ReplayedRandomness,
+    Teacher, TeacherCache)}}
 
 
 def arguments_of(name: str) -> dict[str, Argument]:
@@ -68,6 +74,8 @@ def fits(value: Any, kind: Any) -> bool:
         return isinstance(value, list | tuple | range) and all(fits(each, inner[0]) for each in value)
     if dict in (kind, get_origin(kind)):
         return isinstance(value, dict) and all(isinstance(key, str) for key in value if inner)
+    if get_origin(kind) is Callable:
+        return callable(value)
     if is_typeddict(kind):
         return isinstance(value, dict) and value.keys() == kind.__annotations__.keys() and all(
             isinstance(each, str) and each for each in value.values())
@@ -135,8 +143,8 @@ TEXT = st.text('aä_. \n0✓', max_size=3)  # all of Unicode takes hypothesis se
 OWN = {  # of types that say less than what is meant
     MaskConfig: st.sampled_from(['BoxForeground', dict(type='SpatialAttention', temperature=0.1), BoxForeground()]),
     ScheduleConfig: st.floats(0, 1e9) | st.sampled_from([dict(type='Stop', value=1.0, epochs=2), Schedule(0.5)]),
-    dict[str, Any]: st.just({}), Path: st.just(Path('x')), nn.Module: st.just(nn.Identity()), dict: st.just({}),
-    float: st.floats(allow_nan=False, allow_infinity=False), str: TEXT,
+    Transform: st.just(dict(type='RandomFlip')), Path: st.just(Path('x')), nn.Module: st.just(nn.Identity()),
+    dict[str, Any]: st.just({}), dict: st.just({}), float: st.floats(allow_nan=False, allow_infinity=False), str: TEXT,
 }
 
 
@@ -183,6 +191,10 @@ def check_agreement(value: Any, kind: Any) -> None:
 def test_everything_that_a_config_builds_declares_all_its_arguments():
     assert len(TERMS) > 20 and len(MASKS) > 12 and set(SCHEDULES) == {'Warmup', 'Decay', 'Start', 'Stop', 'Balance'}
     assert 'tap' in arguments_of('FGD') and 'tap' not in arguments_of('CrossKD')
+    for registry in vars(mmdet.registry).values():
+        for each in registry.module_dict.values() if isinstance(registry, Registry) else ():
+            definer = next((base for base in getattr(each, '__mro__', ()) if '__init__' in vars(base)), object)
+            assert not definer.__module__.startswith('kd_det.') or each in DECLARED.values(), each
     for name, argument in CASES:
         annotation, default = arguments_of(name)[argument]
         assert DECLARED[name].__init__.is_declared and not declared_arguments(DECLARED[name]).is_open
@@ -213,7 +225,8 @@ def test_what_is_drawn_from_a_type_is_taken(kind):
 
 def required(name: str) -> dict[str, Any]:
     """What has to be given beside any other argument."""
-    known = dict(masks=['BoxForeground'], value=1.0, dir='cache', student={}, distill={}, teacher={}, config='x')
+    known = dict(masks=['BoxForeground'], value=1.0, dir='cache', student={}, distill={}, teacher={}, config='x',
+                 transforms=[])
     return {key: known[key] for key, each in arguments_of(name).items() if each.default is Parameter.empty}
 
 
@@ -280,6 +293,10 @@ WRONG = dict(
     task_weight=NEGATIVE, pseudo_labels=(0.5, [], True), preflight=(False, 0.01, [64]), images=(0, 2.5, 'no', None),
     min_map=(float('nan'), -0.1, 1.5, '0'), mode=('joined', None), weight=('scores', *NEGATIVE), score=SHARE, iou=SHARE,
     nms_iou=SHARE,
+    # of other hooks, of a transform and a metric
+    patience=(-1, 0.5, None, True), transforms=(3, 'RandomFlip', [3]), period=(0, 1.5, '2', True), prefix=(3, ),
+    seed=(-1, 2**32, 0.5, None), confidence=SHARE, min_iou=SHARE, calibrated_from=SHARE, bins=(0, 2.5, None),
+    collect_device=('cuda', None),
     # of a teacher
     config=(3, None), checkpoint=('', 3, True), random_teacher=FLAG, allow_missing=(5, 'neck', [''], None),
     allow_unexpected=(5, 'neck', ['']), classes=('cat', ['cat', 'cat'], [''], None), checkpoint_prefix=(3, True),
@@ -288,7 +305,8 @@ WRONG = dict(
 GAP = ('DenseClassification', 'QueryClassification', 'CrossKD')  # their β is an exponent
 
 
-OTHERS = {'Balance.ratio': NEGATIVE, 'DetectionDistiller.teacher': ('r101', None, ['r101'])}
+OTHERS = {'Balance.ratio': NEGATIVE, 'DetectionDistiller.teacher': ('r101', None, ['r101']),
+          'FidelityMetric.teacher': ('r101', None, [])}
 
 
 def test_all_arguments_are_tried():

@@ -82,7 +82,7 @@ def test_products_distribute_over_sums(level):
     (dict(type='SpatialAttention', source='teachers'), "^source: expected one of .*, got 'teachers'. Nearest: teacher"),
     (dict(type='ChannelAttention', temperature=0.0), '^temperature: expected a number above 0, got 0.0'),
     (dict(type='ChannelAttention', pad_aware='no'), "^pad_aware: expected True or False, got 'no'"),
-    (dict(type='MaskProduct'), '^masks: lacks. Expected a list that is not empty'),
+    (dict(type='MaskProduct'), '^masks: expected a list that is not empty, .* got nothing'),
     (dict(type='MaskProduct', masks=[]), '^masks: expected a list that is not empty'),
     (dict(type='MaskProduct', masks='BoxForeground'), "^masks: expected a list .*, each the name .*, got 'Box"),
     (dict(type='MaskProduct', masks=[3]), r'^masks\[0\]: expected the name or the dict of a mask, got 3'),
