@@ -21,6 +21,7 @@ from kd_det.checks.doctor import check_config, explain, inspect_config, inspect_
 from kd_det.checks.environment import DiagnosisError, Finding, raise_faults
 from kd_det.checks.step import inspect_step, original_sizes, tried_sizes
 from kd_det.config.files import ConfigurationError
+from kd_det.losses import FGD
 
 CLASSES = ('blue', 'green', 'red')
 
@@ -380,6 +381,19 @@ def test_a_teacher_whose_weights_do_not_fit(distilling, retinanet):
     assert not list(inspect_teacher_weights(distilling))
 
 
+@pytest.mark.parametrize('key, value, said', [
+    ('neck.lateral_convs.0.conv.weight', float('nan'), 'holds weights that are not finite: 1 of '),
+    ('neck.lateral_convs.0.conv.weight', 1e38, 'are finite, but its features of an image of noise are not: level 0'),
+    ('backbone.bn1.running_var', -1.0, 'are finite, but its features of an image of noise are not: level 0')])
+def test_a_teacher_that_is_not_finite(key, value, said, distilling):
+    file = distilling.model.teacher.checkpoint
+    state = torch.load(file, weights_only=True)['state_dict']
+    state[key].fill_(value)
+    torch.save(dict(state_dict=state), file)
+    fault = fault_of(inspect_teacher_weights(distilling))
+    assert said in fault.found and 'Give config' not in fault.remedy
+
+
 # ---------------------------------------------------------------- explaining a failure
 
 
@@ -487,6 +501,29 @@ def test_an_error_of_a_step_is_a_fault_that_tells_the_size(error, said, distilli
     distilling.train_dataloader.dataset.dataset.pipeline = [dict(type='Resize', scale=(70, 50))]
     finding = fault_of(inspect_step(distilling))
     assert said in finding.found and '50 × 70 pixels' in finding.found and 'kd-det inspect' in finding.remedy
+
+
+def test_what_is_not_finite_in_a_step(distilling, monkeypatch):
+    """A term's value is a fault; a gradient, or the detector's own loss, may come of noise."""
+    whole = FGD.compare
+
+    def spoil(term, level, position, make=lambda parts: dict(parts, background=parts['background'] * float('nan'))):
+        return make(whole(term, level, position))
+
+    distilling.model.distill = dict(fgd=dict(type='FGD'))
+    monkeypatch.setattr(FGD, 'compare', spoil)
+    fault = fault_of(inspect_step(distilling))
+    assert "model.distill.fgd (part 'background' nan) is not finite on noise" in fault.found
+    assert 'kd-det inspect CONFIG' in fault.remedy
+    monkeypatch.setattr(FGD, 'compare', lambda *given: spoil(
+        *given, lambda parts: dict(parts, background=(parts['background'] * 0).sqrt())))
+    note, = inspect_step(distilling)
+    assert not note.fault and 'has a gradient on noise that is not finite: ' in note.found
+    monkeypatch.undo()
+    monkeypatch.setattr('mmdet.models.RetinaNet.loss', lambda model, inputs, samples: dict(
+        loss_own=model.extract_feat(inputs)[0].mean() * float('inf')))
+    note, = inspect_step(distilling)
+    assert not note.fault and "The student's own loss_own is not finite on noise" in note.found
 
 
 def throw(error):
