@@ -7,6 +7,7 @@ import pytest
 import torch
 from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config
+from mmengine.evaluator import Evaluator
 from mmengine.model import PretrainedInit
 
 from kd_det.checks import environment
@@ -241,6 +242,22 @@ def test_an_evaluator_with_a_file_of_its_own_has_to_number_classes_as_its_data(c
     fault = fault_of(inspect_data(config, ['val']))
     assert fault.subject == 'val evaluator classes' and '0  red    blue' in fault.found
     assert fault.remedy.startswith('Give the evaluator the annotation file of its data set')
+
+
+def test_an_evaluator_has_to_know_the_images_of_its_data_set(config, folder):
+    """Else the run would end in an AssertionError after its first epoch."""
+    content = json.loads((folder / 'all.json').read_text())
+    (folder / 'part.json').write_text(json.dumps(dict(content, images=content['images'][2:])))
+    config.val_evaluator.ann_file = f'{folder}/part.json'
+    fault = fault_of(inspect_data(config, ['val']))
+    assert fault.subject == 'val evaluator' and fault.found.startswith(
+        '2 of the 8 images of the data set are not in its annotation file, such as that of the id ')
+    dataset = DATASETS.build(config.val_dataloader.dataset)
+    with pytest.raises(DiagnosisError, match='2 of the 8 images'):
+        check_labels(dict(val=dataset), dict(val=Evaluator(config.val_evaluator).metrics))
+    config.val_evaluator.ann_file, config.val_dataloader.dataset.ann_file = f'{folder}/all.json', 'part.json'
+    finding = inspect_data(config, ['val'])[-1]
+    assert finding.mark == 'note' and finding.found.startswith('2 of the 8 images of its file are not in the')
 
 
 def test_joined_data_sets_have_to_number_classes_alike(config, folder):
