@@ -103,7 +103,7 @@ def _use(config: Config, split: str, dataset: dict) -> Use:
     unscored = split != 'train' and bool(evaluators) and all(each.get('format_only') for each in evaluators)
     return Use(f'{split} data', None if classes is None else tuple(classes),
                _loads_masks(dataset.get('pipeline')), unscored or _ends_unlabelled(dataset),
-               bool((dataset.get('filter_cfg') or {}).get('filter_empty_gt')))
+               bool((dataset.get('filter_cfg') or {}).get('filter_empty_gt')) and not dataset.get('test_mode'))
 
 
 def _loads_masks(node: object) -> bool:

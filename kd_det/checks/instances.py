@@ -68,13 +68,13 @@ def inspect_evaluated_images(datasets: Mapping[str, object],
         for api in filter(None, (getattr(metric, '_coco_api', None) for metric in metrics.get(split, ()))):
             evaluated = api.imgs.keys()
             ids = {leaf.get_data_info(index).get('img_id') for leaf in iterate_built_datasets(dataset)
-                   for index in range(len(leaf))}
+                   if hasattr(leaf, 'get_data_info') for index in range(len(leaf))} - {None}
             unknown, unseen = ids - evaluated, evaluated - ids
             if unknown:
                 text = f'{len(unknown):,} of the {len(ids):,} images of the data set are not in its annotation file'
                 yield Finding(f'{split} evaluator', f'{text}, such as that of the id {show(next(iter(unknown)))}',
                               SAME_FILE, fault=True)
-            elif unseen:
+            elif unseen and ids:
                 text = f'{len(unseen):,} of the {len(evaluated):,} images of its file are not in the data set'
                 yield Finding(f'{split} evaluator', f'{text}, such as that of the id {show(next(iter(unseen)))}: their '
                               'objects count as not found', SAME_FILE)
