@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kd_det.cli.common import (
     ConfigAction,
+    add_force_option,
     add_image_option,
     add_inheritance_option,
     add_tracking_option,
@@ -64,6 +65,7 @@ def add_common_arguments(parser: ArgumentParser) -> None:
     machine = parser.add_argument_group('where')
     machine.add_argument('--work-dir', type=Path, default=Path('work_dirs/benchmark'), metavar='DIR',
                          help='folder of runs and results (work_dirs/benchmark); finished runs that are there are kept')
+    add_force_option(machine)
     machine.add_argument('--devices', type=lambda text: text.split(','), default=(), metavar='A,B',
                          help='numbers of GPUs, one training on each, or cpu')
     machine.add_argument('--jobs', type=int, metavar='N', help='trainings at once (as many as devices)')
@@ -102,7 +104,8 @@ def print_benchmark(function: Callable[..., BenchmarkResult], options: Namespace
             epochs=options.epochs, teacher_epochs=options.teacher_epochs, balance=options.balance,
             inherit=inherited_parts(options), options=read_options(options.cfg_options),
             check_images=options.check_images, trackers=options.track, work_dir=options.work_dir,
-            devices=options.devices, jobs=options.jobs, threads=options.threads, log=log)
+            devices=options.devices, jobs=options.jobs, threads=options.threads, force=options.force,
+            log=log)
     except TeacherTrainingError as error:
         log(str(error))
         return 1

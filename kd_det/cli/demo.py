@@ -4,7 +4,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from kd_det.cli.common import positive
+from kd_det.cli.common import add_force_option, positive
 
 DISTILLED_CONFIG = 'kd_det::demo/fgd_faster_rcnn_r101_r18.py'
 
@@ -22,10 +22,11 @@ def add_arguments(parser: ArgumentParser) -> None:
                         help='height and width of the images (128)')
     parser.add_argument('--config', default=DISTILLED_CONFIG, metavar='CONFIG',
                         help=f'how the distilled student learns ({DISTILLED_CONFIG})')
+    add_force_option(parser)
 
 
 def run(options: Namespace) -> int:
     from kd_det.study.demo import DemoSettings, run_demo
     run_demo(DemoSettings(options.out, options.config, options.seeds, options.epochs, options.teacher_epochs,
-                          options.images, options.val_images, options.size))
+                          options.images, options.val_images, options.size, options.force))
     return 0

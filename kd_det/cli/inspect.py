@@ -4,7 +4,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from kd_det.cli.common import add_config_options, print_tables, read_options
+from kd_det.cli.common import add_config_options, add_force_option, print_tables, read_options
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -18,6 +18,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     teacher = parser.add_mutually_exclusive_group()
     teacher.add_argument('--teacher-checkpoint', metavar='FILE', help="the teacher's weights, in place of the config's")
     teacher.add_argument('--random-teacher', action='store_true', help='a dry run without the weights of any teacher')
+    add_force_option(parser)
     add_config_options(parser)
 
 
@@ -27,7 +28,7 @@ def run(options: Namespace) -> int:
     inspection = inspect(
         options.config, image=options.image, checkpoint=options.checkpoint,
         teacher_checkpoint=options.teacher_checkpoint, random_teacher=options.random_teacher, out=options.out,
-        data_root=options.data_root, options=read_options(options.cfg_options))
+        data_root=options.data_root, options=read_options(options.cfg_options), force=options.force)
     console, pictures = PlainConsole(), inspection.pictures
     print_tables(console, inspection.tabulate())
     console.print(f'{len(pictures)} pictures of masks and attentions are in {pictures[0].parent}.' if pictures else

@@ -24,8 +24,10 @@ from kd_det.config.classes import find_label_names, get_metainfo
 from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.distillers.inheritance import ORIGINS
 from kd_det.teachers import Teacher, TeacherError
+from kd_det.training.finiteness import add_finite_hook
 from kd_det.training.replay import training_epoch
 from kd_det.training.runner import use_one_metainfo
+from kd_det.training.saving import choose_checkpoint, keep_checkpoints_whole
 
 CHECKPOINT_KEY = 'distill'
 PREFLIGHT = dict(images=64, min_map=0.01)
@@ -36,7 +38,7 @@ class DistillHook(Hook):
     """What distillation needs of the training loop.
 
     Every distillation config lists it: ``default_hooks=dict(distill=dict(type='DistillHook'))``. With a plain detector
-    it only tells the epoch.
+    it only tells the epoch, and brings the :class:`~kd_det.training.finiteness.FiniteHook`.
 
     - Before training the teacher is loaded, evaluated (pre-flight), and a table tells where all weights came from.
     - Each step the weights' schedules move, and the random numbers are set from seed and iteration, so that a resumed
@@ -46,7 +48,8 @@ class DistillHook(Hook):
       :class:`~kd_det.distillers.detection_distiller.StepCost`.
     - At the start of each epoch :class:`~kd_det.training.replay.ReplayedRandomness` is told which it is; at its end the
       teachers' caches report.
-    - Each checkpoint gets an entry ``'distill'``, see below.
+    - Each checkpoint gets an entry ``'distill'``, see below. MMEngine's ``CheckpointHook`` gives way to
+      :class:`~kd_det.training.saving.WholeCheckpointHook`.
     - After training the teacher's fingerprint must be what it was.
 
     **What lies in a checkpoint.** Beside what MMEngine saves of every training (``meta``, ``message_hub``,
@@ -72,7 +75,13 @@ class DistillHook(Hook):
         self.preflight = None if preflight is None else {**PREFLIGHT, **preflight}
         self._fingerprints: list[str] = []
 
+    def before_run(self, runner: Runner) -> None:
+        if runner._train_loop is not None:  # it trains; perhaps started by MMDetection's own tools/train.py
+            keep_checkpoints_whole(runner)
+            choose_checkpoint(runner)
+
     def before_train(self, runner: Runner) -> None:
+        add_finite_hook(runner)
         distiller = _find_distiller(runner)
         if distiller is None:
             return
