@@ -133,11 +133,11 @@ def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | 
     teachers = count_teachers(variants, pair.checkpoints)
     if set(devices) - {'cpu'} and not torch.cuda.is_available():
         raise ConfigurationError(f"--devices {','.join(devices)}: there is no GPU. Leave the option out, or give cpu.")
+    check_config(pair.student, splits=('train', 'val'))  # its annotations tell the size of images
     for variant in variants:  # what can not be composed or built is told before a teacher is trained
         raise_faults(inspect_arguments(variant_config(variant, pair, ['teacher.pth'] * teachers)))
     raise_faults(inspect_checkpoint('--teacher-checkpoint', checkpoint, 'Give the path of a checkpoint')
                  for checkpoint in teacher_checkpoints)
-    check_config(pair.student, splits=('train', 'val'))
     raise_faults(inspect_data(pair.student, ('train', 'val'), Memory(root), check_images))
     data = hash_data(pair.student)
     add_trackers(Config(dict(work_dir=str(root))), trackers)  # whose package is missing is told before, too
