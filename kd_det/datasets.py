@@ -329,7 +329,10 @@ def generate_shapes(root: str | Path,
 
 
 def _info(annotation_file: Path) -> dict | None:
-    return json.loads(annotation_file.read_bytes())['info'] if annotation_file.is_file() else None
+    try:
+        return json.loads(annotation_file.read_bytes())['info']
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none yet, or damaged: it is written anew
+        return None
 
 
 def _write_json(path: Path, content: dict) -> None:

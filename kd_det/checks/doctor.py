@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 
 from kd_det.checks.checkpoints import (
     inspect_checkpoints,
@@ -28,6 +29,7 @@ from kd_det.checks.data import (
 from kd_det.checks.environment import Finding, raise_faults
 from kd_det.checks.image_reader import Memory
 from kd_det.checks.images import inspect_images, student_channels
+from kd_det.checks.instances import inspect_instances
 from kd_det.checks.step import inspect_step
 from kd_det.config.classes import Names, find_label_names
 from kd_det.config.files import ConfigurationError
@@ -70,23 +72,31 @@ def _look_at_data(config: Config, splits: Sequence[str], memory: Memory | None,
     if any(finding.fault for finding in (*findings, *inspect_paths(config, splits))):
         return findings, None
     datasets, metrics, faults = build_data(config, splits)
-    findings += [*faults, *inspect_labels(datasets, metrics),
+    findings += [*faults, *inspect_labels(datasets, metrics), *inspect_instances(datasets),
                  *inspect_images(datasets, student_channels(config), memory, images)]
     return findings, find_label_names(datasets['train']) if 'train' in datasets else None
 
 
 def check_config(config: Config, splits: Sequence[str]) -> None:
-    """Looks at what is cheap to look at: paths and numbers of classes.
+    """Looks at what is cheap to look at: paths, numbers of classes, and what the annotation files hold.
 
     Args:
         config: The config.
         splits: Whose data a run needs, of :data:`~kd_det.checks.data.SPLITS`; weights matter where it trains.
 
     Raises:
-        DiagnosisError: A file is missing or class counts differ; all faults are listed.
+        DiagnosisError: A file is missing or damaged, or class counts differ; all faults are listed.
     """
     with within_scope(get_scope(config)):
-        raise_faults(_inspect_cheaply(config, splits))
+        raise_faults(chain(_inspect_cheaply(config, splits), inspect_annotations(config, splits, others=False)))
+
+
+def warn_of_annotations(config: Config, splits: Sequence[str]) -> None:
+    """Logs what is worth to know of the annotation files, which :func:`check_config` has read."""
+    with within_scope(get_scope(config)):
+        for finding in inspect_annotations(config, splits, others=False):
+            if finding.mark == 'note':
+                MMLogger.get_current_instance().warning(f'{finding.subject}: {finding.found}. {finding.remedy}.')
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from kd_det.checks.data import check_labels
 from kd_det.compat.process import preserved_randomness
 from kd_det.config.classes import ClassMatch, Names, count_classes, find_label_names, match_classes
 from kd_det.config.files import ConfigurationError
+from kd_det.taps import Features
 from kd_det.teachers import Teacher, TeacherError
 
 LIKELY_CAUSES = """Likely causes:
@@ -82,7 +83,7 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int,
         The teacher's skill, the same on every rank; None where the config has no validation data.
 
     Raises:
-        TeacherError: See :func:`classes_on`.
+        TeacherError: See :func:`classes_on`; or the teacher's features are not finite.
         ConfigurationError: The validation data is empty, has no boxes, or does not name its classes.
         DiagnosisError: Its labels mean something else than its metainfo says.
     """
@@ -106,9 +107,14 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int,
         share = _share_of_rank(len(indices))
         images_of_rank = Subset(dataset, [indices[place % len(indices)] for place in share])
         places = iter(share)
+        broken = torch.zeros(1)  # batches of which a feature was not finite
+
+        def look(features: Features) -> None:
+            broken.add_(float(not all(level.isfinite().all() for level in features)))
+
         for batch in DataLoader(images_of_rank, batch_size=loader.get('batch_size') or 1, collate_fn=pseudo_collate):
             data = preprocess(batch, False)
-            for sample in teacher.predict(data['inputs'], data['data_samples']):
+            for sample in teacher.predict(data['inputs'], data['data_samples'], look=look):
                 place = next(places)
                 objects = dataset.get_data_info(indices[place % len(indices)]).get('instances') or ()
                 found = _plain_boxes(sample.pred_instances)
@@ -118,6 +124,10 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int,
                 metric.process([dict(img_id=place % len(indices), ori_shape=sample.ori_shape[:2],
                                      pred_instances=found, instances=[_plain_object(each) for each in objects])])
         all_reduce(votes)
+        all_reduce(broken)
+        if broken:
+            raise TeacherError(f"Pre-flight: the teacher's features of validation images are not finite, in "
+                               f'{int(broken)} batches. {teacher.advise_on_overflow()}')
         return Skill(metric.evaluate(len(indices)), names, match, votes)
 
 

@@ -1,6 +1,7 @@
 """The options that several commands share, and what they do to a config."""
 from __future__ import annotations
 
+import re
 from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,23 +14,25 @@ if TYPE_CHECKING:
     from kd_det.compat.console import TextTable
 
 
+KEY_AND_VALUE = re.compile(r'[^.=\s]+(\.[^.=\s]+)*=')  # a dotted key without an empty part
+
+
 class ConfigAction(Action):
     """Collects texts KEY=VALUE in a list, of which :func:`read_options` makes a dict."""
 
     def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Any,
                  option_string: str | None = None) -> None:
         for value in values:
-            if '=' not in value:
+            if not KEY_AND_VALUE.match(value):
                 parser.error(f"argument {option_string}: expected KEY=VALUE, got '{value}'")
         setattr(namespace, self.dest, [*getattr(namespace, self.dest), *values])
 
 
 def read_options(texts: Sequence[str]) -> dict[str, Any]:
     """What a :class:`ConfigAction` collected, each value read as MMEngine's ``DictAction`` reads it."""
-    from mmengine.config import DictAction
-    namespace = Namespace(options={})
-    DictAction([], 'options')(ArgumentParser(), namespace, texts)
-    return namespace.options
+    from kd_det.config.options import read_value
+    pairs = [text.split('=', maxsplit=1) for text in texts]
+    return {key: read_value(value, f'--cfg-options {key}') for key, value in pairs}
 
 
 def positive(text: str) -> int:

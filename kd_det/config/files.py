@@ -16,6 +16,7 @@ from mmengine.config.lazy import LazyAttr, LazyObject
 from mmengine.hub import get_config
 from mmengine.runner import Runner
 
+from kd_det.compat.process import find_place, is_raised_by_user
 from kd_det.config import ConfigurationError
 from kd_det.config.choices import CONFIG_ROOT
 
@@ -53,15 +54,36 @@ def load_config(name: str | Path) -> Config:
     if scope == 'kd_det':  # MMEngine refuses names without a folder
         path = str(CONFIG_ROOT / path)
     if scope in ('', 'kd_det') and not Path(path).is_file():
-        raise FileNotFoundError(f"There is no config file '{path}'.")
+        raise FileNotFoundError(f"There is no config file '{path}'"
+                                + (': it is a folder.' if Path(path).is_dir() else '.'))
     try:
         config = Config.fromfile(path) if scope in ('', 'kd_det') else get_config(name)
         _restore_types(config._cfg_dict)
         return config
     except SyntaxError as error:
         raise ConfigurationError(f"The config '{name}' is not valid Python: {error}") from error
-    except Exception as error:  # a config is code, its bases too: whatever it raises is a fault of the config
-        raise ConfigurationError(f"The config '{name}' can not be read: {type(error).__name__}: {error}") from error
+    except BaseException as error:  # a config is code, its bases too: whatever it raises is a fault of the config
+        if isinstance(error, KeyboardInterrupt) and not is_raised_by_user(error):  # Ctrl-C
+            raise
+        raise ConfigurationError(f"The config '{name}' can not be read: {_describe_failure(error)}") from error
+
+
+def _describe_failure(error: BaseException) -> str:
+    """What reading a config raised, and where."""
+    if isinstance(error, ImportError) and str(error).startswith('Failed to import custom modules'):
+        while isinstance(error.__cause__ or error.__context__, Exception):  # what failed, and not the whole sys.path
+            error = error.__cause__ or error.__context__
+        if not find_place(error):  # the module itself
+            return (f'custom_imports: {type(error).__name__}: {error}. Set PYTHONPATH to the folder that holds the '
+                    'module.')
+    if isinstance(error, SystemExit):
+        said = f'it calls sys.exit({error.code!r})'
+    else:
+        said = f'{type(error).__name__}: {" ".join(str(error).split())}'.rstrip(': ')
+    place = find_place(error)
+    if isinstance(error, RecursionError) and not place:
+        place = 'does a _base_ name a file that names this one?'
+    return f'{said} ({place})' if place else said
 
 
 def _restore_types(node: Any, key: str = '') -> None:

@@ -34,6 +34,9 @@ class DistillTerm(nn.Module):
 
     Attributes:
         least_levels: How many levels a tap must have for the term to say anything.
+        independent_of_batch_size: Whether a batch that has each of its images twice has the same value, so that a
+            weight fits batches of any size; as far as what the value is divided by, such as the number of boxes, is 1
+            or more, where it counts no less. A term that does not claim it says why.
 
     Raises:
         ValueError: An argument that does not fit; the message names it, its value, and what would.
@@ -53,6 +56,7 @@ class DistillTerm(nn.Module):
     """
 
     least_levels = 1
+    independent_of_batch_size: bool = True
 
     def __init__(self, teacher: int = 0) -> None:
         super().__init__()

@@ -70,6 +70,8 @@ class FKD(FeatureTerm):
         (['imitation', 'channel', 'spatial', 'relation'], 16.0)
     """
 
+    independent_of_batch_size = False  # norms of the whole batch grow with the root of its size
+
     def __init__(self, temperature: float = 0.5, feature_weight: float = 7e-5, pooling_weight: float = 4e-3,
                  relation_weight: float = 7e-5, adapter: str = 'conv1x1', pad_aware: bool = True,
                  **kwargs: Any) -> None:

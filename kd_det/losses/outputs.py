@@ -106,6 +106,10 @@ class DenseTerm(DistillTerm):
     def teacher_heads(self) -> tuple[str, ...]:
         return (self.teacher_head, )
 
+    @property
+    def independent_of_batch_size(self) -> bool:  # type: ignore[override]
+        return self.normalizer != 'none'  # a sum grows with the batch
+
     def forward(self, context: DistillContext) -> Parts:
         levels = self.pair_levels(context)
         return add_parts({name: value / divisor for name, value in self.compare(level).items()}

@@ -43,6 +43,8 @@ class PKD(FeatureTerm):
         0.0
     """
 
+    independent_of_batch_size = False  # the deviations are unbiased: of n cells, the value has a factor (n − 1) / n
+
     def __init__(self, pad_aware: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         check_flags(pad_aware=pad_aware)

@@ -21,14 +21,22 @@ from kd_det.compat.writing import locked_folder, refuse_to_replace, write_whole
 from kd_det.config import ConfigurationError
 from kd_det.study.fidelity import add_fidelity
 from kd_det.study.pair import Pair, adapt_config, hash_data, hash_weights, read_pair
-from kd_det.study.results import format_markdown, make_run_entry, mark_twins, summarize, summarize_fidelity, tabulate
+from kd_det.study.results import (
+    RESULTS_FILE,
+    TABLE_FILE,
+    format_markdown,
+    make_run_entry,
+    mark_twins,
+    summarize,
+    summarize_fidelity,
+    tabulate,
+)
 from kd_det.study.runs import Run, describe_environment, read_command_line
 from kd_det.study.scheduling import OTHER_FOLDER, Failure, Job, JobPool
 from kd_det.study.variants import PLAIN, Variant, expand_grid, parse_variants, variant_config
 from kd_det.training.runner import add_trackers
 
 TEACHER_SEED = 0
-RESULTS_FILE, TABLE_FILE = 'results.json', 'results.md'
 
 
 class TeacherTrainingError(RuntimeError):

@@ -48,10 +48,12 @@ from kd_det.heads.dense import Stride
 from kd_det.registry import build_detector, get_scope, within_scope
 from kd_det.study.distributions import class_distributions, class_kl, find_classifying_head
 from kd_det.study.pair import hash_weights
+from kd_det.study.runs import check_shape, read_json
 from kd_det.study.scheduling import CONFIG_FILE
 from kd_det.taps import Taps
 from kd_det.teachers import Teacher, load_strictly, probe_levels, read_model_config
 
+Splits = dict[str, dict[str, float]]  # split -> number -> value
 FIDELITY_FILE = 'fidelity.json'
 NOTHING = dict(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
 
@@ -330,8 +332,7 @@ def add_fidelity(entries: list[dict], root: Path, teacher: dict, splits: Sequenc
             continue
         file = root / entry['folder'] / FIDELITY_FILE
         of = dict(identity=entry['identity'], **metric)
-        stored = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
-        measured = stored['splits'] if {key: stored.get(key) for key in of} == of else {}
+        measured = _read_measured(file, of)
         for split in splits:
             if split not in measured:
                 log(f"{entry['variant']}, seed {entry['seed']}: fidelity on {split}")
@@ -340,6 +341,18 @@ def add_fidelity(entries: list[dict], root: Path, teacher: dict, splits: Sequenc
                     measured[split] = measure_fidelity(config, str(root / entry['checkpoint']), teacher, split)
                 write_whole(file, json.dumps(dict(of, splits=measured), indent=2) + '\n')
         entry['fidelity'] = {split: measured[split] for split in splits}
+
+
+def _read_measured(file: Path, of: dict) -> dict[str, dict[str, float]]:
+    """What was measured of the same before; nothing where the file can not be read."""
+    try:
+        stored = read_json(file) if file.is_file() else {}
+        if {key: stored.get(key) for key in of} != of:
+            return {}
+        check_shape(stored.get('splits'), Splits)
+        return stored['splits']
+    except ConfigurationError:
+        return {}
 
 
 def class_overlaps(boxes: InstanceData, others: InstanceData, mode: str = 'iou') -> Tensor:

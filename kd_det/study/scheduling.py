@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -111,7 +112,7 @@ class JobPool:
 
     def _run_job(self, job: Job, log: Callable[[str], None]) -> Outcome:
         identity = identify_run(job.config, job.inputs)
-        kept = load_finished_run(job.folder, identity)
+        kept = load_finished_run(job.folder, identity, log)
         if kept is not None:
             log(f'{job.name}: kept from before, {_format_ap(kept)}')
             return kept
@@ -133,15 +134,17 @@ class JobPool:
         command = [sys.executable, '-m', 'kd_det.study.worker', str(job.folder / CONFIG_FILE), identity,
                    *self.trackers]
         with open(log_file, 'w', encoding='utf-8') as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-            self._processes.append(process)
-            if self._stopped:  # as it was started
-                process.terminate()
-            process.wait()
+            # The input says nothing: it ends when this process does, and the training with it.
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
+                                  env=environment) as process:
+                self._processes.append(process)
+                if self._stopped:  # as it was started
+                    process.terminate()
+                process.wait()
         run = load_finished_run(job.folder, identity) if process.returncode == 0 else None
         if run is None:
             lines = log_file.read_text(encoding='utf-8', errors='replace').strip().splitlines()
-            failure = Failure(lines[-1] if lines else f'exit status {process.returncode}', str(log_file))
+            failure = Failure(_describe_end(process.returncode, lines), str(log_file))
             if not self._stopped:  # else it was ended, and did not fail
                 log(f'{job.name}: failed: {failure.error} (see {log_file})')
             return failure
@@ -149,12 +152,23 @@ class JobPool:
         return run
 
 
+def _describe_end(status: int, lines: list[str]) -> str:
+    """Why a training ended: the last line of its log, unless a signal ended it."""
+    if status < 0:
+        killed = status == -getattr(signal, 'SIGKILL', 0)
+        return f'ended by signal {-status}' + (', perhaps for want of memory' if killed else '')
+    if status == 0:
+        return 'it left no result'
+    return lines[-1] if lines else f'exit status {status}'
+
+
 def _may_be(identity: str, content: bytes) -> bool:
     """Whether the content of a result is that of a run of this identity, or was not written to its end."""
     try:
         stored = json.loads(content)
     except ValueError:
-        return content.startswith(b'{\n  "identity": ')
+        begin = b'{\n  "identity": '
+        return content[:len(begin)] == begin[:len(content)] or not content.strip(b'\0')
     return isinstance(stored, dict) and stored.get('identity') == identity
 
 

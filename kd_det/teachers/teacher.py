@@ -26,7 +26,7 @@ from kd_det.config.detectors import ModelConfig, TeacherError, read_model_config
 from kd_det.heads import HeadError, StudentOutputs, TeacherForward, TeacherOutputs, find_head, run_heads
 from kd_det.heads.capture import read_maps, record_maps
 from kd_det.registry import build_detector, within_scope
-from kd_det.taps import ENCODER, Features, TapError, Taps, is_within_encoder
+from kd_det.taps import ENCODER, Features, TapError, Taps, is_within_encoder, record_calls
 from kd_det.teachers.bridge import InputBridge, Shape, crop_to_batch, explain_size_mismatch
 from kd_det.teachers.cache import Outputs, TeacherCache
 from kd_det.teachers.engine import Engine, to_local
@@ -261,30 +261,51 @@ class Teacher:
         return tuple(crop_to_batch(level, own_images.shape[-2:], images.shape[-2:]) for level in levels)
 
     @torch.no_grad()
-    def predict(self, images: Tensor, data_samples: list, rescale: bool = True) -> list:
+    def predict(self, images: Tensor, data_samples: list, rescale: bool = True,
+                look: Callable[[Features], None] | None = None) -> list:
         """Detects, on a batch preprocessed for the student; returns mmdet's data samples with ``pred_instances``.
 
         Args:
             images: (N, C, H, W).
             data_samples: mmdet's data samples; their ``batch_input_shape`` becomes that of the teacher's batch.
             rescale: Put the boxes into the coordinates of the original images.
+            look: Given the features that its heads are given.
         """
         self._start_engine()
         images = self.bridge(images, [sample.img_shape[:2] for sample in data_samples])
         for sample in data_samples:
             sample.set_metainfo(dict(batch_input_shape=tuple(images.shape[-2:])))
-        with explain_size_mismatch(images.shape[-2:]):
-            return self.model.predict(images, data_samples, rescale=rescale)
+        with explain_size_mismatch(images.shape[-2:]), record_calls(self.model, 'extract_feat') as calls:
+            found = self.model.predict(images, data_samples, rescale=rescale)
+        if look is not None:
+            look(calls[0].returned)
+        return found
 
-    def detect(self, images: Tensor, data_samples: Sequence) -> list[InstanceData]:
+    def detect(self, images: Tensor, data_samples: Sequence,
+               look: Callable[[Features], None] | None = None) -> list[InstanceData]:
         """Detects on a batch preprocessed for the student, in its coordinates; the data samples stay as they are.
+
+        Args:
+            images: See :meth:`predict`.
+            data_samples: Likewise.
+            look: Likewise.
 
         Returns:
             ``bboxes``, ``scores`` and ``labels`` of each image, after the suppression of the teacher's ``test_cfg``.
         """
         samples = [DetDataSample(metainfo=sample.metainfo) for sample in data_samples]
-        found = [sample.pred_instances for sample in self.predict(images, samples, rescale=False)]
+        found = [sample.pred_instances for sample in self.predict(images, samples, rescale=False, look=look)]
         return [InstanceData(bboxes=each.bboxes, scores=each.scores, labels=each.labels) for each in found]
+
+    def advise_on_overflow(self) -> str:
+        """Says what to do where what it puts out is not finite, though its weights are."""
+        advice = []
+        if self.engine.precision != 'float32':
+            advice.append(f"Set model.teacher.precision='float32': {self.engine.precision} may overflow.")
+        if self.cache is not None:
+            advice.append(f"Empty model.teacher.cache.dir='{self.cache.folder}', which may hold them.")
+        return ' '.join([*advice, 'Evaluate it on this data with kd-det test TEACHER_CONFIG CHECKPOINT, and give one '
+                         'that detects.'])
 
     def fingerprint(self) -> str:
         """SHA-256 over all parameters and buffers as they were loaded.

@@ -24,6 +24,7 @@ from kd_det.config.classes import find_label_names, get_metainfo
 from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.distillers.inheritance import ORIGINS
 from kd_det.teachers import Teacher, TeacherError
+from kd_det.training.finiteness import add_finite_hook
 from kd_det.training.replay import training_epoch
 from kd_det.training.runner import use_one_metainfo
 from kd_det.training.saving import choose_checkpoint, keep_checkpoints_whole
@@ -37,7 +38,7 @@ class DistillHook(Hook):
     """What distillation needs of the training loop.
 
     Every distillation config lists it: ``default_hooks=dict(distill=dict(type='DistillHook'))``. With a plain detector
-    it only tells the epoch.
+    it only tells the epoch, and brings the :class:`~kd_det.training.finiteness.FiniteHook`.
 
     - Before training the teacher is loaded, evaluated (pre-flight), and a table tells where all weights came from.
     - Each step the weights' schedules move, and the random numbers are set from seed and iteration, so that a resumed
@@ -80,6 +81,7 @@ class DistillHook(Hook):
             choose_checkpoint(runner)
 
     def before_train(self, runner: Runner) -> None:
+        add_finite_hook(runner)
         distiller = _find_distiller(runner)
         if distiller is None:
             return

@@ -20,10 +20,10 @@ from mmengine.dist import is_main_process
 from mmengine.runner import Runner
 
 from kd_det.checks.data import check_labels
-from kd_det.checks.doctor import check_config, explain
+from kd_det.checks.doctor import check_config, explain, warn_of_annotations
 from kd_det.checks.image_reader import Memory
 from kd_det.checks.images import check_images, student_channels
-from kd_det.compat import CheckpointError
+from kd_det.compat import CheckpointError, NotFiniteError
 from kd_det.compat.console import TextTable
 from kd_det.compat.writing import is_first_process, kept_after_errors, locked_folder, refuse_to_replace, write_whole
 from kd_det.config import ConfigurationError
@@ -40,6 +40,7 @@ from kd_det.config.methods import available_methods, name_sum
 from kd_det.config.options import merge_options, resolve_config, set_epochs
 from kd_det.registry import HOME, build_detector, enter_scope, get_scope
 from kd_det.teachers import load_strictly
+from kd_det.training.finiteness import explain_divergence
 from kd_det.training.hooks import NotebookProgress, is_in_notebook
 from kd_det.training.pictures import draw_curves, names_to_draw, read_scalars
 from kd_det.training.runner import (
@@ -129,7 +130,8 @@ def train(config: str | Path | Config, *, data_root: str | None = None, work_dir
         DiagnosisError: A file is missing, the data is empty or unreadable, class counts differ, or labels mean
             something else than the data's metainfo says.
         CheckpointError: The checkpoint to resume is of another detector, or that to start from has nothing of this one.
-        ConfigurationError: Something of the config can not be built.
+        ConfigurationError: Something of the config can not be built; or losses, features or weights become NaN or
+            infinite.
     """
     config = resolve_config(config)
     _set_run(config, Path(config.filename or 'config').stem, data_root, work_dir, epochs, seed, amp, auto_scale_lr,
@@ -234,6 +236,7 @@ def evaluate(config: str | Path | Config, checkpoint: str | Path, *, data_root: 
     check_config(config, splits=('test', ))
     with explain(config):
         runner = build_runner(config)
+        warn_of_annotations(config, ('test', ))
         use_one_metainfo(runner.test_loop)
         metrics = runner.test_loop.evaluator.metrics
         check_labels(dict(test=runner.test_loop.dataloader.dataset), dict(test=metrics))
@@ -291,6 +294,7 @@ def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path,
 
     Raises:
         ConfigurationError: The checkpoint is not of the student in the config.
+        NotFiniteError: Its weights are NaN or infinite.
         WritingError: A file of that name exists, and is no export; or it can not be written.
     """
     out = Path(out)
@@ -305,6 +309,8 @@ def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path,
     model = build_detector(plain.model)
     try:
         loaded = load_strictly(model, str(checkpoint), role='student')
+    except NotFiniteError:
+        raise
     except CheckpointError as error:
         name = config.filename if isinstance(config, Config) else config
         raise ConfigurationError(f"The checkpoint '{checkpoint}' is not of the student in '{name}': {error}") from error
@@ -357,7 +363,8 @@ def _train(config: Config, resume: bool | str | Path, images: int | None,
             on_config(config)
         if is_in_notebook() and is_main_process():
             runner.register_hook(NotebookProgress())
-        runner.train()
+        with explain_divergence(runner):
+            runner.train()
     return _read_result(runner)
 
 
@@ -367,6 +374,7 @@ def _build(config: Config, images: int | None) -> Runner:
     with kept_after_errors(find_saved_config(config)) if saves else nullcontext():
         with explain(config):
             runner = build_runner(config)
+            warn_of_annotations(config, ('train', 'val'))
             loops = dict(train=runner.train_loop, val=runner.val_loop)
             for loop in loops.values():
                 use_one_metainfo(loop)

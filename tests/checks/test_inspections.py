@@ -115,10 +115,19 @@ def test_all_missing_files_are_told_at_once_and_the_remedy_once(config):
 
 
 @pytest.mark.parametrize(
-    'text', ['{"images": [', '[]', '{"images": []}', '{"images": [{"id": 1}], "categories": [], "annotations": []}'])
-def test_a_file_that_is_no_annotation_file(config, folder, text):
-    (folder / 'all.json').write_text(text)
-    assert 'is no COCO annotation file' in fault_of(inspect_annotations(config)).found
+    'text, why', [('{"images": [', 'it is cut off: Expecting value'), ('[]', 'it holds a list'),
+                  ('{"images": []}', "no 'categories'"), ('', 'it is empty'), (' \n', 'it is empty'),
+                  ('{"images": {}, "categories": [], "annotations": []}', "'images' is an object, no list"),
+                  ('{"images": [{"file_name": "a', 'it is cut off: Unterminated string'),
+                  ('{"images": [1,, 2]}', 'it is no JSON: Expecting value: line 1 column 15'),
+                  ('null', 'it holds null'),
+                  ('\ufeff{}', 'it is no JSON: Unexpected UTF-8 BOM'),
+                  ('[' * 100000, 'it can not be read'), (b'{"images": "\xe9"}', 'it is not encoded as UTF-8')])
+def test_a_file_that_is_no_annotation_file(config, folder, text, why):
+    (folder / 'all.json').write_bytes(text if isinstance(text, bytes) else text.encode())
+    fault = fault_of(inspect_annotations(config))
+    assert f"all.json' is no COCO annotation file ({why}" in fault.found
+    assert fault.remedy == 'Expected a JSON object with the lists images, categories and annotations'
 
 
 def test_a_file_without_images(config, folder):
@@ -255,7 +264,7 @@ def test_a_data_set_that_can_not_be_built_is_a_fault(config):
 def test_unlabelled_images_have_no_annotations(config, folder):
     rewrite(folder, lambda content: content.pop('annotations'))
     dataset = dataset_of(config)
-    assert 'KeyError' in fault_of(inspect_annotations(config, ['train'])).found
+    assert "is no COCO annotation file (no 'annotations')" in fault_of(inspect_annotations(config, ['train'])).found
     dataset.pipeline = [dict(type='LoadImageFromFile'), dict(type='PackDetInputs'), dict(type='Unlabelled')]
     finding, = inspect_annotations(config, ['train'])
     assert (finding.found, finding.fault) == ('8 images, unlabelled', False)

@@ -1,4 +1,6 @@
 """The command line as a user meets it: help, runs, and one clear line for each mistake."""
+import json
+import math
 import os
 import re
 import shutil
@@ -238,6 +240,34 @@ def test_test_never_builds_a_teacher(workspace, monkeypatch):
     assert main(['test', 'run/student_fgd.py', 'run/epoch_1.pth', '--tta', '--show-dir', 'painted']) == 0
     assert load_config('run/student_fgd_test.py').model.module.type == 'RetinaNet'
     assert list(Path('run').glob('*/painted/*.png'))
+
+
+def damage_annotations(**values):
+    content = json.loads(Path('coco/all.json').read_text())
+    content['annotations'][3].update(values)
+    Path('coco/all.json').write_text(json.dumps(content))
+
+
+def test_damaged_annotations_stop_every_command_before_it_writes(workspace, capsys):
+    damage_annotations(bbox=[1, 2, math.inf, 4])
+    benchmark = ['benchmark', '--student', 'student.py', '--teacher', 'teacher.py', '--teacher-checkpoint',
+                 'teacher.pth', '--methods', 'fgd', '--work-dir', 'run', '--devices', 'cpu']
+    for command in (['train', 'student.py', '--work-dir', 'run'], [*DISTILL, '--work-dir', 'run'], benchmark,
+                    ['test', 'student.py', 'teacher.pth', '--work-dir', 'run'],
+                    ['inspect', 'student.py', '--out', 'run']):
+        said = error_of(command, capsys)
+        assert "data: 'coco/all.json': annotation 3 (id 4): its bbox is [1, 2, inf, 4], which is not finite." in said
+        assert said.count('annotation 3') == 1 and 'take them out (entries are counted from 0).' in said
+        assert not Path('run').exists()
+    assert main(['doctor', 'student.py']) == 1 and 'annotation 3 (id 4): its' in capsys.readouterr().out
+
+
+def test_what_mmdetection_leaves_out_is_a_note_at_the_start(workspace, capsys):
+    damage_annotations(bbox=[1, 2, 0, 4])
+    assert main(['train', 'student.py', '--work-dir', 'run']) == 0
+    said = capsys.readouterr()
+    note = "train data: 'coco/all.json': annotation 3 (id 4): its bbox is [1, 2, 0, 4], of less than a pixel, which MM"
+    assert note in said.out + said.err
 
 
 def test_augmentation_writes_types_that_are_classes_by_their_names(run_config, retinanet):
