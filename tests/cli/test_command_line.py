@@ -179,7 +179,7 @@ def test_distill_then_test_then_export(workspace, capsys):
 
 
 def test_several_checkpoints_are_an_ensemble(workspace, monkeypatch):
-    monkeypatch.setattr('kd_det.training.runs._train', lambda config, *options: None)
+    monkeypatch.setattr('mmengine.runner.Runner.train', lambda runner: None)
     several = ['--teacher-checkpoint', 'teacher.pth', 'teacher.pth']
     assert main([*DISTILL, *several, '--balance', '0.5', *NO_PREFLIGHT, 'model.distill.fgd.temperature=0.8']) == 0
     made = load_config('work_dirs/student_fgd_2_teachers/student_fgd_2_teachers.py').model
