@@ -46,6 +46,7 @@ from kd_det.training.runner import (
     add_trackers,
     build_optimizer,
     build_runner,
+    check_launcher,
     check_start,
     find_saved_config,
     use_one_metainfo,
@@ -329,6 +330,7 @@ def _set_run(config: Config, name: str, data_root: str | None, work_dir: str | P
     if data_root:
         set_data_root(config, data_root)
     merge_options(config, options or {})
+    check_launcher(launcher)
     config.launcher = launcher
     config.work_dir = str(work_dir or config.get('work_dir') or Path('work_dirs') / name)
     add_trackers(config, trackers)
