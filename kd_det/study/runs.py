@@ -209,7 +209,8 @@ def read_json(file: Path, kind: Any = dict) -> Any:
     except UnicodeDecodeError:
         raise ConfigurationError(f"'{file}': expected JSON, got no text.") from None
     except json.JSONDecodeError as error:
-        place = f'line {error.lineno}' if error.pos < len(text.rstrip()) else f'cut off in line {error.lineno}'
+        is_cut = error.pos >= len(text.rstrip()) or error.msg.startswith('Unterminated string')
+        place = f'cut off in line {error.lineno}' if is_cut else f'line {error.lineno}'
         raise ConfigurationError(f"'{file}': {place}: no JSON ({error.msg}).") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"'{file}' can not be read: {error}.") from None

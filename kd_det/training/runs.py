@@ -227,6 +227,9 @@ def evaluate(config: str | Path | Config, checkpoint: str | Path, *, data_root: 
     name = Path(config.filename or 'config').stem
     _set_run(config, name, data_root, work_dir, launcher=launcher, options=options)
     config = rename_config(config, f'{name}_test.py')  # the work dir keeps the config of its training
+    for key in ('test_dataloader', 'test_evaluator', 'test_cfg'):
+        if not config.get(key):
+            raise ConfigurationError(f"The config '{name}' has no {key}, so that there is nothing to test on.")
     config.load_from = str(checkpoint)
     if show or show_dir:
         config = trigger_visualization_hook(config, SimpleNamespace(show=show, show_dir=show_dir, wait_time=wait_time))
