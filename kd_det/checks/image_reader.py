@@ -59,7 +59,8 @@ class Memory:
     def recall(self, loader: str, path: str, state: Sequence[int]) -> Shape | None:
         """The shape of an image that this loader has read, and that has not changed since."""
         known = self.checked.get(loader, {}).get(path)
-        return tuple(known[2:5]) if isinstance(known, list) and len(known) == 5 and known[:2] == list(state) else None
+        is_known = isinstance(known, list) and len(known) == 5 and all(type(each) is int for each in known)
+        return tuple(known[2:5]) if is_known and known[:2] == list(state) else None
 
     def add(self, loader: str, look: Look) -> None:
         """Adds an image that was read."""

@@ -14,7 +14,7 @@ import re
 import zipfile
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,13 @@ class NotFiniteError(CheckpointError):
     """Weights of a checkpoint are NaN or infinite."""
 
 
-def load_checkpoint(path_or_url: str | Path, map_location: Any = 'cpu') -> dict[str, Any]:
+def load_checkpoint(path_or_url: str | Path, map_location: Any = 'cpu', mmap: bool = False) -> dict[str, Any]:
     """Loads a checkpoint and never runs code from it.
 
     Args:
         path_or_url: a file, or anything that mmengine's ``CheckpointLoader`` knows (``https://``, ``torchvision://``).
         map_location: as for :func:`torch.load`.
+        mmap: read tensors of a file, which must be one of ``torch.save``'s today, only when they are used.
 
     Returns:
         What the file holds. Its ``meta``, where it has one or names classes elsewhere, is a dict; ``dataset_meta``
@@ -67,7 +68,7 @@ def load_checkpoint(path_or_url: str | Path, map_location: Any = 'cpu') -> dict[
         from mmengine.runner.checkpoint import CheckpointLoader
         load = CheckpointLoader.load_checkpoint
     else:
-        load = _load_file
+        load = partial(_load_file, mmap=mmap)
     with _weights_only(name):
         checkpoint = load(name, map_location)
     if not isinstance(checkpoint, dict):
@@ -217,7 +218,7 @@ def _alias(function: Callable, module: str, name: str) -> Callable:
     return alias
 
 
-def _load_file(name: str, map_location: Any) -> Any:
+def _load_file(name: str, map_location: Any, mmap: bool) -> Any:
     path = Path(name).expanduser()
     if path.is_dir():
         within = ', '.join(sorted(file.name for file in path.glob('*.pth'))[-3:])
@@ -225,7 +226,7 @@ def _load_file(name: str, map_location: Any) -> Any:
                                 + (f' within it, such as {within}.' if within else '.'))
     if not path.is_file():
         raise FileNotFoundError(f'No checkpoint at {path.absolute()}.')
-    return torch.load(path, map_location=map_location, weights_only=True)
+    return torch.load(path, map_location=map_location, weights_only=True, **(dict(mmap=True) if mmap else {}))
 
 
 def _clear_errors(loader: Callable) -> Callable:

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 
 from kd_det.config import ConfigurationError
 from kd_det.config.composition import repeat_term, share_weight
@@ -77,6 +77,33 @@ def _stretch(scheduler: dict, before: int, after: int) -> None:
             scheduler[key] = [round(each * after / before) for each in value]
         elif isinstance(value, int):
             scheduler[key] = round(value * after / before)
+
+
+def read_value(text: str, place: str) -> Any:
+    """Reads a value as MMEngine's ``DictAction`` does: a number, True, None, a list, a tuple, or a text.
+
+    Args:
+        text: The value.
+        place: The option that it is of.
+
+    Raises:
+        ConfigurationError: Its brackets do not match.
+    """
+    opened: list[str] = []
+    is_nested = ',' in text or text.strip('\'"')[:1] in ('[', '(')  # brackets in the name of a file are no list
+    for sign in text if is_nested else '':
+        if sign in '[(':
+            opened.append(sign)
+        elif sign in '])' and (not opened or opened.pop() + sign not in ('[]', '()')):
+            opened = [sign]
+            break
+    try:
+        if not opened:
+            return DictAction._parse_iterable(text)
+    except RecursionError:  # of [0],[1], which it takes for one list
+        pass
+    raise ConfigurationError(f"{place}: expected one value or one list, whose brackets match, got '{text}'. Write "
+                             'lists without white space, or in quotation marks: key="[a,b]".')
 
 
 def merge_options(config: Config, options: dict) -> None:

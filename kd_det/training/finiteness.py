@@ -15,6 +15,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from kd_det.compat import describe_not_finite
+from kd_det.config.arguments import Count, Index, declared
 from kd_det.config.files import ConfigurationError
 from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.distillers.monitor import OF_TERM, Read, explain_losses
@@ -44,7 +45,8 @@ class FiniteHook(Hook):
     """
     priority = 'NORMAL'  # after MMEngine's log has the losses, and before anything is saved
 
-    def __init__(self, interval: int = 10, patience: int = 10) -> None:
+    @declared
+    def __init__(self, interval: Count = 10, patience: Index = 10) -> None:
         self.interval, self.patience = interval, patience
         self.skipped, self.first_skipped = 0, ''
         self.fault: tuple[int, str] | None = None  # since which iteration, what; other ranks may not know of it yet
