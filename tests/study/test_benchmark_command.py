@@ -49,10 +49,11 @@ def test_types_that_are_classes_are_written_by_their_names(run_config, retinanet
 
 def test_weights_of_a_teacher_that_are_not_finite_are_refused_before_anything_trains(run_config, retinanet, tmp_path):
     config = run_config(retinanet(), epochs=1, val=True)
+    config.dump(tmp_path / 'teacher.py')
     torch.save(dict(state_dict={'neck.bias': torch.tensor([1.0, float('nan')])}), tmp_path / 'teacher.pth')
     with pytest.raises(DiagnosisError, match=r'teacher checkpoint: .* not finite: 1 of 1 tensors, first neck.bias'):
-        kd_det.benchmark(student=config, teacher=config, teacher_checkpoints=[tmp_path / 'teacher.pth'],
-                         methods='none', work_dir=tmp_path / 'work')
+        kd_det.benchmark(student=config, teacher=str(tmp_path / 'teacher.py'), methods='none',
+                         teacher_checkpoints=[str(tmp_path / 'teacher.pth')], work_dir=tmp_path / 'work')
     assert not (tmp_path / 'work' / 'none').exists()
 
 
