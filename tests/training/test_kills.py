@@ -4,7 +4,6 @@ SIGKILL comes from within, at points that are counted: before a step, in the mid
 its name, before an old one goes, while a line is logged, in a validation. ``make soak`` sends it from outside.
 """
 import builtins
-import json
 import os
 import random
 import signal
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from mmdet.models import SingleStageDetector
 from mmdet.registry import MODELS
 from mmengine.config import Config
@@ -25,8 +23,6 @@ from mmengine.visualization import vis_backend
 import kd_det
 from kd_det.compat import writing
 from kd_det.distillers import DetectionDistiller
-from kd_det.study.runs import train
-from kd_det.study.scheduling import CONFIG_FILE, JobPool
 from kd_det.training.pictures import read_scalars
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs a process to kill')
