@@ -2,9 +2,8 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
-from kd_det.cli.common import add_config_options, add_force_option, read_options
+from kd_det.cli.common import add_config_options, add_force_option, path, read_options
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -12,7 +11,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('out',
                         metavar='OUT.pth',
-                        type=Path,
+                        type=path,
                         help='file to write; the config comes beside it, as OUT.py')
     add_force_option(parser)
     add_config_options(parser)

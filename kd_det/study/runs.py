@@ -35,6 +35,7 @@ from kd_det.compat.writing import locked_folder, write_whole
 from kd_det.config import ConfigurationError
 from kd_det.config.files import is_distillation
 from kd_det.registry import HOME
+from kd_det.training.finiteness import explain_divergence
 from kd_det.training.runner import build_runner
 
 PACKAGES = ('torch', 'torchvision', 'mmengine', 'mmdet', 'mmcv', 'mmcv-lite', 'numpy', 'pycocotools',
@@ -130,7 +131,8 @@ def _train(name: str, config: Config, identity: str, log: Callable[[str], None],
         runner = build_runner(config)
     recorder = TrainingRecorder(name, log, after_step)
     runner.register_hook(recorder, priority='LOWEST')
-    runner.train()
+    with explain_divergence(runner):
+        runner.train()
     memory, device_memory = measure_process_memory()  # of the training, not of what follows
     detector = getattr(runner.model, 'student', runner.model)
     return Run(

@@ -3,17 +3,18 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from itertools import accumulate
 from math import prod
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
+from annotated_types import Len
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.optim import build_optim_wrapper
@@ -24,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from kd_det.checks.synthetic import USUAL_SIZES, Size, random_distiller, synthetic_batch, training_sizes
 from kd_det.compat.console import TextTable
 from kd_det.config import ConfigurationError
+from kd_det.config.arguments import Count, Index, declared
 from kd_det.config.options import resolve_distillation
 from kd_det.context import DistillContext
 from kd_det.distillers import DetectionDistiller
@@ -107,8 +109,10 @@ class StepCosts:
         return self.tabulate().to_html()
 
 
-def measure_step_costs(config: str | Path | Config, *, batch_size: int = 2, size: Size | None = None, boxes: int = 10,
-                       repeats: int = 5, threads: int | None = None, device: str | None = None,
+@declared
+def measure_step_costs(config: str | Path | Config, *, batch_size: Count = 2,
+                       size: Annotated[Sequence[Count], Len(2, 2)] | None = None, boxes: Index = 10,
+                       repeats: Count = 5, threads: Count | None = None, device: str | None = None,
                        data_root: str | None = None, options: dict[str, Any] | None = None) -> StepCosts:
     """Measures what a distilled step costs beside the student's own, with random weights on random images.
 

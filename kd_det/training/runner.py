@@ -27,6 +27,7 @@ from kd_det.config.classes import get_metainfo
 from kd_det.config.files import get_type_name
 from kd_det.registry import HOME, add_nodes
 from kd_det.teachers.loading import find_weights
+from kd_det.training.finiteness import add_finite_hook
 from kd_det.training.saving import choose_checkpoint, keep_checkpoints_whole
 
 
@@ -45,6 +46,7 @@ def build_runner(config: Config) -> Runner:
     _rename_visualizer(config)
     runner = RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
     log_operator_backend()  # into the log that the runner has opened
+    add_finite_hook(runner)
     keep_checkpoints_whole(runner)
     return runner
 

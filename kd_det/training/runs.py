@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from mmdet.engine.hooks.utils import trigger_visualization_hook
@@ -20,13 +20,14 @@ from mmengine.dist import is_main_process
 from mmengine.runner import Runner
 
 from kd_det.checks.data import check_labels
-from kd_det.checks.doctor import check_config, explain
+from kd_det.checks.doctor import check_config, explain, warn_of_annotations
 from kd_det.checks.image_reader import Memory
 from kd_det.checks.images import check_images, student_channels
-from kd_det.compat import CheckpointError
+from kd_det.compat import CheckpointError, NotFiniteError
 from kd_det.compat.console import TextTable
 from kd_det.compat.writing import is_first_process, kept_after_errors, locked_folder, refuse_to_replace, write_whole
 from kd_det.config import ConfigurationError
+from kd_det.config.arguments import Count, Index, Name, Parts, Ratio, Seed, Weight, declared
 from kd_det.config.composition import distillation_config, make_ensemble
 from kd_det.config.files import (
     get_type_name,
@@ -40,6 +41,7 @@ from kd_det.config.methods import available_methods, name_sum
 from kd_det.config.options import merge_options, resolve_config, set_epochs
 from kd_det.registry import HOME, build_detector, enter_scope, get_scope
 from kd_det.teachers import load_strictly
+from kd_det.training.finiteness import explain_divergence
 from kd_det.training.hooks import NotebookProgress, is_in_notebook
 from kd_det.training.pictures import draw_curves, names_to_draw, read_scalars
 from kd_det.training.runner import (
@@ -52,6 +54,7 @@ from kd_det.training.runner import (
     use_one_metainfo,
 )
 
+Launcher = Literal['none', 'pytorch', 'slurm', 'mpi']
 CURVES = 4  # metrics whose curves a notebook shows
 # By what an export is known, which another may replace.
 EXPORTED, EXPORTED_CONFIG = 'kd-det export', '# Exported by kd-det: a plain student, for stock MMDetection.\n'
@@ -105,10 +108,11 @@ class RunResult:
         return f'{self.tabulate().to_html()}<img alt="learning curves" src="data:image/png;base64,{encoded}">'
 
 
+@declared
 def train(config: str | Path | Config, *, data_root: str | None = None, work_dir: str | Path | None = None,
-          epochs: int | None = None, seed: int | None = None, amp: bool = False, auto_scale_lr: bool = False,
-          resume: bool | str | Path = False, launcher: str = 'none', check_images: int | None = None,
-          trackers: Sequence[str] = (), options: dict[str, Any] | None = None) -> RunResult:
+          epochs: Count | None = None, seed: Seed | None = None, amp: bool = False, auto_scale_lr: bool = False,
+          resume: bool | str | Path = False, launcher: Launcher = 'none', check_images: Index | None = None,
+          trackers: Sequence[Name] = (), options: dict[str, Any] | None = None) -> RunResult:
     """Trains a detector from a config, with or without distillation, after a look at what would fail.
 
     Args:
@@ -130,7 +134,8 @@ def train(config: str | Path | Config, *, data_root: str | None = None, work_dir
         DiagnosisError: A file is missing, the data is empty or unreadable, class counts differ, or labels mean
             something else than the data's metainfo says.
         CheckpointError: The checkpoint to resume is of another detector, or that to start from has nothing of this one.
-        ConfigurationError: Something of the config can not be built.
+        ConfigurationError: Something of the config can not be built; or losses, features or weights become NaN or
+            infinite.
     """
     config = resolve_config(config)
     _set_run(config, Path(config.filename or 'config').stem, data_root, work_dir, epochs, seed, amp, auto_scale_lr,
@@ -138,12 +143,13 @@ def train(config: str | Path | Config, *, data_root: str | None = None, work_dir
     return _train(config, resume, check_images)
 
 
+@declared
 def distill(student: str | Path | Config, teacher: str | Path, checkpoint: str | Path | Sequence[str | Path],
             method: str = 'fgd', *, data_root: str | None = None, work_dir: str | Path | None = None,
-            epochs: int | None = None, inherit: str | Sequence[str] = 'auto', balance: float | str | None = None,
-            seed: int | None = None, amp: bool = False, resume: bool | str | Path = False, launcher: str = 'none',
+            epochs: Count | None = None, inherit: Parts = 'auto', balance: Ratio | None = None,
+            seed: Seed | None = None, amp: bool = False, resume: bool | str | Path = False, launcher: Launcher = 'none',
             options: dict[str, Any] | None = None, family: str = '', auto_scale_lr: bool = False,
-            check_images: int | None = None, trackers: Sequence[str] = (),
+            check_images: Index | None = None, trackers: Sequence[Name] = (),
             on_config: Callable[[Config], None] | None = None) -> RunResult:
     """Composes a distillation out of a student's config and a teacher, saves it in the work dir, and trains it.
 
@@ -195,9 +201,10 @@ def distill(student: str | Path | Config, teacher: str | Path, checkpoint: str |
     return _train(config, resume, check_images, on_config)
 
 
+@declared
 def evaluate(config: str | Path | Config, checkpoint: str | Path, *, data_root: str | None = None,
              work_dir: str | Path | None = None, tta: bool = False, out: str | Path | None = None, show: bool = False,
-             show_dir: str | None = None, wait_time: float = 2, launcher: str = 'none',
+             show_dir: str | None = None, wait_time: Weight = 2, launcher: Launcher = 'none',
              options: dict[str, Any] | None = None, force: bool = False) -> RunResult:
     """Evaluates a checkpoint on the config's test data; of a distillation the student alone, no teacher is built.
 
@@ -238,6 +245,7 @@ def evaluate(config: str | Path | Config, checkpoint: str | Path, *, data_root: 
     check_config(config, splits=('test', ))
     with explain(config):
         runner = build_runner(config)
+        warn_of_annotations(config, ('test', ))
         use_one_metainfo(runner.test_loop)
         metrics = runner.test_loop.evaluator.metrics
         check_labels(dict(test=runner.test_loop.dataloader.dataset), dict(test=metrics))
@@ -281,6 +289,7 @@ class ExportedStudent:
         return self.tabulate().to_html()
 
 
+@declared
 def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path, *, data_root: str | None = None,
            options: dict[str, Any] | None = None, force: bool = False) -> ExportedStudent:
     """Writes a plain student: its weights alone, and a config that stock MMDetection reads.
@@ -295,6 +304,7 @@ def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path,
 
     Raises:
         ConfigurationError: The checkpoint is not of the student in the config.
+        NotFiniteError: Its weights are NaN or infinite.
         WritingError: A file of that name exists, and is no export; or it can not be written.
     """
     out = Path(out)
@@ -309,6 +319,8 @@ def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path,
     model = build_detector(plain.model)
     try:
         loaded = load_strictly(model, str(checkpoint), role='student')
+    except NotFiniteError:
+        raise
     except CheckpointError as error:
         name = config.filename if isinstance(config, Config) else config
         raise ConfigurationError(f"The checkpoint '{checkpoint}' is not of the student in '{name}': {error}") from error
@@ -362,7 +374,8 @@ def _train(config: Config, resume: bool | str | Path, images: int | None,
             on_config(config)
         if is_in_notebook() and is_main_process():
             runner.register_hook(NotebookProgress())
-        runner.train()
+        with explain_divergence(runner):
+            runner.train()
     return _read_result(runner)
 
 
@@ -372,6 +385,7 @@ def _build(config: Config, images: int | None) -> Runner:
     with kept_after_errors(find_saved_config(config)) if saves else nullcontext():
         with explain(config):
             runner = build_runner(config)
+            warn_of_annotations(config, ('train', 'val'))
             loops = dict(train=runner.train_loop, val=runner.val_loop)
             for loop in loops.values():
                 use_one_metainfo(loop)

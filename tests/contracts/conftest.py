@@ -6,19 +6,22 @@ DETR; all of random numbers, so that no detector is built.
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from mmdet.registry import MODELS
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from kd_det.config.classes import ClassMatch
 from kd_det.context import DistillContext
+from kd_det.distillers.class_sets import restrict_to_shared_classes
 from kd_det.functional.queries import corners
-from kd_det.heads import HeadRequest, QueryOutputs, Regions, RoIOutputs, TeacherTowers, read_dense
-from kd_det.heads.towers import read_towers, record_towers, tower_widths
+from kd_det.heads import DenseOutputs, HeadRequest, QueryOutputs, Regions, RoIOutputs, TeacherTowers, read_dense
+from kd_det.heads.towers import TowerFeatures, read_towers, record_towers, tower_widths
 from kd_det.losses import DistillTerm
 
 STRIDES, CLASSES, STUDENT_WIDTH, TEACHER_WIDTH = (8, 16, 32), 3, 8, 12
@@ -31,6 +34,29 @@ SCENES = dict(
     unlabelled=((64, 96), [(64, 96), (40, 56), (64, 96)]),
     all_padding=((64, 96), [(64, 96), (0, 0), (64, 96)]),
     one_cell=((8, 8), [(8, 8)]))
+
+
+class Form(NamedTuple):
+    """What a scene is made of, beside random numbers.
+
+    Attributes:
+        batch_shape: Height and width in pixels.
+        image_shapes: Of each image.
+        boxes: x1, y1, x2, y2 of each image's boxes.
+        labels: The classes of each image's boxes.
+        labelled: Whether it is known what an image shows.
+        classes: Their number.
+        widths: Channels of the student's and of the teacher's levels.
+        seed: Of the random numbers.
+    """
+    batch_shape: tuple[int, int]
+    image_shapes: list[tuple[int, int]]
+    boxes: list[list[list[float]]]
+    labels: list[list[int]]
+    labelled: tuple[bool, ...]
+    classes: int = CLASSES
+    widths: tuple[int, int] = (STUDENT_WIDTH, TEACHER_WIDTH)
+    seed: int = 0
 
 
 class Scene(NamedTuple):
@@ -107,24 +133,26 @@ def built_heads():
 
 
 @pytest.fixture
-def make_scene(dense_head_config, built_heads):
-    """Makes the :class:`Scene` of a situation; ``equal``: the teacher has and predicts what the student does.
+def form_scene(dense_head_config, built_heads):
+    """Makes the :class:`Scene` of a :class:`Form`; ``equal``: the teacher has and predicts what the student does.
 
     It draws the same numbers each time.
     """
 
-    def build_head(family: str, width: int, **changes) -> nn.Module:
-        head = MODELS.build(dense_head_config(family, width, CLASSES, **changes)).requires_grad_(False)
+    def build_head(family: str, width: int, classes: int, **changes) -> nn.Module:
+        head = MODELS.build(dense_head_config(family, width, classes, **changes)).requires_grad_(False)
         for parameter in head.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.1)  # or all cells would be predicted alike
         return head
 
-    def find_heads(width: int) -> dict[str, nn.Module]:
-        if width not in built_heads:
-            built_heads[width] = dict(bbox_head=build_head('gfl', width, stacked_convs=2),
-                                      rpn_head=build_head('rpn', width))
-        return built_heads[width]
+    def find_heads(width: int, classes: int) -> dict[str, nn.Module]:
+        if (width, classes) not in built_heads:
+            with torch.random.fork_rng([]):
+                torch.manual_seed(0)
+                built_heads[width, classes] = dict(bbox_head=build_head('gfl', width, classes, stacked_convs=2),
+                                                   rpn_head=build_head('rpn', width, classes))
+        return built_heads[width, classes]
 
     def assign(outputs, boxes: list[Tensor]) -> None:
         """Every fifth prior of an image with boxes learns from one of them."""
@@ -132,26 +160,23 @@ def make_scene(dense_head_config, built_heads):
         outputs.assigned = tuple((torch.arange(each.shape[1]) % 5 == 0) & has_boxes[:, None] for each in outputs.logits)
         outputs.targets = tuple(torch.randn(*each.shape, 4) * each[..., None] for each in outputs.assigned)
 
-    def make(situation: str, equal: bool = False, student_width: int = STUDENT_WIDTH) -> Scene:
-        torch.manual_seed(0)
-        batch_shape, image_shapes = SCENES[situation]
-        boxes = [torch.tensor(each) for each, _ in zip(BOXES, image_shapes)]
-        if situation == 'one_cell':
-            boxes = [torch.tensor([[1., 1., 7., 7.]])]
-        boxes = [torch.zeros(0, 4) if situation == 'no_boxes' or 0 in shape else each
-                 for each, shape in zip(boxes, image_shapes)]
-        labels = [torch.arange(len(each)) % CLASSES for each in boxes]
+    def make(form: Form, equal: bool = False) -> Scene:
+        torch.manual_seed(form.seed)
+        batch_shape, image_shapes, classes, (student_width, teacher_width) = (
+            form.batch_shape, form.image_shapes, form.classes, form.widths)
+        boxes = [torch.tensor(each, dtype=torch.float32).view(-1, 4) for each in form.boxes]
+        labels = [torch.tensor(each, dtype=torch.long) for each in form.labels]
         cells = [tuple(-(-side // stride) for side in batch_shape) for stride in STRIDES]
         student = [torch.randn(len(boxes), student_width, *each).requires_grad_() for each in cells]
-        teacher = [level.detach().clone() if equal else torch.randn(len(boxes), TEACHER_WIDTH, *level.shape[-2:])
+        teacher = [level.detach().clone() if equal else torch.randn(len(boxes), teacher_width, *level.shape[-2:])
                    for level in student]
         context = DistillContext.of_features(student, teacher, STRIDES, boxes, labels, image_shapes, batch_shape)
-        context.labelled = tuple(situation != 'unlabelled' or index == 0 for index in range(len(boxes)))
+        context.labelled = form.labelled
         for taps in (context.student, context.teachers[0], context.student_levels, context.teacher_levels[0]):
             taps['backbone'] = taps['neck']
 
-        heads = find_heads(student_width)
-        teacher_heads = heads if equal else find_heads(TEACHER_WIDTH)
+        heads = find_heads(student_width, classes)
+        teacher_heads = heads if equal else find_heads(teacher_width, classes)
         with record_towers(heads['bbox_head']) as towers:
             outputs = {name: read_dense(head, head(tuple(student))) for name, head in heads.items()}
         for each in outputs.values():
@@ -161,10 +186,10 @@ def make_scene(dense_head_config, built_heads):
         outputs['bbox_head.towers'] = read_towers(towers)
         taught['bbox_head.towers'] = TeacherTowers(teacher_heads['bbox_head'])
 
-        regions, moves = make_regions(boxes, batch_shape), []
+        regions, moves = make_regions(boxes, labels, batch_shape, classes), []
         for side in (outputs, taught):
-            moves += [torch.randn(len(regions.labels), CLASSES + 1), torch.randn(len(regions.labels), CLASSES, 4),
-                      torch.randn(2, len(boxes), 5, CLASSES), torch.rand(2, len(boxes), 5, 4) * 0.4 + 0.3]
+            moves += [torch.randn(len(regions.labels), classes + 1), torch.randn(len(regions.labels), classes, 4),
+                      torch.randn(2, len(boxes), 5, classes), torch.rand(2, len(boxes), 5, 4) * 0.4 + 0.3]
             if equal and side is taught:
                 moves[4:] = [each.detach().clone() for each in moves[:4]]
             elif side is outputs:
@@ -178,6 +203,22 @@ def make_scene(dense_head_config, built_heads):
         context.student_outputs, context.teacher_outputs = outputs, [taught]
         widths = tower_widths(heads['bbox_head']), tower_widths(teacher_heads['bbox_head'])
         return Scene(context, [*student, *moves[:4]], widths)
+
+    return make
+
+
+@pytest.fixture
+def make_scene(form_scene):
+    """Makes the :class:`Scene` of a situation, see :func:`form_scene`."""
+
+    def make(situation: str, equal: bool = False, student_width: int = STUDENT_WIDTH) -> Scene:
+        batch_shape, image_shapes = SCENES[situation]
+        boxes = [[[1., 1., 7., 7.]]] if situation == 'one_cell' else [each for each, _ in zip(BOXES, image_shapes)]
+        boxes = [[] if situation == 'no_boxes' or 0 in shape else each for each, shape in zip(boxes, image_shapes)]
+        labels = [[index % CLASSES for index in range(len(each))] for each in boxes]
+        labelled = tuple(situation != 'unlabelled' or index == 0 for index in range(len(boxes)))
+        widths = student_width, TEACHER_WIDTH
+        return form_scene(Form(batch_shape, image_shapes, boxes, labels, labelled, widths=widths), equal)
 
     return make
 
@@ -201,7 +242,120 @@ def find_scene(make_scene, known_scenes):
     return find
 
 
-def make_regions(boxes: list[Tensor], batch_shape: tuple[int, int]) -> Regions:
+@st.composite
+def draw_form(draw, least_side: int = 4, least_boxes: int = 0) -> Form:
+    """Any small :class:`Form`: of one to three images, with up to three boxes each, in a batch of up to 12 × 12 cells.
+
+    Args:
+        least_side: Of an image, in pixels.
+        least_boxes: Of each image.
+    """
+    side = st.integers(max(least_side, 8), 96)
+    batch_shape = draw(side), draw(side)
+    image_shapes = draw(st.lists(st.tuples(*(st.integers(least_side, each) for each in batch_shape)), min_size=1,
+                                 max_size=3))
+    classes, share = draw(st.integers(1, 4)), st.floats(0, 1, width=32)
+    boxes = []
+    for height, width in image_shapes:
+        corners = draw(st.lists(st.tuples(share, share, share, share), min_size=least_boxes, max_size=3,
+                                unique=True))
+        boxes.append([[x * (width - 3), y * (height - 3), 2 + x * (width - 3) + w * (1 - x) * (width - 3),
+                       2 + y * (height - 3) + h * (1 - y) * (height - 3)] for x, y, w, h in corners])
+    labels = [[draw(st.integers(0, classes - 1)) for _ in each] for each in boxes]
+    width = st.sampled_from([4, 8, 12])
+    return Form(batch_shape, image_shapes, boxes, labels, tuple(draw(st.booleans()) for _ in boxes), classes,
+                (draw(width), draw(width)), draw(st.integers(0, 9)))
+
+
+@pytest.fixture
+def forms():
+    """The strategy :func:`draw_form`."""
+    return draw_form
+
+
+def rearrange(context: DistillContext, images: Sequence[int], orders: Sequence[Sequence[int]]) -> DistillContext:
+    """The step of a batch of some of its images, each with its boxes in another order.
+
+    Args:
+        context: The step.
+        images: Which image each of the new batch is; one may come more than once.
+        orders: For each of the old images which box each of the new order is.
+    """
+
+    def pick(value):
+        if isinstance(value, tuple) and all(isinstance(each, Tensor) for each in value):
+            return tuple(each[list(images)] for each in value)
+        return value
+
+    def change(outputs):
+        if isinstance(outputs, DenseOutputs):
+            fields = {field.name: pick(getattr(outputs, field.name)) for field in dataclasses.fields(outputs)}
+            return DenseOutputs(**{**fields, 'decode': lambda: pick(outputs.boxes)})
+        if isinstance(outputs, TowerFeatures):
+            return TowerFeatures(*(tuple(map(pick, depths)) for depths in outputs))
+        if isinstance(outputs, QueryOutputs):
+            assigned = outputs.assigned
+            if assigned is not None:
+                new = [torch.tensor([*map(order.index, range(len(order))), -1]) for order in orders]  # -1 stays -1
+                assigned = torch.stack([new[image][assigned[:, image]] for image in images], 1)
+            return dataclasses.replace(outputs, logits=outputs.logits[:, images], boxes=outputs.boxes[:, images],
+                                       assigned=assigned)
+        if isinstance(outputs, RoIOutputs):
+            rows = [(outputs.regions.rois[:, 0] == image).nonzero().flatten() for image in images]
+            regions = outputs.regions.select(torch.cat(rows))
+            index = torch.arange(len(images)).repeat_interleave(torch.tensor([*map(len, rows)]))
+            regions = regions._replace(rois=torch.cat([index[:, None].float(), regions.rois[:, 1:]], 1))
+            return RoIOutputs(regions, outputs.logits[torch.cat(rows)], outputs.deltas[torch.cat(rows)])
+        if isinstance(outputs, tuple) and not isinstance(outputs, TeacherTowers):
+            return tuple(map(change, outputs))
+        assert isinstance(outputs, TeacherTowers)  # a head, which knows no batch
+        return outputs
+
+    def of_images(values):
+        return [values[image] for image in images]
+
+    return dataclasses.replace(
+        context, student={path: pick(levels) for path, levels in context.student.items()},
+        teachers=[{path: pick(levels) for path, levels in taps.items()} for taps in context.teachers],
+        boxes=of_images([boxes[list(order)] for boxes, order in zip(context.boxes, orders)]),
+        labels=of_images([labels[list(order)] for labels, order in zip(context.labels, orders)]),
+        labelled=tuple(of_images(context.labelled)), image_shapes=of_images(context.image_shapes),
+        student_outputs={name: change(each) for name, each in context.student_outputs.items()},
+        teacher_outputs=[{name: change(each) for name, each in outputs.items()}
+                         for outputs in context.teacher_outputs])
+
+
+@pytest.fixture
+def permute():
+    """Draws from hypothesis' data a scene that says the same: images, the boxes of each, and classes in another order.
+
+    Returns it, and which image of the first each of it is.
+    """
+
+    def draw(scene: Scene, data) -> tuple[Scene, list[int]]:
+        context = scene.context
+        classes = context.student_outputs['roi_head'].num_classes
+        images, order, *orders = (data.draw(st.permutations(range(count)))
+                                  for count in (len(context.boxes), classes, *map(len, context.boxes)))
+        names = tuple(map(str, range(classes)))
+        renamed = restrict_to_shared_classes(context, 0, ClassMatch(names, names, tuple(order), tuple(order)))
+        return scene._replace(context=rearrange(renamed, images, orders)), images
+
+    return draw
+
+
+@pytest.fixture
+def double():
+    """Makes the scene in which each image comes twice, and tells which image of the first each of it is."""
+
+    def make(scene: Scene) -> tuple[Scene, list[int]]:
+        orders = [range(len(boxes)) for boxes in scene.context.boxes]
+        images = [*range(len(orders))] * 2
+        return scene._replace(context=rearrange(scene.context, images, orders)), images
+
+    return make
+
+def make_regions(boxes: list[Tensor], classes: list[Tensor], batch_shape: tuple[int, int], background: int) -> Regions:
     """Four regions of each image: the first of an image with boxes is its first box, all others are background."""
     height, width = batch_shape
     rois, labels = [], []
@@ -210,9 +364,10 @@ def make_regions(boxes: list[Tensor], batch_shape: tuple[int, int]) -> Regions:
         placed = torch.cat([corners, corners + torch.tensor([width / 3, height / 3])], 1)
         placed[:len(each[:1])] = each[:1]
         rois.append(torch.cat([torch.full((4, 1), float(index)), placed], 1))
-        labels.append(torch.tensor([0 if row < len(each[:1]) else CLASSES for row in range(4)]))
+        labels.append(torch.full((4, ), background))
+        labels[-1][:len(each[:1])] = classes[index][:1]
     labels = torch.cat(labels)
-    targets = torch.randn(len(labels), 4) * (labels < CLASSES)[:, None]
+    targets = torch.randn(len(labels), 4) * (labels < background)[:, None]
     return Regions(torch.cat(rois), labels, targets, torch.full((len(labels), 4), 0.1), torch.zeros_like(labels))
 
 

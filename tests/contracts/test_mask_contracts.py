@@ -7,6 +7,8 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from mmdet.registry import MODELS
 
 import kd_det.masks
@@ -30,17 +32,21 @@ CASES = {'_'.join([name, *(str(value) for key, value in config.items() if key no
 every_mask = pytest.mark.parametrize('case', CASES)
 
 
+def show_levels(mask: Mask, scene, **changes) -> list:
+    """The levels of a scene, with what a mask declares to read alone."""
+    inner = [module for module in mask.modules() if isinstance(module, Mask)]
+    context = scene.show(*([head for each in inner for head in getattr(each, side)]
+                           for side in ('student_heads', 'teacher_heads')), **changes)
+    return [context.read_level(index) for index in range(len(context.student['neck']))]
+
+
 @pytest.fixture
 def look(find_scene):
     """Builds the mask of a case; returns it and the levels of a situation, with what it declares to read alone."""
 
     def make(case: str, situation: str = 'plain', **changes):
-        scene = find_scene(situation, student_width=TEACHER_WIDTH)  # as if after an adapter
-        mask = build_mask(CASES[case])
-        inner = [module for module in mask.modules() if isinstance(module, Mask)]
-        context = scene.show(*([head for each in inner for head in getattr(each, side)]
-                               for side in ('student_heads', 'teacher_heads')), **changes)
-        return mask, [context.read_level(index) for index in range(len(context.student['neck']))]
+        mask, scene = build_mask(CASES[case]), find_scene(situation, student_width=TEACHER_WIDTH)  # as if adapted
+        return mask, show_levels(mask, scene, **changes)
 
     return make
 
@@ -128,6 +134,25 @@ def test_it_reads_the_teacher_of_its_term(case, look):
         level.context.teacher_outputs = [{}, level.context.teacher_outputs[-1]]
         level.teacher_index = 1
         assert torch.equal(mask.cells(level), cells)
+
+
+@given(data=st.data())
+def test_an_image_has_its_weights_whatever_its_place_and_whatever_comes_beside_it(data, forms, form_scene, permute,
+                                                                                  double):
+    """The order of images, boxes and classes means nothing, nor do copies of the images."""
+    form = data.draw(forms())
+    scene = form_scene(form._replace(widths=(form.widths[1], ) * 2))
+    for other, images in (permute(scene, data), double(scene)):
+        for case, config in CASES.items():
+            mask = build_mask(config)
+            for level, same in zip(show_levels(mask, scene), show_levels(mask, other)):
+                for expected, actual in zip(mask(level), mask(same)):
+                    assert expected.factor == actual.factor
+                    for one, another in zip(expected[:2], actual[:2]):
+                        assert (one is None) is (another is None)
+                        if one is not None:
+                            torch.testing.assert_close(another, one[images], rtol=1e-4, atol=1e-6,
+                                                       msg=lambda text: f'{case}: {text}')
 
 
 @pytest.mark.parametrize('name', MASKS)

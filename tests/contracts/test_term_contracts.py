@@ -7,6 +7,8 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from mmdet.registry import MODELS
 
 import kd_det.losses
@@ -15,7 +17,7 @@ from kd_det.losses import DistillTerm
 CONFIGS = dict(
     DenseRegression=[dict(), dict(form='distribution', weighting='positives'), dict(form='bounded'),
                      dict(weighting='valuable'), dict(weighting='gap', normalizer='confidence')],
-    DenseClassification=[dict(), dict(weighting='richness', normalizer='richness', beta=0)],
+    DenseClassification=[dict(), dict(weighting='richness', normalizer='richness', beta=0), dict(normalizer='none')],
     FeatureImitation=[dict(), *(dict(distance=distance) for distance in ('l1', 'smooth_l1', 'cosine')),
                       dict(normalizer='mask', mask='SpatialAttention')],
     RoIClassification=[dict(), *(dict(form=form) for form in ('decoupled', 'coupled', 'weighted'))],
@@ -133,6 +135,66 @@ def test_it_learns_from_the_teacher_of_its_index(case, connect, evaluate):
     scene.context.teacher_levels.append(scene.context.teacher_levels[0])
     scene.connect(second).load_state_dict(term.state_dict())
     assert second.teacher_index == 1 and evaluate(second, context) == expected
+
+
+# ---------------------------------------------------------------- steps drawn at random
+
+
+@pytest.fixture
+def evaluate_as(evaluate, monkeypatch):
+    """Runs every term on a scene, of whose images each was one of another scene, and draws the numbers of that one."""
+
+    def connect_all(scene) -> dict:
+        torch.manual_seed(0)
+        return {case: scene.connect(MODELS.build(config)) for case, config in CASES.items()}
+
+    def run(terms: dict, scene, images) -> dict:
+        rand = torch.rand
+
+        def draw(count, *shape, **options):
+            return rand(max(images) + 1, *shape, **options)[images] if count == len(images) else rand(count, *shape)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, 'rand', draw)
+            return {f'{case} {name}': value.item() for case, term in terms.items()
+                    for name, value in evaluate(term, scene.show_to(term)).items()}
+
+    run.connect = connect_all
+    return run
+
+
+@given(data=st.data())
+def test_the_order_of_images_boxes_and_classes_means_nothing(data, forms, form_scene, permute, evaluate_as):
+    scene = form_scene(data.draw(forms()))
+    terms = evaluate_as.connect(scene)
+    expected = evaluate_as(terms, scene, [*range(len(scene.context.boxes))])
+    assert evaluate_as(terms, *permute(scene, data)) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@given(data=st.data())
+def test_a_batch_that_comes_twice_has_the_value_that_terms_claim(data, forms, form_scene, double, evaluate_as):
+    scene = form_scene(data.draw(forms(least_side=16, least_boxes=1)))
+    terms = evaluate_as.connect(scene)
+    once = evaluate_as(terms, scene, [*range(len(scene.context.boxes))])
+    twice = evaluate_as(terms, *double(scene))
+    claimed = {name: value for name, value in once.items() if terms[name.split()[0]].independent_of_batch_size}
+    assert {name: twice[name] for name in claimed} == pytest.approx(claimed, rel=1e-4, abs=1e-6)
+
+
+@every_term
+def test_it_claims_to_be_independent_of_the_batch_size_where_it_is(case, connect, double, evaluate_as):
+    term, scene = connect(case)
+    once, twice = (evaluate_as({case: term}, *each) for each in ((scene, [0, 1, 2]), double(scene)))
+    assert term.independent_of_batch_size is (twice == pytest.approx(once, rel=1e-4))
+
+
+@given(data=st.data())
+def test_they_are_0_where_the_student_equals_the_teacher(data, forms, form_scene, evaluate_as):
+    form = data.draw(forms())
+    scene = form_scene(form._replace(widths=(form.widths[0], ) * 2), equal=True)
+    terms = {case: term for case, term in evaluate_as.connect(scene).items() if case not in NEVER_ZERO}
+    values = evaluate_as(terms, scene, [*range(len(scene.context.boxes))])
+    assert values == pytest.approx(dict.fromkeys(values, 0), abs=1e-6)
 
 
 @pytest.mark.parametrize('name', TERMS)

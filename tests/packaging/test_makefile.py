@@ -10,6 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 STARTUP = 'kd_det/compat/startup.py'  # of which an install keeps a copy
 
+# How a make that runs these tests would steer the one that they run: its flags, and what its command line or the
+# environment may set.
+OUTER_MAKE = re.compile('|'.join(['MAKE.*', 'MFLAGS', 'GNUMAKEFLAGS',
+                                  *re.findall(r'^(\w+) \?=', (ROOT / 'Makefile').read_text(), re.MULTILINE)]))
+
 # Stands for python3: `-m venv` makes an environment of such scripts, and everything is written to calls.txt.
 PYTHON = '''#!/bin/sh
 echo "$(basename "$0") $*" >> calls.txt
@@ -23,7 +28,15 @@ esac
 
 
 @pytest.fixture
-def make(tmp_path):
+def outer_make(request, monkeypatch):
+    """Of a test that is told so: the environment of what a make runs that was called with variables and flags."""
+    if hasattr(request, 'param'):
+        for name, value in request.param.items():
+            monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch, outer_make):
     """Runs make in a fresh clone with that Python and returns what was called."""
     for name in ('Makefile', 'setup.py', 'pyproject.toml', 'constraints.txt', '.ci'):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -33,11 +46,13 @@ def make(tmp_path):
     (tmp_path / 'python3').write_text(PYTHON)
     (tmp_path / 'python3').chmod(0o755)
 
+    for variable in filter(OUTER_MAKE.fullmatch, list(os.environ)):
+        monkeypatch.delenv(variable)
+
     def run(*command: str, check: bool = True, **environment: str) -> list:
         (tmp_path / 'calls.txt').write_text('')
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith('MAKE')}
         subprocess.run(command, cwd=tmp_path, check=check, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                       env={**inherited, 'PATH': f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **environment})
+                       env={**os.environ, 'PATH': f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **environment})
         return (tmp_path / 'calls.txt').read_text().splitlines()
 
     run.folder = tmp_path
@@ -114,3 +129,15 @@ def test_every_target_is_explained(make):
 def test_python_can_be_chosen(make):
     shutil.copy(make.folder / 'python3', make.folder / 'python3.99')
     assert make('make', 'install', 'PYTHON=python3.99')[0] == 'python3.99 -m venv .venv'
+
+
+@pytest.mark.parametrize('outer_make', [
+    dict(MAKEFLAGS=' -- PYTHON=python3.99', MAKEOVERRIDES='${-*-command-variables-*-}', MAKELEVEL='1', MFLAGS='',
+         PYTHON='python3.99'),
+    dict(MAKEFLAGS='n -- WORKERS=4 VENV=elsewhere', MFLAGS='-n', WORKERS='4', VENV='elsewhere'),
+    dict(GNUMAKEFLAGS='--dry-run')], indirect=True, ids=['python', 'workers', 'flags'])
+def test_a_make_that_runs_these_tests_does_not_steer_theirs(outer_make, make):
+    """``make test PYTHON=…`` hands its variables down, and those win over what a Makefile says."""
+    calls = make('make', 'test')
+    assert calls[0] == 'python3 -m venv .venv' and calls[-1] == 'python -m pytest -n 2 tests'
+    test_every_target_is_explained(make)
