@@ -30,7 +30,7 @@ from kd_det.checks.data import (
 from kd_det.checks.environment import Finding, raise_faults
 from kd_det.checks.image_reader import Memory
 from kd_det.checks.images import inspect_images, student_channels
-from kd_det.checks.instances import inspect_instances
+from kd_det.checks.instances import inspect_evaluated_images, inspect_instances
 from kd_det.checks.step import inspect_step
 from kd_det.config.classes import Names, find_label_names
 from kd_det.config.files import ConfigurationError
@@ -78,6 +78,7 @@ def _look_at_data(config: Config, splits: Sequence[str], memory: Memory | None,
         return findings, None
     datasets, metrics, faults = build_data(config, splits)
     findings += [*faults, *inspect_labels(datasets, metrics), *inspect_instances(datasets),
+                 *inspect_evaluated_images(datasets, metrics),
                  *inspect_images(datasets, student_channels(config), memory, images)]
     return findings, find_label_names(datasets['train']) if 'train' in datasets else None
 

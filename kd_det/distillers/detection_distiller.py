@@ -244,13 +244,10 @@ class DetectionDistiller(StudentWrapper):
             return supervision
         index = pseudo_labels.teacher_index
         teacher = self.build_teachers()[index]
-
-        def look(features: Features) -> None:
-            owner = f'teacher[{index}]' if len(self.teacher_configs) > 1 else 'teacher'
-            self.reads.note(self.progress.iteration, ((Read(owner, 'feature for pseudo-labels', level), feature)
-                                                      for level, feature in enumerate(features)))
-
-        detections = self.class_sets.translate(teacher.detect(inputs, data_samples, look), index, teacher)
+        detections = self.class_sets.translate(teacher.detect(inputs, data_samples), index, teacher)
+        owner = f'teacher[{index}]' if len(self.teacher_configs) > 1 else 'teacher'
+        self.reads.note(self.progress.iteration, ((Read(owner, 'feature for pseudo-labels', level), each)
+                                                  for level, each in enumerate(teacher.feature_sums)))
         return pseudo_labels(supervision, detections, self.progress)
 
     def _measure_gradients(self, observation: Observation) -> dict[str, Tensor]:

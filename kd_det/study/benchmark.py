@@ -131,13 +131,12 @@ def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | 
     common = Variant('', PLAIN, balance, inherit if isinstance(inherit, str) else tuple(inherit), options or {})
     variants = parse_variants(methods if isinstance(methods, str) else ','.join(methods), common)
     teachers = count_teachers(variants, pair.checkpoints)
-    if set(devices) - {'cpu'} and not torch.cuda.is_available():
-        raise ConfigurationError(f"--devices {','.join(devices)}: there is no GPU. Leave the option out, or give cpu.")
+    _check_devices(devices)
+    check_config(pair.student, splits=('train', 'val'))  # its annotations tell the size of images
     for variant in variants:  # what can not be composed or built is told before a teacher is trained
         raise_faults(inspect_arguments(variant_config(variant, pair, ['teacher.pth'] * teachers)))
     raise_faults(inspect_checkpoint('--teacher-checkpoint', checkpoint, 'Give the path of a checkpoint')
                  for checkpoint in teacher_checkpoints)
-    check_config(pair.student, splits=('train', 'val'))
     raise_faults(inspect_data(pair.student, ('train', 'val'), Memory(root), check_images))
     data = hash_data(pair.student)
     add_trackers(Config(dict(work_dir=str(root))), trackers)  # whose package is missing is told before, too
@@ -220,6 +219,18 @@ def _refuse_to_replace(root: Path, pair: Pair, data: str, force: bool) -> None:
                       OTHER_FOLDER)
     refuse_to_replace(root / TABLE_FILE, lambda content: content.startswith(b'| method |'), 'the table of a benchmark',
                       force, OTHER_FOLDER)
+
+
+def _check_devices(devices: Sequence[str]) -> None:
+    """Refuses GPUs that are not there: a training that sees none would use the CPU."""
+    gpus = [device for device in devices if device != 'cpu']
+    if gpus and not torch.cuda.is_available():
+        raise ConfigurationError(f"--devices {','.join(devices)}: there is no GPU. Leave the option out, or give cpu.")
+    for gpu in gpus:
+        # CUDA_VISIBLE_DEVICES takes the identifiers of GPUs and of their parts as well.
+        if not gpu.startswith(('GPU-', 'MIG-')) and not (gpu.isdecimal() and int(gpu) < torch.cuda.device_count()):
+            raise ConfigurationError(f"--devices: expected numbers of GPUs from 0 to {torch.cuda.device_count() - 1}, "
+                                     f"or cpu, got '{gpu}'.")
 
 
 def count_teachers(variants: Sequence[Variant], checkpoints: Sequence[str]) -> int:

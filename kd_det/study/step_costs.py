@@ -131,7 +131,8 @@ def measure_step_costs(config: str | Path | Config, *, batch_size: Count = 2,
     Raises:
         ConfigurationError: The config is no distillation, or a step fails on images of that size.
     """
-    loaded, device = resolve_distillation(config, data_root, options), device or get_device()
+    device = find_device('--device', device)
+    loaded = resolve_distillation(config, data_root, options)
     if threads:
         torch.set_num_threads(threads)
     prepare_without_runner(loaded, seed=0)
@@ -155,6 +156,28 @@ def measure_step_costs(config: str | Path | Config, *, batch_size: Count = 2,
                    engines=[asdict(teacher.engine) for teacher in distiller.teachers])
     return replace(costs, batch_size=batch_size, size=size, teacher_weights=sum(tensor.nbytes for tensor in tensors),
                    setting=setting)
+
+
+def find_device(place: str, name: str | None = None) -> str:
+    """The name of a device that is there.
+
+    Args:
+        place: The option, for the message.
+        name: ``'cpu'``, ``'cuda'``, ``'cuda:1'``, …; a GPU by default where there is one.
+
+    Raises:
+        ConfigurationError: PyTorch knows no such device, or there is none.
+    """
+    name = get_device() if name is None else name
+    try:
+        torch.empty(1, device=torch.device(name)).cpu()  # whoever only names a device may be told of it much later
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        there = ', '.join(['cpu', *(f'cuda:{index}' for index in range(count))])
+        reason = str(error).strip().split('\n')[0].split('. ')[0].rstrip('.')
+        reason = '' if reason.startswith(('Expected one of', 'Invalid device')) else f' ({reason})'
+        raise ConfigurationError(f"{place}: expected a device that is there: {there}, got '{name}'{reason}.") from None
+    return name
 
 
 def measure_seconds(call: Call, device: Device = 'cpu', repeats: int = 5, warmup: int = 2) -> float:

@@ -83,6 +83,8 @@ class Teacher:
     Attributes:
         classes: Names of its classes, by label; None where nothing tells them.
         num_parameters: How many weights it has.
+        feature_sums: Of the last prediction, the sum of each level of the features that its heads were given; not
+            finite where the level is not.
 
     Raises:
         TeacherError: No checkpoint and not ``random_teacher``, a head that is absent or can not be read, another number
@@ -141,6 +143,7 @@ class Teacher:
         self.taps = Taps(self.model, taps)
         self.bridge = InputBridge(student_preprocessor, self.model.data_preprocessor, find_input_channels(self.model))
         self.cache = None if cache is None else TeacherCache(**cache)
+        self.feature_sums: tuple[Tensor, ...] = ()
         self._last_fingerprint: tuple[tuple, str] = ((), '')
 
     def __deepcopy__(self, memo: dict) -> Teacher:
@@ -275,15 +278,13 @@ class Teacher:
         return tuple(crop_to_batch(level, own_images.shape[-2:], images.shape[-2:]) for level in levels)
 
     @torch.no_grad()
-    def predict(self, images: Tensor, data_samples: list, rescale: bool = True,
-                look: Callable[[Features], None] | None = None) -> list:
+    def predict(self, images: Tensor, data_samples: list, rescale: bool = True) -> list:
         """Detects, on a batch preprocessed for the student; returns mmdet's data samples with ``pred_instances``.
 
         Args:
             images: (N, C, H, W).
             data_samples: mmdet's data samples; their ``batch_input_shape`` becomes that of the teacher's batch.
             rescale: Put the boxes into the coordinates of the original images.
-            look: Given the features that its heads are given.
         """
         self._start_engine()
         images = self.bridge(images, [sample.img_shape[:2] for sample in data_samples])
@@ -291,24 +292,17 @@ class Teacher:
             sample.set_metainfo(dict(batch_input_shape=tuple(images.shape[-2:])))
         with explain_size_mismatch(images.shape[-2:]), record_calls(self.model, 'extract_feat') as calls:
             found = self.model.predict(images, data_samples, rescale=rescale)
-        if look is not None:
-            look(calls[0].returned)
+        self.feature_sums = tuple(level.sum(dtype=torch.float32) for call in calls[:1] for level in call.returned)
         return found
 
-    def detect(self, images: Tensor, data_samples: Sequence,
-               look: Callable[[Features], None] | None = None) -> list[InstanceData]:
+    def detect(self, images: Tensor, data_samples: Sequence) -> list[InstanceData]:
         """Detects on a batch preprocessed for the student, in its coordinates; the data samples stay as they are.
-
-        Args:
-            images: See :meth:`predict`.
-            data_samples: Likewise.
-            look: Likewise.
 
         Returns:
             ``bboxes``, ``scores`` and ``labels`` of each image, after the suppression of the teacher's ``test_cfg``.
         """
         samples = [DetDataSample(metainfo=sample.metainfo) for sample in data_samples]
-        found = [sample.pred_instances for sample in self.predict(images, samples, rescale=False, look=look)]
+        found = [sample.pred_instances for sample in self.predict(images, samples, rescale=False)]
         return [InstanceData(bboxes=each.bboxes, scores=each.scores, labels=each.labels) for each in found]
 
     def advise_on_overflow(self) -> str:

@@ -17,7 +17,7 @@ from mmengine.runner import Runner, set_random_seed
 from mmengine.runner.checkpoint import weights_to_cpu
 from rich.table import Table
 
-from kd_det.checks.data import check_labels
+from kd_det.checks.data import check_annotations, check_labels
 from kd_det.checks.preflight import evaluate_teacher, require_names, require_skill
 from kd_det.compat import log_operator_backend
 from kd_det.compat.console import PlainConsole
@@ -108,6 +108,7 @@ class DistillHook(Hook):
         if distiller is None:
             return
         log_operator_backend()
+        check_annotations(runner.cfg, ('train', 'val'))
         teachers = distiller.build_teachers()
         self._fingerprints = [teacher.fingerprint() for teacher in teachers]
         loops = dict(train=runner.train_loop, val=runner.val_loop)

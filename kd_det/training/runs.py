@@ -48,6 +48,7 @@ from kd_det.training.runner import (
     add_trackers,
     build_optimizer,
     build_runner,
+    check_launcher,
     check_start,
     find_saved_config,
     use_one_metainfo,
@@ -233,6 +234,9 @@ def evaluate(config: str | Path | Config, checkpoint: str | Path, *, data_root: 
     name = Path(config.filename or 'config').stem
     _set_run(config, name, data_root, work_dir, launcher=launcher, options=options)
     config = rename_config(config, f'{name}_test.py')  # the work dir keeps the config of its training
+    for key in ('test_dataloader', 'test_evaluator', 'test_cfg'):
+        if not config.get(key):
+            raise ConfigurationError(f"The config '{name}' has no {key}, so that there is nothing to test on.")
     config.load_from = str(checkpoint)
     if show or show_dir:
         config = trigger_visualization_hook(config, SimpleNamespace(show=show, show_dir=show_dir, wait_time=wait_time))
@@ -341,6 +345,7 @@ def _set_run(config: Config, name: str, data_root: str | None, work_dir: str | P
     if data_root:
         set_data_root(config, data_root)
     merge_options(config, options or {})
+    check_launcher(launcher)
     config.launcher = launcher
     config.work_dir = str(work_dir or config.get('work_dir') or Path('work_dirs') / name)
     add_trackers(config, trackers)
