@@ -40,7 +40,7 @@ from typing import (
 from annotated_types import Ge, Gt, Le, Len, Lt, MinLen, Predicate
 from typing_extensions import TypedDict, is_typeddict
 
-from kd_det.config import ConfigurationError
+from kd_det.config import ConfigurationError, suggest_names
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -148,17 +148,6 @@ def refuse(place: str, value: object, expected: str, advice: str = '') -> NoRetu
         ArgumentError: Always.
     """
     raise ArgumentError(place, f'expected {expected}, got {value!r:.80}.{advice and f" {advice}"}')
-
-
-def suggest_names(name: object, names: Iterable[str], most: int = 3) -> str:
-    """Makes a sentence of the names that are most like a wrong one; empty where none is.
-
-    Example:
-        >>> suggest_names('cosin', ('mse', 'cosine'))
-        'Nearest: cosine.'
-    """
-    found = get_close_matches(name, sorted(names), n=most) if isinstance(name, str) else []
-    return f"Nearest: {', '.join(found)}." if found else ''
 
 
 # --------------------------------------------------------------------------------------------------- what is declared
