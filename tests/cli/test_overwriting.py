@@ -103,7 +103,7 @@ def test_an_error_while_building_leaves_the_config_of_before(student):
     with pytest.raises(Exception, match='can not be built'):
         kd_det.train('student.py', work_dir=work_dir, options={'optim_wrapper.optimizer.type': 'Adamm'})
     assert (work_dir / 'student.py').read_text() == good
-    assert sorted(file.name for file in work_dir.glob('*.*')) == ['other.txt', 'student.py']
+    assert (work_dir / 'other.txt').read_text() == MINE and sorted(work_dir.glob('*.py')) == [work_dir / 'student.py']
 
 
 @pytest.mark.parametrize('before', [True, False])
