@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 import kd_det  # noqa: F401  isort:skip  first: it serves the operators that mmdet imports
 from mmdet.utils import register_all_modules
@@ -19,10 +19,13 @@ from kd_det.context import DistillContext
 
 torch.set_num_threads(1)
 
-# Few examples, the same in every run. Many, and others in each run: pytest --hypothesis-profile=long tests/contracts
+# Few examples, the same in every run, and none made simpler, which takes minutes. For many, others in every run:
+# pytest --hypothesis-profile=long tests/contracts
 settings.register_profile('suite', max_examples=5, derandomize=True, deadline=None, database=None,
+                          phases=[Phase.explicit, Phase.generate],
                           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-settings.register_profile('long', settings.get_profile('suite'), max_examples=200, derandomize=False)
+settings.register_profile('long', settings.get_profile('suite'), max_examples=200, derandomize=False,
+                          phases=list(Phase))
 settings.load_profile('suite')
 
 GOLDENS = Path(__file__).parent / 'goldens'
@@ -68,7 +71,7 @@ def golden():
     return load
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def retinanet():
     """Makes the model dict of a RetinaNet of a few thousand weights."""
 

@@ -109,9 +109,9 @@ def judge_coco(content: Any, use: Use, path: str, finite: bool = True) -> Iterat
     sizes = _read_sizes(images)
     try:
         damages += [*_judge_images(images, annotations, sizes, use), *_judge_names(categories, use),
-                    *_judge_references(images, annotations, 'image_id'),
-                    *_judge_references(categories, annotations, 'category_id')]
+                    *_judge_references(images, annotations, 'image_id', range(len(annotations.entries)))]
         relevant = _find_relevant(images, annotations, use)
+        damages += _judge_references(categories, annotations, 'category_id', relevant)
         found, kept = _judge_boxes(images, annotations, sizes, relevant, use)
         damages += found
     except TypeError:  # an id that is a list, which is told already
@@ -178,15 +178,14 @@ def _judge_images(images: Entries, annotations: Entries, sizes: np.ndarray, use:
         if annotation.get('image_id') in ids:
             shown[annotation['image_id']].append((annotation.get('category_id'), annotation.get('bbox')))
     objects = [sorted(map(repr, shown.get(identity, ()))) for identity in images['id']]
-    differ = [index for index in again if objects[index] != objects[names.index(names[index])]]
+    first = {name: index for index, name in reversed(list(enumerate(names)))}
+    differ = [] if use.unlabelled else [index for index in again if objects[index] != objects[first[names[index]]]]
     if use.filters_empty:  # a copy that shows nothing is left out
-        differ = [index for index in differ if objects[index] and objects[names.index(names[index])]]
+        differ = [index for index in differ if objects[index] and objects[first[names[index]]]]
 
     def tell(index: int) -> str:
-        return f"image {names.index(names[index])} has the file_name '{names[index]}', too"
+        return f"image {first[names[index]]} has the file_name '{names[index]}', too"
 
-    if use.unlabelled:
-        differ = []
     yield from images.damage(differ, lambda index: f'{tell(index)}, with other boxes: each would teach that the '
                              'objects of the other are background',
                              'List each image once, with all of its boxes (entries are counted from 0)')
@@ -197,7 +196,8 @@ def _judge_images(images: Entries, annotations: Entries, sizes: np.ndarray, use:
 
 def _judge_names(categories: Entries, use: Use) -> Iterator[Finding]:
     names = categories['name']
-    strange = [index for index, name in enumerate(names) if not isinstance(name, (str, int, float))]
+    strange = [index for index, name in enumerate(names) if not isinstance(name, (str, int, float))
+               and 'name' in categories.entries[index]]
     yield from categories.damage(strange, lambda index: f'its name is {show(names[index])}, expected a text')
     if not strange:
         again = categories.repeated('name')
@@ -211,10 +211,10 @@ def _judge_names(categories: Entries, use: Use) -> Iterator[Finding]:
             'Give each category a name of its own, or unite the two', fault=False)
 
 
-def _judge_references(entries: Entries, annotations: Entries, key: str) -> Iterator[Finding]:
+def _judge_references(entries: Entries, annotations: Entries, key: str, among: Sequence[int]) -> Iterator[Finding]:
     """Annotations of images or categories that the file does not list."""
     known, values = set(entries['id']) - {None}, annotations[key]
-    unknown = [index for index, value in enumerate(values) if value not in known and value is not None]
+    unknown = [index for index in among if values[index] not in known and values[index] is not None]
     alike = {as_text(value): value for value in known} if unknown else {}
     other_type = [index for index in unknown if as_text(values[index]) in alike]
     yield from annotations.damage(
@@ -236,8 +236,8 @@ def _read_sizes(images: Entries) -> np.ndarray:
 def _find_relevant(images: Entries, annotations: Entries, use: Use) -> list[int]:
     """The indices of the annotations that are looked at."""
     known = set(images['id']) - {None}
-    return [index for index, entry in enumerate(annotations.entries)
-            if entry.get('image_id') in known and (use.scored or not entry.get('ignore'))]
+    return [index for index, (image, ignored) in enumerate(zip(annotations['image_id'], annotations['ignore']))
+            if image in known and (use.scored or not ignored)]
 
 
 def _judge_boxes(images: Entries, annotations: Entries, sizes: np.ndarray, relevant: Sequence[int],
@@ -256,14 +256,19 @@ def _judge_boxes(images: Entries, annotations: Entries, sizes: np.ndarray, relev
     """
     findings = list(annotations.missing(('bbox', 'area', *(['iscrowd'] if use.scored else [])), relevant))
     entries = annotations.entries
-    given = np.array([index for index in relevant if 'bbox' in entries[index]], int)
-    values, broken = to_numbers([entries[index]['bbox'] for index in given.tolist()], 4)
+    given = np.array(relevant if annotations.has('bbox') else [index for index in relevant if 'bbox' in entries[index]],
+                     int)
+    columns = {key: annotations[key] for key in ('bbox', 'image_id', 'area')}
+    values, broken = to_numbers([columns['bbox'][index] for index in given.tolist()], 4)
     findings += annotations.damage(given[broken], lambda index: f"its bbox is {show(entries[index]['bbox'])}, "
                                    'expected 4 numbers: x, y, width, height')
     given, values = given[~broken], values[~broken]
     places = {identity: place for place, identity in enumerate(images['id'])}
-    sizes = sizes[np.array([places[entries[index]['image_id']] for index in given.tolist()], int)]
-    areas, no_area = to_numbers([entries[index].get('area', 1.0) for index in given.tolist()])
+    sizes = sizes[np.array([places[columns['image_id'][index]] for index in given.tolist()], int)]
+    areas, no_area = to_numbers([columns['area'][index] for index in given.tolist()])
+    lacking = np.zeros(len(given), bool) if annotations.has('area') else np.array(
+        ['area' not in entries[index] for index in given.tolist()], bool)
+    areas[lacking], no_area[lacking] = 1, False  # which is told already
     with np.errstate(all='ignore'):
         corners = np.concatenate([values[:, :2], values[:, :2] + values[:, 2:]], axis=1).astype(np.float32)
         infinite = ~np.isfinite(corners).all(1)
@@ -357,8 +362,8 @@ def _summarize(images: Entries, categories: Entries, annotations: Entries, kept:
         return Finding(use.subject, f'{count} images, unlabelled')
     classes = use.classes or tuple(names.values())
     used = {identity for identity, name in names.items() if name in classes}
-    annotated = {annotations.entries[index]['image_id'] for index in kept.tolist()
-                 if annotations.entries[index]['category_id'] in used}
+    of_images, of_categories = annotations['image_id'], annotations['category_id']
+    annotated = {of_images[index] for index in kept.tolist() if of_categories[index] in used}
     if annotated:
         return Finding(use.subject, f'{count} images, {len(annotated)} of them with boxes of {len(classes)} classes')
     remedy = "If nobody labelled these images, end the data set's pipeline with dict(type='Unlabelled')"

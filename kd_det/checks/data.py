@@ -19,7 +19,13 @@ from mmengine.evaluator import Evaluator
 
 from kd_det.checks.annotations import Use, inspect_coco_file
 from kd_det.checks.environment import Finding, raise_faults
-from kd_det.checks.instances import inspect_instances, inspect_other_form, is_unlabelled, reads_as_coco
+from kd_det.checks.instances import (
+    inspect_evaluated_images,
+    inspect_instances,
+    inspect_other_form,
+    is_unlabelled,
+    reads_as_coco,
+)
 from kd_det.checks.records import list_some
 from kd_det.config.classes import (
     LabelNames,
@@ -97,7 +103,7 @@ def _use(config: Config, split: str, dataset: dict) -> Use:
     unscored = split != 'train' and bool(evaluators) and all(each.get('format_only') for each in evaluators)
     return Use(f'{split} data', None if classes is None else tuple(classes),
                _loads_masks(dataset.get('pipeline')), unscored or _ends_unlabelled(dataset),
-               bool((dataset.get('filter_cfg') or {}).get('filter_empty_gt')))
+               bool((dataset.get('filter_cfg') or {}).get('filter_empty_gt')) and not dataset.get('test_mode'))
 
 
 def _loads_masks(node: object) -> bool:
@@ -182,9 +188,19 @@ def check_labels(datasets: Mapping[str, object], metrics: Mapping[str, Sequence[
 
     Raises:
         DiagnosisError: Labels mean something else than the metainfo says, or not the same in all data sets; or boxes
-            are none.
+            are none, or an evaluator does not know the images.
     """
-    raise_faults(chain(inspect_labels(datasets, metrics), inspect_instances(datasets)))
+    raise_faults(chain(inspect_labels(datasets, metrics), inspect_instances(datasets),
+                       inspect_evaluated_images(datasets, metrics)))
+
+
+def check_annotations(config: Config, splits: Sequence[str]) -> None:
+    """As :func:`inspect_annotations`, of COCO files.
+
+    Raises:
+        DiagnosisError: A file is damaged.
+    """
+    raise_faults(inspect_annotations(config, splits, others=False))
 
 
 def _inspect_label_names(subject: str, names: LabelNames, evaluated: bool) -> Iterator[Finding]:

@@ -24,6 +24,7 @@ from kd_det.config.files import iterate_built_datasets
 from kd_det.datasets import Unlabelled
 
 CORRECT_ANNOTATION = 'Correct these annotations, or take them out (entries are counted from 0)'
+SAME_FILE = 'Give the evaluator the annotation file of its data set'
 CHUNK = 10_000  # images whose boxes are judged at once
 CORNERS = ('xmin', 'ymin', 'xmax', 'ymax')
 
@@ -58,6 +59,25 @@ def inspect_instances(datasets: Mapping[str, object]) -> Iterator[Finding]:
             if not damages:
                 _sound.add(leaf)
             yield from damages.findings()
+
+
+def inspect_evaluated_images(datasets: Mapping[str, object],
+                             metrics: Mapping[str, Sequence[object]]) -> Iterator[Finding]:
+    """Whether an evaluator's own annotation file lists the images of its data set, and no others."""
+    for split, dataset in datasets.items():
+        for api in filter(None, (getattr(metric, '_coco_api', None) for metric in metrics.get(split, ()))):
+            evaluated = api.imgs.keys()
+            ids = {leaf.get_data_info(index).get('img_id') for leaf in iterate_built_datasets(dataset)
+                   if hasattr(leaf, 'get_data_info') for index in range(len(leaf))} - {None}
+            unknown, unseen = ids - evaluated, evaluated - ids
+            if unknown:
+                text = f'{len(unknown):,} of the {len(ids):,} images of the data set are not in its annotation file'
+                yield Finding(f'{split} evaluator', f'{text}, such as that of the id {show(next(iter(unknown)))}',
+                              SAME_FILE, fault=True)
+            elif unseen and ids:
+                text = f'{len(unseen):,} of the {len(evaluated):,} images of its file are not in the data set'
+                yield Finding(f'{split} evaluator', f'{text}, such as that of the id {show(next(iter(unseen)))}: their '
+                              'objects count as not found', SAME_FILE)
 
 
 def _judge_leaf(leaf: Any, damages: Damages) -> None:

@@ -22,7 +22,6 @@ from kd_det.checks.data import check_labels
 from kd_det.compat.process import preserved_randomness
 from kd_det.config.classes import ClassMatch, Names, count_classes, find_label_names, match_classes
 from kd_det.config.files import ConfigurationError
-from kd_det.taps import Features
 from kd_det.teachers import Teacher, TeacherError
 
 LIKELY_CAUSES = """Likely causes:
@@ -107,14 +106,12 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int,
         share = _share_of_rank(len(indices))
         images_of_rank = Subset(dataset, [indices[place % len(indices)] for place in share])
         places = iter(share)
-        broken = torch.zeros(1)  # batches of which a feature was not finite
-
-        def look(features: Features) -> None:
-            broken.add_(float(not all(level.isfinite().all() for level in features)))
-
+        broken = torch.zeros(())  # batches of which a feature was not finite
         for batch in DataLoader(images_of_rank, batch_size=loader.get('batch_size') or 1, collate_fn=pseudo_collate):
             data = preprocess(batch, False)
-            for sample in teacher.predict(data['inputs'], data['data_samples'], look=look):
+            predicted = teacher.predict(data['inputs'], data['data_samples'])
+            broken += not all(each.isfinite() for each in teacher.feature_sums)
+            for sample in predicted:
                 place = next(places)
                 objects = dataset.get_data_info(indices[place % len(indices)]).get('instances') or ()
                 found = _plain_boxes(sample.pred_instances)

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,23 @@ class Entries:
 
     def __init__(self, kind: str, entries: list[dict], report: Callable[[str, str, bool], Finding]) -> None:
         self.kind, self.entries, self.report = kind, entries, report
+        self._columns: dict[str, list] = {}
+        self._complete: set[str] = set()
 
     def __getitem__(self, key: str) -> list:
-        return [entry.get(key) for entry in self.entries]
+        """The values of a key, None where an entry lacks it."""
+        if key not in self._columns:
+            try:
+                self._columns[key] = list(map(itemgetter(key), self.entries))
+                self._complete.add(key)
+            except KeyError:
+                self._columns[key] = [entry.get(key) for entry in self.entries]
+        return self._columns[key]
+
+    def has(self, key: str) -> bool:
+        """Whether all entries have a key."""
+        self[key]
+        return key in self._complete
 
     def damage(self, indices: Sequence[int] | np.ndarray, what: str | Callable[[int], str], remedy: str = CORRECT,
                fault: bool = True) -> Iterator[Finding]:
@@ -117,6 +132,8 @@ class Entries:
 
     def missing(self, keys: Sequence[str], among: Sequence[int] | np.ndarray | None = None) -> Iterator[Finding]:
         """Tells of entries that lack keys."""
+        if all(map(self.has, keys)):
+            return
         lacking: dict[str, list[int]] = {}
         for index in range(len(self.entries)) if among is None else among:
             entry = self.entries[index]

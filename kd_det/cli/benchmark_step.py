@@ -3,23 +3,30 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
-from kd_det.cli.common import add_config_options, add_force_option, positive, print_tables, read_options
+from kd_det.cli.common import (
+    add_config_options,
+    add_force_option,
+    count,
+    index,
+    path,
+    print_tables,
+    read_options,
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('config', help="config of a distillation: a file, or 'package::folder/file.py'; its data and "
                         'checkpoints are not needed, for weights and images are random')
-    parser.add_argument('--batch-size', type=positive, default=2, metavar='N', help='images in the batch (2)')
-    parser.add_argument('--size', type=positive, nargs=2, metavar=('H', 'W'),
+    parser.add_argument('--batch-size', type=count, default=2, metavar='N', help='images in the batch (2)')
+    parser.add_argument('--size', type=count, nargs=2, metavar=('H', 'W'),
                         help='of the images (the largest that the training pipeline makes of 480 x 640 pixels)')
-    parser.add_argument('--boxes', type=int, default=10, metavar='N', help='objects in each image (10)')
-    parser.add_argument('--repeats', type=positive, default=5, metavar='N',
+    parser.add_argument('--boxes', type=index, default=10, metavar='N', help='objects in each image (10)')
+    parser.add_argument('--repeats', type=count, default=5, metavar='N',
                         help='rounds, of which the medians count (5)')
-    parser.add_argument('--threads', type=positive, metavar='N', help="PyTorch's threads on the CPU (its own choice)")
+    parser.add_argument('--threads', type=count, metavar='N', help="PyTorch's threads on the CPU (its own choice)")
     parser.add_argument('--device', help='cpu, cuda, … (a GPU where there is one)')
-    parser.add_argument('--out', type=Path, metavar='FILE', help='write the numbers to this file, as JSON')
+    parser.add_argument('--out', type=path, metavar='FILE', help='write the numbers to this file, as JSON')
     add_force_option(parser)
     add_config_options(parser)
 

@@ -2,9 +2,8 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
-from kd_det.cli.common import add_config_options, add_force_option, print_tables, read_options
+from kd_det.cli.common import add_config_options, add_force_option, path, print_tables, read_options
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -12,7 +11,7 @@ def add_arguments(parser: ArgumentParser) -> None:
                         'saves one in its work dir')
     parser.add_argument('--image', metavar='FILE', help='look at this image, without ground truth, prepared as for '
                         'validation (at the first training batch by default)')
-    parser.add_argument('--out', metavar='DIR', type=Path, help='folder for the pictures (work_dirs/CONFIG/inspection)')
+    parser.add_argument('--out', metavar='DIR', type=path, help='folder for the pictures (work_dirs/CONFIG/inspection)')
     parser.add_argument('--checkpoint', metavar='FILE', help='of the student: look at what it is after some training; '
                         'through an untrained head hardly any gradient of the task passes')
     teacher = parser.add_mutually_exclusive_group()

@@ -20,6 +20,7 @@ from kd_det.compat.process import (
     INTERRUPTED,
     TERMINATED,
     describe,
+    end_with_parent,
     find_place,
     is_expected,
     is_pipe_closed,
@@ -157,6 +158,8 @@ def _run(make: Callable[[], Parser], arguments: Sequence[str]) -> int:
         try:
             options = _parse(make, arguments)
             debug = options.debug
+            if 'TORCHELASTIC_RUN_ID' in os.environ:  # the parent is torchrun: killed, it would leave this one training
+                end_with_parent()
             code = options.run(options)
             _leave_process_group()
             sys.stdout.flush()  # else what does not get through is told as Python ends, and with a traceback

@@ -2,16 +2,15 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
-from kd_det.cli.common import add_config_options, add_force_option, read_options
+from kd_det.cli.common import add_config_options, add_force_option, index, path, read_options
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument('work_dirs', nargs='+', type=Path, metavar='WORK_DIR',
+    parser.add_argument('work_dirs', nargs='+', type=path, metavar='WORK_DIR',
                         help='of kd-det benchmark or sweep, finished or not; or of single runs of distill or train')
-    parser.add_argument('--out', type=Path, metavar='FILE', help='the page (report.html in the first WORK_DIR)')
-    parser.add_argument('--images', type=int, default=8, metavar='N',
+    parser.add_argument('--out', type=path, metavar='FILE', help='the page (report.html in the first WORK_DIR)')
+    parser.add_argument('--images', type=index, default=8, metavar='N',
                         help='validation images to show, evenly spaced over the data (8)')
     parser.add_argument('--show', nargs='+', default=(), metavar='FILE',
                         help='validation images to show in place of these, by the names of their files')

@@ -83,7 +83,7 @@ def describe_not_finite(state: Mapping[str, Tensor], parameters: Container[str] 
     """Describes which of some weights are not finite.
 
     NaN is never right, and neither is an infinite parameter; a buffer may be infinite, as a mask of attention is, but
-    not a statistic, and no variance is below 0.
+    not a statistic.
 
     Args:
         state: Tensors by key; those that are not floating-point numbers are passed over.
@@ -100,8 +100,7 @@ def describe_not_finite(state: Mapping[str, Tensor], parameters: Container[str] 
     if not state:
         return None
     # A sum is finite where all are: one pass over the memory, and one answer of the device for all tensors.
-    sums = [(value.sqrt() if key.endswith('running_var') else value).sum(dtype=torch.float32)
-            for key, value in state.items()]
+    sums = [value.sum(dtype=torch.float32) for value in state.values()]
     totals = torch.stack([total.to(sums[0].device) for total in sums]).tolist()
     suspects = [key for key, total in zip(state, totals) if not math.isfinite(total)]
     found = {}
@@ -110,8 +109,6 @@ def describe_not_finite(state: Mapping[str, Tensor], parameters: Container[str] 
         wrong = {'nan': value.isnan()}
         if parameters is None or key in parameters or key.endswith(STATISTICS):
             wrong['infinite'] = value.isinf()
-        if key.endswith('running_var'):
-            wrong['below 0'] = value < 0
         counts = {kind: int(each.sum()) for kind, each in wrong.items() if each.any()}
         if counts:
             kind, count = next(iter(counts.items()))

@@ -226,10 +226,10 @@ def _interrupt(number, frame) -> None:
 
 def leave_interrupted() -> NoReturn:
     """Ends the process at once, in one line."""
-    with suppress(OSError, ValueError):
-        print('kd-det: interrupted', file=sys.stderr, flush=True)
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RuntimeError):  # RuntimeError: it came while a line was being printed
         sys.stdout.flush()
+    with suppress(OSError):
+        os.write(2, b'kd-det: interrupted\n')
     os._exit(INTERRUPTED)
 
 

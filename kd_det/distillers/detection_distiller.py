@@ -10,13 +10,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from mmdet.registry import MODELS
 from torch import Tensor
 
 from kd_det.compat.process import preserved_randomness
+from kd_det.config.arguments import Name, Names, declared
 from kd_det.context import DistillContext, Progress
 from kd_det.distillers.building import (
     Connections,
@@ -104,13 +105,14 @@ class DetectionDistiller(StudentWrapper):
         TeacherError: A teacher lacks its config or checkpoint.
     """
 
+    @declared
     def __init__(self,
-                 student: dict,
-                 teacher: dict | Sequence[dict],
-                 distill: dict[str, dict],
-                 inherit: str | Sequence[str] = (),
+                 student: dict[str, Any],
+                 teacher: dict[str, Any] | Sequence[dict[str, Any]],
+                 distill: dict[str, Any],
+                 inherit: Name | Names = (),
                  task_weight: ScheduleConfig = 1.0,
-                 pseudo_labels: dict | None = None) -> None:
+                 pseudo_labels: dict[str, Any] | None = None) -> None:
         detector = build_student(student)
         super().__init__(detector)
         self.origins = WeightOrigins(detector)
@@ -242,13 +244,10 @@ class DetectionDistiller(StudentWrapper):
             return supervision
         index = pseudo_labels.teacher_index
         teacher = self.build_teachers()[index]
-
-        def look(features: Features) -> None:
-            owner = f'teacher[{index}]' if len(self.teacher_configs) > 1 else 'teacher'
-            self.reads.note(self.progress.iteration, ((Read(owner, 'feature for pseudo-labels', level), feature)
-                                                      for level, feature in enumerate(features)))
-
-        detections = self.class_sets.translate(teacher.detect(inputs, data_samples, look), index, teacher)
+        detections = self.class_sets.translate(teacher.detect(inputs, data_samples), index, teacher)
+        owner = f'teacher[{index}]' if len(self.teacher_configs) > 1 else 'teacher'
+        self.reads.note(self.progress.iteration, ((Read(owner, 'feature for pseudo-labels', level), each)
+                                                  for level, each in enumerate(teacher.feature_sums)))
         return pseudo_labels(supervision, detections, self.progress)
 
     def _measure_gradients(self, observation: Observation) -> dict[str, Tensor]:

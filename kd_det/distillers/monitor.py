@@ -322,18 +322,16 @@ class ReadRecord:
             self._noted.append((iteration, tuple(read for read, _ in listed), sums))
 
     def find(self) -> dict[int, list[Read]]:
-        """What was not finite, by iteration, since this was asked last; waits for the device."""
+        """What was not finite in each iteration since this was asked last; waits for the device."""
         found: dict[int, list[Read]] = {}
         alike: dict[tuple[Read, ...], dict[int, Tensor]] = {}  # steps that read the same wait for the device once
         for iteration, reads, sums in self._noted:
             alike.setdefault(reads, {})[iteration] = sums
         for reads, steps in alike.items():
             for iteration, finite in zip(steps, torch.stack(list(steps.values())).isfinite().tolist()):
-                broken = [read for read, is_finite in zip(reads, finite) if not is_finite]
-                if broken:
-                    found[iteration] = [*found.get(iteration, ()), *broken]
+                found.setdefault(iteration, []).extend(read for read, is_finite in zip(reads, finite) if not is_finite)
         self._noted.clear()
-        return found
+        return dict(sorted(found.items()))
 
 
 def describe_reads(reads: Iterable[Read]) -> str:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from mmengine.config import Config
 
+from kd_det.checks.arguments import inspect_arguments
 from kd_det.checks.checkpoints import inspect_checkpoint
 from kd_det.checks.doctor import check_config, inspect_data
 from kd_det.checks.environment import raise_faults
@@ -19,6 +20,7 @@ from kd_det.checks.image_reader import Memory
 from kd_det.compat.console import TextTable
 from kd_det.compat.writing import locked_folder, refuse_to_replace, write_whole
 from kd_det.config import ConfigurationError
+from kd_det.config.arguments import Count, Index, Name, Parts, Ratio, Seeds, declared
 from kd_det.study.fidelity import add_fidelity
 from kd_det.study.pair import Pair, adapt_config, hash_data, hash_weights, read_pair
 from kd_det.study.results import (
@@ -37,6 +39,7 @@ from kd_det.study.variants import PLAIN, Variant, expand_grid, parse_variants, v
 from kd_det.training.runner import add_trackers
 
 TEACHER_SEED = 0
+Split = Literal['val', 'train']
 
 
 class TeacherTrainingError(RuntimeError):
@@ -76,15 +79,15 @@ class BenchmarkResult:
         return ''.join(table.to_html() for table in self.tabulate())
 
 
+@declared
 def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | Config | None = None,
-              teacher: str | Path | None = None, teacher_checkpoints: Sequence[str] = (),
-              methods: str | Sequence[str] = 'none,kd,fgd,pkd', seeds: int | Sequence[int] = 3,
-              fidelity: Sequence[str] = (), data_root: str | None = None, epochs: int | None = None,
-              teacher_epochs: int | None = None, balance: float | str | None = None,
-              inherit: str | Sequence[str] = 'auto', options: dict[str, Any] | None = None,
-              check_images: int | None = None, trackers: Sequence[str] = (),
-              work_dir: str | Path = 'work_dirs/benchmark', devices: Sequence[str] = (), jobs: int | None = None,
-              threads: int | None = None, force: bool = False,
+              teacher: str | Path | None = None, teacher_checkpoints: Sequence[str | Path] = (),
+              methods: str | Sequence[str] = 'none,kd,fgd,pkd', seeds: Count | Seeds = 3,
+              fidelity: Sequence[Split] = (), data_root: str | None = None, epochs: Count | None = None,
+              teacher_epochs: Count | None = None, balance: Ratio | None = None, inherit: Parts = 'auto',
+              options: dict[str, Any] | None = None, check_images: Index | None = None, trackers: Sequence[Name] = (),
+              work_dir: str | Path = 'work_dirs/benchmark', devices: Sequence[Name] = (), jobs: Count | None = None,
+              threads: Count | None = None, force: bool = False,
               log: Callable[[str], None] = print) -> BenchmarkResult:
     """Trains a pair with several methods and seeds, and tells which difference is more than chance.
 
@@ -128,13 +131,12 @@ def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | 
     common = Variant('', PLAIN, balance, inherit if isinstance(inherit, str) else tuple(inherit), options or {})
     variants = parse_variants(methods if isinstance(methods, str) else ','.join(methods), common)
     teachers = count_teachers(variants, pair.checkpoints)
-    if set(devices) - {'cpu'} and not torch.cuda.is_available():
-        raise ConfigurationError(f"--devices {','.join(devices)}: there is no GPU. Leave the option out, or give cpu.")
-    for variant in variants:  # what can not be composed is told before a teacher is trained
-        variant_config(variant, pair, [''] * teachers)
+    _check_devices(devices)
+    check_config(pair.student, splits=('train', 'val'))  # its annotations tell the size of images
+    for variant in variants:  # what can not be composed or built is told before a teacher is trained
+        raise_faults(inspect_arguments(variant_config(variant, pair, ['teacher.pth'] * teachers)))
     raise_faults(inspect_checkpoint('--teacher-checkpoint', checkpoint, 'Give the path of a checkpoint')
                  for checkpoint in teacher_checkpoints)
-    check_config(pair.student, splits=('train', 'val'))
     raise_faults(inspect_data(pair.student, ('train', 'val'), Memory(root), check_images))
     data = hash_data(pair.student)
     add_trackers(Config(dict(work_dir=str(root))), trackers)  # whose package is missing is told before, too
@@ -217,6 +219,18 @@ def _refuse_to_replace(root: Path, pair: Pair, data: str, force: bool) -> None:
                       OTHER_FOLDER)
     refuse_to_replace(root / TABLE_FILE, lambda content: content.startswith(b'| method |'), 'the table of a benchmark',
                       force, OTHER_FOLDER)
+
+
+def _check_devices(devices: Sequence[str]) -> None:
+    """Refuses GPUs that are not there: a training that sees none would use the CPU."""
+    gpus = [device for device in devices if device != 'cpu']
+    if gpus and not torch.cuda.is_available():
+        raise ConfigurationError(f"--devices {','.join(devices)}: there is no GPU. Leave the option out, or give cpu.")
+    for gpu in gpus:
+        # CUDA_VISIBLE_DEVICES takes the identifiers of GPUs and of their parts as well.
+        if not gpu.startswith(('GPU-', 'MIG-')) and not (gpu.isdecimal() and int(gpu) < torch.cuda.device_count()):
+            raise ConfigurationError(f"--devices: expected numbers of GPUs from 0 to {torch.cuda.device_count() - 1}, "
+                                     f"or cpu, got '{gpu}'.")
 
 
 def count_teachers(variants: Sequence[Variant], checkpoints: Sequence[str]) -> int:

@@ -53,8 +53,12 @@ def run_demo(settings: DemoSettings) -> None:
     """Generates data, trains a teacher and two students, with and without distillation, and compares them.
 
     Raises:
+        ConfigurationError: The config is none of a distillation.
         WritingError: The folder has files of somebody else's under the names of the demo's, or another demo runs there.
     """
+    if not is_distillation(load_config(settings.config)):  # told before a teacher is trained
+        raise ConfigurationError(f'--config {settings.config} is no distillation: its model is not a '
+                                 'DetectionDistiller.')
     console = PlainConsole(file=sys.stdout)  # the real one, not what it is redirected to below
     advice = 'Give another folder with --out, or replace it with --force.'
     for name, mark in ((RESULTS_FILE, b'"gain"'), *((name, b'Matplotlib') for name in PICTURES)):
@@ -80,9 +84,6 @@ def _train_and_compare(settings: DemoSettings, console: Console) -> None:
             plain.append(_train_once(name, config, data, progress))
             name = f'distilled student, seed {seed}'
             config = _load_config(settings.config, f'distilled_{seed}', settings, settings.epochs, seed)
-            if not is_distillation(config):
-                raise ConfigurationError(f'--config {settings.config} is no distillation: its model is not a '
-                                         'DetectionDistiller.')
             config.model.teacher = dict(config=TEACHER_CONFIG, checkpoint=teacher.checkpoint)
             distilled.append(_train_once(name, config, [data, teacher.identity], progress))
     runs = dict(teacher=[teacher], plain=plain, distilled=distilled)

@@ -8,6 +8,7 @@ from contextlib import redirect_stdout
 from io import StringIO
 from math import isfinite
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from torchvision.ops import box_iou, nms
 from kd_det import __version__
 from kd_det.compat.writing import write_whole
 from kd_det.config import ConfigurationError
+from kd_det.config.arguments import Count, Share, declared
 from kd_det.config.classes import (
     ClassMatch,
     count_classes,
@@ -92,18 +94,21 @@ class FidelityMetric(BaseMetric):
             ignored region.
         calibrated_from: Score from which on detections count for the calibration.
         bins: Of the calibration error.
-        collect_device: See mmengine's ``BaseMetric``.
-        prefix: See mmengine's ``BaseMetric``.
+        collect_device: Where the ranks' results are gathered, see mmengine's ``BaseMetric``.
+        prefix: What the names of its numbers begin with; by default ``fidelity``.
 
     Raises:
+        ArgumentError: An argument does not fit.
         TeacherError: See :class:`~kd_det.teachers.Teacher`.
         ConfigurationError: Student and teacher share no class; or they have not the same number of classes, and the
             names do not tell which are the same.
     """
     default_prefix = 'fidelity'
 
-    def __init__(self, teacher: dict, confidence: float = 0.3, min_iou: float = 0.5, calibrated_from: float = 0.05,
-                 bins: int = 15, collect_device: str = 'cpu', prefix: str | None = None) -> None:
+    @declared
+    def __init__(self, teacher: dict[str, Any], confidence: Share = 0.3, min_iou: Share = 0.5,
+                 calibrated_from: Share = 0.05, bins: Count = 15, collect_device: Literal['cpu', 'gpu'] = 'cpu',
+                 prefix: str | None = None) -> None:
         super().__init__(collect_device, prefix)
         self.teacher_config = dict(teacher)
         self.confidence, self.min_iou = confidence, min_iou

@@ -26,6 +26,7 @@ from kd_det.checks.images import check_images
 from kd_det.compat import load_checkpoint
 from kd_det.compat.console import TextTable
 from kd_det.config import ConfigurationError
+from kd_det.config.arguments import declared
 from kd_det.config.classes import Names, find_label_names, find_training_classes
 from kd_det.config.files import get_type_name, list_leaf_datasets
 from kd_det.config.options import resolve_distillation
@@ -45,6 +46,7 @@ CHECKED_IMAGES = 500  # of the training data that are read before; a run reads a
 NONE = '–'
 
 
+@declared
 def inspect(config: str | Path | Config, *, image: str | Path | None = None, checkpoint: str | None = None,
             teacher_checkpoint: str | None = None, random_teacher: bool = False, out: str | Path | None = None,
             data_root: str | None = None, options: dict[str, Any] | None = None, force: bool = False) -> Inspection:

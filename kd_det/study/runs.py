@@ -186,23 +186,16 @@ def check_run(content: Any, place: str = '') -> None:
     """
     try:
         check_shape(content, Run)
-        check_shape(content['metrics'].get('bbox_mAP'), float)
+        check_shape(content['metrics'].get('bbox_mAP'), float, 'metrics.bbox_mAP')
     except ConfigurationError as error:
         raise ConfigurationError(f'{place}{error}') from None
 
 
-def read_json(file: Path, kind: Any = dict) -> Any:
+def read_json(file: Path) -> dict:
     """Reads a JSON file that an earlier run wrote.
 
-    Args:
-        file: The file.
-        kind: The type that it must have, as pydantic takes it; of a dataclass, the fields in a dict.
-
-    Returns:
-        What it holds, as JSON has it.
-
     Raises:
-        ConfigurationError: It is cut, damaged or of another kind; the message tells where.
+        ConfigurationError: It is cut, damaged or holds no object; the message tells where.
     """
     try:
         text = file.read_text(encoding='utf-8')
@@ -211,19 +204,23 @@ def read_json(file: Path, kind: Any = dict) -> Any:
     except UnicodeDecodeError:
         raise ConfigurationError(f"'{file}': expected JSON, got no text.") from None
     except json.JSONDecodeError as error:
-        place = f'line {error.lineno}' if error.pos < len(text.rstrip()) else f'cut off in line {error.lineno}'
+        is_cut = error.pos >= len(text.rstrip()) or error.msg.startswith('Unterminated string')
+        place = f'cut off in line {error.lineno}' if is_cut else f'line {error.lineno}'
         raise ConfigurationError(f"'{file}': {place}: no JSON ({error.msg}).") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"'{file}' can not be read: {error}.") from None
-    try:
-        check_shape(content, kind)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"'{file}': {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"'{file}': expected an object of JSON, got {content!r:.60}.")
     return content
 
 
-def check_shape(content: Any, kind: Any) -> None:
-    """Checks that something has a type, those of its parts too.
+def check_shape(content: Any, kind: Any, place: str = '') -> None:
+    """Checks that what JSON holds has a type, its parts too.
+
+    Args:
+        content: Of the file.
+        kind: The type, as pydantic takes it; of a dataclass, its fields in a dict.
+        place: The key of the content, for the message.
 
     Raises:
         ConfigurationError: It has not; the message names the part.
@@ -232,7 +229,7 @@ def check_shape(content: Any, kind: Any) -> None:
         _make_adapter(kind).validate_json(json.dumps(content), strict=True)  # of JSON a dict may be a dataclass
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = '.'.join(map(str, first['loc']))
+        place = '.'.join(map(str, [place, *first['loc']] if place else first['loc']))
         got = '' if first['type'] == 'missing' else f', got {first["input"]!r:.60}'
         raise ConfigurationError(f"{place}{': ' if place else ''}{first['msg'].lower()}{got}.") from None
 

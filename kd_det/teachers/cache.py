@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from kd_det.compat.writing import refuse_to_replace
-from kd_det.config.files import ConfigurationError
+from kd_det.config import ConfigurationError
+from kd_det.config.arguments import Name, Positive, declared
 from kd_det.taps import Features
 
 Outputs = dict[str, Features]
@@ -65,14 +67,12 @@ class TeacherCache:
         max_gb: Gigabytes (10⁹ bytes) that the folder may hold. When it is full, nothing more is kept.
 
     Raises:
-        ConfigurationError: An unknown ``dtype``, or a ``max_gb`` that is not positive.
+        ArgumentError: An argument does not fit.
     """
 
-    def __init__(self, dir: str, dtype: str = 'float16', max_gb: float = 20.0) -> None:
-        if dtype not in DTYPES:
-            raise ConfigurationError(f"model.teacher.cache.dtype='{dtype}': expected {' or '.join(map(repr, DTYPES))}.")
-        if not max_gb > 0:
-            raise ConfigurationError(f'model.teacher.cache.max_gb={max_gb}: expected a number of gigabytes above 0.')
+    @declared
+    def __init__(self, dir: Name | Path, dtype: Literal['float16', 'float32'] = 'float16',
+                 max_gb: Positive = 20.0) -> None:
         self.folder, self.dtype, self.max_gb = str(dir), dtype, max_gb
         self.counts = CacheCounts()
         self._stores = True

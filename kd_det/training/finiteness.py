@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -15,9 +15,10 @@ from mmengine.runner import Runner
 from torch import nn
 
 from kd_det.compat import describe_not_finite
+from kd_det.config.arguments import Count, Index, declared
 from kd_det.config.files import ConfigurationError
 from kd_det.distillers.detection_distiller import DetectionDistiller
-from kd_det.distillers.monitor import OF_TERM, explain_losses
+from kd_det.distillers.monitor import OF_TERM, Read, explain_losses
 from kd_det.distillers.supervision import get_boxes
 from kd_det.teachers.engine import to_local
 
@@ -44,25 +45,31 @@ class FiniteHook(Hook):
     """
     priority = 'NORMAL'  # after MMEngine's log has the losses, and before anything is saved
 
-    def __init__(self, interval: int = 10, patience: int = 10) -> None:
+    @declared
+    def __init__(self, interval: Count = 10, patience: Index = 10) -> None:
         self.interval, self.patience = interval, patience
         self.skipped, self.first_skipped = 0, ''
-        self.fault: str | None = None  # which the other ranks do not know of yet
+        self.fault: tuple[int, str] | None = None  # since which iteration, what; other ranks may not know of it yet
+        self.broken_steps: dict[int, list[Read]] = {}  # by iteration, what of the teachers was not finite
+        self.batch: Any = None  # of this step, as the data loader gave it
 
     def before_train(self, runner: Runner) -> None:
         found = describe_weights(runner)
         if found:
-            self.fault = (f'The student is not finite before the first step: {found[0]}. Look at where its weights '
-                          'come from: load_from, the init_cfg of their parts, model.inherit.')
+            self._note(runner, f'The student is not finite before the first step: {found[0]}. Look at where its '
+                               'weights come from: load_from, the init_cfg of their parts, model.inherit.')
         self._agree()
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        self.batch = data_batch
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
                          outputs: dict | None = None) -> None:
         due = (runner.iter + 1) % self.interval == 0
         saves = _saves_now(runner)
         if self.fault is None:
-            self.fault = self._find_fault(runner, due, data_batch, outputs) or (
-                explain_weights(runner, runner.iter) if saves else None)
+            self._note(runner, self._find_fault(runner, due, outputs) or (
+                explain_weights(runner, runner.iter) if saves else None))
         if get_world_size() == 1 or due or saves:
             self._agree()
 
@@ -82,57 +89,74 @@ class FiniteHook(Hook):
 
     def _check_weights(self, runner: Runner) -> None:
         if self.fault is None:
-            self.fault = explain_weights(runner, runner.iter - 1)
+            self._read_noted(runner)
+            self._note(runner, explain_weights(runner, runner.iter - 1)
+                       or self._explain_teachers(runner))
         self._agree()
 
-    def _find_fault(self, runner: Runner, due: bool, data_batch: Any, outputs: dict | None) -> str | None:
-        scalars = runner.message_hub.log_scalars
-        scalers = _find_scalers(runner)
+    def _find_fault(self, runner: Runner, due: bool, outputs: dict | None) -> str | None:
+        scalars, scalers = runner.message_hub.log_scalars, _find_scalers(runner)
         is_finite = 'train/loss' not in scalars or math.isfinite(scalars['train/loss'].current())
-        explained = None if is_finite and not due else self._explain(runner, data_batch, outputs, is_finite,
-                                                                    lasting=bool(scalers))
+        noted = {} if is_finite and not due else self._read_noted(runner)
+        explained = self._explain_teachers(runner) if is_finite else \
+            self._explain(runner, runner.iter, noted.get(runner.iter, []), outputs or {})
         if not scalers:
-            if explained is None and 'train/grad_norm' in scalars and \
-                    not math.isfinite(scalars['train/grad_norm'].current()):
-                return explain_weights(runner, runner.iter)
-            return explained
+            norm = scalars.get('train/grad_norm')
+            return explain_weights(runner, runner.iter) \
+                if explained is None and norm is not None and not math.isfinite(norm.current()) else explained
         self.skipped = 0 if is_finite else self.skipped + 1
-        if self.skipped == 1:
-            self.first_skipped = explained or ''
-        if self.skipped >= self.patience:
-            return (f'{self.first_skipped} The loss has not been finite for {self.skipped} steps since, which the '
-                    'GradScaler has skipped.')
-        if is_finite and explained:
-            return explained
-        return _explain_scale(runner, scalers) if due else None
+        if is_finite:
+            return explained or (_explain_scale(runner, scalers) if due else None)
+        self.first_skipped = self.first_skipped if self.skipped > 1 else explained or ''
+        return (f'{self.first_skipped} The loss has not been finite for {self.skipped} steps since, which the '
+                'GradScaler has skipped.' if self.skipped >= self.patience else None)
 
-    def _explain(self, runner: Runner, data_batch: Any, outputs: dict | None, is_finite: bool,
-                 lasting: bool) -> str | None:
-        """Explains the losses of this step and the teachers' features of the last steps.
+    def _read_noted(self, runner: Runner) -> dict[int, list[Read]]:
+        """What of the terms' reads was not finite, by step, since this was asked last; waits for the device."""
+        distiller = _find_model(runner)
+        noted = distiller.reads.find() if isinstance(distiller, DetectionDistiller) else {}
+        for step, reads in noted.items():
+            of_teachers = [read for read in reads if read.owner != 'student']
+            if of_teachers:
+                self.broken_steps[step] = of_teachers
+            elif _find_scalers(runner):  # recovered
+                self.broken_steps.clear()
+        return noted
 
-        With ``lasting``, features count that were not finite in every step that was noted.
+    def _explain_teachers(self, runner: Runner) -> str | None:
+        """Explains teachers' features that were not finite; with a GradScaler, in many steps in a row."""
+        if len(self.broken_steps) < (self.patience if _find_scalers(runner) else 1):
+            return None
+        step, reads = next(iter(self.broken_steps.items()))
+        return self._explain(runner, step, reads, {})
+
+    def _explain(self, runner: Runner, step: int, reads: list[Read], outputs: Iterable[str]) -> str | None:
+        """Explains the losses of a step, by what of the terms' reads was not finite in it.
+
+        Args:
+            runner: The runner.
+            step: The iteration.
+            reads: What was not finite.
+            outputs: The names of what was logged of the step, if it is this one.
         """
         scalars, distiller = runner.message_hub.log_scalars, _find_model(runner)
-        noted = distiller.reads.find() if isinstance(distiller, DetectionDistiller) else {}
-        iteration, reads = runner.iter, noted.get(runner.iter, [])
-        if is_finite:
-            noted = {step: [read for read in each if read.owner != 'student'] for step, each in noted.items()}
-            steps = [step for step, each in noted.items() if each]
-            if not steps or lasting and len(steps) < self.interval:
-                return None
-            iteration, reads = steps[0], noted[steps[0]]
-        values = {name: scalars[f'train/{name}'].current() for name in (outputs or {}) if f'train/{name}' in scalars}
+        values = {name: scalars[f'train/{name}'].current() for name in outputs if f'train/{name}' in scalars}
         terms = list(distiller.terms) if isinstance(distiller, DetectionDistiller) else []
-        found = explain_losses(values, terms, reads, _when(runner, iteration))
+        found = explain_losses(values, terms, reads, _when(runner, step))
         if found is None:
             return None
         text, fault = found
         if fault == 'teacher':
-            index = int(reads[0].owner.partition('[')[2].rstrip(']') or 0)
-            return f'{text} {distiller.teachers[index].advise_on_overflow()}'
+            return f'{text} {_advise_on_teacher(distiller, reads)}'
         if fault == 'term':
             return f'{text} {OF_TERM}'
-        return f'{text} {_explain_data(runner, data_batch) or advise_on_divergence(runner)}'
+        weights = describe_weights(runner)
+        state = (f'A gradient of the step before was not finite, or weights have grown too large: {weights[0]} now.'
+                 f'{_list_terms(runner)} ' if weights and any(read.owner == 'student' for read in reads) else '')
+        return f'{text} {state}{_explain_data(runner, self.batch) or advise_on_divergence(runner)}'
+
+    def _note(self, runner: Runner, text: str | None) -> None:
+        self.fault = None if text is None else (runner.iter, text)
 
     def _agree(self) -> None:
         """Ends the training on every rank where any has found a fault."""
@@ -141,8 +165,9 @@ class FiniteHook(Hook):
             number = torch.tensor([float(self.fault is not None)])
             all_reduce(number)
             faults = all_gather_object(self.fault) if number.item() else []
-        for fault in filter(None, faults):
-            raise ConfigurationError(fault)
+        found = [fault for fault in faults if fault is not None]
+        if found:  # gradients carry what one rank has found to all others in the next step
+            raise ConfigurationError(min(found)[1])
 
 
 def add_finite_hook(runner: Runner) -> None:
@@ -156,19 +181,18 @@ def explain_divergence(runner: Runner) -> Iterator[None]:
     """Explains an error in a step that came of numbers that are not finite: matchers and samplers refuse them.
 
     Raises:
-        ConfigurationError: The weights, or the teachers' features of this step, are not finite.
+        ConfigurationError: The teachers' features of this step are not finite, or the weights, or the batch.
     """
     try:
         yield
     except Exception as error:
         if type(error).__module__.split('.')[0] == 'kd_det':
             raise
-        distiller, found = _find_model(runner), None
-        if isinstance(distiller, DetectionDistiller):
-            found = explain_losses({}, (), distiller.reads.find().get(runner.iter, []), _when(runner))
-        text = (f'{found[0]} {distiller.teachers[0].advise_on_overflow()}' if found and found[1] == 'teacher' else
-                explain_weights(runner, runner.iter - 1))
-        if text is None:
+        hook = next((hook for hook in runner.hooks if isinstance(hook, FiniteHook)), FiniteHook())
+        reads = hook._read_noted(runner).get(runner.iter, [])
+        text = (hook._explain(runner, runner.iter, reads, ()) or explain_weights(runner, runner.iter - 1)
+                or _explain_data(runner, hook.batch))
+        if not text:
             raise
         raise ConfigurationError(f'{text} ({type(error).__name__}: {error})'.replace('\n', ' ')) from error
 
@@ -192,13 +216,21 @@ def explain_weights(runner: Runner, iteration: int) -> str | None:
     found = describe_weights(runner)
     if found is None:
         return None
-    distiller = _find_model(runner)
-    terms = list(distiller.terms) if isinstance(distiller, DetectionDistiller) else []
-    at_work = f" Terms at work: {', '.join(f'model.distill.{name}' for name in terms)}." if terms else ''
     what, cause = (('weights', 'The gradient of a loss was not, though the losses before were.') if found[1] else
                    ('statistics', 'A feature was not, in one of the steps before.'))
-    return (f"The student's {what} are not finite after {_when(runner, iteration)[3:]}: {found[0]}. {cause}{at_work} "
-            f'{advise_on_divergence(runner)}')
+    return (f"The student's {what} are not finite after {_when(runner, iteration)[3:]}: {found[0]}. {cause}"
+            f'{_list_terms(runner)} {advise_on_divergence(runner)}')
+
+
+def _advise_on_teacher(distiller: DetectionDistiller, reads: Iterable[Read]) -> str:
+    owner = next(read.owner for read in reads if read.owner != 'student')
+    return distiller.teachers[int(owner.partition('[')[2].rstrip(']') or 0)].advise_on_overflow()
+
+
+def _list_terms(runner: Runner) -> str:
+    distiller = _find_model(runner)
+    terms = list(distiller.terms) if isinstance(distiller, DetectionDistiller) else []
+    return f" Terms at work: {', '.join(f'model.distill.{name}' for name in terms)}." if terms else ''
 
 
 def advise_on_divergence(runner: Runner) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from html import escape
 from io import StringIO
 from time import perf_counter
@@ -16,10 +17,11 @@ from mmengine.runner import Runner, set_random_seed
 from mmengine.runner.checkpoint import weights_to_cpu
 from rich.table import Table
 
-from kd_det.checks.data import check_labels
+from kd_det.checks.data import check_annotations, check_labels
 from kd_det.checks.preflight import evaluate_teacher, require_names, require_skill
 from kd_det.compat import log_operator_backend
 from kd_det.compat.console import PlainConsole
+from kd_det.config.arguments import Count, Share, at, check_arguments, declared
 from kd_det.config.classes import find_label_names, get_metainfo
 from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.distillers.inheritance import ORIGINS
@@ -30,7 +32,22 @@ from kd_det.training.runner import use_one_metainfo
 from kd_det.training.saving import choose_checkpoint, keep_checkpoints_whole
 
 CHECKPOINT_KEY = 'distill'
-PREFLIGHT = dict(images=64, min_map=0.01)
+
+
+@declared
+@dataclass(frozen=True)
+class Preflight:
+    """How a teacher is tried before training.
+
+    Args:
+        images: At most so many validation images.
+        min_map: The mAP of its boxes below which training stops.
+    """
+    images: Count = 64
+    min_map: Share = 0.01
+
+
+PREFLIGHT = asdict(Preflight())
 
 
 @HOOKS.register_module()
@@ -65,14 +82,19 @@ class DistillHook(Hook):
     - ``meta['dataset_meta']``: the names of the student's classes.
 
     Args:
-        preflight: ``images`` (at most so many validation images) and ``min_map`` (the mAP of its boxes, 0 to 1, below
-            which training stops, as it does where they lie on objects of other classes than their names say); None for
-            no pre-flight.
+        preflight: The arguments of a :class:`Preflight`. Training stops where the teacher's boxes reach less, and where
+            they lie on objects of other classes than their names say; None for no pre-flight.
+
+    Raises:
+        ArgumentError: An argument does not fit.
     """
     priority = 'ABOVE_NORMAL'  # before EMAHook exchanges weights at the same point
 
-    def __init__(self, preflight: dict | None = PREFLIGHT) -> None:
-        self.preflight = None if preflight is None else {**PREFLIGHT, **preflight}
+    @declared
+    def __init__(self, preflight: dict[str, Any] | None = PREFLIGHT) -> None:
+        with at('preflight'):
+            check_arguments(Preflight, preflight or {})
+        self.preflight = None if preflight is None else Preflight(**preflight)
         self._fingerprints: list[str] = []
 
     def before_run(self, runner: Runner) -> None:
@@ -86,6 +108,7 @@ class DistillHook(Hook):
         if distiller is None:
             return
         log_operator_backend()
+        check_annotations(runner.cfg, ('train', 'val'))
         teachers = distiller.build_teachers()
         self._fingerprints = [teacher.fingerprint() for teacher in teachers]
         loops = dict(train=runner.train_loop, val=runner.val_loop)
@@ -108,15 +131,15 @@ class DistillHook(Hook):
 
     def _check_teacher(self, runner: Runner, teacher: Teacher) -> None:
         """Evaluates a teacher on validation images; raises a :class:`~kd_det.teachers.TeacherError` if it fails."""
-        skill = evaluate_teacher(runner, teacher, self.preflight['images'])
+        skill = evaluate_teacher(runner, teacher, self.preflight.images)
         if skill is None:
             runner.logger.warning('Pre-flight: the config has no validation data, so the teacher goes unchecked.')
             return
         metrics = ', '.join(f'{name} {value:.3f}' for name, value in skill.metrics.items())
-        runner.logger.info(f'Pre-flight: teacher {teacher.checkpoint} on up to {self.preflight["images"]} images: '
+        runner.logger.info(f'Pre-flight: teacher {teacher.checkpoint} on up to {self.preflight.images} images: '
                            f'{metrics}')
         require_names(skill, teacher)
-        require_skill(skill, self.preflight['min_map'], self.preflight['images'])
+        require_skill(skill, self.preflight.min_map, self.preflight.images)
 
     def before_train_epoch(self, runner: Runner) -> None:
         training_epoch().set(runner.epoch)

@@ -11,8 +11,10 @@ from pathlib import Path
 from token import COMMENT
 from tokenize import TokenError, tokenize
 
+import torch
 from mmdet.utils import setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import BaseLoop, Runner
@@ -79,6 +81,48 @@ def _rename_visualizer(config: Config) -> None:
             config.visualizer.name = next(each for each in (f'{name}_{number}' for number in count(2))
                                           if each not in _visualizers)
         _visualizers.add(config.visualizer.name)
+
+
+# What MMEngine reads of each process that a launcher starts, and what sets it; those of NUMBERS are numbers.
+LAUNCHED_WITH = dict(
+    pytorch=(('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'), 'torchrun --nproc_per_node=GPUS -m '
+             'kd_det …'),
+    slurm=(('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_NODELIST'), 'srun'),
+    mpi=(('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK', 'MASTER_ADDR'), 'mpirun (and '
+         'MASTER_ADDR, the address of the first machine, yourself)'))
+LOCAL_NUMBERS = dict(pytorch='LOCAL_RANK', slurm='SLURM_LOCALID', mpi='OMPI_COMM_WORLD_LOCAL_RANK')
+NUMBERS = ('RANK', 'SIZE', 'PROCID', 'NTASKS', 'PORT')
+
+
+def check_launcher(launcher: str) -> None:
+    """Checks that this process was started as one of several, where it is to be one.
+
+    Raises:
+        ConfigurationError: What its launcher would have told it is not there, or can not be; or it has no GPU.
+    """
+    if launcher == 'none' or torch.distributed.is_available() and torch.distributed.is_initialized():
+        return
+    if launcher not in LAUNCHED_WITH:
+        raise ConfigurationError(f"--launcher: expected none, {', '.join(LAUNCHED_WITH)}, got '{launcher}'.")
+    names, program = LAUNCHED_WITH[launcher]
+    missing = [name for name in names if not os.environ.get(name)]
+    if missing:
+        raise ConfigurationError(f"--launcher {launcher}: there is no environment variable {', '.join(missing)}. Start "
+                                 f'the processes with {program}, or leave the option out.')
+    for name in names:
+        if name.endswith(NUMBERS) and not os.environ[name].isdecimal():
+            raise ConfigurationError(f"--launcher {launcher}: expected a number in the environment variable {name}, "
+                                     f"got '{os.environ[name]}'.")
+    rank, size = (int(os.environ[name]) for name in names[:2])
+    if rank >= size:
+        raise ConfigurationError(f'--launcher {launcher}: expected {names[0]} below {names[1]}, got {rank} of {size}.')
+    if get_device() == 'cpu':
+        raise ConfigurationError(f'--launcher {launcher}: each process needs a GPU, and there is none. Leave the '
+                                 'option out to train on the CPU.')
+    local = os.environ.get(LOCAL_NUMBERS[launcher], '0')
+    if get_device() == 'cuda' and int(local) >= torch.cuda.device_count():
+        raise ConfigurationError(f'--launcher {launcher}: this is process {local} of this machine, counted from 0, '
+                                 f'which has {torch.cuda.device_count()} GPUs. Start one process for each.')
 
 
 def build_optimizer(runner: Runner) -> None:

@@ -1,6 +1,7 @@
 """Damaged annotation files: what is found agrees with what MMDetection's own class makes of them."""
 import json
 import math
+import time
 from collections import Counter
 
 import numpy as np
@@ -305,6 +306,25 @@ def test_images_that_are_listed_twice():
     assert judge(empty)[0][1] == 'fault'
     assert judge(empty, Use('train data', filters_empty=True))[0][1] == 'note'  # then it is left out
     assert judge(empty, Use('train data', unlabelled=True))[0][1] == 'note'
+
+
+def test_an_unknown_category_on_an_unknown_image_is_no_fault():
+    assert [mark for _, mark in judge(set_of('annotations', 2, image_id=99, category_id=99))] == ['note', 'ok']
+    assert [mark for _, mark in judge(set_of('annotations', 2, ignore=True, category_id=99))] == ['ok']
+
+
+def test_large_files_of_one_damage_are_judged_in_no_time():
+    """What is looked up for each entry is looked up in a table."""
+    content = sound()
+    count = 20_000
+    content['images'] = [dict(id=index, file_name=f'{index % (count // 2)}.jpg', width=100, height=80)
+                         for index in range(count)]
+    content['annotations'] = [dict(id=index // 2, image_id=str(index), category_id=5, bbox=[1, 2, NAN, 4], area=1)
+                              for index in range(count)]
+    content['categories'] = [dict(id=str(index), name=str(index // 2)) for index in range(count)]
+    began = time.process_time()
+    assert len(list(judge_coco(content, TRAIN, 'f.json'))) == 4
+    assert time.process_time() - began < 5
 
 
 def test_a_name_that_is_given_twice_matters_where_it_is_used():

@@ -24,6 +24,7 @@ from mmengine.logging import MMLogger
 
 from kd_det import __version__
 from kd_det.compat.writing import refuse_to_replace, write_whole
+from kd_det.config.arguments import Index, declared
 from kd_det.config.files import set_data_root
 from kd_det.config.options import merge_options
 from kd_det.study.report.evaluation import TEACHER
@@ -82,7 +83,8 @@ class Report:
         return f'{verdicts}<iframe srcdoc="{page}" style="width: 100%; height: 40em; border: 0"></iframe>'
 
 
-def report(work_dirs: str | Path | Sequence[str | Path], *, out: str | Path | None = None, images: int = 8,
+@declared
+def report(work_dirs: str | Path | Sequence[str | Path], *, out: str | Path | None = None, images: Index = 8,
            show: Sequence[str] = (), teacher_checkpoint: str | None = None, data_root: str | None = None,
            options: dict[str, Any] | None = None, force: bool = False,
            log: Callable[[str], None] = print) -> Report:

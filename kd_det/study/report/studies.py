@@ -204,7 +204,7 @@ def _read_finished_benchmark(folder: Path) -> Study:
         results = read_json(file)
         if not {'runs', 'summary', 'pair'} <= set(results):
             raise ConfigurationError(f"'{file}' is not that of kd-det benchmark.")
-        check_shape(results['runs'], list)
+        check_shape(results['runs'], list, f"'{file}': runs")
     except ConfigurationError as error:
         if not _find_runs(folder):
             raise
@@ -215,7 +215,7 @@ def _read_finished_benchmark(folder: Path) -> Study:
             check_shape(entry, Entry)
             if entry['status'] == 'finished':
                 check_run(entry)
-                check_shape(entry.get('fidelity', {}), Splits)
+                check_shape(entry.get('fidelity', {}), Splits, 'fidelity')
         except ConfigurationError as error:
             notes.append(f"A run is left out, for '{file}' can not be read there: runs.{index}.{error}")
             continue
@@ -227,7 +227,7 @@ def _read_finished_benchmark(folder: Path) -> Study:
     try:
         if results.get('teacher') is not None:
             check_run(results['teacher'])
-            check_shape(results.get('further_teachers', []), list[dict])
+            check_shape(results.get('further_teachers', []), list[dict], 'further_teachers')
             for further in results.get('further_teachers', ()):
                 check_run(further.get('run'))
             teachers = {name: results[name] for name in teachers if name in results}
@@ -259,10 +259,10 @@ def _read_unfinished_benchmark(folder: Path, note: str = 'The benchmark has not 
         if (run / FIDELITY_FILE).is_file():
             try:
                 measured = read_json(run / FIDELITY_FILE)
-                check_shape(measured.get('splits'), Splits)
+                check_shape(measured.get('splits'), Splits, f"'{run / FIDELITY_FILE}': splits")
                 entry['fidelity'] = measured['splits']
             except ConfigurationError as error:
-                notes.append(f"{variant}, seed {seed}: its fidelity is left out: '{run / FIDELITY_FILE}': {error}")
+                notes.append(f'{variant}, seed {seed}: its fidelity is left out: {error}')
         entries.append(entry)
     entries.sort(key=lambda entry: entry['variant'] != PLAIN)
     splits = list(dict.fromkeys(split for entry in entries for split in entry.get('fidelity', {})))
