@@ -24,7 +24,8 @@ torch.set_num_threads(1)
 settings.register_profile('suite', max_examples=5, derandomize=True, deadline=None, database=None,
                           phases=[Phase.explicit, Phase.generate],
                           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-settings.register_profile('long', settings.get_profile('suite'), max_examples=200, derandomize=False, phases=list(Phase))
+settings.register_profile('long', settings.get_profile('suite'), max_examples=200, derandomize=False,
+                          phases=list(Phase))
 settings.load_profile('suite')
 
 GOLDENS = Path(__file__).parent / 'goldens'

@@ -41,6 +41,7 @@ from kd_det.distillers.supervision import build_pseudo_labels
 from kd_det.registry import HOME, find_class, get_scope, within_scope
 
 OURS = 'kd_det.'
+MISSPELT_AT_TOP = 0.885  # as alike as load_form and load_from, and not test_pipeline and tta_pipeline
 HOOK_NAMES = ('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint', 'visualization',
               'distill')
 READ_BY_RUNNER = {  # besides the arguments of what is built
@@ -81,7 +82,7 @@ def _list_checks(config: Config) -> Iterator[Callable[[], None]]:
     """What there is to check, a function for each place, so that one mistake does not hide the next."""
     for key in config:
         yield partial(_check_top_key, key)
-    yield partial(_check_values, '', config, dict(load_from=Name | None, resume=bool, work_dir=Name | None))
+    yield partial(_check_values, '', dict(config), dict(load_from=Name | None, resume=bool, work_dir=Name | None))
     yield partial(_check_values, 'randomness', config.get('randomness'), dict(seed=Seed | None))
     yield partial(_check_values, 'auto_scale_lr', config.get('auto_scale_lr'), dict(base_batch_size=Count, enable=bool))
     model = config.get('model')
@@ -121,7 +122,8 @@ def _check_distillation(model: Mapping[str, Any]) -> Iterator[Callable[[], None]
     if isinstance(teachers, (Mapping, list, tuple)):
         yield partial(list_teacher_configs, teachers)
     number = 1 if isinstance(teachers, Mapping) else len(teachers or ())
-    for name, term in dict(model.get('distill') or {}).items():
+    terms = model.get('distill')
+    for name, term in terms.items() if isinstance(terms, Mapping) else ():
         yield partial(build_terms, {name: term}, number)
     yield partial(build_task_schedule, model.get('task_weight', 1.0))
     if isinstance(model.get('pseudo_labels'), Mapping) and number:
@@ -135,7 +137,7 @@ def _check_distiller(model: Mapping[str, Any]) -> None:
 
 def _check_top_key(key: str) -> None:
     """Refuses what is one letter from a key that a run reads: anything else may be a variable of the file."""
-    if key not in TOP_KEYS and get_close_matches(key, TOP_KEYS, n=1, cutoff=0.9):
+    if key not in TOP_KEYS and get_close_matches(key, TOP_KEYS, n=1, cutoff=MISSPELT_AT_TOP):
         raise ArgumentError(key, f'no run reads this key. {suggest_names(key, TOP_KEYS, most=1)} A variable of the '
                                  'config file needs another name.')
 

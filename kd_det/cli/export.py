@@ -18,7 +18,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    from kd_det.training.runs import export
+    from kd_det.training.export import export
     student = export(options.config, options.checkpoint, options.out, data_root=options.data_root,
                      options=read_options(options.cfg_options), force=options.force)
     print(f'{student.checkpoint} holds the {student.parameters:,} parameters of a {student.detector}, {student.config} '

@@ -74,8 +74,9 @@ def _forgiven(*codes: int) -> Iterator[None]:
 def remove_partial_files(folder: str | Path, pattern: str) -> None:
     """Removes what killed processes have left of :func:`write_whole` for files of a pattern such as ``'*.pth'``."""
     for file in Path(folder).glob(f'{pattern}.*{PARTIAL}'):
-        with suppress(OSError):
-            file.unlink()
+        if file.name[:-len(PARTIAL)].rpartition('.')[2].isdigit():
+            with suppress(OSError):
+                file.unlink()
 
 
 def refuse_to_replace(file: str | Path, is_own: Callable[[bytes], bool], what: str, force: bool = False,
@@ -128,6 +129,8 @@ def kept_after_errors(file: str | Path) -> Iterator[None]:
 def locked_folder(folder: str | Path, launcher: str = 'none') -> Iterator[None]:
     """Keeps other runs out of a work dir; of a run of several processes the first keeps it for all.
 
+    What a killed run has left of files that it wrote there is removed.
+
     The lock is the operating system's, and belongs to this process alone: it is gone with it, however it ends, though
     its data-loader workers may live for a while. Where the file system has no locks, a warning says so.
 
@@ -143,6 +146,8 @@ def locked_folder(folder: str | Path, launcher: str = 'none') -> Iterator[None]:
         return
     folder = Path(folder)
     file = _open_locked(folder)
+    if file is not None:
+        remove_partial_files(folder, '*')
     try:
         yield
     finally:

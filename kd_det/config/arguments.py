@@ -40,7 +40,7 @@ from typing import (
 from annotated_types import Ge, Gt, Le, Len, Lt, MinLen, Predicate
 from typing_extensions import TypedDict, is_typeddict
 
-from kd_det.config import ConfigurationError
+from kd_det.config import ConfigurationError, suggest_names
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -150,17 +150,6 @@ def refuse(place: str, value: object, expected: str, advice: str = '') -> NoRetu
     raise ArgumentError(place, f'expected {expected}, got {value!r:.80}.{advice and f" {advice}"}')
 
 
-def suggest_names(name: object, names: Iterable[str], most: int = 3) -> str:
-    """Makes a sentence of the names that are most like a wrong one; empty where none is.
-
-    Example:
-        >>> suggest_names('cosin', ('mse', 'cosine'))
-        'Nearest: cosine.'
-    """
-    found = get_close_matches(name, sorted(names), n=most) if isinstance(name, str) else []
-    return f"Nearest: {', '.join(found)}." if found else ''
-
-
 # --------------------------------------------------------------------------------------------------- what is declared
 
 
@@ -258,10 +247,9 @@ def declared(function: F) -> F:
         annotations = _cached_types(function)
         for name, annotation in annotations.items():
             default = parameters.parameters[name].default
-            if name not in given.arguments:
-                if default is Parameter.empty:
-                    raise ArgumentError(name, f'expected {describe_type(annotation)}, got nothing.')
-            elif given.arguments[name] is not default:
+            if name not in given.arguments and default is Parameter.empty:
+                raise ArgumentError(name, f'expected {describe_type(annotation)}, got nothing.')
+            if given.arguments.get(name, default) is not default:
                 check_value(name, given.arguments[name], annotation)
                 given.arguments[name] = _to_plain(given.arguments[name])
         return function(*given.args, **given.kwargs)
@@ -374,10 +362,8 @@ def _refuse_innermost(place: str, value: Any, annotation: Any, where: Sequence[A
     kinds = [kind for kind in _members(annotation) if kind is not type(None)]
     bare = kinds[0] if len(kinds) == 1 else annotation
     bare = get_args(bare)[0] if get_origin(bare) is Annotated else bare
-    if where and isinstance(where[0], int) and get_origin(bare) in (Sequence, list, tuple):
-        items = get_args(bare)
-        if where[0] < len(value):
-            _refuse_innermost(f'{place}[{where[0]}]', value[where[0]], items[0], where[1:])
+    if where and isinstance(where[0], int) and get_origin(bare) in (Sequence, list, tuple) and where[0] < len(value):
+        _refuse_innermost(f'{place}[{where[0]}]', value[where[0]], get_args(bare)[0], where[1:])
     choices = [choice for kind in _members(annotation) if get_origin(kind) is Literal for choice in get_args(kind)
                if isinstance(choice, str)]
     refuse(place, value, describe_type(annotation), suggest_names(value, choices, most=1))

@@ -113,8 +113,8 @@ def build_task_schedule(config: ScheduleConfig) -> Schedule:
     with at('model.task_weight'), _explained(config):
         schedule = build_schedule(config)
         if schedule.balance is not None:
-            raise ArgumentError('', "the task's gradient is what Balance measures terms by. Give a number or a "
-                                    'schedule of numbers.')
+            refuse('', config, 'a number or a schedule of numbers',
+                   "The task's gradient is what Balance measures terms by.")
     return schedule
 
 

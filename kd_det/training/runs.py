@@ -1,4 +1,4 @@
-"""One call for each thing that is done with one detector: train it, distil into it, evaluate it, export it."""
+"""One call for each thing that is done with one detector: train it, distil into it, evaluate it."""
 from __future__ import annotations
 
 import base64
@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-import torch
 from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 from mmengine.config import Config, ConfigDict
@@ -23,24 +22,20 @@ from kd_det.checks.data import check_labels
 from kd_det.checks.doctor import check_config, explain, warn_of_annotations
 from kd_det.checks.image_reader import Memory
 from kd_det.checks.images import check_images, student_channels
-from kd_det.compat import CheckpointError, NotFiniteError
 from kd_det.compat.console import TextTable
-from kd_det.compat.writing import is_first_process, kept_after_errors, locked_folder, refuse_to_replace, write_whole
+from kd_det.compat.writing import is_first_process, kept_after_errors, locked_folder, refuse_to_replace
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Count, Index, Name, Parts, Ratio, Seed, Weight, declared
 from kd_det.config.composition import distillation_config, make_ensemble
 from kd_det.config.files import (
-    get_type_name,
-    list_imports,
     list_leaf_datasets,
     rename_config,
     set_data_root,
     student_config,
 )
-from kd_det.config.methods import available_methods, name_sum
+from kd_det.config.methods import name_sum
 from kd_det.config.options import merge_options, resolve_config, set_epochs
-from kd_det.registry import HOME, build_detector, enter_scope, get_scope
-from kd_det.teachers import load_strictly
+from kd_det.registry import HOME
 from kd_det.training.finiteness import explain_divergence
 from kd_det.training.hooks import NotebookProgress, is_in_notebook
 from kd_det.training.pictures import draw_curves, names_to_draw, read_scalars
@@ -56,8 +51,6 @@ from kd_det.training.runner import (
 
 Launcher = Literal['none', 'pytorch', 'slurm', 'mpi']
 CURVES = 4  # metrics whose curves a notebook shows
-# By what an export is known, which another may replace.
-EXPORTED, EXPORTED_CONFIG = 'kd-det export', '# Exported by kd-det: a plain student, for stock MMDetection.\n'
 
 
 @dataclass(frozen=True)
@@ -260,80 +253,6 @@ def evaluate(config: str | Path | Config, checkpoint: str | Path, *, data_root: 
                      metrics={name: float(value) for name, value in found.items()})
 
 
-@dataclass(frozen=True)
-class ExportedStudent:
-    """A plain student, for stock MMDetection and whatever reads its models.
-
-    Attributes:
-        checkpoint: Its weights, and nothing else but what its classes are.
-        config: Its config, which needs kd_det no more.
-        detector: Its type, such as ``FasterRCNN``.
-        parameters: How many it has.
-    """
-    checkpoint: Path
-    config: Path
-    detector: str
-    parameters: int
-
-    def tabulate(self) -> TextTable:
-        """Makes a table of what it is and where."""
-        rows = [('detector', self.detector), ('parameters', f'{self.parameters:,}'),
-                ('checkpoint', str(self.checkpoint)), ('config', str(self.config))]
-        return TextTable('Exported student', ('', ''), rows, words=(0, 1))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns all of it as JSON can hold it."""
-        return dict(asdict(self), checkpoint=str(self.checkpoint), config=str(self.config))
-
-    def _repr_html_(self) -> str:
-        return self.tabulate().to_html()
-
-
-@declared
-def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path, *, data_root: str | None = None,
-           options: dict[str, Any] | None = None, force: bool = False) -> ExportedStudent:
-    """Writes a plain student: its weights alone, and a config that stock MMDetection reads.
-
-    Args:
-        config: Of the run that wrote the checkpoint: a file, ``'package::folder/file.py'``, or a config.
-        checkpoint: A file.
-        out: The file to write, ``.pth``; the config comes beside it, as ``.py``.
-        data_root: Folder of the data, in place of the config's.
-        options: Settings that override the config, by dotted key.
-        force: Replace files of these names that no export wrote.
-
-    Raises:
-        ConfigurationError: The checkpoint is not of the student in the config.
-        NotFiniteError: Its weights are NaN or infinite.
-        WritingError: A file of that name exists, and is no export; or it can not be written.
-    """
-    out = Path(out)
-    if out.suffix == '.py':
-        raise ConfigurationError(f"'{out}': expected the name of a checkpoint, such as '{out.with_suffix('.pth')}'; "
-                                 'the config comes beside it.')
-    refuse_to_replace(out, lambda content: EXPORTED.encode() in content, 'an exported student', force)
-    refuse_to_replace(out.with_suffix('.py'), lambda content: content.startswith(EXPORTED_CONFIG.encode()),
-                      'the config of an exported student', force)
-    plain = _strip_distillation(resolve_config(config, data_root, options))
-    enter_scope(get_scope(plain))
-    model = build_detector(plain.model)
-    try:
-        loaded = load_strictly(model, str(checkpoint), role='student')
-    except NotFiniteError:
-        raise
-    except CheckpointError as error:
-        name = config.filename if isinstance(config, Config) else config
-        raise ConfigurationError(f"The checkpoint '{checkpoint}' is not of the student in '{name}': {error}") from error
-    meta = {key: value for key, value in loaded.items() if key in ('dataset_meta', 'epoch', 'iter')}
-    with BytesIO() as content:
-        torch.save(dict(meta=dict(meta, exported_by=EXPORTED), state_dict=model.state_dict()), content)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out, content.getvalue())
-    write_whole(out.with_suffix('.py'), EXPORTED_CONFIG + plain.pretty_text)
-    return ExportedStudent(out, out.with_suffix('.py'), get_type_name(plain.model),
-                           sum(parameter.numel() for parameter in model.parameters()))
-
-
 def _set_run(config: Config, name: str, data_root: str | None, work_dir: str | Path | None, epochs: int | None = None,
              seed: int | None = None, amp: bool = False, auto_scale_lr: bool = False, launcher: str = 'none',
              trackers: Sequence[str] = (), options: dict[str, Any] | None = None) -> None:
@@ -426,19 +345,6 @@ def _existing(file: str | Path | None) -> Path | None:
     with suppress(OSError, TypeError):
         return Path(file) if Path(file).is_file() else None
     return None
-
-
-def _strip_distillation(config: Config) -> Config:
-    """Makes the config of the plain student, which needs kd_det no more."""
-    plain = student_config(config)
-    for method in available_methods():
-        plain.pop(method, None)
-    others = [name for name in list_imports(plain) if name.split('.')[0] != 'kd_det']
-    if others:
-        plain.custom_imports.imports = others
-    else:
-        plain.pop('custom_imports', None)
-    return plain
 
 
 def _augment(config: Config) -> None:

@@ -158,7 +158,7 @@ WRONG = [
     (['train', 'student.py', '--cfg-options', 'model.levels=[(0,1]'], "got '[(0,1]'"),
     (['train', 'student.py', '--cfg-options', 'model.levels=[0],[1]'], "got '[0],[1]'"),
     (['train', 'student.py', '--cfg-options', 'optimizer.lr=1'], "no run reads a key 'optimizer'"),
-    (['train', 'student.py', '--cfg-options', 'train_dataloder.batch_size=1'], "Did you mean 'train_dataloader'?"),
+    (['train', 'student.py', '--cfg-options', 'train_dataloder.batch_size=1'], "Nearest: train_dataloader."),
     ([*BENCHMARK, 'fgd@model.distill.fgd.levels=[0,1'],
      "--methods fgd@model.distill.fgd.levels=[0: expected one value or one list, whose brackets match"),
     ([*BENCHMARK, 'fgd@model.distill.fgd.levels=(0'], "got '(0'"),
@@ -229,7 +229,7 @@ WRONG = [
     ([*BENCHMARK[:2], 'exits.py', *BENCHMARK[3:], 'fgd'], 'it calls sys.exit(0)'),
     (['methods', 'syntax.py'], 'syntax.py'),
     (['methods', 'gone.py'], 'gone.py'),
-    (['methods', 'fgdd'], "Did you mean 'fgd'?"),
+    (['methods', 'fgdd'], "Nearest: fgd."),
     (['demo', '--config', 'gone.py', '--out', 'demo'], "'gone.py'"),
     (['demo', '--config', 'student.py', '--out', 'demo'], '--config student.py is no distillation'),
     # files and folders

@@ -62,10 +62,13 @@ def test_a_device_is_written_to_as_it_is():
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
-    for name in ('epoch_1.pth.77.partial', 'epoch_1.pth', 'notes.partial'):
+    for name in ('epoch_1.pth.77.partial', 'epoch_1.pth', 'my.notes.partial', 'result.json.5.partial'):
         (tmp_path / name).write_text(name)
     remove_partial_files(tmp_path, '*.pth')
-    assert sorted(file.name for file in tmp_path.iterdir()) == ['epoch_1.pth', 'notes.partial']
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        'epoch_1.pth', 'my.notes.partial', 'result.json.5.partial']
+    with locked_folder(tmp_path):
+        assert sorted(file.name for file in tmp_path.iterdir()) == [LOCK_FILE, 'epoch_1.pth', 'my.notes.partial']
 
 
 def test_a_foreign_file_is_refused(tmp_path):

@@ -89,12 +89,12 @@ def test_a_file_within_a_package_is_a_method(site):
 
 
 @pytest.mark.parametrize('method, error, said', [
-    ('my_metod.py', FileNotFoundError, "no method's file 'my_metod.py'. Did you mean 'my_method.py'?"),
+    ('my_metod.py', FileNotFoundError, "no method's file 'my_metod.py'. Nearest: my_method.py."),
     ('nowhere/my_method.py', FileNotFoundError, "no method's file 'nowhere/my_method.py'"),
     ('my_method', ConfigurationError, "no method 'my_method'. Choose from .* Did you mean the file 'my_method.py'"),
-    ('fgx', ConfigurationError, "no method 'fgx'. Choose from .*fgd.*Did you mean 'fgd'"),
+    ('fgx', ConfigurationError, "no method 'fgx'. Choose from .*fgd.*Nearest: fgd"),
     ('no_such_package::mine.py', ConfigurationError, "There is no package 'no_such_package'"),
-    ('plugin::recipes/mien.py', FileNotFoundError, "'plugin::recipes/mien.py'. Did you mean 'mine.py'?"),
+    ('plugin::recipes/mien.py', FileNotFoundError, "'plugin::recipes/mien.py'. Nearest: mine.py."),
     ('renamed.py', ConfigurationError, "renamed.py' holds no method: expected renamed = dict.* it defines 'my_method'"),
     ('empty.py', ConfigurationError, "empty.py' holds no method: .*; it defines nothing"),
     ('flat.py', ConfigurationError, "flat.py' holds no method: expected flat = dict.*of terms by name"),

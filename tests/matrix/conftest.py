@@ -12,7 +12,10 @@ DETRS = {'DETR': 'DETR', 'Conditional DETR': 'ConditionalDETR', 'DAB-DETR': 'DAB
 
 @pytest.fixture
 def detector_config(one_stage, faster_rcnn, cascade_rcnn, detr):
-    """Makes the model dict of a detector of a kind; a teacher's features are wider, what its head predicts is not."""
+    """Makes the model dict of a detector of a kind; a teacher's features are wider, what its head predicts is not.
+
+    ``widths`` gives those of the backbone's first stage and of the neck.
+    """
 
     def ssd(model: dict, width: int) -> None:
         channels = (2 * width, 4 * width, 8 * width)
@@ -33,19 +36,19 @@ def detector_config(one_stage, faster_rcnn, cascade_rcnn, detr):
         model.type, model.train_cfg.rcnn.mask_size = 'MaskRCNN', 6
         model.roi_head.mask_roi_extractor = model.roi_head.bbox_roi_extractor
         model.roi_head.mask_head = dict(type='FCNMaskHead', num_convs=1, in_channels=kwargs['neck'],
-                                        conv_out_channels=8, num_classes=3)
+                                        conv_out_channels=8, num_classes=kwargs['classes'])
         return model
 
-    def make(kind: str, teacher: bool = False) -> dict:
-        width, neck = (8, 24) if teacher else (4, 16)
+    def make(kind: str, teacher: bool = False, widths: tuple[int, int] | None = None, classes: int = 3) -> dict:
+        width, neck = widths or ((8, 24) if teacher else (4, 16))
         if kind in DETRS:
             fixed = kind in ('Conditional DETR', 'DINO')  # mmdet's code for these two knows one width alone
-            return detr(DETRS[kind], width=width, embed=0 if fixed else 2 * neck)
+            return detr(DETRS[kind], width=width, embed=0 if fixed else 2 * neck, classes=classes)
         if kind not in DENSE:
             makers = {'Faster R-CNN': faster_rcnn, 'Cascade R-CNN': cascade_rcnn, 'Mask R-CNN': mask_rcnn}
-            return makers[kind](width=width, neck=neck)
+            return makers[kind](width=width, neck=neck, classes=classes)
         towers = dict(stacked_convs=2, feat_channels=8) if kind not in ('SSD', 'YOLOv3') else {}
-        model = one_stage(DENSE[kind], width=width, neck=neck, **towers)
+        model = one_stage(DENSE[kind], width=width, neck=neck, classes=classes, **towers)
         if kind in ('SSD', 'YOLOv3'):
             dict(SSD=ssd, YOLOv3=yolov3)[kind](model, width)
         return model

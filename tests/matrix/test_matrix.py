@@ -2,22 +2,29 @@
 
 One step of a tiny pair serves all methods of a kind at once.
 """
+import copy
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from mmdet.registry import MODELS
 from mmengine.config import Config
 from torch import Tensor, nn
 
+from kd_det.config.classes import ClassMatch
 from kd_det.config.composition import distillation_config, find_model_family, method_terms
 from kd_det.config.detectors import DETECTORS
 from kd_det.config.files import ConfigurationError
 from kd_det.config.methods import methods
 from kd_det.distillers import DetectionDistiller
+from kd_det.distillers.class_sets import restrict_to_shared_classes
 from kd_det.distillers.detection_distiller import Observation
 from kd_det.distillers.student_wrapper import TERMS
 from kd_det.losses import (
+    MGD,
     CrossKD,
     DenseClassification,
     DenseRegression,
@@ -226,3 +233,139 @@ def test_a_method_refuses_a_detector_that_it_does_not_serve(method, detector, de
     student = Config(dict(model=detector_config(detector)))
     with pytest.raises(ConfigurationError, match=f"method '{method}' (does not serve this student|has no weights for)"):
         distillation_config(student, 'teacher.py', 'teacher.pth', method)
+
+
+# ---------------------------------------------------------------- detectors and images drawn at random
+
+
+class Images(NamedTuple):
+    """What a batch is made of: of each image the seed of its pixels, height and width, boxes, and their classes."""
+
+    seeds: list
+    shapes: list
+    boxes: list
+    labels: list
+
+    def of(self, images: Iterable[int], orders: Sequence[Sequence[int]]) -> 'Images':
+        """The batch of these images, each with its boxes in another order."""
+        images = list(images)
+        return Images([self.seeds[image] for image in images], [self.shapes[image] for image in images],
+                      [[self.boxes[image][box] for box in orders[image]] for image in images],
+                      [[self.labels[image][box] for box in orders[image]] for image in images])
+
+
+@st.composite
+def draw_images(draw, classes: int) -> Images:
+    shapes = draw(st.lists(st.tuples(*[st.integers(33, 80)] * 2), min_size=1, max_size=3))
+    share, boxes = st.floats(0, 1, width=32), []
+    for height, width in shapes:
+        corners = draw(st.lists(st.tuples(share, share, share, share), max_size=3, unique=True))
+        boxes.append([((width - 8) * x, (height - 8) * y, (width - 8) * x + 8 + (width - 8) * (1 - x) * w,
+                       (height - 8) * y + 8 + (height - 8) * (1 - y) * h) for x, y, w, h in corners])
+    labels = [[draw(st.integers(0, classes - 1)) for _ in each] for each in boxes]
+    return Images(list(range(len(shapes))), shapes, boxes, labels)
+
+
+@pytest.fixture
+def random_pair(detector_config, distiller, batch_for, monkeypatch):
+    """Draws a student with all methods that serve its kind and a teacher like it, both with the same weights.
+
+    Also returns the student's config, and what makes a batch of :class:`Images`.
+    """
+    # In a step MGD draws by the place of an image.
+    monkeypatch.setattr(MGD, 'draw_kept_cells', lambda self, feature: torch.ones_like(feature[:, :1]))
+
+    def make(detector: str, data: st.DataObject, classes: int) -> tuple:
+        widths = data.draw(st.sampled_from([(4, 16), (4, 8), (8, 24)]))
+        student = detector_config(detector, widths=widths, classes=classes)
+        for part in ('rpn', 'rcnn') if 'roi_head' in student else ():  # all anchors and regions, so none are drawn
+            stages = student.train_cfg[part]
+            for stage in stages if isinstance(stages, list) else [stages]:
+                stage.sampler.num = 10**6
+        terms = {name: dict(term, weight=dict(type='Start', value=1.0, iterations=1))
+                 for method, served in SERVED.items() if detector in served
+                 for name, term in method_terms(method, find_model_family(student)).items()}
+        model = awake(distiller(student, student, distill=terms, seed=data.draw(st.integers(0, 9)),
+                                teacher=dict(config=student, random_teacher=True, **AS_LOADED)), equal=True)
+
+        def load(images: Images) -> dict:
+            batch = batch_for(detector, images.shapes, images.boxes)
+            batch['inputs'] = [torch.randint(0, 256, (3, *shape), generator=torch.Generator().manual_seed(seed))
+                               for seed, shape in zip(images.seeds, images.shapes)]
+            for sample, labels in zip(batch['data_samples'], images.labels):
+                sample.gt_instances.labels = torch.tensor(labels, dtype=torch.long)
+            return model.data_preprocessor(batch, True)
+
+        return model, student, load
+
+    return make
+
+
+def observe(model, batch: dict) -> Observation:
+    """What all terms read, and their values before any weight."""
+    torch.manual_seed(5)
+    return model.observe(batch['inputs'], batch['data_samples'], model.terms)
+
+
+def flatten(values: dict) -> dict[str, float]:
+    """All parts of all terms."""
+    return {f'{name} {part}': each.item() for name, value in values.items() for part, each in value.items()}
+
+
+def learn(model: nn.Module, batch: dict) -> tuple[dict, dict]:
+    """The losses of a step, and the gradients of the student's weights."""
+    torch.manual_seed(5)
+    model.zero_grad()
+    losses = model(**copy.deepcopy(batch), mode='loss')
+    model.parse_losses(losses)[0].backward()
+    return losses, {name: parameter.grad for name, parameter in model.named_parameters() if not name.startswith(TERMS)}
+
+
+@pytest.mark.parametrize('detector', DETECTORS)
+@settings(max_examples=settings.default.max_examples // 5)
+@given(data=st.data())
+def test_equalities_hold_for_any_detector(detector, data, random_pair):
+    classes = data.draw(st.integers(1, 4))
+    images = data.draw(draw_images(classes))
+    # Of few examples the first would be the simplest, a single image without boxes.
+    assume(len({*images.shapes}) > 1 and any(images.boxes) or settings.default.max_examples > 5)
+    model, student, load = random_pair(detector, data, classes)
+
+    # Where the student equals the teacher all terms are 0.
+    values = flatten(observe(model, load(images)).values)
+    unequal = {*NEVER_ZERO, *(term for kind, term in NOT_ZERO if kind == detector)}
+    assert {name: value for name, value in values.items() if name.split()[0] not in unequal
+            and abs(value) > (ROUNDING if name.split()[0] in ALMOST_ZERO else 0)} == {}
+
+    # The order of images and of the boxes of each means nothing, nor does that of the classes.
+    for parameter in model.teacher.model.parameters():
+        parameter.add_(0.2 * parameter.abs().mean() * torch.randn_like(parameter))
+    observation = observe(model, load(images))
+    expected = flatten(observation.values)
+    order, by_class, *orders = (tuple(data.draw(st.permutations(range(count))))
+                                for count in (len(images.shapes), classes, *map(len, images.boxes)))
+    permuted = observe(model, load(images.of(order, orders)))
+    assert flatten(permuted.values) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    names = tuple(map(str, range(classes)))
+    view = restrict_to_shared_classes(observation.context, 0, ClassMatch(names, names, by_class, by_class))
+    renamed = {name: term(view) for name, term in model.terms.items()}
+    assert flatten(renamed) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+    # Nor do copies of the images, where there are boxes, to terms that claim it.
+    if any(images.boxes):
+        twice = images.of([*order, *order], [range(len(each)) for each in images.boxes])
+        values = flatten(observe(model, load(twice)).values)
+        claimed = [name for name in expected if model.terms[name.split()[0]].independent_of_batch_size]
+        assert {name: values[name] for name in claimed} == pytest.approx(
+            {name: expected[name] for name in claimed}, rel=1e-3, abs=1e-5)
+
+    # With all weights at 0 it learns what the plain student learns, bit for bit.
+    plain = MODELS.build(student)
+    plain.load_state_dict(model.state_dict())
+    losses, gradients = learn(model.train(), load(images))
+    of_plain, expected = learn(plain.train(), load(images))
+    assert all(losses[f'loss_{name}'] == 0 for name in model.terms)
+    assert all(torch.equal(one, other) for name in of_plain for one, other in zip(
+        *(each[name] if isinstance(each[name], list) else [each[name]] for each in (losses, of_plain))))
+    assert all(gradient is None if expected[name] is None else torch.equal(gradient, expected[name])
+               for name, gradient in gradients.items())

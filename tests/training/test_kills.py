@@ -4,6 +4,7 @@ SIGKILL comes from within, at points that are counted: before a step, in the mid
 its name, before an old one goes, while a line is logged, in a validation. ``make soak`` sends it from outside.
 """
 import builtins
+import gc
 import json
 import os
 import random
@@ -15,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from mmdet.models import SingleStageDetector
 from mmdet.registry import MODELS
 from mmengine.config import Config
@@ -24,6 +24,7 @@ from mmengine.visualization import vis_backend
 
 import kd_det
 from kd_det.compat import writing
+from kd_det.config.files import load_config
 from kd_det.distillers import DetectionDistiller
 from kd_det.study.runs import train
 from kd_det.study.scheduling import CONFIG_FILE, JobPool
@@ -133,6 +134,16 @@ def kill_until_done(function: Callable[[bool], object], moments: list[tuple[str,
     return killed
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Spares each process what costs most of its start: the layout of the configs that are saved, and collections."""
+    monkeypatch.setattr('mmengine.config.config.FormatCode', lambda text, **_: (text, True))
+    monkeypatch.setattr('mmengine.dataset.base_dataset.gc.collect', lambda: 0)
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
 def teacher(retinanet, tmp_path):
     Config(dict(default_scope='mmdet', model=retinanet(neck=12))).dump(tmp_path / 'teacher.py')
@@ -194,7 +205,38 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_the_uninterrupted_one(traine
     assert run_killed(lambda: trained('straight', False))
     expected = outcome(tmp_path / 'straight')
     assert [file for file in expected[0] if file.startswith('epoch')] == ['epoch_2.pth']
-    moments = draw_moments(10, seed=13)
-    killed = kill_until_done(lambda resume: trained('killed', resume), moments)
-    print(moments, killed)
+    assert kill_until_done(lambda resume: trained('killed', resume), draw_moments(6, seed=13)) == 6
     assert_same(outcome(tmp_path / 'killed'), expected)
+
+
+@pytest.fixture
+def benchmarked(retinanet, run_config, teacher, monkeypatch):
+    """Benchmarks a plain and a distilled student in this work dir, each trained in this process."""
+
+    def train_here(pool, job, identity, device, log):
+        job.folder.mkdir(parents=True, exist_ok=True)
+        Config(dict(job.config.to_dict(), work_dir=str(job.folder))).dump(job.folder / CONFIG_FILE)
+        return train(job.name, load_config(job.folder / CONFIG_FILE), identity, log)
+
+    monkeypatch.setattr(JobPool, '_train', train_here)
+    student = run_config(retinanet(), epochs=1, val=True, custom_hooks=[dict(type='EMAHook')], log_level='ERROR')
+    for key in ('work_dir', 'experiment_name', 'visualizer'):
+        student.pop(key)
+    student.default_hooks.pop('distill')
+    return lambda folder: kd_det.benchmark(
+        student=student, teacher=teacher[0], teacher_checkpoints=[teacher[1]], methods='none,fgd', seeds=1, threads=1,
+        work_dir=folder, options={'default_hooks.distill.preflight': None}, log=lambda text: None)
+
+
+def test_a_benchmark_that_is_killed_at_any_moment_ends_as_the_uninterrupted_one(benchmarked, tmp_path):
+    straight, killed = tmp_path / 'straight', tmp_path / 'killed'
+    assert run_killed(lambda: benchmarked(straight))
+    assert kill_until_done(lambda _: benchmarked(killed), [('save', 13), ('save', 9)]) == 2
+    read = [json.loads((folder / 'results.json').read_text()) for folder in (straight, killed)]
+    for first, second in zip(*(results['runs'] for results in read), strict=True):
+        for name in ('variant', 'status', 'identity', 'start', 'order', 'metrics', 'checkpoint'):
+            assert first[name] == second[name], name
+        states = [torch.load(folder / first['checkpoint'], weights_only=True) for folder in (straight, killed)]
+        assert_same(*({part: state[part] for part in PARTS if part in state} for state in states))
+    assert_same(read[0]['summary'], read[1]['summary'])
+    assert not list(killed.rglob('*.partial'))
