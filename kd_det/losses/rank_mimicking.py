@@ -48,6 +48,8 @@ class RankMimicking(DenseTerm):
         0.462
     """
 
+    only_at_boxes = True
+
     def __init__(self, temperature: float = 1.0, head: str | dict[str, str] = 'bbox_head', teacher: int = 0) -> None:
         super().__init__(head=head, teacher=teacher)
         check_number('temperature', temperature, above=0)

@@ -140,6 +140,8 @@ class RoIRegression(RoITerm):
         {'regression': tensor(4.)}
     """
 
+    only_at_boxes = True
+
     def __init__(self, form: str = 'bounded', margin: float = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         check_choice('form', form, REGRESSION_FORMS)

@@ -60,6 +60,11 @@ class Mask(nn.Module):
         """
         return False
 
+    @property
+    def only_at_boxes(self) -> bool:
+        """Whether the mask is 0 everywhere on an image without ground-truth boxes."""
+        return False
+
     def forward(self, level: ComparedLevel) -> tuple[Weighting, ...]:
         """Returns the weightings whose sum is the mask."""
         raise NotImplementedError
@@ -148,6 +153,10 @@ class MaskProduct(_Combination):
         {'type': 'MaskProduct', 'masks': ['BoxForeground', {'type': 'ChannelAttention', 'temperature': 0.5}]}
     """
 
+    @property
+    def only_at_boxes(self) -> bool:
+        return any(mask.only_at_boxes for mask in self.masks)
+
     def forward(self, level: ComparedLevel) -> tuple[Weighting, ...]:
         return tuple(Weighting(_multiply(each.cells for each in together),
                                _multiply(each.channels for each in together),
@@ -179,6 +188,10 @@ class MaskSum(_Combination):
             raise ValueError(f'MaskSum has {len(masks)} masks but {len(self.weights)} weights.')
         for index, weight in enumerate(self.weights):
             check_number(f'weights[{index}]', weight)
+
+    @property
+    def only_at_boxes(self) -> bool:
+        return all(mask.only_at_boxes for mask in self.masks)
 
     def forward(self, level: ComparedLevel) -> tuple[Weighting, ...]:
         return tuple(each._replace(factor=weight * each.factor)
