@@ -56,6 +56,10 @@ class BoxForeground(CellMask):
         self.weighting, self.box_mapping = weighting, box_mapping
 
     @property
+    def only_at_boxes(self) -> bool:
+        return True
+
+    @property
     def needs_boxes(self) -> bool:
         return True
 
@@ -97,6 +101,10 @@ class BoxBackground(BoxForeground):
     def __init__(self, box_mapping: BoxMapping = 'batch') -> None:
         super().__init__('binary', box_mapping)
 
+    @property
+    def only_at_boxes(self) -> bool:
+        return False
+
     def cells(self, level: ComparedLevel) -> Tensor:
         valid = level.valid if self.box_mapping == 'batch' else None
         return level.context.where_labelled(normalized_background(super().cells(level), valid))
@@ -120,6 +128,10 @@ class PyramidMask(CellMask):
     def __init__(self, finest_scale: Positive = 56, num_levels: Count | None = None) -> None:
         super().__init__()
         self.finest_scale, self.num_levels = finest_scale, num_levels
+
+    @property
+    def only_at_boxes(self) -> bool:
+        return True
 
     @property
     def needs_boxes(self) -> bool:
