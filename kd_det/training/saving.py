@@ -245,6 +245,8 @@ def _was_validated(runner: Runner) -> bool:
     if any(getattr(hook, 'save_best', None) for hook in runner.hooks) or any(
             isinstance(each, ReduceOnPlateauParamScheduler) for each in flat):
         return False
+    if not runner._load_from:  # a FlexibleRunner has found the file itself
+        return False
     saved = Path(runner._load_from).stat().st_mtime
     return any(_has_validation(file, done) for file in Path(runner.work_dir).glob('*/vis_data/scalars.json')
                if file.stat().st_mtime >= saved)

@@ -11,8 +11,11 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 
 import kd_det
+from kd_det.checks.image_reader import MEMORY_FILE, Memory
+from kd_det.cli.demo import DISTILLED_CONFIG
 from kd_det.cli.main import main
 from kd_det.compat.writing import WritingError, locked_folder
+from kd_det.config import ConfigurationError
 from kd_det.datasets import generate_shapes
 from kd_det.study import benchmark, demo
 from kd_det.study.demo import DemoSettings, run_demo
@@ -21,6 +24,7 @@ from kd_det.study.report import page
 from kd_det.study.runs import RESULT_FILE, identify_run
 from kd_det.study.scheduling import Failure, Job, JobPool
 from kd_det.teachers.cache import ArrayStore
+from kd_det.training import runs
 from kd_det.training.pictures import save_figure
 
 MINE = 'the work of a week'
@@ -94,20 +98,30 @@ def test_a_run_does_not_save_its_config_over_one_written_by_hand(command, studen
     assert hand.read_text() == before
 
 
-def test_an_error_while_building_leaves_the_config_of_before(student):
+@pytest.fixture
+def no_optimizer(monkeypatch):
+    """Makes the last thing that is built fail."""
+
+    def fail(runner):
+        raise ValueError('no optimizer')
+
+    monkeypatch.setattr(runs, 'build_optimizer', fail)
+
+
+def test_an_error_while_building_leaves_the_config_of_before(student, no_optimizer):
     work_dir = Path('run')
     work_dir.mkdir()
     good = Config.fromfile('student.py').pretty_text
     (work_dir / 'student.py').write_text(good)
     (work_dir / 'other.txt').write_text(MINE)
-    with pytest.raises(Exception, match='can not be built'):
-        kd_det.train('student.py', work_dir=work_dir, options={'optim_wrapper.optimizer.type': 'Adamm'})
+    with pytest.raises(ConfigurationError, match='no optimizer'):
+        kd_det.train('student.py', work_dir=work_dir, epochs=7)
     assert (work_dir / 'student.py').read_text() == good
-    assert sorted(file.name for file in work_dir.glob('*.*')) == ['other.txt', 'student.py']
+    assert (work_dir / 'other.txt').read_text() == MINE and sorted(work_dir.glob('*.py')) == [work_dir / 'student.py']
 
 
 @pytest.mark.parametrize('before', [True, False])
-def test_a_distillation_that_can_not_be_built_saves_no_config(before, student, retinanet):
+def test_a_distillation_that_can_not_be_built_saves_no_config(before, student, retinanet, no_optimizer):
     Config(dict(default_scope='mmdet', model=retinanet(neck=12))).dump('teacher.py')
     plain = Config.fromfile('student.py')
     plain.default_hooks.pop('distill')
@@ -115,9 +129,8 @@ def test_a_distillation_that_can_not_be_built_saves_no_config(before, student, r
     if before:
         saved.parent.mkdir()
         saved.write_text(plain.pretty_text)
-    with pytest.raises(Exception, match='can not be built'):
-        kd_det.distill('student.py', 'teacher.py', 'epoch_1.pth', 'pkd', work_dir='run', on_config=pytest.fail,
-                       options={'optim_wrapper.optimizer.type': 'Adamm'})
+    with pytest.raises(ConfigurationError, match='no optimizer'):
+        kd_det.distill('student.py', 'teacher.py', 'epoch_1.pth', 'pkd', work_dir='run', on_config=pytest.fail)
     assert (saved.read_text() if saved.is_file() else None) == (plain.pretty_text if before else None)
 
 
@@ -220,10 +233,10 @@ def test_a_demo_replaces_a_demos_files_alone(name, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, '_train_and_compare', lambda settings, console: None)
     (tmp_path / name).write_text(json.dumps(dict(OWN_RESULTS)))
     with pytest.raises(WritingError, match="is not one of a demo's files"):
-        run_demo(DemoSettings(tmp_path, ''))
-    run_demo(DemoSettings(tmp_path, '', force=True))
+        run_demo(DemoSettings(tmp_path, DISTILLED_CONFIG))
+    run_demo(DemoSettings(tmp_path, DISTILLED_CONFIG, force=True))
     (tmp_path / name).write_text('{"gain": "Matplotlib"}')
-    run_demo(DemoSettings(tmp_path, ''))
+    run_demo(DemoSettings(tmp_path, DISTILLED_CONFIG))
     with locked_folder(tmp_path / 'other'):
         assert (tmp_path / 'log.txt').is_file()
 
@@ -254,3 +267,16 @@ def test_a_cache_removes_what_it_left_and_nothing_else(tmp_path):
         os.utime(file, (0, 0))
     ArrayStore(str(tmp_path), 10**6)
     assert [file.exists() for file in files] == [False, True, True]
+
+
+def test_a_list_of_checked_images_replaces_its_own_kind_alone(tmp_path):
+    file = tmp_path / MEMORY_FILE
+    file.write_text(MINE)
+    Memory(tmp_path).save()
+    assert file.read_text() == MINE
+    file.unlink()
+    Memory(tmp_path).save()
+    first = file.read_text()
+    file.write_text(first[:-3])  # cut by something else
+    Memory(tmp_path).save()
+    assert file.read_text() == first

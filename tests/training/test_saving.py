@@ -127,19 +127,23 @@ def test_the_best_of_before_goes_when_the_new_one_is_there(config_of, monkeypatc
 
 @pytest.fixture(scope='module')
 def two_epochs(tmp_path_factory):
-    """A folder for the two checkpoints of a run, which the first test that asks for them trains."""
-    return tmp_path_factory.mktemp('two') / 'run'
+    """The folder of a run's two checkpoints, and the runner that resumes it: the first test that asks makes both."""
+    return tmp_path_factory.mktemp('two') / 'run', []
 
 
 @pytest.fixture
 def resumed(config_of, two_epochs, tmp_path):
-    """Makes the runner that goes on from a copy of a work dir with two checkpoints, and that folder."""
+    """A runner that goes on from a copy of a work dir with two checkpoints, and that folder."""
+    straight, made = two_epochs
     config = config_of(epochs=3, resume=True, **{'default_hooks.checkpoint.max_keep_ckpts': -1})
-    if not two_epochs.exists():
-        kd_det.train(config, options={'work_dir': str(two_epochs), 'train_cfg.max_epochs': 2, 'resume': False})
-    shutil.copytree(two_epochs, config.work_dir)
-    Path(config.work_dir, 'last_checkpoint').write_text(f'{config.work_dir}/epoch_2.pth')
-    return lambda: Runner.from_cfg(config), Path(config.work_dir)
+    if not made:
+        kd_det.train(config, options={'work_dir': str(straight), 'train_cfg.max_epochs': 2, 'resume': False})
+        made.append(Runner.from_cfg(config))
+    folder, runner = tmp_path / 'copy', made[0]
+    shutil.copytree(straight, folder)
+    (folder / 'last_checkpoint').write_text(f'{folder}/epoch_2.pth')
+    runner._work_dir, runner._load_from, runner._has_loaded = str(folder), None, False
+    return runner, folder
 
 
 def cut(file: Path) -> None:
@@ -170,10 +174,10 @@ HARM = {
 
 @pytest.mark.parametrize('harm', HARM)
 def test_the_newest_whole_checkpoint_is_resumed_and_the_reason_is_told(harm, resumed, monkeypatch):
-    make, folder = resumed
+    runner, folder = resumed
     do, epoch, reason = HARM[harm]
     do(folder)
-    runner, said = make(), []
+    said = []
     monkeypatch.setattr(runner.logger, 'warning' if reason else 'info', said.append)
     check_start(runner)
     assert runner._load_from == str(folder / f'epoch_{epoch}.pth')
@@ -184,21 +188,20 @@ def test_the_newest_whole_checkpoint_is_resumed_and_the_reason_is_told(harm, res
 
 
 def test_where_none_is_whole_all_are_named(resumed):
-    make, folder = resumed
+    runner, folder = resumed
     cut(folder / 'epoch_2.pth')
     (folder / 'epoch_1.pth').write_bytes(b'')
     with pytest.raises(CheckpointError, match=r"no whole checkpoint in '.*' to resume from: .*epoch_1.pth' is empty. "
                                               r'.*epoch_2.pth.* Leave --resume out to begin anew.'):
-        check_start(make())
+        check_start(runner)
 
 
 def test_the_folder_of_a_longer_run_before_does_not_count(resumed):
     """Its epoch 2 is older than the epoch 1 at which the new run was killed."""
-    make, folder = resumed
+    runner, folder = resumed
     later = torch.load(folder / 'epoch_1.pth', weights_only=True)
     later['meta']['time'] = '29991231_235959'
     torch.save(later, folder / 'epoch_1.pth')
-    runner = make()
     check_start(runner)
     assert runner._load_from == str(folder / 'epoch_1.pth')
 
