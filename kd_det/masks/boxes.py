@@ -55,10 +55,6 @@ class BoxForeground(CellMask):
         self.weighting, self.box_mapping = weighting, box_mapping
 
     @property
-    def only_at_boxes(self) -> bool:
-        return True
-
-    @property
     def needs_boxes(self) -> bool:
         return True
 
@@ -128,10 +124,6 @@ class PyramidMask(CellMask):
         if num_levels is not None:
             check_number('num_levels', num_levels, least=1, whole=True)
         self.finest_scale, self.num_levels = finest_scale, num_levels
-
-    @property
-    def only_at_boxes(self) -> bool:
-        return True
 
     @property
     def needs_boxes(self) -> bool:
