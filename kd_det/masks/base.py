@@ -63,8 +63,8 @@ class Mask(nn.Module):
 
     @property
     def only_at_boxes(self) -> bool:
-        """Whether the mask is 0 everywhere on an image without ground-truth boxes."""
-        return False
+        """Whether the mask is 0 everywhere on an image without boxes, as most are that are made of them."""
+        return self.needs_boxes
 
     def forward(self, level: ComparedLevel) -> tuple[Weighting, ...]:
         """Returns the weightings whose sum is the mask."""

@@ -56,10 +56,6 @@ class BoxForeground(CellMask):
         self.weighting, self.box_mapping = weighting, box_mapping
 
     @property
-    def only_at_boxes(self) -> bool:
-        return True
-
-    @property
     def needs_boxes(self) -> bool:
         return True
 
@@ -128,10 +124,6 @@ class PyramidMask(CellMask):
     def __init__(self, finest_scale: Positive = 56, num_levels: Count | None = None) -> None:
         super().__init__()
         self.finest_scale, self.num_levels = finest_scale, num_levels
-
-    @property
-    def only_at_boxes(self) -> bool:
-        return True
 
     @property
     def needs_boxes(self) -> bool:

@@ -176,10 +176,6 @@ class PredictionQuality(CellMask):
         return (self.head, )
 
     @property
-    def only_at_boxes(self) -> bool:
-        return True
-
-    @property
     def needs_boxes(self) -> bool:
         return True
 
