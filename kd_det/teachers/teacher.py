@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from kd_det import __version__
 from kd_det.compat.process import preserved_randomness
-from kd_det.config.arguments import Name, Names, at, check_arguments, declared
+from kd_det.config.arguments import Name, Names, at, check_arguments, check_keys, declared
 from kd_det.config.classes import count_classes
 from kd_det.config.detectors import ModelConfig, TeacherError, read_model_config
 from kd_det.heads import HeadError, StudentOutputs, TeacherForward, TeacherOutputs, find_head, run_heads
@@ -99,7 +99,7 @@ class Teacher:
                  random_teacher: bool = False,
                  allow_missing: Sequence[Name] = (),
                  allow_unexpected: Sequence[Name] = (),
-                 classes: Names = (),
+                 classes: Names | None = (),
                  cache: dict[str, Any] | None = None,
                  fuse: bool = True,
                  channels_last: bool = True,
@@ -142,7 +142,9 @@ class Teacher:
                 raise TeacherError(f"A term learns from the teacher's {name}. {error}") from error
         self.taps = Taps(self.model, taps)
         self.bridge = InputBridge(student_preprocessor, self.model.data_preprocessor, find_input_channels(self.model))
-        self.cache = None if cache is None else TeacherCache(**cache)
+        with at('cache'):
+            check_keys(TeacherCache, cache or ())
+            self.cache = None if cache is None else TeacherCache(**cache)
         self.feature_sums: tuple[Tensor, ...] = ()
         self._last_fingerprint: tuple[tuple, str] = ((), '')
 

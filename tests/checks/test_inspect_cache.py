@@ -75,7 +75,8 @@ def test_batches_whose_shape_depends_on_who_is_in_them(config):
 
 def test_a_replay_that_no_epoch_moves_is_a_fault(config):
     check_config(config(REPLAYED_FLIP), ('train', ))
+    by_iteration = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=9)
     for change, message in (({'default_hooks.distill': None}, 'nothing tells it the epoch'),
-                            ({'train_cfg.type': 'IterBasedTrainLoop'}, 'counts iterations')):
+                            ({'train_cfg': by_iteration}, 'counts iterations')):
         with pytest.raises(DiagnosisError, match=message):
             check_config(config(REPLAYED_FLIP, **change), ('train', ))

@@ -98,11 +98,11 @@ def test_when_the_teacher_detects():
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (dict(mode='add'), "mode='add'.*expected one of join, replace"), (dict(images='some'), 'all, unlabelled'),
-    (dict(score=5), 'from 0 to 1'), (dict(weight=2.0), "expected 'score', or a number from 0 to 1"),
-    (dict(weight='area'), 'area'),
-    (dict(weight=dict(type='Balance')), "expected 'score'"), (dict(teacher=1), 'there are 1 teachers'),
-    (dict(threshold=1), 'model.pseudo_labels: .*threshold')])
+    (dict(mode='add'), "mode: expected one of join, replace, got 'add'"), (dict(images='some'), 'all, unlabelled'),
+    (dict(score=5), 'score: expected a number from 0 to 1, got 5'),
+    (dict(weight=2.0), 'weight: expected score, a number from 0 to 1'), (dict(weight='area'), "weight: .*, got 'area'"),
+    (dict(weight=dict(type='Balance')), 'weight: expected score'), (dict(teacher=1), 'teacher: expected .*below 1'),
+    (dict(threshold=1), r'model\.pseudo_labels\.threshold: there is no such key')])
 def test_mistakes_in_the_config(retinanet, distiller, arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         distiller(retinanet(), retinanet(), distill={}, pseudo_labels=arguments)
