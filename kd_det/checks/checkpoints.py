@@ -220,6 +220,16 @@ def inspect_checkpoint(subject: str, checkpoint: str, remedy: str) -> Finding:
     return Finding(subject, f"there is no file '{checkpoint}'", remedy, fault=True)
 
 
+def inspect_finite(subject: str, checkpoint: str) -> Iterator[Finding]:
+    """Whether the weights of a checkpoint are finite, where it is a file that can be read."""
+    with suppress(CheckpointError, OSError):
+        loaded = load_checkpoint(checkpoint) if Path(checkpoint).is_file() else {}
+        try:
+            require_finite(dict(_list_tensors(loaded.get('state_dict', loaded))), checkpoint, 'teacher', ())
+        except NotFiniteError as error:
+            yield Finding(subject, str(error), SET_TEACHER, fault=True)
+
+
 def _number(counts: set[int]) -> str:
     return ' and '.join(map(str, sorted(counts)))
 

@@ -39,6 +39,9 @@ class DistillTerm(nn.Module):
             weight fits batches of any size; as far as what the value is divided by, such as the number of boxes, is 1
             or more, where it counts no less. A term that does not claim it says why.
 
+        only_at_boxes: Whether it compares at ground-truth boxes alone. Images without any then add 0, and a process of
+            data-parallel training that has only such images a gradient of 0 for every parameter, as it must.
+
     Raises:
         ValueError: An argument that does not fit; the message names it, its value, and what would.
 
@@ -58,6 +61,7 @@ class DistillTerm(nn.Module):
 
     least_levels = 1
     independent_of_batch_size: bool = True
+    only_at_boxes: bool = False
 
     @declared
     def __init__(self, teacher: Index = 0) -> None:

@@ -148,9 +148,12 @@ class DenseRegression(DenseTerm):
         self.margin = margin
 
     @property
+    def only_at_boxes(self) -> bool:  # type: ignore[override]
+        return self.form == 'bounded' or self.weighting in ('positives', 'valuable')
+
+    @property
     def student_heads(self) -> tuple[str, ...]:
-        assigns = self.form == 'bounded' or self.weighting in ('positives', 'valuable')
-        positives = (HeadRequest(self.student_head, 'positives'), ) if assigns else ()
+        positives = (HeadRequest(self.student_head, 'positives'), ) if self.only_at_boxes else ()
         return (*super().student_heads, *positives, *self._distributions_of(self.student_head))
 
     @property

@@ -63,6 +63,10 @@ class FeatureImitation(FeatureTerm):
         self.mask = None if mask is None else build_mask(mask)
         self.distance, self.normalizer = distance, normalizer
 
+    @property
+    def only_at_boxes(self) -> bool:  # type: ignore[override]
+        return self.mask is not None and self.mask.only_at_boxes
+
     def compare(self, level: ComparedLevel, position: int) -> Parts:
         weightings = (Weighting(), ) if self.mask is None else self.mask(level)
         return add_parts(dict(imitation=self._imitate(level, weighting)) for weighting in weightings)

@@ -73,6 +73,10 @@ class QueryTerm(DistillTerm):
         self.layers, self.background, self.costs = layers, background, (costs[0], costs[1], costs[2])
 
     @property
+    def only_at_boxes(self) -> bool:  # type: ignore[override]
+        return self.background == 0
+
+    @property
     def student_heads(self) -> tuple[str, ...]:
         return (self.student_head, )
 

@@ -48,6 +48,8 @@ class RankMimicking(DenseTerm):
         0.462
     """
 
+    only_at_boxes = True
+
     @declared
     def __init__(self, temperature: Positive = 1.0, head: EitherSide = 'bbox_head', teacher: Index = 0) -> None:
         super().__init__(head=head, teacher=teacher)

@@ -135,6 +135,8 @@ class RoIRegression(RoITerm):
         {'regression': tensor(4.)}
     """
 
+    only_at_boxes = True
+
     @declared
     def __init__(self, form: Literal['bounded', 'l1', 'mse'] = 'bounded', margin: Margin = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -61,6 +61,11 @@ class Mask(nn.Module):
         """
         return False
 
+    @property
+    def only_at_boxes(self) -> bool:
+        """Whether the mask is 0 everywhere on an image without boxes, as most are that are made of them."""
+        return self.needs_boxes
+
     def forward(self, level: ComparedLevel) -> tuple[Weighting, ...]:
         """Returns the weightings whose sum is the mask."""
         raise NotImplementedError
@@ -151,6 +156,10 @@ class MaskProduct(_Combination):
         {'type': 'MaskProduct', 'masks': ['BoxForeground', {'type': 'ChannelAttention', 'temperature': 0.5}]}
     """
 
+    @property
+    def only_at_boxes(self) -> bool:
+        return any(mask.only_at_boxes for mask in self.masks)
+
     def forward(self, level: ComparedLevel) -> tuple[Weighting, ...]:
         return tuple(Weighting(_multiply(each.cells for each in together),
                                _multiply(each.channels for each in together),
@@ -182,6 +191,10 @@ class MaskSum(_Combination):
         self.weights = tuple(weights) if weights is not None else (1.0, ) * len(masks)
         if len(self.weights) != len(masks):
             refuse('weights', weights, f'one for each of the {len(masks)} masks')
+
+    @property
+    def only_at_boxes(self) -> bool:
+        return all(mask.only_at_boxes for mask in self.masks)
 
     def forward(self, level: ComparedLevel) -> tuple[Weighting, ...]:
         return tuple(each._replace(factor=weight * each.factor)

@@ -97,6 +97,10 @@ class BoxBackground(BoxForeground):
     def __init__(self, box_mapping: BoxMapping = 'batch') -> None:
         super().__init__('binary', box_mapping)
 
+    @property
+    def only_at_boxes(self) -> bool:
+        return False
+
     def cells(self, level: ComparedLevel) -> Tensor:
         valid = level.valid if self.box_mapping == 'batch' else None
         return level.context.where_labelled(normalized_background(super().cells(level), valid))

@@ -5,7 +5,7 @@ import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import torch
 from mmengine.config import Config
 
 from kd_det.checks.arguments import inspect_arguments
-from kd_det.checks.checkpoints import inspect_checkpoint
+from kd_det.checks.checkpoints import inspect_checkpoint, inspect_finite
 from kd_det.checks.doctor import check_config, inspect_data
 from kd_det.checks.environment import raise_faults
 from kd_det.checks.image_reader import Memory
@@ -137,6 +137,7 @@ def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | 
         raise_faults(inspect_arguments(variant_config(variant, pair, ['teacher.pth'] * teachers)))
     raise_faults(inspect_checkpoint('--teacher-checkpoint', checkpoint, 'Give the path of a checkpoint')
                  for checkpoint in teacher_checkpoints)
+    raise_faults(chain.from_iterable(inspect_finite('teacher checkpoint', each) for each in pair.checkpoints))
     raise_faults(inspect_data(pair.student, ('train', 'val'), Memory(root), check_images))
     data = hash_data(pair.student)
     add_trackers(Config(dict(work_dir=str(root))), trackers)  # whose package is missing is told before, too

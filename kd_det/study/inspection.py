@@ -23,7 +23,7 @@ from torch import Tensor
 from kd_det.checks.data import check_labels
 from kd_det.checks.doctor import check_config, explain
 from kd_det.checks.images import check_images
-from kd_det.compat import load_checkpoint
+from kd_det.compat import load_checkpoint, require_finite
 from kd_det.compat.console import TextTable
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import declared
@@ -416,5 +416,6 @@ def _build_distiller(config: Config, checkpoint: str | None) -> DetectionDistill
         load_strictly(distiller, checkpoint, role='student')
         loaded = load_checkpoint(checkpoint)
         if CHECKPOINT_KEY in loaded:
+            require_finite(loaded[CHECKPOINT_KEY]['terms'], checkpoint, 'distillation')
             distiller.load_terms(loaded[CHECKPOINT_KEY]['terms'])
     return distiller.to(get_device()).train()

@@ -143,7 +143,7 @@ WRONG = [
     (['--completion', 'bahs'], "'bahs', did you mean 'bash'?"),
     (['train', 'student.py', '--epochs', 'two'], '--epochs'),
     (['train', 'student.py', '--epochs', '1\n2'], '1\\n2'),
-    (['train', 'student.py', '--seed', '1.5'], "--seed: invalid int value: '1.5'"),
+    (['train', 'student.py', '--seed', '1.5'], 'argument --seed: expected an integer'),
     (['test', 'student.py', 't.pth', '--out', 'x.json'], "'x.json' does not end in .pkl"),
     ([*DISTILL, 'fgd', '--balance', '1', '--paper-weights'], 'not allowed with argument'),
     # settings
@@ -231,6 +231,7 @@ WRONG = [
     (['methods', 'gone.py'], 'gone.py'),
     (['methods', 'fgdd'], "Nearest: fgd."),
     (['demo', '--config', 'gone.py', '--out', 'demo'], "'gone.py'"),
+    (['demo', '--config', 'student.py', '--out', 'demo'], '--config student.py is no distillation'),
     # files and folders
     (['train', 'student.py', '--work-dir', 'student.py'], 'student.py'),
     (['train', 'student.py', '--work-dir', '/proc/none'], '/proc/none'),
@@ -396,6 +397,18 @@ def test_what_the_surroundings_cause_is_one_line(error, said, here, capsys, monk
     assert said in (text := said_by(['methods'], capsys)) and '\n' not in text
 
 
+def test_a_package_that_only_one_command_needs_may_lack(here, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'shtab', None)  # as if it were not installed
+    assert "there is no module 'shtab'" in said_by(['--completion', 'bash'], capsys)
+
+
+def test_debug_shows_where_an_exit_was_called(here, capsys, monkeypatch):
+    from kd_broken_exit import leave
+    monkeypatch.setattr('kd_det.cli.methods.run', leave)
+    assert main(['methods', '--debug']) == 2
+    assert 'Traceback' in (said := capsys.readouterr().err) and said.splitlines()[-1].startswith('kd-det: error: ')
+
+
 def test_of_many_ranks_it_is_not_known_which_is_gone(monkeypatch):
     monkeypatch.setenv('RANK', '3')
     monkeypatch.setenv('WORLD_SIZE', '4')
@@ -474,6 +487,15 @@ def test_who_is_left_behind_ends(child, run_command):
     parent.kill()
     parent.wait(20)
     assert has_ended(left)
+
+
+def test_a_rank_ends_with_its_torchrun(here, monkeypatch):
+    watched = []
+    monkeypatch.setattr(entry, 'end_with_parent', lambda: watched.append(True))
+    monkeypatch.setattr('kd_det.cli.methods.run', lambda options: 0)
+    assert main(['methods']) == 0 and not watched  # others may outlive who started them, as with nohup
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'none')
+    assert main(['methods']) == 0 and watched
 
 
 def has_ended(number: int) -> bool:

@@ -97,6 +97,14 @@ def test_it_says_whether_it_is_made_of_boxes(case, look):
     assert isinstance(mask.needs_boxes, bool) and changes == mask.needs_boxes
 
 
+@every_mask
+def test_it_says_whether_it_looks_at_boxes_alone(case, look):
+    mask, levels = look(case, 'no_boxes')
+    looks = any(all(weights.any() for weights in each[:2] if weights is not None)
+                for level in levels for each in mask(level))
+    assert mask.only_at_boxes is not looks
+
+
 def as_one(weightings) -> torch.Tensor:
     """All weights in one row."""
     return torch.cat([weights.flatten() for each in weightings for weights in each[:2] if weights is not None])

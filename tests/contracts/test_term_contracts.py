@@ -19,7 +19,7 @@ CONFIGS = dict(
                      dict(weighting='valuable'), dict(weighting='gap', normalizer='confidence')],
     DenseClassification=[dict(), dict(weighting='richness', normalizer='richness', beta=0), dict(normalizer='none')],
     FeatureImitation=[dict(), *(dict(distance=distance) for distance in ('l1', 'smooth_l1', 'cosine')),
-                      dict(normalizer='mask', mask='SpatialAttention')],
+                      dict(normalizer='mask', mask='SpatialAttention'), dict(normalizer='mask', mask='BoxForeground')],
     RoIClassification=[dict(), *(dict(form=form) for form in ('decoupled', 'coupled', 'weighted'))],
     RoIRegression=[dict(), dict(form='l1'), dict(form='mse', normalizer='own')],
     RPNImitation=[dict(), dict(form='bounded', normalizer='positives')])
@@ -94,6 +94,17 @@ def test_it_teaches_student_and_adapters_and_leaves_what_it_reads(case, connect,
     assert all(torch.equal(now, then) for now, then in zip(read, before))
     taught = tensors_of([context.teachers, context.teacher_outputs])
     assert not any(each.requires_grad or each.grad is not None for each in taught)
+
+
+@every_term
+def test_without_boxes_it_teaches_or_says_that_it_does_not(case, connect, evaluate):
+    """And its parameters get a gradient all the same, for which data-parallel training waits."""
+    term, scene = connect(case, 'no_boxes')
+    learning = [*term.parameters(), *scene.student]
+    gradients = torch.autograd.grad(sum(evaluate(term, scene.show_to(term)).values()), learning, allow_unused=True,
+                                    retain_graph=True)
+    assert all(each is not None for each in gradients[:-len(scene.student)])
+    assert term.only_at_boxes is not any(each is not None and bool(each.any()) for each in gradients)
 
 
 @every_term

@@ -3,7 +3,11 @@
 One step of a tiny pair serves all methods of a kind at once.
 """
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -233,6 +237,44 @@ def test_a_method_refuses_a_detector_that_it_does_not_serve(method, detector, de
     student = Config(dict(model=detector_config(detector)))
     with pytest.raises(ConfigurationError, match=f"method '{method}' (does not serve this student|has no weights for)"):
         distillation_config(student, 'teacher.py', 'teacher.pth', method)
+
+
+def choose_detectors(families: dict[str, str]) -> list[str]:
+    """Few kinds of detectors that have every method in every family that it has weights for, by the family of each."""
+    chosen, left = [], {(method, families[detector]) for method, detector in CASES}
+    while left:
+        taught = {detector: left & {(method, families[detector]) for method in SERVED if detector in SERVED[method]}
+                  for detector in DETECTORS}
+        chosen.append(max(taught, key=lambda detector: len(taught[detector])))
+        left -= taught[chosen[-1]]
+    return chosen
+
+
+def test_on_two_ranks_every_term_teaches_on_each(detector_config, distiller, batch_for, tmp_path):
+    """Also where the images of one have no boxes, but for those that say that they compare at boxes alone."""
+    families = {detector: find_model_family(detector_config(detector)) for detector in DETECTORS}
+    lessons, only_at_boxes = {}, {}
+    for detector in choose_detectors(families):
+        student, teacher = detector_config(detector), detector_config(detector, teacher=True)
+        terms = {name: term for method, served in SERVED.items() if detector in served
+                 for name, term in method_terms(method, families[detector]).items()}
+        config = dict(type='DetectionDistiller', student=student, distill=terms,
+                      teacher=dict(config=teacher, random_teacher=True, **AS_LOADED))
+        model = awake(MODELS.build(config))
+        batches = [model.data_preprocessor(batch_for(detector, **{**THREE_IMAGES, **changes}), True)
+                   for changes in ({}, dict(boxes=((), (), ())))]
+        states = [module.state_dict() for module in (model.student, model.terms, model.teacher.model)]
+        lessons[detector] = config, states, [(each['inputs'], each['data_samples']) for each in batches]
+        only_at_boxes[detector] = {name: term.only_at_boxes for name, term in model.terms.items()}
+    torch.save(lessons, tmp_path / 'input.pth')
+    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv_backend=c10d',
+                    '--rdzv_endpoint=localhost:0', str(Path(__file__).with_name('two_ranks.py')),
+                    str(tmp_path / 'input.pth'), str(tmp_path / 'output.pth')],
+                   check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=240)
+    with_boxes, without = torch.load(tmp_path / 'output.pth', weights_only=True)
+    assert with_boxes == {detector: dict.fromkeys(terms, (True, True)) for detector, terms in only_at_boxes.items()}
+    assert without == {detector: {name: (not alone, True) for name, alone in terms.items()}
+                       for detector, terms in only_at_boxes.items()}
 
 
 # ---------------------------------------------------------------- detectors and images drawn at random

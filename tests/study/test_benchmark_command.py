@@ -8,6 +8,8 @@ import torch
 from mmengine.config import Config
 from mmengine.config.lazy import LazyObject
 
+import kd_det
+from kd_det.checks.environment import DiagnosisError
 from kd_det.cli.benchmark import add_arguments
 from kd_det.cli.main import main
 from kd_det.compat import load_checkpoint
@@ -43,6 +45,16 @@ def test_types_that_are_classes_are_written_by_their_names(run_config, retinanet
     train('plain', config, 'identity', log=lambda text: None)
     saved = next(Path(config.work_dir).glob('*/vis_data/config.py'))
     assert "type='mmdet.visualization.DetLocalVisualizer'" in saved.read_text() and load_config(saved)
+
+
+def test_weights_of_a_teacher_that_are_not_finite_are_refused_before_anything_trains(run_config, retinanet, tmp_path):
+    config = run_config(retinanet(), epochs=1, val=True)
+    config.dump(tmp_path / 'teacher.py')
+    torch.save(dict(state_dict={'neck.bias': torch.tensor([1.0, float('nan')])}), tmp_path / 'teacher.pth')
+    with pytest.raises(DiagnosisError, match=r'teacher checkpoint: .* not finite: 1 of 1 tensors, first neck.bias'):
+        kd_det.benchmark(student=config, teacher=str(tmp_path / 'teacher.py'), methods='none',
+                         teacher_checkpoints=[str(tmp_path / 'teacher.pth')], work_dir=tmp_path / 'work')
+    assert not (tmp_path / 'work' / 'none').exists()
 
 
 def test_a_benchmark_from_beginning_to_end(benchmark, tmp_path, capsys):
@@ -163,6 +175,32 @@ def test_what_can_not_be_composed_is_told_before_anything_is_trained(benchmark, 
     with pytest.raises(FileNotFoundError):  # there are no results
         benchmark('--methods', 'none,unheard')
     assert "no method 'unheard'" in capsys.readouterr().err and not (tmp_path / 'work').exists()
+
+
+@pytest.mark.parametrize('command, options, message', [
+    ('benchmark', ['--methods', 'pkd,fgd@model.distill.fgd.temperature=-1'],
+     'model.distill.fgd.temperature: expected a number above 0, got -1.'),
+    ('benchmark', ['--methods', 'fgd@model.distill.fgd.temprature=1'],
+     'model.distill.fgd.temprature: there is no such key. Nearest: temperature.'),
+    ('benchmark', ['--methods', 'fgd@model.distill.fgd.weight=nan'],
+     'model.distill.fgd.weight: expected a number of at least 0, or a schedule'),
+    ('benchmark', ['--methods', 'fgd@model.teacher.chekpoint=x.pth'],
+     'model.teacher.chekpoint: there is no such key. Nearest: checkpoint'),
+    ('benchmark', ['--methods', 'fgd@train_cfg.max_epochs=0'],
+     'train_cfg.max_epochs: expected an integer of at least 1, got 0.'),
+    ('benchmark', ['--methods', 'fgd@balance=nan'], '--methods fgd@balance=nan: expected @balance=RATIO, a number'),
+    ('benchmark', ['--methods', 'fgd@balance=-1'], '--methods fgd@balance=-1: expected @balance=RATIO, a number'),
+    ('benchmark', ['--methods', 'fgd', '--cfg-options', 'optim_wrapper.optimizer.lr=nan'],
+     'optim_wrapper.optimizer.lr: expected a number of at least 0, got nan.'),
+    ('sweep', ['--method', 'cwd', '--set', 'cwd.temperature=1,0'],
+     'model.distill.cwd.temperature: expected a number above 0, got 0.'),
+    ('sweep', ['--method', 'cwd', '--set', 'optim_wrapper.optimizer.type=SGD,Adamm'],
+     "optim_wrapper.optimizer.type: there is no 'Adamm'. Nearest: Adam"),
+])
+def test_what_does_not_fit_is_told_before_anything_is_trained(benchmark, tmp_path, capsys, command, options, message):
+    with pytest.raises(FileNotFoundError):  # there are no results
+        benchmark(*options, command=command)
+    assert f'kd-det: error: {message}' in capsys.readouterr().err and not (tmp_path / 'work').exists()
 
 
 @pytest.mark.parametrize('options, message', [
