@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 # Written when an install has finished; it is done again only when what it installs from has changed.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test lint docs clean
+.PHONY: help install demo test soak lint docs clean
 
 help:  ## Show this help.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -23,6 +23,9 @@ demo: $(INSTALLED)  ## Generate data, train a teacher and two students, and comp
 
 test: $(INSTALLED)  ## Run all tests.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests
+
+soak: $(INSTALLED)  ## Kill trainings and benchmarks at moments of chance, resume them, and compare what they end in.
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak
 
 lint: $(INSTALLED)-lint  ## Check style and imports with ruff, and types with mypy.
 	$(BIN)/python -m ruff check .

@@ -14,8 +14,8 @@ VERSION = re.compile(r"^__version__ = '(.+?)'", re.MULTILINE)
 # One line, as Python wants it; what went wrong in it would be printed whenever Python starts.
 PTH = r"exec('try:\n import kd_det_startup\n kd_det_startup.install()\nexcept Exception:\n pass')"
 
-TEST = ['ipykernel', 'nbclient', 'nbformat', 'pytest', 'pytest-timeout', 'pytest-xdist', 'setuptools<81', 'tensorboard',
-        'wheel']
+TEST = ['hypothesis', 'ipykernel', 'nbclient', 'nbformat', 'pytest', 'pytest-timeout', 'pytest-xdist', 'setuptools<81',
+        'tensorboard', 'wheel']
 LINT = ['ruff>=0.17,<0.18', 'mypy>=2.4,<2.5']
 DOCS = ['mkdocs>=1.6,<2', 'mkdocs-material>=9.6,<10', 'mkdocstrings[python]>=1,<2']
 
@@ -47,7 +47,7 @@ setup(
     cmdclass={'build_py': BuildWithStartup},
     zip_safe=False,
     install_requires=['torch', 'torchvision', 'numpy', 'scipy', 'filelock', 'rich', 'matplotlib', 'jinja2',
-                      'shtab'],
+                      'shtab', 'pydantic>=2.7', 'annotated-types', 'typing_extensions'],
     extras_require={
         'mmdet': [
             'mmengine>=0.10,<0.11',

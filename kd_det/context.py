@@ -253,7 +253,8 @@ def pair_levels(student: Sequence[LevelSpec], teacher: Sequence[LevelSpec], leve
         resize: Pair a level that has no partner of its stride with the nearest one, for a term that resizes it.
 
     Raises:
-        LevelError: An index out of range, a number below 1, or a level without a partner.
+        LevelError: An index out of range or of a level that another names, a number below 1, or a level without a
+            partner.
     """
     if isinstance(levels, int) and levels < 1:
         raise LevelError(f'levels={levels}: as a number it is how many to compare, at least 1. For the level of this '
@@ -263,9 +264,12 @@ def pair_levels(student: Sequence[LevelSpec], teacher: Sequence[LevelSpec], leve
     if beyond:
         raise LevelError(f'levels={tuple(indices)}: the tap has {len(student)} levels, of strides '
                          f'{[level.stride for level in student]}; there is no level {beyond[0]}.')
+    chosen = [index % len(student) for index in indices]
+    if len(set(chosen)) < len(chosen):
+        raise LevelError(f'levels={tuple(indices)}: of the {len(student)} levels of the tap, these are {chosen}. Name '
+                         'each level once.')
     pairs = []
-    for index in indices:
-        index %= len(student)
+    for index in chosen:
         stride = student[index].stride
         nearest = min(range(len(teacher)), key=lambda other: abs(teacher[other].stride - stride))
         if teacher[nearest].stride != stride and not resize:

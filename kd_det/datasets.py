@@ -15,6 +15,7 @@ from mmcv.transforms import BaseTransform
 from mmdet.registry import TRANSFORMS
 from mmengine.structures import InstanceData
 
+from kd_det.compat.writing import refuse_to_replace
 from kd_det.config.files import ConfigurationError
 
 
@@ -259,6 +260,7 @@ def _smooth_noise(stream: Stream, height: int, width: int, cells: int) -> np.nda
 
 
 _SPLITS = ('train', 'val')
+_DESCRIPTION = 'kd_det shapes'
 _VERSION = 1  # of the drawing; raise it when the same arguments give other pixels
 
 
@@ -287,14 +289,18 @@ def generate_shapes(root: str | Path,
 
     Raises:
         ValueError: If a split would be empty, the images smaller than 32 pixels, or the seed negative.
+        WritingError: The folder has annotations of other data.
     """
     if min(train_images, val_images) < 1 or size < 32 or seed < 0:
         raise ValueError('expected at least 1 image in each split, a size of at least 32 and a seed of at least 0, got '
                          f'train_images={train_images}, val_images={val_images}, size={size}, seed={seed}')
     counts = dict(zip(_SPLITS, (train_images, val_images)))
+    for split in counts:
+        refuse_to_replace(Path(root, 'annotations', f'{split}.json'), lambda content: _DESCRIPTION.encode() in content,
+                          'the annotations of shapes', advice='Give another folder.')
     done, written = 0, False
     for split, count in counts.items():
-        info = dict(description='kd_det shapes', split=split, images=count, size=size, seed=seed, version=_VERSION)
+        info = dict(description=_DESCRIPTION, split=split, images=count, size=size, seed=seed, version=_VERSION)
         annotation_file = Path(root, 'annotations', f'{split}.json')
         if _info(annotation_file) != info:
             written = True
@@ -323,7 +329,10 @@ def generate_shapes(root: str | Path,
 
 
 def _info(annotation_file: Path) -> dict | None:
-    return json.loads(annotation_file.read_bytes())['info'] if annotation_file.is_file() else None
+    try:
+        return json.loads(annotation_file.read_bytes())['info']
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none yet, or damaged: it is written anew
+        return None
 
 
 def _write_json(path: Path, content: dict) -> None:

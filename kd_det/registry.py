@@ -10,7 +10,7 @@ import copy
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
@@ -106,12 +106,6 @@ def build_detector(model: Mapping[str, Any]) -> nn.Module:
     with within_scope(model.get('_scope_')):
         detector: nn.Module = MODELS.build(copy.deepcopy(model))  # building may write into a config
     return detector
-
-
-def build_own(registry: Registry, config: Mapping[str, Any]) -> Any:
-    """Builds a term, a mask or a weight. One of this package need not be named with its scope, whatever scope holds."""
-    with nullcontext() if find_class(registry, config) is not None else DefaultScope.overwrite_default_scope(HOME):
-        return registry.build(config)
 
 
 def import_registered(package: str) -> dict[str, type]:

@@ -258,8 +258,12 @@ def record_calls(module: nn.Module, method: str) -> Iterator[list[Call]]:
         calls.append(Call(signature(original).bind(*args, **kwargs).arguments, returned))
         return returned
 
+    own = method in vars(module)  # an instance's method of its own, as an engine sets it
     setattr(module, method, record)  # on the instance, before the class's
     try:
         yield calls
     finally:
-        delattr(module, method)
+        if own:
+            setattr(module, method, original)
+        else:
+            delattr(module, method)

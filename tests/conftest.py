@@ -71,7 +71,7 @@ def golden():
     return load
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def retinanet():
     """Makes the model dict of a RetinaNet of a few thousand weights."""
 

@@ -23,6 +23,12 @@ def test_index_out_of_range_is_an_error():
         pair_levels(RETINANET, RETINANET, levels=(0, 5))
 
 
+@pytest.mark.parametrize('levels', [(0, 0), (0, -5), (1, -1, 4)])
+def test_a_level_is_named_once(levels):
+    with pytest.raises(LevelError, match=r'of the 5 levels of the tap, these are \[.*\]\. Name each level once'):
+        pair_levels(RETINANET, RETINANET, levels=levels)
+
+
 def test_a_number_of_levels_is_the_first_so_many_at_most():
     """So that one file serves pyramids of five levels and of three."""
     assert [pair.student_spec.stride for pair in pair_levels(RETINANET, RETINANET, levels=4)] == [8, 16, 32, 64]

@@ -11,10 +11,10 @@ from mmengine.registry import DefaultScope
 
 from kd_det.checks.doctor import check_config, inspect_config
 from kd_det.config.composition import distillation_config
-from kd_det.config.files import load_config
+from kd_det.config.files import build_own, load_config
 from kd_det.distillers import build_schedule
 from kd_det.masks.base import build_mask
-from kd_det.registry import add_nodes, build_detector, build_own, find_class, get_scope, within_scope
+from kd_det.registry import add_nodes, build_detector, find_class, get_scope, within_scope
 from kd_det.study.fidelity import measure_fidelity
 from kd_det.teachers import TeacherError, probe_towers, read_model_config
 from kd_det.training.runner import build_runner
@@ -106,7 +106,7 @@ def test_this_packages_parts_are_built_whatever_scope_holds(scope):
         assert type(build_mask('BoxForeground')).__name__ == 'BoxForeground'
         assert type(build_mask(dict(type='MaskProduct', masks=['NearAnchorForeground']))).__name__ == 'MaskProduct'
         assert type(build_own(MODELS, dict(type='FGD', tap='neck'))).__name__ == 'FGD'
-        with pytest.raises(ValueError, match="there is no schedule 'Warmdown'"):
+        with pytest.raises(ValueError, match="there is no 'Warmdown'"):
             build_schedule(dict(type='Warmdown', value=1.0))
 
 

@@ -2,14 +2,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import torch
 from mmengine.config import Config
-from torch import nn
+from torch import Tensor, nn
 
 from kd_det.checks.data import class_counts
 from kd_det.checks.environment import Finding
-from kd_det.compat.checkpoint import CheckpointError, load_checkpoint
+from kd_det.checks.synthetic import synthetic_batch
+from kd_det.compat.checkpoint import STATISTICS, CheckpointError, NotFiniteError, load_checkpoint, require_finite
+from kd_det.compat.process import preserved_randomness
 from kd_det.config.classes import find_training_classes, match_classes
 from kd_det.config.detectors import check_student, read_model_config
 from kd_det.config.files import (
@@ -33,7 +37,9 @@ from kd_det.teachers.loading import (
 
 SET_TEACHER = ('Set it with --teacher-checkpoint where the command has that option, or with --cfg-options '
                'model.teacher.checkpoint=FILE')
-STATISTICS = ('running_mean', 'running_var')  # buffers that training fills
+EVALUATE_TEACHER = 'Evaluate it with kd-det test TEACHER_CONFIG CHECKPOINT'
+NOISE_SIZE = (320, 320)  # pixels, an SSD's largest stride and more
+RESUMED = ('ema_state_dict', 'distill', 'optimizer')  # what a resumed training reads beside the weights
 
 
 def inspect_checkpoints(config: Config) -> Iterator[Finding]:
@@ -161,9 +167,26 @@ def inspect_teacher_weights(config: Config) -> Iterator[Finding]:
                     model = build_detector(read_model_config(teacher['config']))
                 load_strictly(model, checkpoint, teacher.get('allow_missing', ()), teacher.get('allow_unexpected', ()),
                               checkpoint_prefix=teacher.get('checkpoint_prefix'))
-                yield Finding(f'{name} weights', f'fit {type(model).__name__}')
+                broken = find_broken_levels(model)
+                yield Finding(f'{name} weights', f'fit {type(model).__name__}') if not broken else Finding(
+                    f'{name} weights', f'are finite, but its features of an image of noise are not: level {broken[0]}',
+                    f'{EVALUATE_TEACHER}, and give one that detects', fault=True)
+            except NotFiniteError as error:
+                yield Finding(f'{name} weights', str(error), SET_TEACHER, fault=True)
             except Exception as error:  # whatever stops it here would stop the run
                 yield Finding(f'{name} weights', str(error), 'Give config and checkpoint of the same model', fault=True)
+
+
+@torch.no_grad()
+def find_broken_levels(model: nn.Module) -> list[int]:
+    """Finds the levels of a detector's features that are not finite, on an image of noise.
+
+    Of a detector that asks for more than an image nothing is known.
+    """
+    with preserved_randomness(), suppress(Exception):
+        data = model.eval().data_preprocessor(synthetic_batch(model, 1, NOISE_SIZE, 0), False)
+        return [index for index, level in enumerate(model.extract_feat(data['inputs'])) if not level.isfinite().all()]
+    return []
 
 
 def teachers_of(config: Config) -> list[tuple[str, dict]]:
@@ -197,6 +220,16 @@ def inspect_checkpoint(subject: str, checkpoint: str, remedy: str) -> Finding:
     return Finding(subject, f"there is no file '{checkpoint}'", remedy, fault=True)
 
 
+def inspect_finite(subject: str, checkpoint: str) -> Iterator[Finding]:
+    """Whether the weights of a checkpoint are finite, where it is a file that can be read."""
+    with suppress(CheckpointError, OSError):
+        loaded = load_checkpoint(checkpoint) if Path(checkpoint).is_file() else {}
+        try:
+            require_finite(dict(_list_tensors(loaded.get('state_dict', loaded))), checkpoint, 'teacher', ())
+        except NotFiniteError as error:
+            yield Finding(subject, str(error), SET_TEACHER, fault=True)
+
+
 def _number(counts: set[int]) -> str:
     return ' and '.join(map(str, sorted(counts)))
 
@@ -214,8 +247,8 @@ def check_checkpoint(model: nn.Module, checkpoint: str, whole: bool, resumes: bo
         resumes: Whether it must also tell where its training was.
 
     Raises:
-        CheckpointError: It lacks weights, or has them in another shape, or lacks what tells where its training was. The
-            message names them.
+        CheckpointError: It lacks weights, or has them in another shape, or not finite; or it lacks what tells where its
+            training was, or what that needs is not finite. The message names them.
     """
     if not whole:
         check_some_fit(model, checkpoint)
@@ -230,3 +263,13 @@ def check_checkpoint(model: nn.Module, checkpoint: str, whole: bool, resumes: bo
             raise CheckpointError(f"The checkpoint '{checkpoint}' can not be resumed: it has weights, but lacks "
                                   f"{', '.join(lacking)}, which MMEngine saves during training. To start a new "
                                   f"training from its weights, set load_from='{checkpoint}' and do not resume.")
+        require_finite(dict(_list_tensors({key: loaded.get(key) for key in RESUMED})), checkpoint, 'student', ())
+
+
+def _list_tensors(node: object, path: str = '') -> Iterator[tuple[str, Tensor]]:
+    """The tensors within nested dicts and lists, each with its path."""
+    if isinstance(node, Tensor):
+        yield path, node
+    elif isinstance(node, (dict, list, tuple)):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _list_tensors(value, f'{path}.{key}' if path else str(key))

@@ -3,21 +3,30 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from difflib import get_close_matches
 from io import StringIO
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from mmdet.registry import DATASETS, TRANSFORMS
+from mmdet.evaluation import CocoMetric
+from mmdet.registry import DATASETS, METRICS, TRANSFORMS
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 
+from kd_det.checks.annotations import Use, inspect_coco_file
 from kd_det.checks.environment import Finding, raise_faults
+from kd_det.checks.instances import (
+    inspect_evaluated_images,
+    inspect_instances,
+    inspect_other_form,
+    is_unlabelled,
+    reads_as_coco,
+)
+from kd_det.checks.records import list_some
 from kd_det.config.classes import (
     LabelNames,
     find_dataset_classes,
@@ -55,20 +64,53 @@ def inspect_paths(config: Config, splits: Sequence[str] = SPLITS) -> Iterator[Fi
         for prefix in folders.values() if isinstance(folders, dict) else [folders]:
             paths.setdefault(_join(dataset, prefix), f'{split} images')
     for split in splits:
-        evaluators = config.get(f'{split}_evaluator') or []
-        for evaluator in [evaluators] if isinstance(evaluators, dict) else evaluators:
+        for evaluator in _evaluators(config, split):
             if evaluator.get('ann_file'):
                 paths.setdefault(evaluator['ann_file'], f'{split} evaluator')
     for path, subject in paths.items():
         yield _existing(subject, path)
 
 
-def inspect_annotations(config: Config, splits: Sequence[str] = SPLITS) -> Iterator[Finding]:
-    """Reads the COCO annotation files: their form, and how much of them the config's classes use."""
+def inspect_annotations(config: Config, splits: Sequence[str] = SPLITS, others: bool = True) -> Iterator[Finding]:
+    """Reads annotation files: what is damaged, and of COCO's how much the config's classes use.
+
+    Args:
+        config: The config.
+        splits: Whose data sets and evaluators to look at.
+        others: Also read files of other forms, whose boxes are judged once they are built: see
+            :func:`~kd_det.checks.instances.inspect_instances`.
+    """
+    uses: dict[str, list[Use]] = {}
     for split, dataset in _datasets(config, splits):
-        path = _join(dataset, dataset.get('ann_file') or '')
-        if path.endswith('.json') and Path(path).is_file():
-            yield from _inspect_coco(split, dataset, path)
+        path, kind = _join(dataset, dataset.get('ann_file') or ''), find_class(DATASETS, dataset, HOME)
+        if kind is None and path.endswith('.json') or reads_as_coco(kind):
+            uses.setdefault(path, []).append(_use(config, split, dataset))
+        elif others:
+            yield from inspect_other_form(f'{split} data', kind, dataset, _join, find_dataset_classes(dataset))
+    for split in splits:
+        for evaluator in _evaluators(config, split):
+            metric = find_class(METRICS, evaluator, HOME) if 'type' in evaluator else None
+            if getattr(metric, '__init__', None) is CocoMetric.__init__ and not evaluator.get('format_only'):
+                uses.setdefault(evaluator.get('ann_file') or '', []).append(Use(f'{split} evaluator', scored=True))
+    for path, of_path in uses.items():
+        if Path(path).is_file():
+            yield from inspect_coco_file(path, of_path)
+
+
+def _use(config: Config, split: str, dataset: dict) -> Use:
+    classes = find_dataset_classes(dataset)
+    evaluators = _evaluators(config, split)
+    unscored = split != 'train' and bool(evaluators) and all(each.get('format_only') for each in evaluators)
+    return Use(f'{split} data', None if classes is None else tuple(classes),
+               _loads_masks(dataset.get('pipeline')), unscored or _ends_unlabelled(dataset),
+               bool((dataset.get('filter_cfg') or {}).get('filter_empty_gt')) and not dataset.get('test_mode'))
+
+
+def _loads_masks(node: object) -> bool:
+    """Whether a transform of a pipeline, at any depth, loads masks."""
+    if isinstance(node, dict):
+        return bool(node.get('with_mask')) or any(map(_loads_masks, node.values()))
+    return isinstance(node, (list, tuple)) and any(map(_loads_masks, node))
 
 
 def inspect_classes(config: Config, splits: Sequence[str] = SPLITS) -> Iterator[Finding]:
@@ -82,7 +124,7 @@ def inspect_classes(config: Config, splits: Sequence[str] = SPLITS) -> Iterator[
         elif classes is not None and heads and heads != {len(classes)}:
             yield Finding(
                 f'{split} classes',
-                f"the model's heads have num_classes={_listed(sorted(heads))}, the data set has {len(classes)}",
+                f"the model's heads have num_classes={list_some(sorted(heads))}, the data set has {len(classes)}",
                 'Set num_classes of every head to the number of classes, and metainfo=dict(classes=…) of every '
                 'data set to their names',
                 fault=True)
@@ -98,7 +140,7 @@ def inspect_labels(datasets: Mapping[str, object], metrics: Mapping[str, Sequenc
     found: dict[str, LabelNames] = {}
     evaluated: list[LabelNames] = []
     for split, dataset in datasets.items():
-        leaves = [leaf for leaf in iterate_built_datasets(dataset) if not _is_unlabelled(leaf)]
+        leaves = [leaf for leaf in iterate_built_datasets(dataset) if not is_unlabelled(leaf)]
         for index, leaf in enumerate(leaves):
             names = read_label_names(leaf)
             if names and names not in found.values():
@@ -142,12 +184,23 @@ def build_data(config: Config, splits: Sequence[str]) -> tuple[dict[str, object]
 
 
 def check_labels(datasets: Mapping[str, object], metrics: Mapping[str, Sequence[object]] = {}) -> None:
-    """As :func:`inspect_labels`.
+    """As :func:`inspect_labels` and :func:`~kd_det.checks.instances.inspect_instances`.
 
     Raises:
-        DiagnosisError: Labels mean something else than the metainfo says, or not the same in all data sets.
+        DiagnosisError: Labels mean something else than the metainfo says, or not the same in all data sets; or boxes
+            are none, or an evaluator does not know the images.
     """
-    raise_faults(inspect_labels(datasets, metrics))
+    raise_faults(chain(inspect_labels(datasets, metrics), inspect_instances(datasets),
+                       inspect_evaluated_images(datasets, metrics)))
+
+
+def check_annotations(config: Config, splits: Sequence[str]) -> None:
+    """As :func:`inspect_annotations`, of COCO files.
+
+    Raises:
+        DiagnosisError: A file is damaged.
+    """
+    raise_faults(inspect_annotations(config, splits, others=False))
 
 
 def _inspect_label_names(subject: str, names: LabelNames, evaluated: bool) -> Iterator[Finding]:
@@ -164,7 +217,8 @@ def _inspect_label_names(subject: str, names: LabelNames, evaluated: bool) -> It
     misspelt = [f"there is no category '{name}' in the annotations; the nearest name is '{near[0]}'"
                 for name, near in nearest.items() if near]
     missing = [f"'{name}'" for name, near in nearest.items() if not near]
-    absent = [f"there {'are no categories' if missing[1:] else 'is no category'} {_listed(missing)} in the annotations"]
+    absent = [f"there {'are no categories' if missing[1:] else 'is no category'} {list_some(missing)} in the "
+              'annotations']
     absent = absent if missing else []
     # A class without a category that stands last shifts no label: nothing but the evaluation stumbles over it.
     if names.agree and not misspelt and not (absent and evaluated):
@@ -207,11 +261,6 @@ def _evaluated_names(api: Any, classes: Sequence[str]) -> LabelNames:
     return LabelNames(meant, tuple(classes) or meant, tuple(known.values()))
 
 
-def _is_unlabelled(leaf: object) -> bool:
-    transforms = getattr(getattr(leaf, 'pipeline', None), 'transforms', ())
-    return bool(transforms) and isinstance(transforms[-1], Unlabelled)
-
-
 def class_counts(model: dict) -> set[int]:
     """All values of ``num_classes`` in the heads that classify objects (an RPN does not)."""
 
@@ -239,6 +288,11 @@ def _datasets(config: Config, splits: Sequence[str]) -> Iterator[tuple[str, dict
                 yield split, dataset
 
 
+def _evaluators(config: Config, split: str) -> list[dict]:
+    evaluators = config.get(f'{split}_evaluator') or []
+    return [evaluators] if isinstance(evaluators, dict) else list(evaluators)
+
+
 def _join(dataset: dict, path: str) -> str:
     """A path as the data set joins it to its root."""
     root = str(dataset.get('data_root') or '')
@@ -259,51 +313,10 @@ def _existing(subject: str, path: str) -> Finding:
     return Finding(subject, f"'{path}' does not exist", SET_DATA_ROOT, fault=True)
 
 
-def _inspect_coco(split: str, dataset: dict, path: str) -> Iterator[Finding]:
-    subject = f'{split} data'
-    try:
-        content = json.loads(Path(path).read_text(encoding='utf-8'))
-        images = {image['id']: image['file_name'] for image in content['images']}
-        names = {category['id']: category['name'] for category in content['categories']}
-        unlabelled = _ends_unlabelled(dataset)
-        annotations = () if unlabelled else content['annotations']
-        boxes = [(box['image_id'], names[box['category_id']]) for box in annotations]
-    except (ValueError, KeyError, TypeError) as error:
-        yield Finding(subject, f"'{path}' is no COCO annotation file ({type(error).__name__}: {error})",
-                      'Expected a JSON object with the lists images, categories and annotations', fault=True)
-        return
-    classes = find_dataset_classes(dataset) or tuple(names.values())
-    missing = [name for name in classes if name not in names.values()]
-    annotated = {image for image, name in boxes if name in classes}
-    if not images:
-        yield Finding(subject, f"'{path}' lists no images", 'Give a file with images', fault=True)
-    elif unlabelled and (dataset.get('filter_cfg') or {}).get('filter_empty_gt'):
-        yield Finding(subject, f'{len(images)} images, unlabelled, which filter_empty_gt passes over',
-                      'Set filter_cfg=dict(filter_empty_gt=False) of the data set', fault=True)
-    elif unlabelled:
-        yield Finding(subject, f'{len(images)} images, unlabelled')
-    elif not annotated:
-        remedy = "If nobody labelled these images, end the data set's pipeline with dict(type='Unlabelled')"
-        if missing:
-            remedy = ("Set metainfo=dict(classes=…) of the data set to the file's names, and num_classes of every head "
-                      'to their number')
-        shown = str if all(isinstance(name, str) for name in (*classes, *names.values())) else repr  # as 1 and '1'
-        expected, there = list(map(shown, classes)), sorted(map(shown, names.values()))
-        yield Finding(subject, f"'{path}' has no box of the config's classes ({_listed(expected)}); the file's "
-                      f'categories are {_listed(there)}', remedy, fault=True)
-    else:
-        yield Finding(subject, f'{len(images)} images, {len(annotated)} of them with boxes of {len(classes)} classes')
-
-
 def _ends_unlabelled(dataset: dict) -> bool:
     """Whether the pipeline marks every image as unlabelled."""
     pipeline = dataset.get('pipeline') or ()
     return bool(pipeline) and get_type_name(pipeline[-1]) == Unlabelled.__name__
-
-
-def _listed(values: Sequence, most: int = 6) -> str:
-    rest = len(values) - most
-    return ', '.join(map(str, values[:most])) + (f', … and {rest} more' if rest > 0 else '')
 
 
 REPLAYED = 'ReplayedRandomness'

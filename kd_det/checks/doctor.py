@@ -7,7 +7,9 @@ from itertools import chain
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 
+from kd_det.checks.arguments import inspect_arguments
 from kd_det.checks.checkpoints import (
     inspect_checkpoints,
     inspect_start,
@@ -28,6 +30,7 @@ from kd_det.checks.data import (
 from kd_det.checks.environment import Finding, raise_faults
 from kd_det.checks.image_reader import Memory
 from kd_det.checks.images import inspect_images, student_channels
+from kd_det.checks.instances import inspect_evaluated_images, inspect_instances
 from kd_det.checks.step import inspect_step
 from kd_det.config.classes import Names, find_label_names
 from kd_det.config.files import ConfigurationError
@@ -45,6 +48,10 @@ def inspect_config(config: Config, images: int | None = None) -> Iterator[Findin
     work_dir = config.get('work_dir')
     memory = Memory(work_dir if work_dir and Path(work_dir).is_dir() else None)
     with within_scope(get_scope(config)):
+        mistakes = list(inspect_arguments(config))
+        if mistakes:  # what else there is to look at is read by them
+            yield from mistakes
+            return
         findings, names = _look_at_data(config, SPLITS, memory, images)
         yield from chain(_inspect_cheaply(config, SPLITS, names), findings, inspect_teacher_weights(config),
                          inspect_start_weights(config), inspect_step(config, names))
@@ -70,23 +77,34 @@ def _look_at_data(config: Config, splits: Sequence[str], memory: Memory | None,
     if any(finding.fault for finding in (*findings, *inspect_paths(config, splits))):
         return findings, None
     datasets, metrics, faults = build_data(config, splits)
-    findings += [*faults, *inspect_labels(datasets, metrics),
+    findings += [*faults, *inspect_labels(datasets, metrics), *inspect_instances(datasets),
+                 *inspect_evaluated_images(datasets, metrics),
                  *inspect_images(datasets, student_channels(config), memory, images)]
     return findings, find_label_names(datasets['train']) if 'train' in datasets else None
 
 
 def check_config(config: Config, splits: Sequence[str]) -> None:
-    """Looks at what is cheap to look at: paths and numbers of classes.
+    """Looks at what is cheap to look at: keys and values, paths, numbers of classes, and the annotation files.
 
     Args:
         config: The config.
         splits: Whose data a run needs, of :data:`~kd_det.checks.data.SPLITS`; weights matter where it trains.
 
     Raises:
-        DiagnosisError: A file is missing or class counts differ; all faults are listed.
+        DiagnosisError: A key or a value does not fit, a file is missing or damaged, or class counts differ; all faults
+            are listed.
     """
+    raise_faults(inspect_arguments(config))
     with within_scope(get_scope(config)):
-        raise_faults(_inspect_cheaply(config, splits))
+        raise_faults(chain(_inspect_cheaply(config, splits), inspect_annotations(config, splits, others=False)))
+
+
+def warn_of_annotations(config: Config, splits: Sequence[str]) -> None:
+    """Logs what is worth to know of the annotation files, which :func:`check_config` has read."""
+    with within_scope(get_scope(config)):
+        for finding in inspect_annotations(config, splits, others=False):
+            if finding.mark == 'note':
+                MMLogger.get_current_instance().warning(f'{finding.subject}: {finding.found}. {finding.remedy}.')
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 from kd_det import __version__
 from kd_det.compat.console import TextTable
 from kd_det.compat.process import files_are_utf8
+from kd_det.config.arguments import Index, declared
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -52,7 +53,7 @@ def raise_faults(findings: Iterable[Finding]) -> None:
     if faults:
         lines = [f'{finding.subject}: {finding.found}'
                  + ('' if '\n' in finding.found or finding.found.endswith('.') else '.') for finding in faults]
-        remedies = dict.fromkeys(f'{finding.remedy}.' for finding in faults)
+        remedies = dict.fromkeys(f'{finding.remedy}.' for finding in faults if finding.remedy)
         raise DiagnosisError('\n  '.join([*lines, *remedies]))
 
 
@@ -151,8 +152,9 @@ class Diagnosis:
         return self.tabulate().to_html()
 
 
+@declared
 def doctor(config: str | Path | Config | None = None, *, teacher_checkpoint: str | Path | None = None,
-           check_images: int | None = None, data_root: str | None = None,
+           check_images: Index | None = None, data_root: str | None = None,
            options: dict[str, Any] | None = None) -> Diagnosis:
     """Checks the installation, and a config: what would fail, and what to do about it.
 

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from threading import current_thread, local, main_thread
@@ -24,6 +24,7 @@ from mmengine.logging import MMLogger
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kd_det.compat.console import PlainConsole
+from kd_det.compat.writing import WritingError, refuse_to_replace, write_whole
 
 MEMORY_FILE = 'checked_images.json'
 FORMAT = 1  # of that file; another number makes it forgotten
@@ -59,7 +60,8 @@ class Memory:
     def recall(self, loader: str, path: str, state: Sequence[int]) -> Shape | None:
         """The shape of an image that this loader has read, and that has not changed since."""
         known = self.checked.get(loader, {}).get(path)
-        return tuple(known[2:5]) if isinstance(known, list) and len(known) == 5 and known[:2] == list(state) else None
+        is_known = isinstance(known, list) and len(known) == 5 and all(type(each) is int for each in known)
+        return tuple(known[2:5]) if is_known and known[:2] == list(state) else None
 
     def add(self, loader: str, look: Look) -> None:
         """Adds an image that was read."""
@@ -69,13 +71,10 @@ class Memory:
         """Writes the file, whole or not at all; where that is not possible nothing is remembered."""
         if self.file is None:
             return
-        partial = self.file.with_name(f'{self.file.name}.{os.getpid()}.partial')
-        try:
+        with suppress(OSError, WritingError):
+            refuse_to_replace(self.file, lambda content: content.startswith(b'{"format": '), 'a list of checked images')
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(dict(format=FORMAT, checked=self.checked)), encoding='utf-8')
-            os.replace(partial, self.file)
-        except OSError:
-            partial.unlink(missing_ok=True)
+            write_whole(self.file, json.dumps(dict(format=FORMAT, checked=self.checked)))
 
 
 class Look(NamedTuple):

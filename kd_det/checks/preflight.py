@@ -82,7 +82,7 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int,
         The teacher's skill, the same on every rank; None where the config has no validation data.
 
     Raises:
-        TeacherError: See :func:`classes_on`.
+        TeacherError: See :func:`classes_on`; or the teacher's features are not finite.
         ConfigurationError: The validation data is empty, has no boxes, or does not name its classes.
         DiagnosisError: Its labels mean something else than its metainfo says.
     """
@@ -106,9 +106,12 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int,
         share = _share_of_rank(len(indices))
         images_of_rank = Subset(dataset, [indices[place % len(indices)] for place in share])
         places = iter(share)
+        broken = torch.zeros(())  # batches of which a feature was not finite
         for batch in DataLoader(images_of_rank, batch_size=loader.get('batch_size') or 1, collate_fn=pseudo_collate):
             data = preprocess(batch, False)
-            for sample in teacher.predict(data['inputs'], data['data_samples']):
+            predicted = teacher.predict(data['inputs'], data['data_samples'])
+            broken += not all(each.isfinite() for each in teacher.feature_sums)
+            for sample in predicted:
                 place = next(places)
                 objects = dataset.get_data_info(indices[place % len(indices)]).get('instances') or ()
                 found = _plain_boxes(sample.pred_instances)
@@ -118,6 +121,10 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int,
                 metric.process([dict(img_id=place % len(indices), ori_shape=sample.ori_shape[:2],
                                      pred_instances=found, instances=[_plain_object(each) for each in objects])])
         all_reduce(votes)
+        all_reduce(broken)
+        if broken:
+            raise TeacherError(f"Pre-flight: the teacher's features of validation images are not finite, in "
+                               f'{int(broken)} batches. {teacher.advise_on_overflow()}')
         return Skill(metric.evaluate(len(indices)), names, match, votes)
 
 

@@ -14,9 +14,11 @@ from torch import Tensor
 from kd_det.checks.checkpoints import known_classes, student_classes, teachers_of
 from kd_det.checks.environment import Finding
 from kd_det.checks.synthetic import USUAL_SIZES, Size, random_distiller, synthetic_batch, training_sizes
+from kd_det.compat import describe_not_finite
 from kd_det.compat.process import preserved_randomness
 from kd_det.config.files import is_distillation, list_leaf_datasets
 from kd_det.distillers import DetectionDistiller
+from kd_det.distillers.monitor import OF_TERM, explain_losses
 from kd_det.teachers.bridge import LARGEST_STRIDE, SIZE_MISMATCH
 from kd_det.teachers.probe import find_prior_strides
 
@@ -50,9 +52,22 @@ def inspect_step(config: Config, names: Sequence[str] | None = None) -> Iterator
             distiller.match_classes(student_classes(config, names))
             sizes = tried_sizes(config, ceil(max((SMALL, *find_prior_strides(distiller.student)))))
             for size in sizes:
-                loss = step_loss(distiller, size)
+                loss, logged = step_loss(distiller, size)
+                broken = explain_losses({name: value.item() for name, value in logged.items()}, list(distiller.terms),
+                                        distiller.reads.find().get(distiller.progress.iteration, []), 'on noise')
+                if broken:
+                    yield _finding_of_losses(*broken)
+                    return
                 if size == sizes[0]:
                     loss.backward()
+                    gradients = {name: weight.grad for name, weight in distiller.named_parameters()
+                                 if weight.grad is not None}
+                    broken = describe_not_finite(gradients)
+                    if broken:
+                        yield Finding('a training step', f'has a gradient on noise that is not finite: {broken}',
+                                      'With random weights that may be; where a term takes a root, a logarithm or a '
+                                      'norm, keep it from 0')
+                        return
     except Exception as error:
         yield _finding(error, size)
         return
@@ -61,10 +76,18 @@ def inspect_step(config: Config, names: Sequence[str] | None = None) -> Iterator
         yield Finding(f'term {name}', 'teaches the student nothing: none of its weights gets a gradient from it', cause)
 
 
-def step_loss(distiller: DetectionDistiller, size: Size) -> Tensor:
-    """The loss of a training step on images of this height and width."""
+def step_loss(distiller: DetectionDistiller, size: Size) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a training step on images of this height and width, and what is logged of it."""
     data = distiller.data_preprocessor(synthetic_batch(distiller.student, IMAGES, size, BOXES), True)
-    return distiller.parse_losses(distiller.loss(**data))[0]
+    return distiller.parse_losses(distiller.loss(**data))
+
+
+def _finding_of_losses(what: str, cause: str) -> Finding:
+    """What losses that are not finite tell: a term's own end a run, a detector's may come of noise."""
+    if cause == 'term':
+        return Finding('a training step', what, OF_TERM, fault=True)
+    return Finding('a training step', what, 'With random weights and noise that may be; kd-det inspect tries one on a '
+                   'batch of the training data')
 
 
 def _finding(error: Exception, size: Size | None) -> Finding:

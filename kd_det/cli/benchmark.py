@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING
 
 from kd_det.cli.common import (
     ConfigAction,
+    add_force_option,
     add_image_option,
     add_inheritance_option,
     add_tracking_option,
     add_weight_options,
+    count,
     inherited_parts,
+    path,
     print_tables,
     read_options,
+    seed,
 )
 from kd_det.config.choices import SPLITS
 
@@ -51,9 +55,9 @@ def add_common_arguments(parser: ArgumentParser) -> None:
     training = parser.add_argument_group('how it is trained')
     training.add_argument('--data', '--data-root', metavar='DIR',
                           help="folder of the data, in place of the configs' data_root")
-    training.add_argument('--epochs', type=int, metavar='N',
+    training.add_argument('--epochs', type=count, metavar='N',
                           help="epochs of the students (their config's), and their schedules with them")
-    training.add_argument('--teacher-epochs', type=int, metavar='N', help="epochs of the teacher (its config's)")
+    training.add_argument('--teacher-epochs', type=count, metavar='N', help="epochs of the teacher (its config's)")
     add_weight_options(training)
     add_inheritance_option(training)
     training.add_argument('--cfg-options', nargs='+', action=ConfigAction, default=[], metavar='KEY=VALUE',
@@ -62,21 +66,23 @@ def add_common_arguments(parser: ArgumentParser) -> None:
     add_image_option(training)
     add_tracking_option(training)
     machine = parser.add_argument_group('where')
-    machine.add_argument('--work-dir', type=Path, default=Path('work_dirs/benchmark'), metavar='DIR',
+    machine.add_argument('--work-dir', type=path, default=Path('work_dirs/benchmark'), metavar='DIR',
                          help='folder of runs and results (work_dirs/benchmark); finished runs that are there are kept')
+    add_force_option(machine)
     machine.add_argument('--devices', type=lambda text: text.split(','), default=(), metavar='A,B',
                          help='numbers of GPUs, one training on each, or cpu')
-    machine.add_argument('--jobs', type=int, metavar='N', help='trainings at once (as many as devices)')
-    machine.add_argument('--threads', type=int, metavar='N', help="PyTorch's threads of each (processors / jobs)")
+    machine.add_argument('--jobs', type=count, metavar='N', help='trainings at once (as many as devices)')
+    machine.add_argument('--threads', type=count, metavar='N', help="PyTorch's threads of each (processors / jobs)")
 
 
 def _seeds(text: str) -> list[int]:
     try:
-        numbers = [int(number) for number in text.rstrip(',').split(',')]
-    except ValueError:
+        numbers = [seed(number) for number in text.removesuffix(',').split(',')]
+    except ArgumentTypeError:
         numbers = []
-    if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers) or numbers == [0] and ',' not in text:
-        raise ArgumentTypeError(f"expected a number of seeds, 1 or more, or a list, '3,5,8' or '7,', got '{text}'")
+    if not numbers or len(set(numbers)) < len(numbers) or numbers == [0] and ',' not in text:
+        raise ArgumentTypeError("expected a number of seeds, 1 or more, or a list of seeds below 2**32, no two the "
+                                f"same: '3,5,8' or '7,', got '{text}'")
     return numbers if ',' in text else list(range(numbers[0]))
 
 
@@ -102,7 +108,8 @@ def print_benchmark(function: Callable[..., BenchmarkResult], options: Namespace
             epochs=options.epochs, teacher_epochs=options.teacher_epochs, balance=options.balance,
             inherit=inherited_parts(options), options=read_options(options.cfg_options),
             check_images=options.check_images, trackers=options.track, work_dir=options.work_dir,
-            devices=options.devices, jobs=options.jobs, threads=options.threads, log=log)
+            devices=options.devices, jobs=options.jobs, threads=options.threads, force=options.force,
+            log=log)
     except TeacherTrainingError as error:
         log(str(error))
         return 1

@@ -1,8 +1,11 @@
 """The options that several commands share, and what they do to a config."""
 from __future__ import annotations
 
+import math
+import re
 from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_det.config.choices import PAPER, RATIO, TRACKERS
@@ -13,30 +16,65 @@ if TYPE_CHECKING:
     from kd_det.compat.console import TextTable
 
 
+KEY_AND_VALUE = re.compile(r'[^.=\s]+(\.[^.=\s]+)*=')  # a dotted key without an empty part
+
+
 class ConfigAction(Action):
     """Collects texts KEY=VALUE in a list, of which :func:`read_options` makes a dict."""
 
     def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Any,
                  option_string: str | None = None) -> None:
         for value in values:
-            if '=' not in value:
+            if not KEY_AND_VALUE.match(value):
                 parser.error(f"argument {option_string}: expected KEY=VALUE, got '{value}'")
         setattr(namespace, self.dest, [*getattr(namespace, self.dest), *values])
 
 
 def read_options(texts: Sequence[str]) -> dict[str, Any]:
     """What a :class:`ConfigAction` collected, each value read as MMEngine's ``DictAction`` reads it."""
-    from mmengine.config import DictAction
-    namespace = Namespace(options={})
-    DictAction([], 'options')(ArgumentParser(), namespace, texts)
-    return namespace.options
+    from kd_det.config.options import read_value
+    pairs = [text.split('=', maxsplit=1) for text in texts]
+    return {key: read_value(value, f'--cfg-options {key}') for key, value in pairs}
 
 
-def positive(text: str) -> int:
-    """The type of an option that counts something, at least 1."""
-    if not text.isdigit() or int(text) == 0:
-        raise ArgumentTypeError(f"expected a whole number of at least 1, got '{text}'")
-    return int(text)
+class Number:
+    """The type of an option that is a finite number; the ranges are those of the function that gets it.
+
+    The functions declare theirs (:mod:`kd_det.config.arguments`), but reading those imports more than a refusal needs.
+
+    Args:
+        kind: int or float.
+        least: The smallest that fits.
+        most: The largest that fits.
+    """
+
+    def __init__(self, kind: type, least: float, most: float = math.inf) -> None:
+        self.kind, self.least, self.most = kind, least, most
+
+    def __call__(self, text: str) -> Any:
+        try:
+            number = self.kind(text)
+        except ValueError:
+            number = math.nan
+        if not (math.isfinite(number) and self.least <= number <= self.most):
+            limit = f' and of at most {self.most:.12g}' if self.most < math.inf else ''
+            raise ArgumentTypeError(f"expected {'an integer' if self.kind is int else 'a number'} of at least "
+                                    f"{self.least:g}{limit}, got '{text}'")
+        return number
+
+
+count, index, seed, amount = Number(int, 1), Number(int, 0), Number(int, 0, 2**32 - 1), Number(float, 0)
+
+
+def path(text: str) -> Path:
+    """The type of an option that names a file or folder; '' would be the folder that one is in."""
+    if not text.strip():
+        raise ArgumentTypeError('expected the path of a file or folder, got nothing')
+    return Path(text)
+
+
+def _folder(text: str) -> str:
+    return str(path(text))
 
 
 def add_image_option(parser: ArgumentParser) -> None:
@@ -50,14 +88,16 @@ def _image_count(text: str) -> int | None:
     """All, which is None, or a number."""
     if text in ('all', 'none'):
         return None if text == 'all' else 0
-    if not text.isdigit() or int(text) == 0:
-        raise ArgumentTypeError(f"expected all, none, or a whole number of at least 1, got '{text}'")
-    return int(text)
+    try:
+        return count(text)
+    except ArgumentTypeError:
+        raise ArgumentTypeError(f"expected all, none, or an integer of at least 1, got '{text}'") from None
 
 
 def add_config_options(parser: ArgumentParser) -> None:
     """Adds the options that change a config."""
-    parser.add_argument('--data-root', metavar='DIR', help="folder of the data, in place of the config's data_root")
+    parser.add_argument('--data-root', type=_folder, metavar='DIR',
+                        help="folder of the data, in place of the config's data_root")
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -68,15 +108,22 @@ def add_config_options(parser: ArgumentParser) -> None:
         'key=a,b, no white space')
 
 
+def add_force_option(parser: ArgumentParser) -> None:
+    """Adds ``--force``."""
+    parser.add_argument('--force', action='store_true', help='write over files that kd_det did not write')
+
+
 def add_run_options(parser: ArgumentParser) -> None:
     """Adds the options of a run, MMDetection's own, beside those that change its config."""
     parser.add_argument('--work-dir',
+                        type=_folder,
                         metavar='DIR',
                         help='folder for logs and checkpoints (work_dirs/CONFIG by default)')
     add_config_options(parser)
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
     # torch.distributed.launch passes --local-rank, older versions --local_rank; torchrun sets the variable instead.
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, metavar='RANK', help='set by the launcher')
+    parser.add_argument('--local_rank', '--local-rank', type=index, default=0, metavar='RANK',
+                        help='set by the launcher')
 
 
 def add_tracking_option(parser: ArgumentParser) -> None:
@@ -95,7 +142,7 @@ def add_inheritance_option(parser: ArgumentParser) -> None:
 def add_weight_options(parser: ArgumentParser) -> None:
     """Adds ``--balance`` and ``--paper-weights``."""
     weights = parser.add_mutually_exclusive_group()
-    weights.add_argument('--balance', type=float, metavar='RATIO',
+    weights.add_argument('--balance', type=amount, metavar='RATIO',
                          help="keep each method's gradient on the student's features at RATIO times the task's "
                          f"({RATIO:g}, unless the method's file says otherwise)")
     weights.add_argument('--paper-weights', dest='balance', action='store_const', const=PAPER,

@@ -2,18 +2,32 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NoReturn
 
 import kd_det
 from kd_det.cli.completion import SHELLS, completion_script
-from kd_det.compat.process import describe, is_expected, use_any_encoding
+from kd_det.compat.process import (
+    INTERRUPTED,
+    TERMINATED,
+    describe,
+    end_with_parent,
+    find_place,
+    is_expected,
+    is_pipe_closed,
+    noticed_interrupts,
+    use_any_encoding,
+    was_interrupted,
+)
 
 COMMANDS = {
     'train': 'train a detector from a config, with or without distillation',
@@ -33,6 +47,7 @@ COMMANDS = {
 # What MMDetection brings; without it only kd_det.functional works.
 MMDETECTION = ('mmengine', 'mmcv', 'mmdet', 'pycocotools')
 WITHOUT_MMDETECTION = ('doctor', 'methods')  # the commands that need none
+BROKEN_PIPE = 128 + 13  # the exit status of programs that SIGPIPE ends
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,34 +57,77 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line after the program's name.
 
     Returns:
-        The exit status: 0, 1 if ``doctor`` found faults, 2 for an error, 130 if interrupted.
+        The exit status: 0, 1 if ``doctor`` found faults, 2 for an error, 130 if interrupted, 141 if nobody reads what
+        it prints, 143 if it was told to end.
     """
-    use_any_encoding()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     asked = next((argument for argument in arguments if not argument.startswith('-')), None)
-    return _run(make_parser([asked] if asked else []), arguments)
+    return _run(lambda: make_parser([asked] if asked else []), arguments)
 
 
 def run_tool(command: str, arguments: Sequence[str] | None = None) -> int:
     """Runs one command as a program of its own, as the files in ``tools/`` do."""
-    use_any_encoding()
-    parser = argparse.ArgumentParser(description=_description(command))
-    _prepare(parser, command)
-    return _run(parser, sys.argv[1:] if arguments is None else arguments)
+
+    def make() -> Parser:
+        parser = Parser(description=_description(command))
+        _prepare(parser, command)
+        return parser
+
+    return _run(make, sys.argv[1:] if arguments is None else arguments)
 
 
-def make_parser(commands: Container[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
+def make_parser(commands: Container[str] = tuple(COMMANDS)) -> Parser:
     """The parser of ``kd-det``; only these commands' own options are known, and their modules imported."""
-    parser = argparse.ArgumentParser('kd-det', description='Knowledge distillation for MMDetection.')
+    parser = Parser('kd-det', description='Knowledge distillation for MMDetection.')
     parser.add_argument('--version', action='version', version=f'kd-det {kd_det.__version__}')
     parser.add_argument('--completion', action=CompletionAction, choices=SHELLS,
                         help='print a script by which this shell completes commands, options and paths')
-    subparsers = parser.add_subparsers(metavar='COMMAND', required=True)
+    subparsers = parser.add_subparsers(metavar='COMMAND')  # required, but after a misspelt option that is told
     for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=_description(name))
         if name in commands:
             _prepare(subparser, name)
     return parser
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line, and which name is nearest to one that is not known."""
+
+    def parse_args(self, args=None, namespace=None):
+        options, unknown = self.parse_known_args(args, namespace)
+        if not unknown and not hasattr(options, 'command'):
+            self.error('the following arguments are required: COMMAND')
+        if unknown:
+            names = [name for parser in (self, *self._commands(options)) for name in parser._option_string_actions]
+            near = [_suggest(argument.partition('=')[0], names) if argument.startswith('-') else ''
+                    for argument in unknown]
+            self.error('unrecognized arguments: ' + ', '.join(map(str.__add__, unknown, near)))
+        return options
+
+    def error(self, message: str) -> NoReturn:
+        message = message.rstrip('.').replace('\n', '\\n')
+        stop = '' if message.endswith('?') else '.'
+        self.exit(2, f'kd-det: error: {message}{stop} See {self.prog} --help\n')
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        with suppress(OSError) if file is sys.stderr else nullcontext():  # a help that nobody gets is told of
+            (file or sys.stderr).write(message)
+
+    def _commands(self, options: argparse.Namespace) -> Iterator[argparse.ArgumentParser]:
+        """The parser of the command that was given."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction) and hasattr(options, 'command'):
+                yield action.choices[options.command]
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, f"invalid choice: '{value}'{_suggest(value, action.choices)} (choose "
+                                                 f"from {', '.join(map(str, action.choices))})")
+
+
+def _suggest(name: str, names: Iterable[str]) -> str:
+    near = get_close_matches(name, list(names), n=1)
+    return f", did you mean '{near[0]}'?" if near else ''
 
 
 class CompletionAction(argparse.Action):
@@ -93,24 +151,89 @@ def _prepare(parser: argparse.ArgumentParser, command: str) -> None:
     parser.set_defaults(run=module.run, command=command)
 
 
-def _run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
-    options = parser.parse_args(arguments)
-    # MMEngine imports pkg_resources for each config it looks up, and each time setuptools complains.
-    warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
-    if options.command not in WITHOUT_MMDETECTION:
-        _need_mmdetection(parser, options.command)
+def _run(make: Callable[[], Parser], arguments: Sequence[str]) -> int:
+    use_any_encoding()
+    debug = bool(os.environ.get('KD_DET_DEBUG'))
+    with noticed_interrupts(), raised_broken_pipes():
+        try:
+            options = _parse(make, arguments)
+            debug = options.debug
+            if 'TORCHELASTIC_RUN_ID' in os.environ:  # the parent is torchrun: killed, it would leave this one training
+                end_with_parent()
+            code = options.run(options)
+            _leave_process_group()
+            sys.stdout.flush()  # else what does not get through is told as Python ends, and with a traceback
+            return code
+        except _Usage as usage:
+            raise SystemExit(usage.code) from None
+        except BaseException as error:
+            return _end(error, debug)
+
+
+class _Usage(Exception):
+    """The parser has said all there is to say."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__()
+        self.code = code
+
+
+def _parse(make: Callable[[], Parser], arguments: Sequence[str]) -> argparse.Namespace:
+    """Reads the command line, and ends the program where MMDetection lacks."""
     try:
-        code = options.run(options)
-        _leave_process_group()
-        return code
-    except KeyboardInterrupt:
-        print('kd-det: interrupted', file=sys.stderr)
-        return 130
-    except Exception as error:
-        if options.debug or not is_expected(error):
-            traceback.print_exc()
-        print(f'kd-det: error: {describe(error)}', file=sys.stderr)
-        return 2
+        parser = make()
+        options = parser.parse_args(arguments)
+        # MMEngine imports pkg_resources for each config it looks up, and each time setuptools complains.
+        warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
+        if options.command not in WITHOUT_MMDETECTION:
+            _need_mmdetection(parser, options.command)
+        return options
+    except SystemExit as exit_:
+        sys.stdout.flush()
+        raise _Usage(exit_.code) from None
+
+
+def _end(error: BaseException, debug: bool) -> int:
+    """Says in one line why the program ends; shows where only if asked to, or if that may be a fault of the program."""
+    if was_interrupted() or isinstance(error, KeyboardInterrupt):
+        code, said = INTERRUPTED, 'interrupted'
+    elif isinstance(error, SystemExit) and error.code == TERMINATED:
+        code, said = TERMINATED, 'terminated'
+    elif isinstance(error, BrokenPipeError) and is_pipe_closed(sys.stdout):
+        code, said = BROKEN_PIPE, ''
+    elif isinstance(error, SystemExit):
+        place = find_place(error)
+        code, said = 2, f"error: sys.exit({error.code!r}) was called{f' in {place}' if place else ''}"
+    else:
+        code, said = 2, f'error: {describe(error)}'
+        debug = debug or not is_expected(error)
+    with suppress(OSError):  # nobody may read this either
+        if debug and said:
+            traceback.print_exception(error)
+        if said:
+            print(f'kd-det: {said}', file=sys.stderr, flush=True)
+    try:
+        sys.stdout.flush()
+    except OSError:  # what is left would be told of as Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+@contextmanager
+def raised_broken_pipes() -> Iterator[None]:
+    """Within, logging to a pipe that nobody reads raises, and does not print a traceback a line."""
+    handle = logging.Handler.handleError
+
+    def raise_or_handle(handler: logging.Handler, record: logging.LogRecord) -> None:
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            raise
+        handle(handler, record)
+
+    logging.Handler.handleError = raise_or_handle  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        logging.Handler.handleError = handle  # type: ignore[method-assign]
 
 
 def _need_mmdetection(parser: argparse.ArgumentParser, command: str) -> None:
@@ -119,9 +242,11 @@ def _need_mmdetection(parser: argparse.ArgumentParser, command: str) -> None:
     if lacking:
         parser.exit(2, f"kd-det: error: '{command}' needs MMDetection, but there is no module '{lacking}'. "
                        "Install it: pip install 'kd-det[mmdet]'\n")
+    warnings.filterwarnings('ignore', message='kd_det registered nothing')  # which is said below
     error = kd_det.MMDETECTION_ERROR
     if error:
-        parser.exit(2, f'kd-det: error: MMDetection can not be imported: {type(error).__name__}: {error}. '
+        message = (str(error).strip().splitlines() or [''])[0].rstrip('.')
+        parser.exit(2, f'kd-det: error: MMDetection can not be imported: {type(error).__name__}: {message}. '
                        'Run kd-det doctor.\n')
 
 

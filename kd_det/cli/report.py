@@ -2,21 +2,21 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
-from kd_det.cli.common import add_config_options, read_options
+from kd_det.cli.common import add_config_options, add_force_option, index, path, read_options
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument('work_dirs', nargs='+', type=Path, metavar='WORK_DIR',
+    parser.add_argument('work_dirs', nargs='+', type=path, metavar='WORK_DIR',
                         help='of kd-det benchmark or sweep, finished or not; or of single runs of distill or train')
-    parser.add_argument('--out', type=Path, metavar='FILE', help='the page (report.html in the first WORK_DIR)')
-    parser.add_argument('--images', type=int, default=8, metavar='N',
+    parser.add_argument('--out', type=path, metavar='FILE', help='the page (report.html in the first WORK_DIR)')
+    parser.add_argument('--images', type=index, default=8, metavar='N',
                         help='validation images to show, evenly spaced over the data (8)')
     parser.add_argument('--show', nargs='+', default=(), metavar='FILE',
                         help='validation images to show in place of these, by the names of their files')
     parser.add_argument('--teacher-checkpoint', metavar='FILE', help="the teacher's weights, where they are no longer "
                         'where the runs had them')
+    add_force_option(parser)
     add_config_options(parser)
 
 
@@ -30,6 +30,6 @@ def run(options: Namespace) -> int:
 
     made = report(options.work_dirs, out=options.out, images=options.images, show=options.show,
                   teacher_checkpoint=options.teacher_checkpoint, data_root=options.data_root,
-                  options=read_options(options.cfg_options), log=log)
+                  options=read_options(options.cfg_options), force=options.force, log=log)
     log(f'Saved {made.file} ({made.file.stat().st_size / 1e6:.1f} MB).')
     return 0

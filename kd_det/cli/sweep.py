@@ -1,6 +1,7 @@
 """``kd-det sweep``: one method over a grid of settings; a benchmark whose methods are made of the settings."""
 from __future__ import annotations
 
+import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from functools import partial
 
@@ -29,10 +30,10 @@ def run(options: Namespace) -> int:
 
 def _setting(text: str) -> tuple[str, list[str]]:
     key, _, values = text.partition('=')
-    if '.' not in key or not values:
+    if '.' not in key or not _values(values):
         raise ArgumentTypeError(f"expected KEY=A,B,C with a dotted key, such as kd.temperature=1,2,4, got '{text}'")
     return key, _values(values)
 
 
 def _values(text: str) -> list[str]:
-    return [value for value in text.split(',') if value]
+    return [value for value in re.split(r',(?![^\[(]*[\])])', text) if value]  # a comma within brackets is a list's

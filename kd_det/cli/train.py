@@ -5,7 +5,7 @@ import os
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from kd_det.cli.common import add_image_option, add_run_options, add_tracking_option, positive, read_options
+from kd_det.cli.common import add_image_option, add_run_options, add_tracking_option, count, read_options, seed
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -24,9 +24,9 @@ def add_training_options(parser: ArgumentParser) -> None:
     parser.add_argument('--amp', action='store_true', help='train with automatic mixed precision')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help="scale the learning rate with the batch size, by the config's base_batch_size")
-    parser.add_argument('--epochs', type=positive, metavar='N',
+    parser.add_argument('--epochs', type=count, metavar='N',
                         help='train for so many epochs, the schedules stretched with them')
-    parser.add_argument('--seed', type=int, metavar='N', help="of all random numbers (the config's, or one drawn)")
+    parser.add_argument('--seed', type=seed, metavar='N', help="of all random numbers (the config's, or one drawn)")
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
                         help='resume from this checkpoint, or from the latest one in the work dir')
     add_image_option(parser)

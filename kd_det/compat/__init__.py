@@ -6,7 +6,8 @@ for.
 from importlib import import_module
 
 _MODULES = {
-    'checkpoint': ('CheckpointError', 'UnsafeCheckpointError', 'install_safe_loading', 'load_checkpoint'),
+    'checkpoint': ('CheckpointError', 'NotFiniteError', 'UnsafeCheckpointError', 'describe_not_finite',
+                   'install_safe_loading', 'load_checkpoint', 'require_finite'),
     'operators': ('OperatorNotServedError', 'install_operators', 'log_operator_backend', 'operator_backend',
                   'served_operators'),
     'startup': ('mend_mmdetection', ),

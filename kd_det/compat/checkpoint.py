@@ -7,24 +7,28 @@ tensors and plain containers. mmengine also saves its logging history, numpy num
 import codecs
 import copy
 import importlib.util
+import math
 import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 CAN_ALLOW_GLOBALS = hasattr(torch.serialization, 'add_safe_globals')  # torch >= 2.4
 
 # Where the messages of torch's unpickler, from 2.0 on, name what they refuse.
 REFUSED = re.compile(r'(?:GLOBAL|Unsupported class|unrecognized function|add_safe_globals`,? but got) '
                      r'(.+?)(?: was | whose |$)', re.MULTILINE)
+
+STATISTICS = ('running_mean', 'running_var')  # buffers that training fills
 
 PICKLED_BY_TORCH = b'\x8a\x0al\xfc\x9cF\xf9\x20j\xa8P\x19.'  # the magic number with which torch < 1.6 began
 
@@ -37,12 +41,17 @@ class UnsafeCheckpointError(CheckpointError):
     """A checkpoint would run code when loaded, and was refused."""
 
 
-def load_checkpoint(path_or_url: str | Path, map_location: Any = 'cpu') -> dict[str, Any]:
+class NotFiniteError(CheckpointError):
+    """Weights of a checkpoint are NaN or infinite."""
+
+
+def load_checkpoint(path_or_url: str | Path, map_location: Any = 'cpu', mmap: bool = False) -> dict[str, Any]:
     """Loads a checkpoint and never runs code from it.
 
     Args:
         path_or_url: a file, or anything that mmengine's ``CheckpointLoader`` knows (``https://``, ``torchvision://``).
         map_location: as for :func:`torch.load`.
+        mmap: read tensors of a file, which must be one of ``torch.save``'s today, only when they are used.
 
     Returns:
         What the file holds. Its ``meta``, where it has one or names classes elsewhere, is a dict; ``dataset_meta``
@@ -59,7 +68,7 @@ def load_checkpoint(path_or_url: str | Path, map_location: Any = 'cpu') -> dict[
         from mmengine.runner.checkpoint import CheckpointLoader
         load = CheckpointLoader.load_checkpoint
     else:
-        load = _load_file
+        load = partial(_load_file, mmap=mmap)
     with _weights_only(name):
         checkpoint = load(name, map_location)
     if not isinstance(checkpoint, dict):
@@ -68,6 +77,66 @@ def load_checkpoint(path_or_url: str | Path, map_location: Any = 'cpu') -> dict[
     if meta or 'meta' in checkpoint:
         checkpoint['meta'] = meta
     return checkpoint
+
+
+def describe_not_finite(state: Mapping[str, Tensor], parameters: Container[str] | None = None) -> str | None:
+    """Describes which of some weights are not finite.
+
+    NaN is never right, and neither is an infinite parameter; a buffer may be infinite, as a mask of attention is, but
+    not a statistic.
+
+    Args:
+        state: Tensors by key; those that are not floating-point numbers are passed over.
+        parameters: The keys of those that are parameters; all by default.
+
+    Returns:
+        How many they are, the first, and how much of it; None where all are finite.
+
+    Example:
+        >>> describe_not_finite({'neck.weight': torch.tensor([1.0, float('nan')]), 'neck.bias': torch.zeros(2)})
+        '1 of 2 tensors, first neck.weight (1 of 2 numbers is nan)'
+    """
+    state = {key: value.detach() for key, value in state.items() if value.is_floating_point()}
+    if not state:
+        return None
+    # A sum is finite where all are: one pass over the memory, and one answer of the device for all tensors.
+    sums = [value.sum(dtype=torch.float32) for value in state.values()]
+    totals = torch.stack([total.to(sums[0].device) for total in sums]).tolist()
+    suspects = [key for key, total in zip(state, totals) if not math.isfinite(total)]
+    found = {}
+    for key in suspects:
+        value = state[key]
+        wrong = {'nan': value.isnan()}
+        if parameters is None or key in parameters or key.endswith(STATISTICS):
+            wrong['infinite'] = value.isinf()
+        counts = {kind: int(each.sum()) for kind, each in wrong.items() if each.any()}
+        if counts:
+            kind, count = next(iter(counts.items()))
+            found[key] = f"{count} of {value.numel()} numbers {'is' if count == 1 else 'are'} {kind}"
+    if not found:
+        return None
+    first, detail = next(iter(found.items()))
+    return f"{len(found)} of {len(state)} tensors, first {first} ({detail})"
+
+
+def require_finite(state: Mapping[str, Tensor], checkpoint: str | Path, role: str,
+                   parameters: Container[str] | None = None) -> None:
+    """Refuses weights of a checkpoint that are not finite, see :func:`describe_not_finite`.
+
+    Args:
+        state: The weights.
+        checkpoint: The file, for the message.
+        role: What the detector is, likewise.
+        parameters: See :func:`describe_not_finite`.
+
+    Raises:
+        NotFiniteError: Some are not.
+    """
+    found = describe_not_finite(state, parameters)
+    if found:
+        raise NotFiniteError(f"The checkpoint '{checkpoint}' of the {role} holds weights that are not finite: {found}. "
+                             'Its training diverged, or the file is damaged: give another, such as that of an earlier '
+                             'epoch.')
 
 
 def _meta(checkpoint: dict) -> dict:
@@ -149,7 +218,7 @@ def _alias(function: Callable, module: str, name: str) -> Callable:
     return alias
 
 
-def _load_file(name: str, map_location: Any) -> Any:
+def _load_file(name: str, map_location: Any, mmap: bool) -> Any:
     path = Path(name).expanduser()
     if path.is_dir():
         within = ', '.join(sorted(file.name for file in path.glob('*.pth'))[-3:])
@@ -157,7 +226,7 @@ def _load_file(name: str, map_location: Any) -> Any:
                                 + (f' within it, such as {within}.' if within else '.'))
     if not path.is_file():
         raise FileNotFoundError(f'No checkpoint at {path.absolute()}.')
-    return torch.load(path, map_location=map_location, weights_only=True)
+    return torch.load(path, map_location=map_location, weights_only=True, **(dict(mmap=True) if mmap else {}))
 
 
 def _clear_errors(loader: Callable) -> Callable:

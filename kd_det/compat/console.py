@@ -28,6 +28,10 @@ class PlainConsole(Console):
         """Before rich measures a text, what the encoding lacks is spelt out: so columns stay in line."""
         return super().render_str(text.encode(self.encoding, ERRORS).decode(self.encoding), **settings)
 
+    def on_broken_pipe(self) -> None:
+        """Leaves it to the program, which rich would end: called while the error is handled."""
+        raise
+
 
 @dataclass(frozen=True)
 class TextTable:

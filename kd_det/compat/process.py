@@ -1,4 +1,4 @@
-"""What kd_det asks of its process: an encoding for any text, and random numbers that nobody else misses.
+"""What kd_det asks of its process: an encoding for any text, random numbers that nobody else misses, a clean end.
 
 Importing it costs next to nothing, for every command line starts with it.
 """
@@ -6,10 +6,21 @@ from __future__ import annotations
 
 import codecs
 import locale
+import os
 import random
+import re
+import select
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NoReturn
+
+PACKAGE = Path(__file__).parents[1]
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 ERRORS = 'kd_det.spelt_out'
 # How signs of kd_det's own texts and tables are spelt where the encoding lacks them; all others become \x.., \u....
@@ -68,19 +79,191 @@ def preserved_randomness() -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
-def is_expected(error: Exception) -> bool:
-    """Whether an error speaks for itself: kd_det's own, a file that can not be used, or a name in no registry.
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Within, SIGTERM raises SystemExit, as Ctrl-C raises KeyboardInterrupt; only a main thread can have it so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
-    Anything else may be a fault of the program, and comes with its traceback.
+    def leave(number, frame):
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: not Python's own
+
+
+INTERRUPTED, TERMINATED = 128 + 2, 128 + 15  # exit statuses, as shells give them
+OUT_OF_MEMORY = re.compile('out of memory|can.t allocate memory', re.IGNORECASE)
+LESS_MEMORY = 'Take a smaller train_dataloader.batch_size or smaller images, or --amp on a GPU.'
+# What collective operations raise on the other ranks when one is gone: Gloo's, NCCL's and the store's words.
+RANK_GONE = re.compile('Connection closed by peer|Connection reset by peer|Broken pipe|ncclRemoteError|'
+                       'NCCL communicator was aborted|Socket closed|Timed out waiting|Timed out after')
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether an error speaks for itself.
+
+    It is kd_det's own, or of a file that can not be used, a name in no registry, a module that is not installed, too
+    little memory, or a process that is gone. Anything else may be a fault of the program, and comes with its traceback.
     """
-    return (type(error).__module__.split('.')[0] == 'kd_det' or isinstance(error, OSError)
-            or isinstance(error, KeyError) and 'registry' in str(error))
+    return (type(error).__module__.split('.')[0] == 'kd_det' or isinstance(error, (OSError, MemoryError))
+            or isinstance(error, KeyError) and 'registry' in str(error) or bool(_explain(error)))
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """The message of an error, with its kind where the message alone would not say much."""
     # A KeyError shows its message quoted, and a data-loader worker puts its whole traceback into it.
     message = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
     if message.startswith('Caught ') and 'DataLoader worker' in message:
         message = message.splitlines()[-1]
-    return message if is_expected(error) and message else f'{type(error).__name__}: {message}'
+    return _explain(error) or (message if is_expected(error) and message else f'{type(error).__name__}: {message}')
+
+
+def _explain(error: BaseException) -> str:
+    """What to know of an error of PyTorch's or Python's own whose message does not say it; else empty."""
+    message = str(error).strip().splitlines()[0] if str(error).strip() else ''
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.split('.')[0] != 'kd_det':
+        place = find_place(error)
+        return (f"there is no module '{error.name}'{f', which {place} imports' if place else ''}. Install what has it, "
+                'or set PYTHONPATH to the folder that holds it.')
+    if isinstance(error, MemoryError):
+        return f'out of memory{f": {message}" if message else ""}. {LESS_MEMORY}'
+    if isinstance(error, RuntimeError):
+        if type(error).__name__ == 'OutOfMemoryError' or OUT_OF_MEMORY.search(message):
+            return f'{message} {LESS_MEMORY}' if message.endswith('.') else f'{message}. {LESS_MEMORY}'
+        if message.startswith('DataLoader worker') and ('killed by signal' in message or 'exited unexp' in message):
+            return (f'{message.rstrip(".")}. The system ends processes when memory runs out: take fewer num_workers, '
+                    'or give it more (in a container, its shared memory too).')
+        if RANK_GONE.search(str(error)) and _count_ranks() > 1:
+            return f'{_name_other_rank()} is gone; its own message, if it had one, is above ({message}).'
+    return ''
+
+
+def _count_ranks() -> int:
+    return _read_number('WORLD_SIZE', 1)
+
+
+def _name_other_rank() -> str:
+    own = _read_number('RANK', 0)
+    return f'rank {1 - own}' if _count_ranks() == 2 else f'another rank of {_count_ranks()} (this is {own})'
+
+
+def _read_number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, '')
+    return int(text) if text.isdigit() else default
+
+
+def find_place(error: BaseException) -> str:
+    """Where the user's own code raised an error: ``'file.py', line 3``; empty where it was none of the user's."""
+    import traceback
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"'{error.filename}', line {error.lineno}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_machinery(frame.filename)]
+    own = [frame for frame in frames if 'site-packages' not in Path(frame.filename).parts]
+    return f"'{(own or frames)[-1].filename}', line {(own or frames)[-1].lineno}" if frames else ''
+
+
+def is_raised_by_user(error: BaseException) -> bool:
+    """Whether a line of the user's own code raises an error, which Ctrl-C does not need."""
+    import traceback
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return (frame.line or '').startswith('raise') and not _is_machinery(frame.filename)
+
+
+def _is_machinery(file: str) -> bool:
+    """Whether a file is of Python's library, MMEngine or kd_det."""
+    folders = [Path(os.__file__).parent, PACKAGE]
+    if 'mmengine' in sys.modules:
+        folders.append(Path(sys.modules['mmengine'].__file__ or '').parent)
+    parents = Path(file).parents
+    return file.startswith('<') or any(
+        folder in parents and not (folder == folders[0] and 'site-packages' in Path(file).parts) for folder in folders)
+
+
+# ---------------------------------------------------------------- signals
+
+
+_interrupted = False
+
+
+@contextmanager
+def noticed_interrupts() -> Iterator[None]:
+    """Within, Ctrl-C is known by :func:`was_interrupted`, whatever it causes; while modules are imported it ends all.
+
+    Libraries catch, wrap or print a KeyboardInterrupt in the midst of their import, and are of no use after it.
+    """
+    global _interrupted
+    _interrupted = False
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) in (
+            None, signal.SIG_IGN):  # as under nohup
+        yield
+        return
+    before = signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def was_interrupted() -> bool:
+    """Whether Ctrl-C was pressed within :func:`noticed_interrupts`."""
+    return _interrupted
+
+
+def _interrupt(number, frame) -> None:
+    global _interrupted
+    _interrupted = True
+    while frame:
+        if frame.f_code.co_filename.startswith('<frozen importlib'):
+            leave_interrupted()
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def leave_interrupted() -> NoReturn:
+    """Ends the process at once, in one line."""
+    with suppress(OSError, ValueError, RuntimeError):  # RuntimeError: it came while a line was being printed
+        sys.stdout.flush()
+    with suppress(OSError):
+        os.write(2, b'kd-det: interrupted\n')
+    os._exit(INTERRUPTED)
+
+
+def end_with_parent(watch_input: bool = False) -> None:
+    """Has this process end as soon as the one that started it is gone, even if that was killed and could not see to it.
+
+    Args:
+        watch_input: Its standard input is a pipe that the other holds open and does not write to. Where there is no
+            such pipe, the parent's number tells, which Windows does not change.
+    """
+    parent = os.getppid()
+    if sys.platform == 'linux':
+        with suppress(OSError, AttributeError):
+            import ctypes
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        if watch_input:
+            with suppress(OSError, ValueError):
+                while os.read(0, 1024):
+                    pass
+        else:
+            while os.getppid() == parent:
+                time.sleep(1)
+        os._exit(TERMINATED)
+
+    threading.Thread(target=watch, name='watches the parent', daemon=True).start()
+
+
+def is_pipe_closed(stream) -> bool:
+    """Whether nobody reads any more what a stream writes, as after ``| head``."""
+    try:
+        poll = select.poll()  # Windows has none
+        poll.register(stream.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kd_det.compat.process import preserved_randomness
 from kd_det.config import ConfigurationError
+from kd_det.config.arguments import ArgumentError, suggest_names
 from kd_det.config.choices import PAPER, RATIO
 from kd_det.config.detectors import (
     DETECTORS,
@@ -32,17 +33,17 @@ from kd_det.config.files import (
     DISTILLER,
     SCOPED_DISTILLER,
     SCOPED_HOOK,
+    build_own,
     explain_build_error,
     get_type_name,
     is_distillation,
     list_imports,
     load_config,
     student_model,
-    suggest_names,
 )
 from kd_det.config.methods import PARTS, find_files, split_family
 from kd_det.heads import HeadError, HeadRequest, check_head
-from kd_det.registry import HOME, build_detector, build_own, get_scope, within_scope
+from kd_det.registry import HOME, build_detector, get_scope, within_scope
 
 if TYPE_CHECKING:
     from kd_det.losses import DistillTerm
@@ -255,8 +256,8 @@ def find_part_keys(state: dict[str, Tensor], part: str) -> list[str]:
     keys = [key for key in state if f'{key}.'.startswith(f'{part}.')]
     if not keys:
         known = sorted({key.split('.')[0] for key in state})
-        raise ConfigurationError(f"inherit: the student has no part '{part}'; it has {', '.join(known)}."
-                                 f'{suggest_names(part, known)}')
+        raise ArgumentError('inherit', f"the student has no part '{part}'; it has {', '.join(known)}. "
+                                       f'{suggest_names(part, known)}'.rstrip())
     return keys
 
 

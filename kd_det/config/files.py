@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator
-from difflib import get_close_matches
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -14,10 +14,14 @@ from mmdet.registry import MODELS, TASK_UTILS
 from mmengine.config import Config, ConfigDict
 from mmengine.config.lazy import LazyAttr, LazyObject
 from mmengine.hub import get_config
+from mmengine.registry import DefaultScope, Registry
 from mmengine.runner import Runner
 
+from kd_det.compat.process import find_place, is_raised_by_user
 from kd_det.config import ConfigurationError
+from kd_det.config.arguments import ArgumentError, check_keys, refuse, suggest_names
 from kd_det.config.choices import CONFIG_ROOT
+from kd_det.registry import HOME, find_class
 
 UNKNOWN_ARGUMENT = re.compile(r"got an unexpected keyword argument '(\w+)'")
 UNKNOWN_TYPE = re.compile(r'(\w+) is not in the \S+ registry')
@@ -53,15 +57,36 @@ def load_config(name: str | Path) -> Config:
     if scope == 'kd_det':  # MMEngine refuses names without a folder
         path = str(CONFIG_ROOT / path)
     if scope in ('', 'kd_det') and not Path(path).is_file():
-        raise FileNotFoundError(f"There is no config file '{path}'.")
+        raise FileNotFoundError(f"There is no config file '{path}'"
+                                + (': it is a folder.' if Path(path).is_dir() else '.'))
     try:
         config = Config.fromfile(path) if scope in ('', 'kd_det') else get_config(name)
         _restore_types(config._cfg_dict)
         return config
     except SyntaxError as error:
         raise ConfigurationError(f"The config '{name}' is not valid Python: {error}") from error
-    except Exception as error:  # a config is code, its bases too: whatever it raises is a fault of the config
-        raise ConfigurationError(f"The config '{name}' can not be read: {type(error).__name__}: {error}") from error
+    except BaseException as error:  # a config is code, its bases too: whatever it raises is a fault of the config
+        if isinstance(error, KeyboardInterrupt) and not is_raised_by_user(error):  # Ctrl-C
+            raise
+        raise ConfigurationError(f"The config '{name}' can not be read: {_describe_failure(error)}") from error
+
+
+def _describe_failure(error: BaseException) -> str:
+    """What reading a config raised, and where."""
+    if isinstance(error, ImportError) and str(error).startswith('Failed to import custom modules'):
+        while isinstance(error.__cause__ or error.__context__, Exception):  # what failed, and not the whole sys.path
+            error = error.__cause__ or error.__context__
+        if not find_place(error):  # the module itself
+            return (f'custom_imports: {type(error).__name__}: {error}. Set PYTHONPATH to the folder that holds the '
+                    'module.')
+    if isinstance(error, SystemExit):
+        said = f'it calls sys.exit({error.code!r})'
+    else:
+        said = f'{type(error).__name__}: {" ".join(str(error).split())}'.rstrip(': ')
+    place = find_place(error)
+    if isinstance(error, RecursionError) and not place:
+        place = 'does a _base_ name a file that names this one?'
+    return f'{said} ({place})' if place else said
 
 
 def _restore_types(node: Any, key: str = '') -> None:
@@ -216,6 +241,25 @@ def training_pipelines(config: Config) -> list[list[dict]]:
     return follow(loader['dataset']) if loader else []
 
 
+def build_own(registry: Registry, config: Mapping[str, Any]) -> Any:
+    """Builds a term, a mask or a schedule. One of this package need not be named with its scope, whatever scope holds.
+
+    Raises:
+        ArgumentError: Its type, or one of its arguments, does not exist, or does not fit.
+    """
+    if 'type' not in config:
+        refuse('', dict(config), "a dict with a 'type'")
+    kind = find_class(registry, config, HOME)
+    if kind is None:
+        own = (name for name, each in registry.module_dict.items() if each.__module__.startswith('kd_det.'))
+        raise ArgumentError('type', ' '.join(filter(None, (
+            f"there is no '{get_type_name(config)}'.", suggest_names(get_type_name(config), own),
+            'If it is your own, import it with custom_imports.'))))
+    check_keys(kind, config, besides=('type', '_scope_'))
+    with nullcontext() if find_class(registry, config) is not None else DefaultScope.overwrite_default_scope(HOME):
+        return registry.build(config)
+
+
 def explain_build_error(error: Exception, config: Any) -> str:
     """Says why building failed.
 
@@ -230,18 +274,12 @@ def explain_build_error(error: Exception, config: Any) -> str:
     argument, kind = UNKNOWN_ARGUMENT.search(message), UNKNOWN_TYPE.search(message)
     if isinstance(error, TypeError) and argument:
         others = _find_arguments(config) - {argument[1]}  # which another part, or a base class, may have
-        return f"there is no argument '{argument[1]}'.{suggest_names(argument[1], others)}"
+        return f"there is no argument '{argument[1]}'. {suggest_names(argument[1], others)}".rstrip()
     if isinstance(error, KeyError) and kind:
         own = (name for name, each in MODELS.module_dict.items() if each.__module__.startswith('kd_det.'))
-        return (f"there is no '{kind[1]}'.{suggest_names(kind[1], own)} If it is your own, import it with "
+        return (f"there is no '{kind[1]}'. {suggest_names(kind[1], own)} If it is your own, import it with "
                 'custom_imports.')
     return message
-
-
-def suggest_names(name: str, names: Iterable[str]) -> str:
-    """Makes a sentence of the names that are most like a wrong one; empty where none is."""
-    found = get_close_matches(name, sorted(names))
-    return f" Nearest names: {', '.join(found)}." if found else ''
 
 
 def _find_arguments(config: Any) -> set[str]:

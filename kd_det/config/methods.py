@@ -16,13 +16,12 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kd_det.config import ConfigurationError
+from kd_det.config import ConfigurationError, suggest_names
 from kd_det.config.choices import CONFIG_ROOT, DETECTOR_FAMILIES, FAMILIES
 
 METHOD_ROOT = CONFIG_ROOT / '_base_' / 'methods'
@@ -267,9 +266,10 @@ def find_files(method: str) -> Files:
         return {split_family(file)[1]: file}
     found = available_methods()
     if method not in found:
-        meant = f" Did you mean the file '{method}.py'?" if Path(f'{method}.py').is_file() else suggest(method, found)
-        raise ConfigurationError(f"There is no method '{method}'. Choose from {', '.join(found)}, or a sum: a+b."
-                                 + meant)
+        meant = (f"Did you mean the file '{method}.py'?" if Path(f'{method}.py').is_file()
+                 else suggest_names(method, found, most=1))
+        raise ConfigurationError(f"There is no method '{method}'. Choose from {', '.join(found)}, or a sum: a+b. "
+                                 f'{meant}'.rstrip())
     return found[method]
 
 
@@ -298,12 +298,6 @@ def group_files(files: Iterable[Path]) -> dict[str, Files]:
     return grouped
 
 
-def suggest(name: str, names: Iterable[str]) -> str:
-    """A sentence on the name that is most like a wrong one; empty where none is."""
-    near = get_close_matches(name, names, n=1)
-    return f" Did you mean '{near[0]}'?" if near else ''
-
-
 def _find_file(method: str) -> Path:
     package, _, path = method.rpartition('::')
     if not package:
@@ -315,7 +309,7 @@ def _find_file(method: str) -> Path:
         if place.is_file():
             return place
     names = {file.name for place in places if place.parent.is_dir() for file in place.parent.glob('*.py')}
-    raise FileNotFoundError(f"There is no method's file '{method}'.{suggest(places[0].name, names)}")
+    raise FileNotFoundError(f"There is no method's file '{method}'. {suggest_names(places[0].name, names)}".rstrip())
 
 
 def _find_sources() -> Iterator[_Source]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 
-from kd_det.config import ConfigurationError
+from kd_det.config import ConfigurationError, suggest_names
 from kd_det.config.composition import repeat_term, share_weight
 from kd_det.config.files import TOP_KEYS, get_type_name, is_distillation, load_config, set_data_root
 
@@ -79,6 +78,33 @@ def _stretch(scheduler: dict, before: int, after: int) -> None:
             scheduler[key] = round(value * after / before)
 
 
+def read_value(text: str, place: str) -> Any:
+    """Reads a value as MMEngine's ``DictAction`` does: a number, True, None, a list, a tuple, or a text.
+
+    Args:
+        text: The value.
+        place: The option that it is of.
+
+    Raises:
+        ConfigurationError: Its brackets do not match.
+    """
+    opened: list[str] = []
+    is_nested = ',' in text or text.strip('\'"')[:1] in ('[', '(')  # brackets in the name of a file are no list
+    for sign in text if is_nested else '':
+        if sign in '[(':
+            opened.append(sign)
+        elif sign in '])' and (not opened or opened.pop() + sign not in ('[]', '()')):
+            opened = [sign]
+            break
+    try:
+        if not opened:
+            return DictAction._parse_iterable(text)
+    except RecursionError:  # of [0],[1], which it takes for one list
+        pass
+    raise ConfigurationError(f"{place}: expected one value or one list, whose brackets match, got '{text}'. Write "
+                             'lists without white space, or in quotation marks: key="[a,b]".')
+
+
 def merge_options(config: Config, options: dict) -> None:
     """Applies ``--cfg-options``.
 
@@ -124,9 +150,8 @@ def _check_top_keys(config: Config, options: Iterable[str]) -> None:
             raise ConfigurationError(f"--cfg-options {option}: '{key}' is a variable of the config file; when this "
                                      'option is applied its value has gone elsewhere already. Set that place, such as '
                                      'train_cfg.max_epochs, train_dataloader.dataset.pipeline or model.distill.')
-        near = get_close_matches(key, TOP_KEYS, n=1)
-        raise ConfigurationError(f"--cfg-options {option}: no run reads a key '{key}'."
-                                 + (f" Did you mean '{near[0]}'?" if near else ''))
+        raise ConfigurationError(f"--cfg-options {option}: no run reads a key '{key}'. "
+                                 f'{suggest_names(key, TOP_KEYS, most=1)}'.rstrip())
 
 
 def _has_several_teachers(config: Config) -> bool:
@@ -169,10 +194,9 @@ def _check_terms_have_types(config: Config, added: Iterable[str], members: Membe
     for name in added:
         if not get_type_name(config.model.distill[name]):
             others = [other for other in (*config.model.distill, *members) if other != name]
-            near = get_close_matches(name, others, n=1)
             raise ConfigurationError(f"--cfg-options model.distill.{name}: there is no term '{name}', only "
-                                     f"{', '.join(sorted(others)) or 'none'}."
-                                     + (f" Did you mean '{near[0]}'?" if near else ''))
+                                     f"{', '.join(sorted(others)) or 'none'}. "
+                                     f'{suggest_names(name, others, most=1)}'.rstrip())
 
 
 def _repeat_terms(config: Config, added: Iterable[str]) -> None:

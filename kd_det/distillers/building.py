@@ -6,24 +6,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 
 from mmdet.registry import MODELS
 from torch import nn
 
+from kd_det.compat.process import preserved_randomness
+from kd_det.config import ConfigurationError
+from kd_det.config.arguments import ArgumentError, at, refuse
 from kd_det.config.detectors import check_student, extract_plain_detector
-from kd_det.config.files import ConfigurationError, explain_build_error
+from kd_det.config.files import build_own, explain_build_error
 from kd_det.distillers.schedules import Schedule, ScheduleConfig, build_schedule
+from kd_det.distillers.supervision import check_teacher_index
 from kd_det.heads import ROI_HEAD, HeadRequest, StudentHeads, StudentOutputs, find_head
 from kd_det.heads.capture import can_be_kept
 from kd_det.heads.towers import tower_widths
 from kd_det.losses import DistillTerm
 from kd_det.losses.base import InputSpecs
-from kd_det.registry import build_detector, build_own
+from kd_det.registry import build_detector
 from kd_det.taps import Features, Taps
 from kd_det.teachers import (
-    TeacherError,
+    check_teacher_arguments,
     explain_model_errors,
     probe_config,
     probe_levels,
@@ -46,14 +50,14 @@ def list_teacher_configs(teacher: dict | Sequence[dict]) -> list[dict]:
     """Lists the configs of the teachers.
 
     Raises:
-        TeacherError: There is none, or one lacks its config.
+        ArgumentError: There is none, one lacks its config, or an argument of one does not fit.
     """
     configs = [teacher] if isinstance(teacher, dict) else list(teacher)
-    for config in configs:
-        if 'config' not in config:
-            raise TeacherError("model.teacher lacks 'config': a config file, 'mmdet::…' or a model dict.")
+    for index, config in enumerate(configs):
+        with at('model.teacher' if isinstance(teacher, dict) else f'model.teacher[{index}]'):
+            check_teacher_arguments(config)
     if not configs:
-        raise TeacherError('model.teacher is an empty list: at least one teacher is needed.')
+        refuse('model.teacher', [], 'at least one teacher')
     return configs
 
 
@@ -71,27 +75,33 @@ def build_terms(distill: dict[str, dict], teachers: int) -> tuple[dict[str, Sche
     for name, config in distill.items():
         where = f'model.distill.{name}'
         if 'loss' in name:
-            raise ConfigurationError(f"{where}: a term's name may not contain 'loss', which mmengine takes for a loss "
-                                     f"to add; the term is logged as 'loss_{name}' by itself. Rename it.")
+            raise ArgumentError(where, "a term's name may not contain 'loss', which mmengine takes for a loss to add; "
+                                       f"the term is logged as 'loss_{name}' by itself. Rename it.")
         if not isinstance(config, dict) or 'type' not in config:
-            raise ConfigurationError(f"{where} = {config!r:.80}: expected a dict with a 'type', such as "
-                                     "dict(type='FGD', tap='neck').")
+            refuse(where, config, "a dict with a 'type', such as dict(type='FGD', tap='neck')")
         arguments = copy.deepcopy(dict(config))
-        try:
-            schedule = build_schedule(arguments.pop('weight', 1.0))
-            if schedule.is_zero:
-                continue
-            term = build_own(MODELS, arguments)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigurationError(f'{where}: {explain_build_error(error, config)}') from error
-        if not isinstance(term, DistillTerm):
-            raise ConfigurationError(
-                f"{where}: '{config['type']}' is a {type(term).__name__}, not a distillation term.")
-        if not 0 <= term.teacher_index < teachers:
-            raise ConfigurationError(
-                f'{where}: teacher={term.teacher_index}, but there are {teachers} teachers, counted from 0.')
-        schedules[name], terms[name] = schedule, term
+        with at(where), _explained(config):
+            with at('weight'):
+                schedule = build_schedule(arguments.pop('weight', 1.0))
+            with preserved_randomness() if schedule.is_zero else nullcontext():  # it is built to be checked
+                term = build_own(MODELS, arguments)
+            if not isinstance(term, DistillTerm):
+                refuse('type', config['type'], f'a distillation term, which {type(term).__name__} is not')
+            check_teacher_index(term.teacher_index, teachers)
+        if not schedule.is_zero:
+            schedules[name], terms[name] = schedule, term
     return schedules, terms
+
+
+@contextmanager
+def _explained(config: dict) -> Iterator[None]:
+    """Says why something could not be built, what code of others raises too."""
+    try:
+        yield
+    except ArgumentError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArgumentError('', explain_build_error(error, config)) from error
 
 
 def build_task_schedule(config: ScheduleConfig) -> Schedule:
@@ -100,13 +110,11 @@ def build_task_schedule(config: ScheduleConfig) -> Schedule:
     Raises:
         ConfigurationError: It can not be built, or is balanced.
     """
-    try:
+    with at('model.task_weight'), _explained(config):
         schedule = build_schedule(config)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigurationError(f'model.task_weight: {explain_build_error(error, config)}') from error
-    if schedule.balance is not None:
-        raise ConfigurationError("model.task_weight: the task's gradient is what Balance measures terms by. Give a "
-                                 'number or a schedule of numbers.')
+        if schedule.balance is not None:
+            refuse('', config, 'a number or a schedule of numbers',
+                   "The task's gradient is what Balance measures terms by.")
     return schedule
 
 

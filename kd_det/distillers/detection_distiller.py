@@ -10,13 +10,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from mmdet.registry import MODELS
 from torch import Tensor
 
 from kd_det.compat.process import preserved_randomness
+from kd_det.config.arguments import Name, Names, declared
 from kd_det.context import DistillContext, Progress
 from kd_det.distillers.building import (
     Connections,
@@ -27,7 +28,14 @@ from kd_det.distillers.building import (
 )
 from kd_det.distillers.class_sets import ClassSets, has_classes
 from kd_det.distillers.inheritance import WeightOrigins, find_common_parts, find_pretrained_parameters, inherit
-from kd_det.distillers.monitor import GradientMonitor, IdleTermCheck
+from kd_det.distillers.monitor import (
+    GradientMonitor,
+    IdleTermCheck,
+    Read,
+    ReadRecord,
+    list_reads,
+    require_finite_weights,
+)
 from kd_det.distillers.schedules import ScheduleConfig
 from kd_det.distillers.student_wrapper import StudentWrapper
 from kd_det.distillers.supervision import (
@@ -97,13 +105,14 @@ class DetectionDistiller(StudentWrapper):
         TeacherError: A teacher lacks its config or checkpoint.
     """
 
+    @declared
     def __init__(self,
-                 student: dict,
-                 teacher: dict | Sequence[dict],
-                 distill: dict[str, dict],
-                 inherit: str | Sequence[str] = (),
+                 student: dict[str, Any],
+                 teacher: dict[str, Any] | Sequence[dict[str, Any]],
+                 distill: dict[str, Any],
+                 inherit: Name | Names = (),
                  task_weight: ScheduleConfig = 1.0,
-                 pseudo_labels: dict | None = None) -> None:
+                 pseudo_labels: dict[str, Any] | None = None) -> None:
         detector = build_student(student)
         super().__init__(detector)
         self.origins = WeightOrigins(detector)
@@ -122,6 +131,7 @@ class DetectionDistiller(StudentWrapper):
             self.connections = Connections(detector, self.teacher_configs, terms)
         self.terms.update(terms)
         self.monitor, self.idle_check = GradientMonitor(self.schedules), IdleTermCheck(terms)
+        self.reads = ReadRecord()
 
     # ------------------------------------------------------------------------------------ the training step
 
@@ -141,17 +151,18 @@ class DetectionDistiller(StudentWrapper):
             changes, and, in steps that measure it, its gradient in units of the task's.
 
         Raises:
-            ConfigurationError: No term can teach the student anything.
+            ConfigurationError: No term can teach the student anything; or a schedule's weight is not finite.
         """
         # What each term is worth in this step; without a weight it does not run, nor a teacher that no other needs.
         weights = {name: schedule(self.progress) for name, schedule in self.schedules.items()}
+        task_weight = self.task_schedule(self.progress)
+        require_finite_weights(weights, task_weight, self.progress)
         active = [name for name, weight in weights.items() if weight != 0]
         observation = self.observe(inputs, data_samples, active)
         gradients = self._measure_gradients(observation)
         # A balanced weight is a ratio of gradients, and known now that they are.
         weights = {name: weight * self.monitor.scale(name) for name, weight in weights.items()}
 
-        task_weight = self.task_schedule(self.progress)
         losses = scale_losses(observation.losses, task_weight)
         for name, term in self.terms.items():
             if name in observation.values:
@@ -209,6 +220,7 @@ class DetectionDistiller(StudentWrapper):
                 progress=self.progress,
                 student_outputs=student_outputs,
                 teacher_outputs=list(teacher_outputs))
+            self.reads.note(self.progress.iteration, list_reads(context))
             # The terms, in float32; each sees the classes that its teacher shares with the student.
             views = [self.class_sets.restrict_context(context, index) for index in range(len(teachers))]
             with torch.autocast(inputs.device.type, enabled=False):
@@ -230,9 +242,12 @@ class DetectionDistiller(StudentWrapper):
         supervision, pseudo_labels = read_supervision(data_samples), self.pseudo_labels
         if pseudo_labels is None or not pseudo_labels.is_due(supervision, self.progress):
             return supervision
-        teacher = self.build_teachers()[pseudo_labels.teacher_index]
-        detections = self.class_sets.translate(teacher.detect(inputs, data_samples), pseudo_labels.teacher_index,
-                                               teacher)
+        index = pseudo_labels.teacher_index
+        teacher = self.build_teachers()[index]
+        detections = self.class_sets.translate(teacher.detect(inputs, data_samples), index, teacher)
+        owner = f'teacher[{index}]' if len(self.teacher_configs) > 1 else 'teacher'
+        self.reads.note(self.progress.iteration, ((Read(owner, 'feature for pseudo-labels', level), each)
+                                                  for level, each in enumerate(teacher.feature_sums)))
         return pseudo_labels(supervision, detections, self.progress)
 
     def _measure_gradients(self, observation: Observation) -> dict[str, Tensor]:

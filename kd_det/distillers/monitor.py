@@ -2,14 +2,16 @@
 
 A measurement is a comparison of gradients on the student's features (:mod:`kd_det.distillers.gradients`); a balanced
 weight (:class:`~kd_det.distillers.schedules.Balance`) follows it, and for any other :class:`DominanceCheck` warns.
-:class:`IdleTermCheck` needs no measurement: it looks once at the graph of each term.
+:class:`IdleTermCheck` needs no measurement: it looks once at the graph of each term. :class:`ReadRecord` notes whether
+what the terms read is finite, and :func:`explain_losses` says of losses that are not where that came from.
 """
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from mmengine.dist import all_reduce
@@ -17,7 +19,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from kd_det.config.files import ConfigurationError
-from kd_det.context import Progress
+from kd_det.context import DistillContext, Progress
 from kd_det.distillers.gradients import GradientNorms, gradient_norms, reaches_parameters
 from kd_det.distillers.schedules import Balance, Schedule
 from kd_det.heads import HeadRequest, find_head
@@ -28,6 +30,9 @@ from kd_det.taps import find_module
 if TYPE_CHECKING:
     from kd_det.distillers.detection_distiller import DetectionDistiller, Observation
 
+OF_TERM = ('Correct its arguments: a temperature, a normaliser or a weight near 0 divides by 0; kd-det inspect CONFIG '
+           'shows each part.')
+NOTED = 32  # steps of which it is kept whether what was read is finite
 PATIENCE = 50  # measurements without any to go by, after which a balance is said to have no weight
 
 
@@ -255,6 +260,139 @@ def _report_frozen_levels(term: DistillTerm, name: str, observation: Observation
         frozen = ', '.join(str(level) for level in levels if level not in learning)
         print_log(f"model.distill.{name}: level {frozen} of '{term.student_path}' is frozen, so that nothing is learnt "
                   f'there. levels={tuple(learning)} leaves it out.', 'current', logging.INFO)
+
+
+def require_finite_weights(weights: Mapping[str, float], task_weight: float, progress: Progress) -> None:
+    """Checks what schedules make of the weights in a step.
+
+    Args:
+        weights: Of the terms, by name.
+        task_weight: Of the student's own losses.
+        progress: The step.
+
+    Raises:
+        ConfigurationError: A weight is not finite.
+    """
+    for place, weight in {'task_weight': task_weight,
+                          **{f'distill.{name}.weight': weight for name, weight in weights.items()}}.items():
+        if not math.isfinite(weight):
+            raise ConfigurationError(f'model.{place}: expected a finite number in every step, got {weight} in '
+                                     f'iteration {progress.iteration + 1} (epoch {int(progress.epoch) + 1}). Correct '
+                                     'its schedule.')
+
+
+class Read(NamedTuple):
+    """A tensor that the terms may read in a step: whose it is, what, and of which level."""
+    owner: str
+    what: str
+    level: int
+
+
+def list_reads(context: DistillContext) -> Iterator[tuple[Read, Tensor]]:
+    """The tapped features and the logits of heads, those of the teachers first."""
+    for index, (features, outputs) in enumerate(zip(context.teachers, context.teacher_outputs)):
+        owner = f'teacher[{index}]' if len(context.teachers) > 1 else 'teacher'
+        yield from _list_own_reads(owner, features, outputs)
+    yield from _list_own_reads('student', context.student, context.student_outputs)
+
+
+def _list_own_reads(owner: str, features: dict, outputs: dict) -> Iterator[tuple[Read, Tensor]]:
+    for path, levels in features.items():
+        for index, level in enumerate(levels):
+            if isinstance(level, Tensor):  # or no term reads it
+                yield Read(owner, f"feature at '{path}'", index), level
+    for head, output in outputs.items():
+        for stage in output if isinstance(output, tuple) and not hasattr(output, 'logits') else (output, ):
+            logits = getattr(stage, 'logits', ())
+            for index, level in enumerate((logits, ) if isinstance(logits, Tensor) else logits):
+                yield Read(owner, f"logits of '{head}'", index), level
+
+
+class ReadRecord:
+    """Notes in each step whether what the terms read is finite, and waits for no device until it is asked."""
+
+    def __init__(self) -> None:
+        self._noted: deque[tuple[int, tuple[Read, ...], Tensor]] = deque(maxlen=NOTED)
+
+    def note(self, iteration: int, reads: Iterable[tuple[Read, Tensor]]) -> None:
+        """Notes what was read in a step. A sum is finite where all are, and takes one pass and no memory."""
+        listed = list(reads)
+        if listed:
+            sums = torch.stack([value.detach().sum(dtype=torch.float32) for _, value in listed])
+            self._noted.append((iteration, tuple(read for read, _ in listed), sums))
+
+    def find(self) -> dict[int, list[Read]]:
+        """What was not finite in each iteration since this was asked last; waits for the device."""
+        found: dict[int, list[Read]] = {}
+        alike: dict[tuple[Read, ...], dict[int, Tensor]] = {}  # steps that read the same wait for the device once
+        for iteration, reads, sums in self._noted:
+            alike.setdefault(reads, {})[iteration] = sums
+        for reads, steps in alike.items():
+            for iteration, finite in zip(steps, torch.stack(list(steps.values())).isfinite().tolist()):
+                found.setdefault(iteration, []).extend(read for read, is_finite in zip(reads, finite) if not is_finite)
+        self._noted.clear()
+        return dict(sorted(found.items()))
+
+
+def describe_reads(reads: Iterable[Read]) -> str:
+    """Describes some of what is read: «the teacher's feature at 'neck' (level 0, 1)»."""
+    levels: dict[tuple[str, str], list[str]] = {}
+    for owner, what, level in reads:
+        levels.setdefault((owner, what), []).append(str(level))
+    return ' and '.join(f"the {owner}'s {what} (level {', '.join(dict.fromkeys(of))})"
+                        for (owner, what), of in levels.items())
+
+
+def explain_losses(values: Mapping[str, float], terms: Collection[str], reads: Sequence[Read],
+                   when: str) -> tuple[str, str] | None:
+    """Explains losses of a step that are not finite.
+
+    Args:
+        values: All that was logged of the step, by name.
+        terms: The names of the terms.
+        reads: What of that which the terms read was not finite.
+        when: The step, such as ``'in iteration 3 (epoch 1)'``.
+
+    Returns:
+        What is not finite; and whose fault it is: ``'teacher'``, ``'student'``, or the ``'term'`` alone. None where
+        all losses are finite, and so is what was read of the teachers.
+    """
+    broken = [name for name, value in values.items() if 'loss' in name and name != 'loss' and not math.isfinite(value)]
+    if not broken and not math.isfinite(values.get('loss', 0)):
+        broken = ['loss']  # a sum of numbers that are
+    names = [name for name in terms if f'loss_{name}' in broken]
+    own = [name for name in broken if name.removeprefix('loss_') not in names]
+    of_terms = [_describe_term(name, values, terms) for name in names]
+    losses = ' and '.join([*of_terms, *([f"the student's own {', '.join(own)}"] if own else [])])
+    teachers = [read for read in reads if read.owner != 'student']
+    students = [read for read in reads if read.owner == 'student']
+    if teachers:
+        return (f'{_capitalize(describe_reads(teachers))} is not finite {when}'
+                + (f', and so is {losses}.' if losses else '.'), 'teacher')
+    if not broken:
+        return None
+    if students:
+        return f'{_capitalize(losses)} is not finite {when}, and so is {describe_reads(students)}.', 'student'
+    if own:
+        return f'{_capitalize(losses)} is not finite {when}.', 'student'
+    return (f'{_capitalize(losses)} is not finite {when}, though the features of student and teacher that it reads '
+            'are: it is the term alone.', 'term')
+
+
+def _describe_term(name: str, values: Mapping[str, float], terms: Collection[str]) -> str:
+    """A term by its place in the config, with its parts that are not finite, or with its weight where that is not."""
+    logged, others = f'distill/{name}_', [f'distill/{other}_' for other in terms if other.startswith(f'{name}_')]
+    parts = {key.removeprefix(logged): value for key, value in values.items()
+             if key.startswith(logged) and not any(map(key.startswith, others)) and not math.isfinite(value)}
+    if not math.isfinite(values.get(f'{logged}weight', 0)):
+        return f"model.distill.{name} (its weight is {parts['weight']})"
+    parts.pop('gradient', None)
+    detail = ', '.join(f"part '{part}' {value}" for part, value in parts.items())
+    return f'model.distill.{name} ({detail or values[f"loss_{name}"]})'
+
+
+def _capitalize(text: str) -> str:
+    return text if text.startswith('model.') else text[0].upper() + text[1:]
 
 
 def _count_boxes(labels: Sequence[Tensor]) -> Tensor:

@@ -6,18 +6,18 @@ A config writes it as the ``weight`` of a term. A schedule shapes what it holds,
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Union
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from annotated_types import Ge, Lt
 from mmdet.registry import TASK_UTILS
 from torch import Tensor
 
+from kd_det.config.arguments import ArgumentError, Count, Index, Weight, at, check_value, declared, refuse
 from kd_det.config.composition import DEFAULT_RATIO
+from kd_det.config.files import build_own
 from kd_det.context import Progress
 from kd_det.distillers.gradients import GradientNorms
-from kd_det.registry import HOME, build_own, find_class
-
-ScheduleConfig = Union[float, int, dict, 'Schedule']
 
 
 class Schedule:
@@ -27,18 +27,19 @@ class Schedule:
         value: The weight, or another schedule that this one shapes.
 
     Raises:
-        ValueError: The weight is not finite.
+        ArgumentError: An argument does not fit.
     """
 
+    @declared
     def __init__(self, value: ScheduleConfig) -> None:
-        if isinstance(value, (float, int)) and not math.isfinite(value):
-            name = 'Weight' if type(self) is Schedule else type(self).__name__  # a plain number's
-            raise ValueError(f'{name}: {value} is no weight: expected a finite number, or a schedule.')
-        self.value = value if isinstance(value, (float, int)) else build_schedule(value)
+        if isinstance(value, dict):
+            with at('value'):
+                value = build_schedule(value)
+        self.value = value
 
     def __call__(self, progress: Progress) -> float:
         """The weight at this point of the training."""
-        return float(self.value) if isinstance(self.value, (float, int)) else self.value(progress)
+        return self.value(progress) if isinstance(self.value, Schedule) else float(self.value)
 
     @property
     def is_zero(self) -> bool:
@@ -53,12 +54,16 @@ class Schedule:
     @property
     def full(self) -> float:
         """The number within, which the schedules shape."""
-        return float(self.value) if isinstance(self.value, (float, int)) else self.value.full
+        return self.value.full if isinstance(self.value, Schedule) else float(self.value)
 
     @property
     def balance(self) -> Balance | None:
         """The :class:`~kd_det.distillers.schedules.Balance` within, if there is one: the weight is then a ratio."""
-        return None if isinstance(self.value, (float, int)) else self.value.balance
+        return self.value.balance if isinstance(self.value, Schedule) else None
+
+
+ScheduleConfig = Annotated[Weight | dict[str, Any] | Schedule,
+                           "a number of at least 0, or a schedule such as dict(type='Warmup', value=1.0, epochs=1)"]
 
 
 class Ramp(Schedule):
@@ -66,20 +71,22 @@ class Ramp(Schedule):
 
     Args:
         value: The full weight, or another schedule.
-        epochs: Length of the change in epochs (1.5 is one and a half), or
-        iterations: its length in iterations.
+        epochs: Length of the change in epochs (1.5 is one and a half); either this or ``iterations``.
+        iterations: Length of the change in iterations.
         begin: When it starts, in the same unit.
 
     Raises:
-        ValueError: Both or neither of ``epochs`` and ``iterations`` given.
+        ArgumentError: An argument does not fit, or both or neither of ``epochs`` and ``iterations`` are given.
     """
 
-    def __init__(self, value: ScheduleConfig, epochs: float | None = None, iterations: int | None = None,
-                 begin: float = 0) -> None:
+    @declared
+    def __init__(self, value: ScheduleConfig, epochs: Weight | None = None, iterations: Index | None = None,
+                 begin: Weight = 0) -> None:
         super().__init__(value)
         length = iterations if epochs is None else epochs
         if length is None or None not in (epochs, iterations):
-            raise ValueError(f'{type(self).__name__}: give its length either in epochs or in iterations.')
+            raise ArgumentError('epochs', f"expected the length of the {type(self).__name__} either in epochs or in "
+                                          'iterations, got ' + ('neither.' if length is None else 'both.'))
         self.by_epoch = epochs is not None
         self.begin, self.length = begin, length
 
@@ -96,12 +103,13 @@ class Warmup(Ramp):
     """Grows linearly from ``start`` times its value to its value.
 
     Args:
-        value: See :class:`Ramp`, as ``epochs``, ``iterations`` and ``begin``.
+        value, epochs, iterations, begin: See :class:`Ramp`.
         start: Share of the value at the beginning.
     """
 
-    def __init__(self, value: ScheduleConfig, epochs: float | None = None, iterations: int | None = None,
-                 begin: float = 0, start: float = 0.0) -> None:
+    @declared
+    def __init__(self, value: ScheduleConfig, epochs: Weight | None = None, iterations: Index | None = None,
+                 begin: Weight = 0, start: Weight = 0.0) -> None:
         super().__init__(value, epochs, iterations, begin)
         self.start = start
 
@@ -114,12 +122,13 @@ class Decay(Ramp):
     """Falls linearly from its value to ``end`` times its value.
 
     Args:
-        value: See :class:`Ramp`, as ``epochs``, ``iterations`` and ``begin``.
+        value, epochs, iterations, begin: See :class:`Ramp`.
         end: Share of the value at the end.
     """
 
-    def __init__(self, value: ScheduleConfig, epochs: float | None = None, iterations: int | None = None,
-                 begin: float = 0, end: float = 0.0) -> None:
+    @declared
+    def __init__(self, value: ScheduleConfig, epochs: Weight | None = None, iterations: Index | None = None,
+                 begin: Weight = 0, end: Weight = 0.0) -> None:
         super().__init__(value, epochs, iterations, begin)
         self.end = end
 
@@ -150,19 +159,17 @@ def build_schedule(config: ScheduleConfig) -> Schedule:
     """Builds a schedule from a number or a dict such as ``dict(type='Warmup', value=1.0, epochs=1)``.
 
     Raises:
-        ValueError: It is neither, there is no such schedule, or an argument is out of its range.
+        ArgumentError: It is neither, there is no such schedule, or an argument does not fit.
     """
+    check_value('', config, ScheduleConfig)
     if isinstance(config, Schedule):
         return config
-    if isinstance(config, (float, int)):
+    if not isinstance(config, dict):
         return Schedule(config)
-    if isinstance(config, dict) and 'type' in config:
-        if find_class(TASK_UTILS, config, HOME) is None:
-            raise ValueError(f"weight: there is no schedule '{config['type']}': expected one of Warmup, Decay, "
-                             'Start, Stop and Balance.')
-        return build_own(TASK_UTILS, config)
-    raise ValueError(f"weight={config!r}: expected a number or a schedule such as dict(type='Warmup', value=1.0, "
-                     'epochs=1).')
+    schedule = build_own(TASK_UTILS, config)
+    if not isinstance(schedule, Schedule):
+        refuse('type', config['type'], 'a schedule: Warmup, Decay, Start, Stop or Balance')
+    return schedule
 
 
 ROUNDING = 1e-8  # share of the task's gradient below which a term's is rounding, and no direction to follow
@@ -218,7 +225,7 @@ class Balance(Schedule):
         start: How many measurements are made before that, one in every step from the first of the term.
 
     Raises:
-        ValueError: An argument is out of its range, or the ratio is balanced itself.
+        ArgumentError: An argument does not fit, or the ratio is balanced itself.
 
     Example:
         >>> schedule = build_schedule(dict(type='Warmup', epochs=1, value=dict(type='Balance', ratio=0.5)))
@@ -226,15 +233,13 @@ class Balance(Schedule):
         0.5
     """
 
-    def __init__(self, ratio: ScheduleConfig = DEFAULT_RATIO, interval: int = 10, momentum: float = 0.8,
-                 start: int = 50) -> None:
-        super().__init__(ratio)
+    @declared
+    def __init__(self, ratio: ScheduleConfig = DEFAULT_RATIO, interval: Count = 10,
+                 momentum: Annotated[float, Ge(0), Lt(1)] = 0.8, start: Count = 50) -> None:
+        with at('ratio'):
+            super().__init__(build_schedule(ratio))
         if super().balance is not None:
-            raise ValueError('Balance: its ratio is a Balance too. Give a number, or a schedule of numbers.')
-        if self.full < 0 or interval < 1 or not 0 <= momentum < 1 or start < 1:
-            raise ValueError(f'Balance: ratio={ratio}, interval={interval}, momentum={momentum}, start={start}: '
-                             'expected a ratio of at least 0, an interval and a start of at least 1, and a momentum in '
-                             '[0, 1).')
+            refuse('ratio', ratio, 'a number, or a schedule of numbers that is no Balance itself')
         self.interval, self.momentum, self.start = interval, momentum, start
         self.steps = 0  # measurements; on the host, where the decision falls whether to measure
         self.means: MovingMeans | None = None

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from mmdet.structures import DetDataSample
@@ -10,7 +10,8 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_iou
 
-from kd_det.config.files import ConfigurationError, explain_build_error
+from kd_det.config import ConfigurationError
+from kd_det.config.arguments import Index, Share, at, check_arguments, declared, refuse
 from kd_det.context import Progress
 from kd_det.datasets import UNLABELLED
 from kd_det.distillers.schedules import Schedule, ScheduleConfig, build_schedule
@@ -18,8 +19,6 @@ from kd_det.taps import Features
 
 Losses = dict[str, Tensor | list[Tensor]]  # of a step by name; those with 'loss' in it are summed, the others logged
 
-MODES = ('join', 'replace')
-IMAGES = ('all', 'unlabelled')
 BY_SCORE = 'score'
 MIN_SIDE = 1.0  # pixels; of a box without area losses are infinite, and heads clip some to nothing
 
@@ -118,7 +117,7 @@ class PseudoLabels:
         teacher: Index of the teacher.
 
     Raises:
-        ValueError: An argument is out of its range.
+        ArgumentError: An argument does not fit.
 
     Example:
         >>> labels = PseudoLabels(score=0.5, mode='join', weight=dict(type='Warmup', value=1.0, epochs=2))
@@ -126,18 +125,16 @@ class PseudoLabels:
         0.5
     """
 
-    def __init__(self, score: float = 0.5, iou: float = 0.5, nms_iou: float = 0.5, mode: str = 'join',
-                 images: str = 'all', weight: str | ScheduleConfig = 1.0, teacher: int = 0) -> None:
-        if mode not in MODES or images not in IMAGES:
-            raise ValueError(f"mode='{mode}', images='{images}': expected one of {', '.join(MODES)}, and one of "
-                             f"{', '.join(IMAGES)}.")
-        if not all(0 <= each <= 1 for each in (score, iou, nms_iou)):
-            raise ValueError(f'score={score}, iou={iou}, nms_iou={nms_iou}: expected numbers from 0 to 1.')
+    @declared
+    def __init__(self, score: Share = 0.5, iou: Share = 0.5, nms_iou: Share = 0.5,
+                 mode: Literal['join', 'replace'] = 'join', images: Literal['all', 'unlabelled'] = 'all',
+                 weight: Literal['score'] | ScheduleConfig = 1.0, teacher: Index = 0) -> None:
         self.by_score = weight == BY_SCORE
-        self.schedule: Schedule = build_schedule(1.0 if self.by_score else weight)
-        if self.schedule.balance is not None or not 0 <= self.schedule.full <= 1:
-            raise ValueError(f"weight={weight!r}: expected 'score', or a number from 0 to 1 or a schedule of one, for "
-                             'it is the probability with which a box counts in a step.')
+        with at('weight'):
+            self.schedule: Schedule = build_schedule(1.0 if self.by_score else weight)
+        if self.schedule.balance is not None or self.schedule.full > 1:
+            refuse('weight', weight, 'score, a number from 0 to 1, or a schedule of one',
+                   'It is the probability with which a box counts in a step.')
         self.score, self.iou, self.nms_iou, self.teacher_index = score, iou, nms_iou, teacher
         self.replaces, self.only_unlabelled = mode == 'replace', images == 'unlabelled'
 
@@ -196,13 +193,10 @@ def build_pseudo_labels(config: dict | None, student: nn.Module, teachers: Seque
     """
     if config is None:
         return None
-    try:
+    with at('model.pseudo_labels'):
+        check_arguments(PseudoLabels, config)
         pseudo_labels = PseudoLabels(**config)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigurationError(f'model.pseudo_labels: {explain_build_error(error, PseudoLabels)}') from error
-    if not 0 <= pseudo_labels.teacher_index < len(teachers):
-        raise ConfigurationError(f'model.pseudo_labels: teacher={pseudo_labels.teacher_index}, but there are '
-                                 f'{len(teachers)} teachers, counted from 0.')
+        check_teacher_index(pseudo_labels.teacher_index, len(teachers))
     if pseudo_labels.only_unlabelled and teachers[pseudo_labels.teacher_index].get('shard'):
         raise ConfigurationError("model.pseudo_labels: images='unlabelled' asks the teacher on those ranks alone whose "
                                  "batch has such images, which one with shard=True can not serve. Take images='all', "
@@ -212,6 +206,12 @@ def build_pseudo_labels(config: dict | None, student: nn.Module, teachers: Seque
                                  'its boxes, and pseudo-labels have none. Take a student without masks, or leave them '
                                  'out: terms learn from unlabelled images without them.')
     return pseudo_labels
+
+
+def check_teacher_index(index: int, teachers: int) -> None:
+    """Refuses the index of a teacher that there is not."""
+    if index >= teachers:
+        refuse('teacher', index, f"an index below {teachers}, the number of teachers")
 
 
 def _replace_truth(sample: DetDataSample, truth: InstanceData) -> DetDataSample:

@@ -6,6 +6,7 @@ equals the teacher.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +20,16 @@ def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
     return (unit(student, 1) - unit(teacher, 1)).square() / 2
 
 
-# Distance of two features, element by element.
-DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+Distance = Literal['mse', 'l1', 'smooth_l1', 'cosine']
+Normalizer = Literal['batch', 'cells', 'mean', 'mask', 'twice_mask', 'twice_elements']
+
+# Of two features, element by element.
+DISTANCES: dict[Distance, Callable[[Tensor, Tensor], Tensor]] = {
     'mse': lambda student, teacher: (student - teacher).square(),
     'l1': lambda student, teacher: (student - teacher).abs(),
     'smooth_l1': lambda student, teacher: F.smooth_l1_loss(student, teacher, reduction='none'),
     'cosine': _cosine,
 }
-NORMALIZERS = ('batch', 'cells', 'mean', 'mask', 'twice_mask', 'twice_elements')
 
 
 def masked_imitation(
@@ -34,8 +37,8 @@ def masked_imitation(
     teacher: Tensor,
     mask: Tensor | None = None,
     channel_weight: Tensor | None = None,
-    distance: str = 'mse',
-    normalizer: str | Tensor = 'batch',
+    distance: Distance = 'mse',
+    normalizer: Normalizer | Tensor = 'batch',
 ) -> Tensor:
     """Imitation of the teacher's feature where the mask says so: Σ M·d(s, t) / normalizer.
 
@@ -269,7 +272,7 @@ def check_shapes(student: Tensor, teacher: Tensor) -> None:
 
 
 def sum_distance(student: Tensor, teacher: Tensor, channel_weight: Tensor | None = None,
-                 distance: str = 'mse') -> Tensor:
+                 distance: Distance = 'mse') -> Tensor:
     """The distance of each cell, summed over the channels with their (N, C) weight: (N, 1, H, W)."""
     measure = DISTANCES[distance]
     if distance == 'cosine':  # not by blocks of channels: each has a part in the length
@@ -291,7 +294,7 @@ def unit(vectors: Tensor, dim: int) -> Tensor:
     return vectors / torch.where(length > 1e-12, length, 1)
 
 
-def _normalizer(name: str, mask: Tensor | None, feature: Tensor) -> Tensor | int:
+def _normalizer(name: Normalizer, mask: Tensor | None, feature: Tensor) -> Tensor | int:
     """See the table of :func:`masked_imitation`; the mask has four dimensions or is None."""
     batch, channels, height, width = feature.shape
     constants = dict(batch=batch, cells=batch * height * width, mean=feature.numel())

@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from annotated_types import Ge
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.models.task_modules import DeltaXYWHBBoxCoder
@@ -14,6 +15,8 @@ from kd_det.functional.logits import restricted_logits
 from kd_det.heads.readers import remove_normalization
 from kd_det.heads.request import HeadError
 from kd_det.taps import Call, Features
+
+Stage = Literal['mean', 'same'] | Annotated[int, Ge(0)]  # of a cascade, see :func:`at_stage`
 
 
 class Regions(NamedTuple):
@@ -154,7 +157,7 @@ def _run_image_branches(roi_head: Any, features: Features) -> dict[str, Tensor]:
     return {argument: head(features)[1] for argument, head in heads.items() if head is not None}
 
 
-def at_stage(outputs: Sequence[RoIOutputs], stage: int | str) -> RoIOutputs:
+def at_stage(outputs: Sequence[RoIOutputs], stage: Stage) -> RoIOutputs:
     """One teacher's outputs out of those of its stages.
 
     Args:

@@ -4,19 +4,20 @@ None of it is part of the student: it is gone at inference.
 """
 from __future__ import annotations
 
-from typing import cast
+from typing import Literal, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_det.config.arguments import check_choice
+from kd_det.config.arguments import declared
 from kd_det.functional.focal_global import context_pool
 from kd_det.functional.relations import non_local
 
-CHANNEL_ADAPTERS = ('auto', 'none', 'conv1x1', 'conv3x3')
+ChannelAdapter = Literal['auto', 'none', 'conv1x1', 'conv3x3']
 
 
-def build_adapter(kind: str, student_channels: int, teacher_channels: int) -> nn.Module:
+@declared
+def build_adapter(kind: ChannelAdapter, student_channels: int, teacher_channels: int) -> nn.Module:
     """Makes the layer that a student's feature passes before it is compared.
 
     Args:
@@ -35,7 +36,6 @@ def build_adapter(kind: str, student_channels: int, teacher_channels: int) -> nn
         >>> build_adapter('auto', 16, 32), build_adapter('auto', 32, 32)
         (Conv2d(16, 32, kernel_size=(1, 1), stride=(1, 1)), Identity())
     """
-    check_choice('adapter', kind, CHANNEL_ADAPTERS)
     if kind == 'none' and student_channels != teacher_channels:
         raise ValueError(f"adapter='none' needs equal channels, but the student has {student_channels} and the teacher "
                          f"{teacher_channels}: use adapter='conv1x1'.")

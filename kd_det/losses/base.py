@@ -3,20 +3,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from numbers import Integral
-from typing import Any, cast
+from typing import Annotated, cast
 
 import torch
 import torch.nn.functional as F
+from annotated_types import MinLen, Predicate
 from mmdet.utils import reduce_mean
 from torch import Tensor, nn
 
-from kd_det.config.arguments import check_choice, check_flags, check_number, refuse, split_sides
+from kd_det.config.arguments import Count, EitherSide, Index, declared, is_distinct, split_sides
 from kd_det.context import ComparedLevel, DistillContext, LevelError, LevelPair, LevelSpec, pair_levels
 from kd_det.heads.towers import TowerWidths
-from kd_det.losses.adapters import CHANNEL_ADAPTERS, build_adapter
+from kd_det.losses.adapters import ChannelAdapter, build_adapter
 from kd_det.masks.base import Mask
 
+Levels = Count | Annotated[Sequence[int], MinLen(1), Predicate(is_distinct), 'a list of different indices']
 Parts = dict[str, Tensor]  # of a term's value, by name; scalars
 InputSpecs = dict[str, tuple[LevelSpec, ...] | TowerWidths]
 
@@ -62,9 +63,9 @@ class DistillTerm(nn.Module):
     independent_of_batch_size: bool = True
     only_at_boxes: bool = False
 
-    def __init__(self, teacher: int = 0) -> None:
+    @declared
+    def __init__(self, teacher: Index = 0) -> None:
         super().__init__()
-        check_number('teacher', teacher, least=0, whole=True)
         self.teacher_index = teacher
 
     @property
@@ -140,14 +141,11 @@ class FeatureTerm(DistillTerm):
         {'largest': tensor(1.)}
     """
 
-    def __init__(self, tap: str | dict[str, str] = 'neck',
-                 levels: int | Sequence[int] | None = None, adapter: str = 'auto', resize: bool = False,
-                 teacher: int = 0) -> None:
+    @declared
+    def __init__(self, tap: EitherSide = 'neck', levels: Levels | None = None, adapter: ChannelAdapter = 'auto',
+                 resize: bool = False, teacher: Index = 0) -> None:
         super().__init__(teacher)
-        self.student_path, self.teacher_path = split_sides('tap', tap)
-        _check_levels(levels)
-        check_choice('adapter', adapter, CHANNEL_ADAPTERS)
-        check_flags(resize=resize)
+        self.student_path, self.teacher_path = split_sides(tap)
         self.levels, self.adapter, self.resize = levels, adapter, resize
 
     @property
@@ -286,11 +284,3 @@ def find_read_levels(terms: Iterable[DistillTerm],
             indices[path].update(term.teacher_levels_read.get(path, range(len(specs[path]))))
     read = {path: tuple(index in indices[path] for index in range(len(specs[path]))) for path in indices}
     return {path: each for path, each in read.items() if not all(each)}
-
-
-def _check_levels(levels: Any) -> None:
-    """Checks indices of levels, or how many: what of it can be known before the levels are."""
-    indices = levels if isinstance(levels, Sequence) and not isinstance(levels, str) else [levels]
-    if levels is not None and not (len(indices) and all(isinstance(each, Integral) and not isinstance(each, bool)
-                                                        for each in indices)):
-        refuse('levels', levels, 'indices of levels, such as (0, 1, 2, 3), or how many, such as 4.')

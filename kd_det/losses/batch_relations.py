@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,10 +9,10 @@ from mmdet.registry import MODELS
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from kd_det.config.arguments import check_flags, check_number, check_weights
+from kd_det.config.arguments import EitherSide, Index, Positive, Weight, declared
 from kd_det.context import ComparedLevel, LevelPair
 from kd_det.functional.relations import RELATED, angle_relation, dist_loss, distance_relation
-from kd_det.losses.base import FeatureTerm, Parts
+from kd_det.losses.base import FeatureTerm, Levels, Parts
 
 
 class BatchRelation(FeatureTerm):
@@ -29,9 +28,9 @@ class BatchRelation(FeatureTerm):
         ValueError: An argument that does not fit.
     """
 
+    @declared
     def __init__(self, pad_aware: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_flags(pad_aware=pad_aware)
         self.pad_aware = pad_aware
 
     def compare(self, level: ComparedLevel, position: int) -> Parts:
@@ -60,9 +59,9 @@ class DIST(BatchRelation):
     In a config: ``dict(type='DIST', tap='neck', temperature=1.0, inter=1.0, intra=1.0)``.
 
     Args:
-        temperature: T of the softmax over the channels, > 0.
-        inter: Weight of the correlation over the channels of an image, ≥ 0.
-        intra: Weight of the correlation over the images, ≥ 0; that part is 0 in a batch of one.
+        temperature: T of the softmax over the channels.
+        inter: Weight of the correlation over the channels of an image.
+        intra: Weight of the correlation over the images; that part is 0 in a batch of one.
         **kwargs: See :class:`~kd_det.losses.batch_relations.BatchRelation`.
 
     Raises:
@@ -78,10 +77,9 @@ class DIST(BatchRelation):
         {'correlation': tensor(0.)}
     """
 
-    def __init__(self, temperature: float = 1.0, inter: float = 1.0, intra: float = 1.0, **kwargs: Any) -> None:
+    @declared
+    def __init__(self, temperature: Positive = 1.0, inter: Weight = 1.0, intra: Weight = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_number('temperature', temperature, above=0)
-        check_weights(inter=inter, intra=intra)
         self.temperature, self.inter, self.intra = temperature, inter, intra
 
     def relate(self, student: Tensor, teacher: Tensor) -> Parts:
@@ -104,8 +102,8 @@ class RKD(BatchRelation):
 
     Args:
         tap, levels, resize, teacher: See :class:`~kd_det.losses.base.FeatureTerm`.
-        distance_weight: w_d, weight of the distances, ≥ 0.
-        angle_weight: w_a, weight of the angles, ≥ 0.
+        distance_weight: w_d, weight of the distances.
+        angle_weight: w_a, weight of the angles.
         pad_aware: See :class:`~kd_det.losses.batch_relations.BatchRelation`.
 
     Raises:
@@ -121,11 +119,10 @@ class RKD(BatchRelation):
         {'distance': True, 'angle': True}
     """
 
-    def __init__(self, tap: str | dict[str, str] = 'neck', levels: int | Sequence[int] | None = None,
-                 resize: bool = False, teacher: int = 0, distance_weight: float = 25.0, angle_weight: float = 50.0,
-                 pad_aware: bool = True) -> None:
+    @declared
+    def __init__(self, tap: EitherSide = 'neck', levels: Levels | None = None, resize: bool = False, teacher: Index = 0,
+                 distance_weight: Weight = 25.0, angle_weight: Weight = 50.0, pad_aware: bool = True) -> None:
         super().__init__(pad_aware, tap=tap, levels=levels, resize=resize, teacher=teacher)
-        check_weights(distance_weight=distance_weight, angle_weight=angle_weight)
         self.distance_weight, self.angle_weight = distance_weight, angle_weight
         self._warned = False
 

@@ -7,14 +7,14 @@ from typing import Any, cast
 from mmdet.registry import MODELS
 from torch import nn
 
-from kd_det.config.arguments import check_choice, check_number, check_weights
+from kd_det.config.arguments import Index, Positive, Weight, declared
 from kd_det.context import DistillContext
 from kd_det.heads import DenseOutputs, HeadError, HeadRequest
 from kd_det.heads.towers import TeacherTowers, TowerFeatures, TowerWidths
-from kd_det.losses.adapters import CHANNEL_ADAPTERS, build_adapter
+from kd_det.losses.adapters import ChannelAdapter, build_adapter
 from kd_det.losses.base import InputSpecs, Parts
 from kd_det.losses.dense import DenseClassification, DenseRegression
-from kd_det.losses.outputs import DenseTerm
+from kd_det.losses.outputs import DenseTerm, GapExponent
 
 
 @MODELS.register_module()
@@ -41,14 +41,14 @@ class CrossKD(DenseTerm):
     In a config: ``dict(type='CrossKD', head='bbox_head', remaining=1)``.
 
     Args:
-        remaining: How many convolutions of the teacher's towers the features pass, before the layers that predict, ≥ 0
+        remaining: How many convolutions of the teacher's towers the features pass, before the layers that predict
             (1; FCOS 2). With 1, of four convolutions three are the student's. With 0 only what predicts is the
             teacher's.
         adapter: Student channels -> teacher channels there, see :func:`~kd_det.losses.adapters.build_adapter`; one for
             each tower, which train with the student.
-        beta: β, 0 or ≥ 1, see :class:`~kd_det.losses.DenseClassification`.
-        temperature: T of the distributions over distances, > 0.
-        box_weight: w, weight of the boxes beside the classes, compared by GIoU, ≥ 0.
+        beta: β, see :class:`~kd_det.losses.DenseClassification`.
+        temperature: T of the distributions over distances.
+        box_weight: w, weight of the boxes beside the classes, compared by GIoU.
         distribution_weight: The same where they are compared by their distributions.
         **kwargs: ``head`` and ``teacher``, see :class:`~kd_det.losses.outputs.DenseTerm`.
 
@@ -73,12 +73,11 @@ class CrossKD(DenseTerm):
         0.0
     """
 
-    def __init__(self, remaining: int = 1, adapter: str = 'auto', beta: float = 1.0, temperature: float = 1.0,
-                 box_weight: float = 1.0, distribution_weight: float = 4.0, **kwargs: Any) -> None:
+    @declared
+    def __init__(self, remaining: Index = 1, adapter: ChannelAdapter = 'auto', beta: GapExponent = 1.0,
+                 temperature: Positive = 1.0, box_weight: Weight = 1.0, distribution_weight: Weight = 4.0,
+                 **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_number('remaining', remaining, least=0, whole=True, meaning='the number of convolutions')
-        check_choice('adapter', adapter, CHANNEL_ADAPTERS)
-        check_weights(box_weight=box_weight, distribution_weight=distribution_weight)
         self.remaining, self.adapter = remaining, adapter
         self.student_towers, self.teacher_towers = (HeadRequest(head, 'towers')
                                                     for head in (self.student_head, self.teacher_head))

@@ -5,7 +5,7 @@ from typing import Any
 
 from mmdet.registry import MODELS
 
-from kd_det.config.arguments import check_flags, check_number
+from kd_det.config.arguments import Positive, declared
 from kd_det.context import ComparedLevel
 from kd_det.functional.features import channel_wise_kl
 from kd_det.losses.base import FeatureTerm, Parts
@@ -24,7 +24,7 @@ class CWD(FeatureTerm):
     In a config: ``dict(type='CWD', tap='neck', temperature=1.0, weight=10.0)``.
 
     Args:
-        temperature: T, > 0; smaller looks at fewer cells.
+        temperature: T; smaller looks at fewer cells.
         pad_aware: Leave padding cells out. The paper's form counts them.
         **kwargs: See :class:`~kd_det.losses.base.FeatureTerm`.
 
@@ -41,10 +41,9 @@ class CWD(FeatureTerm):
         {'channel_kl': tensor(0.)}
     """
 
-    def __init__(self, temperature: float = 1.0, pad_aware: bool = True, **kwargs: Any) -> None:
+    @declared
+    def __init__(self, temperature: Positive = 1.0, pad_aware: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_number('temperature', temperature, above=0)
-        check_flags(pad_aware=pad_aware)
         self.temperature, self.pad_aware = temperature, pad_aware
 
     def compare(self, level: ComparedLevel, position: int) -> Parts:

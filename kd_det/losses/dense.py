@@ -1,24 +1,23 @@
 """The student's dense head classifies and locates prior by prior as the teacher's does: KD, BCKD, LD, FRS."""
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from mmdet.registry import MODELS
 from torch import Tensor
 
-from kd_det.config.arguments import check_choice, check_number
+from kd_det.config.arguments import Positive, declared
 from kd_det.functional.boxes import distribution_kl, giou_imitation
 from kd_det.functional.logits import soft_target_kl
 from kd_det.functional.masks import valuable_region
 from kd_det.heads import HeadError, HeadRequest
 from kd_det.losses.base import Parts
-from kd_det.losses.outputs import ComparedOutputs, DenseTerm, check_beta, sigmoid_divergence
+from kd_det.losses.outputs import ComparedOutputs, DenseTerm, GapExponent, Margin, sigmoid_divergence
 
-CLASSIFICATION_WEIGHTINGS = ('all', 'richness')
-REGRESSION_FORMS = ('giou', 'distribution', 'bounded')
-REGRESSION_WEIGHTINGS = ('confidence', 'gap', 'positives', 'valuable')
-REDUCTIONS = ('mean', 'sum')
+ClassificationWeighting = Literal['all', 'richness']
+RegressionForm = Literal['giou', 'distribution', 'bounded']
+RegressionWeighting = Literal['confidence', 'gap', 'positives', 'valuable']
 
 
 @MODELS.register_module()
@@ -37,9 +36,9 @@ class DenseClassification(DenseTerm):
     In a config: ``dict(type='DenseClassification', head='bbox_head', beta=1.0)``.
 
     Args:
-        beta: β, exponent of the gap, 0 or ≥ 1, see :func:`~kd_det.losses.outputs.sigmoid_divergence`: with 1 most of
+        beta: β, exponent of the gap, see :func:`~kd_det.losses.outputs.sigmoid_divergence`: with 1 most of
             the many easy priors do not count; softmax heads have none.
-        temperature: T, > 0; larger compares more of what the teacher thinks of the wrong classes.
+        temperature: T; larger compares more of what the teacher thinks of the wrong classes.
         weighting: w: ``'all'`` priors alike, or by the ``'richness'`` of their cell, the teacher's largest probability
             there (FRS, Du et al., arXiv 2111.00674). Both 0 on padding.
         **kwargs: See :class:`~kd_det.losses.outputs.DenseTerm`.
@@ -62,11 +61,10 @@ class DenseClassification(DenseTerm):
         2.08
     """
 
-    def __init__(self, beta: float = 1.0, temperature: float = 1.0, weighting: str = 'all', **kwargs: Any) -> None:
+    @declared
+    def __init__(self, beta: GapExponent = 1.0, temperature: Positive = 1.0,
+                 weighting: ClassificationWeighting = 'all', **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_beta(beta)
-        check_number('temperature', temperature, above=0)
-        check_choice('weighting', weighting, CLASSIFICATION_WEIGHTINGS)
         self.beta, self.temperature, self.weighting = beta, temperature, weighting
 
     def compare(self, level: ComparedOutputs) -> Parts:
@@ -119,9 +117,9 @@ class DenseRegression(DenseTerm):
     Args:
         form: See above.
         weighting: See above.
-        temperature: T of the distributions, > 0 (LD 10, CrossKD 1).
+        temperature: T of the distributions (LD 10, CrossKD 1).
         reduction: ``'mean'`` over their bins and sides, for which LD's published weight is, or ``'sum'``.
-        margin: m of the bounded form, a squared error, ≥ 0: a student better by less still learns.
+        margin: m of the bounded form, a squared error: a student better by less still learns.
         **kwargs: See :class:`~kd_det.losses.outputs.DenseTerm`.
 
     Raises:
@@ -141,14 +139,11 @@ class DenseRegression(DenseTerm):
         {'giou': tensor(0.5000)}
     """
 
-    def __init__(self, form: str = 'giou', weighting: str = 'confidence', temperature: float = 10.0,
-                 reduction: str = 'mean', margin: float = 0.0, **kwargs: Any) -> None:
+    @declared
+    def __init__(self, form: RegressionForm = 'giou', weighting: RegressionWeighting = 'confidence',
+                 temperature: Positive = 10.0, reduction: Literal['mean', 'sum'] = 'mean', margin: Margin = 0.0,
+                 **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_choice('form', form, REGRESSION_FORMS)
-        check_choice('weighting', weighting, REGRESSION_WEIGHTINGS)
-        check_choice('reduction', reduction, REDUCTIONS)
-        check_number('temperature', temperature, above=0)
-        check_number('margin', margin, least=0)
         self.form, self.weighting, self.temperature, self.reduction = form, weighting, temperature, reduction
         self.margin = margin
 

@@ -6,12 +6,12 @@ from typing import Any, cast
 from mmdet.registry import MODELS
 from torch import nn
 
-from kd_det.config.arguments import check_choice, check_flags, check_number, check_weights
+from kd_det.config.arguments import Positive, Weight, declared
 from kd_det.context import ComparedLevel
 from kd_det.functional.focal_global import fgd_loss_of_sums, fgd_sums, relation_distance
 from kd_det.losses.adapters import GlobalContext
 from kd_det.losses.base import FeatureTerm, InputSpecs, Parts
-from kd_det.masks.boxes import BOX_MAPPINGS, BoxBackground, BoxForeground
+from kd_det.masks.boxes import BoxBackground, BoxForeground, BoxMapping
 
 
 class GlobalContextTerm(FeatureTerm):
@@ -56,9 +56,9 @@ class GlobalRelation(GlobalContextTerm):
         256.0
     """
 
+    @declared
     def __init__(self, pad_aware: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_flags(pad_aware=pad_aware)
         self.pad_aware = pad_aware
 
     def compare(self, level: ComparedLevel, position: int) -> Parts:
@@ -92,11 +92,11 @@ class FGD(GlobalContextTerm):
     lambda_=5e-7)``.
 
     Args:
-        temperature: T of both attentions, > 0 (0.5; FCOS 0.8).
-        alpha: α, weight of the foreground, ≥ 0 (two-stage 5e-5, one-stage 1e-3, anchor-free 1.6e-3).
-        beta: β, weight of the background, ≥ 0 (2.5e-5, 5e-4, 8e-4).
-        gamma: γ, weight of the attention, ≥ 0 (5e-5, 5e-4, 8e-4).
-        lambda_: λ, weight of the relation, ≥ 0 (5e-7, 5e-6, 8e-6).
+        temperature: T of both attentions (0.5; FCOS 0.8).
+        alpha: α, weight of the foreground (two-stage 5e-5, one-stage 1e-3, anchor-free 1.6e-3).
+        beta: β, weight of the background (2.5e-5, 5e-4, 8e-4).
+        gamma: γ, weight of the attention (5e-5, 5e-4, 8e-4).
+        lambda_: λ, weight of the relation (5e-7, 5e-6, 8e-6).
         box_mapping: ``'batch'`` maps boxes to cells by the padded batch and gives padding no weight anywhere.
             ``'image'`` is what the released code does, for parity only, see :class:`~kd_det.masks.BoxForeground`.
         **kwargs: See :class:`~kd_det.losses.base.FeatureTerm`.
@@ -115,14 +115,12 @@ class FGD(GlobalContextTerm):
         {'foreground': 4.0, 'background': 4.0, 'attention': 0.0, 'relation': 256.0}
     """
 
-    def __init__(self, temperature: float = 0.5, alpha: float = 1e-3, beta: float = 5e-4, gamma: float = 5e-4,
-                 lambda_: float = 5e-6, box_mapping: str = 'batch', **kwargs: Any) -> None:
+    @declared
+    def __init__(self, temperature: Positive = 0.5, alpha: Weight = 1e-3, beta: Weight = 5e-4, gamma: Weight = 5e-4,
+                 lambda_: Weight = 5e-6, box_mapping: BoxMapping = 'batch', **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.part_weights = dict(alpha=alpha, beta=beta, gamma=gamma, lambda_=lambda_)
-        check_number('temperature', temperature, above=0)
-        check_weights(**self.part_weights)
-        check_choice('box_mapping', box_mapping, BOX_MAPPINGS)
-        self.temperature, self.pad_aware = temperature, box_mapping == BOX_MAPPINGS[0]
+        self.temperature, self.pad_aware = temperature, box_mapping == 'batch'
         self.foreground = BoxForeground('inverse_area', box_mapping)
         self.background = BoxBackground(box_mapping)
 

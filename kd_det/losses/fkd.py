@@ -6,11 +6,11 @@ from typing import Any, cast
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from kd_det.config.arguments import check_flags, check_number, check_weights
+from kd_det.config.arguments import Positive, Weight, declared
 from kd_det.context import ComparedLevel, LevelSpec
 from kd_det.functional.features import fkd_loss
 from kd_det.functional.masks import spatial_attention
-from kd_det.losses.adapters import NonLocal
+from kd_det.losses.adapters import ChannelAdapter, NonLocal
 from kd_det.losses.base import FeatureTerm, InputSpecs, Parts
 
 RELATION_STRIDE = 64  # pixels: the cells to which the released code pools keys and values, but at least 4 × 4 into one
@@ -48,10 +48,10 @@ class FKD(FeatureTerm):
     In a config: ``dict(type='FKD', temperature=0.5, feature_weight=7e-5, pooling_weight=4e-3, relation_weight=7e-5)``.
 
     Args:
-        temperature: T of the spatial attention, > 0 (two-stage 0.5, one-stage 0.1).
-        feature_weight: α, weight of the attended features, ≥ 0 (7e-5, 4.2e-4).
-        pooling_weight: β, weight of each of the two means, ≥ 0 (4e-3, 2.4e-2).
-        relation_weight: γ, weight of the relations, ≥ 0 (7e-5, 4.2e-4).
+        temperature: T of the spatial attention (two-stage 0.5, one-stage 0.1).
+        feature_weight: α, weight of the attended features (7e-5, 4.2e-4).
+        pooling_weight: β, weight of each of the two means (4e-3, 2.4e-2).
+        relation_weight: γ, weight of the relations (7e-5, 4.2e-4).
         adapter: See :class:`~kd_det.losses.base.FeatureTerm`.
         pad_aware: Set padding to 0 on both sides, before and after each block. The paper's form compares it too.
         **kwargs: See :class:`~kd_det.losses.base.FeatureTerm`.
@@ -72,15 +72,13 @@ class FKD(FeatureTerm):
 
     independent_of_batch_size = False  # norms of the whole batch grow with the root of its size
 
-    def __init__(self, temperature: float = 0.5, feature_weight: float = 7e-5, pooling_weight: float = 4e-3,
-                 relation_weight: float = 7e-5, adapter: str = 'conv1x1', pad_aware: bool = True,
+    @declared
+    def __init__(self, temperature: Positive = 0.5, feature_weight: Weight = 7e-5, pooling_weight: Weight = 4e-3,
+                 relation_weight: Weight = 7e-5, adapter: ChannelAdapter = 'conv1x1', pad_aware: bool = True,
                  **kwargs: Any) -> None:
         super().__init__(adapter=adapter, **kwargs)
         self.part_weights = dict(
             feature_weight=feature_weight, pooling_weight=pooling_weight, relation_weight=relation_weight)
-        check_number('temperature', temperature, above=0)
-        check_weights(**self.part_weights)
-        check_flags(pad_aware=pad_aware)
         self.temperature, self.pad_aware = temperature, pad_aware
 
     def connect(self, student: InputSpecs, teacher: InputSpecs) -> None:

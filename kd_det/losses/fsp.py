@@ -2,17 +2,15 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from mmdet.registry import MODELS
 from torch import Tensor
 
-from kd_det.config.arguments import check_choice, check_flags
+from kd_det.config.arguments import EitherSide, declared
 from kd_det.context import DistillContext
 from kd_det.functional.relations import flow_distance, flow_matrix
 from kd_det.losses.base import FeatureTerm, InputSpecs, Parts, add_parts
-
-NORMALIZERS = ('batch', 'mean')
 
 
 @MODELS.register_module()
@@ -49,11 +47,10 @@ class FSP(FeatureTerm):
 
     least_levels = 2
 
-    def __init__(self, tap: str | dict[str, str] = 'backbone', normalizer: str = 'batch', pad_aware: bool = True,
-                 **kwargs: Any) -> None:
+    @declared
+    def __init__(self, tap: EitherSide = 'backbone', normalizer: Literal['batch', 'mean'] = 'batch',
+                 pad_aware: bool = True, **kwargs: Any) -> None:
         super().__init__(tap=tap, **kwargs)
-        check_choice('normalizer', normalizer, NORMALIZERS)
-        check_flags(pad_aware=pad_aware)
         self.normalizer, self.pad_aware = normalizer, pad_aware
 
     def connect(self, student: InputSpecs, teacher: InputSpecs) -> None:

@@ -10,9 +10,9 @@ import torch
 from mmdet.registry import MODELS
 from torch import Tensor
 
-from kd_det.config.arguments import check_choice, check_flags, check_number, check_weights, refuse
+from kd_det.config.arguments import Positive, Weight, declared, refuse
 from kd_det.context import ComparedLevel
-from kd_det.functional.features import DISTANCES, NORMALIZERS, decoupled_imitation, masked_imitation
+from kd_det.functional.features import Distance, Normalizer, decoupled_imitation, masked_imitation
 from kd_det.functional.focal_global import attention_distance
 from kd_det.losses.base import FeatureTerm, Parts, add_parts, rank_share
 from kd_det.masks import build_mask
@@ -56,11 +56,10 @@ class FeatureImitation(FeatureTerm):
     """
     mask: Mask | None
 
-    def __init__(self, mask: MaskConfig | None = None, distance: str = 'mse', normalizer: str = 'batch',
-                 **kwargs: Any) -> None:
+    @declared
+    def __init__(self, mask: MaskConfig | None = None, distance: Distance = 'mse',
+                 normalizer: Normalizer = 'batch', **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_choice('distance', distance, DISTANCES)
-        check_choice('normalizer', normalizer, NORMALIZERS)
         self.mask = None if mask is None else build_mask(mask)
         self.distance, self.normalizer = distance, normalizer
 
@@ -92,7 +91,7 @@ class AttentionImitation(FeatureTerm):
     with s, t (N, C, H, W), s after its adapter.
 
     Args:
-        temperature: T, > 0; smaller is more selective (0.5; FCOS 0.8).
+        temperature: T; smaller is more selective (0.5; FCOS 0.8).
         pad_aware: Leave padding cells out. The paper's form looks at them too.
         **kwargs: See :class:`~kd_det.losses.base.FeatureTerm`.
 
@@ -109,10 +108,9 @@ class AttentionImitation(FeatureTerm):
         {'attention': tensor(0.)}
     """
 
-    def __init__(self, temperature: float = 0.5, pad_aware: bool = True, **kwargs: Any) -> None:
+    @declared
+    def __init__(self, temperature: Positive = 0.5, pad_aware: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_number('temperature', temperature, above=0)
-        check_flags(pad_aware=pad_aware)
         self.temperature, self.pad_aware = temperature, pad_aware
 
     def compare(self, level: ComparedLevel, position: int) -> Parts:
@@ -137,8 +135,8 @@ class DecoupledImitation(FeatureTerm):
     Args:
         mask: M, the foreground in [0, 1]: config or name of a mask over the cells. What it weighs more is foreground
             alone.
-        foreground_weight: w_fg, ≥ 0.
-        background_weight: w_bg, ≥ 0.
+        foreground_weight: w_fg.
+        background_weight: w_bg.
         pad_aware: Padding belongs to neither. In the paper's form it is background.
         **kwargs: See :class:`~kd_det.losses.base.FeatureTerm`.
 
@@ -156,15 +154,14 @@ class DecoupledImitation(FeatureTerm):
     """
     mask: CellMask
 
-    def __init__(self, mask: MaskConfig = 'LevelForeground', foreground_weight: float = 3.0,
-                 background_weight: float = 12.0, pad_aware: bool = True, **kwargs: Any) -> None:
+    @declared
+    def __init__(self, mask: MaskConfig = 'LevelForeground', foreground_weight: Weight = 3.0,
+                 background_weight: Weight = 12.0, pad_aware: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_weights(foreground_weight=foreground_weight, background_weight=background_weight)
-        check_flags(pad_aware=pad_aware)
         built = build_mask(mask)
         if not isinstance(built, CellMask):
-            refuse('mask', mask, f'a mask over the cells, such as LevelForeground; {type(built).__name__} has other '
-                                 'parts too.')
+            refuse('mask', mask, 'a mask over the cells, such as LevelForeground',
+                   f'{type(built).__name__} has other parts too.')
         self.mask, self.pad_aware = built, pad_aware
         self.part_weights = dict(foreground=foreground_weight, background=background_weight)
 

@@ -1,19 +1,18 @@
 """MGD: the student completes the teacher's feature from a part of its own."""
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Lt
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from kd_det.config.arguments import check_choice, check_flags, check_number
+from kd_det.config.arguments import declared
 from kd_det.context import ComparedLevel
 from kd_det.functional.features import masked_imitation
 from kd_det.losses.adapters import GenerationBlock
 from kd_det.losses.base import FeatureTerm, InputSpecs, Parts
-
-NORMALIZERS = ('batch', 'cells', 'mean')
 
 
 @MODELS.register_module()
@@ -31,14 +30,14 @@ class MGD(FeatureTerm):
     In a config: ``dict(type='MGD', tap='neck', ratio=0.65, weight=2e-5)``.
 
     Args:
-        ratio: Share of the cells that is dropped, in [0, 1) (one-stage 0.65, two-stage 0.45).
+        ratio: Share of the cells that is dropped (one-stage 0.65, two-stage 0.45).
         normalizer: ``'batch'``, N, is the paper's, and its weights fit it; ``'cells'``, N·H·W, and ``'mean'``, N·C·H·W,
             do not grow with the image.
         pad_aware: Leave padding cells out. The paper's form counts them.
         **kwargs: See :class:`~kd_det.losses.base.FeatureTerm`.
 
     Raises:
-        ValueError: An argument that does not fit, such as a ratio that is not in [0, 1).
+        ValueError: An argument that does not fit.
 
     Example:
         >>> from kd_det.context import DistillContext
@@ -49,11 +48,11 @@ class MGD(FeatureTerm):
         tensor(True)
     """
 
-    def __init__(self, ratio: float = 0.65, normalizer: str = 'batch', pad_aware: bool = True, **kwargs: Any) -> None:
+    @declared
+    def __init__(self, ratio: Annotated[float, Ge(0), Lt(1)] = 0.65,
+                 normalizer: Literal['batch', 'cells', 'mean'] = 'batch', pad_aware: bool = True,
+                 **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_number('ratio', ratio, least=0, below=1, meaning='the share of the cells to drop')
-        check_choice('normalizer', normalizer, NORMALIZERS)
-        check_flags(pad_aware=pad_aware)
         self.ratio, self.normalizer, self.pad_aware = ratio, normalizer, pad_aware
 
     def connect(self, student: InputSpecs, teacher: InputSpecs) -> None:

@@ -2,23 +2,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Annotated, Literal, NamedTuple, cast
 
 import torch
+from annotated_types import Ge, Le
 from mmdet.utils import reduce_mean
 from torch import Tensor
 
-from kd_det.config.arguments import check_choice, check_number, refuse, split_sides
+from kd_det.config.arguments import EitherSide, Index, declared, split_sides
 from kd_det.context import DistillContext
 from kd_det.functional.boxes import bounded_regression
 from kd_det.functional.logits import quality_bce
 from kd_det.heads import ROI_HEAD, DenseOutputs, HeadError, HeadRequest, RoIOutputs
-from kd_det.heads.roi import at_stage
+from kd_det.heads.roi import Stage, at_stage
 from kd_det.losses.base import DistillTerm, Parts, add_parts
 
-DENSE_NORMALIZERS = ('positives', 'confidence', 'richness', 'none')
-ROI_NORMALIZERS = ('regions', 'own')
-STAGES = ('mean', 'same')
+DenseNormalizer = Literal['positives', 'confidence', 'richness', 'none']
+Margin = Annotated[float, Ge(0)]  # between squared errors
+# Of the gap in a divergence. Between 0 and 1 the gradient is infinite where student and teacher agree.
+GapExponent = Annotated[float, Ge(0), Le(0)] | Annotated[float, Ge(1)]
 
 
 class ComparedOutputs(NamedTuple):
@@ -90,11 +92,11 @@ class DenseTerm(DistillTerm):
         ValueError: An argument that does not fit.
     """
 
-    def __init__(self, head: str | dict[str, str] = 'bbox_head', normalizer: str = 'positives',
-                 teacher: int = 0) -> None:
+    @declared
+    def __init__(self, head: EitherSide = 'bbox_head', normalizer: DenseNormalizer = 'positives',
+                 teacher: Index = 0) -> None:
         super().__init__(teacher)
-        check_choice('normalizer', normalizer, DENSE_NORMALIZERS)
-        self.student_head, self.teacher_head = map(HeadRequest, split_sides('head', head))
+        self.student_head, self.teacher_head = map(HeadRequest, split_sides(head))
         self.normalizer = normalizer
 
     @property
@@ -181,13 +183,10 @@ class RoITerm(DistillTerm):
 
     student_heads = teacher_heads = (ROI_HEAD, )
 
-    def __init__(self, stage: str | int = 'mean', normalizer: str = 'regions', teacher: int = 0) -> None:
+    @declared
+    def __init__(self, stage: Stage = 'mean', normalizer: Literal['regions', 'own'] = 'regions',
+                 teacher: Index = 0) -> None:
         super().__init__(teacher)
-        if isinstance(stage, int) and not isinstance(stage, bool):
-            check_number('stage', stage, least=0, whole=True)
-        elif stage not in STAGES:
-            refuse('stage', stage, "the index of a stage, 'mean' or 'same'.")
-        check_choice('normalizer', normalizer, ROI_NORMALIZERS)
         self.stage, self.normalizer = stage, normalizer
 
     def read_outputs(self, context: DistillContext) -> tuple[RoIOutputs, RoIOutputs]:
@@ -214,22 +213,6 @@ class RoITerm(DistillTerm):
         masks = torch.stack([each.float() for each in chosen])
         counts = masks.sum(1) if self.normalizer == 'own' else values.new_full((len(chosen), ), float(len(values)))
         return list((masks * values).sum(1) / reduce_mean(counts).clamp(min=1))
-
-
-def check_beta(beta: float) -> None:
-    """Checks the exponent of :func:`sigmoid_divergence`.
-
-    Raises:
-        ValueError: It is none; between 0 and 1 the gradient is infinite where student and teacher agree.
-
-    Example:
-        >>> check_beta(0.5)
-        Traceback (most recent call last):
-        ValueError: beta=0.5: expected 0, or a number of at least 1.
-    """
-    check_number('beta', beta, least=0)
-    if 0 < beta < 1:
-        refuse('beta', beta, '0, or a number of at least 1.')
 
 
 def sigmoid_divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 
 from mmdet.registry import MODELS
 
-from kd_det.config.arguments import check_flags
+from kd_det.config.arguments import declared
 from kd_det.context import ComparedLevel
 from kd_det.functional.features import pearson_distance
 from kd_det.losses.base import FeatureTerm, Parts
@@ -45,9 +45,9 @@ class PKD(FeatureTerm):
 
     independent_of_batch_size = False  # the deviations are unbiased: of n cells, the value has a factor (n − 1) / n
 
+    @declared
     def __init__(self, pad_aware: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_flags(pad_aware=pad_aware)
         self.pad_aware = pad_aware
 
     def compare(self, level: ComparedLevel, position: int) -> Parts:

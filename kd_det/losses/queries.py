@@ -1,16 +1,18 @@
 """The student's queries classify and locate as the teacher's do, in DETRs; and which query is compared with which."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Len
 from mmdet.registry import MODELS
 from mmdet.utils import reduce_mean
 from torch import Tensor
 
-from kd_det.config.arguments import check_number, check_weights, refuse, split_sides
+from kd_det.config.arguments import Count, EitherSide, Index, Positive, Weight, declared, split_sides
 from kd_det.context import DistillContext
 from kd_det.functional.boxes import giou_imitation
 from kd_det.functional.logits import soft_target_kl
@@ -18,9 +20,7 @@ from kd_det.functional.queries import corners, match_queries, query_cost
 from kd_det.heads import HeadError, HeadRequest, QueryOutputs
 from kd_det.heads.queries import BoxCost
 from kd_det.losses.base import DistillTerm, Parts
-from kd_det.losses.outputs import check_beta, sigmoid_divergence
-
-COSTS = ('classes', 'l1', 'giou')
+from kd_det.losses.outputs import GapExponent, sigmoid_divergence
 
 
 class QueryPairs(NamedTuple):
@@ -55,26 +55,21 @@ class QueryTerm(DistillTerm):
 
     Args:
         head: ``'bbox_head'``; or a dict with the keys ``student`` and ``teacher``.
-        layers: Number of decoder layers, ≥ 1; as many as both have by default.
-        background: Number of the teacher's queries that count for the student's without a box, the surest, ≥ 0; 0 for
+        layers: Number of decoder layers; as many as both have by default.
+        background: Number of the teacher's queries that count for the student's without a box, the surest; 0 for
             none. The matching's time on the host grows with it.
-        costs: Weights of classes, L1 and GIoU in the cost, ≥ 0, see :func:`~kd_det.functional.queries.query_cost`.
+        costs: Weights of classes, L1 and GIoU in the cost, see :func:`~kd_det.functional.queries.query_cost`.
         teacher: See :class:`~kd_det.losses.base.DistillTerm`.
 
     Raises:
         ValueError: An argument that does not fit.
     """
 
-    def __init__(self, head: str | dict[str, str] = 'bbox_head', layers: int | None = None,
-                 background: int = 100, costs: tuple[float, float, float] = (2.0, 5.0, 2.0), teacher: int = 0) -> None:
+    @declared
+    def __init__(self, head: EitherSide = 'bbox_head', layers: Count | None = None, background: Index = 100,
+                 costs: Annotated[Sequence[Weight], Len(3, 3)] = (2.0, 5.0, 2.0), teacher: Index = 0) -> None:
         super().__init__(teacher)
-        if layers is not None:
-            check_number('layers', layers, least=1, whole=True, meaning='the number of decoder layers')
-        check_number('background', background, least=0, whole=True, meaning='a number of queries')
-        if not isinstance(costs, (list, tuple)) or len(costs) != len(COSTS):
-            refuse('costs', costs, 'three weights, of classes, L1 and GIoU.')
-        check_weights(**{f'costs of {name}': weight for name, weight in zip(COSTS, costs)})
-        self.student_head, self.teacher_head = (HeadRequest(name, 'queries') for name in split_sides('head', head))
+        self.student_head, self.teacher_head = (HeadRequest(name, 'queries') for name in split_sides(head))
         self.layers, self.background, self.costs = layers, background, (costs[0], costs[1], costs[2])
 
     @property
@@ -177,11 +172,11 @@ class QueryClassification(QueryTerm):
     In a config: ``dict(type='QueryClassification', beta=1.0, background=100)``.
 
     Args:
-        beta: β, exponent of the gap, 0 or ≥ 1; 0 for the plain cross-entropy, see
+        beta: β, exponent of the gap; 0 for the plain cross-entropy, see
             :func:`~kd_det.losses.outputs.sigmoid_divergence`.
-        temperature: T of softmax heads, > 0.
-        foreground_weight: w_fg of the queries with a ground-truth box, ≥ 0.
-        background_weight: w_bg of the others that are paired, ≥ 0.
+        temperature: T of softmax heads.
+        foreground_weight: w_fg of the queries with a ground-truth box.
+        background_weight: w_bg of the others that are paired.
         **kwargs: See :class:`~kd_det.losses.queries.QueryTerm`.
 
     Raises:
@@ -199,12 +194,10 @@ class QueryClassification(QueryTerm):
         {'foreground': 0.0, 'background': 1.04}
     """
 
-    def __init__(self, beta: float = 1.0, temperature: float = 1.0, foreground_weight: float = 1.0,
-                 background_weight: float = 1.0, **kwargs: Any) -> None:
+    @declared
+    def __init__(self, beta: GapExponent = 1.0, temperature: Positive = 1.0, foreground_weight: Weight = 1.0,
+                 background_weight: Weight = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_beta(beta)
-        check_number('temperature', temperature, above=0)
-        check_weights(foreground_weight=foreground_weight, background_weight=background_weight)
         self.beta, self.temperature = beta, temperature
         self.foreground_weight, self.background_weight = foreground_weight, background_weight
 
@@ -233,8 +226,8 @@ class QueryRegression(QueryTerm):
     In a config: ``dict(type='QueryRegression', l1_weight=5.0, giou_weight=2.0)``.
 
     Args:
-        l1_weight: w_l1 of the L1 distance of centre, width and height, as shares of the image, ≥ 0.
-        giou_weight: w_giou, ≥ 0.
+        l1_weight: w_l1 of the L1 distance of centre, width and height, as shares of the image.
+        giou_weight: w_giou.
         **kwargs: See :class:`~kd_det.losses.queries.QueryTerm`.
 
     Raises:
@@ -252,9 +245,9 @@ class QueryRegression(QueryTerm):
         {'l1': 0.5, 'giou': 1.0}
     """
 
-    def __init__(self, l1_weight: float = 5.0, giou_weight: float = 2.0, **kwargs: Any) -> None:
+    @declared
+    def __init__(self, l1_weight: Weight = 5.0, giou_weight: Weight = 2.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_weights(l1_weight=l1_weight, giou_weight=giou_weight)
         self.l1_weight, self.giou_weight = l1_weight, giou_weight
 
     def forward(self, context: DistillContext) -> Parts:

@@ -6,7 +6,7 @@ from mmdet.registry import MODELS
 from mmdet.utils import reduce_mean
 from torchvision.ops import box_iou
 
-from kd_det.config.arguments import check_number
+from kd_det.config.arguments import EitherSide, Index, Positive, declared
 from kd_det.context import DistillContext
 from kd_det.functional.logits import rank_mimicking
 from kd_det.losses.base import Parts
@@ -27,7 +27,7 @@ class RankMimicking(DenseTerm):
     In a config: ``dict(type='RankMimicking', head='bbox_head')``.
 
     Args:
-        temperature: T of the softmax over the candidates, > 0; smaller looks at the best alone.
+        temperature: T of the softmax over the candidates; smaller looks at the best alone.
         head: See :class:`~kd_det.losses.outputs.DenseTerm`.
         teacher: See :class:`~kd_det.losses.base.DistillTerm`.
 
@@ -50,9 +50,9 @@ class RankMimicking(DenseTerm):
 
     only_at_boxes = True
 
-    def __init__(self, temperature: float = 1.0, head: str | dict[str, str] = 'bbox_head', teacher: int = 0) -> None:
+    @declared
+    def __init__(self, temperature: Positive = 1.0, head: EitherSide = 'bbox_head', teacher: Index = 0) -> None:
         super().__init__(head=head, teacher=teacher)
-        check_number('temperature', temperature, above=0)
         self.temperature = temperature
 
     def forward(self, context: DistillContext) -> Parts:

@@ -1,22 +1,20 @@
 """The student's RoI head and RPN classify and regress as the teacher's do: KD, DKD, and bounded regression."""
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from mmdet.registry import MODELS
 from torch import Tensor
 
-from kd_det.config.arguments import check_choice, check_number, check_weights
+from kd_det.config.arguments import EitherSide, Positive, Weight, declared
 from kd_det.context import DistillContext
 from kd_det.functional.boxes import bounded_regression
 from kd_det.functional.logits import combine_decoupled, decoupled_kl, soft_target_kl, weighted_cross_entropy
 from kd_det.heads import HeadRequest, RoIOutputs
 from kd_det.losses.base import Parts
-from kd_det.losses.outputs import ComparedOutputs, DenseTerm, RoITerm, sigmoid_divergence
+from kd_det.losses.outputs import ComparedOutputs, DenseNormalizer, DenseTerm, Margin, RoITerm, sigmoid_divergence
 
-CLASSIFICATION_FORMS = ('plain', 'decoupled', 'coupled', 'weighted')
-REGRESSION_FORMS = ('bounded', 'l1', 'mse')
-RPN_FORMS = ('l1', 'bounded')
+ClassificationForm = Literal['plain', 'decoupled', 'coupled', 'weighted']
 
 
 @MODELS.register_module()
@@ -42,13 +40,13 @@ class RoIClassification(RoITerm):
 
     Args:
         form: See above.
-        temperature: T, > 0; larger compares more of what the teacher thinks of the wrong classes.
-        alpha: α of the decoupled and coupled form, ≥ 0.
-        beta: β of the decoupled and coupled form, ≥ 0.
-        foreground_weight: w_fg of the regions with a ground-truth box, ≥ 0.
-        background_weight: w_bg of the others, ≥ 0. DeFeat (arXiv 2103.14475) weighs the two apart, with
+        temperature: T; larger compares more of what the teacher thinks of the wrong classes.
+        alpha: α of the decoupled and coupled form.
+        beta: β of the decoupled and coupled form.
+        foreground_weight: w_fg of the regions with a ground-truth box.
+        background_weight: w_bg of the others. DeFeat (arXiv 2103.14475) weighs the two apart, with
             ``normalizer='own'``.
-        background_class_weight: Of the background class in the weighted form, ≥ 0.
+        background_class_weight: Of the background class in the weighted form.
         **kwargs: See :class:`~kd_det.losses.outputs.RoITerm`.
 
     Raises:
@@ -70,14 +68,11 @@ class RoIClassification(RoITerm):
         {'foreground': 1.089, 'background': 0.0}
     """
 
-    def __init__(self, form: str = 'plain', temperature: float = 1.0, alpha: float = 1.0, beta: float = 0.25,
-                 foreground_weight: float = 1.0, background_weight: float = 1.0, background_class_weight: float = 1.5,
-                 **kwargs: Any) -> None:
+    @declared
+    def __init__(self, form: ClassificationForm = 'plain', temperature: Positive = 1.0, alpha: Weight = 1.0,
+                 beta: Weight = 0.25, foreground_weight: Weight = 1.0, background_weight: Weight = 1.0,
+                 background_class_weight: Weight = 1.5, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_choice('form', form, CLASSIFICATION_FORMS)
-        check_number('temperature', temperature, above=0)
-        check_weights(alpha=alpha, beta=beta, foreground_weight=foreground_weight, background_weight=background_weight,
-                      background_class_weight=background_class_weight)
         self.form, self.temperature, self.alpha, self.beta = form, temperature, alpha, beta
         self.foreground_weight, self.background_weight = foreground_weight, background_weight
         self.background_class_weight = background_class_weight
@@ -118,7 +113,7 @@ class RoIRegression(RoITerm):
 
     Args:
         form: See above.
-        margin: m of the bounded form, a squared error, ≥ 0: a student better by less still learns.
+        margin: m of the bounded form, a squared error: a student better by less still learns.
         **kwargs: See :class:`~kd_det.losses.outputs.RoITerm`.
 
     Raises:
@@ -142,10 +137,9 @@ class RoIRegression(RoITerm):
 
     only_at_boxes = True
 
-    def __init__(self, form: str = 'bounded', margin: float = 0.0, **kwargs: Any) -> None:
+    @declared
+    def __init__(self, form: Literal['bounded', 'l1', 'mse'] = 'bounded', margin: Margin = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_choice('form', form, REGRESSION_FORMS)
-        check_number('margin', margin, least=0)
         self.form, self.margin = form, margin
 
     def forward(self, context: DistillContext) -> Parts:
@@ -180,9 +174,9 @@ class RPNImitation(DenseTerm):
 
     Args:
         form: See above.
-        margin: m of the bounded form, a squared error, ≥ 0: a student better by less still learns.
-        objectness_weight: w_obj, ≥ 0.
-        regression_weight: w_reg, ≥ 0.
+        margin: m of the bounded form, a squared error: a student better by less still learns.
+        objectness_weight: w_obj.
+        regression_weight: w_reg.
         head: See :class:`~kd_det.losses.outputs.DenseTerm`.
         normalizer: See :class:`~kd_det.losses.outputs.DenseTerm`; the teacher's confidence by default, because the
             sampler of an RPN may leave positive anchors out.
@@ -205,13 +199,11 @@ class RPNImitation(DenseTerm):
         {'objectness': tensor(0.), 'regression': tensor(8.)}
     """
 
-    def __init__(self, form: str = 'l1', margin: float = 0.0, objectness_weight: float = 1.0,
-                 regression_weight: float = 1.0, head: str | dict[str, str] = 'rpn_head',
-                 normalizer: str = 'confidence', **kwargs: Any) -> None:
+    @declared
+    def __init__(self, form: Literal['l1', 'bounded'] = 'l1', margin: Margin = 0.0, objectness_weight: Weight = 1.0,
+                 regression_weight: Weight = 1.0, head: EitherSide = 'rpn_head',
+                 normalizer: DenseNormalizer = 'confidence', **kwargs: Any) -> None:
         super().__init__(head=head, normalizer=normalizer, **kwargs)
-        check_choice('form', form, RPN_FORMS)
-        check_number('margin', margin, least=0)
-        check_weights(objectness_weight=objectness_weight, regression_weight=regression_weight)
         self.form, self.margin = form, margin
         self.objectness_weight, self.regression_weight = objectness_weight, regression_weight
 

@@ -2,25 +2,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from mmdet.registry import MODELS
 from torch import Tensor
 
-from kd_det.config.arguments import check_choice, check_flags, check_number
+from kd_det.config.arguments import Positive, declared
 from kd_det.context import ComparedLevel
 from kd_det.functional.masks import channel_attention, spatial_attention
 from kd_det.masks.base import CellMask, Mask, Weighting
 
-ATTENTION_SOURCES = ('teacher', 'student', 'both')
-
 
 class _Attention(Mask):
 
-    def __init__(self, temperature: float = 0.5, source: str = 'teacher', pad_aware: bool = True) -> None:
+    @declared
+    def __init__(self, temperature: Positive = 0.5, source: Literal['teacher', 'student', 'both'] = 'teacher',
+                 pad_aware: bool = True) -> None:
         super().__init__()
-        check_number('temperature', temperature, above=0)
-        check_choice('source', source, ATTENTION_SOURCES)
-        check_flags(pad_aware=pad_aware)
         self.temperature, self.source, self.pad_aware = temperature, source, pad_aware
 
     def attend(self, level: ComparedLevel, attention: Callable[[Tensor, float, Tensor | None], Tensor]) -> Tensor:
@@ -37,13 +35,13 @@ class SpatialAttention(_Attention, CellMask):
     """The cells that respond (FGD, arXiv 2111.11837): H·W·softmax over the cells of mean_c |F| / T.
 
     Args:
-        temperature: T, above 0; smaller is more selective.
+        temperature: T; smaller is more selective.
         source: Whose feature F is: ``'teacher'`` (FGD), ``'student'``, or ``'both'``, the mean of the two attentions
             (FKD, openreview uKhGRvM8QNH). The student's is that after the adapter.
         pad_aware: Leave padding cells out; H·W is then the number of the others. The papers' form looks at them too.
 
     Raises:
-        ValueError: A temperature that is not above 0, or an unknown source.
+        ValueError: An argument that does not fit.
 
     Example:
         >>> import torch
@@ -63,13 +61,13 @@ class ChannelAttention(_Attention):
     """The channels that respond (FGD, arXiv 2111.11837): C·softmax over the channels of mean_hw |F| / T.
 
     Args:
-        temperature: T, above 0; smaller is more selective.
+        temperature: T; smaller is more selective.
         source: Whose feature F is: ``'teacher'`` (FGD), ``'student'``, or ``'both'``, the mean of the two attentions
             (FKD, openreview uKhGRvM8QNH). The student's is that after the adapter.
         pad_aware: Take the mean over the cells of the image alone. The papers' form takes it over padding too.
 
     Raises:
-        ValueError: A temperature that is not above 0, or an unknown source.
+        ValueError: An argument that does not fit.
 
     Example:
         >>> import torch

@@ -11,14 +11,15 @@ from functools import reduce
 from itertools import product
 from math import prod
 from operator import mul
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from annotated_types import MinLen
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from kd_det.config.arguments import check_number, refuse
+from kd_det.config.arguments import at, check_value, declared, refuse
+from kd_det.config.files import build_own
 from kd_det.context import ComparedLevel
-from kd_det.registry import build_own
 
 
 class Weighting(NamedTuple):
@@ -101,37 +102,39 @@ class CellMask(Mask):
         return (Weighting(cells=self.cells(level)), )
 
 
-MaskConfig = str | dict[str, Any] | Mask
+MaskConfig = Annotated[str | dict[str, Any] | Mask, 'the name or the dict of a mask']
 
 
-def build_mask(config: MaskConfig) -> Mask:
+def build_mask(config: MaskConfig, place: str = 'mask') -> Mask:
     """Builds a mask from its dict, or from its name alone if it needs no arguments.
 
+    Args:
+        config: The mask.
+        place: What the argument is called that holds it.
+
     Raises:
-        ValueError: It is none of these, or what it builds is no mask.
+        ArgumentError: There is no such mask, or it can not be built from its arguments.
 
     Example:
         >>> build_mask('BoxForeground').needs_boxes
         True
     """
-    if not isinstance(config, str | dict | Mask):
-        refuse('mask', config, 'the name or the dict of a mask.')
-    mask = config if isinstance(config, Mask) else build_own(
-        MODELS, dict(type=config) if isinstance(config, str) else config)
-    if not isinstance(mask, Mask):
-        refuse('mask', config, f'a mask, which {type(mask).__name__} is not.')
+    check_value(place, config, MaskConfig)
+    if isinstance(config, Mask):
+        return config
+    with at(place):
+        mask = build_own(MODELS, dict(type=config) if isinstance(config, str) else config)
+        if not isinstance(mask, Mask):
+            refuse('type', config, f'a mask, which {type(mask).__name__} is not')
     return mask
 
 
 class _Combination(Mask):
 
-    def __init__(self, masks: Sequence[MaskConfig]) -> None:
+    @declared
+    def __init__(self, masks: Annotated[Sequence[MaskConfig], MinLen(1)]) -> None:
         super().__init__()
-        if isinstance(masks, str | dict | Mask):
-            refuse('masks', masks, 'a list of masks.')
-        if not masks:
-            raise ValueError(f'{type(self).__name__} needs at least one mask.')
-        self.masks = nn.ModuleList(build_mask(mask) for mask in masks)
+        self.masks = nn.ModuleList(build_mask(mask, f'masks[{index}]') for index, mask in enumerate(masks))
 
     @property
     def needs_boxes(self) -> bool:
@@ -143,10 +146,10 @@ class MaskProduct(_Combination):
     """Where all of several masks look: M = ∏ᵢ Mᵢ.
 
     Args:
-        masks: Configs or names of masks, at least one.
+        masks: Configs or names of masks.
 
     Raises:
-        ValueError: There is none.
+        ValueError: An argument that does not fit.
 
     Example:
         >>> dict(type='MaskProduct', masks=['BoxForeground', dict(type='ChannelAttention', temperature=0.5)])
@@ -169,11 +172,11 @@ class MaskSum(_Combination):
     """Where any of several masks looks: M = Σᵢ wᵢ·Mᵢ. Each summand is normalised by itself.
 
     Args:
-        masks: Configs or names of masks, at least one.
+        masks: Configs or names of masks.
         weights: wᵢ, the factor of each, whatever the normaliser of the imitation; 1 by default.
 
     Raises:
-        ValueError: There is no mask, not as many weights as masks, or a weight is no number.
+        ValueError: An argument that does not fit.
 
     Example:
         >>> mask = build_mask(dict(type='MaskSum', masks=['BoxForeground', 'BoxBackground'], weights=[1.0, 0.5]))
@@ -181,13 +184,13 @@ class MaskSum(_Combination):
         (1.0, 0.5)
     """
 
-    def __init__(self, masks: Sequence[MaskConfig], weights: Sequence[float] | None = None) -> None:
+    @declared
+    def __init__(self, masks: Annotated[Sequence[MaskConfig], MinLen(1)],
+                 weights: Sequence[float] | None = None) -> None:
         super().__init__(masks)
         self.weights = tuple(weights) if weights is not None else (1.0, ) * len(masks)
         if len(self.weights) != len(masks):
-            raise ValueError(f'MaskSum has {len(masks)} masks but {len(self.weights)} weights.')
-        for index, weight in enumerate(self.weights):
-            check_number(f'weights[{index}]', weight)
+            refuse('weights', weights, f'one for each of the {len(masks)} masks')
 
     @property
     def only_at_boxes(self) -> bool:

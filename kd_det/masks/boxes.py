@@ -1,12 +1,14 @@
 """Masks from the ground-truth boxes: on all levels, or on the level of each box's size alone."""
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Lt
 from mmdet.registry import MODELS, TASK_UTILS
 from torch import Tensor
 
-from kd_det.config.arguments import check_choice, check_flags, check_number
+from kd_det.config.arguments import ArgumentError, Count, Positive, at, declared, refuse
+from kd_det.config.files import build_own
 from kd_det.context import ComparedLevel, LevelError
 from kd_det.functional.masks import (
     assign_levels,
@@ -18,8 +20,7 @@ from kd_det.functional.masks import (
 from kd_det.masks.base import CellMask
 from kd_det.registry import HOME
 
-BOX_MAPPINGS = ('batch', 'image')
-WEIGHTINGS = ('binary', 'inverse_area')
+BoxMapping = Literal['batch', 'image']
 
 
 @MODELS.register_module()
@@ -36,7 +37,7 @@ class BoxForeground(CellMask):
             batches.
 
     Raises:
-        ValueError: An unknown weighting or mapping.
+        ValueError: An argument that does not fit.
 
     Example:
         >>> import torch
@@ -48,10 +49,10 @@ class BoxForeground(CellMask):
                  [0., 0., 0., 0.]]])
     """
 
-    def __init__(self, weighting: str = 'binary', box_mapping: str = 'batch') -> None:
+    @declared
+    def __init__(self, weighting: Literal['binary', 'inverse_area'] = 'binary',
+                 box_mapping: BoxMapping = 'batch') -> None:
         super().__init__()
-        check_choice('weighting', weighting, WEIGHTINGS)
-        check_choice('box_mapping', box_mapping, BOX_MAPPINGS)
         self.weighting, self.box_mapping = weighting, box_mapping
 
     @property
@@ -81,7 +82,7 @@ class BoxBackground(BoxForeground):
         box_mapping: See :class:`BoxForeground`. With ``'image'`` padding counts as background, as in the released code.
 
     Raises:
-        ValueError: An unknown mapping.
+        ValueError: An argument that does not fit.
 
     Example:
         >>> import torch
@@ -92,7 +93,8 @@ class BoxBackground(BoxForeground):
                  [0.5000, 0.0000, 0.0000]]])
     """
 
-    def __init__(self, box_mapping: str = 'batch') -> None:
+    @declared
+    def __init__(self, box_mapping: BoxMapping = 'batch') -> None:
         super().__init__('binary', box_mapping)
 
     @property
@@ -110,19 +112,17 @@ class PyramidMask(CellMask):
     A subclass implements :meth:`cells` by :meth:`assign_boxes`.
 
     Args:
-        finest_scale: Boxes up to twice this size, in pixels, belong to the finest level; above 0.
+        finest_scale: Boxes up to twice this size, in pixels, belong to the finest level.
         num_levels: Number of levels of the pyramid, the last of which gets all larger boxes; that of the student's tap
             by default, whichever of its levels are compared.
 
     Raises:
-        ValueError: Not such numbers.
+        ValueError: An argument that does not fit.
     """
 
-    def __init__(self, finest_scale: float = 56, num_levels: int | None = None) -> None:
+    @declared
+    def __init__(self, finest_scale: Positive = 56, num_levels: Count | None = None) -> None:
         super().__init__()
-        check_number('finest_scale', finest_scale, above=0)
-        if num_levels is not None:
-            check_number('num_levels', num_levels, least=1, whole=True)
         self.finest_scale, self.num_levels = finest_scale, num_levels
 
     @property
@@ -184,12 +184,12 @@ class NearAnchorForeground(PyramidMask):
     Args:
         anchors: Settings of mmdet's ``AnchorGenerator``, such as those of the student's head; sizes are in units of
             the stride. Their ``strides`` do not count: each level has its own. Scale 8 and three ratios by default.
-        phi: φ, the share of a box's best IoU on the level that an anchor must exceed; at least 0 and below 1.
+        phi: φ, the share of a box's best IoU on the level that an anchor must exceed.
         pad_aware: Leave padding cells out. In the paper's form their anchors count too.
         **kwargs: See :class:`PyramidMask`.
 
     Raises:
-        ValueError: Another ``phi``.
+        ValueError: An argument that does not fit.
         LevelError: In a step: the cells of a level are not square.
 
     Example:
@@ -201,14 +201,22 @@ class NearAnchorForeground(PyramidMask):
         tensor([[0, 8, 8]])
     """
 
-    def __init__(self, anchors: dict[str, Any] | None = None, phi: float = 0.5, pad_aware: bool = True,
-                 **kwargs: Any) -> None:
+    @declared
+    def __init__(self, anchors: dict[str, Any] | None = None, phi: Annotated[float, Ge(0), Lt(1)] = 0.5,
+                 pad_aware: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_number('phi', phi, least=0, below=1)
-        check_flags(pad_aware=pad_aware)
         anchors = dict(scales=[8], ratios=[0.5, 1.0, 2.0]) if anchors is None else anchors
         # Anchors grow with the stride: those of stride 1, times the stride, are the level's.
-        self.anchors = TASK_UTILS.build({'type': f'{HOME}.AnchorGenerator', **anchors, 'strides': [1]})
+        with at('anchors'):
+            try:
+                self.anchors = build_own(TASK_UTILS, {'type': f'{HOME}.AnchorGenerator', **anchors, 'strides': [1]})
+            except ArgumentError:
+                raise
+            except (AssertionError, TypeError, ValueError) as error:  # of mmdet, about what lacks or does not agree
+                refuse('', anchors, 'settings of an AnchorGenerator', f'{error}.')
+        corners = self.anchors.base_anchors[0]
+        if not len(corners) or not (corners.isfinite().all() and (corners[:, 2:] > corners[:, :2]).all()):
+            refuse('anchors', anchors, 'scales and ratios above 0, at least one of each')
         self.phi, self.pad_aware = phi, pad_aware
 
     def cells(self, level: ComparedLevel) -> Tensor:

@@ -6,13 +6,13 @@ student and teacher are detached here, for no gradient flows through a mask.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Literal, cast
 
 import torch
 from mmdet.registry import MODELS
 from torch import Tensor
 
-from kd_det.config.arguments import check_choice, check_flags, check_number, refuse, split_sides
+from kd_det.config.arguments import Count, EitherSide, Positive, Share, declared, split_sides
 from kd_det.context import ComparedLevel, DistillContext
 from kd_det.functional.masks import (
     assign_levels,
@@ -23,20 +23,17 @@ from kd_det.functional.masks import (
 )
 from kd_det.functional.queries import corners
 from kd_det.heads import ROI_HEAD, DenseOutputs, HeadError, HeadRequest, QueryOutputs, RoIOutputs
-from kd_det.heads.roi import at_stage
+from kd_det.heads.roi import Stage, at_stage
 from kd_det.masks.base import CellMask
-
-ANCHOR_REDUCTIONS = ('max', 'mean')
-STAGES = ('mean', 'same')
 
 
 class _PredictionMask(CellMask):
     """A mask from the class probabilities at each cell, of the head's level of the same stride."""
 
-    def __init__(self, head: str | dict[str, str] = 'bbox_head', anchors: str = 'max') -> None:
+    @declared
+    def __init__(self, head: EitherSide = 'bbox_head', anchors: Literal['max', 'mean'] = 'max') -> None:
         super().__init__()
-        check_choice('anchors', anchors, ANCHOR_REDUCTIONS)
-        self.student_head, self.teacher_head = map(HeadRequest, split_sides('head', head))
+        self.student_head, self.teacher_head = map(HeadRequest, split_sides(head))
         self.anchors = anchors
 
     @property
@@ -84,12 +81,12 @@ class PredictionDifference(_PredictionMask):
     Args:
         class_agnostic: Compare the largest class probability alone: for heads that tell other classes apart, such as an
             RPN and a one-stage head.
-        **kwargs: ``head`` (``'bbox_head'`` of one-stage detectors, or ``'rpn_head'``, whose only class is the object;
-            or a dict with the keys ``student`` and ``teacher``) and ``anchors`` (``'max'`` or ``'mean'`` over those of
-            a cell).
+        head: ``'bbox_head'`` of one-stage detectors, or ``'rpn_head'``, whose only class is the object; or a dict with
+            the keys ``student`` and ``teacher``.
+        anchors: What counts of the anchors of a cell: ``'max'`` or ``'mean'``.
 
     Raises:
-        ValueError: Another word for ``anchors``, or ``head`` is no name.
+        ValueError: An argument that does not fit.
         HeadError: In a step: the heads tell other classes apart, or see other levels than the features are.
 
     Example:
@@ -99,9 +96,10 @@ class PredictionDifference(_PredictionMask):
         ('max', False)
     """
 
-    def __init__(self, class_agnostic: bool = False, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        check_flags(class_agnostic=class_agnostic)
+    @declared
+    def __init__(self, class_agnostic: bool = False, head: EitherSide = 'bbox_head',
+                 anchors: Literal['max', 'mean'] = 'max') -> None:
+        super().__init__(head, anchors)
         self.class_agnostic = class_agnostic
 
     @property
@@ -118,10 +116,11 @@ class TeacherConfidence(_PredictionMask):
     """Where the teacher sees an object: max over classes of p_t (feature richness, FRS, arXiv 2111.00674).
 
     Args:
-        **kwargs: ``head`` and ``anchors``, see :class:`PredictionDifference`; of ``head`` the teacher's counts.
+        head: See :class:`PredictionDifference`; of a dict the teacher's counts.
+        anchors: See :class:`PredictionDifference`.
 
     Raises:
-        ValueError: Another word for ``anchors``, or ``head`` is no name.
+        ValueError: An argument that does not fit.
         HeadError: In a step: the head sees other levels than the features are.
 
     Example:
@@ -152,11 +151,11 @@ class PredictionQuality(CellMask):
     Args:
         head: ``'bbox_head'``, or ``'rpn_head'``, whose only class is the object; of a dict with the keys ``student``
             and ``teacher`` the teacher's counts. Boxes of a class that the head does not have get no cells.
-        xi: ξ, the share of the localisation in the quality, from 0 to 1.
-        top_k: Number of cells for each box, at least 1.
+        xi: ξ, the share of the localisation in the quality.
+        top_k: Number of cells for each box.
 
     Raises:
-        ValueError: A number out of its range, or ``head`` is no name.
+        ValueError: An argument that does not fit.
         HeadError: In a step: the head sees other levels than the features are.
 
     Example:
@@ -166,11 +165,10 @@ class PredictionQuality(CellMask):
         (0.8, True)
     """
 
-    def __init__(self, head: str | dict[str, str] = 'bbox_head', xi: float = 0.8, top_k: int = 30) -> None:
+    @declared
+    def __init__(self, head: EitherSide = 'bbox_head', xi: Share = 0.8, top_k: Count = 30) -> None:
         super().__init__()
-        check_number('xi', xi, least=0, most=1)
-        check_number('top_k', top_k, least=1, whole=True)
-        _, teacher_head = split_sides('head', head)
+        _, teacher_head = split_sides(head)
         self.head, self.xi, self.top_k = HeadRequest(teacher_head), xi, top_k
 
     @property
@@ -215,22 +213,22 @@ class QueryConfidence(CellMask):
 
     Args:
         head: ``'bbox_head'``; of a dict with the keys ``student`` and ``teacher`` the teacher's counts.
-        top_k: Number of queries that count, the surest; at least 1.
+        top_k: Number of queries that count, the surest.
 
     Raises:
-        ValueError: Another number, or ``head`` is no name.
+        ValueError: An argument that does not fit.
 
     Example:
         >>> from kd_det.masks import build_mask
         >>> build_mask(dict(type='QueryConfidence', top_k=0))
         Traceback (most recent call last):
-        ValueError: top_k=0: expected an integer of at least 1.
+        kd_det.config.arguments.ArgumentError: mask.top_k: expected an integer of at least 1, got 0.
     """
 
-    def __init__(self, head: str | dict[str, str] = 'bbox_head', top_k: int = 100) -> None:
+    @declared
+    def __init__(self, head: EitherSide = 'bbox_head', top_k: Count = 100) -> None:
         super().__init__()
-        check_number('top_k', top_k, least=1, whole=True)
-        _, teacher_head = split_sides('head', head)
+        _, teacher_head = split_sides(head)
         self.head, self.top_k = HeadRequest(teacher_head, 'queries'), top_k
 
     @property
@@ -260,31 +258,27 @@ class RoIPredictionDifference(CellMask):
     Args:
         stage: Of a cascade teacher: ``'mean'``, ``'same'`` or an index, see :func:`~kd_det.heads.roi.at_stage`.
         class_agnostic: Compare the largest class probability alone: for RoI heads that tell other classes apart.
-        num_levels: Number of levels that the RoI heads read, counted from the finest; at least 1.
+        num_levels: Number of levels that the RoI heads read, counted from the finest.
         finest_scale: Regions up to twice this size, in pixels, are read from the finest level, as ``finest_scale`` of
-            mmdet's ``SingleRoIExtractor``; above 0.
+            mmdet's ``SingleRoIExtractor``.
 
     Raises:
-        ValueError: A word or a number out of its range.
+        ValueError: An argument that does not fit.
         HeadError: In a step: the heads tell other classes apart, or the teacher has no such stage.
 
     Example:
         >>> from kd_det.masks import build_mask
         >>> build_mask(dict(type='RoIPredictionDifference', stage='last'))
         Traceback (most recent call last):
-        ValueError: stage='last': expected mean, same, or the index of a stage.
+        kd_det.config.arguments.ArgumentError: mask.stage: expected mean, same, or an integer of at least 0, got 'last'.
     """
 
     student_heads = teacher_heads = (ROI_HEAD, )
 
-    def __init__(self, stage: str | int = 'mean', class_agnostic: bool = False, num_levels: int = 4,
-                 finest_scale: float = 56) -> None:
+    @declared
+    def __init__(self, stage: Stage = 'mean', class_agnostic: bool = False, num_levels: Count = 4,
+                 finest_scale: Positive = 56) -> None:
         super().__init__()
-        if stage not in STAGES and (not isinstance(stage, int) or isinstance(stage, bool) or stage < 0):
-            refuse('stage', stage, f"{', '.join(STAGES)}, or the index of a stage.")
-        check_flags(class_agnostic=class_agnostic)
-        check_number('num_levels', num_levels, least=1, whole=True)
-        check_number('finest_scale', finest_scale, above=0)
         self.stage, self.class_agnostic = stage, class_agnostic
         self.num_levels, self.finest_scale = num_levels, finest_scale
 

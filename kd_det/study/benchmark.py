@@ -5,29 +5,41 @@ import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from mmengine.config import Config
 
-from kd_det.checks.checkpoints import inspect_checkpoint
+from kd_det.checks.arguments import inspect_arguments
+from kd_det.checks.checkpoints import inspect_checkpoint, inspect_finite
 from kd_det.checks.doctor import check_config, inspect_data
 from kd_det.checks.environment import raise_faults
 from kd_det.checks.image_reader import Memory
 from kd_det.compat.console import TextTable
+from kd_det.compat.writing import locked_folder, refuse_to_replace, write_whole
 from kd_det.config import ConfigurationError
+from kd_det.config.arguments import Count, Index, Name, Parts, Ratio, Seeds, declared
 from kd_det.study.fidelity import add_fidelity
 from kd_det.study.pair import Pair, adapt_config, hash_data, hash_weights, read_pair
-from kd_det.study.results import format_markdown, make_run_entry, mark_twins, summarize, summarize_fidelity, tabulate
+from kd_det.study.results import (
+    RESULTS_FILE,
+    TABLE_FILE,
+    format_markdown,
+    make_run_entry,
+    mark_twins,
+    summarize,
+    summarize_fidelity,
+    tabulate,
+)
 from kd_det.study.runs import Run, describe_environment, read_command_line
-from kd_det.study.scheduling import Failure, Job, JobPool
+from kd_det.study.scheduling import OTHER_FOLDER, Failure, Job, JobPool
 from kd_det.study.variants import PLAIN, Variant, expand_grid, parse_variants, variant_config
 from kd_det.training.runner import add_trackers
 
 TEACHER_SEED = 0
-RESULTS_FILE, TABLE_FILE = 'results.json', 'results.md'
+Split = Literal['val', 'train']
 
 
 class TeacherTrainingError(RuntimeError):
@@ -67,15 +79,16 @@ class BenchmarkResult:
         return ''.join(table.to_html() for table in self.tabulate())
 
 
+@declared
 def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | Config | None = None,
-              teacher: str | Path | None = None, teacher_checkpoints: Sequence[str] = (),
-              methods: str | Sequence[str] = 'none,kd,fgd,pkd', seeds: int | Sequence[int] = 3,
-              fidelity: Sequence[str] = (), data_root: str | None = None, epochs: int | None = None,
-              teacher_epochs: int | None = None, balance: float | str | None = None,
-              inherit: str | Sequence[str] = 'auto', options: dict[str, Any] | None = None,
-              check_images: int | None = None, trackers: Sequence[str] = (),
-              work_dir: str | Path = 'work_dirs/benchmark', devices: Sequence[str] = (), jobs: int | None = None,
-              threads: int | None = None, log: Callable[[str], None] = print) -> BenchmarkResult:
+              teacher: str | Path | None = None, teacher_checkpoints: Sequence[str | Path] = (),
+              methods: str | Sequence[str] = 'none,kd,fgd,pkd', seeds: Count | Seeds = 3,
+              fidelity: Sequence[Split] = (), data_root: str | None = None, epochs: Count | None = None,
+              teacher_epochs: Count | None = None, balance: Ratio | None = None, inherit: Parts = 'auto',
+              options: dict[str, Any] | None = None, check_images: Index | None = None, trackers: Sequence[Name] = (),
+              work_dir: str | Path = 'work_dirs/benchmark', devices: Sequence[Name] = (), jobs: Count | None = None,
+              threads: Count | None = None, force: bool = False,
+              log: Callable[[str], None] = print) -> BenchmarkResult:
     """Trains a pair with several methods and seeds, and tells which difference is more than chance.
 
     Every training is a process of its own. Those in the work dir that finished before are kept.
@@ -103,10 +116,12 @@ def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | 
         devices: Numbers of GPUs, one training at a time on each, or ``'cpu'``.
         jobs: Trainings at once; as many as devices by default.
         threads: PyTorch's threads of each training; the processors divided by the jobs by default.
+        force: Train over what another benchmark has left in the work dir.
         log: Given a line when a run begins, ends or fails.
 
     Raises:
         ConfigurationError: A config, a method or a setting can not serve.
+        WritingError: The work dir holds what another benchmark has left, or another one runs there.
         DiagnosisError: A file is missing, or the data can not be trained on.
         TeacherTrainingError: A teacher could not be trained.
     """
@@ -116,55 +131,57 @@ def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | 
     common = Variant('', PLAIN, balance, inherit if isinstance(inherit, str) else tuple(inherit), options or {})
     variants = parse_variants(methods if isinstance(methods, str) else ','.join(methods), common)
     teachers = count_teachers(variants, pair.checkpoints)
-    if set(devices) - {'cpu'} and not torch.cuda.is_available():
-        raise ConfigurationError(f"--devices {','.join(devices)}: there is no GPU. Leave the option out, or give cpu.")
-    for variant in variants:  # what can not be composed is told before a teacher is trained
-        variant_config(variant, pair, [''] * teachers)
+    _check_devices(devices)
+    check_config(pair.student, splits=('train', 'val'))  # its annotations tell the size of images
+    for variant in variants:  # what can not be composed or built is told before a teacher is trained
+        raise_faults(inspect_arguments(variant_config(variant, pair, ['teacher.pth'] * teachers)))
     raise_faults(inspect_checkpoint('--teacher-checkpoint', checkpoint, 'Give the path of a checkpoint')
                  for checkpoint in teacher_checkpoints)
-    check_config(pair.student, splits=('train', 'val'))
+    raise_faults(chain.from_iterable(inspect_finite('teacher checkpoint', each) for each in pair.checkpoints))
     raise_faults(inspect_data(pair.student, ('train', 'val'), Memory(root), check_images))
     data = hash_data(pair.student)
     add_trackers(Config(dict(work_dir=str(root))), trackers)  # whose package is missing is told before, too
-    pool = JobPool(devices, jobs, threads, trackers)
+    pool = JobPool(devices, jobs, threads, trackers, force)
+    with locked_folder(root):
+        _refuse_to_replace(root, pair, data, force)
+        teacher_runs: list[Run | None] = [None] * teachers
+        if not pair.checkpoints:
+            teacher_runs = _train_teachers(pair, teachers, data_root, teacher_epochs, data, root, pool, log)
+            pair = replace(pair, checkpoints=tuple(run.checkpoint for run in teacher_runs))
+        teacher_hashes = [hash_weights(each) for each in pair.checkpoints]
 
-    teacher_runs: list[Run | None] = [None] * teachers
-    if not pair.checkpoints:
-        teacher_runs = _train_teachers(pair, teachers, data_root, teacher_epochs, data, root, pool, log)
-        pair = replace(pair, checkpoints=tuple(run.checkpoint for run in teacher_runs))
-    teacher_hashes = [hash_weights(each) for each in pair.checkpoints]
+        seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+        runs, made = [], []
+        for seed, variant in product(seeds, variants):
+            folder = root / variant.folder / f'seed{seed}'
+            config = _set_seed(variant_config(variant, pair, pair.checkpoints), seed)
+            made.append(Job(f'{variant.name}, seed {seed}', folder, config,
+                            [data] if variant.is_plain else [data, *teacher_hashes[:variant.teachers]]))
+            runs.append((variant, seed, folder))
+        outcomes = pool.run(made, log)
 
-    seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    runs, made = [], []
-    for seed, variant in product(seeds, variants):
-        folder = root / variant.folder / f'seed{seed}'
-        config = _set_seed(variant_config(variant, pair, pair.checkpoints), seed)
-        made.append(Job(f'{variant.name}, seed {seed}', folder, config,
-                        [data] if variant.is_plain else [data, *teacher_hashes[:variant.teachers]]))
-        runs.append((variant, seed, folder))
-    outcomes = pool.run(made, log)
-
-    entries = [make_run_entry(*each, outcome, root) for each, outcome in zip(runs, outcomes)]
-    mark_twins(entries)
-    add_fidelity(entries, root, dict(config=pair.teacher, checkpoint=pair.checkpoints[0]), fidelity, log)
-    trained = [None if run is None else run.to_dict(root) for run in teacher_runs]
-    result = BenchmarkResult(root, dict(
-        command=read_command_line(),
-        **describe_environment(pool.threads),
-        pair=dict(student=str(pair.student.filename), teacher=pair.teacher, checkpoint=pair.checkpoints[0],
-                  checkpoint_hash=teacher_hashes[0]),
-        data=dict(root=data_root, hash=data),
-        seeds=seeds,
-        teacher=trained[0],
-        further_teachers=[dict(checkpoint=checkpoint, checkpoint_hash=digest, run=run)
-                          for checkpoint, digest, run in zip(pair.checkpoints[1:], teacher_hashes[1:], trained[1:])],
-        runs=entries,
-        summary=summarize(entries),
-        fidelity=summarize_fidelity(entries, fidelity)))
-    json_file, markdown_file = result.files
-    json_file.write_text(json.dumps(result.results, indent=2) + '\n', encoding='utf-8')
-    markdown_file.write_text(format_markdown(result.results), encoding='utf-8')
-    return result
+        entries = [make_run_entry(*each, outcome, root) for each, outcome in zip(runs, outcomes)]
+        mark_twins(entries)
+        add_fidelity(entries, root, dict(config=pair.teacher, checkpoint=pair.checkpoints[0]), fidelity, log)
+        trained = [None if run is None else run.to_dict(root) for run in teacher_runs]
+        result = BenchmarkResult(root, dict(
+            command=read_command_line(),
+            **describe_environment(pool.threads),
+            pair=dict(student=str(pair.student.filename), teacher=pair.teacher, checkpoint=pair.checkpoints[0],
+                      checkpoint_hash=teacher_hashes[0]),
+            data=dict(root=data_root, hash=data),
+            seeds=seeds,
+            teacher=trained[0],
+            further_teachers=[
+                dict(checkpoint=checkpoint, checkpoint_hash=digest, run=run)
+                for checkpoint, digest, run in zip(pair.checkpoints[1:], teacher_hashes[1:], trained[1:])],
+            runs=entries,
+            summary=summarize(entries),
+            fidelity=summarize_fidelity(entries, fidelity)))
+        json_file, markdown_file = result.files
+        write_whole(json_file, json.dumps(result.results, indent=2) + '\n')
+        write_whole(markdown_file, format_markdown(result.results))
+        return result
 
 
 def sweep(pair: str | Path | Config | None = None, *, method: str,
@@ -184,6 +201,37 @@ def sweep(pair: str | Path | Config | None = None, *, method: str,
     if not pairs:
         raise ConfigurationError('There is nothing to try: give --set, --teachers or --augment.')
     return benchmark(pair, methods=expand_grid(method, pairs), **arguments)
+
+
+def _refuse_to_replace(root: Path, pair: Pair, data: str, force: bool) -> None:
+    """Refuses a work dir with the results of another pair or other data, or of no benchmark."""
+
+    def is_of_this(content: bytes) -> bool:
+        try:
+            stored = json.loads(content)
+            return (stored['data']['hash'] == data and {'runs', 'summary'} <= set(stored)
+                    and Path(stored['pair']['student']).name == Path(str(pair.student.filename)).name)
+        except ValueError:  # cut short
+            return content.startswith(b'{\n  "command": ')
+        except (KeyError, TypeError):
+            return False
+
+    refuse_to_replace(root / RESULTS_FILE, is_of_this, 'the results of a benchmark of this student on this data', force,
+                      OTHER_FOLDER)
+    refuse_to_replace(root / TABLE_FILE, lambda content: content.startswith(b'| method |'), 'the table of a benchmark',
+                      force, OTHER_FOLDER)
+
+
+def _check_devices(devices: Sequence[str]) -> None:
+    """Refuses GPUs that are not there: a training that sees none would use the CPU."""
+    gpus = [device for device in devices if device != 'cpu']
+    if gpus and not torch.cuda.is_available():
+        raise ConfigurationError(f"--devices {','.join(devices)}: there is no GPU. Leave the option out, or give cpu.")
+    for gpu in gpus:
+        # CUDA_VISIBLE_DEVICES takes the identifiers of GPUs and of their parts as well.
+        if not gpu.startswith(('GPU-', 'MIG-')) and not (gpu.isdecimal() and int(gpu) < torch.cuda.device_count()):
+            raise ConfigurationError(f"--devices: expected numbers of GPUs from 0 to {torch.cuda.device_count() - 1}, "
+                                     f"or cpu, got '{gpu}'.")
 
 
 def count_teachers(variants: Sequence[Variant], checkpoints: Sequence[str]) -> int:

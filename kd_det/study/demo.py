@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kd_det.compat.console import PlainConsole
+from kd_det.compat.writing import locked_folder, refuse_to_replace
 from kd_det.config import ConfigurationError
 from kd_det.config.files import is_distillation, load_config, set_data_root
 from kd_det.datasets import generate_shapes
-from kd_det.study.demo_report import draw_pictures, summarize, tabulate_runs, write_results
+from kd_det.study.demo_report import PICTURES, RESULTS_FILE, draw_pictures, summarize, tabulate_runs, write_results
 from kd_det.study.runs import Run, identify_run, load_finished_run, train
 
 TEACHER_CONFIG = 'kd_det::demo/teacher_faster_rcnn_r101.py'
@@ -35,6 +36,7 @@ class DemoSettings:
         images: Number of training images.
         val_images: Number of validation images.
         size: Height and width of the images, in pixels.
+        force: Replace files in that folder that are not the demo's.
     """
     out: Path
     config: str
@@ -44,14 +46,27 @@ class DemoSettings:
     images: int = 240
     val_images: int = 80
     size: int = 128
+    force: bool = False
 
 
 def run_demo(settings: DemoSettings) -> None:
-    """Generates data, trains a teacher and two students, with and without distillation, and compares them."""
+    """Generates data, trains a teacher and two students, with and without distillation, and compares them.
+
+    Raises:
+        ConfigurationError: The config is none of a distillation.
+        WritingError: The folder has files of somebody else's under the names of the demo's, or another demo runs there.
+    """
+    if not is_distillation(load_config(settings.config)):  # told before a teacher is trained
+        raise ConfigurationError(f'--config {settings.config} is no distillation: its model is not a '
+                                 'DetectionDistiller.')
     console = PlainConsole(file=sys.stdout)  # the real one, not what it is redirected to below
-    settings.out.mkdir(parents=True, exist_ok=True)
+    advice = 'Give another folder with --out, or replace it with --force.'
+    for name, mark in ((RESULTS_FILE, b'"gain"'), *((name, b'Matplotlib') for name in PICTURES)):
+        refuse_to_replace(settings.out / name, lambda content, mark=mark: mark in content, "one of a demo's files",
+                          settings.force, advice)
     # MMEngine logs much: that goes to a file, a line for each epoch to the console.
-    with open(settings.out / 'log.txt', 'a', encoding='utf-8') as log, redirect_stdout(log), redirect_stderr(log):
+    with locked_folder(settings.out), open(settings.out / 'log.txt', 'a', encoding='utf-8') as log, \
+            redirect_stdout(log), redirect_stderr(log):
         _train_and_compare(settings, console)
 
 
@@ -69,9 +84,6 @@ def _train_and_compare(settings: DemoSettings, console: Console) -> None:
             plain.append(_train_once(name, config, data, progress))
             name = f'distilled student, seed {seed}'
             config = _load_config(settings.config, f'distilled_{seed}', settings, settings.epochs, seed)
-            if not is_distillation(config):
-                raise ConfigurationError(f'--config {settings.config} is no distillation: its model is not a '
-                                         'DetectionDistiller.')
             config.model.teacher = dict(config=TEACHER_CONFIG, checkpoint=teacher.checkpoint)
             distilled.append(_train_once(name, config, [data, teacher.identity], progress))
     runs = dict(teacher=[teacher], plain=plain, distilled=distilled)
@@ -114,7 +126,7 @@ def _load_config(name: str, folder: str, settings: DemoSettings, epochs: int | N
 def _train_once(name: str, config: Config, inputs: Any, progress: Progress) -> Run:
     """Trains and evaluates, unless the same run was finished before."""
     identity = identify_run(config, inputs)
-    kept = load_finished_run(Path(config.work_dir), identity)
+    kept = load_finished_run(Path(config.work_dir), identity, progress.console.print)
     if kept is not None:
         progress.console.print(f"{name}: kept from before, mAP {100 * kept.metrics['bbox_mAP']:.1f}")
         return kept

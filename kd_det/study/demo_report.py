@@ -16,12 +16,14 @@ from mmengine.structures import InstanceData
 from rich.table import Table
 from torch import Tensor
 
+from kd_det.compat.writing import write_whole
 from kd_det.functional.masks import box_foreground, normalized_background, spatial_attention
 from kd_det.study.results import format_mean, mean_and_std
 from kd_det.study.runs import Run, describe_environment, read_command_line
 from kd_det.training.pictures import draw_curves, draw_detections, draw_maps, read_scalars, save_figure
 
 TITLES = dict(teacher='teacher', plain='plain student', distilled='distilled student')
+RESULTS_FILE, PICTURES = 'results.json', ('curves.png', 'detections.png', 'attention.png')
 PICTURED_LEVEL = 0  # of the neck: the finest, where small objects show
 
 
@@ -64,8 +66,8 @@ def write_results(folder: Path, runs: Mapping[str, list[Run]], gains: dict, data
         data=data,
         gain=gains,
         runs={kind: [asdict(run) for run in group] for kind, group in runs.items()})
-    file = folder / 'results.json'
-    file.write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
+    file = folder / RESULTS_FILE
+    write_whole(file, json.dumps(results, indent=2) + '\n')
     return file
 
 
@@ -91,15 +93,14 @@ def draw_pictures(folder: Path, runs: Mapping[str, list[Run]], configs: Mapping[
     image = cv2.imread(info['img_path'])
     boxes = {name: inference_detector(detector, image).pred_instances for name, detector in detectors.items()}
     features = {name: _neck_feature(detector, image) for name, detector in detectors.items()}
-    figures = {
-        'curves.png': _curves(runs),
-        'detections.png': draw_detections(image[..., ::-1], {'ground truth': truth, **boxes},
-                                          dataset.metainfo['classes'], dataset.metainfo['palette']),
-        'attention.png': _masks_and_attentions(image[..., ::-1], truth.bboxes, features),
-    }
-    for name, figure in figures.items():
+    figures = (
+        _curves(runs),
+        draw_detections(image[..., ::-1], {'ground truth': truth, **boxes},
+                        dataset.metainfo['classes'], dataset.metainfo['palette']),
+        _masks_and_attentions(image[..., ::-1], truth.bboxes, features))
+    for name, figure in zip(PICTURES, figures):
         save_figure(figure, folder / name, dpi=150)
-    return [folder / name for name in figures]
+    return [folder / name for name in PICTURES]
 
 
 def _curves(runs: Mapping[str, list[Run]]):

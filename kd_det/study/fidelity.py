@@ -8,6 +8,7 @@ from contextlib import redirect_stdout
 from io import StringIO
 from math import isfinite
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,7 +32,9 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_iou, nms
 
 from kd_det import __version__
+from kd_det.compat.writing import write_whole
 from kd_det.config import ConfigurationError
+from kd_det.config.arguments import Count, Share, declared
 from kd_det.config.classes import (
     ClassMatch,
     count_classes,
@@ -47,10 +50,12 @@ from kd_det.heads.dense import Stride
 from kd_det.registry import build_detector, get_scope, within_scope
 from kd_det.study.distributions import class_distributions, class_kl, find_classifying_head
 from kd_det.study.pair import hash_weights
+from kd_det.study.runs import check_shape, read_json
 from kd_det.study.scheduling import CONFIG_FILE
 from kd_det.taps import Taps
 from kd_det.teachers import Teacher, load_strictly, probe_levels, read_model_config
 
+Splits = dict[str, dict[str, float]]  # split -> number -> value
 FIDELITY_FILE = 'fidelity.json'
 NOTHING = dict(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
 
@@ -89,18 +94,21 @@ class FidelityMetric(BaseMetric):
             ignored region.
         calibrated_from: Score from which on detections count for the calibration.
         bins: Of the calibration error.
-        collect_device: See mmengine's ``BaseMetric``.
-        prefix: See mmengine's ``BaseMetric``.
+        collect_device: Where the ranks' results are gathered, see mmengine's ``BaseMetric``.
+        prefix: What the names of its numbers begin with; by default ``fidelity``.
 
     Raises:
+        ArgumentError: An argument does not fit.
         TeacherError: See :class:`~kd_det.teachers.Teacher`.
         ConfigurationError: Student and teacher share no class; or they have not the same number of classes, and the
             names do not tell which are the same.
     """
     default_prefix = 'fidelity'
 
-    def __init__(self, teacher: dict, confidence: float = 0.3, min_iou: float = 0.5, calibrated_from: float = 0.05,
-                 bins: int = 15, collect_device: str = 'cpu', prefix: str | None = None) -> None:
+    @declared
+    def __init__(self, teacher: dict[str, Any], confidence: Share = 0.3, min_iou: Share = 0.5,
+                 calibrated_from: Share = 0.05, bins: Count = 15, collect_device: Literal['cpu', 'gpu'] = 'cpu',
+                 prefix: str | None = None) -> None:
         super().__init__(collect_device, prefix)
         self.teacher_config = dict(teacher)
         self.confidence, self.min_iou = confidence, min_iou
@@ -329,16 +337,27 @@ def add_fidelity(entries: list[dict], root: Path, teacher: dict, splits: Sequenc
             continue
         file = root / entry['folder'] / FIDELITY_FILE
         of = dict(identity=entry['identity'], **metric)
-        stored = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
-        measured = stored['splits'] if {key: stored.get(key) for key in of} == of else {}
+        measured = _read_measured(file, of)
         for split in splits:
             if split not in measured:
                 log(f"{entry['variant']}, seed {entry['seed']}: fidelity on {split}")
                 config = load_config(file.parent / CONFIG_FILE)
                 with redirect_stdout(StringIO()):  # of pycocotools
                     measured[split] = measure_fidelity(config, str(root / entry['checkpoint']), teacher, split)
-                file.write_text(json.dumps(dict(of, splits=measured), indent=2) + '\n', encoding='utf-8')
+                write_whole(file, json.dumps(dict(of, splits=measured), indent=2) + '\n')
         entry['fidelity'] = {split: measured[split] for split in splits}
+
+
+def _read_measured(file: Path, of: dict) -> dict[str, dict[str, float]]:
+    """What was measured of the same before; nothing where the file can not be read."""
+    try:
+        stored = read_json(file) if file.is_file() else {}
+        if {key: stored.get(key) for key in of} != of:
+            return {}
+        check_shape(stored.get('splits'), Splits)
+        return stored['splits']
+    except ConfigurationError:
+        return {}
 
 
 def class_overlaps(boxes: InstanceData, others: InstanceData, mode: str = 'iou') -> Tensor:

@@ -23,9 +23,10 @@ from torch import Tensor
 from kd_det.checks.data import check_labels
 from kd_det.checks.doctor import check_config, explain
 from kd_det.checks.images import check_images
-from kd_det.compat import load_checkpoint
+from kd_det.compat import load_checkpoint, require_finite
 from kd_det.compat.console import TextTable
 from kd_det.config import ConfigurationError
+from kd_det.config.arguments import declared
 from kd_det.config.classes import Names, find_label_names, find_training_classes
 from kd_det.config.files import get_type_name, list_leaf_datasets
 from kd_det.config.options import resolve_distillation
@@ -45,9 +46,10 @@ CHECKED_IMAGES = 500  # of the training data that are read before; a run reads a
 NONE = '–'
 
 
+@declared
 def inspect(config: str | Path | Config, *, image: str | Path | None = None, checkpoint: str | None = None,
             teacher_checkpoint: str | None = None, random_teacher: bool = False, out: str | Path | None = None,
-            data_root: str | None = None, options: dict[str, Any] | None = None) -> Inspection:
+            data_root: str | None = None, options: dict[str, Any] | None = None, force: bool = False) -> Inspection:
     """Looks at one batch of a distillation, and draws the masks and attentions of its terms.
 
     Args:
@@ -61,8 +63,10 @@ def inspect(config: str | Path | Config, *, image: str | Path | None = None, che
         out: Folder for the pictures, ``work_dirs/CONFIG/inspection`` by default.
         data_root: Folder of the data, in place of the config's.
         options: Settings that override the config, by dotted key.
+        force: Replace files of the pictures' names that are none.
 
     Raises:
+        WritingError: There are such files.
         ConfigurationError: The config is no distillation, or can not serve.
         DiagnosisError: A file is missing, or the data can not be trained on.
         FileNotFoundError: There is no such image.
@@ -78,7 +82,7 @@ def inspect(config: str | Path | Config, *, image: str | Path | None = None, che
         distiller.match_classes(names)
         step = observe_step(distiller, batch)
     folder = Path(out) if out else Path('work_dirs') / Path(config.filename or 'config').stem / 'inspection'
-    return describe_step(distiller, step, draw_step(distiller, step, folder))
+    return describe_step(distiller, step, draw_step(distiller, step, folder, force))
 
 
 class Tap(NamedTuple):
@@ -253,9 +257,10 @@ def observe_step(distiller: DetectionDistiller, batch: dict) -> ObservedStep:
     return ObservedStep(data['inputs'], observation, task, norms, comparisons)
 
 
-def draw_step(distiller: DetectionDistiller, step: ObservedStep, folder: Path) -> list[Path]:
+def draw_step(distiller: DetectionDistiller, step: ObservedStep, folder: Path, force: bool = True) -> list[Path]:
     """Draws the masks and attentions of a step, see :func:`~kd_det.study.maps.draw_comparisons`."""
-    return draw_comparisons(distiller, step.inputs, step.observation.context.boxes, step.comparisons, folder)
+    return draw_comparisons(distiller, step.inputs, step.observation.context.boxes, step.comparisons, folder,
+                            force)
 
 
 def describe_step(distiller: DetectionDistiller, step: ObservedStep, pictures: Sequence[Path] = ()) -> Inspection:
@@ -411,5 +416,6 @@ def _build_distiller(config: Config, checkpoint: str | None) -> DetectionDistill
         load_strictly(distiller, checkpoint, role='student')
         loaded = load_checkpoint(checkpoint)
         if CHECKPOINT_KEY in loaded:
+            require_finite(loaded[CHECKPOINT_KEY]['terms'], checkpoint, 'distillation')
             distiller.load_terms(loaded[CHECKPOINT_KEY]['terms'])
     return distiller.to(get_device()).train()

@@ -82,7 +82,7 @@ def make_mask_maps(term: FeatureTerm, levels: Sequence[ComparedLevel]) -> Iterat
 
 @torch.no_grad()
 def draw_comparisons(distiller: DetectionDistiller, inputs: Tensor, boxes: Sequence[Tensor],
-                     comparisons: dict[str, list[Comparison]], folder: Path) -> list[Path]:
+                     comparisons: dict[str, list[Comparison]], folder: Path, force: bool = True) -> list[Path]:
     """Draws every mask and attention of the terms, all levels of one in a picture, one picture for each image.
 
     Args:
@@ -91,6 +91,7 @@ def draw_comparisons(distiller: DetectionDistiller, inputs: Tensor, boxes: Seque
         boxes: Ground truth of each image, (n, 4), in pixels of the batch.
         comparisons: See :func:`observe_comparisons`.
         folder: Where to save; made if there is anything to save.
+        force: See :func:`~kd_det.training.pictures.save_figure`.
 
     Returns:
         The files: ``<image>_<term>_<mask or attention>.png``, with ``_channels`` for weights of channels. None where no
@@ -105,7 +106,7 @@ def draw_comparisons(distiller: DetectionDistiller, inputs: Tensor, boxes: Seque
                 for figure, suffix in _draw_figures(image, maps, index):
                     folder.mkdir(parents=True, exist_ok=True)
                     files.append(folder / re.sub(r'[^\w.@+=,-]', '_', f'{index}_{name}_{title}{suffix}.png'))
-                    save_figure(figure, files[-1], dpi=100)
+                    save_figure(figure, files[-1], force, dpi=100)
     return files
 
 

@@ -24,6 +24,7 @@ from kd_det.compat.console import TextTable
 from kd_det.study.scheduling import Failure, Outcome
 from kd_det.study.variants import PLAIN, Variant, find_twin
 
+RESULTS_FILE, TABLE_FILE = 'results.json', 'results.md'
 CONFIDENCE = 0.95
 METRICS = {'bbox_mAP': 'mAP', 'bbox_mAP_50': 'AP50', 'bbox_mAP_75': 'AP75', 'bbox_mAP_s': 'APs', 'bbox_mAP_m': 'APm',
            'bbox_mAP_l': 'APl'}

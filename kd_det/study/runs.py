@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,14 +25,17 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.runner import Runner, find_latest_checkpoint
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from torch.utils.data import DataLoader
 
 from kd_det import __version__
 from kd_det.checks.doctor import explain
+from kd_det.compat.writing import locked_folder, write_whole
 from kd_det.config import ConfigurationError
 from kd_det.config.files import is_distillation
 from kd_det.registry import HOME
+from kd_det.training.finiteness import explain_divergence
 from kd_det.training.runner import build_runner
 
 PACKAGES = ('torch', 'torchvision', 'mmengine', 'mmdet', 'mmcv', 'mmcv-lite', 'numpy', 'pycocotools',
@@ -103,10 +106,21 @@ def train(name: str, config: Config, identity: str, log: Callable[[str], None] =
 
     Returns:
         The run, with paths as seen from here.
+
+    Raises:
+        WritingError: Another run trains in its work dir.
     """
     folder = Path(config.work_dir)
-    file = folder / RESULT_FILE
-    file.unlink(missing_ok=True)
+    with locked_folder(folder):
+        Path(folder, RESULT_FILE).unlink(missing_ok=True)
+        run = _train(name, config, identity, log, after_step)
+        write_whole(folder / RESULT_FILE, json.dumps(asdict(run), indent=2))
+    return run.resolve_paths(folder)
+
+
+def _train(name: str, config: Config, identity: str, log: Callable[[str], None],
+           after_step: Callable[[Runner], None]) -> Run:
+    """As :func:`train`, but what comes of it has paths within its folder."""
     environment = describe_environment()
     config.experiment_name = f'{name}_{time.time_ns()}'  # mmengine keeps loggers and visualizers by name
     config.visualizer = config.get('visualizer') or {}
@@ -117,10 +131,11 @@ def train(name: str, config: Config, identity: str, log: Callable[[str], None] =
         runner = build_runner(config)
     recorder = TrainingRecorder(name, log, after_step)
     runner.register_hook(recorder, priority='LOWEST')
-    runner.train()
+    with explain_divergence(runner):
+        runner.train()
     memory, device_memory = measure_process_memory()  # of the training, not of what follows
     detector = getattr(runner.model, 'student', runner.model)
-    run = Run(
+    return Run(
         identity=identity,
         start=recorder.start,
         order=recorder.order.hexdigest(),
@@ -135,23 +150,93 @@ def train(name: str, config: Config, identity: str, log: Callable[[str], None] =
         epochs=runner.max_epochs,
         iterations=runner.max_iters,
         environment=environment)
-    partial = file.with_suffix('.partial')
-    partial.write_text(json.dumps(asdict(run), indent=2), encoding='utf-8')
-    os.replace(partial, file)
-    return run.resolve_paths(folder)
 
 
-def load_finished_run(folder: Path, identity: str) -> Run | None:
-    """Loads the run that was finished in a folder, with paths as seen from here; None unless it has this identity."""
+def load_finished_run(folder: Path, identity: str, log: Callable[[str], None] = lambda text: None) -> Run | None:
+    """Loads the run that was finished in a folder.
+
+    Args:
+        folder: Its work dir.
+        identity: What the run must have.
+        log: Given a line where the run can not be read.
+
+    Returns:
+        The run, with paths as seen from here; None where there is none of this identity, or one that can not be read.
+    """
     file = Path(folder, RESULT_FILE)
     if not file.is_file():
         return None
-    stored = json.loads(file.read_text(encoding='utf-8'))
-    names = {each.name for each in fields(Run)}
-    if stored.get('identity') != identity or set(stored) | {'environment'} != names:
+    try:
+        stored = read_json(file)
+        if stored.get('identity') != identity or set(stored) | {'environment'} != {each.name for each in fields(Run)}:
+            return None
+        check_run(stored, f"'{file}': ")
+        run = Run(**stored).resolve_paths(folder)
+    except ConfigurationError as error:
+        log(f'{error} The run is done again.')
         return None
-    run = Run(**stored).resolve_paths(folder)
     return run if Path(run.checkpoint).is_file() and Path(run.scalars).is_file() else None
+
+
+def check_run(content: Any, place: str = '') -> None:
+    """Checks that a dict has the fields of a :class:`Run`, and what every benchmark reads of its metrics.
+
+    Raises:
+        ConfigurationError: It has not; the message begins with the place.
+    """
+    try:
+        check_shape(content, Run)
+        check_shape(content['metrics'].get('bbox_mAP'), float, 'metrics.bbox_mAP')
+    except ConfigurationError as error:
+        raise ConfigurationError(f'{place}{error}') from None
+
+
+def read_json(file: Path) -> dict:
+    """Reads a JSON file that an earlier run wrote.
+
+    Raises:
+        ConfigurationError: It is cut, damaged or holds no object; the message tells where.
+    """
+    try:
+        text = file.read_text(encoding='utf-8')
+        # No count that a run writes is longer; what is would not fit into a float either.
+        content = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 19 else float(digits))
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"'{file}': expected JSON, got no text.") from None
+    except json.JSONDecodeError as error:
+        is_cut = error.pos >= len(text.rstrip()) or error.msg.startswith('Unterminated string')
+        place = f'cut off in line {error.lineno}' if is_cut else f'line {error.lineno}'
+        raise ConfigurationError(f"'{file}': {place}: no JSON ({error.msg}).") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigurationError(f"'{file}' can not be read: {error}.") from None
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"'{file}': expected an object of JSON, got {content!r:.60}.")
+    return content
+
+
+def check_shape(content: Any, kind: Any, place: str = '') -> None:
+    """Checks that what JSON holds has a type, its parts too.
+
+    Args:
+        content: Of the file.
+        kind: The type, as pydantic takes it; of a dataclass, its fields in a dict.
+        place: The key of the content, for the message.
+
+    Raises:
+        ConfigurationError: It has not; the message names the part.
+    """
+    try:
+        _make_adapter(kind).validate_json(json.dumps(content), strict=True)  # of JSON a dict may be a dataclass
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = '.'.join(map(str, [place, *first['loc']] if place else first['loc']))
+        got = '' if first['type'] == 'missing' else f', got {first["input"]!r:.60}'
+        raise ConfigurationError(f"{place}{': ' if place else ''}{first['msg'].lower()}{got}.") from None
+
+
+@cache
+def _make_adapter(kind: Any) -> TypeAdapter:
+    return TypeAdapter(kind)
 
 
 def identify_run(config: Config, inputs: Any = None) -> str:

@@ -1,24 +1,27 @@
 """A pool of trainings: processes of their own, several at once, on one device or on several."""
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Queue
 
 from mmengine.config import Config
 
-from kd_det.study.runs import Run, identify_run, load_finished_run
+from kd_det.compat.process import sigterm_raises
+from kd_det.compat.writing import refuse_to_replace
+from kd_det.study.runs import RESULT_FILE, Run, identify_run, load_finished_run
 
 LOG_FILE, CONFIG_FILE = 'log.txt', 'config.py'
+OTHER_FOLDER = 'Give another --work-dir, or train over it with --force.'
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,14 @@ class JobPool:
         jobs: Trainings at once; as many as devices by default, and dealt out to them in turn.
         threads: PyTorch's threads of each training; the processors divided by the jobs by default.
         trackers: Where trainings log too, see :func:`~kd_det.training.runner.add_trackers`; no part of their identity.
+        force: Train over finished runs of another identity.
     """
 
     def __init__(self, devices: Sequence[str] = (), jobs: int | None = None, threads: int | None = None,
-                 trackers: Sequence[str] = ()) -> None:
+                 trackers: Sequence[str] = (), force: bool = False) -> None:
         self.jobs = jobs or max(1, len(devices))
         self.threads = threads or max(1, (os.cpu_count() or 1) // self.jobs)
-        self.trackers = trackers
+        self.trackers, self.force = trackers, force
         self.slots: Queue = Queue()
         for slot in range(self.jobs):
             self.slots.put(devices[slot % len(devices)] if devices else None)
@@ -83,9 +87,17 @@ class JobPool:
 
         Returns:
             What came of each, in the order of the jobs.
+
+        Raises:
+            WritingError: In the folder of one lies a finished run of something else.
         """
         jobs, futures = list(jobs), {}
-        with _sigterm_raises(), ThreadPoolExecutor(self.jobs) as pool:
+        for job in jobs if not self.force else ():
+            is_own = partial(_may_be, identify_run(job.config, job.inputs))
+            refuse_to_replace(job.folder / RESULT_FILE, is_own,
+                              f'the result of this run ({job.name})', advice='It was trained with other data, weights '
+                              f'or settings, or something else than a benchmark wrote it. {OTHER_FOLDER}')
+        with sigterm_raises(), ThreadPoolExecutor(self.jobs) as pool:
             try:
                 futures = {pool.submit(self._run_job, job, log): index for index, job in enumerate(jobs)}
                 outcomes = {futures[future]: future.result() for future in as_completed(futures)}
@@ -100,7 +112,7 @@ class JobPool:
 
     def _run_job(self, job: Job, log: Callable[[str], None]) -> Outcome:
         identity = identify_run(job.config, job.inputs)
-        kept = load_finished_run(job.folder, identity)
+        kept = load_finished_run(job.folder, identity, log)
         if kept is not None:
             log(f'{job.name}: kept from before, {_format_ap(kept)}')
             return kept
@@ -122,15 +134,17 @@ class JobPool:
         command = [sys.executable, '-m', 'kd_det.study.worker', str(job.folder / CONFIG_FILE), identity,
                    *self.trackers]
         with open(log_file, 'w', encoding='utf-8') as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-            self._processes.append(process)
-            if self._stopped:  # as it was started
-                process.terminate()
-            process.wait()
+            # The input says nothing: it ends when this process does, and the training with it.
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
+                                  env=environment) as process:
+                self._processes.append(process)
+                if self._stopped:  # as it was started
+                    process.terminate()
+                process.wait()
         run = load_finished_run(job.folder, identity) if process.returncode == 0 else None
         if run is None:
             lines = log_file.read_text(encoding='utf-8', errors='replace').strip().splitlines()
-            failure = Failure(lines[-1] if lines else f'exit status {process.returncode}', str(log_file))
+            failure = Failure(_describe_end(process.returncode, lines), str(log_file))
             if not self._stopped:  # else it was ended, and did not fail
                 log(f'{job.name}: failed: {failure.error} (see {log_file})')
             return failure
@@ -138,21 +152,24 @@ class JobPool:
         return run
 
 
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Within, SIGTERM raises SystemExit, as Ctrl-C raises KeyboardInterrupt; only a main thread can have it so."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _describe_end(status: int, lines: list[str]) -> str:
+    """Why a training ended: the last line of its log, unless a signal ended it."""
+    if status < 0:
+        killed = status == -getattr(signal, 'SIGKILL', 0)
+        return f'ended by signal {-status}' + (', perhaps for want of memory' if killed else '')
+    if status == 0:
+        return 'it left no result'
+    return lines[-1] if lines else f'exit status {status}'
 
-    def leave(number, frame):
-        raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+def _may_be(identity: str, content: bytes) -> bool:
+    """Whether the content of a result is that of a run of this identity, or was not written to its end."""
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        stored = json.loads(content)
+    except ValueError:
+        begin = b'{\n  "identity": '
+        return content[:len(begin)] == begin[:len(content)] or not content.strip(b'\0')
+    return isinstance(stored, dict) and stored.get('identity') == identity
 
 
 def _format_ap(run: Run) -> str:

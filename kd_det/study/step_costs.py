@@ -3,17 +3,18 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from itertools import accumulate
 from math import prod
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
+from annotated_types import Len
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.optim import build_optim_wrapper
@@ -24,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from kd_det.checks.synthetic import USUAL_SIZES, Size, random_distiller, synthetic_batch, training_sizes
 from kd_det.compat.console import TextTable
 from kd_det.config import ConfigurationError
+from kd_det.config.arguments import Count, Index, declared
 from kd_det.config.options import resolve_distillation
 from kd_det.context import DistillContext
 from kd_det.distillers import DetectionDistiller
@@ -107,8 +109,10 @@ class StepCosts:
         return self.tabulate().to_html()
 
 
-def measure_step_costs(config: str | Path | Config, *, batch_size: int = 2, size: Size | None = None, boxes: int = 10,
-                       repeats: int = 5, threads: int | None = None, device: str | None = None,
+@declared
+def measure_step_costs(config: str | Path | Config, *, batch_size: Count = 2,
+                       size: Annotated[Sequence[Count], Len(2, 2)] | None = None, boxes: Index = 10,
+                       repeats: Count = 5, threads: Count | None = None, device: str | None = None,
                        data_root: str | None = None, options: dict[str, Any] | None = None) -> StepCosts:
     """Measures what a distilled step costs beside the student's own, with random weights on random images.
 
@@ -127,7 +131,8 @@ def measure_step_costs(config: str | Path | Config, *, batch_size: int = 2, size
     Raises:
         ConfigurationError: The config is no distillation, or a step fails on images of that size.
     """
-    loaded, device = resolve_distillation(config, data_root, options), device or get_device()
+    device = find_device('--device', device)
+    loaded = resolve_distillation(config, data_root, options)
     if threads:
         torch.set_num_threads(threads)
     prepare_without_runner(loaded, seed=0)
@@ -151,6 +156,28 @@ def measure_step_costs(config: str | Path | Config, *, batch_size: int = 2, size
                    engines=[asdict(teacher.engine) for teacher in distiller.teachers])
     return replace(costs, batch_size=batch_size, size=size, teacher_weights=sum(tensor.nbytes for tensor in tensors),
                    setting=setting)
+
+
+def find_device(place: str, name: str | None = None) -> str:
+    """The name of a device that is there.
+
+    Args:
+        place: The option, for the message.
+        name: ``'cpu'``, ``'cuda'``, ``'cuda:1'``, …; a GPU by default where there is one.
+
+    Raises:
+        ConfigurationError: PyTorch knows no such device, or there is none.
+    """
+    name = get_device() if name is None else name
+    try:
+        torch.empty(1, device=torch.device(name)).cpu()  # whoever only names a device may be told of it much later
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        there = ', '.join(['cpu', *(f'cuda:{index}' for index in range(count))])
+        reason = str(error).strip().split('\n')[0].split('. ')[0].rstrip('.')
+        reason = '' if reason.startswith(('Expected one of', 'Invalid device')) else f' ({reason})'
+        raise ConfigurationError(f"{place}: expected a device that is there: {there}, got '{name}'{reason}.") from None
+    return name
 
 
 def measure_seconds(call: Call, device: Device = 'cpu', repeats: int = 5, warmup: int = 2) -> float:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from mmdet.registry import TRANSFORMS
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 
 from kd_det.config import ConfigurationError
 from kd_det.config.composition import NO_METHOD, PAPER, distillation_config, make_ensemble
 from kd_det.config.files import TOP_KEYS, get_type_name, list_leaf_datasets, student_model, training_pipelines
 from kd_det.config.methods import available_methods, find_files, is_file
-from kd_det.config.options import merge_options
+from kd_det.config.options import merge_options, read_value
 from kd_det.registry import HOME, find_class, get_scope, within_scope
 from kd_det.study.pair import Pair
 
@@ -159,7 +159,7 @@ def _apply_setting(variant: Variant, setting: str) -> Variant:
                                      f"of them, or none, got '{value}'.")
         return replace(variant, augment=augment)
     if '.' in key and given:
-        return replace(variant, settings={**variant.settings, key: DictAction._parse_iterable(value)})
+        return replace(variant, settings={**variant.settings, key: read_value(value, f'--methods {variant.name}')})
     raise ConfigurationError(f"--methods {variant.name}: there is no setting '@{setting}'. Expected @paper, "
                              '@balance=RATIO, @inherit, @inherit=PART+PART, @teachers=N, @augment=mosaic+mixup or '
                              '@dotted.key=value.')

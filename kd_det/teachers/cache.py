@@ -5,6 +5,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 import time
 import uuid
 import zlib
@@ -13,6 +14,7 @@ from contextlib import suppress
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,7 +23,9 @@ from mmengine.dist import all_reduce
 from mmengine.logging import print_log
 from torch import Tensor
 
-from kd_det.config.files import ConfigurationError
+from kd_det.compat.writing import refuse_to_replace
+from kd_det.config import ConfigurationError
+from kd_det.config.arguments import Name, Positive, declared
 from kd_det.taps import Features
 
 Outputs = dict[str, Features]
@@ -31,6 +35,7 @@ DTYPES = dict(float16=torch.float16, float32=torch.float32)
 GIGABYTE = 10**9
 ENTRY, UNFINISHED = '.npz', '.tmp'
 CHECKSUM = 4  # bytes
+OTHER_FOLDER = 'Give another folder as model.teacher.cache.dir.'
 ABANDONED = 3600.0  # seconds after which a file that was never renamed is taken for what a killed process left
 
 
@@ -62,14 +67,12 @@ class TeacherCache:
         max_gb: Gigabytes (10⁹ bytes) that the folder may hold. When it is full, nothing more is kept.
 
     Raises:
-        ConfigurationError: An unknown ``dtype``, or a ``max_gb`` that is not positive.
+        ArgumentError: An argument does not fit.
     """
 
-    def __init__(self, dir: str, dtype: str = 'float16', max_gb: float = 20.0) -> None:
-        if dtype not in DTYPES:
-            raise ConfigurationError(f"model.teacher.cache.dtype='{dtype}': expected {' or '.join(map(repr, DTYPES))}.")
-        if not max_gb > 0:
-            raise ConfigurationError(f'model.teacher.cache.max_gb={max_gb}: expected a number of gigabytes above 0.')
+    @declared
+    def __init__(self, dir: Name | Path, dtype: Literal['float16', 'float32'] = 'float16',
+                 max_gb: Positive = 20.0) -> None:
         self.folder, self.dtype, self.max_gb = str(dir), dtype, max_gb
         self.counts = CacheCounts()
         self._stores = True
@@ -190,13 +193,16 @@ class ArrayStore:
 
     Raises:
         OSError: The folder can not be made or written to.
+        WritingError: It holds somebody else's files of the names that a store needs.
     """
 
     def __init__(self, folder: str, limit: int) -> None:
         self.folder, self.limit = Path(folder).expanduser(), limit
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(str(self.folder / 'lock'))
-        self._count = self.folder / 'size'
+        self._count, lock = self.folder / 'size', self.folder / 'lock'
+        refuse_to_replace(self._count, bytes.isdigit, 'the size of a cache', advice=OTHER_FOLDER)
+        refuse_to_replace(lock, lambda content: False, 'the lock of a cache, which is empty,', advice=OTHER_FOLDER)
+        self._lock = FileLock(str(lock))
         with self._lock:
             self._remove_abandoned()
             self._write_size(self._measure())
@@ -286,8 +292,9 @@ class ArrayStore:
 
     def _find_files(self, *suffixes: str) -> Iterator[os.DirEntry]:
         for folder in os.scandir(self.folder):
-            if folder.is_dir():
-                yield from (file for file in os.scandir(folder) if file.name.endswith(suffixes))
+            if folder.is_dir() and re.fullmatch('[0-9a-f]{2}', folder.name):  # others are not the store's
+                yield from (file for file in os.scandir(folder)
+                            if file.name.startswith(folder.name) and file.name.endswith(suffixes))
 
 
 class StoreFullError(RuntimeError):

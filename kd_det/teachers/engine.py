@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import wraps
 from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 from mmcv.cnn import ConvModule
@@ -12,15 +13,18 @@ from mmengine.dist import get_world_size
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from kd_det.config.arguments import declared
 from kd_det.config.detectors import TeacherError
 from kd_det.taps import Features
 
 PLAIN_NORMS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)  # MMEngine derives from them
 MMCV_OPERATORS = 'mmcv.ops'
-PRECISIONS = dict(float32=None, bfloat16=torch.bfloat16, float16=torch.float16)
+Precision = Literal['float32', 'bfloat16', 'float16']
+PRECISIONS: dict[Precision, torch.dtype | None] = dict(float32=None, bfloat16=torch.bfloat16, float16=torch.float16)
 PARTS = ('backbone', 'neck')
 
 
+@declared
 @dataclass(frozen=True)
 class Engine:
     """Makes a detector in evaluation mode cheaper to run, by options that leave its results alone up to rounding.
@@ -36,17 +40,16 @@ class Engine:
             :func:`~kd_det.teachers.engine.shard_weights`.
 
     Raises:
-        TeacherError: An unknown precision, or options that do not go together.
+        ArgumentError: An argument does not fit.
+        TeacherError: Options that do not go together.
     """
     fuse: bool = True
     channels_last: bool = True
-    precision: str = 'float32'
-    compile: bool | dict = False
+    precision: Precision = 'float32'
+    compile: bool | dict[str, Any] = False
     shard: bool = False
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise TeacherError(f"model.teacher.precision='{self.precision}': expected one of {', '.join(PRECISIONS)}.")
         if self.shard and self.compile:
             raise TeacherError('model.teacher.shard and model.teacher.compile do not go together: remove one.')
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kd_det.compat import CheckpointError, load_checkpoint
+from kd_det.compat import CheckpointError, load_checkpoint, require_finite
 from kd_det.config.classes import Names, find_dataset_classes, get_first_metainfo
 from kd_det.config.detectors import ModelConfig, TeacherError
 from kd_det.config.files import get_type_name, list_leaf_datasets, load_config
@@ -82,7 +82,7 @@ def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str
 
     Raises:
         CheckpointError: The file has no weights, or several and no prefix tells which, or none with the prefix; or keys
-            are missing, unexpected or of another shape. The message names what there is.
+            are missing, unexpected or of another shape; or weights are not finite. The message names what there is.
     """
     loaded = load_checkpoint(checkpoint, map_location='cpu')
     expected = model.state_dict()
@@ -108,6 +108,9 @@ def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str
                               + '\nUse the config that the checkpoint was trained with'
                               + ('; if these keys do not matter, allow them with teacher.allow_missing / '
                                  'teacher.allow_unexpected (shell patterns).' if role == 'teacher' else '.'))
+    # What is missing may be whatever the memory held.
+    given = {key: value for key, value in model.state_dict().items() if key not in missing}
+    require_finite(given, checkpoint, role, dict(model.named_parameters()))
     return loaded.get('meta', {})
 
 
@@ -119,11 +122,14 @@ def check_some_fit(model: nn.Module, checkpoint: str) -> None:
         checkpoint: See :func:`load_strictly`.
 
     Raises:
-        CheckpointError: The file has no weights, or none with the name and the shape of one of the student's.
+        CheckpointError: The file has no weights, or none with the name and the shape of one of the student's; or those
+            that have are not finite.
     """
     expected = model.state_dict()
     state = find_weights(load_checkpoint(checkpoint, map_location='cpu'), checkpoint, 'student', None, expected)
-    if any(key in state and state[key].shape == value.shape for key, value in expected.items() if value.dim()):
+    fitting = {key: state[key] for key, value in expected.items() if key in state and state[key].shape == value.shape}
+    require_finite(fitting, checkpoint, 'student', dict(model.named_parameters()))
+    if any(value.dim() for value in fitting.values()):
         return
     advice = (_suggest_prefix(list(state), expected, 'student', False)
               or f'Its keys begin with {_format_counts(_count_first_parts(state))}.')

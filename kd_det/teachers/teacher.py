@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import mmdet
 import torch
@@ -21,21 +23,35 @@ from torch import Tensor, nn
 
 from kd_det import __version__
 from kd_det.compat.process import preserved_randomness
+from kd_det.config.arguments import Name, Names, at, check_arguments, declared
 from kd_det.config.classes import count_classes
 from kd_det.config.detectors import ModelConfig, TeacherError, read_model_config
 from kd_det.heads import HeadError, StudentOutputs, TeacherForward, TeacherOutputs, find_head, run_heads
 from kd_det.heads.capture import read_maps, record_maps
 from kd_det.registry import build_detector, within_scope
-from kd_det.taps import ENCODER, Features, TapError, Taps, is_within_encoder
+from kd_det.taps import ENCODER, Features, TapError, Taps, is_within_encoder, record_calls
 from kd_det.teachers.bridge import InputBridge, Shape, crop_to_batch, explain_size_mismatch
 from kd_det.teachers.cache import Outputs, TeacherCache
-from kd_det.teachers.engine import Engine, to_local
+from kd_det.teachers.engine import Engine, Precision, to_local
 from kd_det.teachers.loading import explain_model_errors, find_class_names, load_strictly, remove_pretrained
 from kd_det.teachers.probe import find_input_channels, make_shape_samples, run_encoder
 
+NOT_OF_CONFIGS = ('taps', 'heads', 'student_preprocessor')  # arguments of a Teacher that the distiller gives it
 ReadLevels = dict[str, Sequence[bool]]  # by path of a tap; for each of its levels, whether anything reads it
 NECK = 'neck'
 VERSIONS = torch.__version__, mmdet.__version__, __version__  # of what computes a teacher's outputs
+
+
+def check_teacher_arguments(config: Mapping[str, Any]) -> None:
+    """Checks what a config says of a teacher, without building it.
+
+    Raises:
+        ArgumentError: An argument that there is not, that lacks, or whose value does not fit.
+    """
+    check_arguments(Teacher, config, internal=NOT_OF_CONFIGS)
+    if config.get('cache') is not None:
+        with at('cache'):
+            check_arguments(TeacherCache, config['cache'])
 
 
 class Teacher:
@@ -67,6 +83,8 @@ class Teacher:
     Attributes:
         classes: Names of its classes, by label; None where nothing tells them.
         num_parameters: How many weights it has.
+        feature_sums: Of the last prediction, the sum of each level of the features that its heads were given; not
+            finite where the level is not.
 
     Raises:
         TeacherError: No checkpoint and not ``random_teacher``, a head that is absent or can not be read, another number
@@ -74,18 +92,19 @@ class Teacher:
         CheckpointError: The checkpoint does not fit.
     """
 
+    @declared
     def __init__(self,
                  config: ModelConfig,
-                 checkpoint: str | None = None,
+                 checkpoint: Name | Path | None = None,
                  random_teacher: bool = False,
-                 allow_missing: Sequence[str] = (),
-                 allow_unexpected: Sequence[str] = (),
-                 classes: Sequence[str] = (),
-                 cache: dict | None = None,
+                 allow_missing: Sequence[Name] = (),
+                 allow_unexpected: Sequence[Name] = (),
+                 classes: Names = (),
+                 cache: dict[str, Any] | None = None,
                  fuse: bool = True,
                  channels_last: bool = True,
-                 precision: str = 'float32',
-                 compile: bool | dict = False,
+                 precision: Precision = 'float32',
+                 compile: bool | dict[str, Any] = False,
                  shard: bool = False,
                  checkpoint_prefix: str | None = None,
                  *,
@@ -123,10 +142,8 @@ class Teacher:
                 raise TeacherError(f"A term learns from the teacher's {name}. {error}") from error
         self.taps = Taps(self.model, taps)
         self.bridge = InputBridge(student_preprocessor, self.model.data_preprocessor, find_input_channels(self.model))
-        try:
-            self.cache = None if cache is None else TeacherCache(**cache)
-        except TypeError as error:
-            raise TeacherError(f'model.teacher.cache: {error}') from error
+        self.cache = None if cache is None else TeacherCache(**cache)
+        self.feature_sums: tuple[Tensor, ...] = ()
         self._last_fingerprint: tuple[tuple, str] = ((), '')
 
     def __deepcopy__(self, memo: dict) -> Teacher:
@@ -273,8 +290,10 @@ class Teacher:
         images = self.bridge(images, [sample.img_shape[:2] for sample in data_samples])
         for sample in data_samples:
             sample.set_metainfo(dict(batch_input_shape=tuple(images.shape[-2:])))
-        with explain_size_mismatch(images.shape[-2:]):
-            return self.model.predict(images, data_samples, rescale=rescale)
+        with explain_size_mismatch(images.shape[-2:]), record_calls(self.model, 'extract_feat') as calls:
+            found = self.model.predict(images, data_samples, rescale=rescale)
+        self.feature_sums = tuple(level.sum(dtype=torch.float32) for call in calls[:1] for level in call.returned)
+        return found
 
     def detect(self, images: Tensor, data_samples: Sequence) -> list[InstanceData]:
         """Detects on a batch preprocessed for the student, in its coordinates; the data samples stay as they are.
@@ -285,6 +304,16 @@ class Teacher:
         samples = [DetDataSample(metainfo=sample.metainfo) for sample in data_samples]
         found = [sample.pred_instances for sample in self.predict(images, samples, rescale=False)]
         return [InstanceData(bboxes=each.bboxes, scores=each.scores, labels=each.labels) for each in found]
+
+    def advise_on_overflow(self) -> str:
+        """Says what to do where what it puts out is not finite, though its weights are."""
+        advice = []
+        if self.engine.precision != 'float32':
+            advice.append(f"Set model.teacher.precision='float32': {self.engine.precision} may overflow.")
+        if self.cache is not None:
+            advice.append(f"Empty model.teacher.cache.dir='{self.cache.folder}', which may hold them.")
+        return ' '.join([*advice, 'Evaluate it on this data with kd-det test TEACHER_CONFIG CHECKPOINT, and give one '
+                         'that detects.'])
 
     def fingerprint(self) -> str:
         """SHA-256 over all parameters and buffers as they were loaded.

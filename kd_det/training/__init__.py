@@ -1,5 +1,6 @@
 """Training with MMEngine's Runner: the start of a run, the hook of a distillation, augmentation that recurs."""
 from kd_det.training.hooks import DistillHook
 from kd_det.training.replay import ReplayedRandomness
+from kd_det.training.saving import WholeCheckpointHook
 
-__all__ = ['DistillHook', 'ReplayedRandomness']
+__all__ = ['DistillHook', 'ReplayedRandomness', 'WholeCheckpointHook']

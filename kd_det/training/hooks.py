@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from html import escape
 from io import StringIO
 from time import perf_counter
@@ -16,19 +17,37 @@ from mmengine.runner import Runner, set_random_seed
 from mmengine.runner.checkpoint import weights_to_cpu
 from rich.table import Table
 
-from kd_det.checks.data import check_labels
+from kd_det.checks.data import check_annotations, check_labels
 from kd_det.checks.preflight import evaluate_teacher, require_names, require_skill
 from kd_det.compat import log_operator_backend
 from kd_det.compat.console import PlainConsole
+from kd_det.config.arguments import Count, Share, at, check_arguments, declared
 from kd_det.config.classes import find_label_names, get_metainfo
 from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.distillers.inheritance import ORIGINS
 from kd_det.teachers import Teacher, TeacherError
+from kd_det.training.finiteness import add_finite_hook
 from kd_det.training.replay import training_epoch
 from kd_det.training.runner import use_one_metainfo
+from kd_det.training.saving import choose_checkpoint, keep_checkpoints_whole
 
 CHECKPOINT_KEY = 'distill'
-PREFLIGHT = dict(images=64, min_map=0.01)
+
+
+@declared
+@dataclass(frozen=True)
+class Preflight:
+    """How a teacher is tried before training.
+
+    Args:
+        images: At most so many validation images.
+        min_map: The mAP of its boxes below which training stops.
+    """
+    images: Count = 64
+    min_map: Share = 0.01
+
+
+PREFLIGHT = asdict(Preflight())
 
 
 @HOOKS.register_module()
@@ -36,7 +55,7 @@ class DistillHook(Hook):
     """What distillation needs of the training loop.
 
     Every distillation config lists it: ``default_hooks=dict(distill=dict(type='DistillHook'))``. With a plain detector
-    it only tells the epoch.
+    it only tells the epoch, and brings the :class:`~kd_det.training.finiteness.FiniteHook`.
 
     - Before training the teacher is loaded, evaluated (pre-flight), and a table tells where all weights came from.
     - Each step the weights' schedules move, and the random numbers are set from seed and iteration, so that a resumed
@@ -46,7 +65,8 @@ class DistillHook(Hook):
       :class:`~kd_det.distillers.detection_distiller.StepCost`.
     - At the start of each epoch :class:`~kd_det.training.replay.ReplayedRandomness` is told which it is; at its end the
       teachers' caches report.
-    - Each checkpoint gets an entry ``'distill'``, see below.
+    - Each checkpoint gets an entry ``'distill'``, see below. MMEngine's ``CheckpointHook`` gives way to
+      :class:`~kd_det.training.saving.WholeCheckpointHook`.
     - After training the teacher's fingerprint must be what it was.
 
     **What lies in a checkpoint.** Beside what MMEngine saves of every training (``meta``, ``message_hub``,
@@ -62,21 +82,33 @@ class DistillHook(Hook):
     - ``meta['dataset_meta']``: the names of the student's classes.
 
     Args:
-        preflight: ``images`` (at most so many validation images) and ``min_map`` (the mAP of its boxes, 0 to 1, below
-            which training stops, as it does where they lie on objects of other classes than their names say); None for
-            no pre-flight.
+        preflight: The arguments of a :class:`Preflight`. Training stops where the teacher's boxes reach less, and where
+            they lie on objects of other classes than their names say; None for no pre-flight.
+
+    Raises:
+        ArgumentError: An argument does not fit.
     """
     priority = 'ABOVE_NORMAL'  # before EMAHook exchanges weights at the same point
 
-    def __init__(self, preflight: dict | None = PREFLIGHT) -> None:
-        self.preflight = None if preflight is None else {**PREFLIGHT, **preflight}
+    @declared
+    def __init__(self, preflight: dict[str, Any] | None = PREFLIGHT) -> None:
+        with at('preflight'):
+            check_arguments(Preflight, preflight or {})
+        self.preflight = None if preflight is None else Preflight(**preflight)
         self._fingerprints: list[str] = []
 
+    def before_run(self, runner: Runner) -> None:
+        if runner._train_loop is not None:  # it trains; perhaps started by MMDetection's own tools/train.py
+            keep_checkpoints_whole(runner)
+            choose_checkpoint(runner)
+
     def before_train(self, runner: Runner) -> None:
+        add_finite_hook(runner)
         distiller = _find_distiller(runner)
         if distiller is None:
             return
         log_operator_backend()
+        check_annotations(runner.cfg, ('train', 'val'))
         teachers = distiller.build_teachers()
         self._fingerprints = [teacher.fingerprint() for teacher in teachers]
         loops = dict(train=runner.train_loop, val=runner.val_loop)
@@ -99,15 +131,15 @@ class DistillHook(Hook):
 
     def _check_teacher(self, runner: Runner, teacher: Teacher) -> None:
         """Evaluates a teacher on validation images; raises a :class:`~kd_det.teachers.TeacherError` if it fails."""
-        skill = evaluate_teacher(runner, teacher, self.preflight['images'])
+        skill = evaluate_teacher(runner, teacher, self.preflight.images)
         if skill is None:
             runner.logger.warning('Pre-flight: the config has no validation data, so the teacher goes unchecked.')
             return
         metrics = ', '.join(f'{name} {value:.3f}' for name, value in skill.metrics.items())
-        runner.logger.info(f'Pre-flight: teacher {teacher.checkpoint} on up to {self.preflight["images"]} images: '
+        runner.logger.info(f'Pre-flight: teacher {teacher.checkpoint} on up to {self.preflight.images} images: '
                            f'{metrics}')
         require_names(skill, teacher)
-        require_skill(skill, self.preflight['min_map'], self.preflight['images'])
+        require_skill(skill, self.preflight.min_map, self.preflight.images)
 
     def before_train_epoch(self, runner: Runner) -> None:
         training_epoch().set(runner.epoch)

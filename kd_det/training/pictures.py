@@ -5,7 +5,7 @@ import base64
 import io
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ from matplotlib.ticker import MaxNLocator
 from mmengine.logging import MMLogger
 from PIL import Image
 
+from kd_det.compat.writing import refuse_to_replace
+from kd_det.config import ConfigurationError
+
 # Fonts that show boxes for everything, and those of formulas, whose signs stand at places of others.
 NO_TEXT = ('Last', '.Last', 'cm', 'STIXNon', 'STIXSize')
 
@@ -33,11 +36,15 @@ JPEG_QUALITY = 80
 Curve = dict[int, float]  # epoch -> value
 
 
-def read_scalars(files: str | Path | Sequence[str | Path]) -> dict[str, Curve]:
+def read_scalars(files: str | Path | Sequence[str | Path],
+                 log: Callable[[str], None] | None = None) -> dict[str, Curve]:
     """Reads ``vis_data/scalars.json``, one JSON object a line.
+
+    The last line of a run that was killed may be cut: then it does not count.
 
     Args:
         files: One file; or those of a run and of the runs that resumed it, oldest first.
+        log: Given a line on each file of which something can not be read, which is then left out.
 
     Returns:
         Name -> epoch -> value of every number that was logged: in training the mean over the epoch's lines, in
@@ -45,22 +52,40 @@ def read_scalars(files: str | Path | Sequence[str | Path]) -> dict[str, Curve]:
         holds.
 
     Raises:
-        ValueError: A line is not what mmengine writes; the message tells which.
+        ConfigurationError: A line is not what mmengine writes, and there is no ``log``; the message tells which.
     """
     logged: dict[str, dict[tuple, float]] = defaultdict(dict)  # name -> (epoch, step) -> value
     for file in [files] if isinstance(files, (str, Path)) else files:
-        for number, line in enumerate(Path(file).read_text(encoding='utf-8').splitlines(), start=1):
-            try:
-                record = json.loads(line)
-                step = record['step']
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{file}, line {number}: expected a JSON object with a 'step', "
-                                 f'found {line!r:.80}') from error
+        lines, damaged = Path(file).read_bytes().split(b'\n'), []
+        for number, line in enumerate(lines, start=1):
+            record = _read_record(line)
+            if record is None:
+                if number < len(lines):  # that it ends in a line break tells that it is whole
+                    damaged.append(f'line {number}: expected a JSON object with a \'step\', found '
+                                   f"{line.decode(errors='replace')!r:.80}")
+                continue
+            step = record['step']
             epoch = record.get('epoch', step)  # a line of validation holds no epoch: its step is one
             for name, value in record.items():
-                if name not in ('step', 'iter', 'epoch') and isinstance(value, (int, float)):
+                is_number = isinstance(value, float) or isinstance(value, int) and abs(value) < 2**63
+                if name not in ('step', 'iter', 'epoch') and is_number:
                     logged[name][epoch, step] = value
+        if damaged:
+            others = f', and {len(damaged) - 1} more' if damaged[1:] else ''
+            if log is None:
+                raise ConfigurationError(f"'{file}', {damaged[0]}{others}.")
+            log(f"'{file}', {damaged[0]}{others}; left out.")
     return {name: _mean_by_epoch(values) for name, values in logged.items()}
+
+
+def _read_record(line: bytes) -> dict | None:
+    """What a line logs, of a step; None where it can not be read."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_record = isinstance(record, dict) and all(type(record.get(key, 0)) is int for key in ('step', 'epoch'))
+    return record if is_record and 'step' in record else None
 
 
 def draw_curves(panels: Mapping[str, Mapping[str, Sequence[Curve]]]) -> Figure:
@@ -256,14 +281,19 @@ def map_uri(cells: np.ndarray) -> str:
     return _encode_image(image, 'PNG', optimize=True, bits=4)
 
 
-def save_figure(figure: Figure, file: str | Path, **settings) -> None:
+def save_figure(figure: Figure, file: str | Path, force: bool = True, **settings) -> None:
     """Saves a figure as pixels, each text in fonts that have its signs; what no installed font has is spelt out.
 
     Args:
         figure: The figure; changed.
         file: Where to.
+        force: Replace a file of that name that matplotlib did not write.
         **settings: As ``Figure.savefig`` takes them.
+
+    Raises:
+        WritingError: There is such a file.
     """
+    refuse_to_replace(file, lambda content: b'Matplotlib' in content[:1000], 'a picture', force)
     for text in figure.findobj(Text):
         missing = _find_missing(text.get_text(), text.get_fontproperties())
         if missing:

@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from mmcv.transforms import BaseTransform
 from mmdet.registry import TRANSFORMS
 
 from kd_det.compat.process import preserved_randomness
+from kd_det.config.arguments import Count, Seed, declared
+
+Transform = Annotated[dict[str, Any] | Callable[[dict[str, Any]], Any], 'the dict of a transform']
 
 
 @TRANSFORMS.register_module()
@@ -32,7 +36,8 @@ class ReplayedRandomness(BaseTransform):
         seed: Another one gives other variants.
 
     Raises:
-        ValueError: A period below 1, or a transform that mixes several images, as Mosaic and MixUp do.
+        ArgumentError: An argument does not fit.
+        ValueError: A transform that mixes several images, as Mosaic and MixUp do.
 
     Example:
         >>> class Noise(BaseTransform):
@@ -43,10 +48,8 @@ class ReplayedRandomness(BaseTransform):
         True
     """
 
-    def __init__(self, transforms: Sequence[dict | BaseTransform], period: int | None = 2,
-                 seed: int = 0) -> None:
-        if period is not None and period < 1:
-            raise ValueError(f'ReplayedRandomness: period={period}, expected the number of variants, 1 or more.')
+    @declared
+    def __init__(self, transforms: Sequence[Transform], period: Count | None = 2, seed: Seed = 0) -> None:
         self.transforms = [TRANSFORMS.build(each) if isinstance(each, dict) else each for each in transforms]
         for each in self.transforms:
             if hasattr(each, 'get_indexes') or hasattr(each, 'results_cache'):

@@ -1,18 +1,16 @@
-"""One call for each thing that is done with one detector: train it, distil into it, evaluate it, export it."""
+"""One call for each thing that is done with one detector: train it, distil into it, evaluate it."""
 from __future__ import annotations
 
 import base64
 import copy
-import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
 from mmengine.config import Config, ConfigDict
@@ -21,29 +19,37 @@ from mmengine.dist import is_main_process
 from mmengine.runner import Runner
 
 from kd_det.checks.data import check_labels
-from kd_det.checks.doctor import check_config, explain
+from kd_det.checks.doctor import check_config, explain, warn_of_annotations
 from kd_det.checks.image_reader import Memory
 from kd_det.checks.images import check_images, student_channels
-from kd_det.compat import CheckpointError
 from kd_det.compat.console import TextTable
+from kd_det.compat.writing import is_first_process, kept_after_errors, locked_folder, refuse_to_replace
 from kd_det.config import ConfigurationError
+from kd_det.config.arguments import Count, Index, Name, Parts, Ratio, Seed, Weight, declared
 from kd_det.config.composition import distillation_config, make_ensemble
 from kd_det.config.files import (
-    get_type_name,
-    list_imports,
     list_leaf_datasets,
     rename_config,
     set_data_root,
     student_config,
 )
-from kd_det.config.methods import available_methods, name_sum
+from kd_det.config.methods import name_sum
 from kd_det.config.options import merge_options, resolve_config, set_epochs
-from kd_det.registry import HOME, build_detector, enter_scope, get_scope
-from kd_det.teachers import load_strictly
+from kd_det.registry import HOME
+from kd_det.training.finiteness import explain_divergence
 from kd_det.training.hooks import NotebookProgress, is_in_notebook
 from kd_det.training.pictures import draw_curves, names_to_draw, read_scalars
-from kd_det.training.runner import add_trackers, build_optimizer, build_runner, check_start, use_one_metainfo
+from kd_det.training.runner import (
+    add_trackers,
+    build_optimizer,
+    build_runner,
+    check_launcher,
+    check_start,
+    find_saved_config,
+    use_one_metainfo,
+)
 
+Launcher = Literal['none', 'pytorch', 'slurm', 'mpi']
 CURVES = 4  # metrics whose curves a notebook shows
 
 
@@ -95,10 +101,11 @@ class RunResult:
         return f'{self.tabulate().to_html()}<img alt="learning curves" src="data:image/png;base64,{encoded}">'
 
 
+@declared
 def train(config: str | Path | Config, *, data_root: str | None = None, work_dir: str | Path | None = None,
-          epochs: int | None = None, seed: int | None = None, amp: bool = False, auto_scale_lr: bool = False,
-          resume: bool | str | Path = False, launcher: str = 'none', check_images: int | None = None,
-          trackers: Sequence[str] = (), options: dict[str, Any] | None = None) -> RunResult:
+          epochs: Count | None = None, seed: Seed | None = None, amp: bool = False, auto_scale_lr: bool = False,
+          resume: bool | str | Path = False, launcher: Launcher = 'none', check_images: Index | None = None,
+          trackers: Sequence[Name] = (), options: dict[str, Any] | None = None) -> RunResult:
     """Trains a detector from a config, with or without distillation, after a look at what would fail.
 
     Args:
@@ -120,7 +127,8 @@ def train(config: str | Path | Config, *, data_root: str | None = None, work_dir
         DiagnosisError: A file is missing, the data is empty or unreadable, class counts differ, or labels mean
             something else than the data's metainfo says.
         CheckpointError: The checkpoint to resume is of another detector, or that to start from has nothing of this one.
-        ConfigurationError: Something of the config can not be built.
+        ConfigurationError: Something of the config can not be built; or losses, features or weights become NaN or
+            infinite.
     """
     config = resolve_config(config)
     _set_run(config, Path(config.filename or 'config').stem, data_root, work_dir, epochs, seed, amp, auto_scale_lr,
@@ -128,12 +136,13 @@ def train(config: str | Path | Config, *, data_root: str | None = None, work_dir
     return _train(config, resume, check_images)
 
 
+@declared
 def distill(student: str | Path | Config, teacher: str | Path, checkpoint: str | Path | Sequence[str | Path],
             method: str = 'fgd', *, data_root: str | None = None, work_dir: str | Path | None = None,
-            epochs: int | None = None, inherit: str | Sequence[str] = 'auto', balance: float | str | None = None,
-            seed: int | None = None, amp: bool = False, resume: bool | str | Path = False, launcher: str = 'none',
+            epochs: Count | None = None, inherit: Parts = 'auto', balance: Ratio | None = None,
+            seed: Seed | None = None, amp: bool = False, resume: bool | str | Path = False, launcher: Launcher = 'none',
             options: dict[str, Any] | None = None, family: str = '', auto_scale_lr: bool = False,
-            check_images: int | None = None, trackers: Sequence[str] = (),
+            check_images: Index | None = None, trackers: Sequence[Name] = (),
             on_config: Callable[[Config], None] | None = None) -> RunResult:
     """Composes a distillation out of a student's config and a teacher, saves it in the work dir, and trains it.
 
@@ -162,7 +171,7 @@ def distill(student: str | Path | Config, teacher: str | Path, checkpoint: str |
         auto_scale_lr: Scale the learning rate with the batch size.
         check_images: Read so many images of each data set before.
         trackers: Where it logs, too.
-        on_config: Given the config, once it is saved and before it is trained.
+        on_config: Given the config, once all of it could be built and it is saved, before it is trained.
 
     Raises:
         ConfigurationError: The student is a distillation already, the method does not serve it, or a setting is wrong.
@@ -182,18 +191,14 @@ def distill(student: str | Path | Config, teacher: str | Path, checkpoint: str |
         config = make_ensemble(config, checkpoints)
     _set_run(config, name, data_root, work_dir, epochs, seed, amp, auto_scale_lr, launcher, trackers, options)
     config = rename_config(config, Path(config.work_dir) / f'{name}.py')
-    check_config(config, splits=('train', 'val'))  # before anything is written
-    if int(os.environ.get('RANK', 0)) == 0:
-        save_config(config)
-        if on_config:
-            on_config(config)
-    return _train(config, resume, check_images)
+    return _train(config, resume, check_images, on_config)
 
 
+@declared
 def evaluate(config: str | Path | Config, checkpoint: str | Path, *, data_root: str | None = None,
              work_dir: str | Path | None = None, tta: bool = False, out: str | Path | None = None, show: bool = False,
-             show_dir: str | None = None, wait_time: float = 2, launcher: str = 'none',
-             options: dict[str, Any] | None = None) -> RunResult:
+             show_dir: str | None = None, wait_time: Weight = 2, launcher: Launcher = 'none',
+             options: dict[str, Any] | None = None, force: bool = False) -> RunResult:
     """Evaluates a checkpoint on the config's test data; of a distillation the student alone, no teacher is built.
 
     Args:
@@ -208,16 +213,23 @@ def evaluate(config: str | Path | Config, checkpoint: str | Path, *, data_root: 
         wait_time: Seconds for which each is shown.
         launcher: See :func:`train`.
         options: Settings that override the config, by dotted key.
+        force: Replace a file of the name ``out`` that holds no predictions.
 
     Raises:
+        WritingError: There is such a file.
         DiagnosisError: A file is missing, or labels mean something else than the data's metainfo says.
         CheckpointError: The checkpoint is of another detector.
         ConfigurationError: Something of the config can not be built.
     """
+    if out:
+        refuse_to_replace(out, lambda content: b'pred_instances' in content, 'predictions', force)
     config = student_config(resolve_config(config))
     name = Path(config.filename or 'config').stem
     _set_run(config, name, data_root, work_dir, launcher=launcher, options=options)
     config = rename_config(config, f'{name}_test.py')  # the work dir keeps the config of its training
+    for key in ('test_dataloader', 'test_evaluator', 'test_cfg'):
+        if not config.get(key):
+            raise ConfigurationError(f"The config '{name}' has no {key}, so that there is nothing to test on.")
     config.load_from = str(checkpoint)
     if show or show_dir:
         config = trigger_visualization_hook(config, SimpleNamespace(show=show, show_dir=show_dir, wait_time=wait_time))
@@ -226,6 +238,7 @@ def evaluate(config: str | Path | Config, checkpoint: str | Path, *, data_root: 
     check_config(config, splits=('test', ))
     with explain(config):
         runner = build_runner(config)
+        warn_of_annotations(config, ('test', ))
         use_one_metainfo(runner.test_loop)
         metrics = runner.test_loop.evaluator.metrics
         check_labels(dict(test=runner.test_loop.dataloader.dataset), dict(test=metrics))
@@ -240,73 +253,6 @@ def evaluate(config: str | Path | Config, checkpoint: str | Path, *, data_root: 
                      metrics={name: float(value) for name, value in found.items()})
 
 
-@dataclass(frozen=True)
-class ExportedStudent:
-    """A plain student, for stock MMDetection and whatever reads its models.
-
-    Attributes:
-        checkpoint: Its weights, and nothing else but what its classes are.
-        config: Its config, which needs kd_det no more.
-        detector: Its type, such as ``FasterRCNN``.
-        parameters: How many it has.
-    """
-    checkpoint: Path
-    config: Path
-    detector: str
-    parameters: int
-
-    def tabulate(self) -> TextTable:
-        """Makes a table of what it is and where."""
-        rows = [('detector', self.detector), ('parameters', f'{self.parameters:,}'),
-                ('checkpoint', str(self.checkpoint)), ('config', str(self.config))]
-        return TextTable('Exported student', ('', ''), rows, words=(0, 1))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns all of it as JSON can hold it."""
-        return dict(asdict(self), checkpoint=str(self.checkpoint), config=str(self.config))
-
-    def _repr_html_(self) -> str:
-        return self.tabulate().to_html()
-
-
-def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path, *, data_root: str | None = None,
-           options: dict[str, Any] | None = None) -> ExportedStudent:
-    """Writes a plain student: its weights alone, and a config that stock MMDetection reads.
-
-    Args:
-        config: Of the run that wrote the checkpoint: a file, ``'package::folder/file.py'``, or a config.
-        checkpoint: A file.
-        out: The file to write, ``.pth``; the config comes beside it, as ``.py``.
-        data_root: Folder of the data, in place of the config's.
-        options: Settings that override the config, by dotted key.
-
-    Raises:
-        ConfigurationError: The checkpoint is not of the student in the config.
-    """
-    plain, out = _strip_distillation(resolve_config(config, data_root, options)), Path(out)
-    enter_scope(get_scope(plain))
-    model = build_detector(plain.model)
-    try:
-        loaded = load_strictly(model, str(checkpoint), role='student')
-    except CheckpointError as error:
-        name = config.filename if isinstance(config, Config) else config
-        raise ConfigurationError(f"The checkpoint '{checkpoint}' is not of the student in '{name}': {error}") from error
-    meta = {key: value for key, value in loaded.items() if key in ('dataset_meta', 'epoch', 'iter')}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f'{out.name}.partial')
-    torch.save(dict(meta=meta, state_dict=model.state_dict()), partial)
-    os.replace(partial, out)  # whole or not at all
-    plain.dump(out.with_suffix('.py'))
-    return ExportedStudent(out, out.with_suffix('.py'), get_type_name(plain.model),
-                           sum(parameter.numel() for parameter in model.parameters()))
-
-
-def save_config(config: Config) -> None:
-    """Saves a config under its name, so that ``kd-det train`` and ``tools/train.py`` repeat the run."""
-    Path(config.filename).parent.mkdir(parents=True, exist_ok=True)
-    config.dump(config.filename)
-
-
 def _set_run(config: Config, name: str, data_root: str | None, work_dir: str | Path | None, epochs: int | None = None,
              seed: int | None = None, amp: bool = False, auto_scale_lr: bool = False, launcher: str = 'none',
              trackers: Sequence[str] = (), options: dict[str, Any] | None = None) -> None:
@@ -318,6 +264,7 @@ def _set_run(config: Config, name: str, data_root: str | None, work_dir: str | P
     if data_root:
         set_data_root(config, data_root)
     merge_options(config, options or {})
+    check_launcher(launcher)
     config.launcher = launcher
     config.work_dir = str(work_dir or config.get('work_dir') or Path('work_dirs') / name)
     add_trackers(config, trackers)
@@ -334,27 +281,41 @@ def _set_run(config: Config, name: str, data_root: str | None, work_dir: str | P
         config.auto_scale_lr.enable = True
 
 
-def _train(config: Config, resume: bool | str | Path, images: int | None) -> RunResult:
+def _train(config: Config, resume: bool | str | Path, images: int | None,
+           on_config: Callable[[Config], None] | None = None) -> RunResult:
     if resume:
         config.resume = True
         config.load_from = None if resume is True or resume == 'auto' else str(resume)
     check_config(config, splits=('train', 'val'))
-    with explain(config):
-        runner = build_runner(config)
-        loops = dict(train=runner.train_loop, val=runner.val_loop)
-        for loop in loops.values():
-            use_one_metainfo(loop)
-        datasets = {split: loop.dataloader.dataset for split, loop in loops.items() if loop is not None}
-        check_labels(datasets, dict(val=runner.val_loop.evaluator.metrics) if runner.val_loop else {})
-        memory = Memory(config.work_dir)
-        for dataset in datasets.values():
-            check_images(dataset, memory, images, student_channels(config))
-        build_optimizer(runner)
-    check_start(runner, whole=bool(config.get('resume')))  # as the config may say itself
-    if is_in_notebook() and is_main_process():
-        runner.register_hook(NotebookProgress())
-    runner.train()
+    with locked_folder(config.work_dir, config.launcher):
+        runner = _build(config, images)
+        if on_config and is_main_process():
+            on_config(config)
+        if is_in_notebook() and is_main_process():
+            runner.register_hook(NotebookProgress())
+        with explain_divergence(runner):
+            runner.train()
     return _read_result(runner)
+
+
+def _build(config: Config, images: int | None) -> Runner:
+    """Builds a training, down to its optimizer; if something can not be built the work dir keeps the config it has."""
+    saves = bool(config.filename) and is_first_process(config.launcher)
+    with kept_after_errors(find_saved_config(config)) if saves else nullcontext():
+        with explain(config):
+            runner = build_runner(config)
+            warn_of_annotations(config, ('train', 'val'))
+            loops = dict(train=runner.train_loop, val=runner.val_loop)
+            for loop in loops.values():
+                use_one_metainfo(loop)
+            datasets = {split: loop.dataloader.dataset for split, loop in loops.items() if loop is not None}
+            check_labels(datasets, dict(val=runner.val_loop.evaluator.metrics) if runner.val_loop else {})
+            memory = Memory(config.work_dir)
+            for dataset in datasets.values():
+                check_images(dataset, memory, images, student_channels(config))
+            build_optimizer(runner)
+        check_start(runner, whole=bool(config.get('resume')))  # as the config may say itself
+    return runner
 
 
 def _read_result(runner: Runner) -> RunResult:
@@ -384,19 +345,6 @@ def _existing(file: str | Path | None) -> Path | None:
     with suppress(OSError, TypeError):
         return Path(file) if Path(file).is_file() else None
     return None
-
-
-def _strip_distillation(config: Config) -> Config:
-    """Makes the config of the plain student, which needs kd_det no more."""
-    plain = student_config(config)
-    for method in available_methods():
-        plain.pop(method, None)
-    others = [name for name in list_imports(plain) if name.split('.')[0] != 'kd_det']
-    if others:
-        plain.custom_imports.imports = others
-    else:
-        plain.pop('custom_imports', None)
-    return plain
 
 
 def _augment(config: Config) -> None:

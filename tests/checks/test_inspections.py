@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 import torch
+from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config
+from mmengine.evaluator import Evaluator
 from mmengine.model import PretrainedInit
 
 from kd_det.checks import environment
@@ -21,6 +23,7 @@ from kd_det.checks.doctor import check_config, explain, inspect_config, inspect_
 from kd_det.checks.environment import DiagnosisError, Finding, raise_faults
 from kd_det.checks.step import inspect_step, original_sizes, tried_sizes
 from kd_det.config.files import ConfigurationError
+from kd_det.losses import FGD
 
 CLASSES = ('blue', 'green', 'red')
 
@@ -115,10 +118,19 @@ def test_all_missing_files_are_told_at_once_and_the_remedy_once(config):
 
 
 @pytest.mark.parametrize(
-    'text', ['{"images": [', '[]', '{"images": []}', '{"images": [{"id": 1}], "categories": [], "annotations": []}'])
-def test_a_file_that_is_no_annotation_file(config, folder, text):
-    (folder / 'all.json').write_text(text)
-    assert 'is no COCO annotation file' in fault_of(inspect_annotations(config)).found
+    'text, why', [('{"images": [', 'it is cut off: Expecting value'), ('[]', 'it holds a list'),
+                  ('{"images": []}', "no 'categories'"), ('', 'it is empty'), (' \n', 'it is empty'),
+                  ('{"images": {}, "categories": [], "annotations": []}', "'images' is an object, no list"),
+                  ('{"images": [{"file_name": "a', 'it is cut off: Unterminated string'),
+                  ('{"images": [1,, 2]}', 'it is no JSON: Expecting value: line 1 column 15'),
+                  ('null', 'it holds null'),
+                  ('\ufeff{}', 'it is no JSON: Unexpected UTF-8 BOM'),
+                  ('[' * 100000, 'it can not be read'), (b'{"images": "\xe9"}', 'it is not encoded as UTF-8')])
+def test_a_file_that_is_no_annotation_file(config, folder, text, why):
+    (folder / 'all.json').write_bytes(text if isinstance(text, bytes) else text.encode())
+    fault = fault_of(inspect_annotations(config))
+    assert f"all.json' is no COCO annotation file ({why}" in fault.found
+    assert fault.remedy == 'Expected a JSON object with the lists images, categories and annotations'
 
 
 def test_a_file_without_images(config, folder):
@@ -234,6 +246,70 @@ def test_an_evaluator_with_a_file_of_its_own_has_to_number_classes_as_its_data(c
     assert fault.remedy.startswith('Give the evaluator the annotation file of its data set')
 
 
+def test_each_of_joined_data_sets_is_read(config, folder):
+    """And the files of a test that is not scored may lack annotations."""
+    one, other = dataset_of(config), copy.deepcopy(dataset_of(config))
+    (folder / 'other.json').write_text((folder / 'all.json').read_text().replace('"bbox"', '"box"', 1))
+    other.ann_file = 'other.json'
+    config.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[one, dict(
+        type='RepeatDataset', times=2, dataset=other)])
+    fault = fault_of(inspect_annotations(config, ['train']))
+    assert fault.found == f"'{folder}/other.json': annotation 0 (id 1): no 'bbox'"
+    with pytest.raises(DiagnosisError, match="annotation 0 .id 1.: no 'bbox'"):
+        check_config(config, ('train', ))
+
+
+def test_data_that_is_not_scored_needs_no_annotations(config, folder):
+    content = json.loads((folder / 'all.json').read_text())
+    del content['annotations']
+    (folder / 'test-dev.json').write_text(json.dumps(content))
+    config.test_dataloader.dataset.ann_file = 'test-dev.json'
+    config.test_evaluator = dict(type='CocoMetric', ann_file=f'{folder}/test-dev.json', format_only=True)
+    assert [finding.mark for finding in inspect_annotations(config, ['test'])] == ['ok']
+    config.test_evaluator.format_only = False
+    assert fault_of(inspect_annotations(config, ['test'])).found.endswith("(no 'annotations')")
+
+
+def test_a_data_set_that_reads_in_its_own_way_is_judged_once_it_is_built(config, folder):
+    @DATASETS.register_module(force=True)
+    class OwnCoco(CocoDataset):
+        """Its file has no 'area'."""
+
+        def parse_data_info(self, raw_data_info):
+            for each in raw_data_info['raw_ann_info']:
+                each['area'] = 1
+            parsed = super().parse_data_info(raw_data_info)
+            parsed['instances'][0]['bbox'][0] *= self.metainfo.get('factor', 1)
+            return parsed
+
+    try:
+        rewrite(folder, lambda content: [each.pop('area') for each in content['annotations']])
+        dataset = dataset_of(config)
+        dataset.type, dataset.pipeline = 'OwnCoco', [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
+        config.val_dataloader = config.val_evaluator = None
+        assert not any(finding.fault for finding in inspect_data(config, ['train']))
+        dataset.metainfo.factor = float('inf')
+        assert "0.png'), instance 0: its bbox is [inf, " in fault_of(inspect_data(config, ['train'])).found
+    finally:
+        DATASETS.module_dict.pop('OwnCoco')
+
+
+def test_an_evaluator_has_to_know_the_images_of_its_data_set(config, folder):
+    """Else the run would end in an AssertionError after its first epoch."""
+    content = json.loads((folder / 'all.json').read_text())
+    (folder / 'part.json').write_text(json.dumps(dict(content, images=content['images'][2:])))
+    config.val_evaluator.ann_file = f'{folder}/part.json'
+    fault = fault_of(inspect_data(config, ['val']))
+    assert fault.subject == 'val evaluator' and fault.found.startswith(
+        '2 of the 8 images of the data set are not in its annotation file, such as that of the id ')
+    dataset = DATASETS.build(config.val_dataloader.dataset)
+    with pytest.raises(DiagnosisError, match='2 of the 8 images'):
+        check_labels(dict(val=dataset), dict(val=Evaluator(config.val_evaluator).metrics))
+    config.val_evaluator.ann_file, config.val_dataloader.dataset.ann_file = f'{folder}/all.json', 'part.json'
+    finding = inspect_data(config, ['val'])[-1]
+    assert finding.mark == 'note' and finding.found.startswith('2 of the 8 images of its file are not in the')
+
+
 def test_joined_data_sets_have_to_number_classes_alike(config, folder):
     content = json.loads((folder / 'all.json').read_text())
     content['categories'].reverse()
@@ -255,7 +331,7 @@ def test_a_data_set_that_can_not_be_built_is_a_fault(config):
 def test_unlabelled_images_have_no_annotations(config, folder):
     rewrite(folder, lambda content: content.pop('annotations'))
     dataset = dataset_of(config)
-    assert 'KeyError' in fault_of(inspect_annotations(config, ['train'])).found
+    assert "is no COCO annotation file (no 'annotations')" in fault_of(inspect_annotations(config, ['train'])).found
     dataset.pipeline = [dict(type='LoadImageFromFile'), dict(type='PackDetInputs'), dict(type='Unlabelled')]
     finding, = inspect_annotations(config, ['train'])
     assert (finding.found, finding.fault) == ('8 images, unlabelled', False)
@@ -371,6 +447,19 @@ def test_a_teacher_whose_weights_do_not_fit(distilling, retinanet):
     assert not list(inspect_teacher_weights(distilling))
 
 
+@pytest.mark.parametrize('key, value, said', [
+    ('neck.lateral_convs.0.conv.weight', float('nan'), 'holds weights that are not finite: 1 of '),
+    ('neck.lateral_convs.0.conv.weight', 1e38, 'are finite, but its features of an image of noise are not: level 0'),
+    ('backbone.bn1.running_var', -1.0, 'are finite, but its features of an image of noise are not: level 0')])
+def test_a_teacher_that_is_not_finite(key, value, said, distilling):
+    file = distilling.model.teacher.checkpoint
+    state = torch.load(file, weights_only=True)['state_dict']
+    state[key].fill_(value)
+    torch.save(dict(state_dict=state), file)
+    fault = fault_of(inspect_teacher_weights(distilling))
+    assert said in fault.found and 'Give config' not in fault.remedy
+
+
 # ---------------------------------------------------------------- explaining a failure
 
 
@@ -478,6 +567,29 @@ def test_an_error_of_a_step_is_a_fault_that_tells_the_size(error, said, distilli
     distilling.train_dataloader.dataset.dataset.pipeline = [dict(type='Resize', scale=(70, 50))]
     finding = fault_of(inspect_step(distilling))
     assert said in finding.found and '50 × 70 pixels' in finding.found and 'kd-det inspect' in finding.remedy
+
+
+def test_what_is_not_finite_in_a_step(distilling, monkeypatch):
+    """A term's value is a fault; a gradient, or the detector's own loss, may come of noise."""
+    whole = FGD.compare
+
+    def spoil(term, level, position, make=lambda parts: dict(parts, background=parts['background'] * float('nan'))):
+        return make(whole(term, level, position))
+
+    distilling.model.distill = dict(fgd=dict(type='FGD'))
+    monkeypatch.setattr(FGD, 'compare', spoil)
+    fault = fault_of(inspect_step(distilling))
+    assert "model.distill.fgd (part 'background' nan) is not finite on noise" in fault.found
+    assert 'kd-det inspect CONFIG' in fault.remedy
+    monkeypatch.setattr(FGD, 'compare', lambda *given: spoil(
+        *given, lambda parts: dict(parts, background=(parts['background'] * 0).sqrt())))
+    note, = inspect_step(distilling)
+    assert not note.fault and 'has a gradient on noise that is not finite: ' in note.found
+    monkeypatch.undo()
+    monkeypatch.setattr('mmdet.models.RetinaNet.loss', lambda model, inputs, samples: dict(
+        loss_own=model.extract_feat(inputs)[0].mean() * float('inf')))
+    note, = inspect_step(distilling)
+    assert not note.fault and "The student's own loss_own is not finite on noise" in note.found
 
 
 def throw(error):

@@ -112,6 +112,16 @@ def test_names_that_the_boxes_contradict(runner, teacher, truth, labels, classes
     assert skill.metrics['coco/bbox_mAP'] == 1
 
 
+def test_features_of_the_teacher_that_are_not_finite(runner, retinanet):
+    made = Teacher(retinanet(), random_teacher=True, classes=CLASSES, taps=['neck'], precision='bfloat16',
+                   student_preprocessor=MODELS.build(retinanet()).data_preprocessor)
+    with torch.no_grad():
+        made.model.neck.lateral_convs[0].conv.weight[0] = 1e38
+    with pytest.raises(TeacherError, match='features of validation images are not finite, in 2 batches. Set '
+                                           r"model.teacher.precision='float32': bfloat16 may overflow"):
+        evaluate_teacher(runner(), made, images=8)
+
+
 @pytest.mark.parametrize('teachers, place', [(1, ''), (2, 'model.teacher[1]: ')])
 def test_a_run_stops_before_its_first_step_and_shows_the_confusion(teachers, place, retinanet, make_runner, teacher,
                                                                    truth, tmp_path):

@@ -1,4 +1,6 @@
 """The command line as a user meets it: help, runs, and one clear line for each mistake."""
+import json
+import math
 import os
 import re
 import shutil
@@ -12,6 +14,7 @@ import torch
 from mmengine.config import Config
 from mmengine.config.lazy import LazyObject
 
+from kd_det import doctor
 from kd_det.cli import distill
 from kd_det.cli import main as entry
 from kd_det.cli.main import main, run_tool
@@ -176,7 +179,7 @@ def test_distill_then_test_then_export(workspace, capsys):
 
 
 def test_several_checkpoints_are_an_ensemble(workspace, monkeypatch):
-    monkeypatch.setattr('kd_det.training.runs._train', lambda config, *options: None)
+    monkeypatch.setattr('mmengine.runner.Runner.train', lambda runner: None)
     several = ['--teacher-checkpoint', 'teacher.pth', 'teacher.pth']
     assert main([*DISTILL, *several, '--balance', '0.5', *NO_PREFLIGHT, 'model.distill.fgd.temperature=0.8']) == 0
     made = load_config('work_dirs/student_fgd_2_teachers/student_fgd_2_teachers.py').model
@@ -238,6 +241,35 @@ def test_test_never_builds_a_teacher(workspace, monkeypatch):
     assert main(['test', 'run/student_fgd.py', 'run/epoch_1.pth', '--tta', '--show-dir', 'painted']) == 0
     assert load_config('run/student_fgd_test.py').model.module.type == 'RetinaNet'
     assert list(Path('run').glob('*/painted/*.png'))
+
+
+def damage_annotations(**values):
+    content = json.loads(Path('coco/all.json').read_text())
+    content['annotations'][3].update(values)
+    Path('coco/all.json').write_text(json.dumps(content))
+
+
+def test_damaged_annotations_stop_every_command_before_it_writes(workspace, capsys):
+    damage_annotations(bbox=[1, 2, math.inf, 4])
+    benchmark = ['benchmark', '--student', 'student.py', '--teacher', 'teacher.py', '--teacher-checkpoint',
+                 'teacher.pth', '--methods', 'fgd', '--work-dir', 'run', '--devices', 'cpu']
+    for command in (['train', 'student.py', '--work-dir', 'run'], [*DISTILL, '--work-dir', 'run'], benchmark,
+                    ['test', 'student.py', 'teacher.pth', '--work-dir', 'run']):
+        said = error_of(command, capsys)
+        assert "data: 'coco/all.json': annotation 3 (id 4): its bbox is [1, 2, inf, 4], which is not finite." in said
+        assert said.count('annotation 3') == 1 and 'take them out (entries are counted from 0).' in said
+        assert not Path('run').exists()
+    assert main(['doctor', 'student.py']) == 1
+    fault, = (finding for finding in doctor('student.py').findings if finding.fault)
+    assert fault.found == "'coco/all.json': annotation 3 (id 4): its bbox is [1, 2, inf, 4], which is not finite"
+
+
+def test_what_mmdetection_leaves_out_is_a_note_at_the_start(workspace, capsys):
+    damage_annotations(bbox=[1, 2, 0, 4])
+    assert main(['train', 'student.py', '--work-dir', 'run']) == 0
+    said = capsys.readouterr()
+    note = "train data: 'coco/all.json': annotation 3 (id 4): its bbox is [1, 2, 0, 4], of less than a pixel, which MM"
+    assert note in said.out + said.err
 
 
 def test_augmentation_writes_types_that_are_classes_by_their_names(run_config, retinanet):

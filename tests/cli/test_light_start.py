@@ -42,7 +42,7 @@ def python(program: str, *arguments: str) -> subprocess.CompletedProcess:
     (['train', 'student.py', '--wrong'], 2, 'unrecognized arguments: --wrong'),
     (['train', 'student.py', '--cfg-options', 'randomness.seed'], 2, "expected KEY=VALUE, got 'randomness.seed'"),
     (['benchmark', '--seeds', '0'], 2, 'expected a number of seeds'),
-    (['benchmark-step', 'run.py', '--repeats', '0'], 2, 'expected a whole number of at least 1'),
+    (['benchmark-step', 'run.py', '--repeats', '0'], 2, 'expected an integer of at least 1'),
     (['sweep', '--method', 'kd', '--set', 'kd'], 2, 'expected KEY=A,B,C'),
     (['test', 'student.py', 'student.pth', '--out', 'x.json'], 2, 'does not end in .pkl'),
 ])

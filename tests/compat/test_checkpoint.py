@@ -17,7 +17,13 @@ from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
 from mmengine.runner import CheckpointLoader, Runner
 
-from kd_det.compat import CheckpointError, UnsafeCheckpointError, install_safe_loading, load_checkpoint
+from kd_det.compat import (
+    CheckpointError,
+    UnsafeCheckpointError,
+    describe_not_finite,
+    install_safe_loading,
+    load_checkpoint,
+)
 from kd_det.compat.checkpoint import CAN_ALLOW_GLOBALS
 
 needs_safe_globals = pytest.mark.skipif(not CAN_ALLOW_GLOBALS, reason='torch < 2.4 has no list of safe globals')
@@ -305,3 +311,22 @@ def test_url(served_folder):
 
     with pytest.raises(CheckpointError, match='absent.pth cannot be downloaded.*404'):
         load_checkpoint(f'{address}/absent.pth')
+
+
+NAN, INF = float('nan'), float('inf')
+
+
+@pytest.mark.parametrize('key, value, parameters, found', [
+    ('neck.weight', [1.0, NAN, NAN], None, '1 of 2 tensors, first neck.weight (2 of 3 numbers are nan)'),
+    ('neck.weight', [-INF, 0.0], None, '1 of 2 tensors, first neck.weight (1 of 2 numbers is infinite)'),
+    ('neck.weight', [INF, -INF], ['neck.weight'], '1 of 2 tensors, first neck.weight (2 of 2 numbers are infinite)'),
+    ('attn_mask', [0.0, -INF], ['neck.weight'], None),  # a buffer, as masks of attention are
+    ('attn_mask', [NAN, -INF], ['neck.weight'], '1 of 2 tensors, first attn_mask (1 of 2 numbers is nan)'),
+    ('bn.running_mean', [INF], [], '1 of 2 tensors, first bn.running_mean (1 of 1 numbers is infinite)'),
+    ('large', [3e38, 3e38], None, None),  # whose sum overflows
+    ('none', [], None, None)])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+def test_what_is_not_finite_is_described(key, value, parameters, found, dtype):
+    state = {key: torch.tensor(value, dtype=dtype), 'bn.num_batches_tracked': torch.tensor(3),
+             'half': torch.ones(70_000, dtype=torch.float16)}
+    assert describe_not_finite(state, parameters) == found

@@ -3,6 +3,7 @@ import io
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from mmengine.config import Config
@@ -17,7 +18,6 @@ from kd_det.compat.console import PlainConsole
 from kd_det.compat.process import use_any_encoding
 from kd_det.config.methods import Method, Methods
 from kd_det.study.step_costs import DISTILLED, PLAIN_TEACHER, STUDENT, Cost, StepCosts
-from kd_det.training.runs import save_config
 
 NAMES = ['block[/b]', 'disc [red]', '[', '\\[x]', ':cat:', '[link=x]', '{0} %s', '猫', '🐈']
 
@@ -57,7 +57,8 @@ def test_findings_are_printed_as_they_are():
 def test_the_command_that_repeats_a_run_can_be_copied(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = Config(dict(classes=('[/b]', '猫')), cfg_text='#', filename=f'{folder}/x.py')
-    save_config(config)
+    Path(folder).mkdir(parents=True)
+    config.dump(config.filename)
     distill.show(config)
     said = capsys.readouterr().out
     assert f'saved as {folder}/x.py.' in said and f"kd-det train '{folder}/x.py'" in said

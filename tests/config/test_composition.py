@@ -160,7 +160,7 @@ def test_a_head_that_is_in_no_registry_is_named():
 def test_a_part_that_the_student_lacks_is_named(inherit, monkeypatch):
     monkeypatch.setattr(DefaultScope, '_instance_dict', {})  # as in a process of its own, before there is a run
     with pytest.raises(ConfigurationError,
-                       match="no part 'nek'; it has backbone, bbox_head, neck. Nearest names: neck."):
+                       match="no part 'nek'; it has backbone, bbox_head, neck. Nearest: neck."):
         distillation_config(RETINANET, TEACHER, 'x.pth', 'fgd', inherit=inherit)
 
 

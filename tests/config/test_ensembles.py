@@ -37,8 +37,9 @@ def test_each_term_is_repeated_for_every_teacher_with_its_part_of_the_weight(dis
 
 
 @pytest.mark.parametrize('weight, message', [
-    (dict(type='Warmup', epochs=1), 'model.distill.pkd_1: .*value'),
-    (dict(type='Warmup', epochs=1, value='much'), "model.distill.pkd_1: weight='much': expected a number")])
+    (dict(type='Warmup', epochs=1), r'model\.distill\.pkd_1\.weight\.value: expected a number'),
+    (dict(type='Warmup', epochs=1, value='much'),
+     r"model\.distill\.pkd_1\.weight\.value: expected a number .*, got 'much'")])
 def test_a_weight_that_is_none_is_told_by_the_distiller(retinanet, weight, message, distillation):
     one = distillation(retinanet(), dict(config=retinanet(), random_teacher=True), pkd=dict(type='PKD', weight=weight))
     with pytest.raises(ConfigurationError, match=message):

@@ -166,7 +166,7 @@ def test_what_a_file_does_not_state_is_found_when_it_is_asked_for(method_root, c
     assert set(method.detectors) == {'RetinaNet', 'ATSS', 'GFL', *others}
     assert main(['methods', str(method_root / 'mine.py')]) == 0
     assert str(method_root / 'mine.py') in capsys.readouterr().out
-    with pytest.raises(ConfigurationError, match="no method 'mien'.*Did you mean 'mine'"):
+    with pytest.raises(ConfigurationError, match="no method 'mien'.*Nearest: mine"):
         methods('mien')
 
 

@@ -34,7 +34,7 @@ def test_options_override_and_data_root_reaches_all(data_config):
     ({'val_evaluator.0.ann_file.key': 1}, '--cfg-options'),
     ({'val_evaluator.7.metric': 'bbox'}, '--cfg-options'),
     ({'other': 1}, "'other' is a variable of the config file"),
-    ({'train_dataloder.batch_size': 1}, "Did you mean 'train_dataloader'?"),
+    ({'train_dataloder.batch_size': 1}, "Nearest: train_dataloader."),
     ({'quite_another': 1}, "no run reads a key 'quite_another'."),
 ])
 def test_options_that_lead_nowhere(options, said, data_config):
@@ -119,8 +119,8 @@ def test_terms_that_were_never_one_are_left_apart(distillation):
 
 
 @pytest.mark.parametrize('option, said', [
-    ('model.distill.fdg.temperature', "there is no term 'fdg', only fgd, fgd_1, fgd_2, pkd, pkd_1, pkd_2. Did you mean "
-     "'fgd'?"),
+    ('model.distill.fdg.temperature', "there is no term 'fdg', only fgd, fgd_1, fgd_2, pkd, pkd_1, pkd_2. "
+     'Nearest: fgd.'),
     ('model.distill.fgd_3.temperature', "there is no term 'fgd_3', only fgd, fgd_1"),
     ('model.teacher.2.fuse', '--cfg-options')])
 def test_an_option_of_what_an_ensemble_has_not_is_refused(option, said, two_teachers):

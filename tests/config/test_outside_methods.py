@@ -89,12 +89,12 @@ def test_a_file_within_a_package_is_a_method(site):
 
 
 @pytest.mark.parametrize('method, error, said', [
-    ('my_metod.py', FileNotFoundError, "no method's file 'my_metod.py'. Did you mean 'my_method.py'?"),
+    ('my_metod.py', FileNotFoundError, "no method's file 'my_metod.py'. Nearest: my_method.py."),
     ('nowhere/my_method.py', FileNotFoundError, "no method's file 'nowhere/my_method.py'"),
     ('my_method', ConfigurationError, "no method 'my_method'. Choose from .* Did you mean the file 'my_method.py'"),
-    ('fgx', ConfigurationError, "no method 'fgx'. Choose from .*fgd.*Did you mean 'fgd'"),
+    ('fgx', ConfigurationError, "no method 'fgx'. Choose from .*fgd.*Nearest: fgd"),
     ('no_such_package::mine.py', ConfigurationError, "There is no package 'no_such_package'"),
-    ('plugin::recipes/mien.py', FileNotFoundError, "'plugin::recipes/mien.py'. Did you mean 'mine.py'?"),
+    ('plugin::recipes/mien.py', FileNotFoundError, "'plugin::recipes/mien.py'. Nearest: mine.py."),
     ('renamed.py', ConfigurationError, "renamed.py' holds no method: expected renamed = dict.* it defines 'my_method'"),
     ('empty.py', ConfigurationError, "empty.py' holds no method: .*; it defines nothing"),
     ('flat.py', ConfigurationError, "flat.py' holds no method: expected flat = dict.*of terms by name"),
@@ -114,8 +114,8 @@ def test_what_is_no_method_is_told(method, error, said, tmp_path, site, monkeypa
 
 
 @pytest.mark.parametrize('term, said', [
-    ("type='mmdet.FGX'", "there is no 'FGX'. Nearest names: FGD.* import it with custom_imports"),
-    ("type='mmdet.FGD', tap='neck', tempreature=1", "there is no argument 'tempreature'. Nearest names: temperature")])
+    ("type='mmdet.FGX'", "type: there is no 'FGX'. Nearest: FKD, FGD.* import it with custom_imports"),
+    ("type='mmdet.FGD', tap='neck', tempreature=1", "tempreature: there is no such key. Nearest: temperature")])
 def test_a_term_that_can_not_be_built_is_told_with_its_method(term, said, tmp_path):
     (tmp_path / 'mine.py').write_text(f'mine = dict(mine=dict({term}))\n')
     with pytest.raises(ConfigurationError, match=f"The method '.*mine.py': its term 'mine' can not be built: {said}"):

@@ -41,7 +41,7 @@ def test_the_documented_mask(documented):
     expected = torch.zeros(2, 8, 12)
     expected[0, 1:3, 1:5] = 1
     assert torch.equal(cells, expected)
-    with pytest.raises(ValueError, match='size=0: expected a number above 0'):
+    with pytest.raises(ValueError, match='size: expected a number above 0, got 0'):
         build_mask(dict(type='SmallBoxForeground', size=0))
 
 

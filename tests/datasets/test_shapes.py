@@ -61,6 +61,16 @@ def test_an_interrupted_generation_leaves_no_annotations_and_can_be_repeated(tmp
     assert digest(tmp_path / 'twice') == digest(tmp_path / 'once')
 
 
+def test_annotations_that_are_damaged_are_written_anew(tmp_path):
+    arguments = dict(train_images=1, val_images=1, size=48)
+    generate_shapes(tmp_path, **arguments)
+    file = tmp_path / 'annotations' / 'train.json'
+    whole = file.read_bytes()
+    for damaged in (whole + b'}', whole[:whole.index(b'"kd_det shapes"') + 20], b'["kd_det shapes"]'):
+        file.write_bytes(damaged)
+        assert generate_shapes(tmp_path, **arguments) and file.read_bytes() == whole
+
+
 def test_annotations_are_coco_and_lie_within_the_images(tmp_path):
     generate_shapes(tmp_path, train_images=5, val_images=1, size=64)
     content = json.loads((tmp_path / 'annotations' / 'train.json').read_text())

@@ -151,7 +151,7 @@ def test_towers_of_other_depths_share_their_last_convolutions(one_stage, distill
 
 
 def test_mistakes_are_named_where_they_are(one_stage, distiller):
-    with pytest.raises(ConfigurationError, match='model.distill.term: remaining=-1: expected the number'):
+    with pytest.raises(ConfigurationError, match='model.distill.term.remaining: expected an integer'):
         distiller(one_stage('gfl'), one_stage('gfl'), distill=dict(term=dict(CROSSKD, remaining=-1)))
     with pytest.raises(ConfigurationError, match='model.distill.term: A SSDHead has no towers'):
         distiller(one_stage('ssd'), one_stage('gfl'), distill=dict(term=CROSSKD))

@@ -75,5 +75,5 @@ def test_ranks_average_to_the_whole_batch(config, padded, make_context, term_of,
 
 
 def test_a_mask_over_channels_is_an_error():
-    with pytest.raises(ValueError, match="mask='ChannelAttention': expected a mask over the cells"):
+    with pytest.raises(ValueError, match="^mask: expected a mask over the cells"):
         MODELS.build(dict(type='DecoupledImitation', mask='ChannelAttention'))

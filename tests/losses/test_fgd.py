@@ -97,5 +97,5 @@ def test_gradient_reaches_what_trains_and_nothing_else(padded, connected):
 
 
 def test_unknown_box_mapping():
-    with pytest.raises(ValueError, match="box_mapping='pad'"):
+    with pytest.raises(ValueError, match="^box_mapping: expected one of batch, image, got 'pad'"):
         FGD(box_mapping='pad')

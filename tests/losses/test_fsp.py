@@ -54,5 +54,5 @@ def test_unlike_widths_are_adapted(stages, term_of):
 def test_a_single_level_has_no_flow(stages, term_of):
     with pytest.raises(ValueError, match="at least two levels, but 'backbone' gives 1"):
         term_of(stages, type='FSP', levels=(1, ))
-    with pytest.raises(ValueError, match="normalizer='cells'"):
+    with pytest.raises(ValueError, match="^normalizer: expected one of batch, mean, got 'cells'"):
         MODELS.build(dict(type='FSP', normalizer='cells'))

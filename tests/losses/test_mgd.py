@@ -39,5 +39,5 @@ def test_padding_does_not_count(padded, term_of, check_padding):
 
 
 def test_a_share_beyond_all_is_an_error():
-    with pytest.raises(ValueError, match='ratio=1: expected the share'):
+    with pytest.raises(ValueError, match='^ratio: expected a number of at least 0 and below 1, got 1'):
         MODELS.build(dict(type='MGD', ratio=1))

@@ -159,7 +159,7 @@ def test_what_can_not_be_compared(context, regions, faster_rcnn, distiller, part
 @pytest.mark.parametrize('arguments', [dict(CLASSES, form='x'), dict(CLASSES, normalizer='x'), dict(CLASSES, stage='x'),
                                        dict(MOVES, form='x'), dict(type='RPNImitation', form='x')])
 def test_unknown_arguments(arguments):
-    with pytest.raises(ValueError, match="='x': expected"):
+    with pytest.raises(ValueError, match="^(form|normalizer|stage): expected .*, got 'x'"):
         MODELS.build(arguments)
 
 

@@ -146,7 +146,7 @@ def test_boxes_of_classes_that_the_teacher_lacks_get_no_quality(detecting):
 
 
 def test_unknown_word_for_anchors():
-    with pytest.raises(ValueError, match="anchors='sum': expected one of max, mean"):
+    with pytest.raises(ValueError, match="^mask.anchors: expected one of max, mean, got 'sum'"):
         build_mask(dict(type='TeacherConfidence', anchors='sum'))
 
 

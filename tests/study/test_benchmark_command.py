@@ -8,6 +8,8 @@ import torch
 from mmengine.config import Config
 from mmengine.config.lazy import LazyObject
 
+import kd_det
+from kd_det.checks.environment import DiagnosisError
 from kd_det.cli.benchmark import add_arguments
 from kd_det.cli.main import main
 from kd_det.compat import load_checkpoint
@@ -43,6 +45,16 @@ def test_types_that_are_classes_are_written_by_their_names(run_config, retinanet
     train('plain', config, 'identity', log=lambda text: None)
     saved = next(Path(config.work_dir).glob('*/vis_data/config.py'))
     assert "type='mmdet.visualization.DetLocalVisualizer'" in saved.read_text() and load_config(saved)
+
+
+def test_weights_of_a_teacher_that_are_not_finite_are_refused_before_anything_trains(run_config, retinanet, tmp_path):
+    config = run_config(retinanet(), epochs=1, val=True)
+    config.dump(tmp_path / 'teacher.py')
+    torch.save(dict(state_dict={'neck.bias': torch.tensor([1.0, float('nan')])}), tmp_path / 'teacher.pth')
+    with pytest.raises(DiagnosisError, match=r'teacher checkpoint: .* not finite: 1 of 1 tensors, first neck.bias'):
+        kd_det.benchmark(student=config, teacher=str(tmp_path / 'teacher.py'), methods='none',
+                         teacher_checkpoints=[str(tmp_path / 'teacher.pth')], work_dir=tmp_path / 'work')
+    assert not (tmp_path / 'work' / 'none').exists()
 
 
 def test_a_benchmark_from_beginning_to_end(benchmark, tmp_path, capsys):

@@ -1,10 +1,18 @@
-"""What a run notes of code, libraries and machine, and what it evaluates with."""
+"""What a run notes of code, libraries and machine, what it evaluates with, and how it is found again."""
+import json
 import subprocess
 
 import pytest
 from mmdet.evaluation.metrics import coco_metric
 
-from kd_det.study.runs import CHECKOUT, describe_environment, find_commit, use_fast_coco_evaluation
+from kd_det.study.runs import (
+    CHECKOUT,
+    Run,
+    describe_environment,
+    find_commit,
+    load_finished_run,
+    use_fast_coco_evaluation,
+)
 
 
 @pytest.fixture
@@ -73,3 +81,49 @@ def test_without_it_nothing_changes(monkeypatch):
     before = coco_metric.COCOeval
     monkeypatch.setattr('kd_det.study.runs.find_spec', lambda name: None)
     assert not use_fast_coco_evaluation() and coco_metric.COCOeval is before
+
+
+STORED = dict(identity='i', start='', order='', checkpoint='epoch_1.pth', scalars='scalars.json', parameters=10,
+              metrics=dict(bbox_mAP=0.3), flops=None, seconds_per_iteration=0.1, peak_memory=None,
+              peak_device_memory=None, epochs=1, iterations=2, environment={})
+WHOLE = json.dumps(STORED, indent=2).encode()
+
+
+@pytest.fixture
+def finished(tmp_path):
+    for name in ('epoch_1.pth', 'scalars.json'):
+        (tmp_path / name).touch()
+
+    def load(content: bytes):
+        (tmp_path / 'result.json').write_bytes(content)
+        said = []
+        return load_finished_run(tmp_path, 'i', said.append), said
+
+    return load
+
+
+def test_a_finished_run_is_found_again(finished, tmp_path):
+    run, said = finished(WHOLE)
+    assert run == Run(**STORED).resolve_paths(tmp_path) and not said
+    assert finished(json.dumps({**STORED, 'identity': 'j'}).encode()) == (None, [])  # of other settings, not damaged
+
+
+@pytest.mark.parametrize('content, place', [
+    (b'', 'cut off in line 1: no JSON'),
+    (WHOLE[:60], 'cut off in line 5: no JSON'),
+    (WHOLE.replace(b'"start"', b'"start'), 'line 3: no JSON'),
+    (b'\xff\xfe\x00', 'expected JSON, got no text'),
+    (b'[1, 2]', "expected an object of JSON, got [1, 2]"),
+    (b'null', 'expected an object of JSON, got None'),
+    (b'[' * 100000, 'can not be read'),
+    (json.dumps({**STORED, 'parameters': 'many'}).encode(), "parameters: input should be a valid integer, got 'many'"),
+    (json.dumps({**STORED, 'parameters': 10**400}).encode(), 'parameters: input should be a valid integer'),
+    (json.dumps({**STORED, 'metrics': dict(bbox_mAP='')}).encode(), 'metrics.bbox_mAP: input should be a valid number'),
+    (json.dumps({**STORED, 'metrics': {}}).encode(), 'metrics.bbox_mAP: input should be a valid number, got None'),
+    (json.dumps({**STORED, 'checkpoint': 3}).encode(), 'checkpoint: input should be a valid string, got 3'),
+], ids=range(12))
+def test_a_result_that_can_not_be_read_is_named_and_the_run_done_again(content, place, finished):
+    run, said = finished(content)
+    assert run is None and len(said) == 1
+    assert "result.json': " in said[0].replace("' can", "': can") and place in said[0]
+    assert said[0].endswith('The run is done again.')

@@ -69,6 +69,32 @@ def test_each_training_sees_its_device_alone(jobs, monkeypatch, devices, at_once
     assert {outcome.error for outcome in outcomes} == {f'[{device}] 1' for device in expected}
 
 
+def test_a_training_is_given_a_pipe_that_ends_with_the_benchmark(jobs):
+    outcome, = JobPool(threads=1).run(jobs('[ -p /dev/stdin ] && echo a pipe; exit 1', 1), lambda text: None)
+    assert outcome.error == 'a pipe'
+
+
+@pytest.mark.parametrize('script, error', [
+    ('echo "Epoch 1"; kill -9 $$', 'ended by signal 9, perhaps for want of memory'),
+    ('echo "Epoch 1"; kill -11 $$', 'ended by signal 11'),
+    ('exit 3', 'exit status 3'),
+    ('echo "Epoch 1"; exit 0', 'it left no result'),
+    ("echo 'KeyError: x'; exit 1", 'KeyError: x'),
+])
+def test_a_training_that_was_ended_is_not_told_by_its_last_line(script, error, jobs):
+    outcome, = JobPool(threads=1).run(jobs(script, 1), lambda text: None)
+    assert outcome.error == error
+
+
+@pytest.mark.parametrize('content', ['{\n  "identity": "', '{', '\0\0'])
+def test_a_training_whose_result_is_cut_is_done_again(content, jobs, tmp_path):
+    said, made = [], jobs('echo trained; exit 1', 1)
+    (tmp_path / '0').mkdir()
+    (tmp_path / '0' / 'result.json').write_text(content)
+    outcome, = JobPool(threads=1).run(made, said.append)
+    assert outcome.error == 'trained' and said[0].endswith('The run is done again.') and 'result.json' in said[0]
+
+
 def test_a_training_logs_to_the_trackers_under_its_method_and_seed(jobs, tmp_path, monkeypatch):
     outcome, = JobPool(threads=1, trackers=['tensorboard', 'mlflow']).run(
         jobs('shift 4; echo "$@"; exit 1', 1), lambda text: None)

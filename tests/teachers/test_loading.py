@@ -8,6 +8,7 @@ from mmengine.config import ConfigDict
 from mmengine.model import PretrainedInit
 
 from kd_det.compat import CheckpointError
+from kd_det.compat.checkpoint import NotFiniteError
 from kd_det.teachers import TeacherError, load_strictly, read_model_config
 from kd_det.teachers.loading import is_pretrained, remove_pretrained
 
@@ -55,6 +56,33 @@ def test_chosen_keys_can_be_allowed(detector, tmp_path):
     state = {key: value for key, value in detector.state_dict().items() if not key.startswith('bbox_head.')}
     state['ema_neck'] = torch.zeros(1)
     load_strictly(detector, _save(tmp_path, state), allow_missing='bbox_head.*', allow_unexpected=['ema_*'])
+
+
+@pytest.mark.parametrize('key, value', [
+    ('backbone.layer2.0.conv1.weight', float('nan')), ('bbox_head.retina_cls.bias', float('nan')),
+    ('neck.lateral_convs.0.conv.weight', float('-inf')), ('backbone.bn1.running_var', float('nan')),
+    ('backbone.bn1.running_mean', float('inf'))])
+def test_weights_that_are_not_finite_are_refused(key, value, detector, tmp_path):
+    state = {f'module.{name}': tensor.clone() for name, tensor in detector.state_dict().items()}
+    state[f'module.{key}'].view(-1)[-1] = value
+    kind = 'nan' if value != value else 'infinite'
+    with pytest.raises(NotFiniteError, match=re.escape(
+            f"teacher.pth' of the teacher holds weights that are not finite: 1 of {_count_tensors(detector)} tensors, "
+            f"first {key} (1 of {state[f'module.{key}'].numel()} numbers is {kind}). Its training")):
+        load_strictly(detector, _save(tmp_path, state))
+
+
+def test_a_buffer_may_be_infinite_and_what_is_missing_is_whatever_memory_held(detector, tmp_path):
+    detector.register_buffer('mask', torch.zeros(2))
+    state = {key: value.clone() for key, value in detector.state_dict().items() if not key.startswith('bbox_head.')}
+    state['mask'][0] = float('-inf')
+    with torch.no_grad():
+        detector.bbox_head.retina_cls.bias.fill_(float('nan'))
+    load_strictly(detector, _save(tmp_path, state), allow_missing='bbox_head.*')
+
+
+def _count_tensors(model):
+    return sum(value.is_floating_point() for value in model.state_dict().values())
 
 
 def test_keys_of_older_versions_load_as_their_module_renames_them(tmp_path):

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from mmengine.structures import InstanceData
 
+from kd_det.config import ConfigurationError
 from kd_det.training import pictures
 from kd_det.training.pictures import (
     draw_channels,
@@ -136,11 +137,36 @@ def test_scalars_of_a_resumed_run_replace_what_was_lost(tmp_path):
     assert read_scalars([first, second]) == {'loss': {1: 4.0, 2: 2.0}}
 
 
-def test_a_broken_line_is_named(tmp_path):
-    file = write_lines(tmp_path / 'scalars.json', dict(loss=4.0, epoch=1, iter=10, step=10))
-    file.write_text(file.read_text() + '\n{"loss": 3')
-    with pytest.raises(ValueError, match='scalars.json, line 2'):
+GOOD = b'{"loss": 4.0, "epoch": 1, "step": 10}\n'
+
+
+@pytest.mark.parametrize('line', [
+    b'{"loss": 3', b'[1, 2]', b'3', b'null', b'"step"', b'{"loss": 3}', b'{"loss": 3, "step": null}', b'', b'\xff\xfe',
+    b'{"loss": 3, "step": [1]}', b'{"loss": 3, "step": 1, "epoch": "1"}', b'{"loss": 3, "step": NaN}', b'[' * 100000,
+    b'{"loss": 3, "step": true}', b'\0' * 50])
+def test_a_broken_line_is_named(line, tmp_path):
+    file = tmp_path / 'scalars.json'
+    file.write_bytes(GOOD + line + b'\n' + line + b'\n' + GOOD.replace(b'10', b'20'))
+    with pytest.raises(ConfigurationError, match="scalars.json', line 2: expected a JSON object with a 'step', found"):
         read_scalars(file)
+    said = []
+    assert read_scalars(file, said.append) == {'loss': {1: 4.0}}  # the lines before and after it count
+    assert len(said) == 1 and 'line 2' in said[0] and 'and 1 more; left out' in said[0]
+
+
+@pytest.mark.parametrize('end', [b'', b'{', b'{"loss": 3.0, "epoch": 2, "st', b'{"name": "caf\xc3', b'\0\0\0'])
+def test_a_line_that_a_killed_run_has_not_ended_does_not_count(end, tmp_path):
+    file = tmp_path / 'scalars.json'
+    file.write_bytes(GOOD + end)
+    assert read_scalars(file) == {'loss': {1: 4.0}}
+    file.write_bytes(end)
+    assert read_scalars(file) == {}
+
+
+def test_numbers_that_no_figure_holds_are_left_out(tmp_path):
+    file = tmp_path / 'scalars.json'
+    file.write_text('{"loss": ' + '9' * 400 + ', "other": NaN, "step": 1}\n')
+    assert list(read_scalars(file)) == ['other']
 
 
 def test_curves_are_means_with_a_band_of_all_runs():

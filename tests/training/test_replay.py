@@ -91,7 +91,8 @@ def test_an_image_that_a_transform_drops_is_dropped():
     assert _replay([Drop(), Draw()])(dict(img_id=0)) is None
 
 
-@pytest.mark.parametrize('config, message', [(dict(period=0), 'period=0'),
+@pytest.mark.parametrize('config, message', [(dict(period=0), '^period: expected an integer of at least 1 or None'),
+                                             (dict(transforms=3), '^transforms: expected a list'),
                                              (dict(transforms=[dict(type='Mosaic')]), 'Mosaic mixes'),
                                              (dict(transforms=[dict(type='CachedMosaic')]), 'CachedMosaic mixes')])
 def test_what_can_not_be_replayed(config, message):

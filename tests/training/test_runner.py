@@ -1,10 +1,13 @@
 """The checkpoint that is tested or resumed."""
+import re
+
 import pytest
 import torch
 from mmdet.registry import MODELS
 
 from kd_det.checks.checkpoints import inspect_start_weights
 from kd_det.compat import CheckpointError
+from kd_det.compat.checkpoint import NotFiniteError
 from kd_det.training.runner import check_start
 
 
@@ -95,3 +98,35 @@ def test_what_can_not_be_resumed_is_told(retinanet, make_runner, tmp_path):
         check_start(runner)
     finding, = inspect_start_weights(runner.cfg)
     assert finding.fault and 'can not be resumed' in finding.found
+
+
+@pytest.mark.parametrize('whole', [True, False])
+def test_weights_that_are_not_finite_are_refused(whole, retinanet, make_runner, tmp_path):
+    """Tested, resumed or started from; by the doctor too."""
+    config, checkpoint = retinanet(), str(tmp_path / 'student.pth')
+    state = MODELS.build(config).state_dict()
+    state['neck.fpn_convs.1.conv.bias'][0] = float('inf')
+    torch.save(dict(state_dict=state), checkpoint)
+    runner = make_runner(config, load_from=checkpoint)
+    said = (r"student.pth' of the student holds weights that are not finite: 1 of \d+ tensors, first "
+            r'neck.fpn_convs.1.conv.bias \(1 of 8 numbers is infinite\)')
+    with pytest.raises(NotFiniteError, match=said):
+        check_start(runner, whole)
+    finding, = inspect_start_weights(runner.cfg)
+    assert finding.fault and re.search(said, finding.found)
+
+
+@pytest.mark.parametrize('entry, path', [
+    (dict(ema_state_dict={'module.neck.bias': torch.tensor([float('nan')])}), 'ema_state_dict.module.neck.bias'),
+    (dict(distill=dict(terms={'fgd.weight': torch.tensor([float('nan')])}, weights={})), 'distill.terms.fgd.weight'),
+    (dict(distill=dict(terms={}, weights=dict(pkd=dict(averages=torch.tensor([float('nan')]))))),
+     'distill.weights.pkd.averages'),
+    (dict(optimizer=dict(state={3: dict(exp_avg=torch.tensor([float('nan')]))}, param_groups=[])),
+     'optimizer.state.3.exp_avg')])
+def test_a_training_is_not_resumed_from_what_is_not_finite(entry, path, retinanet, make_runner, tmp_path):
+    config, checkpoint = retinanet(), str(tmp_path / 'student.pth')
+    torch.save(dict(state_dict=MODELS.build(config).state_dict(), meta=dict(epoch=1, iter=2), message_hub={}, **entry),
+               checkpoint)
+    check_start(make_runner(config, name='tested', load_from=checkpoint))  # which reads none of it
+    with pytest.raises(NotFiniteError, match=f'not finite: 1 of 1 tensors, first {path} '):
+        check_start(make_runner(config, load_from=checkpoint, resume=True))

@@ -10,6 +10,7 @@ from mmengine.config import Config
 
 import kd_det
 from kd_det.compat import load_checkpoint
+from kd_det.compat.checkpoint import NotFiniteError
 from kd_det.config import ConfigurationError
 from kd_det.training import runs
 from kd_det.training.pictures import read_scalars
@@ -140,6 +141,18 @@ def test_distill_then_evaluate_then_export(student_config, retinanet, teacher, t
     assert all(torch.equal(value, weights[name]) for name, value in student.state_dict().items())
     assert as_json(exported)['checkpoint'] == str(exported.checkpoint)
     assert all(each in exported._repr_html_() for each in ('<table', 'RetinaNet', 'student.pth'))
+
+
+def test_weights_that_are_not_finite_are_neither_exported_nor_evaluated(student_config, retinanet, tmp_path):
+    state, file = MODELS.build(retinanet()).state_dict(), tmp_path / 'student.pth'
+    state['bbox_head.retina_cls.bias'][0] = float('nan')
+    torch.save(dict(state_dict=state), file)
+    said = r"student.pth' of the student holds weights that are not finite: 1 of \d+ tensors, first bbox_head.retina"
+    with pytest.raises(NotFiniteError, match=f"^The checkpoint '.*{said}"):
+        kd_det.export(student_config(), file, tmp_path / 'out' / 'plain.pth')
+    assert not (tmp_path / 'out').exists()
+    with pytest.raises(NotFiniteError, match=said):
+        kd_det.evaluate(student_config(), file)
 
 
 def test_several_checkpoints_are_an_ensemble(student_config, teacher, tmp_path, monkeypatch):

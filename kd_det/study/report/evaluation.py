@@ -20,7 +20,7 @@ from pycocotools.coco import COCO
 from torch import Tensor, nn
 
 from kd_det.checks.image_reader import read_image
-from kd_det.compat import load_checkpoint
+from kd_det.compat import CheckpointError, load_checkpoint
 from kd_det.config import ConfigurationError
 from kd_det.config.classes import ClassMatch, count_classes, match_classes
 from kd_det.config.files import is_distillation
@@ -110,7 +110,9 @@ def _make_teacher_run(study: Study, teacher: dict) -> TrainedRun:
 def _evaluate_variant(evaluation: StudyEvaluation, variant: str, runs: list[TrainedRun], validation: Validation,
                       truth: COCO, shown: Sequence[int], teacher: dict | None = None) -> None:
     """Adds the accuracies of a variant, and boxes and attention of its first run; the classes of a teacher by name."""
-    first = load_detector(runs[0].config, str(runs[0].checkpoint), teacher)
+    first, runs = _load_first(evaluation, variant, runs, teacher)
+    if first is None:
+        return
     count, match = count_classes(first), None
     try:
         match = _match_classes(teacher, count, validation.classes) if teacher else None
@@ -127,8 +129,12 @@ def _evaluate_variant(evaluation: StudyEvaluation, variant: str, runs: list[Trai
         evaluation.accuracies[variant] = {}
     for run in runs:
         data: list[Any] = [identify_file(run.checkpoint), [image._asdict() for image in validation.images]]
-        detections = load_or_make(run.folder, 'detections', data,
-                                  partial(_detect, run, first if run is runs[0] else None, validation))
+        try:
+            detections = load_or_make(run.folder, 'detections', data,
+                                      partial(_detect, run, first if run is runs[0] else None, validation))
+        except CheckpointError as error:
+            evaluation.notes.append(_describe_unreadable(variant, run, error))
+            continue
         if match is not None:
             detections, data = [_relabel(each, match) for each in detections], [*data, match.of_teacher]
         if variant in evaluation.accuracies:
@@ -141,6 +147,21 @@ def _evaluate_variant(evaluation: StudyEvaluation, variant: str, runs: list[Trai
             attention = load_or_make(run.folder, 'attention', _list_causes(run, validation, shown),
                                      partial(draw_attention, first, validation, shown))
             evaluation.maps[variant] = [dict(attention=levels) for levels in attention]
+
+
+def _load_first(evaluation: StudyEvaluation, variant: str, runs: list[TrainedRun],
+                teacher: dict | None) -> tuple[nn.Module | None, list[TrainedRun]]:
+    """Loads the detector of the first run whose checkpoint can be read; returns the runs from that on."""
+    for index, run in enumerate(runs):
+        try:
+            return load_detector(run.config, str(run.checkpoint), teacher), runs[index:]
+        except (CheckpointError, TeacherError) as error:
+            evaluation.notes.append(_describe_unreadable(variant, run, error))
+    return None, []
+
+
+def _describe_unreadable(variant: str, run: TrainedRun, error: Exception) -> str:
+    return f"What the {variant if variant == TEACHER else f'{variant}, seed {run.seed},'} detects is not shown: {error}"
 
 
 def _detect(run: TrainedRun, detector: nn.Module | None, validation: Validation) -> list[list[Detection]]:

@@ -23,6 +23,8 @@ from mmdet.utils import register_all_modules
 from mmengine.logging import MMLogger
 
 from kd_det import __version__
+from kd_det.compat.writing import refuse_to_replace, write_whole
+from kd_det.config.arguments import Index, declared
 from kd_det.config.files import set_data_root
 from kd_det.config.options import merge_options
 from kd_det.study.report.evaluation import TEACHER
@@ -81,9 +83,11 @@ class Report:
         return f'{verdicts}<iframe srcdoc="{page}" style="width: 100%; height: 40em; border: 0"></iframe>'
 
 
-def report(work_dirs: str | Path | Sequence[str | Path], *, out: str | Path | None = None, images: int = 8,
+@declared
+def report(work_dirs: str | Path | Sequence[str | Path], *, out: str | Path | None = None, images: Index = 8,
            show: Sequence[str] = (), teacher_checkpoint: str | None = None, data_root: str | None = None,
-           options: dict[str, Any] | None = None, log: Callable[[str], None] = print) -> Report:
+           options: dict[str, Any] | None = None, force: bool = False,
+           log: Callable[[str], None] = print) -> Report:
     """Makes one page of what runs left behind: does distilling help, by how much, and where.
 
     Args:
@@ -94,13 +98,17 @@ def report(work_dirs: str | Path | Sequence[str | Path], *, out: str | Path | No
         teacher_checkpoint: The teacher's weights, where they are no longer where the runs had them.
         data_root: Folder of the data, where it is no longer where the runs had it.
         options: Settings that override the configs of the runs, by dotted key.
+        force: Replace a file of that name that is no report.
         log: Given a line on what is being done, and each note on what is missing.
 
     Raises:
         FileNotFoundError: There is no such work dir.
+        WritingError: There is a file of the page's name that is no report.
         ConfigurationError: A folder is no work dir, or no validation image has a name of ``show``, or several have.
     """
     folders = [Path(each) for each in ([work_dirs] if isinstance(work_dirs, (str, Path)) else work_dirs)]
+    file = Path(out) if out else folders[0] / 'report.html'
+    refuse_to_replace(file, lambda content: b'<title>kd_det report: ' in content, 'a report', force)
     register_all_modules(init_default_scope=True)
     MMLogger.get_current_instance().setLevel('WARNING')
     warnings.filterwarnings('ignore', category=UserWarning)  # of PyTorch about mmdet's meshgrid, for each detector
@@ -116,8 +124,7 @@ def report(work_dirs: str | Path | Sequence[str | Path], *, out: str | Path | No
         studies.append(collect(study, images, teacher, log, show))
         for note in studies[-1]['notes']:
             log(f'Note: {note}')
-    file = Path(out) if out else folders[0] / 'report.html'
-    file.write_text(render(studies), encoding='utf-8')
+    write_whole(file, render(studies))
     return Report(file, studies)
 
 

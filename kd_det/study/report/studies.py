@@ -1,22 +1,22 @@
 """The runs that a report tells of, as their work dirs hold them: configs, checkpoints, logs; and what is kept there."""
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mmengine.config import Config
 
+from kd_det.compat.writing import write_whole
 from kd_det.config import ConfigurationError
-from kd_det.config.files import get_type_name, is_distillation, load_config
+from kd_det.config.files import get_type_name, is_distillation, load_config, student_model
 from kd_det.distillers import build_schedule
-from kd_det.study.fidelity import FIDELITY_FILE
-from kd_det.study.results import summarize, summarize_fidelity
-from kd_det.study.runs import RESULT_FILE
+from kd_det.study.fidelity import FIDELITY_FILE, Splits
+from kd_det.study.results import RESULTS_FILE, summarize, summarize_fidelity
+from kd_det.study.runs import RESULT_FILE, check_run, check_shape, read_json, sha256
 from kd_det.study.scheduling import CONFIG_FILE
 from kd_det.study.variants import PLAIN
 from kd_det.training.pictures import Curve
@@ -102,9 +102,9 @@ def read_studies(folders: Sequence[Path]) -> list[Study]:
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no work dir '{folder}'.")
-        if (folder / 'results.json').is_file():
+        if (folder / RESULTS_FILE).is_file():
             studies.append(_read_finished_benchmark(folder))
-        elif list(folder.glob(f'*/seed*/{RESULT_FILE}')):
+        elif _find_runs(folder):
             studies.append(_read_unfinished_benchmark(folder))
         else:
             singles.append(_read_training(folder))
@@ -168,17 +168,19 @@ def load_or_make(folder: Path, name: str, depends_on: Any, make: Callable[[], An
         make: Makes it; returns what JSON can hold.
     """
     file = folder / FOLDER / f'{name}.json'
-    identity = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()
-    if file.is_file():
-        stored = json.loads(file.read_text(encoding='utf-8'))
-        if stored.get('identity') == identity:
+    identity = _hash(depends_on)
+    with suppress(ConfigurationError):  # what can not be read is made anew
+        stored = read_json(file)
+        if stored.get('identity') == identity and stored.get('checksum') == _hash(stored.get('content')):
             return stored['content']
     content = make()
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix('.partial')
-    partial.write_text(json.dumps(dict(identity=identity, content=content)), encoding='utf-8')
-    os.replace(partial, file)
+    write_whole(file, json.dumps(dict(identity=identity, checksum=_hash(content), content=content)))
     return content
+
+
+def _hash(content: Any) -> str:
+    return sha256(json.dumps(content, sort_keys=True, default=str).encode())
 
 
 def identify_file(file: Path) -> list:
@@ -187,55 +189,128 @@ def identify_file(file: Path) -> list:
     return [file.name, status.st_size, status.st_mtime_ns]
 
 
+@dataclass
+class Entry:
+    """What is read of an element of ``runs`` in ``results.json``, beside its :class:`~kd_det.study.runs.Run`."""
+    variant: str
+    seed: int
+    folder: str
+    status: Literal['finished', 'failed']
+
+
 def _read_finished_benchmark(folder: Path) -> Study:
-    results = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
-    if not {'runs', 'summary', 'pair'} <= set(results):
-        raise ConfigurationError(f"'{folder / 'results.json'}' is not that of kd-det benchmark.")
-    results.setdefault('fidelity', {})
-    finished = [entry for entry in results['runs'] if entry['status'] == 'finished']
-    notes = [f"{entry['variant']}, seed {entry['seed']} failed: {entry['error']}" for entry in results['runs']
-             if entry['status'] == 'failed']
-    return Study(folder.resolve().name, [_read_run(folder, entry) for entry in finished], results, notes)
+    file, notes = folder / RESULTS_FILE, []
+    try:
+        results = read_json(file)
+        if not {'runs', 'summary', 'pair'} <= set(results):
+            raise ConfigurationError(f"'{file}' is not that of kd-det benchmark.")
+        check_shape(results['runs'], list, f"'{file}': runs")
+    except ConfigurationError as error:
+        if not _find_runs(folder):
+            raise
+        return _read_unfinished_benchmark(folder, f'{error} This is what its runs left.')
+    entries, splits = [], []
+    for index, entry in enumerate(results['runs']):
+        try:
+            check_shape(entry, Entry)
+            if entry['status'] == 'finished':
+                check_run(entry)
+                check_shape(entry.get('fidelity', {}), Splits, 'fidelity')
+        except ConfigurationError as error:
+            notes.append(f"A run is left out, for '{file}' can not be read there: runs.{index}.{error}")
+            continue
+        entries.append(entry)
+        splits += entry.get('fidelity', {})
+        if entry['status'] == 'failed':
+            notes.append(f"{entry['variant']}, seed {entry['seed']} failed: {entry.get('error')}")
+    teachers: dict = dict(teacher=None, further_teachers=[])
+    try:
+        if results.get('teacher') is not None:
+            check_run(results['teacher'])
+            check_shape(results.get('further_teachers', []), list[dict], 'further_teachers')
+            for further in results.get('further_teachers', ()):
+                check_run(further.get('run'))
+            teachers = {name: results[name] for name in teachers if name in results}
+    except ConfigurationError as error:
+        notes.append(f"The teacher's run is left out, for '{file}' can not be read there: {error}")
+    # What the file sums up follows from its runs, of which some may be left out.
+    results = dict(results, **teachers, runs=entries, summary=summarize(entries),
+                   fidelity=summarize_fidelity(entries, list(dict.fromkeys(splits))))
+    return _make_study(folder, results, notes)
 
 
-def _read_unfinished_benchmark(folder: Path) -> Study:
-    entries, notes = [], ['The benchmark has not finished, for there is no results.json: this is what has.']
-    for run in sorted(path for path in folder.glob('*/seed*') if path.is_dir()):
+def _read_unfinished_benchmark(folder: Path, note: str = 'The benchmark has not finished, for there is no '
+                               f'{RESULTS_FILE}: this is what has.') -> Study:
+    entries, notes = [], [note]
+    for run in _find_runs(folder):
         variant, seed = run.parent.name, int(run.name[len('seed'):])
         if not (run / RESULT_FILE).is_file():
             notes.append(f'{variant}, seed {seed} has not finished.')
             continue
-        stored = json.loads((run / RESULT_FILE).read_text(encoding='utf-8'))
+        try:
+            stored = read_json(run / RESULT_FILE)
+            check_run(stored, f"'{run / RESULT_FILE}': ")
+        except ConfigurationError as error:
+            notes.append(f'{variant}, seed {seed} is left out: {error}')
+            continue
         paths = {name: str(run.relative_to(folder) / stored[name]) for name in ('checkpoint', 'scalars')}
         entry = dict(stored, variant=variant, seed=seed, status='finished', folder=str(run.relative_to(folder)),
                      **paths)
         if (run / FIDELITY_FILE).is_file():
-            entry['fidelity'] = json.loads((run / FIDELITY_FILE).read_text(encoding='utf-8'))['splits']
+            try:
+                measured = read_json(run / FIDELITY_FILE)
+                check_shape(measured.get('splits'), Splits, f"'{run / FIDELITY_FILE}': splits")
+                entry['fidelity'] = measured['splits']
+            except ConfigurationError as error:
+                notes.append(f'{variant}, seed {seed}: its fidelity is left out: {error}')
         entries.append(entry)
     entries.sort(key=lambda entry: entry['variant'] != PLAIN)
     splits = list(dict.fromkeys(split for entry in entries for split in entry.get('fidelity', {})))
     results = dict(teacher=None, runs=entries, summary=summarize(entries), fidelity=summarize_fidelity(entries, splits))
-    return Study(folder.resolve().name, [_read_run(folder, entry) for entry in entries], results, notes)
+    return _make_study(folder, results, notes)
+
+
+def _make_study(folder: Path, results: dict, notes: list[str]) -> Study:
+    """A study of the runs that have finished; those whose config can not be read are in its table alone."""
+    runs = []
+    for entry in results['runs']:
+        if entry['status'] == 'finished':
+            try:
+                runs.append(_read_run(folder, entry))
+            except (ConfigurationError, OSError) as error:
+                notes.append(f"{entry['variant']}, seed {entry['seed']}: its curves and boxes are left out: {error}")
+    if not runs:
+        raise ConfigurationError(f"'{folder}' has no run that has finished and can be read. " + ' '.join(notes))
+    return Study(folder.resolve().name, runs, results, notes)
+
+
+def _find_runs(folder: Path) -> list[Path]:
+    """The folders of a benchmark's runs."""
+    return sorted(path for path in folder.glob('*/seed*') if path.name[len('seed'):].isdecimal() and path.is_dir())
 
 
 def _read_run(root: Path, entry: dict) -> TrainedRun:
     """Reads a finished run of a benchmark."""
     folder, checkpoint = root / entry['folder'], root / entry['checkpoint']
-    return TrainedRun(entry['variant'], entry['seed'], folder, load_config(folder / CONFIG_FILE),
-                      checkpoint if checkpoint.is_file() else None, [root / entry['scalars']])
+    config = load_config(folder / CONFIG_FILE)
+    student_model(config)  # raises without a model
+    return TrainedRun(entry['variant'], entry['seed'], folder, config, checkpoint if checkpoint.is_file() else None,
+                      [root / entry['scalars']])
 
 
 def _read_training(folder: Path) -> TrainedRun:
     logs = sorted(folder.glob('*/vis_data'))
-    config = next((path / 'config.py' for path in reversed(logs) if (path / 'config.py').is_file()), None)
-    if config is None:
+    configs = [path / 'config.py' for path in reversed(logs) if (path / 'config.py').is_file()]
+    if not configs:
         raise ConfigurationError(f"'{folder}' is no work dir of a benchmark (*/seed*/result.json) nor of a training "
                                  '(*/vis_data/config.py): give one that kd-det benchmark, distill or train wrote.')
-    loaded, last = load_config(config), folder / 'last_checkpoint'
-    checkpoint = folder / Path(last.read_text(encoding='utf-8').strip()).name if last.is_file() else None
+    loaded, last = load_config(configs[0]), folder / 'last_checkpoint'
+    student_model(loaded)
+    name = last.read_text(encoding='utf-8', errors='replace').strip() if last.is_file() else ''
+    checkpoint = folder / Path(name).name
     scalars = [path / 'scalars.json' for path in logs if (path / 'scalars.json').is_file()]
     return TrainedRun(folder.resolve().name, (loaded.get('randomness') or {}).get('seed') or 0, folder, loaded,
-                      checkpoint if checkpoint and checkpoint.is_file() else None, scalars)
+                      checkpoint if name and checkpoint.is_file() else None, scalars)
 
 
 def _unweighted_pull(weight, logged: list[Curve | None]) -> list[Curve] | None:

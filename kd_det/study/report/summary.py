@@ -248,7 +248,8 @@ def _collect_curves(study: Study, notes: list[str]) -> dict:
     """Curves: quantity -> variant -> one curve a seed. Terms: variant -> its terms, and the student's own losses."""
     logged: dict[str, list] = {}
     for variant, runs in study.variants.items():
-        logged[variant] = [read_scalars(run.scalars) for run in runs if run.scalars and run.scalars[-1].is_file()]
+        logged[variant] = [read_scalars(run.scalars, notes.append) for run in runs
+                           if run.scalars and run.scalars[-1].is_file()]
         if len(logged[variant]) < len(runs):
             notes.append(f'{variant}: the log (scalars.json) of {len(runs) - len(logged[variant])} run(s) is missing.')
         diverged = [each['loss'] for each in logged[variant] if not np.isfinite([*each.get('loss', {}).values()]).all()]

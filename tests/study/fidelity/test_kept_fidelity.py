@@ -50,3 +50,14 @@ def test_what_was_measured_in_other_settings_is_measured_again(measured, tmp_pat
     assert kept['settings'].items() >= dict(confidence=0.3, min_iou=0.5, calibrated_from=0.05, bins=15).items()
     monkeypatch.setattr(FidelityMetric, 'settings', dict(confidence=0.5))
     assert measured('https://host/teacher.pth') == ['val']
+
+
+@pytest.mark.parametrize('content', [b'', b'{"splits": {', b'\xff', b'[]', b'{}', 'SPLITS', 'NUMBERS'])
+def test_what_can_not_be_read_is_measured_again(content, measured, tmp_path):
+    file = tmp_path / 'none' / FIDELITY_FILE
+    assert measured('https://host/teacher.pth') == ['val']
+    stored = json.loads(file.read_text())
+    texts = dict(SPLITS=dict(stored, splits=['val']), NUMBERS=dict(stored, splits=dict(val=dict(found='much'))))
+    file.write_bytes(content if isinstance(content, bytes) else json.dumps(texts[content]).encode())
+    assert measured('https://host/teacher.pth') == ['val']
+    assert measured('https://host/teacher.pth') == []

@@ -9,8 +9,8 @@ from kd_det.cli.main import main
 from kd_det.compat import load_checkpoint
 from kd_det.config.files import ConfigurationError
 from kd_det.study.report.page import render, report
-from kd_det.study.report.studies import read_studies
-from kd_det.study.report.summary import _compare_classes, _put_in_words, collect
+from kd_det.study.report.studies import load_or_make, read_studies
+from kd_det.study.report.summary import _compare_classes, _put_in_words, collect, compare_variants
 
 RESULT = dict(identity='', start='', order='', parameters=10, flops=None, seconds_per_iteration=0.1, peak_memory=None,
               peak_device_memory=None, epochs=1, iterations=2, checkpoint='epoch_1.pth',
@@ -55,6 +55,116 @@ def test_a_finished_benchmark_is_read_from_its_results(unfinished):
     (unfinished / 'results.json').write_text(json.dumps(results))
     study, = read_studies([unfinished])
     assert len(study.runs) == 4 and study.notes == ['pkd, seed 0 failed: out of memory']
+
+
+def damage(content, path, value):
+    """A copy of what JSON holds with another value at a path; none for DELETED."""
+    made = json.loads(json.dumps(content))
+    node = made
+    for key in path[:-1]:
+        node = node[key]
+    if value == 'DELETED':
+        del node[path[-1]]
+    else:
+        node[path[-1]] = value
+    return made
+
+
+@pytest.fixture
+def results(unfinished):
+    """What ``results.json`` of that benchmark would hold."""
+    study, = read_studies([unfinished])
+    teacher = dict(study.results['runs'][0])
+    entries = [dict(entry, fidelity=dict(val=dict(found=0.5))) for entry in study.results['runs']]
+    return json.loads(json.dumps(dict(study.results, pair={}, runs=entries, teacher=teacher, further_teachers=[])))
+
+
+@pytest.mark.parametrize('content, place', [
+    (b'', 'cut off in line 1'), (b'{"runs": [\n{"vari', 'cut off in line 2'), (b'\xff\xfe', 'got no text'),
+    (b'[]', 'expected an object'), (b'{"runs": 3}', 'is not that of kd-det benchmark'),
+    (b'{"runs": 3, "pair": 1, "summary": 2}', 'input should be a valid array'),
+])
+def test_where_the_results_can_not_be_read_those_of_the_runs_are(content, place, unfinished):
+    (unfinished / 'results.json').write_bytes(content)
+    study, = read_studies([unfinished])
+    assert len(study.runs) == 4 and place in study.notes[0] and "results.json'" in study.notes[0]
+    assert study.notes[0].endswith('This is what its runs left.')
+
+
+@pytest.mark.parametrize('path', [
+    ('variant', ), ('seed', ), ('status', ), ('folder', ), ('metrics', ), ('metrics', 'bbox_mAP'), ('checkpoint', ),
+    ('parameters', ), ('flops', ), ('seconds_per_iteration', ), ('peak_memory', ), ('fidelity', 'val', 'found')])
+@pytest.mark.parametrize('value', ['x', [], {'a': 1}, True, 10**400], ids=['text', 'list', 'dict', 'true', 'huge'])
+def test_a_run_of_the_results_that_can_not_be_read_is_left_out_and_named(path, value, unfinished, results):
+    is_right = (path[0] in ('variant', 'folder', 'checkpoint') and value == 'x'
+                or path[-1] in ('bbox_mAP', 'seconds_per_iteration', 'found') and value == 10**400)  # infinite
+    (unfinished / 'results.json').write_text(json.dumps(damage(results, ('runs', 1, *path), value)))
+    study, = read_studies([unfinished])
+    compare_variants(study)
+    if not is_right:
+        assert len(study.runs) == 3 and any(f'runs.1.{path[0]}' in note for note in study.notes)
+
+
+@pytest.mark.parametrize('key', ['summary', 'fidelity', 'teacher', 'further_teachers', 'pair', 'versions', 'machine'])
+@pytest.mark.parametrize('value', ['x', [1, 'a'], {'a': 1}, 3, 'DELETED'], ids=str)
+def test_what_else_the_results_hold_may_be_anything(key, value, unfinished, results):
+    if key in results or value != 'DELETED':
+        results = damage(results, (key, ), value)
+    (unfinished / 'results.json').write_text(json.dumps(results))
+    study, = read_studies([unfinished])
+    if study.notes[-1:] and 'is not that of' in study.notes[0]:  # then the runs are read
+        return
+    made = compare_variants(study)
+    assert [row['method'] for row in made['table']['rows']][-2:] == ['none', 'fgd']
+
+
+@pytest.mark.parametrize('name, content, note', [
+    ('result.json', '{"identity": ""', "fgd, seed 1 is left out: '"),
+    ('result.json', '[]', 'expected an object of JSON'),
+    ('result.json', json.dumps(dict(RESULT, metrics={})), 'input should be a valid number'),
+    ('fidelity.json', '{"splits": {"val": 3}}', 'fgd, seed 1: its fidelity is left out'),
+    ('fidelity.json', '{', 'cut off in line 1'),
+    ('config.py', 'model = dict(\n', 'fgd, seed 1: its curves and boxes are left out'),
+    ('config.py', 'raise SystemExit(0)', 'it calls sys.exit(0)'),
+    ('config.py', '', 'has no model'),
+    ('config.py', None, 'There is no config file'),
+    ('log/vis_data/scalars.json', b'\xff\xfe\n' * 3, "scalars.json', line 1: expected a JSON object"),
+    ('log/vis_data/scalars.json', None, 'the log (scalars.json) of 1 run(s) is missing'),
+], ids=range(11))
+def test_a_file_of_a_run_that_can_not_be_read_is_named_and_the_rest_shown(name, content, note, unfinished):
+    file = unfinished / 'fgd' / 'seed1' / name
+    if content is None:
+        file.unlink()
+    else:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    made = collect(read_studies([unfinished])[0])
+    assert any(note in each for each in made['notes']), made['notes']
+    assert [row['method'] for row in made['table']['rows']] == ['none', 'fgd']
+
+
+def test_a_benchmark_whose_runs_are_all_unfinished_is_told_of(unfinished):
+    for file in unfinished.glob('*/seed*/result.json'):
+        file.unlink()
+    with pytest.raises(ConfigurationError, match='has no run that has finished and can be read.*none, seed 0 has not'):
+        read_studies([unfinished])
+
+
+def test_other_folders_within_a_benchmark_do_not_count(unfinished):
+    for name in ('none/seedling', 'none/seed', 'x/seed-1'):
+        (unfinished / name).mkdir(parents=True)
+    (unfinished / 'none' / 'seed7').write_text('a file')
+    assert len(read_studies([unfinished])[0].runs) == 4
+
+
+@pytest.mark.parametrize('damaged', ['', '{"identity": ', '[]', '{}', 'IDENTITY', 'CONTENT'])
+def test_what_was_kept_for_a_report_is_made_anew_where_it_can_not_be_read(damaged, tmp_path):
+    file = tmp_path / 'report' / 'boxes.json'
+    assert load_or_make(tmp_path, 'boxes', [1], lambda: [2]) == [2]
+    assert load_or_make(tmp_path, 'boxes', [1], lambda: pytest.fail('it is there')) == [2]
+    stored = json.loads(file.read_text())
+    texts = dict(IDENTITY=json.dumps(dict(identity=stored['identity'])), CONTENT=json.dumps(dict(stored, content=[3])))
+    file.write_text(texts.get(damaged, damaged))
+    assert load_or_make(tmp_path, 'boxes', [1], lambda: [4]) == [4]
 
 
 def test_without_data_and_checkpoints_the_numbers_and_curves_remain(unfinished):

@@ -1,0 +1,111 @@
+"""A plain student out of a run's checkpoint, for whoever does not have kd_det."""
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+
+from kd_det.compat import CheckpointError, NotFiniteError
+from kd_det.compat.console import TextTable
+from kd_det.compat.writing import refuse_to_replace, write_whole
+from kd_det.config import ConfigurationError
+from kd_det.config.arguments import declared
+from kd_det.config.files import get_type_name, list_imports, student_config
+from kd_det.config.methods import available_methods
+from kd_det.config.options import resolve_config
+from kd_det.registry import build_detector, enter_scope, get_scope
+from kd_det.teachers import load_strictly
+
+# By what an export is known, which another may replace.
+EXPORTED, EXPORTED_CONFIG = 'kd-det export', '# Exported by kd-det: a plain student, for stock MMDetection.\n'
+
+
+@dataclass(frozen=True)
+class ExportedStudent:
+    """A plain student, for stock MMDetection and whatever reads its models.
+
+    Attributes:
+        checkpoint: Its weights, and nothing else but what its classes are.
+        config: Its config, which needs kd_det no more.
+        detector: Its type, such as ``FasterRCNN``.
+        parameters: How many it has.
+    """
+    checkpoint: Path
+    config: Path
+    detector: str
+    parameters: int
+
+    def tabulate(self) -> TextTable:
+        """Makes a table of what it is and where."""
+        rows = [('detector', self.detector), ('parameters', f'{self.parameters:,}'),
+                ('checkpoint', str(self.checkpoint)), ('config', str(self.config))]
+        return TextTable('Exported student', ('', ''), rows, words=(0, 1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all of it as JSON can hold it."""
+        return dict(asdict(self), checkpoint=str(self.checkpoint), config=str(self.config))
+
+    def _repr_html_(self) -> str:
+        return self.tabulate().to_html()
+
+
+@declared
+def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path, *, data_root: str | None = None,
+           options: dict[str, Any] | None = None, force: bool = False) -> ExportedStudent:
+    """Writes a plain student: its weights alone, and a config that stock MMDetection reads.
+
+    Args:
+        config: Of the run that wrote the checkpoint: a file, ``'package::folder/file.py'``, or a config.
+        checkpoint: A file.
+        out: The file to write, ``.pth``; the config comes beside it, as ``.py``.
+        data_root: Folder of the data, in place of the config's.
+        options: Settings that override the config, by dotted key.
+        force: Replace files of these names that no export wrote.
+
+    Raises:
+        ConfigurationError: The checkpoint is not of the student in the config.
+        NotFiniteError: Its weights are NaN or infinite.
+        WritingError: A file of that name exists, and is no export; or it can not be written.
+    """
+    out = Path(out)
+    if out.suffix == '.py':
+        raise ConfigurationError(f"'{out}': expected the name of a checkpoint, such as '{out.with_suffix('.pth')}'; "
+                                 'the config comes beside it.')
+    refuse_to_replace(out, lambda content: EXPORTED.encode() in content, 'an exported student', force)
+    refuse_to_replace(out.with_suffix('.py'), lambda content: content.startswith(EXPORTED_CONFIG.encode()),
+                      'the config of an exported student', force)
+    plain = _strip_distillation(resolve_config(config, data_root, options))
+    enter_scope(get_scope(plain))
+    model = build_detector(plain.model)
+    try:
+        loaded = load_strictly(model, str(checkpoint), role='student')
+    except NotFiniteError:
+        raise
+    except CheckpointError as error:
+        name = config.filename if isinstance(config, Config) else config
+        raise ConfigurationError(f"The checkpoint '{checkpoint}' is not of the student in '{name}': {error}") from error
+    meta = {key: value for key, value in loaded.items() if key in ('dataset_meta', 'epoch', 'iter')}
+    with BytesIO() as content:
+        torch.save(dict(meta=dict(meta, exported_by=EXPORTED), state_dict=model.state_dict()), content)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(out, content.getvalue())
+    write_whole(out.with_suffix('.py'), EXPORTED_CONFIG + plain.pretty_text)
+    return ExportedStudent(out, out.with_suffix('.py'), get_type_name(plain.model),
+                           sum(parameter.numel() for parameter in model.parameters()))
+
+
+def _strip_distillation(config: Config) -> Config:
+    """Makes the config of the plain student, which needs kd_det no more."""
+    plain = student_config(config)
+    for method in available_methods():
+        plain.pop(method, None)
+    others = [name for name in list_imports(plain) if name.split('.')[0] != 'kd_det']
+    if others:
+        plain.custom_imports.imports = others
+    else:
+        plain.pop('custom_imports', None)
+    return plain
