@@ -24,7 +24,7 @@ from mmengine.logging import MMLogger
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kd_det.compat.console import PlainConsole
-from kd_det.compat.writing import WritingError, refuse_to_replace, write_whole
+from kd_det.compat.writing import WritingError, write_whole
 
 MEMORY_FILE = 'checked_images.json'
 FORMAT = 1  # of that file; another number makes it forgotten
@@ -72,7 +72,6 @@ class Memory:
         if self.file is None:
             return
         with suppress(OSError, WritingError):
-            refuse_to_replace(self.file, lambda content: content.startswith(b'{"format": '), 'a list of checked images')
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.file, json.dumps(dict(format=FORMAT, checked=self.checked)))
 

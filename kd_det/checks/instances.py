@@ -33,7 +33,7 @@ _sound: WeakSet = WeakSet()  # data sets that were judged: they are asked for mo
 
 def reads_as_coco(kind: Any) -> bool:
     """Whether MMDetection's own code reads the file of a data set of this class as one of COCO."""
-    return isinstance(kind, type) and issubclass(kind, CocoDataset) and kind.COCOAPI is CocoDataset.COCOAPI \
+    return CocoDataset in getattr(kind, '__mro__', ()) and kind.COCOAPI is CocoDataset.COCOAPI \
         and kind.parse_data_info is CocoDataset.parse_data_info and kind.load_data_list in (
             each.load_data_list for each in (CocoDataset, Objects365V1Dataset, Objects365V2Dataset))
 
@@ -152,16 +152,17 @@ def inspect_other_form(subject: str, kind: Any, dataset: dict, join: Callable[[d
         classes: Its classes, if they are known.
     """
     path = join(dataset, dataset.get('ann_file') or '')
-    if not (isinstance(kind, type) and Path(path).is_file()):
+    bases = getattr(kind, '__mro__', ())
+    if not bases or not Path(path).is_file():
         return
     damages = Damages(subject, CORRECT_ANNOTATION)
-    if issubclass(kind, XMLDataset) and kind.load_data_list is XMLDataset.load_data_list \
+    if XMLDataset in bases and kind.load_data_list is XMLDataset.load_data_list \
             and kind._parse_instance_info is XMLDataset._parse_instance_info:
         prefix = dataset.get('data_prefix') or {}
         folder = Path(join(dataset, prefix.get('sub_data_root') or ''), dataset.get('ann_subdir') or 'Annotations')
         for name in list_from_file(path):
             _judge_xml(folder / f'{name}.xml', classes or (), damages)
-    elif issubclass(kind, ODVGDataset) and kind.load_data_list is ODVGDataset.load_data_list:
+    elif ODVGDataset in bases and kind.load_data_list is ODVGDataset.load_data_list:
         _judge_lines(path, bool(dataset.get('label_map_file')), damages)
     elif kind.load_data_list is BaseDataset.load_data_list and path.endswith('.json'):
         _judge_own_form(path, kind, dataset.get('data_prefix'), damages)
@@ -234,7 +235,7 @@ def _judge_line(line: str, place: str, detection: bool, damages: Damages) -> Non
             damages.add('label', f'{place}, instance {index}: its label is {show(label)}, expected a whole number')
 
 
-def _judge_own_form(path: str, kind: type, prefixes: dict | None, damages: Damages) -> None:
+def _judge_own_form(path: str, kind: Any, prefixes: dict | None, damages: Damages) -> None:
     """Judges a file in MMEngine's own form: ``metainfo`` and ``data_list``; its boxes are judged when it is built."""
     try:
         content, _ = read_json(path)

@@ -229,11 +229,11 @@ def raised_broken_pipes() -> Iterator[None]:
             raise
         handle(handler, record)
 
-    logging.Handler.handleError = raise_or_handle  # type: ignore[method-assign]
+    logging.Handler.handleError = raise_or_handle
     try:
         yield
     finally:
-        logging.Handler.handleError = handle  # type: ignore[method-assign]
+        logging.Handler.handleError = handle
 
 
 def _need_mmdetection(parser: argparse.ArgumentParser, command: str) -> None:

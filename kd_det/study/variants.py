@@ -5,6 +5,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import product, takewhile
 from pathlib import Path
@@ -14,6 +15,7 @@ from mmdet.registry import TRANSFORMS
 from mmengine.config import Config
 
 from kd_det.config import ConfigurationError
+from kd_det.config.arguments import Ratio, check_value
 from kd_det.config.composition import NO_METHOD, PAPER, distillation_config, make_ensemble
 from kd_det.config.files import TOP_KEYS, get_type_name, list_leaf_datasets, student_model, training_pipelines
 from kd_det.config.methods import available_methods, find_files, is_file
@@ -140,11 +142,12 @@ def _apply_setting(variant: Variant, setting: str) -> Variant:
     if key == PAPER and not given:
         return replace(variant, balance=PAPER)
     if key == 'balance':
-        try:
-            return replace(variant, balance=float(value))
-        except ValueError:
-            raise ConfigurationError(f"--methods {variant.name}: expected @balance=RATIO, a number, got "
-                                     f"'{value}'.") from None
+        with suppress(ValueError):
+            ratio = float(value)
+            check_value('', ratio, Ratio)
+            return replace(variant, balance=ratio)
+        raise ConfigurationError(f"--methods {variant.name}: expected @balance=RATIO, a number of at least 0, got "
+                                 f"'{value}'.")
     if key == 'inherit':
         return replace(variant, inherit='auto' if not given else () if value == 'none' else tuple(value.split('+')))
     if key == 'teachers':

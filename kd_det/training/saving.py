@@ -60,9 +60,12 @@ class WholeCheckpointHook(CheckpointHook):
     of that stays. Remote storage is left to MMEngine.
     """
 
+    whole: WholeBackend | None = None  # in place of MMEngine's backend, where that writes local files
+    file_backend: Any
+
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
-        self.whole: WholeBackend | None = None
+        self.whole = None
         if isinstance(getattr(self.file_backend, 'client', self.file_backend), LocalBackend):
             self.file_backend = self.whole = WholeBackend()
             self.file_client_args, self.backend_args = None, dict(backend=BACKEND)

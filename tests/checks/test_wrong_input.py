@@ -13,7 +13,7 @@ from kd_det.checks.doctor import check_config, inspect_config
 from kd_det.checks.environment import DiagnosisError
 from kd_det.config.files import load_config
 
-LACKS = object()
+LACKS = Ellipsis  # the key is not there
 TERMS = dict(
     fgd=dict(type='FGD', tap='neck'),
     cwd=dict(type='CWD', tap='neck', temperature=1.0, weight=10.0),

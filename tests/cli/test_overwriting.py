@@ -11,7 +11,6 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 
 import kd_det
-from kd_det.checks.image_reader import MEMORY_FILE, Memory
 from kd_det.cli.demo import DISTILLED_CONFIG
 from kd_det.cli.main import main
 from kd_det.compat.writing import WritingError, locked_folder
@@ -267,16 +266,3 @@ def test_a_cache_removes_what_it_left_and_nothing_else(tmp_path):
         os.utime(file, (0, 0))
     ArrayStore(str(tmp_path), 10**6)
     assert [file.exists() for file in files] == [False, True, True]
-
-
-def test_a_list_of_checked_images_replaces_its_own_kind_alone(tmp_path):
-    file = tmp_path / MEMORY_FILE
-    file.write_text(MINE)
-    Memory(tmp_path).save()
-    assert file.read_text() == MINE
-    file.unlink()
-    Memory(tmp_path).save()
-    first = file.read_text()
-    file.write_text(first[:-3])  # cut by something else
-    Memory(tmp_path).save()
-    assert file.read_text() == first

@@ -114,7 +114,7 @@ def test_what_is_no_method_is_told(method, error, said, tmp_path, site, monkeypa
 
 
 @pytest.mark.parametrize('term, said', [
-    ("type='mmdet.FGX'", "type: there is no 'FGX'. Nearest: FKD, FGD.* import it with custom_imports"),
+    ("type='mmdet.FGX'", "type: there is no 'FGX'. Nearest: FGD.* import it with custom_imports"),
     ("type='mmdet.FGD', tap='neck', tempreature=1", "tempreature: there is no such key. Nearest: temperature")])
 def test_a_term_that_can_not_be_built_is_told_with_its_method(term, said, tmp_path):
     (tmp_path / 'mine.py').write_text(f'mine = dict(mine=dict({term}))\n')

@@ -177,6 +177,32 @@ def test_what_can_not_be_composed_is_told_before_anything_is_trained(benchmark, 
     assert "no method 'unheard'" in capsys.readouterr().err and not (tmp_path / 'work').exists()
 
 
+@pytest.mark.parametrize('command, options, message', [
+    ('benchmark', ['--methods', 'pkd,fgd@model.distill.fgd.temperature=-1'],
+     'model.distill.fgd.temperature: expected a number above 0, got -1.'),
+    ('benchmark', ['--methods', 'fgd@model.distill.fgd.temprature=1'],
+     'model.distill.fgd.temprature: there is no such key. Nearest: temperature.'),
+    ('benchmark', ['--methods', 'fgd@model.distill.fgd.weight=nan'],
+     'model.distill.fgd.weight: expected a number of at least 0, or a schedule'),
+    ('benchmark', ['--methods', 'fgd@model.teacher.chekpoint=x.pth'],
+     'model.teacher.chekpoint: there is no such key. Nearest: checkpoint'),
+    ('benchmark', ['--methods', 'fgd@train_cfg.max_epochs=0'],
+     'train_cfg.max_epochs: expected an integer of at least 1, got 0.'),
+    ('benchmark', ['--methods', 'fgd@balance=nan'], '--methods fgd@balance=nan: expected @balance=RATIO, a number'),
+    ('benchmark', ['--methods', 'fgd@balance=-1'], '--methods fgd@balance=-1: expected @balance=RATIO, a number'),
+    ('benchmark', ['--methods', 'fgd', '--cfg-options', 'optim_wrapper.optimizer.lr=nan'],
+     'optim_wrapper.optimizer.lr: expected a number of at least 0, got nan.'),
+    ('sweep', ['--method', 'cwd', '--set', 'cwd.temperature=1,0'],
+     'model.distill.cwd.temperature: expected a number above 0, got 0.'),
+    ('sweep', ['--method', 'cwd', '--set', 'optim_wrapper.optimizer.type=SGD,Adamm'],
+     "optim_wrapper.optimizer.type: there is no 'Adamm'. Nearest: Adam"),
+])
+def test_what_does_not_fit_is_told_before_anything_is_trained(benchmark, tmp_path, capsys, command, options, message):
+    with pytest.raises(FileNotFoundError):  # there are no results
+        benchmark(*options, command=command)
+    assert f'kd-det: error: {message}' in capsys.readouterr().err and not (tmp_path / 'work').exists()
+
+
 @pytest.mark.parametrize('options, message', [
     (['--data-root', 'nowhere'], "train annotations: 'nowhere/"),
     (['--teacher-checkpoint', 'nowhere.pth'], "--teacher-checkpoint: there is no file 'nowhere.pth'"),
