@@ -46,7 +46,7 @@ setup(
     exclude_package_data={'': ['__pycache__/*', '*.pyc']},
     cmdclass={'build_py': BuildWithStartup},
     zip_safe=False,
-    install_requires=['torch', 'torchvision', 'numpy', 'scipy', 'filelock', 'rich', 'matplotlib', 'jinja2',
+    install_requires=['torch>=2.4', 'torchvision>=0.19', 'numpy', 'scipy', 'filelock', 'rich', 'matplotlib', 'jinja2',
                       'shtab', 'pydantic>=2.7', 'annotated-types', 'typing_extensions'],
     extras_require={
         'mmdet': [
