@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from argparse import Action, ArgumentParser
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mmdet.registry import MODELS, TASK_UTILS
 from mmengine.registry import Registry
 
+from kd_det.checks.arguments import RANGES
+from kd_det.cli.main import make_parser
 from kd_det.config.arguments import declared_arguments, describe_type
 from kd_det.config.detectors import read_model_config
 from kd_det.distillers import DetectionDistiller
@@ -45,6 +48,19 @@ model.distill.fgd.temperature: expected a number above 0, got -1.0.
 No number is `nan` or infinite, and `True` is none. What has no default has to be given. `python docs/site/arguments.py`
 makes this page.
 """
+OF_MMENGINE = """## What MMEngine reads
+
+Of MMEngine's and MMDetection's parts types and keys are looked up, and these values.
+"""
+PARTS = {'loop': '`train_cfg`', 'loader': '`train_dataloader` and the others', 'optimizer': '`optim_wrapper.optimizer`',
+         'wrapper': '`optim_wrapper`', 'scheduler': '`param_scheduler`', 'hook': 'a hook'}
+COMMANDS_INTRODUCTION = """## Commands
+
+`kd-det COMMAND --help` shows the same. `KEY=VALUE` are keys of the config, and what they take stands above.
+"""
+OF_TYPES = {'path': 'a path', '_folder': 'a path', '_image_count': 'all, none, or an integer of at least 1',
+            '_seeds': 'an integer of at least 1, or a list of different integers from 0 to 4294967295',
+            '_pickle_file': 'a path that ends in .pkl', '_setting': 'a dotted key and values', '_values': 'a list'}
 ROLE = re.compile(r':(?:class|func|meth|attr|data|mod):`~?(?:[\w.]+\.)?(\w+)`')
 SEE = re.compile(r'^See :(?:class|func):`~?(?:[\w.]+\.)?(\w+)`')
 BASES = (FeatureTerm, BatchRelation, DenseTerm, RoITerm, QueryTerm, PyramidMask, Ramp)  # each with a table of its own
@@ -70,7 +86,46 @@ def make_page() -> str:
                   [PyramidMask, *masks]),
     }
     return '\n'.join([INTRODUCTION, *(f'## {title}\n\n{place}.\n\n' + '\n'.join(map(_describe_class, classes))
-                                     for title, (place, classes) in sections.items())])
+                                     for title, (place, classes) in sections.items()),
+                      OF_MMENGINE, *_describe_ranges(), COMMANDS_INTRODUCTION,
+                      *map(_describe_command, _list_parsers().items())])
+
+
+def _describe_ranges() -> list[str]:
+    """The rows of the values of MMEngine's parts that have a range."""
+    return ['| of | key | expected |', '| --- | --- | --- |',
+            *(f'| {PARTS[part]} | `{key}` | {describe_type(annotation)} |'
+              for part, ranges in RANGES.items() for key, annotation in ranges.items()), '']
+
+
+def _list_parsers() -> dict[str, ArgumentParser]:
+    return next(action.choices for action in make_parser()._actions if action.dest == 'command' or action.choices
+                and isinstance(action.choices, dict))
+
+
+def _describe_command(command: tuple[str, ArgumentParser]) -> str:
+    """A heading, and a table of the arguments of a command."""
+    name, parser = command
+    rows = [(' '.join(f'`{option}`' for option in action.option_strings) or f'`{action.metavar or action.dest}`',
+             _describe_option(action), action.help.replace('%%', '%'))
+            for action in parser._actions if action.dest != 'help']
+    lines = [f'### kd-det {name}', '', '| option | expected | |', '| --- | --- | --- |']
+    return '\n'.join([*lines, *map(_make_row, rows), ''])
+
+
+def _make_row(cells: Iterable[str]) -> str:
+    return '| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |'
+
+
+def _describe_option(action: Action) -> str:
+    if action.nargs == 0:
+        return 'nothing'
+    one = f"one of {', '.join(map(str, action.choices))}" if action.choices else getattr(
+        action.type, 'expected', OF_TYPES.get(getattr(action.type, '__name__', ''), 'a text'))
+    several = {'+': 'one or more, each ', '*': 'none or more, each '}.get(action.nargs, '')
+    if isinstance(action.nargs, int):
+        several = f'{action.nargs}, each '
+    return f"{several}{one}{' or nothing' if action.nargs == '?' and action.option_strings else ''}"
 
 
 def _registered(registry: Registry, base: type) -> list[type]:
@@ -91,7 +146,7 @@ def _describe_class(described: type) -> str:
         default = arguments[name].default
         cells = (f'`{name}`', describe_type(arguments[name].annotation),
                  '' if default is inspect.Parameter.empty else f'`{default!r}`', _find_meaning(described, name))
-        lines.append('| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |')
+        lines.append(_make_row(cells))
     inherited = [f'`{name}`' for name in arguments if name not in own]
     if inherited:
         link = f'[{base.__name__}](#{base.__name__.lower()})'

@@ -50,6 +50,8 @@ class Number:
 
     def __init__(self, kind: type, least: float, most: float = math.inf) -> None:
         self.kind, self.least, self.most = kind, least, most
+        limit = f' and of at most {most:.12g}' if most < math.inf else ''
+        self.expected = f"{'an integer' if kind is int else 'a number'} of at least {least:g}{limit}"
 
     def __call__(self, text: str) -> Any:
         try:
@@ -57,9 +59,7 @@ class Number:
         except ValueError:
             number = math.nan
         if not (math.isfinite(number) and self.least <= number <= self.most):
-            limit = f' and of at most {self.most:.12g}' if self.most < math.inf else ''
-            raise ArgumentTypeError(f"expected {'an integer' if self.kind is int else 'a number'} of at least "
-                                    f"{self.least:g}{limit}, got '{text}'")
+            raise ArgumentTypeError(f"expected {self.expected}, got '{text}'")
         return number
 
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kd_det.compat.console import PlainConsole
 from kd_det.compat.writing import locked_folder, refuse_to_replace
 from kd_det.config import ConfigurationError
+from kd_det.config.arguments import Count, Name, declared
 from kd_det.config.files import is_distillation, load_config, set_data_root
 from kd_det.datasets import generate_shapes
 from kd_det.study.demo_report import PICTURES, RESULTS_FILE, draw_pictures, summarize, tabulate_runs, write_results
@@ -23,6 +24,7 @@ TEACHER_CONFIG = 'kd_det::demo/teacher_faster_rcnn_r101.py'
 PLAIN_CONFIG = 'kd_det::demo/baseline_faster_rcnn_r18.py'
 
 
+@declared
 @dataclass(frozen=True)
 class DemoSettings:
     """What the demo generates and trains.
@@ -39,13 +41,13 @@ class DemoSettings:
         force: Replace files in that folder that are not the demo's.
     """
     out: Path
-    config: str
-    seeds: int = 1
-    epochs: int | None = None
-    teacher_epochs: int | None = None
-    images: int = 240
-    val_images: int = 80
-    size: int = 128
+    config: Name
+    seeds: Count = 1
+    epochs: Count | None = None
+    teacher_epochs: Count | None = None
+    images: Count = 240
+    val_images: Count = 80
+    size: Count = 128
     force: bool = False
 
 

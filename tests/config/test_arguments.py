@@ -2,6 +2,8 @@
 import pickle
 import runpy
 from collections.abc import Sequence
+from contextlib import nullcontext
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +14,9 @@ from annotated_types import Ge, Gt, Le, Len, MinLen, Predicate
 from mmengine.config import ConfigDict
 from torch import nn
 
+import kd_det
+from kd_det.cli.common import Number
+from kd_det.cli.main import make_parser
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import (
     ArgumentError,
@@ -37,6 +42,7 @@ from kd_det.config.arguments import (
     split_sides,
     suggest_names,
 )
+from kd_det.study.demo import DemoSettings
 
 FORMS = Literal['giou', 'bounded']
 
@@ -216,3 +222,22 @@ def test_the_documented_arguments_are_those_that_are_declared():
     script = Path(__file__).parents[2] / 'docs' / 'site' / 'arguments.py'
     page = runpy.run_path(str(script))
     assert page['PAGE'].read_text(encoding='utf-8') == page['make_page'](), 'Run `python docs/site/arguments.py`.'
+
+
+@pytest.mark.parametrize(('command', 'function'), [
+    ('train', kd_det.train), ('distill', kd_det.distill), ('test', kd_det.evaluate), ('benchmark', kd_det.benchmark),
+    ('sweep', kd_det.benchmark), ('benchmark-step', kd_det.measure_step_costs), ('report', kd_det.report),
+    ('demo', DemoSettings)])
+def test_numbers_on_a_command_line_have_the_range_of_the_argument_that_gets_them(command, function):
+    parsers = next(action.choices for action in make_parser()._actions if action.dest not in ('help', 'version')
+                   and isinstance(action.choices, dict))
+    numbers = {action.dest: action.type for action in parsers[command]._actions
+               if isinstance(action.type, Number) and action.dest != 'local_rank'}
+    assert numbers
+    arguments = declared_arguments(function)
+    for name, number in numbers.items():
+        beyond = [number.least - 1, *([number.most + 1] if number.most < inf else [])]
+        for value, fits in ((number.kind(number.least), True), *((number.kind(each), False) for each in beyond)):
+            value = [value, value] if name == 'size' and command != 'demo' else value  # height and width
+            with nullcontext() if fits else pytest.raises(ArgumentError):
+                check_value(name, value, arguments[name].annotation)
