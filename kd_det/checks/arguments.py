@@ -78,6 +78,17 @@ def inspect_arguments(config: Config) -> Iterator[Finding]:
     yield from faults.values()
 
 
+def locate_unknown_key(config: Config, key: str) -> None:
+    """Refuses a key at its place in the model, of which a class has said that it is no argument.
+
+    Raises:
+        ArgumentError: It stands in the dict of a class that does not take it.
+    """
+    with within_scope(get_scope(config)):
+        for check in _check_model('model', config.get('model'), key):
+            check()
+
+
 def _list_checks(config: Config) -> Iterator[Callable[[], None]]:
     """What there is to check, a function for each place, so that one mistake does not hide the next."""
     for key in config:
@@ -191,27 +202,31 @@ def _check_dataset(place: str, dataset: Any) -> Iterator[Callable[[], None]]:
         yield from _check_dataset(f'{place}.datasets[{index}]', each)
 
 
-def _check_model(place: str, model: Any) -> Iterator[Callable[[], None]]:
-    """The types of a detector's parts, and the names of their arguments, however deep they lie."""
+def _check_model(place: str, model: Any, key: str = '') -> Iterator[Callable[[], None]]:
+    """The names of arguments of a detector's parts, however deep they lie; only this one if it is given.
+
+    A part may take a key from the dict of another before that is built, as DETR's head does from its loss. So a key
+    that looks like no other is left to the class, until that says that it does not know it.
+    """
     if isinstance(model, Mapping):
-        if 'type' in model:
-            yield partial(_check_model_part, place, model)
-        for key, value in dict.items(model):
-            if not str(key).endswith(NO_TYPE_OF_ITS_OWN):
-                yield from _check_model(join_place(place, str(key)), value)
+        if 'type' in model and (not key or key in model):
+            yield partial(_check_model_part, place, model, [key] if key else list(dict.keys(model)), bool(key))
+        for name, value in dict.items(model):
+            if not str(name).endswith(NO_TYPE_OF_ITS_OWN):
+                yield from _check_model(join_place(place, str(name)), value, key)
     elif isinstance(model, (list, tuple)):
         for index, value in enumerate(model):
-            yield from _check_model(f'{place}[{index}]', value)
+            yield from _check_model(f'{place}[{index}]', value, key)
 
 
-def _check_model_part(place: str, part: Mapping[str, Any]) -> None:
+def _check_model_part(place: str, part: Mapping[str, Any], keys: list[str], exactly: bool) -> None:
     try:
         found = find_class(registry.MODELS, part, HOME)
     except Exception:  # MMEngine imports what a type of no registry might be the name of
         return
     if found is not None:
         with at(place):
-            check_keys(found, dict.keys(part), ('type', '_scope_'), exactly=False)
+            check_keys(found, keys, ('type', '_scope_'), exactly=exactly)
 
 
 def _check_part(registry: Registry, place: str, part: Any, kind: str = '', *, default: str = '',

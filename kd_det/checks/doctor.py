@@ -9,7 +9,7 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 
-from kd_det.checks.arguments import inspect_arguments
+from kd_det.checks.arguments import inspect_arguments, locate_unknown_key
 from kd_det.checks.checkpoints import (
     inspect_checkpoints,
     inspect_start,
@@ -33,7 +33,7 @@ from kd_det.checks.images import inspect_images, student_channels
 from kd_det.checks.instances import inspect_evaluated_images, inspect_instances
 from kd_det.checks.step import inspect_step
 from kd_det.config.classes import Names, find_label_names
-from kd_det.config.files import ConfigurationError
+from kd_det.config.files import UNKNOWN_ARGUMENT, ConfigurationError
 from kd_det.registry import get_scope, within_scope
 
 
@@ -123,6 +123,9 @@ def explain(config: Config) -> Iterator[None]:
         if type(error).__module__.split('.')[0] == 'kd_det':
             raise
         raise_faults(inspect_annotations(config))
+        unknown = UNKNOWN_ARGUMENT.search(str(error))
+        if unknown:
+            locate_unknown_key(config, unknown[1])
         raise ConfigurationError(f"The config '{config.filename}' can not be built: {type(error).__name__}: {error} "
                                  '(--debug shows where)') from error
 

@@ -112,4 +112,4 @@ def test_a_plain_detector_is_an_error(retinanet, run_config, tmp_path, capsys):
 def test_counts_are_at_least_1(option, capsys):
     with pytest.raises(SystemExit):
         main(['benchmark-step', 'config.py', option, '0'])
-    assert f"argument {option}: expected a whole number of at least 1, got '0'" in capsys.readouterr().err
+    assert f"argument {option}: expected an integer of at least 1, got '0'" in capsys.readouterr().err

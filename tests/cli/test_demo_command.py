@@ -88,7 +88,7 @@ def test_a_damaged_run_is_trained_again_and_gives_the_same_weights(demo, uncheck
 def test_bad_options_are_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(['demo', '--seeds', '0'])
-    assert "whole number of at least 1, got '0'" in capsys.readouterr().err
+    assert "integer of at least 1, got '0'" in capsys.readouterr().err
 
 
 def test_configs_differ_in_the_distillation_alone():
