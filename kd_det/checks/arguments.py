@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 from annotated_types import Ge, Gt, Lt, MultipleOf
 from mmdet import registry
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from kd_det.checks.environment import Finding
 from kd_det.compat.process import preserved_randomness
 from kd_det.config.arguments import (
+    MISSPELT,
     ArgumentError,
     Count,
     Index,
@@ -212,7 +213,7 @@ def _check_model(place: str, model: Any, key: str = '') -> Iterator[Callable[[],
         if 'type' in model and (not key or key in model):
             yield partial(_check_model_part, place, model, [key] if key else list(dict.keys(model)), bool(key))
         for name, value in dict.items(model):
-            if not str(name).endswith(NO_TYPE_OF_ITS_OWN):
+            if name in ('train_cfg', 'test_cfg') or not str(name).endswith(NO_TYPE_OF_ITS_OWN):
                 yield from _check_model(join_place(place, str(name)), value, key)
     elif isinstance(model, (list, tuple)):
         for index, value in enumerate(model):
@@ -222,8 +223,13 @@ def _check_model(place: str, model: Any, key: str = '') -> Iterator[Callable[[],
 def _check_model_part(place: str, part: Mapping[str, Any], keys: list[str], exactly: bool) -> None:
     try:
         found = find_class(registry.MODELS, part, HOME)
+        known = found is not None or find_class(registry.TASK_UTILS, part, HOME) is not None
     except Exception:  # MMEngine imports what a type of no registry might be the name of
         return
+    scope = part['type'].rpartition('.')[0] if isinstance(part['type'], str) else ''
+    names = () if known or scope not in ('', HOME) else _list_names(registry.MODELS, registry.TASK_UTILS)
+    if get_close_matches(get_type_name(part), names, n=1, cutoff=MISSPELT):
+        _refuse_type(place, part, 'type', registry.MODELS, registry.TASK_UTILS)
     if found is not None:
         with at(place):
             check_keys(found, keys, ('type', '_scope_'), exactly=exactly)
@@ -255,11 +261,18 @@ def _check_part(registry: Registry, place: str, part: Any, kind: str = '', *, de
 def _check_type(registry: Registry, place: str, part: Mapping[str, Any], key: str = 'type') -> Any:
     found = find_class(registry, part, HOME)
     if found is None:
-        names = {name for each in (registry, registry.root) for name in each.module_dict}
-        raise ArgumentError(join_place(place, key), ' '.join(filter(None, (
-            f"there is no '{get_type_name(part)}'.", suggest_names(get_type_name(part), names),
-            'If it is your own, import it with custom_imports.'))))
+        _refuse_type(place, part, key, registry)
     return found
+
+
+def _refuse_type(place: str, part: Mapping[str, Any], key: str, *registries: Registry) -> NoReturn:
+    raise ArgumentError(join_place(place, key), ' '.join(filter(None, (
+        f"there is no '{get_type_name(part)}'.", suggest_names(get_type_name(part), _list_names(*registries)),
+        'If it is your own, import it with custom_imports.'))))
+
+
+def _list_names(*registries: Registry) -> set[str]:
+    return {name for each in registries for one in (each, each.root) for name in one.module_dict}
 
 
 def _check_keys_at(place: str, found: Any, part: Mapping[str, Any], besides: Iterable[str] = (),

@@ -164,7 +164,7 @@ WRONG = [
     ([*BENCHMARK, 'fgd@model.distill.fgd.levels=(0'], "got '(0'"),
     ([*BENCHMARK, 'fgd@'], "there is no setting '@'"),
     ([*BENCHMARK, 'fgd@temperature=1'], "there is no setting '@temperature=1'"),
-    ([*BENCHMARK, 'fgd@balance=much'], "expected @balance=RATIO, a number, got 'much'"),
+    ([*BENCHMARK, 'fgd@balance=much'], "expected @balance=RATIO, a number of at least 0, got 'much'"),
     ([*BENCHMARK, 'fgd@teachers=0'], 'expected @teachers=N'),
     ([*BENCHMARK, 'fgd@augment=mosaik'], 'expected @augment=mosaic, mixup'),
     ([*BENCHMARK, 'fgd,fgd'], "names 'fgd' 2 times"),

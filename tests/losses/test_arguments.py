@@ -299,7 +299,7 @@ WRONG = dict(
     collect_device=('cuda', None),
     # of a teacher
     config=(3, None), checkpoint=('', 3, True), random_teacher=FLAG, allow_missing=(5, 'neck', [''], None),
-    allow_unexpected=(5, 'neck', ['']), classes=('cat', ['cat', 'cat'], [''], None), checkpoint_prefix=(3, True),
+    allow_unexpected=(5, 'neck', ['']), classes=('cat', ['cat', 'cat'], ['']), checkpoint_prefix=(3, True),
     cache=('cache', True), fuse=FLAG, channels_last=FLAG, precision=('int8', None), compile=('yes', 1, None),
     shard=FLAG, dir=('', None, 3), dtype=('int8', None), max_gb=(0, -1, '20', True, float('nan')))
 GAP = ('DenseClassification', 'QueryClassification', 'CrossKD')  # their β is an exponent
