@@ -34,7 +34,7 @@ def test_settings_of_a_variant_win_over_the_common_ones():
 @pytest.mark.parametrize('text, message', [
     ('fdg', "no method 'fdg'"),
     ('fgd@papers', "no setting '@papers'"),
-    ('fgd@balance=much', "a number, got 'much'"),
+    ('fgd@balance=much', "a number of at least 0, got 'much'"),
     ('fgd,pkd,fgd', "names 'fgd' 2 times"),
     ('fgd@teachers=0', "a number of 1 or more, got '0'"),
     ('fgd@teachers=few', "a number of 1 or more, got 'few'"),
