@@ -111,6 +111,8 @@ def _list_checks(config: Config) -> Iterator[Callable[[], None]]:
         yield from _check_loader(f'{split}_dataloader', config.get(f'{split}_dataloader'))
         yield from _check_evaluator(f'{split}_evaluator', config.get(f'{split}_evaluator'))
     wrapper, optimizers = config.get('optim_wrapper'), registry.OPTIMIZERS
+    if isinstance(wrapper, Mapping) and wrapper.get('constructor') and 'optimizer' not in wrapper:
+        wrapper = dict(constructor=wrapper['constructor'])  # which reads the rest, such as several optimizers, itself
     yield partial(_check_part, registry.OPTIM_WRAPPERS, 'optim_wrapper', wrapper, 'wrapper', default='OptimWrapper')
     if isinstance(wrapper, Mapping):
         yield partial(_check_part, optimizers, 'optim_wrapper.optimizer', wrapper.get('optimizer'), 'optimizer',

@@ -170,6 +170,14 @@ def test_doctor_says_the_same_as_the_run(whole):
     assert [f'{finding.subject}: {finding.found}' for finding in inspect_config(wrong)] == [message]
 
 
+def test_a_constructor_of_several_optimizers_reads_its_own_keys(whole):
+    several = dict(constructor='DefaultOptimWrapperConstructor', backbone=dict(optimizer=dict(type='SGD', lr=0.1)))
+    assert not list(inspect_arguments(change(whole, 'optim_wrapper', several)))
+    several['constructor'] = 'DefaultOptimWraperConstructor'
+    finding, = inspect_arguments(change(whole, 'optim_wrapper', several))
+    assert finding.subject == 'optim_wrapper.constructor' and 'DefaultOptimWrapperConstructor' in finding.found
+
+
 def test_variables_of_a_config_file_are_no_keys(whole):
     for name in ('train_pipeline', 'dataset_type', 'num_classes', 'my_hooks', 'data_root', 'img_scale', 'lr'):
         assert not list(inspect_arguments(change(whole, name, dict())))
