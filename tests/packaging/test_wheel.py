@@ -104,7 +104,9 @@ def environment(wheel, tmp_path_factory) -> Path:
     venv.create(folder, symlinks=True)
     site = Path(sysconfig.get_path('purelib', vars=dict(base=str(folder), platbase=str(folder))))
     zipfile.ZipFile(wheel).extractall(site)
-    (site / 'others.pth').write_text(sysconfig.get_path('purelib'))
+    others = Path(sysconfig.get_path('purelib'))
+    distutils = others / 'distutils-precedence.pth'  # setuptools' own, in place of what Python 3.12 no longer has
+    (site / 'others.pth').write_text(f"{others}\n{distutils.read_text() if distutils.is_file() else ''}")
     return site
 
 
