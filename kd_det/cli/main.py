@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import logging
 import os
 import sys
@@ -167,7 +168,10 @@ def _run(make: Callable[[], Parser], arguments: Sequence[str]) -> int:
         except _Usage as usage:
             raise SystemExit(usage.code) from None
         except BaseException as error:
-            return _end(error, debug)
+            code = _end(error, debug)
+            if _is_in_process_group():
+                atexit.register(_exit, code)
+            return code
 
 
 class _Usage(Exception):
@@ -255,6 +259,20 @@ def _leave_process_group() -> None:
 
     Not after an error: the other processes may wait for this one, and leaving would wait for them.
     """
+    if _is_in_process_group():
+        sys.modules['torch.distributed'].destroy_process_group()
+
+
+def _is_in_process_group() -> bool:
     distributed = sys.modules.get('torch.distributed')
-    if distributed and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    return bool(distributed and distributed.is_available() and distributed.is_initialized())
+
+
+def _exit(code: int) -> NoReturn:
+    """Ends the process without the interpreter's own end, by which a group's threads would abort it."""
+    atexit.unregister(_exit)
+    atexit._run_exitfuncs()  # what was registered before this
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

@@ -96,7 +96,8 @@ def refuse_to_replace(file: str | Path, is_own: Callable[[bytes], bool], what: s
     file = Path(file)
     if file.is_dir():
         raise WritingError(f"'{file}' is a folder: give the name of a file.")
-    if not force and file.is_file() and file.stat().st_size and not is_own(file.read_bytes()):
+    content = file.read_bytes() if not force and file.is_file() else b''  # once: others may be writing it
+    if content and not is_own(content):
         raise WritingError(f"'{file}' exists, and is not {what} that kd_det wrote. {advice}")
 
 

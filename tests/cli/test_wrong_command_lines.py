@@ -447,7 +447,7 @@ raise SystemExit(entry._run(lambda: parser, []))
         **os.environ, 'PYTHONPATH': str(ROOT), 'RANK': str(rank), 'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost',
         'MASTER_PORT': str(port)}) for rank in range(2)]
     said = ranks[0].communicate(timeout=120)[1]
-    assert (ranks[0].returncode, ranks[1].wait(120)) == (2, -signal.SIGKILL)
+    assert (ranks[0].returncode, ranks[1].wait(120)) == (2, -signal.SIGKILL), said
     lines = [line for line in said.splitlines() if line.startswith('kd-det')]
     assert len(lines) == 1 and lines[0].startswith('kd-det: error: rank 1 is gone') and 'Traceback' not in said
 

@@ -149,3 +149,12 @@ def test_what_a_killed_process_left_is_removed_when_it_is_old(tmp_path):
     os.utime(left, (time.time() - 7200, ) * 2)
     assert ArrayStore(tmp_path, 10**6).size == store._path(KEY).stat().st_size and not left.exists()
     assert _equal(store.get(KEY), _arrays())
+
+
+def test_a_store_is_opened_while_another_process_writes_the_size(tmp_path, monkeypatch):
+    """Who reads a file that is being written may find it empty, whatever its length was a moment ago."""
+    ArrayStore(tmp_path, 10**6).put(KEY, _arrays())
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, 'read_bytes', lambda path: b'')
+        ArrayStore(tmp_path, 10**6)
+    assert _equal(ArrayStore(tmp_path, 10**6).get(KEY), _arrays())
