@@ -72,7 +72,7 @@ class DetectorGraph(nn.Module):
                  fixed: bool = True) -> None:
         super().__init__()
         self.detector: Any = copy.deepcopy(detector).eval()
-        self.suppress, self.fills = suppress, not fixed
+        self.channels, self.suppress, self.fills = channels, suppress, not fixed
         preprocessor = self.detector.data_preprocessor
         check_graph(self.detector)
         self.flips = (channels == 'rgb') == (not preprocessor._channel_conversion)
@@ -82,6 +82,7 @@ class DetectorGraph(nn.Module):
         for module in self.detector.modules():
             if isinstance(module, SingleRoIExtractor):
                 module.forward = MethodType(extract_regions, module)
+        self.eval()  # as exporters leave it
 
     def forward(self, image: Tensor) -> Candidates:
         height, width = image.shape[-2:]
