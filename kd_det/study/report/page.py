@@ -23,6 +23,7 @@ from mmdet.utils import register_all_modules
 from mmengine.logging import MMLogger
 
 from kd_det import __version__
+from kd_det.compat.console import TextTable
 from kd_det.compat.writing import refuse_to_replace, write_whole
 from kd_det.config.arguments import Index, declared
 from kd_det.config.files import set_data_root
@@ -144,6 +145,23 @@ def render(studies: list[dict]) -> str:
     return environment.get_template('template.html').render(studies=pages, version=__version__)
 
 
+def render_compression(name: str, table: TextTable, plot: str) -> str:
+    """Makes the page of :func:`kd_det.study.compression.compress`.
+
+    Args:
+        name: Of its folder.
+        table: Its stages.
+        plot: An SVG element, see :func:`render_svg`.
+
+    Returns:
+        HTML that refers to nothing outside itself.
+    """
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
+                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template('compression.html').render(name=name, table=table, plot=Markup(plot),
+                                                               version=__version__)
+
+
 def place_differences(statements: Sequence[dict]) -> dict:
     """Places differences on an axis that holds them all, and 0.
 
@@ -198,7 +216,7 @@ def plot_curves(title: str, curves: Mapping[str, Sequence[Curve]], inks: Mapping
     """
     curves = {kind: [{epoch: value for epoch, value in curve.items() if math.isfinite(value)} for curve in each]
               for kind, each in curves.items()}
-    with _apply_style(title, [inks.get(kind, _nth_ink(index)) for index, kind in enumerate(curves)]):
+    with apply_style(title, [inks.get(kind, _nth_ink(index)) for index, kind in enumerate(curves)]):
         figure = draw_curves({title: curves})
         figure.set_size_inches(4.6, 2.9 if not legend else 3.2)
         axes, = figure.axes
@@ -210,13 +228,13 @@ def plot_curves(title: str, curves: Mapping[str, Sequence[Curve]], inks: Mapping
         if legend:
             figure.legend(handles=axes.get_lines(), loc='outside lower center', ncols=3, frameon=False,
                           fontsize=8.5)
-        return _render_svg(figure, title)
+        return render_svg(figure, title)
 
 
 def plot_precision(iou: str, curves: Mapping[str, Sequence[float]], inks: Mapping[str, Ink]) -> str:
     """Plots precision at recalls 0, 0.01 … 1, one line for each variant."""
     title = f'precision over recall, IoU 0.{iou}'
-    with _apply_style(title, list(inks.values())):
+    with apply_style(title, list(inks.values())):
         figure = Figure(figsize=(4.6, 2.9), layout='constrained')
         axes = figure.subplots()
         for kind, precision in curves.items():
@@ -225,7 +243,7 @@ def plot_precision(iou: str, curves: Mapping[str, Sequence[float]], inks: Mappin
                           linestyle=inks[kind].line, gid=kind)
         axes.set(xlabel='recall', title=title, xlim=(0, 1.01), ylim=(0, 1.03))
         axes.grid(alpha=0.6)
-        return _render_svg(figure, title)
+        return render_svg(figure, title)
 
 
 def _prepare_study(study: dict) -> dict:
@@ -282,14 +300,15 @@ def _nth_ink(index: int) -> Ink:
 
 
 @contextmanager
-def _apply_style(title: str, inks: Sequence[Ink]) -> Iterator[None]:
+def apply_style(title: str, inks: Sequence[Ink]) -> Iterator[None]:
+    """Within, figures have the page's colours, and these inks in turn."""
     cycle = cycler(color=[ink.colour for ink in inks], linestyle=[ink.line for ink in inks])
     settings = {**STYLE, 'svg.hashsalt': title, 'axes.prop_cycle': cycle}
     with matplotlib.rc_context(settings):
         yield
 
 
-def _render_svg(figure: Figure, title: str) -> str:
+def render_svg(figure: Figure, title: str) -> str:
     """Renders a figure as an element of the page: groups of a kind carry it as ``data-series``, others have no id."""
     buffer = io.StringIO()
     figure.savefig(buffer, format='svg', transparent=True, metadata={'Date': None})

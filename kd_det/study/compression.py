@@ -1,0 +1,277 @@
+"""The whole way from a teacher to a file on a device: distil, prune, distil, quantise with distillation, measure."""
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from matplotlib.figure import Figure
+from mmengine.config import Config
+
+from kd_det.compat.console import TextTable
+from kd_det.compat.writing import WritingError, locked_folder, write_whole
+from kd_det.config import ConfigurationError
+from kd_det.config.arguments import Count, Names, Parts, Positive, Ratio, Seed, declared
+from kd_det.config.files import load_config, student_config
+from kd_det.config.options import resolve_config, set_epochs
+from kd_det.deploy.checkpoint import load_student
+from kd_det.deploy.export import Size, export
+from kd_det.deploy.latency import Latencies, measure_latency
+from kd_det.deploy.pruning import PartialShare, PrunedDetector, prune
+from kd_det.deploy.quantization import quantize
+from kd_det.study.report.page import COLOURS, Ink, apply_style, render_compression, render_svg
+from kd_det.study.runs import read_json, sha256
+from kd_det.training.runs import distill, evaluate
+
+RECORD, PAGE, MAP = 'compression.json', 'report.html', 'coco/bbox_mAP'
+Run = tuple[Path, Path]  # config and checkpoint
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A detector on the way, and its file.
+
+    Attributes:
+        name: What was done last: ``'distilled'``, ``'pruned'``, ``'pruned, distilled'``, ``'quantised'`` (after
+            training) or ``'quantised, distilled'``.
+        config: Of the detector.
+        checkpoint: Its weights.
+        file: Its file, ``.onnx``, which was compared with it; on that all else is measured.
+        parameters: How many it has.
+        metrics: Of the file, by the config's own evaluator.
+        agreement: The detector's mAP in points on the images on which it was compared, and the file's; None without
+            validation data.
+    """
+    name: str
+    config: Path
+    checkpoint: Path
+    file: Path
+    parameters: int
+    metrics: dict[str, float]
+    agreement: tuple[float | None, float | None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all of it as JSON can hold it."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Stage:
+        """Reads what :meth:`to_dict` made."""
+        paths = {key: Path(values[key]) for key in ('config', 'checkpoint', 'file')}
+        return cls(**{**values, **paths, 'agreement': tuple(values['agreement'])})
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What became of a student on the way to the device.
+
+    Attributes:
+        folder: Holds all of it, with ``report.html``.
+        stages: The detectors, in order.
+        latencies: Of their files, in each runtime, beside each other.
+    """
+    folder: Path
+    stages: tuple[Stage, ...]
+    latencies: Latencies
+
+    @property
+    def file(self) -> Path:
+        """The last file, which goes to the device."""
+        return self.stages[-1].file
+
+    def tabulate(self) -> TextTable:
+        """Makes a table with a row for each stage."""
+        runtimes = list(dict.fromkeys(each.runtime for each in self.latencies.files))
+        measured = [(each, median(each.times)) for each in self.latencies.files]
+        first = {runtime: next(time for each, time in measured if each.runtime == runtime) for runtime in runtimes}
+        rows = []
+        for stage in self.stages:
+            own = {each.runtime: (each, time) for each, time in measured if each.file == stage.file}
+            found, _ = next(iter(own.values()))
+            scores = [stage.metrics.get(f'{MAP}{suffix}') for suffix in ('', '_50')]
+            rows.append((stage.name, *('–' if score is None else f'{100 * score:.1f}' for score in scores),
+                         f'{found.macs / 1e9:.3f}', f'{stage.parameters / 1e6:.3f}', f'{found.bytes / 2**20:.2f}',
+                         *(f'{own[runtime][1]:.2f} ({own[runtime][1] / first[runtime]:.2f})' for runtime in runtimes)))
+        threads = self.latencies.threads
+        return TextTable('Compressed', ('stage', 'mAP', 'AP50', 'GMACs', 'M parameters', 'MiB',
+                                        *(f'ms, {runtime}' for runtime in runtimes)), rows,
+                         f"Of each file; {threads} thread{'s' if threads > 1 else ''}, {self.latencies.processor}. "
+                         'In brackets: the share of the first one.')
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all of it as JSON can hold it."""
+        return dict(folder=str(self.folder), stages=[stage.to_dict() for stage in self.stages],
+                    latencies=self.latencies.to_dict())
+
+    def _repr_html_(self) -> str:
+        return self.tabulate().to_html()
+
+
+@declared
+def compress(student: str | Path | Config, teacher: str | Path, checkpoint: str | Path, out: str | Path, *,
+             method: str = 'fgd', macs: PartialShare | None = None, int8: bool = False, epochs: Count | None = None,
+             quantized_epochs: Count | None = None, learning_rate: Positive = 0.1, calibrate: Count = 64,
+             inherit: Parts = 'auto', balance: Ratio | None = None, seed: Seed = 0, size: Size | None = None,
+             runtimes: Names = ('onnxruntime', 'openvino'), threads: Count = 1, runs: Count = 50,
+             data_root: str | None = None, options: dict[str, Any] | None = None, log: Callable[[str], None] = print
+             ) -> Compression:
+    """Goes the whole way from a teacher to a file on a device, and measures each stage on its own file.
+
+    The student is distilled; with ``macs`` it is pruned to that share of its operations and distilled again; with
+    ``int8`` it is quantised after training, and beside that trained as it computes in integers, with distillation. A
+    stage that is finished is not done again, and a training that was ended goes on.
+
+    Args:
+        student: The student's config, as :func:`~kd_det.training.runs.distill` takes it.
+        teacher: The teacher's config.
+        checkpoint: The teacher's weights.
+        out: The folder for all of it.
+        method: By which it is distilled, each time.
+        macs: The share of multiply-accumulate operations that pruning leaves.
+        int8: Quantise.
+        epochs: Of each distillation of the float student; the config's own by default.
+        quantized_epochs: Of that in integers; a quarter of the others by default.
+        learning_rate: Of that, as a share of the config's.
+        calibrate: Images on which ranges of activations are found, where they are found after training.
+        inherit: What the student starts from, see :func:`~kd_det.training.runs.distill`.
+        balance: See there.
+        seed: Of all trainings.
+        size: Height and width of the image of the files; by default such that every image of the test pipeline fits.
+        runtimes: In which latencies are measured.
+        threads: How many each may use there.
+        runs: Of each file that count.
+        data_root: Folder of the data, in place of the config's.
+        options: Settings that override the student's config, by dotted key.
+        log: Given a line on what is being done.
+
+    Raises:
+        ConfigurationError: See the functions of each stage.
+        WritingError: The folder holds a compression of other settings.
+    """
+    out, config = Path(out), resolve_config(student, data_root, options)
+    if epochs is not None:
+        set_epochs(config, epochs)
+    teaching = dict(teacher=teacher, checkpoint=checkpoint, method=method, seed=seed, balance=balance)
+    settings = dict(student=config.pretty_text, macs=macs, int8=int8, quantized_epochs=quantized_epochs,
+                    learning_rate=learning_rate, calibrate=calibrate, inherit=inherit, size=size, **teaching)
+    chain = _Chain(out, sha256(json.dumps(settings, default=str).encode()), size, log)
+    with locked_folder(out):
+        run = chain.train('distilled', config, inherit=inherit, **teaching)
+        chain.measure('distilled', run)
+        if macs is not None:
+            pruned = chain.once('pruned', lambda: _files_of(prune(*run, out / 'pruned.pth', macs, seed=seed,
+                                                                  evaluation=False, force=True)))
+            chain.measure('pruned', pruned)
+            run = chain.train('pruned, distilled', load_config(pruned[0]), inherit=(), **teaching)
+            chain.measure('pruned, distilled', run)
+        if int8:
+            chain.measure('quantised', run, partial(quantize, calibrate=calibrate))
+            trained = load_config(run[0])
+            rate = trained.optim_wrapper.optimizer.lr * learning_rate
+            count = quantized_epochs or max(1, round(trained.train_cfg.max_epochs / 4))
+            run = chain.train('quantised, distilled', student_config(trained), inherit=(), quantize=8, epochs=count,
+                              options={'load_from': str(run[1]), 'optim_wrapper.optimizer.lr': rate}, **teaching)
+            chain.measure('quantised, distilled', run)
+        stages = tuple(chain.stages.values())
+        log('latencies …')
+        latencies = measure_latency([stage.file for stage in stages], runtimes=runtimes, threads=threads, runs=runs)
+        result = Compression(out, stages, latencies)
+        chain.record['latencies'] = latencies.to_dict()
+        chain.save()
+        write_whole(out / PAGE, render_compression(out.resolve().name, result.tabulate(), _plot(result)))
+    return result
+
+
+class _Chain:
+    """What is finished, kept in a file.
+
+    Args:
+        out: The folder.
+        identity: The hash of all settings.
+        size: Of the files' image.
+        log: Given a line on what is being done.
+
+    Raises:
+        WritingError: The folder holds a compression of other settings.
+    """
+
+    def __init__(self, out: Path, identity: str, size: tuple[int, int] | None, log: Callable[[str], None]) -> None:
+        self.out, self.size, self.log = out, size, log
+        file = out / RECORD
+        self.record: dict[str, Any] = read_json(file) if file.is_file() else dict(identity=identity, runs={}, stages={})
+        if self.record.get('identity') != identity:
+            raise WritingError(f"'{out}' holds a compression of other settings: give another folder.")
+        self.stages = {name: Stage.from_dict(each) for name, each in self.record['stages'].items()}
+
+    def save(self) -> None:
+        write_whole(self.out / RECORD, json.dumps(self.record, indent=1))
+
+    def once(self, name: str, make: Callable[[], Run]) -> Run:
+        """Config and checkpoint that a step leaves, which is not done again."""
+        found = [Path(each) for each in self.record['runs'].get(name, ())]
+        if not found or not all(each.is_file() for each in found):
+            self.log(f'{name} …')
+            found = list(make())
+            self.record['runs'][name] = [str(each) for each in found]
+            self.save()
+        return found[0], found[1]
+
+    def train(self, name: str, student: Config, **arguments: Any) -> Run:
+        """Trains once, or goes on with what was begun; its best checkpoint counts."""
+        work_dir = self.out / _name_file(name)
+
+        def train() -> Run:
+            run = distill(student, work_dir=work_dir, resume=(work_dir / 'last_checkpoint').is_file(), **arguments)
+            best = run.best_checkpoint or run.checkpoint
+            if run.config is None or best is None:
+                raise ConfigurationError(f"'{name}': the training left no checkpoint in '{work_dir}'; it needs a "
+                                         'CheckpointHook.')
+            return run.config, best
+
+        return self.once(name, train)
+
+    def measure(self, name: str, run: Run, write: Callable[..., Any] = export) -> None:
+        """Writes the file of a stage, and evaluates it, once."""
+        stage = self.stages.get(name)
+        if stage is not None and stage.checkpoint == run[1] and stage.file.is_file():
+            return
+        self.log(f'{name}: file and evaluation …')
+        config, file = load_config(run[0]), self.out / f'{_name_file(name)}.onnx'
+        written = write(config, run[1], file, size=self.size, force=True)
+        comparison = written.chosen.comparison if write is not export else written.comparison
+        metrics = evaluate(config, file, work_dir=self.out / f'{_name_file(name)}_test').metrics
+        parameters = sum(each.numel() for each in load_student(config, run[1])[1].parameters())
+        self.stages[name] = Stage(name, *run, file, parameters, metrics, (comparison.expected_map, comparison.map))
+        self.record['stages'][name] = self.stages[name].to_dict()
+        self.save()
+
+
+def _files_of(pruned: PrunedDetector) -> Run:
+    return pruned.config, pruned.checkpoint
+
+
+def _name_file(stage: str) -> str:
+    return stage.replace(', ', '_')
+
+
+def _plot(result: Compression) -> str:
+    """MAP against milliseconds, a line for each runtime."""
+    title = 'mAP against latency'
+    files = {stage.file: stage for stage in result.stages}
+    with apply_style(title, [Ink(colour) for colour in COLOURS]):
+        figure = Figure((7, 3.6))
+        axes = figure.add_subplot(title=title, xlabel='ms an image', ylabel='mAP')
+        for runtime in dict.fromkeys(each.runtime for each in result.latencies.files):
+            places = [(median(each.times), 100 * files[each.file].metrics.get(MAP, math.nan), files[each.file].name)
+                      for each in result.latencies.files if each.runtime == runtime]
+            axes.plot(*zip(*(place[:2] for place in places)), marker='o', label=runtime)
+            for x, y, name in places:
+                axes.annotate(name, (x, y), (4, 4), textcoords='offset points', fontsize=8)
+        axes.grid(alpha=0.5)
+        axes.legend(frameon=False)
+        return render_svg(figure, title)
