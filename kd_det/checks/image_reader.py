@@ -231,7 +231,7 @@ def _fault(name: str, paths: Sequence[str], said: str = '') -> str:
     """Why an image can not be read: what its file is like, or what the loader said."""
     if len(paths) == 1 and not os.path.exists(name):
         return f"The image '{name}' does not exist" + (f' ({said})' if name not in said else '')
-    reasons = list(filter(None, map(_damage, paths))) or [said]
+    reasons = list(filter(None, map(find_damage, paths))) or [said]
     return f"The image '{name}' can not be read ({reasons[0]})"
 
 
@@ -243,7 +243,7 @@ def _lacking(transform: Callable) -> str:
         f"imdecode_backend='{backend}' needs a package that is not installed: pip install {package[1]}")
 
 
-def _damage(path: str) -> str:
+def find_damage(path: str) -> str:
     """What is wrong with a file, as its bytes tell; empty where they do not."""
     try:
         with open(path, 'rb') as file:

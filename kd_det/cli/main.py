@@ -32,11 +32,13 @@ from kd_det.compat.process import (
 
 COMMANDS = {
     'train': 'train a detector from a config, with or without distillation',
-    'test': 'evaluate a checkpoint: the student alone, no teacher is built',
+    'test': 'evaluate a checkpoint, the student alone, or an exported file',
     'distill': "distil a teacher into a student given the student's config; no config to write",
     'methods': 'list the methods: what they compare, what they read, which detectors they serve, and the papers',
     'inspect': "look at one batch of a distillation: taps, each term's value and gradient, masks over the image",
     'export': "write a plain student: its weights alone, and a config that stock MMDetection reads",
+    'predict': 'run an exported file on photographs: paint what it finds, and write it as COCO results',
+    'latency': 'measure exported files side by side: time, memory, size and multiplications',
     'doctor': 'check the installation and a config: what would fail, and what to do about it',
     'benchmark': 'train a pair with several methods and seeds, and tell which difference is more than chance',
     'benchmark-step': 'measure what a distilled step costs: time and memory of student, teacher and each term',

@@ -1,4 +1,4 @@
-"""``kd-det test``: MMDetection's evaluation of a checkpoint, with its options."""
+"""``kd-det test``: MMDetection's evaluation of a checkpoint or an exported file, with its options."""
 from __future__ import annotations
 
 import os
@@ -10,7 +10,7 @@ from kd_det.cli.common import add_force_option, add_run_options, amount, read_op
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('config',
                         help="config file, or 'package::folder/file.py'; of a distillation, its student is tested")
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('checkpoint', help='checkpoint file, or a file that kd-det export wrote: .onnx, .xml')
     parser.add_argument('--out', type=_pickle_file, metavar='FILE.pkl', help='write the predictions to this file')
     parser.add_argument('--show', action='store_true', help='show the predictions in a window')
     parser.add_argument('--show-dir', metavar='DIR', help='save painted images in this folder within the work dir')

@@ -37,5 +37,6 @@ SPLITS = ('val', 'train')  # on which fidelity is measured
 # Where runs log beside MMEngine's own files; each is the module, and the package, of that name.
 TRACKERS = ('tensorboard', 'wandb', 'mlflow')
 
-# By what an exported file is run.
+# How the names of exported files end, and by what these are run.
+EXPORTED = ('.onnx', '.xml')
 RUNTIMES = ('onnxruntime', 'openvino')

@@ -151,7 +151,7 @@ def describe(config: Config, detector: Any, meta: dict[str, Any], graph: Detecto
         padding = padding[::-1]
     count = count_classes(detector)
     names = find_class_names(count, (), meta, config) or [str(label) for label in range(count or 0)]
-    return ModelInfo(type(detector).__name__, tuple(names), size, batch, graph.channels, dtype, tuple(padding),
+    return ModelInfo(type(detector).__name__, tuple(names), size, *find_resize(config), batch, graph.channels, dtype, tuple(padding),
                      tuple(mean), tuple(std), graph.suppress, precision, kd_det.__version__)
 
 
@@ -167,14 +167,23 @@ def find_size(config: Config, divisor: int) -> tuple[int, int]:
     Raises:
         ConfigurationError: The pipeline does not say.
     """
-    steps = [step for step in test_pipeline(config) if 'Resize' in get_type_name(step) and step.get('scale')]
-    if not steps:
+    resize, keep_ratio = find_resize(config)
+    if resize is None:
         raise ConfigurationError("The config's test pipeline does not say how large its images are: give --size HEIGHT "
                                  'WIDTH, or --dynamic size.')
-    width, height = steps[-1]['scale']
-    if steps[-1].get('keep_ratio', False):  # the longer side of an image may be either
+    height, width = resize
+    if keep_ratio:  # the longer side of an image may be either
         width = height = max(width, height)
     return -(-height // divisor) * divisor, -(-width // divisor) * divisor
+
+
+def find_resize(config: Config) -> tuple[tuple[int, int] | None, bool]:
+    """Height and width to which the config's test pipeline brings images, and whether it keeps their ratio."""
+    steps = [step for step in test_pipeline(config) if 'Resize' in get_type_name(step) and step.get('scale')]
+    if not steps:
+        return None, False
+    width, height = steps[-1]['scale']
+    return (height, width), bool(steps[-1].get('keep_ratio', False))
 
 
 def write_onnx(graph: DetectorGraph, info: ModelInfo, file: Path) -> Path:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kd_det.config import ConfigurationError
-from kd_det.config.choices import RUNTIMES
+from kd_det.config.choices import EXPORTED, RUNTIMES
 
-ONNX, OPENVINO = '.onnx', '.xml'
+ONNX, OPENVINO = EXPORTED
 SECTION = 'kd_det'  # of an OpenVINO file's information; in an ONNX file the keys begin with it
 
 
@@ -25,6 +25,10 @@ class ModelInfo:
         detector: Its type, such as ``RetinaNet``.
         classes: The name of each label.
         size: Height and width of the image that it takes; None where any will do.
+        resize: Height and width of what the detector's test pipeline makes of a photograph; None where it leaves that
+            as it is.
+        keep_ratio: Whether it keeps the ratio of the sides: the longer then becomes the longer of the two at most, and
+            the shorter the shorter.
         batch: How many images it takes; None where any number will do.
         channels: The order of the image's, ``'rgb'`` or ``'bgr'``.
         dtype: Of the image, ``'uint8'`` or ``'float32'``; 0 to 255 either way.
@@ -38,6 +42,8 @@ class ModelInfo:
     detector: str
     classes: tuple[str, ...]
     size: tuple[int, int] | None
+    resize: tuple[int, int] | None
+    keep_ratio: bool
     batch: int | None
     channels: str
     dtype: str
@@ -94,27 +100,68 @@ class ExportedDetector:
     def __call__(self, images: np.ndarray) -> Detections:
         return Detections(*self._run(np.ascontiguousarray(images, dtype=self.info.dtype)))
 
-    def fit(self, image: np.ndarray) -> tuple[np.ndarray, float]:
+    def detect(self, image: np.ndarray, photograph: bool = False) -> Detections:
+        """Finds the objects of one image.
+
+        Args:
+            image: (height, width, channels), in the file's order of channels.
+            photograph: See :meth:`fit`.
+
+        Returns:
+            As of one image alone: (n, 4) boxes in pixels of this image and within it, (n,) scores, (n,) labels.
+        """
+        fitted, scale = self.fit(image, photograph)
+        found = self(fitted)
+        real = found.scores[0] > 0
+        limits = np.array([image.shape[1], image.shape[0]] * 2, np.float32)
+        return Detections((found.boxes[0][real] / scale).clip(0, limits), found.scores[0][real], found.labels[0][real])
+
+    def fit(self, image: np.ndarray, photograph: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Makes of one image what the file takes: smaller if need be, in its ratio, and filled up.
 
         Args:
             image: (height, width, channels), in the file's order of channels.
+            photograph: It is to be resized as the detector's test pipeline would; else that was done.
 
         Returns:
-            (1, channels, H, W), and by what the image's sides were multiplied.
+            (1, channels, H, W), and (4,) by what the sides of boxes were multiplied.
+
+        Raises:
+            ConfigurationError: It has other channels, or values that the file's type does not have.
         """
-        if self.info.size is None:
-            return image.transpose(2, 0, 1)[None], 1.0
-        import cv2
-        height, width = self.info.size
-        scale = min(height / image.shape[0], width / image.shape[1], 1)
-        if scale < 1:
-            size = (min(width, round(image.shape[1] * scale)), min(height, round(image.shape[0] * scale)))
-            image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR).reshape(*size[::-1], -1)
-        canvas = np.empty((height, width, image.shape[2]), image.dtype)
-        canvas[:] = np.round(self.info.padding) if image.dtype == np.uint8 else self.info.padding
-        canvas[:image.shape[0], :image.shape[1]] = image
-        return canvas.transpose(2, 0, 1)[None], scale
+        if image.shape[2] != len(self.info.mean):
+            raise ConfigurationError(f"'{self.file}' takes images of {len(self.info.mean)} channels, got one of "
+                                     f'{image.shape[2]}.')
+        if self.info.dtype == 'uint8' and image.dtype != np.uint8:
+            if image.size and not 0 <= image.min() <= image.max() <= 255:
+                raise ConfigurationError(f"'{self.file}' takes uint8 images, got {image.dtype} from {image.min():g} to "
+                                         f'{image.max():g}: export it with --dtype float32.')
+            image = np.rint(image).astype(np.uint8)
+        height, width = image.shape[:2]
+        rows, columns = self._find_size(height, width, photograph)
+        if (rows, columns) != (height, width):
+            import cv2
+            image = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_LINEAR).reshape(rows, columns, -1)
+        scale = np.array([columns / width, rows / height] * 2, np.float32)
+        if self.info.size is not None:
+            canvas = np.empty((*self.info.size, image.shape[2]), image.dtype)
+            canvas[:] = np.round(self.info.padding) if image.dtype == np.uint8 else self.info.padding
+            canvas[:rows, :columns] = image
+            image = canvas
+        return image.transpose(2, 0, 1)[None], scale
+
+    def _find_size(self, height: int, width: int, photograph: bool) -> tuple[int, int]:
+        """The height and width that an image gets before it is filled up."""
+        rows, columns = float(height), float(width)
+        if photograph and self.info.resize is not None:
+            rows, columns = self.info.resize
+            if self.info.keep_ratio:
+                scale = min(max(rows, columns) / max(height, width), min(rows, columns) / min(height, width))
+                rows, columns = height * scale, width * scale
+        if self.info.size is not None:
+            scale = min(self.info.size[0] / rows, self.info.size[1] / columns, 1)
+            rows, columns = rows * scale, columns * scale
+        return max(1, int(rows + 0.5)), max(1, int(columns + 0.5))  # as MMDetection rounds
 
 
 def read_info(file: str | Path) -> ModelInfo:
@@ -141,7 +188,7 @@ def open_model(file: str | Path, runtime: str | None = None, threads: int | None
     file = Path(file)
     if not file.is_file():
         raise ConfigurationError(f"'{file}': there is no such file.")
-    if file.suffix not in (ONNX, OPENVINO):
+    if file.suffix not in EXPORTED:
         raise ConfigurationError(f"'{file}': expected a file that kd-det export wrote, .onnx or .xml.")
     runtime = runtime or ('onnxruntime' if file.suffix == ONNX else 'openvino')
     if runtime not in RUNTIMES or file.suffix == OPENVINO and runtime != 'openvino':
@@ -154,6 +201,7 @@ def _open_onnx(file: Path, threads: int | None) -> ExportedDetector:
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors alone
+    options.add_session_config_entry('session.force_spinning_stop', '1')  # between runs its threads leave others alone
     if threads:
         options.intra_op_num_threads = threads
     with explained(file):

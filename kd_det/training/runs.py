@@ -26,6 +26,7 @@ from kd_det.compat.console import TextTable
 from kd_det.compat.writing import is_first_process, kept_after_errors, locked_folder, refuse_to_replace
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Count, Index, Name, Parts, Ratio, Seed, Weight, declared
+from kd_det.config.choices import EXPORTED
 from kd_det.config.composition import distillation_config, make_ensemble
 from kd_det.config.files import (
     list_leaf_datasets,
@@ -199,11 +200,15 @@ def evaluate(config: str | Path | Config, checkpoint: str | Path, *, data_root: 
              work_dir: str | Path | None = None, tta: bool = False, out: str | Path | None = None, show: bool = False,
              show_dir: str | None = None, wait_time: Weight = 2, launcher: Launcher = 'none',
              options: dict[str, Any] | None = None, force: bool = False) -> RunResult:
-    """Evaluates a checkpoint on the config's test data; of a distillation the student alone, no teacher is built.
+    """Evaluates a checkpoint, or an exported file, on the config's test data.
+
+    Of a distillation that is the student alone, no teacher is built. An exported file takes the detector's place; all
+    else, data, pipeline and metrics, is the config's.
 
     Args:
         config: A file, ``'package::folder/file.py'``, or a config.
-        checkpoint: A file, or an address.
+        checkpoint: A file, or an address; or a file that :func:`~kd_det.deploy.export.export` wrote, ``.onnx`` or
+            ``.xml``.
         data_root: Folder of the data, in place of the config's.
         work_dir: For the log; the config's, or ``work_dirs/CONFIG``, by default.
         tta: Augment the images: by the config's own ``tta_model`` and ``tta_pipeline``, or by flips.
@@ -219,7 +224,8 @@ def evaluate(config: str | Path | Config, checkpoint: str | Path, *, data_root: 
         WritingError: There is such a file.
         DiagnosisError: A file is missing, or labels mean something else than the data's metainfo says.
         CheckpointError: The checkpoint is of another detector.
-        ConfigurationError: Something of the config can not be built.
+        ConfigurationError: Something of the config can not be built; or an exported file can not be run, or has other
+            classes than the data.
     """
     if out:
         refuse_to_replace(out, lambda content: b'pred_instances' in content, 'predictions', force)
@@ -230,7 +236,14 @@ def evaluate(config: str | Path | Config, checkpoint: str | Path, *, data_root: 
     for key in ('test_dataloader', 'test_evaluator', 'test_cfg'):
         if not config.get(key):
             raise ConfigurationError(f"The config '{name}' has no {key}, so that there is nothing to test on.")
-    config.load_from = str(checkpoint)
+    is_exported = Path(checkpoint).suffix in EXPORTED
+    if is_exported:
+        if launcher != 'none':
+            raise ConfigurationError(f"--launcher {launcher}: '{checkpoint}' is run by one process, on the CPU.")
+        config.model = ConfigDict(type='FileDetector', file=str(checkpoint))
+        config.load_from, config.resume = None, False
+    else:
+        config.load_from = str(checkpoint)
     if show or show_dir:
         config = trigger_visualization_hook(config, SimpleNamespace(show=show, show_dir=show_dir, wait_time=wait_time))
     if tta:
@@ -242,6 +255,9 @@ def evaluate(config: str | Path | Config, checkpoint: str | Path, *, data_root: 
         use_one_metainfo(runner.test_loop)
         metrics = runner.test_loop.evaluator.metrics
         check_labels(dict(test=runner.test_loop.dataloader.dataset), dict(test=metrics))
+        if is_exported:
+            detector = runner.model.module if tta else runner.model
+            detector.adapt(runner.test_loop.dataloader.dataset, metrics)
         if out:
             metrics.append(DumpDetResults(out_file_path=str(out)))
     check_start(runner)

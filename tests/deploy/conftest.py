@@ -1,12 +1,26 @@
-"""Detectors whose random weights say something."""
+"""Detectors whose random weights say something, and files of one, each exported once."""
+import json
+from pathlib import Path
+from typing import NamedTuple
+
 import pytest
 import torch
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 
+import kd_det
 from kd_det.registry import build_detector
 
 TEST_CFG = dict(nms_pre=60, score_thr=0.3, conf_thr=0.4, min_bbox_size=0, nms=dict(type='nms', iou_threshold=0.6),
                 max_per_img=30)
+SIZE = (96, 128)  # height and width of what the pipeline makes of the 64 × 64 images: each side by a factor of its own
+EXPORTS = {
+    'fixed.onnx': {},
+    'fixed.xml': {},
+    'open.onnx': dict(dynamic=('batch', 'size'), channels='bgr', dtype='float32'),
+    'small.onnx': dict(size=(64, 96)),
+    'candidates.onnx': dict(suppress=False),
+    'plain.pth': {},
+}
 
 
 @pytest.fixture
@@ -33,3 +47,49 @@ def lively_detector(detector_config):
     return make
 
 
+class Files(NamedTuple):
+    """A detector, and how to get its files by name, see :data:`EXPORTS`."""
+    config: str
+    checkpoint: str
+    folder: Path
+
+    def __getitem__(self, name) -> Path:
+        file = self.folder / name
+        if not file.is_file():
+            kd_det.export(self.config, self.checkpoint, file, images=2, **EXPORTS[name])
+        return file
+
+
+@pytest.fixture(scope='session')
+def files_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp('exported')
+
+
+@pytest.fixture
+def files(files_folder, coco_folder, run_config, detector_config) -> Files:
+    """A RetinaNet whose random weights find something, with a config that tests it on :func:`coco_folder`."""
+    made = Files(str(files_folder / 'run.py'), str(files_folder / 'run.pth'), files_folder)
+    if not Path(made.config).is_file():
+        model = detector_config('RetinaNet')
+        model.test_cfg.update(score_thr=0.3, max_per_img=20)
+        config = run_config(model, val=True)
+        config.val_dataloader.dataset.pipeline[2].scale = SIZE[::-1]
+        for key in ('dataloader', 'cfg', 'evaluator'):
+            config[f'test_{key}'] = config[f'val_{key}']
+        config.test_cfg = dict(type='TestLoop')
+        torch.manual_seed(0)
+        built = build_detector(model)
+        built.init_weights()
+        with torch.no_grad():
+            for name, parameter in built.named_parameters():
+                if name.startswith('bbox_head') and name.endswith('weight'):
+                    parameter.normal_(0, (2 / parameter[0].numel())**0.5)
+        meta = dict(dataset_meta=dict(classes=('blue', 'green', 'red')))
+        torch.save(dict(meta=meta, state_dict=built.state_dict()), made.checkpoint)
+        Config(config.to_dict()).dump(made.config)
+    return made
+
+
+@pytest.fixture
+def photographs(coco_folder) -> list[Path]:
+    return [coco_folder / each['file_name'] for each in json.loads((coco_folder / 'all.json').read_text())['images']]
