@@ -22,6 +22,7 @@ from typing_extensions import is_typeddict
 from kd_det.config.arguments import Argument, ArgumentError, check_value, declared_arguments, describe_type
 from kd_det.config.files import ConfigurationError
 from kd_det.distillers import DetectionDistiller
+from kd_det.distillers.rounding import Quantization
 from kd_det.distillers.schedules import Ramp, Schedule, ScheduleConfig
 from kd_det.distillers.supervision import PseudoLabels
 from kd_det.losses import DistillTerm
@@ -45,8 +46,8 @@ TERMS, MASKS = find_registered(MODELS, DistillTerm), find_registered(MODELS, Mas
 SCHEDULES = find_registered(TASK_UTILS, Schedule)
 BUILT = {**TERMS, **MASKS, **SCHEDULES}  # from nothing but their arguments
 DECLARED = {**BUILT, **{each.__name__: each for each in (
-    DetectionDistiller, DistillHook, Engine, FidelityMetric, FiniteHook, Preflight, PseudoLabels, ReplayedRandomness,
-    Teacher, TeacherCache)}}
+    DetectionDistiller, DistillHook, Engine, FidelityMetric, FiniteHook, Preflight, PseudoLabels, Quantization,
+    ReplayedRandomness, Teacher, TeacherCache)}}
 
 
 def arguments_of(name: str) -> dict[str, Argument]:
