@@ -70,7 +70,8 @@ class Quantizer(Rounder):
         if recomputed:
             raise ConfigurationError(f"model.quantize: '{recomputed[0]}' computes its forward anew in the backward "
                                      'pass, where nothing would be rounded. Set its with_cp=False.')
-        self.__dict__['student'] = student  # past nn.Module.__setattr__: it is no part of this
+        self.__dict__['student'] = student  # past nn.Module.__setattr__: neither is a part of the other
+        student.__dict__['quantizer'] = self
         self.parts, self.points = find_parts(student), dict[str, int]()
         self._readers: set[str] = set()  # the operators that read rounded values
         self._is_planning, self.is_frozen = False, False

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from kd_det.config.arguments import Bits, Names, declared
 
 PREDICTORS, FIRST = 'predictors', 'first'
-TINY = 1e-8  # a step that is not 0, of a channel without weights
+TINY = 1e-8  # a step that is not 0, where there is nothing but 0
+SMALLEST = 1e-4  # of a channel's steps to the largest of a layer; in those of a dead one no bias would be an integer
 
 
 @declared
@@ -119,7 +120,8 @@ class Rounder(nn.Module):
 
     def find_weight_steps(self, weight: Tensor, layer: int) -> Tensor:
         """The step between two integers of each output channel of a layer."""
-        scale = (weight.detach().float().flatten(1).abs().amax(1) / self.top).clamp(min=TINY)
+        scale = weight.detach().float().flatten(1).abs().amax(1) / self.top
+        scale = torch.maximum(scale, (SMALLEST * scale.max()).clamp(min=TINY))
         if self.is_learnt:
             scale = scale * self.clips[layer].exp()
         return scale

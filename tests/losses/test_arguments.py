@@ -293,7 +293,8 @@ WRONG = dict(
     student=('retinanet', None), distill=('fgd', None, []), inherit=('', [''], ['neck', 'neck'], 3, None, True),
     task_weight=NEGATIVE, pseudo_labels=(0.5, [], True), preflight=(False, 0.01, [64]), images=(0, 2.5, 'no', None),
     min_map=(float('nan'), -0.1, 1.5, '0'), mode=('joined', None), weight=('scores', *NEGATIVE), score=SHARE, iou=SHARE,
-    nms_iou=SHARE,
+    nms_iou=SHARE, quantize=(8, [], True), bits=(1, 9, 8.0, '8', None, True), ranges=('moving', None),
+    keep_float=('first', [''], ['first', 'first'], None), freeze=(0, 1.5, '0.5', None),
     # of other hooks, of a transform and a metric
     patience=(-1, 0.5, None, True), transforms=(3, 'RandomFlip', [3]), period=(0, 1.5, '2', True), prefix=(3, ),
     seed=(-1, 2**32, 0.5, None), confidence=SHARE, min_iou=SHARE, calibrated_from=SHARE, bins=(0, 2.5, None),
