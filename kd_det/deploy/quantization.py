@@ -39,12 +39,12 @@ def restore_quantizer(config: Config, checkpoint: str | Path, detector: nn.Modul
     if settings is None:
         return False
     if settings.get('bits', 8) != 8:
-        raise ConfigurationError(f"model.quantize.bits={settings['bits']} is a simulation: no runtime computes with less "
-                                 'than 8. For the float student: --cfg-options model.quantize=None.')
+        raise ConfigurationError(f"model.quantize.bits={settings['bits']} is a simulation: no runtime computes with so "
+                                 'few. For the float student: --cfg-options model.quantize=None.')
     ranges = load_checkpoint(checkpoint).get(CHECKPOINT_KEY, {}).get('ranges')
     if ranges is None:
-        raise ConfigurationError(f"'{checkpoint}' holds no ranges: it was not trained with model.quantize. For the float "
-                                 'student: --cfg-options model.quantize=None.')
+        raise ConfigurationError(f"'{checkpoint}' holds no ranges: it was not trained with model.quantize. For the "
+                                 'float student: --cfg-options model.quantize=None.')
     quantizer = build_quantizer(dict(settings), detector)
     quantizer.load_state(ranges)
     quantizer.eval()

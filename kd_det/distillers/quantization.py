@@ -30,7 +30,7 @@ PRODUCTS = (torch.mul, torch.Tensor.mul)
 SUMS = (torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__iadd__)
 FUSED = (F.relu, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_, F.relu6, F.hardtanh, torch.clamp,
          torch.Tensor.clamp)  # with the layer or the sum before them
-PASSING = ('_known', '_rows', '_live', '_pending', '_names', '_folded', '_survey')  # what is of one forward, or student
+PASSING = ('_known', '_rows', '_rounded', '_live', '_pending', '_names', '_folded', '_survey')  # of one forward, or copy
 
 
 class FoldedWeight(NamedTuple):
@@ -96,10 +96,16 @@ class Quantizer(Rounder):
         self._last, self._count = part, 0
         module = self.student.get_submodule(part)
         with self._survey or _Rounding(self):
-            return type(module).forward(module, *args, **kwargs)
+            out = type(module).forward(module, *args, **kwargs)
+        if part == 'neck' and part != self.parts[-1] and isinstance(out, (tuple, list)) and not self._survey:
+            self._last, self._count = f'{part}.output', 0  # heads read it, and what they do not run, as RoIAlign
+            out = type(out)(self._read(list(out))[0])
+        return out
 
     def round(self, x: Tensor, point: str) -> Tensor:
         """Rounds an activation; what was rounded for another reader is taken from there, with its range."""
+        if x in self._rounded:
+            return x
         if x in self._known:
             return self._known[x]
         inherited = self._rows.get(x)
@@ -109,7 +115,7 @@ class Quantizer(Rounder):
             return x
         rounded = x if row is None else self.round_activation(x, row, observe=inherited is None)
         if rounded is not x:
-            self._known[x], self._rows[rounded] = rounded, row
+            self._known[x], self._rows[rounded], self._rounded[rounded] = rounded, row, True
         return rounded
 
     # ------------------------------------------------------------------------------------------------- the operators
@@ -196,8 +202,8 @@ class Quantizer(Rounder):
         """What a runtime fuses with the layer before it."""
         out = function(x, *args, **options)
         if out is x:  # in place: what was rounded of it is of its former values
-            self._known.pop(x, None)
-            self._rows.pop(x, None)
+            for kept in (self._known, self._rows, self._rounded):
+                kept.pop(x, None)
         return self._mark(out, x)
 
     def _read(self, tensors: list[Tensor]) -> tuple[list[Tensor], bool]:
@@ -263,8 +269,8 @@ class Quantizer(Rounder):
         self._steps = None
 
     def _forget(self) -> None:
-        self._known, self._rows = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
-        self._live, self._pending = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+        for name in ('_known', '_rows', '_rounded', '_live', '_pending'):
+            setattr(self, name, WeakTensorKeyDictionary())
         self._names, self._folded, self._survey = None, {}, None
 
     def __getstate__(self) -> dict[str, Any]:
