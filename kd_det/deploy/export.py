@@ -26,7 +26,7 @@ from kd_det.config.options import resolve_config
 from kd_det.deploy.checking import Comparison, compare, draw_images, predict_with, predict_with_graph
 from kd_det.deploy.checkpoint import ExportedStudent, export_checkpoint, load_student
 from kd_det.deploy.graph import DetectorGraph
-from kd_det.deploy.quantization import restore_quantizer, store_integers
+from kd_det.deploy.integers import restore_quantizer, store_integers
 from kd_det.deploy.runtime import ONNX, OPENVINO, SECTION, ModelInfo, explained, open_model
 from kd_det.heads.queries import predicts_queries
 from kd_det.teachers.loading import find_class_names

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import at, check_arguments
-from kd_det.distillers.quantization_plan import LAYERS, Survey, find_parts, plan_layers, show_blank
+from kd_det.distillers.quantization_plan import LAYERS, Survey, find_parts, list_layers, plan_layers, show_blank
 from kd_det.distillers.rounding import Quantization, Rounder
 
 READERS = (torch.sigmoid, torch.Tensor.sigmoid, F.hardsigmoid, F.hardswish, F.leaky_relu, F.elu, F.gelu, F.mish,
@@ -30,7 +30,7 @@ PRODUCTS = (torch.mul, torch.Tensor.mul)
 SUMS = (torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__iadd__)
 FUSED = (F.relu, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_, F.relu6, F.hardtanh, torch.clamp,
          torch.Tensor.clamp)  # with the layer or the sum before them
-PASSING = ('_known', '_rows', '_rounded', '_live', '_pending', '_names', '_folded', '_survey')  # of one forward, or copy
+PASSING = ('_known', '_rows', '_rounded', '_live', '_pending', '_names', '_folded', '_survey')  # not copied
 
 
 class FoldedWeight(NamedTuple):
@@ -225,12 +225,9 @@ class Quantizer(Rounder):
 
     @property
     def names(self) -> dict[int, str]:
-        """The path of each layer by its weight; of one weight in several layers the first."""
+        """See :func:`~kd_det.distillers.quantization_plan.list_layers`."""
         if self._names is None:
-            self._names = {}
-            for path, module in self.student.named_modules():
-                if isinstance(module, (nn.Conv2d, nn.Linear)):
-                    self._names.setdefault(id(module.weight), path)
+            self._names = list_layers(self.student)
         return self._names
 
     def freeze_statistics(self) -> None:

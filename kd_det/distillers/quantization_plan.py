@@ -4,8 +4,9 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +53,7 @@ def plan_layers(survey: Survey, parts: Sequence[str], keep_float: Sequence[str])
     Raises:
         ConfigurationError: None is, or a name of ``keep_float`` is of no layer.
     """
-    heads = tuple(f'{part}.' for part in parts if part not in ('backbone', 'neck'))
-    predictors = {name for name in survey.order if name.startswith(heads) and name not in survey.read}
+    predictors = survey.list_unread(parts)
     groups = {PREDICTORS: predictors, FIRST: set(survey.order[:1])}
     kept: set[str] = set()
     for index, name in enumerate(keep_float):
@@ -85,6 +85,11 @@ class Survey(TorchFunctionMode):
         self.followers: dict[str, set[Callable]] = defaultdict(set)
         self._sources, self._direct = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
 
+    def list_unread(self, parts: Sequence[str]) -> set[str]:
+        """The layers of heads whose outputs no other layer reads."""
+        heads = tuple(f'{part}.' for part in parts if part not in ('backbone', 'neck'))
+        return {name for name in self.order if name.startswith(heads) and name not in self.read}
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         made = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
@@ -103,6 +108,35 @@ class Survey(TorchFunctionMode):
         for each in made:
             self._sources[each] = frozenset(sources)
         return result
+
+
+def find_predictors(detector: nn.Module) -> set[str]:
+    """Finds the last layers of a detector's heads, whose outputs are decoded; of a transformer none."""
+    parts, layers = find_parts(detector), list_layers(detector)
+    survey = Survey(layers)
+    for part in parts:
+        module = detector.get_submodule(part)
+        module.forward = partial(_watch, survey, module)  # on the instance, before the class's
+    try:
+        show_blank(detector, parts)
+    finally:
+        for part in parts:
+            del detector.get_submodule(part).forward
+    return survey.list_unread(parts)
+
+
+def _watch(survey: Survey, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    with survey:
+        return type(module).forward(module, *args, **kwargs)
+
+
+def list_layers(detector: nn.Module) -> dict[int, str]:
+    """The path of each layer by the identity of its weight; of one weight in several layers the first."""
+    names: dict[int, str] = {}
+    for path, module in detector.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            names.setdefault(id(module.weight), path)
+    return names
 
 
 def find_parts(student: nn.Module) -> list[str]:
