@@ -39,3 +39,6 @@ TRACKERS = ('tensorboard', 'wandb', 'mlflow')
 
 # By what an exported file is run.
 RUNTIMES = ('onnxruntime', 'openvino')
+
+# How the range of an activation is found after training.
+RANGES = ('minmax', 'entropy', 'percentile')

@@ -53,16 +53,18 @@ def restore_quantizer(config: Config, checkpoint: str | Path, detector: nn.Modul
     return True
 
 
-def store_integers(model: onnx.ModelProto) -> None:
+def store_integers(file: Path) -> None:
     """Has a graph hold the integers of what it would round when it is loaded: weights of 8 bits, biases of 32.
 
     An exporter writes a rounded weight as float with QuantizeLinear and DequantizeLinear behind it, and leaves a bias
     float, though runtimes fuse a layer into one of integers only with a bias of integers.
 
     Args:
-        model: Changed.
+        file: Changed.
     """
+    import onnx
     from onnx import helper, numpy_helper
+    model = onnx.load(file)
     graph, constants = model.graph, {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
     for node in list(graph.node):
         value = _compute_constant(node, constants)
@@ -111,6 +113,7 @@ def store_integers(model: onnx.ModelProto) -> None:
     graph.node.extend(nodes)
     used = {name for node in nodes for name in node.input} | {each.name for each in graph.output} | outer
     graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in kept.items() if name in used)
+    onnx.save(model, file)
 
 
 def _compute_constant(node: onnx.NodeProto, constants: dict[str, np.ndarray]) -> np.ndarray | None:

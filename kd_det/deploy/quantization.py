@@ -18,6 +18,7 @@ from torch import nn
 from kd_det.compat.console import TextTable
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Count, declared
+from kd_det.config.choices import RANGES
 from kd_det.config.files import is_distillation, list_leaf_datasets
 from kd_det.config.options import resolve_config
 from kd_det.deploy.checking import Comparison, Example, compare, draw_images, predict_with
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     import onnx
 
 Ranges = Literal['minmax', 'entropy', 'percentile']
-METHODS: tuple[Ranges, ...] = ('minmax', 'entropy', 'percentile')
 FREE = 0.1  # points of mAP, or of a mean score, that are nothing
 # What puts out values of its first input alone, whatever says where they are.
 PLACED_BY_OTHERS = ('RoiAlign', 'Gather', 'GatherND', 'GatherElements', 'ScatterND', 'ScatterElements', 'Reshape',
@@ -105,7 +105,7 @@ class QuantizedModel:
 @declared
 def quantize(config: str | Path | Config, checkpoint: str | Path, out: str | Path, *, calibrate: Count = 64,
              size: Size | None = None, dtype: Literal['uint8', 'float32'] = 'uint8',
-             channels: Literal['rgb', 'bgr'] = 'rgb', ranges: Sequence[Ranges] = METHODS,
+             channels: Literal['rgb', 'bgr'] = 'rgb', ranges: Sequence[Ranges] = RANGES,
              data_root: str | None = None, options: dict[str, Any] | None = None, force: bool = False
              ) -> QuantizedModel:
     """Writes a student as a file that computes in integers, without training it.
@@ -143,7 +143,7 @@ def quantize(config: str | Path | Config, checkpoint: str | Path, out: str | Pat
         raise ConfigurationError('The student was trained for integers (model.quantize): kd-det export writes those. '
                                  'To quantise its float weights anew: --cfg-options model.quantize=None.')
     if not ranges:
-        raise ConfigurationError(f"ranges: expected at least one of {', '.join(METHODS)}.")
+        raise ConfigurationError(f"ranges: expected at least one of {', '.join(RANGES)}.")
     refuse_to_replace_model(out, force)
     plain, detector, meta = load_student(resolved, checkpoint)
     graph = DetectorGraph(detector, channels)
