@@ -20,6 +20,7 @@ from kd_det.cli.main import make_parser
 from kd_det.config.arguments import declared_arguments, describe_type
 from kd_det.config.detectors import read_model_config
 from kd_det.distillers import DetectionDistiller
+from kd_det.distillers.rounding import Quantization
 from kd_det.distillers.schedules import Ramp, Schedule
 from kd_det.distillers.supervision import PseudoLabels
 from kd_det.losses import DenseTerm, DistillTerm, FeatureTerm, QueryTerm, RoITerm
@@ -75,6 +76,7 @@ def make_page() -> str:
         'The distiller': ("`model = dict(type='DetectionDistiller', …)`", [DetectionDistiller]),
         'A teacher': ('`model.teacher`, or each of a list of them, and its `cache`', [Teacher, TeacherCache]),
         'Pseudo-labels': ('`model.pseudo_labels`', [PseudoLabels]),
+        'Quantisation': ('`model.quantize`', [Quantization]),
         'Hooks': ('`default_hooks.distill` with its `preflight`, and `custom_hooks`',
                   [DistillHook, Preflight, FiniteHook]),
         'In data and evaluation': ('A transform of the training pipeline, and a metric of `val_evaluator`',

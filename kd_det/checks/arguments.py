@@ -38,6 +38,7 @@ from kd_det.config.arguments import (
 from kd_det.config.files import TOP_KEYS, get_type_name, is_distillation
 from kd_det.distillers.building import build_task_schedule, build_terms, list_teacher_configs
 from kd_det.distillers.detection_distiller import DetectionDistiller
+from kd_det.distillers.rounding import Quantization
 from kd_det.distillers.supervision import build_pseudo_labels
 from kd_det.registry import HOME, find_class, get_scope, within_scope
 
@@ -142,6 +143,13 @@ def _check_distillation(model: Mapping[str, Any]) -> Iterator[Callable[[], None]
     yield partial(build_task_schedule, model.get('task_weight', 1.0))
     if isinstance(model.get('pseudo_labels'), Mapping) and number:
         yield partial(build_pseudo_labels, model['pseudo_labels'], None, [{}] * number)
+    if isinstance(model.get('quantize'), Mapping):
+        yield partial(_check_quantization, model['quantize'])
+
+
+def _check_quantization(config: Mapping[str, Any]) -> None:
+    with at('model.quantize'):
+        check_arguments(Quantization, config)
 
 
 def _check_distiller(model: Mapping[str, Any]) -> None:

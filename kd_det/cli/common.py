@@ -64,6 +64,7 @@ class Number:
 
 
 count, index, seed, amount = Number(int, 1), Number(int, 0), Number(int, 0, 2**32 - 1), Number(float, 0)
+bits = Number(int, 2, 8)
 
 
 def path(text: str) -> Path:

@@ -5,7 +5,7 @@ import shlex
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
-from kd_det.cli.common import add_inheritance_option, add_weight_options, inherited_parts
+from kd_det.cli.common import add_inheritance_option, add_weight_options, bits, inherited_parts
 from kd_det.cli.train import add_training_options, read_training_options
 from kd_det.config.choices import FAMILIES
 from kd_det.config.methods import available_methods
@@ -33,6 +33,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('--family', choices=FAMILIES, default='',
                         help="whose published weights to use (told by the student's heads by default)")
     add_inheritance_option(parser)
+    parser.add_argument('--quantize', type=bits, metavar='BITS',
+                        help='train the student as it computes with integers of so many bits; from a trained one: '
+                        '--cfg-options load_from=FILE')
     add_weight_options(parser)
     add_training_options(parser)
 
@@ -41,7 +44,7 @@ def run(options: Namespace) -> int:
     from kd_det.training.runs import distill
     distill(options.student, options.teacher, options.teacher_checkpoint, options.method,
             inherit=inherited_parts(options), balance=options.balance, family=options.family, on_config=show,
-            **read_training_options(options))
+            quantize=options.quantize, **read_training_options(options))
     return 0
 
 

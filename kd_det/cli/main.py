@@ -39,6 +39,7 @@ COMMANDS = {
     'export': "write a plain student: its weights alone, and a config that stock MMDetection reads",
     'predict': 'run an exported file on photographs: paint what it finds, and write it as COCO results',
     'latency': 'measure exported files side by side: time, memory, size and multiplications',
+    'quantize': 'write a student as a file that computes in integers, by calibration on images',
     'doctor': 'check the installation and a config: what would fail, and what to do about it',
     'benchmark': 'train a pair with several methods and seeds, and tell which difference is more than chance',
     'benchmark-step': 'measure what a distilled step costs: time and memory of student, teacher and each term',

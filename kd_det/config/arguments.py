@@ -64,6 +64,7 @@ Seed = Annotated[int, Ge(0), Lt(2**32)]
 Seeds = Annotated[Sequence[Seed], MinLen(1), Predicate(is_distinct)]
 Name = Annotated[str, MinLen(1)]
 Names = Annotated[Sequence[Name], Predicate(is_distinct)]
+Bits = Annotated[int, Ge(2), Le(8)]
 
 
 class Sides(TypedDict):

@@ -40,3 +40,6 @@ TRACKERS = ('tensorboard', 'wandb', 'mlflow')
 # How the names of exported files end, and by what these are run.
 EXPORTED = ('.onnx', '.xml')
 RUNTIMES = ('onnxruntime', 'openvino')
+
+# How the range of an activation is found after training.
+RANGES = ('minmax', 'entropy', 'percentile')

@@ -26,6 +26,7 @@ from kd_det.config.options import resolve_config
 from kd_det.deploy.checking import Comparison, compare, draw_images, predict_with, predict_with_graph
 from kd_det.deploy.checkpoint import ExportedStudent, export_checkpoint, load_student
 from kd_det.deploy.graph import DetectorGraph
+from kd_det.deploy.integers import restore_quantizer, store_integers
 from kd_det.deploy.runtime import ONNX, OPENVINO, SECTION, ModelInfo, explained, open_model
 from kd_det.heads.queries import predicts_queries
 from kd_det.teachers.loading import find_class_names
@@ -107,10 +108,13 @@ def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path,
         return export_checkpoint(resolved, checkpoint, out, force)
     refuse_to_replace_model(out, force)
     plain, detector, meta = load_student(resolved, checkpoint)
+    is_quantized = restore_quantizer(resolved, checkpoint, detector)
+    if half and is_quantized:
+        raise ConfigurationError('--half: the student was trained for integers, which the file holds.')
     graph = DetectorGraph(detector, channels, suppress, fixed='size' not in dynamic)
     image_size = None if 'size' in dynamic else size or find_size(plain, graph.divisor)
     info = describe(plain, detector, meta, graph, image_size, None if 'batch' in dynamic else 1, dtype,
-                    'float16' if half else 'float32')
+                    'float16' if half else 'int8' if is_quantized else 'float32')
     with tempfile.TemporaryDirectory() as folder:
         file = write_onnx(graph, info, Path(folder) / f'{out.stem}{ONNX}')
         if half:
@@ -195,6 +199,8 @@ def write_onnx(graph: DetectorGraph, info: ModelInfo, file: Path) -> Path:
     """
     import onnx
     image = example_image(graph, info)
+    if info.precision == 'int8':
+        graph.detector.quantizer.freeze()
     names = dict(input_names=['image'], output_names=['boxes', 'scores', 'labels'])
     axes: dict[str, dict[int, str]] = {name: {} for names in names.values() for name in names}
     if info.batch is None:
@@ -212,6 +218,8 @@ def write_onnx(graph: DetectorGraph, info: ModelInfo, file: Path) -> Path:
     if unknown:
         raise ConfigurationError(f'A {info.detector} can not be exported: ONNX has no operator for '
                                  f"{', '.join(unknown)}.")
+    if info.precision == 'int8':
+        store_integers(file)
     fold_constants(file)
     model = onnx.load(file)
     for name, text in info.to_texts().items():

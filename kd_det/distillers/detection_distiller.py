@@ -36,8 +36,9 @@ from kd_det.distillers.monitor import (
     list_reads,
     require_finite_weights,
 )
+from kd_det.distillers.quantization import build_quantizer
 from kd_det.distillers.schedules import ScheduleConfig
-from kd_det.distillers.student_wrapper import StudentWrapper
+from kd_det.distillers.student_wrapper import QUANTIZER, StudentWrapper
 from kd_det.distillers.supervision import (
     Losses,
     Supervision,
@@ -92,6 +93,9 @@ class DetectionDistiller(StudentWrapper):
             (FitNets, arXiv 1412.6550).
         pseudo_labels: ``dict(score=0.5, …)`` for confident boxes of a teacher as ground truth, see
             :class:`~kd_det.distillers.supervision.PseudoLabels`.
+        quantize: ``dict(bits=8, …)`` for a student that is trained as it computes in integers, see
+            :class:`~kd_det.distillers.rounding.Quantization`; without terms, too. It starts from a trained one:
+            ``load_from``.
 
     Attributes:
         terms: The terms by name; those whose weight is not 0 throughout.
@@ -112,7 +116,8 @@ class DetectionDistiller(StudentWrapper):
                  distill: dict[str, Any],
                  inherit: Name | Names = (),
                  task_weight: ScheduleConfig = 1.0,
-                 pseudo_labels: dict[str, Any] | None = None) -> None:
+                 pseudo_labels: dict[str, Any] | None = None,
+                 quantize: dict[str, Any] | None = None) -> None:
         detector = build_student(student)
         super().__init__(detector)
         self.origins = WeightOrigins(detector)
@@ -130,6 +135,8 @@ class DetectionDistiller(StudentWrapper):
             self.schedules, terms = build_terms(distill, len(self.teacher_configs))
             self.connections = Connections(detector, self.teacher_configs, terms)
         self.terms.update(terms)
+        if quantize is not None:
+            self._modules[QUANTIZER] = build_quantizer(quantize, detector, self.connections.student_taps.paths)
         self.monitor, self.idle_check = GradientMonitor(self.schedules), IdleTermCheck(terms)
         self.reads = ReadRecord()
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-TERMS = 'distill_terms'  # the only child that a plain student lacks
+from kd_det.distillers.quantization import Quantizer
+
+TERMS, QUANTIZER = OWN = 'distill_terms', 'distill_quantizer'  # the only children that a plain student lacks
 
 
 class StudentWrapper(BaseModel):
     """Shows a detector's children, parameters, buffers and attributes as its own, under the same names.
 
-    The terms are one child more, because optimizer and data-parallel training must see their weights; ``state_dict``
-    leaves them out. Prediction is the detector's own.
+    The terms are one child more, and a quantizer another, because optimizer and data-parallel training must see their
+    weights; ``state_dict`` leaves them out. Prediction is the detector's own.
 
     Args:
         detector: The student.
@@ -38,10 +40,18 @@ class StudentWrapper(BaseModel):
         """The distillation terms by name; those with a weight."""
         return self._modules[TERMS]
 
+    @property
+    def quantizer(self) -> Quantizer | None:
+        """What rounds the student's weights and activations; None where it is trained as float."""
+        return self._modules.get(QUANTIZER)
+
     def train(self, mode: bool = True) -> StudentWrapper:
         self.training = mode
         self.student.train(mode)
         self.terms.train(mode)
+        if self.quantizer is not None:
+            self.quantizer.train(mode)
+            self.quantizer.freeze_statistics()
         return self
 
     def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = 'tensor'):
@@ -54,12 +64,13 @@ class StudentWrapper(BaseModel):
         """The plain student's state dict."""
         state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         for entries in (state, getattr(state, '_metadata', {})):
-            for key in [key for key in entries if f'{key}.'.startswith(f'{prefix}{TERMS}.')]:
+            for key in [key for key in entries if f'{key}.'.startswith(tuple(f'{prefix}{own}.' for own in OWN))]:
                 del entries[key]
         return state
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        # A plain student's weights are complete: the terms, which are stored apart, keep theirs.
-        for key, value in self.terms.state_dict(prefix=f'{prefix}{TERMS}.').items():
-            state_dict.setdefault(key, value)
+        # A plain student's weights are complete: what is stored apart keeps its own.
+        for own in filter(self._modules.get, OWN):
+            for key, value in self._modules[own].state_dict(prefix=f'{prefix}{own}.').items():
+                state_dict.setdefault(key, value)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -11,7 +11,7 @@ from typing import Any
 
 from mmdet.registry import HOOKS
 from mmengine.dist import is_main_process
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, set_random_seed
 from mmengine.runner.checkpoint import weights_to_cpu
@@ -77,7 +77,8 @@ class DistillHook(Hook):
       trained one.
     - ``distill``: what only a resumed run needs. ``terms`` is the state dict of the terms' own parameters, their
       adapters first of all, as ``<term>.<parameter>``; ``weights`` has for each term whose weight is balanced what its
-      :class:`~kd_det.distillers.schedules.Balance` has measured.
+      :class:`~kd_det.distillers.schedules.Balance` has measured; ``ranges`` those of a student that is trained for
+      integers, by which an export writes the same.
     - ``optimizer``: the state of the student's parameters, then that of the terms'.
     - ``meta['dataset_meta']``: the names of the student's classes.
 
@@ -154,6 +155,8 @@ class DistillHook(Hook):
         if distiller is None:
             return
         distiller.set_progress(runner.iter, runner.iter / len(runner.train_dataloader))
+        if distiller.quantizer is not None:
+            distiller.quantizer.set_progress(runner.iter / runner.max_iters)
         if len(distiller.terms) or distiller.pseudo_labels is not None:
             set_random_seed((runner.seed * 1_000_003 + runner.iter) % 2**32)
 
@@ -162,6 +165,14 @@ class DistillHook(Hook):
         if distiller is not None and distiller.teachers:
             runner.message_hub.update_scalar('train/kd_time', distiller.cost.seconds)
             runner.message_hub.update_scalar('train/kd_memory', distiller.cost.megabytes)
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Gives averaged weights the ranges of the trained ones before an ``EMAHook`` exchanges both."""
+        distiller = _find_distiller(runner)
+        if distiller is not None and distiller.quantizer is not None:
+            for hook in runner.hooks:
+                if isinstance(hook, EMAHook):
+                    hook.ema_model.module.quantizer.load_state(distiller.quantizer.state())
 
     def after_train_epoch(self, runner: Runner) -> None:
         distiller = _find_distiller(runner)
@@ -182,6 +193,8 @@ class DistillHook(Hook):
             checkpoint['meta']['dataset_meta'] = get_metainfo(runner.train_dataloader.dataset)
             checkpoint[CHECKPOINT_KEY] = dict(
                 terms=weights_to_cpu(distiller.terms.state_dict()), weights=distiller.monitor.state_dict())
+            if distiller.quantizer is not None:
+                checkpoint[CHECKPOINT_KEY]['ranges'] = distiller.quantizer.state()
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         distiller = _find_distiller(runner)
@@ -193,6 +206,8 @@ class DistillHook(Hook):
         if CHECKPOINT_KEY in checkpoint:
             distiller.load_terms(checkpoint[CHECKPOINT_KEY]['terms'])
             distiller.monitor.load_state_dict(checkpoint[CHECKPOINT_KEY].get('weights', {}))
+            if distiller.quantizer is not None and 'ranges' in checkpoint[CHECKPOINT_KEY]:
+                distiller.quantizer.load_state(checkpoint[CHECKPOINT_KEY]['ranges'])
         elif len(distiller.terms):
             runner.logger.warning("The resumed checkpoint holds no 'distill': it was not written by a distillation. "
                                   'The adapters start anew.')

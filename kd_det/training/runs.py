@@ -25,7 +25,7 @@ from kd_det.checks.images import check_images, student_channels
 from kd_det.compat.console import TextTable
 from kd_det.compat.writing import is_first_process, kept_after_errors, locked_folder, refuse_to_replace
 from kd_det.config import ConfigurationError
-from kd_det.config.arguments import Count, Index, Name, Parts, Ratio, Seed, Weight, declared
+from kd_det.config.arguments import Bits, Count, Index, Name, Parts, Ratio, Seed, Weight, declared
 from kd_det.config.choices import EXPORTED
 from kd_det.config.composition import distillation_config, make_ensemble
 from kd_det.config.files import (
@@ -144,7 +144,8 @@ def distill(student: str | Path | Config, teacher: str | Path, checkpoint: str |
             seed: Seed | None = None, amp: bool = False, resume: bool | str | Path = False, launcher: Launcher = 'none',
             options: dict[str, Any] | None = None, family: str = '', auto_scale_lr: bool = False,
             check_images: Index | None = None, trackers: Sequence[Name] = (),
-            on_config: Callable[[Config], None] | None = None) -> RunResult:
+            on_config: Callable[[Config], None] | None = None,
+            quantize: Bits | dict[str, Any] | None = None) -> RunResult:
     """Composes a distillation out of a student's config and a teacher, saves it in the work dir, and trains it.
 
     The student's config alone decides data, classes, schedule and evaluation.
@@ -173,6 +174,9 @@ def distill(student: str | Path | Config, teacher: str | Path, checkpoint: str |
         check_images: Read so many images of each data set before.
         trackers: Where it logs, too.
         on_config: Given the config, once all of it could be built and it is saved, before it is trained.
+        quantize: Train the student as it computes with integers of so many bits; or the whole ``model.quantize``. It
+            starts from a trained student, ``options=dict(load_from=…)``; with the method ``'none'`` it learns from the
+            data alone.
 
     Raises:
         ConfigurationError: The student is a distillation already, the method does not serve it, or a setting is wrong.
@@ -190,6 +194,9 @@ def distill(student: str | Path | Config, teacher: str | Path, checkpoint: str |
     name = f'{Path(source).stem}_{name_sum(method)}{several}'
     if several:
         config = make_ensemble(config, checkpoints)
+    if quantize is not None:
+        config.model.quantize = dict(bits=quantize) if isinstance(quantize, int) else quantize
+        name = f"{name}_{config.model.quantize.get('bits', 8)}_bits"
     _set_run(config, name, data_root, work_dir, epochs, seed, amp, auto_scale_lr, launcher, trackers, options)
     config = rename_config(config, Path(config.work_dir) / f'{name}.py')
     return _train(config, resume, check_images, on_config)

@@ -38,7 +38,7 @@ def distilled_gradients(config, images, samples, wrap=lambda model: model):
     gradients = {name: parameter.grad.clone() for name, parameter in plain.named_parameters()
                  if parameter.requires_grad}
     weights = sum(to_local(parameter).numel() for parameter in plain.teacher.model.parameters())
-    return gradients, plain.monitor.state_dict(), weights
+    return gradients, dict(plain.monitor.state_dict(), ranges=plain.quantizer and plain.quantizer.ranges), weights
 
 
 if __name__ == '__main__':

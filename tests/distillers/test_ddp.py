@@ -53,6 +53,13 @@ def on_two_ranks(config, data, folder):
     return torch.load(folder / 'output.pth', weights_only=True)
 
 
+def _load_rank():
+    spec = importlib.util.spec_from_file_location('ddp_rank', RANK)
+    rank = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rank)
+    return rank
+
+
 @pytest.mark.parametrize('detector, terms, shard', [('retinanet', DENSE, False), ('faster_rcnn', TWO_STAGE, False),
                                                     ('faster_rcnn', TWO_STAGE, True)])
 def test_two_ranks_give_the_gradients_of_one_process_with_the_whole_batch(detector, terms, shard, request,
@@ -64,12 +71,22 @@ def test_two_ranks_give_the_gradients_of_one_process_with_the_whole_batch(detect
                   teacher=dict(config=teacher, random_teacher=True, shard=shard), distill=terms)
     data = batch_of_four(student)
     gradients, of_ranks = on_two_ranks(config, data, tmp_path)
-    spec = importlib.util.spec_from_file_location('ddp_rank', RANK)
-    rank = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(rank)
-    expected, _, weights = rank.distilled_gradients(config, data['inputs'], data['data_samples'])
+    expected, _, weights = _load_rank().distilled_gradients(config, data['inputs'], data['data_samples'])
     assert all((held < 0.8 * weights) if shard else (held == weights) for _, held in of_ranks)  # the heads stay whole
     assert gradients.keys() == expected.keys() and any(name.startswith('distill_terms') for name in gradients)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=lambda text: f'{name}: {text}')
+
+
+def test_a_student_that_is_trained_for_integers_has_the_ranges_of_both_ranks(retinanet, batch_of_four, tmp_path):
+    config = dict(type='DetectionDistiller', student=retinanet(), quantize=dict(bits=8, ranges='learnt'),
+                  teacher=dict(config=retinanet(neck=12), random_teacher=True), distill=dict(fgd=DENSE['fgd']))
+    data = batch_of_four(retinanet())
+    gradients, ((first, _), (second, _)) = on_two_ranks(config, data, tmp_path)
+    expected, balances, _ = _load_rank().distilled_gradients(config, data['inputs'], data['data_samples'])
+    assert torch.equal(first['ranges'], second['ranges']) and first['ranges'].any()
+    torch.testing.assert_close(first['ranges'], balances['ranges'])
+    assert gradients.keys() == expected.keys() and gradients['distill_quantizer.offsets'].any()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=lambda text: f'{name}: {text}')
 

@@ -22,6 +22,7 @@ from typing_extensions import is_typeddict
 from kd_det.config.arguments import Argument, ArgumentError, check_value, declared_arguments, describe_type
 from kd_det.config.files import ConfigurationError
 from kd_det.distillers import DetectionDistiller
+from kd_det.distillers.rounding import Quantization
 from kd_det.distillers.schedules import Ramp, Schedule, ScheduleConfig
 from kd_det.distillers.supervision import PseudoLabels
 from kd_det.losses import DistillTerm
@@ -45,8 +46,8 @@ TERMS, MASKS = find_registered(MODELS, DistillTerm), find_registered(MODELS, Mas
 SCHEDULES = find_registered(TASK_UTILS, Schedule)
 BUILT = {**TERMS, **MASKS, **SCHEDULES}  # from nothing but their arguments
 DECLARED = {**BUILT, **{each.__name__: each for each in (
-    DetectionDistiller, DistillHook, Engine, FidelityMetric, FiniteHook, Preflight, PseudoLabels, ReplayedRandomness,
-    Teacher, TeacherCache)}}
+    DetectionDistiller, DistillHook, Engine, FidelityMetric, FiniteHook, Preflight, PseudoLabels, Quantization,
+    ReplayedRandomness, Teacher, TeacherCache)}}
 
 
 def arguments_of(name: str) -> dict[str, Argument]:
@@ -292,7 +293,8 @@ WRONG = dict(
     student=('retinanet', None), distill=('fgd', None, []), inherit=('', [''], ['neck', 'neck'], 3, None, True),
     task_weight=NEGATIVE, pseudo_labels=(0.5, [], True), preflight=(False, 0.01, [64]), images=(0, 2.5, 'no', None),
     min_map=(float('nan'), -0.1, 1.5, '0'), mode=('joined', None), weight=('scores', *NEGATIVE), score=SHARE, iou=SHARE,
-    nms_iou=SHARE,
+    nms_iou=SHARE, quantize=(8, [], True), bits=(1, 9, 8.0, '8', None, True), ranges=('moving', None),
+    keep_float=('first', [''], ['first', 'first'], None), freeze=(0, 1.5, '0.5', None),
     # of other hooks, of a transform and a metric
     patience=(-1, 0.5, None, True), transforms=(3, 'RandomFlip', [3]), period=(0, 1.5, '2', True), prefix=(3, ),
     seed=(-1, 2**32, 0.5, None), confidence=SHARE, min_iou=SHARE, calibrated_from=SHARE, bins=(0, 2.5, None),
