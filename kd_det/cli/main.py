@@ -37,6 +37,7 @@ COMMANDS = {
     'methods': 'list the methods: what they compare, what they read, which detectors they serve, and the papers',
     'inspect': "look at one batch of a distillation: taps, each term's value and gradient, masks over the image",
     'export': "write a plain student: its weights alone, and a config that stock MMDetection reads",
+    'prune': 'make a smaller detector out of a trained one, by taking channels from its layers',
     'doctor': 'check the installation and a config: what would fail, and what to do about it',
     'benchmark': 'train a pair with several methods and seeds, and tell which difference is more than chance',
     'benchmark-step': 'measure what a distilled step costs: time and memory of student, teacher and each term',
