@@ -87,6 +87,7 @@ class Costs(NamedTuple):
 def make_traceable(detector: nn.Module) -> nn.Module:
     """Copies a detector so that autograd sees all of its layers: what is frozen, or regions that indices cut out."""
     traced = copy.deepcopy(detector).eval().requires_grad_()
+    traced.train = lambda mode=True: traced  # backbones freeze their stages again
     for module in traced.modules():
         for name in {'with_cp', 'inplace'}.intersection(vars(module)):
             setattr(module, name, False)  # a checkpointed block hides its layers, what writes over a view leads elsewhere

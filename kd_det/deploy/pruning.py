@@ -227,7 +227,7 @@ def _find_groups(detector: nn.Module, config: Config, importance: Importance, ba
     """Finds the groups of channels, and what each is worth."""
     traced = make_traceable(detector)
     if importance == 'taylor':
-        learning = copy.deepcopy(detector).requires_grad_().train()
+        learning = copy.deepcopy(detector).train().requires_grad_()  # frozen stages too
         for batch in _load_batches(config, batches):
             losses = learning(**learning.data_preprocessor(batch, True), mode='loss')
             learning.parse_losses(losses)[0].backward()
