@@ -114,12 +114,12 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int,
             for sample in predicted:
                 place = next(places)
                 objects = dataset.get_data_info(indices[place % len(indices)]).get('instances') or ()
-                found = _plain_boxes(sample.pred_instances)
+                found = plain_boxes(sample.pred_instances)
                 if place < len(indices):
                     votes += count_votes(found, *_truth(objects), *votes.shape)
                 found = found if match is None else match.translate(found)
                 metric.process([dict(img_id=place % len(indices), ori_shape=sample.ori_shape[:2],
-                                     pred_instances=found, instances=[_plain_object(each) for each in objects])])
+                                     pred_instances=found, instances=[plain_object(each) for each in objects])])
         all_reduce(votes)
         all_reduce(broken)
         if broken:
@@ -299,13 +299,13 @@ def _truth(objects: Sequence[dict]) -> tuple[Tensor, Tensor]:
             torch.tensor([each['bbox_label'] for each in counted], dtype=torch.long))
 
 
-def _plain_object(instance: dict) -> dict:
+def plain_object(instance: dict) -> dict:
     """What a metric of boxes reads of an object."""
     return dict(bbox=list(map(float, instance['bbox'])), bbox_label=int(instance['bbox_label']),
                 ignore_flag=int(instance.get('ignore_flag', 0)))
 
 
-def _plain_boxes(found: InstanceData) -> InstanceData:
+def plain_boxes(found: InstanceData) -> InstanceData:
     """What a metric of boxes reads of detections, on the CPU."""
     boxes = getattr(found.bboxes, 'tensor', found.bboxes)
     return InstanceData(bboxes=boxes.float().cpu(), scores=found.scores.float().cpu(), labels=found.labels.cpu())

@@ -38,3 +38,6 @@ SPLITS = ('val', 'train')  # on which fidelity is measured
 
 # Where runs log beside MMEngine's own files; each is the module, and the package, of that name.
 TRACKERS = ('tensorboard', 'wandb', 'mlflow')
+
+# By what an exported file is run.
+RUNTIMES = ('onnxruntime', 'openvino')

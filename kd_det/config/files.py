@@ -229,16 +229,17 @@ def iterate_built_datasets(dataset: object) -> Iterator[object]:
 
 def training_pipelines(config: Config) -> list[list[dict]]:
     """The transforms that the images of each training data set go through, those of wrappers last."""
-
-    def follow(dataset: dict) -> list[list[dict]]:
-        inner, own = dataset.get('datasets', dataset.get('dataset')), list(dataset.get('pipeline') or ())
-        if inner is None:
-            return [own]
-        return [[*pipeline, *own] for each in (inner if isinstance(inner, (list, tuple)) else [inner])
-                for pipeline in follow(each)]
-
     loader = config.get('train_dataloader')
-    return follow(loader['dataset']) if loader else []
+    return list_pipelines(loader['dataset']) if loader else []
+
+
+def list_pipelines(dataset: dict) -> list[list[dict]]:
+    """The transforms that the images of each data set within one go through, those of wrappers last."""
+    inner, own = dataset.get('datasets', dataset.get('dataset')), list(dataset.get('pipeline') or ())
+    if inner is None:
+        return [own]
+    return [[*pipeline, *own] for each in (inner if isinstance(inner, (list, tuple)) else [inner])
+            for pipeline in list_pipelines(each)]
 
 
 def build_own(registry: Registry, config: Mapping[str, Any]) -> Any:

@@ -90,7 +90,7 @@ def make_traceable(detector: nn.Module) -> nn.Module:
     traced.train = lambda mode=True: traced  # backbones freeze their stages again
     for module in traced.modules():
         for name in {'with_cp', 'inplace'}.intersection(vars(module)):
-            setattr(module, name, False)  # a checkpointed block hides its layers, what writes over a view leads elsewhere
+            setattr(module, name, False)  # a checkpointed block hides its layers; a view written over leads elsewhere
         if isinstance(module, BaseRoIExtractor):
             module.forward = _Pooling(module)  # on the instance, before the class's
     return traced
@@ -158,8 +158,8 @@ def find_groups(traced: nn.Module, importance: Importance) -> list[Group]:
 
     Args:
         traced: See :func:`make_traceable`; for ``'taylor'`` with gradients.
-        importance: ``'group_norm'`` by the norm of the weights, ``'taylor'`` by how the loss would change to first order
-            (arXiv 1906.10771), ``'random'`` by PyTorch's generator.
+        importance: ``'group_norm'`` by the norm of the weights, ``'taylor'`` by how the loss would change to first
+            order (arXiv 1906.10771), ``'random'`` by PyTorch's generator.
 
     Raises:
         ConfigurationError: A layer is not reached by :func:`run_layers`, so that nothing is known of its channels.
@@ -337,8 +337,8 @@ def choose_kept(traced: nn.Module, groups: Sequence[Group], costs: Costs, share:
             change(kept[use.path, use.side],
                    {channel for channel, root in zip(use.channels, use.roots) if root in roots})
             if use.path in layers:
-                layers[use.path] = costs.layers[use.path] * math.prod(
-                    len(kept[key]) / widths[key] for key in ((use.path, 'outputs'), (use.path, 'inputs')) if key in kept)
+                sides = [key for key in ((use.path, 'outputs'), (use.path, 'inputs')) if key in kept]
+                layers[use.path] = costs.layers[use.path] * math.prod(len(kept[key]) / widths[key] for key in sides)
         return sum(layers.values()) + costs.rest
 
     queue = sorted(((order, index, roots) for index, group in enumerate(groups)

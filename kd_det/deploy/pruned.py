@@ -226,6 +226,6 @@ def _is_served(kind: Any) -> bool:
 
 # By the detector's own type.
 PRUNED = {kind: MODELS.register_module(module=type(f'Pruned{name}', (Pruned, kind), dict(
-    __module__=__name__, __doc__=f'A :class:`~mmdet.models.detectors.{name}` with fewer channels, see :class:`Pruned`.')))
+    __module__=__name__, __doc__=f'A {name} of MMDetection with fewer channels, see :class:`Pruned`.')))
     for name, kind in vars(detectors).items() if _is_served(kind)}
 globals().update({kind.__name__: kind for kind in PRUNED.values()})  # as pickle looks for them

@@ -20,16 +20,24 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from kd_det.checks.synthetic import Size, evaluation_size
-from kd_det.compat import CheckpointError, NotFiniteError
 from kd_det.compat.console import TextTable
 from kd_det.compat.writing import refuse_to_replace, write_whole
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Count, Seed, declared
 from kd_det.config.detectors import check_student
 from kd_det.config.files import get_type_name, list_imports, student_config
-from kd_det.config.methods import available_methods
 from kd_det.config.options import resolve_config
-from kd_det.deploy.channels import Costs, Importance, check_kept, choose_kept, count_costs, find_groups, make_traceable
+from kd_det.deploy.channels import (
+    Costs,
+    Group,
+    Importance,
+    check_kept,
+    choose_kept,
+    count_costs,
+    find_groups,
+    make_traceable,
+)
+from kd_det.deploy.checkpoint import load_student
 from kd_det.deploy.pruned import (
     Kept,
     Pruned,
@@ -39,8 +47,7 @@ from kd_det.deploy.pruned import (
     narrow_detector,
     write_kept,
 )
-from kd_det.registry import HOME, build_detector, enter_scope, find_class, get_scope
-from kd_det.teachers import load_strictly
+from kd_det.registry import HOME, build_detector, find_class, get_scope, within_scope
 from kd_det.teachers.loading import remove_pretrained
 from kd_det.training.runs import evaluate
 
@@ -101,12 +108,12 @@ class PrunedDetector:
                                     ('all', *(PartSize(*map(sum, zip(*parts.values())))
                                               for parts in (self.before, self.after)))]:
             rows.append((name, *(f'{old:,} → {new:,}' for old, new in zip(before[:2], after[:2])),
-                         f'{before.macs / 1e9:.3f} → {after.macs / 1e9:.3f}',
+                         f'{before.macs / 1e6:,.1f} → {after.macs / 1e6:,.1f}',
                          f'{after.macs / before.macs:.3f}' if before.macs else ''))
         found = [f'{name}: {before:.3f} → {after:.3f}' for name, (before, after) in self.metrics.items()
                  if name.endswith(('mAP', 'mAP_50', 'AP50'))]
         return TextTable(f'{self.detector}, {self.size[0]} × {self.size[1]} pixels',
-                         ('Part', 'Channels', 'Parameters', 'GMACs', 'Left'), rows,
+                         ('Part', 'Channels', 'Parameters', 'MACs, millions', 'Left'), rows,
                          '\n'.join([*found, *([self.note] if self.note else [])]))
 
     def to_dict(self) -> dict[str, Any]:
@@ -180,23 +187,15 @@ def _prune_once(config: Config, checkpoint: str | Path, out: Path, share: float,
                 seed: int) -> PrunedDetector:
     """Prunes and writes, without evaluating."""
     check_student(config.model, f"The model of the config '{config.filename}'")
-    enter_scope(get_scope(config))
-    set_random_seed(seed)
-    kind = find_class(MODELS, config.model)
     name = get_type_name(config.model)
+    with within_scope(get_scope(config)):
+        kind = find_class(MODELS, config.model)
     pruned = find_pruned_type(kind) if isinstance(kind, type) else None
     if pruned is None:
         raise ConfigurationError(f'A {name} can not be pruned: kd-det prunes the single-stage, two-stage and DETR '
                                  'detectors of MMDetection.')
-    detector = build_detector(remove_pretrained(config.model))
-    try:
-        meta = load_strictly(detector, str(checkpoint), role='student')
-    except NotFiniteError:
-        raise
-    except CheckpointError as error:
-        raise ConfigurationError(f"The checkpoint '{checkpoint}' is not of the detector in '{config.filename}': "
-                                 f'{error}') from error
-
+    set_random_seed(seed)
+    plain, detector, meta = load_student(config, checkpoint)
     size = evaluation_size(config)
     try:
         costs, (traced, groups) = count_costs(detector, size), _find_groups(detector, config, importance, batches)
@@ -209,13 +208,11 @@ def _prune_once(config: Config, checkpoint: str | Path, out: Path, share: float,
     small = copy.deepcopy(detector)
     narrow_detector(small, kept)
 
-    plain = _make_config(config, pruned, compose_kept(detector.kept, kept) if isinstance(detector, Pruned) else kept,
-                         out)
+    _describe_pruned(plain, pruned, compose_kept(detector.kept, kept) if isinstance(detector, Pruned) else kept, out)
     made = build_detector(plain.model)  # by the config alone, as whoever reads it does
     made.load_state_dict(small.state_dict())
     with BytesIO() as content:
-        kept_meta = {key: value for key, value in meta.items() if key in ('dataset_meta', 'epoch', 'iter')}
-        torch.save(dict(meta=dict(kept_meta, pruned_by=PRUNED), state_dict=made.state_dict()), content)
+        torch.save(dict(meta=dict(meta, pruned_by=PRUNED), state_dict=made.state_dict()), content)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, content.getvalue())
     write_whole(out.with_suffix('.py'), PRUNED_CONFIG + plain.pretty_text)
@@ -223,7 +220,8 @@ def _prune_once(config: Config, checkpoint: str | Path, out: Path, share: float,
                           _measure_parts(made, count_costs(made.eval(), size)), size)
 
 
-def _find_groups(detector: nn.Module, config: Config, importance: Importance, batches: int) -> tuple[nn.Module, list]:
+def _find_groups(detector: nn.Module, config: Config, importance: Importance,
+                 batches: int) -> tuple[nn.Module, list[Group]]:
     """Finds the groups of channels, and what each is worth."""
     traced = make_traceable(detector)
     if importance == 'taylor':
@@ -262,19 +260,16 @@ def _measure_parts(detector: nn.Module, costs: Costs) -> dict[str, PartSize]:
     return {**parts, 'attention': PartSize(0, 0, costs.rest)} if costs.rest else parts
 
 
-def _make_config(config: Config, kind: type, kept: Kept, checkpoint: Path) -> Config:
-    """Makes the config of the pruned detector, whose training starts from its checkpoint."""
-    plain = copy.deepcopy(config)
-    for method in available_methods():
-        plain.pop(method, None)
-    plain.custom_imports = dict(imports=list(dict.fromkeys(['kd_det', *list_imports(plain)])), allow_failed_imports=False)
+def _describe_pruned(plain: Config, kind: type, kept: Kept, checkpoint: Path) -> None:
+    """Makes the config of a detector that of the pruned one, whose training starts from its checkpoint."""
+    plain.custom_imports = dict(imports=list(dict.fromkeys(['kd_det', *list_imports(plain)])),
+                                allow_failed_imports=False)
     model = remove_pretrained(plain.model)
     scope = '' if get_scope(plain) == HOME and model.get('_scope_', HOME) == HOME else f'{HOME}.'
     if (model.backbone.get('frozen_stages') or -1) >= 0:
         model.backbone.frozen_stages = -1  # they have lost channels, and have to learn without
     plain.model = ConfigDict({**model, 'type': f'{scope}{kind.__name__}', 'kept': write_kept(kept)})
     plain.load_from, plain.resume = str(checkpoint.resolve()), False
-    return plain
 
 
 def _evaluate(result: PrunedDetector, config: Config, checkpoint: str | Path) -> PrunedDetector:

@@ -48,7 +48,7 @@ class DenseOutputs:
             distances to the four sides: pixels. YOLOX and YOLOv3: as the head puts them out.
         shapes: Height and width of the level, in cells.
         strides: Of the level, in pixels.
-        decode: Makes :attr:`boxes`.
+        decode: Makes :attr:`boxes`; given (N, k) indices of priors for each level, (N, k, 4) boxes of those alone.
         generate_priors: Makes :attr:`priors`.
         objectness: (N, H·W·A) logits; class logits are then conditional on an object, as in YOLOX and YOLOv3.
         centerness: (N, H·W·A) logits of the predicted box quality, as in FCOS and ATSS; trained on positive priors.
@@ -63,7 +63,7 @@ class DenseOutputs:
     regressions: Features
     shapes: tuple[tuple[int, int], ...]
     strides: tuple[Stride, ...]
-    decode: Callable[[], Features] = field(repr=False)
+    decode: Callable[..., Features] = field(repr=False)
     generate_priors: Callable[[], Features] = field(repr=False)
     objectness: Features | None = None
     centerness: Features | None = None
@@ -110,7 +110,7 @@ class DenseOutputs:
 
     @property
     def num_classes(self) -> int:
-        return self.logits[0].shape[-1] - (self.activation == 'softmax')
+        return int(self.logits[0].shape[-1]) - (self.activation == 'softmax')
 
     def restrict(self, classes: Sequence[int]) -> DenseOutputs:
         """The same of some classes alone, in this order, see :func:`~kd_det.functional.logits.restricted_logits`."""

@@ -107,8 +107,8 @@ class GFLReader(TargetsReader):
 
     def read(self, head: Any, logits: Maps, distributions: Maps) -> DenseOutputs:
         bins = head.reg_max + 1
-        by_side = tuple(each.unflatten(-1, (4, bins)) for each in order_by_prior(distributions, 4 * bins))
-        distances = tuple(head.integral(each).view(each.shape[:3]) * stride
+        by_side = tuple(each.view(each.shape[0], -1, 4, bins) for each in order_by_prior(distributions, 4 * bins))
+        distances = tuple(head.integral(each).view(each.shape[0], -1, 4) * stride
                           for each, stride in zip(by_side, read_strides(head.prior_generator.strides)))
         return self.assemble(head, logits, distances, distributions=by_side)
 

@@ -46,7 +46,7 @@ class QueryOutputs:
 
     @property
     def num_classes(self) -> int:
-        return self.logits.shape[-1] - (self.activation == 'softmax')
+        return int(self.logits.shape[-1]) - (self.activation == 'softmax')
 
     def restrict(self, classes: Sequence[int]) -> QueryOutputs:
         """The same of some classes alone, in this order, see :func:`~kd_det.functional.logits.restricted_logits`."""

@@ -103,8 +103,9 @@ class DenseReader:
         """
         shapes, device = tuple((each.shape[-2], each.shape[-1]) for each in class_maps), class_maps[0].device
 
-        def decode_levels() -> Features:
-            levels = zip(_generate_priors(head, shapes, device), regressions if encoded is None else encoded)
+        def decode_levels(chosen: Features | None = None) -> Features:
+            levels = zip(_generate_priors(head, shapes, device), regressions if encoded is None else encoded,
+                         chosen or [None] * len(shapes))
             return tuple(self._decode_level(head, *level) for level in levels)
 
         return DenseOutputs(
@@ -117,10 +118,14 @@ class DenseReader:
             generate_priors=lambda: _prior_boxes(head, _generate_priors(head, shapes, device)),
             **others)
 
-    def _decode_level(self, head: Any, priors: Tensor, encoded: Tensor) -> Tensor:
-        """(N, H·W·A, 4) regressions of one level as boxes in the same shape; its priors are (H·W·A, 4)."""
-        boxes = self.decode(head, priors.repeat(len(encoded), 1), encoded.flatten(0, 1))
-        return get_box_tensor(boxes).view_as(encoded)
+    def _decode_level(self, head: Any, priors: Tensor, encoded: Tensor, chosen: Tensor | None) -> Tensor:
+        """(N, H·W·A, 4) regressions of one level, or of k (N, k) chosen ones, as boxes; its priors are (H·W·A, 4)."""
+        if chosen is None:
+            priors = priors.repeat(encoded.shape[0], 1)
+        else:
+            priors = priors[chosen.flatten()]
+            encoded = encoded.gather(1, chosen.unsqueeze(-1).expand(-1, -1, encoded.shape[-1]))
+        return get_box_tensor(self.decode(head, priors, encoded.flatten(0, 1))).view_as(encoded)
 
 
 READERS: dict[type[nn.Module], DenseReader] = {}
@@ -291,7 +296,7 @@ def read_dense(head: nn.Module, outputs: Sequence[Maps], assignments: Sequence[A
 
 def order_by_prior(maps: Maps, values: int) -> Features:
     """(N, A·values, H, W) maps as (N, H·W·A, values), in float32."""
-    return tuple(each.float().permute(0, 2, 3, 1).reshape(len(each), -1, values) for each in maps)
+    return tuple(each.float().permute(0, 2, 3, 1).reshape(each.shape[0], -1, values) for each in maps)
 
 
 def remove_normalization(coder: DeltaXYWHBBoxCoder, deltas: Tensor) -> Tensor:

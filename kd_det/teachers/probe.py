@@ -115,7 +115,8 @@ def probe_towers(config: ModelConfig, names: Iterable[str]) -> dict[HeadRequest,
         except HeadError as error:
             raise HeadError(f"A term learns from the teacher's {request}. {error}") from error
         with preserved_randomness(), within_scope(model.get('_scope_')):
-            head = getattr(build_detector(model), request.head) if 'kept' in model else MODELS.build(model[request.head])
+            head = MODELS.build(model[request.head]) if 'kept' not in model else getattr(build_detector(model),
+                                                                                         request.head)
         widths[request] = tower_widths(head)
     return widths
 

@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from torch import nn
 
 from kd_det.compat import CheckpointError, NotFiniteError
 from kd_det.compat.console import TextTable
 from kd_det.compat.writing import refuse_to_replace, write_whole
 from kd_det.config import ConfigurationError
-from kd_det.config.arguments import declared
 from kd_det.config.files import get_type_name, list_imports, student_config
 from kd_det.config.methods import available_methods
-from kd_det.config.options import resolve_config
 from kd_det.registry import build_detector, enter_scope, get_scope
 from kd_det.teachers import load_strictly
 
@@ -53,42 +52,19 @@ class ExportedStudent:
         return self.tabulate().to_html()
 
 
-@declared
-def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path, *, data_root: str | None = None,
-           options: dict[str, Any] | None = None, force: bool = False) -> ExportedStudent:
-    """Writes a plain student: its weights alone, and a config that stock MMDetection reads.
+def export_checkpoint(config: Config, checkpoint: str | Path, out: Path, force: bool = False) -> ExportedStudent:
+    """Writes a plain student, see :func:`kd_det.deploy.export.export`.
 
     Args:
-        config: Of the run that wrote the checkpoint: a file, ``'package::folder/file.py'``, or a config.
+        config: Of the run.
         checkpoint: A file.
-        out: The file to write, ``.pth``; the config comes beside it, as ``.py``.
-        data_root: Folder of the data, in place of the config's.
-        options: Settings that override the config, by dotted key.
+        out: The file to write; the config comes beside it.
         force: Replace files of these names that no export wrote.
-
-    Raises:
-        ConfigurationError: The checkpoint is not of the student in the config.
-        NotFiniteError: Its weights are NaN or infinite.
-        WritingError: A file of that name exists, and is no export; or it can not be written.
     """
-    out = Path(out)
-    if out.suffix == '.py':
-        raise ConfigurationError(f"'{out}': expected the name of a checkpoint, such as '{out.with_suffix('.pth')}'; "
-                                 'the config comes beside it.')
     refuse_to_replace(out, lambda content: EXPORTED.encode() in content, 'an exported student', force)
     refuse_to_replace(out.with_suffix('.py'), lambda content: content.startswith(EXPORTED_CONFIG.encode()),
                       'the config of an exported student', force)
-    plain = _strip_distillation(resolve_config(config, data_root, options))
-    enter_scope(get_scope(plain))
-    model = build_detector(plain.model)
-    try:
-        loaded = load_strictly(model, str(checkpoint), role='student')
-    except NotFiniteError:
-        raise
-    except CheckpointError as error:
-        name = config.filename if isinstance(config, Config) else config
-        raise ConfigurationError(f"The checkpoint '{checkpoint}' is not of the student in '{name}': {error}") from error
-    meta = {key: value for key, value in loaded.items() if key in ('dataset_meta', 'epoch', 'iter')}
+    plain, model, meta = load_student(config, checkpoint)
     with BytesIO() as content:
         torch.save(dict(meta=dict(meta, exported_by=EXPORTED), state_dict=model.state_dict()), content)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -98,12 +74,37 @@ def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path,
                            sum(parameter.numel() for parameter in model.parameters()))
 
 
+def load_student(config: Config, checkpoint: str | Path) -> tuple[Config, nn.Module, dict[str, Any]]:
+    """Builds the plain student of a config, and loads a checkpoint to the last key.
+
+    Returns:
+        The config without distillation, the detector in eval mode, and what the checkpoint says of its classes, epoch
+        and iteration.
+
+    Raises:
+        ConfigurationError: The checkpoint is not of the student in the config.
+        NotFiniteError: Its weights are NaN or infinite.
+    """
+    plain = _strip_distillation(config)
+    enter_scope(get_scope(plain))
+    model = build_detector(plain.model)
+    try:
+        loaded = load_strictly(model, str(checkpoint), role='student')
+    except NotFiniteError:
+        raise
+    except CheckpointError as error:
+        raise ConfigurationError(f"The checkpoint '{checkpoint}' is not of the student in '{config.filename}': "
+                                 f'{error}') from error
+    meta = {key: value for key, value in loaded.items() if key in ('dataset_meta', 'epoch', 'iter')}
+    return plain, model.eval(), meta
+
+
 def _strip_distillation(config: Config) -> Config:
-    """Makes the config of the plain student, which needs kd_det no more."""
+    """Makes the config of the plain student, which needs kd_det no more, unless it was pruned."""
     plain = student_config(config)
     for method in available_methods():
         plain.pop(method, None)
-    others = [name for name in list_imports(plain) if name.split('.')[0] != 'kd_det']
+    others = [name for name in list_imports(plain) if name.split('.')[0] != 'kd_det' or 'kept' in plain.model]
     if others:
         plain.custom_imports.imports = others
     else:

@@ -1,0 +1,269 @@
+"""A student as a file that leaves kd_det: plain weights, or a graph for onnxruntime, OpenVINO and their like."""
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from annotated_types import Ge, Len
+from mmengine.config import Config
+from torch import Tensor, nn
+
+import kd_det
+from kd_det.compat.console import TextTable
+from kd_det.compat.writing import refuse_to_replace, write_whole
+from kd_det.config import ConfigurationError
+from kd_det.config.arguments import Count, declared
+from kd_det.config.classes import count_classes
+from kd_det.config.files import get_type_name, list_pipelines
+from kd_det.config.options import resolve_config
+from kd_det.deploy.checking import Comparison, compare, draw_images, predict_with, predict_with_graph
+from kd_det.deploy.checkpoint import ExportedStudent, export_checkpoint, load_student
+from kd_det.deploy.graph import DetectorGraph
+from kd_det.deploy.runtime import ONNX, OPENVINO, SECTION, ModelInfo, explained, open_model
+from kd_det.heads.queries import predicts_queries
+from kd_det.teachers.loading import find_class_names
+
+OPSET = 17  # RoIAlign and GridSample need 16, layer normalisation 17; TensorRT and OpenVINO read it
+Size = Annotated[tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]], Len(2, 2)]  # height and width
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """A file that runs without PyTorch, checked against it.
+
+    Attributes:
+        file: The file; of OpenVINO the weights lie beside it.
+        info: What it says of itself.
+        bytes: Its size, of OpenVINO with the weights.
+        comparison: How it agrees with MMDetection's own predictions.
+    """
+    file: Path
+    info: ModelInfo
+    bytes: int
+    comparison: Comparison
+
+    def tabulate(self) -> TextTable:
+        """Makes a table of what it is and how it agrees."""
+        size, batch = self.info.size, self.info.batch
+        rows = [('detector', self.info.detector), ('file', f'{self.file}, {self.bytes / 2**20:.1f} MiB'),
+                ('image', f'{self.info.dtype} {self.info.channels.upper()}, '
+                 f"{batch or 'any number'} × {f'{size[0]} × {size[1]}' if size else 'any size'}"),
+                *self.comparison.rows()]
+        return TextTable('Exported model', ('', ''), rows, words=(0, 1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all of it as JSON can hold it."""
+        return dict(asdict(self), file=str(self.file))
+
+    def _repr_html_(self) -> str:
+        return self.tabulate().to_html()
+
+
+@declared
+def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path, *, size: Size | None = None,
+           dynamic: Sequence[Literal['batch', 'size']] = (), dtype: Literal['uint8', 'float32'] = 'uint8',
+           channels: Literal['rgb', 'bgr'] = 'rgb', half: bool = False, suppress: bool = True, images: Count = 32,
+           data_root: str | None = None, options: dict[str, Any] | None = None, force: bool = False
+           ) -> ExportedStudent | ExportedModel:
+    """Writes a student as a file of its own.
+
+    ``.pth``: its weights alone, and beside them a config that stock MMDetection reads. ``.onnx`` or ``.xml``
+    (OpenVINO): one graph from the image to its boxes, which is run and compared with MMDetection's own predictions
+    before the file gets its name.
+
+    Args:
+        config: Of the run that wrote the checkpoint: a file, ``'package::folder/file.py'``, or a config.
+        checkpoint: A file.
+        out: The file to write.
+        size: Height and width of the image; by default such that every image of the config's test pipeline fits.
+        dynamic: What the graph leaves open: ``'batch'``, ``'size'``.
+        dtype: Of the image.
+        channels: The order of the image's channels.
+        half: Keep weights, and compute, in half precision; what decodes boxes stays in single precision.
+        suppress: End with non-maximum suppression.
+        images: At most so many validation images are compared; of a config whose data is not here, images of noise.
+        data_root: Folder of the data, in place of the config's.
+        options: Settings that override the config, by dotted key.
+        force: Replace files of these names that no export wrote.
+
+    Raises:
+        ConfigurationError: The checkpoint is not of the student in the config; or its detector, or an operator of it,
+            can not be exported; or the file does not agree with the detector.
+        NotFiniteError: Its weights are NaN or infinite.
+        WritingError: A file of that name exists, and is no export; or it can not be written.
+    """
+    out, resolved = Path(out), resolve_config(config, data_root, options)
+    if out.suffix == '.py':
+        raise ConfigurationError(f"'{out}': expected the name of a checkpoint, such as '{out.with_suffix('.pth')}'; "
+                                 'the config comes beside it.')
+    if out.suffix not in (ONNX, OPENVINO):
+        return export_checkpoint(resolved, checkpoint, out, force)
+    refuse_to_replace_model(out, force)
+    plain, detector, meta = load_student(resolved, checkpoint)
+    graph = DetectorGraph(detector, channels, suppress, fixed='size' not in dynamic)
+    image_size = None if 'size' in dynamic else size or find_size(plain, graph.divisor)
+    info = describe(plain, detector, meta, graph, image_size, None if 'batch' in dynamic else 1, dtype,
+                    'float16' if half else 'float32')
+    with tempfile.TemporaryDirectory() as folder:
+        file = write_onnx(graph, info, Path(folder) / f'{out.stem}{ONNX}')
+        if half:
+            halve(file)
+        if out.suffix == OPENVINO:
+            file = convert_to_openvino(file, info)
+        expected = predict_with(detector, channels) if suppress else predict_with_graph(graph)
+        comparison = compare(open_model(file), expected, draw_images(plain, info, images))
+        comparison.require_agreement(info)
+        return ExportedModel(out, info, move_model(file, out), comparison)
+
+
+def refuse_to_replace_model(out: Path, force: bool = False) -> None:
+    """Refuses to replace a file that no export wrote, see :func:`~kd_det.compat.writing.refuse_to_replace`."""
+    refuse_to_replace(out, lambda content: SECTION.encode() in content, 'an exported model', force)
+    if out.suffix == OPENVINO and not out.is_file():
+        refuse_to_replace(out.with_suffix('.bin'), lambda content: False, 'the weights of an exported model', force)
+
+
+def describe(config: Config, detector: Any, meta: dict[str, Any], graph: DetectorGraph, size: tuple[int, int] | None,
+             batch: int | None, dtype: str, precision: str) -> ModelInfo:
+    """What the file of a graph says of itself."""
+    if (size is None or batch is None) and predicts_queries(type(getattr(detector, 'bbox_head', None))):
+        raise ConfigurationError(f'--dynamic: a {type(detector).__name__} is exported for one image of one size, to '
+                                 'which its positional encodings are made.')
+    preprocessor = detector.data_preprocessor
+    if preprocessor._enable_normalize:
+        mean, std = preprocessor.mean.flatten().tolist(), preprocessor.std.flatten().tolist()
+    else:
+        mean, std = [0.0] * 3, [1.0] * 3
+    padding = [graph.padding * deviation + average for average, deviation in zip(mean, std)]
+    colours = [step['pad_val'] for step in test_pipeline(config) if get_type_name(step) == 'Pad' and 'pad_val' in step]
+    if colours:  # YOLOX' pipeline pads by itself
+        colour = colours[-1].get('img', 0) if isinstance(colours[-1], dict) else colours[-1]
+        padding = list(colour) if isinstance(colour, (list, tuple)) else [float(colour)] * len(mean)
+        padding = padding[::-1] if graph.channels == 'rgb' else padding  # transforms see images as OpenCV reads them
+    elif graph.flips:
+        padding = padding[::-1]
+    count = count_classes(detector)
+    names = find_class_names(count, (), meta, config) or [str(label) for label in range(count or 0)]
+    return ModelInfo(type(detector).__name__, tuple(names), size, batch, graph.channels, dtype, tuple(padding),
+                     tuple(mean), tuple(std), graph.suppress, precision, kd_det.__version__)
+
+
+def test_pipeline(config: Config) -> list[dict]:
+    """The transforms of the config's validation or test images, in order; none where it has no such data."""
+    loader = config.get('val_dataloader') or config.get('test_dataloader')
+    return list_pipelines(loader['dataset'])[0] if loader else []
+
+
+def find_size(config: Config, divisor: int) -> tuple[int, int]:
+    """Height and width of an image that holds whatever the config's test pipeline makes.
+
+    Raises:
+        ConfigurationError: The pipeline does not say.
+    """
+    steps = [step for step in test_pipeline(config) if 'Resize' in get_type_name(step) and step.get('scale')]
+    if not steps:
+        raise ConfigurationError("The config's test pipeline does not say how large its images are: give --size HEIGHT "
+                                 'WIDTH, or --dynamic size.')
+    width, height = steps[-1]['scale']
+    if steps[-1].get('keep_ratio', False):  # the longer side of an image may be either
+        width = height = max(width, height)
+    return -(-height // divisor) * divisor, -(-width // divisor) * divisor
+
+
+def write_onnx(graph: DetectorGraph, info: ModelInfo, file: Path) -> Path:
+    """Traces a graph into a file, which says what it is.
+
+    Raises:
+        ConfigurationError: An operator can not be exported; the message names it.
+        ModuleNotFoundError: onnx is not installed.
+    """
+    import onnx
+    image = example_image(graph, info)
+    names = dict(input_names=['image'], output_names=['boxes', 'scores', 'labels'])
+    axes: dict[str, dict[int, str]] = {name: {} for names in names.values() for name in names}
+    if info.batch is None:
+        axes = {name: {0: 'batch'} for name in axes}
+    if info.size is None:
+        axes['image'].update({2: 'height', 3: 'width'})
+    with _quiet(), torch.no_grad():
+        try:
+            torch.onnx.export(graph, (image, ), str(file), dynamo=False, opset_version=OPSET, **names,
+                              dynamic_axes={name: axis for name, axis in axes.items() if axis})
+        except (torch.onnx.errors.OnnxExporterError, RuntimeError, NotImplementedError) as error:
+            line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ConfigurationError(f'A {info.detector} can not be exported: {line}') from error
+    model = onnx.load(file)
+    for name, text in info.to_texts().items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = f'{SECTION}.{name}', text
+    model.producer_name, model.producer_version = SECTION, kd_det.__version__
+    onnx.checker.check_model(model)
+    onnx.save(model, file)
+    return file
+
+
+def example_image(graph: nn.Module, info: ModelInfo) -> Tensor:
+    """An image of noise as the file takes it, to trace with."""
+    size = info.size or (256, 320)
+    noise = torch.rand(info.batch or 2, len(info.mean), *size, generator=torch.Generator().manual_seed(0)) * 255
+    return noise.to(getattr(torch, info.dtype))
+
+
+def halve(file: Path) -> None:
+    """Puts the network of a file into half precision, what decodes boxes excepted."""
+    import onnx
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+    with _quiet():
+        model = onnx.load(file)
+        decoding = [node.name for node in model.graph.node if node.name.count('/') < 2]
+        model = convert_float_to_float16(model, keep_io_types=True, op_block_list=DEFAULT_OP_BLOCK_LIST,
+                                         node_block_list=decoding)
+        onnx.save(model, file)
+
+
+def convert_to_openvino(file: Path, info: ModelInfo) -> Path:
+    """Makes OpenVINO's pair of files of an ONNX file, beside it.
+
+    Raises:
+        ConfigurationError: OpenVINO can not read it.
+    """
+    import openvino
+    converted = file.with_suffix(OPENVINO)
+    with explained(file):
+        model = openvino.convert_model(file)
+        for name, text in info.to_texts().items():
+            model.set_rt_info(text, [SECTION, name])
+        openvino.save_model(model, converted, compress_to_fp16=info.precision == 'float16')
+    return converted
+
+
+def move_model(file: Path, out: Path) -> int:
+    """Gives a checked file its name, of OpenVINO the weights first, and returns the number of bytes."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    suffixes = ('.bin', OPENVINO) if out.suffix == OPENVINO else (ONNX, )
+    for suffix in suffixes:
+        write_whole(out.with_suffix(suffix), file.with_suffix(suffix).read_bytes())
+    return sum(out.with_suffix(suffix).stat().st_size for suffix in suffixes)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what exporters say to their own developers off the screen."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        loggers = [logging.getLogger(name) for name in ('torch.onnx', 'onnxruntime')]
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels):
+                logger.setLevel(level)
