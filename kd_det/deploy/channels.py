@@ -34,6 +34,10 @@ PROPOSALS, DETECTIONS = 1000, 100  # regions that a RoI head sees where its conf
 ROUNDING = 1e-5
 
 
+class GoalError(ConfigurationError):
+    """As much as is asked for can not go."""
+
+
 class Use(NamedTuple):
     """A side of a layer that loses channels when a group does.
 
@@ -324,7 +328,7 @@ def choose_kept(traced: nn.Module, groups: Sequence[Group], costs: Costs, share:
         share: Of its multiply-accumulate operations that are left at most.
 
     Raises:
-        ConfigurationError: What can go is not as much as that.
+        GoalError: What can go is not as much as that.
     """
     widths = {(use.path, use.side): count_channels(traced.get_submodule(use.path), use.side)
               for group in groups for use in group.uses}
@@ -350,7 +354,7 @@ def choose_kept(traced: nn.Module, groups: Sequence[Group], costs: Costs, share:
         macs = move(set.difference_update, index, roots)
         taken.append((index, roots))
     if macs > goal:
-        raise ConfigurationError(f'--macs {share:g}: what can be pruned of this detector leaves '
+        raise GoalError(f'--macs {share:g}: what can be pruned of this detector leaves '
                                  f'{math.ceil(macs / costs.total * 1000) / 1000:g} of its MACs at least.')
     final: set[int] = set()  # groups whose last channels are needed
     for index, roots in reversed(taken):  # what was taken for more than was asked

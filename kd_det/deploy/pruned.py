@@ -118,7 +118,9 @@ def find_cuts(layer: nn.Module, outputs: Width | None, inputs: Width | None) -> 
         size = count // layer.groups
         inputs = tuple(channel for channel in channels if channel < size), size
     sides = (inputs, outputs) if getattr(layer, 'transposed', False) else (outputs, inputs)
-    cuts = dict(weight=dict(enumerate(sides)), bias={0: outputs} if layer.bias is not None else {})
+    cuts: dict[str, dict[int, Width | None]] = dict(weight=dict(enumerate(sides)))
+    if layer.bias is not None:
+        cuts['bias'] = {0: outputs}
     return {name: {dim: width for dim, width in cut.items() if width} for name, cut in cuts.items()}
 
 

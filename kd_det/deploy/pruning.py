@@ -16,7 +16,7 @@ from annotated_types import Gt, Lt
 from mmdet.registry import MODELS
 from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner, set_random_seed
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from kd_det.checks.synthetic import Size, evaluation_size
@@ -29,7 +29,7 @@ from kd_det.config.files import get_type_name, list_imports, student_config
 from kd_det.config.options import resolve_config
 from kd_det.deploy.channels import (
     Costs,
-    Group,
+    GoalError,
     Importance,
     check_kept,
     choose_kept,
@@ -197,13 +197,19 @@ def _prune_once(config: Config, checkpoint: str | Path, out: Path, share: float,
     set_random_seed(seed)
     plain, detector, meta = load_student(config, checkpoint)
     size = evaluation_size(config)
+    gradients = _accumulate_gradients(detector, config, batches) if importance == 'taylor' else None
     try:
-        costs, (traced, groups) = count_costs(detector, size), _find_groups(detector, config, importance, batches)
+        costs, traced = count_costs(detector, size), make_traceable(detector)
+        for parameter, gradient in zip(traced.parameters(), gradients or ()):
+            parameter.grad = gradient
+        groups = find_groups(traced, importance)
         kept = choose_kept(traced, groups, costs, share)
         check_kept(detector, kept)
-    except ConfigurationError as error:
-        raise ConfigurationError(str(error) if str(error).startswith('--') else
-                                 f'A {name} of this config can not be pruned: {error}.') from error
+    except GoalError:
+        raise
+    except Exception as error:  # whatever a forward that is not known raises
+        why = str(error) if isinstance(error, ConfigurationError) else f'{type(error).__name__}: {error}'
+        raise ConfigurationError(f'A {name} of this config can not be pruned: {why.splitlines()[0]}.') from error
     before = _measure_parts(detector, costs)
     small = copy.deepcopy(detector)
     narrow_detector(small, kept)
@@ -220,18 +226,13 @@ def _prune_once(config: Config, checkpoint: str | Path, out: Path, share: float,
                           _measure_parts(made, count_costs(made.eval(), size)), size)
 
 
-def _find_groups(detector: nn.Module, config: Config, importance: Importance,
-                 batches: int) -> tuple[nn.Module, list[Group]]:
-    """Finds the groups of channels, and what each is worth."""
-    traced = make_traceable(detector)
-    if importance == 'taylor':
-        learning = copy.deepcopy(detector).train().requires_grad_()  # frozen stages too
-        for batch in _load_batches(config, batches):
-            losses = learning(**learning.data_preprocessor(batch, True), mode='loss')
-            learning.parse_losses(losses)[0].backward()
-        for parameter, learnt in zip(traced.parameters(), learning.parameters()):
-            parameter.grad = torch.zeros_like(learnt) if learnt.grad is None else learnt.grad
-    return traced, find_groups(traced, importance)
+def _accumulate_gradients(detector: nn.Module, config: Config, batches: int) -> list[Tensor]:
+    """Accumulates the gradients of the loss on some training images, of the frozen stages too."""
+    learning = copy.deepcopy(detector).train().requires_grad_()
+    for batch in _load_batches(config, batches):
+        losses = learning(**learning.data_preprocessor(batch, True), mode='loss')
+        learning.parse_losses(losses)[0].backward()
+    return [torch.zeros_like(each) if each.grad is None else each.grad for each in learning.parameters()]
 
 
 def _load_batches(config: Config, count: int) -> Sequence[dict]:
