@@ -197,7 +197,7 @@ def _prune_once(config: Config, checkpoint: str | Path, out: Path, share: float,
     set_random_seed(seed)
     plain, detector, meta = load_student(config, checkpoint)
     size = evaluation_size(config)
-    gradients = _accumulate_gradients(detector, config, batches) if importance == 'taylor' else None
+    gradients = accumulate_gradients(detector, config, batches) if importance == 'taylor' else None
     try:
         costs, traced = count_costs(detector, size), make_traceable(detector)
         for parameter, gradient in zip(traced.parameters(), gradients or ()):
@@ -226,7 +226,7 @@ def _prune_once(config: Config, checkpoint: str | Path, out: Path, share: float,
                           _measure_parts(made, count_costs(made.eval(), size)), size)
 
 
-def _accumulate_gradients(detector: nn.Module, config: Config, batches: int) -> list[Tensor]:
+def accumulate_gradients(detector: nn.Module, config: Config, batches: int) -> list[Tensor]:
     """Accumulates the gradients of the loss on some training images, of the frozen stages too."""
     learning = copy.deepcopy(detector).train().requires_grad_()
     for batch in _load_batches(config, batches):
