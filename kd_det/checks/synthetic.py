@@ -13,7 +13,7 @@ from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
 from kd_det.config.classes import count_classes
-from kd_det.config.files import get_type_name, training_pipelines
+from kd_det.config.files import get_type_name, list_pipelines, training_pipelines
 from kd_det.context import Progress
 from kd_det.distillers import DetectionDistiller
 from kd_det.distillers.schedules import Schedule
@@ -79,6 +79,14 @@ def training_sizes(config: Config, originals: Sequence[Size] = USUAL_SIZES) -> l
     """
     sizes = [size for pipeline in training_pipelines(config) or [[]] for size in _after(pipeline, list(originals))]
     return list(dict.fromkeys((max(height, 1), max(width, 1)) for height, width in sizes))
+
+
+def evaluation_size(config: Config) -> Size:
+    """The size that an image of 480 × 640 pixels has after the test pipeline, and padded, as the detector sees it."""
+    loader = config.get('test_dataloader') or config.get('val_dataloader')
+    sizes = _after(list_pipelines(loader['dataset'])[0] if loader else [], [USUAL_SIZES[0]])
+    divisor = (config.model.get('data_preprocessor') or {}).get('pad_size_divisor') or 1
+    return _padded((max(sizes[0][0], 1), max(sizes[0][1], 1)), dict(size_divisor=divisor))
 
 
 def _after(pipeline: Sequence[dict | Sequence[dict]], sizes: list[Size]) -> list[Size]:

@@ -74,6 +74,17 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def share(text: str) -> float:
+    """The type of an option that is a part of something, neither none of it nor all."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise ArgumentTypeError(f"expected a number above 0 and below 1, got '{text}'")
+    return share
+
+
 def _folder(text: str) -> str:
     return str(path(text))
 

@@ -11,8 +11,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-HOLDERS = ('datasets', 'deploy.prediction', 'distillers', 'losses', 'masks', 'study.fidelity',
-           'training')  # of types, within kd_det
+# Of types, within kd_det.
+HOLDERS = ('datasets', 'deploy.prediction', 'deploy.pruned', 'distillers', 'losses', 'masks', 'study.fidelity', 'training')
 
 PACKAGE = Path(__file__).parents[1]
 

@@ -100,11 +100,11 @@ def load_student(config: Config, checkpoint: str | Path) -> tuple[Config, nn.Mod
 
 
 def _strip_distillation(config: Config) -> Config:
-    """Makes the config of the plain student, which needs kd_det no more."""
+    """Makes the config of the plain student, which needs kd_det no more, unless it was pruned."""
     plain = student_config(config)
     for method in available_methods():
         plain.pop(method, None)
-    others = [name for name in list_imports(plain) if name.split('.')[0] != 'kd_det']
+    others = [name for name in list_imports(plain) if name.split('.')[0] != 'kd_det' or 'kept' in plain.model]
     if others:
         plain.custom_imports.imports = others
     else:

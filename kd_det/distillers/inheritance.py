@@ -43,6 +43,8 @@ class WeightOrigins:
 def inherit(student: nn.Module, teacher: nn.Module, parts: Iterable[str]) -> tuple[list[str], list[str]]:
     """Starts parts of the student from the teacher's, wherever name and shape agree, see :func:`find_counterpart`.
 
+    A pruned student takes the channels that it kept, where its own would agree had it not been pruned.
+
     Args:
         student: The detector that is written to.
         teacher: The detector that is read.
@@ -55,6 +57,8 @@ def inherit(student: nn.Module, teacher: nn.Module, parts: Iterable[str]) -> tup
         ConfigurationError: The student has no such part.
     """
     source, target = teacher.state_dict(), student.state_dict()
+    if hasattr(student, 'select_kept'):
+        source = student.select_kept(source)
     inherited, refused = [], []
     for part in parts:
         for key in find_part_keys(target, part):

@@ -1,7 +1,7 @@
 """The two stacks of convolutions in a dense head, its towers: a student's are read, a teacher's entered midway."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -55,8 +55,15 @@ class TowerWidths(NamedTuple):
 
 
 def tower_widths(head: Any) -> TowerWidths:
-    """The channels within the towers of a head."""
-    return TowerWidths(*((head.in_channels, *(head.feat_channels for _ in getattr(head, name))) for name in TOWERS))
+    """The channels within the towers of a head, as its layers have them: those of one that was pruned differ."""
+
+    def measure(tower: Iterable[nn.Module]) -> tuple[int, ...]:
+        convolutions = [[each for each in layer.modules() if 'weight' in each._parameters
+                         and isinstance(getattr(each, 'out_channels', None), int)] for layer in tower]
+        first = convolutions[0][0].in_channels if convolutions else head.in_channels
+        return (first, *(each[-1].out_channels for each in convolutions))
+
+    return TowerWidths(*(measure(getattr(head, name)) for name in TOWERS))
 
 
 class TeacherTowers(NamedTuple):

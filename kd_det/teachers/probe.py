@@ -74,9 +74,9 @@ def probe_config(model: dict, paths: Iterable[str]) -> dict[str, tuple[LevelSpec
     foreign = [path for path in paths if path.split('.')[0] not in ('backbone', 'neck', ENCODER)]
     if foreign:
         raise TapError(f"Taps read backbone, neck or encoder; '{foreign[0]}' is in none of them.")
-    whole = any(map(is_within_encoder, paths))
+    whole = any(map(is_within_encoder, paths)) or 'kept' in model
 
-    def build() -> nn.Module:  # of a DETR with its encoder there is only the whole
+    def build() -> nn.Module:  # of a DETR with its encoder, and of what was pruned, there is only the whole
         return build_detector(model) if whole else FeatureExtractor(model)
 
     with preserved_randomness():
@@ -115,7 +115,9 @@ def probe_towers(config: ModelConfig, names: Iterable[str]) -> dict[HeadRequest,
         except HeadError as error:
             raise HeadError(f"A term learns from the teacher's {request}. {error}") from error
         with preserved_randomness(), within_scope(model.get('_scope_')):
-            widths[request] = tower_widths(MODELS.build(model[request.head]))
+            head = MODELS.build(model[request.head]) if 'kept' not in model else getattr(build_detector(model),
+                                                                                         request.head)
+        widths[request] = tower_widths(head)
     return widths
 
 
