@@ -12,7 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 # Of types, within kd_det.
-HOLDERS = ('datasets', 'deploy.prediction', 'deploy.pruned', 'distillers', 'losses', 'masks', 'study.fidelity', 'training')
+HOLDERS = ('datasets', 'deploy.prediction', 'deploy.pruned', 'distillers', 'losses', 'masks', 'study.fidelity',
+           'training')
 
 PACKAGE = Path(__file__).parents[1]
 

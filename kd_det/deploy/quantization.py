@@ -153,10 +153,14 @@ def quantize(config: str | Path | Config, checkpoint: str | Path, out: str | Pat
         float_file = write_onnx(graph, info, Path(folder) / f'float{ONNX}')
         trials, files = [], {}
         for name in ranges:
-            for kept, file in quantize_file(float_file, detector, examples, name, Path(folder)):
-                comparison = compare(open_model(file), predict_with(detector, channels), examples)
-                trials.append(Trial(name, kept, file.stat().st_size, comparison))
-                files[trials[-1]] = file
+            try:
+                for kept, file in quantize_file(float_file, detector, examples, name, Path(folder)):
+                    comparison = compare(open_model(file), predict_with(detector, channels), examples)
+                    trials.append(Trial(name, kept, file.stat().st_size, comparison))
+                    files[trials[-1]] = file
+            except ValueError as error:  # of a histogram: an activation that is the same everywhere has no range
+                if name == ranges[-1] and not trials:
+                    raise ConfigurationError(f'The ranges of a {info.detector} can not be found: {error}') from error
         chosen = choose(trials)
         info = open_model(files[chosen]).info
         return QuantizedModel(out, info, move_model(files[chosen], out), float_file.stat().st_size, tuple(trials),

@@ -18,7 +18,7 @@ from kd_det.compat.writing import WritingError, locked_folder, write_whole
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Count, Names, Parts, Positive, Ratio, Seed, declared
 from kd_det.config.files import load_config, student_config
-from kd_det.config.options import resolve_config, set_epochs
+from kd_det.config.options import resolve_config
 from kd_det.deploy.checkpoint import load_student
 from kd_det.deploy.export import Size, export
 from kd_det.deploy.latency import Latencies, measure_latency
@@ -146,28 +146,28 @@ def compress(student: str | Path | Config, teacher: str | Path, checkpoint: str 
         threads: How many each may use there.
         runs: Of each file that count.
         data_root: Folder of the data, in place of the config's.
-        options: Settings that override the student's config, by dotted key.
+        options: Settings that override the config of each distillation, by dotted key.
         log: Given a line on what is being done.
 
     Raises:
         ConfigurationError: See the functions of each stage.
         WritingError: The folder holds a compression of other settings.
     """
-    out, config = Path(out), resolve_config(student, data_root, options)
-    if epochs is not None:
-        set_epochs(config, epochs)
+    out, config, options = Path(out), resolve_config(student, data_root), options or {}
     teaching = dict(teacher=teacher, checkpoint=checkpoint, method=method, seed=seed, balance=balance)
-    settings = dict(student=config.pretty_text, macs=macs, int8=int8, quantized_epochs=quantized_epochs,
-                    learning_rate=learning_rate, calibrate=calibrate, inherit=inherit, size=size, **teaching)
+    settings = dict(student=config.pretty_text, macs=macs, int8=int8, epochs=epochs, quantized_epochs=quantized_epochs,
+                    learning_rate=learning_rate, calibrate=calibrate, inherit=inherit, size=size, options=options,
+                    **teaching)
     chain = _Chain(out, sha256(json.dumps(settings, default=str).encode()), size, log)
     with locked_folder(out):
-        run = chain.train('distilled', config, inherit=inherit, **teaching)
+        run = chain.train('distilled', config, inherit=inherit, epochs=epochs, options=options, **teaching)
         chain.measure('distilled', run)
         if macs is not None:
             pruned = chain.once('pruned', lambda: _files_of(prune(*run, out / 'pruned.pth', macs, seed=seed,
                                                                   evaluation=False, force=True)))
             chain.measure('pruned', pruned)
-            run = chain.train('pruned, distilled', load_config(pruned[0]), inherit=(), **teaching)
+            run = chain.train('pruned, distilled', load_config(pruned[0]), inherit=(), epochs=epochs, options=options,
+                              **teaching)
             chain.measure('pruned, distilled', run)
         if int8:
             chain.measure('quantised', run, partial(quantize, calibrate=calibrate))
@@ -175,7 +175,8 @@ def compress(student: str | Path | Config, teacher: str | Path, checkpoint: str 
             rate = trained.optim_wrapper.optimizer.lr * learning_rate
             count = quantized_epochs or max(1, round(trained.train_cfg.max_epochs / 4))
             run = chain.train('quantised, distilled', student_config(trained), inherit=(), quantize=8, epochs=count,
-                              options={'load_from': str(run[1]), 'optim_wrapper.optimizer.lr': rate}, **teaching)
+                              options={**options, 'load_from': str(run[1]), 'optim_wrapper.optimizer.lr': rate},
+                              **teaching)
             chain.measure('quantised, distilled', run)
         stages = tuple(chain.stages.values())
         log('latencies …')
