@@ -151,8 +151,8 @@ def describe(config: Config, detector: Any, meta: dict[str, Any], graph: Detecto
         padding = padding[::-1]
     count = count_classes(detector)
     names = find_class_names(count, (), meta, config) or [str(label) for label in range(count or 0)]
-    return ModelInfo(type(detector).__name__, tuple(names), size, *find_resize(config), batch, graph.channels, dtype, tuple(padding),
-                     tuple(mean), tuple(std), graph.suppress, precision, kd_det.__version__)
+    return ModelInfo(type(detector).__name__, tuple(names), size, *find_resize(config), batch, graph.channels, dtype,
+                     tuple(padding), tuple(mean), tuple(std), graph.suppress, precision, kd_det.__version__)
 
 
 def test_pipeline(config: Config) -> list[dict]:

@@ -14,11 +14,11 @@ TEST_CFG = dict(nms_pre=60, score_thr=0.3, conf_thr=0.4, min_bbox_size=0, nms=di
                 max_per_img=30)
 SCALE = (128, 96)  # within which the pipeline brings its images, so that 64 × 64 become 96 × 96
 EXPORTS = {
-    'fixed.onnx': {},
-    'fixed.xml': {},
+    'fixed.onnx': dict(size=(96, 96)),
+    'fixed.xml': dict(size=(96, 96)),
     'open.onnx': dict(dynamic=('batch', 'size'), channels='bgr', dtype='float32'),
-    'small.onnx': dict(size=(64, 96)),  # of the 128 × 128 of the others
-    'candidates.onnx': dict(suppress=False),
+    'small.onnx': dict(size=(64, 96)),
+    'candidates.onnx': dict(size=(96, 96), suppress=False),
     'plain.pth': {},
 }
 
@@ -70,7 +70,7 @@ def files(files_folder, run_config, lively_detector) -> Files:
     """A RetinaNet with a config that tests it on the images of :func:`coco_folder`."""
     made = Files(str(files_folder / 'run.py'), str(files_folder / 'run.pth'), files_folder)
     if not Path(made.config).is_file():
-        detector = lively_detector('RetinaNet', max_per_img=20)
+        detector = lively_detector('RetinaNet', seed=3)
         config = run_config(detector.config, val=True)
         config.val_dataloader.dataset.pipeline[2].update(scale=SCALE, keep_ratio=True)
         config.update({f'test_{key}': config[f'val_{key}'] for key in ('dataloader', 'evaluator')})
