@@ -67,8 +67,7 @@ class Latencies:
 
     @property
     def ratios(self) -> tuple[tuple[float, float, float], ...]:
-        """First quartile, median and third quartile of each file's times, divided by the first file's of the same turn.
-        """
+        """First quartile, median, third quartile of each file's times, divided by the first file's of the same turn."""
         first = np.array(self.files[0].times)
         return tuple(_find_quartiles(np.array(each.times) / first) for each in self.files)
 

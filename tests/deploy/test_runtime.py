@@ -5,8 +5,11 @@ from pathlib import Path
 import mmcv
 import numpy as np
 import pytest
+from mmdet.registry import TRANSFORMS
+from mmengine.config import Config
 
 from kd_det.config import ConfigurationError
+from kd_det.deploy.export import find_resize
 from kd_det.deploy.runtime import Detections, ExportedDetector, ModelInfo, open_model, read_info
 
 INFO = ModelInfo('RetinaNet', ('a', 'b'), (96, 128), (72, 120), True, 1, 'rgb', 'uint8', (10., 20., 30.), (0., 0., 0.),
@@ -31,6 +34,27 @@ def test_photographs_are_resized_as_pipelines_do(height, width):
         np.testing.assert_allclose(scale, [expected.shape[1] / width, expected.shape[0] / height] * 2)
     untouched, _ = detector(size=None).fit(image)
     np.testing.assert_array_equal(untouched[0].transpose(1, 2, 0), image)
+
+
+@pytest.mark.parametrize('step, size, keep_ratio', [
+    (dict(type='Resize', scale=(1333, 800), keep_ratio=True), (800, 1333), True),
+    (dict(type='mmdet.Resize', scale=[300, 200]), (200, 300), False),
+    (dict(type='Resize', scale=320), (320, 320), False),
+    (dict(type='FixScaleResize', scale=(800, 1333), keep_ratio=True), (1333, 800), True),
+    (dict(type='FixShapeResize', width=64, height=32), (32, 64), False),
+    (dict(type='ResizeShortestEdge', scale=480, max_size=640), (480, 640), True),
+    (dict(type='ResizeShortestEdge', scale=480), None, False),
+    (dict(type='Resize', scale_factor=2.0), None, False),
+    (dict(type='RandomChoiceResize', scales=[(1, 2)]), None, False),
+    (dict(type='PackDetInputs'), None, False),
+])
+def test_how_the_pipeline_resizes_is_known(step, size, keep_ratio):
+    config = Config(dict(val_dataloader=dict(dataset=dict(pipeline=[dict(type='LoadImageFromFile'), step]))))
+    assert find_resize(config) == (size, keep_ratio)
+    if size and step['type'] != 'FixScaleResize':  # which rounds down
+        made = TRANSFORMS.build(step)(dict(img=noise(90, 170)))
+        fitted, _ = detector(size=None, resize=size, keep_ratio=keep_ratio).fit(noise(90, 170), photograph=True)
+        np.testing.assert_array_equal(fitted[0].transpose(1, 2, 0), made['img'])
 
 
 def test_what_is_smaller_is_filled_up_and_what_is_larger_shrinks():
