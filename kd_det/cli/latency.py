@@ -11,8 +11,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('models', metavar='MODEL', nargs='+', type=path,
                         help='files that kd-det export wrote: .onnx, .xml; or .pth, with the config beside it')
     parser.add_argument('--runtime', nargs='+', choices=(*RUNTIMES, 'torch'), default=(), metavar='RUNTIME',
-                        help=f"run each file by each of these that can: {', '.join(RUNTIMES)}, torch (by default as its "
-                        'name says)')
+                        help=f"run each file by each of these that can: {', '.join(RUNTIMES)}, torch (by default as "
+                        'its name says)')
     parser.add_argument('--threads', type=count, metavar='N', help='how many each may use (as many as processors)')
     parser.add_argument('--runs', type=count, default=50, metavar='N', help='of each file that count (50)')
     parser.add_argument('--size', nargs=2, type=count, metavar=('HEIGHT', 'WIDTH'),

@@ -155,8 +155,8 @@ def describe(config: Config, detector: Any, meta: dict[str, Any], graph: Detecto
         padding = padding[::-1]
     count = count_classes(detector)
     names = find_class_names(count, (), meta, config) or [str(label) for label in range(count or 0)]
-    return ModelInfo(type(detector).__name__, tuple(names), size, *find_resize(config), batch, graph.channels, dtype, tuple(padding),
-                     tuple(mean), tuple(std), graph.suppress, precision, kd_det.__version__)
+    return ModelInfo(type(detector).__name__, tuple(names), size, *find_resize(config), batch, graph.channels, dtype,
+                     tuple(padding), tuple(mean), tuple(std), graph.suppress, precision, kd_det.__version__)
 
 
 def test_pipeline(config: Config) -> list[dict]:
@@ -182,12 +182,22 @@ def find_size(config: Config, divisor: int) -> tuple[int, int]:
 
 
 def find_resize(config: Config) -> tuple[tuple[int, int] | None, bool]:
-    """Height and width to which the config's test pipeline brings images, and whether it keeps their ratio."""
-    steps = [step for step in test_pipeline(config) if 'Resize' in get_type_name(step) and step.get('scale')]
-    if not steps:
+    """Height and width to which the config's test pipeline brings images, and whether it keeps their ratio.
+
+    Then the longer side becomes at most the longer of the two, and the shorter the shorter. None where it does not say.
+    """
+    steps = [step for step in test_pipeline(config) if 'Resize' in get_type_name(step)]
+    step = steps[-1] if steps else {}
+    scale: Any = step.get('scale')
+    if get_type_name(step) == 'FixShapeResize':
+        scale = (step['width'], step['height'])
+    elif get_type_name(step) == 'ResizeShortestEdge':
+        scale, step = (step.get('max_size'), scale), dict(keep_ratio=True)
+    elif isinstance(scale, int):
+        scale = (scale, scale)
+    if not isinstance(scale, (list, tuple)) or len(scale) != 2 or not all(isinstance(side, int) for side in scale):
         return None, False
-    width, height = steps[-1]['scale']
-    return (height, width), bool(steps[-1].get('keep_ratio', False))
+    return (scale[1], scale[0]), bool(step.get('keep_ratio', False))
 
 
 def write_onnx(graph: DetectorGraph, info: ModelInfo, file: Path) -> Path:

@@ -67,8 +67,7 @@ class Latencies:
 
     @property
     def ratios(self) -> tuple[tuple[float, float, float], ...]:
-        """Of each file first quartile, median and third quartile of its times, each divided by the first file's time
-        of the same turn."""
+        """First quartile, median, third quartile of each file's times, divided by the first file's of the same turn."""
         first = np.array(self.files[0].times)
         return tuple(_find_quartiles(np.array(each.times) / first) for each in self.files)
 
@@ -155,8 +154,8 @@ def _find_runtimes(file: Path, runtimes: Sequence[str]) -> list[str]:
     if not found:
         raise ConfigurationError(f"'{file}' can not be run by {' or '.join(runtimes)}: expected {' or '.join(able)}.")
     if file.suffix == '.pth' and not file.with_suffix('.py').is_file():
-        raise ConfigurationError(f"'{file}' has no config beside it: there is no '{file.with_suffix('.py')}'. Export it "
-                                 'with kd-det export CONFIG CHECKPOINT OUT.pth.')
+        raise ConfigurationError(f"'{file}' has no config beside it: there is no '{file.with_suffix('.py')}'. Export "
+                                 'it with kd-det export CONFIG CHECKPOINT OUT.pth.')
     return found
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import mmcv
 import numpy as np
 import torch
+from mmdet.models.utils import samplelist_boxtype2tensor
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.logging import MMLogger
@@ -97,6 +98,7 @@ class FileDetector(nn.Module):
             limits = np.array(tuple(sample.ori_shape[1::-1]) * 2, np.float32)
             sample.pred_instances = to_instances(Detections((found.boxes / scale).clip(0, limits), found.scores,
                                                             self.labels[found.labels]))
+        samplelist_boxtype2tensor(data['data_samples'])  # which painters expect of the ground truth, too
         return list(data['data_samples'])
 
     def _tell_size(self, image: torch.Tensor) -> None:
@@ -266,7 +268,11 @@ def predict(model: Place, images: Place | Sequence[Place], *, out: Place | None 
 
 
 def find_images(places: Iterable[str | Path], out: Path) -> dict[str, Path]:
-    """Finds photographs: each file that is named, and in folders whatever ends as images do, except what is in ``out``.
+    """Finds photographs: each file that is named, and in folders whatever ends as images do.
+
+    Args:
+        places: Files and folders.
+        out: What is in this folder within one of those is left out.
 
     Returns:
         Files by name, each once: the path within the folder, or the file's own; where two would have the same, all
@@ -284,7 +290,7 @@ def find_images(places: Iterable[str | Path], out: Path) -> dict[str, Path]:
             raise ConfigurationError(f"'{place}': there is no such image or folder.")
         within = {file: file.relative_to(place).as_posix() for file in sorted(place.rglob('*'))
                   if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
-                  and out.resolve() not in file.resolve().parents}
+                  and not (place.resolve() in out.resolve().parents and out.resolve() in file.resolve().parents)}
         if not within:
             raise ConfigurationError(f"'{place}' holds no images ({', '.join(IMAGE_SUFFIXES)}).")
         for file, name in within.items():

@@ -112,9 +112,9 @@ class ExportedDetector:
         """
         fitted, scale = self.fit(image, photograph)
         found = self(fitted)
-        real = found.scores[0] > 0
-        limits = np.array([image.shape[1], image.shape[0]] * 2, np.float32)
-        return Detections((found.boxes[0][real] / scale).clip(0, limits), found.scores[0][real], found.labels[0][real])
+        boxes = (found.boxes[0] / scale).clip(0, np.array([image.shape[1], image.shape[0]] * 2, np.float32))
+        real = (found.scores[0] > 0) & (boxes[:, :2] < boxes[:, 2:]).all(1)  # not of what was filled up
+        return Detections(boxes[real], found.scores[0][real], found.labels[0][real])
 
     def fit(self, image: np.ndarray, photograph: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Makes of one image what the file takes: smaller if need be, in its ratio, and filled up.
@@ -215,14 +215,24 @@ def _open_onnx(file: Path, threads: int | None) -> ExportedDetector:
 
 def _open_openvino(file: Path, threads: int | None) -> ExportedDetector:
     import openvino
+    if file.suffix == OPENVINO:
+        with file.open('rb') as opened:
+            if opened.read(1) != b'<':  # what is no XML OpenVINO tries as TensorFlow's
+                raise ConfigurationError(f"'{file}' can not be run: it is no XML file.")
+        if not file.with_suffix('.bin').is_file():
+            raise ConfigurationError(f"'{file}' can not be run: its weights are missing, there is no "
+                                     f"'{file.with_suffix('.bin').name}' beside it.")
     core = openvino.Core()
     with explained(file):
+        texts = {} if file.suffix == OPENVINO else _onnx_texts(file)
         model = core.read_model(file)
         settings = {'INFERENCE_PRECISION_HINT': 'f32'}
         if threads:
             settings['INFERENCE_NUM_THREADS'] = threads
         compiled = core.compile_model(model, 'CPU', settings)
-    texts = _openvino_texts(model, file)
+    if file.suffix == OPENVINO:
+        names = [field.name for field in fields(ModelInfo) if model.has_rt_info([SECTION, field.name])]
+        texts = {name: model.get_rt_info([SECTION, name]).astype(str) for name in names}
     request = compiled.create_infer_request()
 
     def run(images: np.ndarray) -> Sequence[np.ndarray]:
@@ -232,11 +242,8 @@ def _open_openvino(file: Path, threads: int | None) -> ExportedDetector:
     return ExportedDetector(file, ModelInfo.from_texts(texts, file), 'openvino', run)
 
 
-def _openvino_texts(model: Any, file: Path) -> dict[str, str]:
-    """What an OpenVINO model says of itself; of an ONNX file that it reads, what that says."""
-    if file.suffix == OPENVINO:
-        names = [field.name for field in fields(ModelInfo) if model.has_rt_info([SECTION, field.name])]
-        return {name: model.get_rt_info([SECTION, name]).astype(str) for name in names}
+def _onnx_texts(file: Path) -> dict[str, str]:
+    """What an ONNX file says of itself, without onnxruntime."""
     import onnx
     entries = onnx.load(file, load_external_data=False).metadata_props
     return {entry.key.removeprefix(f'{SECTION}.'): entry.value for entry in entries}
@@ -247,10 +254,12 @@ def explained(file: str | Path) -> Iterator[None]:
     """Says of what a runtime can not read which file it is, in one line."""
     try:
         yield
-    except (RuntimeError, ValueError, TypeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigurationError(f"'{file}' can not be run: {lines[0]}") from error
-    except Exception as error:  # onnxruntime's own errors have no ancestor in common
-        if type(error).__module__.split('.')[0] != 'onnxruntime':
+    except ConfigurationError:
+        raise
+    except Exception as error:
+        package = type(error).__module__.split('.')[0]  # whose errors have no ancestor in common with others
+        if not isinstance(error, (RuntimeError, ValueError, TypeError)) and package not in ('onnxruntime', 'google'):
             raise
-        raise ConfigurationError(f"'{file}' can not be run: {(str(error).splitlines() or ['?'])[0]}") from error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        line = lines[-1 if lines[0].startswith('Exception from') else 0]  # OpenVINO begins with places in its code
+        raise ConfigurationError(f"'{file}' can not be run: {line.strip()}") from error

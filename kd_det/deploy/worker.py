@@ -184,7 +184,7 @@ def count_onnx(file: Path, image: np.ndarray) -> int:
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=['CPUExecutionProvider'])
     found = dict(zip(shapes, session.run(list(shapes.values()), {session.get_inputs()[0].name: image})))
-    return sum(multiply(kinds[node.op_type], *(found[name] for name in (*node.input[:2], node.output[0])),
+    return sum(multiply(kinds[node.op_type], found[node.input[0]], found[node.input[1]], found[node.output[0]],
                         any(each.name == 'transA' and each.i for each in node.attribute)) for node in nodes)
 
 

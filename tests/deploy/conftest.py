@@ -5,20 +5,20 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from mmengine.config import Config, ConfigDict
+from mmengine.config import ConfigDict
 
 import kd_det
 from kd_det.registry import build_detector
 
 TEST_CFG = dict(nms_pre=60, score_thr=0.3, conf_thr=0.4, min_bbox_size=0, nms=dict(type='nms', iou_threshold=0.6),
                 max_per_img=30)
-SIZE = (96, 128)  # height and width of what the pipeline makes of the 64 × 64 images: each side by a factor of its own
+SCALE = (128, 96)  # within which the pipeline brings its images, so that 64 × 64 become 96 × 96
 EXPORTS = {
-    'fixed.onnx': {},
-    'fixed.xml': {},
+    'fixed.onnx': dict(size=(96, 96)),
+    'fixed.xml': dict(size=(96, 96)),
     'open.onnx': dict(dynamic=('batch', 'size'), channels='bgr', dtype='float32'),
     'small.onnx': dict(size=(64, 96)),
-    'candidates.onnx': dict(suppress=False),
+    'candidates.onnx': dict(size=(96, 96), suppress=False),
     'plain.pth': {},
 }
 
@@ -53,7 +53,7 @@ class Files(NamedTuple):
     checkpoint: str
     folder: Path
 
-    def __getitem__(self, name) -> Path:
+    def __getitem__(self, name: str) -> Path:
         file = self.folder / name
         if not file.is_file():
             kd_det.export(self.config, self.checkpoint, file, images=2, **EXPORTS[name])
@@ -66,27 +66,18 @@ def files_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def files(files_folder, coco_folder, run_config, detector_config) -> Files:
-    """A RetinaNet whose random weights find something, with a config that tests it on :func:`coco_folder`."""
+def files(files_folder, run_config, lively_detector) -> Files:
+    """A RetinaNet with a config that tests it on the images of :func:`coco_folder`."""
     made = Files(str(files_folder / 'run.py'), str(files_folder / 'run.pth'), files_folder)
     if not Path(made.config).is_file():
-        model = detector_config('RetinaNet')
-        model.test_cfg.update(score_thr=0.3, max_per_img=20)
-        config = run_config(model, val=True)
-        config.val_dataloader.dataset.pipeline[2].scale = SIZE[::-1]
-        for key in ('dataloader', 'cfg', 'evaluator'):
-            config[f'test_{key}'] = config[f'val_{key}']
+        detector = lively_detector('RetinaNet', seed=3)
+        config = run_config(detector.config, val=True)
+        config.val_dataloader.dataset.pipeline[2].update(scale=SCALE, keep_ratio=True)
+        config.update({f'test_{key}': config[f'val_{key}'] for key in ('dataloader', 'evaluator')})
         config.test_cfg = dict(type='TestLoop')
-        torch.manual_seed(0)
-        built = build_detector(model)
-        built.init_weights()
-        with torch.no_grad():
-            for name, parameter in built.named_parameters():
-                if name.startswith('bbox_head') and name.endswith('weight'):
-                    parameter.normal_(0, (2 / parameter[0].numel())**0.5)
-        meta = dict(dataset_meta=dict(classes=('blue', 'green', 'red')))
-        torch.save(dict(meta=meta, state_dict=built.state_dict()), made.checkpoint)
-        Config(config.to_dict()).dump(made.config)
+        torch.save(dict(meta=dict(dataset_meta=dict(classes=('blue', 'green', 'red'))),
+                        state_dict=detector.state_dict()), made.checkpoint)
+        config.dump(made.config)
     return made
 
 
