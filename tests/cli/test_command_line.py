@@ -98,7 +98,7 @@ def test_help_lists_the_commands(capsys):
     ('distill',
      ['--teacher', '--teacher-checkpoint', '--method', '--family', '--inherit', '--balance', '--resume',
       '--cfg-options', 'fgd']),
-    ('export', ['OUT.pth', '--cfg-options']),
+    ('export', ['OUT', '--size', '--dynamic', '--half', '--no-nms', '--cfg-options']),
     ('doctor', ['--teacher-checkpoint', '--data-root']),
     ('methods', []),
     ('benchmark', ['PAIR', '--methods', '--seeds', '--fidelity', '--paper-weights', '--devices', '--jobs',

@@ -88,14 +88,16 @@ def test_candidates_in_place_of_suppressed_boxes(student, tmp_path):
     assert 'NonMaxSuppression' not in {node.op_type for node in onnx.load(tmp_path / 'model.onnx').graph.node}
 
 
-def test_a_checked_file_with_its_map(student, coco_folder, tmp_path, capsys):
-    """From the command line, on the data of the config."""
+def test_a_checked_file_with_its_map(student, run_config, tmp_path, capsys):
+    """From the command line, on the data of the config, whose pipeline says how large images are."""
     config, checkpoint = student('RetinaNet')
-    config.dump(tmp_path / 'config.py')
-    assert main(['export', str(tmp_path / 'config.py'), checkpoint, str(tmp_path / 'model.onnx'), '--size', '64',
-                 '96']) == 0
+    run_config(config.model, val=True).dump(tmp_path / 'config.py')
+    command = ['export', str(tmp_path / 'config.py'), checkpoint, str(tmp_path / 'model.onnx'), '--images', '5']
+    assert main(command) == 0
     said = capsys.readouterr().out
-    assert 'images of noise' in said and '1 × 64 × 96' in said
+    assert '5 validation images' in said and '1 × 64 × 64' in said and 'mAP' in said
+    assert 'Average Precision' not in said and 'loading annotations' not in said
+    assert main(command) == 0  # its own file it replaces
 
 
 def test_a_file_that_does_not_agree_is_not_kept(student, tmp_path, monkeypatch):
