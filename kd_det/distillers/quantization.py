@@ -138,7 +138,7 @@ class Quantizer(Rounder):
             if self.is_frozen:
                 self._folded[place] = folded
             rounded = self.round_weight(folded.weight, folded.steps, whole=self.is_frozen)
-            out = function(x, rounded, folded.bias, *rest, **options)
+            out = function(x, rounded, self._round_bias(x, folded), *rest, **options)
             if self._is_planning:
                 self._live[out] = True
             return self.round(out, f'{name}.output') if name in self.layers.last else out
@@ -164,6 +164,14 @@ class Quantizer(Rounder):
             bias = (-mean if bias is None else bias - mean) * factor + (0 if beta is None else beta)
             weight = weight * factor.view(-1, *[1] * (weight.dim() - 1))
         return FoldedWeight(weight, self.find_weight_steps(weight, self.layers.quantized.index(name)), bias)
+
+    def _round_bias(self, x: Tensor, folded: FoldedWeight) -> Tensor | None:
+        """Rounds a bias to a runtime's 32 bits, in units of the product of both steps; in training that is nothing."""
+        step = None if self.training or x not in self._rows else self.steps[self._rows[x]]
+        if folded.bias is None or step is None or torch.jit.is_tracing():
+            return folded.bias
+        unit = step[0] * folded.steps.detach()
+        return (folded.bias / unit).round() * unit
 
     def run_reader(self, function: Callable, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """An operator that a runtime computes by itself, so that what it reads is integer, too."""
