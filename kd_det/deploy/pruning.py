@@ -103,10 +103,10 @@ class PrunedDetector:
 
     def tabulate(self) -> TextTable:
         """Makes a table of the parts, before and after."""
+        whole = [PartSize(*map(sum, zip(*parts.values()))) for parts in (self.before, self.after)]
         rows = []
-        for name, before, after in [*((name, part, self.after[name]) for name, part in self.before.items()),
-                                    ('all', *(PartSize(*map(sum, zip(*parts.values())))
-                                              for parts in (self.before, self.after)))]:
+        for name, (before, after) in {**{name: (part, self.after[name]) for name, part in self.before.items()},
+                                      'all': whole}.items():
             rows.append((name, *(f'{old:,} → {new:,}' for old, new in zip(before[:2], after[:2])),
                          f'{before.macs / 1e6:,.1f} → {after.macs / 1e6:,.1f}',
                          f'{after.macs / before.macs:.3f}' if before.macs else ''))
