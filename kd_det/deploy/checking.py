@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,10 +27,30 @@ from kd_det.deploy.runtime import Detections, ExportedDetector, ModelInfo
 
 Predict = Callable[[np.ndarray], Detections]  # of (N, channels, H, W) images
 
-# Pixels, score and points of mAP by which a file may differ from the detector. In half precision scores have three
-# digits, and boxes are as wide as the products of strides and distances.
-TOLERANCES = dict(float32=(0.05, 1e-3, 0.1), float16=(2.0, 2e-2, 0.1))
-UNMATCHED = 0.005  # the share of boxes that rounding may keep or suppress, where an overlap is just at the threshold
+
+
+class Tolerance(NamedTuple):
+    """By how much a file may differ from the detector.
+
+    Attributes:
+        pixels: A side of a box.
+        score: A score.
+        points: COCO's mAP.
+        unmatched: The share of boxes without a counterpart: rounding keeps or suppresses some whose overlap is just at
+            the threshold.
+        reach: By how many times the first two a counterpart may differ and still be one, to be found fault with.
+        least: Boxes of lower scores do not count.
+    """
+    pixels: float
+    score: float
+    points: float
+    unmatched: float
+    reach: float
+    least: float
+
+
+# Half precision has three digits, and boxes of low scores move by many pixels.
+TOLERANCES = dict(float32=Tolerance(0.05, 1e-3, 0.1, 0.005, 20, 0), float16=Tolerance(2.0, 2e-2, 0.5, 0.05, 1, 0.1))
 
 
 @dataclass(frozen=True)
@@ -72,6 +92,11 @@ class Comparison:
     expected_map: float | None
     map: float | None
 
+    @property
+    def loss_of_map(self) -> float:
+        """By how many points the file's mAP differs from the detector's; 0 where it was not measured."""
+        return 0.0 if self.map is None or self.expected_map is None else abs(self.expected_map - self.map)
+
     def rows(self) -> list[tuple[str, str]]:
         """The rows of a table."""
         rows = [('compared on', f"{self.images} {'validation images' if self.real else 'images of noise'}, "
@@ -88,16 +113,13 @@ class Comparison:
         Raises:
             ConfigurationError: They are more; the message says which.
         """
-        pixels, score, points = TOLERANCES[info.precision]
-        share = UNMATCHED if info.precision == 'float32' else 10 * UNMATCHED
+        pixels, score, points, share, *_ = TOLERANCES[info.precision]
         faults = [
             f'{self.box_error:.3g} px between boxes, above {pixels}' if self.box_error > pixels else '',
             f'{self.score_error:.3g} between scores, above {score}' if self.score_error > score else '',
             f'{self.unmatched} of {self.boxes} boxes without a counterpart' if self.unmatched > share * self.boxes
             else '',
-            f'mAP {self.map:.2f} in place of {self.expected_map:.2f}'
-            if self.map is not None and self.expected_map is not None and abs(self.map - self.expected_map) > points
-            else '']
+            f'mAP {self.map:.2f} in place of {self.expected_map:.2f}' if self.loss_of_map > points + 1e-6 else '']
         if any(faults):
             raise ConfigurationError(f'The exported {info.detector} does not find what the detector finds, so that no '
                                      f"file is kept: {'; '.join(filter(None, faults))}, on {self.images} "
@@ -183,24 +205,26 @@ def predict_with_graph(graph: DetectorGraph) -> Predict:
 
 
 def compare(model: ExportedDetector, expected: Predict, examples: Sequence[Example]) -> Comparison:
-    """Runs a file and the detector on the same images.
+    """Runs a file and the detector on the same images; what of their boxes lies outside does not count.
 
     Args:
         model: The file.
         expected: The detector.
         examples: The images.
     """
-    pixels, score, _ = TOLERANCES.get(model.info.precision, (np.inf, np.inf, np.inf))
+    limits = TOLERANCES[model.info.precision]
     boxes, unmatched, box_error, score_error = 0, 0, 0.0, 0.0
     pairs: list[tuple[Detections, Detections]] = []
     for example in examples:
         image, scale = model.fit(example.image)
-        of_model, of_detector = model(image), expected(image.astype(model.info.dtype))
-        rows = match(of_model, of_detector, 20 * pixels, 20 * score)
+        height, width = image.shape[-2:]
+        of_model, of_detector = (found._replace(boxes=found.boxes.clip(0, [width, height, width, height]))
+                                 for found in (model(image), expected(image.astype(model.info.dtype))))
+        rows = match(of_model, of_detector, limits)
         boxes, unmatched = boxes + len(rows), unmatched + int((rows < 0).sum())
         here = rows >= 0
         if here.any():
-            places = np.flatnonzero(of_detector.scores[0] > 0)[:len(rows)][here]
+            places = np.flatnonzero(of_detector.scores[0] > limits.least)[:len(rows)][here]
             errors = [float(np.abs(ours[0][rows[here]] - theirs[0][places]).max())
                       for ours, theirs in zip(of_model[:2], of_detector[:2])]
             box_error, score_error = max(box_error, errors[0]), max(score_error, errors[1])
@@ -213,24 +237,24 @@ def compare(model: ExportedDetector, expected: Predict, examples: Sequence[Examp
     return Comparison(len(examples), real, boxes, unmatched, box_error, score_error, wanted, found)
 
 
-def match(found: Detections, expected: Detections, pixels: float, score: float) -> np.ndarray:
+def match(found: Detections, expected: Detections, limits: Tolerance) -> np.ndarray:
     """Pairs what was found on one image with what was expected: the nearest box of the same label.
 
     Args:
         found: Of one image.
         expected: Of the same; those beyond as many as can be found do not count.
-        pixels: A side of a pair may differ by so much.
-        score: A score may.
+        limits: How far apart a pair may be.
 
     Returns:
-        For each expected box the index of the found one, or -1.
+        For each expected box that counts the index of the found one, or -1.
     """
-    real = np.flatnonzero(expected.scores[0] > 0)[:found.scores.shape[1]]
+    real = np.flatnonzero(expected.scores[0] > limits.least)[:found.scores.shape[1]]
     free, rows = found.scores[0] > 0, np.full(len(real), -1)
     for row, place in enumerate(real):
         distance = np.abs(found.boxes[0] - expected.boxes[0][place]).max(1)
         gap = np.abs(found.scores[0] - expected.scores[0][place])
-        fits = free & (found.labels[0] == expected.labels[0][place]) & (distance <= pixels) & (gap <= score)
+        fits = (free & (found.labels[0] == expected.labels[0][place]) & (distance <= limits.reach * limits.pixels)
+                & (gap <= limits.reach * limits.score))
         if fits.any():
             rows[row] = np.where(fits, distance, np.inf).argmin()
             free[rows[row]] = False

@@ -199,6 +199,11 @@ def write_onnx(graph: DetectorGraph, info: ModelInfo, file: Path) -> Path:
         except (torch.onnx.errors.OnnxExporterError, RuntimeError, NotImplementedError) as error:
             line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise ConfigurationError(f'A {info.detector} can not be exported: {line}') from error
+    unknown = sorted({f'{node.domain}::{node.op_type}' for node in onnx.load(file).graph.node if node.domain})
+    if unknown:
+        raise ConfigurationError(f'A {info.detector} can not be exported: ONNX has no operator for '
+                                 f"{', '.join(unknown)}.")
+    fold_constants(file)
     model = onnx.load(file)
     for name, text in info.to_texts().items():
         entry = model.metadata_props.add()
@@ -207,6 +212,23 @@ def write_onnx(graph: DetectorGraph, info: ModelInfo, file: Path) -> Path:
     onnx.checker.check_model(model)
     onnx.save(model, file)
     return file
+
+
+def fold_constants(file: Path) -> None:
+    """Computes in advance what does not depend on the image, by onnxruntime's rewriting within ONNX' own operators."""
+    import onnx
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath, options.log_severity_level = str(file), 3
+    with explained(file):
+        onnxruntime.InferenceSession(file.read_bytes(), options, providers=['CPUExecutionProvider'])
+    model = onnx.load(file)
+    domains = {node.domain for node in model.graph.node}
+    used = [entry for entry in model.opset_import if entry.domain in domains or not entry.domain]
+    del model.opset_import[:]
+    model.opset_import.extend(used)
+    onnx.save(model, file)
 
 
 def example_image(graph: nn.Module, info: ModelInfo) -> Tensor:

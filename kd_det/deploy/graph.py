@@ -85,7 +85,7 @@ class DetectorGraph(nn.Module):
         self.eval()  # as exporters leave it
 
     def forward(self, image: Tensor) -> Candidates:
-        height, width = image.shape[-2:]
+        height, width = image.shape[-2:] if self.fills else map(int, image.shape[-2:])
         features = self.detector.extract_feat(self.normalize(image))
         if hasattr(self.detector, 'roi_head'):
             found, config = self.detect_regions(features, height, width), self.detector.roi_head.test_cfg
@@ -109,8 +109,8 @@ class DetectorGraph(nn.Module):
             image = image.flip(1)
         if preprocessor._enable_normalize:
             image = (image - preprocessor.mean) / preprocessor.std
-        height, width = image.shape[-2:]
-        if torch.jit.is_tracing() and isinstance(height, Tensor) or height % self.divisor or width % self.divisor:
+        height, width = image.shape[-2:] if self.fills else map(int, image.shape[-2:])
+        if self.fills or height % self.divisor or width % self.divisor:
             image = F.pad(image, (0, -width % self.divisor, 0, -height % self.divisor), value=self.padding)
         return image
 

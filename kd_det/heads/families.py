@@ -197,4 +197,4 @@ class YOLOv3Reader(DenseReader):
 
 def _order_scalars(maps: Maps) -> Features:
     """(N, A, H, W) maps as (N, H·W·A), in float32."""
-    return tuple(each.squeeze(-1) for each in order_by_prior(maps, 1))
+    return tuple(each[..., 0] for each in order_by_prior(maps, 1))

@@ -99,7 +99,7 @@ def test_help_lists_the_commands(capsys):
      ['--teacher', '--teacher-checkpoint', '--method', '--family', '--inherit', '--balance', '--resume',
       '--cfg-options', 'fgd']),
     ('prune', ['OUT.pth', '--macs', '--importance', '--batches', '--no-eval', '--steps', '--teacher-checkpoint']),
-    ('export', ['OUT.pth', '--cfg-options']),
+    ('export', ['OUT', '--size', '--dynamic', '--half', '--no-nms', '--cfg-options']),
     ('doctor', ['--teacher-checkpoint', '--data-root']),
     ('methods', []),
     ('benchmark', ['PAIR', '--methods', '--seeds', '--fidelity', '--paper-weights', '--devices', '--jobs',

@@ -1,65 +1,89 @@
 """The graph finds what MMDetection's own decoding finds, for every family."""
+import numpy as np
 import pytest
 import torch
-from mmdet.structures import DetDataSample
-from mmengine.config import ConfigDict
+from mmdet.models.dense_heads import PAAHead
 
+from kd_det.config import ConfigurationError
+from kd_det.config.choices import DETECTOR_FAMILIES
+from kd_det.deploy.checking import TOLERANCES, match, predict_with
 from kd_det.deploy.graph import DetectorGraph
-from kd_det.registry import build_detector
-
-FAMILIES = ('RetinaNet', 'ATSS', 'GFL', 'FCOS', 'RTMDet', 'YOLOX', 'SSD', 'YOLOv3', 'Faster R-CNN', 'Cascade R-CNN',
-            'Mask R-CNN', 'DETR', 'Conditional DETR', 'DAB-DETR', 'Deformable DETR', 'DINO')
-TEST_CFG = dict(nms_pre=60, score_thr=0.3, conf_thr=0.4, min_bbox_size=0, nms=dict(type='nms', iou_threshold=0.6),
-                max_per_img=30)
-
-
-@pytest.fixture
-def detector(detector_config):
-    """Makes a detector of a family whose random weights say something: scores above and below the threshold."""
-
-    def make(family: str, seed: int = 0, **test_cfg):
-        scale = 0.1 if family == 'SSD' else 1  # else its scores are all 0 or 1
-        model = detector_config(family)
-        if 'roi_head' not in model and 'decoder' not in model:
-            model.test_cfg = ConfigDict(TEST_CFG, **test_cfg)
-        torch.manual_seed(seed)
-        built = build_detector(model)
-        built.init_weights()
-        with torch.no_grad():
-            for name, parameter in built.named_parameters():
-                if name.endswith('weight') and parameter.dim() > 1 and 'head' in name:
-                    parameter.normal_(0, scale * (2 / parameter[0].numel())**0.5)
-                if name.endswith('bias') and 'head' in name:
-                    parameter.normal_(0, 0.5)
-        return built.eval()
-
-    return make
-
-
-@torch.no_grad()
-def predict(detector, images: torch.Tensor) -> list:
-    """MMDetection's own boxes for (N, 3, H, W) images of its channels' order."""
-    shape = tuple(images.shape[-2:])
-    samples = [DetDataSample(metainfo=dict(img_shape=shape, ori_shape=shape, scale_factor=(1., 1.))) for _ in images]
-    data = detector.data_preprocessor(dict(inputs=list(images), data_samples=samples), False)
-    return [sample.pred_instances for sample in detector(**data, mode='predict')]
 
 
 @pytest.mark.parametrize('size', [(64, 96), (70, 90)], ids=lambda size: f'{size[0]}x{size[1]}')
-@pytest.mark.parametrize('family', FAMILIES)
-def test_the_graph_finds_what_mmdetection_finds(family, size, detector):
-    model = detector(family)
-    images = torch.randint(0, 256, (2, 3, *size), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    channels = 'bgr' if model.data_preprocessor._channel_conversion else 'rgb'
+@pytest.mark.parametrize('family', DETECTOR_FAMILIES)
+def test_the_graph_finds_what_mmdetection_finds(family, size, lively_detector):
+    detector = lively_detector(family)
+    images = np.random.default_rng(1).integers(0, 256, (2, 3, *size), np.uint8)
     with torch.no_grad():
-        found = DetectorGraph(model, channels)(images)
-    counts = []
-    for image, expected in enumerate(predict(model, images)):
-        expected = expected[:found.scores.shape[1]]  # YOLOX's own decoding has no limit
-        count = len(expected)
-        counts.append(count)
-        torch.testing.assert_close(found.scores[image, :count], expected.scores, atol=1e-5, rtol=0)
-        torch.testing.assert_close(found.boxes[image, :count], expected.bboxes, atol=1e-3, rtol=1e-5)
-        assert torch.equal(found.labels[image, :count], expected.labels)
-        assert not found.scores[image, count:].any()
-    assert min(counts) > 3
+        found = DetectorGraph(detector, 'bgr')(torch.from_numpy(images))
+    found = type(found)(*(each.numpy() for each in found))
+    expected = predict_with(detector, 'bgr')(images)
+    for image in range(2):
+        one, other = (type(each)(*(part[image:image + 1] for part in each)) for each in (found, expected))
+        rows = match(one, other, TOLERANCES['float32']._replace(pixels=1e-3, score=1e-5, reach=1))
+        assert len(rows) > 3 and (rows >= 0).all()
+        assert (one.scores[0] > 0).sum() == len(rows) and (np.diff(one.scores[0]) <= 0).all()
+
+
+@pytest.mark.parametrize('size', [(64, 96), (70, 90)], ids=lambda size: f'{size[0]}x{size[1]}')
+@pytest.mark.parametrize('family', ['RetinaNet', 'YOLOX', 'Faster R-CNN'])
+def test_open_sizes_change_nothing(family, size, lively_detector):
+    detector = lively_detector(family)
+    images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
+    with torch.no_grad():
+        for fixed, opened in zip(*(DetectorGraph(detector, fixed=fixed)(images) for fixed in (True, False))):
+            assert torch.equal(fixed, opened[:, :fixed.shape[1]])
+
+
+def test_the_order_of_channels(lively_detector):
+    detector = lively_detector('RetinaNet')
+    images = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
+    with torch.no_grad():
+        found, flipped = DetectorGraph(detector, 'rgb')(images), DetectorGraph(detector, 'bgr')(images.flip(1))
+        assert all(map(torch.equal, found, flipped))
+        assert not torch.equal(found.scores, DetectorGraph(detector, 'rgb')(images.flip(1)).scores)
+
+
+def test_it_takes_a_copy(lively_detector):
+    detector = lively_detector('Faster R-CNN')
+    forward = detector.roi_head.bbox_roi_extractor.forward
+    DetectorGraph(detector)
+    assert detector.roi_head.bbox_roi_extractor.forward == forward
+
+
+def test_regions_of_one_level_or_none(lively_detector):
+    """An extractor that is asked for no region of a level, whatever an exporter saw."""
+    detector = lively_detector('Faster R-CNN')
+    extractor = DetectorGraph(detector).detector.roi_head.bbox_roi_extractor
+    features = [torch.randn(1, 16, 64 // 2**level, 64 // 2**level) for level in range(4)]
+    for rois in ([[0., 4, 4, 20, 30], [0, 1, 2, 9, 9]], [[0., 0, 0, 600, 600], [0, 1, 1, 4, 4]], []):
+        rois = torch.tensor(rois).view(-1, 5)
+        assert torch.equal(extractor(features, rois), detector.roi_head.bbox_roi_extractor(features, rois))
+
+
+def _with_soft_suppression(detector):
+    detector.bbox_head.test_cfg.nms = dict(type='soft_nms', iou_threshold=0.5)
+
+
+def _with_a_head_that_votes(detector):
+    detector.bbox_head.__class__ = type('VotingHead', (PAAHead, ), {})
+
+
+def _with_a_forward_of_its_own(detector):
+    kind = type(detector.bbox_head)
+    detector.bbox_head.__class__ = type('OwnHead', (kind, ), dict(forward=lambda self, features: features))
+
+
+def _with_language(detector):
+    detector.language_model = torch.nn.Identity()
+
+
+@pytest.mark.parametrize('change, said', [
+    (_with_soft_suppression, "expected 'nms', got 'soft_nms'"), (_with_a_head_that_votes, 'VotingHead'),
+    (_with_a_forward_of_its_own, 'OwnHead'), (_with_language, 'reads more than an image')])
+def test_what_can_not_be_exported_is_named(change, said, lively_detector):
+    detector = lively_detector('ATSS')
+    change(detector)
+    with pytest.raises(ConfigurationError, match=f'A SingleStageDetector can not be exported: .*{said}'):
+        DetectorGraph(detector)
