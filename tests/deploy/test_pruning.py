@@ -178,6 +178,14 @@ def test_widths_are_multiples_of_eight_and_the_table_tells_all(whole, tmp_path):
     assert set(loaded) == {'meta', 'state_dict'} and loaded['meta']['pruned_by'] == 'kd-det prune'
 
 
+def test_a_pruned_detector_is_exported_like_any_other(pruned, tmp_path):
+    plain = kd_det.export(pruned.config, pruned.checkpoint, tmp_path / 'plain.pth')
+    assert Config.fromfile(plain.config).custom_imports.imports == ['kd_det']  # who builds it
+    assert type(init_detector(str(plain.config), str(plain.checkpoint), device='cpu')) is PRUNED[RetinaNet]
+    graph = kd_det.export(pruned.config, pruned.checkpoint, tmp_path / 'graph.onnx', images=2)
+    assert graph.info.detector == 'PrunedRetinaNet' and graph.comparison.box_error < 0.01
+
+
 def test_frozen_stages_are_pruned_and_learn(whole, tmp_path):
     config = Config.fromfile(whole[0])
     config.model.backbone.update(frozen_stages=1, norm_eval=True, with_cp=True,
@@ -402,7 +410,7 @@ def test_channels_are_written_as_they_are_read():
     ([dict(channels='2/4 3', outputs=['backbone.conv9'])], 'the path of a layer'),
     ([dict(channels='2/8 3', outputs=['backbone.conv1'])], 'a layer with 8 outputs, not with 4'),
     ([dict(channels='2/4 3', layers=['backbone.conv1'])], 'dicts of channels, outputs and inputs'),
-    (['2/4 3'], 'dicts of channels, outputs and inputs')])
+    (['2/4 3'], r'kept\[0\]: expected a dict'), ('2/4 3', 'kept: expected a list')])
 def test_kept_of_another_detector_is_refused(kept, message, retinanet):
     with pytest.raises(ArgumentError, match=message):
         build_detector(dict(retinanet(), type='PrunedRetinaNet', kept=kept))
