@@ -32,7 +32,7 @@ DETECTOR_FAMILIES = {
 RATIO = 1.0  # of a method's gradient to the task's: what served best on data smaller than COCO, see docs/results.md
 PAPER = 'paper'  # in place of a ratio: the weights in the method's file
 
-IMPORTANCES = ('group_norm', 'taylor', 'random')  # of channels: by what they are pruned
+IMPORTANCES = ('group_norm', 'taylor', 'random')  # of channels, by which they are pruned
 
 SPLITS = ('val', 'train')  # on which fidelity is measured
 

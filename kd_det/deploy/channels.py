@@ -9,6 +9,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
@@ -24,11 +25,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from kd_det.config import ConfigurationError
-from kd_det.config.choices import IMPORTANCES
 from kd_det.deploy.pruned import Kept, count_channels, find_cuts, is_depthwise, narrow, narrow_detector
 from kd_det.teachers.probe import PROBE_SIZE, find_input_channels, find_prior_strides, make_shape_samples
 
-Importance = Literal[IMPORTANCES]
+Importance = Literal['group_norm', 'taylor', 'random']
 MULTIPLE = 8  # of which the widths that are left are, where they can: what kernels of CPUs and GPUs are made for
 PROPOSALS, DETECTIONS = 1000, 100  # regions that a RoI head sees where its config does not tell: MMDetection's own
 ROUNDING = 1e-5
@@ -107,7 +107,7 @@ class _Pooling:
         self.levels, self.size = extractor.num_inputs, extractor.roi_layers[0].output_size
 
     def __call__(self, features: Sequence[Tensor]) -> Tensor:
-        return sum(F.adaptive_avg_pool2d(level, self.size) for level in features[:self.levels])
+        return reduce(torch.add, (F.adaptive_avg_pool2d(level, self.size) for level in features[:self.levels]))
 
 
 def run_layers(traced: nn.Module, images: Tensor) -> list[Tensor]:

@@ -22,7 +22,7 @@ from mmdet.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from kd_det.config.arguments import refuse
+from kd_det.config.arguments import declared, refuse
 
 SIDES = ('outputs', 'inputs')  # of a layer; what keeps its channels, as a norm, has outputs
 Channels = tuple[int, ...]  # those that are kept, by their numbers in the unpruned detector
@@ -83,7 +83,7 @@ def read_kept(groups: Iterable[Mapping[str, Any]]) -> Kept:
     """
     kept: Kept = {}
     for group in groups:
-        if not isinstance(group, Mapping) or 'channels' not in group or set(group) - {'channels', *SIDES}:
+        if 'channels' not in group or set(group) - {'channels', *SIDES}:
             refuse('kept', group, 'dicts of channels, outputs and inputs')
         channels = read_channels(group['channels'])
         kept.update({(path, side): channels for side in SIDES for path in group.get(side, ())})
@@ -194,7 +194,8 @@ class Pruned:
         ArgumentError: The unpruned detector has no such layers or channels.
     """
 
-    def __init__(self, *args: Any, kept: Sequence[Mapping[str, Any]], **arguments: Any) -> None:
+    @declared
+    def __init__(self, *args: Any, kept: Sequence[dict[str, Any]], **arguments: Any) -> None:
         super().__init__(*args, **arguments)
         self.kept = read_kept(kept)
         narrow_detector(self, self.kept)

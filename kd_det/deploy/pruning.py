@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from kd_det.checks.synthetic import Size, evaluation_size
+from kd_det.compat import NotFiniteError
 from kd_det.compat.console import TextTable
 from kd_det.compat.writing import refuse_to_replace, write_whole
 from kd_det.config import ConfigurationError
@@ -103,10 +104,10 @@ class PrunedDetector:
 
     def tabulate(self) -> TextTable:
         """Makes a table of the parts, before and after."""
+        whole = [PartSize(*map(sum, zip(*parts.values()))) for parts in (self.before, self.after)]
         rows = []
-        for name, before, after in [*((name, part, self.after[name]) for name, part in self.before.items()),
-                                    ('all', *(PartSize(*map(sum, zip(*parts.values())))
-                                              for parts in (self.before, self.after)))]:
+        for name, (before, after) in {**{name: (part, self.after[name]) for name, part in self.before.items()},
+                                      'all': whole}.items():
             rows.append((name, *(f'{old:,} → {new:,}' for old, new in zip(before[:2], after[:2])),
                          f'{before.macs / 1e6:,.1f} → {after.macs / 1e6:,.1f}',
                          f'{after.macs / before.macs:.3f}' if before.macs else ''))
@@ -165,14 +166,15 @@ def prune(config: str | Path | Config, checkpoint: str | Path, out: str | Path, 
     if out.suffix == '.py':
         raise ConfigurationError(f"'{out}': expected the name of a checkpoint, such as '{out.with_suffix('.pth')}'; "
                                  'the config comes beside it.')
-    refuse_to_replace(out, lambda content: PRUNED.encode() in content, 'a pruned detector', force)
-    refuse_to_replace(out.with_suffix('.py'), lambda content: content.startswith(PRUNED_CONFIG.encode()),
-                      'the config of a pruned detector', force)
+    files = [out.with_name(f'{out.stem}_steps') / f'step_{step}.pth' for step in range(1, steps)] + [out]
+    for file in files:
+        refuse_to_replace(file, lambda content: PRUNED.encode() in content, 'a pruned detector', force)
+        refuse_to_replace(file.with_suffix('.py'), lambda content: content.startswith(PRUNED_CONFIG.encode()),
+                          'the config of a pruned detector', force)
     whole = student_config(resolve_config(config, data_root, options))
     found: list[PrunedDetector] = []
     current: tuple[Config, str | Path] = whole, checkpoint
-    for step in range(1, steps + 1):
-        file = out if step == steps else out.with_name(f'{out.stem}_steps') / f'step_{step}.pth'
+    for step, file in enumerate(files, start=1):
         share = macs**(step / steps) * (found[0].macs[0] / found[-1].macs[1] if found else 1)
         found.append(_prune_once(*current, file, share, importance, batches, seed))
         if train and step < steps:
@@ -232,7 +234,10 @@ def accumulate_gradients(detector: nn.Module, config: Config, batches: int) -> l
     for batch in _load_batches(config, batches):
         losses = learning(**learning.data_preprocessor(batch, True), mode='loss')
         learning.parse_losses(losses)[0].backward()
-    return [torch.zeros_like(each) if each.grad is None else each.grad for each in learning.parameters()]
+    gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in learning.parameters()]
+    if not all(each.isfinite().all() for each in gradients):
+        raise NotFiniteError('--importance taylor: the gradients of the loss on training images are not finite.')
+    return gradients
 
 
 def _load_batches(config: Config, count: int) -> Sequence[dict]:

@@ -98,6 +98,7 @@ def test_help_lists_the_commands(capsys):
     ('distill',
      ['--teacher', '--teacher-checkpoint', '--method', '--family', '--inherit', '--balance', '--resume',
       '--cfg-options', 'fgd']),
+    ('prune', ['OUT.pth', '--macs', '--importance', '--batches', '--no-eval', '--steps', '--teacher-checkpoint']),
     ('export', ['OUT', '--size', '--dynamic', '--half', '--no-nms', '--cfg-options']),
     ('doctor', ['--teacher-checkpoint', '--data-root']),
     ('methods', []),
