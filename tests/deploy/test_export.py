@@ -172,14 +172,15 @@ def test_the_colour_of_the_padding_is_what_the_detector_pads_with(student, tmp_p
 
 
 def test_an_image_is_made_to_fit():
-    info = ModelInfo('RetinaNet', ('a', ), (64, 96), 1, 'rgb', 'uint8', (7.4, 8.0, 9.0), (), (), True, 'float32', '1')
+    info = ModelInfo('RetinaNet', ('a', ), (64, 96), None, False, 1, 'rgb', 'uint8', (7.4, 8.0, 9.0), (0., ) * 3,
+                     (1., ) * 3, True, 'float32', '1')
     model = ExportedDetector(None, info, 'onnxruntime', None)
     small = np.full((32, 40, 3), 200, np.uint8)
     fitted, scale = model.fit(small)
-    assert fitted.shape == (1, 3, 64, 96) and scale == 1
+    assert fitted.shape == (1, 3, 64, 96) and (scale == 1).all()
     assert (fitted[0, :, :32, :40] == 200).all() and (fitted[0, :, 32:] == np.array([7, 8, 9])[:, None, None]).all()
     large, scale = model.fit(np.full((128, 300, 3), 200, np.uint8))
-    assert large.shape == (1, 3, 64, 96) and scale == pytest.approx(0.32)
+    assert large.shape == (1, 3, 64, 96) and scale == pytest.approx([96 / 300, 41 / 128] * 2)
     assert (large[0, :, :41] == 200).all() and (large[0, 0, 41:] == 7).all()
     assert ModelInfo.from_texts(info.to_texts(), 'a') == info
     json.dumps(info.to_texts())
@@ -190,7 +191,7 @@ def test_what_is_paired_and_what_is_a_fault():
     expected = Detections(boxes, np.array([[0.9, 0.5, 0.4]], np.float32), np.array([[0, 1, 1]]))
     found = Detections(boxes[:, [0, 2, 1]] + 0.01, expected.scores[:, [0, 2, 1]], np.array([[1, 1, 1]]))
     assert match(found, expected, TOLERANCES['float32']).tolist() == [-1, 2, 1]
-    info = ModelInfo('RetinaNet', ('a', ), None, None, 'rgb', 'uint8', (), (), (), True, 'float32', '1')
+    info = ModelInfo('RetinaNet', ('a', ), None, None, False, None, 'rgb', 'uint8', (), (), (), True, 'float32', '1')
     Comparison(4, True, 1000, 5, 0.05, 1e-3, 30.0, 30.1).require_agreement(info)
     for fault, said in ((dict(unmatched=6), '6 of 1000 boxes'), (dict(box_error=0.06), '0.06 px'),
                         (dict(score_error=2e-3), '0.002 between scores'), (dict(map=29.8), 'mAP 29.80')):
