@@ -402,8 +402,12 @@ def test_refusals_are_of_one_line_and_leave_nothing(whole, faster_rcnn, run_conf
         arguments = dict(dict(config=config, checkpoint=checkpoint, out=out, evaluation=False), **changes)
         with pytest.raises(error, match=message):
             kd_det.prune(**arguments)
+    (tmp_path / 'own.py').write_text('mine = 1')
+    own = kd_det.prune(config, checkpoint, tmp_path / 'own.pth', evaluation=False, force=True)
+    for given in ((own.config, own.checkpoint), (config, own.checkpoint), (own.config, checkpoint)):
+        with pytest.raises(ConfigurationError, match=r"own\.(pth|py)' is what is pruned: give another name"):
+            kd_det.prune(*given, own.checkpoint, force=True)
     assert not list(tmp_path.glob('small*')) and (tmp_path / 'mine.pth').read_bytes() == b'mine'
-    kd_det.prune(config, checkpoint, tmp_path / 'mine.pth', evaluation=False, force=True)
 
 
 def test_channels_are_written_as_they_are_read():
