@@ -172,6 +172,9 @@ def prune(config: str | Path | Config, checkpoint: str | Path, out: str | Path, 
         refuse_to_replace(file.with_suffix('.py'), lambda content: content.startswith(PRUNED_CONFIG.encode()),
                           'the config of a pruned detector', force)
     whole = student_config(resolve_config(config, data_root, options))
+    for given, written in ((str(checkpoint), out), (whole.filename or '', out.with_suffix('.py'))):
+        if Path(given).resolve() == written.resolve():
+            raise ConfigurationError(f"'{written}' is what is pruned: give another name for what becomes of it.")
     found: list[PrunedDetector] = []
     current: tuple[Config, str | Path] = whole, checkpoint
     for step, file in enumerate(files, start=1):

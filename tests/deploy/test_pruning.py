@@ -296,7 +296,7 @@ def test_gradients_are_of_training_images(whole, tmp_path):
     found = kd_det.prune(config, whole[1], tmp_path / 'small.pth', importance='taylor', batches=1, evaluation=False)
     assert found.macs[1] <= 0.5 * found.macs[0]
     with torch.no_grad():
-        detector.bbox_head.retina_cls.bias.fill_(float('inf'))
+        detector.backbone.conv1.weight.fill_(float('nan'))
     with pytest.raises(NotFiniteError, match='--importance taylor: the gradients'):
         accumulate_gradients(detector, config, 1)
     config.pop('train_dataloader')
@@ -390,8 +390,7 @@ def test_refusals_are_of_one_line_and_leave_nothing(whole, faster_rcnn, run_conf
     refused = [
         (dict(checkpoint=other), ConfigurationError, 'is not of the student'),
         (dict(out=tmp_path / 'mine.pth'), WritingError, 'is not a pruned detector that kd_det wrote'),
-        (dict(out=tmp_path / 'chain.pth', steps=2), WritingError,
-         "step_1.py' exists, and is not the config of a pruned"),
+        (dict(out=tmp_path / 'chain.pth', steps=2), WritingError, "step_1.py' exists, and is not the config of"),
         (dict(out=tmp_path / 'whole.py'), ConfigurationError, 'expected the name of a checkpoint'),
         (dict(macs=1.5), ArgumentError, 'macs: expected a number above 0 and below 1, got 1.5'),
         (dict(macs=0.001), ConfigurationError, r'--macs 0\.001: what can be pruned of this detector leaves 0\.\d+ of'),
@@ -403,8 +402,12 @@ def test_refusals_are_of_one_line_and_leave_nothing(whole, faster_rcnn, run_conf
         arguments = dict(dict(config=config, checkpoint=checkpoint, out=out, evaluation=False), **changes)
         with pytest.raises(error, match=message):
             kd_det.prune(**arguments)
+    (tmp_path / 'own.py').write_text('mine = 1')
+    own = kd_det.prune(config, checkpoint, tmp_path / 'own.pth', evaluation=False, force=True)
+    for given in ((own.config, own.checkpoint), (config, own.checkpoint), (own.config, checkpoint)):
+        with pytest.raises(ConfigurationError, match=r"own\.(pth|py)' is what is pruned: give another name"):
+            kd_det.prune(*given, own.checkpoint, force=True)
     assert not list(tmp_path.glob('small*')) and (tmp_path / 'mine.pth').read_bytes() == b'mine'
-    kd_det.prune(config, checkpoint, tmp_path / 'mine.pth', evaluation=False, force=True)
 
 
 def test_channels_are_written_as_they_are_read():
