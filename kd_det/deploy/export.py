@@ -217,7 +217,7 @@ def write_onnx(graph: DetectorGraph, info: ModelInfo, file: Path) -> Path:
         axes = {name: {0: 'batch'} for name in axes}
     if info.size is None:
         axes['image'].update({2: 'height', 3: 'width'})
-    with _quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad(), exportable_linspace():
         try:
             torch.onnx.export(graph, (image, ), str(file), dynamo=False, opset_version=OPSET, **names,
                               dynamic_axes={name: axis for name, axis in axes.items() if axis})
@@ -300,6 +300,25 @@ def move_model(file: Path, out: Path) -> int:
     for suffix in suffixes:
         write_whole(out.with_suffix(suffix), file.with_suffix(suffix).read_bytes())
     return sum(out.with_suffix(suffix).stat().st_size for suffix in suffixes)
+
+
+@contextmanager
+def exportable_linspace() -> Iterator[None]:
+    """Within, ``torch.linspace`` of a single step is traced as its start, where exporters divide 0 by 0.
+
+    The reference points of a deformable DETR are such steps, on a level of one row.
+    """
+    linspace = torch.linspace
+
+    def trace(start: Any, end: Any, steps: Any, **options: Any) -> Tensor:
+        places = torch.arange(steps, **options)
+        return start + places * ((end - start) / (torch.as_tensor(steps) - 1).clamp(min=1))
+
+    torch.linspace = trace
+    try:
+        yield
+    finally:
+        torch.linspace = linspace
 
 
 @contextmanager

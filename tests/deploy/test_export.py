@@ -47,6 +47,12 @@ def test_every_family_is_exported_and_agrees(family, student, tmp_path):
     assert domains == {''}  # no runtime's own operators
 
 
+def test_a_level_of_one_row(student, tmp_path):
+    """The coarsest of a deformable DETR, whose reference points are then a single step."""
+    model = kd_det.export(*student('Deformable DETR'), tmp_path / 'model.onnx', size=(64, 96))
+    assert model.comparison.box_error < 0.05 and not model.comparison.unmatched
+
+
 @pytest.mark.parametrize('family', ['RetinaNet', 'YOLOX', 'Faster R-CNN'])
 def test_openvino_reads_the_same(family, student, tmp_path):
     model = kd_det.export(*student(family), tmp_path / 'model.xml', size=(128, 160))
