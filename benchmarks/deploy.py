@@ -60,7 +60,7 @@ class Seed:
     def export(self, name: str, trained: dict) -> dict:
         file = self.folder / f'{name}.onnx'
         exported = export(trained['config'], trained['checkpoint'], file, images=self.options.images, force=True)
-        return dict(trained, trained_map=trained['map'], map=self.test(trained['config'], file), bytes=exported.bytes,
+        return dict(map=self.test(trained['config'], file), bytes=exported.bytes,
                     expected_map=exported.comparison.expected_map, exported_map=exported.comparison.map)
 
     def distil(self, name: str, student: object, method: str, **settings: object) -> dict:
@@ -71,8 +71,9 @@ class Seed:
     def run(self) -> None:
         """Does all that is not yet done."""
         options, data = self.options, dict(data_root=self.options.data_root)
-        float_ = self.once('float', lambda: self.export('float', self.distil(
-            'float', options.student, options.method, inherit='auto', epochs=options.epochs, **data)))
+        float_ = self.once('float, training', lambda: self.distil(
+            'float', options.student, options.method, inherit='auto', epochs=options.epochs, **data))
+        self.once('float', lambda: self.export('float', float_))
         plain = student_config(load_config(float_['config']))
         rate = plain.optim_wrapper.optimizer.lr
 
@@ -88,8 +89,8 @@ class Seed:
 
         self.once('int8 after training', calibrate)
         for name, method in (('int8 aware', 'none'), ('int8 aware, distilled', options.method)):
-            self.once(name, lambda method=method: self.export(f'int8_{method}',
-                                                              learn(8, method, options.quantized_epochs)))
+            trained = self.once(f'{name}, training', lambda method=method: learn(8, method, options.quantized_epochs))
+            self.once(name, lambda method=method, trained=trained: self.export(f'int8_{method}', trained))
 
         def cut() -> dict:
             made = prune(float_['config'], float_['checkpoint'], self.folder / 'pruned.pth', options.macs,
@@ -127,6 +128,7 @@ def main() -> None:
     for seed in seeds:
         seed.run()
     values = {name: {seed.number: seed.record[name]['map'] for seed in seeds} for name in seeds[0].record}
+    values = dict(sorted(values.items(), key=lambda item: item[0].endswith(', training')))
     for name, by_seed in values.items():
         print(f"{name:28}{'  '.join(f'{value:5.1f}' for value in by_seed.values())}")
     differences = []

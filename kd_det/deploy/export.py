@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Len
+from mmcv.image import rescale_size
 from mmengine.config import Config
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from kd_det.config.arguments import Count, declared
 from kd_det.config.classes import count_classes
 from kd_det.config.files import get_type_name, list_pipelines
 from kd_det.config.options import resolve_config
-from kd_det.deploy.checking import Comparison, compare, draw_images, predict_with, predict_with_graph
+from kd_det.deploy.checking import Comparison, build_dataset, compare, draw_images, predict_with, predict_with_graph
 from kd_det.deploy.checkpoint import ExportedStudent, export_checkpoint, load_student
 from kd_det.deploy.graph import DetectorGraph
 from kd_det.deploy.integers import restore_quantizer, store_integers
@@ -83,7 +84,8 @@ def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path,
         config: Of the run that wrote the checkpoint: a file, ``'package::folder/file.py'``, or a config.
         checkpoint: A file.
         out: The file to write.
-        size: Height and width of the image; by default such that every image of the config's test pipeline fits.
+        size: Height and width of the image; by default such that every validation image fits as the config's test
+            pipeline makes it.
         dynamic: What the graph leaves open: ``'batch'``, ``'size'``.
         dtype: Of the image.
         channels: The order of the image's channels.
@@ -168,6 +170,9 @@ def test_pipeline(config: Config) -> list[dict]:
 def find_size(config: Config, divisor: int) -> tuple[int, int]:
     """Height and width of an image that holds whatever the config's test pipeline makes.
 
+    Of the validation images, where they are here and tell their sizes: more padding than the detector was trained with
+    costs it up to half a point of mAP. Else of any image.
+
     Raises:
         ConfigurationError: The pipeline does not say.
     """
@@ -176,9 +181,18 @@ def find_size(config: Config, divisor: int) -> tuple[int, int]:
         raise ConfigurationError("The config's test pipeline does not say how large its images are: give --size HEIGHT "
                                  'WIDTH, or --dynamic size.')
     height, width = resize
-    if keep_ratio:  # the longer side of an image may be either
-        width = height = max(width, height)
+    if keep_ratio:
+        sizes = [rescale_size(size, (max(resize), min(resize))) for size in _list_image_sizes(config)]
+        width, height = map(max, zip(*sizes)) if sizes else [max(resize)] * 2  # the longer side may be either
     return -(-height // divisor) * divisor, -(-width // divisor) * divisor
+
+
+def _list_image_sizes(config: Config) -> list[tuple[int, int]]:
+    """Width and height of the validation photographs; none where one of them does not tell."""
+    dataset = build_dataset(config)
+    infos = [] if dataset is None else [dataset.get_data_info(index) for index in range(len(dataset))]
+    sizes = {(info.get('width') or 0, info.get('height') or 0) for info in infos}
+    return [] if any(0 in size for size in sizes) else sorted(sizes)
 
 
 def find_resize(config: Config) -> tuple[tuple[int, int] | None, bool]:

@@ -160,8 +160,24 @@ def test_a_file_of_another_tool_is_none_of_ours(tmp_path):
     (dict(type='Resize', scale=(640, 416), keep_ratio=False), (416, 640)),
     (dict(type='mmdet.Resize', scale=(416, 416), keep_ratio=True), (416, 416))])
 def test_the_size_that_holds_every_image(resize, size):
-    config = Config(dict(val_dataloader=dict(dataset=dict(pipeline=[dict(type='LoadImageFromFile'), resize]))))
+    dataset = dict(type='CocoDataset', ann_file='none.json', pipeline=[dict(type='LoadImageFromFile'), resize])
+    config = Config(dict(val_dataloader=dict(dataset=dataset)))
     assert find_size(config, 32) == size
+
+
+def test_the_size_that_holds_the_validation_images(run_config, retinanet, coco_folder):
+    """Which are 64 pixels square, as far as they say so."""
+    config = run_config(retinanet(), val=True)
+    config.val_dataloader.dataset.pipeline[2].update(scale=(200, 100), keep_ratio=True)
+    assert find_size(config, 32) == (128, 128)
+    content = json.loads((coco_folder / 'all.json').read_text())
+    for image in content['images']:
+        image.update(width=80, height=40)
+    config.val_dataloader.dataset.ann_file = str(coco_folder / 'wide.json')
+    (coco_folder / 'wide.json').write_text(json.dumps(content))
+    assert find_size(config, 32) == (128, 224)
+    config.val_dataloader.dataset.ann_file = 'none.json'
+    assert find_size(config, 32) == (224, 224)
 
 
 def test_the_colour_of_the_padding_is_what_the_detector_pads_with(student, tmp_path):
