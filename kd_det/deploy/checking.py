@@ -277,7 +277,7 @@ def measure_map(examples: Sequence[Example], found: Sequence[Detections], classe
         metric.process([dict(img_id=index, ori_shape=example.shape, pred_instances=instances,
                              instances=list(example.objects or ()))])
     with redirect_stdout(StringIO()), quiet_log():
-        return 100 * metric.evaluate(len(examples))['coco/bbox_mAP']
+        return 100 * metric.evaluate(len(examples)).get('coco/bbox_mAP', 0.0)  # nothing where nothing was found
 
 
 @contextmanager

@@ -183,7 +183,7 @@ def draw_calibration_images(config: Config, info: ModelInfo, count: int) -> list
     loader = config.get('val_dataloader') or config.get('test_dataloader')
     if loader and config.get('train_dataloader'):
         trained = copy.deepcopy(list_leaf_datasets(config.train_dataloader.dataset)[0])
-        trained.pipeline = list_leaf_datasets(loader.dataset)[0].get('pipeline', [])
+        trained['pipeline'] = list_leaf_datasets(loader['dataset'])[0].get('pipeline', [])
         shown = copy.deepcopy(config)
         shown.val_dataloader = dict(dataset=trained)
         examples = draw_images(shown, info, count)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Gt, Le
+from annotated_types import Gt, Le, Lt
 from mmengine.dist import all_reduce
 from torch import Tensor, nn
 
@@ -36,7 +36,7 @@ class Quantization:
     ranges: Literal['tracked', 'learnt'] = 'tracked'
     keep_float: Names = (PREDICTORS, )
     freeze: Annotated[float, Gt(0), Le(1)] = 0.5
-    momentum: Annotated[float, Gt(0), Le(1)] = 0.1
+    momentum: Annotated[float, Gt(0), Lt(1)] = 0.1
 
 
 class Rounder(nn.Module):

@@ -12,7 +12,7 @@ from kd_det.cli.main import main
 from kd_det.compat.writing import WritingError
 from kd_det.config import ConfigurationError
 from kd_det.deploy import export as exporting
-from kd_det.deploy.checking import TOLERANCES, Comparison, match
+from kd_det.deploy.checking import TOLERANCES, Comparison, Example, match, measure_map
 from kd_det.deploy.export import find_size
 from kd_det.deploy.runtime import Detections, ExportedDetector, ModelInfo, open_model
 from kd_det.registry import build_detector
@@ -206,6 +206,13 @@ def test_an_image_is_made_to_fit():
     assert (large[0, :, :41] == 200).all() and (large[0, 0, 41:] == 7).all()
     assert ModelInfo.from_texts(info.to_texts(), 'a') == info
     json.dumps(info.to_texts())
+
+
+def test_a_detector_that_finds_nothing_has_no_map():
+    example = Example(np.zeros((8, 8, 3), np.uint8), shape=(8, 8), objects=[dict(bbox=[0., 0, 4, 4], bbox_label=0,
+                                                                                 ignore_flag=0)])
+    nothing = Detections(np.zeros((1, 3, 4), np.float32), np.zeros((1, 3), np.float32), np.full((1, 3), -1))
+    assert measure_map([example], [nothing], 1) == 0
 
 
 def test_what_is_paired_and_what_is_a_fault():
