@@ -267,6 +267,8 @@ def measure_map(examples: Sequence[Example], found: Sequence[Detections], classe
     """COCO's mAP in points, of boxes in pixels of the photographs; None without objects."""
     if not any(example.objects for example in examples):
         return None
+    if not any((each.scores[0] > 0).any() for each in found):
+        return 0.0  # of nothing the metric makes none
     metric = Evaluator([CocoMetric(metric='bbox')])
     metric.dataset_meta = dict(classes=tuple(map(str, range(classes))))
     for index, (example, each) in enumerate(zip(examples, found)):
@@ -277,7 +279,7 @@ def measure_map(examples: Sequence[Example], found: Sequence[Detections], classe
         metric.process([dict(img_id=index, ori_shape=example.shape, pred_instances=instances,
                              instances=list(example.objects or ()))])
     with redirect_stdout(StringIO()), quiet_log():
-        return 100 * metric.evaluate(len(examples)).get('coco/bbox_mAP', 0.0)  # nothing where nothing was found
+        return 100 * metric.evaluate(len(examples))['coco/bbox_mAP']
 
 
 @contextmanager
