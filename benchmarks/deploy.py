@@ -49,7 +49,7 @@ class Seed:
         return self.record[name]
 
     def test(self, config: str, file: Path) -> float:
-        return 100 * evaluate(config, file, work_dir=self.folder / f'{file.stem}_test').metrics[MAP]
+        return 100 * evaluate(config, file, work_dir=self.folder / f'{file.stem}_test').metrics.get(MAP, 0.0)  # nothing is found
 
     def train(self, name: str, make: Callable[..., object], **settings: object) -> dict:
         """A training, and the mAP at its end as it was validated."""
@@ -94,7 +94,7 @@ class Seed:
 
         def cut() -> dict:
             made = prune(float_['config'], float_['checkpoint'], self.folder / 'pruned.pth', options.macs,
-                         seed=self.number, evaluation=False, force=True)
+                         importance=options.importance, seed=self.number, evaluation=False, force=True)
             before, after = made.macs
             return dict(config=str(made.config), checkpoint=str(made.checkpoint), share=after / before,
                         map=self.test(str(made.config), made.checkpoint))
@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument('--learning-rate', type=float, default=0.1,
                         help="in integers, as a share of the config's (0.1)")
     parser.add_argument('--macs', type=float, default=0.5)
+    parser.add_argument('--importance', default='taylor', help='by which channels are chosen (taylor)')
     parser.add_argument('--calibrate', type=int, default=64)
     parser.add_argument('--images', type=int, default=32, help='that exports are compared on')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/deploy'))
