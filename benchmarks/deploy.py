@@ -49,7 +49,8 @@ class Seed:
         return self.record[name]
 
     def test(self, config: str, file: Path) -> float:
-        return 100 * evaluate(config, file, work_dir=self.folder / f'{file.stem}_test').metrics.get(MAP, 0.0)  # nothing is found
+        found = evaluate(config, file, work_dir=self.folder / f'{file.stem}_test').metrics
+        return 100 * found.get(MAP, 0.0)  # the metric has none where nothing is found
 
     def train(self, name: str, make: Callable[..., object], **settings: object) -> dict:
         """A training, and the mAP at its end as it was validated."""
