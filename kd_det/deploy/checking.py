@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ def build_dataset(config: Config) -> Any | None:
     if not loader:
         return None
     try:
-        with redirect_stdout(StringIO()):  # pycocotools tells what it does
+        with quiet():
             return DATASETS.build(dict(copy.deepcopy(loader['dataset']), test_mode=True))
     except FileNotFoundError:
         return None
@@ -278,17 +279,21 @@ def measure_map(examples: Sequence[Example], found: Sequence[Detections], classe
                                  labels=torch.from_numpy(each.labels[0][kept]))
         metric.process([dict(img_id=index, ori_shape=example.shape, pred_instances=instances,
                              instances=list(example.objects or ()))])
-    with redirect_stdout(StringIO()), quiet_log():
+    with quiet():
         return 100 * metric.evaluate(len(examples))['coco/bbox_mAP']
 
 
 @contextmanager
-def quiet_log() -> Iterator[None]:
-    """Within, MMEngine logs nothing but warnings."""
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def quiet() -> Iterator[None]:
+    """Keeps what exporters, quantisers and metrics tell of their progress off the screen."""
+    loggers = [logging.getLogger(), logging.getLogger('torch.onnx'), MMLogger.get_current_instance()]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), redirect_stdout(StringIO()):
+        warnings.simplefilter('ignore')
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels):
+                logger.setLevel(level)

@@ -1,9 +1,7 @@
 """A student as a file that leaves kd_det: plain weights, or a graph for onnxruntime, OpenVINO and their like."""
 from __future__ import annotations
 
-import logging
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,7 +22,15 @@ from kd_det.config.arguments import Count, declared
 from kd_det.config.classes import count_classes
 from kd_det.config.files import get_type_name, list_pipelines
 from kd_det.config.options import resolve_config
-from kd_det.deploy.checking import Comparison, build_dataset, compare, draw_images, predict_with, predict_with_graph
+from kd_det.deploy.checking import (
+    Comparison,
+    build_dataset,
+    compare,
+    draw_images,
+    predict_with,
+    predict_with_graph,
+    quiet,
+)
 from kd_det.deploy.checkpoint import ExportedStudent, export_checkpoint, load_student
 from kd_det.deploy.graph import DetectorGraph
 from kd_det.deploy.integers import restore_quantizer, store_integers
@@ -231,7 +237,7 @@ def write_onnx(graph: DetectorGraph, info: ModelInfo, file: Path) -> Path:
         axes = {name: {0: 'batch'} for name in axes}
     if info.size is None:
         axes['image'].update({2: 'height', 3: 'width'})
-    with _quiet(), torch.no_grad(), exportable_linspace():
+    with quiet(), torch.no_grad(), exportable_linspace():
         try:
             torch.onnx.export(graph, (image, ), str(file), dynamo=False, opset_version=OPSET, **names,
                               dynamic_axes={name: axis for name, axis in axes.items() if axis})
@@ -283,7 +289,7 @@ def halve(file: Path) -> None:
     """Puts the network of a file into half precision, what decodes boxes excepted."""
     import onnx
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
-    with _quiet():
+    with quiet():
         model = onnx.load(file)
         decoding = [node.name for node in model.graph.node if node.name.count('/') < 2]
         model = convert_float_to_float16(model, keep_io_types=True, op_block_list=DEFAULT_OP_BLOCK_LIST,
@@ -333,19 +339,3 @@ def exportable_linspace() -> Iterator[None]:
         yield
     finally:
         torch.linspace = linspace
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps what exporters say to their own developers off the screen."""
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        loggers = [logging.getLogger(name) for name in ('torch.onnx', 'onnxruntime')]
-        levels = [logger.level for logger in loggers]
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels):
-                logger.setLevel(level)

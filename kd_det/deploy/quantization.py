@@ -2,12 +2,9 @@
 from __future__ import annotations
 
 import copy
-import logging
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +18,7 @@ from kd_det.config.arguments import Count, declared
 from kd_det.config.choices import RANGES
 from kd_det.config.files import is_distillation, list_leaf_datasets
 from kd_det.config.options import resolve_config
-from kd_det.deploy.checking import Comparison, Example, compare, draw_images, predict_with
+from kd_det.deploy.checking import Comparison, Example, compare, draw_images, predict_with, quiet
 from kd_det.deploy.checkpoint import load_student
 from kd_det.deploy.export import Size, describe, find_size, move_model, refuse_to_replace_model, write_onnx
 from kd_det.deploy.graph import DetectorGraph
@@ -216,7 +213,7 @@ def quantize_file(float_file: Path, detector: nn.Module, examples: Sequence[Exam
     method = dict(minmax=CalibrationMethod.MinMax, entropy=CalibrationMethod.Entropy,
                   percentile=CalibrationMethod.Percentile)[ranges]
     prepared, cache = folder / 'prepared.onnx', folder / f'{ranges}.json'
-    with _quiet():
+    with quiet():
         if not prepared.is_file():
             quant_pre_process(str(float_file), str(prepared), skip_symbolic_shape=True)
         model = onnx.load(prepared)
@@ -288,16 +285,3 @@ def find_network(model: onnx.ModelProto, predictors: Sequence[str]) -> set[str]:
         if node.op_type == 'Conv' or any(name in makers and makers[name].name in behind for name in node.input):
             behind.add(node.name)
     return found.keys() & behind
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps what a quantiser tells of its progress off the screen."""
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with redirect_stdout(StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
