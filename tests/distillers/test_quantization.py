@@ -1,5 +1,6 @@
 """A student that is trained as it computes in integers: what is rounded, what is not, and what a checkpoint holds."""
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from kd_det.config import ConfigurationError
 from kd_det.config.arguments import ArgumentError
 from kd_det.distillers.quantization import Quantizer, build_quantizer
 from kd_det.distillers.rounding import Quantization, Rounder
+from kd_det.training import runs
 
 HEADS = ('retina', 'atss', 'gfl', 'fcos', 'rtmdet', 'rtmdet_separate', 'yolox', 'ssd', 'yolov3')
 FAMILIES = (*HEADS, 'faster_rcnn', 'cascade_rcnn', 'detr')
@@ -314,3 +316,18 @@ def test_ranges_of_another_student_are_refused(make_student):
 def test_the_distiller_says_what_is_wrong(distilled):
     with pytest.raises(ArgumentError, match='model.quantize.bits'):
         MODELS.build(distilled(dict(bits=16)))
+
+
+@pytest.mark.parametrize('given, settings, name', [
+    (4, dict(bits=4), 'student_none_4_bits'),
+    (dict(ranges='learnt'), dict(ranges='learnt'), 'student_none_8_bits')])
+def test_one_call_trains_for_integers(given, settings, name, retinanet, run_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_config(retinanet()).dump('student.py')
+    monkeypatch.setattr(runs, '_train', lambda config, *_: config)
+    config = runs.distill('student.py', 'student.py', 'student.pth', 'none', quantize=given)
+    assert config.model.quantize == settings and not config.model.distill
+    assert Path(config.filename).stem == name
+    assert 'quantize' not in runs.distill('student.py', 'student.py', 'student.pth', 'none').model
+    with pytest.raises(ArgumentError, match='quantize: expected'):
+        runs.distill('student.py', 'student.py', 'student.pth', 'none', quantize=16)
