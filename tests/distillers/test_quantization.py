@@ -7,6 +7,7 @@ import torch
 from mmdet.registry import MODELS
 from mmengine.hooks import Hook
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import ArgumentError
@@ -331,3 +332,22 @@ def test_one_call_trains_for_integers(given, settings, name, retinanet, run_conf
     assert 'quantize' not in runs.distill('student.py', 'student.py', 'student.pth', 'none').model
     with pytest.raises(ArgumentError, match='quantize: expected'):
         runs.distill('student.py', 'student.py', 'student.pth', 'none', quantize=16)
+
+
+@pytest.mark.parametrize('ranges', ['tracked', 'learnt'])
+def test_a_step_waits_for_no_number_of_the_device(ranges, make_student):
+    waits = []
+
+    class Watch(TorchDispatchMode):
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+                waits.append(function)
+            return function(*args, **(kwargs or {}))
+
+    student = make_student('rtmdet_separate')
+    quantize(student, ranges=ranges)
+    with Watch():
+        features = student.extract_feat(torch.rand(2, 3, 64, 64))
+        maps = student.bbox_head(features)
+    assert maps and not waits
