@@ -193,6 +193,20 @@ def test_learnt_ranges_shrink_where_rounding_costs_most():
     assert rounder.offsets[0, 1] < -0.5 and rounder.clips[0] < -0.5
 
 
+@pytest.mark.parametrize('ranges', ['tracked', 'learnt'])
+def test_gradients_pass_straight_through_what_lies_in_the_range(ranges):
+    """What is rounded to the lowest integer of all, as most of what a ReLU puts out, included."""
+    rounder = Rounder(Quantization(bits=4, ranges=ranges))
+    rounder.allocate(points=1, layers=1)
+    rounder.ranges[0] = torch.tensor([0.0, 1.5])
+    rounder.set_progress(1.0)
+    x = torch.tensor([0.01, 0.049, 0.7, 1.49, 2.0, -0.2], requires_grad=True)
+    rounded = rounder.round_activation(x, 0, observe=True)
+    rounded.sum().backward()
+    torch.testing.assert_close(rounded, torch.tensor([0, 0, 0.7, 1.5, 1.5, 0]))
+    assert x.grad.tolist() == [1, 1, 1, 1, 0, 0]
+
+
 def test_a_copy_has_ranges_and_layers_of_its_own(make_student):
     student = make_student('faster_rcnn')
     quantizer = quantize(student)
@@ -295,7 +309,8 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(quantize, buffers, 
     # It validates as it computes in integers, with the ranges of the trained weights though they are averaged.
     assert [(training, count) for training, _, count in evaluated] == [(False, len(ranges['points']))] * 2
     assert torch.equal(evaluated[-1][1], ranges['ranges'])
-    assert not whole.model.backbone.bn1.training  # statistics stay those of the float student
+    norm = whole.model.train().backbone.bn1
+    assert not norm.training and norm.num_batches_tracked == 0  # statistics stay those of the float student
     assert torch.equal(saved['state_dict']['backbone.bn1.running_var'], plain.backbone.bn1.running_var)
     assert saved['state_dict']['backbone.bn1.running_var'].eq(1).all()
 
