@@ -133,7 +133,7 @@ class DetectorGraph(nn.Module):
                 refined = box_head.bbox_coder.decode(rois[:, 1:], deltas)
                 rois = torch.cat([rois[:, :1], clip_boxes(box_head.bbox_coder, refined, height, width)], 1)
         scores = (sum(logits) / len(logits)).softmax(1)[:, :-1]
-        scores = torch.where(scores > head.test_cfg.score_thr, scores, torch.zeros_like(scores))
+        scores = torch.where(scores > head.test_cfg.score_thr, scores, scores.new_zeros(()))
         scores = scores.view(images, regions, -1) * (proposed.scores > 0).unsqueeze(2)
         classes, kinds = int(scores.shape[2]), int(by_class.shape[1])  # a class-agnostic head has one kind of boxes
         priors = rois[:, 1:].unsqueeze(1).repeat(1, kinds, 1).view(-1, 4)
@@ -229,7 +229,7 @@ def propose(head: Any, dense: DenseOutputs, fill: bool = False) -> Candidates:
     config, levels = head.test_cfg, range(len(dense.logits))
     if isinstance(head, YOLOXHead):  # each prior has its likeliest class, and none is left out
         scores, labels = torch.cat([dense.probabilities(level) for level in levels], 1).max(-1)
-        scores = torch.where(scores >= config.score_thr, scores, torch.zeros_like(scores))
+        scores = torch.where(scores >= config.score_thr, scores, scores.new_zeros(()))
         return Candidates(torch.cat(dense.boxes, 1), scores, labels)
     most, quality = config.get('nms_pre', -1), dense.objectness or dense.centerness
     ranks = [_rank_classes(dense, level, config.get('conf_thr', -1)) for level in levels]
@@ -245,7 +245,7 @@ def propose(head: Any, dense: DenseOutputs, fill: bool = False) -> Candidates:
         quality = quality and tuple(each.gather(1, index) for each, index in zip(quality, chosen))
     scores = values.sigmoid() if dense.activation == 'sigmoid' else values.clamp(min=0)
     if not isinstance(head, RPNHead):
-        scores = torch.where(scores > config.get('score_thr', 0), scores, torch.zeros_like(scores))
+        scores = torch.where(scores > config.get('score_thr', 0), scores, scores.new_zeros(()))
     return Candidates(boxes, scores * torch.cat(quality, 1).sigmoid() if quality else scores, labels)
 
 
@@ -326,7 +326,7 @@ def suppress(found: Candidates, config: Mapping[str, Any], fill: bool = False) -
     """
     settings, most = config['nms'], config.get('max_per_img', -1)
     most = most if most > 0 else MOST_BOXES
-    boxes = torch.where(found.scores.unsqueeze(-1) > 0, found.boxes, torch.zeros_like(found.boxes))
+    boxes = torch.where(found.scores.unsqueeze(-1) > 0, found.boxes, found.boxes.new_zeros(()))
     apart = boxes
     if not settings.get('class_agnostic', False):
         apart = boxes + (found.labels * (boxes.amax() + 1)).unsqueeze(-1)

@@ -1,16 +1,19 @@
 """A student that is trained as it computes in integers: what is rounded, what is not, and what a checkpoint holds."""
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from mmdet.registry import MODELS
 from mmengine.hooks import Hook
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import ArgumentError
 from kd_det.distillers.quantization import Quantizer, build_quantizer
 from kd_det.distillers.rounding import Quantization, Rounder
+from kd_det.training import runs
 
 HEADS = ('retina', 'atss', 'gfl', 'fcos', 'rtmdet', 'rtmdet_separate', 'yolox', 'ssd', 'yolov3')
 FAMILIES = (*HEADS, 'faster_rcnn', 'cascade_rcnn', 'detr')
@@ -190,6 +193,20 @@ def test_learnt_ranges_shrink_where_rounding_costs_most():
     assert rounder.offsets[0, 1] < -0.5 and rounder.clips[0] < -0.5
 
 
+@pytest.mark.parametrize('ranges', ['tracked', 'learnt'])
+def test_gradients_pass_straight_through_what_lies_in_the_range(ranges):
+    """What is rounded to the lowest integer of all, as most of what a ReLU puts out, included."""
+    rounder = Rounder(Quantization(bits=4, ranges=ranges))
+    rounder.allocate(points=1, layers=1)
+    rounder.ranges[0] = torch.tensor([0.0, 1.5])
+    rounder.set_progress(1.0)
+    x = torch.tensor([0.01, 0.049, 0.7, 1.49, 2.0, -0.2], requires_grad=True)
+    rounded = rounder.round_activation(x, 0, observe=True)
+    rounded.sum().backward()
+    torch.testing.assert_close(rounded, torch.tensor([0, 0, 0.7, 1.5, 1.5, 0]))
+    assert x.grad.tolist() == [1, 1, 1, 1, 0, 0]
+
+
 def test_a_copy_has_ranges_and_layers_of_its_own(make_student):
     student = make_student('faster_rcnn')
     quantizer = quantize(student)
@@ -292,7 +309,8 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(quantize, buffers, 
     # It validates as it computes in integers, with the ranges of the trained weights though they are averaged.
     assert [(training, count) for training, _, count in evaluated] == [(False, len(ranges['points']))] * 2
     assert torch.equal(evaluated[-1][1], ranges['ranges'])
-    assert not whole.model.backbone.bn1.training  # statistics stay those of the float student
+    norm = whole.model.train().backbone.bn1
+    assert not norm.training and norm.num_batches_tracked == 0  # statistics stay those of the float student
     assert torch.equal(saved['state_dict']['backbone.bn1.running_var'], plain.backbone.bn1.running_var)
     assert saved['state_dict']['backbone.bn1.running_var'].eq(1).all()
 
@@ -314,3 +332,37 @@ def test_ranges_of_another_student_are_refused(make_student):
 def test_the_distiller_says_what_is_wrong(distilled):
     with pytest.raises(ArgumentError, match='model.quantize.bits'):
         MODELS.build(distilled(dict(bits=16)))
+
+
+@pytest.mark.parametrize('given, settings, name', [
+    (4, dict(bits=4), 'student_none_4_bits'),
+    (dict(ranges='learnt'), dict(ranges='learnt'), 'student_none_8_bits')])
+def test_one_call_trains_for_integers(given, settings, name, retinanet, run_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_config(retinanet()).dump('student.py')
+    monkeypatch.setattr(runs, '_train', lambda config, *_: config)
+    config = runs.distill('student.py', 'student.py', 'student.pth', 'none', quantize=given)
+    assert config.model.quantize == settings and not config.model.distill
+    assert Path(config.filename).stem == name
+    assert 'quantize' not in runs.distill('student.py', 'student.py', 'student.pth', 'none').model
+    with pytest.raises(ArgumentError, match='quantize: expected'):
+        runs.distill('student.py', 'student.py', 'student.pth', 'none', quantize=16)
+
+
+@pytest.mark.parametrize('ranges', ['tracked', 'learnt'])
+def test_a_step_waits_for_no_number_of_the_device(ranges, make_student):
+    waits = []
+
+    class Watch(TorchDispatchMode):
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+                waits.append(function)
+            return function(*args, **(kwargs or {}))
+
+    student = make_student('rtmdet_separate')
+    quantize(student, ranges=ranges)
+    with Watch():
+        features = student.extract_feat(torch.rand(2, 3, 64, 64))
+        maps = student.bbox_head(features)
+    assert maps and not waits
