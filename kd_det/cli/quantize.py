@@ -15,6 +15,7 @@ def add_arguments(parser: ArgumentParser) -> None:
                         help='calibrate and compare on so many images, of the training data where it is here (64)')
     parser.add_argument('--ranges', nargs='+', choices=RANGES, default=RANGES,
                         help='ways to find the ranges of activations; all are tried by default, and the best is taken')
+    parser.add_argument('--symmetric', action='store_true', help='symmetric ranges of activations, for TensorRT')
     parser.add_argument('--size', nargs=2, type=count, metavar=('HEIGHT', 'WIDTH'),
                         help='of the image; by default such that every image of the test pipeline fits')
     parser.add_argument('--dtype', choices=('uint8', 'float32'), default='uint8', help='of the image, 0 to 255 (uint8)')
@@ -28,7 +29,7 @@ def run(options: Namespace) -> int:
     from kd_det.deploy.quantization import quantize
     quantized = quantize(options.config, options.checkpoint, options.out, calibrate=options.calibrate,
                          size=tuple(options.size) if options.size else None, dtype=options.dtype,
-                         channels=options.channels, ranges=options.ranges, data_root=options.data_root,
-                         options=read_options(options.cfg_options), force=options.force)
+                         channels=options.channels, ranges=options.ranges, symmetric=options.symmetric,
+                         data_root=options.data_root, options=read_options(options.cfg_options), force=options.force)
     print_tables(PlainConsole(), [quantized.tabulate()])
     return 0

@@ -102,7 +102,7 @@ class QuantizedModel:
 @declared
 def quantize(config: str | Path | Config, checkpoint: str | Path, out: str | Path, *, calibrate: Count = 64,
              size: Size | None = None, dtype: Literal['uint8', 'float32'] = 'uint8',
-             channels: Literal['rgb', 'bgr'] = 'rgb', ranges: Sequence[Ranges] = RANGES,
+             channels: Literal['rgb', 'bgr'] = 'rgb', ranges: Sequence[Ranges] = RANGES, symmetric: bool = False,
              data_root: str | None = None, options: dict[str, Any] | None = None, force: bool = False
              ) -> QuantizedModel:
     """Writes a student as a file that computes in integers, without training it.
@@ -122,6 +122,8 @@ def quantize(config: str | Path | Config, checkpoint: str | Path, out: str | Pat
         dtype: Of the image.
         channels: The order of the image's channels.
         ranges: The ways to try: the smallest and largest value, by entropy, by percentile.
+        symmetric: Ranges of activations are symmetric, as TensorRT wants them; onnxruntime is faster, and closer to
+            float, with ranges that begin where the values do.
         data_root: Folder of the data, in place of the config's.
         options: Settings that override the config, by dotted key.
         force: Replace a file of this name that no export wrote.
@@ -151,7 +153,7 @@ def quantize(config: str | Path | Config, checkpoint: str | Path, out: str | Pat
         trials, files = [], {}
         for name in ranges:
             try:
-                for kept, file in quantize_file(float_file, detector, examples, name, Path(folder)):
+                for kept, file in quantize_file(float_file, detector, examples, name, Path(folder), symmetric):
                     comparison = compare(open_model(file), predict_with(detector, channels), examples)
                     trials.append(Trial(name, kept, file.stat().st_size, comparison))
                     files[trials[-1]] = file
@@ -193,8 +195,8 @@ def draw_calibration_images(config: Config, info: ModelInfo, count: int) -> list
     return examples
 
 
-def quantize_file(float_file: Path, detector: nn.Module, examples: Sequence[Example], ranges: str, folder: Path
-                  ) -> Iterator[tuple[bool, Path]]:
+def quantize_file(float_file: Path, detector: nn.Module, examples: Sequence[Example], ranges: str, folder: Path,
+                  symmetric: bool = False) -> Iterator[tuple[bool, Path]]:
     """Quantises a file twice, with one calibration: with the heads' last layers as float, and as integers.
 
     Args:
@@ -203,6 +205,7 @@ def quantize_file(float_file: Path, detector: nn.Module, examples: Sequence[Exam
         examples: To calibrate on.
         ranges: How.
         folder: For what is made.
+        symmetric: See :func:`quantize`.
 
     Yields:
         Whether the last layers are float, and the file.
@@ -222,9 +225,11 @@ def quantize_file(float_file: Path, detector: nn.Module, examples: Sequence[Exam
         for kept in (False, True):  # the calibration of the first knows of all tensors
             file = folder / f'{ranges}_{kept}{ONNX}'
             quantize_static(str(prepared), str(file), make_reader(float_file, examples), per_channel=True,
-                            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=method,
+                            activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
+                            weight_type=QuantType.QInt8, calibrate_method=method,
                             nodes_to_exclude=[*outside, *(predictors if kept else ())],
-                            calibration_cache_path=str(cache), extra_options=dict(CalibStridedMinMax=1))
+                            calibration_cache_path=str(cache),
+                            extra_options=dict(CalibStridedMinMax=1, ActivationSymmetric=symmetric))
             copy_metadata(float_file, file, precision='int8')
             yield kept, file
 

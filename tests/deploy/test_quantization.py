@@ -142,6 +142,16 @@ def test_a_float_student_is_quantised_by_calibration(family, convolutions, make_
     assert 'integers' in str(quantized.tabulate().to_plain()) and quantized.to_dict()['file'].endswith('student.onnx')
 
 
+def test_symmetric_ranges_have_no_offset(make_run, tmp_path):
+    """Which TensorRT asks for."""
+    config, checkpoint, _ = make_run('retina')
+    quantize(config, checkpoint, tmp_path / 'symmetric.onnx', calibrate=4, ranges=['minmax'], symmetric=True)
+    model = onnx.load(tmp_path / 'symmetric.onnx')
+    values = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
+    offsets = [values[node.input[2]] for node in model.graph.node if node.op_type == 'QuantizeLinear']
+    assert len(offsets) > 20 and all(each.dtype == np.int8 and not each.any() for each in offsets)
+
+
 def test_what_can_not_be_quantised_is_told_and_nothing_is_written(make_run, tmp_path):
     config, checkpoint, _ = make_run('retina')
     other, its_checkpoint, _ = make_run('faster_rcnn', name='other')
