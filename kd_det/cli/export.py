@@ -5,7 +5,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
 from kd_det.cli.common import add_config_options, add_force_option, count, path, print_tables, read_options
 
-DYNAMIC = ('batch', 'size')
+DYNAMIC, FORMATS = ('batch', 'size'), ('onnx', 'openvino', 'pth')
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -16,6 +16,7 @@ def add_arguments(parser: ArgumentParser) -> None:
                         type=path,
                         help="file to write: .onnx or .xml (OpenVINO), a graph from the image to its boxes; or .pth, "
                         'plain weights, with a config for stock MMDetection beside it')
+    parser.add_argument('--format', choices=FORMATS, help='what to write; by default what the name of OUT says')
     graph = parser.add_argument_group('graphs')
     graph.add_argument('--size', nargs=2, type=count, metavar=('HEIGHT', 'WIDTH'),
                        help='of the image; by default such that every image of the test pipeline fits')
@@ -34,7 +35,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> int:
     from kd_det.deploy.checkpoint import ExportedStudent
     from kd_det.deploy.export import export
-    exported = export(options.config, options.checkpoint, options.out,
+    exported = export(options.config, options.checkpoint, options.out, format=options.format,
                       size=tuple(options.size) if options.size else None, dynamic=options.dynamic,
                       dtype=options.dtype, channels=options.channels, half=options.half, suppress=not options.no_nms,
                       images=options.images, data_root=options.data_root, options=read_options(options.cfg_options),

@@ -38,6 +38,7 @@ from kd_det.deploy.runtime import ONNX, OPENVINO, SECTION, ModelInfo, explained,
 from kd_det.heads.queries import predicts_queries
 from kd_det.teachers.loading import find_class_names
 
+SUFFIXES = dict(onnx=ONNX, openvino=OPENVINO, pth='.pth')
 OPSET = 17  # RoIAlign and GridSample need 16, layer normalisation 17; TensorRT and OpenVINO read it
 Size = Annotated[tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]], Len(2, 2)]  # height and width
 
@@ -75,7 +76,8 @@ class ExportedModel:
 
 
 @declared
-def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path, *, size: Size | None = None,
+def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path, *,
+           format: Literal['onnx', 'openvino', 'pth'] | None = None, size: Size | None = None,
            dynamic: Sequence[Literal['batch', 'size']] = (), dtype: Literal['uint8', 'float32'] = 'uint8',
            channels: Literal['rgb', 'bgr'] = 'rgb', half: bool = False, suppress: bool = True, images: Count = 32,
            data_root: str | None = None, options: dict[str, Any] | None = None, force: bool = False
@@ -90,6 +92,7 @@ def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path,
         config: Of the run that wrote the checkpoint: a file, ``'package::folder/file.py'``, or a config.
         checkpoint: A file.
         out: The file to write.
+        format: What it is; by default what its name says, which otherwise gets the ending of the format.
         size: Height and width of the image; by default such that every validation image fits as the config's test
             pipeline makes it.
         dynamic: What the graph leaves open: ``'batch'``, ``'size'``.
@@ -109,6 +112,8 @@ def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path,
         WritingError: A file of that name exists, and is no export; or it can not be written.
     """
     out, resolved = Path(out), resolve_config(config, data_root, options)
+    if format is not None:
+        out = out.with_suffix(SUFFIXES[format])
     if out.suffix == '.py':
         raise ConfigurationError(f"'{out}': expected the name of a checkpoint, such as '{out.with_suffix('.pth')}'; "
                                  'the config comes beside it.')

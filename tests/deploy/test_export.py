@@ -55,7 +55,8 @@ def test_a_level_of_one_row(student, tmp_path):
 
 @pytest.mark.parametrize('family', ['RetinaNet', 'YOLOX', 'Faster R-CNN'])
 def test_openvino_reads_the_same(family, student, tmp_path):
-    model = kd_det.export(*student(family), tmp_path / 'model.xml', size=(128, 160))
+    model = kd_det.export(*student(family), tmp_path / 'model.onnx', format='openvino', size=(128, 160))
+    assert model.file == tmp_path / 'model.xml' and not (tmp_path / 'model.onnx').exists()
     assert model.comparison.box_error < 0.05 and not model.comparison.unmatched
     assert open_model(tmp_path / 'model.xml').info == model.info
     assert model.bytes == sum((tmp_path / name).stat().st_size for name in ('model.xml', 'model.bin'))
