@@ -21,6 +21,7 @@ from typing_extensions import is_typeddict
 
 from kd_det.config.arguments import Argument, ArgumentError, check_value, declared_arguments, describe_type
 from kd_det.config.files import ConfigurationError
+from kd_det.deploy.prediction import FileDetector
 from kd_det.deploy.pruned import Pruned
 from kd_det.distillers import DetectionDistiller
 from kd_det.distillers.rounding import Quantization
@@ -196,8 +197,10 @@ def test_everything_that_a_config_builds_declares_all_its_arguments():
     for registry in vars(mmdet.registry).values():
         for each in registry.module_dict.values() if isinstance(registry, Registry) else ():
             definer = next((base for base in getattr(each, '__mro__', ()) if '__init__' in vars(base)), object)
-            assert not definer.__module__.startswith('kd_det.') or each in DECLARED.values() or definer is Pruned, each
+            assert not definer.__module__.startswith('kd_det.') or each in DECLARED.values() or definer in (
+                Pruned, FileDetector), each
     assert Pruned.__init__.is_declared and declared_arguments(Pruned)['kept']  # the others are MMDetection's own
+    assert FileDetector.__init__.is_declared  # which kd-det test alone builds
     for name, argument in CASES:
         annotation, default = arguments_of(name)[argument]
         assert DECLARED[name].__init__.is_declared and not declared_arguments(DECLARED[name]).is_open
