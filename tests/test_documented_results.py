@@ -57,6 +57,24 @@ def test_a_table_is_its_record(record):
     assert documented(record) == expected
 
 
+def test_the_way_to_a_device_is_its_record():
+    seeds = json.loads((DOCS / 'results' / 'deploy_bccd.json').read_text(encoding='utf-8'))['seeds']
+    values = {name: {number: seed[name]['map'] for number, seed in enumerate(seeds)} for name in seeds[0]
+              if not name.endswith(', training')}
+    assert documented('deploy_bccd') == [
+        [name, *_seeds_and_mean(by_seed), '' if name == 'float' else difference(values['float'], by_seed)]
+        for name, by_seed in values.items()]
+
+
+def test_latencies_are_those_of_their_record():
+    rows = json.loads((DOCS / 'results' / 'deploy_latency.json').read_text(encoding='utf-8'))['rows']
+    assert documented('deploy_latency') == [
+        [Path(row['config']).stem, row['runtime'], str(row['threads']),
+         *(f'{each:.1f}' for each in row['milliseconds']),
+         '{1:.2f} ({0:.2f} to {2:.2f})'.format(*row['speedup']), f"{row['bytes'][1] / row['bytes'][0]:.3f}"]
+        for row in rows]
+
+
 def test_the_readme_shows_its_record():
     results = json.loads((DOCS / 'results' / 'demo_faster_rcnn.json').read_text(encoding='utf-8'))
     lines = (DOCS.parent / 'README.md').read_text(encoding='utf-8').replace('*', '').splitlines()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
@@ -203,6 +203,8 @@ def started(file: Path) -> Iterator[Worker]:
             yield Worker(file, process, log)
         finally:
             process.kill()
+            with suppress(BrokenPipeError):  # of a request that a process which had ended did not read
+                process.stdin.close()
 
 
 def _count_processors() -> int:

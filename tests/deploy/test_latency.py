@@ -105,6 +105,7 @@ def test_what_can_not_be_measured_is_told(names, arguments, message, files, tmp_
 def test_a_process_that_ends_is_told_of(files, tmp_path):
     with started(tmp_path / 'some.onnx') as worker:
         worker._process.kill()
+        worker._process.wait()  # so that the request meets a closed pipe
         with pytest.raises(ConfigurationError, match='some.onnx. can not be measured: .* has ended .signal 9.'):
             worker.ask(do='count')
     with started(tmp_path / 'some.onnx') as worker, pytest.raises(ConfigurationError, match='has ended .*KeyError'):
