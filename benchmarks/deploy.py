@@ -26,6 +26,9 @@ COMPARED = (('int8 after training', 'float'), ('int8 aware', 'float'), ('int8 aw
             ('4 bits, distilled', '4 bits'), ('4 bits, distilled', 'float'))
 
 
+PARTS = ('int8', 'pruned', '4 bits')
+
+
 class Seed:
     """All that is made of one student.
 
@@ -69,6 +72,10 @@ class Seed:
                           checkpoint=self.options.checkpoint, method=method,
                           **{'inherit': (), **settings})
 
+    def pair(self, name: str) -> list[tuple[str, str]]:
+        """The names of a training without distillation and of one with it, and their methods."""
+        return [(name, 'none'), (f'{name}, distilled', self.options.method)]
+
     def run(self) -> None:
         """Does all that is not yet done."""
         options, data = self.options, dict(data_root=self.options.data_root)
@@ -88,8 +95,9 @@ class Seed:
             return dict(map=self.test(float_['config'], file), bytes=quantized.bytes,
                         ranges=quantized.chosen.ranges, float_predictors=quantized.chosen.float_predictors)
 
-        self.once('int8 after training', calibrate)
-        for name, method in (('int8 aware', 'none'), ('int8 aware, distilled', options.method)):
+        if 'int8' in options.parts:
+            self.once('int8 after training', calibrate)
+        for name, method in self.pair('int8 aware') if 'int8' in options.parts else ():
             trained = self.once(f'{name}, training', lambda method=method: learn(8, method, options.quantized_epochs))
             self.once(name, lambda method=method, trained=trained: self.export(f'int8_{method}', trained))
 
@@ -100,10 +108,11 @@ class Seed:
             return dict(config=str(made.config), checkpoint=str(made.checkpoint), share=after / before,
                         map=self.test(str(made.config), made.checkpoint))
 
-        pruned = self.once('pruned', cut)
-        self.once('pruned, fine-tuned', lambda: self.train('tuned', train, config=pruned['config']))
-        self.once('pruned, distilled', lambda: self.distil('pruned', pruned['config'], options.method))
-        for name, method in (('4 bits', 'none'), ('4 bits, distilled', options.method)):
+        if 'pruned' in options.parts:
+            pruned = self.once('pruned', cut)
+            self.once('pruned, fine-tuned', lambda: self.train('tuned', train, config=pruned['config']))
+            self.once('pruned, distilled', lambda: self.distil('pruned', pruned['config'], options.method))
+        for name, method in self.pair('4 bits') if '4 bits' in options.parts else ():
             self.once(name, lambda method=method: learn(4, method, 2 * options.quantized_epochs))
 
 
@@ -115,6 +124,8 @@ def main() -> None:
     parser.add_argument('--data-root')
     parser.add_argument('--method', default='fgd')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    parser.add_argument('--parts', nargs='+', choices=PARTS, default=PARTS,
+                        help='what is done beside the float student')
     parser.add_argument('--epochs', type=int, help="of the float student and of pruned ones (the config's own)")
     parser.add_argument('--quantized-epochs', type=int, default=3, help='in eight bits, in four twice as many (3)')
     parser.add_argument('--learning-rate', type=float, default=0.1,
@@ -129,13 +140,15 @@ def main() -> None:
     seeds = [Seed(options, number) for number in options.seeds]
     for seed in seeds:
         seed.run()
-    values = {name: {seed.number: seed.record[name]['map'] for seed in seeds} for name in seeds[0].record}
-    values = dict(sorted(values.items(), key=lambda item: item[0].endswith(', training')))
+    names = sorted(dict.fromkeys(name for seed in seeds for name in seed.record), key=lambda name: ', training' in name)
+    values = {name: {seed.number: seed.record[name]['map'] for seed in seeds if name in seed.record} for name in names}
     for name, by_seed in values.items():
         print(f"{name:28}{'  '.join(f'{value:5.1f}' for value in by_seed.values())}")
     differences = []
     for name, baseline in COMPARED:
-        found = paired_difference(values[baseline], values[name])
+        found = paired_difference(values.get(baseline, {}), values.get(name, {}))
+        if found is None:
+            continue
         differences.append(dict(of=name, against=baseline, mean=found.mean, interval=found.interval))
         print(f'{name} against {baseline}: {found}')
     if options.json:
