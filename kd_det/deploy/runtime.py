@@ -86,7 +86,7 @@ class Detections(NamedTuple):
 
 
 class ExportedDetector:
-    """A file that runs. Called with images, (N, channels, H, W) in the order of :attr:`info`, it gives detections.
+    """A file that runs. Called with images, (N, channels, H, W) in the order of ``info``, it gives detections.
 
     Attributes:
         file: The file.
