@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -93,8 +92,8 @@ class Compression:
         for stage in self.stages:
             own = {each.runtime: (each, time) for each, time in measured if each.file == stage.file}
             found, _ = next(iter(own.values()))
-            scores = [stage.metrics.get(f'{MAP}{suffix}') for suffix in ('', '_50')]
-            rows.append((stage.name, *('–' if score is None else f'{100 * score:.1f}' for score in scores),
+            scores = [stage.metrics.get(f'{MAP}{suffix}', 0.0) for suffix in ('', '_50')]  # none: nothing was found
+            rows.append((stage.name, *(f'{100 * score:.1f}' for score in scores),
                          f'{found.macs / 1e9:.3f}', f'{stage.parameters / 1e6:.3f}', f'{found.bytes / 2**20:.2f}',
                          *(f'{own[runtime][1]:.2f} ({own[runtime][1] / first[runtime]:.2f})' for runtime in runtimes)))
         threads = self.latencies.threads
@@ -261,18 +260,22 @@ def _name_file(stage: str) -> str:
 
 
 def _plot(result: Compression) -> str:
-    """MAP against milliseconds, a line for each runtime."""
+    """MAP against milliseconds, beside each other for each runtime."""
     title = 'mAP against latency'
     files = {stage.file: stage for stage in result.stages}
+    runtimes = list(dict.fromkeys(each.runtime for each in result.latencies.files))
     with apply_style(title, [Ink(colour) for colour in COLOURS]):
-        figure = Figure((7, 3.6))
-        axes = figure.add_subplot(title=title, xlabel='ms an image', ylabel='mAP')
-        for runtime in dict.fromkeys(each.runtime for each in result.latencies.files):
-            places = [(median(each.times), 100 * files[each.file].metrics.get(MAP, math.nan), files[each.file].name)
-                      for each in result.latencies.files if each.runtime == runtime]
-            axes.plot(*zip(*(place[:2] for place in places)), marker='o', label=runtime)
-            for x, y, name in places:
-                axes.annotate(name, (x, y), (4, 4), textcoords='offset points', fontsize=8)
-        axes.grid(alpha=0.5)
-        axes.legend(frameon=False)
+        figure = Figure((5 * len(runtimes), 3.6), layout='constrained')
+        plots = figure.subplots(1, len(runtimes), sharey=True, squeeze=False)[0]
+        for axes, runtime in zip(plots, runtimes):
+            axes.set(title=runtime, xlabel='ms an image', ylabel='mAP')
+            for each in result.latencies.files:
+                if each.runtime == runtime:
+                    stage = files[each.file]
+                    axes.plot([median(each.times)], [100 * stage.metrics.get(MAP, 0.0)], 'o', label=stage.name)
+            axes.grid(alpha=0.5)
+            axes.margins(0.15)
+            axes.set_ylim(bottom=0)
+            axes.set_xlim(left=0)
+        plots[-1].legend(frameon=False, loc='lower left')
         return render_svg(figure, title)
