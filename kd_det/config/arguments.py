@@ -60,6 +60,7 @@ Weight = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 Index = Annotated[int, Ge(0)]
 Count = Annotated[int, Ge(1)]
+Size = Annotated[tuple[Count, Count], Len(2, 2)]  # height and width
 Seed = Annotated[int, Ge(0), Lt(2**32)]
 Seeds = Annotated[Sequence[Seed], MinLen(1), Predicate(is_distinct)]
 Name = Annotated[str, MinLen(1)]

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from annotated_types import Ge, Len
 from mmcv.image import rescale_size
 from mmengine.config import Config
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ import kd_det
 from kd_det.compat.console import TextTable
 from kd_det.compat.writing import refuse_to_replace, write_whole
 from kd_det.config import ConfigurationError
-from kd_det.config.arguments import Count, declared
+from kd_det.config.arguments import Count, Size, declared
 from kd_det.config.classes import count_classes
 from kd_det.config.files import get_type_name, list_pipelines
 from kd_det.config.options import resolve_config
@@ -40,7 +39,6 @@ from kd_det.teachers.loading import find_class_names
 
 SUFFIXES = dict(onnx=ONNX, openvino=OPENVINO, pth='.pth')
 OPSET = 17  # RoIAlign and GridSample need 16, layer normalisation 17; TensorRT and OpenVINO read it
-Size = Annotated[tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]], Len(2, 2)]  # height and width
 
 
 @dataclass(frozen=True)

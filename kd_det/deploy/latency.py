@@ -11,20 +11,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
-from annotated_types import Ge, Len
 
 from kd_det.compat.console import TextTable
 from kd_det.config import ConfigurationError
-from kd_det.config.arguments import Count, Place, declared
+from kd_det.config.arguments import Count, Place, Size, declared
 from kd_det.deploy.runtime import ONNX, OPENVINO
 
 RUNS_OF = {ONNX: ('onnxruntime', 'openvino'), OPENVINO: ('openvino', ), '.pth': ('torch', )}  # the default first
 TURN = 5  # runs in a row, after one that does not count
 MEBIBYTE = 2**20
-Size = Annotated[tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]], Len(2, 2)]
 
 
 @dataclass(frozen=True)

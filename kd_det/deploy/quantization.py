@@ -14,13 +14,13 @@ from torch import nn
 
 from kd_det.compat.console import TextTable
 from kd_det.config import ConfigurationError
-from kd_det.config.arguments import Count, declared
+from kd_det.config.arguments import Count, Size, declared
 from kd_det.config.choices import RANGES
 from kd_det.config.files import is_distillation, list_leaf_datasets
 from kd_det.config.options import resolve_config
 from kd_det.deploy.checking import Comparison, Example, compare, draw_images, predict_with, quiet
 from kd_det.deploy.checkpoint import load_student
-from kd_det.deploy.export import Size, describe, find_size, move_model, refuse_to_replace_model, write_onnx
+from kd_det.deploy.export import describe, find_size, move_model, refuse_to_replace_model, write_onnx
 from kd_det.deploy.graph import DetectorGraph
 from kd_det.deploy.integers import copy_metadata
 from kd_det.deploy.runtime import ONNX, ModelInfo, open_model

@@ -15,11 +15,11 @@ from mmengine.config import Config
 from kd_det.compat.console import TextTable
 from kd_det.compat.writing import WritingError, locked_folder, write_whole
 from kd_det.config import ConfigurationError
-from kd_det.config.arguments import Count, Names, Parts, Positive, Ratio, Seed, declared
+from kd_det.config.arguments import Count, Names, Parts, Positive, Ratio, Seed, Size, declared
 from kd_det.config.files import load_config, student_config
 from kd_det.config.options import resolve_config
 from kd_det.deploy.checkpoint import load_student
-from kd_det.deploy.export import Size, export
+from kd_det.deploy.export import export
 from kd_det.deploy.latency import Latencies, measure_latency
 from kd_det.deploy.pruning import PartialShare, PrunedDetector, prune
 from kd_det.deploy.quantization import quantize
