@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from mmdet.models.detectors import BaseDetector
 from torch import Tensor, nn
 
 from kd_det.compat.process import preserved_randomness, save_randomness
@@ -178,6 +179,8 @@ def build_peers(peers: int | Sequence[dict], share: Sequence[str], student: nn.M
             own = each if 'type' in each else read_model_config(each['config'])
             check_student(own, f'model.peers[{index}]')
             peer = build_detector(extract_plain_detector(own))
+            if not isinstance(peer, BaseDetector):
+                refuse('type', own['type'], 'the type of a detector')
             for part in wanted:
                 if _describe(own, part) != _describe(extract_plain_detector(config), part):
                     raise ArgumentError(part, "is shared, but is not that of the student's config: give both the same, "
