@@ -44,6 +44,10 @@ def train(model, data, steps=3, clip=None):
     return model
 
 
+def two_images(batch_for, kind):
+    return batch_for(kind, shapes=((96, 96), (64, 80)), boxes=(((8, 8, 40, 40), ), ((4, 4, 60, 50), )))
+
+
 def same(one, other):
     return all(torch.equal(one.state_dict()[key], value) for key, value in other.state_dict().items())
 
@@ -87,7 +91,7 @@ def test_mutual_learning_is_the_papers_update(mutual, batch):
     data = model.data_preprocessor(batch(), True)
     learners, logits, losses = [model.student, model.peers[0]], [], []
     for learner in learners:
-        losses.append(model.parse_losses(learner.loss(**copy.deepcopy(data)))[0])
+        losses.append(model.parse_losses(learner.loss(*map(copy.deepcopy, (data['inputs'], data['data_samples']))))[0])
         maps, _ = learner.bbox_head(learner.extract_feat(data['inputs']))
         logits.append(torch.cat([each.permute(0, 2, 3, 1).flatten() for each in maps]))
     for own, other in (logits, logits[::-1]):
@@ -117,7 +121,7 @@ def test_peers_of_every_family_teach_each_other(kind, share, detector_config, mu
                    features=dict(type='PKD', learner=1, teacher=0))
     model = mutual(student, teacher=PEERS_OF_TWO, distill=distill, share=share)
     model.init_weights()
-    data = batch_for(kind, shapes=((96, 96), (64, 80)), boxes=(((8, 8, 40, 40), ), ((4, 4, 60, 50), )))
+    data = two_images(batch_for, kind)
     total, logged = step(model, data)
     assert total.isfinite() and {f'loss_{name}' for name in distill} <= set(logged)
     total.backward()
@@ -156,6 +160,12 @@ def test_a_shared_trunk_runs_once_and_learns_from_both(mutual, batch):
     (dict(teacher=dict(type='Peer'), pseudo_labels=dict(score=0.5)), 'a guide that detects'),
     (dict(peers=[dict(type='ResNet', depth=18)]), 'model.peers'),
     (dict(peers=0), 'at least one teacher'),
+    (dict(teacher=dict(type='Ensemble', of=PEERS_OF_TWO, weights='gate')), 'a gate is given what all members share'),
+    (dict(teacher=dict(type='Ensemble', of=PEERS_OF_TWO, weights=(1, 2, 3))), '2 numbers of 0 or more'),
+    (dict(teacher=dict(type='Ensemble', of=[dict(type='Average'), dict(type='Peer')], loss_weight=1.0)),
+     'reach learners'),
+    (dict(distill=dict(pkd=dict(type='PKD')), teacher=dict(type='Ensemble', of=PEERS_OF_TWO)), 'puts out none'),
+    (dict(teacher=dict(type='Fusion', of=(0, 4))), 'an index below'),
 ])
 def test_a_mistake_is_one_clear_error(settings, message, mutual):
     with pytest.raises(ConfigurationError, match=message):
@@ -215,3 +225,123 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(make_runner, retinanet, sto
     average = whole.hooks  # of the peer, while it was evaluated
     assert average and any(not torch.equal(stored['peers'][0][key], value)
                            for key, value in stored['trained_peers'][0].items())
+
+
+def agreeing(kind, request):
+    """A student, and the term that compares classes."""
+    make = request.getfixturevalue('detector_config')
+    return make(kind), dict(type='RoIClassification' if 'R-CNN' in kind else 'DenseClassification')
+
+
+ALL = [dict(type='Peer', learner=index) for index in range(3)]
+JOINED = ['RetinaNet', 'GFL', 'FCOS', 'YOLOX', 'RTMDet', 'Faster R-CNN', 'Cascade R-CNN']
+
+
+@pytest.mark.parametrize('weights', ['mean', 'gate', (1, 2, 1)])
+@pytest.mark.parametrize('kind', JOINED)
+def test_an_ensemble_of_branches_teaches_each_of_them(kind, weights, request, mutual, batch_for):
+    student, term = agreeing(kind, request)
+    distill = {f'kd{index}': dict(term, learner=index) for index in range(3)}
+    model = mutual(student, peers=2, share=('backbone', 'neck'), teacher=dict(type='Ensemble', of=ALL, weights=weights),
+                   distill=distill)
+    model.init_weights()
+    total, logged = step(model, two_images(batch_for, kind))
+    assert total.isfinite() and all(logged[f'loss_{name}'] > 0 for name in distill)
+    total.backward()
+    own = [name for name in logged if name.startswith('guide0/')]
+    if weights == 'gate':
+        assert any('loss_cls' in name for name in own)
+        gate = model._modules['distill_guides']['0']
+        assert gate.linear.weight.grad is not None
+    else:
+        assert not own
+    assert 'distill' not in ''.join(model.state_dict())
+
+
+def test_an_ensemble_says_the_mean_of_its_members(mutual, batch):
+    """And its loss is the student's own loss of the mean of the maps: EnsembleNet's, with the heads' own."""
+    model = mutual(peers=2, teacher=dict(type='Ensemble', of=ALL, weights=(1, 2, 1), loss_weight=0.5),
+                   distill=dict(kd=dict(type='DenseClassification', normalizer='none')))
+    model.init_weights()
+    data = model.data_preprocessor(batch(), True)
+    (observation, *_), learnt = model.observe_learners(data['inputs'], data['data_samples'], ['kd'])
+    models, shares = [model.student, *model.peers], (0.25, 0.5, 0.25)
+    maps = [each.bbox_head(each.extract_feat(data['inputs'])) for each in models]
+    expected = tuple([sum(share * level for share, level in zip(shares, same)) for same in zip(*kind)]
+                     for kind in zip(*maps))
+    found = observation.context.teacher_outputs[0]['bbox_head']
+    for level, own in zip(found.logits, expected[0]):
+        torch.testing.assert_close(level, own.permute(0, 2, 3, 1).reshape(level.shape))
+        assert not level.requires_grad
+    head = model.student.bbox_head
+    head.forward = lambda *_: expected
+    losses = head.loss(model.student.extract_feat(data['inputs']), data['data_samples'])
+    del head.forward
+    for name, value in losses.items():
+        torch.testing.assert_close(sum(learnt[f'guide0/{name}']), 0.5 * sum(value))
+    sum(sum(value) for value in learnt.values()).backward()
+    assert all(each.bbox_head.retina_cls.weight.grad.abs().sum() > 0 for each in models)
+
+
+def test_a_gate_is_the_papers(mutual, batch):
+    model = mutual(share=('backbone', 'neck'), distill=dict(kd=dict(type='DenseClassification')),
+                   teacher=dict(type='Ensemble', of=PEERS_OF_TWO, weights='gate'))
+    gate = model.guides[0].module
+    levels = tuple(torch.randn(3, 8, side, side) for side in (8, 4))
+    pooled = sum(level.mean((2, 3)) for level in levels) / 2
+    scores = pooled @ gate.linear.weight.T + gate.linear.bias
+    scores = (scores - scores.mean(0)) / (scores.var(0, unbiased=False) + 1e-5).sqrt()
+    torch.testing.assert_close(gate(levels), scores.relu().softmax(1), rtol=1e-4, atol=1e-5)
+    assert gate(tuple(level[:1] for level in levels)).sum().item() == pytest.approx(1)  # a batch of one image
+
+
+@pytest.mark.parametrize('kind', ['RetinaNet', 'Faster R-CNN'])
+def test_fused_features_have_a_learner_of_their_own(kind, request, mutual, batch_for):
+    student, term = agreeing(kind, request)
+    mean = dict(type='Ensemble', of=PEERS_OF_TWO)
+    model = mutual(student, teacher=[dict(type='Fusion', of=(0, 1)), mean],
+                   distill=dict(a=dict(term, learner=0), b=dict(term, learner=1),
+                                fused=dict(term, learner=2, teacher=1)))
+    model.init_weights()
+    assert len(model.learners) == 3 and model.learners[2].student.neck.levels[0].depthwise_conv.conv.in_channels == 16
+    total, logged = step(model, two_images(batch_for, kind))
+    assert 'peer2/loss_cls' in logged and total.isfinite()
+    logged['loss'].item()
+    total.backward()
+    gradients = {name: weight.grad for name, weight in model.peers[1].named_parameters()}
+    assert all(each is not None for each in gradients.values())
+    with torch.no_grad():
+        data = model.eval().data_preprocessor(two_images(batch_for, kind), False)
+        for predict in model.list_predictors().values():
+            with model.predicting_as(predict):
+                assert len(model(**data, mode='predict')) == 2
+
+
+def test_learners_and_their_ensemble_are_evaluated(make_runner, retinanet):
+    model = dict(type='DetectionDistiller', student=retinanet(), peers=1, share=('backbone', 'neck'),
+                 teacher=dict(type='Ensemble', of=PEERS_OF_TWO, weights='gate'),
+                 distill={f'kd{index}': dict(type='DenseClassification', learner=index, weight=dict(
+                     type='SigmoidWarmup', value=9.0, epochs=2)) for index in (0, 1)})
+    runner = finished(make_runner(model, epochs=1, val=True))
+    found = {name for name in runner.message_hub.log_scalars if name.endswith('coco/bbox_mAP')}
+    assert found == {'val/coco/bbox_mAP', 'val/peer1/coco/bbox_mAP', 'val/ensemble/coco/bbox_mAP'}
+
+
+def test_an_ensemble_of_one_detector_twice_predicts_as_it(mutual, batch):
+    model = mutual(teacher=dict(type='Ensemble', of=PEERS_OF_TWO), distill=dict(kd=dict(type='DenseClassification')))
+    model.init_weights()
+    model.peers[0].load_state_dict(model.student.state_dict())
+    data = model.eval().data_preprocessor(batch(), False)
+    plain = model.student.predict(data['inputs'], copy.deepcopy(data['data_samples']))
+    model.build_teachers()
+    with model.predicting_as(model.list_predictors()['ensemble/']):
+        found = model(**data, mode='predict')
+    for own, other in zip(plain, found):
+        torch.testing.assert_close(own.pred_instances.bboxes, other.pred_instances.bboxes, rtol=1e-4, atol=1e-3)
+
+
+def test_members_with_other_priors_have_no_mean(mutual, retinanet, one_stage):
+    for peer in (retinanet(levels=3), one_stage('atss'), retinanet(classes=5)):
+        with pytest.raises(ConfigurationError, match='the members can not be joined'):
+            mutual(peers=[peer], teacher=dict(type='Ensemble', of=PEERS_OF_TWO),
+                   distill=dict(kd=dict(type='DenseClassification')))
