@@ -142,7 +142,8 @@ def train(config: str | Path | Config, *, data_root: str | None = None, work_dir
 @declared
 def distill(student: str | Path | Config, teacher: str | Path | None = None,
             checkpoint: str | Path | Sequence[str | Path] = (), method: str = 'fgd', *,
-            data_root: str | None = None, work_dir: str | Path | None = None, epochs: Count | None = None, inherit: Parts = 'auto', balance: Ratio | None = None,
+            data_root: str | None = None, work_dir: str | Path | None = None, epochs: Count | None = None,
+            inherit: Parts = 'auto', balance: Ratio | None = None,
             seed: Seed | None = None, amp: bool = False, resume: bool | str | Path = False, launcher: Launcher = 'none',
             options: dict[str, Any] | None = None, family: str = '', auto_scale_lr: bool = False,
             check_images: Index | None = None, trackers: Sequence[Name] = (),
