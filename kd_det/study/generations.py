@@ -163,10 +163,11 @@ def generations(student: str | Path | Config, *, generations: Count = 3, method:
                     task_weight=task_weight, balance=balance, family=family, seed=seed, options=of_distillation,
                     checkpoint=checkpoint and hash_weights(str(checkpoint)))
     with locked_folder(folder):
-        lineage = _Lineage(folder, settings, config, log)
         file = folder / CONFIG
-        refuse_to_replace(file, lambda content: content == text.encode(), 'the config of these generations',
-                          advice='Give another folder.')
+        if not (folder / RECORD).is_file():  # else both are of an earlier call
+            refuse_to_replace(file, lambda content: content == text.encode(), 'the config of these generations',
+                              advice='Give another folder.')
+        lineage = _Lineage(folder, settings, config, log)
         write_whole(file, text)
         composed = distillation_config(config, str(file), '', method, inherit, family, balance)
         merge_options(composed, of_distillation)
@@ -220,7 +221,7 @@ class _Lineage(Chain):
             write_whole(file, _pack(self.found[-1]))
             metrics = ensemble = measure_boxes(self.found[-1], self.dataset)
             if len(self.found) > 1:
-                ensemble = measure_boxes([unite(of_image) for of_image in zip(*self.found)], self.dataset)
+                ensemble = measure_boxes([unite(of_image) for of_image in zip(*self.found, strict=True)], self.dataset)
             stored = dict(checkpoint=str(checkpoint), metrics=metrics, ensemble=ensemble)
             self.record['stages'][name] = stored
             self.save()
