@@ -34,6 +34,7 @@ COMMANDS = {
     'train': 'train a detector from a config, with or without distillation',
     'test': 'evaluate a checkpoint, the student alone, or an exported file',
     'distill': "distil a teacher into a student given the student's config; no config to write",
+    'generations': 'train a student, and generations of it that each learn from the one before: Born-Again',
     'methods': 'list the methods: what they compare, what they read, which detectors they serve, and the papers',
     'inspect': "look at one batch of a distillation: taps, each term's value and gradient, masks over the image",
     'export': 'write a student as a file of its own: ONNX, OpenVINO, or plain weights for stock MMDetection',

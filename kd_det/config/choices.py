@@ -34,6 +34,8 @@ PAPER = 'paper'  # in place of a ratio: the weights in the method's file
 
 IMPORTANCES = ('group_norm', 'taylor', 'random')  # of channels, by which they are pruned
 
+TREATMENTS = ('none', 'cwtm', 'dkpp')  # of what a teacher says of classes
+
 SPLITS = ('val', 'train')  # on which fidelity is measured
 
 # Where runs log beside MMEngine's own files; each is the module, and the package, of that name.

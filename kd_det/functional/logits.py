@@ -6,7 +6,7 @@ teacher's entropy.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -219,6 +219,72 @@ def restricted_logits(logits: Tensor, classes: Sequence[int], background: bool) 
         return chosen
     rest = [index for index in range(count) if index not in classes]
     return torch.cat([chosen, logits[..., rest].logsumexp(-1, keepdim=True)], -1)
+
+
+def largest_probability(logits: Tensor, activation: str) -> Tensor:
+    """How sure a head is of the class that it finds most likely.
+
+    Args:
+        logits: (..., classes), the background's among them where they are a softmax's.
+        activation: ``'sigmoid'`` or ``'softmax'``.
+
+    Returns:
+        (...,).
+
+    Example:
+        >>> largest_probability(torch.zeros(1, 4), 'sigmoid'), largest_probability(torch.zeros(1, 4), 'softmax')
+        (tensor([0.5000]), tensor([0.2500]))
+    """
+    return logits.amax(-1).sigmoid() if activation == 'sigmoid' else logits.softmax(-1).amax(-1)
+
+
+def confidence_weights(confidence: Tensor, weight: Tensor, average: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
+    """Confidence weighted by the teacher's maximum: CWTM (Born-Again, Furlanello et al., ICML 2018).
+
+    v_n = m_n · Σ w / Σ w·m: samples count by how sure the teacher is of them, and all together as much as before. (The
+    paper divides by Σ m, and sums; this is the same where every sample counts, w = 1, and the loss is their mean.)
+
+    Args:
+        confidence: m, (N,), see :func:`largest_probability`.
+        weight: w ≥ 0, (N,), by which the samples count without.
+        average: Takes the mean of a tensor over the processes of data-parallel training, whose batches are one.
+
+    Returns:
+        v, (N,), without gradient; its mean, weighted by w, is 1.
+
+    Example:
+        >>> confidence_weights(torch.tensor([0.9, 0.3, 0.7]), torch.tensor([1.0, 1.0, 0.0]))
+        tensor([1.5000, 0.5000, 1.1667])
+    """
+    confidence, weight = confidence.detach(), weight.detach()
+    total, weighted = average(torch.stack([weight.sum(), (weight * confidence).sum()])).unbind()
+    return confidence * total / weighted.clamp(min=torch.finfo(confidence.dtype).tiny)
+
+
+def permute_others(logits: Tensor) -> Tensor:
+    """Dark knowledge with permuted predictions: DKPP (Born-Again, Furlanello et al., ICML 2018).
+
+    The largest logit of each sample stays, the others change places among the other classes, each order as likely, and
+    drawn anew for each sample from PyTorch's global generator. So do the probabilities, of sigmoids and of a softmax at
+    any temperature: what is left of the teacher is its class and how sure it is, without which others it resembles.
+
+    Args:
+        logits: (..., classes). With fewer than three nothing can change places.
+
+    Returns:
+        (..., classes).
+
+    Example:
+        >>> permuted = permute_others(torch.tensor([[0.0, 9.0, 1.0, 2.0]]))
+        >>> permuted[0, 1], permuted.sort().values
+        (tensor(9.), tensor([[0., 1., 2., 9.]]))
+    """
+    order = torch.rand_like(logits).argsort(-1)
+    permuted, (largest, place) = logits.gather(-1, order), logits.max(-1, keepdim=True)
+    # All have changed places. The largest one, wherever it has come, goes home by an exchange with what is there: so
+    # each order of the others comes of as many orders of all.
+    moved_to = (order == place).int().argmax(-1, keepdim=True)
+    return permuted.scatter(-1, moved_to, permuted.gather(-1, place)).scatter(-1, place, largest)
 
 
 def _kl(log_student: Tensor, log_teacher: Tensor) -> Tensor:

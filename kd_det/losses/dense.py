@@ -1,6 +1,7 @@
 """The student's dense head classifies and locates prior by prior as the teacher's does: KD, BCKD, LD, FRS."""
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,16 @@ from kd_det.functional.logits import soft_target_kl
 from kd_det.functional.masks import valuable_region
 from kd_det.heads import HeadError, HeadRequest
 from kd_det.losses.base import Parts
-from kd_det.losses.outputs import ComparedOutputs, DenseTerm, GapExponent, Margin, sigmoid_divergence
+from kd_det.losses.outputs import (
+    ComparedOutputs,
+    DenseTerm,
+    GapExponent,
+    Margin,
+    Treatment,
+    sigmoid_divergence,
+    treat_teacher,
+    weigh_by_confidence,
+)
 
 ClassificationWeighting = Literal['all', 'richness']
 RegressionForm = Literal['giou', 'distribution', 'bounded']
@@ -41,6 +51,13 @@ class DenseClassification(DenseTerm):
         temperature: T; larger compares more of what the teacher thinks of the wrong classes.
         weighting: w: ``'all'`` priors alike, or by the ``'richness'`` of their cell, the teacher's largest probability
             there (FRS, Du et al., arXiv 2111.00674). Both 0 on padding.
+        treatment: Of what the teacher says of the classes (Born-Again, Furlanello et al., ICML 2018): ``'none'``.
+            ``'cwtm'``, confidence weighted by the teacher's maximum: w times the teacher's largest class probability m,
+            over the mean of m, weighted by w, of all priors of the batch on all ranks; of a softmax the background is
+            among the classes. The paper weighs hard labels so, a plain student's; here it is the distillation itself,
+            and the task's loss is as it was. ``'dkpp'``, dark knowledge with permuted predictions: the probabilities
+            beside the largest change places at random, prior by prior; for three classes or more. Objectness has one
+            class, and stays.
         **kwargs: See :class:`~kd_det.losses.outputs.DenseTerm`.
 
     Raises:
@@ -63,18 +80,28 @@ class DenseClassification(DenseTerm):
 
     @declared
     def __init__(self, beta: GapExponent = 1.0, temperature: Positive = 1.0,
-                 weighting: ClassificationWeighting = 'all', **kwargs: Any) -> None:
+                 weighting: ClassificationWeighting = 'all', treatment: Treatment = 'none', **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.beta, self.temperature, self.weighting = beta, temperature, weighting
+        self.beta, self.temperature, self.weighting, self.treatment = beta, temperature, weighting, treatment
 
-    def compare(self, level: ComparedOutputs) -> Parts:
-        weight = level.richness() if self.weighting == 'richness' else level.valid
-        parts, class_weight = {}, weight
+    def compare_levels(self, levels: Sequence[ComparedOutputs]) -> Iterable[Parts]:
+        weights = [level.richness() if self.weighting == 'richness' else level.valid for level in levels]
+        class_weights = [weight if level.teacher.objectness is None else weight * level.both('objectness')[1].sigmoid()
+                         for level, weight in zip(levels, weights)]
+        if self.treatment == 'cwtm':  # over the priors of all levels
+            priors = [weight.shape[1] for weight in weights]
+            logits, joined = torch.cat([level.both('logits')[1] for level in levels], 1), torch.cat(class_weights, 1)
+            joined = joined * weigh_by_confidence('cwtm', logits, levels[0].teacher.activation, joined)
+            class_weights = list(joined.split(priors, 1))
+        return map(self._compare, levels, weights, class_weights)
+
+    def _compare(self, level: ComparedOutputs, weight: Tensor, class_weight: Tensor) -> Parts:
+        parts = {}
         if level.teacher.objectness is not None:
             student, teacher = (each.unsqueeze(-1) for each in level.both('objectness'))
             parts['objectness'] = (weight * self._sigmoid_divergence(student, teacher)).sum()
-            class_weight = weight * teacher.squeeze(-1).sigmoid()
         student, teacher = level.both('logits')
+        teacher = treat_teacher(self.treatment, teacher)
         if level.student.activation == 'sigmoid':
             divergence = self._sigmoid_divergence(student, teacher)
         else:

@@ -1,7 +1,7 @@
 """What the terms that compare outputs of heads share: of dense heads prior by prior, of RoI heads region by region."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal, NamedTuple, cast
 
 import torch
@@ -12,12 +12,13 @@ from torch import Tensor
 from kd_det.config.arguments import EitherSide, Index, declared, split_sides
 from kd_det.context import DistillContext
 from kd_det.functional.boxes import bounded_regression
-from kd_det.functional.logits import quality_bce
+from kd_det.functional.logits import confidence_weights, largest_probability, permute_others, quality_bce
 from kd_det.heads import ROI_HEAD, DenseOutputs, HeadError, HeadRequest, RoIOutputs
 from kd_det.heads.roi import Stage, at_stage
 from kd_det.losses.base import DistillTerm, Parts, add_parts
 
 DenseNormalizer = Literal['positives', 'confidence', 'richness', 'none']
+Treatment = Literal['none', 'cwtm', 'dkpp']  # of what the teacher says of classes
 Margin = Annotated[float, Ge(0)]  # between squared errors
 # Of the gap in a divergence. Between 0 and 1 the gradient is infinite where student and teacher agree.
 GapExponent = Annotated[float, Ge(0), Le(0)] | Annotated[float, Ge(1)]
@@ -114,8 +115,12 @@ class DenseTerm(DistillTerm):
 
     def forward(self, context: DistillContext) -> Parts:
         levels = self.pair_levels(context)
-        return add_parts({name: value / divisor for name, value in self.compare(level).items()}
-                         for level, divisor in zip(levels, self._divisors(levels)))
+        return add_parts({name: value / divisor for name, value in parts.items()}
+                         for parts, divisor in zip(self.compare_levels(levels), self._divisors(levels)))
+
+    def compare_levels(self, levels: Sequence[ComparedOutputs]) -> Iterable[Parts]:
+        """Compares each level by itself; what depends on all of them at once is a subclass's to find before."""
+        return map(self.compare, levels)
 
     def compare(self, level: ComparedOutputs) -> Parts:
         """Compares one level; returns the parts by name, each a sum over the level's priors."""
@@ -223,6 +228,41 @@ def sigmoid_divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     """
     divergence = quality_bce(student, teacher, beta)
     return divergence - quality_bce(teacher, teacher, beta) if beta == 0 else divergence
+
+
+def treat_teacher(treatment: Treatment, logits: Tensor) -> Tensor:
+    """What the teacher says of classes, as a treatment leaves it: with DKPP its other logits have changed places.
+
+    Args:
+        treatment: See :class:`~kd_det.losses.DenseClassification`.
+        logits: (..., classes).
+
+    Raises:
+        HeadError: There are too few classes for anything to change places.
+    """
+    if treatment != 'dkpp':
+        return logits
+    if logits.shape[-1] < 3:
+        raise HeadError(f"treatment='dkpp' lets the classes beside the teacher's first change places, of which "
+                        f'{logits.shape[-1]} have too few: three are needed, with the background of a softmax.')
+    return permute_others(logits)
+
+
+def weigh_by_confidence(treatment: Treatment, logits: Tensor, activation: str, weight: Tensor) -> Tensor:
+    """By how much each sample counts more or less, as mean over all ranks 1: with CWTM as the teacher is sure.
+
+    Args:
+        treatment: See :class:`~kd_det.losses.DenseClassification`.
+        logits: The teacher's, (..., classes).
+        activation: Its head's.
+        weight: (...), by which the samples count without.
+
+    Returns:
+        (...,); of another treatment 1.
+    """
+    if treatment != 'cwtm':
+        return torch.ones_like(weight)
+    return confidence_weights(largest_probability(logits, activation), weight, reduce_mean)
 
 
 def _require_same_classes(student: DenseOutputs | RoIOutputs, teacher: DenseOutputs | RoIOutputs) -> None:

@@ -20,7 +20,7 @@ from kd_det.functional.queries import corners, match_queries, query_cost
 from kd_det.heads import HeadError, HeadRequest, QueryOutputs
 from kd_det.heads.queries import BoxCost
 from kd_det.losses.base import DistillTerm, Parts
-from kd_det.losses.outputs import GapExponent, sigmoid_divergence
+from kd_det.losses.outputs import GapExponent, Treatment, sigmoid_divergence, treat_teacher, weigh_by_confidence
 
 
 class QueryPairs(NamedTuple):
@@ -177,6 +177,8 @@ class QueryClassification(QueryTerm):
         temperature: T of softmax heads.
         foreground_weight: w_fg of the queries with a ground-truth box.
         background_weight: w_bg of the others that are paired.
+        treatment: ``'none'``, ``'cwtm'`` or ``'dkpp'``, see :class:`~kd_det.losses.DenseClassification`, query by query
+            of those that are paired.
         **kwargs: See :class:`~kd_det.losses.queries.QueryTerm`.
 
     Raises:
@@ -196,18 +198,20 @@ class QueryClassification(QueryTerm):
 
     @declared
     def __init__(self, beta: GapExponent = 1.0, temperature: Positive = 1.0, foreground_weight: Weight = 1.0,
-                 background_weight: Weight = 1.0, **kwargs: Any) -> None:
+                 background_weight: Weight = 1.0, treatment: Treatment = 'none', **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.beta, self.temperature = beta, temperature
+        self.beta, self.temperature, self.treatment = beta, temperature, treatment
         self.foreground_weight, self.background_weight = foreground_weight, background_weight
 
     def forward(self, context: DistillContext) -> Parts:
         pairs = self.pair_queries(context)
-        student, teacher = pairs.student.logits, pairs.teacher.logits
+        student, teacher = pairs.student.logits, treat_teacher(self.treatment, pairs.teacher.logits)
         if pairs.student.activation == 'sigmoid':
             divergence = sigmoid_divergence(student, teacher, self.beta)
         else:
             divergence = soft_target_kl(student, teacher, self.temperature, reduction='none')
+        divergence = divergence * weigh_by_confidence(self.treatment, teacher, pairs.student.activation,
+                                                      pairs.foreground + pairs.background)
         return dict(foreground=self.foreground_weight * pairs.normalize(divergence * pairs.foreground),
                     background=self.background_weight * pairs.normalize(divergence * pairs.background))
 

@@ -3,16 +3,27 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from mmdet.registry import MODELS
 from torch import Tensor
 
-from kd_det.config.arguments import EitherSide, Positive, Weight, declared
+from kd_det.config.arguments import ArgumentError, EitherSide, Positive, Weight, declared
 from kd_det.context import DistillContext
 from kd_det.functional.boxes import bounded_regression
 from kd_det.functional.logits import combine_decoupled, decoupled_kl, soft_target_kl, weighted_cross_entropy
 from kd_det.heads import HeadRequest, RoIOutputs
 from kd_det.losses.base import Parts
-from kd_det.losses.outputs import ComparedOutputs, DenseNormalizer, DenseTerm, Margin, RoITerm, sigmoid_divergence
+from kd_det.losses.outputs import (
+    ComparedOutputs,
+    DenseNormalizer,
+    DenseTerm,
+    Margin,
+    RoITerm,
+    Treatment,
+    sigmoid_divergence,
+    treat_teacher,
+    weigh_by_confidence,
+)
 
 ClassificationForm = Literal['plain', 'decoupled', 'coupled', 'weighted']
 
@@ -47,6 +58,9 @@ class RoIClassification(RoITerm):
         background_weight: w_bg of the others. DeFeat (arXiv 2103.14475) weighs the two apart, with
             ``normalizer='own'``.
         background_class_weight: Of the background class in the weighted form.
+        treatment: ``'none'``, ``'cwtm'`` or ``'dkpp'``, see :class:`~kd_det.losses.DenseClassification`, region by
+            region; the background is one of the classes. ``'dkpp'`` is for the plain form: the others look at one
+            class of the teacher's, of the ground truth or the background, which would change places, too.
         **kwargs: See :class:`~kd_det.losses.outputs.RoITerm`.
 
     Raises:
@@ -71,8 +85,12 @@ class RoIClassification(RoITerm):
     @declared
     def __init__(self, form: ClassificationForm = 'plain', temperature: Positive = 1.0, alpha: Weight = 1.0,
                  beta: Weight = 0.25, foreground_weight: Weight = 1.0, background_weight: Weight = 1.0,
-                 background_class_weight: Weight = 1.5, **kwargs: Any) -> None:
+                 background_class_weight: Weight = 1.5, treatment: Treatment = 'none', **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        if treatment == 'dkpp' and form != 'plain':
+            raise ArgumentError('treatment', f"'dkpp' goes with form='plain', got form='{form}': that looks at one "
+                                             "class of the teacher's, which would change places with others.")
+        self.treatment = treatment
         self.form, self.temperature, self.alpha, self.beta = form, temperature, alpha, beta
         self.foreground_weight, self.background_weight = foreground_weight, background_weight
         self.background_class_weight = background_class_weight
@@ -80,7 +98,10 @@ class RoIClassification(RoITerm):
     def forward(self, context: DistillContext) -> Parts:
         student, teacher = self.read_outputs(context)
         is_foreground = student.regions.labels < student.num_classes
+        teacher = teacher._replace(logits=treat_teacher(self.treatment, teacher.logits))
         divergence = self._divergence(student, teacher)
+        divergence = divergence * weigh_by_confidence(self.treatment, teacher.logits, 'softmax',
+                                                      torch.ones_like(divergence))
         foreground, background = self.normalize(divergence, (is_foreground, ~is_foreground))
         return dict(foreground=self.foreground_weight * foreground, background=self.background_weight * background)
 

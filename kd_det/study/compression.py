@@ -1,7 +1,6 @@
 """The whole way from a teacher to a file on a device: distil, prune, distil, quantise with distillation, measure."""
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,8 +12,7 @@ from matplotlib.figure import Figure
 from mmengine.config import Config
 
 from kd_det.compat.console import TextTable
-from kd_det.compat.writing import WritingError, locked_folder, write_whole
-from kd_det.config import ConfigurationError
+from kd_det.compat.writing import locked_folder, write_whole
 from kd_det.config.arguments import Count, Names, Parts, Positive, Ratio, Seed, Size, declared
 from kd_det.config.files import load_config, student_config
 from kd_det.config.options import resolve_config
@@ -23,12 +21,11 @@ from kd_det.deploy.export import export
 from kd_det.deploy.latency import Latencies, measure_latency
 from kd_det.deploy.pruning import PartialShare, PrunedDetector, prune
 from kd_det.deploy.quantization import quantize
+from kd_det.study.chain import Chain, Run
 from kd_det.study.report.page import COLOURS, Ink, apply_style, render_compression, render_svg
-from kd_det.study.runs import read_json, sha256
 from kd_det.training.runs import distill, evaluate
 
 RECORD, PAGE, MAP = 'compression.json', 'report.html', 'coco/bbox_mAP'
-Run = tuple[Path, Path]  # config and checkpoint
 
 
 @dataclass(frozen=True)
@@ -157,25 +154,25 @@ def compress(student: str | Path | Config, teacher: str | Path, checkpoint: str 
     settings = dict(student=config.pretty_text, macs=macs, int8=int8, epochs=epochs, quantized_epochs=quantized_epochs,
                     learning_rate=learning_rate, calibrate=calibrate, inherit=inherit, size=size, options=options,
                     **teaching)
-    chain = _Chain(out, sha256(json.dumps(settings, default=str).encode()), size, log)
     with locked_folder(out):
-        run = chain.train('distilled', config, inherit=inherit, epochs=epochs, options=options, **teaching)
+        chain = _Compressing(out, settings, size, log)
+        run = chain.distill('distilled', config, inherit=inherit, epochs=epochs, options=options, **teaching)
         chain.measure('distilled', run)
         if macs is not None:
             pruned = chain.once('pruned', lambda: _files_of(prune(*run, out / 'pruned.pth', macs, seed=seed,
                                                                   evaluation=False, force=True)))
             chain.measure('pruned', pruned)
-            run = chain.train('pruned, distilled', load_config(pruned[0]), inherit=(), epochs=epochs, options=options,
-                              **teaching)
+            run = chain.distill('pruned, distilled', load_config(pruned[0]), inherit=(), epochs=epochs,
+                                options=options, **teaching)
             chain.measure('pruned, distilled', run)
         if int8:
             chain.measure('quantised', run, partial(quantize, calibrate=calibrate))
             trained = load_config(run[0])
             rate = trained.optim_wrapper.optimizer.lr * learning_rate
             count = quantized_epochs or max(1, round(trained.train_cfg.max_epochs / 4))
-            run = chain.train('quantised, distilled', student_config(trained), inherit=(), quantize=8, epochs=count,
-                              options={**options, 'load_from': str(run[1]), 'optim_wrapper.optimizer.lr': rate},
-                              **teaching)
+            run = chain.distill('quantised, distilled', student_config(trained), inherit=(), quantize=8, epochs=count,
+                                options={**options, 'load_from': str(run[1]), 'optim_wrapper.optimizer.lr': rate},
+                                **teaching)
             chain.measure('quantised, distilled', run)
         stages = tuple(chain.stages.values())
         log('latencies …')
@@ -187,12 +184,12 @@ def compress(student: str | Path | Config, teacher: str | Path, checkpoint: str 
     return result
 
 
-class _Chain:
-    """What is finished, kept in a file.
+class _Compressing(Chain):
+    """What is finished of a compression.
 
     Args:
         out: The folder.
-        identity: The hash of all settings.
+        settings: All that the result depends on.
         size: Of the files' image.
         log: Given a line on what is being done.
 
@@ -200,40 +197,14 @@ class _Chain:
         WritingError: The folder holds a compression of other settings.
     """
 
-    def __init__(self, out: Path, identity: str, size: tuple[int, int] | None, log: Callable[[str], None]) -> None:
-        self.out, self.size, self.log = out, size, log
-        file = out / RECORD
-        self.record: dict[str, Any] = read_json(file) if file.is_file() else dict(identity=identity, runs={}, stages={})
-        if self.record.get('identity') != identity:
-            raise WritingError(f"'{out}' holds a compression of other settings: give another folder.")
+    def __init__(self, out: Path, settings: dict[str, Any], size: tuple[int, int] | None, log: Callable[[str], None]
+                 ) -> None:
+        super().__init__(out, RECORD, settings, 'a compression', log)
+        self.size = size
         self.stages = {name: Stage.from_dict(each) for name, each in self.record['stages'].items()}
 
-    def save(self) -> None:
-        write_whole(self.out / RECORD, json.dumps(self.record, indent=1))
-
-    def once(self, name: str, make: Callable[[], Run]) -> Run:
-        """Config and checkpoint that a step leaves, which is not done again."""
-        found = [Path(each) for each in self.record['runs'].get(name, ())]
-        if not found or not all(each.is_file() for each in found):
-            self.log(f'{name} …')
-            found = list(make())
-            self.record['runs'][name] = [str(each) for each in found]
-            self.save()
-        return found[0], found[1]
-
-    def train(self, name: str, student: Config, **arguments: Any) -> Run:
-        """Trains once, or goes on with what was begun; its best checkpoint counts."""
-        work_dir = self.out / _name_file(name)
-
-        def train() -> Run:
-            run = distill(student, work_dir=work_dir, resume=(work_dir / 'last_checkpoint').is_file(), **arguments)
-            best = run.best_checkpoint or run.checkpoint
-            if run.config is None or best is None:
-                raise ConfigurationError(f"'{name}': the training left no checkpoint in '{work_dir}'; it needs a "
-                                         'CheckpointHook.')
-            return run.config, best
-
-        return self.once(name, train)
+    def distill(self, name: str, student: Config, **arguments: Any) -> Run:
+        return self.train(name, self.out / _name_file(name), partial(distill, student, **arguments))
 
     def measure(self, name: str, run: Run, write: Callable[..., Any] = export) -> None:
         """Writes the file of a stage, and evaluates it, once."""

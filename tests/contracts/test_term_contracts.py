@@ -17,10 +17,13 @@ from kd_det.losses import DistillTerm
 CONFIGS = dict(
     DenseRegression=[dict(), dict(form='distribution', weighting='positives'), dict(form='bounded'),
                      dict(weighting='valuable'), dict(weighting='gap', normalizer='confidence')],
-    DenseClassification=[dict(), dict(weighting='richness', normalizer='richness', beta=0), dict(normalizer='none')],
+    DenseClassification=[dict(), dict(weighting='richness', normalizer='richness', beta=0), dict(normalizer='none'),
+                         dict(treatment='cwtm')],
     FeatureImitation=[dict(), *(dict(distance=distance) for distance in ('l1', 'smooth_l1', 'cosine')),
                       dict(normalizer='mask', mask='SpatialAttention'), dict(normalizer='mask', mask='BoxForeground')],
-    RoIClassification=[dict(), *(dict(form=form) for form in ('decoupled', 'coupled', 'weighted'))],
+    QueryClassification=[dict(), dict(treatment='cwtm')],
+    RoIClassification=[dict(), *(dict(form=form) for form in ('decoupled', 'coupled', 'weighted')),
+                       dict(treatment='cwtm')],
     RoIRegression=[dict(), dict(form='l1'), dict(form='mse', normalizer='own')],
     RPNImitation=[dict(), dict(form='bounded', normalizer='positives')])
 

@@ -16,6 +16,7 @@ DENSE = dict(
     seen=dict(type='FeatureImitation', mask='TeacherConfidence', normalizer='mask'),
     classes=dict(type='DenseClassification', normalizer='positives', weight=100.0),
     rich=dict(type='DenseClassification', weighting='richness', normalizer='richness', weight=100.0),
+    sure=dict(type='DenseClassification', treatment='cwtm', weight=100.0),
     boxes=dict(type='DenseRegression', weighting='confidence', normalizer='confidence'),
     bounded=dict(type='DenseRegression', form='bounded', normalizer='positives', margin=1.0),
     ranks=dict(type='RankMimicking', weight=100.0))
@@ -23,6 +24,7 @@ TWO_STAGE = dict(
     regions=dict(type='FeatureImitation', mask='RoIPredictionDifference', normalizer='mask'),
     classes=dict(type='RoIClassification', normalizer='regions', weight=100.0),
     apart=dict(type='RoIClassification', form='decoupled', normalizer='own', weight=100.0),
+    sure=dict(type='RoIClassification', treatment='cwtm', weight=100.0),
     moves=dict(type='RoIRegression', form='l1', normalizer='own'),
     rpn=dict(type='RPNImitation'),
     bounded=dict(type='RPNImitation', form='bounded', normalizer='positives', margin=1.0))

@@ -71,6 +71,10 @@ PATHS = dict(
     dist=lambda s: relations.dist_loss(s[:, :, 0, 0], feature(2, 3)),
     soft=lambda s: logits.soft_target_kl(s[:, :, 0, 0], feature(2, 3), 2.0),
     quality=lambda s: logits.quality_bce(s[:, :, 0, 0], feature(2, 3)).sum(),
+    treated=lambda s: logits.soft_target_kl(
+        s[:, :, 0, 0] * logits.confidence_weights(logits.largest_probability(feature(2, 3), 'softmax'),
+                                                  feature(2).abs())[:, None],
+        logits.permute_others(feature(2, 3))),
     weighted=lambda s: logits.weighted_cross_entropy(s[:, :, 0, 0], feature(2, 3)).sum(),
     ranks=lambda s: logits.rank_mimicking(s[0, 0, 0], s.detach()[1, 1, 1], torch.arange(12) % 4 - 1, 3).sum(),
     bounded=lambda s: boxes.bounded_regression(s[0, 0, :, :4], feature(8, 4), feature(8, 4) + 1, 9.0).sum(),

@@ -161,3 +161,53 @@ def test_restricted_classes_keep_their_probability(pair):
     assert torch.equal(logits.restricted_logits(student, (2, 0), background=False), student[:, [2, 0]])
     assert logits.restricted_logits(student, (0, 1, 2), background=True) is student
     assert logits.restricted_logits(student, range(4), background=False) is student
+
+
+@pytest.mark.parametrize('activation', ['sigmoid', 'softmax'])
+def test_confidence_weights_equal_the_loop(pair, activation):
+    teacher, weight = pair[1], torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 1.0], dtype=torch.float64)
+    probabilities = teacher.sigmoid() if activation == 'sigmoid' else teacher.softmax(1)
+    surest = [max(sample) for sample in probabilities.tolist()]
+    mean = sum(w * m for w, m in zip(weight.tolist(), surest)) / weight.sum().item()
+    confidence = logits.largest_probability(teacher, activation)
+    torch.testing.assert_close(confidence, torch.tensor(surest, dtype=torch.float64))
+    found = logits.confidence_weights(confidence, weight)
+    torch.testing.assert_close(found, torch.tensor([m / mean for m in surest], dtype=torch.float64))
+    torch.testing.assert_close((weight * found).sum(), weight.sum())
+    assert not found.requires_grad
+    # Of two processes each knows the mean of both.
+    halves = [torch.stack([weight[part].sum(), (weight * confidence)[part].sum()]) for part in (slice(3), slice(3, 6))]
+    shared = [logits.confidence_weights(confidence[part], weight[part], lambda own: sum(halves) / 2)
+              for part in (slice(3), slice(3, 6))]
+    torch.testing.assert_close(torch.cat(shared), found)
+
+
+def test_confidence_weights_are_finite_where_nothing_counts_or_the_teacher_is_sure_of_nothing():
+    none, ones = torch.zeros(3), torch.ones(3)
+    for confidence, weight in ((ones, none), (none, ones), (none[:0], none[:0])):
+        assert logits.confidence_weights(confidence, weight).isfinite().all()
+
+
+def test_permuted_predictions_equal_the_loop(pair):
+    """Given the same random order: all change places, then the largest goes home by an exchange."""
+    teacher = pair[1].detach().view(2, 3, 4)
+    torch.manual_seed(3)
+    found = logits.permute_others(teacher)
+    torch.manual_seed(3)
+    keys = torch.rand_like(teacher)
+    for image, prior in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]:
+        sample, key = teacher[image, prior].tolist(), keys[image, prior].tolist()
+        expected = [sample[place] for place in sorted(range(4), key=key.__getitem__)]
+        home, now = sample.index(max(sample)), expected.index(max(sample))
+        expected[home], expected[now] = expected[now], expected[home]
+        assert found[image, prior].tolist() == expected
+    assert not torch.equal(found, teacher) and torch.equal(found.argmax(-1), teacher.argmax(-1))
+    assert torch.equal(found.sort().values, teacher.sort().values)
+
+
+def test_each_order_of_the_other_predictions_is_as_likely():
+    torch.manual_seed(0)
+    drawn = logits.permute_others(torch.tensor([0.0, 3.0, 1.0, 2.0]).expand(6000, 4))
+    orders, counts = drawn.unique(dim=0, return_counts=True)
+    assert len(orders) == 6 and (orders[:, 1] == 3).all()
+    assert (counts - 1000).abs().max() < 130  # 4.5 standard deviations of sqrt(6000 · 1/6 · 5/6)

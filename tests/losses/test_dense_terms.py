@@ -7,7 +7,7 @@ from mmdet.registry import MODELS
 from kd_det.config.files import ConfigurationError
 from kd_det.context import DistillContext
 from kd_det.functional.boxes import distribution_kl, giou_imitation
-from kd_det.functional.logits import quality_bce
+from kd_det.functional.logits import permute_others, quality_bce
 from kd_det.functional.masks import valuable_region
 from kd_det.heads import DenseOutputs, HeadError
 from kd_det.teachers import TeacherError
@@ -183,6 +183,77 @@ def test_classes_of_a_head_with_objectness_count_where_the_teacher_sees_an_objec
     torch.testing.assert_close(parts['objectness'], quality_bce(s, t).sum())
     classes = quality_bce(student.logits[0][inside], teacher.logits[0][inside]) * t[:, 0].sigmoid()
     torch.testing.assert_close(parts['classes'], classes.sum())
+
+
+def two_levels(*logits, **others):
+    """Outputs of 4 × 6 and 2 × 3 cells, one prior each, without boxes."""
+    return DenseOutputs(logits=logits, regressions=logits, shapes=((4, 6), (2, 3)), strides=(8, 16), decode=None,
+                        generate_priors=None, **others)
+
+
+@pytest.mark.parametrize('activation, arguments', [
+    ('sigmoid', dict(beta=1.0)), ('sigmoid', dict(beta=0.0, temperature=2.0)), ('softmax', dict(temperature=3.0)),
+    ('sigmoid', dict(weighting='richness')), ('objectness', dict())])
+def test_cwtm_weighs_each_prior_by_the_teachers_maximum_over_its_mean(activation, arguments, context, inside):
+    """On all levels together, and on the cells of the images alone; the sum of the weights stays what it was."""
+    sides = []
+    for _ in range(2):
+        others = dict(objectness=(torch.randn(2, 24), torch.randn(2, 6))) if activation == 'objectness' else {}
+        sides.append(two_levels(2 * torch.randn(2, 24, 4), torch.randn(2, 6, 4) - 2, **others,
+                                activation='softmax' if activation == 'softmax' else 'sigmoid'))
+    student, teacher = sides
+    context.student_outputs['bbox_head'], context.teacher_outputs[0]['bbox_head'] = sides
+    coarse = torch.tensor([[True] * 6, [True, True, False, False, False, False]])  # of 16 × 24 pixels
+    weights, maxima, values = [], [], []
+    for level, cells in enumerate((inside, coarse)):
+        for image, cell in cells.nonzero().tolist():
+            s, t = student.logits[level][image, cell], teacher.logits[level][image, cell]
+            temperature = arguments.get('temperature', 1.0)
+            soft = [(each / temperature).sigmoid() for each in (s, t)]
+            if activation == 'softmax':
+                maxima.append(t.softmax(0).max())
+                values.append(9 * F.kl_div((s / 3).log_softmax(0), (t / 3).softmax(0), reduction='sum'))
+            else:
+                maxima.append(t.sigmoid().max())
+                each = F.binary_cross_entropy(*soft, reduction='none') if arguments.get('beta', 1.0) else (
+                    soft[1] * (soft[1] / soft[0]).log() + (1 - soft[1]) * ((1 - soft[1]) / (1 - soft[0])).log())
+                gap = (soft[0] - soft[1]).abs() if arguments.get('beta', 1.0) else 1
+                values.append(temperature**2 * (each * gap).sum())
+            weights.append(torch.tensor(1.0))
+            if 'weighting' in arguments:
+                weights[-1] = maxima[-1]
+            elif activation == 'objectness':
+                weights[-1] = teacher.objectness[level][image, cell].sigmoid()
+    mean = sum(w * m for w, m in zip(weights, maxima)) / sum(weights)
+    expected = sum(w * m / mean * value for w, m, value in zip(weights, maxima, values))
+    term = dict(CLASSES, normalizer='none', **arguments)
+    parts = MODELS.build(dict(term, treatment='cwtm'))(context)
+    torch.testing.assert_close(parts['classes'], expected)
+    without = MODELS.build(term)(context)
+    torch.testing.assert_close(without['classes'], sum(w * value for w, value in zip(weights, values)))
+    assert parts.get('objectness') == without.get('objectness')
+
+
+def test_dkpp_compares_with_the_teachers_other_classes_in_a_random_order(context, inside):
+    student, teacher = (context.student_outputs['bbox_head'], context.teacher_outputs[0]['bbox_head'])
+    values, permuted = [], []
+    for seed in (4, 4, 5):
+        torch.manual_seed(seed)
+        values.append(MODELS.build(dict(CLASSES, normalizer='none', treatment='dkpp'))(context)['classes'])
+        torch.manual_seed(seed)
+        permuted.append(permute_others(teacher.logits[0]))
+        torch.testing.assert_close(values[-1], quality_bce(student.logits[0][inside], permuted[-1][inside]).sum())
+    assert values[0] == values[1] != values[2]
+    assert torch.equal(permuted[0].argmax(-1), teacher.logits[0].argmax(-1))
+    values[-1].backward()
+    assert student.logits[0].grad[inside].abs().min() > 0 and teacher.logits[0].grad is None
+
+
+def test_dkpp_needs_classes_that_can_change_places(one_stage, distiller, parts_of):
+    model = distiller(one_stage('retina', classes=2), one_stage('retina', classes=2),
+                      distill=dict(term=dict(CLASSES, treatment='dkpp'))).train()
+    with pytest.raises(HeadError, match="treatment='dkpp' lets the classes .* of which 2 have too few: three"):
+        parts_of(model)
 
 
 def test_normalisers_are_at_least_1(context):

@@ -1,11 +1,15 @@
 """Queries of DETRs: which is compared with which, by what, and that the terms teach the student alone."""
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
+from mmdet.registry import MODELS
 from mmengine.structures import InstanceData
 
 from kd_det.config.files import ConfigurationError
 from kd_det.functional import boxes as box_functions
+from kd_det.functional.logits import permute_others, quality_bce
 from kd_det.functional.queries import corners
 from kd_det.heads import HeadError
 from kd_det.losses import QueryRegression
@@ -143,6 +147,34 @@ def test_values_are_those_of_the_formulas(kind, detr, make, observed):
                 expected['giou'] += 2 * weight * distance
     for name, value in {**values['classes'], **values['boxes']}.items():
         torch.testing.assert_close(value, expected[name] / 3)  # there are three boxes
+
+
+@pytest.mark.parametrize('kind', ['DETR', 'DeformableDETR'])
+def test_treatments_are_those_of_the_formulas_over_the_pairs(kind, detr, make, observed):
+    model = make(detr(kind), detr(kind, queries=12))
+    context, _ = observed(model)
+    pairs = model.terms['classes'].pair_queries(context)
+    s, t, is_softmax = pairs.student.logits, pairs.teacher.logits, kind == 'DETR'
+    counted = [place for place in itertools.product(range(2), range(3), range(10))
+               if pairs.foreground[place] + pairs.background[place]]
+    maxima = {place: (t[place].softmax(-1) if is_softmax else t[place].sigmoid()).max() for place in counted}
+    mean = sum(maxima.values()) / len(counted)
+
+    def divergence(teacher, place):
+        if is_softmax:
+            return F.kl_div(s[place].log_softmax(-1), teacher[place].softmax(-1), reduction='sum')
+        return quality_bce(s[place], teacher[place])
+
+    cwtm = MODELS.build(dict(TERMS['classes'], treatment='cwtm'))(context)
+    torch.manual_seed(2)
+    dkpp = MODELS.build(dict(TERMS['classes'], treatment='dkpp'))(context)
+    torch.manual_seed(2)
+    permuted = permute_others(t)
+    for part in ('foreground', 'background'):
+        places = [place for place in counted if getattr(pairs, part)[place]]
+        expected = sum(maxima[place] / mean * divergence(t, place) for place in places) / 3
+        torch.testing.assert_close(cwtm[part], expected)
+        torch.testing.assert_close(dkpp[part], sum(divergence(permuted, place) for place in places) / 3)
 
 
 @pytest.mark.parametrize('kind', KINDS)

@@ -1,4 +1,6 @@
 """Terms on the outputs of RoI heads, in whole training steps and against their formulas."""
+from dataclasses import replace
+
 import pytest
 import torch
 from mmdet.registry import MODELS
@@ -141,11 +143,39 @@ def test_regression_compares_the_labelled_class(student_by_class, teacher_by_cla
     assert student.deltas.grad[[1, 2, 4, 5]].abs().max() == 0  # background has nothing to regress to
 
 
+@pytest.mark.parametrize('form', ['plain', 'decoupled', 'weighted'])
+def test_cwtm_weighs_each_region_by_the_teachers_maximum_over_its_mean(form, context, regions):
+    teacher = context.teacher_outputs[0]['roi_head'][0].logits
+    maxima = [max(region) for region in teacher.softmax(1).tolist()]
+    expected = {'foreground': 0, 'background': 0}
+    for region in range(6):  # each by itself, as if the others were not there
+        student, teacher = (RoIOutputs(each.regions.select(torch.arange(6) == region), each.logits[region:region + 1],
+                                       each.deltas[region:region + 1])
+                            for each in (context.student_outputs['roi_head'],
+                                         context.teacher_outputs[0]['roi_head'][0]))
+        alone = replace(context, student_outputs=dict(roi_head=student), teacher_outputs=[dict(roi_head=(teacher, ))])
+        for name, value in MODELS.build(dict(CLASSES, form=form))(alone).items():
+            expected[name] += maxima[region] / (sum(maxima) / 6) * value / 6
+    torch.testing.assert_close(MODELS.build(dict(CLASSES, form=form, stage=0, treatment='cwtm'))(context), expected)
+
+
+def test_dkpp_is_for_the_plain_form(context):
+    student, teacher = context.student_outputs['roi_head'].logits, context.teacher_outputs[0]['roi_head'][0].logits
+    torch.manual_seed(1)
+    value = sum(MODELS.build(dict(CLASSES, stage=0, treatment='dkpp', temperature=2.0))(context).values())
+    torch.manual_seed(1)
+    torch.testing.assert_close(value, logits.soft_target_kl(student, logits.permute_others(teacher), 2.0))
+    for form in ('decoupled', 'coupled', 'weighted'):
+        with pytest.raises(ValueError, match=f"^treatment: 'dkpp' goes with form='plain', got form='{form}'"):
+            MODELS.build(dict(CLASSES, form=form, treatment='dkpp'))
+
+
 def test_no_regions_at_all(context, regions):
     none = Regions(*(each[:0] for each in regions))
     context.student_outputs['roi_head'] = _outputs(none)
     context.teacher_outputs[0]['roi_head'] = (_outputs(none), )
-    for term in (CLASSES, dict(CLASSES, form='decoupled'), MOVES):
+    for term in (CLASSES, dict(CLASSES, form='decoupled'), dict(CLASSES, treatment='cwtm'),
+                 dict(CLASSES, treatment='dkpp'), MOVES):
         assert sum(MODELS.build(term)(context).values()) == 0
 
 
