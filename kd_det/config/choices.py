@@ -39,7 +39,8 @@ SPLITS = ('val', 'train')  # on which fidelity is measured
 # Where runs log beside MMEngine's own files; each is the module, and the package, of that name.
 TRACKERS = ('tensorboard', 'wandb', 'mlflow')
 
-# How the names of exported files end, and by what these are run.
+# How the names of checkpoints and of exported files end, and by what these are run.
+CHECKPOINTS = ('.pth', '.pt')
 EXPORTED = ('.onnx', '.xml')
 RUNTIMES = ('onnxruntime', 'openvino')
 

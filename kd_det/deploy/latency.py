@@ -18,9 +18,11 @@ import numpy as np
 from kd_det.compat.console import TextTable
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Count, Place, Size, declared
+from kd_det.config.choices import CHECKPOINTS
 from kd_det.deploy.runtime import ONNX, OPENVINO
 
-RUNS_OF = {ONNX: ('onnxruntime', 'openvino'), OPENVINO: ('openvino', ), '.pth': ('torch', )}  # the default first
+RUNS_OF = {ONNX: ('onnxruntime', 'openvino'), OPENVINO: ('openvino', ),  # the default first
+           **dict.fromkeys(CHECKPOINTS, ('torch', ))}
 TURN = 5  # runs in a row, after one that does not count
 MEBIBYTE = 2**20
 
@@ -151,7 +153,7 @@ def _find_runtimes(file: Path, runtimes: Sequence[str]) -> list[str]:
     found = [runtime for runtime in dict.fromkeys(runtimes) if runtime in able] if runtimes else [able[0]]
     if not found:
         raise ConfigurationError(f"'{file}' can not be run by {' or '.join(runtimes)}: expected {' or '.join(able)}.")
-    if file.suffix == '.pth' and not file.with_suffix('.py').is_file():
+    if file.suffix in CHECKPOINTS and not file.with_suffix('.py').is_file():
         raise ConfigurationError(f"'{file}' has no config beside it: there is no '{file.with_suffix('.py')}'. Export "
                                  'it with kd-det export CONFIG CHECKPOINT OUT.pth.')
     return found

@@ -25,6 +25,7 @@ from kd_det.compat.console import TextTable
 from kd_det.compat.writing import refuse_to_replace, write_whole
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Count, Seed, declared
+from kd_det.config.choices import CHECKPOINTS
 from kd_det.config.detectors import check_student
 from kd_det.config.files import get_type_name, list_imports, student_config
 from kd_det.config.options import resolve_config
@@ -163,9 +164,9 @@ def prune(config: str | Path | Config, checkpoint: str | Path, out: str | Path, 
         WritingError: A file of that name exists, and is no pruned detector; or it can not be written.
     """
     out = Path(out)
-    if out.suffix == '.py':
-        raise ConfigurationError(f"'{out}': expected the name of a checkpoint, such as '{out.with_suffix('.pth')}'; "
-                                 'the config comes beside it.')
+    if out.suffix not in CHECKPOINTS:
+        raise ConfigurationError(f"'{out}': expected the name of a checkpoint, which ends in .pth; the config comes "
+                                 'beside it.')
     files = [out.with_name(f'{out.stem}_steps') / f'step_{step}.pth' for step in range(1, steps)] + [out]
     for file in files:
         refuse_to_replace(file, lambda content: PRUNED.encode() in content, 'a pruned detector', force)
