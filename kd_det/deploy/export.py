@@ -33,7 +33,7 @@ from kd_det.deploy.checking import (
 )
 from kd_det.deploy.checkpoint import ExportedStudent, export_checkpoint, load_student
 from kd_det.deploy.graph import DetectorGraph
-from kd_det.deploy.integers import restore_quantizer, store_integers
+from kd_det.deploy.integers import quantize_as_trained, store_integers
 from kd_det.deploy.runtime import ONNX, OPENVINO, SECTION, ModelInfo, explained, open_model
 from kd_det.heads.queries import predicts_queries
 from kd_det.teachers.loading import find_class_names
@@ -121,7 +121,7 @@ def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path,
                                  f'it), {ONNX} or {OPENVINO} (OpenVINO).')
     refuse_to_replace_model(out, force)
     plain, detector, meta = load_student(resolved, checkpoint)
-    is_quantized = restore_quantizer(resolved, checkpoint, detector)
+    is_quantized = quantize_as_trained(resolved, checkpoint, detector)
     if half and is_quantized:
         raise ConfigurationError('--half: the student was trained for integers, which the file holds.')
     graph = DetectorGraph(detector, channels, suppress, fixed='size' not in dynamic)

@@ -16,7 +16,7 @@ from kd_det.compat.console import TextTable
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Count, Size, declared
 from kd_det.config.choices import RANGES
-from kd_det.config.files import is_distillation, list_leaf_datasets
+from kd_det.config.files import find_quantization, list_leaf_datasets
 from kd_det.config.options import resolve_config
 from kd_det.deploy.checking import Comparison, Example, build_dataset, compare, draw_images, predict_with, quiet
 from kd_det.deploy.checkpoint import load_student
@@ -138,7 +138,7 @@ def quantize(config: str | Path | Config, checkpoint: str | Path, out: str | Pat
     if out.suffix != ONNX:
         raise ConfigurationError(f"'{out}': expected the name of a file that ends in {ONNX}. kd-det export converts no "
                                  'integers; OpenVINO reads the ONNX file itself.')
-    if is_distillation(resolved) and resolved.model.get('quantize') is not None:
+    if find_quantization(resolved) is not None:
         raise ConfigurationError('The student was trained for integers (model.quantize): kd-det export writes those. '
                                  'To quantise its float weights anew: --cfg-options model.quantize=None.')
     if not ranges:
