@@ -33,6 +33,7 @@ RATIO = 1.0  # of a method's gradient to the task's: what served best on data sm
 PAPER = 'paper'  # in place of a ratio: the weights in the method's file
 
 IMPORTANCES = ('group_norm', 'taylor', 'random')  # of channels, by which they are pruned
+AUTO = 'auto'  # in place of one: taylor, or without training images group_norm
 
 SPLITS = ('val', 'train')  # on which fidelity is measured
 

@@ -16,12 +16,13 @@ from kd_det.compat.console import TextTable
 from kd_det.compat.writing import WritingError, locked_folder, write_whole
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Count, Names, Parts, Positive, Ratio, Seed, Size, declared
+from kd_det.config.choices import AUTO
 from kd_det.config.files import load_config, student_config
 from kd_det.config.options import resolve_config
 from kd_det.deploy.checkpoint import load_student
 from kd_det.deploy.export import export
 from kd_det.deploy.latency import Latencies, measure_latency
-from kd_det.deploy.pruning import PartialShare, PrunedDetector, prune
+from kd_det.deploy.pruning import ImportanceChoice, PartialShare, prune
 from kd_det.deploy.quantization import quantize
 from kd_det.study.report.page import COLOURS, Ink, apply_style, render_compression, render_svg
 from kd_det.study.runs import read_json, sha256
@@ -113,9 +114,10 @@ class Compression:
 
 @declared
 def compress(student: str | Path | Config, teacher: str | Path, checkpoint: str | Path, out: str | Path, *,
-             method: str = 'fgd', macs: PartialShare | None = None, int8: bool = False, epochs: Count | None = None,
-             quantized_epochs: Count | None = None, learning_rate: Positive = 0.1, calibrate: Count = 64,
-             inherit: Parts = 'auto', balance: Ratio | None = None, seed: Seed = 0, size: Size | None = None,
+             method: str = 'fgd', macs: PartialShare | None = None, importance: ImportanceChoice = AUTO,
+             int8: bool = False, epochs: Count | None = None, quantized_epochs: Count | None = None,
+             learning_rate: Positive = 0.1, calibrate: Count = 64, inherit: Parts = 'auto',
+             balance: Ratio | None = None, seed: Seed = 0, size: Size | None = None,
              runtimes: Names = ('onnxruntime', 'openvino'), threads: Count = 1, runs: Count = 50,
              data_root: str | None = None, options: dict[str, Any] | None = None, log: Callable[[str], None] = print
              ) -> Compression:
@@ -132,6 +134,7 @@ def compress(student: str | Path | Config, teacher: str | Path, checkpoint: str 
         out: The folder for all of it.
         method: By which it is distilled, each time.
         macs: The share of multiply-accumulate operations that pruning leaves.
+        importance: Which channels it takes first, see :func:`~kd_det.deploy.pruning.prune`.
         int8: Quantise.
         epochs: Of each distillation of the float student; the config's own by default.
         quantized_epochs: Of that in integers; a quarter of the others by default.
@@ -154,16 +157,15 @@ def compress(student: str | Path | Config, teacher: str | Path, checkpoint: str 
     """
     out, config, options = Path(out), resolve_config(student, data_root), options or {}
     teaching = dict(teacher=teacher, checkpoint=checkpoint, method=method, seed=seed, balance=balance)
-    settings = dict(student=config.pretty_text, macs=macs, int8=int8, epochs=epochs, quantized_epochs=quantized_epochs,
-                    learning_rate=learning_rate, calibrate=calibrate, inherit=inherit, size=size, options=options,
-                    **teaching)
+    settings = dict(student=config.pretty_text, macs=macs, importance=importance, int8=int8, epochs=epochs,
+                    quantized_epochs=quantized_epochs, learning_rate=learning_rate, calibrate=calibrate,
+                    inherit=inherit, size=size, options=options, **teaching)
     chain = _Chain(out, sha256(json.dumps(settings, default=str).encode()), size, log)
     with locked_folder(out):
         run = chain.train('distilled', config, inherit=inherit, epochs=epochs, options=options, **teaching)
         chain.measure('distilled', run)
         if macs is not None:
-            pruned = chain.once('pruned', lambda: _files_of(prune(*run, out / 'pruned.pth', macs, seed=seed,
-                                                                  evaluation=False, force=True)))
+            pruned = chain.once('pruned', lambda: chain.prune(*run, macs, importance, seed))
             chain.measure('pruned', pruned)
             run = chain.train('pruned, distilled', load_config(pruned[0]), inherit=(), epochs=epochs, options=options,
                               **teaching)
@@ -221,6 +223,14 @@ class _Chain:
             self.save()
         return found[0], found[1]
 
+    def prune(self, config: Path, checkpoint: Path, macs: float, importance: str, seed: int) -> Run:
+        """Prunes, and tells how channels were chosen."""
+        pruned = prune(config, checkpoint, self.out / 'pruned.pth', macs, importance=importance, seed=seed,
+                       evaluation=False, force=True)
+        why = pruned.note.splitlines()[:-1]  # the last: it was not evaluated
+        self.log('\n'.join([f'Channels were chosen by {pruned.importance}.', *why]))
+        return pruned.config, pruned.checkpoint
+
     def train(self, name: str, student: Config, **arguments: Any) -> Run:
         """Trains once, or goes on with what was begun; its best checkpoint counts."""
         work_dir = self.out / _name_file(name)
@@ -249,10 +259,6 @@ class _Chain:
         self.stages[name] = Stage(name, *run, file, parameters, metrics, (comparison.expected_map, comparison.map))
         self.record['stages'][name] = self.stages[name].to_dict()
         self.save()
-
-
-def _files_of(pruned: PrunedDetector) -> Run:
-    return pruned.config, pruned.checkpoint
 
 
 def _name_file(stage: str) -> str:
