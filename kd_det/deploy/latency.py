@@ -90,6 +90,13 @@ class Latencies:
         """Returns all of it as JSON can hold it."""
         return dict(asdict(self), files=[dict(asdict(each), file=str(each.file)) for each in self.files])
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Latencies:
+        """Reads what :meth:`to_dict` made."""
+        files = (Latency(**{**each, 'file': Path(each['file']), 'size': tuple(each['size']),
+                            'times': tuple(each['times'])}) for each in values['files'])
+        return cls(tuple(files), values['threads'], values['processor'])
+
     def _repr_html_(self) -> str:
         return self.tabulate().to_html()
 

@@ -24,7 +24,7 @@ from kd_det.deploy.export import export
 from kd_det.deploy.latency import Latencies, measure_latency
 from kd_det.deploy.pruning import ImportanceChoice, PartialShare, prune
 from kd_det.deploy.quantization import quantize
-from kd_det.study.report.page import COLOURS, Ink, apply_style, render_compression, render_svg
+from kd_det.study.report.page import COLOURS, Ink, apply_style, prepare_compression, render, render_svg
 from kd_det.study.runs import read_json, sha256
 from kd_det.training.runs import distill, evaluate
 
@@ -55,6 +55,10 @@ class Stage:
     metrics: dict[str, float]
     agreement: tuple[float | None, float | None]
 
+    def format_scores(self) -> list[str]:
+        """Its mAP and AP50 in points; of nothing found the metric has none."""
+        return [f'{100 * self.metrics.get(f"{MAP}{suffix}", 0.0):.1f}' for suffix in ('', '_50')]
+
     def to_dict(self) -> dict[str, Any]:
         """Returns all of it as JSON can hold it."""
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
@@ -73,11 +77,11 @@ class Compression:
     Attributes:
         folder: Holds all of it, with ``report.html``.
         stages: The detectors, in order.
-        latencies: Of their files, in each runtime, beside each other.
+        latencies: Of their files, in each runtime, beside each other; None while it has not finished.
     """
     folder: Path
     stages: tuple[Stage, ...]
-    latencies: Latencies
+    latencies: Latencies | None
 
     @property
     def file(self) -> Path:
@@ -86,16 +90,19 @@ class Compression:
 
     def tabulate(self) -> TextTable:
         """Makes a table with a row for each stage."""
-        runtimes = list(dict.fromkeys(each.runtime for each in self.latencies.files))
+        if self.latencies is None:
+            return TextTable('Compressed', ('stage', 'mAP', 'AP50', 'M parameters'), [
+                (stage.name, *stage.format_scores(), f'{stage.parameters / 1e6:.3f}') for stage in self.stages],
+                'It has not finished: this is what has.')
+        runtimes = self.runtimes
         measured = [(each, median(each.times)) for each in self.latencies.files]
         first = {runtime: next(time for each, time in measured if each.runtime == runtime) for runtime in runtimes}
         rows = []
         for stage in self.stages:
             own = {each.runtime: (each, time) for each, time in measured if each.file == stage.file}
             found, _ = next(iter(own.values()))
-            scores = [stage.metrics.get(f'{MAP}{suffix}', 0.0) for suffix in ('', '_50')]  # none: nothing was found
-            rows.append((stage.name, *(f'{100 * score:.1f}' for score in scores),
-                         f'{found.macs / 1e9:.3f}', f'{stage.parameters / 1e6:.3f}', f'{found.bytes / 2**20:.2f}',
+            rows.append((stage.name, *stage.format_scores(), f'{found.macs / 1e9:.3f}',
+                         f'{stage.parameters / 1e6:.3f}', f'{found.bytes / 2**20:.2f}',
                          *(f'{own[runtime][1]:.2f} ({own[runtime][1] / first[runtime]:.2f})' for runtime in runtimes)))
         threads = self.latencies.threads
         return TextTable('Compressed', ('stage', 'mAP', 'AP50', 'GMACs', 'M parameters', 'MiB',
@@ -106,10 +113,43 @@ class Compression:
     def to_dict(self) -> dict[str, Any]:
         """Returns all of it as JSON can hold it."""
         return dict(folder=str(self.folder), stages=[stage.to_dict() for stage in self.stages],
-                    latencies=self.latencies.to_dict())
+                    latencies=self.latencies and self.latencies.to_dict())
 
     def _repr_html_(self) -> str:
         return self.tabulate().to_html()
+
+    @property
+    def runtimes(self) -> list[str]:
+        """In which latency was measured."""
+        return list(dict.fromkeys(each.runtime for each in self.latencies.files)) if self.latencies else []
+
+    def prepare_page(self) -> dict[str, Any]:
+        """What a page shows of it, see :func:`~kd_det.study.report.page.render`."""
+        return prepare_compression(self.folder.resolve().name, self.tabulate(), _plot(self) if self.latencies else '')
+
+
+def is_compression(folder: Path) -> bool:
+    """Whether a folder is one of :func:`compress`."""
+    return (folder / RECORD).is_file()
+
+
+def read_compression(folder: Path) -> Compression:
+    """Reads what :func:`compress` left, be it finished or not.
+
+    Raises:
+        ConfigurationError: The record can not be read.
+    """
+    record = read_json(folder / RECORD)
+    try:
+        stages = tuple(map(Stage.from_dict, record['stages'].values()))
+        latencies = Latencies.from_dict(record['latencies']) if 'latencies' in record else None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ConfigurationError(f"'{folder / RECORD}' can not be read: it is not as kd-det compress writes it "
+                                 f'({type(error).__name__}: {error}).') from error
+    if not stages:
+        raise ConfigurationError(f"'{folder}': no stage of the compression has finished.")
+    measured = {each.file for each in latencies.files} if latencies else set()
+    return Compression(folder, stages, latencies if all(stage.file in measured for stage in stages) else None)
 
 
 @declared
@@ -185,7 +225,7 @@ def compress(student: str | Path | Config, teacher: str | Path, checkpoint: str 
         result = Compression(out, stages, latencies)
         chain.record['latencies'] = latencies.to_dict()
         chain.save()
-        write_whole(out / PAGE, render_compression(out.resolve().name, result.tabulate(), _plot(result)))
+        write_whole(out / PAGE, render([], [result.prepare_page()]))
     return result
 
 
@@ -269,7 +309,7 @@ def _plot(result: Compression) -> str:
     """MAP against milliseconds, beside each other for each runtime."""
     title = 'mAP against latency'
     files = {stage.file: stage for stage in result.stages}
-    runtimes = list(dict.fromkeys(each.runtime for each in result.latencies.files))
+    runtimes = result.runtimes
     with apply_style(title, [Ink(colour) for colour in COLOURS]):
         figure = Figure((5 * len(runtimes), 3.6), layout='constrained')
         plots = figure.subplots(1, len(runtimes), sharey=True, squeeze=False)[0]
