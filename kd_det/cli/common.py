@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_det.config.choices import PAPER, RATIO, TRACKERS
+from kd_det.config.choices import AUTO, IMPORTANCES, PAPER, RATIO, TRACKERS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -142,6 +142,14 @@ def add_tracking_option(parser: ArgumentParser) -> None:
     """Adds ``--track``: sends logs to experiment trackers beside mmengine's own files."""
     parser.add_argument('--track', nargs='+', choices=TRACKERS, default=(), metavar='TRACKER',
                         help=f"log to {', '.join(TRACKERS)} too; losses of terms are loss_*, their parts distill/*")
+
+
+def add_importance_option(parser: ArgumentParser) -> None:
+    """Adds ``--importance``."""
+    parser.add_argument('--importance', choices=(AUTO, *IMPORTANCES), default=AUTO,
+                        help='which channels are pruned first: those that the loss on training images asks least for '
+                        '(taylor), those of small weights (group_norm), or any (random); by default taylor, and '
+                        'group_norm where there are no training images, which the table tells')
 
 
 def add_inheritance_option(parser: ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from argparse import ArgumentParser, Namespace
 
 from kd_det.cli.common import (
     add_config_options,
+    add_importance_option,
     add_inheritance_option,
     add_weight_options,
     count,
@@ -27,6 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('--method', default='fgd', help='by which it is distilled, see kd-det methods (fgd)')
     parser.add_argument('--macs', type=share, metavar='SHARE',
                         help='prune to this share of the multiply-accumulate operations, and distil again')
+    add_importance_option(parser)
     parser.add_argument('--int8', action='store_true',
                         help='quantise after training, and beside that in a training with distillation')
     parser.add_argument('--epochs', type=count, metavar='N', help="of each distillation (the config's own)")
@@ -48,7 +50,7 @@ def run(options: Namespace) -> int:
     from kd_det.compat.console import PlainConsole
     from kd_det.study.compression import PAGE, compress
     result = compress(options.student, options.teacher, options.teacher_checkpoint, options.out, method=options.method,
-                      macs=options.macs, int8=options.int8, epochs=options.epochs,
+                      macs=options.macs, importance=options.importance, int8=options.int8, epochs=options.epochs,
                       quantized_epochs=options.quantized_epochs, calibrate=options.calibrate,
                       size=tuple(options.size) if options.size else None, runtimes=options.runtime,
                       threads=options.threads, seed=options.seed, inherit=inherited_parts(options),

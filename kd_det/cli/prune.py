@@ -5,8 +5,17 @@ from argparse import ArgumentParser, Namespace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kd_det.cli.common import add_config_options, add_force_option, count, path, print_tables, read_options, seed, share
-from kd_det.config.choices import IMPORTANCES
+from kd_det.cli.common import (
+    add_config_options,
+    add_force_option,
+    add_importance_option,
+    count,
+    path,
+    print_tables,
+    read_options,
+    seed,
+    share,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,11 +30,9 @@ def add_arguments(parser: ArgumentParser) -> None:
                         help='file to write; the config comes beside it, as OUT.py')
     parser.add_argument('--macs', type=share, default=0.5, metavar='SHARE',
                         help='of the multiply-accumulate operations that is left at most (0.5)')
-    parser.add_argument('--importance', choices=IMPORTANCES, default='group_norm',
-                        help='which channels go first: those of small weights (group_norm), those that the loss on '
-                        'training images asks least for (taylor), or any')
+    add_importance_option(parser)
     parser.add_argument('--batches', type=count, default=8, metavar='N',
-                        help='of training images, for --importance taylor (8)')
+                        help='of training images, for taylor (8)')
     parser.add_argument('--seed', type=seed, default=0, help='of what is drawn at random (0)')
     parser.add_argument('--no-eval', dest='evaluation', action='store_false',
                         help='do not evaluate it before and after')

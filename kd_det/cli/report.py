@@ -8,7 +8,8 @@ from kd_det.cli.common import add_config_options, add_force_option, index, path,
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('work_dirs', nargs='+', type=path, metavar='WORK_DIR',
-                        help='of kd-det benchmark or sweep, finished or not; or of single runs of distill or train')
+                        help='of kd-det benchmark, sweep or compress, finished or not; or of single runs of distill or '
+                        'train')
     parser.add_argument('--out', type=path, metavar='FILE', help='the page (report.html in the first WORK_DIR)')
     parser.add_argument('--images', type=index, default=8, metavar='N',
                         help='validation images to show, evenly spaced over the data (8)')

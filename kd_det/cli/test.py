@@ -9,7 +9,8 @@ from kd_det.cli.common import add_force_option, add_run_options, amount, read_op
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('config',
-                        help="config file, or 'package::folder/file.py'; of a distillation, its student is tested")
+                        help="config file, or 'package::folder/file.py'; of a distillation, its student is tested: one "
+                        'that was trained for integers computes in them, unless --cfg-options model.quantize=None')
     parser.add_argument('checkpoint', help='checkpoint file, or a file that kd-det export wrote: .onnx, .xml')
     parser.add_argument('--out', type=_pickle_file, metavar='FILE.pkl', help='write the predictions to this file')
     parser.add_argument('--show', action='store_true', help='show the predictions in a window')

@@ -33,6 +33,7 @@ RATIO = 1.0  # of a method's gradient to the task's: what served best on data sm
 PAPER = 'paper'  # in place of a ratio: the weights in the method's file
 
 IMPORTANCES = ('group_norm', 'taylor', 'random')  # of channels, by which they are pruned
+AUTO = 'auto'  # in place of one: taylor, or without training images group_norm
 
 TREATMENTS = ('none', 'cwtm', 'dkpp')  # of what a teacher says of classes
 
@@ -41,7 +42,8 @@ SPLITS = ('val', 'train')  # on which fidelity is measured
 # Where runs log beside MMEngine's own files; each is the module, and the package, of that name.
 TRACKERS = ('tensorboard', 'wandb', 'mlflow')
 
-# How the names of exported files end, and by what these are run.
+# How the names of checkpoints and of exported files end, and by what these are run.
+CHECKPOINTS = ('.pth', '.pt')
 EXPORTED = ('.onnx', '.xml')
 RUNTIMES = ('onnxruntime', 'openvino')
 

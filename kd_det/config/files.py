@@ -130,6 +130,18 @@ def is_distillation(config: Config) -> bool:
     return get_type_name(config.get('model')) == DISTILLER
 
 
+def find_quantization(config: Config) -> dict | None:
+    """``model.quantize`` of a distillation, by which its student computes in integers; None where it is float.
+
+    Raises:
+        ConfigurationError: It is no dict.
+    """
+    settings = config.model.get('quantize') if is_distillation(config) else None
+    if settings is not None and not isinstance(settings, dict):
+        raise ConfigurationError(f"model.quantize: expected None or dict(bits=8, …), got {settings!r}.")
+    return settings
+
+
 def student_model(config: Config) -> ConfigDict:
     """The model dict of the detector that a run of this config yields."""
     if not get_type_name(config.get('model')):

@@ -29,7 +29,6 @@ from kd_det.deploy.runtime import Detections, ExportedDetector, ModelInfo
 Predict = Callable[[np.ndarray], Detections]  # of (N, channels, H, W) images
 
 
-
 class Tolerance(NamedTuple):
     """By how much a file may differ from the detector.
 
@@ -129,18 +128,14 @@ class Comparison:
                                      f"{'validation images' if self.real else 'images of noise'}.")
 
 
-def draw_images(config: Config, info: ModelInfo, count: int) -> list[Example]:
-    """Takes validation images, evenly spread, through the config's own pipeline; noise where its data is not here.
+def draw_images(dataset: Any | None, info: ModelInfo, count: int) -> list[Example]:
+    """Takes images, evenly spread, through their data set's own pipeline; noise where there is none.
 
     Args:
-        config: The plain student's.
+        dataset: See :func:`build_dataset`.
         info: Of the file.
         count: At most so many.
-
-    Raises:
-        ConfigurationError: The data set can not be built.
     """
-    dataset = build_dataset(config)
     if dataset is None or not len(dataset):
         noise = np.random.default_rng(0)
         size = info.size or (320, 416)

@@ -18,6 +18,7 @@ from kd_det.compat.console import TextTable
 from kd_det.compat.writing import refuse_to_replace, write_whole
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Count, Size, declared
+from kd_det.config.choices import CHECKPOINTS
 from kd_det.config.classes import count_classes
 from kd_det.config.files import get_type_name, list_pipelines
 from kd_det.config.options import resolve_config
@@ -32,7 +33,7 @@ from kd_det.deploy.checking import (
 )
 from kd_det.deploy.checkpoint import ExportedStudent, export_checkpoint, load_student
 from kd_det.deploy.graph import DetectorGraph
-from kd_det.deploy.integers import restore_quantizer, store_integers
+from kd_det.deploy.integers import quantize_as_trained, store_integers
 from kd_det.deploy.runtime import ONNX, OPENVINO, SECTION, ModelInfo, explained, open_model
 from kd_det.heads.queries import predicts_queries
 from kd_det.teachers.loading import find_class_names
@@ -82,7 +83,7 @@ def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path,
            ) -> ExportedStudent | ExportedModel:
     """Writes a student as a file of its own.
 
-    ``.pth``: its weights alone, and beside them a config that stock MMDetection reads. ``.onnx`` or ``.xml``
+    ``.pth`` or ``.pt``: its weights alone, and beside them a config that stock MMDetection reads. ``.onnx`` or ``.xml``
     (OpenVINO): one graph from the image to its boxes, which is run and compared with MMDetection's own predictions
     before the file gets its name.
 
@@ -104,26 +105,28 @@ def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path,
         force: Replace files of these names that no export wrote.
 
     Raises:
-        ConfigurationError: The checkpoint is not of the student in the config; or its detector, or an operator of it,
-            can not be exported; or the file does not agree with the detector.
+        ConfigurationError: The name of the file ends in none of these; or the checkpoint is not of the student in the
+            config; or its detector, or an operator of it, can not be exported; or the file does not agree with the
+            detector.
         NotFiniteError: Its weights are NaN or infinite.
         WritingError: A file of that name exists, and is no export; or it can not be written.
     """
     out, resolved = Path(out), resolve_config(config, data_root, options)
-    if format is not None:
+    if format is not None and out.name:
         out = out.with_suffix(SUFFIXES[format])
-    if out.suffix == '.py':
-        raise ConfigurationError(f"'{out}': expected the name of a checkpoint, such as '{out.with_suffix('.pth')}'; "
-                                 'the config comes beside it.')
-    if out.suffix not in (ONNX, OPENVINO):
+    if out.suffix in CHECKPOINTS:
         return export_checkpoint(resolved, checkpoint, out, force)
+    if out.suffix not in (ONNX, OPENVINO):
+        raise ConfigurationError(f"'{out}': expected a name that ends in .pth (a checkpoint, the config comes beside "
+                                 f'it), {ONNX} or {OPENVINO} (OpenVINO).')
     refuse_to_replace_model(out, force)
     plain, detector, meta = load_student(resolved, checkpoint)
-    is_quantized = restore_quantizer(resolved, checkpoint, detector)
+    is_quantized = quantize_as_trained(resolved, checkpoint, detector)
     if half and is_quantized:
         raise ConfigurationError('--half: the student was trained for integers, which the file holds.')
     graph = DetectorGraph(detector, channels, suppress, fixed='size' not in dynamic)
-    image_size = None if 'size' in dynamic else size or find_size(plain, graph.divisor)
+    dataset = build_dataset(plain)
+    image_size = None if 'size' in dynamic else size or find_size(plain, graph.divisor, dataset)
     info = describe(plain, detector, meta, graph, image_size, None if 'batch' in dynamic else 1, dtype,
                     'float16' if half else 'int8' if is_quantized else 'float32')
     with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +136,7 @@ def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path,
         if out.suffix == OPENVINO:
             file = convert_to_openvino(file, info)
         expected = predict_with(detector, channels) if suppress else predict_with_graph(graph)
-        comparison = compare(open_model(file), expected, draw_images(plain, info, images))
+        comparison = compare(open_model(file), expected, draw_images(dataset, info, images))
         comparison.require_agreement(info)
         return ExportedModel(out, info, move_model(file, out), comparison)
 
@@ -176,11 +179,16 @@ def test_pipeline(config: Config) -> list[dict]:
     return list_pipelines(loader['dataset'])[0] if loader else []
 
 
-def find_size(config: Config, divisor: int) -> tuple[int, int]:
+def find_size(config: Config, divisor: int, dataset: Any | None) -> tuple[int, int]:
     """Height and width of an image that holds whatever the config's test pipeline makes.
 
     Of the validation images, where they are here and tell their sizes: more padding than the detector was trained with
     costs it up to half a point of mAP. Else of any image.
+
+    Args:
+        config: The plain student's.
+        divisor: Of height and width.
+        dataset: The validation data, see :func:`~kd_det.deploy.checking.build_dataset`.
 
     Raises:
         ConfigurationError: The pipeline does not say.
@@ -191,14 +199,13 @@ def find_size(config: Config, divisor: int) -> tuple[int, int]:
                                  'WIDTH, or --dynamic size.')
     height, width = resize
     if keep_ratio:
-        sizes = [rescale_size(size, (max(resize), min(resize))) for size in _list_image_sizes(config)]
+        sizes = [rescale_size(size, (max(resize), min(resize))) for size in _list_image_sizes(dataset)]
         width, height = map(max, zip(*sizes)) if sizes else [max(resize)] * 2  # the longer side may be either
     return -(-height // divisor) * divisor, -(-width // divisor) * divisor
 
 
-def _list_image_sizes(config: Config) -> list[tuple[int, int]]:
+def _list_image_sizes(dataset: Any | None) -> list[tuple[int, int]]:
     """Width and height of the validation photographs; none where one of them does not tell."""
-    dataset = build_dataset(config)
     infos = [] if dataset is None else [dataset.get_data_info(index) for index in range(len(dataset))]
     sizes = {(info.get('width') or 0, info.get('height') or 0) for info in infos}
     return [] if any(0 in size for size in sizes) else sorted(sizes)

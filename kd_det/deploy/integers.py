@@ -10,12 +10,10 @@ import numpy as np
 from mmengine.config import Config
 from torch import nn
 
-from kd_det.compat import load_checkpoint
 from kd_det.config import ConfigurationError
-from kd_det.config.files import is_distillation
+from kd_det.config.files import find_quantization
 from kd_det.deploy.runtime import SECTION
-from kd_det.distillers.quantization import build_quantizer
-from kd_det.training.hooks import CHECKPOINT_KEY
+from kd_det.training.runs import restore_quantizer
 
 if TYPE_CHECKING:
     import onnx
@@ -23,8 +21,8 @@ if TYPE_CHECKING:
 LARGEST = 2**31 - 1  # of the integers of biases
 
 
-def restore_quantizer(config: Config, checkpoint: str | Path, detector: nn.Module) -> bool:
-    """Lets a student compute as it was trained to, in integers with the ranges of its checkpoint.
+def quantize_as_trained(config: Config, checkpoint: str | Path, detector: nn.Module) -> bool:
+    """Lets a student compute in integers, where it was trained to, see :func:`~kd_det.training.runs.restore_quantizer`.
 
     Args:
         config: Of the run that wrote the checkpoint.
@@ -37,19 +35,15 @@ def restore_quantizer(config: Config, checkpoint: str | Path, detector: nn.Modul
     Raises:
         ConfigurationError: No runtime computes with so few bits, or the checkpoint has no ranges.
     """
-    settings = config.model.get('quantize') if is_distillation(config) else None
+    settings = find_quantization(config)
     if settings is None:
         return False
     if settings.get('bits', 8) != 8:
         raise ConfigurationError(f"model.quantize.bits={settings['bits']} is a simulation: no runtime computes with so "
                                  'few. For the float student: --cfg-options model.quantize=None.')
-    ranges = load_checkpoint(checkpoint).get(CHECKPOINT_KEY, {}).get('ranges')
-    if ranges is None:
+    if not restore_quantizer(settings, checkpoint, detector):
         raise ConfigurationError(f"'{checkpoint}' holds no ranges: it was not trained with model.quantize. For the "
                                  'float student: --cfg-options model.quantize=None.')
-    quantizer = build_quantizer(dict(settings), detector)
-    quantizer.load_state(ranges)
-    quantizer.eval()
     return True
 
 

@@ -18,9 +18,11 @@ import numpy as np
 from kd_det.compat.console import TextTable
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Count, Place, Size, declared
+from kd_det.config.choices import CHECKPOINTS
 from kd_det.deploy.runtime import ONNX, OPENVINO
 
-RUNS_OF = {ONNX: ('onnxruntime', 'openvino'), OPENVINO: ('openvino', ), '.pth': ('torch', )}  # the default first
+RUNS_OF = {ONNX: ('onnxruntime', 'openvino'), OPENVINO: ('openvino', ),  # the default first
+           **dict.fromkeys(CHECKPOINTS, ('torch', ))}
 TURN = 5  # runs in a row, after one that does not count
 MEBIBYTE = 2**20
 
@@ -88,6 +90,13 @@ class Latencies:
         """Returns all of it as JSON can hold it."""
         return dict(asdict(self), files=[dict(asdict(each), file=str(each.file)) for each in self.files])
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Latencies:
+        """Reads what :meth:`to_dict` made."""
+        files = (Latency(**{**each, 'file': Path(each['file']), 'size': tuple(each['size']),
+                            'times': tuple(each['times'])}) for each in values['files'])
+        return cls(tuple(files), values['threads'], values['processor'])
+
     def _repr_html_(self) -> str:
         return self.tabulate().to_html()
 
@@ -151,7 +160,7 @@ def _find_runtimes(file: Path, runtimes: Sequence[str]) -> list[str]:
     found = [runtime for runtime in dict.fromkeys(runtimes) if runtime in able] if runtimes else [able[0]]
     if not found:
         raise ConfigurationError(f"'{file}' can not be run by {' or '.join(runtimes)}: expected {' or '.join(able)}.")
-    if file.suffix == '.pth' and not file.with_suffix('.py').is_file():
+    if file.suffix in CHECKPOINTS and not file.with_suffix('.py').is_file():
         raise ConfigurationError(f"'{file}' has no config beside it: there is no '{file.with_suffix('.py')}'. Export "
                                  'it with kd-det export CONFIG CHECKPOINT OUT.pth.')
     return found

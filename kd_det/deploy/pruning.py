@@ -9,7 +9,7 @@ from io import BytesIO, StringIO
 from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from annotated_types import Gt, Lt
@@ -25,13 +25,13 @@ from kd_det.compat.console import TextTable
 from kd_det.compat.writing import refuse_to_replace, write_whole
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Count, Seed, declared
+from kd_det.config.choices import AUTO, CHECKPOINTS
 from kd_det.config.detectors import check_student
 from kd_det.config.files import get_type_name, list_imports, student_config
 from kd_det.config.options import resolve_config
 from kd_det.deploy.channels import (
     Costs,
     GoalError,
-    Importance,
     check_kept,
     choose_kept,
     count_costs,
@@ -55,6 +55,7 @@ from kd_det.training.runs import evaluate
 # By what a pruned detector is known, which another may replace.
 PRUNED, PRUNED_CONFIG = 'kd-det prune', '# Pruned by kd-det: a smaller detector, for MMDetection with kd_det.\n'
 PartialShare = Annotated[float, Gt(0), Lt(1)]
+ImportanceChoice = Literal['auto', 'group_norm', 'taylor', 'random']
 
 # Given the config and the checkpoint of a pruned detector and the number of the step, the checkpoint of its training.
 Train = Callable[[Path, Path, int], str | Path]
@@ -85,8 +86,9 @@ class PrunedDetector:
             convolutions and linear layers.
         after: The same of itself.
         size: Height and width of the image that the operations are counted for, in pixels.
+        importance: By which channels were chosen.
         metrics: What the evaluation found before and after, such as ``coco/bbox_mAP``, 0 to 1; empty without one.
-        note: Why there was none.
+        note: Why there was none, or why channels were not chosen by ``'taylor'``.
     """
     checkpoint: Path
     config: Path
@@ -94,6 +96,7 @@ class PrunedDetector:
     before: dict[str, PartSize]
     after: dict[str, PartSize]
     size: Size
+    importance: str
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
     note: str = ''
 
@@ -115,7 +118,8 @@ class PrunedDetector:
                  if name.endswith(('mAP', 'mAP_50', 'AP50'))]
         return TextTable(f'{self.detector}, {self.size[0]} × {self.size[1]} pixels',
                          ('Part', 'Channels', 'Parameters', 'MACs, millions', 'Left'), rows,
-                         '\n'.join([*found, *([self.note] if self.note else [])]))
+                         '\n'.join([*found, f'Channels were chosen by {self.importance}.',
+                                    *([self.note] if self.note else [])]))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all of it as JSON can hold it."""
@@ -130,7 +134,7 @@ class PrunedDetector:
 
 @declared
 def prune(config: str | Path | Config, checkpoint: str | Path, out: str | Path, macs: PartialShare = 0.5, *,
-          importance: Importance = 'group_norm', batches: Count = 8, steps: Count = 1, train: Train | None = None,
+          importance: ImportanceChoice = AUTO, batches: Count = 8, steps: Count = 1, train: Train | None = None,
           evaluation: bool = True, seed: Seed = 0, data_root: str | None = None, options: dict[str, Any] | None = None,
           force: bool = False) -> PrunedDetector:
     """Prunes a detector to a share of its multiply-accumulate operations, at the size of its test images.
@@ -145,8 +149,9 @@ def prune(config: str | Path | Config, checkpoint: str | Path, out: str | Path, 
         checkpoint: Its weights, a file.
         out: The file to write, ``.pth``; the config comes beside it, as ``.py``.
         macs: The share of the operations that is left at most.
-        importance: ``'group_norm'`` by the norm of the weights, ``'taylor'`` by the gradients of some training images,
-            ``'random'``.
+        importance: ``'taylor'`` by the gradients of the loss on some training images, after which far more is left of
+            the detector's accuracy; ``'group_norm'`` by the norm of the weights; ``'random'``. ``'auto'`` is
+            ``'taylor'``, and ``'group_norm'`` where there are no such gradients: the result tells which, and why.
         batches: Of the training data, for ``'taylor'``.
         steps: Prune in so many steps, each by the same factor, into the folder ``OUT_steps`` but for the last.
         train: Called between the steps, see :data:`Train`; for example with :func:`kd_det.distill`.
@@ -163,9 +168,9 @@ def prune(config: str | Path | Config, checkpoint: str | Path, out: str | Path, 
         WritingError: A file of that name exists, and is no pruned detector; or it can not be written.
     """
     out = Path(out)
-    if out.suffix == '.py':
-        raise ConfigurationError(f"'{out}': expected the name of a checkpoint, such as '{out.with_suffix('.pth')}'; "
-                                 'the config comes beside it.')
+    if out.suffix not in CHECKPOINTS:
+        raise ConfigurationError(f"'{out}': expected the name of a checkpoint, which ends in .pth; the config comes "
+                                 'beside it.')
     files = [out.with_name(f'{out.stem}_steps') / f'step_{step}.pth' for step in range(1, steps)] + [out]
     for file in files:
         refuse_to_replace(file, lambda content: PRUNED.encode() in content, 'a pruned detector', force)
@@ -185,10 +190,14 @@ def prune(config: str | Path | Config, checkpoint: str | Path, out: str | Path, 
         else:
             current = Config.fromfile(found[-1].config), found[-1].checkpoint
     result = replace(found[-1], before=found[0].before)
-    return _evaluate(result, whole, checkpoint) if evaluation else replace(result, note='It was not evaluated.')
+    return _evaluate(result, whole, checkpoint) if evaluation else _add_note(result, 'It was not evaluated.')
 
 
-def _prune_once(config: Config, checkpoint: str | Path, out: Path, share: float, importance: Importance, batches: int,
+def _add_note(result: PrunedDetector, note: str) -> PrunedDetector:
+    return replace(result, note='\n'.join(filter(None, (result.note, note))))
+
+
+def _prune_once(config: Config, checkpoint: str | Path, out: Path, share: float, importance: str, batches: int,
                 seed: int) -> PrunedDetector:
     """Prunes and writes, without evaluating."""
     check_student(config.model, f"The model of the config '{config.filename}'")
@@ -202,7 +211,15 @@ def _prune_once(config: Config, checkpoint: str | Path, out: Path, share: float,
     set_random_seed(seed)
     plain, detector, meta = load_student(config, checkpoint)
     size = evaluation_size(config)
-    gradients = accumulate_gradients(detector, config, batches) if importance == 'taylor' else None
+    gradients, note = None, ''
+    if importance in ('taylor', AUTO):
+        try:
+            gradients = accumulate_gradients(detector, config, batches)
+        except Exception as error:  # whatever data that is not here, or a loss that is not known, raises
+            if importance != AUTO:
+                raise
+            note = f'The gradients for taylor can not be had: {(str(error) or type(error).__name__).splitlines()[0]}'
+        importance = importance if importance != AUTO else 'taylor' if gradients else 'group_norm'
     try:
         costs, traced = count_costs(detector, size), make_traceable(detector)
         for parameter, gradient in zip(traced.parameters(), gradients or ()):
@@ -219,16 +236,18 @@ def _prune_once(config: Config, checkpoint: str | Path, out: Path, share: float,
     small = copy.deepcopy(detector)
     narrow_detector(small, kept)
 
-    _describe_pruned(plain, pruned, compose_kept(detector.kept, kept) if isinstance(detector, Pruned) else kept, out)
+    _describe_pruned(plain, pruned, compose_kept(detector.kept, kept) if isinstance(detector, Pruned) else kept)
     made = build_detector(plain.model)  # by the config alone, as whoever reads it does
     made.load_state_dict(small.state_dict())
     with BytesIO() as content:
         torch.save(dict(meta=dict(meta, pruned_by=PRUNED), state_dict=made.state_dict()), content)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, content.getvalue())
-    write_whole(out.with_suffix('.py'), PRUNED_CONFIG + plain.pretty_text)
+    # MMEngine puts the folder of the config there, so that both files can be moved together.
+    start = f'load_from = r"""{{{{fileDirname}}}}""" + {f"/{out.name}"!r}\n'
+    write_whole(out.with_suffix('.py'), PRUNED_CONFIG + plain.pretty_text + start)
     return PrunedDetector(out, out.with_suffix('.py'), pruned.__name__, before,
-                          _measure_parts(made, count_costs(made.eval(), size)), size)
+                          _measure_parts(made, count_costs(made.eval(), size)), size, importance, note=note)
 
 
 def accumulate_gradients(detector: nn.Module, config: Config, batches: int) -> list[Tensor]:
@@ -253,7 +272,9 @@ def _load_batches(config: Config, count: int) -> Sequence[dict]:
     settings.pop('prefetch_factor', None)
     with redirect_stdout(StringIO()):  # pycocotools writes
         loader = Runner.build_dataloader(settings, seed=0)
-    return list(islice(cycle(loader), count)) if len(loader) else []
+    if not len(loader):
+        raise ConfigurationError('--importance taylor: the training data is empty.')
+    return list(islice(cycle(loader), count))
 
 
 def _measure_parts(detector: nn.Module, costs: Costs) -> dict[str, PartSize]:
@@ -269,8 +290,8 @@ def _measure_parts(detector: nn.Module, costs: Costs) -> dict[str, PartSize]:
     return {**parts, 'attention': PartSize(0, 0, costs.rest)} if costs.rest else parts
 
 
-def _describe_pruned(plain: Config, kind: type, kept: Kept, checkpoint: Path) -> None:
-    """Makes the config of a detector that of the pruned one, whose training starts from its checkpoint."""
+def _describe_pruned(plain: Config, kind: type, kept: Kept) -> None:
+    """Makes the config of a detector that of the pruned one."""
     plain.custom_imports = dict(imports=list(dict.fromkeys(['kd_det', *list_imports(plain)])),
                                 allow_failed_imports=False)
     model = remove_pretrained(plain.model)
@@ -278,7 +299,8 @@ def _describe_pruned(plain: Config, kind: type, kept: Kept, checkpoint: Path) ->
     if (model.backbone.get('frozen_stages') or -1) >= 0:
         model.backbone.frozen_stages = -1  # they have lost channels, and have to learn without
     plain.model = ConfigDict({**model, 'type': f'{scope}{kind.__name__}', 'kept': write_kept(kept)})
-    plain.load_from, plain.resume = str(checkpoint.resolve()), False
+    plain.pop('load_from', None)
+    plain.resume = False
 
 
 def _evaluate(result: PrunedDetector, config: Config, checkpoint: str | Path) -> PrunedDetector:
@@ -289,5 +311,5 @@ def _evaluate(result: PrunedDetector, config: Config, checkpoint: str | Path) ->
                              for name, each, file in (('before', config, checkpoint),
                                                       ('after', Config.fromfile(result.config), result.checkpoint)))
         except (ConfigurationError, ValueError, OSError) as error:
-            return replace(result, note=f'It was not evaluated: {str(error).splitlines()[0]}')
+            return _add_note(result, f'It was not evaluated: {str(error).splitlines()[0]}')
     return replace(result, metrics={name: (value, after[name]) for name, value in before.items() if name in after})

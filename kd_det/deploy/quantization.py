@@ -16,9 +16,9 @@ from kd_det.compat.console import TextTable
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Count, Size, declared
 from kd_det.config.choices import RANGES
-from kd_det.config.files import is_distillation, list_leaf_datasets
+from kd_det.config.files import find_quantization, list_leaf_datasets
 from kd_det.config.options import resolve_config
-from kd_det.deploy.checking import Comparison, Example, compare, draw_images, predict_with, quiet
+from kd_det.deploy.checking import Comparison, Example, build_dataset, compare, draw_images, predict_with, quiet
 from kd_det.deploy.checkpoint import load_student
 from kd_det.deploy.export import describe, find_size, move_model, refuse_to_replace_model, write_onnx
 from kd_det.deploy.graph import DetectorGraph
@@ -138,7 +138,7 @@ def quantize(config: str | Path | Config, checkpoint: str | Path, out: str | Pat
     if out.suffix != ONNX:
         raise ConfigurationError(f"'{out}': expected the name of a file that ends in {ONNX}. kd-det export converts no "
                                  'integers; OpenVINO reads the ONNX file itself.')
-    if is_distillation(resolved) and resolved.model.get('quantize') is not None:
+    if find_quantization(resolved) is not None:
         raise ConfigurationError('The student was trained for integers (model.quantize): kd-det export writes those. '
                                  'To quantise its float weights anew: --cfg-options model.quantize=None.')
     if not ranges:
@@ -146,8 +146,10 @@ def quantize(config: str | Path | Config, checkpoint: str | Path, out: str | Pat
     refuse_to_replace_model(out, force)
     plain, detector, meta = load_student(resolved, checkpoint)
     graph = DetectorGraph(detector, channels)
-    info = describe(plain, detector, meta, graph, size or find_size(plain, graph.divisor), 1, dtype, 'float32')
-    examples = draw_calibration_images(plain, info, calibrate)
+    validation = None if size else build_dataset(plain)
+    size = size or find_size(plain, graph.divisor, validation)
+    info = describe(plain, detector, meta, graph, size, 1, dtype, 'float32')
+    examples = draw_calibration_images(plain, info, calibrate, validation)
     with tempfile.TemporaryDirectory() as folder:
         float_file = write_onnx(graph, info, Path(folder) / f'float{ONNX}')
         trials, files = [], {}
@@ -173,8 +175,14 @@ def choose(trials: Sequence[Trial]) -> Trial:
     return max(free, key=lambda trial: trial.quality, default=best)
 
 
-def draw_calibration_images(config: Config, info: ModelInfo, count: int) -> list[Example]:
+def draw_calibration_images(config: Config, info: ModelInfo, count: int, validation: Any | None) -> list[Example]:
     """Takes images of the training data, else of the validation data, through the config's own test pipeline.
+
+    Args:
+        config: The plain student's.
+        info: Of the file.
+        count: At most so many.
+        validation: The validation data, where it is built already.
 
     Raises:
         ConfigurationError: There are none.
@@ -185,10 +193,10 @@ def draw_calibration_images(config: Config, info: ModelInfo, count: int) -> list
         trained['pipeline'] = list_leaf_datasets(loader['dataset'])[0].get('pipeline', [])
         shown = copy.deepcopy(config)
         shown.val_dataloader = dict(dataset=trained)
-        examples = draw_images(shown, info, count)
+        examples = draw_images(build_dataset(shown), info, count)
         if examples[0].objects is not None:
             return examples
-    examples = draw_images(config, info, count)
+    examples = draw_images(validation or build_dataset(config), info, count)
     if examples[0].objects is None:
         raise ConfigurationError('There are no images to calibrate on: neither the training nor the validation data of '
                                  'the config is here. Give its folder with --data-root.')

@@ -132,13 +132,14 @@ def _open_student(file: Path, threads: int, size: tuple[int, int] | None
     import torch
 
     from kd_det.config.options import resolve_config
+    from kd_det.deploy.checking import build_dataset
     from kd_det.deploy.checkpoint import load_student
     from kd_det.deploy.export import find_size
     from kd_det.deploy.graph import DetectorGraph
     plain, detector, _ = load_student(resolve_config(file.with_suffix('.py')), file)
     torch.set_num_threads(threads)
     graph = DetectorGraph(detector)
-    size = size or find_size(plain, graph.divisor)
+    size = size or find_size(plain, graph.divisor, build_dataset(plain))
 
     @torch.inference_mode()
     def run(image: np.ndarray) -> Any:

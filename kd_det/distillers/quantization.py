@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import at, check_arguments
-from kd_det.distillers.quantization_plan import LAYERS, Survey, find_parts, list_layers, plan_layers, show_blank
+from kd_det.distillers.quantization_plan import LAYERS, find_parts, list_layers, plan_layers, show_blank, survey_layers
 from kd_det.distillers.rounding import Quantization, Rounder
 
 READERS = (torch.sigmoid, torch.Tensor.sigmoid, F.hardsigmoid, F.hardswish, F.leaky_relu, F.elu, F.gelu, F.mish,
@@ -30,7 +30,7 @@ PRODUCTS = (torch.mul, torch.Tensor.mul)
 SUMS = (torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__iadd__)
 FUSED = (F.relu, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_, F.relu6, F.hardtanh, torch.clamp,
          torch.Tensor.clamp)  # with the layer or the sum before them
-PASSING = ('_known', '_rows', '_rounded', '_live', '_pending', '_names', '_folded', '_survey')  # not copied
+PASSING = ('_known', '_rows', '_rounded', '_live', '_pending')  # by tensor, of one forward
 
 
 class FoldedWeight(NamedTuple):
@@ -62,7 +62,6 @@ class Quantizer(Rounder):
     student: nn.Module
     _names: dict[int, str] | None
     _folded: dict[tuple, FoldedWeight]
-    _survey: Survey | None
 
     def __init__(self, student: nn.Module, settings: Quantization) -> None:
         super().__init__(settings)
@@ -74,15 +73,12 @@ class Quantizer(Rounder):
         student.__dict__['quantizer'] = self
         self.parts, self.points = find_parts(student), dict[str, int]()
         self._readers: set[str] = set()  # the operators that read rounded values
-        self._is_planning, self.is_frozen = False, False
+        self._is_planning, self.is_frozen = True, False
         self._forget()
+        self.layers = plan_layers(survey_layers(student), self.parts, settings.keep_float)
         for part in self.parts:
             student.get_submodule(part).forward = partial(self.run, part)  # on the instance, before the class's
-        self._survey = survey = Survey(self.names)
-        show_blank(student, self.parts)
-        self.layers = plan_layers(survey, self.parts, settings.keep_float)
         self.allocate(0, len(self.layers.quantized))
-        self._survey, self._is_planning = None, True
         show_blank(student, self.parts)
         self._is_planning = False
         self._forget()
@@ -95,9 +91,9 @@ class Quantizer(Rounder):
             self._rows.clear()
         self._last, self._count = part, 0
         module = self.student.get_submodule(part)
-        with self._survey or _Rounding(self):
+        with _Rounding(self):
             out = type(module).forward(module, *args, **kwargs)
-        if part == 'neck' and part != self.parts[-1] and isinstance(out, (tuple, list)) and not self._survey:
+        if part == 'neck' and part != self.parts[-1] and isinstance(out, (tuple, list)):
             self._last, self._count = f'{part}.output', 0  # heads read it, and what they do not run, as RoIAlign
             out = type(out)(self._read(list(out))[0])
         return out
@@ -176,13 +172,8 @@ class Quantizer(Rounder):
     def run_reader(self, function: Callable, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """An operator that a runtime computes by itself, so that what it reads is integer, too."""
         (x, ), _ = self._read([x])
-        return self._mark(function(x, *args, **options), x)
-
-    def run_mover(self, function: Callable, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """An operator that puts out in the range that it reads."""
-        (x, ), _ = self._read([x])
         out = function(x, *args, **options)
-        if x in self._rows:
+        if function in MOVERS and x in self._rows:
             self._rows[out] = self._rows[x]
         return self._mark(out, x)
 
@@ -218,16 +209,20 @@ class Quantizer(Rounder):
         """Rounds what an operator reads, if that stems from quantised layers; and whether it does."""
         self._count += 1
         reader = f'{self._last}/{self._count}'
-        if self._is_planning and any(each in self._live or each in self._rows for each in tensors):
+        if self._stems_from_layers(tensors):
             self._readers.add(reader)
         if reader not in self._readers:
             return tensors, False
         return [self.round(each, f'{reader}.{index}') for index, each in enumerate(tensors)], True
 
     def _mark(self, out: Tensor, *sources: Tensor) -> Tensor:
-        if self._is_planning and any(each in self._live or each in self._rows for each in sources):
+        if self._stems_from_layers(sources):
             self._live[out] = True
         return out
+
+    def _stems_from_layers(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether one of some tensors is made of what quantised layers put out; asked while it plans."""
+        return self._is_planning and any(each in self._live or each in self._rows for each in tensors)
 
     # --------------------------------------------------------------------------------------------- the student, state
 
@@ -274,13 +269,11 @@ class Quantizer(Rounder):
         self._steps = None
 
     def _forget(self) -> None:
-        for name in ('_known', '_rows', '_rounded', '_live', '_pending'):
-            setattr(self, name, WeakTensorKeyDictionary())
-        self._names, self._folded, self._survey = None, {}, None
+        """Lets go of what is of one forward, or of one student: a copy finds the layers of its own."""
+        self.__dict__.update({name: WeakTensorKeyDictionary() for name in PASSING}, _names=None, _folded={})
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy finds the layers of its own student."""
-        return {key: value for key, value in self.__dict__.items() if key not in PASSING}
+        return {key: value for key, value in self.__dict__.items() if key not in (*PASSING, '_names', '_folded')}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -301,7 +294,7 @@ class _Rounding(TorchFunctionMode):
 
 METHODS: dict[Callable, Callable] = {
     **dict.fromkeys(LAYERS, Quantizer.run_layer), F.batch_norm: Quantizer.run_norm, F.silu: Quantizer.run_silu,
-    **dict.fromkeys(READERS, Quantizer.run_reader), **dict.fromkeys(MOVERS, Quantizer.run_mover),
+    **dict.fromkeys((*READERS, *MOVERS), Quantizer.run_reader),
     **dict.fromkeys((*SUMS, *PRODUCTS), Quantizer.run_pair), torch.cat: Quantizer.run_join,
     **dict.fromkeys(FUSED, Quantizer.run_fused)}
 

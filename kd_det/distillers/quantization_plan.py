@@ -110,24 +110,28 @@ class Survey(TorchFunctionMode):
         return result
 
 
-def find_predictors(detector: nn.Module) -> set[str]:
-    """Finds the last layers of a detector's heads, whose outputs are decoded; of a transformer none."""
-    parts, layers = find_parts(detector), list_layers(detector)
-    survey = Survey(layers)
+def survey_layers(detector: nn.Module) -> Survey:
+    """Notes which layers of a detector's parts run, of a blank image."""
+    parts, survey = find_parts(detector), Survey(list_layers(detector))
+
+    def watch(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with survey:
+            return type(module).forward(module, *args, **kwargs)
+
     for part in parts:
         module = detector.get_submodule(part)
-        module.forward = partial(_watch, survey, module)  # on the instance, before the class's
+        module.forward = partial(watch, module)  # on the instance, before the class's
     try:
         show_blank(detector, parts)
     finally:
         for part in parts:
             del detector.get_submodule(part).forward
-    return survey.list_unread(parts)
+    return survey
 
 
-def _watch(survey: Survey, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    with survey:
-        return type(module).forward(module, *args, **kwargs)
+def find_predictors(detector: nn.Module) -> set[str]:
+    """Finds the last layers of a detector's heads, whose outputs are decoded; of a transformer none."""
+    return survey_layers(detector).list_unread(find_parts(detector))
 
 
 def list_layers(detector: nn.Module) -> dict[int, str]:

@@ -13,16 +13,19 @@ from mmengine.config import Config
 
 from kd_det.compat.console import TextTable
 from kd_det.compat.writing import locked_folder, write_whole
+from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Count, Names, Parts, Positive, Ratio, Seed, Size, declared
+from kd_det.config.choices import AUTO
 from kd_det.config.files import load_config, student_config
 from kd_det.config.options import resolve_config
 from kd_det.deploy.checkpoint import load_student
 from kd_det.deploy.export import export
 from kd_det.deploy.latency import Latencies, measure_latency
-from kd_det.deploy.pruning import PartialShare, PrunedDetector, prune
+from kd_det.deploy.pruning import ImportanceChoice, PartialShare, prune
 from kd_det.deploy.quantization import quantize
 from kd_det.study.chain import Chain, Run
-from kd_det.study.report.page import COLOURS, Ink, apply_style, render_compression, render_svg
+from kd_det.study.report.page import COLOURS, Ink, apply_style, prepare_compression, render, render_svg
+from kd_det.study.runs import read_json
 from kd_det.training.runs import distill, evaluate
 
 RECORD, PAGE, MAP = 'compression.json', 'report.html', 'coco/bbox_mAP'
@@ -51,6 +54,10 @@ class Stage:
     metrics: dict[str, float]
     agreement: tuple[float | None, float | None]
 
+    def format_scores(self) -> list[str]:
+        """Its mAP and AP50 in points; of nothing found the metric has none."""
+        return [f'{100 * self.metrics.get(f"{MAP}{suffix}", 0.0):.1f}' for suffix in ('', '_50')]
+
     def to_dict(self) -> dict[str, Any]:
         """Returns all of it as JSON can hold it."""
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
@@ -69,11 +76,11 @@ class Compression:
     Attributes:
         folder: Holds all of it, with ``report.html``.
         stages: The detectors, in order.
-        latencies: Of their files, in each runtime, beside each other.
+        latencies: Of their files, in each runtime, beside each other; None while it has not finished.
     """
     folder: Path
     stages: tuple[Stage, ...]
-    latencies: Latencies
+    latencies: Latencies | None
 
     @property
     def file(self) -> Path:
@@ -82,16 +89,19 @@ class Compression:
 
     def tabulate(self) -> TextTable:
         """Makes a table with a row for each stage."""
-        runtimes = list(dict.fromkeys(each.runtime for each in self.latencies.files))
+        if self.latencies is None:
+            return TextTable('Compressed', ('stage', 'mAP', 'AP50', 'M parameters'), [
+                (stage.name, *stage.format_scores(), f'{stage.parameters / 1e6:.3f}') for stage in self.stages],
+                'It has not finished: this is what has.')
+        runtimes = self.runtimes
         measured = [(each, median(each.times)) for each in self.latencies.files]
         first = {runtime: next(time for each, time in measured if each.runtime == runtime) for runtime in runtimes}
         rows = []
         for stage in self.stages:
             own = {each.runtime: (each, time) for each, time in measured if each.file == stage.file}
             found, _ = next(iter(own.values()))
-            scores = [stage.metrics.get(f'{MAP}{suffix}', 0.0) for suffix in ('', '_50')]  # none: nothing was found
-            rows.append((stage.name, *(f'{100 * score:.1f}' for score in scores),
-                         f'{found.macs / 1e9:.3f}', f'{stage.parameters / 1e6:.3f}', f'{found.bytes / 2**20:.2f}',
+            rows.append((stage.name, *stage.format_scores(), f'{found.macs / 1e9:.3f}',
+                         f'{stage.parameters / 1e6:.3f}', f'{found.bytes / 2**20:.2f}',
                          *(f'{own[runtime][1]:.2f} ({own[runtime][1] / first[runtime]:.2f})' for runtime in runtimes)))
         threads = self.latencies.threads
         return TextTable('Compressed', ('stage', 'mAP', 'AP50', 'GMACs', 'M parameters', 'MiB',
@@ -102,17 +112,51 @@ class Compression:
     def to_dict(self) -> dict[str, Any]:
         """Returns all of it as JSON can hold it."""
         return dict(folder=str(self.folder), stages=[stage.to_dict() for stage in self.stages],
-                    latencies=self.latencies.to_dict())
+                    latencies=self.latencies and self.latencies.to_dict())
 
     def _repr_html_(self) -> str:
         return self.tabulate().to_html()
 
+    @property
+    def runtimes(self) -> list[str]:
+        """In which latency was measured."""
+        return list(dict.fromkeys(each.runtime for each in self.latencies.files)) if self.latencies else []
+
+    def prepare_page(self) -> dict[str, Any]:
+        """What a page shows of it, see :func:`~kd_det.study.report.page.render`."""
+        return prepare_compression(self.folder.resolve().name, self.tabulate(), _plot(self) if self.latencies else '')
+
+
+def is_compression(folder: Path) -> bool:
+    """Whether a folder is one of :func:`compress`."""
+    return (folder / RECORD).is_file()
+
+
+def read_compression(folder: Path) -> Compression:
+    """Reads what :func:`compress` left, be it finished or not.
+
+    Raises:
+        ConfigurationError: The record can not be read.
+    """
+    record = read_json(folder / RECORD)
+    try:
+        stages = tuple(map(Stage.from_dict, record['stages'].values()))
+        latencies = Latencies.from_dict(record['latencies']) if 'latencies' in record else None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ConfigurationError(f"'{folder / RECORD}' can not be read: it is not as kd-det compress writes it "
+                                 f'({type(error).__name__}: {error}).') from error
+    if not stages:
+        raise ConfigurationError(f"'{folder}': no stage of the compression has finished.")
+    measured = {each.file for each in latencies.files} if latencies else set()
+    return Compression(folder, stages, latencies if all(stage.file in measured for stage in stages) else None)
+
 
 @declared
 def compress(student: str | Path | Config, teacher: str | Path, checkpoint: str | Path, out: str | Path, *,
-             method: str = 'fgd', macs: PartialShare | None = None, int8: bool = False, epochs: Count | None = None,
-             quantized_epochs: Count | None = None, learning_rate: Positive = 0.1, calibrate: Count = 64,
-             inherit: Parts = 'auto', balance: Ratio | None = None, seed: Seed = 0, size: Size | None = None,
+             method: str = 'fgd', macs: PartialShare | None = None, importance: ImportanceChoice = AUTO,
+             int8: bool = False, epochs: Count | None = None, quantized_epochs: Count | None = None,
+             learning_rate: Positive = 0.1, calibrate: Count = 64, inherit: Parts = 'auto',
+             balance: Ratio | None = None, seed: Seed = 0, size: Size | None = None,
              runtimes: Names = ('onnxruntime', 'openvino'), threads: Count = 1, runs: Count = 50,
              data_root: str | None = None, options: dict[str, Any] | None = None, log: Callable[[str], None] = print
              ) -> Compression:
@@ -129,6 +173,7 @@ def compress(student: str | Path | Config, teacher: str | Path, checkpoint: str 
         out: The folder for all of it.
         method: By which it is distilled, each time.
         macs: The share of multiply-accumulate operations that pruning leaves.
+        importance: Which channels it takes first, see :func:`~kd_det.deploy.pruning.prune`.
         int8: Quantise.
         epochs: Of each distillation of the float student; the config's own by default.
         quantized_epochs: Of that in integers; a quarter of the others by default.
@@ -151,16 +196,15 @@ def compress(student: str | Path | Config, teacher: str | Path, checkpoint: str 
     """
     out, config, options = Path(out), resolve_config(student, data_root), options or {}
     teaching = dict(teacher=teacher, checkpoint=checkpoint, method=method, seed=seed, balance=balance)
-    settings = dict(student=config.pretty_text, macs=macs, int8=int8, epochs=epochs, quantized_epochs=quantized_epochs,
-                    learning_rate=learning_rate, calibrate=calibrate, inherit=inherit, size=size, options=options,
-                    **teaching)
+    settings = dict(student=config.pretty_text, macs=macs, importance=importance, int8=int8, epochs=epochs,
+                    quantized_epochs=quantized_epochs, learning_rate=learning_rate, calibrate=calibrate,
+                    inherit=inherit, size=size, options=options, **teaching)
     with locked_folder(out):
         chain = _Compressing(out, settings, size, log)
         run = chain.distill('distilled', config, inherit=inherit, epochs=epochs, options=options, **teaching)
         chain.measure('distilled', run)
         if macs is not None:
-            pruned = chain.once('pruned', lambda: _files_of(prune(*run, out / 'pruned.pth', macs, seed=seed,
-                                                                  evaluation=False, force=True)))
+            pruned = chain.once('pruned', lambda: chain.prune(*run, macs, importance, seed))
             chain.measure('pruned', pruned)
             run = chain.distill('pruned, distilled', load_config(pruned[0]), inherit=(), epochs=epochs,
                                 options=options, **teaching)
@@ -180,7 +224,7 @@ def compress(student: str | Path | Config, teacher: str | Path, checkpoint: str 
         result = Compression(out, stages, latencies)
         chain.record['latencies'] = latencies.to_dict()
         chain.save()
-        write_whole(out / PAGE, render_compression(out.resolve().name, result.tabulate(), _plot(result)))
+        write_whole(out / PAGE, render([], [result.prepare_page()]))
     return result
 
 
@@ -206,6 +250,14 @@ class _Compressing(Chain):
     def distill(self, name: str, student: Config, **arguments: Any) -> Run:
         return self.train(name, self.out / _name_file(name), partial(distill, student, **arguments))
 
+    def prune(self, config: Path, checkpoint: Path, macs: float, importance: str, seed: int) -> Run:
+        """Prunes, and tells how channels were chosen."""
+        pruned = prune(config, checkpoint, self.out / 'pruned.pth', macs, importance=importance, seed=seed,
+                       evaluation=False, force=True)
+        why = pruned.note.splitlines()[:-1]  # the last: it was not evaluated
+        self.log('\n'.join([f'Channels were chosen by {pruned.importance}.', *why]))
+        return pruned.config, pruned.checkpoint
+
     def measure(self, name: str, run: Run, write: Callable[..., Any] = export) -> None:
         """Writes the file of a stage, and evaluates it, once."""
         stage = self.stages.get(name)
@@ -222,10 +274,6 @@ class _Compressing(Chain):
         self.save()
 
 
-def _files_of(pruned: PrunedDetector) -> Run:
-    return pruned.config, pruned.checkpoint
-
-
 def _name_file(stage: str) -> str:
     return stage.replace(', ', '_')
 
@@ -234,7 +282,7 @@ def _plot(result: Compression) -> str:
     """MAP against milliseconds, beside each other for each runtime."""
     title = 'mAP against latency'
     files = {stage.file: stage for stage in result.stages}
-    runtimes = list(dict.fromkeys(each.runtime for each in result.latencies.files))
+    runtimes = result.runtimes
     with apply_style(title, [Ink(colour) for colour in COLOURS]):
         figure = Figure((5 * len(runtimes), 3.6), layout='constrained')
         plots = figure.subplots(1, len(runtimes), sharey=True, squeeze=False)[0]

@@ -43,7 +43,7 @@ from kd_det.config.classes import (
     get_metainfo,
     match_classes,
 )
-from kd_det.config.files import list_leaf_datasets, load_config, student_model
+from kd_det.config.files import find_quantization, list_leaf_datasets, load_config, student_model
 from kd_det.functional.fidelity import Moments, expected_calibration_error, linear_cka, moments
 from kd_det.functional.masks import valid_cells
 from kd_det.heads.dense import Stride
@@ -54,6 +54,7 @@ from kd_det.study.runs import check_shape, read_json
 from kd_det.study.scheduling import CONFIG_FILE
 from kd_det.taps import Taps
 from kd_det.teachers import Teacher, load_strictly, probe_levels, read_model_config
+from kd_det.training.runs import restore_quantizer
 
 Splits = dict[str, dict[str, float]]  # split -> number -> value
 FIDELITY_FILE = 'fidelity.json'
@@ -303,6 +304,9 @@ def measure_fidelity(config: Config, checkpoint: str, teacher: dict, split: str 
         dataset = DATASETS.build(_make_dataset_config(config, split))
     load_strictly(detector, checkpoint, role='student')
     detector.to(get_device()).eval()
+    quantization = find_quantization(config)
+    if quantization is not None:
+        restore_quantizer(quantization, checkpoint, detector)
     metric = FidelityMetric(teacher, **options)
     metric.attach(detector)
     evaluator = Evaluator([metric])

@@ -17,11 +17,13 @@ from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.runner import Runner
+from torch import nn
 
 from kd_det.checks.data import check_labels
 from kd_det.checks.doctor import check_config, explain, warn_of_annotations
 from kd_det.checks.image_reader import Memory
 from kd_det.checks.images import check_images, student_channels
+from kd_det.compat import load_checkpoint
 from kd_det.compat.console import TextTable
 from kd_det.compat.writing import is_first_process, kept_after_errors, locked_folder, refuse_to_replace
 from kd_det.config import ConfigurationError
@@ -29,6 +31,8 @@ from kd_det.config.arguments import Bits, Count, Index, Name, Names, Parts, Rati
 from kd_det.config.choices import EXPORTED
 from kd_det.config.composition import distillation_config, make_ensemble
 from kd_det.config.files import (
+    find_quantization,
+    is_distillation,
     list_leaf_datasets,
     rename_config,
     set_data_root,
@@ -37,9 +41,10 @@ from kd_det.config.files import (
 from kd_det.config.learners import add_learners
 from kd_det.config.methods import name_sum
 from kd_det.config.options import merge_options, resolve_config, set_epochs
+from kd_det.distillers.quantization import build_quantizer
 from kd_det.registry import HOME
 from kd_det.training.finiteness import explain_divergence
-from kd_det.training.hooks import NotebookProgress, is_in_notebook
+from kd_det.training.hooks import CHECKPOINT_KEY, NotebookProgress, is_in_notebook
 from kd_det.training.pictures import draw_curves, names_to_draw, read_scalars
 from kd_det.training.runner import (
     add_trackers,
@@ -224,8 +229,9 @@ def evaluate(config: str | Path | Config, checkpoint: str | Path, *, data_root: 
              options: dict[str, Any] | None = None, force: bool = False) -> RunResult:
     """Evaluates a checkpoint, or an exported file, on the config's test data.
 
-    Of a distillation that is the student alone, no teacher is built. An exported file takes the detector's place; all
-    else, data, pipeline and metrics, is the config's.
+    Of a distillation that is the student alone, no teacher is built. A student that was trained for integers computes
+    in them, unless ``options`` say ``{'model.quantize': None}``. An exported file takes the detector's place; all else,
+    data, pipeline and metrics, is the config's.
 
     Args:
         config: A file, ``'package::folder/file.py'``, or a config.
@@ -251,7 +257,10 @@ def evaluate(config: str | Path | Config, checkpoint: str | Path, *, data_root: 
     """
     if out:
         refuse_to_replace(out, lambda content: b'pred_instances' in content, 'predictions', force)
-    config = student_config(resolve_config(config))
+    whole, options = resolve_config(config), dict(options or {})
+    if is_distillation(whole):  # all other options are the plain student's
+        merge_options(whole, {key: options.pop(key) for key in (*options, ) if f'{key}.'.startswith('model.quantize.')})
+    config, quantization = student_config(whole), find_quantization(whole)
     name = Path(config.filename or 'config').stem
     _set_run(config, name, data_root, work_dir, launcher=launcher, options=options)
     config = rename_config(config, f'{name}_test.py')  # the work dir keeps the config of its training
@@ -280,6 +289,8 @@ def evaluate(config: str | Path | Config, checkpoint: str | Path, *, data_root: 
         if is_exported:
             detector = runner.model.module if tta else runner.model
             detector.adapt(runner.test_loop.dataloader.dataset, metrics)
+        elif quantization is not None:
+            _quantize(runner, quantization, checkpoint)
         if out:
             metrics.append(DumpDetResults(out_file_path=str(out)))
     check_start(runner)
@@ -289,6 +300,42 @@ def evaluate(config: str | Path | Config, checkpoint: str | Path, *, data_root: 
     found = runner.test()
     return RunResult(work_dir=Path(config.work_dir), config=_saved_config(runner), checkpoint=Path(checkpoint),
                      metrics={name: float(value) for name, value in found.items()})
+
+
+def restore_quantizer(settings: dict[str, Any], checkpoint: str | Path, detector: nn.Module) -> bool:
+    """Lets a student compute as it was trained to, in integers with the ranges of its checkpoint.
+
+    Args:
+        settings: See :func:`~kd_det.config.files.find_quantization`.
+        checkpoint: A file, or an address.
+        detector: The plain student in eval mode, with its weights or before it gets them; changed.
+
+    Returns:
+        Whether the checkpoint has ranges; without any the student stays float.
+
+    Raises:
+        ConfigurationError: The settings are wrong, or the ranges of another student.
+    """
+    ranges = load_checkpoint(checkpoint).get(CHECKPOINT_KEY, {}).get('ranges')
+    if ranges is None:
+        return False
+    quantizer = build_quantizer(settings, detector)
+    quantizer.load_state(ranges)
+    quantizer.to(next(detector.parameters()).device).eval()
+    return True
+
+
+def _quantize(runner: Runner, settings: dict, checkpoint: str | Path) -> None:
+    """Tests a student that was trained for integers as it was validated then."""
+    detector = runner.model
+    while hasattr(detector, 'module'):  # within wrappers for several processes, or for test-time augmentation
+        detector = detector.module
+    if restore_quantizer(settings, checkpoint, detector.eval()):
+        runner.logger.info(f"The student computes in integers of {settings.get('bits', 8)} bits, as it was trained. "
+                           'Its float weights are tested with --cfg-options model.quantize=None.')
+    else:
+        runner.logger.warning(f"'{checkpoint}' holds no ranges, so that the student computes in float: it was not "
+                              'trained with model.quantize.')
 
 
 def _set_run(config: Config, name: str, data_root: str | None, work_dir: str | Path | None, epochs: int | None = None,

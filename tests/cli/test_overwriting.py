@@ -70,10 +70,19 @@ def test_an_export_replaces_nothing_but_an_export(out, there, student, capsys):
     assert Config.fromfile('plain.py').model.type == 'RetinaNet'
 
 
-@pytest.mark.parametrize('out', ['model.py', 'folder'])
-def test_an_export_needs_the_name_of_a_checkpoint(out, student, capsys):
+@pytest.mark.parametrize('out', ['model.py', 'folder', 'model.torchscript', 'model.engine', 'model.ONNX', 'model', '.'])
+def test_an_export_needs_a_name_that_tells_what_it_is(out, student, capsys):
     Path('folder').mkdir()
-    assert out in refused(['export', 'student.py', 'epoch_1.pth', out], capsys)
+    for command, said in (('export', '.pth (a checkpoint, the config comes beside it), .onnx or .xml'),
+                          ('prune', 'a checkpoint, which ends in .pth')):
+        line = refused([command, 'student.py', 'epoch_1.pth', out], capsys)
+        assert f"'{out}': expected " in line and said in line
+    assert sorted(file.name for file in Path().iterdir()) == ['epoch_1.pth', 'folder', 'student.py']
+
+
+def test_an_export_may_be_named_pt(student):
+    assert main(['export', 'student.py', 'epoch_1.pth', 'plain.pt']) == 0
+    assert Path('plain.py').is_file() and Path('plain.pt').is_file()
 
 
 # ---------------------------------------------------------------- training

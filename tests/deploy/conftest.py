@@ -1,13 +1,16 @@
 """Detectors whose random weights say something, and files of one, each exported once."""
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
+from mmdet.registry import DATASETS
 from mmengine.config import ConfigDict
 
 import kd_det
+from kd_det.deploy import checking
 from kd_det.registry import build_detector
 
 TEST_CFG = dict(nms_pre=60, score_thr=0.3, conf_thr=0.4, min_bbox_size=0, nms=dict(type='nms', iou_threshold=0.6),
@@ -45,6 +48,19 @@ def lively_detector(detector_config):
         return built.eval()
 
     return make
+
+
+@pytest.fixture
+def built(monkeypatch) -> list[str]:
+    """The annotation files of the data sets that were built to compare or calibrate on."""
+    files, build = [], DATASETS.build
+
+    def remember(config, **options):
+        files.append(config['ann_file'])
+        return build(config, **options)
+
+    monkeypatch.setattr(checking, 'DATASETS', SimpleNamespace(build=remember))
+    return files
 
 
 class Files(NamedTuple):

@@ -12,7 +12,7 @@ from kd_det.cli.main import main
 from kd_det.compat.writing import WritingError
 from kd_det.config import ConfigurationError
 from kd_det.deploy import export as exporting
-from kd_det.deploy.checking import TOLERANCES, Comparison, Example, match, measure_map
+from kd_det.deploy.checking import TOLERANCES, Comparison, Example, build_dataset, match, measure_map
 from kd_det.deploy.export import find_size
 from kd_det.deploy.runtime import Detections, ExportedDetector, ModelInfo, open_model
 from kd_det.registry import build_detector
@@ -95,12 +95,14 @@ def test_candidates_in_place_of_suppressed_boxes(student, tmp_path):
     assert 'NonMaxSuppression' not in {node.op_type for node in onnx.load(tmp_path / 'model.onnx').graph.node}
 
 
-def test_a_checked_file_with_its_map(student, run_config, tmp_path, capsys):
+def test_a_checked_file_with_its_map(student, run_config, built, tmp_path, capsys):
     """From the command line, on the data of the config, whose pipeline says how large images are."""
     config, checkpoint = student('RetinaNet')
-    run_config(config.model, val=True).dump(tmp_path / 'config.py')
+    config = run_config(config.model, val=True)
+    config.dump(tmp_path / 'config.py')
     command = ['export', str(tmp_path / 'config.py'), checkpoint, str(tmp_path / 'model.onnx'), '--images', '5']
     assert main(command) == 0
+    assert built == ['all.json']  # once
     said = capsys.readouterr().out
     assert '5 validation images' in said and '1 × 64 × 64' in said and 'mAP' in said
     assert 'Average Precision' not in said and 'loading annotations' not in said
@@ -163,22 +165,22 @@ def test_a_file_of_another_tool_is_none_of_ours(tmp_path):
 def test_the_size_that_holds_every_image(resize, size):
     dataset = dict(type='CocoDataset', ann_file='none.json', pipeline=[dict(type='LoadImageFromFile'), resize])
     config = Config(dict(val_dataloader=dict(dataset=dataset)))
-    assert find_size(config, 32) == size
+    assert find_size(config, 32, build_dataset(config)) == size
 
 
 def test_the_size_that_holds_the_validation_images(run_config, retinanet, coco_folder):
     """Which are 64 pixels square, as far as they say so."""
     config = run_config(retinanet(), val=True)
     config.val_dataloader.dataset.pipeline[2].update(scale=(200, 100), keep_ratio=True)
-    assert find_size(config, 32) == (128, 128)
+    assert find_size(config, 32, build_dataset(config)) == (128, 128)
     content = json.loads((coco_folder / 'all.json').read_text())
     for image in content['images']:
         image.update(width=80, height=40)
     config.val_dataloader.dataset.ann_file = str(coco_folder / 'wide.json')
     (coco_folder / 'wide.json').write_text(json.dumps(content))
-    assert find_size(config, 32) == (128, 224)
+    assert find_size(config, 32, build_dataset(config)) == (128, 224)
     config.val_dataloader.dataset.ann_file = 'none.json'
-    assert find_size(config, 32) == (224, 224)
+    assert find_size(config, 32, build_dataset(config)) == (224, 224)
 
 
 def test_the_colour_of_the_padding_is_what_the_detector_pads_with(student, tmp_path):

@@ -18,6 +18,7 @@ from kd_det.compat import NotFiniteError
 from kd_det.compat.writing import WritingError
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import ArgumentError
+from kd_det.config.files import load_config
 from kd_det.deploy.channels import (
     build_graph,
     check_kept,
@@ -126,7 +127,7 @@ def test_a_pruned_detector_of_a_file_is_what_torch_pruning_makes(kind, model_of,
     config = run_config(model_of(kind), val=True)
     config.test_dataloader = config.val_dataloader
     found = kd_det.prune(config, save(detector, tmp_path / 'whole.pth'), tmp_path / 'small.pth', share,
-                         evaluation=False)
+                         importance='group_norm', evaluation=False)
     model = init_detector(str(found.config), str(found.checkpoint), device='cpu')
     assert isinstance(model, type(detector)) and type(model).__name__ == f'Pruned{type(detector).__name__}'
     assert not any(getattr(parameter, 'grad', None) is not None for parameter in model.parameters())
@@ -168,7 +169,8 @@ def made():
 def pruned(whole, made, tmp_path_factory):
     """The detector of :func:`whole`, pruned, the same for all tests."""
     if not made:
-        made['pruned'] = kd_det.prune(*whole, tmp_path_factory.mktemp('pruned') / 'pruned.pth', 0.4, evaluation=False)
+        out = tmp_path_factory.mktemp('pruned') / 'pruned.pth'
+        made['pruned'] = kd_det.prune(*whole, out, 0.4, importance='group_norm', evaluation=False)
     return made['pruned']
 
 
@@ -196,7 +198,8 @@ def test_frozen_stages_are_pruned_and_learn(whole, tmp_path):
     config = Config.fromfile(whole[0])
     config.model.backbone.update(frozen_stages=1, norm_eval=True, with_cp=True,
                                  init_cfg=dict(type='Pretrained', checkpoint='nowhere.pth'))
-    found = kd_det.prune(config, whole[1], tmp_path / 'small.pth', 0.4, evaluation=False)
+    found = kd_det.prune(config, whole[1], tmp_path / 'small.pth', 0.4, batches=1, evaluation=False)
+    assert found.importance == 'taylor'
     made = Config.fromfile(found.config).model
     assert made.backbone.frozen_stages == -1 and 'init_cfg' not in made.backbone
     made.backbone.frozen_stages = 1  # who freezes them again can
@@ -207,7 +210,8 @@ def test_frozen_stages_are_pruned_and_learn(whole, tmp_path):
 
 def test_pruned_twice_is_one_detector_of_the_unpruned_numbers(whole, pruned, tmp_path):
     once = pruned
-    twice = kd_det.prune(once.config, once.checkpoint, tmp_path / 'twice.pth', 0.6, evaluation=False)
+    twice = kd_det.prune(once.config, once.checkpoint, tmp_path / 'twice.pth', 0.6, importance='group_norm',
+                         evaluation=False)
     first, second = (read_kept(Config.fromfile(each.config).model.kept) for each in (once, twice))
     assert all(set(second[key][0]) <= set(first[key][0]) and second[key][1] == first[key][1] for key in first)
     model = build_detector(Config.fromfile(twice.config).model)
@@ -229,7 +233,8 @@ def test_in_steps_something_trains_between(whole, tmp_path):
         assert Config.fromfile(config).load_from == str(checkpoint)
         return checkpoint
 
-    found = kd_det.prune(*whole, tmp_path / 'small.pth', 0.4, steps=2, train=train, evaluation=False)
+    found = kd_det.prune(*whole, tmp_path / 'small.pth', 0.4, steps=2, train=train, importance='group_norm',
+                         evaluation=False)
     assert trained == [('step_1.py', 1)]
     before, after = found.macs
     middle = count_costs(build_detector(Config.fromfile(tmp_path / 'small_steps' / 'step_1.py').model), (64, 64)).total
@@ -302,6 +307,35 @@ def test_gradients_are_of_training_images(whole, tmp_path):
     config.pop('train_dataloader')
     with pytest.raises(ConfigurationError, match='--importance taylor: the config has no train_dataloader'):
         accumulate_gradients(detector, config, 2)
+
+
+def test_without_training_images_the_weights_decide_and_that_is_told(whole, tmp_path):
+    config = Config.fromfile(whole[0])
+    config.test_dataloader = None  # nor is it evaluated
+    config.train_dataloader.dataset.ann_file = 'none.json'
+    found = kd_det.prune(config, whole[1], tmp_path / 'small.pth')
+    by_norm = kd_det.prune(config, whole[1], tmp_path / 'norm.pth', importance='group_norm', evaluation=False)
+    assert found.importance == 'group_norm' and by_norm.note == 'It was not evaluated.'
+    assert re.match(r'The gradients for taylor can not be had: .*none.json.*\nIt was not evaluated: ', found.note)
+    assert 'Channels were chosen by group_norm.' in found.tabulate().caption and found.note in found.tabulate().caption
+    assert all(Config.fromfile(each.config).model.kept == Config.fromfile(found.config).model.kept
+               for each in (found, by_norm))
+    with pytest.raises(FileNotFoundError, match='none.json'):
+        kd_det.prune(config, whole[1], tmp_path / 'other.pth', importance='taylor', evaluation=False)
+
+
+def test_config_and_checkpoint_are_moved_together(whole, pruned, tmp_path, monkeypatch):
+    """The training of a pruned detector starts from the checkpoint beside its config, wherever that is."""
+    folder = tmp_path / "one's own folder"
+    folder.mkdir()
+    for file in (pruned.config, pruned.checkpoint):
+        (folder / file.name).write_bytes(file.read_bytes())
+    assert Config.fromfile(folder / 'pruned.py').load_from == str(folder / 'pruned.pth')
+    (tmp_path / 'heir.py').write_text(f'_base_ = {str(folder / "pruned.py")!r}\n')
+    assert Config.fromfile(tmp_path / 'heir.py').load_from == str(folder / 'pruned.pth')
+    monkeypatch.chdir(folder)
+    assert load_config('pruned.py').load_from == str(folder / 'pruned.pth')
+    assert str(pruned.checkpoint.parent) not in pruned.config.read_text()
 
 
 def test_a_wrong_graph_is_found_out(whole):
@@ -394,7 +428,7 @@ def test_refusals_are_of_one_line_and_leave_nothing(whole, faster_rcnn, run_conf
         (dict(out=tmp_path / 'whole.py'), ConfigurationError, 'expected the name of a checkpoint'),
         (dict(macs=1.5), ArgumentError, 'macs: expected a number above 0 and below 1, got 1.5'),
         (dict(macs=0.001), ConfigurationError, r'--macs 0\.001: what can be pruned of this detector leaves 0\.\d+ of'),
-        (dict(importance='size'), ArgumentError, 'importance: expected one of group_norm, taylor, random'),
+        (dict(importance='size'), ArgumentError, 'importance: expected one of auto, group_norm, taylor, random'),
         (dict(options={'model.type': 'LAD', 'model.teacher_backbone': {}}), ConfigurationError,
          'A LAD can not be pruned: kd-det prunes'),
     ]
@@ -403,7 +437,7 @@ def test_refusals_are_of_one_line_and_leave_nothing(whole, faster_rcnn, run_conf
         with pytest.raises(error, match=message):
             kd_det.prune(**arguments)
     (tmp_path / 'own.py').write_text('mine = 1')
-    own = kd_det.prune(config, checkpoint, tmp_path / 'own.pth', evaluation=False, force=True)
+    own = kd_det.prune(config, checkpoint, tmp_path / 'own.pth', batches=1, evaluation=False, force=True)
     for given in ((own.config, own.checkpoint), (config, own.checkpoint), (own.config, checkpoint)):
         with pytest.raises(ConfigurationError, match=r"own\.(pth|py)' is what is pruned: give another name"):
             kd_det.prune(*given, own.checkpoint, force=True)
@@ -435,8 +469,9 @@ def test_kept_of_another_detector_is_refused(kept, message, retinanet):
 def test_the_command_prints_the_table(whole, tmp_path, capsys):
     from kd_det.cli.main import main
     arguments = ['prune', *whole, str(tmp_path / 'small.pth')]
-    assert main([*arguments, '--macs', '0.6']) == 0
+    assert main([*arguments, '--macs', '0.6', '--batches', '1']) == 0
     text = capsys.readouterr().out
+    assert 'Channels were chosen by taylor.' in text
     assert re.search(r'bbox_head .*→', text) and 'small.py its config' in text
     assert re.search(r'coco/bbox_mAP: \d\.\d+ → \d\.\d+', text)
     assert main([*arguments, '--steps', '2']) == 2
@@ -450,7 +485,7 @@ def test_a_detector_in_steps_is_distilled_between(whole, tmp_path, monkeypatch):
     from kd_det.cli.main import main
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, 'distill', partial(runs.distill, options={'default_hooks.distill.preflight': None}))
-    assert main(['prune', *whole, 'small.pth', '--no-eval', '--steps', '2', '--teacher', whole[0],
+    assert main(['prune', *whole, 'small.pth', '--no-eval', '--batches', '1', '--steps', '2', '--teacher', whole[0],
                  '--teacher-checkpoint', whole[1], '--method', 'pkd', '--epochs', '1']) == 0
     before, trained, after = (torch.load(file, weights_only=False)['state_dict'] for file in (
         'small_steps/step_1.pth', 'small_steps/distilled_1/epoch_1.pth', 'small.pth'))

@@ -3,21 +3,26 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import mmengine
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
 from mmdet.registry import MODELS
+from mmengine.runner import Runner
 from onnx import numpy_helper
 from torch import nn
 
+import kd_det
 from kd_det.compat.writing import WritingError
 from kd_det.config import ConfigurationError
+from kd_det.config.files import student_model
 from kd_det.deploy.checking import Comparison
 from kd_det.deploy.export import export
 from kd_det.deploy.quantization import Trial, choose, quantize
 from kd_det.deploy.runtime import read_info
+from kd_det.study.report.detections import load_detector
 
 
 @pytest.fixture
@@ -102,6 +107,46 @@ def test_a_student_that_was_trained_for_integers_is_exported_as_them(family, con
     assert len(layers) == convolutions + (2 if family == 'faster_rcnn' else 0)
 
 
+def test_a_student_that_was_trained_for_integers_is_tested_in_them(make_run, tmp_path):
+    """As it was validated in training; its float weights are tested on request, and where there are no ranges."""
+    config, checkpoint, distiller = make_run('retina', dict(bits=4))
+    config.update({f'test_{key}': config[f'val_{key}'] for key in ('dataloader', 'evaluator')}, log_level='INFO',
+                  test_cfg=dict(type='TestLoop'))
+
+    def test(name: str, **arguments) -> tuple[torch.Tensor, str]:
+        """The scores of all images, and what the log says."""
+        work_dir = tmp_path / name
+        kd_det.evaluate(config, arguments.pop('checkpoint', checkpoint), work_dir=work_dir,
+                        out=tmp_path / f'{name}.pkl', **arguments)
+        return (torch.cat([each['pred_instances']['scores'] for each in mmengine.load(tmp_path / f'{name}.pkl')]),
+                ''.join(each.read_text() for each in work_dir.glob('*/*.log')))
+
+    data, found = Runner.build_dataloader(config.val_dataloader), {}
+    for name, detector in (('integers', distiller.eval()), ('float', MODELS.build(student_model(config)).eval())):
+        detector.load_state_dict(torch.load(checkpoint)['state_dict'])
+        with torch.no_grad():
+            found[name] = torch.cat([each.pred_instances.scores for batch in data for each in detector.val_step(batch)])
+    assert found['integers'].shape != found['float'].shape or not torch.allclose(*found.values(), atol=1e-4)
+
+    scores, said = test('integers')
+    torch.testing.assert_close(scores, found['integers'])
+    assert 'The student computes in integers of 4 bits' in said
+    scores, said = test('float', options={'model.quantize': None})
+    torch.testing.assert_close(scores, found['float'])
+    assert 'computes in' not in said
+    torch.save(dict(state_dict=distiller.state_dict(), meta={}), tmp_path / 'plain.pth')
+    scores, said = test('plain', checkpoint=tmp_path / 'plain.pth')
+    torch.testing.assert_close(scores, found['float'])
+    assert "plain.pth' holds no ranges, so that the student computes in float" in said
+    shown = load_detector(config, str(checkpoint))  # by the report
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.cat([each.pred_instances.scores for batch in data for each in shown.val_step(batch)]),
+            found['integers'])
+    with pytest.raises(ConfigurationError, match=r'model.quantize: expected None or dict\(bits=8, …\), got 8'):
+        test('wrong', options={'model.quantize': 8})
+
+
 def test_what_can_not_be_exported_as_integers_is_told(make_run, tmp_path):
     config, checkpoint, _ = make_run('retina', dict(bits=4))
     out = tmp_path / 'student.onnx'
@@ -142,10 +187,12 @@ def test_a_float_student_is_quantised_by_calibration(family, convolutions, make_
     assert 'integers' in str(quantized.tabulate().to_plain()) and quantized.to_dict()['file'].endswith('student.onnx')
 
 
-def test_symmetric_ranges_have_no_offset(make_run, tmp_path):
-    """Which TensorRT asks for."""
+def test_symmetric_ranges_have_no_offset(make_run, built, tmp_path):
+    """Which TensorRT asks for. Found on validation images, whose data set is built once."""
     config, checkpoint, _ = make_run('retina')
+    config.train_dataloader.dataset.ann_file = 'none.json'
     quantize(config, checkpoint, tmp_path / 'symmetric.onnx', calibrate=4, ranges=['minmax'], symmetric=True)
+    assert built == ['all.json', 'none.json']
     model = onnx.load(tmp_path / 'symmetric.onnx')
     values = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
     offsets = [values[node.input[2]] for node in model.graph.node if node.op_type == 'QuantizeLinear']

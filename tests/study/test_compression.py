@@ -11,7 +11,8 @@ from kd_det.compat.writing import WritingError
 from kd_det.deploy.quantization import quantize
 from kd_det.registry import build_detector
 from kd_det.study import compression
-from kd_det.study.compression import Compression, compress
+from kd_det.study.compression import Compression, compress, read_compression
+from kd_det.study.report import report
 
 STAGES = ['distilled', 'pruned', 'pruned, distilled', 'quantised', 'quantised, distilled']
 
@@ -49,6 +50,9 @@ def test_the_whole_way_and_again(pair, monkeypatch, capsys):
         with pytest.raises(RuntimeError, match='stopped'):
             compress(*paths, **settings)
     assert list(json.loads((pair / 'out/compression.json').read_text())['stages']) == STAGES[:3]
+    begun = report(pair / 'out')
+    assert 'It has not finished' in begun.file.read_text() and STAGES[2] in begun.file.read_text()
+    assert begun.compressions[0].latencies is None and 'Channels were chosen by taylor.' in capsys.readouterr().out
     log = []
     monkeypatch.setattr(compression, 'quantize', partial(quantize, ranges=('minmax', )))
     result = compress(*paths, log=log.append, **settings)
@@ -64,12 +68,27 @@ def test_the_whole_way_and_again(pair, monkeypatch, capsys):
     page = (pair / 'out/report.html').read_text()
     assert all(name in page for name in STAGES) and '<svg' in page
     assert 'http' not in page.replace('http://www.w3.org', '')
+    shown = report([pair / 'out', pair / 'out/distilled'], out=pair / 'page.html', images=1)
+    assert [each.name for each in shown.compressions[0].stages] == STAGES and read_compression(pair / 'out') == result
+    page = shown.file.read_text()
+    assert all(name in page for name in (*STAGES, 'ms, onnxruntime', 'loss_pkd')) and page.count('<main') == 2
+    assert '<title>kd_det report: distilled, out</title>' in page
+    assert shown.to_dict()['compressions'] == [result.to_dict()]
     assert isinstance(result, Compression) and 'quantised, distilled' in result._repr_html_()
     json.dumps(result.to_dict())
     log.clear()
     assert compress(*paths, log=log.append, **settings).stages == result.stages and log == ['latencies …']
     with pytest.raises(WritingError, match='holds a compression of other settings'):
         compress(*paths, **{**settings, 'macs': 0.5})
+
+
+@pytest.mark.parametrize('record, said', [
+    ('{"stages": {}}', 'no stage of the compression has finished'), ('{"stages": {"distilled": {}}}', 'KeyError'),
+    ('{', 'compression.json')])
+def test_a_record_that_tells_nothing_is_told(record, said, tmp_path, capsys):
+    (tmp_path / 'compression.json').write_text(record)
+    assert main(['report', str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / 'report.html').exists()
 
 
 def test_the_command(monkeypatch, capsys, tmp_path):

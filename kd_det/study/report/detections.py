@@ -21,9 +21,10 @@ from torch import nn
 
 from kd_det.config import ConfigurationError
 from kd_det.config.classes import find_label_names, get_metainfo
-from kd_det.config.files import student_model
+from kd_det.config.files import find_quantization, student_model
 from kd_det.registry import build_detector, get_scope, within_scope
 from kd_det.teachers import load_strictly
+from kd_det.training.runs import restore_quantizer
 
 CURVES = {'50': 0, '75': 5}  # IoU in percent -> index among COCO's thresholds
 ALL_AREAS, MOST_DETECTIONS = 0, -1
@@ -105,7 +106,11 @@ def load_detector(config: Config, checkpoint: str, teacher: dict | None = None) 
         detector = build_detector(student_model(config))
     told = {key: teacher[key] for key in LOADING if key in (teacher or {})}
     load_strictly(detector, checkpoint, role='student' if teacher is None else 'teacher', **told)
-    return detector.to(get_device()).eval()
+    detector.to(get_device()).eval()
+    quantization = find_quantization(config)
+    if quantization is not None:
+        restore_quantizer(quantization, checkpoint, detector)
+    return detector
 
 
 @torch.no_grad()

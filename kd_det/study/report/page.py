@@ -5,12 +5,12 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape as escape_html
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -32,6 +32,9 @@ from kd_det.study.report.evaluation import TEACHER
 from kd_det.study.report.studies import read_studies
 from kd_det.study.report.summary import collect, name_baseline
 from kd_det.training.pictures import Curve, draw_curves
+
+if TYPE_CHECKING:
+    from kd_det.study.compression import Compression
 
 PULLS = {'pull': 'pull, as weighted (task: 1)', 'unweighted_pull': 'pull before weighting (task: 1)'}
 
@@ -58,9 +61,11 @@ class Report:
         file: The page; it needs nothing else.
         studies: What it shows, one for each benchmark and one for all single trainings, see
             :func:`~kd_det.study.report.summary.collect`.
+        compressions: The ways to the device that it shows.
     """
     file: Path
     studies: list[dict[str, Any]]
+    compressions: tuple[Compression, ...] = ()
 
     @property
     def verdicts(self) -> dict[str, str]:
@@ -74,7 +79,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the file and what it shows, as JSON can hold it."""
-        return dict(file=str(self.file), studies=replace_nan(self.studies))
+        return dict(file=str(self.file), studies=replace_nan(self.studies),
+                    compressions=[each.to_dict() for each in self.compressions])
 
     def _repr_html_(self) -> str:
         """The verdicts, and the page in a frame of its own."""
@@ -92,7 +98,7 @@ def report(work_dirs: str | Path | Sequence[str | Path], *, out: str | Path | No
     """Makes one page of what runs left behind: does distilling help, by how much, and where.
 
     Args:
-        work_dirs: Of benchmarks and sweeps, finished or not; or of single trainings.
+        work_dirs: Of benchmarks, sweeps and compressions, finished or not; or of single trainings.
         out: The page; ``report.html`` in the first work dir by default.
         images: How many validation images to show, evenly spaced over the data.
         show: Validation images to show in place of these, by the names of their files.
@@ -107,14 +113,16 @@ def report(work_dirs: str | Path | Sequence[str | Path], *, out: str | Path | No
         WritingError: There is a file of the page's name that is no report.
         ConfigurationError: A folder is no work dir, or no validation image has a name of ``show``, or several have.
     """
+    from kd_det.study.compression import is_compression, read_compression  # which itself writes such a page
     folders = [Path(each) for each in ([work_dirs] if isinstance(work_dirs, (str, Path)) else work_dirs)]
     file = Path(out) if out else folders[0] / 'report.html'
     refuse_to_replace(file, lambda content: b'<title>kd_det report: ' in content, 'a report', force)
     register_all_modules(init_default_scope=True)
     MMLogger.get_current_instance().setLevel('WARNING')
     warnings.filterwarnings('ignore', category=UserWarning)  # of PyTorch about mmdet's meshgrid, for each detector
+    compressions = tuple(read_compression(each) for each in folders if is_compression(each))
     studies = []
-    for study in read_studies(folders):
+    for study in read_studies([each for each in folders if not is_compression(each)]):
         for run in study.runs:
             if data_root:
                 set_data_root(run.config, data_root)
@@ -125,15 +133,16 @@ def report(work_dirs: str | Path | Sequence[str | Path], *, out: str | Path | No
         studies.append(collect(study, images, teacher, log, show))
         for note in studies[-1]['notes']:
             log(f'Note: {note}')
-    write_whole(file, render(studies))
-    return Report(file, studies)
+    write_whole(file, render(studies, [each.prepare_page() for each in compressions]))
+    return Report(file, studies, compressions)
 
 
-def render(studies: list[dict]) -> str:
+def render(studies: list[dict], compressions: Iterable[dict] = ()) -> str:
     """Makes the page.
 
     Args:
         studies: See :func:`~kd_det.study.report.summary.collect`.
+        compressions: See :func:`prepare_compression`.
 
     Returns:
         HTML that refers to nothing outside itself.
@@ -142,24 +151,20 @@ def render(studies: list[dict]) -> str:
                               undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies['json.dumps_kwargs'] = dict(separators=(',', ':'), allow_nan=False)
     pages = [dict(study, **_prepare_study(study)) for study in studies]
-    return environment.get_template('template.html').render(studies=pages, version=__version__)
+    return environment.get_template('template.html').render(
+        studies=pages, compressions=list(compressions), version=__version__)
 
 
-def render_compression(name: str, table: TextTable, plot: str) -> str:
-    """Makes the page of :func:`kd_det.study.compression.compress`.
+def prepare_compression(name: str, table: TextTable, plot: str) -> dict[str, Any]:
+    """Prepares what :func:`render` shows of a way to the device, see :func:`kd_det.study.compression.compress`.
 
     Args:
         name: Of its folder.
         table: Its stages.
-        plot: An SVG element, see :func:`render_svg`.
-
-    Returns:
-        HTML that refers to nothing outside itself.
+        plot: An SVG element, see :func:`render_svg`; '' for none.
     """
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
-                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template('compression.html').render(name=name, table=table, plot=Markup(plot),
-                                                               version=__version__)
+    rows = [dict(zip(table.columns, row), method=row[0]) for row in table.rows]
+    return dict(name=name, columns=table.columns, rows=rows, caption=table.caption, plot=Markup(plot))
 
 
 def place_differences(statements: Sequence[dict]) -> dict:

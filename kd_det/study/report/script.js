@@ -148,5 +148,5 @@ function watch(scroll) {
   new ResizeObserver(update).observe(scroll);
 }
 
-document.querySelectorAll('.study').forEach(start);
+document.querySelectorAll('.data').forEach(data => start(data.closest('.study')));
 document.querySelectorAll('.scroll').forEach(watch);
