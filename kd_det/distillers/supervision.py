@@ -13,7 +13,7 @@ from torchvision.ops import batched_nms, box_iou
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Index, Share, at, check_arguments, declared, refuse
 from kd_det.context import Progress
-from kd_det.datasets import UNLABELLED
+from kd_det.datasets import UNLABELLED, drop_detections
 from kd_det.distillers.schedules import Schedule, ScheduleConfig, build_schedule
 from kd_det.taps import Features
 
@@ -47,8 +47,9 @@ class Supervision(NamedTuple):
 
 
 def read_supervision(samples: Sequence[DetDataSample]) -> Supervision:
-    """Reads what the data itself says, see :class:`~kd_det.datasets.Unlabelled`."""
-    return Supervision(list(samples), tuple(not sample.metainfo.get(UNLABELLED, False) for sample in samples), {})
+    """Reads what the data itself says, see :class:`~kd_det.datasets.Unlabelled`, without the boxes of a file."""
+    return Supervision([drop_detections(sample) for sample in samples],
+                       tuple(not sample.metainfo.get(UNLABELLED, False) for sample in samples), {})
 
 
 def get_boxes(sample: DetDataSample) -> Tensor:
