@@ -74,6 +74,8 @@ class Detections(Guide):
         ArgumentError: An argument does not fit.
     """
 
+    detects = True
+
     @declared
     def __init__(self, file: Place, annotations: Place | None = None, classes: Names = ()) -> None:
         self.file, self.annotations, self._names = str(file), annotations, tuple(classes)
