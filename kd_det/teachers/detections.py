@@ -20,7 +20,7 @@ from mmdet.datasets.api_wrappers import COCO, COCOeval
 from mmdet.datasets.transforms import LoadEmptyAnnotations, PackDetInputs
 from mmdet.registry import MODELS
 from mmengine.structures import InstanceData
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Names, Place, declared
@@ -28,8 +28,16 @@ from kd_det.config.classes import find_label_names, match_classes, read_categori
 from kd_det.config.detectors import TeacherError
 from kd_det.config.files import iterate_built_datasets
 from kd_det.datasets import CARRIED, FIRST_ROW, LoadDetections, PackDetections, is_unlabelled
-from kd_det.teachers.guide import Guide
-from kd_det.teachers.results import Results, index_names, is_same_file, list_some, read_file_names, read_results, to_key
+from kd_det.teachers.guide import Guide, Reading
+from kd_det.teachers.results import (
+    Results,
+    index_names,
+    is_same_file,
+    list_some,
+    read_file_names,
+    read_results,
+    to_key,
+)
 
 FEW = 0.05  # share of images that are the same in the file and in the data, in both less: they are of other data
 BEYOND = 0.2  # share of boxes that reach beyond their image by more than a pixel: they are of other images
@@ -99,9 +107,18 @@ class Detections(Guide):
             self._results = read_results(self.file)
         return self._results
 
-    def start(self, *args: Any, **kwargs: Any) -> Detections:
-        self._scores = torch.from_numpy(self.results.scores)
+    def start(self, reading: Reading, learners: Sequence[nn.Module]) -> Detections:
+        if self._names or self.annotations:  # else the training data tells
+            self._take_names(self._name_categories(()))
+        else:
+            _ = self.results
         return self
+
+    def _take_names(self, names: Mapping[str, str]) -> None:
+        results, order = self.results, {key: label for label, key in enumerate(names)}
+        self.classes, self.num_classes = tuple(names.values()), len(names)
+        labels = np.array([order[key] for key in results.categories])
+        self._scores, self._labels = torch.from_numpy(results.scores), torch.from_numpy(labels[results.category_of])
 
     def match(self, datasets: Sequence[Any], score: float = 0.0) -> list[tuple[np.ndarray, np.ndarray]]:
         """Matches images and classes of the file with those of the training data.
@@ -117,11 +134,8 @@ class Detections(Guide):
         Raises:
             TeacherError: They are of other images, or what the numbers of its categories mean is not known.
         """
-        results, names = self.results, self._name_categories(datasets)
-        self.classes = tuple(names.values())
-        self.num_classes, self._score, self._coverage = len(names), score, []
-        labels = np.array([list(names).index(each) for each in results.categories])
-        self._scores, self._labels = torch.from_numpy(results.scores), torch.from_numpy(labels[results.category_of])
+        self._take_names(self._name_categories(datasets))
+        results, self._score, self._coverage = self.results, score, []
         sides = results.boxes[:, 2:] - results.boxes[:, :2]
         rows = np.flatnonzero((results.scores >= score) & (sides > 0).all(1))
         rows = rows[np.argsort(results.image_of[rows], kind='stable')]
@@ -240,11 +254,11 @@ class Detections(Guide):
         found = []
         for sample in data_samples:
             carried = sample.metainfo.get(CARRIED)
-            if carried is None:
-                raise TeacherError(f"The images come without the boxes of '{self.file}': "
-                                   'kd_det.teachers.detections.insert_detections has to be given the data set before '
-                                   'its loader starts, as DistillHook does.')
-            carried = sample.gt_instances[len(sample.gt_instances) - carried:]
+            if carried is None and self._coverage:
+                raise TeacherError(f"An image came without the boxes of '{self.file}': some hook or wrapper exchanged "
+                                   'the pipeline of the training data, which had been prepared to bring them.')
+            # Noise of a dry run, or an image that is only looked at, has none.
+            carried = sample.gt_instances[len(sample.gt_instances) - (carried or 0):]
             boxes, rows = getattr(carried.bboxes, 'tensor', carried.bboxes), carried.labels - FIRST_ROW
             self._scores, self._labels = self._scores.to(rows.device), self._labels.to(rows.device)
             found.append(InstanceData(bboxes=boxes, scores=self._scores[rows], labels=self._labels[rows]))
@@ -255,6 +269,8 @@ class Detections(Guide):
         return self
 
     def report(self, runner: Any, images: int, min_map: float) -> str | None:
+        if not self._coverage:  # pseudo-labels of no weight
+            return None
         counts = np.concatenate([each.counts for each in self._coverage])
         lines = [f"Pre-flight: '{self.file}' has {int(counts.sum()):,} boxes of a score of {self._score:g} or more on "
                  f'{int((counts > 0).sum()):,} of the {len(counts):,} training images '
