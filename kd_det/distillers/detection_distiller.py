@@ -30,7 +30,7 @@ from kd_det.distillers.building import (
 )
 from kd_det.distillers.class_sets import ClassSets, has_classes
 from kd_det.distillers.inheritance import WeightOrigins, find_common_parts, find_pretrained_parameters, inherit
-from kd_det.distillers.learners import Learner, build_peers, init_peers, run_learners
+from kd_det.distillers.learners import Learner, Predictor, build_peers, init_peers, run_learners
 from kd_det.distillers.monitor import (
     GradientMonitor,
     IdleTermCheck,
@@ -137,6 +137,7 @@ class DetectionDistiller(StudentWrapper):
         self.not_inherited: list[str] = []
         self.terms_origin = 'random'
         self.progress, self.cost, self.reads = Progress(), StepCost(), ReadRecord()
+        self.shares_trunk = bool(share)
         with preserved_randomness():  # the student is drawn as if there were no distillation
             models = [detector, *build_peers(peers, share, detector, student)]
         if len(models) > 1:
@@ -394,6 +395,21 @@ class DetectionDistiller(StudentWrapper):
         read = {term.teacher_index for term in self.terms.values() if any(map(has_classes, term.teacher_heads))}
         read |= {self.pseudo_labels.teacher_index} if self.pseudo_labels else set()
         return self.class_sets.match(classes, self.build_teachers(), read, self.inherited_parts)
+
+    def group_parameters(self) -> list[list[nn.Parameter]]:
+        """The parameters that make one network each: those of a learner, with its terms; of all that share a trunk."""
+        groups: list[list[nn.Parameter]] = [[] for _ in self.learners]
+        for learner in self.learners:
+            own = groups[0 if self.shares_trunk else learner.index]
+            own.extend(learner.student.parameters())
+            own.extend(parameter for term in learner.terms.values() for parameter in term.parameters())
+        return groups
+
+    def list_predictors(self) -> dict[str, Predictor]:
+        """What predicts beside the student, by the prefix of its metrics: the peers, and the guides that can."""
+        guides = {f'{guide.metrics_prefix}/': predict for guide in self.teachers or ()
+                  if (predict := guide.make_predictor(self.learners)) is not None}
+        return {**{learner.prefix: learner.predict for learner in self.learners[1:]}, **guides}
 
     def load_terms(self, state: dict[str, Tensor]) -> None:
         """Restores the terms' parameters from a checkpoint.

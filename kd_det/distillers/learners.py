@@ -6,7 +6,7 @@ they are drawn from generators of their own, and see in each step the random num
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -28,6 +28,7 @@ from kd_det.teachers import InputBridge, TeacherError
 from kd_det.teachers.guide import LearnerStep
 from kd_det.teachers.loading import load_strictly
 
+Predictor = Callable[..., Any]  # of inputs, data samples and mode, as a detector's forward
 SHAREABLE = ('backbone', 'neck', 'rpn_head')  # from the image on, as far as every learner computes the same
 
 
@@ -84,6 +85,14 @@ class Learner:
         if not all(supervision.labelled):
             losses = compute_labelled_losses(self.student, inputs, neck, supervision, losses)
         return losses, LearnerStep(self.student, neck, features, outputs, samples)
+
+    def predict(self, inputs: Tensor, data_samples: list, mode: str = 'predict') -> Any:
+        """Its own prediction on a batch that was preprocessed for the student."""
+        if self.bridge is not None:
+            inputs = self.bridge(inputs, [tuple(sample.img_shape[:2]) for sample in data_samples])
+            for sample in data_samples:
+                sample.set_metainfo(dict(batch_input_shape=tuple(inputs.shape[-2:])))
+        return self.student(inputs, data_samples, mode=mode)
 
     def gradient_features(self, name: str, context: DistillContext) -> list[Tensor]:
         """Its features where the gradient of a term is measured."""

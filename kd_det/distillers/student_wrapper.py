@@ -1,7 +1,7 @@
 """A module that looks like the student within it, and holds the distillation terms beside it."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from mmengine.model import BaseModel
@@ -57,7 +57,7 @@ class StudentWrapper(BaseModel):
         return list(self._modules.get(PEERS, ()))
 
     @contextmanager
-    def predicting_as(self, predictor: nn.Module) -> Iterator[None]:
+    def predicting_as(self, predictor: Callable) -> Iterator[None]:
         """Within, another detector predicts in the student's place: a peer, or an ensemble."""
         self.__dict__['predictor'] = predictor
         try:

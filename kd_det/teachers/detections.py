@@ -272,7 +272,7 @@ class Detections(Guide):
         if not self._coverage:  # pseudo-labels of no weight
             return None
         counts = np.concatenate([each.counts for each in self._coverage])
-        lines = [f"Pre-flight: '{self.file}' has {int(counts.sum()):,} boxes of a score of {self._score:g} or more on "
+        lines = [f"'{self.file}' has {int(counts.sum()):,} boxes of a score of {self._score:g} or more on "
                  f'{int((counts > 0).sum()):,} of the {len(counts):,} training images '
                  f'({(counts > 0).mean():.1%}).']
         used = set().union(*(each.images.tolist() for each in self._coverage))
@@ -288,13 +288,14 @@ class Detections(Guide):
                 lines.append(f'It has no box of {list_some(missing)}.')
             skill = self._evaluate(names, images)
             if skill is not None:
-                lines.append('Against the ground truth of up to '
-                             f'{images} training images all its boxes reach mAP {skill[0]:.3f}, mAP_50 {skill[1]:.3f}.')
+                lines.append(f'Against the ground truth of up to {images} training images all its boxes reach mAP '
+                             f'{skill[0]:.3f}, mAP_50 {skill[1]:.3f}.')
                 if skill[0] < min_map:
-                    raise TeacherError(' '.join(lines) + f' That is less than min_map={min_map:g}. Its boxes are of '
-                                       'other images, of other classes than their numbers say, or not in pixels of '
-                                       'the original images. Look at some; to train all the same, set '
-                                       'default_hooks.distill.preflight=None, or lower its min_map.')
+                    raise TeacherError(
+                        f"Pre-flight: {' '.join(lines)} That is less than min_map={min_map:g}. Its boxes are of other "
+                        'images, of other classes than their numbers say, or not in pixels of the original images. '
+                        'Look at some; to train all the same, set default_hooks.distill.preflight=None, or lower its '
+                        'min_map.')
         return ' '.join(lines)
 
     def _evaluate(self, names: Sequence[str], images: int) -> tuple[float, float] | None:

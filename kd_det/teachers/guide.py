@@ -85,6 +85,7 @@ class Guide:
         offers_features: Whether it puts out features, of whatever path is asked for.
         offers_heads: Whether it puts out what heads predict.
         detects: Whether pseudo-labels can come from it.
+        metrics_prefix: Of the names of its metrics in validation.
         reads_learners: Indices of the learners whose features and outputs it is made from.
     """
     classes: Sequence[str] | None = None
@@ -100,6 +101,7 @@ class Guide:
     offers_features: bool = False
     offers_heads: bool = False
     detects: bool = False
+    metrics_prefix = 'ensemble'
 
     def __deepcopy__(self, memo: dict) -> Guide:
         return self  # copies of the student (EMA) share it
@@ -200,6 +202,14 @@ class Guide:
         """
         raise TeacherError(f'No pseudo-labels can come from {self.described}, which detects nothing: give '
                            'model.pseudo_labels.teacher the index of a guide that does.')
+
+    def make_predictor(self, learners: Sequence[Any]) -> Callable[..., Any] | None:
+        """What predicts as it would, with the arguments of a detector's forward, for validation; None if nothing does.
+
+        Args:
+            learners: The distiller's.
+        """
+        return None
 
     def after_step(self) -> None:
         """Called after each step of the optimizer."""

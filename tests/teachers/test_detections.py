@@ -178,7 +178,7 @@ def test_every_data_set_within_wrappers_brings_them(build, truth, write, content
     decoded = [_decode(guide, sample) for sample in samples]
     assert [(len(found), len(boxes)) for found, boxes, _ in decoded] == [(2, 2)] * 6 + [(2, 0)] * 5
     assert [sample.metainfo.get('unlabelled', False) for sample in samples] == [False] * 6 + [True] * 5
-    assert guide.report(None, 64, 0.9).startswith(f"Pre-flight: '{guide.file}' has 16 boxes of a score of 0 or more "
+    assert guide.report(None, 64, 0.9).startswith(f"'{guide.file}' has 16 boxes of a score of 0 or more "
                                                   'on 8 of the 8 training images (100.0%). Against')
 
     hook = HOOKS.build(dict(type='PipelineSwitchHook', switch_epoch=0, switch_pipeline=[
