@@ -57,7 +57,8 @@ def build(coco_folder):
 
     def make(pipeline=(), mixing=(), load=LOAD, pack=(PACK, ), **changes):
         leaf = dict(type='CocoDataset', data_root=str(coco_folder), ann_file='all.json', data_prefix=dict(img=''),
-                    metainfo=dict(classes=CLASSES), pipeline=[*load, *pipeline, *(() if mixing else pack)])
+                    metainfo=dict(classes=CLASSES), pipeline=[*load, *pipeline, *(() if mixing else pack)],
+                    serialize_data=False)  # which would collect garbage for most of the test's time
         leaf.update(changes)
         return DATASETS.build(dict(type='MultiImageMixDataset', dataset=leaf, pipeline=[*mixing, *pack])
                               if mixing else leaf)
