@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from mmcv.transforms import BaseTransform
 from mmdet.registry import TRANSFORMS
+from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import BaseBoxes, HorizontalBoxes
 from mmengine.structures import InstanceData
 
 from kd_det.compat.writing import refuse_to_replace
@@ -342,6 +344,8 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 UNLABELLED = 'unlabelled'  # in the metainfo of a data sample
+CARRIED = 'carried_detections'  # there, too: how many boxes of a file stand last in the ground truth
+FIRST_ROW = 1_000_000  # labels from here on are no classes but rows of that file; whole numbers in float32, too
 
 
 @TRANSFORMS.register_module()
@@ -373,5 +377,68 @@ class Unlabelled(BaseTransform):
         if 'masks' in sample.gt_instances:
             truth.masks = sample.gt_instances.masks[:0]
         sample.set_metainfo({UNLABELLED: True})
-        sample.gt_instances, sample.ignored_instances = truth, truth.clone()
+        carried = sample.metainfo.get(CARRIED, 0)  # boxes of a file are not the image's own
+        sample.ignored_instances = truth.clone()
+        sample.gt_instances = sample.gt_instances[len(sample.gt_instances) - carried:] if carried else truth
         return results
+
+
+def is_unlabelled(leaf: object) -> bool:
+    """Whether the pipeline of a built data set marks every image as unlabelled."""
+    transforms = getattr(getattr(leaf, 'pipeline', None), 'transforms', ())
+    return bool(transforms) and isinstance(transforms[-1], Unlabelled)
+
+
+class LoadDetections(BaseTransform):
+    """Loads an image's boxes of a file beside its ground truth: whatever moves this moves them as well.
+
+    Args:
+        load: The transform that loads the ground truth; None where nothing does.
+        boxes: (R, 4) of the whole file: x1, y1, x2, y2 in pixels of the original images, float32.
+        rows: (M, ) of rows of ``boxes``, those of an image one after the other.
+        spans: (I, 2) of where in ``rows`` those of each image of the data set begin and end.
+    """
+
+    def __init__(self, load: Callable | None, boxes: np.ndarray, rows: np.ndarray, spans: np.ndarray) -> None:
+        self.load, self.boxes, self.rows, self.spans = load, boxes, rows, spans
+
+    def transform(self, results: dict) -> dict | None:
+        results = self.load(results) if self.load else results
+        if results is None:
+            return None
+        first, last = self.spans[results['sample_idx']]
+        rows = self.rows[first:last]
+        truth, found = results.get('gt_bboxes'), HorizontalBoxes(self.boxes[rows])
+        if isinstance(truth, BaseBoxes):
+            found = truth.cat([truth, found if isinstance(truth, HorizontalBoxes) else found.convert_to(type(truth))])
+        elif truth is not None:  # box_type=None
+            found = np.concatenate([truth, found.numpy()])
+        labels, ignored = results.get('gt_bboxes_labels', rows[:0]), results.get('gt_ignore_flags', np.zeros(0, bool))
+        return dict(results, gt_bboxes=found, gt_bboxes_labels=np.concatenate([labels, FIRST_ROW + rows]),
+                    gt_ignore_flags=np.concatenate([ignored, np.zeros(len(rows), bool)]))
+
+
+class PackDetections(BaseTransform):
+    """Packs an image with ``pack``, and puts the boxes of a file that came with it behind its ground truth."""
+
+    def __init__(self, pack: Callable) -> None:
+        self.pack = pack
+
+    def transform(self, results: dict) -> dict:
+        packed = self.pack(results)
+        sample = packed['data_samples']
+        carried = sample.gt_instances.labels >= FIRST_ROW
+        order = carried.long().argsort(stable=True)
+        sample.gt_instances = InstanceData(**{name: each[order] for name, each in sample.gt_instances.items()})
+        sample.set_metainfo({CARRIED: int(carried.sum())})
+        return packed
+
+
+def drop_detections(sample: DetDataSample) -> DetDataSample:
+    """The data sample without the boxes of a file; itself where it came with none."""
+    if CARRIED not in sample.metainfo:
+        return sample
+    other = sample.new()
+    other.gt_instances = sample.gt_instances[:len(sample.gt_instances) - sample.metainfo[CARRIED]]
+    delattr(other, CARRIED)
+    return other

@@ -21,7 +21,7 @@ ROOMS = {
     'masks': 'config context functional heads registry',
     'losses': 'config context functional heads masks registry taps',
     'datasets': 'config compat registry',
-    'teachers': 'compat config context heads registry taps',
+    'teachers': 'compat config context datasets heads registry taps',
     'distillers': 'compat config context datasets functional heads losses registry taps teachers',
     'checks': 'compat config context datasets distillers heads losses registry taps teachers',
     'training': 'checks compat config context datasets distillers heads registry taps teachers',

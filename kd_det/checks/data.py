@@ -23,7 +23,6 @@ from kd_det.checks.instances import (
     inspect_evaluated_images,
     inspect_instances,
     inspect_other_form,
-    is_unlabelled,
     reads_as_coco,
 )
 from kd_det.checks.records import list_some
@@ -45,7 +44,7 @@ from kd_det.config.files import (
     student_model,
     training_pipelines,
 )
-from kd_det.datasets import Unlabelled
+from kd_det.datasets import Unlabelled, is_unlabelled
 from kd_det.registry import HOME, find_class, get_scope, within_scope
 
 SPLITS = ('train', 'val', 'test')

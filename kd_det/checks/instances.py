@@ -21,7 +21,7 @@ from kd_det.checks.environment import Finding
 from kd_det.checks.records import Damages, UnreadableError, kind_of, read_json, show, to_numbers
 from kd_det.config.classes import get_metainfo
 from kd_det.config.files import iterate_built_datasets
-from kd_det.datasets import Unlabelled
+from kd_det.datasets import is_unlabelled
 
 CORRECT_ANNOTATION = 'Correct these annotations, or take them out (entries are counted from 0)'
 SAME_FILE = 'Give the evaluator the annotation file of its data set'
@@ -36,12 +36,6 @@ def reads_as_coco(kind: Any) -> bool:
     return CocoDataset in getattr(kind, '__mro__', ()) and kind.COCOAPI is CocoDataset.COCOAPI \
         and kind.parse_data_info is CocoDataset.parse_data_info and kind.load_data_list in (
             each.load_data_list for each in (CocoDataset, Objects365V1Dataset, Objects365V2Dataset))
-
-
-def is_unlabelled(leaf: object) -> bool:
-    """Whether the pipeline of a built data set marks every image as unlabelled."""
-    transforms = getattr(getattr(leaf, 'pipeline', None), 'transforms', ())
-    return bool(transforms) and isinstance(transforms[-1], Unlabelled)
 
 
 def inspect_instances(datasets: Mapping[str, object]) -> Iterator[Finding]:

@@ -34,6 +34,8 @@ def gradient_norms(task: Tensor, terms: dict[str, Tensor],
         The norms by the terms' names, each as that of one process with the whole batch but for a common factor; 0 where
         the two losses share no feature.
     """
+    if not terms:
+        return {}
     read = list({id(feature): feature for name in terms for feature in features[name]}.values())
     task_gradients = dict(zip(map(id, read), _compute_gradients(task, read)))
     squares = []

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from mmdet.structures import DetDataSample
@@ -13,9 +13,10 @@ from torchvision.ops import batched_nms, box_iou
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Index, Share, at, check_arguments, declared, refuse
 from kd_det.context import Progress
-from kd_det.datasets import UNLABELLED
+from kd_det.datasets import UNLABELLED, drop_detections
 from kd_det.distillers.schedules import Schedule, ScheduleConfig, build_schedule
 from kd_det.taps import Features
+from kd_det.teachers.detections import Detections, insert_detections
 from kd_det.teachers.guide import Guide
 
 Losses = dict[str, Tensor | list[Tensor]]  # of a step by name; those with 'loss' in it are summed, the others logged
@@ -48,8 +49,9 @@ class Supervision(NamedTuple):
 
 
 def read_supervision(samples: Sequence[DetDataSample]) -> Supervision:
-    """Reads what the data itself says, see :class:`~kd_det.datasets.Unlabelled`."""
-    return Supervision(list(samples), tuple(not sample.metainfo.get(UNLABELLED, False) for sample in samples), {})
+    """Reads what the data itself says, see :class:`~kd_det.datasets.Unlabelled`, without the boxes of a file."""
+    return Supervision([drop_detections(sample) for sample in samples],
+                       tuple(not sample.metainfo.get(UNLABELLED, False) for sample in samples), {})
 
 
 def get_boxes(sample: DetDataSample) -> Tensor:
@@ -212,6 +214,30 @@ def build_pseudo_labels(config: dict | None, student: nn.Module,
                                  'its boxes, and pseudo-labels have none. Take a student without masks, or leave them '
                                  'out: terms learn from unlabelled images without them.')
     return pseudo_labels
+
+
+def bring_detections(pseudo_labels: PseudoLabels | None, guides: Sequence[Guide], dataset: Any,
+                     hooks: Sequence[Any] = ()) -> bool:
+    """Lets the images of the training data bring the boxes of a file, where pseudo-labels come from one.
+
+    Args:
+        pseudo_labels: Of the distiller.
+        guides: The started guides.
+        dataset: The training data, see :func:`~kd_det.teachers.detections.insert_detections`.
+        hooks: Of the run.
+
+    Returns:
+        Whether they do now, so that loader workers which run already have to start anew.
+
+    Raises:
+        ConfigurationError: A pipeline can not carry boxes.
+        TeacherError: The boxes are of other images.
+    """
+    guide = None if pseudo_labels is None else guides[pseudo_labels.teacher_index]
+    if not isinstance(guide, Detections) or pseudo_labels.schedule.is_zero:
+        return False
+    insert_detections(dataset, guide, pseudo_labels.score, hooks)
+    return True
 
 
 def check_teacher_index(index: int, teachers: int) -> None:

@@ -34,6 +34,7 @@ from kd_det.context import ComparedLevel
 from kd_det.distillers.detection_distiller import DetectionDistiller, Observation
 from kd_det.distillers.gradients import GradientNorms, gradient_norms
 from kd_det.distillers.monitor import find_idle_terms
+from kd_det.distillers.supervision import bring_detections
 from kd_det.heads import DenseOutputs, QueryOutputs, RoIOutputs
 from kd_det.losses import DistillTerm, FeatureTerm
 from kd_det.losses.base import sum_parts
@@ -78,7 +79,7 @@ def inspect(config: str | Path | Config, *, image: str | Path | None = None, che
     with explain(config):
         distiller = _build_distiller(config, checkpoint)
         batch, names = ((load_image(config, image), find_training_classes(config)) if image
-                        else load_training_batch(config))
+                        else load_training_batch(config, distiller))
         distiller.match_classes(names)
         step = observe_step(distiller, batch)
     folder = Path(out) if out else Path('work_dirs') / Path(config.filename or 'config').stem / 'inspection'
@@ -347,7 +348,8 @@ def _list(numbers: dict[str, float]) -> str:
     return ', '.join(f'{name} {_number(value)}' for name, value in numbers.items())
 
 
-def load_training_batch(config: Config) -> tuple[dict, Names | None]:
+def load_training_batch(config: Config,
+                        distiller: DetectionDistiller | None = None) -> tuple[dict, Names | None]:
     """Loads the first batch of the config's training data, in this process, and what its labels mean.
 
     Raises:
@@ -361,6 +363,8 @@ def load_training_batch(config: Config) -> tuple[dict, Names | None]:
         loader = Runner.build_dataloader(settings, seed=(config.get('randomness') or {}).get('seed') or 0)
     check_labels(dict(train=loader.dataset))
     check_images(loader.dataset, most=CHECKED_IMAGES)
+    if distiller is not None:
+        bring_detections(distiller.pseudo_labels, distiller.build_teachers(), loader.dataset)
     return next(iter(loader)), find_label_names(loader.dataset)
 
 
@@ -403,7 +407,7 @@ def _set_teachers(config: Config, checkpoint: str | None, random: bool) -> None:
     for teacher in teachers:
         if checkpoint:
             teacher.checkpoint = checkpoint
-        elif random:
+        elif random and ('type' not in teacher or 'checkpoint' in teacher):
             teacher.update(checkpoint=None, random_teacher=True)
 
 

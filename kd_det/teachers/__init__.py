@@ -2,6 +2,7 @@
 from kd_det.config.detectors import TeacherError, read_model_config
 from kd_det.teachers import ensemble, peers  # they register their kinds
 from kd_det.teachers.bridge import InputBridge
+from kd_det.teachers.detections import Detections, insert_detections
 from kd_det.teachers.guide import Guide
 from kd_det.teachers.loading import explain_model_errors, load_strictly
 from kd_det.teachers.probe import probe_config, probe_levels, probe_towers

@@ -21,10 +21,12 @@ from kd_det.checks.data import check_annotations, check_labels
 from kd_det.checks.preflight import evaluate_teacher, require_names, require_skill
 from kd_det.compat import log_operator_backend
 from kd_det.compat.console import PlainConsole
+from kd_det.compat.process import preserved_randomness
 from kd_det.config.arguments import Count, Share, at, check_arguments, declared
 from kd_det.config.classes import find_label_names, get_metainfo
 from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.distillers.inheritance import ORIGINS
+from kd_det.distillers.supervision import bring_detections
 from kd_det.teachers import Guide, Teacher, TeacherError
 from kd_det.training.finiteness import add_finite_hook
 from kd_det.training.learners import (
@@ -129,6 +131,8 @@ class DistillHook(Hook):
             use_one_metainfo(loop)
         check_labels({split: loop.dataloader.dataset for split, loop in loops.items() if loop is not None},
                      dict(val=runner.val_loop.evaluator.metrics) if runner.val_loop else {})
+        if bring_detections(distiller.pseudo_labels, teachers, runner.train_dataloader.dataset, runner.hooks):
+            restart_workers(runner.train_loop)
         classes = distiller.match_classes(find_label_names(runner.train_dataloader.dataset))
         for index, teacher in enumerate(teachers):
             if self.preflight is not None:
@@ -257,6 +261,14 @@ class DistillHook(Hook):
         elif len(distiller.terms):
             runner.logger.warning("The resumed checkpoint holds no 'distill': it was not written by a distillation. "
                                   'The adapters start anew.')
+
+
+def restart_workers(loop: Any) -> None:
+    """Lets workers that an ``IterBasedTrainLoop`` has started see its data set as it is now, and draws nothing."""
+    if loop.dataloader.num_workers and hasattr(loop, 'dataloader_iterator'):
+        loop.dataloader._iterator = None  # that of persistent workers
+        with preserved_randomness():
+            loop.dataloader_iterator = type(loop.dataloader_iterator)(loop.dataloader)
 
 
 def build_origin_table(distiller: DetectionDistiller) -> str:

@@ -1,5 +1,6 @@
 """One step as tables and pictures."""
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -173,6 +174,22 @@ def test_an_image_has_no_boxes_and_is_prepared_as_for_validation(run_config, ret
     step = observe_step(model, data)
     assert step.observation.values['fgd']['foreground'] == 0 < step.observation.values['fgd']['background']
     assert 'there are no boxes' in describe_step(model, step).tabulate_terms().caption
+
+
+def test_a_step_whose_boxes_come_from_a_file(run_config, retinanet, coco_folder, tmp_path):
+    """The first training batch brings them; with no term to look at the task remains."""
+    (tmp_path / 'found.json').write_text(json.dumps([
+        dict(image_id=index, category_id=1, bbox=[30, 30, 30, 30], score=0.9) for index in range(8)]))
+    config = run_config(dict(type='DetectionDistiller', student=retinanet(), distill={}, pseudo_labels=dict(
+        mode='replace'), teacher=dict(type='Detections', file=str(tmp_path / 'found.json'))), val=True)
+    model = MODELS.build(config.model).train()
+    batch, names = load_training_batch(config, model)
+    model.match_classes(names)
+    step = observe_step(model, batch)
+    assert [len(boxes) for boxes in step.observation.context.boxes] == [1] * 4 and not step.norms
+    assert describe_step(model, step).has_boxes
+    step = observe_step(MODELS.build(config.model).train(), load_image(config, coco_folder / '0.png'))
+    assert [len(boxes) for boxes in step.observation.context.boxes] == [0]
 
 
 @pytest.mark.parametrize('content, error, said', [
