@@ -13,7 +13,7 @@ from pathlib import Path
 
 # Of types, within kd_det.
 HOLDERS = ('datasets', 'deploy.prediction', 'deploy.pruned', 'distillers', 'losses', 'masks', 'study.fidelity',
-           'training')
+           'teachers', 'training')
 
 PACKAGE = Path(__file__).parents[1]
 
