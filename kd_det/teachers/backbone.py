@@ -79,14 +79,20 @@ class TimmBackbone(nn.Module):
                                                       stop_early=True, output_fmt='NCHW', intermediates_only=True))
 
     def rename(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Renames weights, as timm does, from the names that their authors gave."""
+        """Renames weights, as timm does, from the names that their authors gave.
+
+        Positions are interpolated to the model's size of image. What else timm would make fit, such as patches of
+        another size, stays as it is, and is refused when it is loaded.
+        """
         convert = getattr(self._architecture, 'checkpoint_filter_fn', None)
         if convert is None:
             return state
         try:
-            return convert(state, self.model)
+            renamed = convert(state, self.model)
         except TypeError:  # of models whose renaming asks for the weights alone; so does timm
-            return convert(state)
+            renamed = convert(state)
+        return {key: state[key] if 'pos' not in key and key in state and state[key].numel() != value.numel() else value
+                for key, value in renamed.items()}
 
 
 @MODELS.register_module()
