@@ -36,7 +36,7 @@ from kd_det.config.arguments import (
     suggest_names,
 )
 from kd_det.config.files import TOP_KEYS, get_type_name, is_distillation
-from kd_det.distillers.building import build_task_schedule, build_terms, list_teacher_configs
+from kd_det.distillers.building import build_guides, build_task_schedule, build_terms
 from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.distillers.rounding import Quantization
 from kd_det.distillers.supervision import build_pseudo_labels
@@ -133,16 +133,17 @@ def _list_checks(config: Config) -> Iterator[Callable[[], None]]:
 
 def _check_distillation(model: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
     yield partial(_check_distiller, model)
-    teachers = model.get('teacher')
+    teachers, peers = model.get('teacher', ()), model.get('peers', 0)
+    learners = 1 + (peers if isinstance(peers, int) else len(peers or ()))
     if isinstance(teachers, (Mapping, list, tuple)):
-        yield partial(list_teacher_configs, teachers)
+        yield partial(build_guides, teachers, learners)
     number = 1 if isinstance(teachers, Mapping) else len(teachers or ())
     terms = model.get('distill')
     for name, term in terms.items() if isinstance(terms, Mapping) else ():
-        yield partial(build_terms, {name: term}, number)
+        yield partial(build_terms, {name: term}, number, learners)
     yield partial(build_task_schedule, model.get('task_weight', 1.0))
     if isinstance(model.get('pseudo_labels'), Mapping) and number:
-        yield partial(build_pseudo_labels, model['pseudo_labels'], None, [{}] * number)
+        yield partial(build_pseudo_labels, model['pseudo_labels'], None, [None] * number)
     if isinstance(model.get('quantize'), Mapping):
         yield partial(_check_quantization, model['quantize'])
 

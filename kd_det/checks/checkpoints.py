@@ -190,13 +190,18 @@ def find_broken_levels(model: nn.Module) -> list[int]:
 
 
 def teachers_of(config: Config) -> list[tuple[str, dict]]:
-    """Name and config of each teacher; none for a plain detector."""
-    if not is_distillation(config):
-        return []
-    found = config.model.teacher
-    if isinstance(found, dict):
-        return [('teacher', found)]
-    return [(f'teacher {index}', teacher) for index, teacher in enumerate(found)]
+    """Name and config of each frozen detector that teaches, those within an ensemble too; none for a plain detector."""
+    found = config.model.get('teacher', ()) if is_distillation(config) else ()
+    return list(_frozen_within({'teacher': found} if isinstance(found, dict) else
+                               {f'teacher {index}': teacher for index, teacher in enumerate(found)}))
+
+
+def _frozen_within(guides: dict[str, dict]) -> Iterator[tuple[str, dict]]:
+    for name, guide in guides.items():
+        if 'type' not in guide:
+            yield name, guide
+        else:
+            yield from _frozen_within({f'{name}.of[{index}]': each for index, each in enumerate(guide.get('of', ()))})
 
 
 def _pretrained(node: object) -> Iterator[str]:

@@ -180,14 +180,25 @@ def _pair(value: float | Sequence[float]) -> Sequence[float]:
 
 def random_distiller(config: Config, device: str | torch.device = 'cpu') -> DetectionDistiller:
     """The distiller of a config, with random weights, which take as long, and every term at its full weight."""
-    teachers = [config.model.teacher] if isinstance(config.model.teacher, dict) else config.model.teacher
-    for teacher in teachers:
-        teacher.update(checkpoint=None, random_teacher=True, cache=None)
+    teachers = config.model.get('teacher', ())
+    for teacher in [teachers] if isinstance(teachers, dict) else teachers:
+        _draw_at_random(teacher)
     config.model.student = remove_pretrained(config.model.student)
     distiller: DetectionDistiller = build_detector(config.model).to(device).train()
     distiller.student.init_weights()  # some parts are whatever the memory held before
     distiller.schedules = {name: Schedule(weight.full) for name, weight in distiller.schedules.items()}
     distiller.progress = Progress(iteration=1)  # no gradients are compared in this step,
-    for balance in distiller.monitor.balances.values():
-        balance.start = 1  # but the first time that it is made
+    for learner in distiller.learners:
+        for balance in learner.monitor.balances.values():
+            balance.start = 1  # but the first time that it is made
     return distiller
+
+
+def _draw_at_random(guide: dict) -> None:
+    """Lets a guide, and those that it is made of, need no weights."""
+    if 'type' not in guide:
+        guide.update(checkpoint=None, random_teacher=True, cache=None)
+    elif 'checkpoint' in guide:
+        guide.update(checkpoint=None, random_teacher=True)
+    for each in guide.get('of', ()):
+        _draw_at_random(each)

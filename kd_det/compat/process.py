@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
@@ -63,20 +63,37 @@ def _spell_out(error: UnicodeError):
 codecs.register_error(ERRORS, _spell_out)
 
 
-@contextmanager
-def preserved_randomness() -> Iterator[None]:
-    """Whatever is drawn inside, the generators of Python, NumPy and PyTorch (CPU, current GPU) are then as before."""
+def save_randomness() -> Callable[[], None]:
+    """Takes the state of the generators of Python, NumPy and PyTorch (CPU, current GPU).
+
+    Returns:
+        A function that puts them back into it, as often as it is called.
+    """
     import numpy as np
     import torch
-    python_state, numpy_state = random.getstate(), np.random.get_state()
+    python_state, numpy_state, state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     # Asking for all GPUs would give this rank a context on each of them.
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    device_state = None if device is None else torch.cuda.get_rng_state(device)
+
+    def restore() -> None:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(state)
+        if device_state is not None:
+            torch.cuda.set_rng_state(device_state, device)
+
+    return restore
+
+
+@contextmanager
+def preserved_randomness() -> Iterator[None]:
+    """Whatever is drawn inside, the generators are then as before, see :func:`save_randomness`."""
+    restore = save_randomness()
+    try:
+        yield
+    finally:
+        restore()
 
 
 @contextmanager

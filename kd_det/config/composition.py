@@ -167,8 +167,8 @@ def balance_weight(weight: float | dict, ratio: float | None, terms: int) -> dic
 
 
 def build_term(config: dict) -> DistillTerm:
-    """Builds a term from its config, which holds its weight too."""
-    return build_own(MODELS, {key: value for key, value in config.items() if key != 'weight'})
+    """Builds a term from its config, which holds its weight, and who learns by it, too."""
+    return build_own(MODELS, {key: value for key, value in config.items() if key not in ('weight', 'learner')})
 
 
 def find_parts(terms: dict[str, dict]) -> list[str]:

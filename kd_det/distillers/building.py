@@ -19,21 +19,14 @@ from kd_det.config.detectors import check_student, extract_plain_detector
 from kd_det.config.files import build_own, explain_build_error
 from kd_det.distillers.schedules import Schedule, ScheduleConfig, build_schedule
 from kd_det.distillers.supervision import check_teacher_index
-from kd_det.heads import ROI_HEAD, HeadRequest, StudentHeads, StudentOutputs, find_head
-from kd_det.heads.capture import can_be_kept
-from kd_det.heads.towers import tower_widths
+from kd_det.heads import ROI_HEAD, StudentHeads, StudentOutputs
+from kd_det.heads.capture import measure_towers
 from kd_det.losses import DistillTerm
-from kd_det.losses.base import InputSpecs
 from kd_det.registry import build_detector
 from kd_det.taps import Features, Taps
-from kd_det.teachers import (
-    check_teacher_arguments,
-    explain_model_errors,
-    probe_config,
-    probe_levels,
-    probe_towers,
-    read_model_config,
-)
+from kd_det.teachers import probe_levels
+from kd_det.teachers.guide import Guide, Reading, build_guide
+from kd_det.teachers.teacher import FrozenDetector
 
 
 def build_student(config: dict) -> nn.Module:
@@ -46,27 +39,44 @@ def build_student(config: dict) -> nn.Module:
     return build_detector(extract_plain_detector(config))
 
 
-def list_teacher_configs(teacher: dict | Sequence[dict]) -> list[dict]:
-    """Lists the configs of the teachers.
+def build_guides(teacher: dict | Sequence[dict], learners: int) -> list[Guide]:
+    """Builds the guides that ``model.teacher`` names; none of them loads anything.
+
+    Args:
+        teacher: One or several; without a ``type`` a frozen detector.
+        learners: How many there are.
 
     Raises:
-        ArgumentError: There is none, one lacks its config, or an argument of one does not fit.
+        ArgumentError: There is no such kind, one lacks its config, an argument does not fit, or there is no such
+            learner.
     """
-    configs = [teacher] if isinstance(teacher, dict) else list(teacher)
+    configs, guides = list_guide_configs(teacher), []
     for index, config in enumerate(configs):
         with at('model.teacher' if isinstance(teacher, dict) else f'model.teacher[{index}]'):
-            check_teacher_arguments(config)
-    if not configs:
+            guide = build_guide(config) if 'type' in config else FrozenDetector(config)
+            beyond = [each for each in guide.reads_learners if each >= learners]
+            if beyond:
+                refuse('learner', beyond[0], f'an index below {learners}, the number of learners: the student and '
+                       'model.peers')
+        guides.append(guide)
+    if not guides and learners == 1:
         refuse('model.teacher', [], 'at least one teacher')
-    return configs
+    return guides
 
 
-def build_terms(distill: dict[str, dict], teachers: int) -> tuple[dict[str, Schedule], dict[str, DistillTerm]]:
+def list_guide_configs(teacher: dict | Sequence[dict]) -> list[dict]:
+    """Lists the configs of the guides that ``model.teacher`` names."""
+    return [teacher] if isinstance(teacher, dict) else list(teacher)
+
+
+def build_terms(distill: dict[str, dict], teachers: int,
+                learners: int = 1) -> tuple[dict[str, Schedule], dict[str, DistillTerm]]:
     """Builds the terms whose weight is not 0 throughout, and the schedules of their weights.
 
     Args:
-        distill: Name -> term, with its weight.
+        distill: Name -> term, with its weight, and the learner that learns by it.
         teachers: How many teachers there are.
+        learners: How many learners there are.
 
     Raises:
         ConfigurationError: A term can not be built; the message says which and why.
@@ -83,11 +93,16 @@ def build_terms(distill: dict[str, dict], teachers: int) -> tuple[dict[str, Sche
         with at(where), _explained(config):
             with at('weight'):
                 schedule = build_schedule(arguments.pop('weight', 1.0))
+            learner = arguments.pop('learner', 0)
+            if isinstance(learner, bool) or learner not in range(learners):
+                refuse('learner', learner, f'an index below {learners}, the number of learners: the student and '
+                       'model.peers')
             with preserved_randomness() if schedule.is_zero else nullcontext():  # it is built to be checked
                 term = build_own(MODELS, arguments)
             if not isinstance(term, DistillTerm):
                 refuse('type', config['type'], f'a distillation term, which {type(term).__name__} is not')
             check_teacher_index(term.teacher_index, teachers)
+            term.learner_index = learner
         if not schedule.is_zero:
             schedules[name], terms[name] = schedule, term
     return schedules, terms
@@ -119,52 +134,40 @@ def build_task_schedule(config: ScheduleConfig) -> Schedule:
 
 
 class Connections:
-    """The taps and the readers of heads that the terms ask for. Each term is told the form of what it will read.
+    """The taps and the readers of heads of one learner: what its terms ask for, and the guides that are made of it.
 
     Args:
-        student: The student.
-        teachers: Config of each teacher; none is built.
-        terms: The terms by name.
+        learner: The plain detector.
+        terms: Its terms by name.
+        readings: What guides read of it.
 
     Attributes:
         gradient_taps: For each term the paths where its gradient is measured: those that it taps, or the neck's, or
             without a neck the backbone's, for a term that reads heads alone.
-        student_levels: Levels of each tap of the student.
-        teacher_taps: For each teacher the paths that its terms read.
-        teacher_heads: For each teacher the heads that its terms read.
-        teacher_levels: For each teacher the levels of each of its taps.
+        student_taps: The taps.
+        student_heads: The readers of its heads.
+        student_levels: Levels of each tap.
 
     Raises:
         ConfigurationError: A term can not read what it asks for; the message says which and why.
     """
 
-    def __init__(self, student: nn.Module, teachers: Sequence[dict], terms: dict[str, DistillTerm]) -> None:
-        last = 'neck' if getattr(student, 'neck', None) is not None else 'backbone'
+    def __init__(self, learner: nn.Module, terms: dict[str, DistillTerm], readings: Sequence[Reading] = ()) -> None:
+        last = 'neck' if getattr(learner, 'neck', None) is not None else 'backbone'
         self.gradient_taps = {name: term.student_taps or (last, ) for name, term in terms.items()}
-        self.student_taps = Taps(student, chain.from_iterable(self.gradient_taps.values()))
-        self.student_levels = probe_levels(student, self.student_taps) if terms else {}
-
-        self.teacher_taps, self.teacher_heads, self.teacher_levels = [], [], []
-        for index, teacher in enumerate(teachers):
-            taught = [term for term in terms.values() if term.teacher_index == index]
-            taps = [path for term in taught for path in term.teacher_taps]
-            with explain_model_errors(teacher['config']):
-                levels = probe_config(read_model_config(teacher['config']), taps) if taps else {}
-            self.teacher_taps.append(taps)
-            self.teacher_heads.append([head for term in taught for head in term.teacher_heads])
-            self.teacher_levels.append(levels)
-
+        read = (path for reading in readings for path in reading.taps)
+        self.student_taps = Taps(learner, chain(*self.gradient_taps.values(), read))
+        self.student_levels = probe_levels(learner, self.student_taps) if self.student_taps.paths else {}
         for name, term in terms.items():
-            try:
-                _connect(term, student, self.student_levels, teachers[term.teacher_index],
-                         self.teacher_levels[term.teacher_index])
-            except ValueError as error:
-                raise ConfigurationError(f'model.distill.{name}: {error}') from error
-        self.student_heads = StudentHeads(student, (head for term in terms.values() for head in term.student_heads))
+            with _naming(name):
+                measure_towers(learner, term.student_heads)
+        heads = (head for term in terms.values() for head in term.student_heads)
+        read = (head for reading in readings for head in reading.heads if head != ROI_HEAD)
+        self.student_heads = StudentHeads(learner, dict.fromkeys(chain(heads, read)))
 
     @contextmanager
     def capture(self) -> Iterator[tuple[dict[str, Features], StudentOutputs]]:
-        """Reads one step of the student.
+        """Reads one step of the learner.
 
         Yields:
             Features by path and outputs by head; both are filled when the block ends.
@@ -173,20 +176,49 @@ class Connections:
             yield features, outputs
 
 
-def _connect(term: DistillTerm, student: nn.Module, student_levels: InputSpecs, teacher: dict,
-             teacher_levels: InputSpecs) -> None:
-    """Tells a term the levels of its taps, and the widths of those of its heads that are towers.
+class GuideConnections:
+    """What the terms read of each guide, and in which form they will have it. Each term is told its form here.
+
+    Args:
+        guides: The guides; none is loaded.
+        terms: The terms of all learners, by name.
+        learners: The plain detectors, the student first.
+
+    Attributes:
+        readings: For each guide what terms read of it.
+        levels: For each guide the levels of each of its taps.
+        of_learners: Of each learner, its connections.
 
     Raises:
-        ValueError: It can not compare them, a head lacks, or the teacher's cache keeps no outputs of that head.
+        ConfigurationError: A term can not read what it asks for; the message says which and why.
     """
-    uncached = [head for head in term.teacher_heads if not can_be_kept(head)] if teacher.get('cache') else []
-    if uncached:
-        why = ', which depend on the regions that the student samples in each step' if uncached[0] == ROI_HEAD else ''
-        raise ConfigurationError(f"it reads the outputs of the teacher's {uncached[0]}{why}: a cache keeps features "
-                                 'and the maps of dense heads alone. Remove model.teacher.cache, or this term.')
-    heads = {request: find_head(student, request) for request in map(HeadRequest.parse, term.student_heads)}
-    student_towers = {request: tower_widths(head) for request, head in heads.items() if request.part == 'towers'}
-    teacher_towers = probe_towers(teacher['config'], term.teacher_heads)
-    term.connect({**student_levels, **student_towers},  # type: ignore[dict-item]  # a request equals its name
-                 {**teacher_levels, **teacher_towers})  # type: ignore[dict-item]
+
+    def __init__(self, guides: Sequence[Guide], terms: dict[str, DistillTerm], learners: Sequence[nn.Module]) -> None:
+        by_guide = [[term for term in terms.values() if term.teacher_index == index] for index in range(len(guides))]
+        self.readings = [Reading(tuple(dict.fromkeys(path for term in taught for path in term.teacher_taps)),
+                                 tuple(dict.fromkeys(head for term in taught for head in term.teacher_heads)))
+                         for taught in by_guide]
+        for name, term in terms.items():
+            with _naming(name):
+                guides[term.teacher_index].check(Reading(term.teacher_taps, term.teacher_heads))
+        self.of_learners = [
+            Connections(learner, {name: term for name, term in terms.items() if term.learner_index == index},
+                        [reading for guide, reading in zip(guides, self.readings) if index in guide.reads_learners])
+            for index, learner in enumerate(learners)]
+        levels = [each.student_levels for each in self.of_learners]
+        forms = [guide.probe(reading, learners, levels) for guide, reading in zip(guides, self.readings)]
+        self.levels = [form.levels for form in forms]
+        for name, term in terms.items():
+            form, learner = forms[term.teacher_index], term.learner_index
+            with _naming(name):
+                term.connect({**levels[learner], **measure_towers(learners[learner], term.student_heads)},
+                             {**form.levels, **form.towers})  # type: ignore[dict-item]  # a request equals its name
+
+
+@contextmanager
+def _naming(term: str) -> Iterator[None]:
+    """Says of what goes wrong which term it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigurationError(f'model.distill.{term}: {error}') from error

@@ -12,7 +12,7 @@ from kd_det.config.classes import ClassMatch, count_classes, match_classes
 from kd_det.config.files import ConfigurationError
 from kd_det.context import DistillContext
 from kd_det.heads import ROI_HEAD, DenseOutputs, HeadRequest, QueryOutputs, TeacherTowers
-from kd_det.teachers import Teacher
+from kd_det.teachers import Guide
 
 CLASSLESS_HEAD = 'rpn_head'  # it tells objects from background, whatever the classes
 
@@ -36,7 +36,7 @@ class ClassSets:
         self.student_count = count_classes(student)
         self.matches: dict[int, ClassMatch] = {}
 
-    def match(self, student: Sequence[str] | None, teachers: Sequence[Teacher], read: Container[int],
+    def match(self, student: Sequence[str] | None, teachers: Sequence[Guide], read: Container[int],
               inherited: Sequence[str] = ()) -> list[str]:
         """Matches the teachers' classes with the student's by name, where both are known.
 
@@ -48,7 +48,7 @@ class ClassSets:
             inherited: The parts of the student that started from the first teacher.
 
         Returns:
-            What was found, one report for each teacher.
+            What was found, one report for each guide whose labels are not the student's anyway.
 
         Raises:
             ConfigurationError: A teacher whose classes are read shares none with the student.
@@ -57,6 +57,8 @@ class ClassSets:
             student = None
         self.matches, reports = {}, []
         for index, teacher in enumerate(teachers):
+            if teacher.has_student_labels:
+                continue
             try:
                 report = self._match(index, student, teacher.classes)
             except ConfigurationError:
@@ -89,7 +91,7 @@ class ClassSets:
         match = self.matches.get(teacher_index)
         return list(labels) if match is None or match.is_identity else [match.index_shared(each) for each in labels]
 
-    def translate(self, detections: list[InstanceData], teacher_index: int, teacher: Teacher) -> list[InstanceData]:
+    def translate(self, detections: list[InstanceData], teacher_index: int, teacher: Guide) -> list[InstanceData]:
         """Gives a teacher's detections the student's labels.
 
         Args:
@@ -102,7 +104,7 @@ class ClassSets:
         """
         if teacher_index in self.matches:
             return [self.matches[teacher_index].translate(each) for each in detections]
-        counts = count_classes(teacher.model), self.student_count
+        counts = teacher.num_classes, self.student_count
         if None not in counts and counts[0] != counts[1]:
             raise ConfigurationError(f'The teacher tells {counts[0]} classes apart, the student {counts[1]}, and '
                                      "which are the same is not known. Name the teacher's, by label, with "

@@ -1,8 +1,8 @@
 """The method's core: one training step of a student under the guidance of its teachers, from top to bottom.
 
-:meth:`DetectionDistiller.loss` is the step, and :meth:`DetectionDistiller.observe`, which it calls first, its forward:
-student, teachers, terms. Below them stand what comes before the first step (teachers, inheritance, classes), and what a
-step costs.
+:meth:`DetectionDistiller.loss` is the step, and :meth:`DetectionDistiller.observe_learners`, which it calls first, its
+forward: learners, guides, terms. Below them stand what comes before the first step (guides, inheritance, classes), and
+what a step costs.
 """
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from typing import Any, NamedTuple
 
 import torch
 from mmdet.registry import MODELS
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_det.compat.process import preserved_randomness
-from kd_det.config.arguments import Name, Names, declared
+from kd_det.config.arguments import Index, Name, Names, declared, refuse
 from kd_det.context import DistillContext, Progress
 from kd_det.distillers.building import (
     Connections,
+    GuideConnections,
+    build_guides,
     build_student,
     build_task_schedule,
     build_terms,
-    list_teacher_configs,
+    list_guide_configs,
 )
 from kd_det.distillers.class_sets import ClassSets, has_classes
 from kd_det.distillers.inheritance import WeightOrigins, find_common_parts, find_pretrained_parameters, inherit
+from kd_det.distillers.learners import Learner, Predictor, build_peers, init_peers, run_learners
 from kd_det.distillers.monitor import (
     GradientMonitor,
     IdleTermCheck,
@@ -38,25 +41,25 @@ from kd_det.distillers.monitor import (
 )
 from kd_det.distillers.quantization import build_quantizer
 from kd_det.distillers.schedules import ScheduleConfig
-from kd_det.distillers.student_wrapper import QUANTIZER, StudentWrapper
+from kd_det.distillers.student_wrapper import GUIDES, PEERS, QUANTIZER, StudentWrapper
 from kd_det.distillers.supervision import (
     Losses,
     Supervision,
     build_pseudo_labels,
-    compute_labelled_losses,
     read_supervision,
     scale_losses,
 )
-from kd_det.heads import StudentOutputs, TeacherOutputs
+from kd_det.heads import ROI_HEAD, TeacherOutputs
 from kd_det.losses.base import Parts, find_read_levels, sum_parts
-from kd_det.taps import Features, record_calls
-from kd_det.teachers import Teacher
+from kd_det.taps import Features
+from kd_det.teachers import InputBridge, Teacher
+from kd_det.teachers.guide import Guide, LearnerStep
 
 MEBIBYTE = 2**20
 
 
 class Observation(NamedTuple):
-    """One step before anything is weighted: the student's own losses, what the terms may read, and their values."""
+    """One step of a learner before anything is weighted: its own losses, what its terms may read, and their values."""
     losses: Losses
     context: DistillContext
     values: dict[str, Tensor | Parts]
@@ -81,11 +84,13 @@ class DetectionDistiller(StudentWrapper):
 
     Args:
         student: Model dict of the student, as in any mmdet config.
-        teacher: ``dict(config=…, checkpoint=…)``, or a list of those; see :class:`~kd_det.teachers.Teacher`. They are
-            built when training starts, never for a test run.
+        teacher: ``dict(config=…, checkpoint=…)`` of a frozen detector, see :class:`~kd_det.teachers.Teacher`; with a
+            ``type`` another kind of :class:`~kd_det.teachers.guide.Guide`; or a list of those. What they need is loaded
+            when training starts, never for a test run.
         distill: Name -> term. Beside the term's own arguments each takes ``weight``: a number or a schedule, see
             :mod:`kd_det.distillers.schedules`; a term whose weight is 0 throughout is left out. Each is logged as
             ``loss_<name>``, its parts as ``distill/<name>_<part>``, a weight that changes as ``distill/<name>_weight``.
+            ``learner`` tells who learns by it, where there are peers: 0, the student, by default.
         inherit: Parts of the student (``('neck', 'rpn_head', 'roi_head')``) that start from the first teacher's weights
             where shapes agree; ``'auto'`` for all but the backbone that are of the same type in both.
         task_weight: Of the student's own losses: a number or a schedule, such as
@@ -96,12 +101,17 @@ class DetectionDistiller(StudentWrapper):
         quantize: ``dict(bits=8, …)`` for a student that is trained as it computes in integers, see
             :class:`~kd_det.distillers.rounding.Quantization`; without terms, too. It starts from a trained one:
             ``load_from``.
+        peers: Further detectors that learn in the same steps: how many of the student's own kind, or model dicts, or
+            ``dict(config=…, checkpoint=…)`` of those that start from weights.
+        share: Parts that the peers have in common with the student, from the image on: ``('backbone', 'neck')``.
 
     Attributes:
         terms: The terms by name; those whose weight is not 0 throughout.
         schedules: The schedule of each term's weight, by the same names.
         task_schedule: That of the student's own losses.
-        teachers: The teachers in the config's order; None before training.
+        learners: The student and its peers, each with its terms.
+        guides: What the terms learn from, in the config's order, before anything is loaded.
+        teachers: The same at work; None before training.
         origins: Where the student's weights came from.
 
     Raises:
@@ -112,33 +122,65 @@ class DetectionDistiller(StudentWrapper):
     @declared
     def __init__(self,
                  student: dict[str, Any],
-                 teacher: dict[str, Any] | Sequence[dict[str, Any]],
-                 distill: dict[str, Any],
+                 teacher: dict[str, Any] | Sequence[dict[str, Any]] = (),
+                 distill: dict[str, Any] | None = None,
                  inherit: Name | Names = (),
                  task_weight: ScheduleConfig = 1.0,
                  pseudo_labels: dict[str, Any] | None = None,
-                 quantize: dict[str, Any] | None = None) -> None:
+                 quantize: dict[str, Any] | None = None,
+                 peers: Index | Sequence[dict[str, Any]] = 0,
+                 share: Names = ()) -> None:
         detector = build_student(student)
         super().__init__(detector)
         self.origins = WeightOrigins(detector)
         self.inherited_parts = (inherit, ) if isinstance(inherit, str) else tuple(inherit)
         self.not_inherited: list[str] = []
         self.terms_origin = 'random'
-        self.progress, self.cost = Progress(), StepCost()
-        self.teacher_configs = list_teacher_configs(teacher)
-        self.teachers: list[Teacher] | None = None
+        self.progress, self.cost, self.reads = Progress(), StepCost(), ReadRecord()
+        self.shares_trunk = bool(share)
+        with preserved_randomness():  # the student is drawn as if there were no distillation
+            models = [detector, *build_peers(peers, share, detector, student)]
+        if len(models) > 1:
+            self._modules[PEERS] = nn.ModuleList(models[1:])
+        self.teacher_configs, self.guides = list_guide_configs(teacher), build_guides(teacher, len(models))
+        self.teachers: list[Guide] | None = None
         self.class_sets = ClassSets(detector)
-        self.pseudo_labels = build_pseudo_labels(pseudo_labels, detector, self.teacher_configs)
+        self.pseudo_labels = build_pseudo_labels(pseudo_labels, detector, self.guides)
         self.task_schedule = build_task_schedule(task_weight)
 
-        with preserved_randomness():  # the student is drawn as if there were no distillation
-            self.schedules, terms = build_terms(distill, len(self.teacher_configs))
-            self.connections = Connections(detector, self.teacher_configs, terms)
+        with preserved_randomness():
+            self.schedules, terms = build_terms(distill or {}, len(self.guides), len(models))
+            self.guide_connections = GuideConnections(self.guides, terms, models)
         self.terms.update(terms)
+        learning = {str(index): guide.module for index, guide in enumerate(self.guides) if guide.module is not None}
+        if learning:
+            self._modules[GUIDES] = nn.ModuleDict(learning)
+        self.learners = [self._make_learner(index, model) for index, model in enumerate(models)]
         if quantize is not None:
+            if len(models) > 1:
+                refuse('model.quantize', quantize, 'None beside model.peers', 'One student is trained in integers.')
             self._modules[QUANTIZER] = build_quantizer(quantize, detector, self.connections.student_taps.paths)
-        self.monitor, self.idle_check = GradientMonitor(self.schedules), IdleTermCheck(terms)
-        self.reads = ReadRecord()
+
+    def _make_learner(self, index: int, model: nn.Module) -> Learner:
+        terms = {name: term for name, term in self.terms.items() if term.learner_index == index}
+        bridge = InputBridge(self.data_preprocessor, model.data_preprocessor) if index else None
+        return Learner(index, model, terms, self.schedules, self.guide_connections.of_learners[index], bridge,
+                       self.pseudo_labels)
+
+    @property
+    def connections(self) -> Connections:
+        """What is read of the student."""
+        return self.learners[0].connections
+
+    @property
+    def monitor(self) -> GradientMonitor:
+        """What measures the gradients of the student's terms."""
+        return self.learners[0].monitor
+
+    @property
+    def idle_check(self) -> IdleTermCheck:
+        """What warns of those of the student's terms that teach nothing."""
+        return self.learners[0].idle_check
 
     # ------------------------------------------------------------------------------------ the training step
 
@@ -147,33 +189,38 @@ class DetectionDistiller(StudentWrapper):
         self.progress = Progress(iteration, epoch)
 
     def loss(self, inputs: Tensor, data_samples: list) -> Losses:
-        """One training step: the student's own losses and the terms'.
+        """One training step: each learner's own losses and the terms'.
 
         Args:
             inputs: (N, 3, H, W), preprocessed.
             data_samples: mmdet's data samples with ``gt_instances``.
 
         Returns:
-            The student's losses; ``loss_<name>`` of each term; for the log only its parts, its weight where that
-            changes, and, in steps that measure it, its gradient in units of the task's.
+            The student's losses, and those of peers and of guides that learn, with ``peer1/`` or ``guide0/`` before
+            their names; ``loss_<name>`` of each term; for the log only its parts, its weight where that changes, and,
+            in steps that measure it, its gradient in units of the task's.
 
         Raises:
-            ConfigurationError: No term can teach the student anything; or a schedule's weight is not finite.
+            ConfigurationError: No term can teach a learner anything; or a schedule's weight is not finite.
         """
-        # What each term is worth in this step; without a weight it does not run, nor a teacher that no other needs.
+        # What each term is worth in this step; without a weight it does not run, nor a guide that no other needs.
         weights = {name: schedule(self.progress) for name, schedule in self.schedules.items()}
         task_weight = self.task_schedule(self.progress)
         require_finite_weights(weights, task_weight, self.progress)
         active = [name for name, weight in weights.items() if weight != 0]
-        observation = self.observe(inputs, data_samples, active)
-        gradients = self._measure_gradients(observation)
-        # A balanced weight is a ratio of gradients, and known now that they are.
-        weights = {name: weight * self.monitor.scale(name) for name, weight in weights.items()}
-
-        losses = scale_losses(observation.losses, task_weight)
+        observations, losses = self.observe_learners(inputs, data_samples, active)
+        values: dict[str, Tensor | Parts] = {}
+        gradients: dict[str, Tensor] = {}
+        for learner, observation in zip(self.learners, observations):
+            gradients.update(self._measure_gradients(learner, observation))
+            # A balanced weight is a ratio of gradients, and known now that they are.
+            weights.update({name: weights[name] * learner.monitor.scale(name) for name in learner.terms})
+            values.update(observation.values)
+            own = scale_losses(observation.losses, task_weight)
+            losses.update({f'{learner.prefix}{name}': value for name, value in own.items()})
         for name, term in self.terms.items():
-            if name in observation.values:
-                value = observation.values[name]
+            if name in values:
+                value = values[name]
                 losses[f'loss_{name}'] = weights[name] * sum_parts(value)
                 for part, each in value.items() if isinstance(value, dict) else ():
                     losses[f'distill/{name}_{part}'] = weights[name] * each.detach()
@@ -192,121 +239,145 @@ class DetectionDistiller(StudentWrapper):
         return losses
 
     def observe(self, inputs: Tensor, data_samples: list, names: Iterable[str]) -> Observation:
-        """The forward of a step: the student's own loss, and the terms of these names with what they read.
+        """The student's part of :meth:`observe_learners`."""
+        return self.observe_learners(inputs, data_samples, names)[0][0]
+
+    def observe_learners(self, inputs: Tensor, data_samples: list,
+                         names: Iterable[str]) -> tuple[list[Observation], Losses]:
+        """The forward of a step: each learner's own loss, and the terms of these names with what they read.
 
         Args:
             inputs: (N, 3, H, W), preprocessed.
             data_samples: mmdet's data samples with ``gt_instances``.
-            names: Of the terms; without any the teachers do not run.
+            names: Of the terms; without any no guide runs.
+
+        Returns:
+            What was observed of each learner; and the losses of guides that learn.
         """
         names, supervision = tuple(names), self._find_supervision(inputs, data_samples)
         image_shapes = [tuple(sample.img_shape[:2]) for sample in data_samples]
 
-        # The student, as it learns without a teacher; its taps and heads are read on the way.
-        with self.connections.capture() as (student, student_outputs), \
-                record_calls(self.student, 'extract_feat') as extractions:
-            losses = dict(self.student.loss(inputs, supervision.samples))
-        if not all(supervision.labelled):
-            losses = compute_labelled_losses(self.student, inputs, extractions[0].returned, supervision, losses)
-        losses.update(supervision.log)
-
+        # The learners, as they learn without a guide; their taps and heads are read on the way.
+        losses, steps = run_learners(self.learners, inputs, supervision)
+        losses[0].update(supervision.log)
         with self.cost.measure(inputs.device):
-            # The teachers, as far as the terms read them.
-            teachers, teacher_outputs = zip(*self.observe_teachers(names, inputs, image_shapes, student_outputs))
-            self.cost.count_features(teachers)
-            context = DistillContext(
-                student=student,
-                teachers=list(teachers),
-                student_levels=self.connections.student_levels,
-                teacher_levels=self.connections.teacher_levels,
+            # The guides, as far as the terms read them.
+            guides = [guide for guide in self.build_teachers() if guide.learns]
+            learnt = {f'guide{self.teachers.index(guide)}/{name}': loss for guide in guides
+                      for name, loss in guide.learn(steps).items()}
+            observed = self.observe_teachers(names, inputs, image_shapes, steps)
+            self.cost.count_features([features for of_learner in observed for features, _ in of_learner])
+            contexts = [DistillContext(
+                student=step.features,
+                teachers=[features for features, _ in of_learner],
+                student_levels=learner.connections.student_levels,
+                teacher_levels=self.guide_connections.levels,
                 boxes=supervision.boxes,
                 labels=supervision.labels,
                 labelled=supervision.labelled,
                 batch_shape=tuple(inputs.shape[-2:]),
                 image_shapes=image_shapes,
                 progress=self.progress,
-                student_outputs=student_outputs,
-                teacher_outputs=list(teacher_outputs))
-            self.reads.note(self.progress.iteration, list_reads(context))
-            # The terms, in float32; each sees the classes that its teacher shares with the student.
-            views = [self.class_sets.restrict_context(context, index) for index in range(len(teachers))]
-            with torch.autocast(inputs.device.type, enabled=False):
-                values = {name: self.terms[name](views[self.terms[name].teacher_index]) for name in names}
-        return Observation(losses, context, values)
+                student_outputs=step.outputs,
+                teacher_outputs=[outputs for _, outputs in of_learner])
+                for learner, step, of_learner in zip(self.learners, steps, observed)]
+            self.reads.note(self.progress.iteration, list_reads(contexts[0]))
+            # The terms, in float32; each sees the classes that its guide shares with the student.
+            values = []
+            for learner, context in zip(self.learners, contexts):
+                views = [self.class_sets.restrict_context(context, index) for index in range(len(self.guides))]
+                with torch.autocast(inputs.device.type, enabled=False):
+                    values.append({name: self.terms[name](views[self.terms[name].teacher_index])
+                                   for name in names if name in learner.terms})
+        return list(map(Observation, losses, contexts, values)), learnt
 
     def observe_teachers(self, names: Iterable[str], images: Tensor, image_shapes: Sequence[tuple[int, int]],
-                         student: StudentOutputs) -> Iterator[tuple[dict[str, Features], TeacherOutputs]]:
-        """Runs what the terms of these names read of each teacher, and nothing of a teacher that none of them reads."""
-        for index, teacher in enumerate(self.build_teachers()):
+                         steps: Sequence[LearnerStep]) -> list[list[tuple[dict[str, Features], TeacherOutputs]]]:
+        """Runs what the terms of these names read of each guide, and nothing of a guide that none of them reads.
+
+        What does not depend on who learns is computed once for all learners.
+
+        Returns:
+            For each learner and each guide its features and outputs.
+        """
+        observed = [[({}, {})] * len(self.guides) for _ in self.learners]
+        for index, guide in enumerate(self.build_teachers()):
             terms = [self.terms[name] for name in names if self.terms[name].teacher_index == index]
-            heads = tuple(dict.fromkeys(head for term in terms for head in term.teacher_heads))
-            taps = tuple(dict.fromkeys(path for term in terms for path in term.teacher_taps))
-            levels = find_read_levels(terms, self.connections.teacher_levels[index])
-            yield teacher.observe(images, image_shapes, heads, student, taps, levels) if heads or taps else ({}, {})
+            learners = sorted({term.learner_index for term in terms})
+            by_regions = any(ROI_HEAD in term.teacher_heads for term in terms)
+            for group in [[learner] for learner in learners] if by_regions else [learners] if learners else []:
+                read = [term for term in terms if term.learner_index in group]
+                heads = tuple(dict.fromkeys(head for term in read for head in term.teacher_heads))
+                taps = tuple(dict.fromkeys(path for term in read for path in term.teacher_taps))
+                levels = find_read_levels(read, self.guide_connections.levels[index])
+                if heads or taps:
+                    answer = guide.observe(images, image_shapes, heads, steps[group[0]].outputs, taps, levels, steps)
+                    for learner in group:
+                        observed[learner][index] = answer
+        return observed
 
     def _find_supervision(self, inputs: Tensor, data_samples: list) -> Supervision:
-        """What is known of the objects in a batch, from its data and from the teacher of the pseudo-labels."""
+        """What is known of the objects in a batch, from its data and from the guide of the pseudo-labels."""
         supervision, pseudo_labels = read_supervision(data_samples), self.pseudo_labels
         if pseudo_labels is None or not pseudo_labels.is_due(supervision, self.progress):
             return supervision
         index = pseudo_labels.teacher_index
         teacher = self.build_teachers()[index]
         detections = self.class_sets.translate(teacher.detect(inputs, data_samples), index, teacher)
-        owner = f'teacher[{index}]' if len(self.teacher_configs) > 1 else 'teacher'
+        owner = f'teacher[{index}]' if len(self.guides) > 1 else 'teacher'
         self.reads.note(self.progress.iteration, ((Read(owner, 'feature for pseudo-labels', level), each)
                                                   for level, each in enumerate(teacher.feature_sums)))
         return pseudo_labels(supervision, detections, self.progress)
 
-    def _measure_gradients(self, observation: Observation) -> dict[str, Tensor]:
+    def _measure_gradients(self, learner: Learner, observation: Observation) -> dict[str, Tensor]:
         """Compares the gradients of terms with the task's, where that is due; see :meth:`GradientMonitor.measure`."""
         if not torch.is_grad_enabled():
             return {}
-        self.idle_check.check(self, observation)
+        learner.idle_check.check(learner, observation)
         losses, context, values = observation
-        due = self.monitor.find_due(self.progress, values)
+        due = learner.monitor.find_due(self.progress, values)
         if not due:
             return {}
-        features = {name: self.gradient_features(name, context) for name in due}
+        features = {name: learner.gradient_features(name, context) for name in due}
         labels = {name: self.class_sets.convert_labels(context.labels, self.terms[name].teacher_index) for name in due}
         task = self.parse_losses(losses)[0]
-        return self.monitor.measure(task, {name: sum_parts(values[name]) for name in due}, features, labels)
-
-    def gradient_features(self, name: str, context: DistillContext) -> list[Tensor]:
-        """The student's features where the gradient of a term is measured."""
-        return [level for path in self.connections.gradient_taps[name] for level in context.student[path]]
+        return learner.monitor.measure(task, {name: sum_parts(values[name]) for name in due}, features, labels)
 
     # ------------------------------------------------------------------------------------ before the first step
 
     @property
-    def teacher(self) -> Teacher | None:
-        """The first teacher, once training has begun."""
+    def teacher(self) -> Guide | None:
+        """The first guide, once training has begun."""
         return self.teachers[0] if self.teachers else None
 
     def init_weights(self) -> None:
-        """Initialises the student as it would itself, builds the teachers, and lets the student inherit."""
+        """Initialises the learners as they would themselves, starts the guides, and lets the student inherit."""
         self.student.init_weights()
         self._is_init = True
         self.origins.mark(find_pretrained_parameters(self.student), 'pretrained')
+        init_peers(self.peers)
         teachers = self.build_teachers()
+        first = teachers[0] if teachers and isinstance(teachers[0], Teacher) else None
         if self.inherited_parts == ('auto', ):
-            self.inherited_parts = find_common_parts(self.student, teachers[0].model)
-        inherited, self.not_inherited = inherit(self.student, teachers[0], self.inherited_parts)
-        self.origins.mark(inherited, 'inherited')
+            self.inherited_parts = find_common_parts(self.student, first.model) if first else ()
+        if self.inherited_parts and first is None:
+            refuse('model.inherit', self.inherited_parts, 'no parts, as the first guide is no frozen detector')
+        if first:
+            inherited, self.not_inherited = inherit(self.student, first, self.inherited_parts)
+            self.origins.mark(inherited, 'inherited')
 
-    def build_teachers(self) -> list[Teacher]:
-        """Builds and loads the teachers unless that is done.
+    def build_teachers(self) -> list[Guide]:
+        """Starts the guides unless that is done.
 
         Raises:
             TeacherError: A teacher has no checkpoint.
             CheckpointError: A checkpoint does not fit; the message names the keys.
         """
         if self.teachers is None:
-            anchor, teachers = next(self.student.parameters()), []
+            models, teachers = [learner.student for learner in self.learners], []
             with preserved_randomness():
-                for config, taps, heads in zip(self.teacher_configs, self.connections.teacher_taps,
-                                               self.connections.teacher_heads):
-                    teacher = Teacher(**config, taps=taps, heads=heads, student_preprocessor=self.data_preprocessor)
-                    teachers.append(teacher.to_like(anchor))
+                for guide, reading in zip(self.guides, self.guide_connections.readings):
+                    teachers.append(guide.start(reading, models))
                     # A teacher leaves the generator as it was: from there a second one would be drawn as its copy.
                     torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, ())))
             self.teachers = teachers
@@ -324,6 +395,21 @@ class DetectionDistiller(StudentWrapper):
         read = {term.teacher_index for term in self.terms.values() if any(map(has_classes, term.teacher_heads))}
         read |= {self.pseudo_labels.teacher_index} if self.pseudo_labels else set()
         return self.class_sets.match(classes, self.build_teachers(), read, self.inherited_parts)
+
+    def group_parameters(self) -> list[list[nn.Parameter]]:
+        """The parameters that make one network each: those of a learner, with its terms; of all that share a trunk."""
+        groups: list[list[nn.Parameter]] = [[] for _ in self.learners]
+        for learner in self.learners:
+            own = groups[0 if self.shares_trunk else learner.index]
+            own.extend(learner.student.parameters())
+            own.extend(parameter for term in learner.terms.values() for parameter in term.parameters())
+        return groups
+
+    def list_predictors(self) -> dict[str, Predictor]:
+        """What predicts beside the student, by the prefix of its metrics: the peers, and the guides that can."""
+        guides = {f'{guide.metrics_prefix}/': predict for guide in self.teachers or ()
+                  if (predict := guide.make_predictor(self.learners)) is not None}
+        return {**{learner.prefix: learner.predict for learner in self.learners[1:]}, **guides}
 
     def load_terms(self, state: dict[str, Tensor]) -> None:
         """Restores the terms' parameters from a checkpoint.

@@ -28,7 +28,8 @@ from kd_det.losses.base import FeatureTerm, sum_parts
 from kd_det.taps import find_module
 
 if TYPE_CHECKING:
-    from kd_det.distillers.detection_distiller import DetectionDistiller, Observation
+    from kd_det.distillers.detection_distiller import Observation
+    from kd_det.distillers.learners import Learner
 
 OF_TERM = ('Correct its arguments: a temperature, a normaliser or a weight near 0 divides by 0; kd-det inspect CONFIG '
            'shows each part.')
@@ -185,7 +186,7 @@ class IdleTermCheck:
         self.remaining = dict.fromkeys(names, patience)
         self.idle: dict[str, str] = {}
 
-    def check(self, distiller: DetectionDistiller, observation: Observation) -> None:
+    def check(self, learner: Learner, observation: Observation) -> None:
         """Judges the terms of a step that it has not judged yet.
 
         Raises:
@@ -194,7 +195,7 @@ class IdleTermCheck:
         new = {name: value for name, value in observation.values.items() if name in self.remaining}
         if not new:
             return
-        idle = find_idle_terms(distiller, observation._replace(values=new))
+        idle = find_idle_terms(learner, observation._replace(values=new))
         for name in new:
             if name in idle and self.remaining[name] > 0 and not any(map(len, observation.context.boxes)):
                 self.remaining[name] -= 1
@@ -205,35 +206,35 @@ class IdleTermCheck:
                 print_log(f'model.distill.{name} teaches the student nothing: none of its weights gets a gradient from '
                           f'it. {idle[name]}', 'current', logging.WARNING)
             else:
-                _report_frozen_levels(distiller.terms[name], name, observation)
-        if not self.remaining and len(self.idle) == len(distiller.terms) and distiller.pseudo_labels is None:
+                _report_frozen_levels(learner.terms[name], name, observation)
+        if not self.remaining and len(self.idle) == len(learner.terms) and learner.pseudo_labels is None:
             causes = ' '.join(f'model.distill.{name}: {cause}' for name, cause in self.idle.items())
             raise ConfigurationError('No weight of the student gets a gradient from any term: it would train as '
                                      f'without a teacher. {causes}')
 
 
-def find_idle_terms(distiller: DetectionDistiller, observation: Observation) -> dict[str, str]:
+def find_idle_terms(learner: Learner, observation: Observation) -> dict[str, str]:
     """Finds those of the terms that were run that can teach the student nothing.
 
     Args:
-        distiller: The distiller.
+        learner: Whose terms they are.
         observation: One step of it, with a gradient.
 
     Returns:
         For each such term what it reads, the likely cause, and what to do.
     """
-    return {name: _find_cause(distiller, observation, name) for name, value in observation.values.items()
-            if not reaches_parameters(sum_parts(value), apart=list(distiller.terms[name].parameters()))}
+    return {name: _find_cause(learner, observation, name) for name, value in observation.values.items()
+            if not reaches_parameters(sum_parts(value), apart=list(learner.terms[name].parameters()))}
 
 
-def _find_cause(distiller: DetectionDistiller, observation: Observation, name: str) -> str:
+def _find_cause(learner: Learner, observation: Observation, name: str) -> str:
     """Says what a term reads, and what cuts its gradient there."""
-    student, term = distiller.student, distiller.terms[name]
+    student, term = learner.student, learner.terms[name]
     paths = term.student_taps or tuple(dict.fromkeys(HeadRequest.parse(head).head for head in term.student_heads))
     modules = [find_module(student, path) for path in term.student_taps]
     modules += [] if modules else [find_head(student, head) for head in term.student_heads]
     read = f"It reads {' and '.join(map(repr, paths))}"
-    flows = any(level.requires_grad for level in distiller.gradient_features(name, observation.context))
+    flows = any(level.requires_grad for level in learner.gradient_features(name, observation.context))
     if not flows and not any(map(_learns, modules)):
         learning = [part for part, module in student.named_children() if _learns(module)]
         return (f'{read}, where nothing learns: the weights there are frozen (requires_grad=False, as frozen_stages '

@@ -16,6 +16,7 @@ from kd_det.context import Progress
 from kd_det.datasets import UNLABELLED
 from kd_det.distillers.schedules import Schedule, ScheduleConfig, build_schedule
 from kd_det.taps import Features
+from kd_det.teachers.guide import Guide
 
 Losses = dict[str, Tensor | list[Tensor]]  # of a step by name; those with 'loss' in it are summed, the others logged
 
@@ -184,7 +185,8 @@ class PseudoLabels:
         return torch.rand_like(scores) < (scores if self.by_score else weight)
 
 
-def build_pseudo_labels(config: dict | None, student: nn.Module, teachers: Sequence[dict]) -> PseudoLabels | None:
+def build_pseudo_labels(config: dict | None, student: nn.Module,
+                        guides: Sequence[Guide | None]) -> PseudoLabels | None:
     """Builds what the distiller's ``pseudo_labels`` says; None for none.
 
     Raises:
@@ -196,8 +198,12 @@ def build_pseudo_labels(config: dict | None, student: nn.Module, teachers: Seque
     with at('model.pseudo_labels'):
         check_arguments(PseudoLabels, config)
         pseudo_labels = PseudoLabels(**config)
-        check_teacher_index(pseudo_labels.teacher_index, len(teachers))
-    if pseudo_labels.only_unlabelled and teachers[pseudo_labels.teacher_index].get('shard'):
+        check_teacher_index(pseudo_labels.teacher_index, len(guides))
+        guide = guides[pseudo_labels.teacher_index]
+        if guide is not None and not guide.detects:
+            refuse('teacher', pseudo_labels.teacher_index, 'the index of a guide that detects',
+                   f'It is that of {guide.described}.')
+    if pseudo_labels.only_unlabelled and getattr(guide, 'config', {}).get('shard'):
         raise ConfigurationError("model.pseudo_labels: images='unlabelled' asks the teacher on those ranks alone whose "
                                  "batch has such images, which one with shard=True can not serve. Take images='all', "
                                  'or leave the teacher whole.')

@@ -13,7 +13,7 @@ from kd_det.heads.queries import QueryOutputs, read_queries
 from kd_det.heads.readers import check_head, find_reader, read_dense
 from kd_det.heads.request import HEADS, ROI_HEAD, HeadRequest
 from kd_det.heads.roi import RoIOutputs, find_stages, read_sampled, run_roi_head
-from kd_det.heads.towers import TeacherTowers, TowerFeatures, read_towers, record_towers
+from kd_det.heads.towers import TeacherTowers, TowerFeatures, TowerWidths, read_towers, record_towers, tower_widths
 from kd_det.taps import Call, Features, Taps, record_calls
 
 # By request: DenseOutputs, QueryOutputs, RoIOutputs or TowerFeatures; who reads them knows which it asked for.
@@ -149,6 +149,20 @@ def find_head(model: nn.Module, name: str) -> nn.Module:
     if request == ROI_HEAD:
         find_stages(head)
     return head
+
+
+def measure_towers(model: nn.Module, names: Iterable[str]) -> dict[HeadRequest, TowerWidths]:
+    """Measures those of a detector's heads that are asked for as towers.
+
+    Args:
+        model: The detector.
+        names: See :class:`~kd_det.heads.HeadRequest`; those of other parts are checked.
+
+    Raises:
+        HeadError: See :func:`find_head`.
+    """
+    heads = {request: find_head(model, request) for request in map(HeadRequest.parse, names)}
+    return {request: tower_widths(head) for request, head in heads.items() if request.part == 'towers'}
 
 
 def _find_kinds(model: nn.Module, names: Iterable[str]) -> dict[HeadRequest, tuple[OutputKind, nn.Module]]:

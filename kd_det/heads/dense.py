@@ -112,6 +112,14 @@ class DenseOutputs:
     def num_classes(self) -> int:
         return int(self.logits[0].shape[-1]) - (self.activation == 'softmax')
 
+    def detach(self) -> DenseOutputs:
+        """The same without gradient, boxes included."""
+        tensors = {name: tuple(level.detach() for level in levels)
+                   for name in ('logits', 'regressions', 'objectness', 'centerness', 'distributions', 'targets')
+                   if (levels := getattr(self, name)) is not None}
+        decode = self.decode
+        return replace(self, **tensors, decode=lambda *chosen: tuple(level.detach() for level in decode(*chosen)))
+
     def restrict(self, classes: Sequence[int]) -> DenseOutputs:
         """The same of some classes alone, in this order, see :func:`~kd_det.functional.logits.restricted_logits`."""
         background = self.activation == 'softmax'

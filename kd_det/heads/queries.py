@@ -48,6 +48,10 @@ class QueryOutputs:
     def num_classes(self) -> int:
         return int(self.logits.shape[-1]) - (self.activation == 'softmax')
 
+    def detach(self) -> QueryOutputs:
+        """The same without gradient."""
+        return replace(self, logits=self.logits.detach(), boxes=self.boxes.detach())
+
     def restrict(self, classes: Sequence[int]) -> QueryOutputs:
         """The same of some classes alone, in this order, see :func:`~kd_det.functional.logits.restricted_logits`."""
         return replace(self, logits=restricted_logits(self.logits, classes, self.activation == 'softmax'))

@@ -35,6 +35,7 @@ class DistillTerm(nn.Module):
 
     Attributes:
         least_levels: How many levels a tap must have for the term to say anything.
+        learner_index: Who learns by it, where there are several: ``learner`` beside the arguments in a config.
         independent_of_batch_size: Whether a batch that has each of its images twice has the same value, so that a
             weight fits batches of any size; as far as what the value is divided by, such as the number of boxes, is 1
             or more, where it counts no less. A term that does not claim it says why.
@@ -60,6 +61,7 @@ class DistillTerm(nn.Module):
     """
 
     least_levels = 1
+    learner_index: int = 0
     independent_of_batch_size: bool = True
     only_at_boxes: bool = False
 

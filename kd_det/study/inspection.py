@@ -251,9 +251,9 @@ def observe_step(distiller: DetectionDistiller, batch: dict) -> ObservedStep:
     """
     data = distiller.data_preprocessor(batch, True)
     observation, comparisons = observe_comparisons(distiller, data)
-    task, _ = distiller.parse_losses(observation.losses)
+    task, learner = distiller.parse_losses(observation.losses)[0], distiller.learners[0]
     norms = gradient_norms(task, {name: sum_parts(value) for name, value in observation.values.items()},
-                           {name: distiller.gradient_features(name, observation.context) for name in distiller.terms})
+                           {name: learner.gradient_features(name, observation.context) for name in learner.terms})
     return ObservedStep(data['inputs'], observation, task, norms, comparisons)
 
 
@@ -266,10 +266,10 @@ def draw_step(distiller: DetectionDistiller, step: ObservedStep, folder: Path, f
 def describe_step(distiller: DetectionDistiller, step: ObservedStep, pictures: Sequence[Path] = ()) -> Inspection:
     """Describes a step in numbers."""
     taps: dict[Tap, dict[str, None]] = {}
-    for name, term in distiller.terms.items():
+    for name, term in distiller.learners[0].terms.items():
         for tap in (*_feature_taps(term, step), *_head_taps(term, step)):
             taps.setdefault(tap, {})[name] = None
-    idle, terms = find_idle_terms(distiller, step.observation), {}
+    idle, terms = find_idle_terms(distiller.learners[0], step.observation), {}
     for name, value in step.observation.values.items():
         norms, weight = step.norms[name], distiller.schedules[name]
         factor = weight.full

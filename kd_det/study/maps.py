@@ -58,7 +58,8 @@ def observe_comparisons(distiller: DetectionDistiller, data: dict) -> tuple[Obse
         What was observed; and, by the names of the terms that compare features or dense heads level by level, what they
         compared.
     """
-    terms = [(name, term) for name, term in distiller.terms.items() if isinstance(term, (FeatureTerm, DenseTerm))]
+    terms = [(name, term) for name, term in distiller.learners[0].terms.items()
+             if isinstance(term, (FeatureTerm, DenseTerm))]
     with ExitStack() as stack:
         calls = {name: stack.enter_context(record_calls(term, 'compare')) for name, term in terms}
         divisors = {name: stack.enter_context(record_calls(term, '_divisors')) for name, term in terms

@@ -32,8 +32,9 @@ from kd_det.distillers import DetectionDistiller
 from kd_det.losses import DistillTerm
 from kd_det.losses.base import sum_parts
 from kd_det.registry import build_detector, prepare_without_runner
-from kd_det.teachers import read_model_config
+from kd_det.teachers import Teacher, read_model_config
 from kd_det.teachers.bridge import SIZE_MISMATCH
+from kd_det.teachers.guide import LearnerStep
 
 Device = str | torch.device
 Call = Callable[[], object]
@@ -138,6 +139,9 @@ def measure_step_costs(config: str | Path | Config, *, batch_size: Count = 2,
     prepare_without_runner(loaded, seed=0)
     distiller = random_distiller(loaded, device)
     size = tuple(size or max(training_sizes(loaded, USUAL_SIZES[:1]), key=prod))
+    if len(distiller.learners) > 1 or not all(isinstance(teacher, Teacher) for teacher in distiller.teachers):
+        raise ConfigurationError('The parts of a step are measured for one student with frozen detectors as teachers; '
+                                 'the log tells kd_time of any other.')
     batch = synthetic_batch(distiller.student, batch_size, size, boxes)
     try:
         costs = measure_step(distiller, batch, loaded.optim_wrapper, repeats)
@@ -291,8 +295,8 @@ def _parts(distiller: DetectionDistiller, batch: dict) -> Iterator[tuple[str, Ca
     images, samples = data['inputs'], data['data_samples']
     observation = distiller.observe(images, samples, distiller.terms)
     context = observation.context
-    yield TEACHER, lambda: list(
-        distiller.observe_teachers(distiller.terms, images, context.image_shapes, context.student_outputs))
+    steps = [LearnerStep(distiller.student, (), context.student, context.student_outputs)]
+    yield TEACHER, lambda: distiller.observe_teachers(distiller.terms, images, context.image_shapes, steps)
     plain = [(build_detector(read_model_config(config['config'])).to(images.device).eval(),
               teacher.bridge(images, context.image_shapes))
              for config, teacher in zip(distiller.teacher_configs, distiller.teachers)]

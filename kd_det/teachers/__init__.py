@@ -1,11 +1,11 @@
-"""What terms learn from: the frozen teacher (strict loading, the input bridge, its taps), and other kinds of guides."""
+"""What students learn from: frozen teachers, strictly loaded and run through the input bridge, and other guides."""
 from kd_det.config.detectors import TeacherError, read_model_config
-from kd_det.teachers.backbone import Backbone
+from kd_det.teachers import backbone, external, peers  # register their kinds
 from kd_det.teachers.bridge import InputBridge
-from kd_det.teachers.external import External
+from kd_det.teachers.guide import Guide
 from kd_det.teachers.loading import explain_model_errors, load_strictly
 from kd_det.teachers.probe import probe_config, probe_levels, probe_towers
-from kd_det.teachers.teacher import Teacher, check_teacher_arguments
+from kd_det.teachers.teacher import Teacher
 
 # ruff: noqa: F401  what is imported beside these is for other rooms, not public
-__all__ = ['Backbone', 'External', 'Teacher', 'TeacherError']
+__all__ = ['Guide', 'Teacher', 'TeacherError']

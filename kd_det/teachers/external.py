@@ -91,6 +91,7 @@ class External(FeatureGuide):
         if classes is not None and (not own or len(set(own)) != len(own)):
             refuse('classes', list(classes), 'the names of its classes by label, each once')
         self.classes, self.num_classes = (tuple(own), len(own)) if own else (None, None)
+        self.detects = self.classes is not None
         self.checkpoint = build
         self._arguments = arguments or {}
         self._offset, self._pad_size_divisor = label_offset, pad_size_divisor

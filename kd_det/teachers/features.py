@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ class FeatureGuide(Guide):
     """
     bridge: InputBridge | None = None
     weights: nn.Module | None = None
+    offers_features = True
 
     def __init__(self) -> None:
         self._sources: dict[str, list[tuple[int, Stride]]] = {}  # by path, for each level: which map, at which stride
@@ -62,12 +64,11 @@ class FeatureGuide(Guide):
         raise NotImplementedError
 
     def probe(self, reading: Reading, learners: Sequence[nn.Module],
-              levels: Mapping[str, tuple[LevelSpec, ...]]) -> GuideForm:
-        super().probe(Reading((), reading.heads), learners, levels)
-        form = {}
+              levels: Sequence[Mapping[str, tuple[LevelSpec, ...]]]) -> GuideForm:
+        form, of_learners = {}, ChainMap(*map(dict, levels))  # the student's before those of its peers
         for path in reading.taps:
             own = self.find_specs(path)
-            wanted = [level.stride for level in levels.get(path, own)]
+            wanted = [level.stride for level in of_learners.get(path, own)]
             self._sources[path] = [(_find_nearest(own, stride), stride) for stride in wanted]
             form[path] = tuple(LevelSpec(own[index].channels, stride) for index, stride in self._sources[path])
         return GuideForm(form)
@@ -133,29 +134,29 @@ class FeatureGuide(Guide):
                 each.add(maps[path][index], own_images.shape[-2:], image_shapes)
             count += len(batch)
         if not count:
-            raise TeacherError('Pre-flight: there are no images to look at the features of the '
-                               f'{self.name} on: the data set is empty.')
+            raise TeacherError(f'Pre-flight: there are no images to look at the features of {self.described} '
+                               'on: the data set is empty.')
         lines = []
         for (path, index), each in statistics.items():
             spec = self.find_specs(path)[index]
             place = f"'{path}', the map of stride {spec.stride}"
             found = each.summarize()
             if not found.finite:
-                raise TeacherError(f'Pre-flight: the features of the {self.name} ({place}) are not finite. '
+                raise TeacherError(f'Pre-flight: the features of {self.described} ({place}) are not finite. '
                                    f'{self.advise_on_overflow()}')
             if found.is_constant:
                 raise TeacherError(
-                    f'Pre-flight: the features of the {self.name} ({place}) are the same in all cells of {count} '
+                    f'Pre-flight: the features of {self.described} ({place}) are the same in all cells of {count} '
                     'images, so that they teach nothing. Is it given the images, normalised as in its training '
                     '(mean, std, bgr_to_rgb), and are its weights loaded?')
             if found.effective_rank < LOW_RANK:
                 runner.logger.warning(
-                    f'Pre-flight: the features of the {self.name} ({place}) have an effective rank of '
+                    f'Pre-flight: the features of {self.described} ({place}) have an effective rank of '
                     f'{found.effective_rank:.2f}: they are almost one number a cell, and teach little more. Look at '
                     'its normalisation, or take another of its maps.')
             lines.append(f'{place}: variance over cells {found.over_cells:.3g}, over images {found.over_images:.3g}, '
                          f'effective rank {found.effective_rank:.1f} of {spec.channels}')
-        return '\n  '.join([f'Pre-flight: features of the {self.name} on {count} images', *lines])
+        return '\n  '.join([f'features of {self.described} on {count} images', *lines])
 
 
 def make_bridge(student: nn.Module, mean: Sequence[float], std: Sequence[float], bgr_to_rgb: bool,

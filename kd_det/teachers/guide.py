@@ -13,7 +13,7 @@ from kd_det.config.arguments import refuse
 from kd_det.config.detectors import TeacherError
 from kd_det.config.files import build_own, get_type_name
 from kd_det.context import LevelSpec
-from kd_det.heads import HeadRequest, StudentOutputs, TeacherOutputs
+from kd_det.heads import HeadError, HeadRequest, StudentOutputs, TeacherOutputs
 from kd_det.heads.towers import TowerWidths
 from kd_det.taps import Features
 
@@ -81,6 +81,11 @@ class Guide:
         feature_sums: Of the last detection, the sum of each level of features that it was made from.
         cache: A cache of its outputs; None without one.
         module: What of it learns; None for a frozen one.
+        learns: Whether it has losses of its own, see :meth:`learn`.
+        offers_features: Whether it puts out features, of whatever path is asked for.
+        offers_heads: Whether it puts out what heads predict.
+        detects: Whether pseudo-labels can come from it.
+        metrics_prefix: Of the names of its metrics in validation.
         reads_learners: Indices of the learners whose features and outputs it is made from.
     """
     classes: Sequence[str] | None = None
@@ -91,33 +96,48 @@ class Guide:
     feature_sums: tuple[Tensor, ...] = ()
     cache: Any = None
     module: nn.Module | None = None
+    learns: bool = False
     reads_learners: tuple[int, ...] = ()
+    offers_features: bool = False
+    offers_heads: bool = False
+    detects: bool = False
+    metrics_prefix = 'ensemble'
 
     def __deepcopy__(self, memo: dict) -> Guide:
         return self  # copies of the student (EMA) share it
 
     @property
-    def name(self) -> str:
-        """What messages call it."""
-        return type(self).__name__
+    def described(self) -> str:
+        """What messages call it, with an article."""
+        name = type(self).__name__
+        return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+
+    def check(self, reading: Reading) -> None:
+        """Checks that it has what one term reads of it, as far as its kind tells.
+
+        Raises:
+            HeadError: It has not; the message says what would serve.
+        """
+        if reading.heads and not self.offers_heads:
+            raise HeadError(f"it reads '{reading.heads[0]}', and {self.described} puts out no predictions of a head. "
+                            'Take a term that compares features, or another guide.')
+        if reading.taps and not self.offers_features:
+            raise HeadError(f"it reads features at '{reading.taps[0]}', and {self.described} puts out none. Take a "
+                            'term that compares predictions, or another guide.')
 
     def probe(self, reading: Reading, learners: Sequence[nn.Module],
-              levels: Mapping[str, tuple[LevelSpec, ...]]) -> GuideForm:
+              levels: Sequence[Mapping[str, tuple[LevelSpec, ...]]]) -> GuideForm:
         """Tells the form of what will be read, before anything is loaded.
 
         Args:
             reading: What the terms read of it.
             learners: The plain detectors that learn, the student first.
-            levels: Of the student's own taps, by path.
+            levels: Those of the taps of each learner, by path; of a learner in :attr:`reads_learners` also of the taps
+                that are read here.
 
         Raises:
-            ValueError: It has nothing of what is read; the message says what it has.
+            ValueError: It has not what is read; the message says what it has.
         """
-        if reading.heads:
-            raise TeacherError(f"{self._article} {self.name} has no '{reading.heads[0]}': it puts out no predictions "
-                               'of a head. Choose a term that compares features.')
-        if reading.taps:
-            raise TeacherError(f"{self._article} {self.name} has no '{reading.taps[0]}': it puts out no features.")
         return GuideForm({})
 
     def start(self, reading: Reading, learners: Sequence[nn.Module]) -> Guide:
@@ -159,6 +179,14 @@ class Guide:
         """
         return {}, {}
 
+    def learn(self, learners: Sequence[LearnerStep]) -> dict[str, Any]:
+        """Its own losses in this step, by name, as a detector returns them; asked of one that :attr:`learns`.
+
+        Args:
+            learners: What each learner has put out in this step, with its gradient.
+        """
+        return {}
+
     def detect(self, images: Tensor, data_samples: Sequence) -> list[InstanceData]:
         """Detects, for pseudo-labels.
 
@@ -172,8 +200,16 @@ class Guide:
         Raises:
             TeacherError: It does not detect.
         """
-        raise TeacherError(f'{self._article} {self.name} detects nothing, so that no pseudo-labels can come from it: '
-                           'give model.pseudo_labels.teacher the index of a guide that does.')
+        raise TeacherError(f'No pseudo-labels can come from {self.described}, which detects nothing: give '
+                           'model.pseudo_labels.teacher the index of a guide that does.')
+
+    def make_predictor(self, learners: Sequence[Any]) -> Callable[..., Any] | None:
+        """What predicts as it would, with the arguments of a detector's forward, for validation; None if nothing does.
+
+        Args:
+            learners: The distiller's.
+        """
+        return None
 
     def after_step(self) -> None:
         """Called after each step of the optimizer."""
@@ -212,10 +248,6 @@ class Guide:
     def _apply(self, function: Callable[[Tensor], Tensor]) -> Guide:
         """Applies a function to its tensors, as ``nn.Module._apply`` does: what moves it to a device."""
         return self
-
-    @property
-    def _article(self) -> str:
-        return 'An' if self.name[0] in 'AEIOU' else 'A'
 
 
 def build_guide(config: Mapping[str, Any]) -> Guide:

@@ -25,18 +25,18 @@ from kd_det.compat.process import preserved_randomness
 from kd_det.config.arguments import Name, Names, at, check_arguments, check_keys, declared
 from kd_det.config.classes import count_classes
 from kd_det.config.detectors import ModelConfig, TeacherError, read_model_config
-from kd_det.heads import HeadError, StudentOutputs, TeacherForward, TeacherOutputs, find_head, run_heads
-from kd_det.heads.capture import read_maps, record_maps
+from kd_det.heads import ROI_HEAD, HeadError, StudentOutputs, TeacherForward, TeacherOutputs, find_head, run_heads
+from kd_det.heads.capture import can_be_kept, read_maps, record_maps
 from kd_det.registry import build_detector, within_scope
 from kd_det.taps import ENCODER, Features, TapError, Taps, is_within_encoder, record_calls
 from kd_det.teachers.bridge import InputBridge, Shape, crop_to_batch, explain_size_mismatch
 from kd_det.teachers.cache import Outputs, TeacherCache
 from kd_det.teachers.engine import Engine, Precision, hash_weights
+from kd_det.teachers.guide import Guide, GuideForm, LearnerStep, Reading, ReadLevels
 from kd_det.teachers.loading import explain_model_errors, find_class_names, load_strictly, remove_pretrained
-from kd_det.teachers.probe import find_input_channels, make_shape_samples, run_encoder
+from kd_det.teachers.probe import find_input_channels, make_shape_samples, probe_config, probe_towers, run_encoder
 
 NOT_OF_CONFIGS = ('taps', 'heads', 'student_preprocessor')  # arguments of a Teacher that the distiller gives it
-ReadLevels = dict[str, Sequence[bool]]  # by path of a tap; for each of its levels, whether anything reads it
 NECK = 'neck'
 VERSIONS = torch.__version__, mmdet.__version__, __version__  # of what computes a teacher's outputs
 
@@ -53,11 +53,43 @@ def check_teacher_arguments(config: Mapping[str, Any]) -> None:
             check_arguments(TeacherCache, config['cache'])
 
 
-class Teacher:
-    """A frozen detector in evaluation mode with its taps and its input bridge.
+class FrozenDetector(Guide):
+    """The kind of guide that a config without a ``type`` names: a :class:`Teacher`, before anything of it is loaded.
 
-    It is deliberately no ``nn.Module``: held as an attribute of one, it joins neither its parameters nor its state
-    dict, its training mode, its data-parallel buckets or its copies.
+    Args:
+        config: The arguments of the :class:`Teacher`, as a config gives them. They are read when training starts.
+
+    Raises:
+        ArgumentError: An argument that there is not, that lacks, or whose value does not fit.
+    """
+
+    offers_features = offers_heads = detects = True
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        check_teacher_arguments(config)
+        self.config = config
+
+    def check(self, reading: Reading) -> None:
+        uncached = [head for head in reading.heads if not can_be_kept(head)] if self.config.get('cache') else []
+        if uncached:
+            why = (', which depend on the regions that the student samples in each step' if uncached[0] == ROI_HEAD
+                   else '')
+            raise HeadError(f"it reads the outputs of the teacher's {uncached[0]}{why}: a cache keeps features and the "
+                            'maps of dense heads alone. Remove model.teacher.cache, or this term.')
+
+    def probe(self, reading: Reading, learners: Sequence[nn.Module], levels: Sequence[Any]) -> GuideForm:
+        with explain_model_errors(self.config['config']):
+            found = probe_config(read_model_config(self.config['config']), reading.taps) if reading.taps else {}
+        return GuideForm(found, probe_towers(self.config['config'], reading.heads))
+
+    def start(self, reading: Reading, learners: Sequence[nn.Module]) -> Teacher:
+        teacher = Teacher(**self.config, taps=reading.taps, heads=reading.heads,
+                          student_preprocessor=learners[0].data_preprocessor)
+        return teacher.to_like(next(learners[0].parameters()))
+
+
+class Teacher(Guide):
+    """A frozen detector in evaluation mode with its taps and its input bridge.
 
     Args:
         config: See :func:`~kd_det.config.detectors.read_model_config`.
@@ -81,6 +113,7 @@ class Teacher:
 
     Attributes:
         classes: Names of its classes, by label; None where nothing tells them.
+        num_classes: How many its head tells apart.
         num_parameters: How many weights it has.
         feature_sums: Of the last prediction, the sum of each level of the features that its heads were given; not
             finite where the level is not.
@@ -90,6 +123,8 @@ class Teacher:
             of classes than it has, or options that are unknown or do not go together.
         CheckpointError: The checkpoint does not fit.
     """
+
+    offers_features = offers_heads = detects = True
 
     @declared
     def __init__(self,
@@ -132,7 +167,16 @@ class Teacher:
         self.meta = load_strictly(self.model, checkpoint, allow_missing, allow_unexpected,
                                   checkpoint_prefix=checkpoint_prefix) if checkpoint else {}
         self.classes = find_class_names(count_classes(self.model), classes, self.meta, config)
+        self._prepare(taps, heads, student_preprocessor)
+        with at('cache'):
+            check_keys(TeacherCache, cache or ())
+            self.cache = None if cache is None else TeacherCache(**cache)
+        self._last_fingerprint: tuple[tuple, str] = ((), '')
+
+    def _prepare(self, taps: Iterable[str], heads: Iterable[str], student_preprocessor: nn.Module) -> None:
+        """Freezes the model, and lets it be read."""
         self.model.eval().requires_grad_(False)
+        self.num_classes = count_classes(self.model)
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         for name in heads:
             try:
@@ -141,14 +185,6 @@ class Teacher:
                 raise TeacherError(f"A term learns from the teacher's {name}. {error}") from error
         self.taps = Taps(self.model, taps)
         self.bridge = InputBridge(student_preprocessor, self.model.data_preprocessor, find_input_channels(self.model))
-        with at('cache'):
-            check_keys(TeacherCache, cache or ())
-            self.cache = None if cache is None else TeacherCache(**cache)
-        self.feature_sums: tuple[Tensor, ...] = ()
-        self._last_fingerprint: tuple[tuple, str] = ((), '')
-
-    def __deepcopy__(self, memo: dict) -> Teacher:
-        return self  # nothing changes it, so copies of the student (EMA) share it
 
     def to_like(self, parameter: Tensor) -> Teacher:
         """Moves the teacher to the device and floating-point type of ``parameter``."""
@@ -185,7 +221,8 @@ class Teacher:
                 heads: Sequence[str] = (),
                 student: StudentOutputs | None = None,
                 taps: Sequence[str] | None = None,
-                levels: ReadLevels | None = None) -> tuple[dict[str, Features], TeacherOutputs]:
+                levels: ReadLevels | None = None,
+                learners: Sequence[LearnerStep] = ()) -> tuple[dict[str, Features], TeacherOutputs]:
         """Runs the teacher as far as the taps read it, and some heads.
 
         Args:
@@ -196,6 +233,7 @@ class Teacher:
             taps: Which of the taps to read; all by default.
             levels: Of taps of which not all levels are read, which are. The others need not be computed, and stand as
                 :class:`~kd_det.teachers.teacher.UnreadLevel` in the result.
+            learners: Not read.
 
         Returns:
             Module path -> tuple of (N, C, H, W), and name of the head -> outputs; all without gradient. Where the

@@ -11,7 +11,7 @@ from typing import Any
 
 from mmdet.registry import HOOKS
 from mmengine.dist import is_main_process
-from mmengine.hooks import EMAHook, Hook
+from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, set_random_seed
 from mmengine.runner.checkpoint import weights_to_cpu
@@ -25,8 +25,16 @@ from kd_det.config.arguments import Count, Share, at, check_arguments, declared
 from kd_det.config.classes import find_label_names, get_metainfo
 from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.distillers.inheritance import ORIGINS
-from kd_det.teachers import Teacher, TeacherError
+from kd_det.teachers import Guide, Teacher, TeacherError
 from kd_det.training.finiteness import add_finite_hook
+from kd_det.training.learners import (
+    average_peers,
+    clip_by_learner,
+    evaluate_others,
+    list_averages,
+    load_peers,
+    save_peers,
+)
 from kd_det.training.replay import training_epoch
 from kd_det.training.runner import use_one_metainfo
 from kd_det.training.saving import choose_checkpoint, keep_checkpoints_whole
@@ -78,7 +86,9 @@ class DistillHook(Hook):
     - ``distill``: what only a resumed run needs. ``terms`` is the state dict of the terms' own parameters, their
       adapters first of all, as ``<term>.<parameter>``; ``weights`` has for each term whose weight is balanced what its
       :class:`~kd_det.distillers.schedules.Balance` has measured; ``ranges`` those of a student that is trained for
-      integers, by which an export writes the same.
+      integers, by which an export writes the same; ``peers`` has the state dict of each learner beside the student,
+      averaged as the student's is, and ``trained_peers`` then the trained ones; ``guides`` what those guides have
+      learnt that do learn.
     - ``optimizer``: the state of the student's parameters, then that of the terms'.
     - ``meta['dataset_meta']``: the names of the student's classes.
 
@@ -110,6 +120,8 @@ class DistillHook(Hook):
             return
         log_operator_backend()
         check_annotations(runner.cfg, ('train', 'val'))
+        if distiller.peers:
+            clip_by_learner(runner, distiller)
         teachers = distiller.build_teachers()
         self._fingerprints = [teacher.fingerprint() for teacher in teachers]
         loops = dict(train=runner.train_loop, val=runner.val_loop)
@@ -119,8 +131,7 @@ class DistillHook(Hook):
                      dict(val=runner.val_loop.evaluator.metrics) if runner.val_loop else {})
         classes = distiller.match_classes(find_label_names(runner.train_dataloader.dataset))
         for index, teacher in enumerate(teachers):
-            # A random teacher is the user's explicit wish, and detects nothing.
-            if self.preflight is not None and teacher.checkpoint:
+            if self.preflight is not None:
                 try:
                     self._check_teacher(runner, teacher)
                 except TeacherError as error:
@@ -130,8 +141,18 @@ class DistillHook(Hook):
         if is_main_process():
             runner.logger.info('\n'.join(['Where the weights came from:', build_origin_table(distiller), *classes]))
 
-    def _check_teacher(self, runner: Runner, teacher: Teacher) -> None:
-        """Evaluates a teacher on validation images; raises a :class:`~kd_det.teachers.TeacherError` if it fails."""
+    def _check_teacher(self, runner: Runner, teacher: Guide) -> None:
+        """Tries a guide, a frozen detector on validation images.
+
+        Raises:
+            TeacherError: It fails.
+        """
+        if not isinstance(teacher, Teacher):
+            found = teacher.report(runner, self.preflight.images, self.preflight.min_map)
+            if found:
+                runner.logger.info(f'Pre-flight: {found}')
+        if not teacher.checkpoint or not teacher.detects:
+            return  # a random teacher is the user's explicit wish, and detects nothing
         skill = evaluate_teacher(runner, teacher, self.preflight.images)
         if skill is None:
             runner.logger.warning('Pre-flight: the config has no validation data, so the teacher goes unchecked.')
@@ -162,7 +183,13 @@ class DistillHook(Hook):
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         distiller = _find_distiller(runner)
-        if distiller is not None and distiller.teachers:
+        if distiller is None:
+            return
+        for guide in distiller.teachers:
+            guide.after_step()
+        if distiller.peers:
+            average_peers(runner, distiller)
+        if distiller.teachers:
             runner.message_hub.update_scalar('train/kd_time', distiller.cost.seconds)
             runner.message_hub.update_scalar('train/kd_memory', distiller.cost.megabytes)
 
@@ -170,9 +197,16 @@ class DistillHook(Hook):
         """Gives averaged weights the ranges of the trained ones before an ``EMAHook`` exchanges both."""
         distiller = _find_distiller(runner)
         if distiller is not None and distiller.quantizer is not None:
-            for hook in runner.hooks:
-                if isinstance(hook, EMAHook):
-                    hook.ema_model.module.quantizer.load_state(distiller.quantizer.state())
+            for hook in list_averages(runner):
+                hook.ema_model.module.quantizer.load_state(distiller.quantizer.state())
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Evaluates the other learners and the ensembles, while an ``EMAHook`` still has averages in their place."""
+        distiller = _find_distiller(runner)
+        if distiller is not None and runner._train_loop is not None:
+            found = evaluate_others(runner, distiller)
+            if metrics is not None:
+                metrics.update(found)
 
     def after_train_epoch(self, runner: Runner) -> None:
         distiller = _find_distiller(runner)
@@ -191,8 +225,15 @@ class DistillHook(Hook):
         if distiller is not None:
             # init_detector wants one
             checkpoint['meta']['dataset_meta'] = get_metainfo(runner.train_dataloader.dataset)
+            balances = {name: state for learner in distiller.learners
+                        for name, state in learner.monitor.state_dict().items()}
+            guides = {str(index): guide.state_dict() for index, guide in enumerate(distiller.teachers)
+                      if not isinstance(guide, Teacher) or guide.has_student_labels}
             checkpoint[CHECKPOINT_KEY] = dict(
-                terms=weights_to_cpu(distiller.terms.state_dict()), weights=distiller.monitor.state_dict())
+                terms=weights_to_cpu(distiller.terms.state_dict()), weights=balances, **save_peers(runner, distiller))
+            if any(guides.values()):
+                checkpoint[CHECKPOINT_KEY]['guides'] = {index: weights_to_cpu(state)
+                                                        for index, state in guides.items() if state}
             if distiller.quantizer is not None:
                 checkpoint[CHECKPOINT_KEY]['ranges'] = distiller.quantizer.state()
 
@@ -204,8 +245,13 @@ class DistillHook(Hook):
         if not runner._resume:
             return
         if CHECKPOINT_KEY in checkpoint:
-            distiller.load_terms(checkpoint[CHECKPOINT_KEY]['terms'])
-            distiller.monitor.load_state_dict(checkpoint[CHECKPOINT_KEY].get('weights', {}))
+            stored = checkpoint[CHECKPOINT_KEY]
+            distiller.load_terms(stored['terms'])
+            for learner in distiller.learners:
+                learner.monitor.load_state_dict(stored.get('weights', {}))
+            load_peers(runner, distiller, stored)
+            for index, state in stored.get('guides', {}).items():
+                distiller.teachers[int(index)].load_state_dict(state)
             if distiller.quantizer is not None and 'ranges' in checkpoint[CHECKPOINT_KEY]:
                 distiller.quantizer.load_state(checkpoint[CHECKPOINT_KEY]['ranges'])
         elif len(distiller.terms):
@@ -225,11 +271,16 @@ def build_origin_table(distiller: DetectionDistiller) -> str:
 
     for part, counts in distiller.origins.count_by_part().items():
         add(f'student.{part}', counts)
+    for index, peer in enumerate(distiller.peers, 1):
+        add(f'peer {index}', {'checkpoint' if hasattr(peer, 'start_from') else 'random':
+                              sum(parameter.numel() for parameter in peer.parameters())})
     for name, term in distiller.terms.items():
         count = sum(parameter.numel() for parameter in term.parameters())
         if count:
             add(f'adapters of {name}', {distiller.terms_origin: count})
     for index, teacher in enumerate(distiller.teachers or ()):
+        if not teacher.num_parameters:
+            continue
         add(f'teacher {index}' if len(distiller.teachers) > 1 else 'teacher',
             {'checkpoint' if teacher.checkpoint else 'random': teacher.num_parameters})
     output = StringIO()

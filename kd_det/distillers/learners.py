@@ -1,0 +1,233 @@
+"""The learners of a step: the student, and further detectors that train beside it, apart or as branches of it.
+
+Each has its task's loss, its terms, and what watches them. The student is the first, and does not notice the others:
+they are drawn from generators of their own, and see in each step the random numbers that it saw.
+"""
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_det.compat.process import preserved_randomness, save_randomness
+from kd_det.config.arguments import ArgumentError, at, refuse
+from kd_det.config.detectors import check_student, extract_plain_detector, read_model_config
+from kd_det.context import DistillContext
+from kd_det.distillers.building import Connections
+from kd_det.distillers.monitor import GradientMonitor, IdleTermCheck
+from kd_det.distillers.schedules import Schedule
+from kd_det.distillers.supervision import Losses, Supervision, compute_labelled_losses
+from kd_det.losses import DistillTerm
+from kd_det.registry import build_detector
+from kd_det.taps import record_calls
+from kd_det.teachers import InputBridge, TeacherError
+from kd_det.teachers.guide import LearnerStep
+from kd_det.teachers.loading import load_strictly
+
+Predictor = Callable[..., Any]  # of inputs, data samples and mode, as a detector's forward
+SHAREABLE = ('backbone', 'neck', 'rpn_head')  # from the image on, as far as every learner computes the same
+
+
+class Learner:
+    """One detector that learns, and what belongs to it.
+
+    Args:
+        index: 0 is the student.
+        student: The plain detector.
+        terms: Its terms by name.
+        schedules: Of the weights of all terms, by name.
+        connections: What is read of it.
+        bridge: Turns the student's batch into its own; None for the student.
+
+    Attributes:
+        monitor: Measures the gradients of its terms.
+        idle_check: Warns of its terms that teach nothing.
+        pseudo_labels: The distiller's, if there are any.
+    """
+
+    def __init__(self, index: int, student: nn.Module, terms: dict[str, DistillTerm], schedules: dict[str, Schedule],
+                 connections: Connections, bridge: InputBridge | None = None, pseudo_labels: Any = None) -> None:
+        self.index, self.student, self.terms, self.connections = index, student, terms, connections
+        self.monitor = GradientMonitor({name: schedules[name] for name in terms})
+        self.idle_check = IdleTermCheck(terms)
+        self.bridge, self.pseudo_labels = bridge, pseudo_labels
+
+    @property
+    def prefix(self) -> str:
+        """Of the names of its losses and metrics: none for the student."""
+        return name_learner(self.index)
+
+    def run(self, inputs: Tensor, supervision: Supervision) -> tuple[Losses, LearnerStep]:
+        """Its own losses on a batch, as it learns without a guide, and what is read on the way.
+
+        Args:
+            inputs: (N, C, H, W), preprocessed for the student.
+            supervision: What is known of the batch.
+
+        Raises:
+            TeacherError: It would pad the batch further than the student does.
+        """
+        samples = supervision.samples
+        if self.bridge is not None:
+            shapes = [tuple(sample.img_shape[:2]) for sample in samples]
+            own, inputs = inputs, self.bridge(inputs, shapes)
+            if own.shape[-2:] != inputs.shape[-2:]:
+                raise TeacherError(f'Learner {self.index} pads batches of {tuple(own.shape[-2:])} pixels to '
+                                   f'{tuple(inputs.shape[-2:])}: all learners see the same batch. Set '
+                                   f"data_preprocessor.pad_size_divisor={self.bridge.divisor} in the student's config.")
+        with self.connections.capture() as (features, outputs), record_calls(self.student, 'extract_feat') as calls:
+            losses = dict(self.student.loss(inputs, samples))
+        neck = calls[0].returned
+        if not all(supervision.labelled):
+            losses = compute_labelled_losses(self.student, inputs, neck, supervision, losses)
+        return losses, LearnerStep(self.student, neck, features, outputs, samples)
+
+    def predict(self, inputs: Tensor, data_samples: list, mode: str = 'predict') -> Any:
+        """Its own prediction on a batch that was preprocessed for the student."""
+        if self.bridge is not None:
+            inputs = self.bridge(inputs, [tuple(sample.img_shape[:2]) for sample in data_samples])
+            for sample in data_samples:
+                sample.set_metainfo(dict(batch_input_shape=tuple(inputs.shape[-2:])))
+        return self.student(inputs, data_samples, mode=mode)
+
+    def gradient_features(self, name: str, context: DistillContext) -> list[Tensor]:
+        """Its features where the gradient of a term is measured."""
+        return [level for path in self.connections.gradient_taps[name] for level in context.student[path]]
+
+
+def name_learner(index: int) -> str:
+    """The prefix of the names of a learner's losses and metrics, ``'peer1/'``; none for the student."""
+    return f'peer{index}/' if index else ''
+
+
+class SharedPart(nn.Module):
+    """Stands in a branch for a part that the student has: it puts out what that did, and holds no weights.
+
+    In training it repeats what the student's part has put out in this step, so that the trunk runs once; else it runs
+    the student's.
+
+    Args:
+        part: The student's.
+    """
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.__dict__['part'] = part  # past nn.Module.__setattr__: its weights are the student's
+        self.__dict__['recorded'] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__['part'], name)
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """Within, the student runs; what it puts out is kept until :meth:`forget`."""
+        methods = ('forward', 'loss_and_predict') if hasattr(self.part, 'loss_and_predict') else ('forward', )
+        with ExitStack() as stack:
+            calls = {method: stack.enter_context(record_calls(self.part, method)) for method in methods}
+            yield
+        self.recorded.update({method: made[0].returned for method, made in calls.items() if made})
+
+    def forget(self) -> None:
+        self.recorded.clear()
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self.recorded['forward'] if 'forward' in self.recorded else self.part(*inputs, **named)
+
+    def loss_and_predict(self, *inputs: Any, **named: Any) -> Any:
+        """Of an RPN: the student's proposals, and no losses, which count once."""
+        if 'loss_and_predict' in self.recorded:
+            return {}, self.recorded['loss_and_predict'][1]
+        return self.part.loss_and_predict(*inputs, **named)
+
+    def init_weights(self) -> None:
+        """The student's own does it."""
+
+
+def build_peers(peers: int | Sequence[dict], share: Sequence[str], student: nn.Module,
+                config: dict) -> list[nn.Module]:
+    """Builds the learners beside the student.
+
+    Args:
+        peers: Model dicts of detectors, or ``dict(config=…, checkpoint=…)`` of those that start from weights; a number
+            for so many of the student's own kind.
+        share: Parts that they have in common with the student.
+        student: The student.
+        config: Its model dict.
+
+    Raises:
+        ConfigurationError: One is no detector; or a part can not be shared, for one lacks it or has another.
+    """
+    listed = [copy.deepcopy(config) for _ in range(peers)] if isinstance(peers, int) else list(peers)
+    unknown = [part for part in share if part not in SHAREABLE]
+    if unknown:
+        refuse('model.share', unknown[0], f"parts among {', '.join(SHAREABLE)}")
+    wanted = [part for part in SHAREABLE if part in share]
+    if wanted and wanted != [part for part in SHAREABLE if getattr(student, part, None) is not None][:len(wanted)]:
+        refuse('model.share', tuple(share), 'all parts from the image on, as far as the learners compute the same',
+               f'What {wanted[-1]} is given has to be the same, too.')
+    built = []
+    for index, each in enumerate(listed):
+        with at(f'model.peers[{index}]'):
+            own = each if 'type' in each else read_model_config(each['config'])
+            check_student(own, f'model.peers[{index}]')
+            peer = build_detector(extract_plain_detector(own))
+            for part in wanted:
+                if _describe(own, part) != _describe(extract_plain_detector(config), part):
+                    raise ArgumentError(part, "is shared, but is not that of the student's config: give both the same, "
+                                              'or share less.')
+                peer._modules[part] = SharedPart(getattr(student, part))
+            if 'type' not in each and each.get('checkpoint'):
+                peer.start_from = each['checkpoint']
+        built.append(peer)
+    return built
+
+
+def _describe(config: dict, part: str) -> Any:
+    """What a model dict says of a part, without where its weights start from."""
+    return {key: value for key, value in (config.get(part) or {}).items() if key not in ('init_cfg', 'pretrained')}
+
+
+def init_peers(peers: Sequence[nn.Module]) -> None:
+    """Gives each its start: weights of its own checkpoint, or drawn as its config says. The generators stay."""
+    with preserved_randomness():
+        for peer in peers:
+            # No two learners of a kind begin alike, nor as the student, which was drawn before.
+            torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, ())))
+            peer.init_weights()
+            if hasattr(peer, 'start_from'):
+                shared = [f'{name}.*' for name, part in peer.named_children() if isinstance(part, SharedPart)]
+                load_strictly(peer, peer.start_from, allow_unexpected=shared, role='peer')
+
+
+def run_learners(learners: Sequence[Learner], inputs: Tensor,
+                 supervision: Supervision) -> tuple[list[Losses], list[LearnerStep]]:
+    """The forward of each learner on the same batch, the student's first.
+
+    Each peer sees the random numbers that the student saw, and the generators are afterwards where the student left
+    them: what a learner samples does not depend on who else learns.
+
+    Args:
+        learners: All of them.
+        inputs: (N, C, H, W), preprocessed for the student.
+        supervision: What is known of the batch.
+    """
+    shared = [part for learner in learners[1:] for part in learner.student.children() if isinstance(part, SharedPart)]
+    restore = save_randomness() if len(learners) > 1 else None
+    with ExitStack() as recording:
+        for part in shared:
+            recording.enter_context(part.record())
+        ran = [learners[0].run(inputs, supervision)]
+    for learner in learners[1:]:
+        with preserved_randomness():
+            restore()
+            ran.append(learner.run(inputs, supervision))
+    for part in shared:
+        part.forget()
+    return [losses for losses, _ in ran], [step for _, step in ran]
