@@ -29,6 +29,7 @@ from kd_det.teachers.teacher import mark_unread
 
 CONSTANT = 1e-8  # variance over mean square, under which a map says the same everywhere
 LOW_RANK = 2.0  # effective rank, under which a map is almost one number a cell
+ROUNDING = 1e-6  # of ratios of strides
 MOST_CELLS = 256  # of an image that statistics are computed from, at even distances
 
 
@@ -201,18 +202,22 @@ def resample(level: Tensor, covered: Shape, stride: Stride, cells: Shape) -> Ten
         cells: How many of them in height and width, from the upper left corner on.
 
     Returns:
-        (N, C, *cells), interpolated bilinearly between centres; from finer maps averaged (antialiased). Beyond the
-        map its last cells go on.
+        (N, C, *cells), interpolated bilinearly between centres; of a map that is finer by two or more first the means
+        of so many cells. Beyond the map its last cells go on.
     """
-    scale = [pixels / count / stride for pixels, count in zip(covered, level.shape[-2:])]
-    if scale == [1.0, 1.0] and cells[0] <= level.shape[-2] and cells[1] <= level.shape[-1]:
-        return level[..., :cells[0], :cells[1]].contiguous()
-    # One more than needed: the number of cells is rounded down from a product of floats.
-    below, right = (max(0, math.ceil(wanted / each) + 1 - count)
-                    for wanted, each, count in zip(cells, scale, level.shape[-2:]))
-    level = F.pad(level, (0, right, 0, below), mode='replicate')
-    if scale != [1.0, 1.0]:
-        level = F.interpolate(level, scale_factor=scale, mode='bilinear', align_corners=False, antialias=True,
+    sizes = [pixels / count for pixels, count in zip(covered, level.shape[-2:])]
+    united = [max(1, math.floor(stride / size + ROUNDING)) for size in sizes]
+    scale = [size * count / stride for size, count in zip(sizes, united)]
+    is_same = all(math.isclose(each, 1.0, rel_tol=ROUNDING) for each in scale)
+    # One more than needed where the number of cells is rounded down from a product of floats.
+    below, right = (count * max(math.ceil(have / count), math.ceil(wanted / each - ROUNDING) + (not is_same)) - have
+                    for have, count, wanted, each in zip(level.shape[-2:], united, cells, scale))
+    if below or right:
+        level = F.pad(level, (0, right, 0, below), mode='replicate')
+    if max(united) > 1:
+        level = F.avg_pool2d(level, united)
+    if not is_same:
+        level = F.interpolate(level, scale_factor=scale, mode='bilinear', align_corners=False,
                               recompute_scale_factor=False)
     return level[..., :cells[0], :cells[1]].contiguous()
 
