@@ -9,17 +9,18 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Len
 from mmdet.registry import MODELS
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from kd_det.compat.process import preserved_randomness
 from kd_det.config import suggest_names
-from kd_det.config.arguments import ArgumentError, Name, Positive, Size, declared, refuse
+from kd_det.config.arguments import ArgumentError, Count, Name, Positive, declared, refuse
 from kd_det.config.detectors import TeacherError
 from kd_det.config.files import explain_build_error, get_type_name
 from kd_det.context import LevelSpec
@@ -138,7 +139,7 @@ class Backbone(FeatureGuide):
                  std: Sequence[Positive] | None = None,
                  bgr_to_rgb: bool = True,
                  out_indices: Sequence[int] | None = None,
-                 image_size: Size | None = None,
+                 image_size: Annotated[Sequence[Count], Len(2, 2)] | None = None,
                  allow_missing: Sequence[Name] = (),
                  allow_unexpected: Sequence[Name] = (),
                  checkpoint_prefix: str | None = None) -> None:
@@ -164,7 +165,7 @@ class Backbone(FeatureGuide):
         self._config = dict(config) if config is not None else dict(type=TimmBackbone, name=name,
                                                                     out_indices=out_indices)
         self.checkpoint = None if checkpoint is None else str(checkpoint)
-        self._mean, self._std, self._bgr_to_rgb, self._image_size = mean, std, bgr_to_rgb, image_size
+        self._mean, self._std, self._bgr_to_rgb, self._image_size = mean, std, bgr_to_rgb, tuple(image_size or ())
         self._loading = dict(allow_missing=allow_missing, allow_unexpected=allow_unexpected,
                              checkpoint_prefix=checkpoint_prefix)
         self._specs: tuple[LevelSpec, ...] = ()

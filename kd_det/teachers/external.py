@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from annotated_types import Predicate
+from annotated_types import MinLen
 from mmdet.registry import MODELS
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from kd_det.compat.process import preserved_randomness
-from kd_det.config.arguments import Count, Positive, declared, refuse
+from kd_det.config.arguments import Count, Name, Positive, declared, refuse
 from kd_det.config.detectors import TeacherError
 from kd_det.context import LevelSpec
 from kd_det.taps import Features
@@ -25,16 +25,10 @@ from kd_det.teachers.features import FeatureGuide, check_normalization, describe
 from kd_det.teachers.guide import Guide, Reading
 from kd_det.teachers.probe import PROBE_SIZE
 
-NO_CLASSES = ('__background__', 'background', 'N/A', '')  # as torchvision's lists call what is no class
+NO_CLASSES = ('__background__', 'background', 'N/A')  # as torchvision's lists call what is no class
 BOXES = ('a list of {count} dicts, one for each image: boxes (n, 4), x1, y1, x2, y2 in pixels of the batch; scores '
          '(n,) from 0 to 1; labels (n,), integers')
 MAPS = 'a tuple of maps (N, C, h, w), or a dict with one for each path, such as dict(neck=(…))'
-
-
-def is_import_path(path: str) -> bool:
-    """'module:name' or 'file.py:name'"""  # noqa: D415 (the end of a sentence, see describe_type)
-    place, colon, name = path.rpartition(':')
-    return bool(place and colon and name.isidentifier())
 
 
 @MODELS.register_module()
@@ -76,17 +70,23 @@ class External(FeatureGuide):
 
     @declared
     def __init__(self,
-                 build: Annotated[str, Predicate(is_import_path)],
+                 build: Annotated[str, MinLen(1), "'module:name' or 'file.py:name'"],
                  arguments: dict[str, Any] | None = None,
-                 classes: Sequence[str] | None = None,
+                 classes: Sequence[Name] | None = None,
                  label_offset: int = 0,
-                 levels: Sequence[tuple[Count, Positive]] | None = None,
+                 levels: Annotated[Sequence[Sequence[Positive]], MinLen(1)] | None = None,
                  mean: Sequence[float] | None = None,
                  std: Sequence[Positive] | None = None,
                  bgr_to_rgb: bool = True,
                  pad_size_divisor: Count = 1) -> None:
         super().__init__()
+        place, _, name = build.rpartition(':')
+        if not place or not name.isidentifier():
+            refuse('build', build, "'module:name' or 'file.py:name'")
         check_normalization(mean, std)
+        for index, level in enumerate(levels or ()):
+            if len(level) != 2 or not isinstance(level[0], int):
+                refuse(f'levels[{index}]', level, 'the number of channels and the stride of a map')
         own = [name for name in classes or () if name not in NO_CLASSES]
         if classes is not None and (not own or len(set(own)) != len(own)):
             refuse('classes', list(classes), 'the names of its classes by label, each once')
