@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kd_det.cli.common import add_inheritance_option, add_weight_options, bits, inherited_parts
 from kd_det.cli.train import add_training_options, read_training_options
-from kd_det.config.choices import FAMILIES
+from kd_det.config.choices import FAMILIES, LEARNT_FROM
 from kd_det.config.methods import available_methods
 
 if TYPE_CHECKING:
@@ -18,12 +18,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('student', metavar='STUDENT_CONFIG',
                         help="config of the detector to train: a file, or 'mmdet::folder/file.py'")
     parser.add_argument('--teacher',
-                        required=True,
                         metavar='CONFIG',
-                        help="config of the teacher, or 'mmdet::folder/file.py'")
+                        help="config of the teacher, or 'mmdet::folder/file.py'; none is needed beside --peers")
     parser.add_argument('--teacher-checkpoint',
                         nargs='+',
-                        required=True,
+                        default=(),
                         metavar='FILE',
                         help="the teacher's weights: a file or address; from several, all trained with this config, "
                         'the student learns as from an ensemble')
@@ -33,6 +32,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('--family', choices=FAMILIES, default='',
                         help="whose published weights to use (told by the student's heads by default)")
     add_inheritance_option(parser)
+    parser.add_argument('--peers', nargs='+', default=(), metavar='N|CONFIG',
+                        help="how many detectors of the student's own kind learn beside it in the same steps, or the "
+                        'configs of others')
+    parser.add_argument('--share', nargs='+', default=(), metavar='PART',
+                        help='parts that they have in common with the student, from the image on: backbone neck')
+    parser.add_argument('--guide', choices=LEARNT_FROM, default=LEARNT_FROM[0],
+                        help='what they learn from by the method: each other (peers), their mean, their mean by a '
+                        'learnt gate, or a learner of their fused features (fusion)')
     parser.add_argument('--quantize', type=bits, metavar='BITS',
                         help='train the student as it computes with integers of so many bits; from a trained one: '
                         '--cfg-options load_from=FILE')
@@ -44,8 +51,14 @@ def run(options: Namespace) -> int:
     from kd_det.training.runs import distill
     distill(options.student, options.teacher, options.teacher_checkpoint, options.method,
             inherit=inherited_parts(options), balance=options.balance, family=options.family, on_config=show,
-            quantize=options.quantize, **read_training_options(options))
+            quantize=options.quantize, peers=read_peers(options), share=options.share, guide=options.guide,
+            **read_training_options(options))
     return 0
+
+
+def read_peers(options: Namespace) -> int | tuple[str, ...]:
+    """A number, or configs."""
+    return int(options.peers[0]) if len(options.peers) == 1 and options.peers[0].isdecimal() else tuple(options.peers)
 
 
 def show(config: Config) -> None:

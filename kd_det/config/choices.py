@@ -45,3 +45,6 @@ RUNTIMES = ('onnxruntime', 'openvino')
 
 # How the range of an activation is found after training.
 RANGES = ('minmax', 'entropy', 'percentile')
+
+# What several learners learn from: each other, their mean, their mean by a learnt gate, a learner of their fusion.
+LEARNT_FROM = ('peers', 'mean', 'gate', 'fusion')

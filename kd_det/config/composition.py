@@ -261,7 +261,7 @@ def find_part_keys(state: dict[str, Tensor], part: str) -> list[str]:
     return keys
 
 
-def distillation_config(student: str | Config, teacher_config: str, teacher_checkpoint: str, method: str,
+def distillation_config(student: str | Config, teacher_config: str | None, teacher_checkpoint: str | None, method: str,
                         inherit: str | Sequence[str] = 'auto', family: str = '',
                         balance: float | str | None = None) -> Config:
     """Makes the config that distils a teacher into a student.
@@ -270,7 +270,7 @@ def distillation_config(student: str | Config, teacher_config: str, teacher_chec
 
     Args:
         student: Config of the detector to train: a file, ``'mmdet::…'``, or a config.
-        teacher_config: Config of the teacher: a file or ``'mmdet::…'``.
+        teacher_config: Config of the teacher: a file or ``'mmdet::…'``; None for none, where peers are to be added.
         teacher_checkpoint: The teacher's weights: a file or an address.
         method: Name of a method, or its file, or a sum of such, see :func:`load_methods`; ``'none'`` for no terms.
         inherit: Parts of the student, such as ``('neck', 'bbox_head')``, that start from the teacher's weights where
@@ -299,11 +299,12 @@ def distillation_config(student: str | Config, teacher_config: str, teacher_chec
         terms = balance_terms(methods, balance)
         check_terms(method, terms, get_type_name(model), find_head_classes(model))
         check_parts(model, () if inherit == 'auto' else (inherit, ) if isinstance(inherit, str) else inherit)
-    read_model_config(teacher_config)  # before anything is built or written
+    if teacher_config is not None:
+        read_model_config(teacher_config)  # before anything is built or written
     config.model = dict(
         type=SCOPED_DISTILLER,
         student=model,
-        teacher=dict(config=teacher_config, checkpoint=teacher_checkpoint),
+        teacher=() if teacher_config is None else dict(config=teacher_config, checkpoint=teacher_checkpoint),
         distill=terms,
         inherit=inherit if isinstance(inherit, str) else tuple(inherit))
     if not config.get('default_hooks'):  # may be None

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 
 from mmdet.registry import MODELS
@@ -44,24 +44,31 @@ def build_guides(teacher: dict | Sequence[dict], learners: int) -> list[Guide]:
 
     Args:
         teacher: One or several; without a ``type`` a frozen detector.
-        learners: How many there are.
+        learners: How many there are, without those that guides stand for.
 
     Raises:
         ArgumentError: There is no such kind, one lacks its config, an argument does not fit, or there is no such
             learner.
     """
-    configs, guides = list_guide_configs(teacher), []
-    for index, config in enumerate(configs):
-        with at('model.teacher' if isinstance(teacher, dict) else f'model.teacher[{index}]'):
-            guide = build_guide(config) if 'type' in config else FrozenDetector(config)
-            beyond = [each for each in guide.reads_learners if each >= learners]
-            if beyond:
-                refuse('learner', beyond[0], f'an index below {learners}, the number of learners: the student and '
+    guides = []
+    for index, config in enumerate(list_guide_configs(teacher)):
+        with at_guide(teacher, index):
+            guides.append(build_guide(config) if 'type' in config else FrozenDetector(config))
+    number = learners + sum(guide.stands_for_learner for guide in guides)
+    for index, guide in enumerate(guides):
+        beyond = [each for each in guide.reads_learners if each >= number]
+        if beyond:
+            with at_guide(teacher, index):
+                refuse('learner', beyond[0], f'an index below {number}, the number of learners: the student and '
                        'model.peers')
-        guides.append(guide)
     if not guides and learners == 1:
         refuse('model.teacher', [], 'at least one teacher')
     return guides
+
+
+def at_guide(teacher: dict | Sequence[dict], index: int) -> AbstractContextManager[None]:
+    """Says of an argument that is refused within which guide it belongs to."""
+    return at('model.teacher' if isinstance(teacher, dict) else f'model.teacher[{index}]')
 
 
 def list_guide_configs(teacher: dict | Sequence[dict]) -> list[dict]:
@@ -203,10 +210,14 @@ class GuideConnections:
                 guides[term.teacher_index].check(Reading(term.teacher_taps, term.teacher_heads))
         self.of_learners = [
             Connections(learner, {name: term for name, term in terms.items() if term.learner_index == index},
-                        [reading for guide, reading in zip(guides, self.readings) if index in guide.reads_learners])
+                        [Reading((*reading.taps, *guide.learner_taps), reading.heads)
+                         for guide, reading in zip(guides, self.readings) if index in guide.reads_learners])
             for index, learner in enumerate(learners)]
         levels = [each.student_levels for each in self.of_learners]
-        forms = [guide.probe(reading, learners, levels) for guide, reading in zip(guides, self.readings)]
+        forms = []
+        for index, (guide, reading) in enumerate(zip(guides, self.readings)):
+            with at(f'model.teacher[{index}]' if len(guides) > 1 else 'model.teacher'):
+                forms.append(guide.probe(reading, learners, levels))
         self.levels = [form.levels for form in forms]
         for name, term in terms.items():
             form, learner = forms[term.teacher_index], term.learner_index

@@ -6,10 +6,7 @@ what a step costs.
 """
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from time import perf_counter
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +15,12 @@ from torch import Tensor, nn
 
 from kd_det.compat.process import preserved_randomness
 from kd_det.config.arguments import Index, Name, Names, declared, refuse
+from kd_det.config.detectors import extract_plain_detector
 from kd_det.context import DistillContext, Progress
 from kd_det.distillers.building import (
     Connections,
     GuideConnections,
+    at_guide,
     build_guides,
     build_student,
     build_task_schedule,
@@ -29,8 +28,9 @@ from kd_det.distillers.building import (
     list_guide_configs,
 )
 from kd_det.distillers.class_sets import ClassSets, has_classes
+from kd_det.distillers.costs import StepCost
 from kd_det.distillers.inheritance import WeightOrigins, find_common_parts, find_pretrained_parameters, inherit
-from kd_det.distillers.learners import Learner, Predictor, build_peers, init_peers, run_learners
+from kd_det.distillers.learners import Learner, Predictor, build_peers, connect_fused, init_peers, run_learners
 from kd_det.distillers.monitor import (
     GradientMonitor,
     IdleTermCheck,
@@ -54,8 +54,6 @@ from kd_det.losses.base import Parts, find_read_levels, sum_parts
 from kd_det.taps import Features
 from kd_det.teachers import InputBridge, Teacher
 from kd_det.teachers.guide import Guide, LearnerStep
-
-MEBIBYTE = 2**20
 
 
 class Observation(NamedTuple):
@@ -140,9 +138,14 @@ class DetectionDistiller(StudentWrapper):
         self.shares_trunk = bool(share)
         with preserved_randomness():  # the student is drawn as if there were no distillation
             models = [detector, *build_peers(peers, share, detector, student)]
+        self.teacher_configs, self.guides = list_guide_configs(teacher), build_guides(teacher, len(models))
+        with preserved_randomness():
+            for index, guide in enumerate(self.guides):
+                if guide.stands_for_learner:
+                    with at_guide(teacher, index):
+                        models.append(guide.make_learner(models, extract_plain_detector(student)))
         if len(models) > 1:
             self._modules[PEERS] = nn.ModuleList(models[1:])
-        self.teacher_configs, self.guides = list_guide_configs(teacher), build_guides(teacher, len(models))
         self.teachers: list[Guide] | None = None
         self.class_sets = ClassSets(detector)
         self.pseudo_labels = build_pseudo_labels(pseudo_labels, detector, self.guides)
@@ -156,6 +159,7 @@ class DetectionDistiller(StudentWrapper):
         if learning:
             self._modules[GUIDES] = nn.ModuleDict(learning)
         self.learners = [self._make_learner(index, model) for index, model in enumerate(models)]
+        connect_fused(self.learners)
         if quantize is not None:
             if len(models) > 1:
                 refuse('model.quantize', quantize, 'None beside model.peers', 'One student is trained in integers.')
@@ -165,7 +169,7 @@ class DetectionDistiller(StudentWrapper):
         terms = {name: term for name, term in self.terms.items() if term.learner_index == index}
         bridge = InputBridge(self.data_preprocessor, model.data_preprocessor) if index else None
         return Learner(index, model, terms, self.schedules, self.guide_connections.of_learners[index], bridge,
-                       self.pseudo_labels)
+                       self.pseudo_labels, any(guide.learns and index in guide.reads_learners for guide in self.guides))
 
     @property
     def connections(self) -> Connections:
@@ -425,45 +429,3 @@ class DetectionDistiller(StudentWrapper):
         for teacher in self.teachers or ():
             teacher._apply(function)
         return self
-
-
-class StepCost:
-    """Time and memory of what a step does for its terms: the teachers' forward and the terms' own.
-
-    Attributes:
-        seconds: Of the last step whose time is known; on a GPU that is one that it has finished.
-        megabytes: What the last step held for its backward pass. On a GPU all that was allocated in that time; on
-            the CPU, where PyTorch keeps no count, the teachers' features alone.
-    """
-
-    def __init__(self) -> None:
-        self._seconds = self.megabytes = 0.0
-        self._running: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-
-    @property
-    def seconds(self) -> float:
-        while self._running and self._running[0][1].query():
-            start, end = self._running.popleft()
-            self._seconds = start.elapsed_time(end) / 1e3
-        return self._seconds
-
-    @contextmanager
-    def measure(self, device: torch.device) -> Iterator[None]:
-        """Measures the block; :meth:`count_features` within it tells what the teachers put out."""
-        if device.type == 'cuda':
-            before = torch.cuda.memory_allocated(device)
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            yield
-            end.record()
-            self._running.append((start, end))
-            self.megabytes = (torch.cuda.memory_allocated(device) - before) / MEBIBYTE
-        else:
-            begin = perf_counter()
-            yield
-            self._seconds = perf_counter() - begin
-
-    def count_features(self, features: Sequence[dict[str, Features]]) -> None:
-        """Counts the features of the teachers."""
-        levels = {id(level): level for each in features for group in each.values() for level in group}
-        self.megabytes = sum(level.nbytes for level in levels.values()) / MEBIBYTE

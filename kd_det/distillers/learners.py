@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from mmdet.models.detectors import BaseDetector
 from torch import Tensor, nn
 
 from kd_det.compat.process import preserved_randomness, save_randomness
@@ -23,8 +24,9 @@ from kd_det.distillers.schedules import Schedule
 from kd_det.distillers.supervision import Losses, Supervision, compute_labelled_losses
 from kd_det.losses import DistillTerm
 from kd_det.registry import build_detector
-from kd_det.taps import record_calls
+from kd_det.taps import Features, record_calls
 from kd_det.teachers import InputBridge, TeacherError
+from kd_det.teachers.ensemble import FusionTrunk, copy_proposals
 from kd_det.teachers.guide import LearnerStep
 from kd_det.teachers.loading import load_strictly
 
@@ -42,19 +44,22 @@ class Learner:
         schedules: Of the weights of all terms, by name.
         connections: What is read of it.
         bridge: Turns the student's batch into its own; None for the student.
+        pseudo_labels: The distiller's, if there are any.
+        keeps_maps: Whether a guide reads what its head puts out as it is, see ``maps`` of a
+            :class:`~kd_det.teachers.guide.LearnerStep`.
 
     Attributes:
         monitor: Measures the gradients of its terms.
         idle_check: Warns of its terms that teach nothing.
-        pseudo_labels: The distiller's, if there are any.
     """
 
     def __init__(self, index: int, student: nn.Module, terms: dict[str, DistillTerm], schedules: dict[str, Schedule],
-                 connections: Connections, bridge: InputBridge | None = None, pseudo_labels: Any = None) -> None:
+                 connections: Connections, bridge: InputBridge | None = None, pseudo_labels: Any = None,
+                 keeps_maps: bool = False) -> None:
         self.index, self.student, self.terms, self.connections = index, student, terms, connections
         self.monitor = GradientMonitor({name: schedules[name] for name in terms})
         self.idle_check = IdleTermCheck(terms)
-        self.bridge, self.pseudo_labels = bridge, pseudo_labels
+        self.bridge, self.pseudo_labels, self.keeps_maps = bridge, pseudo_labels, keeps_maps
 
     @property
     def prefix(self) -> str:
@@ -79,12 +84,25 @@ class Learner:
                 raise TeacherError(f'Learner {self.index} pads batches of {tuple(own.shape[-2:])} pixels to '
                                    f'{tuple(inputs.shape[-2:])}: all learners see the same batch. Set '
                                    f"data_preprocessor.pad_size_divisor={self.bridge.divisor} in the student's config.")
-        with self.connections.capture() as (features, outputs), record_calls(self.student, 'extract_feat') as calls:
+        two_stage = hasattr(self.student, 'roi_head')
+        head = (self.student.rpn_head, 'loss_and_predict') if two_stage else (self.student.bbox_head, 'forward')
+        with self.connections.capture() as (features, outputs), \
+                record_calls(*head) if self.keeps_maps else nullcontext(()) as heads, \
+                record_calls(self.student, 'extract_feat') as calls:
             losses = dict(self.student.loss(inputs, samples))
-        neck = calls[0].returned
+        neck, maps = calls[0].returned, heads[0].returned if heads else None
+        if two_stage and maps is not None:
+            maps = maps[1]
         if not all(supervision.labelled):
             losses = compute_labelled_losses(self.student, inputs, neck, supervision, losses)
-        return losses, LearnerStep(self.student, neck, features, outputs, samples)
+        return losses, LearnerStep(self.student, neck, features, outputs, samples, maps)
+
+    def extract_feat(self, inputs: Tensor, data_samples: Sequence[Any] = ()) -> Features:
+        """What its heads are given of a batch that was preprocessed for the student."""
+        if self.bridge is not None:
+            shapes = [tuple(sample.img_shape[:2]) for sample in data_samples]
+            inputs = self.bridge(inputs, shapes or [tuple(inputs.shape[-2:])] * len(inputs))
+        return self.student.extract_feat(inputs)
 
     def predict(self, inputs: Tensor, data_samples: list, mode: str = 'predict') -> Any:
         """Its own prediction on a batch that was preprocessed for the student."""
@@ -143,7 +161,7 @@ class SharedPart(nn.Module):
     def loss_and_predict(self, *inputs: Any, **named: Any) -> Any:
         """Of an RPN: the student's proposals, and no losses, which count once."""
         if 'loss_and_predict' in self.recorded:
-            return {}, self.recorded['loss_and_predict'][1]
+            return {}, [copy_proposals(each) for each in self.recorded['loss_and_predict'][1]]
         return self.part.loss_and_predict(*inputs, **named)
 
     def init_weights(self) -> None:
@@ -178,6 +196,8 @@ def build_peers(peers: int | Sequence[dict], share: Sequence[str], student: nn.M
             own = each if 'type' in each else read_model_config(each['config'])
             check_student(own, f'model.peers[{index}]')
             peer = build_detector(extract_plain_detector(own))
+            if not isinstance(peer, BaseDetector):
+                refuse('type', own['type'], 'the type of a detector')
             for part in wanted:
                 if _describe(own, part) != _describe(extract_plain_detector(config), part):
                     raise ArgumentError(part, "is shared, but is not that of the student's config: give both the same, "
@@ -225,9 +245,22 @@ def run_learners(learners: Sequence[Learner], inputs: Tensor,
             recording.enter_context(part.record())
         ran = [learners[0].run(inputs, supervision)]
     for learner in learners[1:]:
+        trunk = getattr(learner.student, 'backbone', None)
+        if isinstance(trunk, FusionTrunk):
+            trunk.received = [ran[source.index][1].neck for source in trunk.sources]
         with preserved_randomness():
             restore()
             ran.append(learner.run(inputs, supervision))
+        if isinstance(trunk, FusionTrunk):
+            trunk.received = None
     for part in shared:
         part.forget()
     return [losses for losses, _ in ran], [step for _, step in ran]
+
+
+def connect_fused(learners: Sequence[Learner]) -> None:
+    """Tells learners of fused features whose they are."""
+    for learner in learners:
+        trunk = getattr(learner.student, 'backbone', None)
+        if isinstance(trunk, FusionTrunk):
+            trunk.sources = tuple(learners[index] for index in trunk.of)

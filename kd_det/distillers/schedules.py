@@ -118,6 +118,17 @@ class Warmup(Ramp):
 
 
 @TASK_UTILS.register_module()
+class SigmoidWarmup(Ramp):
+    """Grows as exp(−5·(1 − x)²), x from 0 to 1, to its value (Laine and Aila, arXiv 1610.02242; ONE, FFL).
+
+    Arguments as of :class:`Ramp`.
+    """
+
+    def __call__(self, progress: Progress) -> float:
+        return super().__call__(progress) * math.exp(-5 * (1 - self.share_done(progress))**2)
+
+
+@TASK_UTILS.register_module()
 class Decay(Ramp):
     """Falls linearly from its value to ``end`` times its value.
 

@@ -49,6 +49,8 @@ class LearnerStep(NamedTuple):
     Attributes:
         model: The learner, a plain detector.
         neck: What its heads were given, level by level.
+        maps: Where a guide that learns is made of it: what its dense head's forward returned, kind by kind and level by
+            level; of a two-stage detector the proposals of its RPN.
         features: Those that terms and guides read, by path.
         outputs: Those that terms and guides read of its heads.
         samples: mmdet's data samples with the ground truth that it was given.
@@ -58,6 +60,7 @@ class LearnerStep(NamedTuple):
     features: dict[str, Features]
     outputs: StudentOutputs
     samples: Sequence[Any] = ()
+    maps: Any = None
 
 
 class Guide:
@@ -85,8 +88,10 @@ class Guide:
         offers_features: Whether it puts out features, of whatever path is asked for.
         offers_heads: Whether it puts out what heads predict.
         detects: Whether pseudo-labels can come from it.
+        stands_for_learner: Whether it adds a learner, see :meth:`make_learner`.
         metrics_prefix: Of the names of its metrics in validation.
         reads_learners: Indices of the learners whose features and outputs it is made from.
+        learner_taps: Paths of these learners' features that it reads itself.
     """
     classes: Sequence[str] | None = None
     num_classes: int | None = None
@@ -98,9 +103,11 @@ class Guide:
     module: nn.Module | None = None
     learns: bool = False
     reads_learners: tuple[int, ...] = ()
+    learner_taps: tuple[str, ...] = ()
     offers_features: bool = False
     offers_heads: bool = False
     detects: bool = False
+    stands_for_learner: bool = False
     metrics_prefix = 'ensemble'
 
     def __deepcopy__(self, memo: dict) -> Guide:
@@ -124,6 +131,15 @@ class Guide:
         if reading.taps and not self.offers_features:
             raise HeadError(f"it reads features at '{reading.taps[0]}', and {self.described} puts out none. Take a "
                             'term that compares predictions, or another guide.')
+
+    def make_learner(self, learners: Sequence[nn.Module], student: Mapping[str, Any]) -> nn.Module | None:
+        """Builds the learner that it stands for; None where it stands for none.
+
+        Args:
+            learners: Those so far.
+            student: The student's model dict.
+        """
+        return None
 
     def probe(self, reading: Reading, learners: Sequence[nn.Module],
               levels: Sequence[Mapping[str, tuple[LevelSpec, ...]]]) -> GuideForm:

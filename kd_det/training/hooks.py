@@ -70,7 +70,7 @@ class DistillHook(Hook):
       run goes on as the uninterrupted one would. (Not when every term's weight is 0: then nothing differs from plain
       training.)
     - The log gets what distilling costs each step, ``kd_time`` in seconds and ``kd_memory`` in MiB, see
-      :class:`~kd_det.distillers.detection_distiller.StepCost`.
+      :class:`~kd_det.distillers.costs.StepCost`.
     - At the start of each epoch :class:`~kd_det.training.replay.ReplayedRandomness` is told which it is; at its end the
       teachers' caches report.
     - Each checkpoint gets an entry ``'distill'``, see below. MMEngine's ``CheckpointHook`` gives way to

@@ -25,7 +25,7 @@ from kd_det.checks.images import check_images, student_channels
 from kd_det.compat.console import TextTable
 from kd_det.compat.writing import is_first_process, kept_after_errors, locked_folder, refuse_to_replace
 from kd_det.config import ConfigurationError
-from kd_det.config.arguments import Bits, Count, Index, Name, Parts, Ratio, Seed, Weight, declared
+from kd_det.config.arguments import Bits, Count, Index, Name, Names, Parts, Ratio, Seed, Weight, declared
 from kd_det.config.choices import EXPORTED
 from kd_det.config.composition import distillation_config, make_ensemble
 from kd_det.config.files import (
@@ -34,6 +34,7 @@ from kd_det.config.files import (
     set_data_root,
     student_config,
 )
+from kd_det.config.learners import add_learners
 from kd_det.config.methods import name_sum
 from kd_det.config.options import merge_options, resolve_config, set_epochs
 from kd_det.registry import HOME
@@ -50,6 +51,7 @@ from kd_det.training.runner import (
     use_one_metainfo,
 )
 
+LearntFrom = Literal['peers', 'mean', 'gate', 'fusion']  # of config.choices
 Launcher = Literal['none', 'pytorch', 'slurm', 'mpi']
 CURVES = 4  # metrics whose curves a notebook shows
 
@@ -138,21 +140,23 @@ def train(config: str | Path | Config, *, data_root: str | None = None, work_dir
 
 
 @declared
-def distill(student: str | Path | Config, teacher: str | Path, checkpoint: str | Path | Sequence[str | Path],
-            method: str = 'fgd', *, data_root: str | None = None, work_dir: str | Path | None = None,
-            epochs: Count | None = None, inherit: Parts = 'auto', balance: Ratio | None = None,
+def distill(student: str | Path | Config, teacher: str | Path | None = None,
+            checkpoint: str | Path | Sequence[str | Path] = (), method: str = 'fgd', *,
+            data_root: str | None = None, work_dir: str | Path | None = None, epochs: Count | None = None,
+            inherit: Parts = 'auto', balance: Ratio | None = None,
             seed: Seed | None = None, amp: bool = False, resume: bool | str | Path = False, launcher: Launcher = 'none',
             options: dict[str, Any] | None = None, family: str = '', auto_scale_lr: bool = False,
             check_images: Index | None = None, trackers: Sequence[Name] = (),
             on_config: Callable[[Config], None] | None = None,
-            quantize: Bits | dict[str, Any] | None = None) -> RunResult:
+            quantize: Bits | dict[str, Any] | None = None, peers: Index | Sequence[str] = 0, share: Names = (),
+            guide: LearntFrom = 'peers') -> RunResult:
     """Composes a distillation out of a student's config and a teacher, saves it in the work dir, and trains it.
 
     The student's config alone decides data, classes, schedule and evaluation.
 
     Args:
         student: Config of the detector to train: a file, ``'mmdet::folder/file.py'``, or a config.
-        teacher: Config of the teacher: a file, or ``'mmdet::folder/file.py'``.
+        teacher: Config of the teacher: a file, or ``'mmdet::folder/file.py'``; None beside ``peers`` for none.
         checkpoint: The teacher's weights: a file or an address; from several, all trained with this config, the student
             learns as from an ensemble.
         method: One of :func:`kd_det.methods`, the file of another, ``'package::folder/file.py'``, or a sum: ``'a+b'``.
@@ -177,6 +181,10 @@ def distill(student: str | Path | Config, teacher: str | Path, checkpoint: str |
         quantize: Train the student as it computes with integers of so many bits; or the whole ``model.quantize``. It
             starts from a trained student, ``options=dict(load_from=…)``; with the method ``'none'`` it learns from the
             data alone.
+        peers: How many detectors of the student's own kind learn beside it in the same steps, or their configs.
+        share: Parts that they have in common with the student, from the image on, such as ``('backbone', 'neck')``.
+        guide: What they learn from by the method: each other (``'peers'``), their ``'mean'``, their mean by a learnt
+            ``'gate'``, or a learner of their fused features (``'fusion'``).
 
     Raises:
         ConfigurationError: The student is a distillation already, the method does not serve it, or a setting is wrong.
@@ -185,15 +193,22 @@ def distill(student: str | Path | Config, teacher: str | Path, checkpoint: str |
         CheckpointError: See :func:`train`.
     """
     checkpoints = [str(checkpoint)] if isinstance(checkpoint, (str, Path)) else list(map(str, checkpoint))
-    if not checkpoints:
-        raise ConfigurationError('There is no checkpoint of the teacher: give a file or an address, or several.')
-    config = distillation_config(student if isinstance(student, Config) else str(student), str(teacher), checkpoints[0],
+    if teacher is None and not peers:
+        raise ConfigurationError('There is nothing to learn from: give a teacher, or peers.')
+    if (teacher is None) != (not checkpoints):
+        raise ConfigurationError('There is no checkpoint of the teacher: give a file or an address, or several.'
+                                 if teacher is not None else 'There is a checkpoint, but no teacher of which it is.')
+    config = distillation_config(student if isinstance(student, Config) else str(student),
+                                 None if teacher is None else str(teacher), checkpoints[0] if checkpoints else None,
                                  method, inherit, family, balance)
     several = f'_{len(checkpoints)}_teachers' if len(checkpoints) > 1 else ''
     source = (student.filename or 'student') if isinstance(student, Config) else student
     name = f'{Path(source).stem}_{name_sum(method)}{several}'
     if several:
         config = make_ensemble(config, checkpoints)
+    if peers:
+        config = add_learners(config, peers, share, guide)
+        name = f"{name}_{guide}_of_{1 + (peers if isinstance(peers, int) else len(peers))}"
     if quantize is not None:
         config.model.quantize = dict(bits=quantize) if isinstance(quantize, int) else quantize
         name = f"{name}_{config.model.quantize.get('bits', 8)}_bits"

@@ -1,0 +1,98 @@
+"""What students gain that teach each other, or that learn from themselves: each against the same student alone.
+
+Usage: python -m benchmarks.learners STUDENT TEACHER CHECKPOINT [--seeds 0 1 2] [--methods dml one …] [--json FILE]
+
+All have the same budget: as many steps of the student as its config says. What is finished in the work dir is not done
+again; a training that was interrupted goes on.
+"""
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+from kd_det import RunResult, distill, generations, train
+from kd_det.compat.writing import write_whole
+from kd_det.study.results import paired_difference
+
+MAP = 'coco/bbox_mAP'
+TRUNK = ('backbone', 'neck')
+
+
+def make_runs(options: Namespace) -> dict[str, Callable[..., RunResult]]:
+    """The trainings by name; each is given a seed, a work dir and whether to go on."""
+    student, taught = options.student, dict(teacher=options.teacher, checkpoint=options.checkpoint, inherit=())
+    common = dict(data_root=options.data_root, check_images=0, epochs=options.epochs)
+
+    def learn(**settings: object) -> Callable[..., RunResult]:
+        return lambda **run: distill(student, **{**common, 'method': options.method, **settings, **run})
+
+    return {
+        'plain': lambda **run: train(student, **common, **run),
+        'kd': learn(**taught),
+        'dml': learn(peers=1),
+        'dml_4': learn(peers=3),
+        'dml_teacher_kind': learn(peers=[options.teacher]),
+        'dml_taught': learn(peers=1, **taught),
+        'one': learn(peers=2, share=TRUNK, guide='gate'),
+        'branches': learn(peers=2, share=TRUNK, method='none'),
+        # λ = 1/2: half the loss of the mean prediction, and half the mean of the heads' own.
+        'ensemble_net': learn(peers=2, share=TRUNK, guide='mean', options={
+            'model.teacher.0.loss_weight': 0.5, 'model.task_weight': 0.5 / 3}),
+        'ffl': learn(peers=1, guide='fusion')}
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('student')
+    parser.add_argument('teacher')
+    parser.add_argument('checkpoint')
+    parser.add_argument('--data-root')
+    parser.add_argument('--method', default='kd', help='by which all learn (kd)')
+    parser.add_argument('--methods', nargs='+', help='some of them alone')
+    parser.add_argument('--generations', nargs='*', default=[], choices=['none', 'cwtm', 'dkpp'],
+                        help='Born-Again by these treatments')
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    parser.add_argument('--epochs', type=int)
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/learners'))
+    parser.add_argument('--json', type=Path)
+    options = parser.parse_args()
+    runs, found = make_runs(options), {}
+    for seed in options.seeds:
+        for name in options.methods if options.methods is not None else runs:
+            folder = options.work_dir / f'{name}_{seed}'
+            record = folder / 'learners.json'
+            if not record.is_file():
+                print(f'seed {seed}: {name}', flush=True)
+                result = runs[name](seed=seed, work_dir=folder, resume=True if folder.is_dir() else False)
+                write_whole(record, json.dumps({metric: value for metric, value in result.metrics.items()
+                                                if metric.endswith(MAP)}))
+        for treatment in options.generations:
+            folder = options.work_dir / f'born_again_{treatment}_{seed}'
+            record = folder / 'learners.json'
+            if not record.is_file():
+                print(f'seed {seed}: born again, {treatment}', flush=True)
+                result = generations(options.student, 3, method=options.method, treatment=treatment, seed=seed,
+                                     data_root=options.data_root, epochs=options.epochs, work_dir=folder)
+                write_whole(record, json.dumps({
+                    **{f'{each.name}/{MAP}': each.metrics[MAP] for each in result.generations},
+                    **{f'{each.name}/ensemble/{MAP}': each.ensemble[MAP] for each in result.generations}}))
+    for record in sorted(options.work_dir.glob('*/learners.json')):
+        name, _, seed = record.parent.name.rpartition('_')
+        for metric, value in json.loads(record.read_text(encoding='utf-8')).items():
+            whose = metric.removesuffix(MAP).rstrip('/')
+            found.setdefault(f'{name} {whose}'.rstrip(), {})[int(seed)] = 100 * value
+    rows = {}
+    for name, values in found.items():
+        difference = paired_difference(found.get('plain', {}), values) if name != 'plain' else None
+        rows[name] = dict(map=values, against_plain=difference and difference._asdict())
+        text = '' if difference is None else f'  {difference}'
+        print(f"{name:34}{'  '.join(f'{values[seed]:5.1f}' for seed in sorted(values))}{text}")
+    if options.json:
+        write_whole(options.json, json.dumps(dict(
+            student=options.student, teacher=options.teacher, method=options.method, rows=rows), indent=1))
+
+
+if __name__ == '__main__':
+    main()
