@@ -303,8 +303,9 @@ def test_fused_features_have_a_learner_of_their_own(kind, request, mutual, batch
                    distill=dict(a=dict(term, learner=0), b=dict(term, learner=1),
                                 fused=dict(term, learner=2, teacher=1)))
     model.init_weights()
-    assert len(model.learners) == 3 and model.learners[2].student.neck.levels[0].depthwise_conv.conv.in_channels == 2 * (
-        model.learners[0].student.neck.out_channels)
+    fuse = model.learners[2].student.neck.levels[0]
+    assert len(model.learners) == 3
+    assert fuse.depthwise_conv.conv.in_channels == 2 * model.student.neck.out_channels
     total, logged = step(model, two_images(batch_for, kind))
     assert 'peer2/loss_cls' in logged and total.isfinite()
     logged['loss'].item()
