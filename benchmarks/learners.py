@@ -65,7 +65,7 @@ def main() -> None:
             record = folder / 'learners.json'
             if not record.is_file():
                 print(f'seed {seed}: {name}', flush=True)
-                result = runs[name](seed=seed, work_dir=folder, resume=True if folder.is_dir() else False)
+                result = runs[name](seed=seed, work_dir=folder, resume=folder.is_dir())
                 write_whole(record, json.dumps({metric: value for metric, value in result.metrics.items()
                                                 if metric.endswith(MAP)}))
         for treatment in options.generations:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
-from kd_det.cli.common import add_config_options, add_force_option, count, path, print_tables, read_options
+from kd_det.cli.common import add_config_options, add_force_option, count, index, path, print_tables, read_options
 
 DYNAMIC, FORMATS = ('batch', 'size'), ('onnx', 'openvino', 'pth')
 
@@ -17,6 +17,8 @@ def add_arguments(parser: ArgumentParser) -> None:
                         help="file to write: .onnx or .xml (OpenVINO), a graph from the image to its boxes; or .pth, "
                         'plain weights, with a config for stock MMDetection beside it')
     parser.add_argument('--format', choices=FORMATS, help='what to write; by default what the name of OUT says')
+    parser.add_argument('--learner', type=index, default=0, metavar='K',
+                        help='of a run with peers, which of the learners: 0 is the student, 1 the first peer')
     graph = parser.add_argument_group('graphs')
     graph.add_argument('--size', nargs=2, type=count, metavar=('HEIGHT', 'WIDTH'),
                        help='of the image; by default such that every image of the test pipeline fits')
@@ -39,7 +41,7 @@ def run(options: Namespace) -> int:
                       size=tuple(options.size) if options.size else None, dynamic=options.dynamic,
                       dtype=options.dtype, channels=options.channels, half=options.half, suppress=not options.no_nms,
                       images=options.images, data_root=options.data_root, options=read_options(options.cfg_options),
-                      force=options.force)
+                      force=options.force, learner=options.learner)
     if isinstance(exported, ExportedStudent):
         print(f'{exported.checkpoint} holds the {exported.parameters:,} parameters of a {exported.detector}, '
               f'{exported.config} its config.')

@@ -17,7 +17,7 @@ import kd_det
 from kd_det.compat.console import TextTable
 from kd_det.compat.writing import refuse_to_replace, write_whole
 from kd_det.config import ConfigurationError
-from kd_det.config.arguments import Count, Size, declared
+from kd_det.config.arguments import Count, Index, Size, declared
 from kd_det.config.choices import CHECKPOINTS
 from kd_det.config.classes import count_classes
 from kd_det.config.files import get_type_name, list_pipelines
@@ -31,7 +31,7 @@ from kd_det.deploy.checking import (
     predict_with_graph,
     quiet,
 )
-from kd_det.deploy.checkpoint import ExportedStudent, export_checkpoint, load_student
+from kd_det.deploy.checkpoint import ExportedStudent, export_checkpoint, extract_learner, load_student
 from kd_det.deploy.graph import DetectorGraph
 from kd_det.deploy.integers import quantize_as_trained, store_integers
 from kd_det.deploy.runtime import ONNX, OPENVINO, SECTION, ModelInfo, explained, open_model
@@ -79,8 +79,8 @@ def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path,
            format: Literal['onnx', 'openvino', 'pth'] | None = None, size: Size | None = None,
            dynamic: Sequence[Literal['batch', 'size']] = (), dtype: Literal['uint8', 'float32'] = 'uint8',
            channels: Literal['rgb', 'bgr'] = 'rgb', half: bool = False, suppress: bool = True, images: Count = 32,
-           data_root: str | None = None, options: dict[str, Any] | None = None, force: bool = False
-           ) -> ExportedStudent | ExportedModel:
+           data_root: str | None = None, options: dict[str, Any] | None = None, force: bool = False,
+           learner: Index = 0) -> ExportedStudent | ExportedModel:
     """Writes a student as a file of its own.
 
     ``.pth`` or ``.pt``: its weights alone, and beside them a config that stock MMDetection reads. ``.onnx`` or ``.xml``
@@ -103,17 +103,23 @@ def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path,
         data_root: Folder of the data, in place of the config's.
         options: Settings that override the config, by dotted key.
         force: Replace files of these names that no export wrote.
+        learner: Which of the learners of a run with ``model.peers``: 0 is the student, 1 the first peer.
 
     Raises:
-        ConfigurationError: The name of the file ends in none of these; or the checkpoint is not of the student in the
-            config; or its detector, or an operator of it, can not be exported; or the file does not agree with the
-            detector.
+        ConfigurationError: There is no such learner; or the name of the file ends in none of these; or the checkpoint
+            is not of the student in the config; or its detector, or an operator of it, can not be exported; or the file
+            does not agree with the detector.
         NotFiniteError: Its weights are NaN or infinite.
         WritingError: A file of that name exists, and is no export; or it can not be written.
     """
     out, resolved = Path(out), resolve_config(config, data_root, options)
     if format is not None and out.name:
         out = out.with_suffix(SUFFIXES[format])
+    if learner:
+        with tempfile.TemporaryDirectory() as folder:
+            own = extract_learner(resolved, checkpoint, learner, Path(folder))
+            return export(*own, out, size=size, dynamic=dynamic, dtype=dtype, channels=channels, half=half,
+                          suppress=suppress, images=images, force=force)
     if out.suffix in CHECKPOINTS:
         return export_checkpoint(resolved, checkpoint, out, force)
     if out.suffix not in (ONNX, OPENVINO):

@@ -6,6 +6,7 @@ import torch
 from mmdet.registry import MODELS
 from mmengine.optim import OptimWrapper
 
+import kd_det
 from kd_det.config.files import ConfigurationError
 from kd_det.distillers.student_wrapper import PEERS
 from kd_det.training.learners import clip_by_learner
@@ -319,14 +320,33 @@ def test_fused_features_have_a_learner_of_their_own(kind, request, mutual, batch
                 assert len(model(**data, mode='predict')) == 2
 
 
-def test_learners_and_their_ensemble_are_evaluated(make_runner, retinanet):
+def branches(make_runner, retinanet):
+    """A finished run of two branches that learn from their ensemble."""
     model = dict(type='DetectionDistiller', student=retinanet(), peers=1, share=('backbone', 'neck'),
                  teacher=dict(type='Ensemble', of=PEERS_OF_TWO, weights='gate'),
                  distill={f'kd{index}': dict(type='DenseClassification', learner=index, weight=dict(
                      type='SigmoidWarmup', value=9.0, epochs=2)) for index in (0, 1)})
-    runner = finished(make_runner(model, epochs=1, val=True))
+    return finished(make_runner(model, epochs=1, val=True))
+
+
+def test_learners_and_their_ensemble_are_evaluated(make_runner, retinanet):
+    runner = branches(make_runner, retinanet)
     found = {name for name in runner.message_hub.log_scalars if name.endswith('coco/bbox_mAP')}
     assert found == {'val/coco/bbox_mAP', 'val/peer1/coco/bbox_mAP', 'val/ensemble/coco/bbox_mAP'}
+
+
+def test_any_learner_leaves_as_a_plain_detector(make_runner, retinanet, tmp_path):
+    runner = branches(make_runner, retinanet)
+    config, checkpoint = runner.cfg, f'{runner.work_dir}/epoch_1.pth'
+    exported = kd_det.export(config, checkpoint, tmp_path / 'peer.pth', learner=1)
+    plain = MODELS.build(retinanet())
+    plain.load_state_dict(torch.load(exported.checkpoint, weights_only=False)['state_dict'], strict=True)
+    peer = runner.model.peers[0]
+    assert all(torch.equal(value, {**runner.model.state_dict(), **peer.state_dict()}[key])
+               for key, value in plain.state_dict().items())
+    assert not torch.equal(plain.bbox_head.retina_cls.weight, runner.model.bbox_head.retina_cls.weight)
+    with pytest.raises(ConfigurationError, match='1 learners beside the student'):
+        kd_det.export(config, checkpoint, tmp_path / 'other.pth', learner=2)
 
 
 def test_an_ensemble_of_one_detector_twice_predicts_as_it(mutual, batch):

@@ -61,7 +61,6 @@ CASES = [(name, argument) for name in DECLARED for argument in arguments_of(name
 KINDS = {describe_type(each.annotation): each.annotation for name in DECLARED for each in arguments_of(name).values()}
 
 
-
 # ------------------------------------------------------------------------------------------------------------ the types
 
 
@@ -193,7 +192,8 @@ def check_agreement(value: Any, kind: Any) -> None:
 
 
 def test_everything_that_a_config_builds_declares_all_its_arguments():
-    assert len(TERMS) > 20 and len(MASKS) > 12 and set(SCHEDULES) == {'Warmup', 'Decay', 'Start', 'Stop', 'Balance'}
+    assert len(TERMS) > 20 and len(MASKS) > 12 and set(SCHEDULES) == {
+        'Warmup', 'SigmoidWarmup', 'Decay', 'Start', 'Stop', 'Balance'}
     assert 'tap' in arguments_of('FGD') and 'tap' not in arguments_of('CrossKD')
     for registry in vars(mmdet.registry).values():
         for each in registry.module_dict.values() if isinstance(registry, Registry) else ():
@@ -234,7 +234,7 @@ def test_what_is_drawn_from_a_type_is_taken(kind):
 def required(name: str) -> dict[str, Any]:
     """What has to be given beside any other argument."""
     known = dict(masks=['BoxForeground'], value=1.0, dir='cache', student={}, distill={}, teacher={}, config='x',
-                 transforms=[], build='x.py:x')
+                 transforms=[], build='x.py:x', file='x.json', of=[dict(type='Peer', learner=0), dict(type='Peer')])
     return {key: known[key] for key, each in arguments_of(name).items() if each.default is Parameter.empty}
 
 
@@ -317,11 +317,13 @@ WRONG = dict(
     name=('', 3, True), mean=(3, 'x', ['x']), std=(3, 'x', [0.0]), bgr_to_rgb=FLAG, out_indices=(3, 'x', [0.5]),
     image_size=(3, [3], [0, 3], [1.5, 3]), build=('', 3, None, 'teacher.py'), arguments=(3, []),
     label_offset=(0.5, None, '1'), pad_size_divisor=(0, 1.5, None), learner=(-1, 0.5, None),
+    file=(3, None), annotations=(3, True), of=(3, [], [3], None), loss_weight=('1', True, float('nan')),
     peers=(-1, 0.5, None, ['x']), share=('neck', [''], ['neck', 'neck'], None))
 GAP = ('DenseClassification', 'QueryClassification', 'CrossKD')  # their β is an exponent
 
 
-OTHERS = {'Balance.ratio': NEGATIVE, 'DetectionDistiller.teacher': ('r101', None, ['r101']),
+OTHERS = {'Balance.ratio': NEGATIVE, 'Ensemble.weights': ('most', [1.0], 3, None, ['1', '1']),
+          'Fusion.of': (3, [], [0], [-1, 0], None), 'DetectionDistiller.teacher': ('r101', None, ['r101']),
           'FidelityMetric.teacher': ('r101', None, []),
           'Backbone.config': (3, 'x'), 'External.levels': (3, [], [3], [[8, 0]], [[8]]),
           'DetectionDistiller.distill': ('fgd', [])}
