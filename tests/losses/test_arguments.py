@@ -234,7 +234,7 @@ def test_what_is_drawn_from_a_type_is_taken(kind):
 def required(name: str) -> dict[str, Any]:
     """What has to be given beside any other argument."""
     known = dict(masks=['BoxForeground'], value=1.0, dir='cache', student={}, distill={}, teacher={}, config='x',
-                 transforms=[], build='x.py:x')
+                 transforms=[], build='x.py:x', of=[dict(type='Peer')] * 2)
     return {key: known[key] for key, each in arguments_of(name).items() if each.default is Parameter.empty}
 
 
@@ -315,7 +315,8 @@ WRONG = dict(
     name=('', 3, True), mean=(3, 'x', ['x']), std=(3, 'x', [0.0]), bgr_to_rgb=FLAG, out_indices=(3, 'x', [0.5]),
     image_size=(3, [3], [0, 3], [1.5, 3]), build=('', 3, None, 'teacher.py'), arguments=(3, []),
     label_offset=(0.5, None, '1'), pad_size_divisor=(0, 1.5, None), learner=(-1, 0.5, None),
-    peers=(-1, 0.5, None, ['x']), share=('neck', [''], ['neck', 'neck'], None))
+    of=(3, 'x', ['x']), loss_weight=('much', float('nan'), True), peers=(-1, 0.5, None, ['x']),
+    share=('neck', [''], ['neck', 'neck'], None))
 GAP = ('DenseClassification', 'QueryClassification', 'CrossKD')  # their β is an exponent
 
 
