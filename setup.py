@@ -14,9 +14,10 @@ VERSION = re.compile(r"^__version__ = '(.+?)'", re.MULTILINE)
 # One line, as Python wants it; what went wrong in it would be printed whenever Python starts.
 PTH = r"exec('try:\n import kd_det_startup\n kd_det_startup.install()\nexcept Exception:\n pass')"
 
+BACKBONES = ['timm>=1.0.20']  # brings safetensors
 DEPLOY = ['onnx', 'onnxruntime', 'openvino', 'torch-pruning']
-TEST = [*DEPLOY, 'hypothesis', 'ipykernel', 'nbclient', 'nbformat', 'pytest', 'pytest-timeout', 'pytest-xdist',
-        'setuptools<81', 'tensorboard', 'wheel']
+TEST = [*BACKBONES, *DEPLOY, 'hypothesis', 'ipykernel', 'nbclient', 'nbformat', 'pytest', 'pytest-timeout',
+        'pytest-xdist', 'setuptools<81', 'tensorboard', 'wheel']
 LINT = ['ruff>=0.17,<0.18', 'mypy>=2.4,<2.5']
 DOCS = ['mkdocs>=1.6,<2', 'mkdocs-material>=9.6,<10', 'mkdocstrings[python]>=1,<2']
 
@@ -56,6 +57,7 @@ setup(
             'mmcv-lite>=2.0.1,<2.2',
             'setuptools<81',  # mmengine imports pkg_resources
         ],
+        'backbones': BACKBONES,
         'browser': ['playwright'],  # drives an installed Chromium in the tests of the report
         'deploy': DEPLOY,
         'dev': [*TEST, *LINT, *DOCS, 'pre-commit'],

@@ -30,6 +30,7 @@ from kd_det.masks.boxes import PyramidMask
 from kd_det.study.fidelity import FidelityMetric
 from kd_det.teachers.cache import TeacherCache
 from kd_det.teachers.engine import Engine
+from kd_det.teachers.guide import Guide
 from kd_det.teachers.loading import load_strictly
 from kd_det.teachers.teacher import NOT_OF_CONFIGS, Teacher
 from kd_det.training.finiteness import FiniteHook
@@ -75,6 +76,7 @@ def make_page() -> str:
     sections = {
         'The distiller': ("`model = dict(type='DetectionDistiller', …)`", [DetectionDistiller]),
         'A teacher': ('`model.teacher`, or each of a list of them, and its `cache`', [Teacher, TeacherCache]),
+        'Other guides': ('`model.teacher`, or each of a list of them, with a `type`', _registered(MODELS, Guide)),
         'Pseudo-labels': ('`model.pseudo_labels`', [PseudoLabels]),
         'Quantisation': ('`model.quantize`', [Quantization]),
         'Hooks': ('`default_hooks.distill` with its `preflight`, and `custom_hooks`',

@@ -20,9 +20,9 @@ from torchvision.ops import box_iou
 
 from kd_det.checks.data import check_labels
 from kd_det.compat.process import preserved_randomness
-from kd_det.config.classes import ClassMatch, Names, count_classes, find_label_names, match_classes
+from kd_det.config.classes import ClassMatch, Names, find_label_names, match_classes
 from kd_det.config.files import ConfigurationError
-from kd_det.teachers import Teacher, TeacherError
+from kd_det.teachers import Guide, Teacher, TeacherError
 
 LIKELY_CAUSES = """Likely causes:
   - the checkpoint was trained on other classes, or on the same in another order, and does not name them
@@ -64,7 +64,7 @@ class Skill(NamedTuple):
         return len(self.match.of_student) / len(self.match.student) if self.match else 1.0
 
 
-def evaluate_teacher(runner: Runner, teacher: Teacher, images: int,
+def evaluate_teacher(runner: Runner, teacher: Guide, images: int,
                      outfile_prefix: str | None = None) -> Skill | None:
     """Evaluates the teacher on validation images, fed with the student's preprocessed batches as in training.
 
@@ -101,7 +101,7 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int,
         match = classes_on(teacher, names)
         metric = Evaluator([CocoMetric(metric='bbox', outfile_prefix=outfile_prefix)])
         metric.dataset_meta = dict(classes=names)
-        votes = torch.zeros(count_classes(teacher.model) or len(teacher.classes or names), len(names),
+        votes = torch.zeros(teacher.num_classes or len(teacher.classes or names), len(names),
                             dtype=torch.long)
         share = _share_of_rank(len(indices))
         images_of_rank = Subset(dataset, [indices[place % len(indices)] for place in share])
@@ -109,7 +109,7 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int,
         broken = torch.zeros(())  # batches of which a feature was not finite
         for batch in DataLoader(images_of_rank, batch_size=loader.get('batch_size') or 1, collate_fn=pseudo_collate):
             data = preprocess(batch, False)
-            predicted = teacher.predict(data['inputs'], data['data_samples'])
+            predicted = _predict(teacher, data['inputs'], data['data_samples'])
             broken += not all(each.isfinite() for each in teacher.feature_sums)
             for sample in predicted:
                 place = next(places)
@@ -128,14 +128,24 @@ def evaluate_teacher(runner: Runner, teacher: Teacher, images: int,
         return Skill(metric.evaluate(len(indices)), names, match, votes)
 
 
-def classes_on(teacher: Teacher, classes: Sequence[str]) -> ClassMatch | None:
+def _predict(teacher: Guide, images: Tensor, samples: list) -> list:
+    """Detects, in the coordinates of the original images."""
+    if isinstance(teacher, Teacher):
+        return teacher.predict(images, samples)
+    for sample, found in zip(samples, teacher.detect(images, samples)):
+        found.bboxes = found.bboxes / found.bboxes.new_tensor(sample.metainfo.get('scale_factor', (1, 1))).repeat(2)
+        sample.pred_instances = found
+    return samples
+
+
+def classes_on(teacher: Guide, classes: Sequence[str]) -> ClassMatch | None:
     """Matches the teacher's classes with those of the data; None where its names are not known, but their number fits.
 
     Raises:
         TeacherError: The teacher's names are not known, and their number is not that of the data.
         ConfigurationError: No class is shared.
     """
-    known = count_classes(teacher.model)
+    known = teacher.num_classes
     if teacher.classes is None and known not in (None, len(classes)):
         raise TeacherError(f'The teacher tells {known} classes apart, but the data has {len(classes)}, and neither the '
                            "checkpoint nor the config names the teacher's. Name them, by label, with "
@@ -245,7 +255,7 @@ def agreement(votes: Tensor, names: Mapping[int, int]) -> int:
     return sum(int(votes[label, other]) for label, other in names.items())
 
 
-def require_names(skill: Skill, teacher: Teacher) -> None:
+def require_names(skill: Skill, teacher: Guide) -> None:
     """Ends a run whose teacher's classes have other names than it says.
 
     Raises:

@@ -1,6 +1,6 @@
 """What students learn from: frozen teachers, strictly loaded and run through the input bridge, and other guides."""
 from kd_det.config.detectors import TeacherError, read_model_config
-from kd_det.teachers import ensemble, peers  # they register their kinds
+from kd_det.teachers import backbone, ensemble, external, peers  # they register their kinds
 from kd_det.teachers.bridge import InputBridge
 from kd_det.teachers.detections import Detections, insert_detections
 from kd_det.teachers.guide import Guide

@@ -1,6 +1,7 @@
 """Makes a frozen detector cheaper to run: folded normalisation, memory order, precision, compilation, sharding."""
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import wraps
@@ -201,3 +202,12 @@ def _find_stages(module: nn.Module) -> Iterator[nn.Module]:
 def to_local(tensor: Tensor) -> Tensor:
     """Returns what this rank has of a weight: all of it, or its part where that is sharded."""
     return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
+
+
+def hash_weights(model: nn.Module) -> str:
+    """SHA-256 over the names and values of all parameters and buffers, as far as this rank holds them."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(to_local(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -64,7 +64,8 @@ def is_pretrained(config: Any) -> bool:
 
 def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str] = (),
                   allow_unexpected: Sequence[str] = (), role: str = 'teacher',
-                  checkpoint_prefix: str | None = None) -> dict:
+                  checkpoint_prefix: str | None = None,
+                  convert: Callable[[OrderedDict[str, Tensor]], OrderedDict[str, Tensor]] | None = None) -> dict:
     """Loads a checkpoint into a detector, and refuses what does not fit to the last key.
 
     Args:
@@ -76,6 +77,7 @@ def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str
         checkpoint_prefix: Loads only the keys that begin with it, without it: ``'teacher.'`` of a file that holds
             ``teacher.backbone…`` and ``student.backbone…``, or has weights in entries ``teacher`` and ``student``;
             ``'ema_'`` also undoes MMDetection 2's ``ema_backbone_conv1_weight``.
+        convert: Gives the weights the names that the model has for them.
 
     Returns:
         The checkpoint's ``meta``, see :func:`~kd_det.compat.load_checkpoint`.
@@ -84,9 +86,11 @@ def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str
         CheckpointError: The file has no weights, or several and no prefix tells which, or none with the prefix; or keys
             are missing, unexpected or of another shape; or weights are not finite. The message names what there is.
     """
-    loaded = load_checkpoint(checkpoint, map_location='cpu')
+    loaded = _read_file(checkpoint)
     expected = model.state_dict()
     state = find_weights(loaded, checkpoint, role, checkpoint_prefix, expected)
+    if convert is not None:
+        state = convert(state)
     misshapen = [key for key in expected if key in state and state[key].shape != expected[key].shape]
     whole = list(state)
     shapes = {key: f'{key} (file {tuple(state.pop(key).shape)}, model {tuple(expected[key].shape)})'
@@ -112,6 +116,20 @@ def load_strictly(model: nn.Module, checkpoint: str, allow_missing: Sequence[str
     given = {key: value for key, value in model.state_dict().items() if key not in missing}
     require_finite(given, checkpoint, role, dict(model.named_parameters()))
     return loaded.get('meta', {})
+
+
+def _read_file(checkpoint: str) -> dict:
+    """Reads a checkpoint; of one in safetensors, which holds nothing but weights, those."""
+    path = Path(checkpoint).expanduser()
+    if path.suffix != '.safetensors' or not path.is_file():
+        return load_checkpoint(checkpoint, map_location='cpu')
+    from safetensors import SafetensorError  # comes with timm
+    from safetensors.torch import load_file
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f'{checkpoint} cannot be read as safetensors: {error}. If it should be one, it is '
+                              'damaged: copy or download it again.') from error
 
 
 def check_some_fit(model: nn.Module, checkpoint: str) -> None:

@@ -5,7 +5,6 @@ the forward), and the finer and coarser levels of an FPN (:func:`cut_pyramid`).
 """
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ from kd_det.registry import build_detector, within_scope
 from kd_det.taps import ENCODER, Features, TapError, Taps, is_within_encoder, record_calls
 from kd_det.teachers.bridge import InputBridge, Shape, crop_to_batch, explain_size_mismatch
 from kd_det.teachers.cache import Outputs, TeacherCache
-from kd_det.teachers.engine import Engine, Precision, to_local
+from kd_det.teachers.engine import Engine, Precision, hash_weights
 from kd_det.teachers.guide import Guide, GuideForm, LearnerStep, Reading, ReadLevels
 from kd_det.teachers.loading import explain_model_errors, find_class_names, load_strictly, remove_pretrained
 from kd_det.teachers.probe import find_input_channels, make_shape_samples, probe_config, probe_towers, run_encoder
@@ -211,9 +210,9 @@ class Teacher(Guide):
     def _start_engine(self) -> None:
         """Starts the engine, before the first forward and no sooner: until then the student may inherit."""
         if self._digests is None:
-            loaded = self._compute_digest()
+            loaded = hash_weights(self.model)
             self.engine.start(self.model)
-            self._digests = loaded, self._compute_digest()
+            self._digests = loaded, hash_weights(self.model)
 
     @torch.no_grad()  # tensors of inference mode could not be saved for the backward pass, as the terms do
     def observe(self,
@@ -360,15 +359,8 @@ class Teacher(Guide):
 
         Once something has written to those that this rank holds it is another.
         """
-        digest = self._compute_digest()
+        digest = hash_weights(self.model)
         return self._digests[0] if self._digests is not None and self._digests[1] == digest else digest
-
-    def _compute_digest(self) -> str:
-        digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
-            digest.update(name.encode())
-            digest.update(to_local(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
 
 
 class UnreadLevel:

@@ -33,6 +33,7 @@ from kd_det.masks.base import MaskConfig
 from kd_det.study.fidelity import FidelityMetric
 from kd_det.teachers.cache import TeacherCache
 from kd_det.teachers.engine import Engine
+from kd_det.teachers.guide import Guide
 from kd_det.teachers.teacher import NOT_OF_CONFIGS, Teacher
 from kd_det.training.finiteness import FiniteHook
 from kd_det.training.hooks import DistillHook, Preflight
@@ -47,7 +48,7 @@ def find_registered(registry, base: type) -> dict[str, type]:
 TERMS, MASKS = find_registered(MODELS, DistillTerm), find_registered(MODELS, Mask)
 SCHEDULES = find_registered(TASK_UTILS, Schedule)
 BUILT = {**TERMS, **MASKS, **SCHEDULES}  # from nothing but their arguments
-DECLARED = {**BUILT, **{each.__name__: each for each in (
+DECLARED = {**BUILT, **find_registered(MODELS, Guide), **{each.__name__: each for each in (
     DetectionDistiller, DistillHook, Engine, FidelityMetric, FiniteHook, Preflight, PseudoLabels, Quantization,
     ReplayedRandomness, Teacher, TeacherCache)}}
 
@@ -233,7 +234,7 @@ def test_what_is_drawn_from_a_type_is_taken(kind):
 def required(name: str) -> dict[str, Any]:
     """What has to be given beside any other argument."""
     known = dict(masks=['BoxForeground'], value=1.0, dir='cache', student={}, distill={}, teacher={}, config='x',
-                 transforms=[])
+                 transforms=[], build='x.py:x', file='x.json', of=[dict(type='Peer')] * 2)
     return {key: known[key] for key, each in arguments_of(name).items() if each.default is Parameter.empty}
 
 
@@ -309,12 +310,21 @@ WRONG = dict(
     config=(3, None), checkpoint=('', 3, True), random_teacher=FLAG, allow_missing=(5, 'neck', [''], None),
     allow_unexpected=(5, 'neck', ['']), classes=('cat', ['cat', 'cat'], ['']), checkpoint_prefix=(3, True),
     cache=('cache', True), fuse=FLAG, channels_last=FLAG, precision=('int8', None), compile=('yes', 1, None),
-    shard=FLAG, dir=('', None, 3), dtype=('int8', None), max_gb=(0, -1, '20', True, float('nan')))
+    shard=FLAG, dir=('', None, 3), dtype=('int8', None), max_gb=(0, -1, '20', True, float('nan')),
+    # of other guides, and of learners
+    name=('', 3, True), mean=(3, 'x', ['x']), std=(3, 'x', [0.0]), bgr_to_rgb=FLAG, out_indices=(3, 'x', [0.5]),
+    image_size=(3, [3], [0, 3], [1.5, 3]), build=('', 3, None, 'teacher.py'), arguments=(3, []),
+    label_offset=(0.5, None, '1'),
+    file=(3, None, True), annotations=(3, True, []), pad_size_divisor=(0, 1.5, None), learner=(-1, 0.5, None),
+    of=(3, 'x', ['x']), loss_weight=('much', float('nan'), True), peers=(-1, 0.5, None, ['x']),
+    share=('neck', [''], ['neck', 'neck'], None))
 GAP = ('DenseClassification', 'QueryClassification', 'CrossKD')  # their β is an exponent
 
 
 OTHERS = {'Balance.ratio': NEGATIVE, 'DetectionDistiller.teacher': ('r101', None, ['r101']),
-          'FidelityMetric.teacher': ('r101', None, [])}
+          'FidelityMetric.teacher': ('r101', None, []),
+          'Backbone.config': (3, 'x'), 'External.levels': (3, [], [3], [[8, 0]], [[8]]),
+          'DetectionDistiller.distill': ('fgd', [])}
 
 
 def test_all_arguments_are_tried():
