@@ -193,14 +193,16 @@ def build_pseudo_labels(config: dict | None, student: nn.Module,
 
     Raises:
         ConfigurationError: An argument is wrong, there is no such teacher or it can not be asked on one rank alone, or
-            the student learns masks.
+            the student learns masks; or a guide is of boxes alone, and they do not come from it.
     """
     if config is None:
+        _require_use(guides)
         return None
     with at('model.pseudo_labels'):
         check_arguments(PseudoLabels, config)
         pseudo_labels = PseudoLabels(**config)
         check_teacher_index(pseudo_labels.teacher_index, len(guides))
+        _require_use(guides, pseudo_labels.teacher_index)
         guide = guides[pseudo_labels.teacher_index]
         if guide is not None and not guide.detects:
             refuse('teacher', pseudo_labels.teacher_index, 'the index of a guide that detects',
@@ -214,6 +216,14 @@ def build_pseudo_labels(config: dict | None, student: nn.Module,
                                  'its boxes, and pseudo-labels have none. Take a student without masks, or leave them '
                                  'out: terms learn from unlabelled images without them.')
     return pseudo_labels
+
+
+def _require_use(guides: Sequence[Guide | None], used: int | None = None) -> None:
+    """Refuses boxes of a file from which no pseudo-labels come, for they are of no other use."""
+    for index, guide in enumerate(guides):
+        if isinstance(guide, Detections) and index != used:
+            raise ConfigurationError(f"Nothing learns from the boxes of '{guide.file}': set model.pseudo_labels="
+                                     f'dict(teacher={index}), or leave that guide out.')
 
 
 def bring_detections(pseudo_labels: PseudoLabels | None, guides: Sequence[Guide], dataset: Any,

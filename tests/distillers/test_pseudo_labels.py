@@ -115,6 +115,16 @@ def test_a_sharded_teacher_is_asked_on_all_ranks_or_on_none(retinanet, distiller
     assert not distiller(retinanet(), None, teacher=teacher, distill={}, pseudo_labels={}).pseudo_labels.only_unlabelled
 
 
+def test_boxes_of_a_file_are_for_pseudo_labels(retinanet, distiller):
+    """A term that reads them, and a file that nothing reads, are refused before anything is loaded."""
+    file = dict(type='Detections', file='found.json')
+    with pytest.raises(ConfigurationError, match='model.distill.fgd: .*a Detections puts out none'):
+        distiller(retinanet(), None, teacher=file, pseudo_labels={})
+    for options in (dict(teacher=file), dict(teacher=[dict(file, file='other.json'), file], pseudo_labels={})):
+        with pytest.raises(ConfigurationError, match="Nothing learns from the boxes of 'found.json': .*teacher="):
+            distiller(retinanet(), None, distill={}, **options)
+
+
 def test_masks_have_no_pseudo_labels(faster_rcnn, distiller):
     student = faster_rcnn()
     student.roi_head.update(

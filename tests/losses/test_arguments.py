@@ -317,7 +317,7 @@ WRONG = dict(
     name=('', 3, True), mean=(3, 'x', ['x']), std=(3, 'x', [0.0]), bgr_to_rgb=FLAG, out_indices=(3, 'x', [0.5]),
     image_size=(3, [3], [0, 3], [1.5, 3]), build=('', 3, None, 'teacher.py'), arguments=(3, []),
     label_offset=(0.5, None, '1'), pad_size_divisor=(0, 1.5, None), learner=(-1, 0.5, None),
-    file=(3, None), annotations=(3, True), of=(3, [], [3], None), loss_weight=('1', True, float('nan')),
+    file=(3, None, True), annotations=(3, True, []), of=(3, [], [3], None), loss_weight=('1', True, float('nan')),
     peers=(-1, 0.5, None, ['x']), share=('neck', [''], ['neck', 'neck'], None))
 GAP = ('DenseClassification', 'QueryClassification', 'CrossKD')  # their β is an exponent
 
