@@ -29,6 +29,8 @@ from kd_det.teachers.guide import Guide, Reading, build_guide
 from kd_det.teachers.peers import Peer
 from kd_det.teachers.teacher import FrozenDetector
 
+ENCODERS = 'backbone', 'neck'  # what these put out is read of a branch that shares them, too
+
 
 def build_student(config: dict) -> nn.Module:
     """Builds the plain detector that ``model.student`` stands for.
@@ -214,6 +216,7 @@ class GuideConnections:
                          for taught in by_guide]
         for name, term in terms.items():
             with _naming(name):
+                _check_is_its_own(term, learners[term.learner_index])
                 guide = guides[term.teacher_index]
                 guide.check(Reading(term.teacher_taps, term.teacher_heads))
                 if isinstance(guide, Peer) and guide.learner == term.learner_index:
@@ -233,8 +236,17 @@ class GuideConnections:
         for name, term in terms.items():
             form, learner = forms[term.teacher_index], term.learner_index
             with _naming(name):
-                term.connect({**levels[learner], **measure_towers(learners[learner], term.student_heads)},
-                             {**form.levels, **form.towers})  # type: ignore[dict-item]  # a request equals its name
+                towers = measure_towers(learners[learner], term.student_heads)
+                term.connect({**levels[learner], **towers}, {**form.levels, **form.towers})  # type: ignore[dict-item]
+
+
+def _check_is_its_own(term: DistillTerm, learner: nn.Module) -> None:
+    """Refuses a term of a branch that reads within a part which is the student's, see ``share``."""
+    for path in (*term.student_taps, *term.student_heads):
+        part, _, within = path.partition('.')
+        if getattr(getattr(learner, part, None), 'stands_for_students', False) and (within or part not in ENCODERS):
+            refuse('learner', term.learner_index, f"0, for '{path}' lies in a part that is the student's",
+                   'Or take it out of model.share.')
 
 
 @contextmanager

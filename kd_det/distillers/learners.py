@@ -135,6 +135,8 @@ class SharedPart(nn.Module):
         part: The student's.
     """
 
+    stands_for_students = True
+
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
         self.__dict__['part'] = part  # past nn.Module.__setattr__: its weights are the student's

@@ -128,7 +128,7 @@ class Ensemble(Guide):
         if len(named) > 1:
             raise ArgumentError('of', f'the members can not be joined: their classes are {", ".join(named[0])}, and '
                                       f'{", ".join(named[1])}, label by label. Take a guide for each member.')
-        self.classes, self.num_classes = (named or [None])[0], told[0].num_classes if told else None
+        self.classes, self.num_classes = named[0] if named else None, told[0].num_classes if told else None
         self.num_parameters = 0 if self.module is None else sum(each.numel() for each in self.module.parameters())
         return self
 
@@ -139,7 +139,7 @@ class Ensemble(Guide):
         return self.module(features[NECK])
 
     def learn(self, learners: Sequence[LearnerStep]) -> dict[str, Any]:
-        steps = [learners[member.learner] for member in self.members]
+        steps = [learners[member.learner] for member in self.members if isinstance(member, Peer)]
         first, maps, samples = steps[0].model, [step.maps for step in steps], steps[0].samples
         shares = self.find_shares(steps[0].features, len(samples))
         self._shares = shares.detach()
@@ -201,7 +201,7 @@ class Ensemble(Guide):
         """Predicts as the first member would whose head says what all say together."""
         if not self.of_learners:
             return None
-        members = [learners[member.learner] for member in self.members]
+        members = [learners[member.learner] for member in self.members if isinstance(member, Peer)]
 
         def predict(inputs: Tensor, data_samples: list, mode: str = 'predict') -> Any:
             necks = [member.extract_feat(inputs, data_samples) for member in members]

@@ -47,10 +47,10 @@ def joined_regions(models: Sequence[Any], necks: Sequence[Features], shares: Ten
     """
     forwards = [model.roi_head._bbox_forward for model in models]
 
-    def forward(*arguments: Any) -> dict[str, Tensor]:
-        *stage, _, regions = arguments
-        answers = [forward(*stage, neck, regions) for forward, neck in zip(forwards, necks)]
-        weights = shares[regions[:, 0].long()].unbind(1)
+    def forward(*arguments: Any, **named: Any) -> dict[str, Tensor]:
+        given = signature(forwards[0]).bind(*arguments, **named).arguments
+        answers = [forward(**{**given, 'x': neck}) for forward, neck in zip(forwards, necks)]
+        weights = shares[given['rois'][:, 0].long()].unbind(1)
         return {**answers[0], **{name: sum(weight[:, None] * answer[name] for weight, answer in zip(weights, answers))
                                  for name in ('cls_score', 'bbox_pred')}}
 

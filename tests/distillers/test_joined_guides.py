@@ -11,7 +11,8 @@ import kd_det
 from kd_det.config.files import ConfigurationError
 from kd_det.datasets import UNLABELLED
 from kd_det.distillers.learners import SharedPart
-from kd_det.training.learners import clip_by_learner, evaluate_others, list_averages
+from kd_det.teachers.joining import check_alike
+from kd_det.training.learners import clip_by_learner, evaluate_others, follow_student, list_averages
 
 BRANCHES = [dict(type='Peer', learner=0), dict(type='Peer', learner=1)]
 CLASSES = dict(type='DenseClassification')
@@ -120,6 +121,28 @@ def test_peers_that_can_not_learn_from_the_students_batches(retinanet, faster_rc
               distill=dict(kd=dict(type='RoIClassification')))
 
 
+def test_a_branch_does_not_learn_within_the_students_part(faster_rcnn, build):
+    for term, path in ((dict(type='RPNImitation'), 'rpn_head'),
+                       (dict(type='PKD', tap='backbone.layer3'), r'backbone\.')):
+        with pytest.raises(ConfigurationError, match=f"distill.kd.*learner: expected 0, for '{path}"):
+            build(faster_rcnn(), peers=1, share=('backbone', 'neck', 'rpn_head'), teacher=BRANCHES,
+                  distill=dict(kd=dict(term, learner=1)))
+
+
+def test_what_more_than_features_are_read_with_is_not_joined(faster_rcnn):
+    model = MODELS.build(faster_rcnn())
+    model.roi_head._bbox_forward = lambda x, rois, semantic_feat: None
+    with pytest.raises(ConfigurationError, match='can not be joined, which are read with more than features'):
+        check_alike([model, model])
+
+
+def test_peers_follow_what_hooks_set_in_the_student(detector_config, build, batch):
+    model = build(detector_config('YOLOX'), peers=1)
+    model.bbox_head.use_l1 = True  # mmdet's YOLOXModeSwitchHook
+    follow_student(model)
+    assert {'loss_l1', 'peer1/loss_l1'} <= set(step(model, batch())[1])
+
+
 def whole(model):
     """A two-stage detector whose samplers draw nothing, and whose batch normalisation stands still."""
     for part in (model.train_cfg.rpn, *(model.train_cfg.rcnn if isinstance(model.train_cfg.rcnn, list) else
@@ -148,6 +171,19 @@ def test_learners_and_ensembles_learn_from_labelled_images_alone(kind, faster_rc
     total, _ = step(model, data)
     total.backward()
     assert total == 0 and all(each.grad is not None for each in model.parameters() if each.requires_grad)
+
+
+@pytest.mark.parametrize('kind', ['Cascade R-CNN', 'Mask R-CNN'])
+def test_an_ensemble_of_one_two_stage_detector_twice_predicts_as_it(kind, detector_config, build, batch_for):
+    model = build(detector_config(kind), peers=1, teacher=dict(type='Ensemble', of=BRANCHES))
+    model.peers[0].load_state_dict(model.student.state_dict())
+    data = model.eval().data_preprocessor(batch_for(kind, ((64, 64), ), (((8, 8, 40, 40), ), )), False)
+    with torch.no_grad():
+        plain = model.student.predict(data['inputs'], copy.deepcopy(data['data_samples']))
+        with model.predicting_as(model.list_predictors()['ensemble/']):
+            found = model(**data, mode='predict')
+    for own, other in zip(plain, found):
+        torch.testing.assert_close(own.pred_instances.bboxes, other.pred_instances.bboxes, rtol=1e-4, atol=1e-3)
 
 
 def test_no_masks_are_learnt_of_joined_regions(detector_config, build, batch_for):
