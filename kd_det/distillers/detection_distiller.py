@@ -415,9 +415,12 @@ class DetectionDistiller(StudentWrapper):
 
     def list_predictors(self) -> dict[str, Predictor]:
         """What predicts beside the student, by the prefix of its metrics: the peers, and the guides that can."""
-        guides = {f'{guide.metrics_prefix}/': predict for guide in self.teachers or ()
-                  if (predict := guide.make_predictor(self.learners)) is not None}
-        return {**{learner.prefix: learner.predict for learner in self.learners[1:]}, **guides}
+        found = {learner.prefix: learner.predict for learner in self.learners[1:]}
+        for index, guide in enumerate(self.teachers or ()):
+            predict, prefix = guide.make_predictor(self.learners), f'{guide.metrics_prefix}/'
+            if predict is not None:
+                found[f'{guide.metrics_prefix}{index}/' if prefix in found else prefix] = predict
+        return found
 
     def load_terms(self, state: dict[str, Tensor]) -> None:
         """Restores the terms' parameters from a checkpoint.

@@ -1,7 +1,7 @@
 """Guides that are made of the learners themselves: another one of the same step, and the student's moving average."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -143,6 +143,11 @@ class AveragedStudent(Teacher):
     def _start_engine(self) -> None:
         if not self.average.steps:
             self.after_step()
+
+    def _apply(self, function: Callable[[Tensor], Tensor]) -> AveragedStudent:
+        super()._apply(function)
+        self.average.avg_parameters = self.model.state_dict()  # which mmengine has read once, before they moved
+        return self
 
     def after_step(self) -> None:
         self.average.update_parameters(self.student)

@@ -93,6 +93,9 @@ def test_an_average_within_an_ensemble_follows_and_is_stored(retinanet, build, b
     guide.after_step()
     guide.load_state_dict(state)
     torch.testing.assert_close(average.model.bbox_head.retina_cls.bias, before + 0.5)
+    model.to(torch.float64)
+    guide.after_step()
+    torch.testing.assert_close(average.model.bbox_head.retina_cls.bias, before.double() + 0.75)
 
 
 @pytest.mark.parametrize('settings, message', [
@@ -175,7 +178,9 @@ def test_learners_and_ensembles_learn_from_labelled_images_alone(kind, faster_rc
 
 @pytest.mark.parametrize('kind', ['Cascade R-CNN', 'Mask R-CNN'])
 def test_an_ensemble_of_one_two_stage_detector_twice_predicts_as_it(kind, detector_config, build, batch_for):
-    model = build(detector_config(kind), peers=1, teacher=dict(type='Ensemble', of=BRANCHES))
+    ensemble = dict(type='Ensemble', of=BRANCHES)
+    model = build(detector_config(kind), peers=1, teacher=[ensemble, dict(ensemble, weights=(1, 3))])
+    assert list(model.list_predictors()) == ['peer1/', 'ensemble/', 'ensemble1/']
     model.peers[0].load_state_dict(model.student.state_dict())
     data = model.eval().data_preprocessor(batch_for(kind, ((64, 64), ), (((8, 8, 40, 40), ), )), False)
     with torch.no_grad():
