@@ -100,11 +100,11 @@ def test_a_training_that_was_ended_goes_on(born_again, tmp_path, monkeypatch):
         given.append(arguments['resume'])
         arguments['work_dir'].mkdir(exist_ok=True)
         (arguments['work_dir'] / 'last_checkpoint').write_text('epoch_1.pth')
-        raise KeyboardInterrupt
+        raise RuntimeError('killed')
 
     monkeypatch.setattr(module, 'train', train)
     for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(RuntimeError, match='killed'):
             born_again()
     assert given == [False, True]
     with pytest.raises(WritingError, match='other settings'):  # it does not go on with what was begun otherwise
