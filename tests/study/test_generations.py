@@ -9,6 +9,7 @@ import torch
 from mmengine.config import Config
 from mmengine.structures import InstanceData
 
+from kd_det.checks.environment import DiagnosisError
 from kd_det.cli.main import main
 from kd_det.compat.writing import WritingError
 from kd_det.config import ConfigurationError
@@ -120,6 +121,8 @@ def test_what_can_not_serve_is_refused_before_anything_trains(born_again, retina
         born_again(method='kdd')
     with pytest.raises(ConfigurationError, match="The method 'dkd' has no weights for one_stage detectors"):
         born_again(method='dkd')
+    with pytest.raises(DiagnosisError, match=r"model\.distill\.kd\.beta: expected .*, got 0\.5"):
+        born_again(options={'model.distill.kd.beta': 0.5})
     two = run_config(retinanet(classes=2), val=True)  # what was refused above keeps no other settings out
     for loader in (two.train_dataloader, two.val_dataloader):
         loader.dataset.metainfo = dict(classes=('blue', 'green'))
