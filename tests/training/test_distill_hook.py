@@ -90,12 +90,14 @@ def test_stock_mmdet_loads_the_file_and_detects_the_same(retinanet, distilled, m
 BALANCE = dict(type='Balance', ratio=0.5, interval=3)
 
 
-@pytest.mark.parametrize('family, weight', [('retinanet', BALANCE), ('faster_rcnn', 1.0)])
-def test_a_resumed_run_ends_where_the_uninterrupted_one_does(family, weight, request, distilled, make_runner,
+@pytest.mark.parametrize('family, weight, classes', [('retinanet', BALANCE, 'DenseClassification'),
+                                                     ('faster_rcnn', 1.0, 'RoIClassification')])
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(family, weight, classes, request, distilled, make_runner,
                                                              stop_after):
     make = request.getfixturevalue(family)  # Faster R-CNN samples its proposals at random
     model = dict(distilled(), student=make(), teacher=dict(config=make(neck=12), random_teacher=True))
     model['distill']['fgd']['weight'] = weight
+    model['distill']['permuted'] = dict(type=classes, treatment='dkpp')  # at random
     make_runner(model, epochs=4, name='straight', val=True).train()
     first = make_runner(model, epochs=4, name='resumed', val=True)
     first.register_hook(stop_after(epochs=2), priority='LOWEST')
