@@ -222,8 +222,9 @@ class GuideConnections:
         for name, term in terms.items():
             form, learner = forms[term.teacher_index], term.learner_index
             with _naming(name):
-                term.connect({**levels[learner], **measure_towers(learners[learner], term.student_heads)},
-                             {**form.levels, **form.towers})  # type: ignore[dict-item]  # a request equals its name
+                towers = measure_towers(learners[learner], term.student_heads)
+                term.connect({**levels[learner], **towers},  # type: ignore[dict-item]  # a request equals its name
+                             {**form.levels, **form.towers})  # type: ignore[dict-item]
 
 
 @contextmanager

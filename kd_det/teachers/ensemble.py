@@ -58,7 +58,7 @@ class Ensemble(Guide):
     @declared
     def __init__(self, of: Annotated[Sequence[dict[str, Any]], MinLen(2)], weights: Weights = 'mean',
                  loss_weight: float | None = None) -> None:
-        self.members = []
+        self.members: list[Any] = []
         for index, config in enumerate(of):
             with at(f'of[{index}]'):
                 self.members.append(build_guide(config) if 'type' in config else FrozenDetector(config))
