@@ -26,6 +26,7 @@ from kd_det.registry import build_detector
 from kd_det.taps import Features, Taps
 from kd_det.teachers import probe_levels
 from kd_det.teachers.guide import Guide, Reading, build_guide
+from kd_det.teachers.peers import Peer
 from kd_det.teachers.teacher import FrozenDetector
 
 
@@ -207,7 +208,11 @@ class GuideConnections:
                          for taught in by_guide]
         for name, term in terms.items():
             with _naming(name):
-                guides[term.teacher_index].check(Reading(term.teacher_taps, term.teacher_heads))
+                guide = guides[term.teacher_index]
+                guide.check(Reading(term.teacher_taps, term.teacher_heads))
+                if isinstance(guide, Peer) and guide.learner == term.learner_index:
+                    refuse('teacher', term.teacher_index, f'another guide for learner {guide.learner}',
+                           'This one is itself, of which it learns nothing.')
         self.of_learners = [
             Connections(learner, {name: term for name, term in terms.items() if term.learner_index == index},
                         [Reading((*reading.taps, *guide.learner_taps), reading.heads)

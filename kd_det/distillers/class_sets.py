@@ -65,6 +65,10 @@ class ClassSets:
                 if index in read:
                     raise
                 report = "the teacher shares none with the student, and none of its outputs by class is read."
+            if teacher.mixes_labels and index in self.matches and not self.matches[index].is_identity:
+                raise ConfigurationError(f'model.teacher: guide {index} joins the student\'s outputs with those of a '
+                                         'detector of other classes, or in another order. Take a guide for each: '
+                                         f'{report}')
             wrong = [part for part in inherited if part in ('bbox_head', 'roi_head')]
             if wrong and index == 0 and index in self.matches and not self.matches[index].is_identity:
                 report += (f' The outputs by class that {wrong[0]} inherited are in the order of the teacher: inherit '

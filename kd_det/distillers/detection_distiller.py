@@ -14,7 +14,7 @@ from mmdet.registry import MODELS
 from torch import Tensor, nn
 
 from kd_det.compat.process import preserved_randomness
-from kd_det.config.arguments import Index, Name, Names, declared, refuse
+from kd_det.config.arguments import Index, Name, Names, at, declared, refuse
 from kd_det.config.detectors import extract_plain_detector
 from kd_det.context import DistillContext, Progress
 from kd_det.distillers.building import (
@@ -52,8 +52,9 @@ from kd_det.distillers.supervision import (
 from kd_det.heads import ROI_HEAD, TeacherOutputs
 from kd_det.losses.base import Parts, find_read_levels, sum_parts
 from kd_det.taps import Features
-from kd_det.teachers import InputBridge, Teacher
+from kd_det.teachers import InputBridge
 from kd_det.teachers.guide import Guide, LearnerStep
+from kd_det.teachers.teacher import FrozenDetector
 
 
 class Observation(NamedTuple):
@@ -361,7 +362,7 @@ class DetectionDistiller(StudentWrapper):
         self.origins.mark(find_pretrained_parameters(self.student), 'pretrained')
         init_peers(self.peers)
         teachers = self.build_teachers()
-        first = teachers[0] if teachers and isinstance(teachers[0], Teacher) else None
+        first = teachers[0] if teachers and isinstance(self.guides[0], FrozenDetector) else None
         if self.inherited_parts == ('auto', ):
             self.inherited_parts = find_common_parts(self.student, first.model) if first else ()
         if self.inherited_parts and first is None:
@@ -380,8 +381,9 @@ class DetectionDistiller(StudentWrapper):
         if self.teachers is None:
             models, teachers = [learner.student for learner in self.learners], []
             with preserved_randomness():
-                for guide, reading in zip(self.guides, self.guide_connections.readings):
-                    teachers.append(guide.start(reading, models))
+                for index, (guide, reading) in enumerate(zip(self.guides, self.guide_connections.readings)):
+                    with at('model.teacher' if len(self.guides) == 1 else f'model.teacher[{index}]'):
+                        teachers.append(guide.start(reading, models))
                     # A teacher leaves the generator as it was: from there a second one would be drawn as its copy.
                     torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, ())))
             self.teachers = teachers
@@ -428,4 +430,7 @@ class DetectionDistiller(StudentWrapper):
         super()._apply(function, *args, **kwargs)
         for teacher in self.teachers or ():
             teacher._apply(function)
+        for learner in self.learners:
+            if learner.bridge is not None:
+                learner.bridge._apply(function)
         return self

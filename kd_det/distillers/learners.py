@@ -6,6 +6,7 @@ they are drawn from generators of their own, and see in each step the random num
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -15,8 +16,9 @@ from mmdet.models.detectors import BaseDetector
 from torch import Tensor, nn
 
 from kd_det.compat.process import preserved_randomness, save_randomness
-from kd_det.config.arguments import ArgumentError, at, refuse
-from kd_det.config.detectors import check_student, extract_plain_detector, read_model_config
+from kd_det.config.arguments import ArgumentError, at, check_arguments, declared, refuse
+from kd_det.config.classes import count_classes
+from kd_det.config.detectors import ModelConfig, check_student, extract_plain_detector, read_model_config
 from kd_det.context import DistillContext
 from kd_det.distillers.building import Connections
 from kd_det.distillers.monitor import GradientMonitor, IdleTermCheck
@@ -26,8 +28,9 @@ from kd_det.losses import DistillTerm
 from kd_det.registry import build_detector
 from kd_det.taps import Features, record_calls
 from kd_det.teachers import InputBridge, TeacherError
-from kd_det.teachers.ensemble import FusionTrunk, copy_proposals
+from kd_det.teachers.ensemble import FusionTrunk
 from kd_det.teachers.guide import LearnerStep
+from kd_det.teachers.joining import copy_proposals
 from kd_det.teachers.loading import load_strictly
 
 Predictor = Callable[..., Any]  # of inputs, data samples and mode, as a detector's forward
@@ -85,9 +88,10 @@ class Learner:
                                    f'{tuple(inputs.shape[-2:])}: all learners see the same batch. Set '
                                    f"data_preprocessor.pad_size_divisor={self.bridge.divisor} in the student's config.")
         two_stage = hasattr(self.student, 'roi_head')
-        head = (self.student.rpn_head, 'loss_and_predict') if two_stage else (self.student.bbox_head, 'forward')
         with self.connections.capture() as (features, outputs), \
-                record_calls(*head) if self.keeps_maps else nullcontext(()) as heads, \
+                nullcontext(()) if not self.keeps_maps else \
+                record_calls(self.student.rpn_head, 'loss_and_predict') if two_stage else \
+                record_calls(self.student.bbox_head, 'forward') as heads, \
                 record_calls(self.student, 'extract_feat') as calls:
             losses = dict(self.student.loss(inputs, samples))
         neck, maps = calls[0].returned, heads[0].returned if heads else None
@@ -95,7 +99,7 @@ class Learner:
             maps = maps[1]
         if not all(supervision.labelled):
             losses = compute_labelled_losses(self.student, inputs, neck, supervision, losses)
-        return losses, LearnerStep(self.student, neck, features, outputs, samples, maps)
+        return losses, LearnerStep(self.student, neck, features, outputs, samples, maps, supervision.labelled)
 
     def extract_feat(self, inputs: Tensor, data_samples: Sequence[Any] = ()) -> Features:
         """What its heads are given of a batch that was preprocessed for the student."""
@@ -145,23 +149,26 @@ class SharedPart(nn.Module):
 
     @contextmanager
     def record(self) -> Iterator[None]:
-        """Within, the student runs; what it puts out is kept until :meth:`forget`."""
+        """Within, the student runs; what it puts out, call by call, is kept until :meth:`forget`."""
         methods = ('forward', 'loss_and_predict') if hasattr(self.part, 'loss_and_predict') else ('forward', )
         with ExitStack() as stack:
             calls = {method: stack.enter_context(record_calls(self.part, method)) for method in methods}
             yield
-        self.recorded.update({method: made[0].returned for method, made in calls.items() if made})
+        # A loss on the labelled images alone runs an RPN once more.
+        self.recorded.update({method: deque(call.returned for call in made) for method, made in calls.items()})
 
     def forget(self) -> None:
         self.recorded.clear()
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        return self.recorded['forward'] if 'forward' in self.recorded else self.part(*inputs, **named)
+        calls = self.recorded.get('forward')
+        return calls.popleft() if calls else self.part(*inputs, **named)
 
     def loss_and_predict(self, *inputs: Any, **named: Any) -> Any:
         """Of an RPN: the student's proposals, and no losses, which count once."""
-        if 'loss_and_predict' in self.recorded:
-            return {}, [copy_proposals(each) for each in self.recorded['loss_and_predict'][1]]
+        calls = self.recorded.get('loss_and_predict')
+        if calls:
+            return {}, [copy_proposals(each) for each in calls.popleft()[1]]
         return self.part.loss_and_predict(*inputs, **named)
 
     def init_weights(self) -> None:
@@ -193,11 +200,14 @@ def build_peers(peers: int | Sequence[dict], share: Sequence[str], student: nn.M
     built = []
     for index, each in enumerate(listed):
         with at(f'model.peers[{index}]'):
-            own = each if 'type' in each else read_model_config(each['config'])
+            if 'type' not in each:
+                check_arguments(_read_peer, each)
+            own = each if 'type' in each else _read_peer(**each)
             check_student(own, f'model.peers[{index}]')
             peer = build_detector(extract_plain_detector(own))
             if not isinstance(peer, BaseDetector):
                 refuse('type', own['type'], 'the type of a detector')
+            _check_peer(peer, student, bool(wanted))
             for part in wanted:
                 if _describe(own, part) != _describe(extract_plain_detector(config), part):
                     raise ArgumentError(part, "is shared, but is not that of the student's config: give both the same, "
@@ -207,6 +217,27 @@ def build_peers(peers: int | Sequence[dict], share: Sequence[str], student: nn.M
                 peer.start_from = each['checkpoint']
         built.append(peer)
     return built
+
+
+def _check_peer(peer: BaseDetector, student: nn.Module, shares: bool) -> None:
+    """Checks that a peer can learn from the student's batches, and from the images themselves where it shares parts."""
+    counts = count_classes(peer), count_classes(student)
+    if None not in counts and counts[0] != counts[1]:
+        raise ArgumentError('', f'it tells {counts[0]} classes apart, and the student {counts[1]}: all learners learn '
+                                'from the same ground truth. Set its num_classes.')
+    if getattr(peer, 'with_mask', False) and not getattr(student, 'with_mask', False):
+        raise ArgumentError('', f"it learns masks, a {type(peer).__name__}, which the student's data, that of a "
+                                f'{type(student).__name__}, does not bring. Let the student be of its kind.')
+    bridge, own = (InputBridge(student.data_preprocessor, each.data_preprocessor) for each in (peer, student))
+    if shares and not (bridge.is_identity and bridge.divisor == own.divisor):
+        raise ArgumentError('data_preprocessor', "it shares parts, but its images are not those of the student's "
+                                                 'config: give both the same, or share nothing.')
+
+
+@declared
+def _read_peer(config: ModelConfig, checkpoint: str | None = None) -> dict:
+    """The model dict of a peer that starts from weights."""
+    return read_model_config(config)
 
 
 def _describe(config: dict, part: str) -> Any:
@@ -244,17 +275,15 @@ def run_learners(learners: Sequence[Learner], inputs: Tensor,
         for part in shared:
             recording.enter_context(part.record())
         ran = [learners[0].run(inputs, supervision)]
-    for learner in learners[1:]:
-        trunk = getattr(learner.student, 'backbone', None)
-        if isinstance(trunk, FusionTrunk):
-            trunk.received = [ran[source.index][1].neck for source in trunk.sources]
-        with preserved_randomness():
-            restore()
-            ran.append(learner.run(inputs, supervision))
-        if isinstance(trunk, FusionTrunk):
-            trunk.received = None
-    for part in shared:
-        part.forget()
+    try:
+        for learner in learners[1:]:
+            trunk, steps = getattr(learner.student, 'backbone', None), [step for _, step in ran]
+            with preserved_randomness(), trunk.receiving(steps) if isinstance(trunk, FusionTrunk) else nullcontext():
+                restore()
+                ran.append(learner.run(inputs, supervision))
+    finally:
+        for part in shared:
+            part.forget()
     return [losses for losses, _ in ran], [step for _, step in ran]
 
 

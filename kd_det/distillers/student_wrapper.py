@@ -56,6 +56,11 @@ class StudentWrapper(BaseModel):
         """The learners beside the student, plain detectors."""
         return list(self._modules.get(PEERS, ()))
 
+    @property
+    def learning_guides(self) -> nn.ModuleDict:
+        """What of guides learns, by the index of the guide."""
+        return self._modules.get(GUIDES, nn.ModuleDict())
+
     @contextmanager
     def predicting_as(self, predictor: Callable) -> Iterator[None]:
         """Within, another detector predicts in the student's place: a peer, or an ensemble."""

@@ -1,30 +1,37 @@
 """Guides made of several others: their mean or gated prediction, and a learner of their fused features."""
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from annotated_types import MinLen
 from mmcv.cnn import DepthwiseSeparableConvModule
-from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.registry import MODELS
-from mmengine.structures import InstanceData
+from mmengine.dist import all_reduce, get_world_size
 from torch import Tensor, nn
 
 from kd_det.config.arguments import ArgumentError, Index, at, declared, refuse
-from kd_det.heads import ROI_HEAD, DenseOutputs, HeadError, HeadRequest, RoIOutputs, StudentOutputs, TeacherOutputs
-from kd_det.heads.queries import predicts_queries
-from kd_det.heads.roi import find_stages
+from kd_det.heads import ROI_HEAD, HeadError, HeadRequest, StudentOutputs, TeacherOutputs
 from kd_det.registry import build_detector
 from kd_det.taps import Features, Taps
 from kd_det.teachers.guide import Guide, GuideForm, LearnerStep, Reading, ReadLevels, Shape, build_guide
+from kd_det.teachers.joining import (
+    check_alike,
+    copy_proposals,
+    join_maps,
+    join_outputs,
+    joined_regions,
+    replaced,
+    select_images,
+    without_masks,
+)
 from kd_det.teachers.peers import Peer, evaluating
 from kd_det.teachers.probe import probe_levels
-from kd_det.teachers.teacher import FrozenDetector
+from kd_det.teachers.teacher import FrozenDetector, Teacher
 
 NECK = 'neck'
 Weights = Literal['mean', 'gate'] | Annotated[Sequence[float], MinLen(2)]
@@ -62,8 +69,9 @@ class Ensemble(Guide):
         for index, config in enumerate(of):
             with at(f'of[{index}]'):
                 self.members.append(build_guide(config) if 'type' in config else FrozenDetector(config))
-                if not self.members[-1].offers_heads:
-                    refuse('type', config['type'], 'a guide that predicts')
+                if not self.members[-1].offers_heads or isinstance(self.members[-1], (Ensemble, Fusion)):
+                    refuse('type', config['type'], 'a guide that predicts, and is made of no others',
+                           "A Fusion's learner is dict(type='Peer', learner=…) with the index after model.peers.")
         self.gated = weights == 'gate'
         numbers = [1.0] * len(of) if isinstance(weights, str) else list(weights)
         if len(numbers) != len(of) or min(numbers) < 0 or not sum(numbers) > 0:
@@ -79,7 +87,8 @@ class Ensemble(Guide):
         self.reads_learners = tuple(dict.fromkeys(index for each in self.members for index in each.reads_learners))
         self.of_learners = all(peers)
         self.learner_taps = (NECK, ) if self.gated else ()
-        self.has_student_labels = all(each.has_student_labels for each in self.members)
+        own_labels = {each.has_student_labels for each in self.members}
+        self.has_student_labels, self.mixes_labels = own_labels == {True}, len(own_labels) > 1
         self._shares: Tensor | None = None  # of the present step, (N, members)
 
     def check(self, reading: Reading) -> None:
@@ -108,10 +117,15 @@ class Ensemble(Guide):
     def start(self, reading: Reading, learners: Sequence[nn.Module]) -> Guide:
         self.members = [member.start(reading, learners) for member in self.members]
         check_alike([learners[member.learner] if isinstance(member, Peer) else member.model for member in self.members
-                     if isinstance(member, Peer) or hasattr(member, 'model')])
+                     if isinstance(member, (Peer, Teacher))])
         self.weights = self.weights.to(next(learners[0].parameters()).device)
-        counts = {member.num_classes for member in self.members}
-        self.classes, self.num_classes = self.members[0].classes, counts.pop() if len(counts) == 1 else None
+        told = [each for each in self.members if not each.has_student_labels]
+        named = list(dict.fromkeys(tuple(each.classes) for each in told if each.classes is not None))
+        if len(named) > 1:
+            raise ArgumentError('of', f'the members can not be joined: their classes are {", ".join(named[0])}, and '
+                                      f'{", ".join(named[1])}, label by label. Take a guide for each member.')
+        self.classes, self.num_classes = (named or [None])[0], told[0].num_classes if told else None
+        self.num_parameters = 0 if self.module is None else sum(each.numel() for each in self.module.parameters())
         return self
 
     def find_shares(self, features: dict[str, Features], images: int) -> Tensor:
@@ -122,18 +136,26 @@ class Ensemble(Guide):
 
     def learn(self, learners: Sequence[LearnerStep]) -> dict[str, Any]:
         steps = [learners[member.learner] for member in self.members]
-        shares = self.find_shares(steps[0].features, len(steps[0].samples))
+        first, maps, samples = steps[0].model, [step.maps for step in steps], steps[0].samples
+        shares = self.find_shares(steps[0].features, len(samples))
         self._shares = shares.detach()
-        first, maps = steps[0].model, [step.maps for step in steps]
+        neck, rows = steps[0].neck, [row for row, labelled in enumerate(steps[0].labelled) if labelled]
+        idle = not rows  # every weight has a gradient, if of 0
+        if rows and len(rows) < len(samples):  # what unlabelled images show is not known
+            samples, shares, neck = [samples[row] for row in rows], shares[rows], tuple(level[rows] for level in neck)
+            maps = [select_images(each, rows) for each in maps]
         if hasattr(first, ROI_HEAD):
-            proposals = [copy_proposals(each) for each in maps[0]]
-            with joined_regions([step.model for step in steps], [step.neck for step in steps], shares):
-                losses = first.roi_head.loss(steps[0].neck, proposals, steps[0].samples)
+            necks = [tuple(level[rows] for level in step.neck) if samples is not step.samples else step.neck
+                     for step in steps]
+            with joined_regions([step.model for step in steps], necks, shares), without_masks(first.roi_head):
+                losses = first.roi_head.loss(neck, [copy_proposals(each) for each in maps[0]], samples)
         else:
             with replaced(first.bbox_head, 'forward', lambda *_: join_maps(maps, shares)):
-                losses = first.bbox_head.loss(steps[0].neck, steps[0].samples)
-        return {name: [self.loss_weight * each for each in value] if isinstance(value, list) else
-                self.loss_weight * value if 'loss' in name else value for name, value in losses.items()}
+                losses = first.bbox_head.loss(neck, samples)
+        weight = 0.0 if idle else self.loss_weight
+        return {name: value if 'loss' not in name else
+                [weight * each for each in value] if isinstance(value, list) else weight * value
+                for name, value in losses.items()}
 
     def observe(self, images: Tensor, image_shapes: Sequence[Shape], heads: Sequence[str] = (),
                 student: StudentOutputs | None = None, taps: Sequence[str] | None = None,
@@ -143,6 +165,33 @@ class Ensemble(Guide):
                    for member in self.members]
         shares = self.weights.expand(len(images), -1) if self._shares is None else self._shares
         return {}, {request: join_outputs([each[request] for each in answers], shares) for request in answers[0]}
+
+    def after_step(self) -> None:
+        for member in self.members:
+            member.after_step()
+
+    def fingerprint(self) -> str:
+        return ' '.join(member.fingerprint() for member in self.members)
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {} if self.module is None else {f'gate.{name}': value for name, value in self.module.state_dict().items()}
+        return OrderedDict(own, **{f'of.{index}.{name}': value for index, member in enumerate(self.members)
+                                   if not isinstance(member, Teacher) or member.has_student_labels
+                                   for name, value in member.state_dict().items()})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.module is not None:
+            self.module.load_state_dict(_select(state, 'gate.'))
+        for index, member in enumerate(self.members):
+            own = _select(state, f'of.{index}.')
+            if own:
+                member.load_state_dict(own)
+
+    def _apply(self, function: Callable[[Tensor], Tensor]) -> Ensemble:
+        self.weights = function(self.weights)
+        for member in self.members:
+            member._apply(function)
+        return self
 
     def make_predictor(self, learners: Sequence[Any]) -> Callable[..., Any] | None:
         """Predicts as the first member would whose head says what all say together."""
@@ -179,145 +228,57 @@ class Gate(nn.Module):
         self.linear, self.norm = nn.Linear(channels, members), nn.BatchNorm1d(members)
 
     def forward(self, levels: Features) -> Tensor:
-        """(N, members) from levels of (N, C, H, W)."""
-        pooled = torch.stack([level.mean((2, 3)) for level in levels]).mean(0)
-        scores = self.linear(pooled)
-        if self.training and len(scores) == 1:  # an image by itself has no spread
-            norm = self.norm
-            scores = F.batch_norm(scores, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
-        else:
-            scores = self.norm(scores)
-        return scores.relu().softmax(1)
+        """(N, members) from levels of (N, C, H, W), in float32."""
+        with torch.autocast(levels[0].device.type, enabled=False):
+            pooled = torch.stack([level.float().mean((2, 3)) for level in levels]).mean(0)
+            scores, norm = self.linear(pooled), self.norm
+            if self.training and get_world_size() > 1:
+                scores = normalize_over_ranks(scores, norm)
+            elif self.training and len(scores) == 1:  # an image by itself has no spread
+                scores = F.batch_norm(scores, norm.running_mean, norm.running_var, norm.weight, norm.bias,
+                                      eps=norm.eps)
+            else:
+                scores = norm(scores)
+            return scores.relu().softmax(1)
 
 
-def join_maps(maps: Sequence[Sequence[Any]], shares: Tensor) -> Any:
-    """The weighted mean of what dense heads put out.
+class SumOverRanks(torch.autograd.Function):
+    """The sum of the values of all ranks, with its gradient to each of them."""
 
-    Args:
-        maps: Of each member what its head's forward returned: kinds of maps of (N, C, H, W), level by level.
-        shares: (N, members).
-    """
-    return tuple([sum(share.view(-1, 1, 1, 1) * level for share, level in zip(shares.unbind(1), same))
-                  for same in zip(*kinds)] for kinds in zip(*maps))
+    @staticmethod
+    def forward(context: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        all_reduce(total)
+        return total
 
-
-@contextmanager
-def joined_regions(models: Sequence[Any], necks: Sequence[Features], shares: Tensor) -> Iterator[None]:
-    """Within, the first detector's RoI head says of each region what those of all say together.
-
-    Args:
-        models: The detectors.
-        necks: What their heads are given.
-        shares: (N, members).
-    """
-    forwards = [model.roi_head._bbox_forward for model in models]
-
-    def forward(*arguments: Any) -> dict[str, Tensor]:
-        *stage, _, regions = arguments
-        answers = [forward(*stage, neck, regions) for forward, neck in zip(forwards, necks)]
-        weights = shares[regions[:, 0].long()].unbind(1)
-        return {**answers[0], **{name: sum(weight[:, None] * answer[name] for weight, answer in zip(weights, answers))
-                                 for name in ('cls_score', 'bbox_pred')}}
-
-    with replaced(models[0].roi_head, '_bbox_forward', forward):
-        yield
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return SumOverRanks.apply(gradient)
 
 
-def join_outputs(outputs: Sequence[Any], shares: Tensor) -> Any:
-    """The weighted mean of what several guides' heads say, in the one form of outputs.
+def normalize_over_ranks(scores: Tensor, norm: nn.BatchNorm1d) -> Tensor:
+    """Batch normalisation by the images of all ranks, which are few on each: of two, scores would be −1 and 1.
+
+    PyTorch's ``SyncBatchNorm`` runs on GPUs alone.
 
     Args:
-        outputs: Of each member; those of RoI heads as tuples of stages.
-        shares: (N, members).
-
-    Raises:
-        HeadError: They are of other priors, or stages.
+        scores: (N, members), those of this rank.
+        norm: Whose weights, and running statistics, which follow.
     """
-    if isinstance(outputs[0], DenseOutputs):
-        return join_dense(outputs, shares)
-    if len({len(each) for each in outputs}) > 1:
-        raise HeadError(f'RoI heads of {" and ".join(str(len(each)) for each in outputs)} stages have no mean.')
-    return tuple(join_stage(stages, shares) for stages in zip(*outputs))
+    images = scores.new_full((1, ), len(scores))
+    all_reduce(images)
+    mean = SumOverRanks.apply(scores.sum(0)) / images
+    variance = SumOverRanks.apply((scores - mean).square().sum(0)) / images
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean.detach(), norm.momentum)
+        norm.running_var.lerp_(variance.detach() * images / (images - 1), norm.momentum)
+        norm.num_batches_tracked += 1
+    return (scores - mean) * (variance + norm.eps).rsqrt() * norm.weight + norm.bias
 
 
-def join_dense(outputs: Sequence[DenseOutputs], shares: Tensor) -> DenseOutputs:
-    """See :func:`join_outputs`."""
-    first = outputs[0]
-    forms = {(each.activation, each.shapes, each.strides, tuple(level.shape for level in each.logits))
-             for each in outputs}
-    if len(forms) > 1:
-        raise HeadError('The members of an Ensemble have other priors or classes: their outputs have no mean.')
-
-    def join(levels: Sequence[Features]) -> Features:
-        return tuple(sum(share.view(-1, *[1] * (level.dim() - 1)) * level
-                         for share, level in zip(shares.unbind(1), same)) for same in zip(*levels))
-
-    tensors = {name: join([getattr(each, name) for each in outputs])
-               for name in ('logits', 'regressions', 'objectness', 'centerness', 'distributions')
-               if all(getattr(each, name) is not None for each in outputs)}
-    return replace(first, **tensors, decode=lambda *chosen: join([each.decode(*chosen) for each in outputs]))
-
-
-def join_stage(outputs: Sequence[RoIOutputs], shares: Tensor) -> RoIOutputs:
-    """See :func:`join_outputs`; of one stage."""
-    weights = shares[outputs[0].regions.rois[:, 0].long()].unbind(1)
-    return outputs[0]._replace(
-        logits=sum(weight[:, None] * each.logits for weight, each in zip(weights, outputs)),
-        deltas=sum(weight[:, None, None] * each.deltas for weight, each in zip(weights, outputs)))
-
-
-def check_alike(models: Sequence[Any]) -> None:
-    """Checks that the heads of detectors say the same of the same places.
-
-    Raises:
-        ArgumentError: Some are of another kind, or have other priors or classes; or they predict queries.
-    """
-    forms = [_describe_heads(model) for model in models]
-    for index, form in enumerate(forms):
-        if form != forms[0]:
-            differ = next(name for name in {**form, **forms[0]} if form.get(name) != forms[0].get(name))
-            raise ArgumentError('of', f'the members can not be joined: {differ} of the first is '
-                                      f'{forms[0].get(differ)}, of member {index} {form.get(differ)}.')
-    if any(predicts_queries(type(getattr(model, 'bbox_head', None))) for model in models):
-        raise ArgumentError('of', 'the members predict queries, which stand for other objects in each of them. Take a '
-                                  'guide for each member, whose queries a term matches.')
-
-
-def _describe_heads(model: Any) -> dict[str, Any]:
-    """What has to be the same in two detectors whose outputs are joined."""
-    form: dict[str, Any] = {}
-    if hasattr(model, ROI_HEAD):
-        stages = find_stages(model.roi_head)
-        return {'the RoI head': type(model.roi_head).__name__, 'the number of stages': len(stages),
-                'the number of classes': stages[0].num_classes}
-    head = getattr(model, 'bbox_head', None)
-    if isinstance(head, BaseDenseHead):
-        form = {'the head': type(head).__name__, 'the number of classes': getattr(head, 'cls_out_channels', None)}
-        if hasattr(head, 'prior_generator'):
-            priors = head.prior_generator
-            form['the priors'] = (type(priors).__name__, tuple(priors.strides), tuple(priors.num_base_priors),
-                                  *(str(getattr(priors, name, None)) for name in ('base_anchors', 'offset')))
-    return form
-
-
-@contextmanager
-def replaced(owner: Any, method: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Within, an object has another method."""
-    own = vars(owner).get(method)
-    setattr(owner, method, function)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(owner, method)
-        else:
-            setattr(owner, method, own)
-
-
-def copy_proposals(proposals: InstanceData) -> InstanceData:
-    """An image's proposals as an RPN gives them: a RoI head renames their boxes."""
-    fields = dict(proposals.items())
-    return InstanceData(**{'bboxes' if name == 'priors' else name: value for name, value in fields.items()})
+def _select(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries whose names begin so, without that."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 # ------------------------------------------------------------------------------------------------------------ fusion
@@ -383,6 +344,15 @@ class FusionTrunk(nn.Module):
     def __init__(self, of: Sequence[int], sources: Sequence[Any]) -> None:
         super().__init__()
         self.of, self.sources, self.received = of, tuple(sources), None
+
+    @contextmanager
+    def receiving(self, steps: Sequence[LearnerStep]) -> Iterator[None]:
+        """Within, it puts out what the learners' necks have put out in these steps."""
+        self.received = [steps[index].neck for index in self.of]
+        try:
+            yield
+        finally:
+            self.received = None
 
     def forward(self, images: Tensor) -> list[Features]:
         if self.received is not None:

@@ -1,7 +1,7 @@
 """What a term learns from: a frozen detector, another learner, a backbone, boxes of a file. One face for all."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -54,6 +54,7 @@ class LearnerStep(NamedTuple):
         features: Those that terms and guides read, by path.
         outputs: Those that terms and guides read of its heads.
         samples: mmdet's data samples with the ground truth that it was given.
+        labelled: For each image whether it is known what it shows.
     """
     model: nn.Module
     neck: Features
@@ -61,6 +62,7 @@ class LearnerStep(NamedTuple):
     outputs: StudentOutputs
     samples: Sequence[Any] = ()
     maps: Any = None
+    labelled: Sequence[bool] = ()
 
 
 class Guide:
@@ -84,6 +86,9 @@ class Guide:
         feature_sums: Of the last detection, the sum of each level of features that it was made from.
         cache: A cache of its outputs; None without one.
         module: What of it learns; None for a frozen one.
+        members: The guides that it is made of.
+        mixes_labels: Whether some of them have the student's labels and others their own, which then have to be the
+            same.
         learns: Whether it has losses of its own, see :meth:`learn`.
         offers_features: Whether it puts out features, of whatever path is asked for.
         offers_heads: Whether it puts out what heads predict.
@@ -101,6 +106,8 @@ class Guide:
     feature_sums: tuple[Tensor, ...] = ()
     cache: Any = None
     module: nn.Module | None = None
+    members: Sequence[Guide] = ()
+    mixes_labels: bool = False
     learns: bool = False
     reads_learners: tuple[int, ...] = ()
     learner_taps: tuple[str, ...] = ()
@@ -264,6 +271,15 @@ class Guide:
     def _apply(self, function: Callable[[Tensor], Tensor]) -> Guide:
         """Applies a function to its tensors, as ``nn.Module._apply`` does: what moves it to a device."""
         return self
+
+
+def list_guides(guides: Sequence[Guide], name: str = 'teacher') -> Iterator[tuple[str, Guide]]:
+    """Lists guides, each with the members that it is made of, and what they are called: ``'teacher[1].of[0]'``."""
+    for index, guide in enumerate(guides):
+        own = f'{name}[{index}]' if len(guides) > 1 else name
+        yield own, guide
+        for place, member in enumerate(guide.members):
+            yield f'{own}.of[{place}]', member
 
 
 def build_guide(config: Mapping[str, Any]) -> Guide:

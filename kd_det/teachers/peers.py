@@ -12,7 +12,7 @@ from mmengine.model import ExponentialMovingAverage
 from torch import Tensor, nn
 
 from kd_det.config.arguments import Index, declared
-from kd_det.heads import ROI_HEAD, HeadError, HeadRequest, StudentOutputs, TeacherOutputs
+from kd_det.heads import ROI_HEAD, HeadError, HeadRequest, StudentOutputs, TeacherOutputs, find_head
 from kd_det.heads.capture import measure_towers
 from kd_det.heads.roi import run_roi_head
 from kd_det.taps import Features
@@ -52,6 +52,8 @@ class Peer(Guide):
 
     def probe(self, reading: Reading, learners: Sequence[nn.Module],
               levels: Sequence[Mapping[str, Any]]) -> GuideForm:
+        for head in reading.heads:
+            find_head(learners[self.learner], head)
         return GuideForm({path: levels[self.learner][path] for path in reading.taps})
 
     def observe(self, images: Tensor, image_shapes: Sequence[Shape], heads: Sequence[str] = (),

@@ -28,11 +28,13 @@ from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.distillers.inheritance import ORIGINS
 from kd_det.distillers.supervision import bring_detections
 from kd_det.teachers import Guide, Teacher, TeacherError
+from kd_det.teachers.guide import list_guides
 from kd_det.training.finiteness import add_finite_hook
 from kd_det.training.learners import (
     average_peers,
     clip_by_learner,
     evaluate_others,
+    follow_student,
     list_averages,
     load_peers,
     save_peers,
@@ -90,7 +92,7 @@ class DistillHook(Hook):
       :class:`~kd_det.distillers.schedules.Balance` has measured; ``ranges`` those of a student that is trained for
       integers, by which an export writes the same; ``peers`` has the state dict of each learner beside the student,
       averaged as the student's is, and ``trained_peers`` then the trained ones; ``guides`` what those guides have
-      learnt that do learn.
+      learnt that do learn, and ``averaged_guides`` the averages of gates.
     - ``optimizer``: the state of the student's parameters, then that of the terms'.
     - ``meta['dataset_meta']``: the names of the student's classes.
 
@@ -134,14 +136,14 @@ class DistillHook(Hook):
         if bring_detections(distiller.pseudo_labels, teachers, runner.train_dataloader.dataset, runner.hooks):
             restart_workers(runner.train_loop)
         classes = distiller.match_classes(find_label_names(runner.train_dataloader.dataset))
-        for index, teacher in enumerate(teachers):
+        for name, teacher in list_guides(teachers, 'model.teacher'):
             if self.preflight is not None:
                 try:
                     self._check_teacher(runner, teacher)
                 except TeacherError as error:
-                    if len(teachers) == 1:
+                    if teacher in teachers and len(teachers) == 1:
                         raise
-                    raise TeacherError(f'model.teacher[{index}]: {error}') from error
+                    raise TeacherError(f'{name}: {error}') from error
         if is_main_process():
             runner.logger.info('\n'.join(['Where the weights came from:', build_origin_table(distiller), *classes]))
 
@@ -182,7 +184,8 @@ class DistillHook(Hook):
         distiller.set_progress(runner.iter, runner.iter / len(runner.train_dataloader))
         if distiller.quantizer is not None:
             distiller.quantizer.set_progress(runner.iter / runner.max_iters)
-        if len(distiller.terms) or distiller.pseudo_labels is not None:
+        follow_student(distiller)
+        if len(distiller.terms) or distiller.pseudo_labels is not None or distiller.learning_guides:
             set_random_seed((runner.seed * 1_000_003 + runner.iter) % 2**32)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
@@ -191,7 +194,7 @@ class DistillHook(Hook):
             return
         for guide in distiller.teachers:
             guide.after_step()
-        if distiller.peers:
+        if distiller.peers:  # without them there is no gate either
             average_peers(runner, distiller)
         if distiller.teachers:
             runner.message_hub.update_scalar('train/kd_time', distiller.cost.seconds)
@@ -214,7 +217,7 @@ class DistillHook(Hook):
 
     def after_train_epoch(self, runner: Runner) -> None:
         distiller = _find_distiller(runner)
-        for teacher in () if distiller is None else distiller.teachers:
+        for _, teacher in list_guides(() if distiller is None else distiller.teachers):
             if teacher.cache is not None:
                 runner.logger.info(teacher.cache.report())
 
@@ -290,11 +293,9 @@ def build_origin_table(distiller: DetectionDistiller) -> str:
         count = sum(parameter.numel() for parameter in term.parameters())
         if count:
             add(f'adapters of {name}', {distiller.terms_origin: count})
-    for index, teacher in enumerate(distiller.teachers or ()):
-        if not teacher.num_parameters:
-            continue
-        add(f'teacher {index}' if len(distiller.teachers) > 1 else 'teacher',
-            {'checkpoint' if teacher.checkpoint else 'random': teacher.num_parameters})
+    for name, teacher in list_guides(distiller.teachers or ()):
+        if teacher.num_parameters:
+            add(name, {'checkpoint' if teacher.checkpoint else 'random': teacher.num_parameters})
     output = StringIO()
     PlainConsole(file=output, width=110, no_color=True).print(table)
     if distiller.not_inherited:

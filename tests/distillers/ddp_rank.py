@@ -27,17 +27,21 @@ def distilled_gradients(config, images, samples, wrap=lambda model: model):
     plain.train()
     for block in (block for name, block in plain.terms.named_modules() if name.endswith('expand')):
         torch.nn.init.normal_(block.weight, std=0.1)  # a block that starts as the identity hides most gradients
+    for module in plain.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # a batch's own statistics would differ between the two
+            module.eval()
     model, distilled = wrap(plain), {f'loss_{name}' for name in config['distill']}
     for step in range(2):  # the second forward fails if the first left a parameter without gradient
         plain.zero_grad()
         losses = model(images, samples, mode='loss')
         total, _ = plain.parse_losses({
-            name: value if name in distilled else
+            name: value if name in distilled or name.startswith('guide') else
             [each * 0 for each in value] if isinstance(value, list) else value * 0 for name, value in losses.items()})
         total.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in plain.named_parameters()
                  if parameter.requires_grad}
-    weights = sum(to_local(parameter).numel() for parameter in plain.teacher.model.parameters())
+    weights = sum(to_local(parameter).numel() for parameter in plain.teacher.model.parameters()) if hasattr(
+        plain.teacher, 'model') else 0
     return gradients, dict(plain.monitor.state_dict(), ranges=plain.quantizer and plain.quantizer.ranges), weights
 
 

@@ -101,3 +101,25 @@ def test_a_balance_is_the_same_on_all_ranks(retinanet, batch_of_four, tmp_path):
     assert torch.equal(first['pkd']['averages'], second['pkd']['averages']) and first['pkd']['averages'].any()
     for state in (first['pkd'], second['pkd']):  # of both steps: 4 boxes on 3 of the images of both ranks
         assert state['counts'].tolist() == [2, 6] and state['boxes'][0] / state['boxes'][1] == pytest.approx(4)
+
+
+def test_learners_and_guides_are_the_same_on_two_ranks(one_stage, batch_of_four, tmp_path):
+    """Peers, branches with a gate and the loss of their ensemble, fused features, an average; a term that waits."""
+    student = one_stage('fcos')  # whose own loss divides by the objects of all ranks
+    student.backbone.norm_eval = True
+    members = [dict(type='Peer', learner=0), dict(type='Peer', learner=1)]
+    term = dict(type='DenseClassification', normalizer='positives')
+    config = dict(
+        type='DetectionDistiller', student=student, peers=1, share=('backbone', 'neck'),
+        teacher=[dict(type='Fusion'), dict(type='Ensemble', of=members, weights='gate'), dict(type='Average'),
+                 *members, dict(type='Ensemble', of=members, weights=(1, 2))],
+        distill=dict(fused=dict(term, teacher=0), mean=dict(term, learner=2, teacher=5), gated=dict(term, teacher=1),
+                     mutual=dict(term, learner=1, teacher=3), other=dict(term, teacher=4),
+                     own=dict(type='FGD', teacher=2, gamma=1.0, lambda_=1.0),
+                     late=dict(type='FGD', learner=1, teacher=2, weight=dict(type='Start', value=1.0, epochs=1))))
+    data = batch_of_four(student)
+    gradients, _ = on_two_ranks(config, data, tmp_path)
+    expected, *_ = _load_rank().distilled_gradients(config, data['inputs'], data['data_samples'])
+    assert gradients.keys() == expected.keys() and gradients['distill_guides.1.linear.weight'].any()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=lambda text: f'{name}: {text}')
