@@ -362,7 +362,7 @@ class DetectionDistiller(StudentWrapper):
         self.origins.mark(find_pretrained_parameters(self.student), 'pretrained')
         init_peers(self.peers)
         teachers = self.build_teachers()
-        first = teachers[0] if teachers and isinstance(self.guides[0], FrozenDetector) else None
+        first: Any = teachers[0] if teachers and isinstance(self.guides[0], FrozenDetector) else None
         if self.inherited_parts == ('auto', ):
             self.inherited_parts = find_common_parts(self.student, first.model) if first else ()
         if self.inherited_parts and first is None:

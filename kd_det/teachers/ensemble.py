@@ -124,7 +124,7 @@ class Ensemble(Guide):
         if len(named) > 1:
             raise ArgumentError('of', f'the members can not be joined: their classes are {", ".join(named[0])}, and '
                                       f'{", ".join(named[1])}, label by label. Take a guide for each member.')
-        self.classes, self.num_classes = (named or [None])[0], told[0].num_classes if told else None
+        self.classes, self.num_classes = named[0] if named else None, told[0].num_classes if told else None
         self.num_parameters = 0 if self.module is None else sum(each.numel() for each in self.module.parameters())
         return self
 

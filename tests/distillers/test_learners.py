@@ -339,7 +339,9 @@ def test_learners_and_their_ensemble_are_evaluated(make_runner, retinanet):
 
 def test_any_learner_leaves_as_a_plain_detector(make_runner, retinanet, tmp_path):
     runner = branches(make_runner, retinanet)
-    config, checkpoint = runner.cfg, f'{runner.work_dir}/epoch_1.pth'
+    config, checkpoint = copy.deepcopy(runner.cfg), f'{runner.work_dir}/epoch_1.pth'
+    config.update(test_dataloader=config.val_dataloader, test_evaluator=config.val_evaluator,
+                  test_cfg=dict(type='TestLoop'))
     exported = kd_det.export(config, checkpoint, tmp_path / 'peer.pth', learner=1)
     plain = MODELS.build(retinanet())
     plain.load_state_dict(torch.load(exported.checkpoint, weights_only=False)['state_dict'], strict=True)
@@ -349,6 +351,12 @@ def test_any_learner_leaves_as_a_plain_detector(make_runner, retinanet, tmp_path
     assert not torch.equal(plain.bbox_head.retina_cls.weight, runner.model.bbox_head.retina_cls.weight)
     with pytest.raises(ConfigurationError, match='1 learners beside the student'):
         kd_det.export(config, checkpoint, tmp_path / 'other.pth', learner=2)
+    # So does what branches say together: as evaluated in training.
+    joined = kd_det.export(config, checkpoint, tmp_path / 'joined.pth', learner='ensemble')
+    found = kd_det.evaluate(joined.config, joined.checkpoint, work_dir=tmp_path / 'test').metrics['coco/bbox_mAP']
+    assert found == runner.message_hub.log_scalars['val/ensemble/coco/bbox_mAP'].current()
+    with pytest.raises(ConfigurationError, match='as a checkpoint alone'):
+        kd_det.export(config, checkpoint, tmp_path / 'joined.onnx', learner='ensemble')
 
 
 def test_an_ensemble_of_one_detector_twice_predicts_as_it(mutual, batch):
