@@ -86,6 +86,12 @@ def save_randomness() -> Callable[[], None]:
     return restore
 
 
+def reseed() -> None:
+    """Seeds PyTorch's CPU generator by a number that it draws: what is drawn next is no copy of what was drawn last."""
+    import torch
+    torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, ())))
+
+
 @contextmanager
 def preserved_randomness() -> Iterator[None]:
     """Whatever is drawn inside, the generators are then as before, see :func:`save_randomness`."""

@@ -13,7 +13,7 @@ import torch
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from kd_det.compat.process import preserved_randomness
+from kd_det.compat.process import preserved_randomness, reseed
 from kd_det.config.arguments import Index, Name, Names, at, declared, refuse
 from kd_det.config.detectors import extract_plain_detector
 from kd_det.context import DistillContext, Progress
@@ -385,7 +385,7 @@ class DetectionDistiller(StudentWrapper):
                     with at('model.teacher' if len(self.guides) == 1 else f'model.teacher[{index}]'):
                         teachers.append(guide.start(reading, models))
                     # A teacher leaves the generator as it was: from there a second one would be drawn as its copy.
-                    torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, ())))
+                    reseed()
             self.teachers = teachers
         return self.teachers
 

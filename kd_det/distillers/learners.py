@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import torch
 from mmdet.models.detectors import BaseDetector
 from torch import Tensor, nn
 
-from kd_det.compat.process import preserved_randomness, save_randomness
+from kd_det.compat.process import preserved_randomness, reseed, save_randomness
 from kd_det.config.arguments import ArgumentError, at, check_arguments, declared, refuse
 from kd_det.config.classes import count_classes
 from kd_det.config.detectors import ModelConfig, check_student, extract_plain_detector, read_model_config
@@ -250,7 +249,7 @@ def init_peers(peers: Sequence[nn.Module]) -> None:
     with preserved_randomness():
         for peer in peers:
             # No two learners of a kind begin alike, nor as the student, which was drawn before.
-            torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, ())))
+            reseed()
             peer.init_weights()
             if hasattr(peer, 'start_from'):
                 shared = [f'{name}.*' for name, part in peer.named_children() if isinstance(part, SharedPart)]

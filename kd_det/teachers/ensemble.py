@@ -14,6 +14,7 @@ from mmdet.registry import MODELS
 from mmengine.dist import all_reduce, get_world_size
 from torch import Tensor, nn
 
+from kd_det.compat.process import reseed
 from kd_det.config.arguments import ArgumentError, Index, at, declared, refuse
 from kd_det.heads import ROI_HEAD, HeadError, HeadRequest, StudentOutputs, TeacherOutputs
 from kd_det.registry import build_detector
@@ -115,7 +116,10 @@ class Ensemble(Guide):
         return GuideForm({})
 
     def start(self, reading: Reading, learners: Sequence[nn.Module]) -> Guide:
-        self.members = [member.start(reading, learners) for member in self.members]
+        for index, member in enumerate(self.members):
+            with at(f'of[{index}]'):
+                self.members[index] = member.start(reading, learners)
+            reseed()  # a random one leaves the generator as it was
         check_alike([learners[member.learner] if isinstance(member, Peer) else member.model for member in self.members
                      if isinstance(member, (Peer, Teacher))])
         self.weights = self.weights.to(next(learners[0].parameters()).device)

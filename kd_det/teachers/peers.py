@@ -11,7 +11,7 @@ from mmdet.registry import MODELS
 from mmengine.model import ExponentialMovingAverage
 from torch import Tensor, nn
 
-from kd_det.config.arguments import Index, declared
+from kd_det.config.arguments import ArgumentError, Index, declared
 from kd_det.heads import ROI_HEAD, HeadError, HeadRequest, StudentOutputs, TeacherOutputs, find_head
 from kd_det.heads.capture import measure_towers
 from kd_det.heads.roi import run_roi_head
@@ -53,7 +53,10 @@ class Peer(Guide):
     def probe(self, reading: Reading, learners: Sequence[nn.Module],
               levels: Sequence[Mapping[str, Any]]) -> GuideForm:
         for head in reading.heads:
-            find_head(learners[self.learner], head)
+            try:
+                find_head(learners[self.learner], head)
+            except HeadError as error:
+                raise ArgumentError('learner', f'a term reads its {head}. {error}') from error
         return GuideForm({path: levels[self.learner][path] for path in reading.taps})
 
     def observe(self, images: Tensor, image_shapes: Sequence[Shape], heads: Sequence[str] = (),
