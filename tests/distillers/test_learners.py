@@ -284,6 +284,18 @@ def test_an_ensemble_says_the_mean_of_its_members(mutual, batch):
     assert all(each.bbox_head.retina_cls.weight.grad.abs().sum() > 0 for each in models)
 
 
+@pytest.mark.parametrize('kind', ['DETR', 'Deformable DETR', 'DINO'])
+def test_the_mean_of_queries_teaches(kind, detector_config, mutual, batch_for):
+    mean = dict(type='Ensemble', of=PEERS_OF_TWO)
+    model = mutual(detector_config(kind), teacher=mean, distill=dict(kd=dict(type='QueryClassification')))
+    model.init_weights()
+    total, logged = step(model, two_images(batch_for, kind))
+    assert logged['loss_kd'] > 0 and total.isfinite() and 'ensemble/' not in model.list_predictors()
+    with pytest.raises(ConfigurationError, match='neither a loss nor a gate'):
+        mutual(detector_config(kind), teacher=dict(mean, loss_weight=1.0),
+               distill=dict(kd=dict(type='QueryClassification')))
+
+
 def test_a_gate_is_the_papers(mutual, batch):
     model = mutual(share=('backbone', 'neck'), distill=dict(kd=dict(type='DenseClassification')),
                    teacher=dict(type='Ensemble', of=PEERS_OF_TWO, weights='gate'))
