@@ -134,7 +134,7 @@ def _assert_equal(a, b, path=''):
 
 def test_whole_runs_with_weights_of_zero_are_plain_runs(faster_rcnn, distilled, make_runner):
     zero = dict(distilled(), student=faster_rcnn(), distill=dict(fgd=dict(type='FGD', weight=0)),
-                teacher=dict(config=faster_rcnn(neck=12), random_teacher=True))
+                teacher=dict(config=faster_rcnn(neck=12), random_teacher=True), pseudo_labels=dict(weight=0.0))
     files = []
     for name, model in dict(zero=zero, plain=faster_rcnn()).items():
         runner = make_runner(model, name=name, val=True)  # made just before its training: making it sets the seed
