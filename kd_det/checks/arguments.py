@@ -36,7 +36,13 @@ from kd_det.config.arguments import (
     suggest_names,
 )
 from kd_det.config.files import TOP_KEYS, get_type_name, is_distillation
-from kd_det.distillers.building import build_guides, build_task_schedule, build_terms
+from kd_det.distillers.building import (
+    build_guides,
+    build_task_schedule,
+    build_terms,
+    check_terms_are_given,
+    list_guide_configs,
+)
 from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.distillers.rounding import Quantization
 from kd_det.distillers.supervision import build_pseudo_labels
@@ -131,14 +137,22 @@ def _list_checks(config: Config) -> Iterator[Callable[[], None]]:
     yield partial(_check_part, registry.VISUALIZERS, 'visualizer', config.get('visualizer'))
 
 
+def _stands_for_learner(guide: Any) -> bool:
+    """Whether a guide's config adds a learner; of what is no config another check tells."""
+    kind = find_class(registry.MODELS, guide) if isinstance(guide, Mapping) and 'type' in guide else None
+    return getattr(kind, 'stands_for_learner', False)
+
+
 def _check_distillation(model: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
     yield partial(_check_distiller, model)
     teachers, peers = model.get('teacher', ()), model.get('peers', 0)
     learners = 1 + (peers if isinstance(peers, int) else len(peers or ()))
     if isinstance(teachers, (Mapping, list, tuple)):
         yield partial(build_guides, teachers, learners)
+        learners += sum(map(_stands_for_learner, list_guide_configs(teachers)))
     number = 1 if isinstance(teachers, Mapping) else len(teachers or ())
     terms = model.get('distill')
+    yield partial(check_terms_are_given, terms, peers)
     for name, term in terms.items() if isinstance(terms, Mapping) else ():
         yield partial(build_terms, {name: term}, number, learners)
     yield partial(build_task_schedule, model.get('task_weight', 1.0))

@@ -15,7 +15,7 @@ from kd_det.checks.synthetic import synthetic_batch
 from kd_det.compat.checkpoint import STATISTICS, CheckpointError, NotFiniteError, load_checkpoint, require_finite
 from kd_det.compat.process import preserved_randomness
 from kd_det.config.classes import find_training_classes, match_classes
-from kd_det.config.detectors import check_student, read_model_config
+from kd_det.config.detectors import check_student, read_model_config, teachers_of
 from kd_det.config.files import (
     DISTILL_HOOK,
     ConfigurationError,
@@ -187,21 +187,6 @@ def find_broken_levels(model: nn.Module) -> list[int]:
         data = model.eval().data_preprocessor(synthetic_batch(model, 1, NOISE_SIZE, 0), False)
         return [index for index, level in enumerate(model.extract_feat(data['inputs'])) if not level.isfinite().all()]
     return []
-
-
-def teachers_of(config: Config) -> list[tuple[str, dict]]:
-    """Name and config of each frozen detector that teaches, those within an ensemble too; none for a plain detector."""
-    found = config.model.get('teacher', ()) if is_distillation(config) else ()
-    return list(_frozen_within({'teacher': found} if isinstance(found, dict) else
-                               {f'teacher {index}': teacher for index, teacher in enumerate(found)}))
-
-
-def _frozen_within(guides: dict[str, dict]) -> Iterator[tuple[str, dict]]:
-    for name, guide in guides.items():
-        if 'type' not in guide:
-            yield name, guide
-        else:
-            yield from _frozen_within({f'{name}.of[{index}]': each for index, each in enumerate(guide.get('of', ()))})
 
 
 def _pretrained(node: object) -> Iterator[str]:

@@ -34,10 +34,10 @@ from kd_det.config.classes import (
     normalize_name,
     read_label_names,
 )
+from kd_det.config.detectors import teachers_of
 from kd_det.config.files import (
     DISTILL_HOOK,
     get_type_name,
-    is_distillation,
     iterate_built_datasets,
     list_hooks,
     list_leaf_datasets,
@@ -328,8 +328,7 @@ def inspect_cache(config: Config) -> Iterator[Finding]:
     pipelines = training_pipelines(config)
     if any(REPLAYED in map(get_type_name, pipeline) for pipeline in pipelines):
         yield from _inspect_replay(config)
-    teachers = config.model.teacher if is_distillation(config) else []
-    if not any(teacher.get('cache') for teacher in ([teachers] if isinstance(teachers, dict) else teachers)):
+    if not any(teacher.get('cache') for _, teacher in teachers_of(config)):
         return
     drawing = list(dict.fromkeys(name for pipeline in pipelines for name in random_transforms(pipeline)))
     if drawing:

@@ -11,11 +11,12 @@ from pathlib import Path
 from mmengine.config import Config
 from torch import Tensor
 
-from kd_det.checks.checkpoints import known_classes, student_classes, teachers_of
+from kd_det.checks.checkpoints import known_classes, student_classes
 from kd_det.checks.environment import Finding
 from kd_det.checks.synthetic import USUAL_SIZES, Size, random_distiller, synthetic_batch, training_sizes
 from kd_det.compat import describe_not_finite
 from kd_det.compat.process import preserved_randomness
+from kd_det.config.detectors import teachers_of
 from kd_det.config.files import is_distillation, list_leaf_datasets
 from kd_det.distillers import DetectionDistiller
 from kd_det.distillers.monitor import OF_TERM, explain_losses
@@ -72,7 +73,7 @@ def inspect_step(config: Config, names: Sequence[str] | None = None) -> Iterator
         yield _finding(error, size)
         return
     yield Finding('a training step', f'computes {", ".join(distiller.terms) or "the task alone"}')
-    for name, cause in distiller.idle_check.idle.items():
+    for name, cause in (each for learner in distiller.learners for each in learner.idle_check.idle.items()):
         yield Finding(f'term {name}', 'teaches the student nothing: none of its weights gets a gradient from it', cause)
 
 

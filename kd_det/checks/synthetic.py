@@ -182,7 +182,7 @@ def random_distiller(config: Config, device: str | torch.device = 'cpu') -> Dete
     """The distiller of a config, with random weights, which take as long, and every term at its full weight."""
     teachers = config.model.get('teacher', ())
     for teacher in [teachers] if isinstance(teachers, dict) else teachers:
-        _draw_at_random(teacher)
+        draw_at_random(teacher)
     config.model.student = remove_pretrained(config.model.student)
     distiller: DetectionDistiller = build_detector(config.model).to(device).train()
     distiller.student.init_weights()  # some parts are whatever the memory held before
@@ -194,11 +194,11 @@ def random_distiller(config: Config, device: str | torch.device = 'cpu') -> Dete
     return distiller
 
 
-def _draw_at_random(guide: dict) -> None:
+def draw_at_random(guide: dict) -> None:
     """Lets a guide, and those that it is made of, need no weights."""
     if 'type' not in guide:
         guide.update(checkpoint=None, random_teacher=True, cache=None)
     elif 'checkpoint' in guide:
         guide.update(checkpoint=None, random_teacher=True)
     for each in guide.get('of', ()):
-        _draw_at_random(each)
+        draw_at_random(each)

@@ -353,7 +353,7 @@ def make_ensemble(config: Config, checkpoints: Sequence[str]) -> Config:
     """
     if len(checkpoints) < 2:
         raise ConfigurationError(f'An ensemble has two teachers at least, not {len(checkpoints)}.')
-    if not is_distillation(config) or not isinstance(config.model.teacher, dict):
+    if not is_distillation(config) or not isinstance(config.model.get('teacher'), dict):
         raise ConfigurationError(f"An ensemble is made of a distillation with one teacher, which '{config.filename}' "
                                  'is not.')
     config = copy.deepcopy(config)

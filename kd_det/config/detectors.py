@@ -31,7 +31,14 @@ from mmengine.utils import import_modules_from_strings
 from torch import nn
 
 from kd_det.config.choices import FAMILIES
-from kd_det.config.files import DISTILLER, ConfigurationError, get_type_name, list_imports, load_config
+from kd_det.config.files import (
+    DISTILLER,
+    ConfigurationError,
+    get_type_name,
+    is_distillation,
+    list_imports,
+    load_config,
+)
 from kd_det.heads.request import HEADS
 from kd_det.registry import HOME, find_class, get_scope, within_scope
 
@@ -104,6 +111,21 @@ def find_family(detector: str, heads: HeadClasses) -> str:
         return 'detr'
     ancestors = {ancestor.__name__ for ancestor in heads['bbox_head'].__mro__}
     return 'anchor_free' if ancestors.intersection(ANCHOR_FREE_HEADS) else 'one_stage'
+
+
+def teachers_of(config: Config) -> list[tuple[str, dict]]:
+    """Name and config of each frozen detector that teaches, those within an ensemble too; none for a plain detector."""
+    found = config.model.get('teacher', ()) if is_distillation(config) else ()
+    return list(_frozen_within({'teacher': found} if isinstance(found, dict) else
+                               {f'teacher {index}': teacher for index, teacher in enumerate(found)}))
+
+
+def _frozen_within(guides: dict[str, dict]) -> Iterator[tuple[str, dict]]:
+    for name, guide in guides.items():
+        if 'type' not in guide:
+            yield name, guide
+        else:
+            yield from _frozen_within({f'{name}.of[{index}]': each for index, each in enumerate(guide.get('of', ()))})
 
 
 # --------------------------------------------------------------------------------------------- detectors within others

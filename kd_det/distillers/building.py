@@ -77,6 +77,12 @@ def list_guide_configs(teacher: dict | Sequence[dict]) -> list[dict]:
     return [teacher] if isinstance(teacher, dict) else list(teacher)
 
 
+def check_terms_are_given(distill: dict | None, peers: int | Sequence[dict]) -> None:
+    """Refuses a distillation that names no terms, not even ``{}``; learners beside each other need none."""
+    if distill is None and not peers:
+        refuse('model.distill', None, 'terms by name', 'They may be left out beside model.peers.')
+
+
 def build_terms(distill: dict[str, dict], teachers: int,
                 learners: int = 1) -> tuple[dict[str, Schedule], dict[str, DistillTerm]]:
     """Builds the terms whose weight is not 0 throughout, and the schedules of their weights.

@@ -25,6 +25,7 @@ from kd_det.distillers.building import (
     build_student,
     build_task_schedule,
     build_terms,
+    check_terms_are_given,
     list_guide_configs,
 )
 from kd_det.distillers.class_sets import ClassSets, has_classes
@@ -129,6 +130,7 @@ class DetectionDistiller(StudentWrapper):
                  quantize: dict[str, Any] | None = None,
                  peers: Index | Sequence[dict[str, Any]] = 0,
                  share: Names = ()) -> None:
+        check_terms_are_given(distill, peers)
         detector = build_student(student)
         super().__init__(detector)
         self.origins = WeightOrigins(detector)

@@ -23,6 +23,7 @@ from torch import Tensor
 from kd_det.checks.data import check_labels
 from kd_det.checks.doctor import check_config, explain
 from kd_det.checks.images import check_images
+from kd_det.checks.synthetic import draw_at_random
 from kd_det.compat import load_checkpoint, require_finite
 from kd_det.compat.console import TextTable
 from kd_det.config import ConfigurationError
@@ -31,6 +32,7 @@ from kd_det.config.classes import Names, find_label_names, find_training_classes
 from kd_det.config.files import get_type_name, list_leaf_datasets
 from kd_det.config.options import resolve_distillation
 from kd_det.context import ComparedLevel
+from kd_det.distillers.building import list_guide_configs
 from kd_det.distillers.detection_distiller import DetectionDistiller, Observation
 from kd_det.distillers.gradients import GradientNorms, gradient_norms
 from kd_det.distillers.monitor import find_idle_terms
@@ -400,15 +402,15 @@ def load_image(config: Config, file: str | Path) -> dict:
 
 
 def _set_teachers(config: Config, checkpoint: str | None, random: bool) -> None:
-    teachers = [config.model.teacher] if isinstance(config.model.teacher, dict) else config.model.teacher
+    teachers = list_guide_configs(config.model.get('teacher', ()))
     if checkpoint and len(teachers) > 1:
         raise ConfigurationError(f'--teacher-checkpoint is for one teacher, and this config has {len(teachers)}: set '
                                  'theirs with --cfg-options model.teacher.0.checkpoint=FILE …')
     for teacher in teachers:
         if checkpoint:
             teacher.checkpoint = checkpoint
-        elif random and ('type' not in teacher or 'checkpoint' in teacher):
-            teacher.update(checkpoint=None, random_teacher=True)
+        elif random:
+            draw_at_random(teacher)
 
 
 def _build_distiller(config: Config, checkpoint: str | None) -> DetectionDistiller:

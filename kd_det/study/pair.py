@@ -55,7 +55,10 @@ def read_pair(pair: str | Path | Config | None = None, student: str | Path | Con
         if not is_distillation(config):
             raise ConfigurationError(f"PAIR '{pair}' is no distillation: give the config of one (its model a "
                                      'DetectionDistiller), or --student and --teacher in its place.')
-        named = config.model.teacher
+        named = config.model.get('teacher', ())
+        if isinstance(named, dict) and 'type' in named:
+            raise ConfigurationError(f"PAIR '{pair}' has no detector as its teacher, but a guide of type "
+                                     f"{named['type']}: expected one.")
         if not isinstance(named, dict):
             raise ConfigurationError(f"PAIR '{pair}' has {len(named)} teachers: expected one. To learn from several, "
                                      'give the weights of each with --teacher-checkpoint, and a method with '

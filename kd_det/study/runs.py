@@ -250,7 +250,7 @@ def identify_run(config: Config, inputs: Any = None) -> str:
     settings = copy.deepcopy(config.to_dict())
     settings.pop('work_dir', None)
     if is_distillation(config):
-        teachers = settings['model']['teacher']
+        teachers = settings['model'].get('teacher', ())
         for teacher in [teachers] if isinstance(teachers, dict) else teachers:
             teacher.pop('checkpoint', None)
     return sha256(json.dumps([settings, inputs], sort_keys=True, default=str).encode())

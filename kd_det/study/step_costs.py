@@ -32,9 +32,10 @@ from kd_det.distillers import DetectionDistiller
 from kd_det.losses import DistillTerm
 from kd_det.losses.base import sum_parts
 from kd_det.registry import build_detector, prepare_without_runner
-from kd_det.teachers import Teacher, read_model_config
+from kd_det.teachers import read_model_config
 from kd_det.teachers.bridge import SIZE_MISMATCH
 from kd_det.teachers.guide import LearnerStep
+from kd_det.teachers.teacher import FrozenDetector
 
 Device = str | torch.device
 Call = Callable[[], object]
@@ -139,7 +140,7 @@ def measure_step_costs(config: str | Path | Config, *, batch_size: Count = 2,
     prepare_without_runner(loaded, seed=0)
     distiller = random_distiller(loaded, device)
     size = tuple(size or max(training_sizes(loaded, USUAL_SIZES[:1]), key=prod))
-    if len(distiller.learners) > 1 or not all(isinstance(teacher, Teacher) for teacher in distiller.teachers):
+    if len(distiller.learners) > 1 or not all(isinstance(guide, FrozenDetector) for guide in distiller.guides):
         raise ConfigurationError('The parts of a step are measured for one student with frozen detectors as teachers; '
                                  'the log tells kd_time of any other.')
     batch = synthetic_batch(distiller.student, batch_size, size, boxes)

@@ -7,6 +7,7 @@ import torch
 from mmdet.registry import MODELS
 from mmengine.optim import OptimWrapper
 
+import kd_det
 from kd_det.config.files import ConfigurationError
 from kd_det.datasets import UNLABELLED
 from kd_det.distillers.learners import SharedPart
@@ -258,3 +259,21 @@ def test_gradients_that_add_up_are_clipped_by_learner(retinanet, build, batch):
     for learner, start in zip(model.learners, before):
         moved = torch.stack([(now - then).norm() for now, then in zip(learner.student.parameters(), start)]).norm()
         assert moved.item() == pytest.approx(0.01 * 0.1, rel=1e-2)
+
+
+@pytest.mark.parametrize('kind', ['fusion', 'frozen', 'alone'])
+def test_checks_know_every_kind(kind, run_config, retinanet):
+    """Learners that guides stand for, members that are loaded, and learners without any guide."""
+    settings = dict(
+        fusion=dict(peers=1, teacher=[dict(type='Fusion'), dict(type='Ensemble', of=BRANCHES)],
+                    distill=dict(kd=dict(CLASSES, learner=2, teacher=1))),
+        frozen=dict(teacher=dict(type='Ensemble', of=[dict(config=retinanet(), checkpoint='lacking.pth')] * 2),
+                    distill=dict(kd=CLASSES)),
+        alone=dict(peers=1))[kind]
+    config = run_config(dict(type='DetectionDistiller', student=retinanet(), **settings))
+    diagnosis = kd_det.doctor(config)
+    faults = [(finding.subject, finding.found) for finding in diagnosis.findings if finding.fault]
+    assert [subject for subject, _ in faults] == (
+        [f'teacher.of[{index}] checkpoint' for index in (0, 1)] if kind == 'frozen' else [])
+    if kind == 'frozen':
+        assert len(kd_det.inspect(config, random_teacher=True).terms) == 1

@@ -12,6 +12,7 @@ from mmengine.config import Config
 
 from kd_det.compat.writing import write_whole
 from kd_det.config import ConfigurationError
+from kd_det.config.detectors import teachers_of
 from kd_det.config.files import get_type_name, is_distillation, load_config, student_model
 from kd_det.distillers import build_schedule
 from kd_det.study.fidelity import FIDELITY_FILE, Splits
@@ -81,9 +82,8 @@ class Study:
     def teacher(self) -> dict | None:
         """``config`` and ``checkpoint`` of the teacher of the first run that has one; of several teachers the first."""
         for run in self.runs:
-            if is_distillation(run.config):
-                teacher = run.config.model.teacher
-                return dict(teacher if isinstance(teacher, dict) else teacher[0])
+            for _, teacher in teachers_of(run.config):
+                return dict(teacher)
         return None
 
 
