@@ -185,7 +185,7 @@ def doctor(config: str | Path | Config | None = None, *, teacher_checkpoint: str
                 if not isinstance(teacher, dict):
                     raise ConfigurationError(f'--teacher-checkpoint is for one teacher, and this config has '
                                              f'{len(teacher or ())}')
-                teacher.checkpoint = str(teacher_checkpoint)
+                teacher['checkpoint'] = str(teacher_checkpoint)
             name = config.filename or 'Config' if isinstance(config, Config) else config
             findings += [Finding('config', str(name)), *inspect_config(resolved, check_images)]
         except (ConfigurationError, OSError) as error:

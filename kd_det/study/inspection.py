@@ -408,7 +408,7 @@ def _set_teachers(config: Config, checkpoint: str | None, random: bool) -> None:
                                  'theirs with --cfg-options model.teacher.0.checkpoint=FILE …')
     for teacher in teachers:
         if checkpoint:
-            teacher.checkpoint = checkpoint
+            teacher['checkpoint'] = checkpoint
         elif random:
             draw_at_random(teacher)
 
