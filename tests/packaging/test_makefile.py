@@ -118,7 +118,8 @@ def test_without_libgl_opencv_is_headless(make):
 
 
 def test_continuous_integration_runs_lint_and_the_tests(make):
-    assert make('.ci/run')[-3:] == ['python -m ruff check .', 'python -m mypy', 'python -m pytest -n 2 --dist worksteal tests']
+    assert make('.ci/run')[-3:] == ['python -m ruff check .', 'python -m mypy',
+                                    'python -m pytest -n 2 --dist worksteal tests']
 
 
 def test_every_target_is_explained(make):
