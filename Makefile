@@ -22,7 +22,7 @@ demo: $(INSTALLED)  ## Generate data, train a teacher and two students, and comp
 	$(BIN)/kd-det demo
 
 test: $(INSTALLED)  ## Run all tests.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests
 
 soak: $(INSTALLED)  ## Kill trainings and benchmarks at moments of chance, resume them, and compare what they end in.
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak

@@ -7,13 +7,18 @@ again; a training that was interrupted goes on.
 """
 from __future__ import annotations
 
+import copy
 import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+from mmengine.config import Config
+
 from kd_det import RunResult, distill, generations, train
 from kd_det.compat.writing import write_whole
+from kd_det.config.composition import distillation_config
+from kd_det.config.files import load_config, set_data_root
 from kd_det.study.results import paired_difference
 
 MAP = 'coco/bbox_mAP'
@@ -28,7 +33,18 @@ def make_runs(options: Namespace) -> dict[str, Callable[..., RunResult]]:
     def learn(**settings: object) -> Callable[..., RunResult]:
         return lambda **run: distill(student, **{**common, 'method': options.method, **settings, **run})
 
-    return {
+    def guided(config: Config, **model: object) -> Callable[..., RunResult]:
+        """A distillation whose config is not composed of options alone."""
+        config.model.update(model)
+        return lambda **run: train(config, **{**common, 'data_root': None, **run})
+
+    def learn_from_average(share: int, **settings: object) -> Callable[..., RunResult]:
+        partly = label_partly(load_own(options), share)
+        return guided(distillation_config(partly, None, None, 'none'), **settings)
+
+    average = dict(type='Average', momentum=0.02)
+    labels = dict(score=0.5, images='unlabelled', weight=dict(type='Start', value=1.0, epochs=2))
+    runs = {
         'plain': lambda **run: train(student, **common, **run),
         'kd': learn(**taught),
         'dml': learn(peers=1),
@@ -40,7 +56,48 @@ def make_runs(options: Namespace) -> dict[str, Callable[..., RunResult]]:
         # λ = 1/2: half the loss of the mean prediction, and half the mean of the heads' own.
         'ensemble_net': learn(peers=2, share=TRUNK, guide='mean', options={
             'model.teacher.0.loss_weight': 0.5, 'model.task_weight': 0.5 / 3}),
-        'ffl': learn(peers=1, guide='fusion')}
+        'ffl': learn(peers=1, guide='fusion'),
+        'quarter': lambda **run: train(label_partly(load_own(options), 4, alone=True), **{
+            **common, 'data_root': None, **run}),
+        'quarter_average': learn_from_average(4, teacher=average, pseudo_labels=labels)}
+    if options.backbone:
+        config = distillation_config(load_own(options), None, None, 'pkd', balance=0.5)
+        runs['backbone'] = guided(config, teacher=dict(
+            type='Backbone', checkpoint=options.backbone, mean=[127.5] * 3, std=[127.5] * 3,
+            config=dict(type='mmdet.MobileNetV2', out_indices=(1, 2, 4, 6))))
+    return runs
+
+
+def load_own(options: Namespace) -> Config:
+    """The student's config on the data of the command line."""
+    config = load_config(options.student)
+    if options.data_root:
+        set_data_root(config, options.data_root)
+    return config
+
+
+def label_partly(config: Config, share: int, alone: bool = False) -> Config:
+    """The same training where one image of so many is labelled.
+
+    Half of what is seen is labelled then; without the unlabelled images all is, in as many steps.
+
+    Args:
+        config: The student's.
+        share: One of so many images.
+        alone: Leave the unlabelled images out.
+    """
+    config = copy.deepcopy(config)
+    dataset = config.train_dataloader.dataset
+    file = Path(dataset.data_root) / dataset.ann_file
+    images = len(json.loads(file.read_text(encoding='utf-8'))['images'])
+    labelled = dict(copy.deepcopy(dataset), indices=list(range(0, images, share)))
+    others = dict(copy.deepcopy(dataset), indices=[index for index in range(images) if index % share],
+                  pipeline=[*dataset.pipeline, dict(type='Unlabelled')])
+    times = (share - 1) * (2 if alone else 1)
+    repeated = dict(type='RepeatDataset', times=times, dataset=labelled)
+    config.train_dataloader.dataset = repeated if alone else dict(type='ConcatDataset', datasets=[repeated, others])
+    config.train_cfg.max_epochs = max(1, round(config.train_cfg.max_epochs * share / (2 * (share - 1))))
+    return config
 
 
 def main() -> None:
@@ -50,7 +107,8 @@ def main() -> None:
     parser.add_argument('checkpoint')
     parser.add_argument('--data-root')
     parser.add_argument('--method', default='kd', help='by which all learn (kd)')
-    parser.add_argument('--methods', nargs='+', help='some of them alone')
+    parser.add_argument('--methods', nargs='*', help='some of them alone')
+    parser.add_argument('--backbone', help="ImageNet weights of MMDetection's MobileNetV2, as a teacher of features")
     parser.add_argument('--generations', nargs='*', default=[], choices=['none', 'cwtm', 'dkpp'],
                         help='Born-Again by these treatments')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
@@ -76,8 +134,8 @@ def main() -> None:
                 result = generations(options.student, 3, method=options.method, treatment=treatment, seed=seed,
                                      data_root=options.data_root, epochs=options.epochs, work_dir=folder)
                 write_whole(record, json.dumps({
-                    **{f'{each.name}/{MAP}': each.metrics[MAP] for each in result.generations},
-                    **{f'{each.name}/ensemble/{MAP}': each.ensemble[MAP] for each in result.generations}}))
+                    **{f'{each.name}/{MAP}': each.metrics[MAP] for each in result.members},
+                    **{f'{each.name}/ensemble/{MAP}': each.ensemble[MAP] for each in result.members}}))
     for record in sorted(options.work_dir.glob('*/learners.json')):
         name, _, seed = record.parent.name.rpartition('_')
         for metric, value in json.loads(record.read_text(encoding='utf-8')).items():

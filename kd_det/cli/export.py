@@ -17,8 +17,9 @@ def add_arguments(parser: ArgumentParser) -> None:
                         help="file to write: .onnx or .xml (OpenVINO), a graph from the image to its boxes; or .pth, "
                         'plain weights, with a config for stock MMDetection beside it')
     parser.add_argument('--format', choices=FORMATS, help='what to write; by default what the name of OUT says')
-    parser.add_argument('--learner', type=index, default=0, metavar='K',
-                        help='of a run with peers, which of the learners: 0 is the student, 1 the first peer')
+    parser.add_argument('--learner', type=lambda text: text if text == 'ensemble' else index(text), default=0,
+                        metavar='K', help='of a run with peers, which of the learners: 0 is the student, 1 the first '
+                        'peer; or the ensemble of those that share a trunk')
     graph = parser.add_argument_group('graphs')
     graph.add_argument('--size', nargs=2, type=count, metavar=('HEIGHT', 'WIDTH'),
                        help='of the image; by default such that every image of the test pipeline fits')

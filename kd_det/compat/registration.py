@@ -12,8 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 # Of types, within kd_det.
-HOLDERS = ('datasets', 'deploy.prediction', 'deploy.pruned', 'distillers', 'losses', 'masks', 'study.fidelity',
-           'teachers', 'training')
+HOLDERS = ('datasets', 'deploy.joined', 'deploy.prediction', 'deploy.pruned', 'distillers', 'losses', 'masks',
+           'study.fidelity', 'teachers', 'training')
 
 PACKAGE = Path(__file__).parents[1]
 

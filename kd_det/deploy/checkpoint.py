@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmdet.registry import MODELS
 from mmengine.config import Config
 from torch import nn
 
-from kd_det.compat import CheckpointError, NotFiniteError, load_checkpoint
+from kd_det.compat import CheckpointError, NotFiniteError
 from kd_det.compat.console import TextTable
 from kd_det.compat.writing import refuse_to_replace, write_whole
 from kd_det.config import ConfigurationError
-from kd_det.config.detectors import extract_plain_detector, read_model_config
-from kd_det.config.files import get_type_name, is_distillation, list_imports, student_config
+from kd_det.config.files import get_type_name, list_imports, student_config
 from kd_det.config.methods import available_methods
-from kd_det.registry import build_detector, enter_scope, get_scope
+from kd_det.registry import HOME, build_detector, enter_scope, find_class, get_scope
 from kd_det.teachers import load_strictly
 
 # By what an export is known, which another may replace.
@@ -100,45 +100,13 @@ def load_student(config: Config, checkpoint: str | Path) -> tuple[Config, nn.Mod
     return plain, model.eval(), meta
 
 
-def extract_learner(config: Config, checkpoint: str | Path, learner: int, folder: Path) -> tuple[Config, Path]:
-    """Takes a learner beside the student out of a checkpoint, as a plain detector.
-
-    Args:
-        config: Of the run.
-        checkpoint: A file.
-        learner: Its index; 1 is the first of ``model.peers``.
-        folder: Where its checkpoint is written.
-
-    Returns:
-        Its config, with the student's data, and its checkpoint.
-
-    Raises:
-        ConfigurationError: There is no such learner, or it is no plain detector; or the checkpoint holds none.
-    """
-    peers = config.model.get('peers', 0) if is_distillation(config) else 0
-    models = [config.model.student] * peers if isinstance(peers, int) else [
-        each if 'type' in each else read_model_config(each['config']) for each in peers]
-    if learner > len(models):
-        raise ConfigurationError(f"--learner {learner}: '{config.filename}' has {len(models)} learners beside the "
-                                 'student that are plain detectors.')
-    loaded = load_checkpoint(str(checkpoint))
-    states = loaded.get('distill', {}).get('peers', ())
-    if len(states) < learner:
-        raise ConfigurationError(f"--learner {learner}: '{checkpoint}' holds no such learner, only a student.")
-    shared = {key: value for key, value in loaded['state_dict'].items()
-              if key.split('.')[0] in config.model.get('share', ())}
-    plain, file = student_config(config), folder / 'learner.pth'
-    plain.model = extract_plain_detector(models[learner - 1])
-    torch.save(dict(meta=loaded.get('meta', {}), state_dict={**shared, **states[learner - 1]}), file)
-    return plain, file
-
-
 def _strip_distillation(config: Config) -> Config:
-    """Makes the config of the plain student, which needs kd_det no more, unless it was pruned."""
+    """Makes the config of the plain student, which needs kd_det no more, unless its type is kd_det's own."""
     plain = student_config(config)
+    own = getattr(find_class(MODELS, plain.model, HOME), '__module__', '').startswith('kd_det.')
     for method in available_methods():
         plain.pop(method, None)
-    others = [name for name in list_imports(plain) if name.split('.')[0] != 'kd_det' or 'kept' in plain.model]
+    others = [name for name in list_imports(plain) if name.split('.')[0] != 'kd_det' or own]
     if others:
         plain.custom_imports.imports = others
     else:

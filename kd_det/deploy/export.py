@@ -31,9 +31,10 @@ from kd_det.deploy.checking import (
     predict_with_graph,
     quiet,
 )
-from kd_det.deploy.checkpoint import ExportedStudent, export_checkpoint, extract_learner, load_student
+from kd_det.deploy.checkpoint import ExportedStudent, export_checkpoint, load_student
 from kd_det.deploy.graph import DetectorGraph
 from kd_det.deploy.integers import quantize_as_trained, store_integers
+from kd_det.deploy.joined import ENSEMBLE, extract_learner
 from kd_det.deploy.runtime import ONNX, OPENVINO, SECTION, ModelInfo, explained, open_model
 from kd_det.heads.queries import predicts_queries
 from kd_det.teachers.loading import find_class_names
@@ -80,7 +81,7 @@ def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path,
            dynamic: Sequence[Literal['batch', 'size']] = (), dtype: Literal['uint8', 'float32'] = 'uint8',
            channels: Literal['rgb', 'bgr'] = 'rgb', half: bool = False, suppress: bool = True, images: Count = 32,
            data_root: str | None = None, options: dict[str, Any] | None = None, force: bool = False,
-           learner: Index = 0) -> ExportedStudent | ExportedModel:
+           learner: Index | Literal['ensemble'] = 0) -> ExportedStudent | ExportedModel:
     """Writes a student as a file of its own.
 
     ``.pth`` or ``.pt``: its weights alone, and beside them a config that stock MMDetection reads. ``.onnx`` or ``.xml``
@@ -103,7 +104,8 @@ def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path,
         data_root: Folder of the data, in place of the config's.
         options: Settings that override the config, by dotted key.
         force: Replace files of these names that no export wrote.
-        learner: Which of the learners of a run with ``model.peers``: 0 is the student, 1 the first peer.
+        learner: Which of the learners of a run with ``model.peers``: 0 is the student, 1 the first peer;
+            ``'ensemble'`` for what learners with a common trunk say together, as one detector, ``.pth`` alone.
 
     Raises:
         ConfigurationError: There is no such learner; or the name of the file ends in none of these; or the checkpoint
@@ -115,6 +117,8 @@ def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path,
     out, resolved = Path(out), resolve_config(config, data_root, options)
     if format is not None and out.name:
         out = out.with_suffix(SUFFIXES[format])
+    if learner == ENSEMBLE and out.suffix not in CHECKPOINTS:
+        raise ConfigurationError(f"--learner {ENSEMBLE}: '{out}': it is written as a checkpoint alone, .pth.")
     if learner:
         with tempfile.TemporaryDirectory() as folder:
             own = extract_learner(resolved, checkpoint, learner, Path(folder))

@@ -237,7 +237,8 @@ class GuideConnections:
             form, learner = forms[term.teacher_index], term.learner_index
             with _naming(name):
                 towers = measure_towers(learners[learner], term.student_heads)
-                term.connect({**levels[learner], **towers}, {**form.levels, **form.towers})  # type: ignore[dict-item]
+                term.connect({**levels[learner], **towers},  # type: ignore[dict-item]  # a request equals its name
+                             {**form.levels, **form.towers})  # type: ignore[dict-item]
 
 
 def _check_is_its_own(term: DistillTerm, learner: nn.Module) -> None:

@@ -48,7 +48,7 @@ class ClassSets:
             inherited: The parts of the student that started from the first teacher.
 
         Returns:
-            What was found, one report for each guide whose labels are not the student's anyway.
+            What was found, one report for each guide that has labels which are not the student's anyway.
 
         Raises:
             ConfigurationError: A teacher whose classes are read shares none with the student.
@@ -57,7 +57,7 @@ class ClassSets:
             student = None
         self.matches, reports = {}, []
         for index, teacher in enumerate(teachers):
-            if teacher.has_student_labels:
+            if teacher.has_student_labels or not (teacher.offers_heads or teacher.detects):
                 continue
             try:
                 report = self._match(index, student, teacher.classes)

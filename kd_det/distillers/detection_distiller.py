@@ -53,8 +53,9 @@ from kd_det.distillers.supervision import (
 from kd_det.heads import ROI_HEAD, TeacherOutputs
 from kd_det.losses.base import Parts, find_read_levels, sum_parts
 from kd_det.taps import Features
-from kd_det.teachers import InputBridge, Teacher
+from kd_det.teachers import InputBridge
 from kd_det.teachers.guide import Guide, LearnerStep
+from kd_det.teachers.teacher import FrozenDetector
 
 
 class Observation(NamedTuple):
@@ -363,8 +364,7 @@ class DetectionDistiller(StudentWrapper):
         self.origins.mark(find_pretrained_parameters(self.student), 'pretrained')
         init_peers(self.peers)
         teachers = self.build_teachers()
-        first = teachers[0] if teachers and isinstance(teachers[0], Teacher) and not teachers[0].has_student_labels \
-            else None
+        first: Any = teachers[0] if teachers and isinstance(self.guides[0], FrozenDetector) else None
         if self.inherited_parts == ('auto', ):
             self.inherited_parts = find_common_parts(self.student, first.model) if first else ()
         if self.inherited_parts and first is None:

@@ -13,6 +13,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from kd_det.functional.logits import restricted_logits
+from kd_det.functional.queries import match_queries, query_cost
 from kd_det.heads.request import HeadError
 
 # Subclasses too, unless they bring a forward of their own, as DDQ and Grounding DINO do; reads_like adds to them.
@@ -60,6 +61,14 @@ class QueryOutputs:
         """The same of the last decoder layers alone."""
         return replace(self, logits=self.logits[-layers:], boxes=self.boxes[-layers:],
                        assigned=None if self.assigned is None else self.assigned[-layers:])
+
+    def select(self, indices: Tensor) -> QueryOutputs:
+        """The queries of these indices, (D, N, chosen), in this order."""
+
+        def gather(values: Tensor) -> Tensor:
+            return values.gather(2, indices.unsqueeze(-1).expand(*indices.shape, values.shape[-1]))
+
+        return replace(self, logits=gather(self.logits), boxes=gather(self.boxes))
 
     def scores(self) -> Tensor:
         """(D, N, Q): how sure the head is of an object, the largest class probability; without background."""
@@ -118,3 +127,38 @@ def _make_box_cost(match_costs: Sequence[Callable[..., Tensor]]) -> BoxCost:
         return reduce(torch.add, costs)
 
     return cost
+
+
+def join_queries(outputs: Sequence[QueryOutputs], shares: Tensor) -> QueryOutputs:
+    """The weighted mean of each of the first's queries and the query of every other that is paired with it.
+
+    A query stands for another object in each detector. So, decoder layer by layer, the others' queries are paired with
+    the first's as costs least in all, by classes and boxes (:func:`~kd_det.functional.queries.query_cost`); one that
+    has no partner, where another has fewer, stays as the first has it.
+
+    Args:
+        outputs: Of each detector.
+        shares: (N, detectors).
+
+    Raises:
+        HeadError: They tell other classes apart.
+    """
+    layers = min(len(each.logits) for each in outputs)
+    first, *others = (each.last(layers) for each in outputs)
+    if any((each.activation, each.num_classes) != (first.activation, first.num_classes) for each in others):
+        raise HeadError('Detectors that tell other classes apart have no mean.')
+    joined = [first]
+    for other in others:
+        cost = query_cost(*(each.flatten(0, 1) for each in (first.logits, other.logits, first.boxes, other.boxes)),
+                          activation=first.activation)
+        problems, queries, partners = cost.shape
+        everyone = torch.arange(partners, device=cost.device).expand(problems, -1)
+        nobody = cost.new_full((problems, queries), -1, dtype=torch.long)
+        paired = match_queries(cost, everyone, cost.new_zeros(problems, partners, 0), [0] * problems, nobody)
+        paired = paired.view(first.logits.shape[:3])
+        chosen, found = other.select(paired.clamp(min=0)), (paired >= 0).unsqueeze(-1)
+        joined.append(replace(chosen, logits=chosen.logits.where(found, first.logits),
+                              boxes=chosen.boxes.where(found, first.boxes)))
+    weights = shares.unbind(1)
+    return replace(first, **{name: sum(weight.view(1, -1, 1, 1) * getattr(each, name)
+                                       for weight, each in zip(weights, joined)) for name in ('logits', 'boxes')})

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Annotated, Any, NamedTuple, cast
 
 import torch
@@ -104,7 +103,7 @@ class QueryTerm(DistillTerm):
         found, scores = paired >= 0, teacher.scores()[-1]
         count = (scores - context.where_labelled(scores)).sum() + sum(map(len, context.boxes))
         has_box = cast(Tensor, student.assigned) >= 0
-        return QueryPairs(student, _choose(teacher, paired.clamp(min=0)),
+        return QueryPairs(student, teacher.select(paired.clamp(min=0)),
                           foreground=(found & has_box).float(), background=(found & ~has_box).float(),
                           divisor=reduce_mean(count).clamp(min=1))
 
@@ -112,7 +111,7 @@ class QueryTerm(DistillTerm):
     def _match(self, student: QueryOutputs, teacher: QueryOutputs, context: DistillContext) -> Tensor:
         """(D, N, Q): the index of the teacher's query, -1 for none."""
         surest = teacher.scores().topk(min(self.background, teacher.logits.shape[2])).indices
-        candidates = _choose(teacher, surest)
+        candidates = teacher.select(surest)
         logits = student.logits.flatten(0, 1), candidates.logits.flatten(0, 1)
         boxes = student.boxes.flatten(0, 1), candidates.boxes.flatten(0, 1)
         cost = query_cost(*logits, *boxes, activation=student.activation, weights=self.costs)
@@ -120,15 +119,6 @@ class QueryTerm(DistillTerm):
         assigned, box_cost = cast(Tensor, student.assigned), _compute_box_cost(student, teacher, context)
         paired = match_queries(cost, surest.flatten(0, 1), box_cost.flatten(0, 1), counts, assigned.flatten(0, 1))
         return paired.view_as(assigned)
-
-
-def _choose(outputs: QueryOutputs, indices: Tensor) -> QueryOutputs:
-    """The queries of these indices, (D, N, chosen), in this order."""
-
-    def gather(values: Tensor) -> Tensor:
-        return values.gather(2, indices.unsqueeze(-1).expand(*indices.shape, values.shape[-1]))
-
-    return replace(outputs, logits=gather(outputs.logits), boxes=gather(outputs.boxes))
 
 
 def _compute_box_cost(student: QueryOutputs, teacher: QueryOutputs, context: DistillContext) -> Tensor:

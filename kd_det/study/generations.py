@@ -24,7 +24,9 @@ from mmengine.evaluator import Evaluator
 from mmengine.structures import InstanceData
 from torch.utils.data import DataLoader
 
+from kd_det.checks.arguments import inspect_arguments
 from kd_det.checks.doctor import check_config
+from kd_det.checks.environment import raise_faults
 from kd_det.checks.preflight import plain_boxes, plain_object
 from kd_det.compat.console import TextTable
 from kd_det.compat.process import preserved_randomness
@@ -148,6 +150,7 @@ def generations(student: str | Path | Config, *, generations: Count = 3, method:
         ConfigurationError: The config has no validation data, or is a distillation; the method has no term that the
             treatment is for, or the detector too few classes for it; or see the functions that train.
         WritingError: The folder holds generations of other settings, or a file that would be replaced.
+        DiagnosisError: A key or value does not fit, or a file is missing.
         CheckpointError: The checkpoint is of another detector.
     """
     options = dict(options or {})
@@ -169,12 +172,14 @@ def generations(student: str | Path | Config, *, generations: Count = 3, method:
                               advice='Give another folder.')
         lineage = _Lineage(folder, settings, config, log)
         write_whole(file, text)
-        composed = distillation_config(config, str(file), '', method, inherit, family, balance)
-        merge_options(composed, of_distillation)
+        # What the later generations will be refused for is told before the first one trains.
+        composed = distillation_config(config, str(file), 'generation_0.pth', method, inherit, family, balance)
+        merge_options(composed, {**of_distillation, 'model.task_weight': task_weight})
+        raise_faults(inspect_arguments(composed))
+        treated = _find_treated(composed, method, treatment)
         check_config(config, splits=('train', 'val'))
         teach = partial(distill, config, file, method=method, inherit=inherit, balance=balance, family=family,
-                        options={**of_distillation, **_find_treated(composed, method, treatment),
-                                 'model.task_weight': task_weight})
+                        options={**of_distillation, **treated, 'model.task_weight': task_weight})
         members: list[Generation] = []
         for number in range(generations + 1):
             name, own = f'generation_{number}', checkpoint

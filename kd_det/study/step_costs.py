@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from kd_det.distillers import DetectionDistiller
 from kd_det.losses import DistillTerm
 from kd_det.losses.base import sum_parts
 from kd_det.registry import build_detector, prepare_without_runner
-from kd_det.teachers import Teacher, read_model_config
+from kd_det.teachers import read_model_config
 from kd_det.teachers.bridge import SIZE_MISMATCH
 from kd_det.teachers.guide import LearnerStep
 from kd_det.teachers.teacher import FrozenDetector
@@ -300,7 +300,7 @@ def _parts(distiller: DetectionDistiller, batch: dict) -> Iterator[tuple[str, Ca
     yield TEACHER, lambda: distiller.observe_teachers(distiller.terms, images, context.image_shapes, steps)
     plain = [(build_detector(read_model_config(config['config'])).to(images.device).eval(),
               teacher.bridge(images, context.image_shapes))
-             for config, teacher in zip(distiller.teacher_configs, distiller.teachers) if isinstance(teacher, Teacher)]
+             for config, teacher in zip(distiller.teacher_configs, cast(list[Any], distiller.teachers))]
     yield PLAIN_TEACHER, torch.no_grad()(lambda: [model.extract_feat(given) for model, given in plain])
     for name, term in distiller.terms.items():
         yield TERM + name, _forward_and_backward(term, context)

@@ -359,7 +359,7 @@ def insert_detections(dataset: Any, guide: Detections, score: float = 0.0, hooks
         ConfigurationError: A pipeline can not carry boxes.
         TeacherError: The boxes are of other images; see :meth:`Detections.match`.
     """
-    leaves = list({id(leaf): leaf for leaf in iterate_built_datasets(dataset)}.values())
+    leaves: list[Any] = list({id(leaf): leaf for leaf in iterate_built_datasets(dataset)}.values())
     for leaf, (rows, spans) in zip(leaves, guide.match(leaves, score)):
         load = partial(LoadDetections, boxes=guide.boxes, rows=rows, spans=spans)
         _insert_load(leaf.pipeline.transforms, load)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kd_det.compat.process import reseed
 from kd_det.config.arguments import ArgumentError, Index, at, declared, refuse
 from kd_det.heads import ROI_HEAD, HeadError, HeadRequest, StudentOutputs, TeacherOutputs
+from kd_det.heads.queries import predicts_queries
 from kd_det.registry import build_detector
 from kd_det.taps import Features, Taps
 from kd_det.teachers.guide import Guide, GuideForm, LearnerStep, Reading, ReadLevels, Shape, build_guide
@@ -43,7 +44,8 @@ class Ensemble(Guide):
     """What several guides say together: the weighted mean of their logits and regressions, prior by prior.
 
     Their heads have to be of one kind with the same priors; of RoI heads each says what it makes of the regions that
-    the learner sampled who learns from it. Boxes are the mean of the members' boxes.
+    the learner sampled who learns from it; the queries of DETRs are paired with the first's, see
+    :func:`~kd_det.teachers.joining.join_queries`. Boxes are the mean of the members' boxes.
 
     - ``weights='mean'``, or numbers: of frozen teachers, or of learners (EnsembleNet, Li et al., arXiv 1905.09979).
     - ``weights='gate'``: softmax(ReLU(BN(FC(trunk)))) of each image, learnt (ONE, Lan et al., NeurIPS 2018): of
@@ -66,7 +68,7 @@ class Ensemble(Guide):
     @declared
     def __init__(self, of: Annotated[Sequence[dict[str, Any]], MinLen(2)], weights: Weights = 'mean',
                  loss_weight: float | None = None) -> None:
-        self.members = []
+        self.members: list[Any] = []
         for index, config in enumerate(of):
             with at(f'of[{index}]'):
                 self.members.append(build_guide(config) if 'type' in config else FrozenDetector(config))
@@ -96,14 +98,14 @@ class Ensemble(Guide):
         super().check(reading)
         for member in self.members:
             member.check(reading)
-        asked = [request for request in map(HeadRequest.parse, reading.heads) if request.part in ('towers', 'queries')]
+        asked = [request for request in map(HeadRequest.parse, reading.heads) if request.part == 'towers']
         if asked:
-            raise HeadError(f"it reads '{asked[0]}', of which there is no mean: only priors and regions are the same "
-                            'in all members. Take a term for each member.')
+            raise HeadError(f"it reads '{asked[0]}', of which there is no mean: only what is predicted of priors, "
+                            'regions and queries can be joined. Take a term for each member.')
 
     def probe(self, reading: Reading, learners: Sequence[nn.Module], levels: Sequence[Mapping[str, Any]]) -> GuideForm:
         models = [learners[member.learner] for member in self.members if isinstance(member, Peer)]
-        check_alike(models)
+        check_alike(models, self.learns)
         for member in self.members:
             member.probe(reading, learners, levels)
         if self.gated:
@@ -199,9 +201,9 @@ class Ensemble(Guide):
 
     def make_predictor(self, learners: Sequence[Any]) -> Callable[..., Any] | None:
         """Predicts as the first member would whose head says what all say together."""
-        if not self.of_learners:
+        members = [learners[member.learner] for member in self.members] if self.of_learners else []
+        if not members or any(predicts_queries(type(getattr(each.student, 'bbox_head', None))) for each in members):
             return None
-        members = [learners[member.learner] for member in self.members if isinstance(member, Peer)]
 
         def predict(inputs: Tensor, data_samples: list, mode: str = 'predict') -> Any:
             necks = [member.extract_feat(inputs, data_samples) for member in members]
@@ -232,9 +234,9 @@ class Gate(nn.Module):
         self.linear, self.norm = nn.Linear(channels, members), nn.BatchNorm1d(members)
 
     def forward(self, levels: Features) -> Tensor:
-        """(N, members) from levels of (N, C, H, W), in float32."""
+        """(N, members) from levels of (N, C, H, W), without autocast."""
         with torch.autocast(levels[0].device.type, enabled=False):
-            pooled = torch.stack([level.float().mean((2, 3)) for level in levels]).mean(0)
+            pooled = torch.stack([level.to(self.linear.weight).mean((2, 3)) for level in levels]).mean(0)
             scores, norm = self.linear(pooled), self.norm
             if self.training and get_world_size() > 1:
                 scores = normalize_over_ranks(scores, norm)

@@ -75,10 +75,9 @@ class FeatureGuide(Guide):
         return GuideForm(form)
 
     def settle(self, weights: nn.Module | None, bridge: InputBridge, anchor: Tensor) -> None:
-        """Freezes what it computes with, and moves it to the device and floating-point type of ``anchor``."""
+        """Takes frozen weights and the bridge, and moves both to the device and floating-point type of ``anchor``."""
         self.weights, self.bridge = weights, bridge
         if weights is not None:
-            weights.eval().requires_grad_(False)
             self.num_parameters = sum(parameter.numel() for parameter in weights.parameters())
         self._apply(lambda tensor: tensor.to(anchor.device, anchor.dtype if tensor.is_floating_point() else None))
 

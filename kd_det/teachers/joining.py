@@ -12,8 +12,8 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 
 from kd_det.config.arguments import ArgumentError
-from kd_det.heads import ROI_HEAD, DenseOutputs, HeadError, RoIOutputs
-from kd_det.heads.queries import predicts_queries
+from kd_det.heads import ROI_HEAD, DenseOutputs, HeadError, QueryOutputs, RoIOutputs
+from kd_det.heads.queries import join_queries, predicts_queries
 from kd_det.heads.roi import find_stages
 from kd_det.taps import Features
 
@@ -66,10 +66,12 @@ def join_outputs(outputs: Sequence[Any], shares: Tensor) -> Any:
         shares: (N, members).
 
     Raises:
-        HeadError: They are of other priors, or stages.
+        HeadError: They are of other priors, classes or stages.
     """
     if isinstance(outputs[0], DenseOutputs):
         return join_dense(outputs, shares)
+    if isinstance(outputs[0], QueryOutputs):
+        return join_queries(outputs, shares)
     if len({len(each) for each in outputs}) > 1:
         raise HeadError(f'RoI heads of {" and ".join(str(len(each)) for each in outputs)} stages have no mean.')
     return tuple(join_stage(stages, shares) for stages in zip(*outputs))
@@ -101,11 +103,15 @@ def join_stage(outputs: Sequence[RoIOutputs], shares: Tensor) -> RoIOutputs:
         deltas=sum(weight[:, None, None] * each.deltas for weight, each in zip(weights, outputs)))
 
 
-def check_alike(models: Sequence[Any]) -> None:
-    """Checks that the heads of detectors say the same of the same places.
+def check_alike(models: Sequence[Any], learn: bool = False) -> None:
+    """Checks that the heads of detectors say the same of the same places, or predict queries, which can be paired.
+
+    Args:
+        models: The detectors.
+        learn: Whether they learn from a loss of their joint prediction too, which queries have not.
 
     Raises:
-        ArgumentError: Some are of another kind, or have other priors or classes; or they predict queries.
+        ArgumentError: Some are of another kind, or have other priors or classes.
     """
     forms = [_describe_heads(model) for model in models]
     for index, form in enumerate(forms):
@@ -118,9 +124,9 @@ def check_alike(models: Sequence[Any]) -> None:
     if any(each not in (('x', 'rois'), ('stage', 'x', 'rois')) for each in parameters):
         raise ArgumentError('of', f"the regions of a {forms[0]['the RoI head']} can not be joined, which are read with "
                                   'more than features. Take a guide for each member.')
-    if any(predicts_queries(type(getattr(model, 'bbox_head', None))) for model in models):
-        raise ArgumentError('of', 'the members predict queries, which stand for other objects in each of them. Take a '
-                                  'guide for each member, whose queries a term matches.')
+    if learn and any(predicts_queries(type(getattr(model, 'bbox_head', None))) for model in models):
+        raise ArgumentError('of', 'the members predict queries, of which a joint prediction has neither a loss nor '
+                                  "a gate: weights='mean' or numbers, without loss_weight.")
 
 
 def _describe_heads(model: Any) -> dict[str, Any]:
@@ -131,6 +137,9 @@ def _describe_heads(model: Any) -> dict[str, Any]:
                 'the number of classes': stages[0].num_classes, 'the box coder': list(map(_describe_coder, stages)),
                 'reg_class_agnostic': [stage.reg_class_agnostic for stage in stages]}
     head = getattr(model, 'bbox_head', None)
+    if predicts_queries(type(head)):
+        return {'the head': 'of queries', 'the number of classes': head.num_classes,
+                'the activation': 'sigmoid' if head.loss_cls.use_sigmoid else 'softmax'}
     if not isinstance(head, BaseDenseHead):
         return {}
     form = {'the head': type(head).__name__, 'the number of classes': getattr(head, 'cls_out_channels', None),

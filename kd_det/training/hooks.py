@@ -185,7 +185,8 @@ class DistillHook(Hook):
         if distiller.quantizer is not None:
             distiller.quantizer.set_progress(runner.iter / runner.max_iters)
         follow_student(distiller)
-        if len(distiller.terms) or distiller.pseudo_labels is not None or distiller.learning_guides:
+        labels = distiller.pseudo_labels
+        if len(distiller.terms) or distiller.learning_guides or (labels is not None and not labels.schedule.is_zero):
             set_random_seed((runner.seed * 1_000_003 + runner.iter) % 2**32)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:

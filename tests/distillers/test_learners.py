@@ -285,6 +285,18 @@ def test_an_ensemble_says_the_mean_of_its_members(mutual, batch):
     assert all(each.bbox_head.retina_cls.weight.grad.abs().sum() > 0 for each in models)
 
 
+@pytest.mark.parametrize('kind', ['DETR', 'Deformable DETR', 'DINO'])
+def test_the_mean_of_queries_teaches(kind, detector_config, mutual, batch_for):
+    mean = dict(type='Ensemble', of=PEERS_OF_TWO)
+    model = mutual(detector_config(kind), teacher=mean, distill=dict(kd=dict(type='QueryClassification')))
+    model.init_weights()
+    total, logged = step(model, two_images(batch_for, kind))
+    assert logged['loss_kd'] > 0 and total.isfinite() and 'ensemble/' not in model.list_predictors()
+    with pytest.raises(ConfigurationError, match='neither a loss nor a gate'):
+        mutual(detector_config(kind), teacher=dict(mean, loss_weight=1.0),
+               distill=dict(kd=dict(type='QueryClassification')))
+
+
 def test_a_gate_is_the_papers(mutual, batch):
     model = mutual(share=('backbone', 'neck'), distill=dict(kd=dict(type='DenseClassification')),
                    teacher=dict(type='Ensemble', of=PEERS_OF_TWO, weights='gate'))
@@ -340,7 +352,9 @@ def test_learners_and_their_ensemble_are_evaluated(make_runner, retinanet):
 
 def test_any_learner_leaves_as_a_plain_detector(make_runner, retinanet, tmp_path):
     runner = branches(make_runner, retinanet)
-    config, checkpoint = runner.cfg, f'{runner.work_dir}/epoch_1.pth'
+    config, checkpoint = copy.deepcopy(runner.cfg), f'{runner.work_dir}/epoch_1.pth'
+    config.update(test_dataloader=config.val_dataloader, test_evaluator=config.val_evaluator,
+                  test_cfg=dict(type='TestLoop'))
     exported = kd_det.export(config, checkpoint, tmp_path / 'peer.pth', learner=1)
     plain = MODELS.build(retinanet())
     plain.load_state_dict(torch.load(exported.checkpoint, weights_only=False)['state_dict'], strict=True)
@@ -350,6 +364,12 @@ def test_any_learner_leaves_as_a_plain_detector(make_runner, retinanet, tmp_path
     assert not torch.equal(plain.bbox_head.retina_cls.weight, runner.model.bbox_head.retina_cls.weight)
     with pytest.raises(ConfigurationError, match='1 learners beside the student'):
         kd_det.export(config, checkpoint, tmp_path / 'other.pth', learner=2)
+    # So does what branches say together: as evaluated in training.
+    joined = kd_det.export(config, checkpoint, tmp_path / 'joined.pth', learner='ensemble')
+    found = kd_det.evaluate(joined.config, joined.checkpoint, work_dir=tmp_path / 'test').metrics['coco/bbox_mAP']
+    assert found == runner.message_hub.log_scalars['val/ensemble/coco/bbox_mAP'].current()
+    with pytest.raises(ConfigurationError, match='as a checkpoint alone'):
+        kd_det.export(config, checkpoint, tmp_path / 'joined.onnx', learner='ensemble')
 
 
 def test_an_ensemble_of_one_detector_twice_predicts_as_it(mutual, batch):

@@ -3,7 +3,8 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 
-from kd_det.heads import HeadError, StudentHeads, TeacherForward, find_head, read_queries, run_heads
+from kd_det.heads import HeadError, QueryOutputs, StudentHeads, TeacherForward, find_head, read_queries, run_heads
+from kd_det.heads.queries import join_queries
 from kd_det.taps import record_calls
 from kd_det.teachers.probe import make_shape_samples
 
@@ -131,3 +132,25 @@ def test_an_assigner_that_can_not_be_followed(detr):
     head = MODELS.build(detr()).bbox_head
     with pytest.raises(HeadError, match='A HungarianAssigner made 1 assignments for 2 decoder layers and 1 images'):
         read_queries(head, torch.zeros(2, 1, 4, 3), torch.zeros(2, 1, 4, 4), [None])
+
+
+def test_the_mean_of_detectors_pairs_their_queries():
+    """Whatever the order of the others' queries, and where another has fewer."""
+    torch.manual_seed(0)
+    boxes = torch.rand(2, 3, 6, 4) * 0.4 + 0.3
+    first = QueryOutputs(3 * torch.randn(2, 3, 6, 5), boxes, 'sigmoid')
+    order = torch.stack([torch.randperm(6) for _ in range(6)]).view(2, 3, 6)
+    moved = first.select(order)
+    other = QueryOutputs(moved.logits + 0.1, moved.boxes + 0.01, 'sigmoid')
+    shares = torch.tensor([[0.5, 0.5], [0.25, 0.75], [1.0, 0.0]])
+    joined = join_queries([first, other], shares)
+    weight = shares[:, 1].view(1, 3, 1, 1)
+    torch.testing.assert_close(joined.logits, first.logits + 0.1 * weight)
+    torch.testing.assert_close(joined.boxes, first.boxes + 0.01 * weight)
+    fewer = QueryOutputs(other.logits[:, :, :4], other.boxes[:, :, :4], 'sigmoid')
+    joined = join_queries([first, fewer], torch.full((3, 2), 0.5))
+    kept = (joined.logits == first.logits).all(-1)
+    assert (kept.sum(-1) == 2).all()  # they have no partner
+    torch.testing.assert_close(joined.logits[~kept], first.logits[~kept] + 0.05)
+    with pytest.raises(HeadError, match='other classes'):
+        join_queries([first, QueryOutputs(torch.zeros(2, 3, 6, 4), boxes, 'sigmoid')], shares)

@@ -21,6 +21,7 @@ from typing_extensions import is_typeddict
 
 from kd_det.config.arguments import Argument, ArgumentError, check_value, declared_arguments, describe_type
 from kd_det.config.files import ConfigurationError
+from kd_det.deploy.joined import JoinedDetector
 from kd_det.deploy.prediction import FileDetector
 from kd_det.deploy.pruned import Pruned
 from kd_det.distillers import DetectionDistiller
@@ -200,9 +201,9 @@ def test_everything_that_a_config_builds_declares_all_its_arguments():
             if isinstance(each, type) and each.__module__.startswith('kd_det.'):  # and not some other test's
                 definer = next((base for base in each.__mro__ if '__init__' in vars(base)), object)
                 assert (not definer.__module__.startswith('kd_det.') or each in DECLARED.values()
-                        or definer in (Pruned, FileDetector)), each
+                        or definer in (Pruned, FileDetector, JoinedDetector)), each
     assert Pruned.__init__.is_declared and declared_arguments(Pruned)['kept']  # the others are MMDetection's own
-    assert FileDetector.__init__.is_declared  # which kd-det test alone builds
+    assert FileDetector.__init__.is_declared and JoinedDetector.__init__.is_declared  # which commands write and build
     for name, argument in CASES:
         annotation, default = arguments_of(name)[argument]
         assert DECLARED[name].__init__.is_declared and not declared_arguments(DECLARED[name]).is_open

@@ -65,8 +65,8 @@ def test_first_run_installs_and_second_does_not(make):
     installs = [call for call in first if 'pip install' in call]
     assert installs[-1].endswith('--editable .[mmdet,test]')
     assert all('--constraint constraints.txt' in call for call in installs)
-    assert first[-1] == 'python -m pytest -n 2 tests'
-    assert make('make', 'test') == ['python -m pytest -n 2 tests']
+    assert first[-1] == 'python -m pytest -n 2 --dist worksteal tests'
+    assert make('make', 'test') == ['python -m pytest -n 2 --dist worksteal tests']
     assert make('make', 'demo') == ['kd-det demo']
 
 
@@ -118,7 +118,8 @@ def test_without_libgl_opencv_is_headless(make):
 
 
 def test_continuous_integration_runs_lint_and_the_tests(make):
-    assert make('.ci/run')[-3:] == ['python -m ruff check .', 'python -m mypy', 'python -m pytest -n 2 tests']
+    assert make('.ci/run')[-3:] == ['python -m ruff check .', 'python -m mypy',
+                                    'python -m pytest -n 2 --dist worksteal tests']
 
 
 def test_every_target_is_explained(make):
@@ -139,5 +140,5 @@ def test_python_can_be_chosen(make):
 def test_a_make_that_runs_these_tests_does_not_steer_theirs(outer_make, make):
     """``make test PYTHON=…`` hands its variables down, and those win over what a Makefile says."""
     calls = make('make', 'test')
-    assert calls[0] == 'python3 -m venv .venv' and calls[-1] == 'python -m pytest -n 2 tests'
+    assert calls[0] == 'python3 -m venv .venv' and calls[-1] == 'python -m pytest -n 2 --dist worksteal tests'
     test_every_target_is_explained(make)

@@ -9,6 +9,7 @@ import torch
 from mmengine.config import Config
 from mmengine.structures import InstanceData
 
+from kd_det.checks.environment import DiagnosisError
 from kd_det.cli.main import main
 from kd_det.compat.writing import WritingError
 from kd_det.config import ConfigurationError
@@ -100,11 +101,11 @@ def test_a_training_that_was_ended_goes_on(born_again, tmp_path, monkeypatch):
         given.append(arguments['resume'])
         arguments['work_dir'].mkdir(exist_ok=True)
         (arguments['work_dir'] / 'last_checkpoint').write_text('epoch_1.pth')
-        raise KeyboardInterrupt
+        raise RuntimeError('killed')
 
     monkeypatch.setattr(module, 'train', train)
     for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(RuntimeError, match='killed'):
             born_again()
     assert given == [False, True]
     with pytest.raises(WritingError, match='other settings'):  # it does not go on with what was begun otherwise
@@ -120,6 +121,8 @@ def test_what_can_not_serve_is_refused_before_anything_trains(born_again, retina
         born_again(method='kdd')
     with pytest.raises(ConfigurationError, match="The method 'dkd' has no weights for one_stage detectors"):
         born_again(method='dkd')
+    with pytest.raises(DiagnosisError, match=r"model\.distill\.kd\.beta: expected .*, got 0\.5"):
+        born_again(options={'model.distill.kd.beta': 0.5})
     two = run_config(retinanet(classes=2), val=True)  # what was refused above keeps no other settings out
     for loader in (two.train_dataloader, two.val_dataloader):
         loader.dataset.metainfo = dict(classes=('blue', 'green'))

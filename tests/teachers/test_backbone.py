@@ -80,7 +80,7 @@ def test_levels_that_nothing_reads_are_left_out():
 
 
 def test_the_tokens_of_a_vit_lie_row_by_row_without_class_and_registers():
-    guide, _ = make_backbone(reading=Reading(('backbone', ), ()), name='test_vit2')  # has registers
+    guide, _ = make_backbone(reading=Reading(('backbone', ), ()), name='test_vit3')  # has registers
     images, model = torch.randn(2, 3, 64, 96), guide.weights.backbone.model
     assert model.num_prefix_tokens > 0
     expected = model.forward_features(images)[:, model.num_prefix_tokens:]  # after the last normalisation

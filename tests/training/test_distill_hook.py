@@ -90,12 +90,14 @@ def test_stock_mmdet_loads_the_file_and_detects_the_same(retinanet, distilled, m
 BALANCE = dict(type='Balance', ratio=0.5, interval=3)
 
 
-@pytest.mark.parametrize('family, weight', [('retinanet', BALANCE), ('faster_rcnn', 1.0)])
-def test_a_resumed_run_ends_where_the_uninterrupted_one_does(family, weight, request, distilled, make_runner,
+@pytest.mark.parametrize('family, weight, classes', [('retinanet', BALANCE, 'DenseClassification'),
+                                                     ('faster_rcnn', 1.0, 'RoIClassification')])
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(family, weight, classes, request, distilled, make_runner,
                                                              stop_after):
     make = request.getfixturevalue(family)  # Faster R-CNN samples its proposals at random
     model = dict(distilled(), student=make(), teacher=dict(config=make(neck=12), random_teacher=True))
     model['distill']['fgd']['weight'] = weight
+    model['distill']['permuted'] = dict(type=classes, treatment='dkpp')  # at random
     make_runner(model, epochs=4, name='straight', val=True).train()
     first = make_runner(model, epochs=4, name='resumed', val=True)
     first.register_hook(stop_after(epochs=2), priority='LOWEST')
@@ -132,7 +134,7 @@ def _assert_equal(a, b, path=''):
 
 def test_whole_runs_with_weights_of_zero_are_plain_runs(faster_rcnn, distilled, make_runner):
     zero = dict(distilled(), student=faster_rcnn(), distill=dict(fgd=dict(type='FGD', weight=0)),
-                teacher=dict(config=faster_rcnn(neck=12), random_teacher=True))
+                teacher=dict(config=faster_rcnn(neck=12), random_teacher=True), pseudo_labels=dict(weight=0.0))
     files = []
     for name, model in dict(zero=zero, plain=faster_rcnn()).items():
         runner = make_runner(model, name=name, val=True)  # made just before its training: making it sets the seed
