@@ -198,7 +198,7 @@ def test_strides_may_be_floats_or_pairs(family, strides, one_stage, distiller, b
             fgd=dict(type='FGD'), kd=dict(type='DenseClassification'),
             frs=dict(type='FeatureImitation', mask='TeacherConfidence')))
         model.init_weights()
-        assert [level.stride for level in model.connections.teacher_levels[0]['neck']] == [8, 16, 32]
+        assert [level.stride for level in model.guide_connections.levels[0]['neck']] == [8, 16, 32]
         return model.loss(**model.data_preprocessor(batch(), True))
 
     expected, losses = step([8, 16, 32]), step(strides)
