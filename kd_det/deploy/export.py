@@ -204,12 +204,15 @@ def find_size(config: Config, divisor: int, dataset: Any | None) -> tuple[int, i
         ConfigurationError: The pipeline does not say.
     """
     resize, keep_ratio = find_resize(config)
+    sizes = _list_image_sizes(dataset) if keep_ratio or resize is None else []
+    if resize is None and leaves_sizes(config):
+        resize, keep_ratio = tuple(map(max, zip(*sizes)))[::-1] or None, False
     if resize is None:
         raise ConfigurationError("The config's test pipeline does not say how large its images are: give --size HEIGHT "
                                  'WIDTH, or --dynamic size.')
     height, width = resize
     if keep_ratio:
-        sizes = [rescale_size(size, (max(resize), min(resize))) for size in _list_image_sizes(dataset)]
+        sizes = [rescale_size(size, (max(resize), min(resize))) for size in sizes]
         width, height = map(max, zip(*sizes)) if sizes else [max(resize)] * 2  # the longer side may be either
     return -(-height // divisor) * divisor, -(-width // divisor) * divisor
 
@@ -219,6 +222,12 @@ def _list_image_sizes(dataset: Any | None) -> list[tuple[int, int]]:
     infos = [] if dataset is None else [dataset.get_data_info(index) for index in range(len(dataset))]
     sizes = {(info.get('width') or 0, info.get('height') or 0) for info in infos}
     return [] if any(0 in size for size in sizes) else sorted(sizes)
+
+
+def leaves_sizes(config: Config) -> bool:
+    """Whether the config's test pipeline leaves photographs as large as they are."""
+    steps = [step for step in test_pipeline(config) if 'Resize' in get_type_name(step)]
+    return all(step.get('scale') is None and step.get('scale_factor') in (1, (1, 1), [1, 1]) for step in steps)
 
 
 def find_resize(config: Config) -> tuple[tuple[int, int] | None, bool]:
