@@ -57,11 +57,12 @@ def test_a_table_is_its_record(record):
     assert documented(record) == expected
 
 
-def test_the_way_to_a_device_is_its_record():
-    seeds = json.loads((DOCS / 'results' / 'deploy_bccd.json').read_text(encoding='utf-8'))['seeds']
+@pytest.mark.parametrize('record', ['deploy_bccd', 'deploy_demo'])
+def test_the_way_to_a_device_is_its_record(record):
+    seeds = json.loads((DOCS / 'results' / f'{record}.json').read_text(encoding='utf-8'))['seeds']
     values = {name: {number: seed[name]['map'] for number, seed in enumerate(seeds) if name in seed}
               for name in seeds[0] if not name.endswith(', training')}
-    assert documented('deploy_bccd') == [
+    assert documented(record) == [
         [name, *_seeds_and_mean(by_seed), '' if name == 'float' else difference(values['float'], by_seed)]
         for name, by_seed in values.items()]
 
