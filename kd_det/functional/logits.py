@@ -279,7 +279,8 @@ def permute_others(logits: Tensor) -> Tensor:
         >>> permuted[0, 1], permuted.sort().values
         (tensor(9.), tensor([[0., 1., 2., 9.]]))
     """
-    order = torch.rand_like(logits).argsort(-1)
+    # In float32 whatever the precision: in half precision numbers would be drawn twice.
+    order = torch.rand(logits.shape, device=logits.device).argsort(-1)
     permuted, (largest, place) = logits.gather(-1, order), logits.max(-1, keepdim=True)
     # All have changed places. The largest one, wherever it has come, goes home by an exchange with what is there: so
     # each order of the others comes of as many orders of all.

@@ -76,6 +76,7 @@ class FrozenDetector(Guide):
                    else '')
             raise HeadError(f"it reads the outputs of the teacher's {uncached[0]}{why}: a cache keeps features and the "
                             'maps of dense heads alone. Remove model.teacher.cache, or this term.')
+        probe_towers(self.config['config'], reading.heads)  # here, where the term is told that has asked for them
 
     def probe(self, reading: Reading, learners: Sequence[nn.Module], levels: Sequence[Any]) -> GuideForm:
         with explain_model_errors(self.config['config']):

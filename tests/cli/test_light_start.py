@@ -38,7 +38,7 @@ def python(program: str, *arguments: str) -> subprocess.CompletedProcess:
     *(([command, '--help'], 0, f'usage: kd-det {command} ') for command in COMMANDS),
     ([], 2, 'the following arguments are required: COMMAND'),
     (['distil'], 2, "invalid choice: 'distil'"),
-    (['distill', 'student.py'], 2, 'required: --teacher, --teacher-checkpoint, --method'),
+    (['distill', 'student.py'], 2, 'required: --method'),
     (['train', 'student.py', '--wrong'], 2, 'unrecognized arguments: --wrong'),
     (['train', 'student.py', '--cfg-options', 'randomness.seed'], 2, "expected KEY=VALUE, got 'randomness.seed'"),
     (['benchmark', '--seeds', '0'], 2, 'expected a number of seeds'),
