@@ -1,13 +1,17 @@
 """A cached teacher teaches what it would teach uncached: gradients, resumed runs, ranks."""
 import importlib.util
+import multiprocessing
 import os
 import subprocess
 import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
 import torch
 from mmdet.registry import MODELS
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
 
 from kd_det.config.files import ConfigurationError
 
@@ -74,13 +78,36 @@ def test_what_depends_on_the_students_regions_is_refused(faster_rcnn, distiller)
     assert not Path('nowhere').exists()
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one_and_reads_what_recurs(distilled, make_runner, tmp_path, stop_after):
-    def run(name, model, **changes):
-        runner = make_runner(model, epochs=4, name=name, log_level='INFO', **changes)
-        pipeline = runner.cfg.train_dataloader.dataset.pipeline
+def train_each(jobs) -> None:
+    """Trains configs one after the other; each may end before an epoch, as by a user's Ctrl-C."""
+    import kd_det  # noqa: F401
+    for config, stops_before in jobs:
+        runner = Runner.from_cfg(config)
+        if stops_before is not None:
+            runner.register_hook(StopBefore(stops_before), priority='LOWEST')
+        with nullcontext() if stops_before is None else suppress(KeyboardInterrupt):
+            runner.train()
+
+
+class StopBefore(Hook):
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def before_train_epoch(self, runner) -> None:
+        if runner.epoch == self.epoch:
+            raise KeyboardInterrupt
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_and_reads_what_recurs(distilled, run_config, tmp_path):
+    """In a process of its own: loader workers are forked, which one with the threads of other tests may not be."""
+
+    def job(name, model, stops_before=None, **changes):
+        config = run_config(model, epochs=4, name=name, log_level='INFO', **changes)
+        pipeline = config.train_dataloader.dataset.pipeline
         pipeline[2] = dict(type='ReplayedRandomness', period=2, transforms=[pipeline[2]])
-        runner._train_dataloader = dict(runner.cfg.train_dataloader, num_workers=2, persistent_workers=True)
-        return runner
+        config.train_dataloader.update(num_workers=2, persistent_workers=True)
+        return config, stops_before
 
     def log(name) -> list:
         text = ''.join(file.read_text() for file in sorted((tmp_path / name).glob('*/*.log')))
@@ -89,15 +116,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one_and_reads_what_recurs(distil
     def saved(name):
         return torch.load(tmp_path / name / 'epoch_4.pth', weights_only=True)
 
-    run('uncached', distilled(None)).train()
+    jobs = [job('uncached', distilled(None)), job('straight', distilled()), job('resumed', distilled(), 2),
+            job('resumed', distilled(), resume=True)]
+    process = multiprocessing.get_context('spawn').Process(target=train_each, args=(jobs, ))
+    process.start()
+    process.join(240)
+    assert process.exitcode == 0
     assert not log('uncached')
-    run('straight', distilled()).train()
     assert [line.split(';')[0].split(' images')[0] for line in log('straight')] == ['0', '0', '8', '8']
-    first = run('resumed', distilled())
-    first.register_hook(stop_after(epochs=2), priority='LOWEST')
-    with pytest.raises(KeyboardInterrupt):
-        first.train()
-    run('resumed', distilled(), resume=True).train()
     assert log('resumed')[-1].startswith('8 images read') and ', 0 computed' in log('resumed')[-1]
     for name in ('straight', 'resumed'):
         for part in ('state_dict', 'distill'):
