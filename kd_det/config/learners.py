@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from mmengine.config import Config, ConfigDict
 
@@ -50,22 +50,35 @@ def add_learners(config: Config, peers: int | Sequence[str], share: Sequence[str
               'fusion': [dict(type='Fusion', of=tuple(range(number))), dict(type='Ensemble', of=members)]}[guide]
     model.peers, model.share, model.teacher = models, tuple(share), [*frozen, *guides]
     model.distill = ConfigDict()
-    first = len(frozen)
+    lessons = list(list_lessons(number, guide, bool(frozen)))
     for name, term in terms.items():
-        def repeat(suffix: str, learner: int, teacher: int, number: int = 1, name: str = name,
-                   term: ConfigDict = term) -> None:
+        for suffix, learner, teacher, share_of in lessons:
             model.distill[f'{name}_{suffix}'] = ConfigDict(
                 copy.deepcopy(term), learner=learner, teacher=teacher,
-                weight=share_weight(copy.deepcopy(term.get('weight', 1.0)), number))
-
-        for learner in range(number):
-            if frozen:
-                repeat(f'{learner}', learner, 0)
-            others = [index for index in range(number) if index != learner] if guide == 'peers' else []
-            for other in others:
-                repeat(f'{learner}_peer{other}', learner, first + other, len(others))
-            if not others:
-                repeat(f'{learner}_guide', learner, first)
-        if guide == 'fusion':  # who learns from the mean of the others
-            repeat('fusion', number, first + 1)
+                weight=share_weight(copy.deepcopy(term.get('weight', 1.0)), share_of))
     return config
+
+
+def list_lessons(learners: int, guide: str, is_taught: bool) -> Iterator[tuple[str, int, int, int]]:
+    """Lists who learns from whom.
+
+    Args:
+        learners: How many there are, without one of fused features.
+        guide: One of :data:`~kd_det.config.choices.LEARNT_FROM`.
+        is_taught: Whether a frozen teacher is the first of the guides.
+
+    Yields:
+        What to append to a term's name, the index of the learner, that of its guide, and among how many guides a
+        term's weight is shared.
+    """
+    first = int(is_taught)
+    for learner in range(learners):
+        if is_taught:
+            yield f'{learner}', learner, 0, 1
+        if guide == 'peers':
+            yield from ((f'{learner}_peer{other}', learner, first + other, learners - 1)
+                        for other in range(learners) if other != learner)
+        else:
+            yield f'{learner}_guide', learner, first, 1
+    if guide == 'fusion':  # who learns from the mean of the others
+        yield 'fusion', learners, first + 1, 1

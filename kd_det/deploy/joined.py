@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from kd_det.compat import load_checkpoint
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Names, declared
-from kd_det.config.detectors import extract_plain_detector, read_model_config
+from kd_det.config.detectors import extract_plain_detector
 from kd_det.config.files import get_type_name, is_distillation, student_config
-from kd_det.distillers.learners import build_peers
+from kd_det.distillers.building import list_guide_configs
+from kd_det.distillers.learners import build_peers, list_peers, read_peer
 from kd_det.registry import build_detector
 from kd_det.teachers.ensemble import Ensemble, Gate, Weights
 
@@ -131,10 +132,8 @@ def list_learner_models(config: Config) -> list[ConfigDict]:
     """Model dicts of the learners of a run that are plain detectors, the student's first."""
     if not is_distillation(config):
         return [config.model]
-    peers = config.model.get('peers', 0)
-    others = [config.model.student] * peers if isinstance(peers, int) else [
-        each if 'type' in each else read_model_config(each['config']) for each in peers]
-    return [extract_plain_detector(each) for each in (config.model.student, *others)]
+    peers = list_peers(config.model.get('peers', 0), config.model.student)
+    return [extract_plain_detector(each) for each in (config.model.student, *map(read_peer, peers))]
 
 
 def find_ensemble(config: Config, learners: int) -> tuple[int, Any, list[int]]:
@@ -150,8 +149,8 @@ def find_ensemble(config: Config, learners: int) -> tuple[int, Any, list[int]]:
     Raises:
         ConfigurationError: There is none, or it can not be one detector.
     """
-    guides = config.model.get('teacher', ()) if is_distillation(config) else ()
-    for index, guide in enumerate([guides] if isinstance(guides, dict) else guides):
+    guides = list_guide_configs(config.model.get('teacher', ())) if is_distillation(config) else []
+    for index, guide in enumerate(guides):
         members = guide.get('of', ()) if get_type_name(guide) == 'Ensemble' else ()
         indices = [each.get('learner', 1) for each in members if get_type_name(each) == 'Peer']
         if indices and len(indices) == len(members):

@@ -65,8 +65,8 @@ class Learner:
 
     @property
     def prefix(self) -> str:
-        """Of the names of its losses and metrics: none for the student."""
-        return name_learner(self.index)
+        """Of the names of its losses and metrics, ``'peer1/'``: none for the student."""
+        return f'peer{self.index}/' if self.index else ''
 
     def run(self, inputs: Tensor, supervision: Supervision) -> tuple[Losses, LearnerStep]:
         """Its own losses on a batch, as it learns without a guide, and what is read on the way.
@@ -118,11 +118,6 @@ class Learner:
     def gradient_features(self, name: str, context: DistillContext) -> list[Tensor]:
         """Its features where the gradient of a term is measured."""
         return [level for path in self.connections.gradient_taps[name] for level in context.student[path]]
-
-
-def name_learner(index: int) -> str:
-    """The prefix of the names of a learner's losses and metrics, ``'peer1/'``; none for the student."""
-    return f'peer{index}/' if index else ''
 
 
 class SharedPart(nn.Module):
@@ -190,7 +185,6 @@ def build_peers(peers: int | Sequence[dict], share: Sequence[str], student: nn.M
     Raises:
         ConfigurationError: One is no detector; or a part can not be shared, for one lacks it or has another.
     """
-    listed = [copy.deepcopy(config) for _ in range(peers)] if isinstance(peers, int) else list(peers)
     unknown = [part for part in share if part not in SHAREABLE]
     if unknown:
         refuse('model.share', unknown[0], f"parts among {', '.join(SHAREABLE)}")
@@ -199,11 +193,9 @@ def build_peers(peers: int | Sequence[dict], share: Sequence[str], student: nn.M
         refuse('model.share', tuple(share), 'all parts from the image on, as far as the learners compute the same',
                f'What {wanted[-1]} is given has to be the same, too.')
     built = []
-    for index, each in enumerate(listed):
+    for index, each in enumerate(list_peers(peers, config)):
         with at(f'model.peers[{index}]'):
-            if 'type' not in each:
-                check_arguments(_read_peer, each)
-            own = each if 'type' in each else _read_peer(**each)
+            own = read_peer(each)
             check_student(own, f'model.peers[{index}]')
             peer = build_detector(extract_plain_detector(own))
             if not isinstance(peer, BaseDetector):
@@ -218,6 +210,23 @@ def build_peers(peers: int | Sequence[dict], share: Sequence[str], student: nn.M
                 peer.start_from = each['checkpoint']
         built.append(peer)
     return built
+
+
+def list_peers(peers: int | Sequence[dict], student: dict) -> list[dict]:
+    """Lists ``model.peers``: of a number so many of the student's own kind."""
+    return [copy.deepcopy(student) for _ in range(peers)] if isinstance(peers, int) else list(peers)
+
+
+def read_peer(peer: dict) -> dict:
+    """The model dict of one of them.
+
+    Raises:
+        ArgumentError: It is none, and names no config.
+    """
+    if 'type' in peer:
+        return peer
+    check_arguments(_read_config, peer)
+    return _read_config(**peer)
 
 
 def _check_peer(peer: BaseDetector, student: nn.Module, shares: bool) -> None:
@@ -236,7 +245,7 @@ def _check_peer(peer: BaseDetector, student: nn.Module, shares: bool) -> None:
 
 
 @declared
-def _read_peer(config: ModelConfig, checkpoint: str | None = None) -> dict:
+def _read_config(config: ModelConfig, checkpoint: str | None = None) -> dict:
     """The model dict of a peer that starts from weights."""
     return read_model_config(config)
 
