@@ -11,7 +11,10 @@ import torch
 from mmdet.structures import DetDataSample
 from mmdet.utils import dist_utils
 from mmengine.structures import InstanceData
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torchvision.ops import box_iou
 
 from kd_det.compat.process import preserved_randomness
@@ -21,6 +24,7 @@ from kd_det.teachers.teacher import Teacher
 
 OVERLAP = 0.5  # IoU from which a box lies on an object
 LEAST = 0.05  # probability that is given to what a guide did not find
+NOT_TRAINED = _BatchNorm, _InstanceNorm, _DropoutNd, nn.MultiheadAttention  # these too: all that would draw or learn
 SUREST = 5  # boxes of an image whose mean score says how sure a guide is
 
 
@@ -42,6 +46,22 @@ def alone() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def in_training(model: nn.Module) -> Iterator[None]:
+    """Within, a detector computes what it does in training, but its normalisation layers learn no statistics.
+
+    Some heads put out in training alone what their losses read.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = not isinstance(module, NOT_TRAINED) and type(module).__name__ != 'DropPath'
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def sum_losses(losses: dict) -> Tensor:
     """The sum of a detector's losses, a scalar in float32; what is only for the log is left out."""
     found = [each for name, value in losses.items() if 'loss' in name
@@ -52,7 +72,7 @@ def sum_losses(losses: dict) -> Tensor:
 @torch.no_grad()
 def measure_losses(teacher: Teacher, images: Tensor, samples: Sequence[DetDataSample],
                    labels: Sequence[Tensor]) -> Tensor:
-    """The loss of a frozen detector on each image, as it was trained, but in eval mode.
+    """The loss of a frozen detector on each image, as it was trained, but with its moving statistics.
 
     Backbone and neck run once on the batch, the heads once for each image, for their losses are divided by numbers of
     the whole batch. What their samplers draw moves no generator.
@@ -68,7 +88,7 @@ def measure_losses(teacher: Teacher, images: Tensor, samples: Sequence[DetDataSa
     """
     model, found = teacher.model, []
     own_images = teacher.bridge(images, [tuple(sample.img_shape[:2]) for sample in samples])
-    with preserved_randomness(), alone(), explain_size_mismatch(own_images.shape[-2:]):
+    with preserved_randomness(), alone(), in_training(model), explain_size_mismatch(own_images.shape[-2:]):
         teacher.start_engine()
         levels = model.extract_feat(own_images)
         for row, (sample, own_labels) in enumerate(zip(samples, labels)):
@@ -84,9 +104,8 @@ def measure_losses(teacher: Teacher, images: Tensor, samples: Sequence[DetDataSa
                 found.append(sum_losses(model.loss(own_images[row:row + 1], [own])))
             except (TypeError, AttributeError, KeyError) as error:
                 raise TeacherError(f'A {type(model).__name__} can not compute its own loss on the ground truth of this '
-                                   f"data in eval mode ({error}), as one that learns masks, or DINO's, which adds "
-                                   "queries in training. Judge it by its boxes: policy=dict(type='Confidence', "
-                                   "by='boxes').") from error
+                                   f'data ({error}), as one that learns masks where there are none. Judge it by its '
+                                   "boxes: policy=dict(type='Confidence', by='boxes').") from error
             finally:
                 del model.extract_feat
     return torch.stack(found)
