@@ -1,6 +1,9 @@
 """Small detectors, batches and runners that all tests share."""
 import json
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +22,7 @@ from mmengine.runner import set_random_seed
 from kd_det.context import DistillContext
 
 torch.set_num_threads(1)
+LOOPBACK = next(name for _, name in socket.if_nameindex() if name.startswith('lo'))
 
 # Few examples, the same in every run, and none made simpler, which takes minutes. For many, others in every run:
 # pytest --hypothesis-profile=long tests/contracts
@@ -491,3 +495,25 @@ def stop_after():
                 raise KeyboardInterrupt
 
     return StopAfter
+
+
+@pytest.fixture
+def run_ranks():
+    """Runs a script on two ranks, by the local interface whatever the machine's name resolves to; returns its log."""
+
+    def run(script: Path, *arguments) -> str:
+        command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv_backend=c10d',
+                   '--rdzv_endpoint=localhost:0', '--local_addr=localhost', str(script), *map(str, arguments)]
+        ended = subprocess.run(command, env={**os.environ, 'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': LOOPBACK},
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280)
+        assert ended.returncode == 0, ended.stdout[-8000:]
+        return ended.stdout
+
+    return run
+
+
+def pytest_testnodedown(node, error) -> None:
+    """Tells how a process of the tests ended that died: by which signal, or with which status."""
+    process = getattr(getattr(node.gateway, '_io', None), 'popen', None)
+    if error and process is not None:
+        print(f'\n[{node.gateway.id}] its exit status is {process.wait(10)}')

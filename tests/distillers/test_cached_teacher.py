@@ -1,9 +1,6 @@
 """A cached teacher teaches what it would teach uncached: gradients, resumed runs, ranks."""
 import importlib.util
 import multiprocessing
-import os
-import subprocess
-import sys
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -132,7 +129,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_and_reads_what_recurs(distil
             assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_two_ranks_share_a_cache(distilled, batch, tmp_path):
+def test_two_ranks_share_a_cache(distilled, batch, run_ranks, tmp_path):
     """Twice: the first time both compute and store, the second time both read, what the other had stored too."""
     config = distilled()
     config['student'].backbone.norm_eval = True  # BatchNorm's own batch statistics would differ between the two
@@ -147,10 +144,7 @@ def test_two_ranks_share_a_cache(distilled, batch, tmp_path):
     for order in ([0, 1, 2, 3], [2, 3, 0, 1]):
         torch.save((config, data['inputs'][order], [data['data_samples'][index] for index in order]),
                    tmp_path / 'input.pth')
-        subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv_backend=c10d',
-                        '--rdzv_endpoint=localhost:0', str(RANK), str(tmp_path / 'input.pth'),
-                        str(tmp_path / 'output.pth')],
-                       check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=240)
+        run_ranks(RANK, tmp_path / 'input.pth', tmp_path / 'output.pth')
         gradients, _ = torch.load(tmp_path / 'output.pth', weights_only=True)
         assert gradients.keys() == expected.keys()
         for name, gradient in gradients.items():

@@ -1,9 +1,6 @@
 """Correctness never pays for speed: with every option that saves time at once, a run still resumes, repeats, and is the
 same on two ranks."""
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -67,7 +64,7 @@ def test_a_run_that_is_resumed_or_repeated_ends_in_the_same_weights(model, make_
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_two_ranks_give_the_gradients_of_one_process(model, batch, tmp_path):
+def test_two_ranks_give_the_gradients_of_one_process(model, batch, run_ranks, tmp_path):
     config = model()
     config['student'].backbone.norm_eval = True  # BatchNorm's own batch statistics would differ between the two
     for name in ('fgd', 'classes'):  # and so would the task's gradient: a RetinaNet counts its positives rank by rank
@@ -75,10 +72,7 @@ def test_two_ranks_give_the_gradients_of_one_process(model, batch, tmp_path):
     shapes, boxes = ((64, 64), ) * 4, (((8, 8, 40, 40), ), (), ((20, 4, 60, 30), (2, 10, 30, 38)), ((4, 4, 20, 60), ))
     data = MODELS.build(config['student'].data_preprocessor)(batch(shapes, boxes), True)
     torch.save((config, data['inputs'], data['data_samples']), tmp_path / 'input.pth')
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv_backend=c10d',
-                    '--rdzv_endpoint=localhost:0', str(RANK), str(tmp_path / 'input.pth'),
-                    str(tmp_path / 'output.pth')],
-                   check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=240)
+    run_ranks(RANK, tmp_path / 'input.pth', tmp_path / 'output.pth')
     gradients, _ = torch.load(tmp_path / 'output.pth', weights_only=True)
     spec = importlib.util.spec_from_file_location('ddp_rank', RANK)
     rank = importlib.util.module_from_spec(spec)
