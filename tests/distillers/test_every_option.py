@@ -37,26 +37,22 @@ def model(retinanet, tmp_path):
     return make
 
 
-def test_a_run_that_is_resumed_or_repeated_ends_in_the_same_weights(model, make_runner, tmp_path, stop_after):
+def test_a_run_that_is_resumed_or_repeated_ends_in_the_same_weights(model, run_config, train_apart, tmp_path):
 
-    def run(name, **changes):
-        runner = make_runner(model(), epochs=4, name=name, log_level='INFO', **changes)
-        pipeline = runner.cfg.train_dataloader.dataset.pipeline
+    def job(name, stops_after=None, **changes):
+        config = run_config(model(), epochs=4, name=name, log_level='INFO', **changes)
+        pipeline = config.train_dataloader.dataset.pipeline
         pipeline[2] = dict(type='ReplayedRandomness', period=2, transforms=[pipeline[2]])
-        runner._train_dataloader = dict(runner.cfg.train_dataloader, num_workers=2, persistent_workers=True)
-        return runner
+        config.train_dataloader.update(num_workers=2, persistent_workers=True)
+        return config, stops_after
 
     def saved(name) -> dict:
         checkpoint = torch.load(tmp_path / name / 'epoch_4.pth', weights_only=True)
         tensors = dict(checkpoint['state_dict'], **checkpoint['distill']['terms'])
         return {**tensors, **{name: each['averages'] for name, each in checkpoint['distill']['weights'].items()}}
 
-    first = run('resumed')
-    first.register_hook(stop_after(epochs=2), priority='LOWEST')
-    with pytest.raises(KeyboardInterrupt):
-        first.train()
-    run('resumed', resume=True).train()
-    run('repeated').train()  # what it asks the teachers is all in the cache
+    # what the last asks the teachers is all in the cache
+    train_apart(job('resumed', 2), job('resumed', resume=True), job('repeated'))
     log = ''.join(file.read_text() for file in (tmp_path / 'repeated').glob('*/*.log'))
     assert log.count('8 images read') == 8 and log.count(', 0 computed') == 8
     expected, found = saved('resumed'), saved('repeated')
