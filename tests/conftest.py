@@ -1,6 +1,10 @@
 """Small detectors, batches and runners that all tests share."""
+import importlib.util
 import json
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +23,8 @@ from mmengine.runner import set_random_seed
 from kd_det.context import DistillContext
 
 torch.set_num_threads(1)
+TRAIN_EACH = Path(__file__).with_name('train_each.py')
+LOOPBACK = next(name for _, name in socket.if_nameindex() if name.startswith('lo'))
 
 # Few examples, the same in every run, and none made simpler, which takes minutes. For many, others in every run:
 # pytest --hypothesis-profile=long tests/contracts
@@ -479,15 +485,49 @@ def connected():
 @pytest.fixture
 def stop_after():
     """Makes a hook that ends a run before the epoch after so many, as a user's Ctrl-C would."""
-    from mmengine.hooks import Hook
+    spec = importlib.util.spec_from_file_location('train_each', TRAIN_EACH)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script.StopAfter
 
-    class StopAfter(Hook):
 
-        def __init__(self, epochs: int) -> None:
-            self.epochs = epochs
+@pytest.fixture
+def train_apart(tmp_path):
+    """Trains configs one after the other in a process of its own, each with the epochs after which it is interrupted.
 
-        def before_train_epoch(self, runner) -> None:
-            if runner.epoch == self.epochs:
-                raise KeyboardInterrupt
+    Loader workers are forked, and a process with the threads of pytest-xdist and of all tests may not be: three times
+    it died there without a word.
+    """
 
-    return StopAfter
+    def train(*jobs) -> None:
+        arguments = []
+        for index, (config, epochs) in enumerate(jobs):
+            config.dump(tmp_path / f'job{index}.py')
+            arguments += [str(tmp_path / f'job{index}.py'), str(epochs or 0)]
+        ended = subprocess.run([sys.executable, str(TRAIN_EACH), *arguments], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, timeout=280)
+        assert ended.returncode == 0, ended.stdout[-8000:]
+
+    return train
+
+
+@pytest.fixture
+def run_ranks():
+    """Runs a script on two ranks, by the local interface whatever the machine's name resolves to; returns its log."""
+
+    def run(script: Path, *arguments) -> str:
+        command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv_backend=c10d',
+                   '--rdzv_endpoint=localhost:0', '--local_addr=localhost', str(script), *map(str, arguments)]
+        ended = subprocess.run(command, env={**os.environ, 'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': LOOPBACK},
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280)
+        assert ended.returncode == 0, ended.stdout[-8000:]
+        return ended.stdout
+
+    return run
+
+
+def pytest_testnodedown(node, error) -> None:
+    """Tells how a process of the tests ended that died: by which signal, or with which status."""
+    process = getattr(getattr(node.gateway, '_io', None), 'popen', None)
+    if error and process is not None:
+        print(f'\n[{node.gateway.id}] its exit status is {process.wait(10)}')

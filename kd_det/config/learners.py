@@ -10,6 +10,7 @@ from kd_det.config.choices import LEARNT_FROM
 from kd_det.config.composition import share_weight
 from kd_det.config.detectors import read_model_config
 from kd_det.config.files import ConfigurationError, is_distillation
+from kd_det.registry import HOME
 
 
 def add_learners(config: Config, peers: int | Sequence[str], share: Sequence[str] = (),
@@ -19,7 +20,8 @@ def add_learners(config: Config, peers: int | Sequence[str], share: Sequence[str
     Each term is repeated for every learner: of a frozen teacher, where there is one, and of the guide, with adapters of
     its own. ``fgd`` becomes ``fgd_0``, ``fgd_1``, … of the teacher, and ``fgd_0_guide``, … of the guide; of
     ``'peers'`` ``fgd_0_peer1``, …, which share the weight, so that many peers pull as hard as one (Deep Mutual
-    Learning, Zhang et al., CVPR 2018).
+    Learning, Zhang et al., CVPR 2018). A learner knows nothing at first: what is learnt of one grows over the whole
+    training to its weight, by a ``SigmoidWarmup``, as ONE and Feature Fusion Learning have it.
 
     Args:
         config: Of a distillation, with a frozen teacher or without.
@@ -50,13 +52,23 @@ def add_learners(config: Config, peers: int | Sequence[str], share: Sequence[str
               'fusion': [dict(type='Fusion', of=tuple(range(number))), dict(type='Ensemble', of=members)]}[guide]
     model.peers, model.share, model.teacher = models, tuple(share), [*frozen, *guides]
     model.distill = ConfigDict()
-    lessons = list(list_lessons(number, guide, bool(frozen)))
+    lessons, length = list(list_lessons(number, guide, bool(frozen))), _read_length(config)
     for name, term in terms.items():
         for suffix, learner, teacher, share_of in lessons:
-            model.distill[f'{name}_{suffix}'] = ConfigDict(
-                copy.deepcopy(term), learner=learner, teacher=teacher,
-                weight=share_weight(copy.deepcopy(term.get('weight', 1.0)), share_of))
+            weight = share_weight(copy.deepcopy(term.get('weight', 1.0)), share_of)
+            if teacher >= len(frozen):
+                weight = dict(type=f'{HOME}.SigmoidWarmup', value=weight, **length)
+            model.distill[f'{name}_{suffix}'] = ConfigDict(copy.deepcopy(term), learner=learner, teacher=teacher,
+                                                           weight=weight)
     return config
+
+
+def _read_length(config: Config) -> dict[str, int]:
+    """How long a training lasts, as schedules of weights count it."""
+    settings = config.get('train_cfg') or {}
+    if settings.get('max_iters'):
+        return dict(iterations=settings['max_iters'])
+    return dict(epochs=settings.get('max_epochs') or 0)
 
 
 def list_lessons(learners: int, guide: str, is_taught: bool) -> Iterator[tuple[str, int, int, int]]:

@@ -51,7 +51,7 @@ def resolve_distillation(config: str | Path | Config, data_root: str | None = No
 
 
 def set_epochs(config: Config, epochs: int) -> None:
-    """Lets a config train for so many epochs, its schedules stretched with them.
+    """Lets a config train for so many epochs, its schedules stretched with them: the learning rate's and the terms'.
 
     Raises:
         ConfigurationError: It does not count in epochs.
@@ -64,6 +64,17 @@ def set_epochs(config: Config, epochs: int) -> None:
     schedulers = config.get('param_scheduler') or []
     for scheduler in [schedulers] if isinstance(schedulers, dict) else schedulers:
         _stretch(scheduler, before, epochs)
+    _stretch_weights(config.get('model'), epochs / before)
+
+
+def _stretch_weights(value: Any, share: float) -> None:
+    """Scales what schedules of weights count in epochs, wherever in a model they lie."""
+    if isinstance(value, dict):
+        if 'value' in value and isinstance(value.get('epochs'), (int, float)):
+            value.update({key: value[key] * share for key in ('epochs', 'begin') if key in value})
+        value = list(value.values())
+    for each in value if isinstance(value, (list, tuple)) else ():
+        _stretch_weights(each, share)
 
 
 def _stretch(scheduler: dict, before: int, after: int) -> None:

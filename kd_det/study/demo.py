@@ -16,6 +16,7 @@ from kd_det.compat.writing import locked_folder, refuse_to_replace
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Count, Name, declared
 from kd_det.config.files import is_distillation, load_config, set_data_root
+from kd_det.config.options import set_epochs
 from kd_det.datasets import generate_shapes
 from kd_det.study.demo_report import PICTURES, RESULTS_FILE, draw_pictures, summarize, tabulate_runs, write_results
 from kd_det.study.runs import Run, identify_run, load_finished_run, train
@@ -118,10 +119,7 @@ def _load_config(name: str, folder: str, settings: DemoSettings, epochs: int | N
     config.work_dir = str(settings.out / 'runs' / folder)
     config.randomness = dict(seed=seed)
     if epochs is not None:
-        config.train_cfg.max_epochs = epochs
-        for scheduler in config.param_scheduler:
-            if 'T_max' in scheduler:
-                scheduler.T_max = epochs
+        set_epochs(config, epochs)
     return config
 
 

@@ -30,8 +30,18 @@ def test_who_learns_from_whom(guide, terms, kinds, alone):
     assert list(alone.model.distill) == ['kd']
     model = MODELS.build(config.model)
     assert len(model.learners) == 3 + (guide == 'fusion')
-    weights = {term.weight for term in config.model.distill.values()}
-    assert weights == {alone.model.distill.kd.get('weight', 1.0) / (2 if guide == 'peers' else 1)}
+    published = alone.model.distill.kd.get('weight', 1.0) / (2 if guide == 'peers' else 1)
+    assert all(term.weight == dict(type='mmdet.SigmoidWarmup', value=published, epochs=alone.train_cfg.max_epochs)
+               for term in config.model.distill.values())
+
+
+def test_what_is_learnt_of_a_learner_begins_gently_and_of_a_teacher_at_once(run_config, retinanet):
+    student = run_config(retinanet())
+    student.train_cfg = dict(type='IterBasedTrainLoop', max_iters=50)
+    student.dump(student.work_dir + '.py')
+    made = add_learners(distillation_config(student, student.work_dir + '.py', 'weights.pth', 'kd'), 1).model.distill
+    assert made.kd_0.weight['type'] == 'mmdet.Balance'
+    assert made.kd_0_peer1.weight == dict(type='mmdet.SigmoidWarmup', value=made.kd_0.weight, iterations=50)
 
 
 def test_a_frozen_teacher_teaches_every_learner(run_config, retinanet, tmp_path):

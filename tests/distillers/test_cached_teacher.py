@@ -1,17 +1,10 @@
 """A cached teacher teaches what it would teach uncached: gradients, resumed runs, ranks."""
 import importlib.util
-import multiprocessing
-import os
-import subprocess
-import sys
-from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
 import torch
 from mmdet.registry import MODELS
-from mmengine.hooks import Hook
-from mmengine.runner import Runner
 
 from kd_det.config.files import ConfigurationError
 
@@ -78,30 +71,8 @@ def test_what_depends_on_the_students_regions_is_refused(faster_rcnn, distiller)
     assert not Path('nowhere').exists()
 
 
-def train_each(jobs) -> None:
-    """Trains configs one after the other; each may end before an epoch, as by a user's Ctrl-C."""
-    import kd_det  # noqa: F401
-    for config, stops_before in jobs:
-        runner = Runner.from_cfg(config)
-        if stops_before is not None:
-            runner.register_hook(StopBefore(stops_before), priority='LOWEST')
-        with nullcontext() if stops_before is None else suppress(KeyboardInterrupt):
-            runner.train()
-
-
-class StopBefore(Hook):
-
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def before_train_epoch(self, runner) -> None:
-        if runner.epoch == self.epoch:
-            raise KeyboardInterrupt
-
-
-def test_a_resumed_run_equals_the_uninterrupted_one_and_reads_what_recurs(distilled, run_config, tmp_path):
-    """In a process of its own: loader workers are forked, which one with the threads of other tests may not be."""
-
+def test_a_resumed_run_equals_the_uninterrupted_one_and_reads_what_recurs(distilled, run_config, train_apart,
+                                                                              tmp_path):
     def job(name, model, stops_before=None, **changes):
         config = run_config(model, epochs=4, name=name, log_level='INFO', **changes)
         pipeline = config.train_dataloader.dataset.pipeline
@@ -116,12 +87,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one_and_reads_what_recurs(distil
     def saved(name):
         return torch.load(tmp_path / name / 'epoch_4.pth', weights_only=True)
 
-    jobs = [job('uncached', distilled(None)), job('straight', distilled()), job('resumed', distilled(), 2),
-            job('resumed', distilled(), resume=True)]
-    process = multiprocessing.get_context('spawn').Process(target=train_each, args=(jobs, ))
-    process.start()
-    process.join(240)
-    assert process.exitcode == 0
+    train_apart(job('uncached', distilled(None)), job('straight', distilled()), job('resumed', distilled(), 2),
+                job('resumed', distilled(), resume=True))
     assert not log('uncached')
     assert [line.split(';')[0].split(' images')[0] for line in log('straight')] == ['0', '0', '8', '8']
     assert log('resumed')[-1].startswith('8 images read') and ', 0 computed' in log('resumed')[-1]
@@ -132,7 +99,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_and_reads_what_recurs(distil
             assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_two_ranks_share_a_cache(distilled, batch, tmp_path):
+def test_two_ranks_share_a_cache(distilled, batch, run_ranks, tmp_path):
     """Twice: the first time both compute and store, the second time both read, what the other had stored too."""
     config = distilled()
     config['student'].backbone.norm_eval = True  # BatchNorm's own batch statistics would differ between the two
@@ -147,10 +114,7 @@ def test_two_ranks_share_a_cache(distilled, batch, tmp_path):
     for order in ([0, 1, 2, 3], [2, 3, 0, 1]):
         torch.save((config, data['inputs'][order], [data['data_samples'][index] for index in order]),
                    tmp_path / 'input.pth')
-        subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv_backend=c10d',
-                        '--rdzv_endpoint=localhost:0', str(RANK), str(tmp_path / 'input.pth'),
-                        str(tmp_path / 'output.pth')],
-                       check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=240)
+        run_ranks(RANK, tmp_path / 'input.pth', tmp_path / 'output.pth')
         gradients, _ = torch.load(tmp_path / 'output.pth', weights_only=True)
         assert gradients.keys() == expected.keys()
         for name, gradient in gradients.items():

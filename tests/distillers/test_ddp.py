@@ -1,7 +1,4 @@
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -46,13 +43,16 @@ def batch_of_four(batch):
     return lambda student: MODELS.build(student.data_preprocessor)(batch(shapes, boxes), True)
 
 
-def on_two_ranks(config, data, folder):
-    """The gradients, and of either rank the balances and the number of the teacher's weights."""
-    torch.save((config, data['inputs'], data['data_samples']), folder / 'input.pth')
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0',
-                    '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0', str(RANK), str(folder / 'input.pth'),
-                    str(folder / 'output.pth')], check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=240)
-    return torch.load(folder / 'output.pth', weights_only=True)
+@pytest.fixture
+def on_two_ranks(run_ranks, tmp_path):
+    """Gives the gradients, and of either rank the balances and the number of the teacher's weights."""
+
+    def run(config, data) -> tuple:
+        torch.save((config, data['inputs'], data['data_samples']), tmp_path / 'input.pth')
+        run_ranks(RANK, tmp_path / 'input.pth', tmp_path / 'output.pth')
+        return torch.load(tmp_path / 'output.pth', weights_only=True)
+
+    return run
 
 
 def _load_rank():
@@ -65,14 +65,14 @@ def _load_rank():
 @pytest.mark.parametrize('detector, terms, shard', [('retinanet', DENSE, False), ('faster_rcnn', TWO_STAGE, False),
                                                     ('faster_rcnn', TWO_STAGE, True)])
 def test_two_ranks_give_the_gradients_of_one_process_with_the_whole_batch(detector, terms, shard, request,
-                                                                          batch_of_four, tmp_path):
+                                                                          batch_of_four, on_two_ranks):
     make = request.getfixturevalue(detector)
     student, teacher = (make() if detector == 'retinanet' else whole(make), make(neck=12))
     student.backbone.norm_eval = True  # BatchNorm's own batch statistics would differ between the two
     config = dict(type='DetectionDistiller', student=student,
                   teacher=dict(config=teacher, random_teacher=True, shard=shard), distill=terms)
     data = batch_of_four(student)
-    gradients, of_ranks = on_two_ranks(config, data, tmp_path)
+    gradients, of_ranks = on_two_ranks(config, data)
     expected, _, weights = _load_rank().distilled_gradients(config, data['inputs'], data['data_samples'])
     assert all((held < 0.8 * weights) if shard else (held == weights) for _, held in of_ranks)  # the heads stay whole
     assert gradients.keys() == expected.keys() and any(name.startswith('distill_terms') for name in gradients)
@@ -80,11 +80,11 @@ def test_two_ranks_give_the_gradients_of_one_process_with_the_whole_batch(detect
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=lambda text: f'{name}: {text}')
 
 
-def test_a_student_that_is_trained_for_integers_has_the_ranges_of_both_ranks(retinanet, batch_of_four, tmp_path):
+def test_a_student_that_is_trained_for_integers_has_the_ranges_of_both_ranks(retinanet, batch_of_four, on_two_ranks):
     config = dict(type='DetectionDistiller', student=retinanet(), quantize=dict(bits=8, ranges='learnt'),
                   teacher=dict(config=retinanet(neck=12), random_teacher=True), distill=dict(fgd=DENSE['fgd']))
     data = batch_of_four(retinanet())
-    gradients, ((first, _), (second, _)) = on_two_ranks(config, data, tmp_path)
+    gradients, ((first, _), (second, _)) = on_two_ranks(config, data)
     expected, balances, _ = _load_rank().distilled_gradients(config, data['inputs'], data['data_samples'])
     assert torch.equal(first['ranges'], second['ranges']) and first['ranges'].any()
     torch.testing.assert_close(first['ranges'], balances['ranges'])
@@ -93,17 +93,17 @@ def test_a_student_that_is_trained_for_integers_has_the_ranges_of_both_ranks(ret
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=lambda text: f'{name}: {text}')
 
 
-def test_a_balance_is_the_same_on_all_ranks(retinanet, batch_of_four, tmp_path):
+def test_a_balance_is_the_same_on_all_ranks(retinanet, batch_of_four, on_two_ranks):
     config = dict(type='DetectionDistiller', student=retinanet(),
                   teacher=dict(config=retinanet(neck=12), random_teacher=True),
                   distill=dict(pkd=dict(type='PKD', weight=dict(type='Balance', ratio=0.5))))
-    _, ((first, _), (second, _)) = on_two_ranks(config, batch_of_four(retinanet()), tmp_path)
+    _, ((first, _), (second, _)) = on_two_ranks(config, batch_of_four(retinanet()))
     assert torch.equal(first['pkd']['averages'], second['pkd']['averages']) and first['pkd']['averages'].any()
     for state in (first['pkd'], second['pkd']):  # of both steps: 4 boxes on 3 of the images of both ranks
         assert state['counts'].tolist() == [2, 6] and state['boxes'][0] / state['boxes'][1] == pytest.approx(4)
 
 
-def test_learners_and_guides_are_the_same_on_two_ranks(one_stage, batch_of_four, tmp_path):
+def test_learners_and_guides_are_the_same_on_two_ranks(one_stage, batch_of_four, on_two_ranks):
     """Peers, branches with a gate and the loss of their ensemble, fused features, an average; a term that waits."""
     student = one_stage('fcos')  # whose own loss divides by the objects of all ranks
     student.backbone.norm_eval = True
@@ -118,7 +118,7 @@ def test_learners_and_guides_are_the_same_on_two_ranks(one_stage, batch_of_four,
                      own=dict(type='FGD', teacher=2, gamma=1.0, lambda_=1.0),
                      late=dict(type='FGD', learner=1, teacher=2, weight=dict(type='Start', value=1.0, epochs=1))))
     data = batch_of_four(student)
-    gradients, _ = on_two_ranks(config, data, tmp_path)
+    gradients, _ = on_two_ranks(config, data)
     expected, *_ = _load_rank().distilled_gradients(config, data['inputs'], data['data_samples'])
     assert gradients.keys() == expected.keys() and gradients['distill_guides.1.linear.weight'].any()
     for name, gradient in gradients.items():

@@ -1,9 +1,6 @@
 """Correctness never pays for speed: with every option that saves time at once, a run still resumes, repeats, and is the
 same on two ranks."""
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -40,26 +37,22 @@ def model(retinanet, tmp_path):
     return make
 
 
-def test_a_run_that_is_resumed_or_repeated_ends_in_the_same_weights(model, make_runner, tmp_path, stop_after):
+def test_a_run_that_is_resumed_or_repeated_ends_in_the_same_weights(model, run_config, train_apart, tmp_path):
 
-    def run(name, **changes):
-        runner = make_runner(model(), epochs=4, name=name, log_level='INFO', **changes)
-        pipeline = runner.cfg.train_dataloader.dataset.pipeline
+    def job(name, stops_after=None, **changes):
+        config = run_config(model(), epochs=4, name=name, log_level='INFO', **changes)
+        pipeline = config.train_dataloader.dataset.pipeline
         pipeline[2] = dict(type='ReplayedRandomness', period=2, transforms=[pipeline[2]])
-        runner._train_dataloader = dict(runner.cfg.train_dataloader, num_workers=2, persistent_workers=True)
-        return runner
+        config.train_dataloader.update(num_workers=2, persistent_workers=True)
+        return config, stops_after
 
     def saved(name) -> dict:
         checkpoint = torch.load(tmp_path / name / 'epoch_4.pth', weights_only=True)
         tensors = dict(checkpoint['state_dict'], **checkpoint['distill']['terms'])
         return {**tensors, **{name: each['averages'] for name, each in checkpoint['distill']['weights'].items()}}
 
-    first = run('resumed')
-    first.register_hook(stop_after(epochs=2), priority='LOWEST')
-    with pytest.raises(KeyboardInterrupt):
-        first.train()
-    run('resumed', resume=True).train()
-    run('repeated').train()  # what it asks the teachers is all in the cache
+    # what the last asks the teachers is all in the cache
+    train_apart(job('resumed', 2), job('resumed', resume=True), job('repeated'))
     log = ''.join(file.read_text() for file in (tmp_path / 'repeated').glob('*/*.log'))
     assert log.count('8 images read') == 8 and log.count(', 0 computed') == 8
     expected, found = saved('resumed'), saved('repeated')
@@ -67,7 +60,7 @@ def test_a_run_that_is_resumed_or_repeated_ends_in_the_same_weights(model, make_
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_two_ranks_give_the_gradients_of_one_process(model, batch, tmp_path):
+def test_two_ranks_give_the_gradients_of_one_process(model, batch, run_ranks, tmp_path):
     config = model()
     config['student'].backbone.norm_eval = True  # BatchNorm's own batch statistics would differ between the two
     for name in ('fgd', 'classes'):  # and so would the task's gradient: a RetinaNet counts its positives rank by rank
@@ -75,10 +68,7 @@ def test_two_ranks_give_the_gradients_of_one_process(model, batch, tmp_path):
     shapes, boxes = ((64, 64), ) * 4, (((8, 8, 40, 40), ), (), ((20, 4, 60, 30), (2, 10, 30, 38)), ((4, 4, 20, 60), ))
     data = MODELS.build(config['student'].data_preprocessor)(batch(shapes, boxes), True)
     torch.save((config, data['inputs'], data['data_samples']), tmp_path / 'input.pth')
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv_backend=c10d',
-                    '--rdzv_endpoint=localhost:0', str(RANK), str(tmp_path / 'input.pth'),
-                    str(tmp_path / 'output.pth')],
-                   check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=240)
+    run_ranks(RANK, tmp_path / 'input.pth', tmp_path / 'output.pth')
     gradients, _ = torch.load(tmp_path / 'output.pth', weights_only=True)
     spec = importlib.util.spec_from_file_location('ddp_rank', RANK)
     rank = importlib.util.module_from_spec(spec)

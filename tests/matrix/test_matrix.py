@@ -3,9 +3,6 @@
 One step of a tiny pair serves all methods of a kind at once.
 """
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -250,7 +247,7 @@ def choose_detectors(families: dict[str, str]) -> list[str]:
     return chosen
 
 
-def test_on_two_ranks_every_term_teaches_on_each(detector_config, distiller, batch_for, tmp_path):
+def test_on_two_ranks_every_term_teaches_on_each(detector_config, distiller, batch_for, run_ranks, tmp_path):
     """Also where the images of one have no boxes, but for those that say that they compare at boxes alone."""
     families = {detector: find_model_family(detector_config(detector)) for detector in DETECTORS}
     lessons, only_at_boxes = {}, {}
@@ -267,10 +264,7 @@ def test_on_two_ranks_every_term_teaches_on_each(detector_config, distiller, bat
         lessons[detector] = config, states, [(each['inputs'], each['data_samples']) for each in batches]
         only_at_boxes[detector] = {name: term.only_at_boxes for name, term in model.terms.items()}
     torch.save(lessons, tmp_path / 'input.pth')
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv_backend=c10d',
-                    '--rdzv_endpoint=localhost:0', str(Path(__file__).with_name('two_ranks.py')),
-                    str(tmp_path / 'input.pth'), str(tmp_path / 'output.pth')],
-                   check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=240)
+    run_ranks(Path(__file__).with_name('two_ranks.py'), tmp_path / 'input.pth', tmp_path / 'output.pth')
     with_boxes, without = torch.load(tmp_path / 'output.pth', weights_only=True)
     assert with_boxes == {detector: dict.fromkeys(terms, (True, True)) for detector, terms in only_at_boxes.items()}
     assert without == {detector: {name: (not alone, True) for name, alone in terms.items()}

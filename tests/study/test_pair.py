@@ -70,6 +70,17 @@ def test_schedules_stretch_with_the_epochs():
         adapt_config(Config(dict(train_cfg=dict(max_iters=100))), epochs=3)
 
 
+def test_so_do_those_of_terms():
+    stop = dict(type='Stop', value=dict(type='Warmup', value=1.0, iterations=100, begin=4), epochs=9)
+    model = dict(type='DetectionDistiller', task_weight=dict(type='Decay', value=1.0, epochs=12, begin=2),
+                 distill=dict(fgd=dict(type='FGD', weight=stop), pkd=dict(type='PKD', weight=0.5)),
+                 pseudo_labels=[dict(weight=dict(type='Start', value=1.0, epochs=6))])
+    changed = adapt_config(Config(dict(train_cfg=dict(max_epochs=12), model=model)), epochs=8).model
+    assert (changed.task_weight.epochs, changed.task_weight.begin) == pytest.approx((8, 4 / 3))
+    assert changed.distill.fgd.weight == dict(stop, epochs=pytest.approx(6)) and changed.distill.pkd.weight == 0.5
+    assert changed.pseudo_labels[0].weight.epochs == pytest.approx(4)
+
+
 def test_data_is_known_by_its_annotations_and_images(run_config, retinanet, coco_folder, tmp_path):
     import shutil
     before = hash_data(run_config(retinanet(), val=True))

@@ -1,7 +1,4 @@
 """A whole run on two ranks: pre-flight, training, validation and saving."""
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -10,7 +7,7 @@ from mmdet.registry import MODELS
 RANK = Path(__file__).with_name('cpu_rank.py')
 
 
-def test_a_whole_run_on_two_ranks(retinanet, run_config, tmp_path):
+def test_a_whole_run_on_two_ranks(retinanet, run_config, run_ranks, tmp_path):
     """Pre-flight, training without find_unused_parameters (the term stops half-way), validation and saving."""
     torch.save(dict(state_dict=MODELS.build(retinanet(neck=12)).state_dict()), tmp_path / 'teacher.pth')
     model = dict(type='DetectionDistiller', student=retinanet(), inherit=('bbox_head', ),
@@ -20,12 +17,7 @@ def test_a_whole_run_on_two_ranks(retinanet, run_config, tmp_path):
                         custom_imports=dict(imports=['kd_det']))
     config.train_dataloader.batch_size = 2
     config.dump(tmp_path / 'config.py')
-    run = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv_backend=c10d',
-         '--rdzv_endpoint=localhost:0', str(RANK), str(tmp_path / 'config.py')],
-        env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=280)
-    log = run.stdout + run.stderr
-    assert run.returncode == 0, log[-8000:]
+    log = run_ranks(RANK, tmp_path / 'config.py')
     assert log.count('Pre-flight: teacher') == 1 and log.count('Where the weights came from') == 1
     saved = torch.load(tmp_path / 'run' / 'epoch_2.pth', weights_only=True)
     assert list(saved['state_dict']) == list(MODELS.build(retinanet()).state_dict()) and saved['distill']['terms']

@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,7 @@ from kd_det.study.fidelity import FidelityMetric
 RANK = Path(__file__).with_name('fidelity_rank.py')
 
 
-def test_two_ranks_find_what_one_finds(retinanet, batch, tmp_path):
+def test_two_ranks_find_what_one_finds(retinanet, batch, run_ranks, tmp_path):
     from mmdet.registry import MODELS
     model = retinanet()
     model.test_cfg.score_thr = 0.05
@@ -33,11 +30,7 @@ def test_two_ranks_find_what_one_finds(retinanet, batch, tmp_path):
         metric.process(data, [output.to_dict() for output in student.val_step(data)])
     alone = metric.evaluate(4)
 
-    run = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--rdzv_backend=c10d',
-         '--rdzv_endpoint=localhost:0', str(RANK), str(tmp_path)],
-        env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=280)
-    assert run.returncode == 0, (run.stdout + run.stderr)[-6000:]
+    run_ranks(RANK, tmp_path)
     for rank in (0, 1):
         assert json.loads((tmp_path / f'{rank}.json').read_text()) == pytest.approx(alone, abs=1e-5)
     assert {'fidelity/found', 'fidelity/class_kl', 'fidelity/cka_8'} <= set(alone)
