@@ -88,8 +88,8 @@ def measure_losses(teacher: Teacher, images: Tensor, samples: Sequence[DetDataSa
     """
     model, found = teacher.model, []
     own_images = teacher.bridge(images, [tuple(sample.img_shape[:2]) for sample in samples])
+    teacher.start_engine()
     with preserved_randomness(), alone(), in_training(model), explain_size_mismatch(own_images.shape[-2:]):
-        teacher.start_engine()
         levels = model.extract_feat(own_images)
         for row, (sample, own_labels) in enumerate(zip(samples, labels)):
             truth = sample.gt_instances[own_labels >= 0]
