@@ -5,14 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mmdet.registry import DATASETS, TASK_UTILS
+from mmdet.registry import DATASETS, MODELS, TASK_UTILS
+from mmengine.config import Config
 from mmengine.runner import Runner
 
+import kd_det
 from kd_det.config.arguments import ArgumentError
 from kd_det.config.files import ConfigurationError
 from kd_det.context import Progress
 from kd_det.distillers.rewards import MOST, Gains
 from kd_det.losses import DistillTerm
+from kd_det.training.pictures import read_scalars
 from kd_det.training.probe import HeldOut, ProbeSettings, StudentProbe, make_probe_dataset
 
 
@@ -277,3 +280,23 @@ def test_a_policy_that_learns_needs_a_probe(held_out):
         train(config)
     with pytest.raises(ArgumentError, match='probe.metric'):
         train(held_out(dict(type='Bandit'), probe=dict(metric='accuracy')))
+
+
+def test_distilling_from_unlike_teachers_under_a_policy_is_one_call(run_config, retinanet, faster_rcnn, tmp_path):
+    for name, model in dict(first=retinanet(neck=12), second=faster_rcnn(neck=16)).items():
+        Config(dict(default_scope='mmdet', model=model)).dump(tmp_path / f'{name}.py')
+        torch.save(dict(state_dict=MODELS.build(model).state_dict()), tmp_path / f'{name}.pth')
+    result = kd_det.distill(
+        run_config(retinanet(), log_level='INFO', visualizer=dict(vis_backends=[dict(type='LocalVisBackend')])),
+        [tmp_path / 'first.py', tmp_path / 'second.py'], [tmp_path / 'first.pth', tmp_path / 'second.pth'], 'pkd',
+        policy='bandit', work_dir=tmp_path / 'run', epochs=2, check_images=0, options={
+            'default_hooks.distill.preflight': None, 'train_dataloader.dataset.images': 2,
+            'train_dataloader.batch_size': 2, 'model.policy.interval': 1,
+            'default_hooks.logger': dict(type='LoggerHook', interval=1)})
+    logged = read_scalars(result.scalars)
+    weights = [list(logged[f'policy/guide{index}'].values()) for index in range(2)]
+    assert [sum(each) for each in zip(*weights)] == [1] * 2 and logged['policy/probe']
+    state = torch.load(result.checkpoint, weights_only=True)['distill']['policy']
+    assert state['taught'].sum() == 6 and state['counts'].sum() == 5
+    log = next((tmp_path / 'run').glob('*/*.log')).read_text()
+    assert 'Policy: Bandit: steps in which each taught: guide0' in log and '5 evaluations on the probe' in log
