@@ -34,7 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
                         'agent images of the training data are held out')
     parser.add_argument('--method', required=True,
                         help=f"{', '.join(available_methods())}; a file, as my_method.py or package::folder/file.py; "
-                        'or a sum of them: a+b')
+                        'or a sum of them: a+b; auto lets a bandit choose between all that fit, auto:a+b between these')
     parser.add_argument('--family', choices=FAMILIES, default='',
                         help="whose published weights to use (told by the student's heads by default)")
     add_inheritance_option(parser)

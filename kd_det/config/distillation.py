@@ -8,11 +8,11 @@ from typing import Any
 from mmengine.config import Config
 
 from kd_det.config import ConfigurationError
-from kd_det.config.composition import distillation_config, make_ensemble
+from kd_det.config.composition import NO_METHOD, distillation_config, make_ensemble
 from kd_det.config.files import get_type_name
 from kd_det.config.learners import add_learners
 from kd_det.config.methods import name_sum
-from kd_det.config.policies import add_policy
+from kd_det.config.policies import add_methods, add_policy, names_all_methods
 
 
 def compose_distillation(student: str | Config, teachers: Sequence[str], checkpoints: Sequence[str], method: str,
@@ -26,7 +26,8 @@ def compose_distillation(student: str | Config, teachers: Sequence[str], checkpo
         student: See :func:`~kd_det.config.composition.distillation_config`, as for all that is not told here.
         teachers: Their configs; one for all checkpoints, or one for each; none beside peers.
         checkpoints: Their weights.
-        method: Of which terms each learns.
+        method: Of which terms each learns; ``'auto'`` or ``'auto:fgd+pkd'`` for a choice between methods, see
+            :func:`~kd_det.config.policies.add_methods`.
         inherit: What the student starts from, of the first teacher.
         family: Whose published weights to use.
         balance: The ratio of the method's gradient to the task's.
@@ -50,18 +51,25 @@ def compose_distillation(student: str | Config, teachers: Sequence[str], checkpo
     if len(teachers) > 1 and len(teachers) != len(checkpoints):
         raise ConfigurationError(f'There are {len(teachers)} teachers, but {len(checkpoints)} checkpoints: give one '
                                  'for each, in the same order.')
+    chooses = names_all_methods(method)
+    if chooses and (len(checkpoints) != 1 or peers):
+        raise ConfigurationError(f'--method {method}: a policy chooses between the methods of one teacher, or between '
+                                 'teachers, not both. Give one checkpoint and no peers, or one method.')
     config = distillation_config(student, teachers[0] if teachers else None, checkpoints[0] if checkpoints else None,
-                                 method, inherit, family, balance)
+                                 NO_METHOD if chooses else method, inherit, family, balance)
     source = (student.filename or 'student') if isinstance(student, Config) else student
-    name = f'{Path(source).stem}_{name_sum(method)}'
+    name = f"{Path(source).stem}_{name_sum(method).replace(':', '_')}"
     if len(checkpoints) > 1:
         config = make_ensemble(config, checkpoints, teachers if len(teachers) > 1 else (), share=policy is None)
         name = f'{name}_{len(checkpoints)}_teachers'
     if peers:
         config = add_learners(config, peers, share, guide)
         name = f"{name}_{guide}_of_{1 + (peers if isinstance(peers, int) else len(peers))}"
-    if policy is not None:
+    if chooses:
+        config = add_methods(config, method, policy or 'bandit', family, balance)
+    elif policy is not None:
         config = add_policy(config, policy)
+    if chooses or policy is not None:
         name = f'{name}_{get_type_name(config.model.policy).lower()}'
     if quantize is not None:
         config.model.quantize = dict(bits=quantize) if isinstance(quantize, int) else quantize

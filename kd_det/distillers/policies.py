@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from annotated_types import MinLen
 from mmdet.registry import TASK_UTILS
 from mmengine.dist import all_reduce
 from torch import Tensor
@@ -28,7 +27,7 @@ from kd_det.teachers.judging import BoxJudgement, judge_boxes, measure_losses
 
 SCATTER = 2_654_435_761  # odd: another seed for each key, and not that of the step itself
 TINY = 1e-12
-Groups = Annotated[Mapping[str, Sequence[str]], MinLen(2)]
+Arms = Literal['guides', 'terms'] | dict[str, Any]  # or groups: name -> names of terms
 
 
 @dataclass
@@ -242,7 +241,7 @@ class ArmPolicy(Policy):
     """
 
     @declared
-    def __init__(self, arms: Literal['guides', 'terms'] | Groups = 'guides') -> None:
+    def __init__(self, arms: Arms = 'guides') -> None:
         self.wanted = arms
 
     arm_kind = 'arms'
@@ -256,6 +255,8 @@ class ArmPolicy(Policy):
         for group, names in self.wanted.items():
             if 'loss' in group:
                 refuse('arms', group, "names of groups without 'loss', which mmengine takes for a loss to add")
+            if not isinstance(names, (list, tuple)) or not names:
+                refuse(f'arms.{group}', names, 'a list of names of terms')
             for name in names:
                 if name not in self.terms or name in seen:
                     refuse(f'arms.{group}', name, f'names of terms of model.distill, each once: {known}')

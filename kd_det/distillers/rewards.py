@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kd_det.config.arguments import Count, Positive, declared
 from kd_det.context import Progress
-from kd_det.distillers.policies import ArmPolicy, Groups, Policy, PolicyStep, one_hot
+from kd_det.distillers.policies import ArmPolicy, Arms, Policy, PolicyStep, one_hot
 from kd_det.distillers.turns import require_judges
 from kd_det.losses import DistillTerm
 from kd_det.teachers.guide import Guide
@@ -77,8 +77,7 @@ class Bandit(ArmPolicy):
 
     @declared
     def __init__(self, algorithm: Literal['exp3', 'ucb'] = 'exp3', interval: Count = 50,
-                 gamma: Annotated[float, Gt(0), Le(1)] = 0.2,
-                 arms: Literal['guides', 'terms'] | Groups = 'guides') -> None:
+                 gamma: Annotated[float, Gt(0), Le(1)] = 0.2, arms: Arms = 'guides') -> None:
         super().__init__(arms)
         self.algorithm, self.interval, self.gamma = algorithm, interval, gamma
         self.gains, self.arm, self.probability = Gains(), -1, 1.0

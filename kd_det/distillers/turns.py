@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kd_det.config.arguments import ArgumentError, Count, Index, Positive, Share, Weight, declared, is_distinct, refuse
 from kd_det.context import Progress
-from kd_det.distillers.policies import ArmPolicy, Groups, Policy, PolicyStep, mean_over_ranks, one_hot
+from kd_det.distillers.policies import ArmPolicy, Arms, Policy, PolicyStep, mean_over_ranks, one_hot
 from kd_det.losses import DistillTerm
 from kd_det.teachers.guide import Guide
 from kd_det.teachers.teacher import FrozenDetector, Teacher
@@ -64,8 +64,7 @@ class Random(ArmPolicy):
     """
 
     @declared
-    def __init__(self, arms: Literal['guides', 'terms'] | Groups = 'guides',
-                 per: Literal['step', 'epoch'] = 'step') -> None:
+    def __init__(self, arms: Arms = 'guides', per: Literal['step', 'epoch'] = 'step') -> None:
         super().__init__(arms)
         self.per = per
 
@@ -155,7 +154,7 @@ class Sequence(ArmPolicy):
     def __init__(self, order: Annotated[abc.Sequence[Index], MinLen(2), Predicate(is_distinct)] | None = None,
                  epochs: Positive | None = None, patience: Count | None = None, interval: Count = 100,
                  gain: Share = 0.01, signal: Literal['terms', 'probe'] = 'terms', trial: Count = 50,
-                 arms: Literal['guides', 'terms'] | Groups = 'guides') -> None:
+                 arms: Arms = 'guides') -> None:
         super().__init__(arms)
         if (epochs is None) == (patience is None):
             raise ArgumentError('epochs', f'expected how long an arm teaches either in epochs or by patience, got '

@@ -21,7 +21,7 @@ from kd_det.config.composition import NO_METHOD, PAPER, distillation_config, mak
 from kd_det.config.files import TOP_KEYS, get_type_name, list_leaf_datasets, student_model, training_pipelines
 from kd_det.config.methods import available_methods, find_files, is_file
 from kd_det.config.options import merge_options, read_value
-from kd_det.config.policies import add_policy
+from kd_det.config.policies import add_methods, add_policy, names_all_methods
 from kd_det.registry import HOME, find_class, get_scope, within_scope
 from kd_det.study.pair import Pair
 
@@ -126,7 +126,11 @@ def _parse_variant(text: str, common: Variant) -> Variant:
     method, *settings = text.split('@')
     if method == 'inherit':
         method, settings = PLAIN, ['inherit', *settings]
-    for name in method.split('+'):
+    if names_all_methods(method):
+        names = [each for each in method.partition(':')[2].split('+') if each]
+    else:
+        names = method.split('+')
+    for name in names:
         if is_file(name):
             find_files(name)
         elif method != PLAIN and name not in available_methods():
@@ -140,7 +144,9 @@ def _parse_variant(text: str, common: Variant) -> Variant:
     if variant.method == PLAIN and variant.teachers > 1:
         raise ConfigurationError(f"--methods {text}: only a method's terms learn from several teachers, and here "
                                  f'are none. Name one, such as kd@teachers={variant.teachers}, or leave @teachers out.')
-    if variant.policy and variant.teachers < 2:
+    if names_all_methods(method) and variant.teachers > 1:
+        raise ConfigurationError(f'--methods {text}: auto chooses between the methods of one teacher.')
+    if variant.policy and variant.teachers < 2 and not names_all_methods(method):
         raise ConfigurationError(f'--methods {text}: a policy chooses between several teachers: give @teachers=N too.')
     return variant
 
@@ -208,12 +214,15 @@ def variant_config(variant: Variant, pair: Pair, checkpoints: Sequence[str] = ()
     mix_images(config, variant.augment)
     if variant.is_plain:
         return config
-    config = distillation_config(config, pair.teacher, checkpoints[0], variant.method, variant.inherit,
-                                 balance=variant.balance)
+    chooses = names_all_methods(variant.method)
+    config = distillation_config(config, pair.teacher, checkpoints[0], PLAIN if chooses else variant.method,
+                                 variant.inherit, balance=variant.balance)
     if variant.teachers > 1:
         config = make_ensemble(config, checkpoints[:variant.teachers], pair.teachers[:variant.teachers],
                                share=not variant.policy)
-    if variant.policy:
+    if chooses:
+        config = add_methods(config, variant.method, variant.policy or 'bandit', balance=variant.balance)
+    elif variant.policy:
         config = add_policy(config, variant.policy)
     merge_options(config, of_distillation)  # of a term: for all its teachers, or for one
     return config

@@ -36,23 +36,19 @@ class HeldOut:
     """A data set without some of its images, or these images alone, evenly spaced over it.
 
     Args:
-        dataset: The data set, or its config.
+        dataset: The config of the data set.
         images: How many are held out.
         part: ``'train'``: all others; ``'probe'``: those held out.
         lazy_init: As that of MMEngine's data sets.
 
     Raises:
         ConfigurationError: The data set has not more images.
-
-    Example:
-        >>> [HeldOut(range(10), images=3, part=part).indices for part in ('train', 'probe')]
-        [[0, 2, 3, 4, 6, 7, 9], [1, 5, 8]]
     """
 
     @declared
-    def __init__(self, dataset: Any, images: Count = 64, part: Literal['train', 'probe'] = 'train',
+    def __init__(self, dataset: dict[str, Any], images: Count = 64, part: Literal['train', 'probe'] = 'train',
                  lazy_init: bool = False) -> None:
-        self.dataset = DATASETS.build(dataset) if isinstance(dataset, dict) else dataset
+        self.dataset = DATASETS.build(dataset)
         self.images, self.part = images, part
         if not lazy_init:
             self.full_init()

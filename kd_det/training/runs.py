@@ -163,7 +163,8 @@ def distill(student: str | Path | Config, teacher: str | Path | Sequence[str | P
             several, of unlike teachers.
         checkpoint: The teacher's weights: a file or an address; or several, one for each teacher, or all trained with
             the one config. From several the student learns as from an ensemble, or as a ``policy`` says.
-        method: One of :func:`kd_det.methods`, the file of another, ``'package::folder/file.py'``, or a sum: ``'a+b'``.
+        method: One of :func:`kd_det.methods`, the file of another, ``'package::folder/file.py'``, or a sum: ``'a+b'``;
+            ``'auto'`` lets a policy choose between all that fit, ``'auto:a+b'`` between these.
         data_root: See :func:`train`, as for all that is not told here.
         work_dir: For logs, checkpoints and the config; ``work_dirs/STUDENT_METHOD`` by default.
         epochs: Train for so many, the schedules stretched with them.

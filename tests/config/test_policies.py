@@ -81,3 +81,33 @@ def test_images_are_held_out_of_labelled_data_alone(files):
     student.train_dataloader.dataset = blank
     with pytest.raises(ConfigurationError, match='needs labelled images'):
         hold_out(student, 2)
+
+
+def test_auto_lets_a_bandit_choose_between_the_methods_that_fit(files):
+    student, teachers = files
+    config, name = compose_distillation(student, teachers[:1], ['a.pth'], 'auto')
+    arms = config.model.policy.arms
+    assert {'fgd', 'pkd', 'kd', 'crosskd'} <= set(arms) and not {'querykd', 'encoder'} & set(arms)  # of DETRs
+    assert sorted(term for terms in arms.values() for term in terms) == sorted(config.model.distill)
+    assert config.model.distill.pkd.weight == dict(type='mmdet.Balance', ratio=1)
+    assert name.endswith('_auto_bandit') and config.train_dataloader.dataset.type == 'mmdet.HeldOut'
+    config.model.teacher.update(checkpoint=None, random_teacher=True)
+    policy = MODELS.build(config.model).policy
+    assert list(policy.arms) == list(arms)
+    # A Faster R-CNN teaches a RetinaNet by its features alone.
+    other, _ = compose_distillation(student, teachers[1:], ['a.pth'], 'auto')
+    assert 'pkd' in other.model.policy.arms and len(other.model.policy.arms) < len(arms)
+
+
+def test_auto_may_be_given_the_methods_and_another_policy(files):
+    student, teachers = files
+    config, name = compose_distillation(student, teachers[:1], ['a.pth'], 'auto:pkd+fgd', policy='random')
+    assert config.model.policy == dict(type='Random', arms=dict(pkd=['pkd'], fgd=['fgd']))
+    assert name.endswith('_auto_pkd+fgd_random')
+    for method, policy, message in (
+            ('auto:pkd+querykd', None, 'querykd'), ('auto:pkd', None, 'nothing to choose between: pkd'),
+            ('auto:pkd+fgd', 'agent', 'an? Agent chooses between teachers, not between methods')):
+        with pytest.raises(ConfigurationError, match=message):
+            compose_distillation(student, teachers[:1], ['a.pth'], method, policy=policy)
+    with pytest.raises(ConfigurationError, match='not both'):
+        compose_distillation(student, teachers, ['a.pth', 'b.pth'], 'auto')

@@ -43,6 +43,8 @@ def test_settings_of_a_variant_win_over_the_common_ones():
     ('none@teachers=3', "none@teachers=3: only a method's terms learn from several teachers"),
     ('inherit@teachers=2', 'such as kd@teachers=2, or leave @teachers out'),
     ('fgd@teachers=2@policy=agnet', "expected @policy=uniform, .*, agent, got 'agnet'"),
+    ('auto@teachers=2', 'auto chooses between the methods of one teacher'),
+    ('auto:pkd+fdg', "no method 'fdg'"),
     ('fgd@policy=agent', 'fgd@policy=agent: a policy chooses between several teachers: give @teachers=N too'),
     ('fgd@augment=mosaik', "@augment=mosaic, mixup, a sum of them, or none, got 'mosaik'"),
 ])
@@ -132,3 +134,5 @@ def test_a_policy_chooses_between_unlike_teachers(pair, faster_rcnn, tmp_path):
     assert [each['config'] for each in agent.model.teacher] == [pair.teacher, pair.further[0]]
     assert agent.model.distill.pkd_2.weight.ratio == 2 * shared.model.distill.pkd_2.weight.ratio
     assert agent.train_dataloader.dataset.type == 'mmdet.HeldOut'
+    auto = variant_config(parse_variants('auto:pkd+fgd')[1], pair, ['a.pth'])
+    assert auto.model.policy == dict(type='Bandit', arms=dict(pkd=['pkd'], fgd=['fgd']))

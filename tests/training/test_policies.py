@@ -16,7 +16,7 @@ from kd_det.context import Progress
 from kd_det.distillers.rewards import MOST, Gains
 from kd_det.losses import DistillTerm
 from kd_det.training.pictures import read_scalars
-from kd_det.training.probe import HeldOut, ProbeSettings, StudentProbe, make_probe_dataset
+from kd_det.training.probe import ProbeSettings, StudentProbe, make_probe_dataset
 
 
 def connect(config, arms=2):
@@ -255,6 +255,7 @@ def test_a_held_out_image_is_never_trained_on(held_out):
     probe = DATASETS.build(make_probe_dataset(config.train_dataloader.dataset))
     paths = [{each[index]['data_samples'].img_path for index in range(len(each))} for each in (data, probe)]
     assert len(paths[0]) == 5 and len(paths[1]) == 3 and not paths[0] & paths[1]
+    assert probe.indices == [1, 4, 6] and data.indices == [0, 2, 3, 5, 7]  # evenly spaced
     assert data.metainfo['classes'] == ('blue', 'green', 'red') and data.get_cat_ids(0)
 
 
@@ -270,7 +271,6 @@ def test_wrappers_of_the_training_data_stay_but_for_those_that_repeat():
 def test_a_probe_larger_than_the_data_is_refused(held_out):
     with pytest.raises(ConfigurationError, match='A probe of 8 images can not be held out from training data of 8'):
         DATASETS.build(held_out(dict(type='Agent'), images=8).train_dataloader.dataset)
-    assert len(HeldOut(range(3), images=2)) == 1
 
 
 def test_a_policy_that_learns_needs_a_probe(held_out):
