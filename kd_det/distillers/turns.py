@@ -196,7 +196,8 @@ class Sequence(ArmPolicy):
         """Measures the cost of adapting to each arm, and at last finds the order."""
         self.done += 1
         if 2 * self.done > self.trial:
-            found = torch.stack([torch.stack([values[name] for name in names if name in values]).sum()
+            nothing = torch.zeros(()).to(next(iter(values.values())))  # of a term whose schedule lets it wait
+            found = torch.stack([torch.stack([values.get(name, nothing) for name in names]).sum()
                                  for names in self.arms.values()])
             self.costs = self.costs.to(found.device) + mean_over_ranks(found)
         if self.done >= self.trial:

@@ -71,7 +71,7 @@ def sum_losses(losses: dict) -> Tensor:
 
 @torch.no_grad()
 def measure_losses(teacher: Teacher, images: Tensor, samples: Sequence[DetDataSample],
-                   labels: Sequence[Tensor]) -> Tensor:
+                   labels: Sequence[Tensor] | None = None) -> Tensor:
     """The loss of a frozen detector on each image, as it was trained, but with its moving statistics.
 
     Backbone and neck run once on the batch, the heads once for each image, for their losses are divided by numbers of
@@ -81,7 +81,8 @@ def measure_losses(teacher: Teacher, images: Tensor, samples: Sequence[DetDataSa
         teacher: The detector.
         images: (N, C, H, W), preprocessed for the student.
         samples: mmdet's data samples with the ground truth; they stay as they are.
-        labels: (n,) of each image: its boxes' classes as the teacher counts them; -1 for one that it does not know.
+        labels: (n,) of each image: its boxes' classes as the teacher counts them, -1 for one that it does not know;
+            those of the samples by default.
 
     Returns:
         (N,).
@@ -91,9 +92,11 @@ def measure_losses(teacher: Teacher, images: Tensor, samples: Sequence[DetDataSa
     teacher.start_engine()
     with preserved_randomness(), alone(), in_training(model), explain_size_mismatch(own_images.shape[-2:]):
         levels = model.extract_feat(own_images)
-        for row, (sample, own_labels) in enumerate(zip(samples, labels)):
-            truth = sample.gt_instances[own_labels >= 0]
-            truth.labels = own_labels[own_labels >= 0]
+        for row, sample in enumerate(samples):
+            truth = sample.gt_instances
+            if labels is not None:
+                truth = truth[labels[row] >= 0]
+                truth.labels = labels[row][labels[row] >= 0]
             own = DetDataSample(metainfo=dict(sample.metainfo, batch_input_shape=tuple(own_images.shape[-2:])),
                                 gt_instances=truth)
             if 'ignored_instances' in sample:
