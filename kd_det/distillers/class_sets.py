@@ -96,8 +96,7 @@ class ClassSets:
         return list(labels) if match is None or match.is_identity else [match.index_shared(each) for each in labels]
 
     def find_own_labels(self, labels: Sequence[Tensor], teacher_index: int) -> list[Tensor] | None:
-        """Labels as one teacher itself counts its classes, -1 for those that it does not know; None where it does so
-        as the student does."""
+        """Labels as one teacher itself counts its classes, -1 for those that it lacks; None where they are the same."""
         match = self.matches.get(teacher_index)
         return None if match is None or match.is_identity else [match.find_own(each) for each in labels]
 

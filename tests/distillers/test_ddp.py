@@ -125,7 +125,8 @@ def test_learners_and_guides_are_the_same_on_two_ranks(one_stage, batch_of_four,
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=lambda text: f'{name}: {text}')
 
 
-@pytest.mark.parametrize('policy', [dict(type='Agent'), dict(type='Confidence')])
+@pytest.mark.parametrize('policy', [dict(type='Agent'), dict(type='Confidence'),
+                                    dict(type='Sequence', epochs=1, trial=2)])
 def test_a_policy_decides_for_the_images_of_all_ranks(policy, one_stage, retinanet, batch_of_four, on_two_ranks):
     student = one_stage('fcos')
     student.backbone.norm_eval = True
