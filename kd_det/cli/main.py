@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import atexit
 import logging
 import os
 import sys
@@ -21,6 +20,7 @@ from kd_det.compat.process import (
     INTERRUPTED,
     TERMINATED,
     describe,
+    end_rank,
     end_with_parent,
     find_place,
     is_expected,
@@ -168,15 +168,14 @@ def _run(make: Callable[[], Parser], arguments: Sequence[str]) -> int:
             if 'TORCHELASTIC_RUN_ID' in os.environ:  # the parent is torchrun: killed, it would leave this one training
                 end_with_parent()
             code = options.run(options)
-            _leave_process_group()
+            end_rank(code)
             sys.stdout.flush()  # else what does not get through is told as Python ends, and with a traceback
             return code
         except _Usage as usage:
             raise SystemExit(usage.code) from None
         except BaseException as error:
             code = _end(error, debug)
-            if _is_in_process_group():
-                atexit.register(_exit, code)
+            end_rank(code, failed=True)
             return code
 
 
@@ -258,27 +257,3 @@ def _need_mmdetection(parser: argparse.ArgumentParser, command: str) -> None:
         message = (str(error).strip().splitlines() or [''])[0].rstrip('.')
         parser.exit(2, f'kd-det: error: MMDetection can not be imported: {type(error).__name__}: {message}. '
                        'Run kd-det doctor.\n')
-
-
-def _leave_process_group() -> None:
-    """Ends the process group of a launched run: threads that outlive the interpreter abort the process now and then.
-
-    Not after an error: the other processes may wait for this one, and leaving would wait for them.
-    """
-    if _is_in_process_group():
-        sys.modules['torch.distributed'].destroy_process_group()
-
-
-def _is_in_process_group() -> bool:
-    distributed = sys.modules.get('torch.distributed')
-    return bool(distributed and distributed.is_available() and distributed.is_initialized())
-
-
-def _exit(code: int) -> NoReturn:
-    """Ends the process without the interpreter's own end, by which a group's threads would abort it."""
-    atexit.unregister(_exit)
-    atexit._run_exitfuncs()  # what was registered before this
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)

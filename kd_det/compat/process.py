@@ -4,6 +4,7 @@ Importing it costs next to nothing, for every command line starts with it.
 """
 from __future__ import annotations
 
+import atexit
 import codecs
 import locale
 import os
@@ -280,6 +281,33 @@ def end_with_parent(watch_input: bool = False) -> None:
         os._exit(TERMINATED)
 
     threading.Thread(target=watch, name='watches the parent', daemon=True).start()
+
+
+def end_rank(code: int, failed: bool = False) -> None:
+    """Leaves the process group of a launched run, and has the process end without the interpreter's own end.
+
+    The group's threads may outlive it. One that asks for the interpreter while that ends aborts the process, now and
+    then, with all its work done. Nothing is done where there is no group.
+
+    Args:
+        code: The exit status.
+        failed: The other ranks may wait for this one, and leaving the group would wait for them: it is not left.
+    """
+    distributed = sys.modules.get('torch.distributed')
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        if not failed:
+            distributed.destroy_process_group()
+        atexit.register(_exit, code)
+
+
+def _exit(code: int) -> NoReturn:
+    """Runs what was registered for the end of the process before this, and ends it."""
+    atexit.unregister(_exit)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def is_pipe_closed(stream) -> bool:

@@ -58,11 +58,11 @@ class JoinedDetector(BaseDetector):
         return self.detectors[0].extract_feat(batch_inputs)
 
     def predict(self, batch_inputs: Tensor, batch_data_samples: list, rescale: bool = True) -> list:
-        """What they find together."""
+        """What they find together; ``rescale`` puts the boxes into the coordinates of the original images."""
         shared = self.extract_feat(batch_inputs) if self.shares_neck else None
         members = [SimpleNamespace(student=detector, extract_feat=lambda inputs, samples, detector=detector: (
             detector.extract_feat(inputs) if shared is None else shared)) for detector in self.detectors]
-        return self.ensemble.make_predictor(members)(batch_inputs, batch_data_samples)
+        return self.ensemble.make_predictor(members)(batch_inputs, batch_data_samples, rescale=rescale)
 
     def loss(self, batch_inputs: Tensor, batch_data_samples: list) -> dict:
         """It has none.

@@ -205,7 +205,7 @@ class Ensemble(Guide):
         if not members or any(predicts_queries(type(getattr(each.student, 'bbox_head', None))) for each in members):
             return None
 
-        def predict(inputs: Tensor, data_samples: list, mode: str = 'predict') -> Any:
+        def predict(inputs: Tensor, data_samples: list, mode: str = 'predict', **options: Any) -> Any:
             necks = [member.extract_feat(inputs, data_samples) for member in members]
             models, first = [member.student for member in members], members[0].student
             shares = self.find_shares({NECK: necks[0]}, len(inputs))
@@ -216,7 +216,8 @@ class Ensemble(Guide):
                 join = replaced(first.bbox_head, 'forward', lambda *_: join_maps(
                     [head(neck) for head, neck in zip(heads, necks)], shares))
             with replaced(first, 'extract_feat', lambda *_: necks[0]), join:
-                return first(inputs, data_samples, mode=mode)
+                return (first.predict(inputs, data_samples, **options) if mode == 'predict'
+                        else first(inputs, data_samples, mode=mode))
 
         return predict
 

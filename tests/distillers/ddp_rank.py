@@ -12,6 +12,7 @@ from mmdet.utils import register_all_modules
 from mmengine.model import MMDistributedDataParallel
 
 import kd_det  # noqa: F401
+from kd_det.compat.process import end_rank
 from kd_det.teachers.engine import to_local
 
 
@@ -57,4 +58,4 @@ if __name__ == '__main__':
     dist.all_gather_object(of_ranks, others)
     if dist.get_rank() == 0:
         torch.save((gradients, of_ranks), target)
-    dist.destroy_process_group()
+    end_rank(0)

@@ -394,3 +394,18 @@ def test_members_with_other_priors_have_no_mean(mutual, retinanet, one_stage):
         with pytest.raises(ConfigurationError, match='the members can not be joined'):
             mutual(peers=[peer], teacher=dict(type='Ensemble', of=PEERS_OF_TWO),
                    distill=dict(kd=dict(type='DenseClassification')))
+
+
+@pytest.mark.parametrize('rescale', [True, False])
+def test_joined_detectors_give_boxes_of_the_image_that_was_asked_for(rescale, retinanet, batch):
+    joined = MODELS.build(dict(type='JoinedDetector', detectors=[retinanet(), retinanet()], share=())).eval()
+    joined.init_weights()
+    plain = joined.detectors[0]
+    joined.detectors[1].load_state_dict(plain.state_dict())
+    data = plain.data_preprocessor(batch(), False)
+    for sample in data['data_samples']:
+        sample.set_metainfo(dict(scale_factor=(0.5, 0.5)))
+    own, other = (model.predict(data['inputs'], copy.deepcopy(data['data_samples']), rescale=rescale)[0].pred_instances
+                  for model in (plain, joined))
+    assert len(own) and own.bboxes.max() > 64 * rescale
+    torch.testing.assert_close(own.bboxes, other.bboxes, rtol=1e-4, atol=1e-3)

@@ -11,6 +11,7 @@ from mmdet.utils import register_all_modules
 from mmengine.model import MMDistributedDataParallel
 
 import kd_det  # noqa: F401
+from kd_det.compat.process import end_rank
 from kd_det.losses.base import sum_parts
 
 
@@ -43,4 +44,4 @@ if __name__ == '__main__':
                                    for kind, (config, states, batches) in lessons.items()})
     if dist.get_rank() == 0:
         torch.save(found, target)
-    dist.destroy_process_group()
+    end_rank(0)

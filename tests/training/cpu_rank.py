@@ -10,6 +10,8 @@ from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import MODEL_WRAPPERS
 from mmengine.runner import Runner
 
+from kd_det.compat.process import end_rank
+
 
 @MODEL_WRAPPERS.register_module()
 class CPUDataParallel(MMDistributedDataParallel):
@@ -22,4 +24,4 @@ dist.init_process_group('gloo')
 config = Config.fromfile(sys.argv[1])
 config.update(launcher='pytorch', model_wrapper_cfg=dict(type='CPUDataParallel'))
 Runner.from_cfg(config).train()
-dist.destroy_process_group()
+end_rank(0)

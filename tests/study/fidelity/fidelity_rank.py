@@ -14,6 +14,7 @@ from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import ConfigDict
 
+from kd_det.compat.process import end_rank
 from kd_det.study.fidelity import FidelityMetric
 
 register_all_modules()
@@ -31,4 +32,4 @@ with torch.no_grad():
 metric.process(data, [output.to_dict() for output in outputs])
 metrics = metric.evaluate(len(spec['data']['inputs']))
 (folder / f'{rank}.json').write_text(json.dumps(metrics))
-dist.destroy_process_group()
+end_rank(0)
