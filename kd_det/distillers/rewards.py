@@ -149,7 +149,7 @@ class Agent(Policy):
     """Decides for each image which guides teach, and learns that by policy gradient (Yuan et al., AAAI 2021).
 
     For guide t and an image of state s, π(a_t = 1) = σ(A_t·s + b_t). The state holds the student's pooled features,
-    divided by their norm; of each guide how its boxes lie on the ground truth, as the difference from the mean of all
+    divided by their norm; of each guide how its boxes lie on the ground truth, log(1 + loss) less the mean of all
     guides, and how sure they are (:func:`~kd_det.teachers.judging.judge_boxes`). The chosen guides share the weight of
     one; where none is chosen the image teaches by its ground truth alone. (In the paper the chosen are summed, and pull
     the harder the more they are.) A guide that no image of a step has chosen does not run for its terms.
@@ -187,7 +187,7 @@ class Agent(Policy):
     def observe(self, step: PolicyStep) -> Tensor:
         """(N, state): of each image, on the host."""
         judged = [step.judge_boxes(index) for index in self.guide_indices]
-        losses = torch.stack([each.losses for each in judged], 1) * step.labelled[:, None]
+        losses = torch.stack([each.losses for each in judged], 1).log1p() * step.labelled[:, None]
         pooled = torch.nn.functional.normalize(step.pooled, dim=1)
         scores = torch.stack([each.scores for each in judged], 1)
         return torch.cat([pooled, losses - losses.mean(1, keepdim=True), scores], 1).cpu()

@@ -52,7 +52,7 @@ def synthetic_study():
             provenance=dict(command='kd-det benchmark', versions=dict(torch='2')),
             table=dict(columns=['method', 'seeds', *METRICS.values(), 'Δ mAP', *COSTS], rows=variant_rows(results)),
             curves={'validation mAP': {variant: [curve, curve] for variant in variants}},
-            terms={method: dict(task={'loss_cls': [curve]}, terms=dict(
+            terms={method: dict(task={'loss_cls': [curve]}, policy=dict(weights={}, score={}), terms=dict(
                 fgd=dict(loss=[curve], parts={'relation': [curve]}, pull=[curve],
                          unweighted_pull=[curve]))) for method in methods},
             per_class={method: [dict(name='cat', ap=40.0, difference=2.0, interval=(1.0, 3.0), verdict='gain'),
