@@ -209,7 +209,7 @@ class DetectionDistiller(StudentWrapper):
         Returns:
             The student's losses, and those of peers and of guides that learn, with ``peer1/`` or ``guide0/`` before
             their names; ``loss_<name>`` of each term; for the log only its parts, its weight where that changes, and,
-            in steps that measure it, its gradient in units of the task's.
+            in steps that measure it, its gradient in units of the task's; and the weights of a policy.
 
         Raises:
             ConfigurationError: No term can teach a learner anything; or a schedule's weight is not finite.
