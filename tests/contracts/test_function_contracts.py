@@ -85,6 +85,7 @@ def own(cells: tuple[int, int], boxes: int) -> dict:
             sums=kd_det.functional.focal_global.fgd_sums(shared['student'], shared['teacher'], torch.randn(CHANNELS),
                                                          torch.randn(CHANNELS), 0.5, shared['valid']),
             shift=torch.randn(IMAGES, CHANNELS, 1, 1)),
+        'gradients.scale_gradient': dict(values=maps[0], shares=torch.rand(IMAGES)),
         'masks.attention.spatial_softmax': dict(logits=torch.randn(IMAGES, *cells)),
         'masks.foreground.paint_rectangles': dict(painted, first=corners, last=corners + 1, weight=torch.rand(IMAGES)),
         'masks.foreground.paint_runs': dict(painted, first=torch.zeros(IMAGES, cells[0], dtype=torch.long),
