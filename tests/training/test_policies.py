@@ -300,3 +300,16 @@ def test_distilling_from_unlike_teachers_under_a_policy_is_one_call(run_config, 
     assert state['taught'].sum() == 6 and state['counts'].sum() == 5
     log = next((tmp_path / 'run').glob('*/*.log')).read_text()
     assert 'Policy: Bandit: steps in which each taught: guide0' in log and '5 evaluations on the probe' in log
+
+
+def test_ranks_share_a_probe_and_find_what_one_process_does(held_out, monkeypatch):
+    runner = Runner.from_cfg(held_out(dict(type='Uniform'), images=5))
+    probe = StudentProbe(runner, ProbeSettings(batch_size=2))
+    alone, totals = probe.score(runner.model), []
+    monkeypatch.setattr('kd_det.training.probe.get_world_size', lambda: 2)
+    monkeypatch.setattr('kd_det.training.probe.all_reduce', lambda total: totals.append(total.clone()))
+    for rank in range(2):
+        monkeypatch.setattr('kd_det.training.probe.get_rank', lambda rank=rank: rank)
+        probe.score(runner.model)
+    total, images = sum(totals)
+    assert [each[1].item() for each in totals] == [3, 2] and -(total / images).item() == pytest.approx(alone, rel=1e-5)
