@@ -28,7 +28,7 @@ from kd_det.compat.console import TextTable
 from kd_det.compat.writing import is_first_process, kept_after_errors, locked_folder, refuse_to_replace
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Bits, Count, Index, Name, Names, Parts, Ratio, Seed, Weight, declared
-from kd_det.config.choices import EXPORTED
+from kd_det.config.choices import EXPORTED, InheritanceRule, LearntFrom
 from kd_det.config.composition import distillation_config, make_ensemble
 from kd_det.config.files import (
     find_quantization,
@@ -56,7 +56,6 @@ from kd_det.training.runner import (
     use_one_metainfo,
 )
 
-LearntFrom = Literal['peers', 'mean', 'gate', 'fusion']  # of config.choices
 Launcher = Literal['none', 'pytorch', 'slurm', 'mpi']
 CURVES = 4  # metrics whose curves a notebook shows
 
@@ -154,7 +153,7 @@ def distill(student: str | Path | Config, teacher: str | Path | None = None,
             check_images: Index | None = None, trackers: Sequence[Name] = (),
             on_config: Callable[[Config], None] | None = None,
             quantize: Bits | dict[str, Any] | None = None, peers: Index | Sequence[str] = 0, share: Names = (),
-            guide: LearntFrom = 'peers') -> RunResult:
+            guide: LearntFrom = 'peers', inherit_by: InheritanceRule = 'shape') -> RunResult:
     """Composes a distillation out of a student's config and a teacher, saves it in the work dir, and trains it.
 
     The student's config alone decides data, classes, schedule and evaluation.
@@ -190,6 +189,7 @@ def distill(student: str | Path | Config, teacher: str | Path | None = None,
         share: Parts that they have in common with the student, from the image on, such as ``('backbone', 'neck')``.
         guide: What they learn from by the method: each other (``'peers'``), their ``'mean'``, their mean by a learnt
             ``'gate'``, or a learner of their fused features (``'fusion'``).
+        inherit_by: How it starts from them, see :class:`~kd_det.distillers.inheritance.Inheritance`.
 
     Raises:
         ConfigurationError: The student is a distillation already, the method does not serve it, or a setting is wrong.
@@ -205,7 +205,7 @@ def distill(student: str | Path | Config, teacher: str | Path | None = None,
                                  if teacher is not None else 'There is a checkpoint, but no teacher of which it is.')
     config = distillation_config(student if isinstance(student, Config) else str(student),
                                  None if teacher is None else str(teacher), checkpoints[0] if checkpoints else None,
-                                 method, inherit, family, balance)
+                                 method, inherit, family, balance, inherit_by)
     several = f'_{len(checkpoints)}_teachers' if len(checkpoints) > 1 else ''
     source = (student.filename or 'student') if isinstance(student, Config) else student
     name = f'{Path(source).stem}_{name_sum(method)}{several}'
