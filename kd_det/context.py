@@ -6,12 +6,13 @@ context of its step.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from kd_det.functional.gradients import scale_gradient
 from kd_det.functional.masks import valid_cells
 from kd_det.heads import StudentOutputs, TeacherOutputs
 from kd_det.heads.dense import Stride
@@ -152,6 +153,19 @@ class DistillContext:
         if self.fully_labelled:
             return values
         return values * values.new_tensor(self.labelled).view(-1, *[1] * (values.dim() - 1))
+
+    def weigh_images(self, shares: Tensor) -> DistillContext:
+        """The same step, in which what terms read of the student has each image's gradient times its share.
+
+        Values are what they were. The adapters of a term learn from all images alike.
+
+        Args:
+            shares: (N,); 0 for an image from which the student is to learn nothing.
+        """
+        features = {path: tuple(scale_gradient(level, shares) for level in levels)
+                    for path, levels in self.student.items()}
+        return replace(self, student=features,
+                       student_outputs={name: each.weigh(shares) for name, each in self.student_outputs.items()})
 
     def once(self, key: Hashable, compute: Callable[[], Result]) -> Result:
         """Computes once in this step what several levels, masks or terms need.

@@ -21,6 +21,7 @@ from kd_det.config.arguments import declared_arguments, describe_type
 from kd_det.config.detectors import read_model_config
 from kd_det.distillers import DetectionDistiller
 from kd_det.distillers.inheritance import Inheritance
+from kd_det.distillers.policies import Policy
 from kd_det.distillers.rounding import Quantization
 from kd_det.distillers.schedules import Ramp, Schedule
 from kd_det.distillers.supervision import PseudoLabels
@@ -36,6 +37,7 @@ from kd_det.teachers.loading import load_strictly
 from kd_det.teachers.teacher import NOT_OF_CONFIGS, Teacher
 from kd_det.training.finiteness import FiniteHook
 from kd_det.training.hooks import DistillHook, Preflight
+from kd_det.training.probe import HeldOut, ProbeSettings
 from kd_det.training.replay import ReplayedRandomness
 
 PAGE = Path(__file__).parents[1] / 'arguments.md'
@@ -81,10 +83,11 @@ def make_page() -> str:
         'Other guides': ('`model.teacher`, or each of a list of them, with a `type`', _registered(MODELS, Guide)),
         'Pseudo-labels': ('`model.pseudo_labels`', [PseudoLabels]),
         'Quantisation': ('`model.quantize`', [Quantization]),
-        'Hooks': ('`default_hooks.distill` with its `preflight`, and `custom_hooks`',
-                  [DistillHook, Preflight, FiniteHook]),
-        'In data and evaluation': ('A transform of the training pipeline, and a metric of `val_evaluator`',
-                                   [ReplayedRandomness, FidelityMetric]),
+        'Policies': ('`model.policy`', _registered(TASK_UTILS, Policy)),
+        'Hooks': ('`default_hooks.distill` with its `preflight` and `probe`, and `custom_hooks`',
+                  [DistillHook, Preflight, ProbeSettings, FiniteHook]),
+        'In data and evaluation': ('A transform of the training pipeline, a wrapper of the training data, and a metric '
+                                   'of `val_evaluator`', [ReplayedRandomness, HeldOut, FidelityMetric]),
         'Weights that change': ('`weight` of a term, beside its own arguments: a number of at least 0, by default 1.0, '
                                 'or one of these', [Ramp, *_registered(TASK_UTILS, Schedule)]),
         'Terms': ('`model.distill.<name>`', [*(base for base in BASES if issubclass(base, DistillTerm)), *terms]),

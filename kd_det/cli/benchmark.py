@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('--methods', default='none,kd,fgd,pkd', metavar='A,B+C,D@SETTING',
                         help='methods, sums of methods, or inherit; @paper, @balance=RATIO, @inherit=PART+PART, '
-                        '@teachers=N, @augment=mosaic+mixup and @dotted.key=value are settings of one of them. none, '
-                        "the plain student, always takes part, also in each setting of the student ('none,kd,fgd,pkd')")
+                        '@teachers=N, @policy=POLICY, @augment=mosaic+mixup and @dotted.key=value are settings of one '
+                        'of them. none, the plain student, always takes part, also in each setting of the student '
+                        "('none,kd,fgd,pkd')")
     add_common_arguments(parser)
 
 
@@ -42,7 +43,8 @@ def add_common_arguments(parser: ArgumentParser) -> None:
                       help='config of a distillation: its student and its teacher count, its terms do not; such as '
                       'configs/_base_/pairs/retinanet_r101_r18.py')
     pair.add_argument('--student', metavar='CONFIG', help="the student's config, in place of the pair's")
-    pair.add_argument('--teacher', metavar='CONFIG', help="the teacher's config, in place of the pair's")
+    pair.add_argument('--teacher', nargs='+', metavar='CONFIG',
+                      help="the teacher's config, in place of the pair's; or those of several, for @teachers=N")
     pair.add_argument('--teacher-checkpoint', nargs='+', default=(), metavar='FILE',
                       help="the teacher's weights, and those of more for @teachers=N; without any, and where the "
                       "pair's are not there, as many teachers as are needed are trained first, with their own config "

@@ -13,7 +13,7 @@ from kd_det.cli.common import (
     inherited_parts,
 )
 from kd_det.cli.train import add_training_options, read_training_options
-from kd_det.config.choices import FAMILIES, LEARNT_FROM
+from kd_det.config.choices import FAMILIES, LEARNT_FROM, POLICIES
 from kd_det.config.methods import available_methods
 
 if TYPE_CHECKING:
@@ -24,17 +24,23 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('student', metavar='STUDENT_CONFIG',
                         help="config of the detector to train: a file, or 'mmdet::folder/file.py'")
     parser.add_argument('--teacher',
+                        nargs='+',
+                        default=(),
                         metavar='CONFIG',
-                        help="config of the teacher, or 'mmdet::folder/file.py'; none is needed beside --peers")
+                        help="config of the teacher, or 'mmdet::folder/file.py'; or those of several; none is needed "
+                        'beside --peers')
     parser.add_argument('--teacher-checkpoint',
                         nargs='+',
                         default=(),
                         metavar='FILE',
-                        help="the teacher's weights: a file or address; from several, all trained with this config, "
-                        'the student learns as from an ensemble')
+                        help="the teacher's weights: a file or address; of several teachers each one's, or several of "
+                        'one config; from them the student learns as from an ensemble, or by --policy')
+    parser.add_argument('--policy', choices=POLICIES, metavar='POLICY',
+                        help=f"who teaches in each step, of several teachers: {', '.join(POLICIES)}; for bandit and "
+                        'agent images of the training data are held out')
     parser.add_argument('--method', required=True,
                         help=f"{', '.join(available_methods())}; a file, as my_method.py or package::folder/file.py; "
-                        'or a sum of them: a+b')
+                        'or a sum of them: a+b; auto lets a bandit choose between all that fit, auto:a+b between these')
     parser.add_argument('--family', choices=FAMILIES, default='',
                         help="whose published weights to use (told by the student's heads by default)")
     add_inheritance_option(parser)
@@ -59,7 +65,7 @@ def run(options: Namespace) -> int:
     distill(options.student, options.teacher, options.teacher_checkpoint, options.method,
             inherit=inherited_parts(options), inherit_by=options.inherit_by, balance=options.balance,
             family=options.family, on_config=show, quantize=options.quantize, peers=read_peers(options),
-            share=options.share, guide=options.guide, **read_training_options(options))
+            share=options.share, guide=options.guide, policy=options.policy, **read_training_options(options))
     return 0
 
 

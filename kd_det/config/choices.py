@@ -54,6 +54,18 @@ RUNTIMES = ('onnxruntime', 'openvino')
 # How the range of an activation is found after training.
 RANGES = ('minmax', 'entropy', 'percentile')
 
+# Who teaches when there are several, by the names that the command line has for them.
+POLICIES = {
+    'uniform': dict(type='Uniform'),
+    'random': dict(type='Random'),
+    'fixed': dict(type='Fixed'),
+    'confidence': dict(type='Confidence'),
+    'sequence': dict(type='Sequence', patience=2),
+    'route': dict(type='Route'),
+    'bandit': dict(type='Bandit'),
+    'agent': dict(type='Agent'),
+}
+
 # What several learners learn from: each other, their mean, their mean by a learnt gate, a learner of their fusion.
 LearntFrom = Literal['peers', 'mean', 'gate', 'fusion']
 LEARNT_FROM = get_args(LearntFrom)

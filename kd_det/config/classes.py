@@ -49,6 +49,10 @@ class ClassMatch(NamedTuple):
         """The student's labels as indices among the shared classes; -1 where the class is not shared."""
         return _map_labels(labels, len(self.student), self.of_student, range(len(self.of_student)))
 
+    def find_own(self, labels: Tensor) -> Tensor:
+        """The student's labels as the teacher's own; -1 where the class is not shared."""
+        return _map_labels(labels, len(self.student), self.of_student, self.of_teacher)
+
     def translate(self, detections: InstanceData) -> InstanceData:
         """The teacher's detections with the student's labels, without those of classes that the student lacks."""
         labels = _map_labels(detections.labels, len(self.teacher), self.of_teacher, self.of_student)

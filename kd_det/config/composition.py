@@ -331,8 +331,9 @@ def _find_student(config: Config, file: str) -> ConfigDict:
     return plain
 
 
-def make_ensemble(config: Config, checkpoints: Sequence[str]) -> Config:
-    """Makes a distillation from one teacher into one from several, which differ in their weights alone.
+def make_ensemble(config: Config, checkpoints: Sequence[str], configs: Sequence[str] = (),
+                  share: bool = True) -> Config:
+    """Makes a distillation from one teacher into one from several.
 
     Each term is repeated for every teacher: ``fgd`` becomes ``fgd_1``, ``fgd_2``, …, each with adapters of its own,
     for features of detectors that were trained apart lie in different bases. Each has the n-th part of the weight, or
@@ -346,6 +347,8 @@ def make_ensemble(config: Config, checkpoints: Sequence[str]) -> Config:
     Args:
         config: Config of a distillation with one teacher.
         checkpoints: Weights of each teacher: files or addresses.
+        configs: Of each teacher, where they differ in more than their weights.
+        share: Whether they share the weights of the terms; else each has the whole, which a policy shares out.
 
     Returns:
         A config of its own; that of the student is unchanged.
@@ -360,18 +363,21 @@ def make_ensemble(config: Config, checkpoints: Sequence[str]) -> Config:
                                  'is not.')
     config = copy.deepcopy(config)
     teacher, terms = config.model.teacher, config.model.distill
-    config.model.teacher = [dict(copy.deepcopy(teacher), checkpoint=checkpoint) for checkpoint in checkpoints]
+    for other in configs:
+        read_model_config(other)  # before anything is built or written
+    config.model.teacher = [dict(copy.deepcopy(teacher), config=other, checkpoint=checkpoint)
+                            for other, checkpoint in zip(configs or [teacher.config] * len(checkpoints), checkpoints)]
     config.model.distill = ConfigDict()
     for name, term in terms.items():
-        config.model.distill.update(repeat_term(name, term, len(checkpoints)))
+        config.model.distill.update(repeat_term(name, term, len(checkpoints), share))
     return config
 
 
-def repeat_term(name: str, term: ConfigDict, number: int) -> dict[str, ConfigDict]:
-    """Makes of a term one for each of so many teachers, with its part of the weight; the term stays as it is."""
+def repeat_term(name: str, term: ConfigDict, number: int, share: bool = True) -> dict[str, ConfigDict]:
+    """Makes of a term one for each of so many teachers, with its part of the weight, or all; the term stays."""
     repeated = {f'{name}_{index + 1}': copy.deepcopy(term) for index in range(number)}
     for index, each in enumerate(repeated.values()):
-        each.update(teacher=index, weight=share_weight(term.get('weight', 1.0), number))
+        each.update(teacher=index, weight=share_weight(copy.deepcopy(term.get('weight', 1.0)), number if share else 1))
     return repeated
 
 

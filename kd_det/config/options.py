@@ -123,7 +123,8 @@ def merge_options(config: Config, options: dict) -> None:
     :func:`~kd_det.config.composition.make_ensemble`, options reach all teachers or one:
     ``model.distill.fgd.temperature=0.8`` sets that of ``fgd_1``, ``fgd_2``, … (a term that options add is repeated,
     too), ``model.teacher.fuse=False`` that of all teachers; ``model.distill.fgd_1.temperature=0.8`` and
-    ``model.teacher.0.fuse=False`` those of one. A weight of ``fgd`` is shared out, a weight of ``fgd_1`` is its own.
+    ``model.teacher.0.fuse=False`` those of one. A weight of ``fgd`` is shared out, unless there is
+    a policy to do that; a weight of ``fgd_1`` is its own.
 
     Args:
         config: The config; changed.
@@ -189,7 +190,7 @@ def _address(options: dict[str, Any], config: Config, members: Members, terms: d
         of_term, of_teacher = TERM_KEY.fullmatch(key), TEACHER_KEY.fullmatch(key)
         if of_term and of_term['name'] in members and of_term['name'] not in terms:
             names = members[of_term['name']]
-            if AMOUNT.fullmatch(of_term['rest']):
+            if AMOUNT.fullmatch(of_term['rest']) and not config.model.get('policy'):
                 value = share_weight(value, len(names))
             addressed.update({f"model.distill.{name}{of_term['rest']}": value for name in names})
         elif of_teacher and _has_several_teachers(config):
@@ -214,5 +215,6 @@ def _repeat_terms(config: Config, added: Iterable[str]) -> None:
     """Has terms without a teacher of their own learn from each, as the others of an ensemble do."""
     for name in added:
         if 'teacher' not in config.model.distill[name]:
-            repeated = repeat_term(name, config.model.distill.pop(name), len(config.model.teacher))
+            repeated = repeat_term(name, config.model.distill.pop(name), len(config.model.teacher),
+                                   share=not config.model.get('policy'))
             config.model.distill.update(repeated)

@@ -95,6 +95,11 @@ class ClassSets:
         match = self.matches.get(teacher_index)
         return list(labels) if match is None or match.is_identity else [match.index_shared(each) for each in labels]
 
+    def find_own_labels(self, labels: Sequence[Tensor], teacher_index: int) -> list[Tensor] | None:
+        """Labels as one teacher itself counts its classes, -1 for those that it lacks; None where they are the same."""
+        match = self.matches.get(teacher_index)
+        return None if match is None or match.is_identity else [match.find_own(each) for each in labels]
+
     def translate(self, detections: list[InstanceData], teacher_index: int, teacher: Guide) -> list[InstanceData]:
         """Gives a teacher's detections the student's labels.
 

@@ -32,7 +32,7 @@ from kd_det.distillers.building import (
 from kd_det.distillers.class_sets import ClassSets, has_classes
 from kd_det.distillers.costs import StepCost
 from kd_det.distillers.inheritance import WeightOrigins, build_inheritance, find_pretrained_parameters, start_student
-from kd_det.distillers.learners import Learner, Predictor, build_peers, connect_fused, init_peers, run_learners
+from kd_det.distillers.learners import Learner, build_peers, connect_fused, init_peers, run_learners
 from kd_det.distillers.monitor import (
     GradientMonitor,
     IdleTermCheck,
@@ -41,6 +41,7 @@ from kd_det.distillers.monitor import (
     list_reads,
     require_finite_weights,
 )
+from kd_det.distillers.policies import Lesson, Policy, PolicyStep, build_policy
 from kd_det.distillers.quantization import build_quantizer
 from kd_det.distillers.schedules import ScheduleConfig
 from kd_det.distillers.student_wrapper import GUIDES, PEERS, QUANTIZER, StudentWrapper
@@ -107,6 +108,7 @@ class DetectionDistiller(StudentWrapper):
         peers: Further detectors that learn in the same steps: how many of the student's own kind, or model dicts, or
             ``dict(config=…, checkpoint=…)`` of those that start from weights.
         share: Parts that the peers have in common with the student, from the image on: ``('backbone', 'neck')``.
+        policy: Who teaches, and when: ``dict(type='Random')``, see :mod:`kd_det.distillers.policies`; all by default.
 
     Attributes:
         terms: The terms by name; those whose weight is not 0 throughout.
@@ -133,7 +135,8 @@ class DetectionDistiller(StudentWrapper):
                  pseudo_labels: dict[str, Any] | None = None,
                  quantize: dict[str, Any] | None = None,
                  peers: Index | Sequence[dict[str, Any]] = 0,
-                 share: Names = ()) -> None:
+                 share: Names = (),
+                 policy: dict[str, Any] | None = None) -> None:
         check_terms_are_given(distill, peers)
         detector = build_student(student)
         super().__init__(detector)
@@ -162,6 +165,7 @@ class DetectionDistiller(StudentWrapper):
             self.schedules, terms = build_terms(distill or {}, len(self.guides), len(models))
             self.guide_connections = GuideConnections(self.guides, terms, models)
         self.terms.update(terms)
+        self.policy = build_policy(policy, self.guides, terms)
         learning = {str(index): guide.module for index, guide in enumerate(self.guides) if guide.module is not None}
         if learning:
             self._modules[GUIDES] = nn.ModuleDict(learning)
@@ -219,7 +223,8 @@ class DetectionDistiller(StudentWrapper):
         task_weight = self.task_schedule(self.progress)
         require_finite_weights(weights, task_weight, self.progress)
         active = [name for name, weight in weights.items() if weight != 0]
-        observations, losses = self.observe_learners(inputs, data_samples, active)
+        observations, losses, lesson = self.observe_learners(inputs, data_samples, active, self.policy)
+        weights.update({name: weights[name] * lesson.weights.get(name, 1.0) for name in active})
         values: dict[str, Tensor | Parts] = {}
         gradients: dict[str, Tensor] = {}
         for learner, observation in zip(self.learners, observations):
@@ -243,6 +248,7 @@ class DetectionDistiller(StudentWrapper):
         for name, schedule in self.schedules.items():
             if not schedule.is_constant:
                 losses[f'distill/{name}_weight'] = torch.as_tensor(weights[name])
+        losses.update({f'policy/{arm}': torch.as_tensor(weight) for arm, weight in lesson.log.items()})
         for name, gradient in gradients.items():
             losses[f'distill/{name}_gradient'] = torch.as_tensor(weights[name] * gradient)
         if not self.task_schedule.is_constant:
@@ -254,16 +260,18 @@ class DetectionDistiller(StudentWrapper):
         return self.observe_learners(inputs, data_samples, names)[0][0]
 
     def observe_learners(self, inputs: Tensor, data_samples: list,
-                         names: Iterable[str]) -> tuple[list[Observation], Losses]:
+                         names: Iterable[str],
+                         policy: Policy | None = None) -> tuple[list[Observation], Losses, Lesson]:
         """The forward of a step: each learner's own loss, and the terms of these names with what they read.
 
         Args:
             inputs: (N, 3, H, W), preprocessed.
             data_samples: mmdet's data samples with ``gt_instances``.
             names: Of the terms; without any no guide runs.
+            policy: Says which of them teach, and of which images; all by default.
 
         Returns:
-            What was observed of each learner; and the losses of guides that learn.
+            What was observed of each learner; the losses of guides that learn; and what the policy has decided.
         """
         names, supervision = tuple(names), self._find_supervision(inputs, data_samples)
         image_shapes = [tuple(sample.img_shape[:2]) for sample in data_samples]
@@ -272,6 +280,11 @@ class DetectionDistiller(StudentWrapper):
         losses, steps = run_learners(self.learners, inputs, supervision)
         losses[0].update(supervision.log)
         with self.cost.measure(inputs.device):
+            lesson = Lesson()
+            if policy is not None and names:
+                lesson = policy.teach(PolicyStep(self.progress, inputs, supervision, self.build_teachers(),
+                                                 self.class_sets, steps[0]))
+                names = lesson.choose(names)
             # The guides, as far as the terms read them.
             guides = [guide for guide in self.build_teachers() if guide.learns]
             learnt = {f'guide{self.teachers.index(guide)}/{name}': loss for guide in guides
@@ -298,9 +311,12 @@ class DetectionDistiller(StudentWrapper):
             for learner, context in zip(self.learners, contexts):
                 views = [self.class_sets.restrict_context(context, index) for index in range(len(self.guides))]
                 with torch.autocast(inputs.device.type, enabled=False):
-                    values.append({name: self.terms[name](views[self.terms[name].teacher_index])
+                    values.append({name: self.terms[name](lesson.show(name, views[self.terms[name].teacher_index]))
                                    for name in names if name in learner.terms})
-        return list(map(Observation, losses, contexts, values)), learnt
+            if policy is not None and names:
+                policy.notice(self.progress, {name: sum_parts(value).detach() for each in values
+                                              for name, value in each.items()})
+        return list(map(Observation, losses, contexts, values)), learnt, lesson
 
     def observe_teachers(self, names: Iterable[str], images: Tensor, image_shapes: Sequence[tuple[int, int]],
                          steps: Sequence[LearnerStep]) -> list[list[tuple[dict[str, Features], TeacherOutputs]]]:
@@ -406,24 +422,6 @@ class DetectionDistiller(StudentWrapper):
         read = {term.teacher_index for term in self.terms.values() if any(map(has_classes, term.teacher_heads))}
         read |= {self.pseudo_labels.teacher_index} if self.pseudo_labels else set()
         return self.class_sets.match(classes, self.build_teachers(), read, self.inherited_parts)
-
-    def group_parameters(self) -> list[list[nn.Parameter]]:
-        """The parameters that make one network each: those of a learner, with its terms; of all that share a trunk."""
-        groups: list[list[nn.Parameter]] = [[] for _ in self.learners]
-        for learner in self.learners:
-            own = groups[0 if self.shares_trunk else learner.index]
-            own.extend(learner.student.parameters())
-            own.extend(parameter for term in learner.terms.values() for parameter in term.parameters())
-        return groups
-
-    def list_predictors(self) -> dict[str, Predictor]:
-        """What predicts beside the student, by the prefix of its metrics: the peers, and the guides that can."""
-        found = {learner.prefix: learner.predict for learner in self.learners[1:]}
-        for index, guide in enumerate(self.teachers or ()):
-            predict, prefix = guide.make_predictor(self.learners), f'{guide.metrics_prefix}/'
-            if predict is not None:
-                found[f'{guide.metrics_prefix}{index}/' if prefix in found else prefix] = predict
-        return found
 
     def load_terms(self, state: dict[str, Tensor]) -> None:
         """Restores the terms' parameters from a checkpoint.

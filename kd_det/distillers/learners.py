@@ -28,7 +28,7 @@ from kd_det.registry import build_detector
 from kd_det.taps import Features, record_calls
 from kd_det.teachers import InputBridge, TeacherError
 from kd_det.teachers.ensemble import FusionTrunk
-from kd_det.teachers.guide import LearnerStep
+from kd_det.teachers.guide import Guide, LearnerStep
 from kd_det.teachers.joining import copy_proposals
 from kd_det.teachers.loading import load_strictly
 
@@ -303,3 +303,23 @@ def connect_fused(learners: Sequence[Learner]) -> None:
         trunk = getattr(learner.student, 'backbone', None)
         if isinstance(trunk, FusionTrunk):
             trunk.sources = tuple(learners[index] for index in trunk.of)
+
+
+def group_parameters(learners: Sequence[Learner], shares_trunk: bool) -> list[list[nn.Parameter]]:
+    """The parameters that make one network each: those of a learner, with its terms; of all that share a trunk."""
+    groups: list[list[nn.Parameter]] = [[] for _ in learners]
+    for learner in learners:
+        own = groups[0 if shares_trunk else learner.index]
+        own.extend(learner.student.parameters())
+        own.extend(parameter for term in learner.terms.values() for parameter in term.parameters())
+    return groups
+
+
+def list_predictors(learners: Sequence[Learner], guides: Sequence[Guide]) -> dict[str, Predictor]:
+    """What predicts beside the student, by the prefix of its metrics: the peers, and the guides that can."""
+    found = {learner.prefix: learner.predict for learner in learners[1:]}
+    for index, guide in enumerate(guides):
+        predict, prefix = guide.make_predictor(learners), f'{guide.metrics_prefix}/'
+        if predict is not None:
+            found[f'{guide.metrics_prefix}{index}/' if prefix in found else prefix] = predict
+    return found

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd_det.functional.gradients import scale_gradient
 from kd_det.functional.logits import restricted_logits
 from kd_det.heads.request import HeadError
 from kd_det.taps import Features
@@ -119,6 +120,15 @@ class DenseOutputs:
                    if (levels := getattr(self, name)) is not None}
         decode = self.decode
         return replace(self, **tensors, decode=lambda *chosen: tuple(level.detach() for level in decode(*chosen)))
+
+    def weigh(self, shares: Tensor) -> DenseOutputs:
+        """The same with the gradient of each image times its share, (N,), boxes included."""
+        tensors = {name: tuple(scale_gradient(level, shares) for level in levels)
+                   for name in ('logits', 'regressions', 'objectness', 'centerness', 'distributions')
+                   if (levels := getattr(self, name)) is not None}
+        decode = self.decode
+        return replace(self, **tensors,
+                       decode=lambda *chosen: tuple(scale_gradient(level, shares) for level in decode(*chosen)))
 
     def restrict(self, classes: Sequence[int]) -> DenseOutputs:
         """The same of some classes alone, in this order, see :func:`~kd_det.functional.logits.restricted_logits`."""

@@ -12,6 +12,7 @@ from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from kd_det.functional.gradients import scale_gradient
 from kd_det.functional.logits import restricted_logits
 from kd_det.functional.queries import match_queries, query_cost
 from kd_det.heads.request import HeadError
@@ -52,6 +53,11 @@ class QueryOutputs:
     def detach(self) -> QueryOutputs:
         """The same without gradient."""
         return replace(self, logits=self.logits.detach(), boxes=self.boxes.detach())
+
+    def weigh(self, shares: Tensor) -> QueryOutputs:
+        """The same with the gradient of each image times its share, (N,)."""
+        return replace(self, logits=scale_gradient(self.logits, shares, dim=1),
+                       boxes=scale_gradient(self.boxes, shares, dim=1))
 
     def restrict(self, classes: Sequence[int]) -> QueryOutputs:
         """The same of some classes alone, in this order, see :func:`~kd_det.functional.logits.restricted_logits`."""

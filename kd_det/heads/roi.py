@@ -11,6 +11,7 @@ from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.models.task_modules import DeltaXYWHBBoxCoder
 from torch import Tensor, nn
 
+from kd_det.functional.gradients import scale_gradient
 from kd_det.functional.logits import restricted_logits
 from kd_det.heads.readers import remove_normalization
 from kd_det.heads.request import HeadError
@@ -59,6 +60,12 @@ class RoIOutputs(NamedTuple):
     @property
     def num_classes(self) -> int:
         return self.logits.shape[1] - 1
+
+    def weigh(self, shares: Tensor) -> RoIOutputs:
+        """The same with the gradient of each region times the share, (N,), of its image."""
+        of_regions = shares[self.regions.rois[:, 0].long()]
+        return self._replace(logits=scale_gradient(self.logits, of_regions),
+                             deltas=scale_gradient(self.deltas, of_regions))
 
     def restrict(self, classes: Sequence[int], regions: Regions, rows: Tensor) -> RoIOutputs:
         """The same of some classes and some regions alone.

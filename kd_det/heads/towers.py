@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from kd_det.functional.gradients import scale_gradient
 from kd_det.heads.dense import DenseOutputs
 from kd_det.heads.readers import read_dense
 from kd_det.heads.request import HeadError
@@ -26,6 +27,11 @@ class TowerFeatures(NamedTuple):
     """
     classes: tuple[Features, ...]
     boxes: tuple[Features, ...]
+
+    def weigh(self, shares: Tensor) -> TowerFeatures:
+        """The same with the gradient of each image times its share, (N,)."""
+        return TowerFeatures(*(tuple(tuple(scale_gradient(level, shares) for level in levels) for levels in tower)
+                               for tower in self))
 
     def before(self, remaining: int) -> tuple[Features, Features]:
         """The levels of both towers that have so many convolutions still before them."""

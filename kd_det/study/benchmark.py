@@ -1,7 +1,6 @@
 """Benchmarks: methods side by side on one pair of student and teacher, over seeds; and one method over a grid."""
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -81,7 +80,7 @@ class BenchmarkResult:
 
 @declared
 def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | Config | None = None,
-              teacher: str | Path | None = None, teacher_checkpoints: Sequence[str | Path] = (),
+              teacher: str | Path | Sequence[str | Path] | None = None, teacher_checkpoints: Sequence[str | Path] = (),
               methods: str | Sequence[str] = 'none,kd,fgd,pkd', seeds: Count | Seeds = 3,
               fidelity: Sequence[Split] = (), data_root: str | None = None, epochs: Count | None = None,
               teacher_epochs: Count | None = None, balance: Ratio | None = None, inherit: Parts = 'auto',
@@ -97,7 +96,7 @@ def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | 
         pair: A distillation, whose student and teacher count and whose terms do not: a file, ``'package::file.py'`` or
             a config.
         student: The student's config, in place of the pair's.
-        teacher: The teacher's config, in place of the pair's.
+        teacher: The teacher's config, in place of the pair's; or those of several unlike ones, for ``@teachers=N``.
         teacher_checkpoints: The teacher's weights, and those of more for ``@teachers=N``. Without any, and where the
             pair's are not there, as many teachers as are needed are trained first, with a seed each.
         methods: Methods and their settings, see :func:`~kd_det.study.variants.parse_variants`.
@@ -131,6 +130,9 @@ def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | 
     common = Variant('', PLAIN, balance, inherit if isinstance(inherit, str) else tuple(inherit), options or {})
     variants = parse_variants(methods if isinstance(methods, str) else ','.join(methods), common)
     teachers = count_teachers(variants, pair.checkpoints)
+    if pair.further and teachers != len(pair.teachers):
+        raise ConfigurationError(f'--teacher names {len(pair.teachers)} configs, and the methods ask for {teachers} '
+                                 f'teachers at most: name one with @teachers={len(pair.teachers)}.')
     _check_devices(devices)
     check_config(pair.student, splits=('train', 'val'))  # its annotations tell the size of images
     for variant in variants:  # what can not be composed or built is told before a teacher is trained
@@ -253,10 +255,10 @@ def count_teachers(variants: Sequence[Variant], checkpoints: Sequence[str]) -> i
 
 def _train_teachers(pair: Pair, number: int, data_root: str | None, epochs: int | None, data: str, root: Path,
                     pool: JobPool, log: Callable[[str], None]) -> list[Run]:
-    """Trains so many teachers of the same config, each from a seed of its own."""
-    config = adapt_config(pair.teacher_config(), data_root, epochs)
+    """Trains so many teachers, of the same config or of one each, each from a seed of its own."""
+    configs = [adapt_config(pair.teacher_config(index), data_root, epochs) for index in range(number)]
     names = ['teacher', *(f'teacher_{index + 2}' for index in range(number - 1))]
-    outcomes = pool.run([Job(name, root / name, _set_seed(copy.deepcopy(config), TEACHER_SEED + index), [data])
+    outcomes = pool.run([Job(name, root / name, _set_seed(configs[index], TEACHER_SEED + index), [data])
                          for index, name in enumerate(names)], log)
     failed = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
     if failed:

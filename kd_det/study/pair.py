@@ -24,31 +24,40 @@ class Pair:
         teacher: Name of the teacher's config.
         checkpoints: The weights of the teacher, or of several of its config; addresses or files; none if they are to be
             trained.
+        further: The names of the configs of further teachers that are unlike it.
     """
     student: Config
     teacher: str
     checkpoints: tuple[str, ...] = ()
+    further: tuple[str, ...] = ()
 
-    def teacher_config(self) -> Config:
-        """The config that trains the teacher."""
-        return student_config(load_config(self.teacher))
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The names of all teachers' configs; none where one config is that of all."""
+        return (self.teacher, *self.further) if self.further else ()
+
+    def teacher_config(self, index: int = 0) -> Config:
+        """The config that trains the teacher, or one of several."""
+        return student_config(load_config(self.teachers[index] if self.further else self.teacher))
 
 
 def read_pair(pair: str | Path | Config | None = None, student: str | Path | Config | None = None,
-              teacher: str | Path | None = None, checkpoints: Sequence[str] = ()) -> Pair:
+              teacher: str | Path | Sequence[str | Path] | None = None, checkpoints: Sequence[str] = ()) -> Pair:
     """Reads a pair.
 
     Args:
         pair: Config of a distillation, such as ``configs/_base_/pairs/retinanet_r101_r18.py``; its terms do not count.
         student: Config of a plain detector, in place of ``pair`` or of its student.
-        teacher: Config of the teacher, in place of the pair's.
+        teacher: Config of the teacher, in place of the pair's; or of several, for ``@teachers=N``.
         checkpoints: The teacher's weights, or those of several. By default the pair's, if it names an address or a file
             that is there.
 
     Raises:
         ConfigurationError: There is no student or no teacher, the pair is no distillation, or it has several teachers.
     """
-    config, named = None, {}
+    config, named, further = None, {}, ()
+    if teacher is not None and not isinstance(teacher, (str, Path)):
+        teacher, *further = teacher or (None, )
     if pair is not None:
         config = resolve_config(pair)
         pair = config.filename if isinstance(pair, Config) else pair
@@ -73,7 +82,7 @@ def read_pair(pair: str | Path | Config | None = None, student: str | Path | Con
     if not isinstance(teacher, str):
         raise ConfigurationError(f"PAIR '{pair}' holds its teacher as a model dict: give the file that trains it with "
                                  '--teacher.')
-    return Pair(config, teacher, tuple(checkpoints))
+    return Pair(config, teacher, tuple(checkpoints), tuple(map(str, further)))
 
 
 def _exists(checkpoint: str | None) -> bool:

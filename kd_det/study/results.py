@@ -90,7 +90,8 @@ def paired_difference(baseline: Mapping[int, float], other: Mapping[int, float])
 
 def make_run_entry(variant: Variant, seed: int, folder: Path, outcome: Outcome, root: Path) -> dict:
     """Makes an element of ``runs``: the variant, its settings and its twin, and the run or why it failed."""
-    distillation = dict(balance=variant.balance, inherit=variant.inherit, teachers=variant.teachers)
+    distillation = dict(balance=variant.balance, inherit=variant.inherit, teachers=variant.teachers,
+                        **({'policy': variant.policy} if variant.policy else {}))
     settings = dict({} if variant.is_plain else distillation, augment=variant.augment, **variant.settings)
     entry = dict(variant=variant.name, method=variant.method, seed=seed, settings=settings,
                  twin=find_twin(variant.name), folder=os.path.relpath(folder, root))

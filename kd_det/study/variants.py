@@ -16,17 +16,20 @@ from mmengine.config import Config
 
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Ratio, check_value
+from kd_det.config.choices import POLICIES
 from kd_det.config.composition import NO_METHOD, PAPER, distillation_config, make_ensemble
 from kd_det.config.files import TOP_KEYS, get_type_name, list_leaf_datasets, student_model, training_pipelines
 from kd_det.config.methods import available_methods, find_files, is_file
 from kd_det.config.options import merge_options, read_value
+from kd_det.config.policies import add_methods, add_policy, names_all_methods
 from kd_det.registry import HOME, find_class, get_scope, within_scope
 from kd_det.study.pair import Pair
 
 PLAIN = NO_METHOD
 
 # Settings of the distillation; all others are the student's.
-DISTILLATION_KEYS = ('model.teacher', 'model.distill', 'model.inherit', 'model.task_weight', 'default_hooks.distill')
+DISTILLATION_KEYS = ('model.teacher', 'model.distill', 'model.inherit', 'model.task_weight', 'model.policy',
+                     'default_hooks.distill')
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Variant:
         settings: Overrides of the student's config by dotted key; those of :data:`DISTILLATION_KEYS` reach the
             distillation.
         teachers: How many teachers it learns from, see :func:`~kd_det.config.composition.make_ensemble`.
+        policy: Who of them teaches in a step, one of :data:`~kd_det.config.choices.POLICIES`; '' for all at once.
         augment: What is done to the training images beside the student's own pipeline, see
             :func:`~kd_det.study.variants.mix_images`.
     """
@@ -51,6 +55,7 @@ class Variant:
     inherit: str | tuple[str, ...] = 'auto'
     settings: dict[str, Any] = field(default_factory=dict)
     teachers: int = 1
+    policy: str = ''
     augment: tuple[str, ...] = ()
 
     @property
@@ -93,7 +98,8 @@ def parse_variants(text: str, common: Variant = Variant('', PLAIN)) -> list[Vari
             - ``@inherit=neck+bbox_head``: the parts that start from the teacher's weights where shapes agree;
               ``@inherit=none`` for none, ``@inherit`` for all but the backbone. ``inherit`` as a method is that and no
               terms;
-            - ``@teachers=3``: learns from an ensemble of so many;
+            - ``@teachers=3``: learns from an ensemble of so many; ``@policy=agent``: from those of them whom
+              the policy chooses;
             - ``@augment=mosaic+mixup``: mixes training images, as teacher and student see them; ``@augment=none``;
             - ``@dotted.key=value``: overrides the student's config, as ``--cfg-options`` does, or what the distillation
               adds to it: ``@model.distill.fgd.temperature=0.8``.
@@ -120,7 +126,11 @@ def _parse_variant(text: str, common: Variant) -> Variant:
     method, *settings = text.split('@')
     if method == 'inherit':
         method, settings = PLAIN, ['inherit', *settings]
-    for name in method.split('+'):
+    if names_all_methods(method):
+        names = [each for each in method.partition(':')[2].split('+') if each]
+    else:
+        names = method.split('+')
+    for name in names:
         if is_file(name):
             find_files(name)
         elif method != PLAIN and name not in available_methods():
@@ -134,6 +144,10 @@ def _parse_variant(text: str, common: Variant) -> Variant:
     if variant.method == PLAIN and variant.teachers > 1:
         raise ConfigurationError(f"--methods {text}: only a method's terms learn from several teachers, and here "
                                  f'are none. Name one, such as kd@teachers={variant.teachers}, or leave @teachers out.')
+    if names_all_methods(method) and variant.teachers > 1:
+        raise ConfigurationError(f'--methods {text}: auto chooses between the methods of one teacher.')
+    if variant.policy and variant.teachers < 2 and not names_all_methods(method):
+        raise ConfigurationError(f'--methods {text}: a policy chooses between several teachers: give @teachers=N too.')
     return variant
 
 
@@ -155,6 +169,11 @@ def _apply_setting(variant: Variant, setting: str) -> Variant:
             raise ConfigurationError(f"--methods {variant.name}: expected @teachers=N, a number of 1 or more, got "
                                      f"'{value}'.")
         return replace(variant, teachers=int(value))
+    if key == 'policy':
+        if value not in POLICIES:
+            raise ConfigurationError(f"--methods {variant.name}: expected @policy={', '.join(POLICIES)}, got "
+                                     f"'{value}'.")
+        return replace(variant, policy=value)
     if key == 'augment':
         augment = () if value == PLAIN else tuple(value.split('+'))
         if not set(augment) <= set(AUGMENTATIONS):
@@ -164,8 +183,8 @@ def _apply_setting(variant: Variant, setting: str) -> Variant:
     if '.' in key and given:
         return replace(variant, settings={**variant.settings, key: read_value(value, f'--methods {variant.name}')})
     raise ConfigurationError(f"--methods {variant.name}: there is no setting '@{setting}'. Expected @paper, "
-                             '@balance=RATIO, @inherit, @inherit=PART+PART, @teachers=N, @augment=mosaic+mixup or '
-                             '@dotted.key=value.')
+                             '@balance=RATIO, @inherit, @inherit=PART+PART, @teachers=N, @policy=POLICY, '
+                             '@augment=mosaic+mixup or @dotted.key=value.')
 
 
 def expand_grid(method: str, settings: Sequence[tuple[str, Sequence]]) -> list[str]:
@@ -195,10 +214,16 @@ def variant_config(variant: Variant, pair: Pair, checkpoints: Sequence[str] = ()
     mix_images(config, variant.augment)
     if variant.is_plain:
         return config
-    config = distillation_config(config, pair.teacher, checkpoints[0], variant.method, variant.inherit,
-                                 balance=variant.balance)
+    chooses = names_all_methods(variant.method)
+    config = distillation_config(config, pair.teacher, checkpoints[0], PLAIN if chooses else variant.method,
+                                 variant.inherit, balance=variant.balance)
     if variant.teachers > 1:
-        config = make_ensemble(config, checkpoints[:variant.teachers])
+        config = make_ensemble(config, checkpoints[:variant.teachers], pair.teachers[:variant.teachers],
+                               share=not variant.policy)
+    if chooses:
+        config = add_methods(config, variant.method, variant.policy or 'bandit', balance=variant.balance)
+    elif variant.policy:
+        config = add_policy(config, variant.policy)
     merge_options(config, of_distillation)  # of a term: for all its teachers, or for one
     return config
 

@@ -140,7 +140,7 @@ class AveragedStudent(Teacher):
         self._digests = None
         self._prepare(reading.taps, reading.heads, student.data_preprocessor)
 
-    def _start_engine(self) -> None:
+    def start_engine(self) -> None:
         if not self.average.steps:
             self.after_step()
 

@@ -208,7 +208,7 @@ class Teacher(Guide):
                                'student inherit before the first step.')
         return self.model.state_dict()
 
-    def _start_engine(self) -> None:
+    def start_engine(self) -> None:
         """Starts the engine, before the first forward and no sooner: until then the student may inherit."""
         if self._digests is None:
             loaded = hash_weights(self.model)
@@ -261,7 +261,7 @@ class Teacher(Guide):
 
         Features are those of the whole batch of the teacher, and of each tap only the levels that are read.
         """
-        self._start_engine()
+        self.start_engine()
         outputs: TeacherOutputs = {}
         # Heads, an encoder, and taps within the neck may read every level of the neck.
         neck_read = levels.get(NECK, ())
@@ -311,7 +311,7 @@ class Teacher(Guide):
     @torch.no_grad()
     def extract_feat(self, images: Tensor, image_shapes: Sequence[Shape]) -> Features:
         """The features that its heads are given, of a batch preprocessed for the student and cut back to that."""
-        self._start_engine()
+        self.start_engine()
         own_images = self.bridge(images, image_shapes)
         with explain_size_mismatch(own_images.shape[-2:]):
             levels = self.model.extract_feat(own_images)
@@ -326,7 +326,7 @@ class Teacher(Guide):
             data_samples: mmdet's data samples; their ``batch_input_shape`` becomes that of the teacher's batch.
             rescale: Put the boxes into the coordinates of the original images.
         """
-        self._start_engine()
+        self.start_engine()
         images = self.bridge(images, [sample.img_shape[:2] for sample in data_samples])
         for sample in data_samples:
             sample.set_metainfo(dict(batch_input_shape=tuple(images.shape[-2:])))

@@ -39,6 +39,7 @@ from kd_det.training.learners import (
     load_peers,
     save_peers,
 )
+from kd_det.training.probe import ProbeSettings, StudentProbe, reward_policy, start_policy
 from kd_det.training.replay import training_epoch
 from kd_det.training.runner import use_one_metainfo
 from kd_det.training.saving import choose_checkpoint, keep_checkpoints_whole
@@ -92,13 +93,15 @@ class DistillHook(Hook):
       :class:`~kd_det.distillers.schedules.Balance` has measured; ``ranges`` those of a student that is trained for
       integers, by which an export writes the same; ``peers`` has the state dict of each learner beside the student,
       averaged as the student's is, and ``trained_peers`` then the trained ones; ``guides`` what those guides have
-      learnt that do learn, and ``averaged_guides`` the averages of gates.
+      learnt that do learn, and ``averaged_guides`` the averages of gates; ``policy`` what a policy has learnt.
     - ``optimizer``: the state of the student's parameters, then that of the terms'.
     - ``meta['dataset_meta']``: the names of the student's classes.
 
     Args:
         preflight: The arguments of a :class:`Preflight`. Training stops where the teacher's boxes reach less, and where
             they lie on objects of other classes than their names say; None for no pre-flight.
+        probe: The arguments of a :class:`~kd_det.training.probe.ProbeSettings`: how the student is evaluated for a
+            policy that learns.
 
     Raises:
         ArgumentError: An argument does not fit.
@@ -106,10 +109,14 @@ class DistillHook(Hook):
     priority = 'ABOVE_NORMAL'  # before EMAHook exchanges weights at the same point
 
     @declared
-    def __init__(self, preflight: dict[str, Any] | None = PREFLIGHT) -> None:
+    def __init__(self, preflight: dict[str, Any] | None = PREFLIGHT, probe: dict[str, Any] | None = None) -> None:
         with at('preflight'):
             check_arguments(Preflight, preflight or {})
+        with at('probe'):
+            check_arguments(ProbeSettings, probe or {})
         self.preflight = None if preflight is None else Preflight(**preflight)
+        self.probe_settings = ProbeSettings(**(probe or {}))
+        self._probe: StudentProbe | None = None
         self._fingerprints: list[str] = []
 
     def before_run(self, runner: Runner) -> None:
@@ -144,6 +151,7 @@ class DistillHook(Hook):
                     if teacher in teachers and len(teachers) == 1:
                         raise
                     raise TeacherError(f'{name}: {error}') from error
+        self._probe = start_policy(runner, distiller, self.probe_settings)
         if is_main_process():
             runner.logger.info('\n'.join(['Where the weights came from:', build_origin_table(distiller), *classes]))
 
@@ -175,6 +183,9 @@ class DistillHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         self._set_progress(runner)
+        distiller = _find_distiller(runner)
+        if distiller is not None:
+            reward_policy(runner, distiller, self._probe)
 
     def _set_progress(self, runner: Runner) -> None:
         """Tells the distiller where the training stands, and seeds the step by that."""
@@ -227,6 +238,8 @@ class DistillHook(Hook):
         if distiller is not None and [teacher.fingerprint() for teacher in distiller.teachers] != self._fingerprints:
             raise RuntimeError("The teacher's weights or buffers changed during training. Some hook or module writes "
                                'to it.')
+        if distiller is not None and distiller.policy is not None:
+            runner.logger.info(f'Policy: {distiller.policy.report()}')
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         distiller = _find_distiller(runner)
@@ -242,6 +255,8 @@ class DistillHook(Hook):
             if any(guides.values()):
                 checkpoint[CHECKPOINT_KEY]['guides'] = {index: weights_to_cpu(state)
                                                         for index, state in guides.items() if state}
+            if distiller.policy is not None:
+                checkpoint[CHECKPOINT_KEY]['policy'] = distiller.policy.state_dict()
             if distiller.quantizer is not None:
                 checkpoint[CHECKPOINT_KEY]['ranges'] = distiller.quantizer.state()
 
@@ -260,6 +275,8 @@ class DistillHook(Hook):
             load_peers(runner, distiller, stored)
             for index, state in stored.get('guides', {}).items():
                 distiller.teachers[int(index)].load_state_dict(state)
+            if distiller.policy is not None:
+                distiller.policy.load_state_dict(stored.get('policy', {}))
             if distiller.quantizer is not None and 'ranges' in checkpoint[CHECKPOINT_KEY]:
                 distiller.quantizer.load_state(checkpoint[CHECKPOINT_KEY]['ranges'])
         elif len(distiller.terms):

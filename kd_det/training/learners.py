@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kd_det.compat.process import preserved_randomness
 from kd_det.distillers.detection_distiller import DetectionDistiller
+from kd_det.distillers.learners import group_parameters, list_predictors
 
 # In a checkpoint's 'distill'; the second beside averaged ones.
 PEERS, TRAINED_PEERS, AVERAGED_GUIDES = 'peers', 'trained_peers', 'averaged_guides'
@@ -28,7 +29,8 @@ def clip_by_learner(runner: Runner, distiller: DetectionDistiller) -> None:
         runner: The run; its optimizer's clipping is exchanged.
         distiller: The model.
     """
-    owners = {id(parameter): index for index, group in enumerate(distiller.group_parameters()) for parameter in group}
+    owners = {id(parameter): index for index, group in
+              enumerate(group_parameters(distiller.learners, distiller.shares_trunk)) for parameter in group}
     wrapper = runner.optim_wrapper
     for each in wrapper.optim_wrappers.values() if isinstance(wrapper, OptimWrapperDict) else (wrapper, ):
         if getattr(each, 'clip_grad_kwargs', None):
@@ -122,7 +124,7 @@ def evaluate_others(runner: Runner, distiller: DetectionDistiller) -> dict[str, 
         Their metrics, with ``peer1/`` or ``ensemble/`` before the names.
     """
     loop, metrics = runner.val_loop, {}
-    for prefix, predict in distiller.list_predictors().items():
+    for prefix, predict in list_predictors(distiller.learners, distiller.teachers).items():
         runner.logger.info(f"Validation of {prefix.rstrip('/')}:")
         with distiller.predicting_as(predict), torch.no_grad(), autocast(enabled=loop.fp16), \
                 preserved_randomness():  # a loader draws, where the student's training goes on

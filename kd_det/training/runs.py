@@ -29,7 +29,7 @@ from kd_det.compat.writing import is_first_process, kept_after_errors, locked_fo
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Bits, Count, Index, Name, Names, Parts, Ratio, Seed, Weight, declared
 from kd_det.config.choices import EXPORTED, InheritanceRule, LearntFrom
-from kd_det.config.composition import distillation_config, make_ensemble
+from kd_det.config.distillation import compose_distillation
 from kd_det.config.files import (
     find_quantization,
     is_distillation,
@@ -38,8 +38,6 @@ from kd_det.config.files import (
     set_data_root,
     student_config,
 )
-from kd_det.config.learners import add_learners
-from kd_det.config.methods import name_sum
 from kd_det.config.options import merge_options, resolve_config, set_epochs
 from kd_det.distillers.quantization import build_quantizer
 from kd_det.registry import HOME
@@ -144,7 +142,7 @@ def train(config: str | Path | Config, *, data_root: str | None = None, work_dir
 
 
 @declared
-def distill(student: str | Path | Config, teacher: str | Path | None = None,
+def distill(student: str | Path | Config, teacher: str | Path | Sequence[str | Path] | None = None,
             checkpoint: str | Path | Sequence[str | Path] = (), method: str = 'fgd', *,
             data_root: str | None = None, work_dir: str | Path | None = None, epochs: Count | None = None,
             inherit: Parts = 'auto', balance: Ratio | None = None,
@@ -153,17 +151,20 @@ def distill(student: str | Path | Config, teacher: str | Path | None = None,
             check_images: Index | None = None, trackers: Sequence[Name] = (),
             on_config: Callable[[Config], None] | None = None,
             quantize: Bits | dict[str, Any] | None = None, peers: Index | Sequence[str] = 0, share: Names = (),
-            guide: LearntFrom = 'peers', inherit_by: InheritanceRule = 'shape') -> RunResult:
+            guide: LearntFrom = 'peers', inherit_by: InheritanceRule = 'shape',
+            policy: str | dict[str, Any] | None = None) -> RunResult:
     """Composes a distillation out of a student's config and a teacher, saves it in the work dir, and trains it.
 
     The student's config alone decides data, classes, schedule and evaluation.
 
     Args:
         student: Config of the detector to train: a file, ``'mmdet::folder/file.py'``, or a config.
-        teacher: Config of the teacher: a file, or ``'mmdet::folder/file.py'``; None beside ``peers`` for none.
-        checkpoint: The teacher's weights: a file or an address; from several, all trained with this config, the student
-            learns as from an ensemble.
-        method: One of :func:`kd_det.methods`, the file of another, ``'package::folder/file.py'``, or a sum: ``'a+b'``.
+        teacher: Config of the teacher: a file, or ``'mmdet::folder/file.py'``; None beside ``peers`` for none; or
+            several, of unlike teachers.
+        checkpoint: The teacher's weights: a file or an address; or several, one for each teacher, or all trained with
+            the one config. From several the student learns as from an ensemble, or as a ``policy`` says.
+        method: One of :func:`kd_det.methods`, the file of another, ``'package::folder/file.py'``, or a sum: ``'a+b'``;
+            ``'auto'`` lets a policy choose between all that fit, ``'auto:a+b'`` between these.
         data_root: See :func:`train`, as for all that is not told here.
         work_dir: For logs, checkpoints and the config; ``work_dirs/STUDENT_METHOD`` by default.
         epochs: Train for so many, the schedules stretched with them.
@@ -190,6 +191,8 @@ def distill(student: str | Path | Config, teacher: str | Path | None = None,
         guide: What they learn from by the method: each other (``'peers'``), their ``'mean'``, their mean by a learnt
             ``'gate'``, or a learner of their fused features (``'fusion'``).
         inherit_by: How it starts from them, see :class:`~kd_det.distillers.inheritance.Inheritance`.
+        policy: Who teaches in a step: one of :data:`~kd_det.config.choices.POLICIES`, or ``model.policy``; all at once
+            by default.
 
     Raises:
         ConfigurationError: The student is a distillation already, the method does not serve it, or a setting is wrong.
@@ -197,26 +200,11 @@ def distill(student: str | Path | Config, teacher: str | Path | None = None,
         DiagnosisError: See :func:`train`.
         CheckpointError: See :func:`train`.
     """
-    checkpoints = [str(checkpoint)] if isinstance(checkpoint, (str, Path)) else list(map(str, checkpoint))
-    if teacher is None and not peers:
-        raise ConfigurationError('There is nothing to learn from: give a teacher, or peers.')
-    if (teacher is None) != (not checkpoints):
-        raise ConfigurationError('There is no checkpoint of the teacher: give a file or an address, or several.'
-                                 if teacher is not None else 'There is a checkpoint, but no teacher of which it is.')
-    config = distillation_config(student if isinstance(student, Config) else str(student),
-                                 None if teacher is None else str(teacher), checkpoints[0] if checkpoints else None,
-                                 method, inherit, family, balance, inherit_by)
-    several = f'_{len(checkpoints)}_teachers' if len(checkpoints) > 1 else ''
-    source = (student.filename or 'student') if isinstance(student, Config) else student
-    name = f'{Path(source).stem}_{name_sum(method)}{several}'
-    if several:
-        config = make_ensemble(config, checkpoints)
-    if peers:
-        config = add_learners(config, peers, share, guide)
-        name = f"{name}_{guide}_of_{1 + (peers if isinstance(peers, int) else len(peers))}"
-    if quantize is not None:
-        config.model.quantize = dict(bits=quantize) if isinstance(quantize, int) else quantize
-        name = f"{name}_{config.model.quantize.get('bits', 8)}_bits"
+    teachers, checkpoints = (list(map(str, [each] if isinstance(each, (str, Path)) else each or ()))
+                             for each in (teacher, checkpoint))
+    config, name = compose_distillation(student if isinstance(student, Config) else str(student), teachers, checkpoints,
+                                        method, inherit, family, balance, peers, share, guide, policy, quantize,
+                                        inherit_by)
     _set_run(config, name, data_root, work_dir, epochs, seed, amp, auto_scale_lr, launcher, trackers, options)
     config = rename_config(config, Path(config.work_dir) / f'{name}.py')
     return _train(config, resume, check_images, on_config)

@@ -43,7 +43,9 @@ def distilled_gradients(config, images, samples, wrap=lambda model: model):
                  if parameter.requires_grad}
     weights = sum(to_local(parameter).numel() for parameter in plain.teacher.model.parameters()) if hasattr(
         plain.teacher, 'model') else 0
-    return gradients, dict(plain.monitor.state_dict(), ranges=plain.quantizer and plain.quantizer.ranges), weights
+    return gradients, dict(
+        plain.monitor.state_dict(), ranges=plain.quantizer and plain.quantizer.ranges,
+        policy=plain.policy and plain.policy.state_dict()), weights
 
 
 if __name__ == '__main__':

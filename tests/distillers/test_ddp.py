@@ -123,3 +123,26 @@ def test_learners_and_guides_are_the_same_on_two_ranks(one_stage, batch_of_four,
     assert gradients.keys() == expected.keys() and gradients['distill_guides.1.linear.weight'].any()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=lambda text: f'{name}: {text}')
+
+
+@pytest.mark.parametrize('policy', [dict(type='Agent'), dict(type='Confidence'),
+                                    dict(type='Sequence', epochs=1, trial=2)])
+def test_a_policy_decides_for_the_images_of_all_ranks(policy, one_stage, retinanet, batch_of_four, on_two_ranks):
+    student = one_stage('fcos')
+    student.backbone.norm_eval = True
+    other = one_stage('gfl', neck=8)  # whose loss divides by the objects of all ranks
+    other.test_cfg.update(retinanet().test_cfg)
+    teachers = [dict(config=each, random_teacher=True) for each in (retinanet(neck=12), other)]
+    config = dict(type='DetectionDistiller', student=student, teacher=teachers, policy=policy,
+                  distill={f'own_{index}': dict(type='FGD', levels=(0, 1, 2), teacher=index) for index in range(2)})
+    data = batch_of_four(student)
+    gradients, ((first, _), (second, _)) = on_two_ranks(config, data)
+    expected, state, _ = _load_rank().distilled_gradients(config, data['inputs'], data['data_samples'])
+    assert gradients.keys() == expected.keys() and any(gradient.any() for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=lambda text: f'{name}: {text}')
+    for name, value in state['policy'].items():
+        assert name == 'gains_state' or first['policy'][name] is second['policy'][name] is value is None or (
+            torch.equal(torch.as_tensor(first['policy'][name]), torch.as_tensor(second['policy'][name])))
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(first['policy'][name], value, rtol=1e-4, atol=1e-6)

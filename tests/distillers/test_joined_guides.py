@@ -10,7 +10,7 @@ from mmengine.optim import OptimWrapper
 import kd_det
 from kd_det.config.files import ConfigurationError
 from kd_det.datasets import UNLABELLED
-from kd_det.distillers.learners import SharedPart
+from kd_det.distillers.learners import SharedPart, list_predictors
 from kd_det.teachers.joining import check_alike
 from kd_det.training.learners import clip_by_learner, evaluate_others, follow_student, list_averages
 
@@ -180,12 +180,12 @@ def test_learners_and_ensembles_learn_from_labelled_images_alone(kind, faster_rc
 def test_an_ensemble_of_one_two_stage_detector_twice_predicts_as_it(kind, detector_config, build, batch_for):
     ensemble = dict(type='Ensemble', of=BRANCHES)
     model = build(detector_config(kind), peers=1, teacher=[ensemble, dict(ensemble, weights=(1, 3))])
-    assert list(model.list_predictors()) == ['peer1/', 'ensemble/', 'ensemble1/']
+    assert list(list_predictors(model.learners, model.teachers)) == ['peer1/', 'ensemble/', 'ensemble1/']
     model.peers[0].load_state_dict(model.student.state_dict())
     data = model.eval().data_preprocessor(batch_for(kind, ((64, 64), ), (((8, 8, 40, 40), ), )), False)
     with torch.no_grad():
         plain = model.student.predict(data['inputs'], copy.deepcopy(data['data_samples']))
-        with model.predicting_as(model.list_predictors()['ensemble/']):
+        with model.predicting_as(list_predictors(model.learners, model.teachers)['ensemble/']):
             found = model(**data, mode='predict')
     for own, other in zip(plain, found):
         torch.testing.assert_close(own.pred_instances.bboxes, other.pred_instances.bboxes, rtol=1e-4, atol=1e-3)

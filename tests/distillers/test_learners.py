@@ -8,6 +8,7 @@ from mmengine.optim import OptimWrapper
 
 import kd_det
 from kd_det.config.files import ConfigurationError
+from kd_det.distillers.learners import group_parameters, list_predictors
 from kd_det.distillers.student_wrapper import PEERS
 from kd_det.training.learners import clip_by_learner
 
@@ -145,7 +146,7 @@ def test_a_shared_trunk_runs_once_and_learns_from_both(mutual, batch):
     peer = sum(value for name, value in logged.items() if name.startswith('peer1/loss'))
     torch.testing.assert_close(total, own + peer)
     assert both.abs().sum() > 0
-    assert [len(group) for group in model.group_parameters()][1] == 0
+    assert [len(group) for group in group_parameters(model.learners, model.shares_trunk)][1] == 0
     with torch.no_grad():  # beyond training it is the student's trunk
         data = model.eval().data_preprocessor(batch(), False)
         assert len(model.peers[0].extract_feat(data['inputs'])) == 5
@@ -266,7 +267,7 @@ def test_an_ensemble_says_the_mean_of_its_members(mutual, batch):
                    distill=dict(kd=dict(type='DenseClassification', normalizer='none')))
     model.init_weights()
     data = model.data_preprocessor(batch(), True)
-    (observation, *_), learnt = model.observe_learners(data['inputs'], data['data_samples'], ['kd'])
+    (observation, *_), learnt, _ = model.observe_learners(data['inputs'], data['data_samples'], ['kd'])
     models, shares = [model.student, *model.peers], (0.25, 0.5, 0.25)
     maps = [each.bbox_head(each.extract_feat(data['inputs'])) for each in models]
     expected = tuple([sum(share * level for share, level in zip(shares, same)) for same in zip(*kind)]
@@ -291,7 +292,8 @@ def test_the_mean_of_queries_teaches(kind, detector_config, mutual, batch_for):
     model = mutual(detector_config(kind), teacher=mean, distill=dict(kd=dict(type='QueryClassification')))
     model.init_weights()
     total, logged = step(model, two_images(batch_for, kind))
-    assert logged['loss_kd'] > 0 and total.isfinite() and 'ensemble/' not in model.list_predictors()
+    assert logged['loss_kd'] > 0 and total.isfinite()
+    assert 'ensemble/' not in list_predictors(model.learners, model.teachers)
     with pytest.raises(ConfigurationError, match='neither a loss nor a gate'):
         mutual(detector_config(kind), teacher=dict(mean, loss_weight=1.0),
                distill=dict(kd=dict(type='QueryClassification')))
@@ -330,7 +332,7 @@ def test_fused_features_have_a_learner_of_their_own(kind, request, mutual, batch
     assert all(each is not None for each in gradients.values())
     with torch.no_grad():
         data = model.eval().data_preprocessor(two_images(batch_for, kind), False)
-        for predict in model.list_predictors().values():
+        for predict in list_predictors(model.learners, model.teachers).values():
             with model.predicting_as(predict):
                 assert len(model(**data, mode='predict')) == 2
 
@@ -379,7 +381,7 @@ def test_an_ensemble_of_one_detector_twice_predicts_as_it(mutual, batch):
     data = model.eval().data_preprocessor(batch(), False)
     plain = model.student.predict(data['inputs'], copy.deepcopy(data['data_samples']))
     model.build_teachers()
-    with model.predicting_as(model.list_predictors()['ensemble/']):
+    with model.predicting_as(list_predictors(model.learners, model.teachers)['ensemble/']):
         found = model(**data, mode='predict')
     for own, other in zip(plain, found):
         torch.testing.assert_close(own.pred_instances.bboxes, other.pred_instances.bboxes, rtol=1e-4, atol=1e-3)

@@ -26,6 +26,7 @@ from kd_det.deploy.prediction import FileDetector
 from kd_det.deploy.pruned import Pruned
 from kd_det.distillers import DetectionDistiller
 from kd_det.distillers.inheritance import Inheritance
+from kd_det.distillers.policies import Policy
 from kd_det.distillers.rounding import Quantization
 from kd_det.distillers.schedules import Ramp, Schedule, ScheduleConfig
 from kd_det.distillers.supervision import PseudoLabels
@@ -39,6 +40,7 @@ from kd_det.teachers.guide import Guide
 from kd_det.teachers.teacher import NOT_OF_CONFIGS, Teacher
 from kd_det.training.finiteness import FiniteHook
 from kd_det.training.hooks import DistillHook, Preflight
+from kd_det.training.probe import HeldOut, ProbeSettings
 from kd_det.training.replay import ReplayedRandomness, Transform
 
 
@@ -50,9 +52,10 @@ def find_registered(registry, base: type) -> dict[str, type]:
 TERMS, MASKS = find_registered(MODELS, DistillTerm), find_registered(MODELS, Mask)
 SCHEDULES = find_registered(TASK_UTILS, Schedule)
 BUILT = {**TERMS, **MASKS, **SCHEDULES}  # from nothing but their arguments
-DECLARED = {**BUILT, **find_registered(MODELS, Guide), **{each.__name__: each for each in (
-    DetectionDistiller, DistillHook, Engine, FidelityMetric, FiniteHook, Inheritance, Preflight, PseudoLabels,
-    Quantization, ReplayedRandomness, Teacher, TeacherCache)}}
+DECLARED = {**BUILT, **find_registered(MODELS, Guide), **find_registered(TASK_UTILS, Policy), **{
+    each.__name__: each for each in (
+        DetectionDistiller, DistillHook, Engine, FidelityMetric, FiniteHook, HeldOut, Inheritance, Preflight,
+        ProbeSettings, PseudoLabels, Quantization, ReplayedRandomness, Teacher, TeacherCache)}}
 
 
 def arguments_of(name: str) -> dict[str, Argument]:
@@ -236,7 +239,8 @@ def test_what_is_drawn_from_a_type_is_taken(kind):
 def required(name: str) -> dict[str, Any]:
     """What has to be given beside any other argument."""
     known = dict(masks=['BoxForeground'], value=1.0, dir='cache', student={}, distill={}, teacher={}, config='x',
-                 transforms=[], build='x.py:x', file='x.json', of=[dict(type='Peer', learner=0), dict(type='Peer')])
+                 weights=[1.0, 1.0], dataset={}, transforms=[], build='x.py:x', file='x.json',
+                 of=[dict(type='Peer', learner=0), dict(type='Peer')])
     return {key: known[key] for key, each in arguments_of(name).items() if each.default is Parameter.empty}
 
 
@@ -321,11 +325,17 @@ WRONG = dict(
     image_size=(3, [3], [0, 3], [1.5, 3]), build=('', 3, None, 'teacher.py'), arguments=(3, []),
     label_offset=(0.5, None, '1'), pad_size_divisor=(0, 1.5, None), learner=(-1, 0.5, None),
     file=(3, None, True), annotations=(3, True, []), of=(3, [], [3], None), loss_weight=('1', True, float('nan')),
+    # of policies, and of images that are held out
+    policy=('random', 3, []), probe=('loss', 3, []), arms=('guide', 3, None, ['own']), per=('image', None),
+    by=('score', None), order=(0, [0], [0, 0], [0, -1], 'x'), gain=SHARE, signal=('loss', None), trial=(0, 1.5, None),
+    algorithm=('exp4', None), rate=(0, -1.0, '1', None), explore=(0.5, -0.1, '0', None), part=('test', None),
+    dataset=('coco', None, []), lazy_init=FLAG, metric=('accuracy', None), batch_size=(0, 1.5, '1'),
     peers=(-1, 0.5, None, ['x']), share=('neck', [''], ['neck', 'neck'], None))
 GAP = ('DenseClassification', 'QueryClassification', 'CrossKD')  # their β is an exponent
 
 
-OTHERS = {'Balance.ratio': NEGATIVE, 'Ensemble.weights': ('most', [1.0], 3, None, ['1', '1']),
+OTHERS = {'Balance.ratio': NEGATIVE, 'Sequence.patience': (0, 0.5, True),
+          'Ensemble.weights': ('most', [1.0], 3, None, ['1', '1']),
           'Fusion.of': (3, [], [0], [-1, 0], None), 'DetectionDistiller.teacher': ('r101', None, ['r101']),
           'FidelityMetric.teacher': ('r101', None, []),
           'Backbone.config': (3, 'x'), 'External.levels': (3, [], [3], [[8, 0]], [[8]]),

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from mmengine.config import Config
 
@@ -40,6 +42,10 @@ def test_settings_of_a_variant_win_over_the_common_ones():
     ('fgd@teachers=few', "a number of 1 or more, got 'few'"),
     ('none@teachers=3', "none@teachers=3: only a method's terms learn from several teachers"),
     ('inherit@teachers=2', 'such as kd@teachers=2, or leave @teachers out'),
+    ('fgd@teachers=2@policy=agnet', "expected @policy=uniform, .*, agent, got 'agnet'"),
+    ('auto@teachers=2', 'auto chooses between the methods of one teacher'),
+    ('auto:pkd+fdg', "no method 'fdg'"),
+    ('fgd@policy=agent', 'fgd@policy=agent: a policy chooses between several teachers: give @teachers=N too'),
     ('fgd@augment=mosaik', "@augment=mosaic, mixup, a sum of them, or none, got 'mosaik'"),
 ])
 def test_what_is_wrong_is_named(text, message):
@@ -117,3 +123,18 @@ def test_weights_of_other_than_the_teachers_that_are_needed_are_told():
         count_teachers(variants, ['a'])
     with pytest.raises(ConfigurationError, match='2 checkpoints are given, but no method asks for more than 1.*=2'):
         count_teachers(parse_variants('kd'), ['a', 'b'])
+
+
+def test_a_policy_chooses_between_unlike_teachers(pair, faster_rcnn, tmp_path):
+    Config(dict(model=faster_rcnn())).dump(tmp_path / 'other.py')
+    pair = replace(pair, further=(str(tmp_path / 'other.py'), ), student=Config(dict(
+        model=pair.student.model.to_dict(), train_dataloader=dict(dataset=dict(type='CocoDataset')))))
+    _, shared, agent = parse_variants('pkd@teachers=2,pkd@teachers=2@policy=agent@model.policy.interval=7')
+    assert find_twin(agent.name) == 'none' and (agent.policy, shared.policy) == ('agent', '')
+    shared, agent = (variant_config(each, pair, ['a.pth', 'b.pth']) for each in (shared, agent))
+    assert agent.model.policy == dict(type='Agent', interval=7) and 'policy' not in shared.model
+    assert [each['config'] for each in agent.model.teacher] == [pair.teacher, pair.further[0]]
+    assert agent.model.distill.pkd_2.weight.ratio == 2 * shared.model.distill.pkd_2.weight.ratio
+    assert agent.train_dataloader.dataset.type == 'mmdet.HeldOut'
+    auto = variant_config(parse_variants('auto:pkd+fgd')[1], pair, ['a.pth'])
+    assert auto.model.policy == dict(type='Bandit', arms=dict(pkd=['pkd'], fgd=['fgd']))

@@ -36,6 +36,8 @@ from kd_det.training.pictures import Curve, draw_curves
 if TYPE_CHECKING:
     from kd_det.study.compression import Compression
 
+POLICY = {'weights': 'who taught: weights of the policy, mean over the epoch',
+          'score': "the student's score on the probe"}
 PULLS = {'pull': 'pull, as weighted (task: 1)', 'unweighted_pull': 'pull before weighting (task: 1)'}
 
 MARGIN = 0.04  # of the axis, on either side
@@ -272,12 +274,15 @@ def _prepare_study(study: dict) -> dict:
 
 
 def _plot_terms(logged: dict) -> list[Markup]:
-    """Plots the losses side by side, then of each term its parts, then how hard the terms pulled."""
+    """Plots the losses side by side, of each term its parts, whom a policy chose, how hard the terms pulled."""
     losses = {**logged['task'], **{f'loss_{name}': term['loss'] for name, term in logged['terms'].items()}}
     plots = [plot_curves('losses, as they are added up', losses, {}, legend=True, log=True)]
     for name, term in logged['terms'].items():
         if term['parts']:
             plots.append(plot_curves(f'{name}: its parts', term['parts'], {}, legend=True, log=True))
+    for key, title in POLICY.items():
+        if logged['policy'][key]:
+            plots.append(plot_curves(title, logged['policy'][key], {}, legend=True))
     for key, title in PULLS.items():
         pulls = {name: term[key] for name, term in logged['terms'].items() if term[key]}
         if pulls:

@@ -152,6 +152,14 @@ def collect_task_curves(scalars: list[Scalars], terms: list[str]) -> dict[str, l
     return {name: [each[name] for each in scalars if name in each] for name in names}
 
 
+def collect_policy_curves(scalars: list[Scalars]) -> dict[str, dict[str, list[Curve]]]:
+    """Collects what a policy logged of each run: ``weights`` of its arms, and the student's ``score`` on the probe."""
+    logged = {key.partition('/')[2]: [each[key] for each in scalars if key in each]
+              for key in dict.fromkeys(key for each in scalars for key in each) if key.startswith('policy/')}
+    score = logged.pop('probe', None)
+    return dict(weights=logged, score={'score': score} if score else {})
+
+
 def subtract_terms(scalars: Scalars, terms: list[str]) -> Curve:
     """Subtracts from the loss of a run what its terms added to it: what is left all variants have in common."""
     return {epoch: value - sum(scalars.get(f'loss_{term}', {}).get(epoch, 0.0) for term in terms)

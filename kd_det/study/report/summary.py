@@ -8,7 +8,13 @@ import numpy as np
 
 from kd_det.study.report.detections import CURVES, choose_evenly, find_images, load_validation
 from kd_det.study.report.evaluation import TEACHER, evaluate_study
-from kd_det.study.report.studies import Study, collect_task_curves, collect_term_curves, subtract_terms
+from kd_det.study.report.studies import (
+    Study,
+    collect_policy_curves,
+    collect_task_curves,
+    collect_term_curves,
+    subtract_terms,
+)
 from kd_det.study.results import (
     COSTS,
     FIDELITY,
@@ -261,7 +267,8 @@ def _collect_curves(study: Study, notes: list[str]) -> dict:
     for variant, scalars in logged.items():
         by_term = collect_term_curves(study.variants[variant][0].config, scalars)
         if by_term:
-            terms[variant] = dict(terms=by_term, task=collect_task_curves(scalars, list(by_term)))
+            terms[variant] = dict(terms=by_term, task=collect_task_curves(scalars, list(by_term)),
+                                  policy=collect_policy_curves(scalars))
             logged[variant] = [dict(each, loss=subtract_terms(each, list(by_term)))
                                for each in scalars if 'loss' in each]
     curves = {title: {variant: [each[key] for each in scalars if key in each] for variant, scalars in logged.items()}

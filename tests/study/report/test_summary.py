@@ -8,8 +8,14 @@ from PIL import Image
 from kd_det.config.files import ConfigurationError
 from kd_det.study.report.detections import LabelledImage, build_ground_truth, choose_evenly, evaluate_boxes, find_images
 from kd_det.study.report.evaluation import _draw_map, _match_classes, _relabel, describe_mask
-from kd_det.study.report.page import place_differences
-from kd_det.study.report.studies import collect_task_curves, collect_term_curves, load_or_make, subtract_terms
+from kd_det.study.report.page import _plot_terms, place_differences
+from kd_det.study.report.studies import (
+    collect_policy_curves,
+    collect_task_curves,
+    collect_term_curves,
+    load_or_make,
+    subtract_terms,
+)
 from kd_det.study.report.summary import (
     compare_with_inheriting,
     format_cell,
@@ -226,3 +232,15 @@ def test_images_of_any_channels_are_shown(image, colour):
 def test_large_images_become_small():
     picture = decoded(image_uri(np.asarray(Image.new('RGB', (2000, 1000), 'red'))[..., ::-1]))
     assert picture.size == (480, 240) and picture.format == 'JPEG'
+
+
+def test_the_weights_of_a_policy_are_drawn_beside_the_terms():
+    scalars = [{'policy/guide0': {1: 1.0, 2: 0.0}, 'policy/guide1': {1: 0.0, 2: 1.0}, 'policy/probe': {1: -2.0},
+                'loss': {1: 3.0}}, {'policy/guide0': {1: 0.5}, 'loss': {1: 3.0}}]
+    policy = collect_policy_curves(scalars)
+    assert policy == dict(weights=dict(guide0=[{1: 1.0, 2: 0.0}, {1: 0.5}], guide1=[{1: 0.0, 2: 1.0}]),
+                          score=dict(score=[{1: -2.0}]))
+    assert collect_policy_curves([{'loss': {1: 3.0}}]) == dict(weights={}, score={})
+    plots = _plot_terms(dict(task=dict(loss_cls=[{1: 1.0}]), terms={}, policy=policy))
+    assert len(plots) == 3 and 'who taught' in plots[1] and 'probe' in plots[2]
+    assert len(_plot_terms(dict(task=dict(loss_cls=[{1: 1.0}]), terms={}, policy=collect_policy_curves([])))) == 1
