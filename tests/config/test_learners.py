@@ -64,7 +64,7 @@ def test_learners_learn_of_each_other_by_published_weights_unless_a_ratio_is_giv
         terms = config.model.distill
         assert terms.pkd_0.weight.type == 'mmdet.Balance' and terms.pkd_0_peer1.weight.type == 'mmdet.SigmoidWarmup'
         assert terms.pkd_0_peer1.weight.value == (10.0 if published else terms.pkd_0.weight)
-        assert name == 'run_pkd_peers_of_2'
+        assert name == 'student_pkd_peers_of_2'
 
 
 def test_mistakes(alone, run_config, retinanet):
