@@ -57,7 +57,7 @@ def test_a_table_is_its_record(record):
     assert documented(record) == expected
 
 
-@pytest.mark.parametrize('record', ['deploy_bccd', 'deploy_demo'])
+@pytest.mark.parametrize('record', ['deploy_bccd', 'deploy_demo', 'deploy_rtmdet'])
 def test_the_way_to_a_device_is_its_record(record):
     seeds = json.loads((DOCS / 'results' / f'{record}.json').read_text(encoding='utf-8'))['seeds']
     values = {name: {number: seed[name]['map'] for number, seed in enumerate(seeds) if name in seed}

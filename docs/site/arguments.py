@@ -20,6 +20,7 @@ from kd_det.cli.main import make_parser
 from kd_det.config.arguments import declared_arguments, describe_type
 from kd_det.config.detectors import read_model_config
 from kd_det.distillers import DetectionDistiller
+from kd_det.distillers.inheritance import Inheritance
 from kd_det.distillers.policies import Policy
 from kd_det.distillers.rounding import Quantization
 from kd_det.distillers.schedules import Ramp, Schedule
@@ -78,6 +79,7 @@ def make_page() -> str:
     sections = {
         'The distiller': ("`model = dict(type='DetectionDistiller', …)`", [DetectionDistiller]),
         'A teacher': ('`model.teacher`, or each of a list of them, and its `cache`', [Teacher, TeacherCache]),
+        'Starting from a teacher of another size': ('`model.inherit_by`, or the rule alone', [Inheritance]),
         'Other guides': ('`model.teacher`, or each of a list of them, with a `type`', _registered(MODELS, Guide)),
         'Pseudo-labels': ('`model.pseudo_labels`', [PseudoLabels]),
         'Quantisation': ('`model.quantize`', [Quantization]),

@@ -16,6 +16,7 @@ from kd_det.checks.environment import Finding
 from kd_det.checks.synthetic import USUAL_SIZES, Size, random_distiller, synthetic_batch, training_sizes
 from kd_det.compat import describe_not_finite
 from kd_det.compat.process import preserved_randomness
+from kd_det.config.arguments import ArgumentError
 from kd_det.config.detectors import teachers_of
 from kd_det.config.files import is_distillation, list_leaf_datasets
 from kd_det.distillers import DetectionDistiller
@@ -51,6 +52,8 @@ def inspect_step(config: Config, names: Sequence[str] | None = None) -> Iterator
                 teacher['classes'] = known_classes(teacher)[1] or ()
             distiller = random_distiller(config)
             distiller.match_classes(student_classes(config, names))
+            if distiller.inheritance.rule != 'shape':
+                distiller.inherit()
             sizes = tried_sizes(config, ceil(max((SMALL, *find_prior_strides(distiller.student)))))
             for size in sizes:
                 loss, logged = step_loss(distiller, size)
@@ -92,6 +95,8 @@ def _finding_of_losses(what: str, cause: str) -> Finding:
 
 
 def _finding(error: Exception, size: Size | None) -> Finding:
+    if isinstance(error, ArgumentError) and error.place.startswith('model.inherit'):
+        return Finding(error.place, error.problem, "Take another student, or inherit_by='shape'", fault=True)
     if type(error).__module__.split('.')[0] == 'kd_det':
         return Finding('a training step', str(error), 'Correct model.distill, or take another pair', fault=True)
     what = f'{type(error).__name__}: {error}'

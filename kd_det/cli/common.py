@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_det.config.choices import AUTO, IMPORTANCES, PAPER, RATIO, TRACKERS
+from kd_det.config.choices import AUTO, IMPORTANCES, INHERITANCE_RULES, PAPER, RATIO, TRACKERS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -157,6 +157,14 @@ def add_inheritance_option(parser: ArgumentParser) -> None:
     parser.add_argument('--inherit', nargs='+', default=['auto'], metavar='PART',
                         help="parts of the student that start from the teacher's weights where shapes agree, such "
                         'as neck rpn_head roi_head; all but the backbone by default (auto), or none')
+
+
+def add_inheritance_rule_option(parser: ArgumentParser) -> None:
+    """Adds ``--inherit-by``."""
+    parser.add_argument('--inherit-by', choices=INHERITANCE_RULES, default=INHERITANCE_RULES[0],
+                        help='how a student starts from a teacher of another size, its backbone too: selection, a '
+                        'smaller one with evenly spaced channels and the first layers of each stage; growth, a larger '
+                        'one that computes what the teacher does; by default only where shapes agree (shape)')
 
 
 def add_weight_options(parser: ArgumentParser) -> None:

@@ -5,7 +5,13 @@ import shlex
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
-from kd_det.cli.common import add_inheritance_option, add_weight_options, bits, inherited_parts
+from kd_det.cli.common import (
+    add_inheritance_option,
+    add_inheritance_rule_option,
+    add_weight_options,
+    bits,
+    inherited_parts,
+)
 from kd_det.cli.train import add_training_options, read_training_options
 from kd_det.config.choices import FAMILIES, LEARNT_FROM, POLICIES
 from kd_det.config.methods import available_methods
@@ -38,6 +44,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('--family', choices=FAMILIES, default='',
                         help="whose published weights to use (told by the student's heads by default)")
     add_inheritance_option(parser)
+    add_inheritance_rule_option(parser)
     parser.add_argument('--peers', nargs='+', default=(), metavar='N|CONFIG',
                         help="how many detectors of the student's own kind learn beside it in the same steps, or the "
                         'configs of others')
@@ -56,9 +63,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> int:
     from kd_det.training.runs import distill
     distill(options.student, options.teacher, options.teacher_checkpoint, options.method,
-            inherit=inherited_parts(options), balance=options.balance, family=options.family, on_config=show,
-            quantize=options.quantize, peers=read_peers(options), share=options.share, guide=options.guide,
-            policy=options.policy, **read_training_options(options))
+            inherit=inherited_parts(options), inherit_by=options.inherit_by, balance=options.balance,
+            family=options.family, on_config=show, quantize=options.quantize, peers=read_peers(options),
+            share=options.share, guide=options.guide, policy=options.policy, **read_training_options(options))
     return 0
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, get_args
 
 # Configs and tools travel inside the package, where MMEngine and mim look for them.
 CONFIG_ROOT = Path(__file__).parents[1] / '.mim' / 'configs'
@@ -35,6 +36,9 @@ PAPER = 'paper'  # in place of a ratio: the weights in the method's file
 IMPORTANCES = ('group_norm', 'taylor', 'random')  # of channels, by which they are pruned
 AUTO = 'auto'  # in place of one: taylor, or without training images group_norm
 
+InheritanceRule = Literal['shape', 'selection', 'growth']  # how a student starts from a teacher of another size
+INHERITANCE_RULES = get_args(InheritanceRule)
+
 TREATMENTS = ('none', 'cwtm', 'dkpp')  # of what a teacher says of classes
 
 SPLITS = ('val', 'train')  # on which fidelity is measured
@@ -63,4 +67,5 @@ POLICIES = {
 }
 
 # What several learners learn from: each other, their mean, their mean by a learnt gate, a learner of their fusion.
-LEARNT_FROM = ('peers', 'mean', 'gate', 'fusion')
+LearntFrom = Literal['peers', 'mean', 'gate', 'fusion']
+LEARNT_FROM = get_args(LearntFrom)

@@ -263,7 +263,7 @@ def find_part_keys(state: dict[str, Tensor], part: str) -> list[str]:
 
 def distillation_config(student: str | Config, teacher_config: str | None, teacher_checkpoint: str | None, method: str,
                         inherit: str | Sequence[str] = 'auto', family: str = '',
-                        balance: float | str | None = None) -> Config:
+                        balance: float | str | None = None, inherit_by: str = 'shape') -> Config:
     """Makes the config that distils a teacher into a student.
 
     The student's config alone decides data, classes, schedule and evaluation; nothing of that changes.
@@ -280,6 +280,7 @@ def distillation_config(student: str | Config, teacher_config: str | None, teach
         balance: The ratio of each method's gradient to the task's, see :func:`balance_terms` and
             :class:`~kd_det.distillers.Balance`; weights of the parts within a term stay. Each method's own by default;
             ``'paper'`` for the published weights, which are made for COCO.
+        inherit_by: How it starts from them, one of :data:`~kd_det.config.choices.INHERITANCE_RULES`.
 
     Raises:
         ConfigurationError: The student is a distiller already, holds detectors but is none, or lacks a part that it is
@@ -306,7 +307,8 @@ def distillation_config(student: str | Config, teacher_config: str | None, teach
         student=model,
         teacher=() if teacher_config is None else dict(config=teacher_config, checkpoint=teacher_checkpoint),
         distill=terms,
-        inherit=inherit if isinstance(inherit, str) else tuple(inherit))
+        inherit=inherit if isinstance(inherit, str) else tuple(inherit),
+        **(dict(inherit_by=dict(rule=inherit_by)) if inherit_by != 'shape' else {}))
     if not config.get('default_hooks'):  # may be None
         config.default_hooks = ConfigDict()
     config.default_hooks['distill'] = dict(type=SCOPED_HOOK, preflight=dict(images=64, min_map=0.01))

@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 
 from kd_det.config import ConfigurationError
+from kd_det.config.choices import PAPER
 from kd_det.config.composition import NO_METHOD, distillation_config, make_ensemble
 from kd_det.config.files import get_type_name
 from kd_det.config.learners import add_learners
@@ -19,7 +21,8 @@ def compose_distillation(student: str | Config, teachers: Sequence[str], checkpo
                          inherit: str | Sequence[str] = 'auto', family: str = '', balance: float | str | None = None,
                          peers: int | Sequence[str] = 0, share: Sequence[str] = (), guide: str = 'peers',
                          policy: str | dict[str, Any] | None = None,
-                         quantize: int | dict[str, Any] | None = None) -> tuple[Config, str]:
+                         quantize: int | dict[str, Any] | None = None,
+                         inherit_by: str = 'shape') -> tuple[Config, str]:
     """Composes a distillation.
 
     Args:
@@ -30,12 +33,14 @@ def compose_distillation(student: str | Config, teachers: Sequence[str], checkpo
             :func:`~kd_det.config.policies.add_methods`.
         inherit: What the student starts from, of the first teacher.
         family: Whose published weights to use.
-        balance: The ratio of the method's gradient to the task's.
+        balance: The ratio of the method's gradient to the task's. By default learners learn of each other by the
+            published weights, and only of a frozen teacher by a ratio.
         peers: See :func:`~kd_det.config.learners.add_learners`.
         share: See there.
         guide: See there.
         policy: See :func:`~kd_det.config.policies.add_policy`. Without one, several teachers share the weight.
         quantize: How many bits, or ``model.quantize``.
+        inherit_by: How the student starts from what it inherits.
 
     Returns:
         The config, and a name for it.
@@ -55,15 +60,18 @@ def compose_distillation(student: str | Config, teachers: Sequence[str], checkpo
     if chooses and (len(checkpoints) != 1 or peers):
         raise ConfigurationError(f'--method {method}: a policy chooses between the methods of one teacher, or between '
                                  'teachers, not both. Give one checkpoint and no peers, or one method.')
-    config = distillation_config(student, teachers[0] if teachers else None, checkpoints[0] if checkpoints else None,
-                                 NO_METHOD if chooses else method, inherit, family, balance)
+    compose = partial(distillation_config, student, teachers[0] if teachers else None,
+                      checkpoints[0] if checkpoints else None, NO_METHOD if chooses else method, inherit, family,
+                      inherit_by=inherit_by)
+    config = compose(balance=balance)
     source = (student.filename or 'student') if isinstance(student, Config) else student
     name = f"{Path(source).stem}_{name_sum(method).replace(':', '_')}"
     if len(checkpoints) > 1:
         config = make_ensemble(config, checkpoints, teachers if len(teachers) > 1 else (), share=policy is None)
         name = f'{name}_{len(checkpoints)}_teachers'
     if peers:
-        config = add_learners(config, peers, share, guide)
+        mutual = compose(balance=PAPER) if balance is None else config
+        config = add_learners(config, peers, share, guide, mutual.model.distill)
         name = f"{name}_{guide}_of_{1 + (peers if isinstance(peers, int) else len(peers))}"
     if chooses:
         config = add_methods(config, method, policy or 'bandit', family, balance)

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from mmengine.config import Config, ConfigDict
 
@@ -14,7 +14,7 @@ from kd_det.registry import HOME
 
 
 def add_learners(config: Config, peers: int | Sequence[str], share: Sequence[str] = (),
-                 guide: str = LEARNT_FROM[0]) -> Config:
+                 guide: str = LEARNT_FROM[0], mutual: Mapping[str, dict] | None = None) -> Config:
     """Adds learners to a distillation, and lets each of them learn by the method's terms.
 
     Each term is repeated for every learner: of a frozen teacher, where there is one, and of the guide, with adapters of
@@ -28,6 +28,9 @@ def add_learners(config: Config, peers: int | Sequence[str], share: Sequence[str
         peers: How many learners beside the student, of its own kind; or their configs.
         share: Parts that all have in common, see :class:`~kd_det.distillers.DetectionDistiller`.
         guide: One of :data:`~kd_det.config.choices.LEARNT_FROM`.
+        mutual: The terms by which they learn of each other, by the names of the config's own; those by default. Their
+            weights should be numbers: a ``Balance`` keeps the pull of two learners that agree as strong as the task's,
+            and what it then enlarges is noise.
 
     Returns:
         A config of its own.
@@ -55,8 +58,10 @@ def add_learners(config: Config, peers: int | Sequence[str], share: Sequence[str
     lessons, length = list(list_lessons(number, guide, bool(frozen))), _read_length(config)
     for name, term in terms.items():
         for suffix, learner, teacher, share_of in lessons:
-            weight = share_weight(copy.deepcopy(term.get('weight', 1.0)), share_of)
-            if teacher >= len(frozen):
+            is_mutual = teacher >= len(frozen)
+            of = (mutual or terms)[name] if is_mutual else term
+            weight = share_weight(copy.deepcopy(of.get('weight', 1.0)), share_of)
+            if is_mutual:
                 weight = dict(type=f'{HOME}.SigmoidWarmup', value=weight, **length)
             model.distill[f'{name}_{suffix}'] = ConfigDict(copy.deepcopy(term), learner=learner, teacher=teacher,
                                                            weight=weight)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kd_det.compat.process import preserved_randomness, reseed
 from kd_det.config.arguments import Index, Name, Names, at, declared, refuse
+from kd_det.config.choices import InheritanceRule
 from kd_det.config.detectors import extract_plain_detector
 from kd_det.context import DistillContext, Progress
 from kd_det.distillers.building import (
@@ -30,7 +31,7 @@ from kd_det.distillers.building import (
 )
 from kd_det.distillers.class_sets import ClassSets, has_classes
 from kd_det.distillers.costs import StepCost
-from kd_det.distillers.inheritance import WeightOrigins, find_common_parts, find_pretrained_parameters, inherit
+from kd_det.distillers.inheritance import WeightOrigins, build_inheritance, find_pretrained_parameters, start_student
 from kd_det.distillers.learners import Learner, build_peers, connect_fused, init_peers, run_learners
 from kd_det.distillers.monitor import (
     GradientMonitor,
@@ -94,6 +95,8 @@ class DetectionDistiller(StudentWrapper):
             ``learner`` tells who learns by it, where there are peers: 0, the student, by default.
         inherit: Parts of the student (``('neck', 'rpn_head', 'roi_head')``) that start from the first teacher's weights
             where shapes agree; ``'auto'`` for all but the backbone that are of the same type in both.
+        inherit_by: ``'selection'`` for a student smaller than the teacher, ``'growth'`` for a larger one, or a dict,
+            see :class:`~kd_det.distillers.inheritance.Inheritance`; then ``'auto'`` takes the backbone, too.
         task_weight: Of the student's own losses: a number or a schedule, such as
             ``dict(type='Start', value=1.0, epochs=2)`` for a student that at first learns from its teacher alone
             (FitNets, arXiv 1412.6550).
@@ -127,6 +130,7 @@ class DetectionDistiller(StudentWrapper):
                  teacher: dict[str, Any] | Sequence[dict[str, Any]] = (),
                  distill: dict[str, Any] | None = None,
                  inherit: Name | Names = (),
+                 inherit_by: InheritanceRule | dict[str, Any] = 'shape',
                  task_weight: ScheduleConfig = 1.0,
                  pseudo_labels: dict[str, Any] | None = None,
                  quantize: dict[str, Any] | None = None,
@@ -138,7 +142,7 @@ class DetectionDistiller(StudentWrapper):
         super().__init__(detector)
         self.origins = WeightOrigins(detector)
         self.inherited_parts = (inherit, ) if isinstance(inherit, str) else tuple(inherit)
-        self.not_inherited: list[str] = []
+        self.inheritance, self.not_inherited = build_inheritance(inherit_by), list[str]()
         self.terms_origin = 'random'
         self.progress, self.cost, self.reads = Progress(), StepCost(), ReadRecord()
         self.shares_trunk = bool(share)
@@ -379,15 +383,14 @@ class DetectionDistiller(StudentWrapper):
         self._is_init = True
         self.origins.mark(find_pretrained_parameters(self.student), 'pretrained')
         init_peers(self.peers)
+        self.inherit()
+
+    def inherit(self) -> None:
+        """Lets the student start from the first teacher, as far as ``inherit`` and ``inherit_by`` say."""
         teachers = self.build_teachers()
         first: Any = teachers[0] if teachers and isinstance(self.guides[0], FrozenDetector) else None
-        if self.inherited_parts == ('auto', ):
-            self.inherited_parts = find_common_parts(self.student, first.model) if first else ()
-        if self.inherited_parts and first is None:
-            refuse('model.inherit', self.inherited_parts, 'no parts, as the first guide is no frozen detector')
-        if first:
-            inherited, self.not_inherited = inherit(self.student, first, self.inherited_parts)
-            self.origins.mark(inherited, 'inherited')
+        self.inherited_parts, self.not_inherited = start_student(self.student, first, self.inherited_parts,
+                                                                 self.inheritance, self.origins)
 
     def build_teachers(self) -> list[Guide]:
         """Starts the guides unless that is done.

@@ -3,15 +3,24 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint_with_prefix
 from torch import Tensor, nn
 
+from kd_det.compat.process import preserved_randomness
+from kd_det.config.arguments import Weight, at, check_arguments, declared, refuse
+from kd_det.config.choices import InheritanceRule
 from kd_det.config.composition import find_part_keys
+from kd_det.distillers.resizing import check_growth, grow, match_tensors, select
 from kd_det.teachers.loading import is_pretrained
+from kd_det.teachers.teacher import Teacher
 
-ORIGINS = ('random', 'pretrained', 'inherited', 'checkpoint')
+AUTO = ('auto', )  # in place of parts
+OF_RULES = ('selected', 'grown')  # what is not the teacher's weight as it is
+ORIGINS = ('random', 'pretrained', 'inherited', *OF_RULES, 'checkpoint')
 BRANCH = re.compile(r'(bbox_head\.(?:cls|reg)_branches)\.(\d+)\.(.+)')
 
 
@@ -40,8 +49,74 @@ class WeightOrigins:
         return dict(parts)
 
 
-def inherit(student: nn.Module, teacher: nn.Module, parts: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Starts parts of the student from the teacher's, wherever name and shape agree, see :func:`find_counterpart`.
+@declared
+@dataclass(frozen=True)
+class Inheritance:
+    """How a student inherits: ``model.inherit_by``.
+
+    Args:
+        rule: ``'shape'``: tensors of the student's shape are copied. ``'selection'``, for a smaller student: of the
+            larger ones entries at even distances, see :func:`~kd_det.distillers.resizing.select`. ``'growth'``, for a
+            larger student: it computes what the teacher does, see :func:`~kd_det.distillers.resizing.grow`.
+        noise: How unequally copies of a channel share what it had, with ``'growth'``; so they learn to differ.
+    """
+    rule: InheritanceRule = 'shape'
+    noise: Weight = 0.1
+
+
+def build_inheritance(by: str | dict[str, Any]) -> Inheritance:
+    """Builds what ``model.inherit_by`` says: a rule, or a dict of arguments.
+
+    Raises:
+        ArgumentError: An argument is wrong.
+    """
+    with at('model.inherit_by'):
+        given = dict(rule=by) if isinstance(by, str) else by
+        check_arguments(Inheritance, given)
+        return Inheritance(**given)
+
+
+def start_student(student: nn.Module, teacher: Teacher | None, parts: Sequence[str], by: Inheritance,
+                  origins: WeightOrigins) -> tuple[tuple[str, ...], list[str]]:
+    """Starts parts of the student from the first teacher, and notes which.
+
+    Args:
+        student: The detector that is written to.
+        teacher: The first teacher, which has not run yet; None where the first guide is no detector.
+        parts: As ``model.inherit`` names them.
+        by: How.
+        origins: Where the student's weights came from; it is told.
+
+    Returns:
+        The names of the parts; and what could not be inherited.
+
+    Raises:
+        ConfigurationError: There is no such part, no such teacher, or the student can not do what the rule asks for.
+    """
+    if by.rule != 'shape' and hasattr(student, 'select_kept'):
+        refuse('model.inherit_by', by.rule, "'shape' for a pruned student, which takes the channels that it kept")
+    if by.rule == 'growth' and tuple(parts) != AUTO:
+        refuse('model.inherit', parts, "'auto' beside inherit_by='growth'", 'All parts grow, or none.')
+    if tuple(parts) == AUTO:
+        parts = find_common_parts(student, teacher.model, by.rule != 'shape') if teacher else ()
+    if by.rule == 'growth' and teacher:
+        parts = tuple(dict.fromkeys(key.split('.')[0] for key in student.state_dict()))
+    if parts and teacher is None:
+        refuse('model.inherit', tuple(parts), 'no parts, as the first guide is no frozen detector')
+    if by.rule != 'shape' and not parts:
+        refuse('model.inherit_by', by.rule, "'shape' where nothing is inherited",
+               'model.inherit names parts, of a frozen detector that comes first in model.teacher.')
+    if teacher is None:
+        return tuple(parts), []
+    inherited, refused = inherit(student, teacher, parts, by)
+    for origin in set(inherited.values()):
+        origins.mark((key for key, each in inherited.items() if each == origin), origin)
+    return tuple(parts), refused
+
+
+def inherit(student: nn.Module, teacher: Teacher | nn.Module, parts: Iterable[str],
+            by: Inheritance = Inheritance()) -> tuple[dict[str, str], list[str]]:
+    """Starts parts of the student from the teacher's, where the same name, see :func:`find_counterpart`, stands for it.
 
     A pruned student takes the channels that it kept, where its own would agree had it not been pruned.
 
@@ -49,35 +124,48 @@ def inherit(student: nn.Module, teacher: nn.Module, parts: Iterable[str]) -> tup
         student: The detector that is written to.
         teacher: The detector that is read.
         parts: Names of modules of the student, e.g. ``('neck', 'rpn_head', 'roi_head')``.
+        by: How.
 
     Returns:
-        The state-dict keys that were inherited, and those that could not be.
+        The state-dict keys that were inherited, each with its origin, see :data:`ORIGINS`; and what could not be: keys,
+        or places with a reason in brackets.
 
     Raises:
-        ConfigurationError: The student has no such part.
+        ConfigurationError: The student has no such part, or can not do what the rule asks for.
     """
     source, target = teacher.state_dict(), student.state_dict()
     if hasattr(student, 'select_kept'):
         source = student.select_kept(source)
-    inherited, refused = [], []
-    for part in parts:
-        for key in find_part_keys(target, part):
-            found = source.get(find_counterpart(key, target, source))
-            fits = found is not None and found.shape == target[key].shape
-            (inherited if fits else refused).append(key)
-            if fits:
-                target[key].copy_(found)
-    return inherited, refused
+    counterparts = {key: find_counterpart(key, target, source) for part in parts
+                    for key in find_part_keys(target, part)}
+    found = {key: source.get(counterpart) for key, counterpart in counterparts.items()}
+    if by.rule == 'shape':
+        made = {key: each for key, each in found.items() if each is not None and each.shape == target[key].shape}
+        refused = [key for key in found if key not in made]
+    else:
+        model = getattr(teacher, 'model', teacher)
+        matches = list(match_tensors(student, model, counterparts, source))
+        if by.rule == 'selection':
+            made, refused = select(student, matches)
+        else:
+            with preserved_randomness():
+                made, refused = grow(student, model, matches, by.noise), []
+    for key, each in made.items():
+        target[key].copy_(each)
+    if by.rule == 'growth':
+        check_growth(student, model)
+    changed = 'selected' if by.rule == 'selection' else 'grown'
+    return {key: 'inherited' if each is found[key] else changed for key, each in made.items()}, refused
 
 
-def find_common_parts(student: nn.Module, teacher: nn.Module) -> tuple[str, ...]:
-    """Finds the parts of two detectors that are of the same type and hold weights, without the backbones.
+def find_common_parts(student: nn.Module, teacher: nn.Module, with_backbone: bool = False) -> tuple[str, ...]:
+    """Finds the parts of two detectors that are of the same type and hold weights, by default without the backbones.
 
     A weight of the detector itself, as the level embeddings of a Deformable DETR, is a part too.
     """
     theirs = {**dict(teacher.named_children()), **teacher._parameters}
     modules = [name for name, part in student.named_children()
-               if name != 'backbone' and type(part) is type(theirs.get(name)) and part.state_dict()]
+               if (with_backbone or name != 'backbone') and type(part) is type(theirs.get(name)) and part.state_dict()]
     return (*modules, *(name for name in student._parameters if name in theirs))
 
 

@@ -25,7 +25,7 @@ from kd_det.compat.process import preserved_randomness
 from kd_det.config.arguments import Count, Share, at, check_arguments, declared
 from kd_det.config.classes import find_label_names, get_metainfo
 from kd_det.distillers.detection_distiller import DetectionDistiller
-from kd_det.distillers.inheritance import ORIGINS
+from kd_det.distillers.inheritance import OF_RULES, ORIGINS
 from kd_det.distillers.supervision import bring_detections
 from kd_det.teachers import Guide, Teacher, TeacherError
 from kd_det.teachers.guide import list_guides
@@ -294,15 +294,18 @@ def restart_workers(loop: Any) -> None:
 
 def build_origin_table(distiller: DetectionDistiller) -> str:
     """Makes a table of how many weights each part has, and where they came from."""
-    table = Table('part', *ORIGINS, 'weights')
+    parts = distiller.origins.count_by_part()
+    used = {origin for counts in parts.values() for origin, count in counts.items() if count}
+    origins = [origin for origin in ORIGINS if origin in used or origin not in OF_RULES]
+    table = Table('part', *origins, 'weights')
     for column in table.columns[1:]:
         column.justify = 'right'
 
     def add(part: str, counts: dict) -> None:
-        table.add_row(part, *(f'{counts.get(origin, 0):,}' if counts.get(origin) else '–' for origin in ORIGINS),
+        table.add_row(part, *(f'{counts.get(origin, 0):,}' if counts.get(origin) else '–' for origin in origins),
                       f'{sum(counts.values()):,}')
 
-    for part, counts in distiller.origins.count_by_part().items():
+    for part, counts in parts.items():
         add(f'student.{part}', counts)
     for index, peer in enumerate(distiller.peers, 1):
         add(f'peer {index}', {'checkpoint' if hasattr(peer, 'start_from') else 'random':

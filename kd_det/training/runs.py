@@ -28,7 +28,7 @@ from kd_det.compat.console import TextTable
 from kd_det.compat.writing import is_first_process, kept_after_errors, locked_folder, refuse_to_replace
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Bits, Count, Index, Name, Names, Parts, Ratio, Seed, Weight, declared
-from kd_det.config.choices import EXPORTED
+from kd_det.config.choices import EXPORTED, InheritanceRule, LearntFrom
 from kd_det.config.distillation import compose_distillation
 from kd_det.config.files import (
     find_quantization,
@@ -54,7 +54,6 @@ from kd_det.training.runner import (
     use_one_metainfo,
 )
 
-LearntFrom = Literal['peers', 'mean', 'gate', 'fusion']  # of config.choices
 Launcher = Literal['none', 'pytorch', 'slurm', 'mpi']
 CURVES = 4  # metrics whose curves a notebook shows
 
@@ -152,7 +151,8 @@ def distill(student: str | Path | Config, teacher: str | Path | Sequence[str | P
             check_images: Index | None = None, trackers: Sequence[Name] = (),
             on_config: Callable[[Config], None] | None = None,
             quantize: Bits | dict[str, Any] | None = None, peers: Index | Sequence[str] = 0, share: Names = (),
-            guide: LearntFrom = 'peers', policy: str | dict[str, Any] | None = None) -> RunResult:
+            guide: LearntFrom = 'peers', inherit_by: InheritanceRule = 'shape',
+            policy: str | dict[str, Any] | None = None) -> RunResult:
     """Composes a distillation out of a student's config and a teacher, saves it in the work dir, and trains it.
 
     The student's config alone decides data, classes, schedule and evaluation.
@@ -190,6 +190,7 @@ def distill(student: str | Path | Config, teacher: str | Path | Sequence[str | P
         share: Parts that they have in common with the student, from the image on, such as ``('backbone', 'neck')``.
         guide: What they learn from by the method: each other (``'peers'``), their ``'mean'``, their mean by a learnt
             ``'gate'``, or a learner of their fused features (``'fusion'``).
+        inherit_by: How it starts from them, see :class:`~kd_det.distillers.inheritance.Inheritance`.
         policy: Who teaches in a step: one of :data:`~kd_det.config.choices.POLICIES`, or ``model.policy``; all at once
             by default.
 
@@ -202,7 +203,8 @@ def distill(student: str | Path | Config, teacher: str | Path | Sequence[str | P
     teachers, checkpoints = (list(map(str, [each] if isinstance(each, (str, Path)) else each or ()))
                              for each in (teacher, checkpoint))
     config, name = compose_distillation(student if isinstance(student, Config) else str(student), teachers, checkpoints,
-                                        method, inherit, family, balance, peers, share, guide, policy, quantize)
+                                        method, inherit, family, balance, peers, share, guide, policy, quantize,
+                                        inherit_by)
     _set_run(config, name, data_root, work_dir, epochs, seed, amp, auto_scale_lr, launcher, trackers, options)
     config = rename_config(config, Path(config.work_dir) / f'{name}.py')
     return _train(config, resume, check_images, on_config)

@@ -545,6 +545,15 @@ def test_terms_that_a_teacher_can_not_serve_are_found_before_the_run(distilling,
         assert message in fault_of(list(inspect_step(distilling))).found, message
 
 
+def test_a_student_that_can_not_grow_from_its_teacher_is_found_before_the_run(distilling, retinanet):
+    distilling.model.update(student=retinanet(width=8), inherit='auto', inherit_by='growth', distill={})
+    distilling.model.teacher.config = retinanet(width=4)
+    assert not any(finding.fault for finding in inspect_step(distilling))
+    distilling.model.student = retinanet(width=8, depth=50)
+    finding = fault_of(inspect_step(distilling))
+    assert finding.subject == 'model.inherit_by' and 'backbone.layer1.0 can not: a BasicBlock' in finding.found
+
+
 def test_terms_that_can_teach_nothing_are_told_before_the_run(distilling):
     """A fault where that is all of them, else a note."""
     distilling.model.student.backbone.frozen_stages = 4

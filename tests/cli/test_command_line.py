@@ -96,7 +96,7 @@ def test_help_lists_the_commands(capsys):
     ('test',
      ['--work-dir', '--out', '--show-dir', '--wait-time', '--tta', '--cfg-options', '--launcher', '--data-root']),
     ('distill',
-     ['--teacher', '--teacher-checkpoint', '--method', '--family', '--inherit', '--balance', '--resume',
+     ['--teacher', '--teacher-checkpoint', '--method', '--family', '--inherit', '--inherit-by', '--balance', '--resume',
       '--cfg-options', 'fgd']),
     ('prune', ['OUT.pth', '--macs', '--importance', '--batches', '--no-eval', '--steps', '--teacher-checkpoint']),
     ('export', ['OUT', '--size', '--dynamic', '--half', '--no-nms', '--cfg-options']),

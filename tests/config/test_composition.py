@@ -91,7 +91,13 @@ def test_what_a_student_sets_to_none_is_filled_in(given, written):
 def test_family_can_be_chosen():
     made = distillation_config(RETINANET, TEACHER, 'x.pth', 'fgd', family='two_stage', inherit=['neck'])
     assert made.model.distill.fgd.alpha == 5e-5
-    assert made.model.inherit == ('neck', )
+    assert made.model.inherit == ('neck', ) and 'inherit_by' not in made.model
+
+
+def test_the_rule_of_inheriting_is_written_where_options_reach_its_arguments():
+    made = distillation_config(RETINANET, TEACHER, 'x.pth', 'none', inherit_by='growth')
+    made.merge_from_dict({'model.inherit_by.noise': 0.0})
+    assert made.model.inherit_by == dict(rule='growth', noise=0.0) and made.model.inherit == 'auto'
 
 
 def test_each_method_is_balanced_by_default_and_its_terms_share_the_ratio():

@@ -3,6 +3,7 @@ import pytest
 from mmdet.registry import MODELS
 
 from kd_det.config.composition import distillation_config
+from kd_det.config.distillation import compose_distillation
 from kd_det.config.files import ConfigurationError
 from kd_det.config.learners import add_learners
 
@@ -52,6 +53,18 @@ def test_a_frozen_teacher_teaches_every_learner(run_config, retinanet, tmp_path)
     assert describe(made) == {'kd_0': (0, 0), 'kd_0_guide': (0, 1), 'kd_1': (1, 0), 'kd_1_guide': (1, 1)}
     assert made.model.peers[0].backbone.depth == 50
     made.dump(tmp_path / 'made.py')
+
+
+def test_learners_learn_of_each_other_by_published_weights_unless_a_ratio_is_given(run_config, retinanet):
+    student = run_config(retinanet())
+    student.dump(student.work_dir + '.py')
+    for balance, published in ((None, True), (0.3, False)):
+        config, name = compose_distillation(student, [student.work_dir + '.py'], ['weights.pth'], 'pkd', peers=1,
+                                            balance=balance)
+        terms = config.model.distill
+        assert terms.pkd_0.weight.type == 'mmdet.Balance' and terms.pkd_0_peer1.weight.type == 'mmdet.SigmoidWarmup'
+        assert terms.pkd_0_peer1.weight.value == (10.0 if published else terms.pkd_0.weight)
+        assert name == 'student_pkd_peers_of_2'
 
 
 def test_mistakes(alone, run_config, retinanet):

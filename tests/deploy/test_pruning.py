@@ -255,6 +255,16 @@ def test_a_pruned_student_inherits_what_it_kept(whole, pruned, distiller):
     assert all(torch.equal(value, expected[key]) for key, value in model.student.state_dict().items())
 
 
+def test_a_pruned_detector_is_selected_from_and_a_pruned_student_takes_what_it_kept(pruned, distiller, retinanet):
+    kept = Config.fromfile(pruned.config).model
+    model = distiller(retinanet(width=2, neck=4), kept, inherit='auto', inherit_by='selection', distill={})
+    model.init_weights()
+    assert not model.not_inherited
+    assert not any(part['random'] for part in model.origins.count_by_part().values())
+    with pytest.raises(ConfigurationError, match="model.inherit_by: expected 'shape' for a pruned student"):
+        distiller(kept, retinanet(width=32), inherit='auto', inherit_by='selection', distill={}).init_weights()
+
+
 def test_a_pruned_detector_teaches(pruned, distiller, batch, retinanet):
     """What it puts out is as wide as it is now, its towers too."""
     teacher = Config.fromfile(pruned.config).model

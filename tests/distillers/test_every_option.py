@@ -26,7 +26,7 @@ def model(retinanet, tmp_path):
     def make() -> dict:
         return dict(
             type='DetectionDistiller', student=retinanet(), teacher=[teacher(0, 'bfloat16'), teacher(1, 'float32')],
-            inherit=('bbox_head', ), task_weight=dict(type='Warmup', epochs=3, value=1.0),
+            inherit=('bbox_head', ), inherit_by='selection', task_weight=dict(type='Warmup', epochs=3, value=1.0),
             distill=dict(
                 fgd=dict(type='FGD', levels=(1, 2), weight=dict(type='Balance', interval=2)),
                 mimic=dict(type='FeatureImitation', teacher=1, levels=(0, 1),

@@ -25,6 +25,7 @@ from kd_det.deploy.joined import JoinedDetector
 from kd_det.deploy.prediction import FileDetector
 from kd_det.deploy.pruned import Pruned
 from kd_det.distillers import DetectionDistiller
+from kd_det.distillers.inheritance import Inheritance
 from kd_det.distillers.policies import Policy
 from kd_det.distillers.rounding import Quantization
 from kd_det.distillers.schedules import Ramp, Schedule, ScheduleConfig
@@ -53,8 +54,8 @@ SCHEDULES = find_registered(TASK_UTILS, Schedule)
 BUILT = {**TERMS, **MASKS, **SCHEDULES}  # from nothing but their arguments
 DECLARED = {**BUILT, **find_registered(MODELS, Guide), **find_registered(TASK_UTILS, Policy), **{
     each.__name__: each for each in (
-        DetectionDistiller, DistillHook, Engine, FidelityMetric, FiniteHook, HeldOut, Preflight, ProbeSettings,
-        PseudoLabels, Quantization, ReplayedRandomness, Teacher, TeacherCache)}}
+        DetectionDistiller, DistillHook, Engine, FidelityMetric, FiniteHook, HeldOut, Inheritance, Preflight,
+        ProbeSettings, PseudoLabels, Quantization, ReplayedRandomness, Teacher, TeacherCache)}}
 
 
 def arguments_of(name: str) -> dict[str, Argument]:
@@ -305,6 +306,7 @@ WRONG = dict(
     start=NEGATIVE, end=NEGATIVE, interval=(0, 2.5, None, True), momentum=(1, -0.1, '0.5', None),
     # of the distiller and its hook
     student=('retinanet', None), distill=('fgd', None, []), inherit=('', [''], ['neck', 'neck'], 3, None, True),
+    inherit_by=('grown', 3, None, True), rule=('grown', 3, None), noise=NEGATIVE,
     task_weight=NEGATIVE, pseudo_labels=(0.5, [], True), preflight=(False, 0.01, [64]), images=(0, 2.5, 'no', None),
     min_map=(float('nan'), -0.1, 1.5, '0'), mode=('joined', None), weight=('scores', *NEGATIVE), score=SHARE, iou=SHARE,
     nms_iou=SHARE, quantize=(8, [], True), bits=(1, 9, 8.0, '8', None, True), ranges=('moving', None),

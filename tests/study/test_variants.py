@@ -76,6 +76,8 @@ def test_inheriting_alone_has_no_terms(pair):
     config = variant_config(parse_variants('inherit')[1], pair, ['teacher.pth'])
     assert config.model.type == 'mmdet.DetectionDistiller'
     assert config.model.distill == {} and config.model.inherit == 'auto'
+    config = variant_config(parse_variants('inherit@model.inherit_by=selection')[1], pair, ['teacher.pth'])
+    assert config.model.inherit_by == 'selection' and 'inherit_by' not in config.model.student
 
 
 @pytest.mark.parametrize('name, twin', [

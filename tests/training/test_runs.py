@@ -117,7 +117,7 @@ def test_the_saved_config_holds_what_was_set_and_the_file_that_was_read_stays(st
 def test_distill_then_evaluate_then_export(student_config, retinanet, teacher, tmp_path):
     config = student_config(epochs=3)
     before = copy.deepcopy(config.to_dict())
-    result = kd_det.distill(config, *teacher, 'pkd', epochs=1, seed=1, balance=0.5, inherit=(),
+    result = kd_det.distill(config, *teacher, 'pkd', epochs=1, seed=1, balance=0.5, inherit_by='selection',
                             work_dir=tmp_path / 'distilled', options=NO_PREFLIGHT)
     assert config.to_dict() == before
     assert (result.config, result.epochs) == (tmp_path / 'distilled' / 'student_pkd.py', 1)
