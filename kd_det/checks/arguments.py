@@ -45,6 +45,7 @@ from kd_det.distillers.building import (
 )
 from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.distillers.inheritance import build_inheritance
+from kd_det.distillers.policies import build_policy
 from kd_det.distillers.rounding import Quantization
 from kd_det.distillers.supervision import build_pseudo_labels
 from kd_det.registry import HOME, find_class, get_scope, within_scope
@@ -161,6 +162,8 @@ def _check_distillation(model: Mapping[str, Any]) -> Iterator[Callable[[], None]
         yield partial(build_pseudo_labels, model['pseudo_labels'], None, [None] * number)
     if isinstance(model.get('quantize'), Mapping):
         yield partial(_check_quantization, model['quantize'])
+    if isinstance(model.get('policy'), Mapping):
+        yield partial(build_policy, model['policy'], (), {})
     if isinstance(model.get('inherit_by'), Mapping):
         yield partial(build_inheritance, model['inherit_by'])
 

@@ -56,6 +56,8 @@ OF_TERMS = [  # key within model.distill; values that do not fit
 ]
 OF_OTHERS = [
     ('model.task_weight', -1, nan, 'much', dict(type='Balance')), ('model.inherit', 3, True, '', ['neck', 'neck'], [3]),
+    ('model.policy', 'random', 3), ('model.policy.type', 'Randon', 'Balance'), ('model.policy.interval', 0, 1.5),
+    ('model.policy.gamma', 0, nan), ('default_hooks.distill.probe', 'loss', dict(metric='accuracy'), dict(images=3)),
     ('model.inherit_by', 'grown', 3, None), ('model.inherit_by.noise', -0.1, nan, '0'),
     ('model.distill', None, ['fgd']), ('model.student', None), ('model.teacher', None, [], 'teacher.py'),
     ('model.teacher.config', LACKS, 3), ('model.teacher.checkpoint', 3, ''),
@@ -113,7 +115,8 @@ WRONG = [(key, value) for key, *values in ALL for value in values]
 def whole() -> Config:
     config = load_config('kd_det::fgd_retinanet_r101_r18.py')
     config.model.distill = copy.deepcopy(TERMS)
-    config.model.update(pseudo_labels=dict(score=0.5), inherit_by=dict(rule='selection'))
+    config.model.update(pseudo_labels=dict(score=0.5), inherit_by=dict(rule='selection'),
+                        policy=dict(type='Bandit', arms='terms'))
     config.model.teacher.cache = dict(dir='cache')
     config.randomness = dict(seed=0)
     return config
