@@ -18,6 +18,7 @@ from kd_det import doctor
 from kd_det.cli import distill
 from kd_det.cli import main as entry
 from kd_det.cli.main import main, run_tool
+from kd_det.compat import process
 from kd_det.config.composition import PAPER
 from kd_det.config.files import load_config
 from kd_det.training.runs import _augment
@@ -420,11 +421,13 @@ def test_interruption_is_no_traceback(workspace, capsys, monkeypatch):
 # ---------------------------------------------------------------- methods and inspect
 
 
-def test_a_command_leaves_the_process_group_it_joined(capsys):
-    """Its threads, if they outlive the interpreter, abort the process now and then, after all the work is done."""
+def test_a_command_leaves_the_process_group_it_joined_and_the_interpreter_with_it(capsys, monkeypatch):
+    """Threads that outlive the interpreter abort the process now and then, after all the work is done."""
+    registered = []
+    monkeypatch.setattr('atexit.register', lambda function, *arguments: registered.append((function, *arguments)))
     torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
     assert main(['methods']) == 0
-    assert not torch.distributed.is_initialized()
+    assert not torch.distributed.is_initialized() and registered == [(process._exit, 0)]
 
 
 def test_methods_are_listed(capsys, monkeypatch):
