@@ -11,6 +11,7 @@ import copy
 import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from mmengine.config import Config
@@ -144,7 +145,7 @@ def main() -> None:
     rows = {}
     for name, values in found.items():
         difference = paired_difference(found.get('plain', {}), values) if name != 'plain' else None
-        rows[name] = dict(map=values, against_plain=difference and difference._asdict())
+        rows[name] = dict(map=values, against_plain=difference and asdict(difference))
         text = '' if difference is None else f'  {difference}'
         print(f"{name:34}{'  '.join(f'{values[seed]:5.1f}' for seed in sorted(values))}{text}")
     if options.json:

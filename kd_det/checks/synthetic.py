@@ -13,6 +13,7 @@ from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
 from kd_det.config.classes import count_classes
+from kd_det.config.detectors import list_members
 from kd_det.config.files import get_type_name, list_pipelines, training_pipelines
 from kd_det.context import Progress
 from kd_det.distillers import DetectionDistiller
@@ -200,5 +201,5 @@ def draw_at_random(guide: dict) -> None:
         guide.update(checkpoint=None, random_teacher=True, cache=None)
     elif 'checkpoint' in guide:
         guide.update(checkpoint=None, random_teacher=True)
-    for each in guide.get('of', ()):
+    for each in list_members(guide):
         draw_at_random(each)

@@ -6,7 +6,7 @@ several teachers. What ``--cfg-options`` change in it at last, :mod:`kd_det.conf
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -232,6 +232,53 @@ def check_terms(method: str, terms: dict[str, dict], detector: str, heads: HeadC
         except HeadError as error:
             raise ConfigurationError(f"The method '{method}' does not serve this student, by its term '{name}': "
                                      f'{error} kd-det methods shows which detectors each method serves.') from error
+
+
+class Fit(NamedTuple):
+    """How a method fits a student and its teacher.
+
+    Attributes:
+        name: The method's.
+        terms: With their weights; empty where it does not fit.
+        imports: Modules that they need.
+        problem: Why it does not fit.
+    """
+    name: str
+    terms: ConfigDict
+    imports: tuple[str, ...] = ()
+    problem: str = ''
+
+
+def fit_methods(model: dict, names: Iterable[str], family: str = '', balance: float | str | None = None,
+                strict: bool = False) -> Iterator[Fit]:
+    """Tries which methods fit, by building the distillation of each, without weights.
+
+    Args:
+        model: Of a distillation, within whose scope this is called: its student, and its teacher if there is one.
+        names: Of the methods.
+        family: See :func:`load_methods`; told by the student's heads by default.
+        balance: See :func:`balance_terms`.
+        strict: Raise what keeps a method from fitting.
+    """
+    student = model['student']
+    kind, heads, family = get_type_name(student), find_head_classes(student), family or find_model_family(student)
+    for name in names:
+        try:
+            methods = load_methods(name, family)
+            terms = balance_terms(methods, balance)
+            check_terms(name, terms, kind, heads)
+            if model.get('teacher'):
+                theirs = read_model_config(model['teacher']['config'])
+                for request in {head for term in terms.values() for head in build_term(term).teacher_heads}:
+                    check_head(f'{get_type_name(theirs)}, the teacher,', find_head_classes(theirs), request)
+                with preserved_randomness():
+                    MODELS.build({**model, 'distill': copy.deepcopy(terms), 'inherit': ()})
+        except ValueError as error:
+            if strict:
+                raise
+            yield Fit(name, ConfigDict(), problem=str(error))
+            continue
+        yield Fit(name, terms, tuple(each for file in methods.values() for each in file.imports))
 
 
 def check_parts(model: dict, parts: Sequence[str]) -> None:

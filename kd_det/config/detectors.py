@@ -125,7 +125,12 @@ def _frozen_within(guides: dict[str, dict]) -> Iterator[tuple[str, dict]]:
         if 'type' not in guide:
             yield name, guide
         else:
-            yield from _frozen_within({f'{name}.of[{index}]': each for index, each in enumerate(guide.get('of', ()))})
+            yield from _frozen_within({f'{name}.of[{index}]': each for index, each in enumerate(list_members(guide))})
+
+
+def list_members(guide: dict) -> list[dict]:
+    """The configs of the guides that one is made of; none for a ``Fusion``, which is made of learners."""
+    return [each for each in guide.get('of', ()) if isinstance(each, dict)]
 
 
 # --------------------------------------------------------------------------------------------- detectors within others

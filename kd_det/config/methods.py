@@ -25,6 +25,7 @@ from kd_det.config import ConfigurationError, suggest_names
 from kd_det.config.choices import CONFIG_ROOT, DETECTOR_FAMILIES, FAMILIES
 
 METHOD_ROOT = CONFIG_ROOT / '_base_' / 'methods'
+MEASURED = METHOD_ROOT / 'measured.json'  # out of the records in docs/results, by benchmarks/measurements.py
 ENTRY_POINTS = 'kd_det.methods'  # the group of those that lead to methods of other packages
 ABOUT = '__about__'
 ALL = 'all'

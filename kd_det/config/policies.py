@@ -8,16 +8,14 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mmdet.registry import MODELS, TASK_UTILS
+from mmdet.registry import TASK_UTILS
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 
-from kd_det.compat.process import preserved_randomness
 from kd_det.config import ConfigurationError, suggest_names
 from kd_det.config.arguments import declared_arguments
 from kd_det.config.choices import POLICIES
-from kd_det.config.composition import balance_terms, check_terms, find_model_family, load_methods
-from kd_det.config.detectors import find_head_classes
+from kd_det.config.composition import fit_methods
 from kd_det.config.files import get_type_name, is_distillation, list_leaf_datasets
 from kd_det.config.methods import available_methods
 from kd_det.registry import HOME, find_class, get_scope, within_scope
@@ -118,24 +116,15 @@ def add_methods(config: Config, method: str, policy: str | Mapping[str, Any] = '
     named = [each for each in method.partition(':')[2].split('+') if each]
     model, arms, left_out = config.model, {}, []
     with within_scope(get_scope(config)):
-        family = family or find_model_family(model.student)
-        for name in named or available_methods():
-            try:
-                methods = load_methods(name, family)
-                terms = {key if key == name else f'{name}_{key}': term
-                         for key, term in balance_terms(methods, balance).items()}
-                check_terms(name, terms, get_type_name(model.student), find_head_classes(model.student))
-                with preserved_randomness():
-                    MODELS.build({**model, 'distill': copy.deepcopy(terms), 'inherit': ()})
-            except ValueError:
-                if named:
-                    raise
-                left_out.append(name)
-                continue
-            arms[name] = list(terms)
-            model.distill.update(terms)
-            config.custom_imports['imports'] = list(dict.fromkeys(
-                [*config.custom_imports['imports'], *(each for file in methods.values() for each in file.imports)]))
+        fits = list(fit_methods(model, named or available_methods(), family, balance, strict=bool(named)))
+    for fit in fits:
+        if fit.problem:
+            left_out.append(fit.name)
+            continue
+        terms = {key if key == fit.name else f'{fit.name}_{key}': term for key, term in fit.terms.items()}
+        arms[fit.name] = list(terms)
+        model.distill.update(terms)
+        config.custom_imports['imports'] = list(dict.fromkeys([*config.custom_imports['imports'], *fit.imports]))
     if len(arms) < 2:
         raise ConfigurationError(f"--method {method}: there is nothing to choose between: {', '.join(arms) or 'none'} "
                                  'fits this student and teacher. Name methods, as --method auto:fgd+pkd.')

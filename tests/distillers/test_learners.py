@@ -7,6 +7,7 @@ from mmdet.registry import MODELS
 from mmengine.optim import OptimWrapper
 
 import kd_det
+from kd_det.config.choices import LEARNT_FROM
 from kd_det.config.files import ConfigurationError
 from kd_det.distillers.learners import group_parameters, list_predictors
 from kd_det.distillers.student_wrapper import PEERS
@@ -409,3 +410,27 @@ def test_joined_detectors_give_boxes_of_the_image_that_was_asked_for(rescale, re
                   for model in (plain, joined))
     assert len(own) and own.bboxes.max() > 64 * rescale
     torch.testing.assert_close(own.bboxes, other.bboxes, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize('guide', LEARNT_FROM)
+def test_a_run_of_what_learners_learn_from(guide, run_config, retinanet, tmp_path):
+    """As the command line composes it: checked, trained, and going on after a halt as if there had been none."""
+    saved = []
+    for name, halts in (('whole', (2, )), ('halted', (1, 2))):
+        for epochs in halts:
+            config = run_config(retinanet(), epochs=2)
+            config.param_scheduler = []
+            result = kd_det.distill(
+                config, method='kd', peers=1, share=('backbone', 'neck'), guide=guide, seed=0, work_dir=tmp_path / name,
+                resume=epochs == 2 and len(halts) == 2, options={'train_cfg.max_epochs': epochs})
+        saved.append(torch.load(result.checkpoint, weights_only=False))
+    whole, halted = (leaves([each['state_dict'], each['distill'], each['optimizer']['state']]) for each in saved)
+    assert len(whole) == len(halted) and all(map(torch.equal, whole, halted))
+
+
+def leaves(state) -> list:
+    """The tensors of what a checkpoint holds, in order."""
+    if isinstance(state, torch.Tensor):
+        return [state]
+    inner = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return [leaf for each in inner for leaf in leaves(each)]

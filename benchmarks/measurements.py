@@ -1,0 +1,40 @@
+"""What ``kd-det methods --for`` tells of measurements: takes them out of the records of docs/results.
+
+Usage: python -m benchmarks.measurements
+
+It writes configs/_base_/methods/measured.json, which travels with the package. A test holds the two together.
+"""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kd_det.config.methods import MEASURED
+from kd_det.study.results import paired_difference
+
+RESULTS = Path(__file__).parents[1] / 'docs' / 'results'
+RECORDS = {'Faster R-CNN': 'demo_faster_rcnn', 'RetinaNet': 'demo_retinanet', 'GFL': 'demo_gfl', 'DINO': 'demo_dino'}
+
+
+def collect() -> dict[str, Any]:
+    """What each method has gained beside a student that inherits alone, by the kind of detector, and what it costs."""
+    gains: dict[str, dict[str, Any]] = {}
+    for kind, record in RECORDS.items():
+        by_variant: dict[str, dict[int, float]] = {}
+        for run in json.loads((RESULTS / f'{record}.json').read_text(encoding='utf-8'))['runs']:
+            by_variant.setdefault(run['variant'], {})[run['seed']] = 100 * run['metrics']['bbox_mAP']
+        inherit = by_variant.pop('inherit')
+        gains[kind] = {}
+        for variant, by_seed in by_variant.items():
+            name, _, options = variant.partition('@')
+            if name != 'none' and '+' not in name and options in ('', 'balance=1'):
+                found = paired_difference(inherit, by_seed)
+                gains[kind][name] = [round(each, 1) for each in (found.mean, *found.interval)]
+    rows = json.loads((RESULTS / 'method_costs.json').read_text(encoding='utf-8'))['rows']
+    costs = {row['method']: round((row['terms'] + row['teacher']) / row['student'], 2) for row in rows}
+    return dict(gains=gains, costs=costs)
+
+
+if __name__ == '__main__':
+    MEASURED.write_text(json.dumps(collect(), indent=1) + '\n', encoding='utf-8')
