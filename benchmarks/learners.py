@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.runner.checkpoint import find_latest_checkpoint
 
 from kd_det import RunResult, distill, generations, train
 from kd_det.compat.writing import write_whole
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument('--methods', nargs='*', help='some of them alone')
     parser.add_argument('--backbone', help="ImageNet weights of MMDetection's MobileNetV2, as a teacher of features")
     parser.add_argument('--generations', nargs='*', default=[], choices=['none', 'cwtm', 'dkpp'],
-                        help='Born-Again by these treatments')
+                        help='Born-Again by these treatments, from the plain student')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument('--epochs', type=int)
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/learners'))
@@ -132,11 +133,12 @@ def main() -> None:
             record = folder / 'learners.json'
             if not record.is_file():
                 print(f'seed {seed}: born again, {treatment}', flush=True)
-                result = generations(options.student, 3, method=options.method, treatment=treatment, seed=seed,
+                result = generations(options.student, method=options.method, treatment=treatment, seed=seed,
+                                     checkpoint=find_latest_checkpoint(str(options.work_dir / f'plain_{seed}')),
                                      data_root=options.data_root, epochs=options.epochs, work_dir=folder)
                 write_whole(record, json.dumps({
-                    **{f'{each.name}/{MAP}': each.metrics[MAP] for each in result.members},
-                    **{f'{each.name}/ensemble/{MAP}': each.ensemble[MAP] for each in result.members}}))
+                    key: value for each in result.members[1:] for key, value in (
+                        (f'{each.name}/{MAP}', each.metrics[MAP]), (f'{each.name}/ensemble/{MAP}', each.ensemble[MAP]))}))
     for record in sorted(options.work_dir.glob('*/learners.json')):
         name, _, seed = record.parent.name.rpartition('_')
         for metric, value in json.loads(record.read_text(encoding='utf-8')).items():

@@ -69,8 +69,11 @@ def find_fitting(student: str | Config, teacher: str | None = None, methods: Seq
 
     Raises:
         ConfigurationError: The student is a distillation, or holds detectors but is none; or there is no such method.
+        FileNotFoundError: There is no such file.
         TeacherError: The teacher's config holds no model.
     """
+    for name in methods:
+        find_files(name)  # told at once, not as one that does not fit
     config = distillation_config(student, teacher, None, NO_METHOD, inherit=())
     if teacher is not None:
         config.model.teacher.update(checkpoint=None, random_teacher=True)
