@@ -137,8 +137,8 @@ def main() -> None:
                                      checkpoint=find_latest_checkpoint(str(options.work_dir / f'plain_{seed}')),
                                      data_root=options.data_root, epochs=options.epochs, work_dir=folder)
                 write_whole(record, json.dumps({
-                    key: value for each in result.members[1:] for key, value in (
-                        (f'{each.name}/{MAP}', each.metrics[MAP]), (f'{each.name}/ensemble/{MAP}', each.ensemble[MAP]))}))
+                    f'{each.name}{of}/{MAP}': metrics[MAP] for each in result.members[1:]
+                    for of, metrics in (('', each.metrics), ('/ensemble', each.ensemble))}))
     for record in sorted(options.work_dir.glob('*/learners.json')):
         name, _, seed = record.parent.name.rpartition('_')
         for metric, value in json.loads(record.read_text(encoding='utf-8')).items():
