@@ -116,6 +116,7 @@ def test_a_student_that_was_trained_for_integers_is_tested_in_them(make_run, tmp
     def test(name: str, **arguments) -> tuple[torch.Tensor, str]:
         """The scores of all images, and what the log says."""
         work_dir = tmp_path / name
+        config.experiment_name = f'{tmp_path.name}_{name}'  # MMEngine's loggers go by it, and by the second
         kd_det.evaluate(config, arguments.pop('checkpoint', checkpoint), work_dir=work_dir,
                         out=tmp_path / f'{name}.pkl', **arguments)
         return (torch.cat([each['pred_instances']['scores'] for each in mmengine.load(tmp_path / f'{name}.pkl')]),
