@@ -67,6 +67,23 @@ def test_the_way_to_a_device_is_its_record(record):
         for name, by_seed in values.items()]
 
 
+def test_the_chain_is_its_record():
+    seeds = json.loads((DOCS / 'results' / 'deploy_chain_seeds.json').read_text(encoding='utf-8'))['seeds']
+    rows = {stage: {int(seed): values[stage] for seed, values in seeds.items()} for stage in seeds['0']}
+    assert documented('deploy_chain_seeds') == [
+        [stage, *_seeds_and_mean(by_seed), '' if stage == 'distilled' else difference(rows['distilled'], by_seed)]
+        for stage, by_seed in rows.items()]
+
+
+@pytest.mark.parametrize('record', ['learners', 'generations'])
+def test_learners_are_their_record(record):
+    rows = {name: {int(seed): value for seed, value in row['map'].items()} for name, row in json.loads(
+        (DOCS / 'results' / f'{record}.json').read_text(encoding='utf-8'))['rows'].items()}
+    assert documented(record) == [
+        [f'`{name}`', *_seeds_and_mean(by_seed), '' if name == 'plain' else 'one seed' if len(by_seed) == 1 else
+         difference(rows['plain'], by_seed)] for name, by_seed in rows.items() if ' peer' not in name]
+
+
 def test_latencies_are_those_of_their_record():
     rows = json.loads((DOCS / 'results' / 'deploy_latency.json').read_text(encoding='utf-8'))['rows']
     assert documented('deploy_latency') == [
