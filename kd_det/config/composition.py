@@ -260,17 +260,19 @@ def fit_methods(model: dict, names: Iterable[str], family: str = '', balance: fl
         balance: See :func:`balance_terms`.
         strict: Raise what keeps a method from fitting.
     """
-    student = model['student']
+    student, teacher = model['student'], model.get('teacher')
     kind, heads, family = get_type_name(student), find_head_classes(student), family or find_model_family(student)
+    if teacher:
+        theirs = read_model_config(teacher['config'])
+        its_kind, its_heads = get_type_name(theirs), find_head_classes(theirs)
     for name in names:
         try:
             methods = load_methods(name, family)
             terms = balance_terms(methods, balance)
             check_terms(name, terms, kind, heads)
-            if model.get('teacher'):
-                theirs = read_model_config(model['teacher']['config'])
-                for request in {head for term in terms.values() for head in build_term(term).teacher_heads}:
-                    check_head(f'{get_type_name(theirs)}, the teacher,', find_head_classes(theirs), request)
+            if teacher:
+                for request in (head for term in terms.values() for head in build_term(term).teacher_heads):
+                    check_head(f'{its_kind}, the teacher,', its_heads, request)
                 with preserved_randomness():
                     MODELS.build({**model, 'distill': copy.deepcopy(terms), 'inherit': ()})
         except ValueError as error:

@@ -30,7 +30,7 @@ def add_learners(config: Config, peers: int | Sequence[str], share: Sequence[str
         guide: One of :data:`~kd_det.config.choices.LEARNT_FROM`.
         mutual: The terms by which they learn of each other, by the names of the config's own; those by default. Their
             weights should be numbers: a ``Balance`` keeps the pull of two learners that agree as strong as the task's,
-            and what it then enlarges is noise.
+            and what it then enlarges may be noise.
 
     Returns:
         A config of its own.
