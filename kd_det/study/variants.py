@@ -17,11 +17,12 @@ from mmengine.config import Config
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Ratio, check_value
 from kd_det.config.choices import POLICIES
-from kd_det.config.composition import NO_METHOD, PAPER, distillation_config, make_ensemble
+from kd_det.config.composition import NO_METHOD, PAPER
+from kd_det.config.distillation import compose_distillation
 from kd_det.config.files import TOP_KEYS, get_type_name, list_leaf_datasets, student_model, training_pipelines
 from kd_det.config.methods import available_methods, find_files, is_file
 from kd_det.config.options import merge_options, read_value
-from kd_det.config.policies import add_methods, add_policy, names_all_methods
+from kd_det.config.policies import names_all_methods
 from kd_det.registry import HOME, find_class, get_scope, within_scope
 from kd_det.study.pair import Pair
 
@@ -214,16 +215,10 @@ def variant_config(variant: Variant, pair: Pair, checkpoints: Sequence[str] = ()
     mix_images(config, variant.augment)
     if variant.is_plain:
         return config
-    chooses = names_all_methods(variant.method)
-    config = distillation_config(config, pair.teacher, checkpoints[0], PLAIN if chooses else variant.method,
-                                 variant.inherit, balance=variant.balance)
-    if variant.teachers > 1:
-        config = make_ensemble(config, checkpoints[:variant.teachers], pair.teachers[:variant.teachers],
-                               share=not variant.policy)
-    if chooses:
-        config = add_methods(config, variant.method, variant.policy or 'bandit', balance=variant.balance)
-    elif variant.policy:
-        config = add_policy(config, variant.policy)
+    teachers = pair.teachers[:variant.teachers] if variant.teachers > 1 else ()
+    config, _ = compose_distillation(config, teachers or (pair.teacher, ), checkpoints[:variant.teachers],
+                                     variant.method, variant.inherit, balance=variant.balance,
+                                     policy=variant.policy or None)
     merge_options(config, of_distillation)  # of a term: for all its teachers, or for one
     return config
 
