@@ -12,10 +12,13 @@ import copy
 import json
 from argparse import ArgumentParser, Namespace
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
+from matplotlib.figure import Figure
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -27,6 +30,7 @@ from kd_det.compat.writing import write_whole
 from kd_det.config.files import load_config, set_data_root
 from kd_det.config.options import set_epochs
 from kd_det.config.policies import hold_out
+from kd_det.training.pictures import draw_curves, read_scalars, save_figure
 
 STUDENT = 'configs/demo/baseline_retinanet_r18.py'
 TEACHERS = {name: f'configs/demo/teacher_{name}.py' for name in ('faster_rcnn_r101', 'retinanet_r50', 'gfl_r50')}
@@ -34,6 +38,7 @@ ROUTE = (3, 6, 12, 24)  # epochs of the RetinaNet's own training
 INTERVAL = 10  # steps of a decision: a run of 200 has twenty
 # A student with twice the channels and more blocks, of which the small one's are a selection.
 DONOR = dict(backbone=dict(depth=34, base_channels=32, stem_channels=32), neck=dict(in_channels=[32, 64, 128, 256]))
+SHUFFLED = 'retinanet_r50_shuffled'  # the same RetinaNet, but each class is called by the name of the next
 FORWARDS = 'forwards.json'
 
 
@@ -67,8 +72,20 @@ def train_teachers(options: Namespace) -> dict[str, str]:
                   options={'default_hooks.checkpoint.interval': ROUTE[0],
                            'default_hooks.checkpoint.max_keep_ckpts': -1})
         weights[name] = find_latest_checkpoint(str(folder))
+    weights[SHUFFLED] = str(options.work_dir / 'teachers' / f'{SHUFFLED}.pth')
+    shuffle_classes(weights['retinanet_r50'], weights[SHUFFLED])
     donor.dump(options.work_dir / 'teachers' / 'donor.py')
     return weights
+
+
+def shuffle_classes(checkpoint: str, out: str) -> None:
+    """Writes a RetinaNet's weights with what it predicts of each class in the place of the one before."""
+    saved = torch.load(checkpoint, map_location='cpu', weights_only=False)
+    state = saved['state_dict']
+    for key in ('bbox_head.retina_cls.weight', 'bbox_head.retina_cls.bias'):
+        by_class = state[key].unflatten(0, (-1, len(saved['meta']['dataset_meta']['classes'])))  # (anchors, classes, …)
+        state[key] = by_class.roll(1, 1).flatten(0, 1)
+    torch.save(dict(meta=saved['meta'], state_dict=state), out)
 
 
 def make_runs(options: Namespace, weights: dict[str, str]) -> dict[str, Callable[..., RunResult]]:
@@ -80,8 +97,9 @@ def make_runs(options: Namespace, weights: dict[str, str]) -> dict[str, Callable
     common = dict(check_images=0, inherit=(), options=dict(custom_hooks=[dict(type='CountForwards')]))
 
     def learn(*names: str, **settings: object) -> Callable[..., RunResult]:
-        return lambda **run: distill(copy.deepcopy(student), [TEACHERS[name] for name in names],
-                                     [weights[name] for name in names], **{**common, **settings, **run})
+        configs = [TEACHERS[name.removesuffix('_shuffled')] for name in names]
+        return lambda **run: distill(copy.deepcopy(student), configs, [weights[name] for name in names], **{
+            **common, **settings, **run})
 
     def start(epochs: int, **settings: object) -> Callable[..., RunResult]:
         donor = str(options.work_dir / 'teachers' / 'donor.py')
@@ -95,6 +113,11 @@ def make_runs(options: Namespace, weights: dict[str, str]) -> dict[str, Callable
 
     def plain(epochs: int | None = None) -> Callable[..., RunResult]:
         return lambda **run: train(copy.deepcopy(student), check_images=0, epochs=epochs, **run)
+
+    def doubt(**settings: object) -> Callable[..., RunResult]:
+        # A pre-flight would refuse the shuffled one.
+        return learn('retinanet_r50', SHUFFLED, method='kd', **settings, options={
+            **common['options'], 'default_hooks.distill.preflight': None})
 
     everyone, one = partial(learn, *TEACHERS, method='pkd'), partial(learn, 'retinanet_r50')
     chosen = dict(interval=INTERVAL)
@@ -114,6 +137,10 @@ def make_runs(options: Namespace, weights: dict[str, str]) -> dict[str, Callable
         'route_last': route(ROUTE[-1]),
         **{method: one(method=method) for method in ('kd', 'fgd', 'cwd')},
         'auto': one(method='auto:pkd+kd+fgd+cwd', policy=dict(type='Bandit', **chosen)),
+        'doubt_uniform': doubt(policy='uniform'),
+        'doubt_bandit': doubt(policy=dict(type='Bandit', **chosen)),
+        'doubt_agent': doubt(policy=dict(type='Agent', interval=INTERVAL // 2)),
+        'doubt_confidence': doubt(policy=dict(type='Confidence', by='boxes')),
         **{f'{name}_{epochs}': run for epochs in options.lengths for name, run in {
             'start_plain': plain(epochs),
             'start_shape': start(epochs, inherit='auto'),
@@ -128,6 +155,20 @@ def measure(run: Callable[..., RunResult], seed: int, folder: Path) -> dict[str,
     return {**keep_maps(result.metrics), 'forwards': sum(forwards.values())}
 
 
+def read_weights(folder: Path) -> dict[str, list[float]]:
+    """The mean weight of each arm in each epoch, as a run has logged it."""
+    logged = read_scalars(sorted(folder.glob('*/vis_data/scalars.json')))
+    return {name.partition('/')[2]: [*curve.values()] for name, curve in logged.items()
+            if name.startswith('policy/') and name != 'policy/probe'}
+
+
+def draw_weights(rows: Mapping[str, Any]) -> Figure:
+    """Draws the weights over the epochs, a panel for each policy: of each arm the mean over seeds, and their range."""
+    return draw_curves({name: {arm: [dict(enumerate(curves[arm], start=1)) for curves in row['weights'].values()]
+                               for arm in next(iter(row['weights'].values()))}
+                        for name, row in rows.items() if 'weights' in row}, columns=4)
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--data-root')
@@ -137,14 +178,21 @@ def main() -> None:
     parser.add_argument('--lengths', nargs='+', type=int, default=[8, 24], help='epochs of the students that inherit')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/policies'))
     parser.add_argument('--json', type=Path)
+    parser.add_argument('--plot', type=Path, help='a picture of the weights of all policies over the epochs')
     options = parser.parse_args()
     runs = make_runs(options, train_teachers(options))
     for seed in options.seeds:
         for name in options.rows or runs:
             folder = options.work_dir / f'{name}_{seed}'
             train_once(folder, partial(measure, runs[name], seed, folder))
-    write_rows(options.json, collect_rows(options.work_dir, [*runs]), student=STUDENT, teachers=TEACHERS,
-               held_out=options.held_out)
+    rows = collect_rows(options.work_dir, [*runs])
+    for name, row in rows.items():
+        weights = {seed: read_weights(options.work_dir / f'{name}_{seed}') for seed in row['map']}
+        if any(weights.values()):
+            row['weights'] = weights
+    write_rows(options.json, rows, student=STUDENT, teachers=TEACHERS, held_out=options.held_out)
+    if options.plot:
+        save_figure(draw_weights(rows), options.plot)
 
 
 if __name__ == '__main__':

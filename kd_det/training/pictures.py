@@ -88,22 +88,28 @@ def _read_record(line: bytes) -> dict | None:
     return record if is_record and 'step' in record else None
 
 
-def draw_curves(panels: Mapping[str, Mapping[str, Sequence[Curve]]]) -> Figure:
+def draw_curves(panels: Mapping[str, Mapping[str, Sequence[Curve]]], columns: int | None = None) -> Figure:
     """Draws one panel for each quantity, one line for each kind of run: its mean, and a band from lowest to highest.
 
     Args:
         panels: Quantity -> kind of run -> one curve of each run of that kind.
+        columns: How many panels stand side by side; all by default.
 
     Returns:
-        The figure, one row of panels.
+        The figure.
 
     Raises:
         ValueError: If there is no panel.
     """
     if not panels:
         raise ValueError('There is no panel to draw: expected at least one quantity with its curves.')
-    figure = Figure(figsize=(5 * len(panels), 3.6), layout='constrained')
-    for axes, (quantity, kinds) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+    width = columns or len(panels)
+    height = -(-len(panels) // width)
+    figure = Figure(figsize=(5 * width, 3.6 * height), layout='constrained')
+    places = figure.subplots(height, width, squeeze=False).flatten()
+    for axes in places[len(panels):]:
+        axes.remove()
+    for axes, (quantity, kinds) in zip(places, panels.items()):
         for kind, curves in kinds.items():
             epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
             values = np.array([[curve[epoch] for epoch in epochs] for curve in curves])

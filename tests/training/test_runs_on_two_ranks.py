@@ -28,7 +28,7 @@ def test_a_whole_run_on_two_ranks(retinanet, run_config, run_ranks, tmp_path):
 
 
 def test_learners_apart_and_their_fusion_in_a_whole_run_on_two_ranks(retinanet, run_config, run_ranks, tmp_path):
-    """All parameters of all learners get gradients in one bucket set, and each learner, the fusion too, is evaluated."""
+    """All parameters of all learners get gradients in one set of buckets; each, the fusion too, is evaluated."""
     model = dict(type='DetectionDistiller', student=retinanet(), peers=[retinanet(neck=12)],
                  teacher=dict(type='Fusion', of=(0, 1)),
                  distill={f'kd_{learner}': dict(type='DenseClassification', learner=learner) for learner in (0, 1)})
