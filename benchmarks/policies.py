@@ -144,7 +144,9 @@ def make_runs(options: Namespace, weights: dict[str, str]) -> dict[str, Callable
         **{f'{name}_{epochs}': run for epochs in options.lengths for name, run in {
             'start_plain': plain(epochs),
             'start_shape': start(epochs, inherit='auto'),
-            'start_selection': start(epochs, inherit='auto', inherit_by='selection')}.items()}}
+            'start_selection': start(epochs, inherit='auto', inherit_by='selection'),
+            'start_selection_even': start(epochs, inherit='auto', inherit_by='selection', options={
+                **common['options'], 'model.inherit_by.layers': 'even'})}.items()}}
 
 
 def measure(run: Callable[..., RunResult], seed: int, folder: Path) -> dict[str, float]:
