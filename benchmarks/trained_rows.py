@@ -46,7 +46,7 @@ def collect_rows(work_dir: Path, names: Sequence[str], plain: str = 'plain') -> 
         for metric, value in json.loads(record.read_text(encoding='utf-8')).items():
             whose = metric.removesuffix(MAP).rstrip('/') if metric.endswith(MAP) else ''
             row = found.setdefault(f'{name} {whose}'.rstrip(), {})
-            kind, value = ('map', 100 * value) if metric.endswith(MAP) else (metric, value)
+            kind, value = ('map', round(100 * value, 4)) if metric.endswith(MAP) else (metric, value)
             row.setdefault(kind, {})[int(seed)] = value
     rows = {}
     for name, columns in found.items():
@@ -54,7 +54,8 @@ def collect_rows(work_dir: Path, names: Sequence[str], plain: str = 'plain') -> 
                       else None)
         rows[name] = dict(columns, against_plain=difference and asdict(difference))
         points = '  '.join(f'{value:5.1f}' for _, value in sorted(columns['map'].items()))
-        print(f"{name:34}{points}{'' if difference is None else f'  {difference}'}")
+        against = '' if difference is None else f'  {difference.mean:+.1f}, {difference.verdict}'
+        print(f'{name:34}{points}{against}')
     return rows
 
 
