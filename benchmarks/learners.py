@@ -52,8 +52,8 @@ def make_runs(options: Namespace) -> dict[str, Callable[..., RunResult]]:
         'dml_4': learn(peers=3),
         'dml_teacher_kind': learn(peers=[options.teacher]),
         'dml_taught': learn(peers=1, **taught),
-        'one': learn(peers=2, share=TRUNK, guide='gate'),
         'branches': learn(peers=2, share=TRUNK, method='none'),
+        'one': learn(peers=2, share=TRUNK, guide='gate'),
         # λ = 1/2: half the loss of the mean prediction, and half the mean of the heads' own.
         'ensemble_net': learn(peers=2, share=TRUNK, guide='mean', options={
             'model.teacher.0.loss_weight': 0.5, 'model.task_weight': 0.5 / 3}),
