@@ -74,7 +74,8 @@ def train_teachers(options: Namespace) -> dict[str, str]:
                            'default_hooks.checkpoint.max_keep_ckpts': -1})
         weights[name] = find_latest_checkpoint(str(folder))
     weights[SHUFFLED] = str(options.work_dir / 'teachers' / f'{SHUFFLED}.pth')
-    shuffle_classes(weights['retinanet_r50'], weights[SHUFFLED])
+    if not Path(weights[SHUFFLED]).is_file():
+        shuffle_classes(weights['retinanet_r50'], weights[SHUFFLED])
     donor.dump(options.work_dir / 'teachers' / 'donor.py')
     return weights
 
