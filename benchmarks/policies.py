@@ -137,6 +137,7 @@ def make_runs(options: Namespace, weights: dict[str, str]) -> dict[str, Callable
         'bandit_ucb': everyone(policy=dict(type='Bandit', algorithm='ucb', **chosen)),
         'agent': everyone(policy=dict(type='Agent', **chosen)),
         'route': route(*ROUTE, policy=dict(type='Route', patience=1, interval=2 * INTERVAL)),
+        'route_eager': route(*ROUTE, policy=dict(type='Route', patience=1, interval=2 * INTERVAL, gain=0.25)),
         'route_last': route(ROUTE[-1]),
         **{method: one(method=method) for method in ('kd', 'fgd', 'cwd')},
         'auto': one(method=AUTO, policy=dict(type='Bandit', **chosen)),
