@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -116,10 +117,15 @@ def make_runs(options: Namespace, weights: dict[str, str]) -> dict[str, Callable
     def plain(epochs: int | None = None) -> Callable[..., RunResult]:
         return lambda **run: train(copy.deepcopy(student), check_images=0, epochs=epochs, **run)
 
-    def doubt(**settings: object) -> Callable[..., RunResult]:
+    def doubt(options: Mapping[str, Any] = MappingProxyType({}), **settings: object) -> Callable[..., RunResult]:
         # A pre-flight would refuse the shuffled one.
         return learn('retinanet_r50', SHUFFLED, method='kd', **settings, options={
-            **common['options'], 'default_hooks.distill.preflight': None})
+            **common['options'], 'default_hooks.distill.preflight': None, **options})
+
+    def doubt_once_trained(seed: int, **run: Any) -> RunResult:
+        """An agent with a reward each step, of a student that has learnt, so that a wrong step tells at once."""
+        trained = find_latest_checkpoint(str(options.work_dir / f'kd_{seed}'))
+        return doubt(dict(load_from=trained), policy=dict(type='Agent', interval=1))(seed=seed, **run)
 
     everyone, one = partial(learn, *TEACHERS, method='pkd'), partial(learn, 'retinanet_r50')
     chosen = dict(interval=INTERVAL)
@@ -145,6 +151,7 @@ def make_runs(options: Namespace, weights: dict[str, str]) -> dict[str, Callable
         'doubt_uniform': doubt(policy='uniform'),
         'doubt_bandit': doubt(policy=dict(type='Bandit', **chosen)),
         'doubt_agent': doubt(policy=dict(type='Agent', interval=INTERVAL // 2)),
+        'doubt_agent_trained': doubt_once_trained,
         'doubt_confidence': doubt(policy=dict(type='Confidence', by='boxes')),
         **{f'{name}_{epochs}': run for epochs in options.lengths for name, run in {
             'start_plain': plain(epochs),
