@@ -23,6 +23,7 @@ from mmcv.ops.sync_bn import SyncBatchNormFunction
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
@@ -292,11 +293,20 @@ class NoHostSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class NoHostData(TorchFunctionMode):
+    """Fails where the host would wait for a GPU to take what it knows, which ``non_blocking`` copies do not."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        placed = func in (torch.tensor, torch.as_tensor) and (kwargs or {}).get('device') is not None
+        assert func is not Tensor.new_tensor and not placed, f'{func.__name__} of host data waits for the device'
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def no_waiting(device: str) -> Iterator[None]:
     """Fails where the host would wait for the device."""
     if device == 'cpu':
-        with NoHostSync():
+        with NoHostData(), NoHostSync():
             yield
         return
     torch.cuda.set_sync_debug_mode('error')
