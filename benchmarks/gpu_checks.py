@@ -9,7 +9,7 @@ import copy
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -323,15 +323,15 @@ def waits(setting: Setting) -> Iterator[Check]:
         distiller, batch = build_all(setting, kind)
         waiting, expected = {}, {}
         known = {**WAITING, **WAITING_ON_CPU} if setting.dry else WAITING
-        for name, call in list_parts(distiller, batch):
-            if name == TEACHER or name.startswith(TERM):
-                call()  # libraries start, which may wait
-                try:
-                    with no_waiting(setting.device):
-                        call()
-                except (RuntimeError, AssertionError) as error:
-                    place = find_place(error)
-                    (expected if (kind, name) in known else waiting)[name] = known.get((kind, name), place)
+        for check in (nullcontext, partial(no_waiting, setting.device)):  # at first libraries start, which may wait
+            for name, call in list_parts(distiller, batch):
+                if name == TEACHER or name.startswith(TERM):
+                    try:
+                        with check():
+                            call()
+                    except (RuntimeError, AssertionError) as error:
+                        place = find_place(error)
+                        (expected if (kind, name) in known else waiting)[name] = known.get((kind, name), place)
         text = f'{len(distiller.terms)} terms and their teacher'
         text += f"; by their nature: {', '.join(expected)}" if expected else ''
         return Found(text, dict(waiting, **expected), '; '.join(f'{name}: {why}' for name, why in waiting.items()))
