@@ -338,6 +338,7 @@ def waits(setting: Setting) -> Iterator[Check]:
 
     for kind in PAIRS:
         yield Check(kind, partial(run, kind))
+    build_all.cache_clear()  # what comes after this needs the memory
 
 
 def find_place(error: Exception) -> str:
@@ -396,7 +397,7 @@ def resume(setting: Setting) -> Iterator[Check]:
     def run(dtype: str) -> Found:
         with tempfile.TemporaryDirectory() as folder:
             prepare_without_runner(seed=1)
-            teacher = build_detector(read_teacher(PAIRS['Faster R-CNN'][1]))
+            teacher = build_detector(read_model_config(PAIRS['Faster R-CNN'][1]))
             teacher.init_weights()
             torch.save(dict(state_dict=teacher.state_dict()), f'{folder}/teacher.pth')
             whole = [train(folder, name, dtype, 2) for name in setting.choose(('first', 'second'), ('first', ))]

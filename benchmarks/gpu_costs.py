@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from mmengine.runner import set_random_seed
+from torch import Tensor
 
 from benchmarks import engine as engines
 from benchmarks import losses as loss_benchmark
@@ -88,7 +89,7 @@ def stream(setting: Setting) -> Iterator[Check]:
         as_it_is, shapes = distiller.observe_teachers, [each.img_shape[:2] for each in samples]
         alone = [LearnerStep(distiller.student, (), {}, {})]  # FGD reads no head, and so nothing of the student's
 
-        def step(ahead: bool) -> float:
+        def step(ahead: bool) -> Tensor:
             set_random_seed(0)  # the same samples in all steps
             distiller.zero_grad(set_to_none=False)  # so that the peak is counted from what is there before
             distiller.observe_teachers = as_it_is
@@ -104,8 +105,8 @@ def stream(setting: Setting) -> Iterator[Check]:
         calls = [partial(step, ahead) for ahead in (False, True)]
         rounds = [[measure_seconds(call, setting.device, 1, warmup=0) for call in calls]
                   for _ in range(setting.choose(10, 1))]
-        seconds, peaks = [median(each) for each in zip(*rounds)], [measure_peak_memory(call, setting.device)
-                                                                    for call in calls]
+        seconds = [median(each) for each in zip(*rounds)]
+        peaks = [measure_peak_memory(call, setting.device) for call in calls]
         ratio = median(apart / one for one, apart in rounds)
         off = max(abs(value - values[0]) for value in values) / abs(values[0])
         text = (f'one stream {1e3 * seconds[0]:.1f} ms, its own {1e3 * seconds[1]:.1f} ms ({ratio:.3f} of it); peak '
@@ -141,8 +142,8 @@ def steps(setting: Setting) -> Iterator[Check]:
         costs = measure_step_costs(
             compose(setting, kind, 'fgd'), batch_size=setting.choose(images, 2), size=setting.choose(size, (64, 64)),
             repeats=setting.choose(5, 1), device=setting.device, options={'model.teacher.precision': precision})
-        whole, peaks = costs.parts[DISTILLED].seconds, [costs.parts[each].memory / MEGABYTE for each in (STUDENT,
-                                                                                                        DISTILLED)]
+        whole = costs.parts[DISTILLED].seconds
+        peaks = [costs.parts[name].memory / MEGABYTE for name in (STUDENT, DISTILLED)]
         shares = ', '.join(f'{name} {cost.seconds / whole:.0%}' for name, cost in costs.parts.items()
                            if name != DISTILLED)
         return Found(f'{1e3 * whole:.1f} ms: {shares}; distilling {costs.ratio:.2f} plain teacher forwards'
