@@ -183,6 +183,11 @@ def draw_weights(rows: Mapping[str, Any]) -> Figure:
                         for name, row in rows.items() if 'weights' in row}, columns=4)
 
 
+def find_plain(name: str) -> str:
+    """The plain student that trained as long as the row of that name."""
+    return f"start_plain_{name.rpartition('_')[2]}" if name.startswith('start_') else 'plain'
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--data-root')
@@ -199,7 +204,7 @@ def main() -> None:
         for name in options.rows or runs:
             folder = options.work_dir / f'{name}_{seed}'
             train_once(folder, partial(measure, runs[name], seed, folder))
-    rows = collect_rows(options.work_dir, [*runs])
+    rows = collect_rows(options.work_dir, options.rows or [*runs], find_plain)
     for name, row in rows.items():
         weights = {seed: read_weights(options.work_dir / f'{name}_{seed}') for seed in row['map']}
         if any(weights.values()):
