@@ -49,7 +49,7 @@ def losses(setting: Setting) -> Iterator[Check]:
 
     with tf32(False):
         for boxes, case in loss_benchmark.list_cases(options):
-            yield Check(case.name + (f', {boxes} boxes' if boxes else ''), partial(measure, case))
+            yield Check(case.name + (f', {boxes} boxes' if isinstance(boxes, int) else ''), partial(measure, case))
 
 
 def engine(setting: Setting) -> Iterator[Check]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -101,10 +101,11 @@ def fkd_imitation(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
                              feature_weight=1.0, pooling_weight=0.0)['imitation']
 
 
-def list_cases(options: argparse.Namespace) -> list[tuple[int | None, Case]]:
-    """All losses, FGD with each number of boxes an image."""
+def list_cases(options: argparse.Namespace) -> Iterator[tuple[int | None, Case]]:
+    """Yields all losses, FGD with each number of boxes an image."""
     pyramids = Pyramids(options)
-    return [*((boxes, pyramids.fgd(boxes)) for boxes in options.boxes), *((None, case) for case in pyramids.others())]
+    yield from ((boxes, pyramids.fgd(boxes)) for boxes in options.boxes)
+    yield from ((None, case) for case in pyramids.others())
 
 
 def measure(case: Case, options: argparse.Namespace) -> dict[str, float]:
