@@ -1,6 +1,6 @@
 """Time and peak memory of the feature losses, forward and backward, beside the same written operator by operator.
 
-    python benchmarks/losses.py --out losses.json
+    python -m benchmarks.losses --out losses.json
 
 Five levels (strides 8 to 128) of a padded batch; FGD with its masks, its context blocks and their gradients, the others
 with the features that they get from their adapters. Plain forms: benchmarks/plain.py. Seconds are medians; both forms
@@ -12,19 +12,19 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-import plain
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks import plain
 from kd_det.context import DistillContext, LevelSpec
 from kd_det.functional import features
 from kd_det.losses import FGD
@@ -101,6 +101,13 @@ def fkd_imitation(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
                              feature_weight=1.0, pooling_weight=0.0)['imitation']
 
 
+def list_cases(options: argparse.Namespace) -> Iterator[tuple[int | None, Case]]:
+    """Yields all losses, FGD with each number of boxes an image."""
+    pyramids = Pyramids(options)
+    yield from ((boxes, pyramids.fgd(boxes)) for boxes in options.boxes)
+    yield from ((None, case) for case in pyramids.others())
+
+
 def measure(case: Case, options: argparse.Namespace) -> dict[str, float]:
     """Seconds and MB of both forms.
 
@@ -148,9 +155,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    pyramids, rows = Pyramids(options), []
-    cases = [(boxes, pyramids.fgd(boxes)) for boxes in options.boxes] + [(None, case) for case in pyramids.others()]
-    for boxes, case in cases:
+    rows = []
+    for boxes, case in list_cases(options):
         if case.name in options.losses:
             rows.append(dict(loss=case.name, boxes=boxes, **measure(case, options)))
     Console().print(table_of(rows))

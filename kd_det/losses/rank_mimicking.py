@@ -73,5 +73,5 @@ class RankMimicking(DenseTerm):
         classes = classes.unsqueeze(-1)
         student, teacher = (each.gather(-1, classes).flatten() / self.temperature for each in (student, teacher))
         divergences = rank_mimicking(student, teacher, groups.flatten(), offset)
-        count = reduce_mean(divergences.new_tensor(float(offset)))
+        count = reduce_mean(divergences.new_full((), float(offset)))
         return dict(rank=divergences.sum() / count.clamp(min=1))

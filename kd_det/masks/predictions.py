@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kd_det.config.arguments import Count, EitherSide, Positive, Share, declared, split_sides
 from kd_det.context import ComparedLevel, DistillContext
+from kd_det.functional.boxes import constant
 from kd_det.functional.masks import (
     assign_levels,
     prediction_difference,
@@ -240,7 +241,7 @@ class QueryConfidence(CellMask):
         last = cast(QueryOutputs, context.teacher_outputs[level.teacher_index][self.head]).last(1)
         scores, surest = last.scores()[0].topk(min(self.top_k, last.boxes.shape[2]))
         boxes = corners(last.boxes[0]).gather(1, surest.unsqueeze(-1).expand(-1, -1, 4)) / 1000
-        sizes = boxes.new_tensor([[width, height] * 2 for height, width in context.image_shapes])
+        sizes = constant([[width, height] * 2 for height, width in context.image_shapes], boxes)
         images = torch.arange(len(boxes), device=boxes.device).repeat_interleave(scores.shape[1]).unsqueeze(1)
         rois = torch.cat([images, (boxes.clamp(0, 1) * sizes.unsqueeze(1)).flatten(0, 1)], 1)
         return region_foreground(rois, scores.flatten(), len(boxes), context.batch_shape, level.shape) * level.valid
