@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from mmcv.cnn import ConvModule
 from torch import Tensor, nn
 
 from kd_det.functional.gradients import scale_gradient
 from kd_det.functional.masks import valid_cells
-from kd_det.functional.moments import image_moments
+from kd_det.functional.moments import block_moments
 from kd_det.heads.dense import DenseOutputs
 from kd_det.heads.readers import find_reader, read_dense
 from kd_det.heads.request import HeadError, Remaining
@@ -226,9 +227,11 @@ def measure_moments(towers: TowerFeatures, samples: Sequence[Any]) -> TowerMomen
     def measure(levels: Features) -> Features:
         found = []
         for level in levels:
-            valid = valid_cells([sample.img_shape for sample in samples], samples[0].batch_input_shape,
-                                level.shape[-2:], level.device) if samples else None
-            found.append(image_moments(level.float(), valid).flatten(1)[..., None, None])
+            cells = level.shape[-2:]
+            valid = (valid_cells([sample.img_shape for sample in samples], samples[0].batch_input_shape, cells,
+                                 level.device)
+                     if samples else torch.ones(len(level), *cells, dtype=torch.bool, device=level.device))
+            found.append(block_moments(level.float(), valid).flatten(1)[..., None, None])
         return tuple(found)
 
     return TowerMoments(measure(towers.classes), measure(towers.boxes))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kd_det.config.arguments import Count, EitherSide, Index, declared, is_distinct, split_sides
 from kd_det.context import ComparedLevel, DistillContext, LevelError, LevelPair, LevelSpec, pair_levels
-from kd_det.functional.moments import image_moments, normalize_channels, pool_moments
+from kd_det.functional.moments import block_moments, normalize_channels, pool_moments
 from kd_det.heads.towers import TowerWidths
 from kd_det.losses.adapters import ChannelAdapter, build_adapter
 from kd_det.masks.base import Mask
@@ -237,7 +237,7 @@ class FeatureTerm(DistillTerm):
         if not self.normalize:
             return features
         valid = context.valid(features[0].shape[-2:])
-        moments = pool_moments([image_moments(feature, valid) for feature in features],
+        moments = pool_moments([block_moments(feature, valid) for feature in features],
                                [valid.sum((1, 2))] * len(features), sum_over_ranks)
         return tuple(map(normalize_channels, features, moments))
 

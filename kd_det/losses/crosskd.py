@@ -9,7 +9,7 @@ from torch import nn
 
 from kd_det.config.arguments import Index, Positive, Weight, declared
 from kd_det.context import DistillContext
-from kd_det.functional.moments import align_channels, image_moments, pool_moments
+from kd_det.functional.moments import align_channels, block_moments, pool_moments
 from kd_det.heads import DenseOutputs, HeadError, HeadRequest
 from kd_det.heads.towers import TeacherTowers, TowerFeatures, TowerWidths
 from kd_det.losses.adapters import ChannelAdapter, build_adapter
@@ -183,7 +183,7 @@ class CrossKD(DenseTerm):
         """The features of both towers with the means and deviations of the teacher's, over the images of all ranks."""
         levels, taught = (*classes, *boxes), (*towers.moments.classes, *towers.moments.boxes)
         valid = [context.valid(level.shape[-2:]) for level in levels]
-        moments = [*map(image_moments, levels, valid), *(each.float().view(len(each), 2, -1) for each in taught)]
+        moments = [*map(block_moments, levels, valid), *(each.float().view(len(each), 2, -1) for each in taught)]
         pooled = pool_moments(moments, [each.sum((1, 2)) for each in valid] * 2, sum_over_ranks)
         aligned = tuple(map(align_channels, levels, pooled, pooled[len(levels):]))
         return aligned[:len(classes)], aligned[len(classes):]

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd_det.functional.moments import align_channels, image_moments, normalize_channels, pool_moments
+from kd_det.functional.moments import align_channels, block_moments, image_moments, normalize_channels, pool_moments
 
 
 @pytest.fixture
@@ -34,6 +34,18 @@ def test_without_padding_they_are_the_same(features):
     feature = features[0][0]
     whole = torch.ones_like(feature[:, 0], dtype=torch.bool)
     torch.testing.assert_close(image_moments(feature), image_moments(feature, whole))
+
+
+@pytest.mark.parametrize('block', [1, 50, 10**6])
+def test_by_blocks_they_are_the_same(block, features, monkeypatch):
+    """Value and gradient, however the feature is cut."""
+    monkeypatch.setattr('kd_det.functional.blocks.BLOCK', block)
+    for feature, valid in zip(*features):
+        weight = torch.randn(3, 2, feature.shape[1], dtype=torch.float64)
+        found, expected = ((moments, *torch.autograd.grad((weight * moments).sum(), feature))
+                           for moments in (compute(feature, valid) for compute in (block_moments, image_moments)))
+        torch.testing.assert_close(found, expected)
+    assert torch.autograd.gradcheck(block_moments, (features[0][1], features[1][1]))
 
 
 def test_normalised_is_batch_normalisation(features):
