@@ -35,6 +35,7 @@ from kd_det.training.pictures import draw_curves, read_scalars, save_figure
 STUDENT = 'configs/demo/baseline_retinanet_r18.py'
 TEACHERS = {name: f'configs/demo/teacher_{name}.py' for name in ('faster_rcnn_r101', 'retinanet_r50', 'gfl_r50')}
 ROUTE = (3, 6, 12, 24)  # epochs of the RetinaNet's own training
+AUTO = 'auto:pkd+kd+fgd+cwd'
 INTERVAL = 10  # steps of a decision: a run of 200 has twenty
 # A student with twice the channels and more blocks, of which the small one's are a selection.
 DONOR = dict(backbone=dict(depth=34, base_channels=32, stem_channels=32), neck=dict(in_channels=[32, 64, 128, 256]))
@@ -131,12 +132,14 @@ def make_runs(options: Namespace, weights: dict[str, str]) -> dict[str, Callable
         'sequence': everyone(policy=dict(type='Sequence', epochs=student.train_cfg.max_epochs / len(TEACHERS),
                                          trial=2 * INTERVAL)),
         'bandit': everyone(policy=dict(type='Bandit', **chosen)),
+        'bandit_halving': everyone(policy=dict(type='Bandit', algorithm='halving', rounds=1, **chosen)),
         'bandit_ucb': everyone(policy=dict(type='Bandit', algorithm='ucb', **chosen)),
         'agent': everyone(policy=dict(type='Agent', **chosen)),
         'route': route(*ROUTE, policy=dict(type='Route', patience=1, interval=2 * INTERVAL)),
         'route_last': route(ROUTE[-1]),
         **{method: one(method=method) for method in ('kd', 'fgd', 'cwd')},
-        'auto': one(method='auto:pkd+kd+fgd+cwd', policy=dict(type='Bandit', **chosen)),
+        'auto': one(method=AUTO, policy=dict(type='Bandit', **chosen)),
+        'auto_halving': one(method=AUTO, policy=dict(type='Bandit', algorithm='halving', rounds=1, **chosen)),
         'doubt_uniform': doubt(policy='uniform'),
         'doubt_bandit': doubt(policy=dict(type='Bandit', **chosen)),
         'doubt_agent': doubt(policy=dict(type='Agent', interval=INTERVAL // 2)),

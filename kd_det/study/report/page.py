@@ -36,7 +36,7 @@ from kd_det.training.pictures import Curve, draw_curves, draw_gains
 if TYPE_CHECKING:
     from kd_det.study.compression import Compression
 
-POLICY = {'weights': 'who taught: weights of the policy, mean over the epoch',
+POLICY = {'weights': 'who taught: mean weight in the epoch',
           'score': "the student's score on the probe"}
 PULLS = {'pull': 'pull, as weighted (task: 1)', 'unweighted_pull': 'pull before weighting (task: 1)'}
 
