@@ -27,7 +27,7 @@ from kd_det.losses.outputs import (
 
 ClassificationWeighting = Literal['all', 'richness']
 RegressionForm = Literal['giou', 'distribution', 'bounded']
-RegressionWeighting = Literal['confidence', 'gap', 'positives', 'valuable']
+RegressionWeighting = Literal['confidence', 'probability', 'gap', 'positives', 'valuable']
 
 
 @MODELS.register_module()
@@ -133,6 +133,8 @@ class DenseRegression(DenseTerm):
     Weightings w of the priors, for the other two forms:
 
     - ``'confidence'``: the teacher's score.
+    - ``'probability'``: the teacher's largest class probability, without the centerness that is a factor of the score;
+      0 on priors that the student's assigner left out, near a box but not near enough (CrossKD, arXiv 2306.11369).
     - ``'gap'``: the largest difference of a class probability between the two (BCKD, arXiv 2308.14286).
     - ``'positives'``: the student's own score on the priors that its assigner gave to a box, 0 on others (LD's main
       region).
@@ -208,6 +210,10 @@ class DenseRegression(DenseTerm):
         """(N, H·W·A), without gradient."""
         if self.weighting == 'confidence':
             return level.teacher.scores(level.teacher_level)
+        if self.weighting == 'probability':
+            probability = level.teacher.probabilities(level.teacher_level).amax(-1)
+            ignored = level.student.ignored
+            return probability if ignored is None else probability * ~ignored[level.student_level]
         if self.weighting == 'gap':
             student, teacher = (each.detach() for each in (level.student.probabilities(level.student_level),
                                                            level.teacher.probabilities(level.teacher_level)))
