@@ -104,6 +104,7 @@ def own(cells: tuple[int, int], boxes: int) -> dict:
         'logits.largest_probability': dict(logits=torch.randn(count, CHANNELS), activation='softmax'),
         'logits.confidence_weights': dict(confidence=torch.rand(count), weight=torch.rand(count)),
         'logits.permute_others': dict(logits=torch.randn(count, CHANNELS)),
+        'logits.standardized_logits': dict(logits=torch.randn(count, CHANNELS)),
         'logits.restricted_logits': dict(logits=torch.randn(count, CHANNELS), classes=[2, 0], background=False),
         'queries.query_cost': dict(student_logits=torch.randn(2, 4, 3), teacher_logits=torch.randn(2, 5, 3),
                                    student_boxes=torch.rand(2, 4, 4), teacher_boxes=torch.rand(2, 5, 4)),

@@ -70,6 +70,7 @@ PATHS = dict(
     angles=lambda s: relations.angle_relation(s[0, :, :, 0], s.detach()[0, :, :, 1]),
     dist=lambda s: relations.dist_loss(s[:, :, 0, 0], feature(2, 3)),
     soft=lambda s: logits.soft_target_kl(s[:, :, 0, 0], feature(2, 3), 2.0),
+    standardized=lambda s: logits.soft_target_kl(*map(logits.standardized_logits, (s[:, :, 0, 0], feature(2, 3)))),
     quality=lambda s: logits.quality_bce(s[:, :, 0, 0], feature(2, 3)).sum(),
     treated=lambda s: logits.soft_target_kl(
         s[:, :, 0, 0] * logits.confidence_weights(logits.largest_probability(feature(2, 3), 'softmax'),

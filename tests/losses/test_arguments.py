@@ -288,7 +288,7 @@ WRONG = dict(
     resize=FLAG, pad_aware=FLAG, teacher=(-1, '0', 0.5, True), head=(3, dict(teacher='bbox_head'), None),
     mask=(3, 'BoxForegroundd', dict(type='BoxForeground', weighting='half')), distance=('cosin', None),
     form=('giuo', None), normalizer=('batches', None), weighting=('equal', None), treatment=('born_again', None),
-    reduction=('none', None),
+    reduction=('none', None), standardize=FLAG,
     box_mapping=('images', None), stage=('last', -1, 1.5, None, True), temperature=(0, -1.0, '1', None, float('inf')),
     ratio=(1, -0.1, '0.5'), layers=(0, 1.5, '1', True), background=(-1, 0.5, None), remaining=(-1, 0.5, None),
     costs=(1.0, (1.0, 2.0), (1.0, -2.0, 1.0), ('1', 1, 1)),
