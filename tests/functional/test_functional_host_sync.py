@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kd_det.functional import boxes, features, focal_global, logits, masks, relations
+from kd_det.functional import boxes, features, focal_global, logits, masks, relations, structure
 
 BATCH, CELLS = (64, 96), (8, 12)
 BOXES = [torch.tensor([[8., 8., 40., 30.], [50., 10., 90., 60.]]), torch.zeros(0, 4)]
@@ -65,6 +65,7 @@ PATHS = dict(
                                                   normalizer='twice_mask'),
     channel_wise=lambda s: features.channel_wise_kl(s, feature() + 1, 1.0, box_masks()[2]),
     pearson=lambda s: features.pearson_distance(s, feature() + s.detach()**2, box_masks()[2]),
+    structural=lambda s: structure.structural_distance(s, feature() + 1, box_masks()[2]),
     flow=lambda s: relations.flow_distance(relations.flow_matrix(s, s[:, :, ::2, ::2]), feature(2, 3, 3)),
     distances=lambda s: relations.distance_relation(s[0], feature()[0] + s[0].detach()**2),
     angles=lambda s: relations.angle_relation(s[0, :, :, 0], s.detach()[0, :, :, 1]),
