@@ -113,6 +113,7 @@ def own(cells: tuple[int, int], boxes: int) -> dict:
                                       assigned=torch.full((IMAGES, 5), -1)),
         'queries.corners': dict(boxes=torch.rand(count, 4)),
         'relations': rows(max(count, 1), CHANNELS),
+        'relations.token_relations': {name: shared[name] for name in ('student', 'teacher', 'temperature')},
         'relations.flow_matrix': dict(feature_a=maps[0], feature_b=maps[1]),
         'relations.flow_distance': dict(student=torch.randn(IMAGES, 3, 4), teacher=torch.randn(IMAGES, 3, 4)),
         'relations.non_local': dict(query=maps[0], key=maps[1][..., :1, :1], value=maps[0][..., :1, :1])}

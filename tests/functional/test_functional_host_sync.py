@@ -68,6 +68,7 @@ PATHS = dict(
     structural=lambda s: structure.structural_distance(s, feature() + 1, box_masks()[2]),
     flow=lambda s: relations.flow_distance(relations.flow_matrix(s, s[:, :, ::2, ::2]), feature(2, 3, 3)),
     distances=lambda s: relations.distance_relation(s[0], feature()[0] + s[0].detach()**2),
+    tokens=lambda s: relations.token_relations(s, feature() + 1, valid=box_masks()[2], tokens=30),
     angles=lambda s: relations.angle_relation(s[0, :, :, 0], s.detach()[0, :, :, 1]),
     dist=lambda s: relations.dist_loss(s[:, :, 0, 0], feature(2, 3)),
     soft=lambda s: logits.soft_target_kl(s[:, :, 0, 0], feature(2, 3), 2.0),
