@@ -45,6 +45,7 @@ LOSSES = dict(
     channel_wise=lambda s, t: features.channel_wise_kl(s, t, 2.0),
     pearson=features.pearson_distance,
     structural=structure.structural_distance,
+    frequencies=lambda s, t: structure.frequency_imitation(s, t, torch.ones(3, 2, s.shape[1]).to(s)),
     fkd=lambda s, t: sum(features.fkd_loss(s, t, t[:, 0].abs(), s.mean((2, 3)), s.mean(1, keepdim=True)).values()),
     fgd=lambda s, t: sum(focal_global.fgd_loss(s, t, (s[:, 0] > 0).to(s), (s[:, 0] <= 0).to(s)).values()),
 )

@@ -103,3 +103,102 @@ def test_padding_is_in_no_window(pair, valid):
 def test_an_even_window_is_refused(pair):
     with pytest.raises(ValueError, match='window=10: expected an odd number'):
         structure.structural_distance(*pair, window=10)
+
+
+# FreeKD
+
+
+def test_the_haar_transform_is_that_of_each_four_cells():
+    feature = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+    low, bands = structure.haar(feature)
+    assert low.shape == (2, 3, 3, 4) and bands.shape == (2, 3, 3, 3, 4)
+    for n, c, i, j in torch.cartesian_prod(*map(torch.arange, low.shape)).tolist():
+        a, b, below, d = (feature[n, c, y, x] if y < 5 else 0.0 for y in (2 * i, 2 * i + 1) for x in (2 * j, 2 * j + 1))
+        expected = [(a + b + below + d) / 2, (a + b - below - d) / 2, (a - b + below - d) / 2, (a - b - below + d) / 2]
+        torch.testing.assert_close(torch.stack([low[n, c, i, j], *bands[n, c, :, i, j]]), torch.stack(expected))
+    torch.testing.assert_close(low.square().sum() + bands.square().sum(), feature.square().sum())
+
+
+@pytest.mark.parametrize('cells', [(8, 12), (5, 7), (1, 1), (1, 6)])
+def test_the_haar_transform_can_be_undone(cells):
+    feature = torch.randn(2, 3, *cells)
+    torch.testing.assert_close(structure.inverse_haar(*structure.haar(feature), cells), feature)
+
+
+def frequencies(feature, scales=3):
+    """The bands of each scale."""
+    found = []
+    for _ in range(scales):
+        feature, bands = structure.haar(feature)
+        found.append(bands)
+    return feature, found
+
+
+def test_masks_and_their_likeness_equal_the_loop():
+    feature, prompts = torch.randn(2, 3, 4, 5), torch.randn(4, 3)
+    masks = structure.prompt_masks(feature, prompts)
+    expected = torch.stack([torch.stack([(feature[n] * prompt[:, None, None]).sum(0).sigmoid() for prompt in prompts])
+                            for n in range(2)])
+    torch.testing.assert_close(masks, expected)
+    likeness = [2 * (a * b).sum() / (a.square().sum() + b.square().sum()) for image in masks
+                for i, a in enumerate(image) for j, b in enumerate(image) if i != j]
+    torch.testing.assert_close(structure.dice_similarity(masks), torch.stack(likeness).mean())
+    assert structure.dice_similarity(masks[:, :1]) == 0  # of one prompt there is no pair
+
+
+def test_prompted_features_are_made_of_what_the_masks_let_through():
+    feature, prompts = torch.randn(2, 3, 7, 10), torch.randn(4, 2, 3)
+    left, alike = structure.prompted_feature(feature, prompts)
+    low, scales = frequencies(feature)
+    likeness = 0
+    for part, each in zip((low, *(bands.sum(2) for bands in scales)), prompts):
+        likeness += structure.dice_similarity(structure.prompt_masks(part, each))
+    torch.testing.assert_close(alike, torch.as_tensor(likeness))
+    # In frequencies: each is multiplied by the sum of its masks (the padded rows of zeros stay outside).
+    even = feature[:, :, :, :8].repeat(1, 1, 2, 1)[:, :, :8]
+    made_low, made = frequencies(structure.prompted_feature(even, prompts)[0])
+    own_low, own = frequencies(even)
+    torch.testing.assert_close(made_low, own_low * structure.prompt_masks(own_low, prompts[0]).sum(1, keepdim=True))
+    for one, bands, each in zip(made, own, prompts[1:]):
+        mask = structure.prompt_masks(bands.sum(2), each).sum(1)
+        torch.testing.assert_close(one, bands * mask[:, None, None])
+    assert left.shape == feature.shape
+
+
+def test_frequency_imitation_equals_the_loop_over_scales_and_prompts(pair):
+    student, teacher = pair
+    prompts = torch.randn(4, 5, 3, dtype=torch.float64)
+    expected = 0
+    for s, t, each in zip(frequencies(student)[1], frequencies(teacher)[1], prompts[1:]):
+        masks = structure.prompt_masks(t.sum(2), each)[:, :, None, None]  # (N, T, 1, 1, h, w)
+        expected = expected + (masks * s[:, None] - masks * t[:, None]).abs().mean()
+    torch.testing.assert_close(structure.frequency_imitation(student, teacher, prompts), expected)
+
+
+def test_frequencies_of_padding_do_not_count(pair, valid):
+    student, teacher = pair
+    prompts = torch.randn(4, 5, 3, dtype=torch.float64)
+    value = structure.frequency_imitation(student, teacher, prompts, valid)
+    gradient, = torch.autograd.grad(value, student)
+    outside = ~valid[:, None].expand_as(student)
+    assert not gradient[outside].any() and gradient[~outside].any()
+    changed = torch.where(outside, 9.0, teacher)
+    torch.testing.assert_close(structure.frequency_imitation(student, changed, prompts, valid), value)
+    # Of each image by itself, as if no other were there, and the cells of its padding neither.
+    alone = [structure.frequency_imitation(student[:1], teacher[:1], prompts),
+             structure.frequency_imitation(student[1:, :, :5, :7], teacher[1:, :, :5, :7], prompts)]
+    torch.testing.assert_close(value, sum(alone) / 2)
+
+
+def test_frequency_imitation_in_blocks_is_that_of_the_whole(pair, valid, monkeypatch):
+    student, teacher = pair
+    prompts = torch.randn(4, 5, 3, dtype=torch.float64)
+
+    def value_and_gradient():
+        value = structure.frequency_imitation(student, teacher, prompts, valid)
+        return value.detach(), torch.autograd.grad(value, student)[0]
+
+    whole = value_and_gradient()
+    monkeypatch.setattr(blocks, 'BLOCK', 2 * 8 * 12)  # one channel at a time
+    for actual, expected in zip(value_and_gradient(), whole):
+        torch.testing.assert_close(actual, expected)

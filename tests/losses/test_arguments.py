@@ -291,7 +291,7 @@ WRONG = dict(
     reduction=('none', None), standardize=FLAG,
     box_mapping=('images', None), stage=('last', -1, 1.5, None, True), temperature=(0, -1.0, '1', None, float('inf')),
     ratio=(1, -0.1, '0.5'), layers=(0, 1.5, '1', True), background=(-1, 0.5, None), remaining=(-1, 0.5, None),
-    tokens=(0, -1, 2.5, None, True),
+    tokens=(0, -1, 2.5, None, True), prompts=(0, -1, 2.5, None, True),
     costs=(1.0, (1.0, 2.0), (1.0, -2.0, 1.0), ('1', 1, 1)),
     margin=NEGATIVE, beta=NEGATIVE, alpha=NEGATIVE, gamma=NEGATIVE, lambda_=NEGATIVE, inter=NEGATIVE, intra=NEGATIVE,
     foreground_weight=NEGATIVE, background_weight=NEGATIVE, background_class_weight=NEGATIVE, feature_weight=NEGATIVE,
