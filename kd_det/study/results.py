@@ -22,7 +22,7 @@ from scipy.stats import t as student_t
 
 from kd_det.compat.console import TextTable
 from kd_det.study.scheduling import Failure, Outcome
-from kd_det.study.variants import PLAIN, Variant, find_twin
+from kd_det.study.variants import PLAIN, Variant, find_twin, without_length
 
 RESULTS_FILE, TABLE_FILE = 'results.json', 'results.md'
 CONFIDENCE = 0.95
@@ -136,6 +136,25 @@ def _summarize_metric(variant: str, by_seed: Mapping[int, float], twin: Mapping[
     return summary
 
 
+def summarize_lengths(results: dict) -> dict[str, dict[int, dict]]:
+    """Sorts what a benchmark of several lengths found: how much remains of a gain when all train longer.
+
+    Args:
+        results: What ``results.json`` holds.
+
+    Returns:
+        Variant without its epochs -> epochs -> the summary of its mAP, see :func:`summarize`, with the difference to
+        the plain student that trained as long; nothing where all trained equally long.
+    """
+    epochs = {run['variant']: run.get('epochs') for run in results['runs'] if run['status'] == 'finished'}
+    found: dict[str, dict[int, dict]] = {}
+    for variant, metrics in results['summary'].items():
+        if epochs.get(variant) and 'bbox_mAP' in metrics:
+            found.setdefault(without_length(variant), {})[epochs[variant]] = metrics['bbox_mAP']
+    lengths = {length for by_length in found.values() for length in by_length}
+    return {name: dict(sorted(by_length.items())) for name, by_length in found.items()} if len(lengths) > 1 else {}
+
+
 def summarize_fidelity(entries: Sequence[dict], splits: Sequence[str]) -> dict[str, dict[str, dict[str, dict]]]:
     """Split -> variant -> number -> mean and standard deviation over the seeds that have it."""
     values: dict[str, dict[str, dict[str, list]]] = {split: {} for split in splits}
@@ -158,9 +177,24 @@ def tabulate(results: dict) -> list[TextTable]:
                     'interval'),
         _make_table('By size of the objects; costs of inference (parameters, multiply-adds) and of training',
                     ('APs', 'APm', 'APl', *COSTS), rows, TIMES)]
+    lengths = summarize_lengths(results)
+    if lengths:
+        tables.insert(1, _tabulate_lengths(lengths))
     tables += [_make_table(f'Fidelity on {split} images, mean ± standard deviation over seeds; cka: mean over levels',
                            FIDELITY, fidelity_rows(variants)) for split, variants in results['fidelity'].items()]
     return tables
+
+
+def _tabulate_lengths(lengths: Mapping[str, Mapping[int, dict]]) -> TextTable:
+    columns = sorted({length for by_length in lengths.values() for length in by_length})
+    rows = [(name, *(NONE if length not in by_length else
+                     format_mean(by_length[length]['mean'], by_length[length]['std']) if name == PLAIN else
+                     format_difference(by_length[length], by_length[length]['seeds']) for length in columns))
+            for name, by_length in lengths.items()]
+    headings = 'method', *(f'{length} epochs' for length in columns)
+    return TextTable('What remains when all train longer', headings, rows,
+                     'mAP of the plain student, ± standard deviation over seeds; of the others what they gain over the '
+                     'one that trained as long, ± half of its 95 % interval')
 
 
 def _make_table(title: str, columns: Sequence[str], rows: Sequence[dict[str, str]], caption: str = '') -> TextTable:
@@ -176,6 +210,10 @@ def format_markdown(results: dict) -> str:
     lines = [table.to_markdown(), '', 'mAP and the others in points, ± standard deviation over seeds. Δ: paired mean '
              'over seeds against the plain student (none; where a setting changes the student, none with that '
              f"setting), ± half of its 95 % interval (Student's t). FLOPs are multiply-adds. {TIMES}"]
+    lengths = summarize_lengths(results)
+    if lengths:
+        remaining = _tabulate_lengths(lengths)
+        lines += ['', remaining.to_markdown(), '', f'{remaining.title}: {remaining.caption}.']
     lines += [f"- {run['variant']}, seed {run['seed']} failed: {run['error']}" for run in results['runs']
               if run['status'] == 'failed']
     for split, variants in results['fidelity'].items():

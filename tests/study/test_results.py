@@ -6,7 +6,16 @@ import pytest
 from rich.console import Console
 
 from kd_det.study.benchmark import BenchmarkResult
-from kd_det.study.results import format_difference, format_markdown, mark_twins, summarize, tabulate, variant_rows
+from kd_det.study.results import (
+    format_difference,
+    format_markdown,
+    mark_twins,
+    summarize,
+    summarize_lengths,
+    tabulate,
+    variant_rows,
+)
+from kd_det.training.pictures import draw_gains
 
 
 def entry(variant, seed, ap, **changes):
@@ -101,6 +110,26 @@ def test_a_method_is_compared_with_the_plain_student_in_its_setting():
     assert summary[f'none{mixed}']['bbox_mAP']['difference'] == pytest.approx(4.0)
     mark_twins(runs)
     assert [run['same_order'] for run in runs] == [True] * 3
+
+
+def test_gains_of_several_lengths_stand_beside_each_other(tmp_path):
+    """The twin of each is the plain student that trained as long; the plain one has its own mAP."""
+    points = {'none': (0.30, 0.32), 'kd': (0.34, 0.36), 'none@epochs=24': (0.40, 0.42), 'kd@epochs=24': (0.40, 0.44)}
+    runs = [entry(name, seed, ap, epochs=24 if '24' in name else 12)
+            for name, values in points.items() for seed, ap in enumerate(values)]
+    results = dict(teacher=None, runs=runs, summary=summarize(runs), fidelity={})
+    lengths = summarize_lengths(results)
+    assert list(lengths) == ['none', 'kd'] and list(lengths['kd']) == [12, 24]
+    assert [each['difference'] for each in lengths['kd'].values()] == pytest.approx([4.0, 1.0])
+    table = next(table for table in tabulate(results) if 'longer' in table.title)
+    assert table.columns == ('method', '12 epochs', '24 epochs')
+    assert table.rows[0] == ('none', '31.0 ± 1.4', '41.0 ± 1.4')
+    assert table.rows[1][2].startswith('no difference shown (+1')
+    assert '| kd | +4.0 ± 0.0 | no difference' in format_markdown(results)
+    axes, = draw_gains({'kd': lengths['kd']}).axes
+    marks = axes.containers[0].lines[0]
+    assert marks.get_xdata() == pytest.approx([12, 24]) and marks.get_ydata() == pytest.approx([4.0, 1.0])
+    assert not summarize_lengths(dict(results, runs=runs[:4], summary=summarize(runs[:4])))
 
 
 def test_a_result_is_json_and_tables_of_a_notebook(results, tmp_path):
