@@ -56,6 +56,7 @@ class FreeKD(FeatureTerm):
         0.0
     """
 
+    learns_beforehand = True
     prompted: Tensor
 
     @declared

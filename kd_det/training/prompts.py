@@ -39,16 +39,22 @@ def learn_prompts(runner: Runner, distiller: DetectionDistiller) -> None:
         distiller: Its guides are started, and classes are matched.
 
     Raises:
-        ConfigurationError: The teacher is no frozen detector, or its heads do not read the tap.
+        ConfigurationError: The teacher is no frozen detector, its classes are not known, or its heads do not read the
+            tap.
         TeacherError: The teacher can not compute its own loss, or it is not finite.
     """
     for name, term in distiller.terms.items():
-        if not hasattr(term, 'prompted') or bool(term.prompted):
+        if not term.learns_beforehand or bool(term.prompted):
             continue
         teacher = distiller.build_teachers()[term.teacher_index]
         if not isinstance(teacher, Teacher):
             raise ConfigurationError(f'model.distill.{name}: its prompts are learnt by the own loss of a frozen '
                                      f'detector, which {teacher.described} is not. Give it a detector as teacher.')
+        counts = teacher.num_classes, distiller.class_sets.student_count
+        if term.teacher_index not in distiller.class_sets.matches and None not in counts and counts[0] != counts[1]:
+            raise ConfigurationError(f'model.distill.{name}: its prompts are learnt by the ground truth, but the '
+                                     f'teacher tells {counts[0]} classes apart, the student {counts[1]}, and which are '
+                                     "the same is not known. Name the teacher's, by label, with teacher.classes=[…].")
         file = Path(runner.work_dir) / f'{name}_prompts.pt'
         identity = _identify(runner, teacher, term)
         kept = [_read(file, identity) if is_main_process() else None]

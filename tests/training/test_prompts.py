@@ -144,6 +144,18 @@ def test_a_guide_without_a_loss_is_told(one_stage, make_runner):
         prompts.learn_prompts(runner, start(runner))
 
 
+def test_the_teachers_classes_must_be_known(one_stage, distilled, make_runner):
+    model = distilled()
+    model['teacher']['config'] = one_stage('gfl', classes=5)
+    runner = make_runner(model)
+    distiller = start(runner)
+    with pytest.raises(ConfigurationError, match='^model.distill.freekd: .* tells 5 classes apart, the student 3, and'):
+        prompts.learn_prompts(runner, distiller)
+    distiller.teachers[0].classes = ('a', 'b', 'c', 'd', 'e')  # no one of them is in the data
+    with pytest.raises(ConfigurationError, match='have no name in common'):
+        distiller.match_classes(('blue', 'green', 'red'))
+
+
 def test_an_encoder_has_no_maps_to_prompt():
     with pytest.raises(ValueError, match="^tap: expected a module whose maps .* got 'encoder'"):
         MODELS.build(dict(type='FreeKD', tap='encoder'))
