@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -74,7 +75,8 @@ def train_teachers(options: Namespace) -> dict[str, str]:
                            'default_hooks.checkpoint.max_keep_ckpts': -1})
         weights[name] = find_latest_checkpoint(str(folder))
     weights[SHUFFLED] = str(options.work_dir / 'teachers' / f'{SHUFFLED}.pth')
-    shuffle_classes(weights['retinanet_r50'], weights[SHUFFLED])
+    if not Path(weights[SHUFFLED]).is_file():
+        shuffle_classes(weights['retinanet_r50'], weights[SHUFFLED])
     donor.dump(options.work_dir / 'teachers' / 'donor.py')
     return weights
 
@@ -115,10 +117,15 @@ def make_runs(options: Namespace, weights: dict[str, str]) -> dict[str, Callable
     def plain(epochs: int | None = None) -> Callable[..., RunResult]:
         return lambda **run: train(copy.deepcopy(student), check_images=0, epochs=epochs, **run)
 
-    def doubt(**settings: object) -> Callable[..., RunResult]:
+    def doubt(options: Mapping[str, Any] = MappingProxyType({}), **settings: object) -> Callable[..., RunResult]:
         # A pre-flight would refuse the shuffled one.
         return learn('retinanet_r50', SHUFFLED, method='kd', **settings, options={
-            **common['options'], 'default_hooks.distill.preflight': None})
+            **common['options'], 'default_hooks.distill.preflight': None, **options})
+
+    def doubt_once_trained(seed: int, **run: Any) -> RunResult:
+        """An agent with a reward each step, of a student that has learnt, so that a wrong step tells at once."""
+        trained = find_latest_checkpoint(str(options.work_dir / f'kd_{seed}'))
+        return doubt(dict(load_from=trained), policy=dict(type='Agent', interval=1))(seed=seed, **run)
 
     everyone, one = partial(learn, *TEACHERS, method='pkd'), partial(learn, 'retinanet_r50')
     chosen = dict(interval=INTERVAL)
@@ -136,6 +143,7 @@ def make_runs(options: Namespace, weights: dict[str, str]) -> dict[str, Callable
         'bandit_ucb': everyone(policy=dict(type='Bandit', algorithm='ucb', **chosen)),
         'agent': everyone(policy=dict(type='Agent', **chosen)),
         'route': route(*ROUTE, policy=dict(type='Route', patience=1, interval=2 * INTERVAL)),
+        'route_eager': route(*ROUTE, policy=dict(type='Route', patience=1, interval=2 * INTERVAL, gain=0.25)),
         'route_last': route(ROUTE[-1]),
         **{method: one(method=method) for method in ('kd', 'fgd', 'cwd')},
         'auto': one(method=AUTO, policy=dict(type='Bandit', **chosen)),
@@ -143,6 +151,7 @@ def make_runs(options: Namespace, weights: dict[str, str]) -> dict[str, Callable
         'doubt_uniform': doubt(policy='uniform'),
         'doubt_bandit': doubt(policy=dict(type='Bandit', **chosen)),
         'doubt_agent': doubt(policy=dict(type='Agent', interval=INTERVAL // 2)),
+        'doubt_agent_trained': doubt_once_trained,
         'doubt_confidence': doubt(policy=dict(type='Confidence', by='boxes')),
         **{f'{name}_{epochs}': run for epochs in options.lengths for name, run in {
             'start_plain': plain(epochs),
@@ -174,6 +183,11 @@ def draw_weights(rows: Mapping[str, Any]) -> Figure:
                         for name, row in rows.items() if 'weights' in row}, columns=4)
 
 
+def find_plain(name: str) -> str:
+    """The plain student that trained as long as the row of that name."""
+    return f"start_plain_{name.rpartition('_')[2]}" if name.startswith('start_') else 'plain'
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--data-root')
@@ -190,7 +204,7 @@ def main() -> None:
         for name in options.rows or runs:
             folder = options.work_dir / f'{name}_{seed}'
             train_once(folder, partial(measure, runs[name], seed, folder))
-    rows = collect_rows(options.work_dir, [*runs])
+    rows = collect_rows(options.work_dir, options.rows or [*runs], find_plain)
     for name, row in rows.items():
         weights = {seed: read_weights(options.work_dir / f'{name}_{seed}') for seed in row['map']}
         if any(weights.values()):

@@ -27,13 +27,14 @@ def keep_maps(metrics: Mapping[str, float]) -> dict[str, float]:
     return {metric: value for metric, value in metrics.items() if metric.endswith(MAP)}
 
 
-def collect_rows(work_dir: Path, names: Sequence[str], plain: str = 'plain') -> dict[str, dict[str, Any]]:
-    """Reads the records of all folders ``NAME_SEED``, and prints a line for each row.
+def collect_rows(work_dir: Path, names: Sequence[str],
+                 find_plain: Callable[[str], str] = lambda name: 'plain') -> dict[str, dict[str, Any]]:
+    """Reads the records of the folders ``NAME_SEED``, and prints a line for each row.
 
     Args:
         work_dir: The folder of the folders.
-        names: In this order; rows of other names follow.
-        plain: The name of the row that the others are compared with, seed by seed.
+        names: Those that count, in their order.
+        find_plain: Tells the name of the row that a row is compared with, seed by seed.
 
     Returns:
         Name, with the learner's where it is not the first -> ``map``: points by seed, ``against_plain``, and whatever
@@ -41,8 +42,8 @@ def collect_rows(work_dir: Path, names: Sequence[str], plain: str = 'plain') -> 
     """
     found: dict[str, dict[str, dict[int, float]]] = {}
     records = [(record.parent.name.rpartition('_'), record) for record in sorted(work_dir.glob(f'*/{RECORD}'))]
-    order = [*names, *dict.fromkeys(name for (name, _, _), _ in records)]
-    for (name, _, seed), record in sorted(records, key=lambda each: order.index(each[0][0])):
+    records = [each for each in records if each[0][0] in names]
+    for (name, _, seed), record in sorted(records, key=lambda each: names.index(each[0][0])):
         for metric, value in json.loads(record.read_text(encoding='utf-8')).items():
             whose = metric.removesuffix(MAP).rstrip('/') if metric.endswith(MAP) else ''
             row = found.setdefault(f'{name} {whose}'.rstrip(), {})
@@ -50,6 +51,7 @@ def collect_rows(work_dir: Path, names: Sequence[str], plain: str = 'plain') -> 
             row.setdefault(kind, {})[int(seed)] = value
     rows = {}
     for name, columns in found.items():
+        plain = find_plain(name)
         difference = (paired_difference(found[plain]['map'], columns['map']) if plain in found and name != plain
                       else None)
         rows[name] = dict(columns, against_plain=difference and asdict(difference))

@@ -14,10 +14,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
+from itertools import count
+from math import inf, sqrt
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import nct
 from scipy.stats import t as student_t
 
 from kd_det.compat.console import TextTable
@@ -26,6 +28,7 @@ from kd_det.study.variants import PLAIN, Variant, find_twin, without_length
 
 RESULTS_FILE, TABLE_FILE = 'results.json', 'results.md'
 CONFIDENCE = 0.95
+POWER = 0.8  # with which a difference is to be shown
 METRICS = {'bbox_mAP': 'mAP', 'bbox_mAP_50': 'AP50', 'bbox_mAP_75': 'AP75', 'bbox_mAP_s': 'APs', 'bbox_mAP_m': 'APm',
            'bbox_mAP_l': 'APl'}
 COSTS = ('parameters', 'FLOPs', 's/iteration', 'memory')
@@ -136,6 +139,42 @@ def _summarize_metric(variant: str, by_seed: Mapping[int, float], twin: Mapping[
     return summary
 
 
+def count_seeds(spread: float, difference: float = 1.0, power: float = POWER) -> int:
+    """Counts the seeds with which a difference would be shown, most of the times that it is there.
+
+    That is the least number of pairs with which the 95 % interval of the mean, by Student's t, lies on the difference's
+    side of 0 with that probability.
+
+    Args:
+        spread: Standard deviation of the differences by seed.
+        difference: The true mean, in the same unit.
+        power: The probability.
+
+    Example:
+        >>> count_seeds(1.0), count_seeds(2.0), count_seeds(2.0, difference=2.0)
+        (10, 34, 10)
+    """
+    return next(seeds for seeds in count(2) if _find_power(seeds, spread, difference) >= power)
+
+
+def _find_power(seeds: int, spread: float, difference: float) -> float:
+    if spread == 0:
+        return 1.0
+    bound = student_t.ppf((1 + CONFIDENCE) / 2, seeds - 1)
+    shift = abs(difference) * sqrt(seeds) / spread
+    return float(nct.sf(bound, seeds - 1, shift))
+
+
+def _tell_power(summary: Mapping[str, Mapping[str, dict]]) -> str:
+    """How many seeds a difference of a point would need, by the spread of each variant's own; '' where none has one."""
+    needed = {variant: count_seeds(float(np.std(list(each['by_seed'].values()), ddof=1)))
+              for variant, metrics in summary.items() for each in [metrics.get('bbox_mAP', {})]
+              if len(each.get('by_seed', ())) > 1}
+    listed = ', '.join(f'{variant} {seeds}' for variant, seeds in needed.items())
+    return f'Seeds by which a difference of 1 point would be shown in {100 * POWER:.0f} of 100 cases: {listed}' * bool(
+        needed)
+
+
 def summarize_lengths(results: dict) -> dict[str, dict[int, dict]]:
     """Sorts what a benchmark of several lengths found: how much remains of a gain when all train longer.
 
@@ -174,7 +213,7 @@ def tabulate(results: dict) -> list[TextTable]:
         _make_table('COCO metric on the validation images, in points; mean ± standard deviation over seeds',
                     ('seeds', 'mAP', 'Δ mAP', 'AP50', 'AP75'), rows,
                     'Δ: paired mean over seeds against the plain student in the same setting ± half of its 95 % '
-                    'interval'),
+                    f"interval\n{_tell_power(results['summary'])}".rstrip()),
         _make_table('By size of the objects; costs of inference (parameters, multiply-adds) and of training',
                     ('APs', 'APm', 'APl', *COSTS), rows, TIMES)]
     lengths = summarize_lengths(results)
@@ -210,6 +249,7 @@ def format_markdown(results: dict) -> str:
     lines = [table.to_markdown(), '', 'mAP and the others in points, ± standard deviation over seeds. Δ: paired mean '
              'over seeds against the plain student (none; where a setting changes the student, none with that '
              f"setting), ± half of its 95 % interval (Student's t). FLOPs are multiply-adds. {TIMES}"]
+    lines += filter(None, [_tell_power(results['summary'])])
     lengths = summarize_lengths(results)
     if lengths:
         remaining = _tabulate_lengths(lengths)
