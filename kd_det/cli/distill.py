@@ -27,8 +27,9 @@ def add_arguments(parser: ArgumentParser) -> None:
                         nargs='+',
                         default=(),
                         metavar='CONFIG',
-                        help="config of the teacher, or 'mmdet::folder/file.py'; or those of several; none is needed "
-                        'beside --peers')
+                        help="config of the teacher, or 'mmdet::folder/file.py', or a file with another guide, such as "
+                        "teacher = dict(type='mmdet.Backbone', name=…); or configs of several; none is needed beside "
+                        '--peers')
     parser.add_argument('--teacher-checkpoint',
                         nargs='+',
                         default=(),

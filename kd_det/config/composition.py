@@ -27,6 +27,7 @@ from kd_det.config.detectors import (
     find_family,
     find_head_classes,
     has_one_level,
+    read_guide_config,
     read_model_config,
 )
 from kd_det.config.files import (
@@ -262,7 +263,7 @@ def fit_methods(model: dict, names: Iterable[str], family: str = '', balance: fl
     """
     student, teacher = model['student'], model.get('teacher')
     kind, heads, family = get_type_name(student), find_head_classes(student), family or find_model_family(student)
-    if teacher:
+    if teacher and 'type' not in teacher:
         theirs = read_model_config(teacher['config'])
         its_kind, its_heads = get_type_name(theirs), find_head_classes(theirs)
     for name in names:
@@ -271,7 +272,8 @@ def fit_methods(model: dict, names: Iterable[str], family: str = '', balance: fl
             terms = balance_terms(methods, balance)
             check_terms(name, terms, kind, heads)
             if teacher:
-                for request in (head for term in terms.values() for head in build_term(term).teacher_heads):
+                for request in (head for term in terms.values() for head in build_term(term).teacher_heads
+                                if 'type' not in teacher):
                     check_head(f'{its_kind}, the teacher,', its_heads, request)
                 with preserved_randomness():
                     MODELS.build({**model, 'distill': copy.deepcopy(terms), 'inherit': ()})
@@ -319,7 +321,8 @@ def distillation_config(student: str | Config, teacher_config: str | None, teach
 
     Args:
         student: Config of the detector to train: a file, ``'mmdet::…'``, or a config.
-        teacher_config: Config of the teacher: a file or ``'mmdet::…'``; None for none, where peers are to be added.
+        teacher_config: Config of the teacher: a file or ``'mmdet::…'``, of a detector, or with another guide as its
+            ``teacher``; None for none, where peers are to be added.
         teacher_checkpoint: The teacher's weights: a file or an address.
         method: Name of a method, or its file, or a sum of such, see :func:`load_methods`; ``'none'`` for no terms.
         inherit: Parts of the student, such as ``('neck', 'bbox_head')``, that start from the teacher's weights where
@@ -349,12 +352,13 @@ def distillation_config(student: str | Config, teacher_config: str | None, teach
         terms = balance_terms(methods, balance)
         check_terms(method, terms, get_type_name(model), find_head_classes(model))
         check_parts(model, () if inherit == 'auto' else (inherit, ) if isinstance(inherit, str) else inherit)
-    if teacher_config is not None:
+    teacher = () if teacher_config is None else read_guide_config(teacher_config) or dict(config=teacher_config)
+    if teacher and 'type' not in teacher:
         read_model_config(teacher_config)  # before anything is built or written
     config.model = dict(
         type=SCOPED_DISTILLER,
         student=model,
-        teacher=() if teacher_config is None else dict(config=teacher_config, checkpoint=teacher_checkpoint),
+        teacher=dict(teacher, checkpoint=teacher_checkpoint) if teacher else (),
         distill=terms,
         inherit=inherit if isinstance(inherit, str) else tuple(inherit),
         **(dict(inherit_by=dict(rule=inherit_by)) if inherit_by != 'shape' else {}))
@@ -407,9 +411,9 @@ def make_ensemble(config: Config, checkpoints: Sequence[str], configs: Sequence[
     """
     if len(checkpoints) < 2:
         raise ConfigurationError(f'An ensemble has two teachers at least, not {len(checkpoints)}.')
-    if not is_distillation(config) or not isinstance(config.model.get('teacher'), dict):
-        raise ConfigurationError(f"An ensemble is made of a distillation with one teacher, which '{config.filename}' "
-                                 'is not.')
+    if not is_distillation(config) or 'config' not in config.model.get('teacher', ()) or 'type' in config.model.teacher:
+        raise ConfigurationError('An ensemble is made of a distillation with one teacher, a detector, which '
+                                 f"'{config.filename}' is not.")
     config = copy.deepcopy(config)
     teacher, terms = config.model.teacher, config.model.distill
     for other in configs:

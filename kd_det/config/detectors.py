@@ -290,6 +290,27 @@ class TeacherError(ValueError):
     """The teacher can not serve as its config says."""
 
 
+def read_guide_config(config: ModelConfig) -> ConfigDict | None:
+    """Returns what a config names as ``teacher``, with its ``type``, where it is no detector: a Backbone, for example.
+
+    Args:
+        config: See :func:`read_model_config`.
+
+    Returns:
+        A dict for ``model.teacher``; None of a config that holds a model.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ConfigurationError: The file has an error.
+    """
+    loaded = load_config(config) if isinstance(config, (str, Path)) else ConfigDict(config)
+    guide = loaded.get('teacher')
+    if 'model' in loaded or not isinstance(guide, dict) or not get_type_name(guide):
+        return None
+    import_modules_from_strings(list_imports(loaded))
+    return copy.deepcopy(guide)
+
+
 def read_model_config(config: ModelConfig) -> ConfigDict:
     """Returns the model dict of a detector, with the scope of its config, see :mod:`kd_det.registry`.
 
@@ -310,7 +331,7 @@ def read_model_config(config: ModelConfig) -> ConfigDict:
     model = loaded.get('model', loaded)
     if not get_type_name(model):
         raise TeacherError(f"The teacher's config {config!r:.200} holds no model: expected a key 'model', or a model "
-                           "dict with a 'type'.")
+                           "dict with a 'type'; of another guide a key 'teacher' with its 'type'.")
     model = copy.deepcopy(model.student if get_type_name(model) == DISTILLER else model)  # building may write into it
     if 'model' in loaded:
         import_modules_from_strings(list_imports(loaded))  # a file's are imported as it is read, a dict's are not

@@ -419,7 +419,8 @@ class DetectionDistiller(StudentWrapper):
         Returns:
             What was found of each teacher, for the log.
         """
-        read = {term.teacher_index for term in self.terms.values() if any(map(has_classes, term.teacher_heads))}
+        read = {term.teacher_index for term in self.terms.values()
+                if term.learns_beforehand or any(map(has_classes, term.teacher_heads))}
         read |= {self.pseudo_labels.teacher_index} if self.pseudo_labels else set()
         return self.class_sets.match(classes, self.build_teachers(), read, self.inherited_parts)
 

@@ -192,6 +192,32 @@ def rank_mimicking(student: Tensor, teacher: Tensor, groups: Tensor, num_groups:
     return divergence.new_zeros(num_groups + 1).index_add(0, groups, divergence)[:-1]
 
 
+def standardized_logits(logits: Tensor) -> Tensor:
+    """Logit standardisation: (z - mean) / std over the classes of a sample (Sun et al., CVPR 2024, arXiv 2403.01427).
+
+    Of student and teacher both, before the temperature: then only the order and the relative distances of the classes
+    are compared, not how far apart the logits are. The deviation is the unbiased one, as the authors'.
+
+    Args:
+        logits: (..., classes). Fewer than three say nothing: of two, each standardised pair is (±1, ∓1) / √2.
+
+    Returns:
+        (..., classes); 0, with gradient 0, where the logits of a sample are all equal.
+
+    Example:
+        >>> standardized_logits(torch.tensor([[0.0, 1.0, 2.0], [7.0, 17.0, 27.0], [5.0, 5.0, 5.0]]))
+        tensor([[-1.,  0.,  1.],
+                [-1.,  0.,  1.],
+                [ 0.,  0.,  0.]])
+    """
+    centred = logits - logits.mean(-1, keepdim=True)
+    length = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
+    # What rounding leaves of equal logits is no difference.
+    equal = length <= 4 * torch.finfo(logits.dtype).eps * logits.abs().amax(-1, keepdim=True)
+    deviation = torch.where(equal, 1, length / max(logits.shape[-1] - 1, 1)**0.5)
+    return torch.where(equal, 0, centred / deviation)
+
+
 def restricted_logits(logits: Tensor, classes: Sequence[int], background: bool) -> Tensor:
     """The logits of some classes alone.
 

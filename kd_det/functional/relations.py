@@ -127,6 +127,55 @@ def dist_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, inter:
     return temperature**2 * (inter * between + intra * within)
 
 
+def token_relations(student: Tensor, teacher: Tensor, temperature: float = 0.07, valid: Tensor | None = None,
+                    tokens: int = 2048) -> Tensor:
+    """How the tokens of an image resemble each other: KL(t ‖ s) of the softmax over their cosines.
+
+    ::
+
+        A_ij = cos(F_i, F_j) / T      L = mean over images and tokens i of KL(softmax_j A^t_ij ‖ softmax_j A^s_ij)
+
+    Each cell is a token, which resembles itself most. (The local part of the distillation of lightly-train, v3.)
+
+    Of a map of more cells than ``tokens``, each token is the mean of k × k cells, with the smallest k that is enough:
+    each image and side then has a table of at most ``tokens``² numbers, 17 MB in float32 by default, and some three of
+    these are kept for the backward pass.
+
+    Args:
+        student: (N, C, H, W).
+        teacher: (N, D, H, W); D may differ from C.
+        temperature: T, > 0.
+        valid: (N, H, W) bool; tokens are of these cells alone.
+        tokens: The most of an image.
+
+    Returns:
+        Scalar.
+
+    Example:
+        >>> teacher = torch.tensor([[[[1.0, 1.0, 0.0]], [[0.0, 0.0, 1.0]]]])  # two tokens are alike
+        >>> token_relations(5 * teacher, teacher), token_relations(teacher.flip(3), teacher) > 1
+        (tensor(0.), tensor(True))
+    """
+    batch, _, height, width = student.shape
+    cells = student.new_ones(batch, 1, height, width) if valid is None else valid[:, None].to(student.dtype)
+    side = 1
+    while -(-height // side) * -(-width // side) > tokens:
+        side += 1
+    count = F.avg_pool2d(cells, side, ceil_mode=True) if side > 1 else cells
+    inside = count.flatten(1) > 0
+
+    def relate(feature: Tensor) -> Tensor:
+        """(N, M, M) log-probabilities."""
+        pooled = F.avg_pool2d(feature * cells, side, ceil_mode=True) if side > 1 else feature  # a mean but for a factor
+        directions = unit(pooled.flatten(2), 1)
+        similarity = directions.mT @ directions / temperature
+        # A finite floor: both sides give such a token probability 0, and 0 · (finite - finite) is 0.
+        return similarity.masked_fill(~inside[:, None], torch.finfo(similarity.dtype).min).log_softmax(2)
+
+    divergence = F.kl_div(relate(student), relate(teacher.detach()), reduction='none', log_target=True).sum(2)
+    return ((divergence * inside).sum(1) / inside.sum(1).clamp(min=1)).mean()
+
+
 def non_local(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """What each cell gathers from the others by the dot product of their embeddings (arXiv 1711.07971), as in FKD.
 

@@ -44,6 +44,8 @@ class DistillTerm(nn.Module):
 
         only_at_boxes: Whether it compares at ground-truth boxes alone. Images without any then add 0, and a process of
             data-parallel training that has only such images a gradient of 0 for every parameter, as it must.
+        learns_beforehand: Whether it has prompts, which are learnt before training by the own loss of its teacher, a
+            frozen detector; see :class:`~kd_det.losses.FreeKD`, which shows what such a term has.
 
     Raises:
         ValueError: An argument that does not fit; the message names it, its value, and what would.
@@ -66,6 +68,7 @@ class DistillTerm(nn.Module):
     learner_index: int = 0
     independent_of_batch_size: bool = True
     only_at_boxes: bool = False
+    learns_beforehand: bool = False
 
     @declared
     def __init__(self, teacher: Index = 0) -> None:

@@ -21,6 +21,7 @@ from kd_det.losses.outputs import (
     Margin,
     Treatment,
     sigmoid_divergence,
+    standardize_both,
     treat_teacher,
     weigh_by_confidence,
 )
@@ -58,6 +59,11 @@ class DenseClassification(DenseTerm):
             and the task's loss is as it was. ``'dkpp'``, dark knowledge with permuted predictions: the probabilities
             beside the largest change places at random, prior by prior; for three classes or more. Objectness has one
             class, and stays.
+        standardize: Logits of both sides have mean 0 and deviation 1 over the classes of each prior before T (logit
+            standardisation, Sun et al., CVPR 2024, arXiv 2403.01427; for classifiers T = 2 and 9 times the weight).
+            Then a prior tells which classes it finds likelier than others and no more whether it finds any likely: of
+            sigmoid heads take it with ``weighting='richness'``, or the background outweighs all. For three classes or
+            more; objectness has one, and stays.
         **kwargs: See :class:`~kd_det.losses.outputs.DenseTerm`.
 
     Raises:
@@ -80,9 +86,11 @@ class DenseClassification(DenseTerm):
 
     @declared
     def __init__(self, beta: GapExponent = 1.0, temperature: Positive = 1.0,
-                 weighting: ClassificationWeighting = 'all', treatment: Treatment = 'none', **kwargs: Any) -> None:
+                 weighting: ClassificationWeighting = 'all', treatment: Treatment = 'none', standardize: bool = False,
+                 **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.beta, self.temperature, self.weighting, self.treatment = beta, temperature, weighting, treatment
+        self.standardize = standardize
 
     def compare_levels(self, levels: Sequence[ComparedOutputs]) -> Iterable[Parts]:
         weights = [level.richness() if self.weighting == 'richness' else level.valid for level in levels]
@@ -101,7 +109,7 @@ class DenseClassification(DenseTerm):
             student, teacher = (each.unsqueeze(-1) for each in level.both('objectness'))
             parts['objectness'] = (weight * self._sigmoid_divergence(student, teacher)).sum()
         student, teacher = level.both('logits')
-        teacher = treat_teacher(self.treatment, teacher)
+        student, teacher = standardize_both(self.standardize, student, treat_teacher(self.treatment, teacher))
         if level.student.activation == 'sigmoid':
             divergence = self._sigmoid_divergence(student, teacher)
         else:

@@ -12,7 +12,13 @@ from torch import Tensor
 from kd_det.config.arguments import EitherSide, Index, declared, split_sides
 from kd_det.context import DistillContext
 from kd_det.functional.boxes import bounded_regression
-from kd_det.functional.logits import confidence_weights, largest_probability, permute_others, quality_bce
+from kd_det.functional.logits import (
+    confidence_weights,
+    largest_probability,
+    permute_others,
+    quality_bce,
+    standardized_logits,
+)
 from kd_det.heads import ROI_HEAD, DenseOutputs, HeadError, HeadRequest, RoIOutputs
 from kd_det.heads.roi import Stage, at_stage
 from kd_det.losses.base import DistillTerm, Parts, add_parts
@@ -246,6 +252,25 @@ def treat_teacher(treatment: Treatment, logits: Tensor) -> Tensor:
         raise HeadError(f"treatment='dkpp' lets the classes beside the teacher's first change places, of which "
                         f'{logits.shape[-1]} have too few: three are needed, with the background of a softmax.')
     return permute_others(logits)
+
+
+def standardize_both(standardize: bool, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both logits, (..., classes), as they are; or each with mean 0 and deviation 1 over the classes.
+
+    Args:
+        standardize: See :class:`~kd_det.losses.DenseClassification`.
+        student: (..., classes).
+        teacher: (..., classes).
+
+    Raises:
+        HeadError: There are too few classes to say anything then.
+    """
+    if not standardize:
+        return student, teacher
+    if student.shape[-1] < 3:
+        raise HeadError(f'standardize=True leaves nothing to learn of {student.shape[-1]} classes, whose logits are '
+                        'then always the same but for their order: three are needed, with the background of a softmax.')
+    return standardized_logits(student), standardized_logits(teacher)
 
 
 def weigh_by_confidence(treatment: Treatment, logits: Tensor, activation: str, weight: Tensor) -> Tensor:

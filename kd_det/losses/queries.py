@@ -19,7 +19,14 @@ from kd_det.functional.queries import corners, match_queries, query_cost
 from kd_det.heads import HeadError, HeadRequest, QueryOutputs
 from kd_det.heads.queries import BoxCost
 from kd_det.losses.base import DistillTerm, Parts
-from kd_det.losses.outputs import GapExponent, Treatment, sigmoid_divergence, treat_teacher, weigh_by_confidence
+from kd_det.losses.outputs import (
+    GapExponent,
+    Treatment,
+    sigmoid_divergence,
+    standardize_both,
+    treat_teacher,
+    weigh_by_confidence,
+)
 
 
 class QueryPairs(NamedTuple):
@@ -169,6 +176,8 @@ class QueryClassification(QueryTerm):
         background_weight: w_bg of the others that are paired.
         treatment: ``'none'``, ``'cwtm'`` or ``'dkpp'``, see :class:`~kd_det.losses.DenseClassification`, query by query
             of those that are paired.
+        standardize: Logits of both sides have mean 0 and deviation 1 over the classes of each query, see
+            :class:`~kd_det.losses.DenseClassification`. Queries are paired by what they were before.
         **kwargs: See :class:`~kd_det.losses.queries.QueryTerm`.
 
     Raises:
@@ -188,18 +197,20 @@ class QueryClassification(QueryTerm):
 
     @declared
     def __init__(self, beta: GapExponent = 1.0, temperature: Positive = 1.0, foreground_weight: Weight = 1.0,
-                 background_weight: Weight = 1.0, treatment: Treatment = 'none', **kwargs: Any) -> None:
+                 background_weight: Weight = 1.0, treatment: Treatment = 'none', standardize: bool = False,
+                 **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.beta, self.temperature, self.treatment = beta, temperature, treatment
+        self.beta, self.temperature, self.treatment, self.standardize = beta, temperature, treatment, standardize
         self.foreground_weight, self.background_weight = foreground_weight, background_weight
 
     def forward(self, context: DistillContext) -> Parts:
         pairs = self.pair_queries(context)
-        student, teacher = pairs.student.logits, treat_teacher(self.treatment, pairs.teacher.logits)
+        teacher = treat_teacher(self.treatment, pairs.teacher.logits)
+        logits = standardize_both(self.standardize, pairs.student.logits, teacher)
         if pairs.student.activation == 'sigmoid':
-            divergence = sigmoid_divergence(student, teacher, self.beta)
+            divergence = sigmoid_divergence(*logits, self.beta)
         else:
-            divergence = soft_target_kl(student, teacher, self.temperature, reduction='none')
+            divergence = soft_target_kl(*logits, self.temperature, reduction='none')
         divergence = divergence * weigh_by_confidence(self.treatment, teacher, pairs.student.activation,
                                                       pairs.foreground + pairs.background)
         return dict(foreground=self.foreground_weight * pairs.normalize(divergence * pairs.foreground),

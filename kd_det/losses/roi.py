@@ -21,6 +21,7 @@ from kd_det.losses.outputs import (
     RoITerm,
     Treatment,
     sigmoid_divergence,
+    standardize_both,
     treat_teacher,
     weigh_by_confidence,
 )
@@ -61,6 +62,8 @@ class RoIClassification(RoITerm):
         treatment: ``'none'``, ``'cwtm'`` or ``'dkpp'``, see :class:`~kd_det.losses.DenseClassification`, region by
             region; the background is one of the classes. ``'dkpp'`` is for the plain form: the others look at one
             class of the teacher's, of the ground truth or the background, which would change places, too.
+        standardize: Logits of both sides have mean 0 and deviation 1 over the classes of each region, the background
+            among them, before T, in every form; see :class:`~kd_det.losses.DenseClassification`.
         **kwargs: See :class:`~kd_det.losses.outputs.RoITerm`.
 
     Raises:
@@ -85,12 +88,13 @@ class RoIClassification(RoITerm):
     @declared
     def __init__(self, form: ClassificationForm = 'plain', temperature: Positive = 1.0, alpha: Weight = 1.0,
                  beta: Weight = 0.25, foreground_weight: Weight = 1.0, background_weight: Weight = 1.0,
-                 background_class_weight: Weight = 1.5, treatment: Treatment = 'none', **kwargs: Any) -> None:
+                 background_class_weight: Weight = 1.5, treatment: Treatment = 'none', standardize: bool = False,
+                 **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if treatment == 'dkpp' and form != 'plain':
             raise ArgumentError('treatment', f"'dkpp' goes with form='plain', got form='{form}': that looks at one "
                                              "class of the teacher's, which would change places with others.")
-        self.treatment = treatment
+        self.treatment, self.standardize = treatment, standardize
         self.form, self.temperature, self.alpha, self.beta = form, temperature, alpha, beta
         self.foreground_weight, self.background_weight = foreground_weight, background_weight
         self.background_class_weight = background_class_weight
@@ -99,7 +103,8 @@ class RoIClassification(RoITerm):
         student, teacher = self.read_outputs(context)
         is_foreground = student.regions.labels < student.num_classes
         teacher = teacher._replace(logits=treat_teacher(self.treatment, teacher.logits))
-        divergence = self._divergence(student, teacher)
+        logits = standardize_both(self.standardize, student.logits, teacher.logits)
+        divergence = self._divergence(*(side._replace(logits=each) for side, each in zip((student, teacher), logits)))
         divergence = divergence * weigh_by_confidence(self.treatment, teacher.logits, 'softmax',
                                                       torch.ones_like(divergence))
         foreground, background = self.normalize(divergence, (is_foreground, ~is_foreground))

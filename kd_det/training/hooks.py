@@ -40,6 +40,7 @@ from kd_det.training.learners import (
     save_peers,
 )
 from kd_det.training.probe import ProbeSettings, StudentProbe, reward_policy, start_policy
+from kd_det.training.prompts import learn_prompts
 from kd_det.training.replay import training_epoch
 from kd_det.training.runner import use_one_metainfo
 from kd_det.training.saving import choose_checkpoint, keep_checkpoints_whole
@@ -71,6 +72,7 @@ class DistillHook(Hook):
     it only tells the epoch, and brings the :class:`~kd_det.training.finiteness.FiniteHook`.
 
     - Before training the teacher is loaded, evaluated (pre-flight), and a table tells where all weights came from.
+      Terms with prompts learn them on it (:func:`~kd_det.training.prompts.learn_prompts`).
     - Each step the weights' schedules move, and the random numbers are set from seed and iteration, so that a resumed
       run goes on as the uninterrupted one would. (Not when every term's weight is 0: then nothing differs from plain
       training.)
@@ -151,6 +153,7 @@ class DistillHook(Hook):
                     if teacher in teachers and len(teachers) == 1:
                         raise
                     raise TeacherError(f'{name}: {error}') from error
+        learn_prompts(runner, distiller)
         self._probe = start_policy(runner, distiller, self.probe_settings)
         if is_main_process():
             runner.logger.info('\n'.join(['Where the weights came from:', build_origin_table(distiller), *classes]))

@@ -160,8 +160,8 @@ def distill(student: str | Path | Config, teacher: str | Path | Sequence[str | P
 
     Args:
         student: Config of the detector to train: a file, ``'mmdet::folder/file.py'``, or a config.
-        teacher: Config of the teacher: a file, or ``'mmdet::folder/file.py'``; None beside ``peers`` for none; or
-            several, of unlike teachers.
+        teacher: Config of the teacher: a file, or ``'mmdet::folder/file.py'``; a file with another guide as its
+            ``teacher``, such as a Backbone; None beside ``peers`` for none; or several, of unlike teachers.
         checkpoint: The teacher's weights: a file or an address; or several, one for each teacher, or all trained with
             the one config. From several the student learns as from an ensemble, or as a ``policy`` says.
         method: One of :func:`kd_det.methods`, the file of another, ``'package::folder/file.py'``, or a sum: ``'a+b'``;

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd_det.functional import features, focal_global, masks
+from kd_det.functional import features, focal_global, masks, structure
 
 BATCH, CELLS = (64, 96), (8, 12)
 
@@ -44,6 +44,8 @@ LOSSES = dict(
     generation=features.generation_distance,
     channel_wise=lambda s, t: features.channel_wise_kl(s, t, 2.0),
     pearson=features.pearson_distance,
+    structural=structure.structural_distance,
+    frequencies=lambda s, t: structure.frequency_imitation(s, t, torch.ones(3, 2, s.shape[1]).to(s)),
     fkd=lambda s, t: sum(features.fkd_loss(s, t, t[:, 0].abs(), s.mean((2, 3)), s.mean(1, keepdim=True)).values()),
     fgd=lambda s, t: sum(focal_global.fgd_loss(s, t, (s[:, 0] > 0).to(s), (s[:, 0] <= 0).to(s)).values()),
 )
@@ -87,7 +89,8 @@ def test_gradient_is_that_of_the_formula(loss, pair):
 
 
 @pytest.mark.parametrize('loss', [features.masked_imitation, focal_global.attention_distance, features.channel_wise_kl,
-                                  features.pearson_distance, focal_global.relation_distance])
+                                  features.pearson_distance, focal_global.relation_distance,
+                                  structure.structural_distance])
 def test_shapes_that_differ_are_an_error(loss):
     options = (0.5, ) if loss in (focal_global.attention_distance, features.channel_wise_kl) else ()
     with pytest.raises(ValueError, match=r'student \(1, 2, 4, 4\) and teacher \(1, 3, 4, 4\) must have one shape'):

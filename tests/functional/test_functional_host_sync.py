@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from benchmarks.gpu_checks import no_waiting
-from kd_det.functional import boxes, features, focal_global, logits, masks, relations
+from kd_det.functional import boxes, features, focal_global, logits, masks, relations, structure
 
 BATCH, CELLS = (64, 96), (8, 12)
 BOXES = [torch.tensor([[8., 8., 40., 30.], [50., 10., 90., 60.]]), torch.zeros(0, 4)]
@@ -52,11 +52,17 @@ PATHS = dict(
                                                   normalizer='twice_mask'),
     channel_wise=lambda s: features.channel_wise_kl(s, feature() + 1, 1.0, box_masks()[2]),
     pearson=lambda s: features.pearson_distance(s, feature() + s.detach()**2, box_masks()[2]),
+    structural=lambda s: structure.structural_distance(s, feature() + 1, box_masks()[2]),
+    frequencies=lambda s: structure.frequency_imitation(s, feature() + s.detach()**2, feature(4, 2, 3),
+                                                        box_masks()[2]),
+    prompted=lambda s: sum(each.sum() for each in structure.prompted_feature(s, feature(4, 2, 3))),
     flow=lambda s: relations.flow_distance(relations.flow_matrix(s, s[:, :, ::2, ::2]), feature(2, 3, 3)),
     distances=lambda s: relations.distance_relation(s[0], feature()[0] + s[0].detach()**2),
+    tokens=lambda s: relations.token_relations(s, feature() + 1, valid=box_masks()[2], tokens=30),
     angles=lambda s: relations.angle_relation(s[0, :, :, 0], s.detach()[0, :, :, 1]),
     dist=lambda s: relations.dist_loss(s[:, :, 0, 0], feature(2, 3)),
     soft=lambda s: logits.soft_target_kl(s[:, :, 0, 0], feature(2, 3), 2.0),
+    standardized=lambda s: logits.soft_target_kl(*map(logits.standardized_logits, (s[:, :, 0, 0], feature(2, 3)))),
     quality=lambda s: logits.quality_bce(s[:, :, 0, 0], feature(2, 3)).sum(),
     treated=lambda s: logits.soft_target_kl(
         s[:, :, 0, 0] * logits.confidence_weights(logits.largest_probability(feature(2, 3), 'softmax'),

@@ -29,6 +29,8 @@ LOSSES = dict(
     quality=(logits.quality_bce, True),
     quality_squared=(lambda s, t: logits.quality_bce(s, t, beta=2.0), True),
     weighted=(logits.weighted_cross_entropy, False),
+    standardized=(lambda s, t: logits.soft_target_kl(logits.standardized_logits(s), logits.standardized_logits(t), 2.0,
+                                                     reduction='none'), True),
     ranks=(lambda s, t: logits.rank_mimicking(s[:, 0], t[:, 0], GROUPS[:len(s)], 4), True),
 )
 every_loss = pytest.mark.parametrize('loss, zero_for_equals', LOSSES.values(), ids=LOSSES.keys())
@@ -87,6 +89,25 @@ def test_soft_target_kl_equals_the_loop(pair):
     assert logits.soft_target_kl(torch.zeros(0, 4), torch.zeros(0, 4), 3.0) == 0
     with pytest.raises(ValueError, match="class_reduction='max'"):
         logits.soft_target_kl(*pair, 3.0, 'max')
+
+
+def test_standardized_logits_equal_the_loop_and_know_no_scale(pair):
+    student, _ = pair
+    expected = []
+    for sample in student.tolist():
+        mean = sum(sample) / len(sample)
+        deviation = (sum((each - mean)**2 for each in sample) / (len(sample) - 1))**0.5
+        expected.append([(each - mean) / deviation for each in sample])
+    torch.testing.assert_close(logits.standardized_logits(student), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(logits.standardized_logits(7 * student - 3), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_equal_logits_have_no_standard_but_rounding():
+    equal = torch.full((3, 80), -4.6).requires_grad_()  # whose mean is not -4.6 in float32
+    standardized = logits.standardized_logits(equal)
+    assert not standardized.any()
+    gradient, = torch.autograd.grad(standardized.square().sum() + standardized[:, 0].sum(), equal)
+    assert not gradient.any()
 
 
 def test_decoupled_kl_equals_the_loop(pair):

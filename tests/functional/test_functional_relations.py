@@ -11,7 +11,8 @@ def flow_of(members):
 
 
 LOSSES = dict(distance=relations.distance_relation, angle=relations.angle_relation, dist=relations.dist_loss,
-              flow=lambda s, t: relations.flow_distance(flow_of(s), flow_of(t)))
+              flow=lambda s, t: relations.flow_distance(flow_of(s), flow_of(t)),
+              tokens=lambda s, t: relations.token_relations(s.T[None, :, None], t.T[None, :, None], 0.3))
 every_loss = pytest.mark.parametrize('loss', LOSSES.values(), ids=LOSSES.keys())
 
 
@@ -112,6 +113,48 @@ def test_dist_loss_equals_the_correlations(pair):
     between, within = one_minus_correlation(student, teacher), one_minus_correlation(student.T, teacher.T)
     actual = relations.dist_loss(*pair, temperature=2.0, inter=3.0, intra=5.0)
     torch.testing.assert_close(actual, 4 * (3 * between + 5 * within))
+
+
+def test_token_relations_equal_the_loop_over_pairs_of_cells():
+    student, teacher = torch.randn(2, 3, 4, 6, dtype=torch.float64), torch.randn(2, 7, 4, 6, dtype=torch.float64)
+    valid = torch.ones(2, 4, 6, dtype=torch.bool)
+    valid[1, 3:], valid[1, :, 2:] = False, False
+    expected = []
+    for image in range(2):
+        cells = valid[image].nonzero().tolist()
+        tables = [[[F.cosine_similarity(side[image, :, i, j], side[image, :, k, m], dim=0) / 0.2 for k, m in cells]
+                   for i, j in cells] for side in (student, teacher)]
+        s, t = (torch.tensor(table).softmax(1) for table in tables)
+        expected.append(sum((t[i] * (t[i] / s[i]).log()).sum() for i in range(len(cells))) / len(cells))
+    actual = relations.token_relations(student, teacher, 0.2, valid)
+    torch.testing.assert_close(actual, sum(expected) / 2)
+    student, teacher, valid = (torch.cat([each, each]) for each in (student, teacher, valid))
+    torch.testing.assert_close(relations.token_relations(student, teacher, 0.2, valid), actual)
+
+
+def test_tokens_of_large_maps_are_means_of_cells():
+    student, teacher = torch.randn(2, 3, 7, 10), torch.randn(2, 4, 7, 10)
+    valid = torch.ones(2, 7, 10, dtype=torch.bool)
+    valid[1, :, 5:] = False  # of the tokens in the third column there is one cell
+    for tokens, side in ((70, 1), (69, 2), (20, 2), (19, 3), (1, 10)):
+        places = [(i, j) for i in range(0, 7, side) for j in range(0, 10, side)]
+        assert len(places) <= tokens
+        means = []
+        for feature in (student, teacher):
+            each = [[feature[image, :, i:i + side, j:j + side][:, valid[image, i:i + side, j:j + side]].mean(1)
+                     for i, j in places] for image in range(2)]
+            means.append(torch.stack([torch.stack(image, 1) for image in each])[:, :, None].nan_to_num())
+        inside = torch.stack([torch.stack([valid[image, i:i + side, j:j + side].any() for i, j in places])
+                              for image in range(2)])[:, None]
+        expected = relations.token_relations(*means, 0.2, inside)
+        torch.testing.assert_close(relations.token_relations(student, teacher, 0.2, valid, tokens), expected)
+
+
+def test_token_relations_of_padding_alone_are_0():
+    student = torch.randn(1, 3, 2, 2, requires_grad=True)
+    value = relations.token_relations(student, torch.randn(1, 3, 2, 2), valid=torch.zeros(1, 2, 2, dtype=torch.bool))
+    gradient, = torch.autograd.grad(value, student)
+    assert value == 0 and gradient.isfinite().all()
 
 
 def test_non_local_equals_the_table_of_all_pairs():

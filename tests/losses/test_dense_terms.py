@@ -1,4 +1,6 @@
 """Terms on the outputs of dense heads, in whole training steps and against their formulas."""
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -247,6 +249,34 @@ def test_dkpp_compares_with_the_teachers_other_classes_in_a_random_order(context
     assert torch.equal(permuted[0].argmax(-1), teacher.logits[0].argmax(-1))
     values[-1].backward()
     assert student.logits[0].grad[inside].abs().min() > 0 and teacher.logits[0].grad is None
+
+
+@pytest.mark.parametrize('activation', ['sigmoid', 'softmax'])
+def test_standardised_classes_are_compared_whatever_their_scale(activation, context, inside):
+    sides = [two_levels(2 * torch.randn(2, 24, 4), torch.randn(2, 6, 4) - 2, activation=activation) for _ in range(2)]
+    context.student_outputs['bbox_head'], context.teacher_outputs[0]['bbox_head'] = sides
+    coarse = torch.tensor([[True] * 6, [True, True, False, False, False, False]])  # of 16 × 24 pixels
+    term = MODELS.build(dict(CLASSES, normalizer='none', beta=1.0, temperature=2.0, standardize=True))
+    expected = 0
+    for level, cells in enumerate((inside, coarse)):
+        for image, cell in cells.nonzero().tolist():
+            raw = (side.logits[level][image, cell] for side in sides)
+            s, t = ((each - each.mean()) / each.std() / 2 for each in raw)
+            if activation == 'softmax':
+                expected += 4 * F.kl_div(s.log_softmax(0), t.softmax(0), reduction='sum')
+            else:
+                expected += 4 * quality_bce(s[None], t[None]).squeeze()
+    torch.testing.assert_close(term(context)['classes'], expected)
+    scaled = replace(sides[0], logits=tuple(3 * each + 1 for each in sides[0].logits))
+    context.student_outputs['bbox_head'] = scaled
+    torch.testing.assert_close(term(context)['classes'], expected)
+
+
+def test_standardising_needs_three_classes(one_stage, distiller, parts_of):
+    model = distiller(one_stage('retina', classes=2), one_stage('retina', classes=2),
+                      distill=dict(term=dict(CLASSES, standardize=True))).train()
+    with pytest.raises(HeadError, match='standardize=True leaves nothing to learn of 2 classes'):
+        parts_of(model)
 
 
 def test_dkpp_needs_classes_that_can_change_places(one_stage, distiller, parts_of):

@@ -170,6 +170,13 @@ def test_treatments_are_those_of_the_formulas_over_the_pairs(kind, detr, make, o
     dkpp = MODELS.build(dict(TERMS['classes'], treatment='dkpp'))(context)
     torch.manual_seed(2)
     permuted = permute_others(t)
+    standardized = MODELS.build(dict(TERMS['classes'], standardize=True))(context)
+    raw, s = s, (s - s.mean(-1, keepdim=True)) / s.std(-1, keepdim=True)  # what divergence compares
+    for part, value in standardized.items():
+        places = [place for place in counted if getattr(pairs, part)[place]]
+        by_hand = (t - t.mean(-1, keepdim=True)) / t.std(-1, keepdim=True)
+        torch.testing.assert_close(value, sum(divergence(by_hand, place) for place in places) / 3)
+    s = raw
     for part in ('foreground', 'background'):
         places = [place for place in counted if getattr(pairs, part)[place]]
         expected = sum(maxima[place] / mean * divergence(t, place) for place in places) / 3

@@ -159,6 +159,16 @@ def test_cwtm_weighs_each_region_by_the_teachers_maximum_over_its_mean(form, con
     torch.testing.assert_close(MODELS.build(dict(CLASSES, form=form, stage=0, treatment='cwtm'))(context), expected)
 
 
+@pytest.mark.parametrize('form', ['plain', 'decoupled', 'coupled', 'weighted'])
+def test_standardised_regions_are_compared_by_the_same_form(form, context):
+    expected = MODELS.build(dict(CLASSES, form=form, stage=0, temperature=2.0, standardize=True))(context)
+    sides = context.student_outputs['roi_head'], context.teacher_outputs[0]['roi_head'][0]
+    by_hand = [side._replace(logits=torch.stack([(each - each.mean()) / each.std() for each in side.logits]))
+               for side in sides]
+    context.student_outputs['roi_head'], context.teacher_outputs[0]['roi_head'] = by_hand[0], (by_hand[1], )
+    torch.testing.assert_close(MODELS.build(dict(CLASSES, form=form, stage=0, temperature=2.0))(context), expected)
+
+
 def test_dkpp_is_for_the_plain_form(context):
     student, teacher = context.student_outputs['roi_head'].logits, context.teacher_outputs[0]['roi_head'][0].logits
     torch.manual_seed(1)

@@ -65,6 +65,7 @@ LOCAL = dict(
 NEVER_ZERO = dict(
     fkd='each comparison has an adapter, drawn at random, of equal widths too',
     frs_features='a 3×3 convolution, drawn at random, of equal widths too',
+    foundation='a 1×1 convolution, drawn at random, of equal widths too',
     mgd='it generates the feature from a random part of its cells')
 ROUNDING = 1e-5
 ROUNDED = 'attention takes another path through PyTorch where nothing learns'

@@ -11,6 +11,7 @@ from mmdet.models.data_preprocessors import DetDataPreprocessor
 from torch import nn
 
 from kd_det.compat import CheckpointError
+from kd_det.config.distillation import compose_distillation
 from kd_det.config.files import ConfigurationError
 from kd_det.context import LevelSpec
 from kd_det.teachers import TeacherError, backbone
@@ -311,6 +312,29 @@ def test_a_term_that_compares_predictions_is_refused(distiller, retinanet):
     with pytest.raises(ConfigurationError, match=r"distill\.kd: it reads 'bbox_head', and a Backbone puts out no"):
         distiller(retinanet(), {}, teacher=dict(type='Backbone', name='test_vit', random_teacher=True),
                   distill=dict(kd=dict(type='DenseClassification')))
+
+
+def test_methods_learn_from_a_backbone_that_a_file_names(run_config, retinanet, distiller, batch, tmp_path):
+    import timm
+    (tmp_path / 'vit.py').write_text("teacher = dict(type='mmdet.Backbone', name='test_vit')")
+    torch.save(timm.create_model('test_vit', num_classes=0).state_dict(), tmp_path / 'vit.pth')
+    config, _ = compose_distillation(run_config(retinanet()), [str(tmp_path / 'vit.py')], [str(tmp_path / 'vit.pth')],
+                                     'foundation+token_relations')
+    assert config.model.teacher == dict(type='mmdet.Backbone', name='test_vit', checkpoint=str(tmp_path / 'vit.pth'))
+    model = distiller(config.model.student, {}, teacher=config.model.teacher, distill=config.model.distill).train()
+    before = model.build_teachers()[0].fingerprint()
+    assert model.terms['foundation'].adapters[0].weight.shape[:2] == (64, 32)
+    losses = model.loss(**model.data_preprocessor(batch(), True))
+    assert losses['loss_foundation'] > 0 and losses['loss_token_relations'] > 0  # by Balance, of the first batch on
+    model.parse_losses(losses)[0].backward()
+    assert model.backbone.conv1.weight.grad.any() and model.terms['foundation'].adapters[0].weight.grad.any()
+    assert model.build_teachers()[0].fingerprint() == before
+
+
+def test_a_file_that_names_another_guide_makes_no_ensemble(run_config, retinanet, tmp_path):
+    (tmp_path / 'vit.py').write_text("teacher = dict(type='mmdet.Backbone', name='test_vit')")
+    with pytest.raises(ConfigurationError, match='one teacher, a detector'):
+        compose_distillation(run_config(retinanet()), [str(tmp_path / 'vit.py')], ['a.pth', 'b.pth'], 'pkd')
 
 
 # ------------------------------------------------------------------------------------------- before training
