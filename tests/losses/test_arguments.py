@@ -314,7 +314,8 @@ WRONG = dict(
     nms_iou=SHARE, quantize=(8, [], True), bits=(1, 9, 8.0, '8', None, True), ranges=('moving', None),
     keep_float=('first', [''], ['first', 'first'], None), freeze=(0, 1.5, '0.5', None),
     # of other hooks, of a transform and a metric
-    patience=(-1, 0.5, None, True), transforms=(3, 'RandomFlip', [3]), period=(0, 1.5, '2', True), prefix=(3, ),
+    patience=(-1, 0.5, None, True), rounds=(0, 1.5, None, True), transforms=(3, 'RandomFlip', [3]),
+    period=(0, 1.5, '2', True), prefix=(3, ),
     seed=(-1, 2**32, 0.5, None), confidence=SHARE, min_iou=SHARE, calibrated_from=SHARE, bins=(0, 2.5, None),
     collect_device=('cuda', None),
     # of a teacher
