@@ -84,6 +84,23 @@ def test_learners_are_their_record(record):
          difference(rows['plain'], by_seed)] for name, by_seed in rows.items() if ' peer' not in name]
 
 
+def test_who_teaches_when_is_its_record():
+    rows = json.loads((DOCS / 'results' / 'policies.json').read_text(encoding='utf-8'))['rows']
+    values = {name: {int(seed): value for seed, value in row['map'].items()} for name, row in rows.items()}
+    assert documented('policies') == [
+        [f'`{name}`', *_seeds_and_mean(by_seed), '' if name == 'plain' else difference(values['plain'], by_seed),
+         f"{sum(rows[name]['forwards'].values()) / len(by_seed):.0f}"] for name, by_seed in values.items()]
+
+
+def test_what_students_start_from_is_its_record():
+    rows = json.loads((DOCS / 'results' / 'starts.json').read_text(encoding='utf-8'))['rows']
+    values = {name: {int(seed): value for seed, value in row['map'].items()} for name, row in rows.items()}
+    twins = {name: f"start_plain_{name.rpartition('_')[2]}" for name in values}
+    assert documented('starts') == [
+        [f'`{name}`', *_seeds_and_mean(by_seed),
+         '' if name == twins[name] else difference(values[twins[name]], by_seed)] for name, by_seed in values.items()]
+
+
 def test_latencies_are_those_of_their_record():
     rows = json.loads((DOCS / 'results' / 'deploy_latency.json').read_text(encoding='utf-8'))['rows']
     assert documented('deploy_latency') == [
