@@ -6,11 +6,12 @@ from typing import Any, Literal
 
 import torch
 from mmdet.registry import MODELS
+from mmdet.utils import reduce_mean
 from torch import Tensor
 
 from kd_det.config.arguments import Positive, declared
-from kd_det.functional.boxes import distribution_kl, giou_imitation
-from kd_det.functional.logits import soft_target_kl
+from kd_det.functional.dense import sum_distribution_kl, sum_giou_imitation, sum_quality_bce, sum_soft_target_kl
+from kd_det.functional.logits import confidence_weights, largest_gap, largest_probability
 from kd_det.functional.masks import valuable_region
 from kd_det.heads import HeadError, HeadRequest
 from kd_det.losses.base import Parts
@@ -20,9 +21,7 @@ from kd_det.losses.outputs import (
     GapExponent,
     Margin,
     Treatment,
-    sigmoid_divergence,
     treat_teacher,
-    weigh_by_confidence,
 )
 
 ClassificationWeighting = Literal['all', 'richness']
@@ -46,7 +45,7 @@ class DenseClassification(DenseTerm):
     In a config: ``dict(type='DenseClassification', head='bbox_head', beta=1.0)``.
 
     Args:
-        beta: β, exponent of the gap, see :func:`~kd_det.losses.outputs.sigmoid_divergence`: with 1 most of
+        beta: β, exponent of the gap, see :func:`~kd_det.functional.dense.sum_quality_bce`: with 1 most of
             the many easy priors do not count; softmax heads have none.
         temperature: T; larger compares more of what the teacher thinks of the wrong classes.
         weighting: w: ``'all'`` priors alike, or by the ``'richness'`` of their cell, the teacher's largest probability
@@ -89,28 +88,25 @@ class DenseClassification(DenseTerm):
         class_weights = [weight if level.teacher.objectness is None else weight * level.both('objectness')[1].sigmoid()
                          for level, weight in zip(levels, weights)]
         if self.treatment == 'cwtm':  # over the priors of all levels
-            priors = [weight.shape[1] for weight in weights]
-            logits, joined = torch.cat([level.both('logits')[1] for level in levels], 1), torch.cat(class_weights, 1)
-            joined = joined * weigh_by_confidence('cwtm', logits, levels[0].teacher.activation, joined)
-            class_weights = list(joined.split(priors, 1))
+            surest = torch.cat([largest_probability(level.both('logits')[1], level.teacher.activation)
+                                for level in levels], 1)
+            joined = torch.cat(class_weights, 1)
+            joined = joined * confidence_weights(surest, joined, reduce_mean)
+            class_weights = list(joined.split([weight.shape[1] for weight in weights], 1))
         return map(self._compare, levels, weights, class_weights)
 
     def _compare(self, level: ComparedOutputs, weight: Tensor, class_weight: Tensor) -> Parts:
         parts = {}
         if level.teacher.objectness is not None:
             student, teacher = (each.unsqueeze(-1) for each in level.both('objectness'))
-            parts['objectness'] = (weight * self._sigmoid_divergence(student, teacher)).sum()
+            parts['objectness'] = sum_quality_bce(student, teacher, weight, self.beta, self.temperature)
         student, teacher = level.both('logits')
         teacher = treat_teacher(self.treatment, teacher)
         if level.student.activation == 'sigmoid':
-            divergence = self._sigmoid_divergence(student, teacher)
+            classes = sum_quality_bce(student, teacher, class_weight, self.beta, self.temperature)
         else:
-            divergence = soft_target_kl(student, teacher, self.temperature, reduction='none')
-        return dict(parts, classes=(class_weight * divergence).sum())
-
-    def _sigmoid_divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
-        divergence = sigmoid_divergence(student / self.temperature, teacher / self.temperature, self.beta)
-        return self.temperature**2 * divergence
+            classes = sum_soft_target_kl(student, teacher, class_weight, self.temperature)
+        return dict(parts, classes=classes)
 
 
 @MODELS.register_module()
@@ -192,30 +188,26 @@ class DenseRegression(DenseTerm):
 
     def compare(self, level: ComparedOutputs) -> Parts:
         if self.form == 'bounded':
-            return dict(bounded=level.bounded_errors(self.margin).sum())
+            return dict(bounded=level.bounded_error(self.margin))
         weight = level.valid * self._weigh(level)
         if self.form == 'distribution':
-            student, teacher = (each.flatten(0, 1) for each in _read_distributions(level))
-            distance = distribution_kl(student, teacher, self.temperature, self.reduction)
+            distance = sum_distribution_kl(*_read_distributions(level), weight, self.temperature, self.reduction)
         else:
-            student, teacher = (each.flatten(0, 1) for each in level.both('boxes'))
-            # A box that overflowed or has no area teaches nothing. Masking its distance would leave NaN in gradients.
-            usable = teacher.isfinite().all(1) & (teacher[:, 2:] > teacher[:, :2]).all(1)
-            distance = giou_imitation(student, torch.where(usable[:, None], teacher, student.detach())) * usable
-        return {self.form: (weight.flatten() * distance).sum()}
+            distance = sum_giou_imitation(*level.both('boxes'), weight)
+        return {self.form: distance}
 
     def _weigh(self, level: ComparedOutputs) -> Tensor:
         """(N, H·W·A), without gradient."""
         if self.weighting == 'confidence':
             return level.teacher.scores(level.teacher_level)
         if self.weighting == 'gap':
-            student, teacher = (each.detach() for each in (level.student.probabilities(level.student_level),
-                                                           level.teacher.probabilities(level.teacher_level)))
-            return (teacher - student).abs().amax(-1)
+            sides = (level.student, level.student_level), (level.teacher, level.teacher_level)
+            objectness = (None if each.objectness is None else each.objectness[index] for each, index in sides)
+            return largest_gap(*level.both('logits'), level.student.activation, *objectness)
         positives = level.student.positives(level.student_level)
         if self.weighting == 'valuable':
             return _find_valuable(level) * ~positives
-        return level.student.scores(level.student_level).detach() * positives
+        return level.student.scores(level.student_level) * positives
 
 
 def _find_valuable(level: ComparedOutputs) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kd_det.config.arguments import EitherSide, Index, declared, split_sides
 from kd_det.context import DistillContext
-from kd_det.functional.boxes import bounded_regression
+from kd_det.functional.dense import sum_bounded_regression
 from kd_det.functional.logits import confidence_weights, largest_probability, permute_others, quality_bce
 from kd_det.heads import ROI_HEAD, DenseOutputs, HeadError, HeadRequest, RoIOutputs
 from kd_det.heads.roi import Stage, at_stage
@@ -52,13 +52,15 @@ class ComparedOutputs(NamedTuple):
 
     def richness(self) -> Tensor:
         """(N, H·W·A): the teacher's largest class probability of any prior of the same cell (FRS, arXiv 2111.00674)."""
-        cells = self.teacher.cell_probabilities(self.teacher_level).amax(1).flatten(1)
-        return cells.repeat_interleave(self.valid.shape[1] // cells.shape[1], 1) * self.valid
+        height, width = self.teacher.shapes[self.teacher_level]
+        largest = self.teacher.largest_probabilities(self.teacher_level)
+        by_cell = largest.view(len(largest), height * width, -1)
+        return by_cell.amax(2, keepdim=True).expand_as(by_cell).flatten(1) * self.valid
 
-    def bounded_errors(self, margin: float) -> Tensor:
-        """The student's squared error on its positive priors, (N, H·W·A); 0 where it is better than the teacher's.
+    def bounded_error(self, margin: float) -> Tensor:
+        """The sum of the student's squared errors on its positive priors where it is not better than the teacher.
 
-        That is by the margin, see :func:`~kd_det.functional.boxes.bounded_regression`; and 0 on all other priors.
+        That is by the margin, see :func:`~kd_det.functional.boxes.bounded_regression`.
 
         Raises:
             HeadError: The student's targets are not known.
@@ -66,10 +68,9 @@ class ComparedOutputs(NamedTuple):
         if self.student.targets is None:
             raise HeadError("form='bounded' compares the errors of anchors' deltas, as RetinaNet, ATSS, SSD and RPN "
                             'heads predict them; what the positive priors of this head regress to is not known.')
-        student, teacher = (each.flatten(0, 1) for each in self.both('regressions'))
         targets = self.student.targets[self.student_level]
-        errors = bounded_regression(student, teacher, targets.flatten(0, 1), margin).view(targets.shape[:2])
-        return errors * self.valid * self.student.positives(self.student_level)
+        weight = self.valid * self.student.positives(self.student_level)
+        return sum_bounded_regression(*self.both('regressions'), targets, weight, margin)
 
 
 class DenseTerm(DistillTerm):

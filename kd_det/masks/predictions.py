@@ -5,7 +5,8 @@ student and teacher are detached here, for no gradient flows through a mask.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from kd_det.config.arguments import Count, EitherSide, Positive, Share, declared, split_sides
 from kd_det.context import ComparedLevel, DistillContext
+from kd_det.functional.blocks import map_rows
+from kd_det.functional.logits import cell_probabilities
 from kd_det.functional.masks import (
     assign_levels,
     prediction_difference,
@@ -40,18 +43,30 @@ class _PredictionMask(CellMask):
     def teacher_heads(self) -> tuple[str, ...]:
         return (self.teacher_head, )
 
-    def teacher_probabilities(self, level: ComparedLevel) -> Tensor:
-        """(N, classes, H, W)."""
-        outputs = level.context.teacher_outputs[level.teacher_index][self.teacher_head]
-        return self.probabilities(level, cast(DenseOutputs, outputs))
+    def teacher_outputs(self, level: ComparedLevel) -> DenseOutputs:
+        return cast(DenseOutputs, level.context.teacher_outputs[level.teacher_index][self.teacher_head])
 
-    def probabilities(self, level: ComparedLevel, outputs: DenseOutputs) -> Tensor:
-        """(N, classes, H, W) of that level.
+    def look(self, level: ComparedLevel, see: Callable[..., Tensor], *sides: DenseOutputs) -> Tensor:
+        """What can be seen of the class probabilities at each cell, a few cells at a time.
+
+        Args:
+            level: The level.
+            see: Of (cells, classes) of each side: (cells,).
+            sides: Outputs of heads.
+
+        Returns:
+            (N, H, W).
 
         Raises:
-            HeadError: The head has no such level.
+            HeadError: A head has no such level.
         """
-        return outputs.cell_probabilities(_find_head_level(level, outputs), self.anchors).detach()
+        cells = [each for outputs in sides for each in outputs.cells(_find_head_level(level, outputs))]
+
+        def see_cells(*blocks: Tensor | None) -> Tensor:
+            return see(*(cell_probabilities(cast(Tensor, logits), outputs.activation, objectness, self.anchors)
+                         for logits, objectness, outputs in zip(blocks[::2], blocks[1::2], sides)))
+
+        return map_rows(see_cells, cast(Tensor, cells[0]), *cells[1:]).view(-1, *level.shape)
 
 
 def _find_head_level(level: ComparedLevel, outputs: DenseOutputs) -> int:
@@ -63,7 +78,7 @@ def _find_head_level(level: ComparedLevel, outputs: DenseOutputs) -> int:
 
 
 def _compare_probabilities(student: Tensor, teacher: Tensor, class_agnostic: bool) -> Tensor:
-    """The difference of class probabilities, (N, K, …) or (R, K), as (N, …) or (R,)."""
+    """The difference of class probabilities, (R, K), as (R,)."""
     if class_agnostic:
         student, teacher = student.amax(1, keepdim=True), teacher.amax(1, keepdim=True)
     if student.shape != teacher.shape:
@@ -107,8 +122,9 @@ class PredictionDifference(_PredictionMask):
         return (self.student_head, )
 
     def cells(self, level: ComparedLevel) -> Tensor:
-        student = self.probabilities(level, cast(DenseOutputs, level.context.student_outputs[self.student_head]))
-        return _compare_probabilities(student, self.teacher_probabilities(level), self.class_agnostic) * level.valid
+        compare = partial(_compare_probabilities, class_agnostic=self.class_agnostic)
+        student = cast(DenseOutputs, level.context.student_outputs[self.student_head])
+        return self.look(level, compare, student, self.teacher_outputs(level)) * level.valid
 
 
 @MODELS.register_module()
@@ -138,7 +154,7 @@ class TeacherConfidence(_PredictionMask):
     """
 
     def cells(self, level: ComparedLevel) -> Tensor:
-        return teacher_confidence(self.teacher_probabilities(level)) * level.valid
+        return self.look(level, teacher_confidence, self.teacher_outputs(level)) * level.valid
 
 
 @MODELS.register_module()

@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from kd_det.functional import masks
+from kd_det.functional import blocks, masks
+from kd_det.functional.boxes import find_nearest
 
 
 def test_prediction_difference_and_teacher_confidence():
@@ -96,3 +97,21 @@ def test_valuable_region_equals_the_loop(budget, monkeypatch, loop_iou):
         expected[0] = torch.maximum(expected[0], overlaps * valuable)
     torch.testing.assert_close(actual, expected)
     assert 5 < (expected > 0).sum() < 40
+
+
+@pytest.mark.parametrize('block', [2**16, 9])
+def test_the_nearest_box_equals_the_loop(block, monkeypatch, random_boxes, loop_iou):
+    monkeypatch.setattr(blocks, 'ROW_BLOCK', block)
+    truth = [random_boxes(3, 1), torch.zeros(0, 4), random_boxes(5, 2)]
+    predictions = torch.stack([random_boxes(40, seed) for seed in (3, 4, 5)])
+    predictions[2, 7] = float('nan')
+    candidates = torch.rand(3, 40, generator=torch.Generator().manual_seed(0)) < 0.5
+    candidates[2, 7] = True
+    actual = find_nearest(predictions, truth, candidates)
+    for image, start in enumerate((0, 3, 3)):
+        for index, predicted in enumerate(predictions[image].tolist()):
+            overlaps = [loop_iou(predicted, box) for box in truth[image].tolist()]
+            best = max(overlaps, default=0)
+            found = best > 0 and candidates[image, index] and predicted[0] == predicted[0]
+            assert actual[image, index] == (start + overlaps.index(best) if found else -1)
+    assert (find_nearest(predictions, [torch.zeros(0, 4)] * 3, candidates) == -1).all()
