@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from math import inf
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -235,47 +236,59 @@ def _softplus(logits: Tensor) -> Tensor:
     return rounded.log_().add_(lost).add_(logits.clamp(min=0))
 
 
+class _Areas(NamedTuple):
+    """What the GIoU of (r, 4) boxes of student and teacher is made of, (r,) each.
+
+    Attributes:
+        corners: Along x and along y: the student's first, the teacher's, the student's last, the teacher's.
+        sides: Along x and along y: of the overlap, the student's box, the hull; negative where corners cross.
+        overlap: Area.
+        union: Area.
+        hull: Area.
+        usable: Where the teacher's box is finite and has an area.
+    """
+    corners: list[tuple[Tensor, Tensor, Tensor, Tensor]]
+    sides: list[tuple[Tensor, Tensor, Tensor]]
+    overlap: Tensor
+    union: Tensor
+    hull: Tensor
+    usable: Tensor
+
+
+def _measure_areas(student: Tensor, teacher: Tensor) -> _Areas:
+    own, other = ([column.contiguous() for column in boxes.unbind(1)] for boxes in (student, teacher))
+    corners = [(own[axis], other[axis], own[axis + 2], other[axis + 2]) for axis in (0, 1)]
+    sides = [(torch.minimum(last, last_other).sub_(torch.maximum(first, first_other)), last - first,
+              torch.maximum(last, last_other).sub_(torch.minimum(first, first_other)))
+             for first, first_other, last, last_other in corners]
+    overlap, area, hull = (width.clamp(min=0).mul_(height.clamp(min=0)) for width, height in zip(*sides))
+    width, height = other[2] - other[0], other[3] - other[1]
+    usable = (width > 0) & (height > 0)
+    area_of_teacher = width.mul_(height)
+    return _Areas(corners, sides, overlap, area.add_(area_of_teacher).sub_(overlap), hull,
+                  usable.logical_and_(area_of_teacher < inf))
+
+
 def _giou_value(student: Tensor, teacher: Tensor) -> Tensor:
-    overlap, union, hull, _, usable = _measure_boxes(student, teacher)
-    smallest = torch.finfo(student.dtype).eps
-    distance = 1 - overlap / union.clamp(min=smallest) + (hull - union) / hull.clamp(min=smallest)
-    return distance.mul_(usable)
+    areas, smallest = _measure_areas(student, teacher), torch.finfo(student.dtype).eps
+    distance = (areas.hull - areas.union).div_(areas.hull.clamp_(min=smallest)).add_(1)
+    return torch.where(areas.usable, distance.sub_(areas.overlap.div_(areas.union.clamp_(min=smallest))), 0)
 
 
 def _giou_gradient(student: Tensor, teacher: Tensor) -> Tensor:
-    """By the corners: through three areas and their sides, of the overlap, of the student's box and of the hull."""
-    overlap, union, hull, (own, other), usable = _measure_boxes(student, teacher)
-    smallest = torch.finfo(student.dtype).eps
-    by_overlap, by_hull = -1 / union.clamp(min=smallest), 1 / hull.clamp(min=smallest)
-    by_union = overlap * by_overlap.square() * (union > smallest) - by_hull
-    by_hull = by_hull - (hull - union) * by_hull.square() * (hull > smallest)
-    factors, all_sides = (by_overlap - by_union, by_union, by_hull), _find_sides(own, other)
-    by_sides = [torch.stack([height, width]).clamp_(min=0).mul_(factor).mul_(torch.stack([width, height]) > 0)
-                for factor, (width, height) in zip(factors, all_sides)]
-    # A corner of the overlap is the student's where that is the inner one, one of the hull's where it is the outer one;
-    # half each where both are in one place.
-    beyond = torch.sign(own - other).mul_(0.5)
-    inner, outer = (torch.cat([0.5 + sign * beyond[:2], 0.5 - sign * beyond[2:]]) for sign in (1, -1))
-    of_overlap, of_own, of_hull = (torch.cat([-each, each]) for each in by_sides)
-    return (of_overlap.mul_(inner) + of_own + of_hull.mul_(outer)).mul_(usable).t()
-
-
-def _measure_boxes(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], Tensor]:
-    """Of (r, 4) boxes: areas of overlap, union and hull, both as (4, r), and which of the teacher's teach.
-
-    The student's stand in the place of the others: masking their distance would leave NaN in gradients.
-    """
-    own, other = student.t().contiguous(), teacher.t().contiguous()
-    width, height = other[2:] - other[:2]
-    usable = (width > 0) & (height > 0) & (width * height < inf)
-    other = torch.where(usable, other, own)
-    overlap, area, hull = (width.clamp(min=0) * height.clamp(min=0) for width, height in _find_sides(own, other))
-    width, height = (other[2:] - other[:2]).clamp_(min=0)
-    return overlap, area + width * height - overlap, hull, (own, other), usable
-
-
-def _find_sides(own: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(2, r) widths and heights of the overlap, of the own box and of the hull; negative where corners cross."""
-    first, last = (own[:2], other[:2]), (own[2:], other[2:])
-    return (torch.minimum(*last) - torch.maximum(*first), own[2:] - own[:2],
-            torch.maximum(*last) - torch.minimum(*first))
+    """By the corners, through the areas and their sides."""
+    areas, smallest = _measure_areas(student, teacher), torch.finfo(student.dtype).eps
+    per_union, per_hull = 1 / areas.union.clamp(min=smallest), 1 / areas.hull.clamp(min=smallest)
+    by_union = (areas.overlap * per_union).mul_(per_union).mul_(areas.union > smallest).sub_(per_hull)
+    by_hull = (areas.hull - areas.union).mul_(per_hull).mul_(areas.hull > smallest).neg_().add_(1).mul_(per_hull)
+    by_areas = per_union.neg_().sub_(by_union), by_union, by_hull
+    by_first, by_last = [], []
+    for sides, others, (first, first_other, last, last_other) in zip(areas.sides, areas.sides[::-1], areas.corners):
+        by_overlap, by_own, by_hull = (other.clamp(min=0).mul_(factor).mul_(side > 0)
+                                       for factor, side, other in zip(by_areas, sides, others))
+        # A corner of the overlap is the student's where that is the inner one, one of the hull's where it is the outer
+        # one; half each where both are in one place.
+        both, difference = by_own.add_(by_overlap, alpha=0.5).add_(by_hull, alpha=0.5), by_hull.sub_(by_overlap).div_(2)
+        by_first.append((first - first_other).sign_().mul_(difference).sub_(both))
+        by_last.append((last - last_other).sign_().mul_(difference).add_(both))
+    return torch.where(areas.usable[:, None], torch.stack([*by_first, *by_last], 1), 0)
