@@ -21,6 +21,7 @@ from kd_det.functional.masks import (
     assign_levels,
     prediction_difference,
     prediction_quality,
+    prediction_quality_of_grids,
     region_foreground,
     teacher_confidence,
 )
@@ -208,15 +209,21 @@ class PredictionQuality(CellMask):
         sizes = [height * width for height, width in outputs.shapes]
         anchors = [len(priors) // size for priors, size in zip(outputs.priors, sizes)]
         centers = [priors[::each].unflatten(1, (2, 2)).mean(1) for priors, each in zip(outputs.priors, anchors)]
-        points = torch.cat(centers)
-        cells = torch.cat([cell.repeat_interleave(each) for cell, each in
-                           zip(torch.arange(len(points), device=points.device).split(sizes), anchors)])
-        probabilities = torch.cat([outputs.probabilities(index) for index in range(len(sizes))], 1)
-        boxes = torch.cat(outputs.boxes, 1).nan_to_num(0, 0, 0)  # a box that overflowed overlaps with none
+        boxes = [level.nan_to_num(0, 0, 0) for level in outputs.boxes]  # a box that overflowed overlaps with none
         labels = context.labels
         if outputs.num_classes == 1:  # an object, whatever its class; but -1 is a class that the teacher does not know
             labels = [each.clamp(max=0) for each in labels]
-        quality = prediction_quality(probabilities, boxes, points, context.boxes, labels, self.xi, self.top_k, cells)
+        if context.device.type == 'cpu':
+            grids = [level.view(*shape, 2) for level, shape in zip(centers, outputs.shapes)]
+            quality = prediction_quality_of_grids(outputs.logits, boxes, grids, context.boxes, labels,
+                                                  outputs.activation, outputs.objectness, self.xi, self.top_k)
+        else:
+            points = torch.cat(centers)
+            cells = torch.cat([cell.repeat_interleave(each) for cell, each in
+                               zip(torch.arange(len(points), device=points.device).split(sizes), anchors)])
+            probabilities = torch.cat([outputs.probabilities(index) for index in range(len(sizes))], 1)
+            quality = prediction_quality(probabilities, torch.cat(boxes, 1), points, context.boxes, labels, self.xi,
+                                         self.top_k, cells)
         return [level.view(-1, *shape) for level, shape in zip(quality.split(sizes, 1), outputs.shapes)]
 
 

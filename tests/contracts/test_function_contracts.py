@@ -91,6 +91,9 @@ def own(cells: tuple[int, int], boxes: int) -> dict:
         'masks.foreground.paint_rectangles': dict(painted, first=corners, last=corners + 1, weight=torch.rand(IMAGES)),
         'masks.foreground.paint_runs': dict(painted, first=torch.zeros(IMAGES, cells[0], dtype=torch.long),
                                             stop=torch.ones(IMAGES, cells[0], dtype=torch.long), width=cells[1]),
+        'masks.predictions.prediction_quality_of_grids': dict(
+            logits=[torch.randn(IMAGES, len(shared['priors']), CHANNELS)], predictions=[shared['predictions']],
+            points=[shared['points'].view(*cells, 2)], activation='sigmoid'),
         'masks.pyramid.valuable_region': dict(priors=[shared['priors'], shared['priors'][:1]]),
         'boxes': dict(student=boxes_of(count), teacher=boxes_of(count), target=boxes_of(count), a=boxes_of(count),
                       b=boxes_of(count)),
