@@ -11,19 +11,18 @@ import copy
 import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.runner.checkpoint import find_latest_checkpoint
 
+from benchmarks.trained_rows import MAP, collect_rows, keep_maps, train_once, write_rows
 from kd_det import RunResult, distill, generations, train
-from kd_det.compat.writing import write_whole
+from kd_det.config.choices import TREATMENTS
 from kd_det.config.composition import distillation_config
 from kd_det.config.files import load_config, set_data_root
-from kd_det.study.results import paired_difference
 
-MAP = 'coco/bbox_mAP'
 TRUNK = ('backbone', 'neck')
 
 
@@ -53,8 +52,8 @@ def make_runs(options: Namespace) -> dict[str, Callable[..., RunResult]]:
         'dml_4': learn(peers=3),
         'dml_teacher_kind': learn(peers=[options.teacher]),
         'dml_taught': learn(peers=1, **taught),
-        'one': learn(peers=2, share=TRUNK, guide='gate'),
         'branches': learn(peers=2, share=TRUNK, method='none'),
+        'one': learn(peers=2, share=TRUNK, guide='gate'),
         # λ = 1/2: half the loss of the mean prediction, and half the mean of the heads' own.
         'ensemble_net': learn(peers=2, share=TRUNK, guide='mean', options={
             'model.teacher.0.loss_weight': 0.5, 'model.task_weight': 0.5 / 3}),
@@ -111,48 +110,34 @@ def main() -> None:
     parser.add_argument('--method', default='kd', help='by which all learn (kd)')
     parser.add_argument('--methods', nargs='*', help='some of them alone')
     parser.add_argument('--backbone', help="ImageNet weights of MMDetection's MobileNetV2, as a teacher of features")
-    parser.add_argument('--generations', nargs='*', default=[], choices=['none', 'cwtm', 'dkpp'],
+    parser.add_argument('--generations', nargs='*', default=[], choices=TREATMENTS,
                         help='Born-Again by these treatments, from the plain student')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument('--epochs', type=int)
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/learners'))
     parser.add_argument('--json', type=Path)
     options = parser.parse_args()
-    runs, found = make_runs(options), {}
+    runs = make_runs(options)
+
+    def learn(name: str, seed: int, folder: Path) -> dict[str, float]:
+        return keep_maps(runs[name](seed=seed, work_dir=folder, resume=folder.is_dir()).metrics)
+
+    def bear_again(treatment: str, seed: int, folder: Path) -> dict[str, float]:
+        result = generations(options.student, method=options.method, treatment=treatment, seed=seed,
+                             checkpoint=find_latest_checkpoint(str(options.work_dir / f'plain_{seed}')),
+                             data_root=options.data_root, epochs=options.epochs, work_dir=folder)
+        return {f'{each.name}{of}/{MAP}': metrics[MAP] for each in result.members[1:]
+                for of, metrics in (('', each.metrics), ('/ensemble', each.ensemble))}
+
     for seed in options.seeds:
         for name in options.methods if options.methods is not None else runs:
             folder = options.work_dir / f'{name}_{seed}'
-            record = folder / 'learners.json'
-            if not record.is_file():
-                print(f'seed {seed}: {name}', flush=True)
-                result = runs[name](seed=seed, work_dir=folder, resume=folder.is_dir())
-                write_whole(record, json.dumps({metric: value for metric, value in result.metrics.items()
-                                                if metric.endswith(MAP)}))
+            train_once(folder, partial(learn, name, seed, folder))
         for treatment in options.generations:
             folder = options.work_dir / f'born_again_{treatment}_{seed}'
-            record = folder / 'learners.json'
-            if not record.is_file():
-                print(f'seed {seed}: born again, {treatment}', flush=True)
-                result = generations(options.student, method=options.method, treatment=treatment, seed=seed,
-                                     checkpoint=find_latest_checkpoint(str(options.work_dir / f'plain_{seed}')),
-                                     data_root=options.data_root, epochs=options.epochs, work_dir=folder)
-                write_whole(record, json.dumps({
-                    f'{each.name}{of}/{MAP}': metrics[MAP] for each in result.members[1:]
-                    for of, metrics in (('', each.metrics), ('/ensemble', each.ensemble))}))
-    for record in sorted(options.work_dir.glob('*/learners.json')):
-        name, _, seed = record.parent.name.rpartition('_')
-        for metric, value in json.loads(record.read_text(encoding='utf-8')).items():
-            whose = metric.removesuffix(MAP).rstrip('/')
-            found.setdefault(f'{name} {whose}'.rstrip(), {})[int(seed)] = 100 * value
-    rows = {}
-    for name, values in found.items():
-        difference = paired_difference(found.get('plain', {}), values) if name != 'plain' else None
-        rows[name] = dict(map=values, against_plain=difference and asdict(difference))
-        text = '' if difference is None else f'  {difference}'
-        print(f"{name:34}{'  '.join(f'{values[seed]:5.1f}' for seed in sorted(values))}{text}")
-    if options.json:
-        write_whole(options.json, json.dumps(dict(
-            student=options.student, teacher=options.teacher, method=options.method, rows=rows), indent=1))
+            train_once(folder, partial(bear_again, treatment, seed, folder))
+    rows = collect_rows(options.work_dir, [*runs, *map('born_again_{}'.format, TREATMENTS)])
+    write_rows(options.json, rows, student=options.student, teacher=options.teacher, method=options.method)
 
 
 if __name__ == '__main__':

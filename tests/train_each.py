@@ -1,4 +1,5 @@
 """Trains configs one after the other: ``train_each.py CONFIG EPOCHS …``, each interrupted after so many, 0 for not."""
+import multiprocessing
 import sys
 from contextlib import nullcontext, suppress
 
@@ -6,7 +7,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-import kd_det  # noqa: F401
+from kd_det.training.runner import ended_workers
 
 
 class StopAfter(Hook):
@@ -25,5 +26,6 @@ if __name__ == '__main__':
         runner = Runner.from_cfg(Config.fromfile(config))
         if epochs:
             runner.register_hook(StopAfter(epochs), priority='LOWEST')
-        with suppress(KeyboardInterrupt) if epochs else nullcontext():
+        with ended_workers(runner), suppress(KeyboardInterrupt) if epochs else nullcontext():
             runner.train()
+        assert not multiprocessing.active_children()

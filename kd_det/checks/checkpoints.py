@@ -15,7 +15,7 @@ from kd_det.checks.synthetic import synthetic_batch
 from kd_det.compat.checkpoint import STATISTICS, CheckpointError, NotFiniteError, load_checkpoint, require_finite
 from kd_det.compat.process import preserved_randomness
 from kd_det.config.classes import find_training_classes, match_classes
-from kd_det.config.detectors import check_student, read_model_config, teachers_of
+from kd_det.config.detectors import check_student, guides_of, read_model_config, teachers_of
 from kd_det.config.files import (
     DISTILL_HOOK,
     ConfigurationError,
@@ -25,6 +25,7 @@ from kd_det.config.files import (
     student_model,
 )
 from kd_det.registry import build_detector
+from kd_det.teachers.guide import build_guide
 from kd_det.teachers.loading import (
     ClassNamesError,
     check_some_fit,
@@ -44,8 +45,11 @@ RESUMED = ('ema_state_dict', 'distill', 'optimizer')  # what a resumed training 
 
 def inspect_checkpoints(config: Config) -> Iterator[Finding]:
     """Whether the files of the teacher's and the student's initial weights exist; addresses are listed."""
-    for name, teacher in teachers_of(config):
-        if teacher.get('checkpoint') and teacher.get('random_teacher'):
+    for name, teacher in guides_of(config):
+        if 'type' in teacher:
+            if teacher.get('checkpoint'):  # that it needs one, and a file, its kind says itself
+                yield inspect_checkpoint(f'{name} checkpoint', teacher['checkpoint'], SET_TEACHER)
+        elif teacher.get('checkpoint') and teacher.get('random_teacher'):
             yield Finding(f'{name} checkpoint', f"'{teacher['checkpoint']}' contradicts random_teacher=True",
                           'Remove one of the two', fault=True)
         elif teacher.get('checkpoint'):
@@ -159,10 +163,15 @@ def _meta(teacher: dict) -> dict:
 
 def inspect_teacher_weights(config: Config) -> Iterator[Finding]:
     """Builds each teacher and loads its checkpoint where that is a file."""
-    for name, teacher in teachers_of(config):
+    for name, teacher in guides_of(config):
         checkpoint = teacher.get('checkpoint')
         if checkpoint and Path(checkpoint).is_file():
             try:
+                if 'type' in teacher:
+                    fits = build_guide(teacher).try_weights()
+                    if fits:
+                        yield Finding(f'{name} weights', fits)
+                    continue
                 with explain_model_errors(teacher['config']):
                     model = build_detector(read_model_config(teacher['config']))
                 load_strictly(model, checkpoint, teacher.get('allow_missing', ()), teacher.get('allow_unexpected', ()),

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('--methods', default='none,kd,fgd,pkd', metavar='A,B+C,D@SETTING',
                         help='methods, sums of methods, or inherit; @paper, @balance=RATIO, @inherit=PART+PART, '
-                        '@teachers=N, @policy=POLICY, @augment=mosaic+mixup and @dotted.key=value are settings of one '
-                        'of them. none, the plain student, always takes part, also in each setting of the student '
-                        "('none,kd,fgd,pkd')")
+                        '@teachers=N, @policy=POLICY, @epochs=N, @augment=mosaic+mixup and @dotted.key=value are '
+                        'settings of one of them. none, the plain student, always takes part, also in each setting of '
+                        "the student ('none,kd,fgd,pkd')")
     add_common_arguments(parser)
 
 
@@ -57,8 +57,9 @@ def add_common_arguments(parser: ArgumentParser) -> None:
     training = parser.add_argument_group('how it is trained')
     training.add_argument('--data', '--data-root', metavar='DIR',
                           help="folder of the data, in place of the configs' data_root")
-    training.add_argument('--epochs', type=count, metavar='N',
-                          help="epochs of the students (their config's), and their schedules with them")
+    training.add_argument('--epochs', type=_lengths, metavar='N,M',
+                          help="epochs of the students (their config's), and their schedules with them; several, as "
+                          '12,24,48, train and compare each method at each length')
     training.add_argument('--teacher-epochs', type=count, metavar='N', help="epochs of the teacher (its config's)")
     add_weight_options(training)
     add_inheritance_option(training)
@@ -86,6 +87,14 @@ def _seeds(text: str) -> list[int]:
         raise ArgumentTypeError("expected a number of seeds, 1 or more, or a list of seeds below 2**32, no two the "
                                 f"same: '3,5,8' or '7,', got '{text}'")
     return numbers if ',' in text else list(range(numbers[0]))
+
+
+def _lengths(text: str) -> int | list[int]:
+    numbers = [count(number) for number in text.split(',')]
+    if len(set(numbers)) < len(numbers):
+        raise ArgumentTypeError("expected a number of epochs, or a list of them, no two the same: '12,24', got "
+                                f"'{text}'")
+    return sorted(numbers) if len(numbers) > 1 else numbers[0]
 
 
 def run(options: Namespace) -> int:

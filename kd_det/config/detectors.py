@@ -115,17 +115,21 @@ def find_family(detector: str, heads: HeadClasses) -> str:
 
 def teachers_of(config: Config) -> list[tuple[str, dict]]:
     """Name and config of each frozen detector that teaches, those within an ensemble too; none for a plain detector."""
+    return [(name, guide) for name, guide in guides_of(config) if 'type' not in guide]
+
+
+def guides_of(config: Config) -> list[tuple[str, dict]]:
+    """Name and config of each guide, those within an ensemble too; none for a plain detector."""
     found = config.model.get('teacher', ()) if is_distillation(config) else ()
-    return list(_frozen_within({'teacher': found} if isinstance(found, dict) else
+    return list(_guides_within({'teacher': found} if isinstance(found, dict) else
                                {f'teacher {index}': teacher for index, teacher in enumerate(found)}))
 
 
-def _frozen_within(guides: dict[str, dict]) -> Iterator[tuple[str, dict]]:
+def _guides_within(guides: dict[str, dict]) -> Iterator[tuple[str, dict]]:
     for name, guide in guides.items():
-        if 'type' not in guide:
-            yield name, guide
-        else:
-            yield from _frozen_within({f'{name}.of[{index}]': each for index, each in enumerate(list_members(guide))})
+        yield name, guide
+        if 'type' in guide:
+            yield from _guides_within({f'{name}.of[{index}]': each for index, each in enumerate(list_members(guide))})
 
 
 def list_members(guide: dict) -> list[dict]:

@@ -5,7 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint_with_prefix
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from kd_det.compat.process import preserved_randomness
 from kd_det.config.arguments import Weight, at, check_arguments, declared, refuse
 from kd_det.config.choices import InheritanceRule
 from kd_det.config.composition import find_part_keys
-from kd_det.distillers.resizing import check_growth, grow, match_tensors, select
+from kd_det.distillers.resizing import check_growth, find_spread_layers, grow, match_tensors, select
 from kd_det.teachers.loading import is_pretrained
 from kd_det.teachers.teacher import Teacher
 
@@ -59,9 +59,13 @@ class Inheritance:
             larger ones entries at even distances, see :func:`~kd_det.distillers.resizing.select`. ``'growth'``, for a
             larger student: it computes what the teacher does, see :func:`~kd_det.distillers.resizing.grow`.
         noise: How unequally copies of a channel share what it had, with ``'growth'``; so they learn to differ.
+        layers: Which layers of the teacher's a shallower student takes, with ``'selection'``: of each stage the
+            ``'first'``, or layers at ``'even'`` distances, see
+            :func:`~kd_det.distillers.resizing.find_spread_layers`.
     """
     rule: InheritanceRule = 'shape'
     noise: Weight = 0.1
+    layers: Literal['first', 'even'] = 'first'
 
 
 def build_inheritance(by: str | dict[str, Any]) -> Inheritance:
@@ -73,6 +77,8 @@ def build_inheritance(by: str | dict[str, Any]) -> Inheritance:
     with at('model.inherit_by'):
         given = dict(rule=by) if isinstance(by, str) else by
         check_arguments(Inheritance, given)
+        if given.get('layers', 'first') != 'first' and given.get('rule') != 'selection':
+            refuse('layers', given['layers'], "it beside rule='selection' alone")
         return Inheritance(**given)
 
 
@@ -144,6 +150,10 @@ def inherit(student: nn.Module, teacher: Teacher | nn.Module, parts: Iterable[st
         refused = [key for key in found if key not in made]
     else:
         model = getattr(teacher, 'model', teacher)
+        if by.layers == 'even':
+            spread = find_spread_layers(student, model)
+            counterparts = {key: each and spread.get(key, each) for key, each in counterparts.items()}
+            found = {key: source.get(counterpart) for key, counterpart in counterparts.items()}
         matches = list(match_tensors(student, model, counterparts, source))
         if by.rule == 'selection':
             made, refused = select(student, matches)

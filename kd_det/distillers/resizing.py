@@ -5,8 +5,8 @@ wherever it is shared: in residual sums, norms, the inputs of the next layer, th
 are concatenated, groups of a GroupNorm and heads of an attention keep their own channels, too.
 
 Selection (Xu et al., ICLR 2024, arXiv 2311.18823): a smaller student takes channels at even distances, and of each
-stage the first layers. Growth (Net2Net, Chen et al., ICLR 2016, arXiv 1511.05641): a larger one takes each channel
-several times, and its further layers are identities; it computes what the small one does.
+stage the first layers, or such at even distances. Growth (Net2Net, Chen et al., ICLR 2016, arXiv 1511.05641): a larger
+one takes each channel several times, and its further layers are identities; it computes what the small one does.
 """
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ from kd_det.teachers.probe import PROBE_SIZE, find_input_channels, find_prior_st
 TOLERANCE = 1e-5  # of what a part puts out, in units of the largest number there
 ABSENT = 'the teacher has none'
 BRANCHES = ('cls_branches', 'reg_branches', 'fc_cls', 'fc_reg')  # of a DETR's head
+STACKS = ('cls_convs', 'reg_convs', '.blocks', 'encoder.layers')  # lists of layers that run one after the other
 ALIKE = ('groups', 'num_heads', 'num_levels', 'num_points')  # how layers part their channels
 
 
@@ -226,6 +227,33 @@ def find_flattened(detector: nn.Module) -> dict[str, int]:
 
 
 # --------------------------------------------------------------------------------------------------- a smaller student
+
+def find_spread_layers(student: nn.Module, teacher: nn.Module) -> dict[str, str]:
+    """Finds for each tensor of a shallower student that of the layer at the same share of the teacher's depth.
+
+    Of a stack of n layers for which the teacher has m, the i-th takes the i · m // n-th, the first the first. A stack
+    is what runs one after the other and is of one kind: the blocks of a stage, the convolutions of a head's tower, the
+    layers of an encoder. Those of a decoder, whose heads belong to them, and of pyramids, whose layers are levels, keep
+    their places.
+
+    Returns:
+        Key of the student's state dict -> key of the teacher's, for those that differ.
+    """
+    theirs, moved = dict(teacher.named_modules(remove_duplicate=False)), dict[str, str]()
+    for path, stack in student.named_modules(remove_duplicate=False):
+        here, there = (_list_stack(path, each) for each in (stack, theirs.get(path)))
+        if here and len({type(each) for _, each in (*here, *there)}) == 1 and len(there) > len(here):
+            for (name, layer), origin in zip(here, spread(len(there), len(here)).tolist()):
+                moved.update({f'{path}.{name}.{key}': f'{path}.{there[origin][0]}.{key}' for key in layer.state_dict()
+                              if name != there[origin][0]})
+    return moved
+
+
+def _list_stack(path: str, module: nn.Module | None) -> list[tuple[str, nn.Module]]:
+    """The layers of what may be a stack, with their names; none for what is none."""
+    listed = isinstance(module, nn.ModuleList) and path.endswith(STACKS)
+    return [*module.named_children()] if isinstance(module, nn.Module) and (
+        listed or isinstance(module, nn.Sequential)) else []
 
 
 def select(student: nn.Module, matches: Iterable[Match]) -> tuple[dict[str, Tensor], list[str]]:

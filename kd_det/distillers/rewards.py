@@ -65,21 +65,25 @@ class Bandit(ArmPolicy):
       by exp(γ·r/(p_a·K)). It assumes nothing of the rewards, which change as the student learns.
     - ``'ucb'`` (UCB1: Auer et al., Machine Learning 47, 2002) takes the largest mean + √(2·ln n/n_a), each arm first
       once. It takes an arm's rewards to be alike throughout.
+    - ``'halving'`` (sequential halving: Karnin et al., ICML 2013) takes all in turn, ``rounds`` times, keeps the better
+      half, and so on; the last one teaches to the end, without further evaluations. Not the regret on the way counts
+      here but what is found: the others go on changing arms as long as the student trains, which disturbs it.
 
     Args:
-        algorithm: ``'exp3'`` or ``'ucb'``.
+        algorithm: ``'exp3'``, ``'ucb'`` or ``'halving'``.
         interval: Steps of a decision.
         gamma: The share of decisions that explore, of EXP3.
+        rounds: Decisions for each arm before half of them go, of halving.
         arms: See :class:`~kd_det.distillers.policies.ArmPolicy`.
     """
     needs_probe = True
-    state_names = 'logits', 'sums', 'counts', 'arm', 'probability', 'gains_state'
+    state_names = 'logits', 'sums', 'counts', 'arm', 'probability', 'gains_state', 'left', 'stage'
 
     @declared
-    def __init__(self, algorithm: Literal['exp3', 'ucb'] = 'exp3', interval: Count = 50,
-                 gamma: Annotated[float, Gt(0), Le(1)] = 0.2, arms: Arms = 'guides') -> None:
+    def __init__(self, algorithm: Literal['exp3', 'ucb', 'halving'] = 'exp3', interval: Count = 50,
+                 gamma: Annotated[float, Gt(0), Le(1)] = 0.2, arms: Arms = 'guides', rounds: Count = 2) -> None:
         super().__init__(arms)
-        self.algorithm, self.interval, self.gamma = algorithm, interval, gamma
+        self.algorithm, self.interval, self.gamma, self.rounds = algorithm, interval, gamma, rounds
         self.gains, self.arm, self.probability = Gains(), -1, 1.0
 
     def connect(self, guides: Sequence[Guide], terms: Mapping[str, DistillTerm]) -> None:
@@ -89,6 +93,7 @@ class Bandit(ArmPolicy):
     def start(self, arms: int) -> None:
         """Knows nothing of so many arms."""
         self.logits, self.sums, self.counts = (torch.zeros(arms, dtype=torch.float64) for _ in range(3))
+        self.left, self.stage = [*range(arms)], 1  # of halving: who is left, and how often it has begun anew
 
     @property
     def gains_state(self) -> dict[str, Any]:
@@ -105,6 +110,9 @@ class Bandit(ArmPolicy):
 
     def choose(self, key: int) -> int:
         """Takes an arm; what is drawn follows from the key."""
+        if self.algorithm == 'halving':
+            self.arm = min(self.left, key=lambda arm: self.counts[arm].item())
+            return self.arm
         if self.algorithm == 'ucb':
             untried = (self.counts == 0).nonzero()
             bounds = self.sums / self.counts + (2 * math.log(max(self.counts.sum().item(), 1)) / self.counts).sqrt()
@@ -120,9 +128,14 @@ class Bandit(ArmPolicy):
         self.sums[self.arm] += reward
         self.counts[self.arm] += 1
         self.logits[self.arm] += self.gamma * reward / (self.probability * len(self.logits))
+        if self.algorithm == 'halving' and min(self.counts[self.left]) >= self.rounds * self.stage:
+            best = (self.sums / self.counts)[self.left].argsort(descending=True, stable=True)
+            self.left = sorted(self.left[place] for place in best[:-(-len(self.left) // 2)].tolist())
+            self.stage += 1
 
     def is_due(self, progress: Progress) -> bool:
-        return progress.iteration % self.interval == 0
+        has_decided = self.algorithm == 'halving' and len(self.left) == 1
+        return not has_decided and progress.iteration % self.interval == 0
 
     def evaluate(self, score: float, progress: Progress) -> None:
         worth = self.gains.take(score)
@@ -139,9 +152,12 @@ class Bandit(ArmPolicy):
         means = (self.sums / self.counts.clamp(min=1)).tolist()
         found = ', '.join(f'{name} {mean:.3f} ({int(count)} decisions)'
                           for name, mean, count in zip(self.arms, means, self.counts.tolist()))
-        liked = self.probabilities() if self.algorithm == 'exp3' else torch.tensor(means)
-        return (f'{super().report()} Mean reward: {found}. Preferred: {list(self.arms)[int(liked.argmax())]}; '
-                f'{int(self.counts.sum())} evaluations on the probe.')
+        if self.algorithm == 'halving':
+            liked = 'Left: ' + ', '.join(list(self.arms)[arm] for arm in self.left)
+        else:
+            likely = self.probabilities() if self.algorithm == 'exp3' else torch.tensor(means)
+            liked = f'Preferred: {list(self.arms)[int(likely.argmax())]}'
+        return (f'{super().report()} Mean reward: {found}. {liked}; {int(self.counts.sum())} evaluations on the probe.')
 
 
 @TASK_UTILS.register_module()

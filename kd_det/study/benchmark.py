@@ -30,14 +30,17 @@ from kd_det.study.results import (
     mark_twins,
     summarize,
     summarize_fidelity,
+    summarize_lengths,
     tabulate,
 )
 from kd_det.study.runs import Run, describe_environment, read_command_line
 from kd_det.study.scheduling import OTHER_FOLDER, Failure, Job, JobPool
 from kd_det.study.variants import PLAIN, Variant, expand_grid, parse_variants, variant_config
+from kd_det.training.pictures import draw_gains, save_figure
 from kd_det.training.runner import add_trackers
 
 TEACHER_SEED = 0
+GAINS_FILE = 'gains.png'  # against the epochs, where there are several lengths
 Split = Literal['val', 'train']
 
 
@@ -82,8 +85,9 @@ class BenchmarkResult:
 def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | Config | None = None,
               teacher: str | Path | Sequence[str | Path] | None = None, teacher_checkpoints: Sequence[str | Path] = (),
               methods: str | Sequence[str] = 'none,kd,fgd,pkd', seeds: Count | Seeds = 3,
-              fidelity: Sequence[Split] = (), data_root: str | None = None, epochs: Count | None = None,
-              teacher_epochs: Count | None = None, balance: Ratio | None = None, inherit: Parts = 'auto',
+              fidelity: Sequence[Split] = (), data_root: str | None = None,
+              epochs: Count | Sequence[Count] | None = None, teacher_epochs: Count | None = None,
+              balance: Ratio | None = None, inherit: Parts = 'auto',
               options: dict[str, Any] | None = None, check_images: Index | None = None, trackers: Sequence[Name] = (),
               work_dir: str | Path = 'work_dirs/benchmark', devices: Sequence[Name] = (), jobs: Count | None = None,
               threads: Count | None = None, force: bool = False,
@@ -103,7 +107,8 @@ def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | 
         seeds: How many, from 0 on; or a list of them.
         fidelity: On which images, ``'val'`` and ``'train'``, to measure how closely the students follow the teacher.
         data_root: Folder of the data, in place of the configs'.
-        epochs: Of the students, and their schedules with them; their config's by default.
+        epochs: Of the students, and their schedules with them; their config's by default. Of several each variant is
+            trained for each, and compared with the plain student that trained as long.
         teacher_epochs: Of the teacher; its config's by default.
         balance: Each method's gradient at this ratio of the task's; ``'paper'`` for the published weights.
         inherit: Parts of the student that start from the teacher's weights; ``'auto'`` for all but the backbone, ``()``
@@ -126,9 +131,11 @@ def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | 
     """
     root = Path(work_dir)
     pair = read_pair(pair, student, teacher, teacher_checkpoints)
-    pair = replace(pair, student=adapt_config(pair.student, data_root, epochs))
-    common = Variant('', PLAIN, balance, inherit if isinstance(inherit, str) else tuple(inherit), options or {})
-    variants = parse_variants(methods if isinstance(methods, str) else ','.join(methods), common)
+    pair = replace(pair, student=adapt_config(pair.student, data_root))
+    lengths: Sequence[int] = () if epochs is None else [epochs] if isinstance(epochs, int) else epochs
+    common = Variant('', PLAIN, balance, inherit if isinstance(inherit, str) else tuple(inherit), options or {},
+                     epochs=next(iter(lengths), None))
+    variants = parse_variants(methods if isinstance(methods, str) else ','.join(methods), common, lengths[1:])
     teachers = count_teachers(variants, pair.checkpoints)
     if pair.further and teachers != len(pair.teachers):
         raise ConfigurationError(f'--teacher names {len(pair.teachers)} configs, and the methods ask for {teachers} '
@@ -183,6 +190,9 @@ def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | 
         json_file, markdown_file = result.files
         write_whole(json_file, json.dumps(result.results, indent=2) + '\n')
         write_whole(markdown_file, format_markdown(result.results))
+        gains = {name: by_length for name, by_length in summarize_lengths(result.results).items() if name != PLAIN}
+        if gains:
+            save_figure(draw_gains(gains), root / GAINS_FILE)
         return result
 
 

@@ -156,12 +156,14 @@ class Inspection:
         task_loss: The student's own loss.
         has_boxes: Whether there is any box in the batch.
         pictures: Files of the masks and attentions of the terms.
+        arms: Between which a policy chooses, each with the names of its terms; the batch shows all as they teach alone.
     """
     taps: dict[Tap, tuple[str, ...]]
     terms: dict[str, InspectedTerm]
     task_loss: float
     has_boxes: bool
     pictures: tuple[Path, ...] = ()
+    arms: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def tabulate_taps(self) -> TextTable:
         """Makes a table of what the terms read in the student, and what of the teacher it is paired with."""
@@ -183,6 +185,9 @@ class Inspection:
         caption = "Ratio: of the weighted term's gradient on the student's features to the task's"
         if not self.has_boxes:
             caption += ', to which all is background: there are no boxes'
+        if self.arms:
+            caption += '\nEach as it teaches alone; the policy weighs ' + ', '.join(
+                f"{arm} ({', '.join(names)})" for arm, names in self.arms.items())
         for name, term in self.terms.items():
             if term.idle:
                 caption += (f'\n{name} teaches the student nothing: none of its weights gets a gradient from it. '
@@ -214,7 +219,8 @@ class Inspection:
         """Returns all numbers and the names of the pictures, as JSON can hold them."""
         return dict(taps=[dict(tap._asdict(), read_by=list(names)) for tap, names in self.taps.items()],
                     terms={name: asdict(term) for name, term in self.terms.items()}, task_loss=self.task_loss,
-                    has_boxes=self.has_boxes, pictures=list(map(str, self.pictures)))
+                    has_boxes=self.has_boxes, pictures=list(map(str, self.pictures)),
+                    arms={arm: list(names) for arm, names in self.arms.items()})
 
     def _repr_html_(self) -> str:
         """The tables, and the pictures of the first image."""
@@ -284,7 +290,8 @@ def describe_step(distiller: DetectionDistiller, step: ObservedStep, pictures: S
             tuple(distiller.connections.gradient_taps[name]), factor * norms.term.item(), norms.task.item(),
             tuple(_describe_levels(distiller.terms[name], step.comparisons.get(name, ()))), idle.get(name, ''))
     return Inspection({tap: tuple(names) for tap, names in taps.items()}, terms, step.task.item(),
-                      any(map(len, step.observation.context.boxes)), tuple(pictures))
+                      any(map(len, step.observation.context.boxes)), tuple(pictures),
+                      dict(distiller.policy.arms) if distiller.policy else {})
 
 
 @torch.no_grad()

@@ -14,18 +14,21 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
+from itertools import count
+from math import inf, sqrt
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import nct
 from scipy.stats import t as student_t
 
 from kd_det.compat.console import TextTable
 from kd_det.study.scheduling import Failure, Outcome
-from kd_det.study.variants import PLAIN, Variant, find_twin
+from kd_det.study.variants import PLAIN, Variant, find_twin, without_length
 
 RESULTS_FILE, TABLE_FILE = 'results.json', 'results.md'
 CONFIDENCE = 0.95
+POWER = 0.8  # with which a difference is to be shown
 METRICS = {'bbox_mAP': 'mAP', 'bbox_mAP_50': 'AP50', 'bbox_mAP_75': 'AP75', 'bbox_mAP_s': 'APs', 'bbox_mAP_m': 'APm',
            'bbox_mAP_l': 'APl'}
 COSTS = ('parameters', 'FLOPs', 's/iteration', 'memory')
@@ -136,6 +139,61 @@ def _summarize_metric(variant: str, by_seed: Mapping[int, float], twin: Mapping[
     return summary
 
 
+def count_seeds(spread: float, difference: float = 1.0, power: float = POWER) -> int:
+    """Counts the seeds with which a difference would be shown, most of the times that it is there.
+
+    That is the least number of pairs with which the 95 % interval of the mean, by Student's t, lies on the difference's
+    side of 0 with that probability.
+
+    Args:
+        spread: Standard deviation of the differences by seed.
+        difference: The true mean, in the same unit.
+        power: The probability.
+
+    Example:
+        >>> count_seeds(1.0), count_seeds(2.0), count_seeds(2.0, difference=2.0)
+        (10, 34, 10)
+    """
+    return next(seeds for seeds in count(2) if _find_power(seeds, spread, difference) >= power)
+
+
+def _find_power(seeds: int, spread: float, difference: float) -> float:
+    if spread == 0:
+        return 1.0
+    bound = student_t.ppf((1 + CONFIDENCE) / 2, seeds - 1)
+    shift = abs(difference) * sqrt(seeds) / spread
+    return float(nct.sf(bound, seeds - 1, shift))
+
+
+def _tell_power(summary: Mapping[str, Mapping[str, dict]]) -> str:
+    """How many seeds a difference of a point would need, by the spread of each variant's own; '' where none has one."""
+    needed = {variant: count_seeds(float(np.std(list(each['by_seed'].values()), ddof=1)))
+              for variant, metrics in summary.items() for each in [metrics.get('bbox_mAP', {})]
+              if len(each.get('by_seed', ())) > 1}
+    listed = ', '.join(f'{variant} {seeds}' for variant, seeds in needed.items())
+    return f'Seeds by which a difference of 1 point would be shown in {100 * POWER:.0f} of 100 cases: {listed}' * bool(
+        needed)
+
+
+def summarize_lengths(results: dict) -> dict[str, dict[int, dict]]:
+    """Sorts what a benchmark of several lengths found: how much remains of a gain when all train longer.
+
+    Args:
+        results: What ``results.json`` holds.
+
+    Returns:
+        Variant without its epochs -> epochs -> the summary of its mAP, see :func:`summarize`, with the difference to
+        the plain student that trained as long; nothing where all trained equally long.
+    """
+    epochs = {run['variant']: run.get('epochs') for run in results['runs'] if run['status'] == 'finished'}
+    found: dict[str, dict[int, dict]] = {}
+    for variant, metrics in results['summary'].items():
+        if epochs.get(variant) and 'bbox_mAP' in metrics:
+            found.setdefault(without_length(variant), {})[epochs[variant]] = metrics['bbox_mAP']
+    lengths = {length for by_length in found.values() for length in by_length}
+    return {name: dict(sorted(by_length.items())) for name, by_length in found.items()} if len(lengths) > 1 else {}
+
+
 def summarize_fidelity(entries: Sequence[dict], splits: Sequence[str]) -> dict[str, dict[str, dict[str, dict]]]:
     """Split -> variant -> number -> mean and standard deviation over the seeds that have it."""
     values: dict[str, dict[str, dict[str, list]]] = {split: {} for split in splits}
@@ -155,12 +213,27 @@ def tabulate(results: dict) -> list[TextTable]:
         _make_table('COCO metric on the validation images, in points; mean ± standard deviation over seeds',
                     ('seeds', 'mAP', 'Δ mAP', 'AP50', 'AP75'), rows,
                     'Δ: paired mean over seeds against the plain student in the same setting ± half of its 95 % '
-                    'interval'),
+                    f"interval\n{_tell_power(results['summary'])}".rstrip()),
         _make_table('By size of the objects; costs of inference (parameters, multiply-adds) and of training',
                     ('APs', 'APm', 'APl', *COSTS), rows, TIMES)]
+    lengths = summarize_lengths(results)
+    if lengths:
+        tables.insert(1, _tabulate_lengths(lengths))
     tables += [_make_table(f'Fidelity on {split} images, mean ± standard deviation over seeds; cka: mean over levels',
                            FIDELITY, fidelity_rows(variants)) for split, variants in results['fidelity'].items()]
     return tables
+
+
+def _tabulate_lengths(lengths: Mapping[str, Mapping[int, dict]]) -> TextTable:
+    columns = sorted({length for by_length in lengths.values() for length in by_length})
+    rows = [(name, *(NONE if length not in by_length else
+                     format_mean(by_length[length]['mean'], by_length[length]['std']) if name == PLAIN else
+                     format_difference(by_length[length], by_length[length]['seeds']) for length in columns))
+            for name, by_length in lengths.items()]
+    headings = 'method', *(f'{length} epochs' for length in columns)
+    return TextTable('What remains when all train longer', headings, rows,
+                     'mAP of the plain student, ± standard deviation over seeds; of the others what they gain over the '
+                     'one that trained as long, ± half of its 95 % interval')
 
 
 def _make_table(title: str, columns: Sequence[str], rows: Sequence[dict[str, str]], caption: str = '') -> TextTable:
@@ -176,6 +249,11 @@ def format_markdown(results: dict) -> str:
     lines = [table.to_markdown(), '', 'mAP and the others in points, ± standard deviation over seeds. Δ: paired mean '
              'over seeds against the plain student (none; where a setting changes the student, none with that '
              f"setting), ± half of its 95 % interval (Student's t). FLOPs are multiply-adds. {TIMES}"]
+    lines += filter(None, [_tell_power(results['summary'])])
+    lengths = summarize_lengths(results)
+    if lengths:
+        remaining = _tabulate_lengths(lengths)
+        lines += ['', remaining.to_markdown(), '', f'{remaining.title}: {remaining.caption}.']
     lines += [f"- {run['variant']}, seed {run['seed']} failed: {run['error']}" for run in results['runs']
               if run['status'] == 'failed']
     for split, variants in results['fidelity'].items():

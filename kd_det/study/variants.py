@@ -21,12 +21,13 @@ from kd_det.config.composition import NO_METHOD, PAPER
 from kd_det.config.distillation import compose_distillation
 from kd_det.config.files import TOP_KEYS, get_type_name, list_leaf_datasets, student_model, training_pipelines
 from kd_det.config.methods import available_methods, find_files, is_file
-from kd_det.config.options import merge_options, read_value
+from kd_det.config.options import merge_options, read_value, set_epochs
 from kd_det.config.policies import names_all_methods
 from kd_det.registry import HOME, find_class, get_scope, within_scope
 from kd_det.study.pair import Pair
 
 PLAIN = NO_METHOD
+LENGTH = 'epochs='
 
 # Settings of the distillation; all others are the student's.
 DISTILLATION_KEYS = ('model.teacher', 'model.distill', 'model.inherit', 'model.task_weight', 'model.policy',
@@ -49,6 +50,7 @@ class Variant:
         policy: Who of them teaches in a step, one of :data:`~kd_det.config.choices.POLICIES`; '' for all at once.
         augment: What is done to the training images beside the student's own pipeline, see
             :func:`~kd_det.study.variants.mix_images`.
+        epochs: For how long the student trains, its schedules stretched with it; None for its config's own.
     """
     name: str
     method: str
@@ -58,6 +60,7 @@ class Variant:
     teachers: int = 1
     policy: str = ''
     augment: tuple[str, ...] = ()
+    epochs: int | None = None
 
     @property
     def folder(self) -> str:
@@ -84,10 +87,15 @@ def find_twin(name: str) -> str:
 def _changes_student(setting: str) -> bool:
     if '.' in setting.partition('=')[0]:
         return not setting.startswith(DISTILLATION_KEYS)
-    return setting.startswith('augment=') and setting != f'augment={PLAIN}'
+    return setting.startswith((LENGTH, 'augment=')) and setting != f'augment={PLAIN}'
 
 
-def parse_variants(text: str, common: Variant = Variant('', PLAIN)) -> list[Variant]:
+def without_length(name: str) -> str:
+    """The name of a variant without the epochs in it, so that those that differ in them alone have the same."""
+    return '@'.join(part for part in name.split('@') if not part.startswith(LENGTH))
+
+
+def parse_variants(text: str, common: Variant = Variant('', PLAIN), lengths: Sequence[int] = ()) -> list[Variant]:
     """Reads ``--methods``.
 
     Args:
@@ -101,10 +109,13 @@ def parse_variants(text: str, common: Variant = Variant('', PLAIN)) -> list[Vari
               terms;
             - ``@teachers=3``: learns from an ensemble of so many; ``@policy=agent``: from those of them whom
               the policy chooses;
+            - ``@epochs=24``: trains for so long, as its twin does;
             - ``@augment=mosaic+mixup``: mixes training images, as teacher and student see them; ``@augment=none``;
             - ``@dotted.key=value``: overrides the student's config, as ``--cfg-options`` does, or what the distillation
               adds to it: ``@model.distill.fgd.temperature=0.8``.
-        common: The settings that hold unless a variant has its own; for the plain student only ``settings`` hold.
+        common: The settings that hold unless a variant has its own; for the plain student only ``settings`` and
+            ``epochs`` hold.
+        lengths: Further numbers of epochs, with each of which every variant is trained, too.
 
     Returns:
         The variants; the plain student and the twins of all others, see :func:`find_twin`, come first, whether they
@@ -113,7 +124,15 @@ def parse_variants(text: str, common: Variant = Variant('', PLAIN)) -> list[Vari
     Raises:
         ConfigurationError: A method or a setting is not known, or a variant is named twice.
     """
-    variants = [_parse_variant(each.strip(), common) for each in re.split(r',(?![^\[(]*[\])])', text) if each.strip()]
+    written = [each.strip() for each in re.split(r',(?![^\[(]*[\])])', text) if each.strip()]
+    if lengths:
+        fixed = [each for each in written if without_length(each) != each]
+        if fixed:
+            raise ConfigurationError(f"--methods {fixed[0]}: it has an @epochs of its own beside several of --epochs. "
+                                     'Leave one of the two out.')
+        written = [each if length is None else f'{each}@{LENGTH}{length}' for length in (None, *lengths)
+                   for each in dict.fromkeys((PLAIN, *written))]
+    variants = [_parse_variant(each, common) for each in written]
     names = [variant.name for variant in variants]
     for name in names:
         if names.count(name) > 1:
@@ -170,6 +189,11 @@ def _apply_setting(variant: Variant, setting: str) -> Variant:
             raise ConfigurationError(f"--methods {variant.name}: expected @teachers=N, a number of 1 or more, got "
                                      f"'{value}'.")
         return replace(variant, teachers=int(value))
+    if key == 'epochs':
+        if not value.isdigit() or int(value) < 1:
+            raise ConfigurationError(f"--methods {variant.name}: expected @epochs=N, a number of 1 or more, got "
+                                     f"'{value}'.")
+        return replace(variant, epochs=int(value))
     if key == 'policy':
         if value not in POLICIES:
             raise ConfigurationError(f"--methods {variant.name}: expected @policy={', '.join(POLICIES)}, got "
@@ -184,7 +208,7 @@ def _apply_setting(variant: Variant, setting: str) -> Variant:
     if '.' in key and given:
         return replace(variant, settings={**variant.settings, key: read_value(value, f'--methods {variant.name}')})
     raise ConfigurationError(f"--methods {variant.name}: there is no setting '@{setting}'. Expected @paper, "
-                             '@balance=RATIO, @inherit, @inherit=PART+PART, @teachers=N, @policy=POLICY, '
+                             '@balance=RATIO, @inherit, @inherit=PART+PART, @teachers=N, @policy=POLICY, @epochs=N, '
                              '@augment=mosaic+mixup or @dotted.key=value.')
 
 
@@ -210,6 +234,8 @@ def variant_config(variant: Variant, pair: Pair, checkpoints: Sequence[str] = ()
         checkpoints: The weights of as many teachers as the variant has, or more; the plain student needs none.
     """
     config = copy.deepcopy(pair.student)
+    if variant.epochs is not None:
+        set_epochs(config, variant.epochs)
     of_distillation = {key: value for key, value in variant.settings.items() if key.startswith(DISTILLATION_KEYS)}
     merge_options(config, {key: value for key, value in variant.settings.items() if key not in of_distillation})
     mix_images(config, variant.augment)

@@ -223,15 +223,8 @@ class Backbone(FeatureGuide):
         return str(self._config['name']) if self._config['type'] is TimmBackbone else get_type_name(self._config)
 
     def start(self, reading: Reading, learners: Sequence[nn.Module]) -> Guide:
-        specs = self.find_specs('')
-        with preserved_randomness():
-            model = self._build()
-            if self.checkpoint is None and self._config['type'] is not TimmBackbone:
-                with within_scope(self._config.get('_scope_')):  # some modules' weights are of no value before
-                    model.backbone.init_weights()
+        specs, model = self.find_specs(''), self._load()
         backbone, channels = model.backbone, find_input_channels(model)
-        if self.checkpoint is not None:
-            load_strictly(backbone, self.checkpoint, **self._loading, convert=partial(self._convert, backbone))
         mean, std = self._mean, self._std
         if mean is None:
             mean, std = ([255 * each for each in backbone.default_cfg[key]] for key in ('mean', 'std'))
@@ -239,6 +232,24 @@ class Backbone(FeatureGuide):
         bridge = make_bridge(learners[0].data_preprocessor, mean, std, self._bgr_to_rgb, channels, divisor)
         self.settle(model, bridge, next(learners[0].parameters()))
         return self
+
+    def _load(self) -> FeatureExtractor:
+        """Builds it with the weights of its file, or at random."""
+        with preserved_randomness():
+            model = self._build()
+            if self.checkpoint is None and self._config['type'] is not TimmBackbone:
+                with within_scope(self._config.get('_scope_')):  # some modules' weights are of no value before
+                    model.backbone.init_weights()
+        if self.checkpoint is not None:
+            load_strictly(model.backbone, self.checkpoint, **self._loading,
+                          convert=partial(self._convert, model.backbone))
+        return model
+
+    def try_weights(self) -> str | None:
+        if self.checkpoint is None:
+            return None
+        self._load()
+        return f'fit {self._label}'
 
     def _convert(self, backbone: nn.Module, state: OrderedDict[str, Tensor]) -> OrderedDict[str, Tensor]:
         """Gives the weights of a file the names that the backbone has, and leaves its classifier aside."""

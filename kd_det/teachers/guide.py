@@ -178,6 +178,15 @@ class Guide:
         """
         return self
 
+    def try_weights(self) -> str | None:
+        """Loads its weights once, for a diagnosis, and says what they fit; None for one that loads none.
+
+        Raises:
+            CheckpointError: They do not fit; the message names the keys.
+            OSError: There is no such file.
+        """
+        return None
+
     def observe(self,
                 images: Tensor,
                 image_shapes: Sequence[Shape],

@@ -88,22 +88,28 @@ def _read_record(line: bytes) -> dict | None:
     return record if is_record and 'step' in record else None
 
 
-def draw_curves(panels: Mapping[str, Mapping[str, Sequence[Curve]]]) -> Figure:
+def draw_curves(panels: Mapping[str, Mapping[str, Sequence[Curve]]], columns: int | None = None) -> Figure:
     """Draws one panel for each quantity, one line for each kind of run: its mean, and a band from lowest to highest.
 
     Args:
         panels: Quantity -> kind of run -> one curve of each run of that kind.
+        columns: How many panels stand side by side; all by default.
 
     Returns:
-        The figure, one row of panels.
+        The figure.
 
     Raises:
         ValueError: If there is no panel.
     """
     if not panels:
         raise ValueError('There is no panel to draw: expected at least one quantity with its curves.')
-    figure = Figure(figsize=(5 * len(panels), 3.6), layout='constrained')
-    for axes, (quantity, kinds) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+    width = columns or len(panels)
+    height = -(-len(panels) // width)
+    figure = Figure(figsize=(5 * width, 3.6 * height), layout='constrained')
+    places = figure.subplots(height, width, squeeze=False).flatten()
+    for axes in places[len(panels):]:
+        axes.remove()
+    for axes, (quantity, kinds) in zip(places, panels.items()):
         for kind, curves in kinds.items():
             epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
             values = np.array([[curve[epoch] for epoch in epochs] for curve in curves])
@@ -115,6 +121,32 @@ def draw_curves(panels: Mapping[str, Mapping[str, Sequence[Curve]]]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.legend(handles=axes.get_lines(), frameon=False)  # told, or a name that begins with _ had none
+    return figure
+
+
+def draw_gains(gains: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> Figure:
+    """Draws what each method gains against how long it and its plain student have trained.
+
+    Args:
+        gains: Method -> epochs -> ``difference`` in points of mAP, and its ``interval``, None where there is none.
+    """
+    figure = Figure(figsize=(6, 3.6), layout='constrained')
+    axes = figure.subplots()
+    for place, (name, by_length) in enumerate(gains.items()):
+        values = [each['difference'] for each in by_length.values()]
+        ends = [each['interval'] or (each['difference'], ) * 2 for each in by_length.values()]
+        shift = 1 + 0.012 * (place - (len(gains) - 1) / 2)  # so that bars do not hide each other
+        axes.errorbar([length * shift for length in by_length], values, [
+            [value - low for value, (low, _) in zip(values, ends)],
+            [high - value for value, (_, high) in zip(values, ends)]], label=escape_formula(name), gid=name, marker='o',
+            markersize=4, capsize=3)
+    lengths = sorted({length for by_length in gains.values() for length in by_length})
+    axes.axhline(0, linewidth=1, color='grey')
+    axes.set(xlabel='epochs', ylabel='points of mAP', xscale='log', title='gain over the plain student trained as long')
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
     return figure
 
 

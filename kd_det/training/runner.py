@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import ast
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from io import BytesIO
 from itertools import count
@@ -132,6 +133,24 @@ def build_optimizer(runner: Runner) -> None:
     """
     if isinstance(runner, Runner):
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+
+
+@contextmanager
+def ended_workers(runner: Runner) -> Iterator[None]:
+    """Ends the persistent workers of a runner's loaders when the block ends.
+
+    Else they live on until the runner, which is part of a cycle, is collected; the queues by which PyTorch tells them
+    to end may be collected before, and then it waits 5 s for each of them.
+    """
+    try:
+        yield
+    finally:
+        for loop in (runner._train_loop, runner._val_loop, runner._test_loop):
+            loader = getattr(loop, 'dataloader', None)
+            iterator = getattr(loader, '_iterator', None)  # there while workers are persistent
+            if hasattr(iterator, '_shutdown_workers'):
+                iterator._shutdown_workers()
+                loader._iterator = None
 
 
 def use_one_metainfo(loop: BaseLoop | None) -> None:

@@ -50,6 +50,7 @@ from kd_det.training.runner import (
     build_runner,
     check_launcher,
     check_start,
+    ended_workers,
     find_saved_config,
     use_one_metainfo,
 )
@@ -285,7 +286,8 @@ def evaluate(config: str | Path | Config, checkpoint: str | Path, *, data_root: 
     if show or show_dir:
         meta = runner.test_loop.dataloader.dataset.metainfo
         runner.visualizer.dataset_meta = dict(meta, classes=names_to_draw(meta.get('classes') or ()))
-    found = runner.test()
+    with ended_workers(runner):
+        found = runner.test()
     return RunResult(work_dir=Path(config.work_dir), config=_saved_config(runner), checkpoint=Path(checkpoint),
                      metrics={name: float(value) for name, value in found.items()})
 
@@ -366,7 +368,7 @@ def _train(config: Config, resume: bool | str | Path, images: int | None,
             on_config(config)
         if is_in_notebook() and is_main_process():
             runner.register_hook(NotebookProgress())
-        with explain_divergence(runner):
+        with ended_workers(runner), explain_divergence(runner):
             runner.train()
     return _read_result(runner)
 

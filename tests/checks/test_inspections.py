@@ -439,6 +439,22 @@ def test_a_teacher_without_a_config(distilling):
     assert 'nowhere.py' in fault_of(inspect_teacher_classes(distilling)).found
 
 
+def test_the_weights_of_a_backbone_are_tried_as_those_of_a_detector(distilling, tmp_path):
+    backbone = dict(type='ResNet', depth=18, base_channels=8, stem_channels=8)
+    guide = dict(type='Backbone', config=backbone, checkpoint=str(tmp_path / 'none.pth'),
+                 mean=[120.0] * 3, std=[60.0] * 3)
+    distilling.model.teacher = guide
+    distilling.model.distill = dict(pkd=dict(type='PKD', tap='neck', levels=1))
+    assert 'none.pth' in fault_of(inspect_checkpoints(distilling)).found
+    torch.save(MODELS.build(dict(backbone, base_channels=4)).state_dict(), tmp_path / 'none.pth')
+    assert 'does not fit the teacher ResNet' in fault_of(inspect_teacher_weights(distilling)).found
+    torch.save(MODELS.build(backbone).state_dict(), tmp_path / 'none.pth')
+    assert [finding.found for finding in inspect_teacher_weights(distilling)] == ['fit ResNet']
+    distilling.model.teacher = [dict(type='Ensemble', of=[guide, guide])]
+    assert [finding.subject for finding in inspect_teacher_weights(distilling)] == [
+        'teacher 0.of[0] weights', 'teacher 0.of[1] weights']
+
+
 def test_a_teacher_whose_weights_do_not_fit(distilling, retinanet):
     distilling.model.teacher.config = retinanet(depth=18)
     fault = fault_of(inspect_teacher_weights(distilling))

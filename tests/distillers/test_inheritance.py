@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from kd_det.config import ConfigurationError
 from kd_det.distillers import quantization_plan, resizing
 from kd_det.distillers.inheritance import Inheritance, inherit
-from kd_det.distillers.resizing import find_flattened, is_transposed, resize, spread_cells
+from kd_det.distillers.resizing import find_flattened, find_spread_layers, is_transposed, resize, spread_cells
 from kd_det.training.hooks import build_origin_table
 
 CNNS = ('RetinaNet', 'ATSS', 'GFL', 'FCOS', 'RTMDet', 'YOLOX', 'SSD', 'YOLOv3', 'Faster R-CNN', 'Cascade R-CNN',
@@ -152,6 +152,32 @@ def test_a_shallower_student_has_the_first_layers_of_each_stage(one_stage):
         expected = weight if 'head' in layer else weight[::2, ::2]
         assert torch.equal(student.state_dict()[layer], expected)
         assert origins[layer] == ('inherited' if 'head' in layer else 'selected')
+
+
+def test_a_shallower_student_may_have_layers_at_even_distances(one_stage):
+    student, teacher = (draw(MODELS.build(one_stage('fcos', depth=depth, width=width, stacked_convs=convs)))
+                        for depth, width, convs in ((18, 4, 2), (34, 8, 4)))
+    origins, refused = inherit(student, teacher, parts_of(student), Inheritance('selection', layers='even'))
+    assert not refused and 'random' not in origins.values()
+    own, theirs = student.state_dict(), teacher.state_dict()
+    for key, counterpart in {'backbone.layer1.1.conv2.weight': 'backbone.layer1.1.conv2.weight',  # 2 of 3
+                             'backbone.layer2.1.conv2.weight': 'backbone.layer2.2.conv2.weight',  # of 4
+                             'backbone.layer3.1.bn1.running_var': 'backbone.layer3.3.bn1.running_var',  # of 6
+                             'backbone.layer4.0.downsample.1.weight': 'backbone.layer4.0.downsample.1.weight',
+                             'bbox_head.reg_convs.1.conv.weight': 'bbox_head.reg_convs.2.conv.weight',
+                             'neck.fpn_convs.1.conv.weight': 'neck.fpn_convs.1.conv.weight'}.items():
+        assert torch.equal(own[key], resize(theirs[counterpart], own[key].shape)), key
+
+
+def test_the_decoder_of_a_shallower_transformer_keeps_its_places(detector_config):
+    student, teacher = (MODELS.build(detector_config('DINO')) for _ in range(2))
+    for detector, keep in ((student, 1), (teacher, 2)):
+        for part in (detector.encoder, detector.decoder):
+            first = part.layers[0]
+            part.layers = nn.ModuleList([copy.deepcopy(first) for _ in range(2 * keep)])
+    moved = find_spread_layers(student, teacher)
+    assert moved['encoder.layers.1.norms.0.weight'] == 'encoder.layers.2.norms.0.weight'
+    assert all(key.startswith('encoder.layers.1.') for key in moved)
 
 
 @pytest.mark.parametrize('make, changes, expected', [
@@ -301,6 +327,8 @@ def test_a_distillation_starts_all_parts_and_tells_by_which_rule(by, widths, ori
     (dict(inherit_by='growth', inherit=('neck', )), r"model.inherit: expected 'auto' beside inherit_by='growth'"),
     (dict(inherit_by='selection'), r"model.inherit_by: expected 'shape' where nothing is inherited, got 'selection'"),
     (dict(inherit_by=dict(rule='growth', noise=-1.0), inherit='auto'), 'model.inherit_by.noise: expected a number of'),
+    (dict(inherit_by=dict(rule='growth', layers='even'), inherit='auto'),
+     "model.inherit_by.layers: expected it beside rule='selection' alone, got 'even'"),
     (dict(inherit_by=dict(rule='grow'), inherit='auto'), 'model.inherit_by.rule: expected one of .* Nearest: growth'),
     (dict(inherit_by='growth', inherit='auto', teacher=(), peers=1), 'model.inherit_by: expected .* nothing is'),
 ])

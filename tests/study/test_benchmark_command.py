@@ -111,6 +111,16 @@ def test_seeds_that_are_none_are_named(seeds, capsys):
     assert 'expected a number of seeds' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('epochs, numbers', [('12', 12), ('48,12,24', [12, 24, 48])])
+def test_epochs_are_a_number_or_a_list(epochs, numbers, capsys):
+    parser = ArgumentParser()
+    add_arguments(parser)
+    assert parser.parse_args(['pair.py', '--epochs', epochs]).epochs == numbers
+    with pytest.raises(SystemExit):
+        main(['benchmark', 'pair.py', '--epochs', '12,12'])
+    assert "no two the same: '12,24', got '12,12'" in capsys.readouterr().err
+
+
 def test_a_sweep_is_a_benchmark_of_a_grid():
     assert expand_grid('kd', [('teachers', ['1', '3']), ('augment', ['none', 'mosaic'])]) == [
         f'kd@teachers={number}@augment={kind}' for number in (1, 3) for kind in ('none', 'mosaic')]

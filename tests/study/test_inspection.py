@@ -214,6 +214,16 @@ def test_of_several_teachers_the_table_says_which(retinanet, distiller, batch):
     assert paired['teacher 0: neck[0]'].startswith('2 × 12') and paired['teacher 1: neck[0]'].startswith('2 × 16')
 
 
+def test_what_a_policy_chooses_between_is_told(retinanet, distiller, batch):
+    terms = {f'pkd_{index}': dict(type='PKD', teacher=index) for index in range(2)}
+    teachers = [dict(config=retinanet(), random_teacher=True)] * 2
+    model = distiller(retinanet(), None, teacher=teachers, distill=terms, policy=dict(type='Random')).train()
+    inspection = describe_step(model, observe_step(model, batch()))
+    assert list(inspection.terms) == list(terms)  # the policy would let one of them wait
+    assert 'the policy weighs guide0 (pkd_0), guide1 (pkd_1)' in inspection.tabulate_terms().caption
+    assert inspection.to_dict()['arms'] == dict(guide0=['pkd_0'], guide1=['pkd_1'])
+
+
 def test_levels_add_up_to_their_terms(observed):
     inspection = describe_step(*observed)
     assert {name: len(term.levels) for name, term in inspection.terms.items()} == dict(

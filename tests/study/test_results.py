@@ -2,11 +2,23 @@
 import json
 from io import StringIO
 
+import numpy as np
 import pytest
 from rich.console import Console
+from scipy.stats import ttest_1samp
 
 from kd_det.study.benchmark import BenchmarkResult
-from kd_det.study.results import format_difference, format_markdown, mark_twins, summarize, tabulate, variant_rows
+from kd_det.study.results import (
+    count_seeds,
+    format_difference,
+    format_markdown,
+    mark_twins,
+    summarize,
+    summarize_lengths,
+    tabulate,
+    variant_rows,
+)
+from kd_det.training.pictures import draw_gains
 
 
 def entry(variant, seed, ap, **changes):
@@ -101,6 +113,38 @@ def test_a_method_is_compared_with_the_plain_student_in_its_setting():
     assert summary[f'none{mixed}']['bbox_mAP']['difference'] == pytest.approx(4.0)
     mark_twins(runs)
     assert [run['same_order'] for run in runs] == [True] * 3
+
+
+def test_gains_of_several_lengths_stand_beside_each_other(tmp_path):
+    """The twin of each is the plain student that trained as long; the plain one has its own mAP."""
+    points = {'none': (0.30, 0.32), 'kd': (0.34, 0.36), 'none@epochs=24': (0.40, 0.42), 'kd@epochs=24': (0.40, 0.44)}
+    runs = [entry(name, seed, ap, epochs=24 if '24' in name else 12)
+            for name, values in points.items() for seed, ap in enumerate(values)]
+    results = dict(teacher=None, runs=runs, summary=summarize(runs), fidelity={})
+    lengths = summarize_lengths(results)
+    assert list(lengths) == ['none', 'kd'] and list(lengths['kd']) == [12, 24]
+    assert [each['difference'] for each in lengths['kd'].values()] == pytest.approx([4.0, 1.0])
+    table = next(table for table in tabulate(results) if 'longer' in table.title)
+    assert table.columns == ('method', '12 epochs', '24 epochs')
+    assert table.rows[0] == ('none', '31.0 ± 1.4', '41.0 ± 1.4')
+    assert table.rows[1][2].startswith('no difference shown (+1')
+    assert '| kd | +4.0 ± 0.0 | no difference' in format_markdown(results)
+    axes, = draw_gains({'kd': lengths['kd']}).axes
+    marks = axes.containers[0].lines[0]
+    assert marks.get_xdata() == pytest.approx([12, 24]) and marks.get_ydata() == pytest.approx([4.0, 1.0])
+    assert not summarize_lengths(dict(results, runs=runs[:4], summary=summarize(runs[:4])))
+
+
+def test_the_seeds_that_a_difference_needs_follow_from_the_spread(results):
+    """Of simulated studies with so many seeds four in five show the difference, of those with one less not as many."""
+    seeds, random = count_seeds(1.5), np.random.default_rng(0)
+    shown = {number: np.mean(ttest_1samp(random.normal(1.0, 1.5, (number, 20000)), 0.0).pvalue < 0.05)
+             for number in (seeds - 1, seeds)}
+    assert shown[seeds - 1] < 0.805 and shown[seeds] > 0.795 and shown[seeds] - shown[seeds - 1] > 0.01
+    assert count_seeds(0.0) == 2 and count_seeds(3.0, 2.0) == seeds
+    caption = tabulate(results)[0].caption
+    assert 'in 80 of 100 cases: better 3, other ' in caption  # spreads of 0.2 and 3.6
+    assert 'broken' not in caption and caption.splitlines()[1] in format_markdown(results)
 
 
 def test_a_result_is_json_and_tables_of_a_notebook(results, tmp_path):

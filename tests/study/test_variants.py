@@ -46,6 +46,7 @@ def test_settings_of_a_variant_win_over_the_common_ones():
     ('auto@teachers=2', 'auto chooses between the methods of one teacher'),
     ('auto:pkd+fdg', "no method 'fdg'"),
     ('fgd@policy=agent', 'fgd@policy=agent: a policy chooses between several teachers: give @teachers=N too'),
+    ('fgd@epochs=long', "@epochs=N, a number of 1 or more, got 'long'"),
     ('fgd@augment=mosaik', "@augment=mosaic, mixup, a sum of them, or none, got 'mosaik'"),
 ])
 def test_what_is_wrong_is_named(text, message):
@@ -89,6 +90,8 @@ def test_inheriting_alone_has_no_terms(pair):
     ('fgd@teachers=3@augment=mosaic+mixup', 'none@augment=mosaic+mixup'),
     ('inherit@augment=mixup@train_cfg.max_epochs=8', 'none@augment=mixup@train_cfg.max_epochs=8'),
     ('none@augment=mixup', 'none'),
+    ('fgd@epochs=24@paper', 'none@epochs=24'),
+    ('none@epochs=24', 'none'),
 ])
 def test_the_twin_is_the_plain_student_in_the_students_settings(name, twin):
     assert find_twin(name) == twin
@@ -102,6 +105,21 @@ def test_twins_take_part_whether_named_or_not():
         'none@augment=mixup']
     twin = variants[1]
     assert twin.is_plain and twin.augment == ('mosaic', ) and twin.settings == common.settings
+
+
+def test_each_variant_is_there_for_each_length_with_a_twin_as_long(pair):
+    pair.student.train_cfg = dict(max_epochs=4)
+    variants = parse_variants('kd,kd@augment=mixup', Variant('', 'none', epochs=6), [12])
+    assert {variant.name: find_twin(variant.name) for variant in variants} == {
+        'none': 'none', 'none@augment=mixup': 'none', 'none@epochs=12': 'none',
+        'none@augment=mixup@epochs=12': 'none',
+        'kd': 'none', 'kd@augment=mixup': 'none@augment=mixup', 'kd@epochs=12': 'none@epochs=12',
+        'kd@augment=mixup@epochs=12': 'none@augment=mixup@epochs=12'}
+    lengths = {variant.name: variant_config(replace(variant, augment=()), pair, ['x.pth']).train_cfg.max_epochs
+               for variant in variants}
+    assert all(epochs == (12 if '12' in name else 6) for name, epochs in lengths.items())
+    with pytest.raises(ConfigurationError, match='kd@epochs=3: it has an @epochs of its own beside several'):
+        parse_variants('kd@epochs=3', Variant('', 'none', epochs=6), [12])
 
 
 def test_a_setting_of_a_term_holds_for_all_teachers(pair):

@@ -181,6 +181,14 @@ def test_curves_are_means_with_a_band_of_all_runs():
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ['plain', 'distilled']
 
 
+def test_panels_stand_in_rows_of_so_many():
+    figure = draw_curves({name: dict(plain=[{1: 0.0}]) for name in 'abc'}, columns=2)
+    figure.draw_without_rendering()
+    lefts, tops = zip(*((axes.get_position().x0, axes.get_position().y1) for axes in figure.axes))
+    assert lefts[0] == pytest.approx(lefts[2]) and lefts[1] > lefts[0]
+    assert tops[0] == pytest.approx(tops[1]) and tops[2] < tops[0]
+
+
 def test_nothing_to_draw_is_an_error():
     with pytest.raises(ValueError, match='no panel'):
         draw_curves({})

@@ -172,8 +172,9 @@ def _add_masks(evaluation: StudyEvaluation, run: TrainedRun, teacher: dict, vali
                shown: Sequence[int]) -> None:
     """Adds the masks of a run's terms to its maps."""
     config = copy.deepcopy(run.config)
-    if isinstance(config.model.get('teacher'), dict) and 'type' not in config.model.teacher:
-        config.model.teacher.update(teacher)
+    own = config.model.get('teacher')
+    if isinstance(own, dict) and own.get('config') == teacher['config']:  # single trainings may have others each
+        own.update(teacher)
     cause = [identify_file(Path(teacher['checkpoint'])), *_list_causes(run, validation, shown)]
     try:
         masks = load_or_make(run.folder, 'masks', cause,

@@ -31,12 +31,12 @@ from kd_det.config.options import merge_options
 from kd_det.study.report.evaluation import TEACHER
 from kd_det.study.report.studies import read_studies
 from kd_det.study.report.summary import collect, name_baseline
-from kd_det.training.pictures import Curve, draw_curves
+from kd_det.training.pictures import Curve, draw_curves, draw_gains
 
 if TYPE_CHECKING:
     from kd_det.study.compression import Compression
 
-POLICY = {'weights': 'who taught: weights of the policy, mean over the epoch',
+POLICY = {'weights': 'who taught: mean weight in the epoch',
           'score': "the student's score on the probe"}
 PULLS = {'pull': 'pull, as weighted (task: 1)', 'unweighted_pull': 'pull before weighting (task: 1)'}
 
@@ -238,6 +238,13 @@ def plot_curves(title: str, curves: Mapping[str, Sequence[Curve]], inks: Mapping
         return render_svg(figure, title)
 
 
+def plot_gains(gains: Mapping[str, Mapping[int, Mapping[str, Any]]], inks: Mapping[str, Ink]) -> str:
+    """Plots what remains of gains when all train longer, see :func:`~kd_det.study.results.summarize_lengths`."""
+    title = 'gain over the plain student trained as long'
+    with apply_style(title, [inks.get(name, _nth_ink(index)) for index, name in enumerate(gains)]):
+        return render_svg(draw_gains(gains), title)
+
+
 def plot_precision(iou: str, curves: Mapping[str, Sequence[float]], inks: Mapping[str, Ink]) -> str:
     """Plots precision at recalls 0, 0.01 … 1, one line for each variant."""
     title = f'precision over recall, IoU 0.{iou}'
@@ -268,6 +275,7 @@ def _prepare_study(study: dict) -> dict:
     best = study['statements'][0]['name'] if study['statements'] else shown[0]
     return dict(inks=inks, switch=shown, first=best, teacher=TEACHER, data=data, by_name=study.get('by_name', False),
                 axis=place_differences(study['statements']), baseline=name_baseline(study['statements']),
+                gain_plot=Markup(plot_gains(study['lengths'], inks)) if study['lengths'] else '',
                 curve_plots=[Markup(plot) for plot in plots], precision_plots=[Markup(plot) for plot in precision],
                 term_plots={variant: _plot_terms(each) for variant, each in study['terms'].items()},
                 validated_once=len(plots) < len(curves), span=_find_span(study['per_class'] or {}))

@@ -23,6 +23,7 @@ from kd_det.study.results import (
     fidelity_rows,
     format_mean,
     paired_difference,
+    summarize_lengths,
     variant_rows,
 )
 from kd_det.study.variants import PLAIN, find_twin
@@ -88,7 +89,7 @@ def compare_variants(study: Study) -> dict:
     if study.results is None:
         count = f'{len(study.runs)} training{"s" * (len(study.runs) > 1)}'
         return dict(verdict=f'{count}, no benchmark: this page shows what happened, not whether distilling helped.',
-                    beyond='', statements=[], table=None, fidelity={}, provenance={})
+                    beyond='', statements=[], lengths={}, table=None, fidelity={}, provenance={})
     results = study.results
     made, beyond = state_differences(results['summary']), compare_with_inheriting(results['runs'])
     table = variant_rows(results)
@@ -104,7 +105,9 @@ def compare_variants(study: Study) -> dict:
                 for split, variants in results['fidelity'].items()}
     return dict(verdict=write_verdict(made, name_baseline(made)),
                 beyond=write_verdict(beyond, 'inherit alone') if beyond else '',
-                statements=made, table=dict(columns=['method', *accuracy, 'seeds', *COSTS], rows=table),
+                statements=made,
+                lengths={name: gains for name, gains in summarize_lengths(results).items() if name != PLAIN},
+                table=dict(columns=['method', *accuracy, 'seeds', *COSTS], rows=table),
                 fidelity=fidelity,
                 provenance={key: _put_in_words(results[key]) for key in PROVENANCE if results.get(key)})
 

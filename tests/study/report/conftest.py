@@ -47,7 +47,7 @@ def synthetic_study():
         looks = dict(attention=maps[0], **{f'fgd: mask_{index}': each for index, each in enumerate(maps[1:])})
         return dict(
             name=name, plain='none', variants=variants, notes=['A note.'],
-            verdict=write_verdict(state_differences(summary)), beyond='',
+            verdict=write_verdict(state_differences(summary)), beyond='', lengths={},
             statements=[dict(each, beyond=None) for each in state_differences(summary)], fidelity={},
             provenance=dict(command='kd-det benchmark', versions=dict(torch='2')),
             table=dict(columns=['method', 'seeds', *METRICS.values(), 'Δ mAP', *COSTS], rows=variant_rows(results)),

@@ -59,6 +59,16 @@ def test_verdict_table_and_notes_are_on_the_page(synthetic_study):
     assert '<th scope="row"><span>fgd</span></th>' in page and '35.5 ± 1.5' in page and 'A note.' in page
 
 
+def test_what_remains_of_a_gain_is_plotted_against_the_epochs(synthetic_study):
+    gains = {'fgd': {length: dict(difference=4.0 - length / 12, interval=interval)
+                     for length, interval in ((12, (2.0, 4.0)), (24, None))}}
+    page = render([dict(synthetic_study(methods=('fgd', )), lengths=gains)])
+    section = page[page.index('What remains when all train longer'):]
+    section = section[:section.index('</section>')]
+    assert 'data-series="fgd"' in section and '>24</text>' in section and 'points of mAP' in section
+    assert 'What remains' not in render([synthetic_study()])
+
+
 def test_what_there_is_not_leaves_no_empty_section(synthetic_study):
     study = dict(synthetic_study(), images=[], maps={}, per_class=None, precision=None, table=None, statements=[],
                  terms={}, provenance={}, plain=None)
