@@ -9,7 +9,7 @@ from mmdet.registry import MODELS
 from mmdet.utils import reduce_mean
 from torch import Tensor
 
-from kd_det.config.arguments import Positive, declared
+from kd_det.config.arguments import Positive, Share, declared
 from kd_det.functional.dense import sum_distribution_kl, sum_giou_imitation, sum_quality_bce, sum_soft_target_kl
 from kd_det.functional.logits import confidence_weights, largest_gap, largest_probability
 from kd_det.functional.masks import valuable_region
@@ -50,6 +50,8 @@ class DenseClassification(DenseTerm):
         temperature: T; larger compares more of what the teacher thinks of the wrong classes.
         weighting: w: ``'all'`` priors alike, or by the ``'richness'`` of their cell, the teacher's largest probability
             there (FRS, Du et al., arXiv 2111.00674). Both 0 on padding.
+        least_richness: Priors of cells less rich than this do not count; with 0.05 most of an image is not looked at,
+            which on a CPU saves most of the time. Normalisers stay as they are.
         treatment: Of what the teacher says of the classes (Born-Again, Furlanello et al., ICML 2018): ``'none'``.
             ``'cwtm'``, confidence weighted by the teacher's maximum: w times the teacher's largest class probability m,
             over the mean of m, weighted by w, of all priors of the batch on all ranks; of a softmax the background is
@@ -79,12 +81,14 @@ class DenseClassification(DenseTerm):
 
     @declared
     def __init__(self, beta: GapExponent = 1.0, temperature: Positive = 1.0,
-                 weighting: ClassificationWeighting = 'all', treatment: Treatment = 'none', **kwargs: Any) -> None:
+                 weighting: ClassificationWeighting = 'all', treatment: Treatment = 'none',
+                 least_richness: Share = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.beta, self.temperature, self.weighting, self.treatment = beta, temperature, weighting, treatment
+        self.least_richness = least_richness
 
     def compare_levels(self, levels: Sequence[ComparedOutputs]) -> Iterable[Parts]:
-        weights = [level.richness() if self.weighting == 'richness' else level.valid for level in levels]
+        weights = [self._weigh(level) for level in levels]
         class_weights = [weight if level.teacher.objectness is None else weight * level.both('objectness')[1].sigmoid()
                          for level, weight in zip(levels, weights)]
         if self.treatment == 'cwtm':  # over the priors of all levels
@@ -94,6 +98,13 @@ class DenseClassification(DenseTerm):
             joined = joined * confidence_weights(surest, joined, reduce_mean)
             class_weights = list(joined.split([weight.shape[1] for weight in weights], 1))
         return map(self._compare, levels, weights, class_weights)
+
+    def _weigh(self, level: ComparedOutputs) -> Tensor:
+        if self.weighting == 'all' and not self.least_richness:
+            return level.valid
+        richness = level.richness()
+        weight = richness if self.weighting == 'richness' else level.valid
+        return weight * (richness >= self.least_richness) if self.least_richness else weight
 
     def _compare(self, level: ComparedOutputs, weight: Tensor, class_weight: Tensor) -> Parts:
         parts = {}
