@@ -1,7 +1,7 @@
 """Time and peak memory of losses and masks, forward and backward, beside the same written operator by operator.
 
     python benchmarks/losses.py --out losses.json
-    python benchmarks/losses.py --losses outputs --threads 1 --out losses_of_outputs.json
+    python benchmarks/losses.py --losses outputs --threads 1 --clock process --out losses_of_outputs.json
 
 Five levels (strides 8 to 128) of a padded batch; FGD with its masks, its context blocks and their gradients, the others
 with the features that they get from their adapters. Outputs of heads are those of a RetinaNet, with nine anchors a
@@ -21,6 +21,7 @@ from itertools import chain
 from math import ceil
 from pathlib import Path
 from statistics import median
+from time import process_time
 from typing import Any, NamedTuple
 
 import plain
@@ -226,10 +227,19 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, float]:
         # A bias before a softmax has the gradient 0, which the plain form only finds up to rounding.
         if expected.numel() > 1 and (actual - expected).norm() > 1e-4 * expected.norm():
             raise RuntimeError(f'{case.name}: the two forms differ.')
-    times = [[measure_seconds(partial(gradients, form), options.device, 1, warmup=0) for form in forms]
+    time = measure_process_seconds if options.clock == 'process' else partial(
+        measure_seconds, device=options.device, repeats=1, warmup=0)
+    times = [[time(partial(gradients, form)) for form in forms]
              for _ in range(options.repeats + 1)][1:]
     peaks = [measure_peak_memory(partial(gradients, form), options.device) / MB for form in forms]
     return dict(zip(('plain_s', 'ours_s', 'plain_mb', 'ours_mb'), (*map(median, zip(*times)), *peaks)))
+
+
+def measure_process_seconds(call: Callable[[], object]) -> float:
+    """What the process itself computed, whatever else the machine does; of one thread."""
+    start = process_time()
+    call()
+    return process_time() - start
 
 
 def table_of(rows: Sequence[dict]) -> Table:
@@ -254,6 +264,8 @@ def main() -> None:
     parser.add_argument('--channels', type=int, default=256)
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--clock', choices=['wall', 'process'], default='wall',
+                        help="'process' on a busy CPU, with one thread: the seconds of the process itself")
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--out', type=Path, help='write the numbers to this file, as JSON')
     options = parser.parse_args()
