@@ -44,6 +44,7 @@ ENGINES = dict(
     compiled=dict(compile=True),
     frozen=dict(compile=dict(options=dict(freezing=True))),
     bfloat16=dict(precision='bfloat16'),
+    compiled_bfloat16=dict(compile=True, precision='bfloat16'),
 )
 LOSSLESS = 1e-4  # relative
 
@@ -54,7 +55,8 @@ def build(options: argparse.Namespace) -> dict[str, Callable[[], Sequence[Tensor
     config = remove_pretrained(load_config(options.teacher).model)
     torch.manual_seed(0)
     model = MODELS.build(config).eval()
-    images = torch.randn(options.batch, 3, *options.size)
+    model.to(options.device)
+    images = torch.randn(options.batch, 3, *options.size).to(options.device)
     forms = {PLAIN: torch.no_grad()(lambda: model.extract_feat(images))}
     shapes = [tuple(options.size)] * options.batch
     read = dict(neck=[index in options.levels for index in range(len(forms[PLAIN]()))])
@@ -63,7 +65,7 @@ def build(options: argparse.Namespace) -> dict[str, Callable[[], Sequence[Tensor
         torch.save(dict(state_dict=model.state_dict()), checkpoint)
         for name in options.engines:
             teacher = Teacher(config, checkpoint, taps=['neck'], student_preprocessor=model.data_preprocessor,
-                              **ENGINES[name])
+                              **ENGINES[name]).to_like(images)
             observe = partial(teacher.observe, images, shapes, levels=read if name == LEVELS else {})
             forms[name] = lambda observe=observe: observe()[0]['neck']
     return forms
@@ -75,19 +77,20 @@ def deviation(levels: Sequence[Tensor], plain: Sequence[Tensor]) -> float:
     return max(float((level - other).norm() / other.norm()) for level, other in pairs)
 
 
-def measure(forms: dict[str, Callable[[], Sequence[Tensor]]], repeats: int) -> list[dict]:
+def measure(forms: dict[str, Callable[[], Sequence[Tensor]]], repeats: int, device: str = 'cpu',
+            lossless: float = LOSSLESS) -> list[dict]:
     """One row for each form, from that many rounds.
 
     Raises:
-        RuntimeError: An engine that should change rounding alone changes more.
+        RuntimeError: An engine that should change rounding alone changes more than ``lossless``.
     """
     plain, rows = forms[PLAIN](), []
     for name, form in forms.items():
-        first = measure_seconds(form, repeats=1, warmup=0)
+        first = measure_seconds(form, device, repeats=1, warmup=0)
         rows.append(dict(engine=name, options=ENGINES.get(name), first_s=first, deviation=deviation(form(), plain)))
-        if ENGINES.get(name, {}).get('precision') is None and rows[-1]['deviation'] > LOSSLESS:
+        if ENGINES.get(name, {}).get('precision') is None and rows[-1]['deviation'] > lossless:
             raise RuntimeError(f"Engine '{name}': features deviate by {rows[-1]['deviation']:.1e} from the plain ones.")
-    rounds = [{name: measure_seconds(form, repeats=1, warmup=0) for name, form in forms.items()}
+    rounds = [{name: measure_seconds(form, device, repeats=1, warmup=0) for name, form in forms.items()}
               for _ in range(repeats)]
     for row in rows:
         times = [each[row['engine']] for each in rounds]
@@ -139,6 +142,7 @@ def main() -> None:
     parser.add_argument('--batch', type=int, default=2)
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--rounds', type=int, default=12)
+    parser.set_defaults(device='cpu')  # for a GPU there is benchmarks/gpu.py
     parser.add_argument('--out', type=Path, help='write the numbers to this file, as JSON')
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,7 +1,7 @@
 """Time and peak memory of losses and masks, forward and backward, beside the same written operator by operator.
 
-    python benchmarks/losses.py --out losses.json
-    python benchmarks/losses.py --losses outputs --threads 1 --clock process --out losses_of_outputs.json
+    python -m benchmarks.losses --out losses.json
+    python -m benchmarks.losses --losses outputs --threads 1 --clock process --out losses_of_outputs.json
 
 Five levels (strides 8 to 128) of a padded batch; FGD with its masks, its context blocks and their gradients, the others
 with the features that they get from their adapters. Outputs of heads are those of a RetinaNet, with nine anchors a
@@ -24,12 +24,12 @@ from statistics import median
 from time import process_time
 from typing import Any, NamedTuple
 
-import plain
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks import plain
 from kd_det.context import DistillContext, LevelSpec
 from kd_det.functional import features
 from kd_det.heads import DenseOutputs
@@ -159,7 +159,7 @@ class Outputs:
         return Case(name, lambda: written_down(*fresh(), self.context), measured, self.learning if learns else [])
 
 
-def cases_of_outputs(options: argparse.Namespace, pyramids: Pyramids) -> Iterator[Case]:
+def cases_of_outputs(options: argparse.Namespace) -> Iterator[tuple[str, Case]]:
     """Yields the terms and masks that read dense heads; each set of outputs is let go of with its last case."""
     def term(kind: type, **arguments: Any) -> Callable[[DistillContext], Tensor]:
         built = kind(**arguments, **{} if kind is RankMimicking else dict(normalizer='none'))
@@ -170,30 +170,32 @@ def cases_of_outputs(options: argparse.Namespace, pyramids: Pyramids) -> Iterato
         return lambda context: torch.cat([built.cells(context.read_level(level)).flatten()
                                           for level in range(len(STRIDES))])
 
+    pyramids = Pyramids(options)
     outputs = Outputs(options, pyramids)
-    yield outputs.case('KD, classes', partial(plain.classes, beta=0, temperature=2.0),
-                       term(DenseClassification, beta=0, temperature=2.0))
-    yield outputs.case('BCKD, classes', partial(plain.classes, beta=1), term(DenseClassification))
-    yield outputs.case('KD by CWTM', partial(plain.classes, beta=0, treatment='cwtm'),
-                       term(DenseClassification, beta=0, treatment='cwtm'))
-    yield outputs.case('KD by DKPP', partial(plain.classes, beta=0, treatment='dkpp'),
-                       seeded(term(DenseClassification, beta=0, treatment='dkpp')))
-    yield outputs.case('FRS, classes', partial(plain.classes, beta=0, weighting='richness'),
-                       term(DenseClassification, beta=0, weighting='richness'))
-    yield outputs.case('BCKD, boxes', partial(plain.boxes, weighting='gap'), term(DenseRegression, weighting='gap'))
-    yield outputs.case('CrossKD, boxes', partial(plain.boxes, weighting='confidence'), term(DenseRegression))
-    yield outputs.case('RM', plain.rank_mimicking, term(RankMimicking))
-    yield outputs.case('PFI, mask', plain.prediction_difference, mask('PredictionDifference'), learns=False)
-    yield outputs.case('FRS, mask', plain.confidence, mask('TeacherConfidence'), learns=False)
-    yield outputs.case('PGD, mask', plain.prediction_quality, mask('PredictionQuality'), learns=False)
+    yield OUTPUTS, outputs.case('KD, classes', partial(plain.classes, beta=0, temperature=2.0),
+                                term(DenseClassification, beta=0, temperature=2.0))
+    yield OUTPUTS, outputs.case('BCKD, classes', partial(plain.classes, beta=1), term(DenseClassification))
+    yield OUTPUTS, outputs.case('KD by CWTM', partial(plain.classes, beta=0, treatment='cwtm'),
+                                term(DenseClassification, beta=0, treatment='cwtm'))
+    yield OUTPUTS, outputs.case('KD by DKPP', partial(plain.classes, beta=0, treatment='dkpp'),
+                                seeded(term(DenseClassification, beta=0, treatment='dkpp')))
+    yield OUTPUTS, outputs.case('FRS, classes', partial(plain.classes, beta=0, weighting='richness'),
+                                term(DenseClassification, beta=0, weighting='richness'))
+    yield OUTPUTS, outputs.case('BCKD, boxes', partial(plain.boxes, weighting='gap'),
+                                term(DenseRegression, weighting='gap'))
+    yield OUTPUTS, outputs.case('CrossKD, boxes', partial(plain.boxes, weighting='confidence'), term(DenseRegression))
+    yield OUTPUTS, outputs.case('RM', plain.rank_mimicking, term(RankMimicking))
+    yield OUTPUTS, outputs.case('PFI, mask', plain.prediction_difference, mask('PredictionDifference'), learns=False)
+    yield OUTPUTS, outputs.case('FRS, mask', plain.confidence, mask('TeacherConfidence'), learns=False)
+    yield OUTPUTS, outputs.case('PGD, mask', plain.prediction_quality, mask('PredictionQuality'), learns=False)
     outputs = Outputs(options, pyramids, activation='softmax')
-    yield outputs.case('KD, softmax', partial(plain.classes, temperature=2.0),
-                       term(DenseClassification, temperature=2.0))
+    yield OUTPUTS, outputs.case('KD, softmax', partial(plain.classes, temperature=2.0),
+                                term(DenseClassification, temperature=2.0))
     outputs = Outputs(options, pyramids, anchors=1, bins=17)
-    yield outputs.case('LD, positives', partial(plain.distributions, weighting='positives'),
-                       term(DenseRegression, form='distribution', weighting='positives'))
-    yield outputs.case('LD, valuable', partial(plain.distributions, weighting='valuable'),
-                       term(DenseRegression, form='distribution', weighting='valuable'))
+    yield OUTPUTS, outputs.case('LD, positives', partial(plain.distributions, weighting='positives'),
+                                term(DenseRegression, form='distribution', weighting='positives'))
+    yield OUTPUTS, outputs.case('LD, valuable', partial(plain.distributions, weighting='valuable'),
+                                term(DenseRegression, form='distribution', weighting='valuable'))
 
 
 def seeded(form: Callable[[DistillContext], Tensor]) -> Callable[[DistillContext], Tensor]:
@@ -209,6 +211,13 @@ def fkd_imitation(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """The attended difference alone: its other parts are vectors, or convolutions."""
     return features.fkd_loss(student, teacher, mask, student[:, :, 0, 0].detach(), student[:, :1].detach(),
                              feature_weight=1.0, pooling_weight=0.0)['imitation']
+
+
+def list_cases(options: argparse.Namespace) -> Iterator[tuple[int | None, Case]]:
+    """Yields all losses, FGD with each number of boxes an image."""
+    pyramids = Pyramids(options)
+    yield from ((boxes, pyramids.fgd(boxes)) for boxes in options.boxes)
+    yield from ((None, case) for case in pyramids.others())
 
 
 def measure(case: Case, options: argparse.Namespace) -> dict[str, float]:
@@ -227,7 +236,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, float]:
         # A bias before a softmax has the gradient 0, which the plain form only finds up to rounding.
         if expected.numel() > 1 and (actual - expected).norm() > 1e-4 * expected.norm():
             raise RuntimeError(f'{case.name}: the two forms differ.')
-    time = measure_process_seconds if options.clock == 'process' else partial(
+    time = measure_process_seconds if getattr(options, 'clock', 'wall') == 'process' else partial(
         measure_seconds, device=options.device, repeats=1, warmup=0)
     times = [[time(partial(gradients, form)) for form in forms]
              for _ in range(options.repeats + 1)][1:]
@@ -271,11 +280,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    pyramids, rows = Pyramids(options), []
-    cases = chain(((boxes, pyramids.fgd(boxes)) for boxes in options.boxes),
-                  ((None, case) for case in pyramids.others()),
-                  ((OUTPUTS, case) for case in cases_of_outputs(options, pyramids)))
-    for boxes, case in cases:
+    rows = []
+    for boxes, case in chain(list_cases(options), cases_of_outputs(options)):
         if case.name in options.losses or (boxes == OUTPUTS and OUTPUTS in options.losses):
             rows.append(dict(loss=case.name, boxes=None if boxes == OUTPUTS else boxes, **measure(case, options)))
     Console().print(table_of(rows))

@@ -122,10 +122,10 @@ def make_runs(options: Namespace, weights: dict[str, str]) -> dict[str, Callable
         return learn('retinanet_r50', SHUFFLED, method='kd', **settings, options={
             **common['options'], 'default_hooks.distill.preflight': None, **options})
 
-    def doubt_once_trained(seed: int, **run: Any) -> RunResult:
-        """An agent with a reward each step, of a student that has learnt, so that a wrong step tells at once."""
-        trained = find_latest_checkpoint(str(options.work_dir / f'kd_{seed}'))
-        return doubt(dict(load_from=trained), policy=dict(type='Agent', interval=1))(seed=seed, **run)
+    def doubt_once_trained(**settings: object) -> Callable[..., RunResult]:
+        """Of a student that has learnt, so that a wrong step tells at once."""
+        return lambda seed, **run: doubt(dict(load_from=find_latest_checkpoint(str(options.work_dir / f'kd_{seed}'))),
+                                         **settings)(seed=seed, **run)
 
     everyone, one = partial(learn, *TEACHERS, method='pkd'), partial(learn, 'retinanet_r50')
     chosen = dict(interval=INTERVAL)
@@ -151,7 +151,8 @@ def make_runs(options: Namespace, weights: dict[str, str]) -> dict[str, Callable
         'doubt_uniform': doubt(policy='uniform'),
         'doubt_bandit': doubt(policy=dict(type='Bandit', **chosen)),
         'doubt_agent': doubt(policy=dict(type='Agent', interval=INTERVAL // 2)),
-        'doubt_agent_trained': doubt_once_trained,
+        'doubt_uniform_trained': doubt_once_trained(policy='uniform'),
+        'doubt_agent_trained': doubt_once_trained(policy=dict(type='Agent', interval=1)),
         'doubt_confidence': doubt(policy=dict(type='Confidence', by='boxes')),
         **{f'{name}_{epochs}': run for epochs in options.lengths for name, run in {
             'start_plain': plain(epochs),

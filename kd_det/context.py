@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
+from kd_det.functional.boxes import constant
 from kd_det.functional.gradients import scale_gradient
 from kd_det.functional.masks import valid_cells
 from kd_det.heads import StudentOutputs, TeacherOutputs
@@ -152,7 +153,7 @@ class DistillContext:
         """The values, (N, …), with 0 for unlabelled images."""
         if self.fully_labelled:
             return values
-        return values * values.new_tensor(self.labelled).view(-1, *[1] * (values.dim() - 1))
+        return values * constant(self.labelled, values).view(-1, *[1] * (values.dim() - 1))
 
     def weigh_images(self, shares: Tensor) -> DistillContext:
         """The same step, in which what terms read of the student has each image's gradient times its share.

@@ -99,6 +99,11 @@ def _cut_channels(feature: Tensor) -> list[slice]:
 # ------------------------------------------------------------------------------------------------------------- rows
 
 
+def is_on_host(tensor: Tensor) -> bool:
+    """Whether the host computes with a tensor itself, so that what it looks up in it waits for nobody."""
+    return tensor.device.type == 'cpu'
+
+
 class RowLoss(NamedTuple):
     """A loss of each row of some tensors, the first of which learns.
 
@@ -229,7 +234,7 @@ def _cut_weighted(weight: Tensor, tensor: Tensor, width: int) -> Iterator[slice 
 
 def _find_weighted(weight: Tensor) -> Tensor | None:
     """Indices of the rows that have a weight; None if nearly all have, or if it is for a device to know."""
-    if weight.device.type != 'cpu':
+    if not is_on_host(weight):
         return None
-    chosen = weight.nonzero().flatten()  # the host computes itself, and waits for nobody
+    chosen = weight.nonzero().flatten()
     return None if len(chosen) > 0.75 * len(weight) else chosen

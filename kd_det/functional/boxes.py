@@ -111,6 +111,14 @@ def concatenate(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return corners, image.to(corners.device, non_blocking=True)
 
 
+def constant(values: Sequence[float] | Sequence[Sequence[float]], like: Tensor) -> Tensor:
+    """What the host knows, as a tensor of the type of ``like`` and where that is.
+
+    ``like.new_tensor(values)`` would let the host wait until a GPU has done all that it was given before.
+    """
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+
+
 def slices(count: int, width: int) -> Iterator[slice]:
     """Cuts ``count`` rows of ``width`` elements into slices that stay within the budget."""
     step = max(1, _TABLE_BUDGET // max(1, width))

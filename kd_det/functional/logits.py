@@ -227,7 +227,7 @@ def restricted_logits(logits: Tensor, classes: Sequence[int], background: bool) 
         return logits
     # Not by a list of indices: its gradient would be written one element after another.
     rest = [index for index in range(count) if index not in classes]
-    chosen, others = (logits.index_select(-1, torch.tensor(each, dtype=torch.long, device=logits.device))
+    chosen, others = (logits.index_select(-1, torch.tensor(each, dtype=torch.long).to(logits.device, non_blocking=True))
                       for each in (list(classes), rest if background else []))
     return torch.cat([chosen, others.logsumexp(-1, keepdim=True)], -1) if background else chosen
 

@@ -22,6 +22,7 @@ from mmdet.models.dense_heads import (
 from mmdet.models.task_modules import DeltaXYWHBBoxCoder
 from torch import Tensor
 
+from kd_det.functional.boxes import constant
 from kd_det.heads.dense import DenseOutputs, read_strides
 from kd_det.heads.readers import DenseReader, Maps, order_by_prior, reads, remove_normalization
 from kd_det.taps import Features
@@ -188,7 +189,7 @@ class YOLOv3Reader(DenseReader):
                              activation='sigmoid', objectness=tuple(each[..., 4] for each in predictions))
 
     def decode(self, head: Any, priors: Tensor, encoded: Tensor) -> Tensor:
-        return head.bbox_coder.decode(priors, encoded + encoded.new_tensor([0.5, 0.5, 0, 0]), 1)
+        return head.bbox_coder.decode(priors, encoded + constant([0.5, 0.5, 0, 0], encoded), 1)
 
     def read_positives(self, head: Any, returned: Sequence[Any], images: int) -> Tensor:
         targets, _ = returned[-1]  # by level, (N, priors, attributes), of which the fifth is objectness

@@ -12,6 +12,7 @@ from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from kd_det.functional.boxes import constant
 from kd_det.functional.gradients import scale_gradient
 from kd_det.functional.logits import restricted_logits
 from kd_det.functional.queries import match_queries, query_cost
@@ -125,7 +126,7 @@ def _make_box_cost(match_costs: Sequence[Callable[..., Tensor]]) -> BoxCost:
     @torch.no_grad()
     def cost(logits: Tensor, boxes: Tensor, truth: Tensor, labels: Tensor, image_shape: tuple[int, int]) -> Tensor:
         height, width = image_shape
-        pixels = bbox_cxcywh_to_xyxy(boxes) * boxes.new_tensor([width, height, width, height])
+        pixels = bbox_cxcywh_to_xyxy(boxes) * constant([width, height, width, height], boxes)
         queries = InstanceData(scores=logits, bboxes=pixels)
         objects = InstanceData(bboxes=truth, labels=labels)
         costs = (match_cost(pred_instances=queries, gt_instances=objects, img_meta=dict(img_shape=image_shape))

@@ -11,6 +11,7 @@ from mmdet.models.task_modules import DeltaXYWHBBoxCoder, MlvlPointGenerator
 from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor, nn
 
+from kd_det.functional.boxes import constant
 from kd_det.heads.dense import DenseOutputs, read_strides
 from kd_det.heads.queries import QUERY_HEADS, predicts_queries
 from kd_det.heads.request import HEAD_PARTS, ROI_HEAD, HeadError, HeadRequest
@@ -301,7 +302,7 @@ def order_by_prior(maps: Maps, values: int) -> Features:
 
 def remove_normalization(coder: DeltaXYWHBBoxCoder, deltas: Tensor) -> Tensor:
     """(…, 4) deltas without the means and standard deviations by which the head's own coder normalises them."""
-    return deltas * deltas.new_tensor(coder.stds) + deltas.new_tensor(coder.means)
+    return deltas * constant(coder.stds, deltas) + constant(coder.means, deltas)
 
 
 def _generate_priors(head: Any, shapes: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:

@@ -11,6 +11,7 @@ from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.models.task_modules import DeltaXYWHBBoxCoder
 from torch import Tensor, nn
 
+from kd_det.functional.boxes import constant
 from kd_det.functional.gradients import scale_gradient
 from kd_det.functional.logits import restricted_logits
 from kd_det.heads.readers import remove_normalization
@@ -132,7 +133,7 @@ def _read_call(stage: int, head: Any, call: Call) -> RoIOutputs:
     if head.reg_decoded_bbox:  # the targets are boxes, or 0 for background, which becomes its own target
         boxes = torch.where((labels < head.num_classes).unsqueeze(1), targets.float(), rois[:, 1:])
         targets = head.bbox_coder.encode(rois[:, 1:], boxes)
-    stds = rois.new_tensor(head.bbox_coder.stds).expand_as(targets)
+    stds = constant(head.bbox_coder.stds, rois).expand_as(targets)
     targets = remove_normalization(head.bbox_coder, targets)
     regions = Regions(rois, labels, targets, stds, stages=torch.full_like(labels, stage))
     return _assemble(head, regions, call.arguments['cls_score'], call.arguments['bbox_pred'])

@@ -69,5 +69,5 @@ class RankMimicking(DenseTerm):
                        for level, each in chosen))
         student, teacher = (torch.cat(each, 1).flatten() / self.temperature for each in scores)
         divergences = rank_mimicking(student, teacher, groups.flatten(), count)
-        average = reduce_mean(divergences.new_tensor(float(count)))
+        average = reduce_mean(divergences.new_full((), float(count)))
         return dict(rank=divergences.sum() / average.clamp(min=1))

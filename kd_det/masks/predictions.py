@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kd_det.config.arguments import Count, EitherSide, Positive, Share, declared, split_sides
 from kd_det.context import ComparedLevel, DistillContext
-from kd_det.functional.blocks import map_rows
+from kd_det.functional import blocks
+from kd_det.functional.boxes import constant
 from kd_det.functional.logits import cell_probabilities
 from kd_det.functional.masks import (
     assign_levels,
@@ -67,7 +68,7 @@ class _PredictionMask(CellMask):
             return see(*(cell_probabilities(cast(Tensor, logits), outputs.activation, objectness, self.anchors)
                          for logits, objectness, outputs in zip(blocks[::2], blocks[1::2], sides)))
 
-        return map_rows(see_cells, cast(Tensor, cells[0]), *cells[1:]).view(-1, *level.shape)
+        return blocks.map_rows(see_cells, cast(Tensor, cells[0]), *cells[1:]).view(-1, *level.shape)
 
 
 def _find_head_level(level: ComparedLevel, outputs: DenseOutputs) -> int:
@@ -213,7 +214,7 @@ class PredictionQuality(CellMask):
         labels = context.labels
         if outputs.num_classes == 1:  # an object, whatever its class; but -1 is a class that the teacher does not know
             labels = [each.clamp(max=0) for each in labels]
-        if context.device.type == 'cpu':
+        if blocks.is_on_host(context.boxes[0]):
             grids = [level.view(*shape, 2) for level, shape in zip(centers, outputs.shapes)]
             quality = prediction_quality_of_grids(outputs.logits, boxes, grids, context.boxes, labels,
                                                   outputs.activation, outputs.objectness, self.xi, self.top_k)
@@ -263,7 +264,7 @@ class QueryConfidence(CellMask):
         last = cast(QueryOutputs, context.teacher_outputs[level.teacher_index][self.head]).last(1)
         scores, surest = last.scores()[0].topk(min(self.top_k, last.boxes.shape[2]))
         boxes = corners(last.boxes[0]).gather(1, surest.unsqueeze(-1).expand(-1, -1, 4)) / 1000
-        sizes = boxes.new_tensor([[width, height] * 2 for height, width in context.image_shapes])
+        sizes = constant([[width, height] * 2 for height, width in context.image_shapes], boxes)
         images = torch.arange(len(boxes), device=boxes.device).repeat_interleave(scores.shape[1]).unsqueeze(1)
         rois = torch.cat([images, (boxes.clamp(0, 1) * sizes.unsqueeze(1)).flatten(0, 1)], 1)
         return region_foreground(rois, scores.flatten(), len(boxes), context.batch_shape, level.shape) * level.valid

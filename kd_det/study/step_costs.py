@@ -5,6 +5,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -259,14 +260,14 @@ def measure_step(distiller: DetectionDistiller, batch: dict, optimizer: dict, re
         optimizer: The config's ``optim_wrapper``.
         repeats: Number of rounds, after one that is not counted.
     """
-    calls = dict(_training_steps(distiller, batch, optimizer), **dict(_parts(distiller, batch)))
+    calls = dict(_training_steps(distiller, batch, optimizer), **dict(list_parts(distiller, batch)))
     parts, rounds = _measure_calls(calls, next(distiller.parameters()).device, repeats)
     return StepCosts(parts, [each[DISTILLED] - each[STUDENT] for each in rounds])
 
 
 def measure_parts(distiller: DetectionDistiller, batch: dict, repeats: int = 5) -> dict[str, Cost]:
     """As :func:`measure_step`, of the parts alone; the steps take most of its time."""
-    return _measure_calls(dict(_parts(distiller, batch)), next(distiller.parameters()).device, repeats)[0]
+    return _measure_calls(dict(list_parts(distiller, batch)), next(distiller.parameters()).device, repeats)[0]
 
 
 def _measure_calls(calls: dict[str, Call], device: Device,
@@ -291,7 +292,13 @@ def _training_steps(distiller: DetectionDistiller, batch: dict, optimizer: dict)
         yield name, lambda model=model, wrapper=wrapper: model.train_step(dict(batch), wrapper)
 
 
-def _parts(distiller: DetectionDistiller, batch: dict) -> Iterator[tuple[str, Call]]:
+def list_parts(distiller: DetectionDistiller, batch: dict) -> Iterator[tuple[str, Call]]:
+    """Lists by name what a step runs of the teachers, their plain forward, and each term's forward and backward.
+
+    Args:
+        distiller: The distiller, in training mode.
+        batch: As a data loader gives it; the student sees it once, before the first part is listed.
+    """
     data = distiller.data_preprocessor(batch, True)
     images, samples = data['inputs'], data['data_samples']
     observation = distiller.observe(images, samples, distiller.terms)
@@ -303,20 +310,20 @@ def _parts(distiller: DetectionDistiller, batch: dict) -> Iterator[tuple[str, Ca
              for config, teacher in zip(distiller.teacher_configs, cast(list[Any], distiller.teachers))]
     yield PLAIN_TEACHER, torch.no_grad()(lambda: [model.extract_feat(given) for model, given in plain])
     for name, term in distiller.terms.items():
-        yield TERM + name, _forward_and_backward(term, context)
+        yield TERM + name, partial(differentiate, term, context)
 
 
-def _forward_and_backward(term: DistillTerm, context: DistillContext) -> Call:
-    """Of one term, backward as far as the features that it reads, or else the outputs of heads."""
+def differentiate(term: DistillTerm, context: DistillContext) -> tuple[Tensor, list[Tensor | None]]:
+    """Computes one term, and its gradients by the features of the student that it reads, or else outputs of heads.
+
+    Returns:
+        The sum of its parts, and the gradients by what it reads and by its own parameters; None for what it leaves out.
+    """
     read = [context.student[path] for path in term.student_taps]
     read = read or [outputs for head, outputs in context.student_outputs.items() if head in term.student_heads]
+    value = sum_parts(term(replace(context, valid_cells={})))  # nothing that another call has computed
     learning = [*_find_learning(read), *term.parameters()]
-
-    def call() -> None:
-        value = sum_parts(term(replace(context, valid_cells={})))  # nothing that another call has computed
-        torch.autograd.grad(value, learning, allow_unused=True, retain_graph=True)
-
-    return call
+    return value.detach(), list(torch.autograd.grad(value, learning, allow_unused=True, retain_graph=True))
 
 
 def _find_learning(outputs: object) -> Iterator[Tensor]:

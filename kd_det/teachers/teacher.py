@@ -5,7 +5,6 @@ the forward), and the finer and coarser levels of an FPN (:func:`cut_pyramid`).
 """
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -173,6 +172,7 @@ class Teacher(Guide):
             check_keys(TeacherCache, cache or ())
             self.cache = None if cache is None else TeacherCache(**cache)
         self._last_fingerprint: tuple[tuple, str] = ((), '')
+        self._tables: tuple[bool, list[dict[str, Tensor | None]]] | None = None
 
     def _prepare(self, taps: Iterable[str], heads: Iterable[str], student_preprocessor: nn.Module) -> None:
         """Freezes the model, and lets it be read."""
@@ -302,11 +302,18 @@ class Teacher(Guide):
 
     def _find_fingerprint(self) -> str:
         """The fingerprint, computed again only where a weight was written to."""
-        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
-        versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+        versions = tuple((tensor.data_ptr(), tensor._version) for table in self._list_tables()
+                         for tensor in table.values() if tensor is not None)
         if self._last_fingerprint[0] != versions:
             self._last_fingerprint = versions, self.fingerprint()
         return self._last_fingerprint[1]
+
+    def _list_tables(self) -> list[dict[str, Tensor | None]]:
+        """The tables in which the modules of the model hold their weights; found once before the engine, once after."""
+        if self._tables is None or self._tables[0] != (self._digests is None):
+            tables = [table for module in self.model.modules() for table in (module._parameters, module._buffers)]
+            self._tables = self._digests is None, [table for table in tables if table]
+        return self._tables[1]
 
     @torch.no_grad()
     def extract_feat(self, images: Tensor, image_shapes: Sequence[Shape]) -> Features:

@@ -10,7 +10,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from kd_det.functional.boxes import concatenate
+from kd_det.functional.boxes import concatenate, constant
 
 
 @torch.no_grad()
@@ -48,8 +48,7 @@ def box_foreground(
     width: float | Tensor
     height, width = batch_shape
     if image_shapes is not None:
-        shapes = torch.tensor([tuple(shape[:2]) for shape in image_shapes], dtype=corners.dtype)
-        height, width = shapes.to(corners.device, non_blocking=True)[image].unbind(1)
+        height, width = constant([tuple(shape[:2]) for shape in image_shapes], corners)[image].unbind(1)
     x1, y1, x2, y2 = corners.unbind(1)
     left, right = (x1 * feature_shape[1] / width).floor(), (x2 * feature_shape[1] / width).ceil()
     top, bottom = (y1 * feature_shape[0] / height).floor(), (y2 * feature_shape[0] / height).ceil()
@@ -127,8 +126,7 @@ def region_foreground(
         (N, H, W); 0 where no region is.
     """
     rois = rois.float()
-    cells = rois.new_tensor([feature_shape[1], feature_shape[0]])
-    scale = cells / rois.new_tensor([batch_shape[1], batch_shape[0]])
+    scale = constant([feature_shape[1] / batch_shape[1], feature_shape[0] / batch_shape[0]], rois)
     first = (rois[:, 1:3] * scale).floor()
     last = torch.maximum((rois[:, 3:] * scale).ceil() - 1, first)  # a region without area is on one cell
     return paint_rectangles(first, last, values, rois[:, 0].long(), num_images, feature_shape)

@@ -7,7 +7,7 @@ from math import inf, log2
 import torch
 from torch import Tensor
 
-from kd_det.functional.boxes import concatenate, iou, slices
+from kd_det.functional.boxes import concatenate, constant, iou, slices
 from kd_det.functional.masks.foreground import paint_rectangles, paint_runs
 
 
@@ -56,7 +56,7 @@ def level_foreground(
     corners, image = concatenate(boxes)
     level = round(log2(stride / 4)) if level is None else level
     belongs = _on_level(levels, level, corners.device)
-    size = corners.new_tensor([feature_shape[1], feature_shape[0]])
+    size = constant([feature_shape[1], feature_shape[0]], corners)
     first = (corners[:, :2] / stride).trunc().clamp(min=0)
     stop = torch.minimum((corners[:, 2:] / stride).trunc(), size)
     empty = (first >= stop).any(1, keepdim=True)
