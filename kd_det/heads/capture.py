@@ -11,9 +11,19 @@ from torch import Tensor, nn
 from kd_det.heads.dense import DenseOutputs
 from kd_det.heads.queries import QueryOutputs, read_queries
 from kd_det.heads.readers import check_head, find_reader, read_dense
-from kd_det.heads.request import HEADS, ROI_HEAD, HeadRequest
+from kd_det.heads.request import HEADS, ROI_HEAD, HeadRequest, Remaining
 from kd_det.heads.roi import RoIOutputs, find_stages, read_sampled, run_roi_head
-from kd_det.heads.towers import TeacherTowers, TowerFeatures, TowerWidths, read_towers, record_towers, tower_widths
+from kd_det.heads.towers import (
+    Readings,
+    TeacherTowers,
+    TowerFeatures,
+    TowerMoments,
+    TowerWidths,
+    measure_moments,
+    read_towers,
+    record_towers,
+    tower_widths,
+)
 from kd_det.taps import Call, Features, Taps, record_calls
 
 # By request: DenseOutputs, QueryOutputs, RoIOutputs or TowerFeatures; who reads them knows which it asked for.
@@ -62,8 +72,18 @@ class OutputKind:
         """
         raise NotImplementedError
 
-    def run(self, head: Any, forward: TeacherForward) -> Any:
-        """Makes the teacher's outputs."""
+    def watch(self, head: Any) -> AbstractContextManager[Any]:
+        """Records what the teacher's other heads and kinds compute of it while they run."""
+        return nullcontext()
+
+    def run(self, head: Any, forward: TeacherForward, watched: Any) -> Any:
+        """Makes the teacher's outputs.
+
+        Args:
+            head: The head.
+            forward: What there is before it runs.
+            watched: What :meth:`watch` yielded.
+        """
         raise NotImplementedError
 
 
@@ -79,7 +99,7 @@ class DenseKind(OutputKind):
     def read(self, head: Any, maps: tuple[Features, ...], recorded: Sequence[Call]) -> DenseOutputs:
         return read_dense(head, maps, [call.returned for call in recorded])
 
-    def run(self, head: Any, forward: TeacherForward) -> DenseOutputs:
+    def run(self, head: Any, forward: TeacherForward, watched: None) -> DenseOutputs:
         return read_dense(head, [tuple(map(forward.cut, maps)) for maps in head(forward.features)])
 
 
@@ -95,22 +115,32 @@ class QueryKind(OutputKind):
         (logits, ), (boxes, ) = maps  # each one tensor of all decoder layers
         return read_queries(head, logits, boxes, [call.returned for call in recorded])
 
-    def run(self, head: Any, forward: TeacherForward) -> QueryOutputs:
+    def run(self, head: Any, forward: TeacherForward, watched: None) -> QueryOutputs:
         logits, boxes = head(**forward.model.forward_transformer(forward.features, forward.samples))
         return read_queries(head, logits, boxes)
 
 
 class TowerKind(OutputKind):
-    """The features within a dense head: of a student to be read, of a teacher to be put in their place."""
+    """The features within a dense head: of a student to be read, of a teacher to be put in their place.
 
-    def record(self, head: Any) -> AbstractContextManager[list[list[list[Call]]]]:
-        return record_towers(head)
+    Args:
+        remaining: At which depth, see :class:`~kd_det.heads.HeadRequest`.
+    """
 
-    def read(self, head: Any, maps: tuple[Features, ...], recorded: list[list[list[Call]]]) -> TowerFeatures:
+    def __init__(self, remaining: Remaining) -> None:
+        self.remaining = remaining
+
+    def record(self, head: Any) -> AbstractContextManager[Readings]:
+        return record_towers(head, self.remaining)
+
+    def read(self, head: Any, maps: tuple[Features, ...], recorded: Readings) -> TowerFeatures:
         return read_towers(recorded)
 
-    def run(self, head: Any, forward: TeacherForward) -> TeacherTowers:
-        return TeacherTowers(head)
+    def watch(self, head: Any) -> AbstractContextManager[Readings]:
+        return record_towers(head, self.remaining)
+
+    def run(self, head: Any, forward: TeacherForward, watched: Readings) -> TeacherTowers:
+        return TeacherTowers(head, self.remaining, measure_moments(read_towers(watched), forward.samples))
 
 
 class RoIKind(OutputKind):
@@ -124,11 +154,11 @@ class RoIKind(OutputKind):
     def read(self, head: Any, maps: tuple[Features, ...], recorded: list[list[Call]]) -> RoIOutputs:
         return read_sampled(find_stages(head), recorded)
 
-    def run(self, head: Any, forward: TeacherForward) -> tuple[RoIOutputs, ...]:
+    def run(self, head: Any, forward: TeacherForward, watched: None) -> tuple[RoIOutputs, ...]:
         return run_roi_head(head, forward.features, forward.student[ROI_HEAD].regions)
 
 
-KINDS = {'': DenseKind(), 'towers': TowerKind(), 'queries': QueryKind()}  # by part of the request
+KINDS = {'': DenseKind(), 'queries': QueryKind()}  # by part of the request
 ROI_KIND = RoIKind()
 
 
@@ -167,10 +197,11 @@ def measure_towers(model: nn.Module, names: Iterable[str]) -> dict[HeadRequest, 
 
 def _find_kinds(model: nn.Module, names: Iterable[str]) -> dict[HeadRequest, tuple[OutputKind, nn.Module]]:
     """Finds the heads that are asked for, and how they are read; those of which nothing is read are only checked."""
-    found = {}
+    found: dict[HeadRequest, tuple[OutputKind, nn.Module]] = {}
     for request in map(HeadRequest.parse, names):
         head = find_head(model, request)
-        kind = ROI_KIND if request == ROI_HEAD else KINDS.get(request.part)
+        kind = (ROI_KIND if request == ROI_HEAD else
+                TowerKind(request.remaining) if request.part == 'towers' else KINDS.get(request.part))
         if kind is not None:
             found[request] = kind, head
     return found
@@ -230,7 +261,11 @@ def run_heads(names: Iterable[str], forward: TeacherForward) -> TeacherOutputs:
         HeadError: See :func:`find_head`.
     """
     kinds = _find_kinds(forward.model, names)
-    return {request: kind.run(head, forward) for request, (kind, head) in kinds.items()}
+    with ExitStack() as stack:
+        watched = {request: stack.enter_context(kind.watch(head)) for request, (kind, head) in kinds.items()}
+        # Towers last: what passes them is known when their head has run.
+        order = sorted(kinds, key=lambda request: request.part == 'towers')
+        return {request: kinds[request][0].run(kinds[request][1], forward, watched[request]) for request in order}
 
 
 # ----------------------------------------------------------------------------------- what a cache keeps of a teacher
@@ -267,14 +302,26 @@ def record_maps(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Fe
         maps.update({f'{name}/{kind}': tuple(levels) for kind, levels in enumerate(call.returned)})
 
 
+def list_moments(outputs: TeacherOutputs) -> dict[str, Features]:
+    """What is kept of a teacher's towers, in the form of :func:`record_maps`."""
+    return {f'{name}/{tower}': moments for name, each in outputs.items() if isinstance(each, TeacherTowers)
+            for tower, moments in enumerate(each.moments)}
+
+
 def read_maps(model: nn.Module, names: Sequence[str], maps: dict[str, Features]) -> TeacherOutputs:
-    """Makes the outputs of a teacher's heads from what :func:`record_maps` recorded in this or another step."""
+    """Makes the outputs of a teacher's heads.
+
+    Args:
+        model: The teacher.
+        names: See :class:`~kd_det.heads.HeadRequest`.
+        maps: What :func:`record_maps` and :func:`list_moments` gave in this or another step.
+    """
     outputs: TeacherOutputs = {}
     for request in map(HeadRequest.parse, names):
         head = getattr(model, request.head)
+        present = [maps[each] for each in takewhile(maps.__contains__, (f'{request}/{kind}' for kind in count()))]
         if not request.part:
-            present = takewhile(maps.__contains__, (f'{request}/{kind}' for kind in count()))
-            outputs[request] = read_dense(head, [maps[each] for each in present])
+            outputs[request] = read_dense(head, present)
         elif request.part == 'towers':
-            outputs[request] = TeacherTowers(head)
+            outputs[request] = TeacherTowers(head, request.remaining, TowerMoments(*present))
     return outputs

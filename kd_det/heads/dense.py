@@ -61,6 +61,8 @@ class DenseOutputs:
         distributions: (N, H·W·A, 4, bins) logits of the distance to each side, as in GFL.
         assigned: (N, H·W·A) of bool, the priors that the head's own assigner gave to a box in this step. Of a student
             alone, and where its family's reader finds them.
+        ignored: (N, H·W·A) of bool, the priors that count nothing in the head's own loss, which its assigner gave to no
+            box and not to the background. Of a student alone, and where there can be any.
         targets: (N, H·W·A, 4) the regressions of assigned priors to their boxes, in the units of :attr:`regressions`; 0
             for other priors. Of a student with anchors and deltas alone.
     """
@@ -75,6 +77,7 @@ class DenseOutputs:
     centerness: Features | None = None
     distributions: Features | None = None
     assigned: Features | None = None
+    ignored: Features | None = None
     targets: Features | None = None
 
     @classmethod

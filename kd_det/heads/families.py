@@ -33,17 +33,24 @@ class TargetsReader(DenseReader):
 
     Attributes:
         labels_at: The place of the labels.
+        weights_at: The place of the weights of the classes; None where all priors have the same.
         targets_at: The place of the regressions; None where they are in other units than those of the outputs.
     """
 
     parts = frozenset({'positives'})
     assigning_method = 'get_targets'
     labels_at = 0
+    weights_at: int | None = None
     targets_at: int | None = None
 
     def read_positives(self, head: Any, returned: Sequence[Any], images: int) -> Tensor:
         labels = torch.cat([level.reshape(images, -1) for level in returned[-1][self.labels_at]], 1)
         return (labels >= 0) & (labels < head.num_classes)
+
+    def read_ignored(self, returned: Sequence[Any], images: int) -> Tensor | None:
+        if self.weights_at is None:
+            return None
+        return torch.cat([level.reshape(images, -1) for level in returned[-1][self.weights_at]], 1) == 0
 
     def read_targets(self, head: Any, returned: Sequence[Any], dense: DenseOutputs) -> Tensor | None:
         if self.targets_at is None or dense.assigned is None or not isinstance(head.bbox_coder, DeltaXYWHBBoxCoder):
@@ -61,6 +68,7 @@ class TargetsReader(DenseReader):
 class AnchorReader(TargetsReader):
     """Of heads with anchors, whose maps are classes, deltas, and perhaps centerness."""
 
+    weights_at: int | None = 1
     targets_at: int | None = 2
 
     def read(self, head: Any, logits: Maps, deltas: Maps, centerness: Maps | None = None) -> DenseOutputs:
@@ -78,7 +86,7 @@ class AnchorReader(TargetsReader):
 class YOLOFReader(AnchorReader):
     """Of YOLOF: its only level's labels are one tensor, and its targets those of the positives alone."""
 
-    targets_at = None
+    weights_at = targets_at = None
 
     def read_positives(self, head: Any, returned: Sequence[Any], images: int) -> Tensor:
         labels = returned[-1][self.labels_at]  # (N, priors)
@@ -96,7 +104,7 @@ class RetinaReader(AnchorReader):
 class ATSSReader(RetinaReader):
     """Of ATSS, whose ``get_targets`` returns the anchors first."""
 
-    labels_at, targets_at = 1, 3
+    labels_at, weights_at, targets_at = 1, 2, 3
 
 
 @reads(GFLHead)
@@ -104,7 +112,7 @@ class GFLReader(TargetsReader):
     """Of GFL: it predicts distributions over the distances to the four sides, in strides."""
 
     parts = frozenset({'positives', 'towers', 'distributions'})
-    labels_at = 1
+    labels_at, weights_at = 1, 2
 
     def read(self, head: Any, logits: Maps, distributions: Maps) -> DenseOutputs:
         bins = head.reg_max + 1
@@ -129,7 +137,7 @@ class RTMDetReader(PointReader):
     """Of RTMDet."""
 
     parts = frozenset({'positives', 'towers'})
-    labels_at = 1
+    labels_at, weights_at = 1, 2
 
     def read(self, head: Any, logits: Maps, distances: Maps) -> DenseOutputs:
         return self.assemble(head, logits, order_by_prior(distances, 4))
@@ -137,9 +145,9 @@ class RTMDetReader(PointReader):
 
 @reads(RTMDetSepBNHead)
 class RTMDetSepBNReader(RTMDetReader):
-    """Of RTMDet with normalisation by level, whose levels do not share their towers."""
+    """Of RTMDet with normalisation by level."""
 
-    parts = frozenset({'positives'})
+    has_tower_of_each_level = True
 
 
 @reads(FCOSHead)
@@ -160,8 +168,10 @@ class FCOSReader(PointReader):
 class YOLOXReader(DenseReader):
     """Of YOLOX, which assigns image by image."""
 
-    parts = frozenset({'positives'})
+    parts = frozenset({'positives', 'towers'})
     assigning_method = '_get_targets_single'
+    towers = ('multi_level_cls_convs', 'multi_level_reg_convs')
+    has_tower_of_each_level = True
 
     def read(self, head: Any, logits: Maps, regressions: Maps, objectness: Maps) -> DenseOutputs:
         return self.assemble(head, logits, order_by_prior(regressions, 4), objectness=_order_scalars(objectness))

@@ -29,10 +29,14 @@ class DenseReader:
         parts: What heads of the family have beside classes and boxes: those parts of a dense head that a
             :class:`~kd_det.heads.HeadRequest` may name.
         assigning_method: Of a family that tells its positives, the name of the head's method that finds them.
+        towers: Of a family that has them, the names of the head's towers for classes and for boxes.
+        has_tower_of_each_level: Whether these are lists of towers, one for each level, and not one for all.
     """
 
     parts: frozenset[str] = frozenset()
     assigning_method = ''
+    towers = ('cls_convs', 'reg_convs')
+    has_tower_of_each_level = False
 
     def read(self, head: Any, *maps: Any) -> DenseOutputs:
         """Reads what the head's forward returned.
@@ -68,6 +72,18 @@ class DenseReader:
             (N, priors of all levels) of bool.
         """
         raise NotImplementedError
+
+    def read_ignored(self, returned: Sequence[Any], images: int) -> Tensor | None:
+        """Tells which priors count nothing in the head's own loss: they were given neither to a box nor to background.
+
+        Args:
+            returned: What each call of :attr:`assigning_method` returned in this step.
+            images: N.
+
+        Returns:
+            (N, priors of all levels) of bool; None where it is not told, or none is.
+        """
+        return None
 
     def read_targets(self, head: Any, returned: Sequence[Any], dense: DenseOutputs) -> Tensor | None:
         """Tells to what the assigned priors are regressed.
@@ -176,8 +192,9 @@ def reads_like(head: type[nn.Module], like: type[nn.Module], parts: Iterable[str
         like: A dense head, or the head of a DETR, that can be read.
         parts: What else of a dense head is the same, though yours computes it by methods of its own. ``'positives'``:
             its ``get_targets`` (of YOLOX ``_get_targets_single``) returns what the other's does. ``'towers'``: its
-            ``cls_convs`` and ``reg_convs`` are the first that every level passes. Where yours inherits the other's
-            methods they are known to be the same; all else is refused, as terms that need it are told.
+            ``cls_convs`` and ``reg_convs`` (of YOLOX those of each level) are the first that a level passes. Where
+            yours inherits the other's methods they are known to be the same; all else is refused, as terms that need it
+            are told.
 
     Raises:
         HeadError: The other head can not be read, or has no such part; or yours has no such method.
@@ -290,6 +307,8 @@ def read_dense(head: nn.Module, outputs: Sequence[Maps], assignments: Sequence[A
     if assignments:
         sizes = [level.shape[1] for level in dense.logits]
         dense.assigned = reader.read_positives(head, assignments, len(dense.logits[0])).split(sizes, 1)
+        ignored = reader.read_ignored(assignments, len(dense.logits[0]))
+        dense.ignored = None if ignored is None else ignored.split(sizes, 1)
         targets = reader.read_targets(head, assignments, dense)
         dense.targets = None if targets is None else targets.split(sizes, 1)
     return dense

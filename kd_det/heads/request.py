@@ -1,7 +1,9 @@
 """What is read of a detector's heads, by name: a head's outputs, or a part of them that not every head has."""
 from __future__ import annotations
 
+import re
 from difflib import get_close_matches
+from typing import Literal
 
 
 class HeadError(ValueError):
@@ -10,13 +12,15 @@ class HeadError(ValueError):
 
 # What can be asked of a head beside its outputs, and what is said of a head that does not have it.
 HEAD_PARTS: dict[str, str] = {
-    'towers': 'has no towers, convolutions before its predictions that all levels share, as the heads of RetinaNet, '
-              'ATSS, GFL, FCOS and RTMDetHead have, RTMDetSepBNHead not',
+    'towers': 'has no towers, stacks of convolutions before its predictions that are read, as those of the heads of '
+              'RetinaNet, ATSS, GFL, FCOS, RTMDet and YOLOX are',
     'positives': 'does not tell which priors it assigned to boxes: choose a form without positives, such as '
                  "normalizer='confidence', or declare its own assignment with kd_det.heads.reads_like",
     'distributions': "predicts no distributions over distances, as GFL and its kin do: choose form='giou'",
     'queries': 'predicts no queries, as the heads of DETR, Conditional DETR, DAB-DETR, Deformable DETR and DINO do; '
                'kd_det.heads.reads_like declares one with a forward of its own'}
+
+Remaining = int | Literal['half']  # convolutions of a tower; 'half' of them, rounded down
 
 
 class HeadRequest(str):
@@ -29,8 +33,10 @@ class HeadRequest(str):
         head: ``'bbox_head'`` of one-stage detectors and of DETRs, ``'rpn_head'`` and ``'roi_head'`` of two-stage
             detectors. Whether a detector has it, :func:`~kd_det.heads.check_head` checks.
         part: ``''`` for the head's outputs, dense or of regions. Of a dense head also ``'towers'``, the features within
-            it; ``'positives'`` and ``'distributions'``, which add nothing to the outputs but the demand that they tell
-            the priors that the head assigned to boxes, or distributions over distances. Of a DETR's head ``'queries'``.
+            it at one depth; ``'positives'`` and ``'distributions'``, which add nothing to the outputs but the demand
+            that they tell the priors that the head assigned to boxes, or distributions over distances. Of a DETR's head
+            ``'queries'``.
+        remaining: Of towers, how many of their convolutions are still before the features.
 
     Raises:
         HeadError: No head has such a part; the message names those there are.
@@ -39,24 +45,25 @@ class HeadRequest(str):
         >>> request = HeadRequest('bbox_head', 'towers')
         >>> request, request.head, request.part
         ('bbox_head.towers', 'bbox_head', 'towers')
-        >>> HeadRequest.parse('bbox_head.towers').part
-        'towers'
+        >>> HeadRequest.parse('bbox_head.towers.1').remaining
+        1
     """
     head: str
     part: str
+    remaining: Remaining
 
-    def __new__(cls, head: str, part: str = '') -> HeadRequest:
-        request = super().__new__(cls, f'{head}.{part}' if part else head)
+    def __new__(cls, head: str, part: str = '', remaining: Remaining = 0) -> HeadRequest:
+        request = super().__new__(cls, '.'.join(filter(None, [head, part, str(remaining or '')])))
         if part and part not in HEAD_PARTS:
             nearest = get_close_matches(part, HEAD_PARTS, n=1)
             raise HeadError(f"'{request}': no head has a part '{part}'. Parts are {', '.join(HEAD_PARTS)}."
                             + (f" Did you mean '{head}.{nearest[0]}'?" if nearest else ''))
-        request.head, request.part = head, part
+        request.head, request.part, request.remaining = head, part, remaining
         return request
 
     @classmethod
     def parse(cls, name: str) -> HeadRequest:
-        """Reads ``'bbox_head'`` or ``'bbox_head.towers'``; a request is returned as it is.
+        """Reads ``'bbox_head'``, ``'bbox_head.positives'`` or ``'bbox_head.towers.1'``; a request is returned as it is.
 
         Raises:
             HeadError: No head has such a part.
@@ -64,10 +71,14 @@ class HeadRequest(str):
         if isinstance(name, HeadRequest):
             return name
         head, _, part = name.partition('.')
-        return cls(head, part)
+        of_towers = re.fullmatch(r'(towers)\.([1-9]\d*|half)', part)
+        if of_towers is None:
+            return cls(head, part)
+        part, remaining = of_towers.groups()
+        return cls(head, part, 'half' if remaining == 'half' else int(remaining))
 
-    def __reduce__(self) -> tuple[type[HeadRequest], tuple[str, str]]:
-        return HeadRequest, (self.head, self.part)
+    def __reduce__(self) -> tuple[type[HeadRequest], tuple[str, str, Remaining]]:
+        return HeadRequest, (self.head, self.part, self.remaining)
 
 
 ROI_HEAD = HeadRequest('roi_head')

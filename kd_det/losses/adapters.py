@@ -17,7 +17,8 @@ ChannelAdapter = Literal['auto', 'none', 'conv1x1', 'conv3x3']
 
 
 @declared
-def build_adapter(kind: ChannelAdapter, student_channels: int, teacher_channels: int) -> nn.Module:
+def build_adapter(kind: ChannelAdapter, student_channels: int, teacher_channels: int,
+                  bias: bool = True) -> nn.Module:
     """Makes the layer that a student's feature passes before it is compared.
 
     Args:
@@ -25,6 +26,7 @@ def build_adapter(kind: ChannelAdapter, student_channels: int, teacher_channels:
             agree; ``'conv1x1'``, ``'conv3x3'``: always a convolution.
         student_channels: C of the student's (N, C, H, W).
         teacher_channels: C of the teacher's.
+        bias: Whether a convolution has one. Where each channel is normalised behind it, it would learn nothing.
 
     Returns:
         A module (N, C, H, W) -> (N, C', H, W), with the teacher's channels.
@@ -42,7 +44,7 @@ def build_adapter(kind: ChannelAdapter, student_channels: int, teacher_channels:
     if kind == 'none' or (kind == 'auto' and student_channels == teacher_channels):
         return nn.Identity()
     kernel = 3 if kind == 'conv3x3' else 1
-    return nn.Conv2d(student_channels, teacher_channels, kernel, padding=kernel // 2)
+    return nn.Conv2d(student_channels, teacher_channels, kernel, padding=kernel // 2, bias=bias)
 
 
 class GenerationBlock(nn.Sequential):

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from annotated_types import MinLen, Predicate
 from mmdet.utils import reduce_mean
+from mmengine.dist import get_world_size
 from torch import Tensor, nn
 
 from kd_det.config.arguments import Count, EitherSide, Index, declared, is_distinct, split_sides
 from kd_det.context import ComparedLevel, DistillContext, LevelError, LevelPair, LevelSpec, pair_levels
+from kd_det.functional.moments import block_moments, normalize_channels, pool_moments
 from kd_det.heads.towers import TowerWidths
 from kd_det.losses.adapters import ChannelAdapter, build_adapter
 from kd_det.masks.base import Mask
@@ -125,6 +127,11 @@ class FeatureTerm(DistillTerm):
         adapter: Student channels -> teacher channels, see :func:`~kd_det.losses.adapters.build_adapter`.
         resize: Interpolate the teacher's level where it differs in stride or size.
         teacher: See :class:`DistillTerm`.
+        normalize: Before they are compared, give the channels of both sides the mean 0 and the deviation 1, over the
+            cells of the images in the whole batch of all ranks. That is batch normalisation without weights or running
+            statistics, on the student's side after an adapter that then has no bias. Scale and offset of a channel do
+            not matter then, as they mean nothing in features that a normalisation still follows (MMYOLO's RTMDet).
+            Masks that look at features see them so.
 
     Raises:
         ValueError: An argument that does not fit.
@@ -145,10 +152,10 @@ class FeatureTerm(DistillTerm):
 
     @declared
     def __init__(self, tap: EitherSide = 'neck', levels: Levels | None = None, adapter: ChannelAdapter = 'auto',
-                 resize: bool = False, teacher: Index = 0) -> None:
+                 resize: bool = False, teacher: Index = 0, normalize: bool = False) -> None:
         super().__init__(teacher)
         self.student_path, self.teacher_path = split_sides(tap)
-        self.levels, self.adapter, self.resize = levels, adapter, resize
+        self.levels, self.adapter, self.resize, self.normalize = levels, adapter, resize, normalize
 
     @property
     def student_taps(self) -> tuple[str, ...]:
@@ -184,7 +191,8 @@ class FeatureTerm(DistillTerm):
 
     def make_adapter(self, pair: LevelPair) -> nn.Module:
         """Makes what the student's feature passes before it is compared; a subclass may need another, or none."""
-        return build_adapter(self.adapter, pair.student_spec.channels, pair.teacher_spec.channels)
+        return build_adapter(self.adapter, pair.student_spec.channels, pair.teacher_spec.channels,
+                             bias=not self.normalize)
 
     def forward(self, context: DistillContext) -> Parts:
         return add_parts(self.compare(self.read_level(context, position), position)
@@ -220,8 +228,18 @@ class FeatureTerm(DistillTerm):
                                  "down do, set data_preprocessor.pad_size_divisor of the student's config to the "
                                  'largest stride; else allow resize=True of the term.')
             teacher = F.interpolate(teacher, student.shape[-2:], mode='bilinear', align_corners=False)
+        student, teacher = self.normalized(context, student, teacher)
         strides = tuple(spec.stride for spec in context.student_levels[self.student_path])
         return ComparedLevel(student, teacher, raw_student, pair.student_level, strides, context, self.teacher_index)
+
+    def normalized(self, context: DistillContext, *features: Tensor) -> tuple[Tensor, ...]:
+        """Features of one level's cells, (N, C, H, W), as they are compared: normalised, if the term does that."""
+        if not self.normalize:
+            return features
+        valid = context.valid(features[0].shape[-2:])
+        moments = pool_moments([block_moments(feature, valid) for feature in features],
+                               [valid.sum((1, 2))] * len(features), sum_over_ranks)
+        return tuple(map(normalize_channels, features, moments))
 
 
 def sum_parts(value: Tensor | Parts) -> Tensor:
@@ -267,6 +285,22 @@ def rank_share(mask: Tensor) -> Tensor:
     total = mask.sum()
     mean: Tensor = reduce_mean(total)
     return total / mean.clamp(min=torch.finfo(total.dtype).tiny)
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum over all ranks, with its gradient: a value of any rank teaches all. Every rank must call this.
+
+    Args:
+        values: Of any shape, the same on all ranks.
+
+    Example:
+        >>> sum_over_ranks(torch.ones(2))
+        tensor([1., 1.])
+    """
+    if get_world_size() == 1:
+        return values
+    from torch.distributed.nn.functional import all_reduce  # not in every build of PyTorch
+    return cast(Tensor, all_reduce(values))
 
 
 def find_read_levels(terms: Iterable[DistillTerm],

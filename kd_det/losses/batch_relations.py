@@ -101,7 +101,7 @@ class RKD(BatchRelation):
     In a config: ``dict(type='RKD', tap='neck', distance_weight=25.0, angle_weight=50.0)``.
 
     Args:
-        tap, levels, resize, teacher: See :class:`~kd_det.losses.base.FeatureTerm`.
+        tap, levels, resize, teacher, normalize: See :class:`~kd_det.losses.base.FeatureTerm`.
         distance_weight: w_d, weight of the distances.
         angle_weight: w_a, weight of the angles.
         pad_aware: See :class:`~kd_det.losses.batch_relations.BatchRelation`.
@@ -121,8 +121,9 @@ class RKD(BatchRelation):
 
     @declared
     def __init__(self, tap: EitherSide = 'neck', levels: Levels | None = None, resize: bool = False, teacher: Index = 0,
-                 distance_weight: Weight = 25.0, angle_weight: Weight = 50.0, pad_aware: bool = True) -> None:
-        super().__init__(pad_aware, tap=tap, levels=levels, resize=resize, teacher=teacher)
+                 distance_weight: Weight = 25.0, angle_weight: Weight = 50.0, pad_aware: bool = True,
+                 normalize: bool = False) -> None:
+        super().__init__(pad_aware, tap=tap, levels=levels, resize=resize, teacher=teacher, normalize=normalize)
         self.distance_weight, self.angle_weight = distance_weight, angle_weight
         self._warned = False
 

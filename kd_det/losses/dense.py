@@ -26,7 +26,7 @@ from kd_det.losses.outputs import (
 
 ClassificationWeighting = Literal['all', 'richness']
 RegressionForm = Literal['giou', 'distribution', 'bounded']
-RegressionWeighting = Literal['confidence', 'gap', 'positives', 'valuable']
+RegressionWeighting = Literal['confidence', 'probability', 'gap', 'positives', 'valuable']
 
 
 @MODELS.register_module()
@@ -140,6 +140,8 @@ class DenseRegression(DenseTerm):
     Weightings w of the priors, for the other two forms:
 
     - ``'confidence'``: the teacher's score.
+    - ``'probability'``: the teacher's largest class probability, without the centerness that is a factor of the score;
+      0 on priors that the student's assigner left out, near a box but not near enough (CrossKD, arXiv 2306.11369).
     - ``'gap'``: the largest difference of a class probability between the two (BCKD, arXiv 2308.14286).
     - ``'positives'``: the student's own score on the priors that its assigner gave to a box, 0 on others (LD's main
       region).
@@ -211,6 +213,10 @@ class DenseRegression(DenseTerm):
         """(N, H·W·A), without gradient."""
         if self.weighting == 'confidence':
             return level.teacher.scores(level.teacher_level)
+        if self.weighting == 'probability':
+            probability = level.teacher.largest_probabilities(level.teacher_level)
+            ignored = level.student.ignored
+            return probability if ignored is None else probability * ~ignored[level.student_level]
         if self.weighting == 'gap':
             sides = (level.student, level.student_level), (level.teacher, level.teacher_level)
             objectness = (None if each.objectness is None else each.objectness[index] for each, index in sides)

@@ -88,7 +88,8 @@ class FKD(FeatureTerm):
     def compare(self, level: ComparedLevel, position: int) -> Parts:
         blocks, valid = cast(_Adapters, self.blocks[position]), level.valid if self.pad_aware else None
         inside: Tensor | int = 1 if valid is None else valid[:, None]
-        student = level.raw_student * inside  # all but the imitation read it before its adapter
+        raw, = self.normalized(level.context, level.raw_student)  # all but the imitation read it before its adapter
+        student = raw * inside
         teacher = level.teacher * inside
         of_student, of_teacher = (spatial_attention(side.detach(), self.temperature, valid)
                                   for side in (student, teacher))

@@ -6,15 +6,13 @@ import io
 import logging
 import os
 import re
-import struct
 import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass
-from functools import cached_property, lru_cache
-from math import prod
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -37,7 +35,6 @@ DTYPES = dict(float16=torch.float16, float32=torch.float32)
 GIGABYTE = 10**9
 ENTRY, UNFINISHED = '.npz', '.tmp'
 CHECKSUM = 4  # bytes
-MEMBER, LARGE = b'PK\x03\x04', 2**32 - 1  # of a zip archive: how a member begins, and the size of one with a longer one
 OTHER_FOLDER = 'Give another folder as model.teacher.cache.dir.'
 ABANDONED = 3600.0  # seconds after which a file that was never renamed is taken for what a killed process left
 
@@ -226,7 +223,8 @@ class ArrayStore:
         if content[-CHECKSUM:] != _compute_checksum(memoryview(content)[:-CHECKSUM]):
             self._remove(path)
             return None
-        return dict(_read_archive(content))
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
 
     def put(self, key: str, arrays: Arrays) -> int:
         """Keeps arrays under a key, unless there are some already.
@@ -302,37 +300,6 @@ class ArrayStore:
 
 class StoreFullError(RuntimeError):
     """Another entry would exceed the store's limit."""
-
-
-def _read_archive(content: bytes) -> Iterator[tuple[str, np.ndarray]]:
-    """Reads the arrays of an ``.npz`` archive as ``np.savez`` writes it, by name.
-
-    ``np.load`` would check each once more, and parse the same headers in each step: on small images that took longer
-    than all else that a cache does.
-    """
-    start = 0
-    while content[start:start + len(MEMBER)] == MEMBER:
-        size, name_length, extra_length = struct.unpack_from('<IHH', content, start + 22)
-        name = start + 30
-        extra, array = name + name_length, name + name_length + extra_length
-        if size == LARGE:  # as NumPy writes it always: then the size stands first in the only extra field
-            size, = struct.unpack_from('<Q', content, extra + 4)
-        start = array + size
-        prefix = 10 if content[array + 6] == 1 else 12  # bytes before the header of an array, by version
-        length, = struct.unpack_from('<H' if prefix == 10 else '<I', content, array + 8)
-        shape, order, dtype = _parse_header(content[array:array + prefix + length])
-        values = np.frombuffer(content, dtype, prod(shape), array + prefix + length)
-        yield str(content[name:extra], 'utf-8').removesuffix('.npy'), values.reshape(shape, order=order).copy(order)
-
-
-@lru_cache(maxsize=1024)
-def _parse_header(header: bytes) -> tuple[tuple[int, ...], Literal['C', 'F'], np.dtype]:
-    """What the header of an ``.npy`` array says: its shape, the order of its cells, and their type."""
-    file = io.BytesIO(header)
-    read = np.lib.format.read_array_header_1_0 if np.lib.format.read_magic(file) == (1, 0) else (
-        np.lib.format.read_array_header_2_0)
-    shape, is_fortran, dtype = read(file)
-    return shape, 'F' if is_fortran else 'C', dtype
 
 
 def _compute_checksum(content: memoryview) -> bytes:

@@ -25,7 +25,7 @@ from kd_det.config.arguments import Name, Names, at, check_arguments, check_keys
 from kd_det.config.classes import count_classes
 from kd_det.config.detectors import ModelConfig, TeacherError, read_model_config
 from kd_det.heads import ROI_HEAD, HeadError, StudentOutputs, TeacherForward, TeacherOutputs, find_head, run_heads
-from kd_det.heads.capture import can_be_kept, read_maps, record_maps
+from kd_det.heads.capture import can_be_kept, list_moments, read_maps, record_maps
 from kd_det.registry import build_detector, within_scope
 from kd_det.taps import ENCODER, Features, TapError, Taps, is_within_encoder, record_calls
 from kd_det.teachers.bridge import InputBridge, Shape, crop_to_batch, explain_size_mismatch
@@ -291,8 +291,8 @@ class Teacher(Guide):
 
         def compute() -> Outputs:
             with record_maps(self.model, heads) as maps:
-                features, _ = self._run(images, image_shapes, heads, taps, levels, crop)
-            return {**features, **maps}
+                features, outputs = self._run(images, image_shapes, heads, taps, levels, crop)
+            return {**features, **maps, **list_moments(outputs)}
 
         question = repr((self._find_fingerprint(), self._config, self.engine, tuple(taps), levels, tuple(heads),
                          VERSIONS))

@@ -49,8 +49,10 @@ def _warmed_up(two_stage: float, one_stage: float, anchor_free: float, **others)
     ('bckd', 'bckd_boxes', {family: dict(weighting='gap', weight=4.0) for family in ('one_stage', 'anchor_free')}),
     ('ld', 'ld', dict(one_stage=dict(weighting='positives', weight=0.25, temperature=10.0, normalizer='none'))),
     ('ld', 'ld_valuable', dict(one_stage=dict(weighting='valuable', weight=0.25 * 4 / 16, temperature=10.0))),
-    ('crosskd', 'crosskd', dict(one_stage=dict(remaining=1, beta=1.0, box_weight=1.0, distribution_weight=4.0),
-                                anchor_free=dict(remaining=2, weight=0.4, box_weight=0.75 / 0.4))),
+    ('crosskd', 'crosskd', dict(one_stage=dict(remaining=1, beta=1.0, box_weight=1.0, distribution_weight=4.0,
+                                               centerness_weight=1.0),
+                                anchor_free=dict(remaining='half', weight=0.4, box_weight=0.75 / 0.4,
+                                                 centerness_weight=0.0))),
     ('frs', 'frs_features', _warmed_up(0.002, 0.005, 0.01, adapter='conv3x3', normalizer='mask')),
     ('frs', 'frs_classes', _warmed_up(0.1, 0.02, 0.05, beta=0, weighting='richness')),
 ])

@@ -80,7 +80,7 @@ def test_a_method_serves_the_detectors_whose_heads_have_what_its_terms_read(list
     assert set(DETECTORS) - set(listed['fgd'].detectors) == {*listed['querykd'].detectors}  # the DETRs
     assert listed['dkd'].detectors == ('Faster R-CNN', 'Cascade R-CNN', 'Mask R-CNN')
     assert listed['ld'].detectors == ('GFL', )  # distributions
-    assert listed['crosskd'].detectors == ('RetinaNet', 'ATSS', 'GFL', 'FCOS')  # towers
+    assert listed['crosskd'].detectors == ('RetinaNet', 'ATSS', 'GFL', 'FCOS', 'RTMDet', 'YOLOX')  # towers
     assert {*DETECTORS} - {*listed['kd'].detectors} == {*listed['querykd'].detectors}
     assert {*listed['rm'].detectors} == {*listed['kd'].detectors} - {*listed['dkd'].detectors}  # positives
     assert 'FCOS' not in listed['fgfi'].detectors  # no weights for its family
@@ -163,7 +163,7 @@ def test_what_a_file_does_not_state_is_found_when_it_is_asked_for(method_root, c
     method, = methods('mine')
     assert method.reads == ('neck', 'bbox_head')
     others = {kind for kind, family in DETECTOR_FAMILIES.items() if family != 'one_stage'}
-    assert set(method.detectors) == {'RetinaNet', 'ATSS', 'GFL', *others}
+    assert set(method.detectors) == {'RetinaNet', 'ATSS', 'GFL', 'RTMDet', *others}
     assert main(['methods', str(method_root / 'mine.py')]) == 0
     assert str(method_root / 'mine.py') in capsys.readouterr().out
     with pytest.raises(ConfigurationError, match="no method 'mien'.*Nearest: mine"):

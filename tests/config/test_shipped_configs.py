@@ -12,6 +12,8 @@ from mmengine.logging import MessageHub
 
 from kd_det.config.composition import find_model_family, method_terms
 from kd_det.config.files import is_distillation, load_config, student_model
+from kd_det.context import Progress
+from kd_det.distillers.schedules import build_schedule
 from kd_det.teachers import InputBridge
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +29,7 @@ def inherited(file: Path, kind: str) -> str:
 
 FILES = sorted(CONFIGS.glob('*.py'))
 STUDENTS = {file.stem: inherited(file, 'students') for file in sorted(CONFIGS.glob('_base_/pairs/*.py'))}
+RECIPES = {file.stem: inherited(file, 'recipes') for file in FILES if inherited(file, 'recipes')}
 BASELINES = {inherited(file, 'students'): file.stem for file in FILES if inherited(file, 'students')}
 DISTILLED = {file.stem: inherited(file, 'pairs') for file in FILES if inherited(file, 'pairs')}
 
@@ -88,6 +91,9 @@ def settle(detector):
             module.running_mean = module.running_var = None
     if hasattr(detector, 'level_embed'):
         torch.nn.init.normal_(detector.level_embed)
+    if hasattr(getattr(detector, 'bbox_head', None), 'rtm_cls'):  # untrained it says the same of all cells
+        for parameter in (each for each in detector.bbox_head.parameters() if each.dim() > 1):
+            torch.nn.init.normal_(parameter, std=0.1)
 
 
 def test_every_config_is_a_baseline_or_a_method_of_a_pair():
@@ -123,7 +129,7 @@ def test_twin_differs_in_nothing_but_distillation(name):
     assert model['student'] == twin.pop('model')
     assert hooks.pop('distill') == dict(type='mmdet.DistillHook', preflight=dict(images=64, min_map=0.01))
     assert hooks == twin.pop('default_hooks')
-    assert distilled.pop(method_of(name)) == model['distill']
+    assert distilled.pop(RECIPES.get(name) or method_of(name)) == model['distill']
     assert distilled == twin  # data, schedule, evaluation, seed
     assert 'seed' in twin['randomness']
 
@@ -132,7 +138,23 @@ def test_twin_differs_in_nothing_but_distillation(name):
 def test_weights_are_those_of_the_teachers_family(name):
     """Between unlike detectors the published weights go with the teacher: PKD's from Mask R-CNN to RetinaNet is 6."""
     model = load(name).model
+    if name in RECIPES:  # of a pair of detectors, in place of those of a family
+        recipe = RECIPES[name]
+        assert model.distill == method_terms(f'kd_det::_base_/recipes/{recipe}.py', 'one_stage')
+        return
     assert model.distill == method_terms(method_of(name), find_model_family(load(model.teacher.config).model))
+
+
+def test_the_recipe_for_rtmdets_is_the_published_one():
+    """Each level weighs 1 for 280 of 300 epochs, before normalisation and activation."""
+    for pair in ('l_s', 's_tiny', 'm_s', 'l_m'):
+        config = load(f'cwd_rtmdet_{pair}')
+        assert config.train_cfg.max_epochs == 300
+        for index, term in enumerate(config.model.distill.values()):
+            assert term.tap == f'neck.out_convs.{index}.conv' and term.normalize and term.temperature == 1
+            weight = build_schedule(term.weight)
+            assert [weight(Progress(epoch=epoch)) for epoch in (0, 279.9, 280, 299)] == [1, 1, 0, 0]
+        assert len(config.model.distill) == 3
 
 
 @pytest.mark.parametrize('twin, original, changed', [
@@ -144,6 +166,8 @@ def test_weights_are_those_of_the_teachers_family(name):
      ('backbone', 'neck', 'data_preprocessor')),
     ('baseline_yolox_l_s', 'mmdet::yolox/yolox_s_8xb8-300e_coco.py', ()),
     ('baseline_rtmdet_l_s', 'mmdet::rtmdet/rtmdet_s_8xb32-300e_coco.py', ()),
+    ('baseline_rtmdet_s_tiny', 'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py', ()),
+    ('baseline_rtmdet_l_m', 'mmdet::rtmdet/rtmdet_m_8xb32-300e_coco.py', ()),
     ('baseline_dino_r50_r18', 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py', ('backbone', 'neck')),
     ('baseline_deformable_detr_r50_r18',
      'mmdet::deformable_detr/deformable-detr-refine-twostage_r50_16xb2-50e_coco.py', ('backbone', 'neck')),

@@ -21,8 +21,9 @@ from kd_det.context import DistillContext
 from kd_det.distillers.class_sets import restrict_to_shared_classes
 from kd_det.functional.queries import corners
 from kd_det.heads import DenseOutputs, HeadRequest, QueryOutputs, Regions, RoIOutputs, TeacherTowers, read_dense
-from kd_det.heads.towers import TowerFeatures, read_towers, record_towers, tower_widths
+from kd_det.heads.towers import TowerFeatures, TowerMoments, measure_moments, read_towers, record_towers, tower_widths
 from kd_det.losses import DistillTerm
+from kd_det.teachers.probe import make_shape_samples
 
 STRIDES, CLASSES, STUDENT_WIDTH, TEACHER_WIDTH = (8, 16, 32), 3, 8, 12
 BOXES = ([[4., 4., 60., 40.], [50., 8., 90., 60.]], [[2., 2., 30., 20.]], [[10., 6., 26., 50.]])
@@ -155,9 +156,10 @@ def form_scene(dense_head_config, built_heads):
         return built_heads[width, classes]
 
     def assign(outputs, boxes: list[Tensor]) -> None:
-        """Every fifth prior of an image with boxes learns from one of them."""
+        """Every fifth prior of an image with boxes learns from one of them, the next one from nothing."""
         has_boxes = torch.tensor([len(each) > 0 for each in boxes])
         outputs.assigned = tuple((torch.arange(each.shape[1]) % 5 == 0) & has_boxes[:, None] for each in outputs.logits)
+        outputs.ignored = tuple(each.roll(1, 1) for each in outputs.assigned)
         outputs.targets = tuple(torch.randn(*each.shape, 4) * each[..., None] for each in outputs.assigned)
 
     def make(form: Form, equal: bool = False) -> Scene:
@@ -177,14 +179,15 @@ def form_scene(dense_head_config, built_heads):
 
         heads = find_heads(student_width, classes)
         teacher_heads = heads if equal else find_heads(teacher_width, classes)
-        with record_towers(heads['bbox_head']) as towers:
+        with record_towers(heads['bbox_head'], 1) as towers:
             outputs = {name: read_dense(head, head(tuple(student))) for name, head in heads.items()}
         for each in outputs.values():
             assign(each, boxes)
-        with torch.no_grad():
+        with torch.no_grad(), record_towers(teacher_heads['bbox_head'], 1) as taught_towers:
             taught = {name: read_dense(head, head(tuple(teacher))) for name, head in teacher_heads.items()}
-        outputs['bbox_head.towers'] = read_towers(towers)
-        taught['bbox_head.towers'] = TeacherTowers(teacher_heads['bbox_head'])
+            moments = measure_moments(read_towers(taught_towers), make_shape_samples(batch_shape, image_shapes))
+        outputs['bbox_head.towers.1'] = read_towers(towers)
+        taught['bbox_head.towers.1'] = TeacherTowers(teacher_heads['bbox_head'], 1, moments)
 
         regions, moves = make_regions(boxes, labels, batch_shape, classes), []
         for side in (outputs, taught):
@@ -292,7 +295,7 @@ def rearrange(context: DistillContext, images: Sequence[int], orders: Sequence[S
             fields = {field.name: pick(getattr(outputs, field.name)) for field in dataclasses.fields(outputs)}
             return DenseOutputs(**{**fields, 'decode': lambda: pick(outputs.boxes)})
         if isinstance(outputs, TowerFeatures):
-            return TowerFeatures(*(tuple(map(pick, depths)) for depths in outputs))
+            return outputs._replace(classes=pick(outputs.classes), boxes=pick(outputs.boxes))
         if isinstance(outputs, QueryOutputs):
             assigned = outputs.assigned
             if assigned is not None:
@@ -308,8 +311,8 @@ def rearrange(context: DistillContext, images: Sequence[int], orders: Sequence[S
             return RoIOutputs(regions, outputs.logits[torch.cat(rows)], outputs.deltas[torch.cat(rows)])
         if isinstance(outputs, tuple) and not isinstance(outputs, TeacherTowers):
             return tuple(map(change, outputs))
-        assert isinstance(outputs, TeacherTowers)  # a head, which knows no batch
-        return outputs
+        assert isinstance(outputs, TeacherTowers)
+        return outputs._replace(moments=TowerMoments(*map(pick, outputs.moments)))
 
     def of_images(values):
         return [values[image] for image in images]

@@ -15,12 +15,16 @@ import kd_det.losses
 from kd_det.losses import DistillTerm
 
 CONFIGS = dict(
+    CWD=[dict(), dict(normalize=True)],
+    CrossKD=[dict(), dict(align=False, box_weighting='confidence', box_normalizer='confidence')],
     DenseRegression=[dict(), dict(form='distribution', weighting='positives'), dict(form='bounded'),
-                     dict(weighting='valuable'), dict(weighting='gap', normalizer='confidence')],
+                     dict(weighting='valuable'), dict(weighting='gap', normalizer='confidence'),
+                     dict(weighting='probability')],
     DenseClassification=[dict(), dict(weighting='richness', normalizer='richness', beta=0), dict(normalizer='none'),
                          dict(treatment='cwtm')],
     FeatureImitation=[dict(), *(dict(distance=distance) for distance in ('l1', 'smooth_l1', 'cosine')),
-                      dict(normalizer='mask', mask='SpatialAttention'), dict(normalizer='mask', mask='BoxForeground')],
+                      dict(normalizer='mask', mask='SpatialAttention'), dict(normalizer='mask', mask='BoxForeground'),
+                      dict(normalizer='mean', normalize=True)],
     QueryClassification=[dict(), dict(treatment='cwtm')],
     RoIClassification=[dict(), *(dict(form=form) for form in ('decoupled', 'coupled', 'weighted')),
                        dict(treatment='cwtm')],

@@ -16,7 +16,9 @@ DENSE = dict(
     sure=dict(type='DenseClassification', treatment='cwtm', weight=100.0),
     boxes=dict(type='DenseRegression', weighting='confidence', normalizer='confidence'),
     bounded=dict(type='DenseRegression', form='bounded', normalizer='positives', margin=1.0),
-    ranks=dict(type='RankMimicking', weight=100.0))
+    ranks=dict(type='RankMimicking', weight=100.0),
+    normalized=dict(type='CWD', normalize=True, weight=100.0),
+    crossed=dict(type='CrossKD', weight=100.0))
 TWO_STAGE = dict(
     regions=dict(type='FeatureImitation', mask='RoIPredictionDifference', normalizer='mask'),
     classes=dict(type='RoIClassification', normalizer='regions', weight=100.0),

@@ -136,13 +136,13 @@ def test_what_terms_read_has_the_gradient_of_each_image_times_its_share():
         'bbox_head': DenseOutputs.of_boxes(dense, dense, (2, 2)),
         'queries': QueryOutputs(queries, queries, 'sigmoid'),
         'roi_head': RoIOutputs(regions, rois, rois[:, None]),
-        'bbox_head.towers': TowerFeatures(((features, ), ), ((features, ), ))})
+        'bbox_head.towers': TowerFeatures((features, ), (features, ))})
     weighed = context.weigh_images(shares)
     outputs = weighed.student_outputs
     assert torch.equal(weighed.student['neck'][0], features) and torch.equal(outputs['bbox_head'].boxes[0], dense)
     for read, source, dim, expected in (
             (weighed.student['neck'][0], features, 0, shares),
-            (outputs['bbox_head.towers'].boxes[0][0], features, 0, shares),
+            (outputs['bbox_head.towers'].boxes[0], features, 0, shares),
             (outputs['bbox_head'].logits[0], dense, 0, shares), (outputs['bbox_head'].boxes[0], dense, 0, shares),
             (outputs['queries'].boxes, queries, 1, shares), (outputs['roi_head'].deltas, rois, 0, shares[images])):
         gradient, = torch.autograd.grad(read.sum(), source, retain_graph=True)

@@ -11,7 +11,7 @@ from torch import nn
 from kd_det.heads import HeadError, StudentHeads, TeacherTowers, check_head, find_head, read_dense, reads_like
 from kd_det.heads.queries import QUERY_HEADS
 from kd_det.heads.readers import READERS, find_reader
-from kd_det.heads.towers import read_towers, record_towers
+from kd_det.heads.towers import measure_moments, read_towers, record_towers
 
 
 @pytest.fixture(autouse=True)
@@ -129,9 +129,10 @@ def test_towers_of_a_declared_head_resume_as_it_does(dense_head, features):
     head, inputs = dense_head('fcos', stacked_convs=2).eval().requires_grad_(False), features()
     head.__class__ = OwnForward
     reads_like(OwnForward, FCOSHead, parts=['towers'])
-    with record_towers(head) as calls:
+    with record_towers(head, 1) as readings:
         expected = read_dense(head, head(inputs))
-    _assert_same(TeacherTowers(head).resume(*read_towers(calls).before(1), 1), expected)
+    towers = read_towers(readings)
+    _assert_same(TeacherTowers(head, 1, measure_moments(towers, ())).resume(*towers.activated()), expected)
 
 
 def test_what_overrides_a_declared_head_again_is_refused():

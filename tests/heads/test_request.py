@@ -25,11 +25,19 @@ def test_a_request_is_the_string_that_names_it(name, head, part):
     assert (ROI_HEAD == request) == (name == 'roi_head')
 
 
+def test_a_request_for_towers_names_their_depth():
+    for name, remaining in (('bbox_head.towers', 0), ('bbox_head.towers.1', 1), ('bbox_head.towers.half', 'half')):
+        request = HeadRequest.parse(name)
+        for each in (request, HeadRequest('bbox_head', 'towers', remaining), pickle.loads(pickle.dumps(request))):
+            assert (each, each.part, each.remaining) == (name, 'towers', remaining)
+
+
 @pytest.mark.parametrize('name, message', [
     ('bbox_head.tower', "'bbox_head.tower': no head has a part 'tower'. Parts are towers, positives, distributions, "
                         r"queries. Did you mean 'bbox_head.towers'\?"),
     ('bbox_head.masks', 'Parts are towers, positives, distributions, queries.$'),
-    ('bbox_head.towers.positives', "no head has a part 'towers.positives'")])
+    ('bbox_head.towers.positives', "no head has a part 'towers.positives'"),
+    ('bbox_head.towers.0', "no head has a part 'towers.0'"), ('bbox_head.positives.1', "a part 'positives.1'")])
 def test_a_part_that_no_head_has(name, message):
     with pytest.raises(HeadError, match=message):
         HeadRequest.parse(name)

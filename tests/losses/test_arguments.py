@@ -296,7 +296,8 @@ WRONG = dict(
     foreground_weight=NEGATIVE, background_weight=NEGATIVE, background_class_weight=NEGATIVE, feature_weight=NEGATIVE,
     pooling_weight=NEGATIVE, relation_weight=NEGATIVE, distance_weight=NEGATIVE, angle_weight=NEGATIVE,
     objectness_weight=NEGATIVE, regression_weight=NEGATIVE, box_weight=NEGATIVE, distribution_weight=NEGATIVE,
-    l1_weight=NEGATIVE, giou_weight=NEGATIVE,
+    l1_weight=NEGATIVE, giou_weight=NEGATIVE, centerness_weight=NEGATIVE, normalize=FLAG, align=FLAG,
+    box_weighting=('gap', None), box_normalizer=('boxes', None),
     # of masks
     xi=(2, 1.01, -0.1, '0.5', True, None), phi=(1, -0.1, None), top_k=(0, -1, 2.5, None, True), anchors=(3, [8]),
     num_levels=(0, 1.5, '4'), finest_scale=(0, -56, '56', None), class_agnostic=FLAG, source=('teachers', None),

@@ -2,7 +2,9 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 
+import kd_det.losses
 from kd_det.context import DistillContext, LevelSpec
+from kd_det.losses import FeatureTerm
 
 
 @pytest.fixture
@@ -84,3 +86,32 @@ def test_different_paths_in_student_and_teacher(make_context, connected):
     term = MODELS.build(dict(type='FeatureImitation', tap=dict(student='neck', teacher='backbone.layer2')))
     assert (term.student_taps, term.teacher_taps) == (('neck', ), ('backbone.layer2', ))
     assert connected(term, context)(context)['imitation'] > 0
+
+
+FEATURE_TERMS = sorted(name for name in kd_det.losses.__all__ if name in MODELS.module_dict
+                       and issubclass(MODELS.get(name), FeatureTerm))
+
+
+@pytest.mark.parametrize('name', FEATURE_TERMS)
+def test_normalised_features_are_compared_as_if_they_had_passed_batch_normalisation(name, term_of):
+    torch.manual_seed(0)
+    student, teacher = ([scale * torch.randn(3, 4, *cells) + 2 for cells in ((8, 12), (4, 6))] for scale in (3, 0.1))
+    boxes = [torch.tensor([[8., 8., 24., 24.], [30., 4., 90., 60.]])] * 3
+    norm = torch.nn.BatchNorm2d(4, affine=False, track_running_stats=False)
+    values, others = [], dict(adapter='none') if name == 'FKD' else {}  # its own convolution is drawn at random
+    for normalize, sides in ((True, (student, teacher)), (False, ([*map(norm, each)] for each in (student, teacher)))):
+        context = DistillContext.of_features(*sides, boxes=boxes)
+        torch.manual_seed(1)
+        term = term_of(context, type=name, tap='neck', normalize=normalize, **others)
+        torch.manual_seed(2)
+        values.append(term(context))
+    assert len(FEATURE_TERMS) > 10 and any(value > 0 for value in values[0].values())
+    torch.testing.assert_close(*values, rtol=1e-3, atol=1e-5)
+
+
+def test_an_adapter_before_a_normalisation_has_no_bias_and_neither_sees_padding(padded, term_of, check_padding):
+    term = term_of(padded, type='CWD', normalize=True, adapter='conv1x1')
+    assert [type(each) for each in term.adapters] == [torch.nn.Conv2d] and term.adapters[0].bias is None
+    check_padding(term)
+    plain = term_of(padded, type='CWD', adapter='conv1x1')
+    assert plain.adapters[0].bias is not None

@@ -146,8 +146,8 @@ def read_by(term: DistillTerm, observation: Observation) -> list[Tensor]:
     if isinstance(term, FeatureTerm):
         return [observation.context.student[term.student_path][pair.student_level] for pair in term.pairs]
     if isinstance(term, CrossKD):
-        towers = student[f'{term.student_head}.towers'].before(term.remaining)
-        return [level for tower in towers for level in tower]
+        towers = student[term.student_towers]
+        return [*towers.classes, *towers.boxes]
     outputs = student[term.student_heads[0]]
     fields = [getattr(outputs, name, None) for name in OUTPUTS[type(term)]]
     levels = [field if isinstance(field, tuple) else (field, ) for field in fields if field is not None]

@@ -35,20 +35,6 @@ def test_what_was_put_is_what_one_gets(tmp_path):
     assert store.size == written == _bytes_on_disk(store.folder)
 
 
-def test_an_entry_is_an_archive_that_numpy_reads_and_is_read_as_numpy_does(tmp_path):
-    arrays = {'neck/0/float32/contiguous_format': np.arange(24, dtype=np.float16).reshape(2, 3, 4),
-              'ordered': np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3)), 'empty': np.zeros((0, 3)),
-              'scalar': np.array(7), 'by bytes': np.arange(3, dtype='>i2'), 'ünicode': np.ones(1)}
-    store = ArrayStore(tmp_path, 10**6)
-    store.put(KEY, arrays)
-    found = store.get(KEY)
-    with np.load(store._path(KEY)) as archive:
-        assert list(found) == archive.files == list(arrays)
-        assert all(found[name].dtype == archive[name].dtype and found[name].shape == archive[name].shape
-                   and np.array_equal(found[name], archive[name]) for name in arrays)
-    assert all(each.flags.writeable and each.flags.aligned for each in found.values())
-
-
 def test_no_damage_to_any_byte_is_ever_read(tmp_path):
     store = ArrayStore(tmp_path, 10**6)
     store.put(KEY, _arrays())

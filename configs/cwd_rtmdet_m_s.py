@@ -1,0 +1,3 @@
+"""RTMDet-M teaches RTMDet-S with CWD by MMYOLO's recipe, on COCO."""
+_base_ = ['./_base_/pairs/rtmdet_m_s.py', './_base_/recipes/cwd_rtmdet.py']
+model = dict(distill=_base_.cwd_rtmdet)
