@@ -14,6 +14,7 @@ from dataclasses import fields, is_dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import mmdet
 import torch
@@ -37,6 +38,7 @@ from kd_det.config.detectors import read_model_config
 from kd_det.config.files import load_config
 from kd_det.config.methods import methods
 from kd_det.distillers import DetectionDistiller
+from kd_det.functional import blocks
 from kd_det.losses.base import sum_parts
 from kd_det.registry import build_detector, prepare_without_runner
 from kd_det.study.pair import read_pair
@@ -305,8 +307,8 @@ class NoHostData(TorchFunctionMode):
 @contextmanager
 def no_waiting(device: str) -> Iterator[None]:
     """Fails where the host would wait for the device."""
-    if device == 'cpu':
-        with NoHostData(), NoHostSync():
+    if device == 'cpu':  # as if it were a GPU, of which the host knows no values
+        with NoHostData(), NoHostSync(), patch.object(blocks, 'is_on_host', lambda tensor: False):
             yield
         return
     torch.cuda.set_sync_debug_mode('error')

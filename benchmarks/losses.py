@@ -1,11 +1,13 @@
-"""Time and peak memory of the feature losses, forward and backward, beside the same written operator by operator.
+"""Time and peak memory of losses and masks, forward and backward, beside the same written operator by operator.
 
     python -m benchmarks.losses --out losses.json
+    python -m benchmarks.losses --losses outputs --threads 1 --clock process --out losses_of_outputs.json
 
 Five levels (strides 8 to 128) of a padded batch; FGD with its masks, its context blocks and their gradients, the others
-with the features that they get from their adapters. Plain forms: benchmarks/plain.py. Seconds are medians; both forms
-take turns, so that what else the machine does weighs on both. Memory is what tensors made by forward and backward take
-at the peak, student's and teacher's features not included, see kd_det/study/step_costs.py.
+with the features that they get from their adapters. Outputs of heads are those of a RetinaNet, with nine anchors a
+cell, and of a GFL, without anchors, of COCO's 80 classes. Plain forms: benchmarks/plain.py. Seconds are medians; both
+forms take turns, so that what else the machine does weighs on both. Memory is what tensors made by forward and backward
+take at the peak, student's and teacher's features or outputs not included, see kd_det/study/step_costs.py.
 """
 from __future__ import annotations
 
@@ -13,11 +15,14 @@ import argparse
 import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from math import ceil
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from time import process_time
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -27,11 +32,13 @@ from torch import Tensor
 from benchmarks import plain
 from kd_det.context import DistillContext, LevelSpec
 from kd_det.functional import features
-from kd_det.losses import FGD
+from kd_det.heads import DenseOutputs
+from kd_det.losses import FGD, DenseClassification, DenseRegression, RankMimicking
+from kd_det.masks import build_mask
 from kd_det.study.step_costs import measure_peak_memory, measure_seconds
 
 STRIDES = (8, 16, 32, 64, 128)
-MB = 2**20
+MB, CLASSES, OUTPUTS = 2**20, 80, 'outputs'
 
 
 class Case(NamedTuple):
@@ -57,7 +64,7 @@ class Pyramids:
 
     def fgd(self, num_boxes: int) -> Case:
         levels = tuple(LevelSpec(self.options.channels, stride) for stride in STRIDES)
-        boxes = [self._boxes(num_boxes) for _ in range(self.options.batch)]
+        boxes = [self.draw_boxes(num_boxes) for _ in range(self.options.batch)]
         context = DistillContext(
             student=dict(neck=tuple(self.student)), teachers=[dict(neck=tuple(self.teacher))],
             student_levels=dict(neck=levels), teacher_levels=[dict(neck=levels)], boxes=boxes,
@@ -88,11 +95,116 @@ class Pyramids:
     def _over_levels(self, loss: Callable[..., Tensor]) -> Callable[[], Tensor]:
         return lambda: sum(loss(*level) for level in zip(self.student, self.teacher, self.masks))
 
-    def _boxes(self, count: int) -> Tensor:
+    def draw_boxes(self, count: int) -> Tensor:
         size = torch.tensor(self.shape[::-1], device=self.options.device)
         centre = torch.rand(count, 2, device=size.device) * size
         side = 30 + 300 * torch.rand(count, 2, device=size.device)**2
         return torch.cat([(centre - side / 2).clamp(min=0), torch.minimum(centre + side / 2, size - 1)], 1)
+
+
+class Outputs:
+    """Random outputs of two dense heads, and boxes as those of the pyramids.
+
+    Args:
+        options: The command's.
+        anchors: Priors of each cell, three shapes in as many sizes as it takes.
+        activation: Of the classes.
+        bins: Of distributions over distances; 0 for none.
+    """
+
+    def __init__(self, options: argparse.Namespace, pyramids: Pyramids, anchors: int = 9, activation: str = 'sigmoid',
+                 bins: int = 0) -> None:
+        self.device, self.boxes = options.device, [pyramids.draw_boxes(10) for _ in range(options.batch)]
+        self.shapes = tuple(tuple(feature.shape[-2:]) for feature in pyramids.student)
+        self.priors = tuple(self._make_priors(stride, shape, anchors) for stride, shape in zip(STRIDES, self.shapes))
+        self.student, self.teacher = (self._make_outputs(options.batch, activation, bins) for _ in range(2))
+        self.learning = [level.requires_grad_() for level in (
+            *self.student.logits, *self.student.regressions, *(self.student.distributions or ()))]
+        labels = [torch.randint(CLASSES, (len(each), ), device=self.device) for each in self.boxes]
+        nothing = [torch.zeros(options.batch, 1, *shape, device=self.device) for shape in self.shapes]
+        self.context = DistillContext.of_features(nothing, nothing, STRIDES, self.boxes, labels,
+                                                  batch_shape=pyramids.shape)
+
+    def _make_priors(self, stride: int, shape: Sequence[int], anchors: int) -> Tensor:
+        y, x = torch.meshgrid(*(stride * torch.arange(side, device=self.device) for side in shape), indexing='ij')
+        sizes = [4 * stride * 2**(index // 3 / 3) for index in range(anchors)]
+        ratios = [2**((index % 3 - 1) / 2) if anchors > 1 else 1 for index in range(anchors)]
+        corners = [[-size * ratio / 2, -size / ratio / 2, size * ratio / 2, size / ratio / 2]
+                   for size, ratio in zip(sizes, ratios)]
+        return (torch.stack([x, y, x, y], -1).view(-1, 1, 4) + torch.tensor(corners, device=self.device)).view(-1, 4)
+
+    def _make_outputs(self, batch: int, activation: str, bins: int) -> DenseOutputs:
+        def draw(*size: int) -> tuple[Tensor, ...]:
+            return tuple(torch.randn(batch, len(each), *size, device=self.device) for each in self.priors)
+
+        regressions = draw(4)
+        return DenseOutputs(
+            logits=tuple(each.mul_(1.5).sub_(3) for each in draw(CLASSES + (activation == 'softmax'))),
+            activation=activation, regressions=regressions, shapes=self.shapes, strides=STRIDES,
+            decode=lambda: tuple(prior + 8 * each for prior, each in zip(self.priors, regressions)),
+            generate_priors=lambda: self.priors, distributions=draw(4, bins) if bins else None,
+            assigned=tuple(each > 3 for each in draw()))
+
+    def case(self, name: str, written_down: Callable[..., Tensor], ours: Callable[[DistillContext], Tensor],
+             learns: bool = True) -> Case:
+        """Of a plain form, given all outputs, and of a term or mask in a step that has computed nothing yet."""
+        def fresh() -> tuple[DenseOutputs, DenseOutputs]:
+            return replace(self.student), replace(self.teacher)
+
+        def measured() -> Tensor:
+            student, teacher = fresh()
+            return ours(replace(self.context, student_outputs=dict(bbox_head=student),
+                                teacher_outputs=[dict(bbox_head=teacher)]))
+
+        return Case(name, lambda: written_down(*fresh(), self.context), measured, self.learning if learns else [])
+
+
+def cases_of_outputs(options: argparse.Namespace) -> Iterator[tuple[str, Case]]:
+    """Yields the terms and masks that read dense heads; each set of outputs is let go of with its last case."""
+    def term(kind: type, **arguments: Any) -> Callable[[DistillContext], Tensor]:
+        built = kind(**arguments, **{} if kind is RankMimicking else dict(normalizer='none'))
+        return lambda context: sum(built(context).values())
+
+    def mask(config: str) -> Callable[[DistillContext], Tensor]:
+        built = build_mask(config)
+        return lambda context: torch.cat([built.cells(context.read_level(level)).flatten()
+                                          for level in range(len(STRIDES))])
+
+    pyramids = Pyramids(options)
+    outputs = Outputs(options, pyramids)
+    yield OUTPUTS, outputs.case('KD, classes', partial(plain.classes, beta=0, temperature=2.0),
+                                term(DenseClassification, beta=0, temperature=2.0))
+    yield OUTPUTS, outputs.case('BCKD, classes', partial(plain.classes, beta=1), term(DenseClassification))
+    yield OUTPUTS, outputs.case('KD by CWTM', partial(plain.classes, beta=0, treatment='cwtm'),
+                                term(DenseClassification, beta=0, treatment='cwtm'))
+    yield OUTPUTS, outputs.case('KD by DKPP', partial(plain.classes, beta=0, treatment='dkpp'),
+                                seeded(term(DenseClassification, beta=0, treatment='dkpp')))
+    yield OUTPUTS, outputs.case('FRS, classes', partial(plain.classes, beta=0, weighting='richness'),
+                                term(DenseClassification, beta=0, weighting='richness'))
+    yield OUTPUTS, outputs.case('BCKD, boxes', partial(plain.boxes, weighting='gap'),
+                                term(DenseRegression, weighting='gap'))
+    yield OUTPUTS, outputs.case('CrossKD, boxes', partial(plain.boxes, weighting='confidence'), term(DenseRegression))
+    yield OUTPUTS, outputs.case('RM', plain.rank_mimicking, term(RankMimicking))
+    yield OUTPUTS, outputs.case('PFI, mask', plain.prediction_difference, mask('PredictionDifference'), learns=False)
+    yield OUTPUTS, outputs.case('FRS, mask', plain.confidence, mask('TeacherConfidence'), learns=False)
+    yield OUTPUTS, outputs.case('PGD, mask', plain.prediction_quality, mask('PredictionQuality'), learns=False)
+    outputs = Outputs(options, pyramids, activation='softmax')
+    yield OUTPUTS, outputs.case('KD, softmax', partial(plain.classes, temperature=2.0),
+                                term(DenseClassification, temperature=2.0))
+    outputs = Outputs(options, pyramids, anchors=1, bins=17)
+    yield OUTPUTS, outputs.case('LD, positives', partial(plain.distributions, weighting='positives'),
+                                term(DenseRegression, form='distribution', weighting='positives'))
+    yield OUTPUTS, outputs.case('LD, valuable', partial(plain.distributions, weighting='valuable'),
+                                term(DenseRegression, form='distribution', weighting='valuable'))
+
+
+def seeded(form: Callable[[DistillContext], Tensor]) -> Callable[[DistillContext], Tensor]:
+    """The same, which draws the same random numbers each time."""
+    def draw(context: DistillContext) -> Tensor:
+        torch.manual_seed(0)
+        return form(context)
+
+    return draw
 
 
 def fkd_imitation(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
@@ -116,21 +228,31 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, float]:
     """
     def gradients(form: Callable[[], Tensor]) -> Sequence[Tensor]:
         value = form()
-        return (value.detach(), *torch.autograd.grad(value, case.learning))
+        learnt = torch.autograd.grad(value, case.learning, allow_unused=True) if case.learning else ()
+        return (value.detach(), *(each for each in learnt if each is not None))
 
     forms = (case.plain, case.ours)
     for expected, actual in zip(*map(gradients, forms)):
         # A bias before a softmax has the gradient 0, which the plain form only finds up to rounding.
         if expected.numel() > 1 and (actual - expected).norm() > 1e-4 * expected.norm():
             raise RuntimeError(f'{case.name}: the two forms differ.')
-    times = [[measure_seconds(partial(gradients, form), options.device, 1, warmup=0) for form in forms]
+    time = measure_process_seconds if getattr(options, 'clock', 'wall') == 'process' else partial(
+        measure_seconds, device=options.device, repeats=1, warmup=0)
+    times = [[time(partial(gradients, form)) for form in forms]
              for _ in range(options.repeats + 1)][1:]
     peaks = [measure_peak_memory(partial(gradients, form), options.device) / MB for form in forms]
     return dict(zip(('plain_s', 'ours_s', 'plain_mb', 'ours_mb'), (*map(median, zip(*times)), *peaks)))
 
 
+def measure_process_seconds(call: Callable[[], object]) -> float:
+    """What the process itself computed, whatever else the machine does; of one thread."""
+    start = process_time()
+    call()
+    return process_time() - start
+
+
 def table_of(rows: Sequence[dict]) -> Table:
-    table = Table(title='Forward and backward of five levels')
+    table = Table(title='Forward and backward of five levels; of masks, forward')
     for heading in ('loss', 'boxes', 'plain', 'ours', 'faster', 'plain', 'ours', 'share of memory'):
         table.add_column(heading, justify='left' if heading == 'loss' else 'right')
     for row in rows:
@@ -143,22 +265,25 @@ def table_of(rows: Sequence[dict]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--losses', nargs='+', default=['FGD', 'DeFeat', 'FKD', 'CWD', 'PKD', 'MGD'])
+    parser.add_argument('--losses', nargs='+', default=['FGD', 'DeFeat', 'FKD', 'CWD', 'PKD', 'MGD'],
+                        help="names of rows; 'outputs' for all that read the outputs of dense heads")
     parser.add_argument('--boxes', nargs='+', type=int, default=[10, 60, 500], help='boxes an image, for FGD')
     parser.add_argument('--image', nargs=2, type=int, default=[800, 1344], help='height and width of the padded batch')
     parser.add_argument('--batch', type=int, default=2)
     parser.add_argument('--channels', type=int, default=256)
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--clock', choices=['wall', 'process'], default='wall',
+                        help="'process' on a busy CPU, with one thread: the seconds of the process itself")
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--out', type=Path, help='write the numbers to this file, as JSON')
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
     rows = []
-    for boxes, case in list_cases(options):
-        if case.name in options.losses:
-            rows.append(dict(loss=case.name, boxes=boxes, **measure(case, options)))
+    for boxes, case in chain(list_cases(options), cases_of_outputs(options)):
+        if case.name in options.losses or (boxes == OUTPUTS and OUTPUTS in options.losses):
+            rows.append(dict(loss=case.name, boxes=None if boxes == OUTPUTS else boxes, **measure(case, options)))
     Console().print(table_of(rows))
     if options.out:
         settings = {name: value for name, value in vars(options).items() if name != 'out'}

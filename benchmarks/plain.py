@@ -4,7 +4,13 @@ from __future__ import annotations
 from math import ceil, floor
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import box_iou
+
+from kd_det.context import DistillContext
+from kd_det.functional import masks
+from kd_det.heads import DenseOutputs
 
 
 def fgd(student: Tensor, teacher: Tensor, boxes: list, batch_shape: tuple, student_block: torch.nn.Module,
@@ -82,3 +88,131 @@ def pkd(student: Tensor, teacher: Tensor) -> Tensor:
 def mgd(generated: Tensor, teacher: Tensor) -> Tensor:
     """MGD (arXiv 2205.01529), after its generation block: Σ(G(s) - t)² / N."""
     return ((generated - teacher)**2).sum() / len(generated)
+
+
+# ------------------------------------------------------------------------------------- of the outputs of dense heads
+
+
+def scores(outputs: DenseOutputs, level: int) -> Tensor:
+    """The largest class probability of each prior, (N, P)."""
+    return outputs.probabilities(level).amax(-1)
+
+
+def by_cell(outputs: DenseOutputs, level: int) -> Tensor:
+    """Class probabilities of the cells, of the surest prior of each, (N, K, H, W)."""
+    return outputs.probabilities(level).unflatten(1, (*outputs.shapes[level], -1)).amax(3).permute(0, 3, 1, 2)
+
+
+def classes(student: DenseOutputs, teacher: DenseOutputs, context: DistillContext, beta: float = 1.0,
+            temperature: float = 1.0, weighting: str = 'all', treatment: str = 'none') -> Tensor:
+    """Soft labels of sigmoid heads, less the teacher's entropy where β = 0, or soft targets of softmax heads."""
+    torch.manual_seed(0)
+    value, mean = 0, torch.cat([scores(teacher, level) for level in range(len(teacher.logits))], 1).mean()
+    for level, (s, t) in enumerate(zip(student.logits, teacher.logits)):
+        weight = torch.ones_like(t[..., 0])
+        if weighting == 'richness':
+            cells = by_cell(teacher, level).amax(1).flatten(1)
+            weight = cells.repeat_interleave(weight.shape[1] // cells.shape[1], 1)
+        if treatment == 'cwtm':
+            weight = weight * scores(teacher, level) / mean
+        if treatment == 'dkpp':
+            t = permute_others(t)
+        s, t = s / temperature, t / temperature
+        if student.activation == 'softmax':
+            divergence = F.kl_div(s.log_softmax(-1), t.log_softmax(-1), reduction='none', log_target=True).sum(-1)
+        else:
+            target = t.sigmoid()
+            divergence = F.binary_cross_entropy_with_logits(s, target, reduction='none')
+            if beta == 0:
+                divergence = divergence - F.binary_cross_entropy_with_logits(t, target, reduction='none')
+            else:
+                divergence = divergence * (target - s.sigmoid()).abs()**beta
+            divergence = divergence.sum(-1)
+        value = value + temperature**2 * (weight * divergence).sum()
+    return value
+
+
+def permute_others(logits: Tensor) -> Tensor:
+    """The largest logit stays, the others change places (DKPP)."""
+    order = torch.rand(logits.shape, device=logits.device).argsort(-1)
+    permuted, (largest, place) = logits.gather(-1, order), logits.max(-1, keepdim=True)
+    moved_to = (order == place).int().argmax(-1, keepdim=True)
+    return permuted.scatter(-1, moved_to, permuted.gather(-1, place)).scatter(-1, place, largest)
+
+
+def boxes(student: DenseOutputs, teacher: DenseOutputs, context: DistillContext, weighting: str) -> Tensor:
+    """1 - GIoU, weighted by the teacher's score or by the largest difference of a class probability."""
+    value = 0
+    for level, (s, t) in enumerate(zip(student.boxes, teacher.boxes)):
+        weight = scores(teacher, level)
+        if weighting == 'gap':
+            weight = (teacher.probabilities(level) - student.probabilities(level).detach()).abs().amax(-1)
+        usable = (t[..., 2:] > t[..., :2]).all(-1) & t.isfinite().all(-1)
+        t = torch.where(usable[..., None], t, s.detach())
+        value = value + (weight * usable * giou_distance(s, t)).sum()
+    return value
+
+
+def giou_distance(s: Tensor, t: Tensor) -> Tensor:
+    """1 - GIoU of (..., 4) boxes."""
+    def area(first: Tensor, last: Tensor) -> Tensor:
+        return (last - first).clamp(min=0).prod(-1)
+
+    overlap = area(torch.maximum(s[..., :2], t[..., :2]), torch.minimum(s[..., 2:], t[..., 2:]))
+    union = area(s[..., :2], s[..., 2:]) + area(t[..., :2], t[..., 2:]) - overlap
+    hull = area(torch.minimum(s[..., :2], t[..., :2]), torch.maximum(s[..., 2:], t[..., 2:]))
+    return 1 - overlap / union.clamp(min=1e-7) + (hull - union) / hull.clamp(min=1e-7)
+
+
+def distributions(student: DenseOutputs, teacher: DenseOutputs, context: DistillContext, weighting: str,
+                  temperature: float = 10.0) -> Tensor:
+    """LD (arXiv 2102.12252): T²·KL of the distributions, as mean over bins and sides."""
+    value, priors = 0, student.priors
+    regions = masks.valuable_region(priors, context.boxes).split([len(each) for each in priors], 1)
+    for level, (s, t) in enumerate(zip(student.distributions, teacher.distributions)):
+        weight = scores(student, level).detach() * student.assigned[level]
+        if weighting == 'valuable':
+            weight = regions[level] * ~student.assigned[level]
+        log_student, log_teacher = ((each / temperature).log_softmax(-1) for each in (s, t))
+        divergence = F.kl_div(log_student, log_teacher, reduction='none', log_target=True).mean((2, 3))
+        value = value + temperature**2 * (weight * divergence).sum()
+    return value
+
+
+def rank_mimicking(student: DenseOutputs, teacher: DenseOutputs, context: DistillContext) -> Tensor:
+    """RM (arXiv 2112.04840), box by box."""
+    value, count = 0, sum(map(len, context.boxes))
+    s, t = (torch.cat(side.logits, 1) for side in (student, teacher))
+    predicted, positive = torch.cat(teacher.boxes, 1), torch.cat(student.assigned, 1)
+    for image, (truth, labels) in enumerate(zip(context.boxes, context.labels)):
+        overlap, nearest = box_iou(predicted[image], truth).max(1)
+        for box, label in enumerate(labels.tolist()):
+            chosen = positive[image] & (overlap > 0) & (nearest == box)
+            log_student, log_teacher = (side[image, chosen, label].log_softmax(0) for side in (s, t))
+            value = value + F.kl_div(log_student, log_teacher, reduction='sum', log_target=True)
+    return value / count
+
+
+def prediction_difference(student: DenseOutputs, teacher: DenseOutputs, context: DistillContext) -> Tensor:
+    """PFI's mask (arXiv 2112.04840): mean over classes of (p_t - p_s)² of each cell."""
+    with torch.no_grad():
+        return torch.cat([masks.prediction_difference(by_cell(student, level), by_cell(teacher, level)).flatten()
+                          for level in range(len(student.logits))])
+
+
+def confidence(student: DenseOutputs, teacher: DenseOutputs, context: DistillContext) -> Tensor:
+    """FRS's mask (arXiv 2111.00674): the largest class probability of each cell."""
+    return torch.cat([masks.teacher_confidence(by_cell(teacher, level)).flatten()
+                      for level in range(len(teacher.logits))])
+
+
+def prediction_quality(student: DenseOutputs, teacher: DenseOutputs, context: DistillContext) -> Tensor:
+    """PGD's mask (arXiv 2203.05469), by a table of boxes and priors."""
+    sizes = [height * width for height, width in teacher.shapes]
+    anchors = len(teacher.priors[0]) // sizes[0]
+    points = torch.cat([each[::anchors].unflatten(1, (2, 2)).mean(1) for each in teacher.priors])
+    cells = torch.arange(len(points), device=points.device).repeat_interleave(anchors)
+    probabilities = torch.cat([teacher.probabilities(level) for level in range(len(sizes))], 1)
+    quality = masks.prediction_quality(probabilities, torch.cat(teacher.boxes, 1), points, context.boxes,
+                                       context.labels, cells=cells)
+    return torch.cat([each.flatten() for each in quality.split(sizes, 1)])

@@ -223,7 +223,7 @@ class DetectionDistiller(StudentWrapper):
         task_weight = self.task_schedule(self.progress)
         require_finite_weights(weights, task_weight, self.progress)
         active = [name for name, weight in weights.items() if weight != 0]
-        observations, losses, lesson = self.observe_learners(inputs, data_samples, active, self.policy)
+        observations, losses, lesson = self.observe_learners(inputs, data_samples, active, self.policy, keep=False)
         weights.update({name: weights[name] * lesson.weights.get(name, 1.0) for name in active})
         values: dict[str, Tensor | Parts] = {}
         gradients: dict[str, Tensor] = {}
@@ -260,8 +260,8 @@ class DetectionDistiller(StudentWrapper):
         return self.observe_learners(inputs, data_samples, names)[0][0]
 
     def observe_learners(self, inputs: Tensor, data_samples: list,
-                         names: Iterable[str],
-                         policy: Policy | None = None) -> tuple[list[Observation], Losses, Lesson]:
+                         names: Iterable[str], policy: Policy | None = None,
+                         keep: bool = True) -> tuple[list[Observation], Losses, Lesson]:
         """The forward of a step: each learner's own loss, and the terms of these names with what they read.
 
         Args:
@@ -269,6 +269,7 @@ class DetectionDistiller(StudentWrapper):
             data_samples: mmdet's data samples with ``gt_instances``.
             names: Of the terms; without any no guide runs.
             policy: Says which of them teach, and of which images; all by default.
+            keep: Whether the contexts still hold afterwards what terms have read of the guides.
 
         Returns:
             What was observed of each learner; the losses of guides that learn; and what the policy has decided.
@@ -293,7 +294,7 @@ class DetectionDistiller(StudentWrapper):
             self.cost.count_features([features for of_learner in observed for features, _ in of_learner])
             contexts = [DistillContext(
                 student=step.features,
-                teachers=[features for features, _ in of_learner],
+                teachers=[dict(features) for features, _ in of_learner],
                 student_levels=learner.connections.student_levels,
                 teacher_levels=self.guide_connections.levels,
                 boxes=supervision.boxes,
@@ -303,16 +304,14 @@ class DetectionDistiller(StudentWrapper):
                 image_shapes=image_shapes,
                 progress=self.progress,
                 student_outputs=step.outputs,
-                teacher_outputs=[outputs for _, outputs in of_learner])
+                teacher_outputs=[dict(outputs) for _, outputs in of_learner])
                 for learner, step, of_learner in zip(self.learners, steps, observed)]
+            del observed
             self.reads.note(self.progress.iteration, list_reads(contexts[0]))
             # The terms, in float32; each sees the classes that its guide shares with the student.
-            values = []
-            for learner, context in zip(self.learners, contexts):
-                views = [self.class_sets.restrict_context(context, index) for index in range(len(self.guides))]
-                with torch.autocast(inputs.device.type, enabled=False):
-                    values.append({name: self.terms[name](lesson.show(name, views[self.terms[name].teacher_index]))
-                                   for name in names if name in learner.terms})
+            with torch.autocast(inputs.device.type, enabled=False):
+                values = [learner.compare(names, context, self.class_sets.restrict_context, lesson.show, keep)
+                          for learner, context in zip(self.learners, contexts)]
             if policy is not None and names:
                 policy.notice(self.progress, {name: sum_parts(value).detach() for each in values
                                               for name, value in each.items()})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -24,6 +24,7 @@ from kd_det.distillers.monitor import GradientMonitor, IdleTermCheck
 from kd_det.distillers.schedules import Schedule
 from kd_det.distillers.supervision import Losses, Supervision, compute_labelled_losses
 from kd_det.losses import DistillTerm
+from kd_det.losses.base import Parts
 from kd_det.registry import build_detector
 from kd_det.taps import Features, record_calls
 from kd_det.teachers import InputBridge, TeacherError
@@ -114,6 +115,35 @@ class Learner:
             for sample in data_samples:
                 sample.set_metainfo(dict(batch_input_shape=tuple(inputs.shape[-2:])))
         return self.student(inputs, data_samples, mode=mode)
+
+    def compare(self, names: Iterable[str], context: DistillContext,
+                restrict: Callable[[DistillContext, int], DistillContext],
+                show: Callable[[str, DistillContext], DistillContext], keep: bool) -> dict[str, Tensor | Parts]:
+        """The values of its terms.
+
+        Args:
+            names: Of the terms that are asked for, whosoever's they are.
+            context: The step.
+            restrict: Makes of it the step as the terms of one guide see it.
+            show: Makes of that the step as one term is to see it.
+            keep: Whether the context still holds afterwards what was read of the guides; else each path and each head
+                is let go of as soon as the last term that reads it has.
+        """
+        values, views = {}, dict[int, DistillContext]()
+        terms = {name: self.terms[name] for name in names if name in self.terms}
+        last = {(term.teacher_index, read): name for name, term in terms.items()
+                for read in (*term.teacher_taps, *term.teacher_heads)}
+        for name, term in terms.items():
+            index = term.teacher_index
+            view = views.get(index)
+            if view is None:
+                view = views[index] = restrict(context, index)
+            values[name] = term(show(name, view))
+            for (guide, read), reader in last.items() if not keep else ():
+                if reader == name:
+                    for held in (context.teachers, context.teacher_outputs, view.teacher_outputs):
+                        held[guide].pop(read, None)
+        return values
 
     def gradient_features(self, name: str, context: DistillContext) -> list[Tensor]:
         """Its features where the gradient of a term is measured."""

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd_det.functional.blocks import map_rows
+
 
 def bounded_regression(student: Tensor, teacher: Tensor, target: Tensor, margin: float = 0.0) -> Tensor:
     """The student's error, where it is not clearly better than the teacher's (Chen et al., NeurIPS 2017).
@@ -128,3 +130,39 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
     overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
     area_a, area_b = ((box[..., 2:] - box[..., :2]).clamp(min=0).prod(-1) for box in (a, b))
     return overlap / (area_a + area_b - overlap).clamp(min=1e-6)
+
+
+@torch.no_grad()
+def find_nearest(predictions: Tensor, boxes: Sequence[Tensor], candidates: Tensor) -> Tensor:
+    """The ground-truth box that each predicted box overlaps most.
+
+    Args:
+        predictions: (N, P, 4) boxes.
+        boxes: One (n, 4) tensor of ground truth per image.
+        candidates: (N, P) of bool, the predictions that are asked for.
+
+    Returns:
+        (N, P) long: the index of the box among those of all images, -1 for predictions that overlap none in their image
+        or are not asked for.
+
+    Example:
+        >>> predictions = torch.tensor([[[0.0, 0.0, 8.0, 8.0], [20.0, 20.0, 28.0, 28.0], [4.0, 0.0, 12.0, 8.0]]])
+        >>> boxes = [torch.tensor([[5.0, 0.0, 12.0, 8.0], [0.0, 0.0, 8.0, 7.0]])]
+        >>> find_nearest(predictions, boxes, torch.tensor([[True, True, False]]))
+        tensor([[ 1, -1, -1]])
+    """
+    counts = [len(each) for each in boxes]
+    most = max(counts, default=0)
+    if not most:
+        return torch.full_like(candidates, -1, dtype=torch.long)
+    # Boxes without area, which nothing overlaps, fill up the images that have fewer.
+    truth = torch.stack([F.pad(each.to(predictions), (0, 0, 0, most - len(each))) for each in boxes])
+    start = torch.tensor([0, *counts[:-1]]).cumsum(0).to(predictions.device, non_blocking=True)
+
+    def find(predicted: Tensor, image: Tensor) -> Tensor:
+        overlap, nearest = iou(predicted[:, None], truth[image]).max(1)
+        return torch.where(overlap > 0, nearest + start[image] + 1, 0)
+
+    image = torch.arange(len(boxes), device=predictions.device).repeat_interleave(predictions.shape[1])
+    found = map_rows(find, predictions.flatten(0, 1), image, width=4 * most, where=candidates.flatten())
+    return found.view(candidates.shape) - 1

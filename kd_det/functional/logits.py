@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd_det.functional.blocks import map_rows
+
 
 def soft_target_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, class_reduction: str = 'sum',
                    reduction: str = 'mean') -> Tensor:
@@ -135,11 +137,20 @@ def quality_bce(student: Tensor, teacher: Tensor, beta: float = 1.0) -> Tensor:
         >>> quality_bce(logits, logits), quality_bce(logits, -logits) > 0
         (tensor([0.]), tensor([True]))
     """
-    if beta != 0 and beta < 1:
-        raise ValueError(f'beta={beta}: expected 0, or 1 or more.')
+    check_exponent(beta)
     target = teacher.detach().sigmoid()
     loss = F.binary_cross_entropy_with_logits(student, target, reduction='none')
     return (loss * (target - student.sigmoid()).abs()**beta).sum(-1)
+
+
+def check_exponent(beta: float) -> None:
+    """Checks the β of :func:`quality_bce`.
+
+    Raises:
+        ValueError: It is between 0 and 1, or negative.
+    """
+    if beta != 0 and beta < 1:
+        raise ValueError(f'beta={beta}: expected 0, or 1 or more.')
 
 
 def weighted_cross_entropy(student: Tensor, teacher: Tensor, background_weight: float = 1.5, background: int = -1,
@@ -240,28 +251,103 @@ def restricted_logits(logits: Tensor, classes: Sequence[int], background: bool) 
     count = logits.shape[-1]
     if list(classes) == list(range(count - background)):
         return logits
-    chosen = logits[..., list(classes)]
-    if not background:
-        return chosen
+    # Not by a list of indices: its gradient would be written one element after another.
     rest = [index for index in range(count) if index not in classes]
-    return torch.cat([chosen, logits[..., rest].logsumexp(-1, keepdim=True)], -1)
+    chosen, others = (logits.index_select(-1, torch.tensor(each, dtype=torch.long).to(logits.device, non_blocking=True))
+                      for each in (list(classes), rest if background else []))
+    return torch.cat([chosen, others.logsumexp(-1, keepdim=True)], -1) if background else chosen
 
 
-def largest_probability(logits: Tensor, activation: str) -> Tensor:
-    """How sure a head is of the class that it finds most likely.
+def class_probabilities(logits: Tensor, activation: str, objectness: Tensor | None = None) -> Tensor:
+    """What a head gives to each class, the background left out.
 
     Args:
-        logits: (..., classes), the background's among them where they are a softmax's.
+        logits: (..., classes), the background's as the last where they are a softmax's.
         activation: ``'sigmoid'`` or ``'softmax'``.
+        objectness: (...) logits, where those of classes are conditional on an object.
 
     Returns:
-        (...,).
+        (..., classes without background).
+
+    Example:
+        >>> class_probabilities(torch.zeros(1, 4), 'softmax')
+        tensor([[0.2500, 0.2500, 0.2500]])
+    """
+    probabilities = logits.sigmoid() if activation == 'sigmoid' else logits.softmax(-1)[..., :-1]
+    return probabilities if objectness is None else probabilities * objectness.sigmoid().unsqueeze(-1)
+
+
+def cell_probabilities(logits: Tensor, activation: str, objectness: Tensor | None = None,
+                       reduction: str = 'max') -> Tensor:
+    """Class probabilities of cells with several priors each.
+
+    Args:
+        logits: (..., priors, classes), see :func:`class_probabilities`.
+        activation: ``'sigmoid'`` or ``'softmax'``.
+        objectness: (..., priors) logits, see :func:`class_probabilities`.
+        reduction: ``'max'`` or ``'mean'`` over the priors of a cell.
+
+    Returns:
+        (..., classes without background).
+
+    Example:
+        >>> cell_probabilities(torch.tensor([[[0.0], [9.0]]]), 'sigmoid', reduction='mean')
+        tensor([[0.7499]])
+    """
+    if reduction == 'max' and activation == 'sigmoid' and objectness is None:  # which grows with the logit
+        return logits.amax(-2).sigmoid()
+    probabilities = class_probabilities(logits, activation, objectness)
+    return probabilities.amax(-2) if reduction == 'max' else probabilities.mean(-2)
+
+
+def largest_probability(logits: Tensor, activation: str, background: bool = True) -> Tensor:
+    """How sure a head is of the class that it finds most likely; nothing of the logits' size is made.
+
+    Args:
+        logits: (..., classes), the background's as the last where they are a softmax's.
+        activation: ``'sigmoid'`` or ``'softmax'``.
+        background: Whether a softmax's background is one of the classes.
+
+    Returns:
+        (...,), without gradient.
 
     Example:
         >>> largest_probability(torch.zeros(1, 4), 'sigmoid'), largest_probability(torch.zeros(1, 4), 'softmax')
         (tensor([0.5000]), tensor([0.2500]))
     """
-    return logits.amax(-1).sigmoid() if activation == 'sigmoid' else logits.softmax(-1).amax(-1)
+    if activation == 'sigmoid':  # which grows with the logit
+        return logits.detach().amax(-1).sigmoid()
+    count = logits.shape[-1] - (not background)
+    return map_rows(lambda rows: rows.softmax(-1)[:, :count].amax(-1), logits.flatten(0, -2)).view(logits.shape[:-1])
+
+
+def largest_gap(student: Tensor, teacher: Tensor, activation: str, student_objectness: Tensor | None = None,
+                teacher_objectness: Tensor | None = None) -> Tensor:
+    """The largest difference of a class probability between the two (BCKD, arXiv 2308.14286).
+
+    Args:
+        student: (..., classes) logits, see :func:`class_probabilities`.
+        teacher: (..., classes) logits.
+        activation: ``'sigmoid'`` or ``'softmax'``.
+        student_objectness: (...) logits, see :func:`class_probabilities`.
+        teacher_objectness: (...) logits.
+
+    Returns:
+        (...,), without gradient.
+
+    Example:
+        >>> largest_gap(torch.zeros(1, 2), torch.tensor([[0.0, 9.0]]), 'sigmoid')
+        tensor([0.4999])
+    """
+
+    def find_gap(student: Tensor, teacher: Tensor, *objectness: Tensor | None) -> Tensor:
+        of_student, of_teacher = (class_probabilities(logits, activation, of_object)
+                                  for logits, of_object in zip((student, teacher), objectness))
+        return (of_teacher - of_student).abs_().amax(-1)
+
+    logits, objectness = (student, teacher), (student_objectness, teacher_objectness)
+    return map_rows(find_gap, *(each.flatten(0, -2) for each in logits),
+                    *(each if each is None else each.flatten() for each in objectness)).view(student.shape[:-1])
 
 
 def confidence_weights(confidence: Tensor, weight: Tensor, average: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
@@ -305,6 +391,10 @@ def permute_others(logits: Tensor) -> Tensor:
         >>> permuted[0, 1], permuted.sort().values
         (tensor(9.), tensor([[0., 1., 2., 9.]]))
     """
+    return map_rows(_permute_others, logits.flatten(0, -2)).view(logits.shape)
+
+
+def _permute_others(logits: Tensor) -> Tensor:
     # In float32 whatever the precision: in half precision numbers would be drawn twice.
     order = torch.rand(logits.shape, device=logits.device).argsort(-1)
     permuted, (largest, place) = logits.gather(-1, order), logits.max(-1, keepdim=True)

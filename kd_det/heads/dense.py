@@ -4,13 +4,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from kd_det.functional.gradients import scale_gradient
-from kd_det.functional.logits import restricted_logits
+from kd_det.functional.logits import (
+    cell_probabilities,
+    class_probabilities,
+    largest_probability,
+    restricted_logits,
+)
 from kd_det.heads.request import HeadError
 from kd_det.taps import Features
 
@@ -150,16 +155,21 @@ class DenseOutputs:
 
     def probabilities(self, level: int) -> Tensor:
         """(N, H·W·A, K) class probabilities, times that of an object where the head predicts it; without background."""
-        logits = self.logits[level]
-        probabilities = logits.sigmoid() if self.activation == 'sigmoid' else logits.softmax(-1)[..., :-1]
-        if self.objectness is not None:
-            probabilities = probabilities * self.objectness[level].sigmoid().unsqueeze(-1)
-        return probabilities
+        objectness = None if self.objectness is None else self.objectness[level]
+        return class_probabilities(self.logits[level], self.activation, objectness)
+
+    def largest_probabilities(self, level: int) -> Tensor:
+        """(N, H·W·A): the largest of :meth:`probabilities`, without gradient."""
+        largest = largest_probability(self.logits[level], self.activation, background=False)
+        return largest if self.objectness is None else largest * self.objectness[level].detach().sigmoid()
 
     def scores(self, level: int) -> Tensor:
-        """(N, H·W·A): how sure the head is of an object there, the largest class probability times the box quality."""
-        scores = self.probabilities(level).amax(-1)
-        return scores if self.centerness is None else scores * self.centerness[level].sigmoid()
+        """(N, H·W·A): how sure the head is of an object there, without gradient.
+
+        It is the largest class probability times the box quality.
+        """
+        scores = self.largest_probabilities(level)
+        return scores if self.centerness is None else scores * self.centerness[level].detach().sigmoid()
 
     def cell_probabilities(self, level: int, reduction: str = 'max') -> Tensor:
         """Class probabilities of the cells.
@@ -171,10 +181,15 @@ class DenseOutputs:
         Returns:
             (N, K, H, W).
         """
-        height, width = self.shapes[level]
-        by_prior = self.probabilities(level).unflatten(1, (height, width, -1))
-        by_cell = by_prior.amax(3) if reduction == 'max' else by_prior.mean(3)
-        return by_cell.permute(0, 3, 1, 2)
+        logits, objectness = (each and each[level].unflatten(1, (*self.shapes[level], -1))
+                              for each in (self.logits, self.objectness))
+        return cell_probabilities(cast(Tensor, logits), self.activation, objectness, reduction).permute(0, 3, 1, 2)
+
+    def cells(self, level: int) -> tuple[Tensor, Tensor | None]:
+        """(N·H·W, A, K) class logits and, if the head predicts it, (N·H·W, A) objectness, without gradient."""
+        count = len(self.logits[level]) * self.shapes[level][0] * self.shapes[level][1]
+        objectness = None if self.objectness is None else self.objectness[level].detach().reshape(count, -1)
+        return self.logits[level].detach().reshape(count, -1, self.logits[level].shape[-1]), objectness
 
     def positives(self, level: int) -> Tensor:
         """(N, H·W·A) of bool: the priors that the head's own assigner gave to a ground-truth box.

@@ -6,11 +6,12 @@ from typing import Any, Literal
 
 import torch
 from mmdet.registry import MODELS
+from mmdet.utils import reduce_mean
 from torch import Tensor
 
-from kd_det.config.arguments import Positive, declared
-from kd_det.functional.boxes import distribution_kl, giou_imitation
-from kd_det.functional.logits import soft_target_kl
+from kd_det.config.arguments import Positive, Share, declared
+from kd_det.functional.dense import sum_distribution_kl, sum_giou_imitation, sum_quality_bce, sum_soft_target_kl
+from kd_det.functional.logits import confidence_weights, largest_gap, largest_probability
 from kd_det.functional.masks import valuable_region
 from kd_det.heads import HeadError, HeadRequest
 from kd_det.losses.base import Parts
@@ -20,10 +21,8 @@ from kd_det.losses.outputs import (
     GapExponent,
     Margin,
     Treatment,
-    sigmoid_divergence,
-    standardize_both,
+    choose_transform,
     treat_teacher,
-    weigh_by_confidence,
 )
 
 ClassificationWeighting = Literal['all', 'richness']
@@ -47,11 +46,13 @@ class DenseClassification(DenseTerm):
     In a config: ``dict(type='DenseClassification', head='bbox_head', beta=1.0)``.
 
     Args:
-        beta: β, exponent of the gap, see :func:`~kd_det.losses.outputs.sigmoid_divergence`: with 1 most of
+        beta: β, exponent of the gap, see :func:`~kd_det.functional.dense.sum_quality_bce`: with 1 most of
             the many easy priors do not count; softmax heads have none.
         temperature: T; larger compares more of what the teacher thinks of the wrong classes.
         weighting: w: ``'all'`` priors alike, or by the ``'richness'`` of their cell, the teacher's largest probability
             there (FRS, Du et al., arXiv 2111.00674). Both 0 on padding.
+        least_richness: Priors of cells less rich than this do not count; with 0.05 most of an image is not looked at,
+            which on a CPU saves most of the time. Normalisers stay as they are.
         treatment: Of what the teacher says of the classes (Born-Again, Furlanello et al., ICML 2018): ``'none'``.
             ``'cwtm'``, confidence weighted by the teacher's maximum: w times the teacher's largest class probability m,
             over the mean of m, weighted by w, of all priors of the batch on all ranks; of a softmax the background is
@@ -87,38 +88,43 @@ class DenseClassification(DenseTerm):
     @declared
     def __init__(self, beta: GapExponent = 1.0, temperature: Positive = 1.0,
                  weighting: ClassificationWeighting = 'all', treatment: Treatment = 'none', standardize: bool = False,
-                 **kwargs: Any) -> None:
+                 least_richness: Share = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.beta, self.temperature, self.weighting, self.treatment = beta, temperature, weighting, treatment
-        self.standardize = standardize
+        self.standardize, self.least_richness = standardize, least_richness
 
     def compare_levels(self, levels: Sequence[ComparedOutputs]) -> Iterable[Parts]:
-        weights = [level.richness() if self.weighting == 'richness' else level.valid for level in levels]
+        weights = [self._weigh(level) for level in levels]
         class_weights = [weight if level.teacher.objectness is None else weight * level.both('objectness')[1].sigmoid()
                          for level, weight in zip(levels, weights)]
         if self.treatment == 'cwtm':  # over the priors of all levels
-            priors = [weight.shape[1] for weight in weights]
-            logits, joined = torch.cat([level.both('logits')[1] for level in levels], 1), torch.cat(class_weights, 1)
-            joined = joined * weigh_by_confidence('cwtm', logits, levels[0].teacher.activation, joined)
-            class_weights = list(joined.split(priors, 1))
+            surest = torch.cat([largest_probability(level.both('logits')[1], level.teacher.activation)
+                                for level in levels], 1)
+            joined = torch.cat(class_weights, 1)
+            joined = joined * confidence_weights(surest, joined, reduce_mean)
+            class_weights = list(joined.split([weight.shape[1] for weight in weights], 1))
         return map(self._compare, levels, weights, class_weights)
+
+    def _weigh(self, level: ComparedOutputs) -> Tensor:
+        if self.weighting == 'all' and not self.least_richness:
+            return level.valid
+        richness = level.richness()
+        weight = richness if self.weighting == 'richness' else level.valid
+        return weight * (richness >= self.least_richness) if self.least_richness else weight
 
     def _compare(self, level: ComparedOutputs, weight: Tensor, class_weight: Tensor) -> Parts:
         parts = {}
         if level.teacher.objectness is not None:
             student, teacher = (each.unsqueeze(-1) for each in level.both('objectness'))
-            parts['objectness'] = (weight * self._sigmoid_divergence(student, teacher)).sum()
+            parts['objectness'] = sum_quality_bce(student, teacher, weight, self.beta, self.temperature)
         student, teacher = level.both('logits')
-        student, teacher = standardize_both(self.standardize, student, treat_teacher(self.treatment, teacher))
+        teacher = treat_teacher(self.treatment, teacher)
+        transform = choose_transform(self.standardize, teacher.shape[-1])
         if level.student.activation == 'sigmoid':
-            divergence = self._sigmoid_divergence(student, teacher)
+            classes = sum_quality_bce(student, teacher, class_weight, self.beta, self.temperature, transform)
         else:
-            divergence = soft_target_kl(student, teacher, self.temperature, reduction='none')
-        return dict(parts, classes=(class_weight * divergence).sum())
-
-    def _sigmoid_divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
-        divergence = sigmoid_divergence(student / self.temperature, teacher / self.temperature, self.beta)
-        return self.temperature**2 * divergence
+            classes = sum_soft_target_kl(student, teacher, class_weight, self.temperature, transform)
+        return dict(parts, classes=classes)
 
 
 @MODELS.register_module()
@@ -202,34 +208,30 @@ class DenseRegression(DenseTerm):
 
     def compare(self, level: ComparedOutputs) -> Parts:
         if self.form == 'bounded':
-            return dict(bounded=level.bounded_errors(self.margin).sum())
+            return dict(bounded=level.bounded_error(self.margin))
         weight = level.valid * self._weigh(level)
         if self.form == 'distribution':
-            student, teacher = (each.flatten(0, 1) for each in _read_distributions(level))
-            distance = distribution_kl(student, teacher, self.temperature, self.reduction)
+            distance = sum_distribution_kl(*_read_distributions(level), weight, self.temperature, self.reduction)
         else:
-            student, teacher = (each.flatten(0, 1) for each in level.both('boxes'))
-            # A box that overflowed or has no area teaches nothing. Masking its distance would leave NaN in gradients.
-            usable = teacher.isfinite().all(1) & (teacher[:, 2:] > teacher[:, :2]).all(1)
-            distance = giou_imitation(student, torch.where(usable[:, None], teacher, student.detach())) * usable
-        return {self.form: (weight.flatten() * distance).sum()}
+            distance = sum_giou_imitation(*level.both('boxes'), weight)
+        return {self.form: distance}
 
     def _weigh(self, level: ComparedOutputs) -> Tensor:
         """(N, H·W·A), without gradient."""
         if self.weighting == 'confidence':
             return level.teacher.scores(level.teacher_level)
         if self.weighting == 'probability':
-            probability = level.teacher.probabilities(level.teacher_level).amax(-1)
+            probability = level.teacher.largest_probabilities(level.teacher_level)
             ignored = level.student.ignored
             return probability if ignored is None else probability * ~ignored[level.student_level]
         if self.weighting == 'gap':
-            student, teacher = (each.detach() for each in (level.student.probabilities(level.student_level),
-                                                           level.teacher.probabilities(level.teacher_level)))
-            return (teacher - student).abs().amax(-1)
+            sides = (level.student, level.student_level), (level.teacher, level.teacher_level)
+            objectness = (None if each.objectness is None else each.objectness[index] for each, index in sides)
+            return largest_gap(*level.both('logits'), level.student.activation, *objectness)
         positives = level.student.positives(level.student_level)
         if self.weighting == 'valuable':
             return _find_valuable(level) * ~positives
-        return level.student.scores(level.student_level).detach() * positives
+        return level.student.scores(level.student_level) * positives
 
 
 def _find_valuable(level: ComparedOutputs) -> Tensor:

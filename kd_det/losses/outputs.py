@@ -1,7 +1,7 @@
 """What the terms that compare outputs of heads share: of dense heads prior by prior, of RoI heads region by region."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Literal, NamedTuple, cast
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kd_det.config.arguments import EitherSide, Index, declared, split_sides
 from kd_det.context import DistillContext
-from kd_det.functional.boxes import bounded_regression
+from kd_det.functional.dense import sum_bounded_regression
 from kd_det.functional.logits import (
     confidence_weights,
     largest_probability,
@@ -58,13 +58,15 @@ class ComparedOutputs(NamedTuple):
 
     def richness(self) -> Tensor:
         """(N, H·W·A): the teacher's largest class probability of any prior of the same cell (FRS, arXiv 2111.00674)."""
-        cells = self.teacher.cell_probabilities(self.teacher_level).amax(1).flatten(1)
-        return cells.repeat_interleave(self.valid.shape[1] // cells.shape[1], 1) * self.valid
+        height, width = self.teacher.shapes[self.teacher_level]
+        largest = self.teacher.largest_probabilities(self.teacher_level)
+        by_cell = largest.view(len(largest), height * width, -1)
+        return by_cell.amax(2, keepdim=True).expand_as(by_cell).flatten(1) * self.valid
 
-    def bounded_errors(self, margin: float) -> Tensor:
-        """The student's squared error on its positive priors, (N, H·W·A); 0 where it is better than the teacher's.
+    def bounded_error(self, margin: float) -> Tensor:
+        """The sum of the student's squared errors on its positive priors where it is not better than the teacher.
 
-        That is by the margin, see :func:`~kd_det.functional.boxes.bounded_regression`; and 0 on all other priors.
+        That is by the margin, see :func:`~kd_det.functional.boxes.bounded_regression`.
 
         Raises:
             HeadError: The student's targets are not known.
@@ -72,10 +74,9 @@ class ComparedOutputs(NamedTuple):
         if self.student.targets is None:
             raise HeadError("form='bounded' compares the errors of anchors' deltas, as RetinaNet, ATSS, SSD and RPN "
                             'heads predict them; what the positive priors of this head regress to is not known.')
-        student, teacher = (each.flatten(0, 1) for each in self.both('regressions'))
         targets = self.student.targets[self.student_level]
-        errors = bounded_regression(student, teacher, targets.flatten(0, 1), margin).view(targets.shape[:2])
-        return errors * self.valid * self.student.positives(self.student_level)
+        weight = self.valid * self.student.positives(self.student_level)
+        return sum_bounded_regression(*self.both('regressions'), targets, weight, margin)
 
 
 class DenseTerm(DistillTerm):
@@ -254,23 +255,28 @@ def treat_teacher(treatment: Treatment, logits: Tensor) -> Tensor:
     return permute_others(logits)
 
 
-def standardize_both(standardize: bool, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both logits, (..., classes), as they are; or each with mean 0 and deviation 1 over the classes.
+def choose_transform(standardize: bool, classes: int) -> Callable[[Tensor], Tensor] | None:
+    """What is done to the logits of both sides, (..., classes), before T; None for nothing.
 
     Args:
         standardize: See :class:`~kd_det.losses.DenseClassification`.
-        student: (..., classes).
-        teacher: (..., classes).
+        classes: How many there are.
 
     Raises:
         HeadError: There are too few classes to say anything then.
     """
     if not standardize:
-        return student, teacher
-    if student.shape[-1] < 3:
-        raise HeadError(f'standardize=True leaves nothing to learn of {student.shape[-1]} classes, whose logits are '
-                        'then always the same but for their order: three are needed, with the background of a softmax.')
-    return standardized_logits(student), standardized_logits(teacher)
+        return None
+    if classes < 3:
+        raise HeadError(f'standardize=True leaves nothing to learn of {classes} classes, whose logits are then always '
+                        'the same but for their order: three are needed, with the background of a softmax.')
+    return standardized_logits
+
+
+def standardize_both(standardize: bool, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both logits, (..., classes), as they are or as :func:`choose_transform` says."""
+    transform = choose_transform(standardize, student.shape[-1])
+    return (student, teacher) if transform is None else (transform(student), transform(teacher))
 
 
 def weigh_by_confidence(treatment: Treatment, logits: Tensor, activation: str, weight: Tensor) -> Tensor:

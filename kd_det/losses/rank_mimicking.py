@@ -4,10 +4,10 @@ from __future__ import annotations
 import torch
 from mmdet.registry import MODELS
 from mmdet.utils import reduce_mean
-from torchvision.ops import box_iou
 
 from kd_det.config.arguments import EitherSide, Index, Positive, declared
 from kd_det.context import DistillContext
+from kd_det.functional.boxes import find_nearest
 from kd_det.functional.logits import rank_mimicking
 from kd_det.losses.base import Parts
 from kd_det.losses.outputs import DenseTerm
@@ -57,21 +57,17 @@ class RankMimicking(DenseTerm):
 
     def forward(self, context: DistillContext) -> Parts:
         levels = self.pair_levels(context)
-        student, teacher = (torch.cat(each, 1) for each in zip(*(level.both('logits') for level in levels)))
         boxes = torch.cat([level.both('boxes')[1] for level in levels], 1)
         positives = torch.cat([level.student.positives(level.student_level) for level in levels], 1)
-        groups = positives.new_full(positives.shape, -1, dtype=torch.long)
-        classes, offset = torch.zeros_like(groups), 0
-        for image, (truth, labels) in enumerate(zip(context.boxes, context.labels)):
-            if len(truth):
-                overlap, nearest = box_iou(boxes[image], truth).max(1)
-                known = labels >= 0  # a box of a class that the teacher lacks has no candidates
-                candidates = positives[image] & (overlap > 0) & known[nearest]
-                groups[image] = torch.where(candidates, nearest + offset, -1)
-                classes[image] = labels.clamp(min=0)[nearest]
-                offset += len(truth)
-        classes = classes.unsqueeze(-1)
-        student, teacher = (each.gather(-1, classes).flatten() / self.temperature for each in (student, teacher))
-        divergences = rank_mimicking(student, teacher, groups.flatten(), offset)
-        count = reduce_mean(divergences.new_full((), float(offset)))
-        return dict(rank=divergences.sum() / count.clamp(min=1))
+        groups = find_nearest(boxes, context.boxes, positives)
+        labels, count = torch.cat(context.labels), sum(map(len, context.boxes))
+        # A box of a class that the teacher lacks has no candidates.
+        labels = torch.cat([labels, labels.new_full((1, ), -1)])[groups]
+        groups, labels = torch.where(labels < 0, -1, groups), labels.clamp(min=0).unsqueeze(-1)
+        chosen = zip(levels, labels.split([level.valid.shape[1] for level in levels], 1))
+        scores = zip(*([logits.gather(-1, each).squeeze(-1) for logits in level.both('logits')]
+                       for level, each in chosen))
+        student, teacher = (torch.cat(each, 1).flatten() / self.temperature for each in scores)
+        divergences = rank_mimicking(student, teacher, groups.flatten(), count)
+        average = reduce_mean(divergences.new_full((), float(count)))
+        return dict(rank=divergences.sum() / average.clamp(min=1))

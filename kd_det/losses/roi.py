@@ -10,6 +10,7 @@ from torch import Tensor
 from kd_det.config.arguments import ArgumentError, EitherSide, Positive, Weight, declared
 from kd_det.context import DistillContext
 from kd_det.functional.boxes import bounded_regression
+from kd_det.functional.dense import sum_differences, sum_quality_bce, sum_soft_target_kl
 from kd_det.functional.logits import combine_decoupled, decoupled_kl, soft_target_kl, weighted_cross_entropy
 from kd_det.heads import HeadRequest, RoIOutputs
 from kd_det.losses.base import Parts
@@ -20,7 +21,6 @@ from kd_det.losses.outputs import (
     Margin,
     RoITerm,
     Treatment,
-    sigmoid_divergence,
     standardize_both,
     treat_teacher,
     weigh_by_confidence,
@@ -239,17 +239,14 @@ class RPNImitation(DenseTerm):
         return (*super().student_heads, *positives)
 
     def compare(self, level: ComparedOutputs) -> Parts:
-        student, teacher = level.both('logits')
         if level.student.activation == 'sigmoid':
-            divergence = sigmoid_divergence(student, teacher, beta=0)
+            divergence = sum_quality_bce(*level.both('logits'), level.valid, beta=0)
         else:
-            divergence = soft_target_kl(student, teacher, reduction='none')
-        return dict(objectness=self.objectness_weight * (level.valid * divergence).sum(),
-                    regression=self.regression_weight * self._compare_regressions(level).sum())
+            divergence = sum_soft_target_kl(*level.both('logits'), level.valid)
+        return dict(objectness=self.objectness_weight * divergence,
+                    regression=self.regression_weight * self._compare_regressions(level))
 
     def _compare_regressions(self, level: ComparedOutputs) -> Tensor:
-        """(N, H·W·A)."""
         if self.form == 'bounded':
-            return level.bounded_errors(self.margin)
-        student, teacher = level.both('regressions')
-        return level.teacher.scores(level.teacher_level) * level.valid * (student - teacher).abs().sum(-1)
+            return level.bounded_error(self.margin)
+        return sum_differences(*level.both('regressions'), level.confidence())

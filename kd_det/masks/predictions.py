@@ -5,7 +5,8 @@ student and teacher are detached here, for no gradient flows through a mask.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -14,11 +15,14 @@ from torch import Tensor
 
 from kd_det.config.arguments import Count, EitherSide, Positive, Share, declared, split_sides
 from kd_det.context import ComparedLevel, DistillContext
+from kd_det.functional import blocks
 from kd_det.functional.boxes import constant
+from kd_det.functional.logits import cell_probabilities
 from kd_det.functional.masks import (
     assign_levels,
     prediction_difference,
     prediction_quality,
+    prediction_quality_of_grids,
     region_foreground,
     teacher_confidence,
 )
@@ -41,18 +45,30 @@ class _PredictionMask(CellMask):
     def teacher_heads(self) -> tuple[str, ...]:
         return (self.teacher_head, )
 
-    def teacher_probabilities(self, level: ComparedLevel) -> Tensor:
-        """(N, classes, H, W)."""
-        outputs = level.context.teacher_outputs[level.teacher_index][self.teacher_head]
-        return self.probabilities(level, cast(DenseOutputs, outputs))
+    def teacher_outputs(self, level: ComparedLevel) -> DenseOutputs:
+        return cast(DenseOutputs, level.context.teacher_outputs[level.teacher_index][self.teacher_head])
 
-    def probabilities(self, level: ComparedLevel, outputs: DenseOutputs) -> Tensor:
-        """(N, classes, H, W) of that level.
+    def look(self, level: ComparedLevel, see: Callable[..., Tensor], *sides: DenseOutputs) -> Tensor:
+        """What can be seen of the class probabilities at each cell, a few cells at a time.
+
+        Args:
+            level: The level.
+            see: Of (cells, classes) of each side: (cells,).
+            sides: Outputs of heads.
+
+        Returns:
+            (N, H, W).
 
         Raises:
-            HeadError: The head has no such level.
+            HeadError: A head has no such level.
         """
-        return outputs.cell_probabilities(_find_head_level(level, outputs), self.anchors).detach()
+        cells = [each for outputs in sides for each in outputs.cells(_find_head_level(level, outputs))]
+
+        def see_cells(*blocks: Tensor | None) -> Tensor:
+            return see(*(cell_probabilities(cast(Tensor, logits), outputs.activation, objectness, self.anchors)
+                         for logits, objectness, outputs in zip(blocks[::2], blocks[1::2], sides)))
+
+        return blocks.map_rows(see_cells, cast(Tensor, cells[0]), *cells[1:]).view(-1, *level.shape)
 
 
 def _find_head_level(level: ComparedLevel, outputs: DenseOutputs) -> int:
@@ -64,7 +80,7 @@ def _find_head_level(level: ComparedLevel, outputs: DenseOutputs) -> int:
 
 
 def _compare_probabilities(student: Tensor, teacher: Tensor, class_agnostic: bool) -> Tensor:
-    """The difference of class probabilities, (N, K, …) or (R, K), as (N, …) or (R,)."""
+    """The difference of class probabilities, (R, K), as (R,)."""
     if class_agnostic:
         student, teacher = student.amax(1, keepdim=True), teacher.amax(1, keepdim=True)
     if student.shape != teacher.shape:
@@ -108,8 +124,9 @@ class PredictionDifference(_PredictionMask):
         return (self.student_head, )
 
     def cells(self, level: ComparedLevel) -> Tensor:
-        student = self.probabilities(level, cast(DenseOutputs, level.context.student_outputs[self.student_head]))
-        return _compare_probabilities(student, self.teacher_probabilities(level), self.class_agnostic) * level.valid
+        compare = partial(_compare_probabilities, class_agnostic=self.class_agnostic)
+        student = cast(DenseOutputs, level.context.student_outputs[self.student_head])
+        return self.look(level, compare, student, self.teacher_outputs(level)) * level.valid
 
 
 @MODELS.register_module()
@@ -139,7 +156,7 @@ class TeacherConfidence(_PredictionMask):
     """
 
     def cells(self, level: ComparedLevel) -> Tensor:
-        return teacher_confidence(self.teacher_probabilities(level)) * level.valid
+        return self.look(level, teacher_confidence, self.teacher_outputs(level)) * level.valid
 
 
 @MODELS.register_module()
@@ -193,15 +210,21 @@ class PredictionQuality(CellMask):
         sizes = [height * width for height, width in outputs.shapes]
         anchors = [len(priors) // size for priors, size in zip(outputs.priors, sizes)]
         centers = [priors[::each].unflatten(1, (2, 2)).mean(1) for priors, each in zip(outputs.priors, anchors)]
-        points = torch.cat(centers)
-        cells = torch.cat([cell.repeat_interleave(each) for cell, each in
-                           zip(torch.arange(len(points), device=points.device).split(sizes), anchors)])
-        probabilities = torch.cat([outputs.probabilities(index) for index in range(len(sizes))], 1)
-        boxes = torch.cat(outputs.boxes, 1).nan_to_num(0, 0, 0)  # a box that overflowed overlaps with none
+        boxes = [level.nan_to_num(0, 0, 0) for level in outputs.boxes]  # a box that overflowed overlaps with none
         labels = context.labels
         if outputs.num_classes == 1:  # an object, whatever its class; but -1 is a class that the teacher does not know
             labels = [each.clamp(max=0) for each in labels]
-        quality = prediction_quality(probabilities, boxes, points, context.boxes, labels, self.xi, self.top_k, cells)
+        if blocks.is_on_host(context.boxes[0]):
+            grids = [level.view(*shape, 2) for level, shape in zip(centers, outputs.shapes)]
+            quality = prediction_quality_of_grids(outputs.logits, boxes, grids, context.boxes, labels,
+                                                  outputs.activation, outputs.objectness, self.xi, self.top_k)
+        else:
+            points = torch.cat(centers)
+            cells = torch.cat([cell.repeat_interleave(each) for cell, each in
+                               zip(torch.arange(len(points), device=points.device).split(sizes), anchors)])
+            probabilities = torch.cat([outputs.probabilities(index) for index in range(len(sizes))], 1)
+            quality = prediction_quality(probabilities, torch.cat(boxes, 1), points, context.boxes, labels, self.xi,
+                                         self.top_k, cells)
         return [level.view(-1, *shape) for level, shape in zip(quality.split(sizes, 1), outputs.shapes)]
 
 

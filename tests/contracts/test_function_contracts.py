@@ -13,7 +13,8 @@ from torch import Tensor
 import kd_det.functional
 
 # Pieces of the others, which cut the work into blocks or check it.
-PIECES = {'by_channels', 'cut_into_blocks', 'slices', 'check_shapes', 'sum_distance'}
+PIECES = {'by_channels', 'cut_into_blocks', 'sum_rows', 'map_rows', 'is_on_host', 'slices', 'constant', 'check_shapes',
+          'check_exponent', 'sum_distance'}
 MEASURES = 'fidelity.'  # in double precision, of detectors that have been trained
 
 
@@ -94,18 +95,30 @@ def own(cells: tuple[int, int], boxes: int) -> dict:
         'masks.foreground.paint_rectangles': dict(painted, first=corners, last=corners + 1, weight=torch.rand(IMAGES)),
         'masks.foreground.paint_runs': dict(painted, first=torch.zeros(IMAGES, cells[0], dtype=torch.long),
                                             stop=torch.ones(IMAGES, cells[0], dtype=torch.long), width=cells[1]),
+        'masks.predictions.prediction_quality_of_grids': dict(
+            logits=[torch.randn(IMAGES, len(shared['priors']), CHANNELS)], predictions=[shared['predictions']],
+            points=[shared['points'].view(*cells, 2)], activation='sigmoid'),
         'masks.pyramid.valuable_region': dict(priors=[shared['priors'], shared['priors'][:1]]),
         'boxes': dict(student=boxes_of(count), teacher=boxes_of(count), target=boxes_of(count), a=boxes_of(count),
                       b=boxes_of(count)),
         'boxes.distribution_kl': dict(student=distributions[0], teacher=distributions[1]),
+        'boxes.find_nearest': dict(predictions=shared['predictions'], boxes=shared['boxes'],
+                                   candidates=torch.rand(IMAGES, len(shared['priors'])) < 0.5),
+        'dense': dict(rows(count, CHANNELS), weight=torch.rand(count)),
+        'dense.sum_distribution_kl': dict(student=distributions[0], teacher=distributions[1]),
+        **{f'dense.{name}': dict(student=boxes_of(count), teacher=boxes_of(count), target=boxes_of(count))
+           for name in ('sum_giou_imitation', 'sum_differences', 'sum_bounded_regression')},
         'logits': rows(count, CHANNELS),
+        'logits.class_probabilities': dict(logits=torch.randn(count, CHANNELS), activation='softmax'),
+        'logits.cell_probabilities': dict(logits=torch.randn(count, 2, CHANNELS), activation='softmax'),
+        'logits.largest_gap': dict(activation='sigmoid'),
         'logits.decoupled_kl': dict(labels=torch.arange(count) % CHANNELS),
         'logits.combine_decoupled': dict(target=target, non_target=torch.rand(count),
                                          teacher_target_probability=torch.rand(count)),
         'logits.rank_mimicking': dict(student=torch.randn(count), teacher=torch.randn(count), num_groups=2,
                                       groups=torch.arange(count) % 3 - 1),
         'logits.weighted_cross_entropy': dict(background=-1),
-        'logits.largest_probability': dict(logits=torch.randn(count, CHANNELS), activation='softmax'),
+        'logits.largest_probability': dict(logits=torch.randn(count, CHANNELS), activation='softmax', background=True),
         'logits.confidence_weights': dict(confidence=torch.rand(count), weight=torch.rand(count)),
         'logits.permute_others': dict(logits=torch.randn(count, CHANNELS)),
         'logits.standardized_logits': dict(logits=torch.randn(count, CHANNELS)),
@@ -136,6 +149,9 @@ NEVER_ZERO = {
     'focal_global.fgd_sums': 'sums, of which the loss is made',
     'logits.decoupled_kl': "its third value is the teacher's probability of the target",
     'logits.weighted_cross_entropy': "at least the teacher's entropy"}
+
+# What is no loss.
+LOOKS_ALONE = {'logits.largest_gap': 'a weight, without gradient'}
 
 # Who learns on the teacher's side as well.
 LEARNS_ON_BOTH_SIDES = {'focal_global.relation_distance': 'what a block of each side makes of its feature'}
@@ -199,7 +215,7 @@ def test_it_computes_in_double_precision_what_it_computes_in_single(place):
 
 @pytest.mark.parametrize('place', [place for place, function in FUNCTIONS.items()
                                    if {'student', 'teacher'} <= {*inspect.signature(function).parameters}
-                                   and place not in LEARNS_ON_BOTH_SIDES])
+                                   and place not in LEARNS_ON_BOTH_SIDES | LOOKS_ALONE.keys()])
 def test_the_student_learns_and_the_teacher_is_a_constant(place):
     arguments = arguments_of(place, 'plain')
     student, teacher = (arguments[side].clone().requires_grad_() for side in ('student', 'teacher'))

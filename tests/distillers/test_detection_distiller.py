@@ -1,5 +1,6 @@
 """The contracts of DetectionDistiller, each tested against what a plain wrapper would do."""
 import copy
+import weakref
 from functools import partial
 
 import pytest
@@ -154,12 +155,13 @@ def test_nothing_of_the_step_is_kept(pair, distiller, batch):
 
         def forward(self, context):
             contexts.append(context)
+            assert not context.teachers[0]['neck'][0].requires_grad
             return context.student['neck'][0].mean() * 0 + 1.0
 
     contexts, model = [], distiller(*pair)
     model.terms['fgd'].forward = partial(Spy.forward, None)
     _step(model, batch())
-    assert isinstance(contexts[0], DistillContext) and not contexts[0].teachers[0]['neck'][0].requires_grad
+    assert isinstance(contexts[0], DistillContext) and not contexts[0].teachers[0]
     assert not model.connections.student_taps._seen and not model.teacher.taps._seen
 
 
@@ -299,3 +301,32 @@ def test_two_teachers_pull_by_their_weights(retinanet, distiller, batch):
 def test_errors_say_what_is_wrong_and_where(retinanet, distiller, changes, error, message):
     with pytest.raises(error, match=message):
         distiller(retinanet(), retinanet(), **changes).init_weights()
+
+
+def test_what_a_guide_put_out_is_let_go_of_once_the_last_term_has_read_it(retinanet, distiller, batch, monkeypatch):
+    mask = dict(type='TeacherConfidence', head='bbox_head')
+    model = distiller(retinanet(), retinanet(depth=50, neck=12), distill=dict(
+        first=dict(type='FeatureImitation', mask=mask), second=dict(type='FeatureImitation', mask=mask),
+        third=dict(type='PKD'))).train()
+    held, alive = [], []
+
+    def watch(name):
+        term, forward = model.terms[name], type(model.terms[name]).forward
+
+        def run(context):
+            outputs = context.teacher_outputs[0].get('bbox_head')
+            held.extend([] if held else [weakref.ref(outputs), weakref.ref(outputs.logits[0])])
+            alive.append((name, 'bbox_head' in context.teacher_outputs[0], [each() is not None for each in held]))
+            return forward(term, context)
+
+        monkeypatch.setattr(term, 'forward', run)
+
+    for name in model.terms:
+        watch(name)
+    losses = _step(model, batch())
+    # The second term needs the logits for no gradient: once it has its mask they are gone, and the features stay.
+    assert alive == [('first', True, [True, True]), ('second', True, [True, True]), ('third', False, [False, False])]
+    sum(losses[f'loss_{name}'] for name in model.terms).backward()
+    data = model.data_preprocessor(batch(), True)
+    context = model.observe(data['inputs'], data['data_samples'], model.terms).context
+    assert 'bbox_head' in context.teacher_outputs[0] and 'neck' in context.teachers[0]

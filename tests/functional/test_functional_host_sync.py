@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from benchmarks.gpu_checks import no_waiting
-from kd_det.functional import boxes, features, focal_global, logits, masks, relations, structure
+from kd_det.functional import boxes, dense, features, focal_global, logits, masks, relations, structure
 
 BATCH, CELLS = (64, 96), (8, 12)
 BOXES = [torch.tensor([[8., 8., 40., 30.], [50., 10., 90., 60.]]), torch.zeros(0, 4)]
@@ -72,6 +72,12 @@ PATHS = dict(
     ranks=lambda s: logits.rank_mimicking(s[0, 0, 0], s.detach()[1, 1, 1], torch.arange(12) % 4 - 1, 3).sum(),
     bounded=lambda s: boxes.bounded_regression(s[0, 0, :, :4], feature(8, 4), feature(8, 4) + 1, 9.0).sum(),
     distribution=lambda s: boxes.distribution_kl(s[:, :, :4], feature(2, 3, 4, 12)).sum(),
+    dense_quality=lambda s: dense.sum_quality_bce(s, feature() + 1, feature(2, 3, 8) > 0),
+    dense_soft=lambda s: dense.sum_soft_target_kl(s, feature() + 1, boxes.find_nearest(
+        50 * feature(2, 24, 4), BOXES, feature(2, 24) > 0).view(2, 3, 8)),
+    dense_boxes=lambda s: dense.sum_giou_imitation(s[..., :4], feature()[..., :4] + 1, feature(2, 3, 8).abs()),
+    dense_gap=lambda s: dense.sum_distribution_kl(s, feature() + 1,
+                                                  logits.largest_gap(s, feature() + 1, 'sigmoid')[..., 0]),
     giou=lambda s: boxes.giou_imitation(s[0, 0, :, :4], 5 * feature(8, 4)).sum(),
 )
 

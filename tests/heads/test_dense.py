@@ -100,7 +100,7 @@ def test_gradient_reaches_the_features(name, dense_head, features):
     assert all(feature.grad.abs().sum() > 0 for feature in inputs)
     for feature in inputs:
         feature.grad = None
-    sum(outputs.scores(level).sum() for level in range(3)).backward()
+    sum(outputs.probabilities(level).sum() for level in range(3)).backward()
     assert all(feature.grad.abs().sum() > 0 for feature in inputs)
 
 

@@ -105,6 +105,9 @@ def test_classification_is_its_formula_over_the_cells_of_the_images(context, ins
     for arguments, expected in ((dict(), each.sum() / positives), (dict(normalizer='none'), each.sum()),
                                 (dict(normalizer='confidence'), each.sum() / confidence.sum()),
                                 (dict(weighting='richness', normalizer='none'), rich),
+                                (dict(least_richness=0.7, normalizer='none'), each[confidence >= 0.7].sum()),
+                                (dict(weighting='richness', normalizer='none', least_richness=0.7),
+                                 (each.sum(1) * confidence)[confidence >= 0.7].sum()),
                                 (dict(weighting='richness', normalizer='richness'), rich / confidence.sum())):
         torch.testing.assert_close(MODELS.build(dict(CLASSES, **arguments))(context)['classes'], expected)
     MODELS.build(CLASSES)(context)['classes'].backward()

@@ -13,6 +13,7 @@ from kd_det.functional.masks.foreground import region_foreground as region_foreg
 from kd_det.functional.masks.foreground import valid_cells as valid_cells
 from kd_det.functional.masks.predictions import prediction_difference as prediction_difference
 from kd_det.functional.masks.predictions import prediction_quality as prediction_quality
+from kd_det.functional.masks.predictions import prediction_quality_of_grids as prediction_quality_of_grids
 from kd_det.functional.masks.predictions import teacher_confidence as teacher_confidence
 from kd_det.functional.masks.pyramid import assign_levels as assign_levels
 from kd_det.functional.masks.pyramid import level_foreground as level_foreground

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kd_det.functional.blocks import map_rows
 from kd_det.functional.boxes import concatenate, iou, slices
+from kd_det.functional.logits import class_probabilities
 
 
 @torch.no_grad()
@@ -66,10 +68,7 @@ def prediction_quality(
     Returns:
         (N, P) in [0, 1].
     """
-    corners, image = concatenate(boxes)
-    label = torch.cat(list(labels)).to(corners.device)
-    known = (label >= 0) & (label < probabilities.shape[-1])
-    label = torch.where(known, label, 0)
+    corners, image, label, known = _find_boxes(boxes, labels, probabilities.shape[-1])
     importance = corners.new_zeros(len(boxes) * len(points))
     centres = points.to(corners)
     for part in slices(len(corners), 4 * predictions.shape[1]):
@@ -81,9 +80,96 @@ def prediction_quality(
         if cells is not None:
             quality = quality.new_zeros(inside.shape).scatter_reduce(1, cells.expand_as(quality), quality, 'amax')
         best, cell = (quality * inside).topk(min(top_k, len(points)), dim=1)
-        weight = _gaussian_height(points[cell], best > 0).to(corners)
-        importance.scatter_reduce_(0, (image[part, None] * len(points) + cell).flatten(), weight.flatten(), 'amax')
+        _raise_importance(importance, points, image[part], best, cell)
     return importance.view(len(boxes), len(points))
+
+
+@torch.no_grad()
+def prediction_quality_of_grids(
+    logits: Sequence[Tensor],
+    predictions: Sequence[Tensor],
+    points: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    activation: str,
+    objectness: Sequence[Tensor] | None = None,
+    xi: float = 0.8,
+    top_k: int = 30,
+) -> Tensor:
+    """:func:`prediction_quality` of cells that are grids, level by level, which looks at the cells inside boxes alone.
+
+    For the CPU: how many cells those are, a GPU would have to tell the host. Time and memory are linear in them, and
+    nothing is made of what the teacher says of other cells and other classes.
+
+    Args:
+        logits: One (N, H·W·A, classes) per level, the background's as the last where they are a softmax's.
+        predictions: One (N, H·W·A, 4) per level: decoded boxes in pixels.
+        points: One (H, W, 2) per level: the cells' centres (x, y) in pixels, x of its column and y of its row.
+        boxes: One (n, 4) tensor of ground truth per image.
+        labels: One (n,) tensor of classes per image; a box of a class that the teacher does not have gives nothing.
+        activation: ``'sigmoid'`` or ``'softmax'``.
+        objectness: One (N, H·W·A) per level, where class logits are conditional on an object.
+        xi: ξ, the share of localisation in the quality.
+        top_k: Number of cells per box.
+
+    Returns:
+        (N, ΣH·W) in [0, 1].
+    """
+    corners, image, label, known = _find_boxes(boxes, labels, logits[0].shape[-1] - (activation == 'softmax'))
+    centres = torch.cat([each.flatten(0, 1) for each in points])
+    every, found = torch.arange(len(corners), device=corners.device), []
+    for level, grid in enumerate(points):
+        first, stop = (torch.stack([torch.searchsorted(line.to(corners).contiguous(), side.contiguous(), right=right)
+                                    for line, side in zip((grid[0, :, 0], grid[:, 0, 1]), sides.unbind(1))])
+                       for sides, right in ((corners[:, :2], False), (corners[:, 2:], True)))
+        columns, rows = (stop - first).clamp(min=0) * known
+        box = every.repeat_interleave(columns * rows)
+        order = torch.arange(len(box), device=box.device) - ((columns * rows).cumsum(0) - columns * rows)[box]
+        cell = (first[1][box] + order // columns[box]) * grid.shape[1] + first[0][box] + order % columns[box]
+        anchors = torch.arange(logits[level].shape[1] // grid[..., 0].numel(), device=box.device)
+
+        def measure(box: Tensor, cell: Tensor, level: int = level, anchors: Tensor = anchors) -> Tensor:
+            prior, where = cell[:, None] * len(anchors) + anchors, image[box][:, None]
+            of_object = None if objectness is None else objectness[level][where, prior]
+            classes = label[box][:, None, None].expand(-1, len(anchors), -1)
+            if activation == 'sigmoid':  # each class has a probability of its own
+                probability = class_probabilities(logits[level][where, prior, classes[..., 0]][..., None], activation,
+                                                  of_object)
+            else:
+                probability = class_probabilities(logits[level][where, prior], activation, of_object).gather(2, classes)
+            overlap = iou(corners[box][:, None], predictions[level][where, prior].to(corners))
+            return (probability[..., 0].to(corners)**(1 - xi) * overlap**xi).amax(1)
+
+        width = len(anchors) * max(8, logits[level].shape[-1] * (activation == 'softmax'))
+        before = sum(each[..., 0].numel() for each in points[:level])
+        found.append((box, cell + before, map_rows(measure, box, cell, width=width)))
+    box, cell, quality = map(torch.cat, zip(*found))
+    order = quality.argsort(descending=True)
+    order = order[box[order].argsort(stable=True)]  # box by box, the best first
+    box, cell, quality = box[order], cell[order], quality[order]
+    counts = torch.bincount(box, minlength=len(corners))
+    rank = torch.arange(len(box), device=box.device) - (counts.cumsum(0) - counts)[box]
+    box, cell, quality, rank = (each[rank < top_k] for each in (box, cell, quality, rank))
+    best, chosen = quality.new_zeros(len(corners), top_k), cell.new_zeros(len(corners), top_k)
+    best[box, rank], chosen[box, rank] = quality, cell
+    importance = corners.new_zeros(len(boxes) * len(centres))
+    _raise_importance(importance, centres, image, best, chosen)
+    return importance.view(len(boxes), len(centres))
+
+
+def _find_boxes(boxes: Sequence[Tensor], labels: Sequence[Tensor],
+                classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All boxes of the batch, the image and the class of each, and whether the teacher has that class."""
+    corners, image = concatenate(boxes)
+    label = torch.cat(list(labels)).to(corners.device)
+    known = (label >= 0) & (label < classes)
+    return corners, image, torch.where(known, label, 0), known
+
+
+def _raise_importance(importance: Tensor, points: Tensor, image: Tensor, best: Tensor, cell: Tensor) -> None:
+    """Raises (N·P,) where the best cells of boxes (B, K) give more."""
+    weight = _gaussian_height(points[cell], best > 0).to(importance)
+    importance.scatter_reduce_(0, (image[:, None] * len(points) + cell).flatten(), weight.flatten(), 'amax')
 
 
 def _gaussian_height(points: Tensor, chosen: Tensor) -> Tensor:

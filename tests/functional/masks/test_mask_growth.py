@@ -37,12 +37,24 @@ def near_anchors(boxes, cells):
     return masks.near_anchor_foreground(boxes, masks.assign_levels(boxes, 4), 0, priors, cells)
 
 
+def qualities(boxes, cells):
+    """Boxes of as many cells on either grid."""
+    stride, count = BATCH[0] // cells[0], cells[0] * cells[1]
+    boxes = [torch.cat([each[:, :2], each[:, :2] + 3 * stride], 1) for each in boxes]
+    centres = torch.meshgrid(*(stride * torch.arange(side) + stride / 2 for side in cells), indexing='ij')
+    grid = torch.stack(centres, -1).flip(-1)
+    outputs = [torch.zeros(1, 1, size).expand(2, count, size) for size in (3, 4)]
+    labels = [torch.zeros(len(each), dtype=torch.long) for each in boxes]
+    return masks.prediction_quality_of_grids(outputs[:1], outputs[1:], [grid], boxes, labels, 'sigmoid', top_k=4)
+
+
 # What a box adds may grow so many times where the cells do 16 times: by logarithms, or with rows + columns.
 MASKS = dict(
     foreground=(2, lambda boxes, cells: masks.box_foreground(boxes, BATCH, cells, 'inverse_area')),
     background=(2, lambda boxes, cells: masks.normalized_background(masks.box_foreground(boxes, BATCH, cells))),
     level=(2, level),
     near_anchors=(4, near_anchors),
+    qualities=(1.5, qualities),
 )
 
 

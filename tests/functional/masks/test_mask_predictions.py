@@ -2,7 +2,9 @@
 import pytest
 import torch
 
-from kd_det.functional import masks
+from kd_det.functional import blocks, masks
+from kd_det.functional.boxes import find_nearest
+from kd_det.functional.logits import class_probabilities
 
 
 def test_prediction_difference_and_teacher_confidence():
@@ -96,3 +98,53 @@ def test_valuable_region_equals_the_loop(budget, monkeypatch, loop_iou):
         expected[0] = torch.maximum(expected[0], overlaps * valuable)
     torch.testing.assert_close(actual, expected)
     assert 5 < (expected > 0).sum() < 40
+
+
+@pytest.mark.parametrize('block', [2**16, 9])
+def test_the_nearest_box_equals_the_loop(block, monkeypatch, random_boxes, loop_iou):
+    monkeypatch.setattr(blocks, 'ROW_BLOCK', block)
+    truth = [random_boxes(3, 1), torch.zeros(0, 4), random_boxes(5, 2)]
+    predictions = torch.stack([random_boxes(40, seed) for seed in (3, 4, 5)])
+    predictions[2, 7] = float('nan')
+    candidates = torch.rand(3, 40, generator=torch.Generator().manual_seed(0)) < 0.5
+    candidates[2, 7] = True
+    actual = find_nearest(predictions, truth, candidates)
+    for image, start in enumerate((0, 3, 3)):
+        for index, predicted in enumerate(predictions[image].tolist()):
+            overlaps = [loop_iou(predicted, box) for box in truth[image].tolist()]
+            best = max(overlaps, default=0)
+            found = best > 0 and candidates[image, index] and predicted[0] == predicted[0]
+            assert actual[image, index] == (start + overlaps.index(best) if found else -1)
+    assert (find_nearest(predictions, [torch.zeros(0, 4)] * 3, candidates) == -1).all()
+
+
+@pytest.mark.parametrize('activation', ['sigmoid', 'softmax', 'objectness'])
+@pytest.mark.parametrize('block', [2**16, 60])
+def test_quality_of_grids_is_that_of_the_table(activation, block, random_boxes, monkeypatch):
+    """Two levels with other numbers of priors; boxes at the rim, without cells, and of a class that there is not."""
+    monkeypatch.setattr(blocks, 'ROW_BLOCK', block)
+    generator, shapes, anchors = torch.Generator().manual_seed(0), ((12, 20), (6, 10)), (2, 3)
+    grids = [torch.stack(torch.meshgrid(*(stride * torch.arange(side) + stride / 2.0 for side in shape),
+                                        indexing='ij'), -1).flip(-1) for shape, stride in zip(shapes, (8, 16))]
+    counts = [height * width * each for (height, width), each in zip(shapes, anchors)]
+    logits = [torch.randn(2, count, 3 + (activation == 'softmax'), generator=generator) for count in counts]
+    objectness = None
+    if activation == 'objectness':
+        activation, objectness = 'sigmoid', [torch.randn(2, count, generator=generator) for count in counts]
+    predictions = [torch.stack([random_boxes(count, 9 + image) for image in range(2)]) for count in counts]
+    boxes = [torch.cat([random_boxes(4, 11), torch.tensor([[-9., -9., 40., 30.], [5., 5., 7., 7.]])]),
+             torch.tensor([[8., 8., 90., 90.], [20., 10., 99., 80.]])]
+    labels = [torch.tensor([0, 1, 2, -1, 1, 0]), torch.tensor([3, 2])]
+    actual = masks.prediction_quality_of_grids(logits, predictions, grids, boxes, labels, activation, objectness,
+                                               top_k=7)
+    probabilities = torch.cat([class_probabilities(each, activation, objectness and objectness[level])
+                               for level, each in enumerate(logits)], 1)
+    cells = torch.cat([each.repeat_interleave(count) for each, count in
+                       zip(torch.arange(300).split([240, 60]), anchors)])
+    expected = masks.prediction_quality(probabilities, torch.cat(predictions, 1), torch.cat([
+        each.flatten(0, 1) for each in grids]), boxes, labels, top_k=7, cells=cells)
+    torch.testing.assert_close(actual, expected)
+    assert (actual[0] > 0).sum() > 14 and (actual[1] > 0).sum() == 7
+    none = masks.prediction_quality_of_grids(logits, predictions, grids, [torch.zeros(0, 4)] * 2,
+                                             [torch.zeros(0, dtype=torch.long)] * 2, activation, objectness)
+    assert none.shape == actual.shape and not none.any()
