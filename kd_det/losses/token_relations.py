@@ -20,7 +20,7 @@ class TokenRelations(FeatureTerm):
 
     with the cells of s (N, C, H, W) and t (N, C', H, W) as tokens. Similarities within each side are compared, so that
     the two need no common width, hence no adapter: a foundation model, whose features lie in another basis, teaches
-    which parts of an image are alike.
+    which parts of an image are alike. Of its kin are the relations of tokens in MiniLMv2 (arXiv 2012.15828).
 
     In a config: ``dict(type='TokenRelations', tap='backbone', levels=(-1, ), temperature=0.07)``.
 

@@ -17,7 +17,8 @@ from kd_det.config.files import ConfigurationError
         dict(type='SpatialAttention', temprature=1)])))),
      'model.distill.x.mask.masks[0].temprature: there is no such key. Nearest: temperature.'),
     (dict(distill=dict(x=dict(type='PKD', qqqq=1))),
-     'model.distill.x.qqqq: there is no such key. Expected one of adapter, levels, pad_aware, resize, tap, teacher.'),
+     'model.distill.x.qqqq: there is no such key. Expected one of adapter, levels, normalize, pad_aware, resize, '
+     'tap, teacher.'),
     (dict(task_weight=dict(type='Warmup', epoch=1)),
      'model.task_weight.epoch: there is no such key. Nearest: epochs.'),
     (dict(pseudo_labels=dict(scor=0.5)), 'model.pseudo_labels.scor: there is no such key. Nearest: score.')])

@@ -126,9 +126,9 @@ def test_positives_of_unlabelled_images_are_counted_by_the_teachers_scores(retin
     losses = _step(model, _unlabelled(batch(**IMAGES), range(3)))
     assert torch.equal(losses['loss_positives'], losses['loss_confidence'])
     term, seen = model.terms['positives'], []
-    term.register_forward_hook(lambda module, args, _: seen.append(args[0]))
+    term.register_forward_hook(lambda module, args, _: seen.append(term.pair_levels(args[0])))
     _step(model, _unlabelled(batch(**IMAGES), [1]))
-    levels = term.pair_levels(seen[0])
+    levels, = seen
     expected = sum(level.student.positives(level.student_level)[[0, 2]].sum() + level.confidence()[1].sum()
                    for level in levels)
     torch.testing.assert_close(term._divisors(levels)[0], expected.clamp(min=1))

@@ -316,7 +316,8 @@ WRONG = dict(
     # of other hooks, of a transform and a metric
     patience=(-1, 0.5, None, True), rounds=(0, 1.5, None, True), transforms=(3, 'RandomFlip', [3]),
     period=(0, 1.5, '2', True), prefix=(3, ),
-    seed=(-1, 2**32, 0.5, None), confidence=SHARE, min_iou=SHARE, calibrated_from=SHARE, bins=(0, 2.5, None),
+    seed=(-1, 2**32, 0.5, None), confidence=SHARE, least_richness=SHARE, min_iou=SHARE, calibrated_from=SHARE,
+    bins=(0, 2.5, None),
     collect_device=('cuda', None),
     # of a teacher
     config=(3, None), checkpoint=('', 3, True), random_teacher=FLAG, allow_missing=(5, 'neck', [''], None),
