@@ -69,6 +69,25 @@ def sum_losses(losses: dict) -> Tensor:
     return torch.stack([each.float().mean() for each in found]).sum()
 
 
+def make_own_sample(sample: DetDataSample, labels: Tensor | None, images: Tensor) -> DetDataSample:
+    """The ground truth of an image as another detector is trained on it.
+
+    Args:
+        sample: mmdet's data sample; it stays as it is.
+        labels: (n,), its boxes' classes as that detector counts them, -1 for one that it does not know; those of the
+            sample by default.
+        images: (N, C, H, W), as the detector is given them.
+    """
+    truth = sample.gt_instances
+    if labels is not None:
+        truth = truth[labels >= 0]
+        truth.labels = labels[labels >= 0]
+    own = DetDataSample(metainfo=dict(sample.metainfo, batch_input_shape=tuple(images.shape[-2:])), gt_instances=truth)
+    if 'ignored_instances' in sample:
+        own.ignored_instances = sample.ignored_instances
+    return own
+
+
 @torch.no_grad()
 def measure_losses(teacher: Teacher, images: Tensor, samples: Sequence[DetDataSample],
                    labels: Sequence[Tensor] | None = None) -> Tensor:
@@ -93,14 +112,7 @@ def measure_losses(teacher: Teacher, images: Tensor, samples: Sequence[DetDataSa
     with preserved_randomness(), alone(), in_training(model), explain_size_mismatch(own_images.shape[-2:]):
         levels = model.extract_feat(own_images)
         for row, sample in enumerate(samples):
-            truth = sample.gt_instances
-            if labels is not None:
-                truth = truth[labels[row] >= 0]
-                truth.labels = labels[row][labels[row] >= 0]
-            own = DetDataSample(metainfo=dict(sample.metainfo, batch_input_shape=tuple(own_images.shape[-2:])),
-                                gt_instances=truth)
-            if 'ignored_instances' in sample:
-                own.ignored_instances = sample.ignored_instances
+            own = make_own_sample(sample, None if labels is None else labels[row], own_images)
             selected = tuple(level[row:row + 1] for level in levels)
             model.extract_feat = lambda *args, selected=selected, **kwargs: selected  # before the class's
             try:

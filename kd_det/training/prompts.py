@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmdet.structures import DetDataSample
 from mmengine.dist import all_reduce, broadcast_object_list, is_main_process
 from mmengine.runner import Runner, set_random_seed
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from kd_det.config.files import ConfigurationError
 from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.distillers.supervision import read_supervision
 from kd_det.teachers import Teacher
-from kd_det.teachers.judging import in_training, sum_losses
+from kd_det.teachers.judging import in_training, make_own_sample, sum_losses
 
 REPORTS = 5  # lines of the log by which is told how far it is
 
@@ -150,17 +149,9 @@ class _Lessons:
         images, supervision = data['inputs'], read_supervision(data['data_samples'])
         own_images = self.teacher.bridge(images, [tuple(each.img_shape[:2]) for each in supervision.samples])
         labels = self.distiller.class_sets.find_own_labels(supervision.labels, self.term.teacher_index)
-        samples, rows = [], [row for row, labelled in enumerate(supervision.labelled) if labelled]
-        for row in rows:
-            sample = supervision.samples[row]
-            truth = sample.gt_instances
-            if labels is not None:
-                truth = truth[labels[row] >= 0]
-                truth.labels = labels[row][labels[row] >= 0]
-            samples.append(DetDataSample(
-                metainfo=dict(sample.metainfo, batch_input_shape=tuple(own_images.shape[-2:])), gt_instances=truth))
-            if 'ignored_instances' in sample:
-                samples[-1].ignored_instances = sample.ignored_instances
+        rows = [row for row, labelled in enumerate(supervision.labelled) if labelled]
+        samples = [make_own_sample(supervision.samples[row], None if labels is None else labels[row], own_images)
+                   for row in rows]
         nothing = torch.stack([each.sum() for each in prompts]).sum() * 0  # for a level that no head reads
         if not samples:
             return nothing, nothing
