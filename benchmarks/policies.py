@@ -178,10 +178,10 @@ def read_weights(folder: Path) -> dict[str, list[float]]:
 
 
 def draw_weights(rows: Mapping[str, Any]) -> Figure:
-    """Draws the weights over the epochs, a panel for each policy: of each arm the mean over seeds, and their range."""
+    """Draws weights that change over the epochs, a panel for each policy: each arm's mean over seeds, and its range."""
     return draw_curves({name: {arm: [dict(enumerate(curves[arm], start=1)) for curves in row['weights'].values()]
                                for arm in next(iter(row['weights'].values()))}
-                        for name, row in rows.items() if 'weights' in row}, columns=4)
+                        for name, row in rows.items() if 'weights' in row and 'uniform' not in name}, columns=4)
 
 
 def find_plain(name: str) -> str:
