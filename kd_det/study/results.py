@@ -170,9 +170,10 @@ def _tell_power(summary: Mapping[str, Mapping[str, dict]]) -> str:
     needed = {variant: count_seeds(float(np.std(list(each['by_seed'].values()), ddof=1)))
               for variant, metrics in summary.items() for each in [metrics.get('bbox_mAP', {})]
               if len(each.get('by_seed', ())) > 1}
+    if not needed:
+        return ''
     listed = ', '.join(f'{variant} {seeds}' for variant, seeds in needed.items())
-    return f'Seeds by which a difference of 1 point would be shown in {100 * POWER:.0f} of 100 cases: {listed}' * bool(
-        needed)
+    return f'Seeds by which a difference of 1 point would be shown in {100 * POWER:.0f} of 100 cases: {listed}'
 
 
 def summarize_lengths(results: dict) -> dict[str, dict[int, dict]]:

@@ -20,8 +20,14 @@ class CPUDataParallel(MMDistributedDataParallel):
         super().__init__(module)
 
 
-dist.init_process_group('gloo')
-config = Config.fromfile(sys.argv[1])
-config.update(launcher='pytorch', model_wrapper_cfg=dict(type='CPUDataParallel'))
-Runner.from_cfg(config).train()
-end_rank(0)
+def build_runner(file: str) -> Runner:
+    """The runner of a config on this rank."""
+    dist.init_process_group('gloo')
+    config = Config.fromfile(file)
+    config.update(launcher='pytorch', model_wrapper_cfg=dict(type='CPUDataParallel'))
+    return Runner.from_cfg(config)
+
+
+if __name__ == '__main__':
+    build_runner(sys.argv[1]).train()
+    end_rank(0)

@@ -6,26 +6,12 @@ import sys
 
 import torch
 import torch.distributed as dist
-from mmengine.config import Config
-from mmengine.model import MMDistributedDataParallel
-from mmengine.registry import MODEL_WRAPPERS
-from mmengine.runner import Runner
+from cpu_rank import build_runner
 
 from kd_det.compat.process import end_rank
 from kd_det.training.prompts import learn_prompts
 
-
-@MODEL_WRAPPERS.register_module()
-class CPUDataParallel(MMDistributedDataParallel):
-
-    def __init__(self, module, device_ids):
-        super().__init__(module)
-
-
-dist.init_process_group('gloo')
-config = Config.fromfile(sys.argv[1])
-config.update(launcher='pytorch', model_wrapper_cfg=dict(type='CPUDataParallel'))
-runner = Runner.from_cfg(config)
+runner = build_runner(sys.argv[1])
 runner._train_loop = runner.build_train_loop(runner._train_loop)
 runner._init_model_weights()
 term = runner.model.module.terms['freekd']
