@@ -6,7 +6,7 @@ little until the student's own layers regress something.
 __about__ = dict(
     paper='after CLoCKDistill, arXiv 2502.10683',
     idea="both decoders' answers to queries made of ground-truth boxes; the encoder's features in the boxes",
-    reads=['encoder', 'bbox_head.decoder'],
+    reads=['bbox_head.decoder', 'encoder'],
     serves=['DAB-DETR', 'Deformable DETR', 'DINO'])
 targetquery = dict(
     targetquery=dict(
