@@ -120,6 +120,19 @@ def sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: not Python's own
 
 
+@contextmanager
+def unheard_interrupts() -> Iterator[None]:
+    """Within, Ctrl-C does nothing; and never to a process that is started meanwhile, which this one is to end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+
+
 INTERRUPTED, TERMINATED = 128 + 2, 128 + 15  # exit statuses, as shells give them
 OUT_OF_MEMORY = re.compile('out of memory|can.t allocate memory', re.IGNORECASE)
 LESS_MEMORY = 'Take a smaller train_dataloader.batch_size or smaller images, or --amp on a GPU.'

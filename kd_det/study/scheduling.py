@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from mmengine.config import Config
 
-from kd_det.compat.process import describe, sigterm_raises
+from kd_det.compat.process import describe, sigterm_raises, unheard_interrupts
 from kd_det.compat.writing import is_locked, refuse_to_replace
 from kd_det.config import ConfigurationError
 from kd_det.study.runs import RESULT_FILE, Run, identify_run, load_finished_run
@@ -250,7 +250,9 @@ class JobPool:
                             str(job.folder / LOG_FILE), environment, self.processes,
                             os.getpid() if self.executor == 'local' else None)
         shutil.rmtree(folder, ignore_errors=True)  # what an earlier job has left
-        submitted = self._open(folder).submit(training)
+        # Each of submitit's processes would answer a Ctrl-C with a traceback; they are told by _end.
+        with unheard_interrupts():
+            submitted = self._open(folder).submit(training)
         log(f'{job.name}: begins' + ('' if slot is None else f' on {slot}') if self.is_local else
             f'{job.name}: handed to {self.executor} as job {submitted.job_id}')
         return Submission(submitted, slot, time.monotonic())
@@ -299,8 +301,7 @@ class JobPool:
                 job.cancel(check=False)
         while self.executor == 'local' and jobs:
             for job in jobs:
-                # Not by submitit's cancel, a Ctrl-C, which is not heard where this was started in the background. It
-                # is told again where it was told too early, before that process heeds it.
+                # Not by submitit's cancel, a Ctrl-C. It is told again where it was told before that process heeds it.
                 with suppress(ProcessLookupError):
                     os.kill(int(job.job_id), signal.SIGTERM)
             time.sleep(0.1)

@@ -62,8 +62,7 @@ class Training:
                 return process.wait()
             except BaseException:  # to end, or to be requeued: no training outlives its job
                 if self.owner is not None:
-                    for number in (signal.SIGINT, signal.SIGTERM):  # to be told once is enough
-                        signal.signal(number, signal.SIG_IGN)
+                    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # to be told once is enough
                 process.terminate()
                 process.wait()
                 raise

@@ -57,7 +57,7 @@ def test_weights_of_a_teacher_that_are_not_finite_are_refused_before_anything_tr
     assert not (tmp_path / 'work' / 'none').exists()
 
 
-def test_a_benchmark_from_beginning_to_end(benchmark, tmp_path, capsys):
+def test_a_benchmark_from_beginning_to_end(benchmark, slurm, tmp_path, capsys):
     status, results = benchmark('--methods', f'none,fgd@inherit=none,{BROKEN}', '--fidelity', '--jobs', '2')
     assert status == 1  # for one run failed
     teacher = results['teacher']  # trained first, for there is no checkpoint
@@ -80,17 +80,18 @@ def test_a_benchmark_from_beginning_to_end(benchmark, tmp_path, capsys):
     assert results['summary']['fgd@inherit=none']['bbox_mAP']['verdict'] == 'one seed, no statement'
     assert 'one seed, no statement' in (tmp_path / 'work' / 'results.md').read_text()
 
-    # What has finished is kept, what was killed begins anew and ends in the same weights.
+    # What has finished is kept, what was killed begins anew and ends in the same weights, wherever it runs.
     (tmp_path / 'work' / plain['folder'] / 'result.json').unlink()
     result = tmp_path / 'work' / fgd['folder'] / 'result.json'
     stored = json.loads(result.read_text())
     del stored['environment']  # as of a version that did not note it
     result.write_text(json.dumps(stored))
     capsys.readouterr()
-    status, again = benchmark('--methods', 'fgd@inherit=none')
+    status, again = benchmark('--methods', 'fgd@inherit=none', '--executor', 'slurm', '--slurm', 'time=5')
     said = capsys.readouterr().out
     assert status == 0 and 'teacher: kept from before' in said and 'fgd@inherit=none, seed 0: kept from before' in said
-    assert '\nnone, seed 0: begins' in said
+    assert '\nnone, seed 0: handed to slurm as job 1' in said
+    assert '#SBATCH --time=5\n' in (slurm / 'script1').read_text()
     assert again['runs'][1]['environment'] == {} and again['runs'][0]['environment']['versions']
     assert again['runs'][1]['identity'] == fgd['identity'] and again['runs'][0]['start'] == plain['start']
     state = load_checkpoint(tmp_path / 'work' / again['runs'][0]['checkpoint'])['state_dict']

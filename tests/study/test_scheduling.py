@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from submitit.core.utils import DelayedSubmission
 
 from kd_det.compat.writing import WritingError, is_locked, locked_folder
 from kd_det.config import ConfigurationError
@@ -86,8 +87,7 @@ def test_sigterm_ends_the_trainings(jobs, tmp_path):
         wait_for(file)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    # Ctrl-C is ignored, as in what a script has put into the background.
-    before = [signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)]
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sender, said = threading.Thread(target=send, daemon=True), []
     try:
         sender.start()
@@ -95,12 +95,27 @@ def test_sigterm_ends_the_trainings(jobs, tmp_path):
             JobPool(jobs=1, threads=1).run(jobs(f'echo $$ > {file}; exec sleep 60', 2), said.append)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # as it was
     finally:
-        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, before)
     assert left.value.code == 128 + signal.SIGTERM
     with pytest.raises(ProcessLookupError):
         os.kill(int(file.read_text()), 0)
     assert said == ['job 0: begins']  # job 0 was ended, which is no failure; job 1 never began
+
+
+@only_here
+def test_trainings_at_once_see_a_device_each(jobs, monkeypatch):
+    """Devices are numbers within what the process was given itself."""
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,5,6')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 3)
+    # Each waits for the other to begin.
+    wait = 'cd $(dirname $(dirname $3)); touch began$$; while [ $(ls | grep -c began) -lt 2 ]; do sleep 0.02; done'
+    made = jobs(f'{wait}; echo "[$CUDA_VISIBLE_DEVICES] $OMP_NUM_THREADS"; exit 1', 2)
+    outcomes = JobPool(['0', '2'], threads=1).run(made, lambda text: None)
+    assert all(isinstance(outcome, Failure) for outcome in outcomes)
+    assert {outcome.error for outcome in outcomes} == {'[4] 1', '[6] 1'}
+    submitted, = (made[0].folder / 'job').glob('*_submitted.pkl')
+    assert DelayedSubmission.load(submitted).function.owner == os.getpid()  # they end with it, see below
 
 
 OWNER = """
@@ -127,20 +142,6 @@ def test_no_training_is_left_when_the_benchmark_is_killed(tmp_path):
     owner.kill()
     owner.wait(20)
     assert has_ended(trains)
-
-
-@only_here
-def test_trainings_at_once_see_a_device_each(jobs, monkeypatch):
-    """Devices are numbers within what the process was given itself."""
-    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,5,6')
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 3)
-    # Each waits for the other to begin.
-    wait = 'cd $(dirname $(dirname $3)); touch began$$; while [ $(ls | grep -c began) -lt 2 ]; do sleep 0.02; done'
-    outcomes = JobPool(['0', '2'], threads=1).run(
-        jobs(f'{wait}; echo "[$CUDA_VISIBLE_DEVICES] $OMP_NUM_THREADS"; exit 1', 2), lambda text: None)
-    assert all(isinstance(outcome, Failure) for outcome in outcomes)
-    assert {outcome.error for outcome in outcomes} == {'[4] 1', '[6] 1'}
 
 
 @pytest.mark.parametrize('given, devices, expected', [
@@ -332,37 +333,6 @@ def test_two_processes_train_as_one_does_on_the_whole_batch(run_config, one_stag
 
 
 # ---------------------------------------------------------------- on a cluster
-
-
-SLURM = dict(
-    # Notes what it gets, and runs it.
-    sbatch='''number=$(($(ls {folder} | grep -c script) + 1)); cp $1 {folder}/script$number
-SLURM_JOB_ID=$number SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0 \\
-    setsid sh $1 > {folder}/output$number 2>&1 & echo $! > {folder}/pid$number
-echo Submitted batch job $number''',
-    srun='''while [ "${{1#--}}" != "$1" ]; do
-    case $1 in --output) out=$2; shift ;; --error) err=$2; shift ;; esac; shift; done
-exec "$@" > $(echo $out | sed "s/%j/$SLURM_JOB_ID/; s/%t/0/") 2> $(echo $err | sed "s/%j/$SLURM_JOB_ID/; s/%t/0/")''',
-    sacct='''echo "JobID|State"
-for file in {folder}/pid*; do
-    if kill -0 $(cat $file) 2> /dev/null; then state=RUNNING; else state=COMPLETED; fi
-    echo "${{file#*/pid}}|$state"; done | sed "s/.*pid//"''',
-    scancel='echo $1 >> {folder}/cancelled; kill -- -$(cat {folder}/pid$1)',
-    scontrol='echo $@ >> {folder}/requeued')
-
-
-@pytest.fixture
-def slurm(tmp_path, monkeypatch):
-    """A Slurm of shell scripts, which runs at once what it is handed; its folder."""
-    folder = tmp_path / 'slurm'
-    (folder / 'bin').mkdir(parents=True)
-    for name, script in SLURM.items():
-        (folder / 'bin' / name).write_text(f'#!/bin/sh\n{script.format(folder=folder)}\n')
-        (folder / 'bin' / name).chmod(0o755)
-    monkeypatch.setenv('PATH', f'{folder / "bin"}{os.pathsep}{os.environ["PATH"]}')
-    monkeypatch.setenv('PYTHONPATH', str(ROOT))
-    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
-    return folder
 
 
 ASKED = dict(time=240, partition='gpu', cpus_per_task=4, **{'additional_parameters.reservation': 'mine'})
