@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from mmengine.config import Config
 
-from kd_det.compat.process import describe, sigterm_raises, unheard_interrupts
+from kd_det.compat.process import sigterm_raises, unheard_interrupts
 from kd_det.compat.writing import is_locked, refuse_to_replace
 from kd_det.config import ConfigurationError
 from kd_det.study.runs import RESULT_FILE, Run, identify_run, load_finished_run
@@ -75,10 +75,11 @@ Outcome = Run | Failure
 
 @dataclass(frozen=True)
 class Submission:
-    """A training that was handed to submitit."""
+    """A training that was handed to submitit, and what to tell of it."""
     job: submitit.Job
     slot: str | None
     start_time: float
+    said: str
 
 
 class JobPool:
@@ -111,6 +112,8 @@ class JobPool:
         if devices and not self.is_local:
             raise ConfigurationError(f"--devices {','.join(devices)}: which GPUs a job of {executor} sees is for that "
                                      'to choose. Leave the option out; --devices-per-run says how many.')
+        if executor == 'debug' and jobs not in (None, 1):
+            raise ConfigurationError(f'--jobs {jobs}: --executor debug trains one run after another.')
         slots = allot_devices(devices, devices_per_run) if self.is_local else []
         self.jobs = 1 if executor == 'debug' else jobs or (max(1, len(slots)) if self.is_local else None)
         self.slots = deque(slots[index % len(slots)] if slots else None for index in range(self.jobs or 0))
@@ -184,7 +187,8 @@ class JobPool:
                         index, job = queue.popleft()
                         outcome = self._find(job, log)
                         if outcome is None:
-                            running[index] = self._submit(job, log)
+                            running[index] = self._submit(job)
+                            log(f'{job.name}: {running[index].said}')
                         else:
                             outcomes[index] = outcome
                     for index in [index for index, each in running.items() if each.job.done()]:
@@ -229,12 +233,11 @@ class JobPool:
         log(f'{job.name}: {found.status}: {found.error}')
         return found
 
-    def _submit(self, job: Job, log: Callable[[str], None]) -> Submission:
+    def _submit(self, job: Job) -> Submission:
         identity, folder = identify_run(job.config, job.inputs), job.folder / JOB_FOLDER
         earlier = None if self.is_local else self._find_earlier(folder, identity)
         if earlier is not None:
-            log(f'{job.name}: {self.executor} has it still, as job {earlier.job_id}')
-            return Submission(earlier, None, time.monotonic())
+            return Submission(earlier, None, time.monotonic(), f'{self.executor} has it still, as job {earlier.job_id}')
         job.folder.mkdir(parents=True, exist_ok=True)
         Config(dict(job.config.to_dict(), work_dir=str(job.folder))).dump(job.folder / CONFIG_FILE)
         slot = self.slots.popleft() if self.is_local else None
@@ -250,12 +253,14 @@ class JobPool:
                             str(job.folder / LOG_FILE), environment, self.processes,
                             os.getpid() if self.executor == 'local' else None)
         shutil.rmtree(folder, ignore_errors=True)  # what an earlier job has left
+        (job.folder / LOG_FILE).unlink(missing_ok=True)
         # Each of submitit's processes would answer a Ctrl-C with a traceback; they are told by _end.
         with unheard_interrupts():
             submitted = self._open(folder).submit(training)
-        log(f'{job.name}: begins' + ('' if slot is None else f' on {slot}') if self.is_local else
-            f'{job.name}: handed to {self.executor} as job {submitted.job_id}')
-        return Submission(submitted, slot, time.monotonic())
+        said = f'begins on {slot}' if slot else 'begins'
+        if not self.is_local:
+            said = f'handed to {self.executor} as job {submitted.job_id}'
+        return Submission(submitted, slot, time.monotonic(), said)
 
     def _find_earlier(self, folder: Path, identity: str) -> submitit.Job | None:
         """The job of this run that an earlier benchmark left to a cluster, and that waits or runs there."""
@@ -269,12 +274,12 @@ class JobPool:
         return None
 
     def _conclude(self, job: Job, ended: Submission, log: Callable[[str], None]) -> Outcome:
-        log_file, status, error = job.folder / LOG_FILE, None, ''
+        log_file, status, error = job.folder / LOG_FILE, None, f' ended without a result ({ended.job.state})'
         try:
             if self.executor == 'debug' or ended.job.paths.result_pickle.exists():  # else submitit waits for it
                 status = ended.job.result()
-        except Exception as raised:  # what the process met that was to start the training
-            error = describe(raised)
+        except Exception:  # what the process met that waits for the training; the last line that it said
+            error = ''
         load = partial(load_finished_run, job.folder, identify_run(job.config, job.inputs))
         run, deadline = load() if status == 0 else None, time.monotonic() + FILE_DELAY
         while status == 0 and run is None and not self.is_local and time.monotonic() < deadline:
@@ -285,10 +290,9 @@ class JobPool:
             log(f'{job.name}: {_format_ap(run)}, {time.monotonic() - ended.start_time:.0f} s')
             return run
         if status is None:
-            said = (ended.job.stderr() or error).strip().splitlines()
-            log_file = log_file if log_file.is_file() else ended.job.paths.stderr
-            failure = Failure(f'job {ended.job.job_id} ended without a result ({ended.job.state})'
-                              + (f': {said[-1]}' if said else ''), str(log_file))
+            said = (ended.job.stderr() or '').strip().splitlines()
+            error = f'job {ended.job.job_id}{error}' + (f': {said[-1]}' if said else '')
+            failure = Failure(error, str(log_file if log_file.is_file() else ended.job.paths.stderr))
         else:
             failure = Failure(_describe_end(status, _read_lines(log_file)), str(log_file))
         log(f'{job.name}: failed: {failure.error} (see {log_file})')

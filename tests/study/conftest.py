@@ -18,7 +18,8 @@ exec "$@" > $(echo $out | sed "s/%j/$SLURM_JOB_ID/; s/%t/0/") 2> $(echo $err | s
 for file in {folder}/pid*; do
     if kill -0 $(cat $file) 2> /dev/null; then state=RUNNING; else state=COMPLETED; fi
     echo "${{file#*/pid}}|$state"; done | sed "s/.*pid//"''',
-    scancel='echo $1 >> {folder}/cancelled; kill -- -$(cat {folder}/pid$1)',
+    scancel='''echo $1 >> {folder}/cancelled; kill -15 -$(cat {folder}/pid$1)
+sleep 0.5; kill -9 -$(cat {folder}/pid$1)  # whatever has let that pass''',
     scontrol='echo $@ >> {folder}/requeued')
 
 

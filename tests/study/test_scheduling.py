@@ -233,6 +233,7 @@ def test_a_training_logs_to_the_trackers_under_its_method_and_seed(jobs, tmp_pat
     (dict(executor='slurm'), 'how many minutes one training may take, such as with --slurm time=240.'),
     (dict(executor='slurm', slurm=dict(time='4:00:00')), "got '4:00:00'"),
     (dict(executor='slurm', slurm=dict(time=240), devices=['0']), 'which GPUs a job of slurm sees'),
+    (dict(executor='debug', jobs=2), '--jobs 2: --executor debug trains one run after another'),
     (dict(slurm=dict(time=240)), '--slurm time: that is for --executor slurm, not for local'),
 ])
 def test_executors_that_can_not_be_are_told_before_anything_is_trained(options, message, monkeypatch):
@@ -375,7 +376,7 @@ def test_what_slurm_is_not_asked_for_is_told(name, slurm):
 def test_a_benchmark_finds_the_jobs_that_a_killed_one_left_to_slurm(slurm, jobs, result, tmp_path):
     go = tmp_path / 'go'
     job, = jobs(f'while [ ! -f {go} ]; do sleep 0.05; done; {FINISH.format(result=result)}')
-    JobPool(executor='slurm', slurm=dict(time=5))._submit(job, lambda text: None)  # and it is killed
+    JobPool(executor='slurm', slurm=dict(time=5))._submit(job)  # and it is killed
     collected, = JobPool(executor='slurm', collect=True).run([job], lambda text: None)
     assert collected.status == 'running'
     said = []
@@ -397,19 +398,24 @@ def test_jobs_of_slurm_are_cancelled_with_the_benchmark(slurm, jobs, tmp_path):
         wait_for(file)
         raise KeyboardInterrupt
 
-    job, second = jobs(f'echo $$ > {file}; exec sleep 60', 2)
-    pool = JobPool(executor='slurm', slurm=dict(time=5))
-    submit, pool._submit = pool._submit, lambda job, log: submit(job, lambda text: None)
-
-    def find(job, log):
-        if job is second:
-            log('')
-
-    pool._find = find
     with pytest.raises(KeyboardInterrupt):
-        pool.run([job, second], log)
-    assert (slurm / 'cancelled').read_text() == '1\n'
-    assert has_ended(int((slurm / 'pid1').read_text()))
+        JobPool(executor='slurm', slurm=dict(time=5)).run(jobs(f'echo $$ > {file}; exec cat', 2), log)
+    assert (slurm / 'cancelled').read_text() == '1\n' and not (slurm / 'script2').exists()
+    assert has_ended(int(file.read_text()))
+
+
+@only_here
+def test_a_job_that_has_used_up_its_time_is_not_put_back(slurm, jobs, tmp_path):
+    """It would begin anew, and be ended again."""
+    file, (job, ) = tmp_path / 'pid', jobs(f'echo $PPID > {tmp_path / "pid"}; exec sleep 60')
+
+    def log(text: str) -> None:
+        if 'handed' in text:
+            os.kill(int(wait_for(file)), signal.SIGUSR2)  # as Slurm tells it
+
+    outcome, = JobPool(executor='slurm', slurm=dict(time=5)).run([job], log)
+    assert outcome.error.startswith('job 1: ') and 'Job not requeued because: timed-out too many' in outcome.error
+    assert not (slurm / 'requeued').exists()
 
 
 @only_here
