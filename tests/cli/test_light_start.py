@@ -10,7 +10,7 @@ import pytest
 from kd_det.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
-HEAVY = {'torch', 'torchvision', 'mmengine', 'mmcv', 'mmdet', 'pycocotools', 'numpy', 'scipy', 'cv2', 'PIL', 'rich',
+HEAVY = {'torch', 'torchvision', 'mmengine', 'mmcv', 'mmdet', 'pycocotools', 'numpy', 'scipy', 'cv2', 'PIL', 'rich', 'submitit',
          'matplotlib', 'jinja2', 'shtab', 'pkg_resources'}
 
 # Runs the command line and tells, on the last line of what it prints, its exit status and what has been imported.
