@@ -26,9 +26,14 @@ from kd_det.config.choices import SPLITS
 
 if TYPE_CHECKING:
     from kd_det.study.records import BenchmarkResult
+    from kd_det.study.suite import SuiteResult
 
 
 def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument('--suite', type=path, metavar='FILE',
+                        help='several data sets in place of one pair: a YAML file that names them, their pairs and the '
+                        'methods (docs/evaluation.md); --data is then the folder that holds the data sets, and '
+                        'options that are given count in place of what the file says')
     parser.add_argument('--methods', metavar='A,B+C,D@SETTING',
                         help='methods, sums of methods, or inherit; @paper, @balance=RATIO, @inherit=PART+PART, '
                         '@teachers=N, @policy=POLICY, @epochs=N, @augment=mosaic+mixup and @dotted.key=value are '
@@ -113,8 +118,20 @@ def _lengths(text: str) -> int | list[int]:
 
 
 def run(options: Namespace) -> int:
+    from kd_det.config import ConfigurationError
     from kd_det.study.benchmark import benchmark
-    return print_benchmark(partial(benchmark, **_given(methods=options.methods)), options)
+    from kd_det.study.suite import benchmark_suite
+    if options.suite is None:
+        return print_benchmark(partial(benchmark, **_given(methods=options.methods)), options)
+    named = [name for name, value in (('PAIR', options.pair), ('--student', options.student),
+                                      ('--teacher', options.teacher),
+                                      ('--teacher-checkpoint', options.teacher_checkpoint)) if value]
+    if named:
+        raise ConfigurationError(f"{', '.join(named)}: the file of --suite names the pairs. Leave it out, or write it "
+                                 'there.')
+    inherited = inherited_parts(options)
+    return _print(partial(benchmark_suite, options.suite, methods=options.methods,
+                          inherit=None if inherited == 'auto' else inherited), options)
 
 
 def print_benchmark(function: Callable[..., BenchmarkResult], options: Namespace) -> int:
@@ -123,7 +140,7 @@ def print_benchmark(function: Callable[..., BenchmarkResult], options: Namespace
                           teacher_checkpoints=options.teacher_checkpoint, inherit=inherited_parts(options)), options)
 
 
-def _print(function: Callable[..., BenchmarkResult], options: Namespace) -> int:
+def _print(function: Callable[..., BenchmarkResult | SuiteResult], options: Namespace) -> int:
     """Calls a function with the options that benchmarks and suites have, and prints its tables."""
     from kd_det.compat.console import PlainConsole
     from kd_det.study.series import TeacherTrainingError

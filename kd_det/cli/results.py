@@ -18,7 +18,7 @@ def add_arguments(parser: ArgumentParser) -> None:
                         help='show the tables again; merge the results of one pair on the same data: more seeds, more '
                         'methods; compare two methods, or two files, seed by seed; print the schema of results.json')
     parser.add_argument('files', nargs='*', type=path, metavar='FILE',
-                        help='results.json, or the work dir that has it')
+                        help='results.json, or the work dir that has it; to show, suite.json too')
     parser.add_argument('--markdown', action='store_true', help='show: as results.md has them')
     parser.add_argument('--out', type=path, metavar='DIR', help='merge: folder for the joint results')
     parser.add_argument('--variants', nargs='+', default=(), metavar='METHOD',
@@ -54,12 +54,18 @@ def run(options: Namespace) -> int:
 def _show(console: Console, options: Namespace) -> None:
     from kd_det.study.records import read_results
     from kd_det.study.results import format_markdown
+    from kd_det.study.suite import SUITE_FILE, format_suite, is_suite, read_suite
     for file in options.files:
-        found = read_results(file)
-        if options.markdown:
-            print(format_markdown(found.results), end='')
+        if is_suite(file) or file.name == SUITE_FILE:
+            suite = read_suite(file)
+            tables, markdown = suite.tabulate(), format_suite(suite)
         else:
-            print_tables(console, found.tabulate())
+            found = read_results(file)
+            tables, markdown = found.tabulate(), format_markdown(found.results)
+        if options.markdown:
+            print(markdown, end='')
+        else:
+            print_tables(console, tables)
 
 
 def _merge(console: Console, options: Namespace) -> None:

@@ -1,5 +1,6 @@
-"""Pools that train in this process, or only write what a training would leave; and a pair for them."""
+"""Pools that train in this process, or only write what a training would leave; and pairs and data sets for them."""
 import json
+import shutil
 from dataclasses import asdict
 
 import pytest
@@ -59,7 +60,8 @@ def pool_here(monkeypatch):
 
     def use(pool=None):
         pool = pool or PoolHere()
-        monkeypatch.setattr('kd_det.study.benchmark.make_pool', lambda *arguments: pool)
+        for module in ('benchmark', 'suite'):
+            monkeypatch.setattr(f'kd_det.study.{module}.make_pool', lambda *arguments: pool)
         return pool
 
     return use
@@ -81,3 +83,22 @@ def pair_files(run_config, retinanet, tmp_path, monkeypatch):
             config[f'{split}_dataloader']['dataset']['serialize_data'] = False  # which collects garbage each time
         Config(config).dump(f'{name}.py')
     return tmp_path
+
+
+@pytest.fixture
+def make_set(coco_folder):
+    """Makes a data set of the coloured rectangles in a folder, in a layout; of other classes, if need be."""
+
+    def make(folder, roboflow=False, categories=None):
+        content = json.loads((coco_folder / 'all.json').read_text())
+        content['categories'] = categories or content['categories']
+        for split in ('train', 'valid' if roboflow else 'val'):
+            (folder / split).mkdir(parents=True)
+            for image in coco_folder.glob('*.png'):
+                shutil.copy(image, folder / split)
+            file = folder / (f'{split}/_annotations.coco.json' if roboflow else f'annotations/{split}.json')
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(json.dumps(content))
+        return folder
+
+    return make
