@@ -82,10 +82,21 @@ def add_common_arguments(parser: ArgumentParser) -> None:
                          'by finished ones, or by trials of a few steps; whole seeds are trained, and those that do '
                          'not fit are told')
     add_force_option(machine)
+    machine.add_argument('--executor', default='local', metavar='NAME',
+                         help='local, slurm, or debug for one training after another (local); '
+                         "submitit's, with the plugins that are installed")
+    machine.add_argument('--slurm', nargs='+', action=ConfigAction, default=[], metavar='KEY=VALUE',
+                         help="what each job asks Slurm for, by submitit's names: time=240 (minutes, required), "
+                         'partition, gpus_per_node, cpus_per_task, mem, …, additional_parameters.NAME')
     machine.add_argument('--devices', type=lambda text: text.split(','), default=(), metavar='A,B',
-                         help='numbers of GPUs, one training on each, or cpu')
-    machine.add_argument('--jobs', type=count, metavar='N', help='trainings at once (as many as devices)')
-    machine.add_argument('--threads', type=count, metavar='N', help="PyTorch's threads of each (processors / jobs)")
+                         help='numbers of GPUs among those of CUDA_VISIBLE_DEVICES, one training on each, or cpu')
+    machine.add_argument('--devices-per-run', type=count, default=1, metavar='N',
+                         help='GPUs that train one run together, each a share of every batch (1)')
+    machine.add_argument('--jobs', type=count, metavar='N',
+                         help='trainings at once (as many as there are devices for; with slurm all)')
+    machine.add_argument('--threads', type=count, metavar='N',
+                         help="PyTorch's threads of each process (processors / processes)")
+    machine.add_argument('--collect', action='store_true', help='train nothing: make the tables of what is there')
 
 
 def _seeds(text: str) -> list[int]:
@@ -156,7 +167,8 @@ def _print(function: Callable[..., BenchmarkResult | SuiteResult], options: Name
             teacher_epochs=options.teacher_epochs, balance=options.balance, options=read_options(options.cfg_options),
             check_images=options.check_images, trackers=options.track, work_dir=options.work_dir,
             budget=options.budget, devices=options.devices, jobs=options.jobs, threads=options.threads,
-            force=options.force, log=log)
+            executor=options.executor, slurm=read_options(options.slurm, '--slurm'),
+            devices_per_run=options.devices_per_run, collect=options.collect, force=options.force, log=log)
     except TeacherTrainingError as error:
         log(str(error))
         return 1

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
 
 from kd_det.config import ConfigurationError
@@ -30,10 +29,12 @@ def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | 
               options: dict[str, Any] | None = None, check_images: Index | None = None, trackers: Sequence[Name] = (),
               work_dir: str | Path = 'work_dirs/benchmark', budget: Positive | None = None,
               devices: Sequence[Name] = (), jobs: Count | None = None, threads: Count | None = None,
-              force: bool = False, log: Callable[[str], None] = print) -> BenchmarkResult:
+              executor: Name = 'local', slurm: dict[str, Any] | None = None, devices_per_run: Count = 1,
+              collect: bool = False, force: bool = False,
+              log: Callable[[str], None] = print) -> BenchmarkResult:
     """Trains a pair with several methods and seeds, and tells which difference is more than chance.
 
-    Every training is a process of its own. Those in the work dir that finished before are kept.
+    Every training is a job of its own. Those in the work dir that finished before are kept.
 
     Args:
         pair: A distillation, whose student and teacher count and whose terms do not: a file, ``'package::file.py'`` or
@@ -58,9 +59,15 @@ def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | 
         work_dir: Folder of runs and results.
         budget: Seconds in which to be done. What fits is planned first, by finished runs or trials of a few steps, and
             told; then whole seeds are trained, as many as fit.
-        devices: Numbers of GPUs, one training at a time on each, or ``'cpu'``.
-        jobs: Trainings at once; as many as devices by default.
-        threads: PyTorch's threads of each training; the processors divided by the jobs by default.
+        devices: Numbers of GPUs among those that ``CUDA_VISIBLE_DEVICES`` names, one training at a time on each, or
+            ``'cpu'``.
+        jobs: Trainings at once; by default as many as there are devices for, and on a cluster all.
+        threads: PyTorch's threads of each process; the processors divided by the processes by default.
+        executor: Where trainings run, as submitit calls it: ``'local'``, ``'slurm'``, or ``'debug'`` for one after
+            another without submitit's own processes.
+        slurm: What each job asks Slurm for, by submitit's names: ``partition``, ``time`` in minutes, …
+        devices_per_run: GPUs that train one run together, each a share of every batch.
+        collect: Train nothing, and make the tables of what is there.
         force: Train over what another benchmark has left in the work dir.
         log: Given a line when a run begins, ends or fails.
 
@@ -70,11 +77,12 @@ def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | 
         DiagnosisError: A file is missing, or the data can not be trained on.
         TeacherTrainingError: A teacher could not be trained.
     """
-    pool = make_pool(devices, jobs, threads, trackers, force)
+    pool = make_pool(devices, jobs, threads, trackers, force, executor, slurm, devices_per_run, collect, work_dir,
+                     budget)
     series = prepare(pair, student, teacher, teacher_checkpoints, methods, Path(work_dir), data_root=data_root,
                      epochs=epochs, teacher_epochs=teacher_epochs, balance=balance, inherit=inherit, options=options,
                      fidelity=fidelity)
-    series.check(check_images)
+    series.check(check_images, read_data=not collect)
     run_all([series], list(range(seeds)) if isinstance(seeds, int) else list(seeds), pool, log, budget, force)
     assert series.result is not None  # or it would have raised
     return series.result
@@ -114,22 +122,14 @@ def sweep(pair: str | Path | Config | None = None, *, method: str,
     return benchmark(pair, methods=expand_grid(method, pairs), **arguments)
 
 
-def make_pool(devices: Sequence[str], jobs: int | None, threads: int | None, trackers: Sequence[str],
-              force: bool) -> JobPool:
+def make_pool(devices: Sequence[str], jobs: int | None, threads: int | None, trackers: Sequence[str], force: bool,
+              executor: str, slurm: dict[str, Any] | None, devices_per_run: int, collect: bool, work_dir: str | Path,
+              budget: float | None) -> JobPool:
     """Makes what trains, see :func:`benchmark`, once it is known that devices and trackers are there."""
-    _check_devices(devices)
-    add_trackers(Config(dict(work_dir='.')), trackers)  # whose package is missing is told before anything trains
-    return JobPool(devices, jobs, threads, trackers, force)
-
-
-def _check_devices(devices: Sequence[str]) -> None:
-    """Refuses GPUs that are not there: a training that sees none would use the CPU."""
-    gpus = [device for device in devices if device != 'cpu']
-    if gpus and not torch.cuda.is_available():
-        raise ConfigurationError(f"--devices {','.join(devices)}: there is no GPU. Leave the option out, or give cpu.")
-    for gpu in gpus:
-        # CUDA_VISIBLE_DEVICES takes the identifiers of GPUs and of their parts as well.
-        if not gpu.startswith(('GPU-', 'MIG-')) and not (gpu.isdecimal() and int(gpu) < torch.cuda.device_count()):
-            raise ConfigurationError(f"--devices: expected numbers of GPUs from 0 to {torch.cuda.device_count() - 1}, "
-                                     f"or cpu, got '{gpu}'.")
-
+    pool = JobPool(devices, jobs, threads, trackers, force, executor, slurm, devices_per_run, collect)
+    if collect and budget is not None:
+        raise ConfigurationError('--budget plans what to train, and --collect trains nothing: leave one of them out.')
+    if collect and not Path(work_dir).is_dir():
+        raise ConfigurationError(f"--collect: there is no folder '{work_dir}'.")
+    add_trackers(Config(dict(work_dir=str(work_dir))), trackers)  # whose package is missing is told before, too
+    return pool

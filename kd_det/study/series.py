@@ -33,7 +33,7 @@ from kd_det.study.planning import (
 )
 from kd_det.study.records import VERSION, BenchmarkResult, is_of_benchmark, sum_up
 from kd_det.study.results import RESULTS_FILE, TABLE_FILE, make_run_entry
-from kd_det.study.runs import Run, describe_environment, identify_run, load_finished_run, read_command_line
+from kd_det.study.runs import Run, describe_environment, read_command_line
 from kd_det.study.scheduling import OTHER_FOLDER, Failure, Job, JobPool, Outcome
 from kd_det.study.variants import Variant, variant_config, without_length
 
@@ -79,11 +79,12 @@ class Series:
         self._hashes: list[str] = []
         self._outcomes: list[tuple[Variant, int, Path, Outcome]] = []
 
-    def check(self, images: int | None = None) -> None:
+    def check(self, images: int | None = None, read_data: bool = True) -> None:
         """Looks for all that would fail, before anything is trained, and at the data.
 
         Args:
             images: Look at so many of each data set; at all by default.
+            read_data: Whether to look at the images.
 
         Raises:
             ConfigurationError: A variant can not be composed.
@@ -95,7 +96,8 @@ class Series:
         raise_faults(inspect_checkpoint('--teacher-checkpoint', checkpoint, 'Give the path of a checkpoint')
                      for checkpoint in self.pair.checkpoints)
         raise_faults(chain.from_iterable(inspect_finite('teacher checkpoint', each) for each in self.pair.checkpoints))
-        raise_faults(inspect_data(self.pair.student, ('train', 'val'), Memory(self.root), images))
+        if read_data:
+            raise_faults(inspect_data(self.pair.student, ('train', 'val'), Memory(self.root), images))
         self.data = hash_data(self.pair.student)
 
     def refuse_to_replace(self, force: bool) -> None:
@@ -120,8 +122,8 @@ class Series:
             outcomes = pool.run(self._list_teacher_jobs(), log)
             failed = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
             if failed:
-                raise TeacherTrainingError('Without a teacher there is nothing to compare. All that was said is in '
-                                           f'{failed[0].log}.')
+                said = f'. All that was said is in {failed[0].log}' if failed[0].log else f' ({failed[0].error})'
+                raise TeacherTrainingError(f'Without a teacher there is nothing to compare{said}.')
             self._take_teachers(outcomes)
         made = [(variant, seed, self._make_job(variant, seed)) for seed in seeds for variant in self.variants]
         outcomes = pool.run([job for _, _, job in made], log)
@@ -165,7 +167,7 @@ class Series:
         """
         estimates: dict[str, Estimate] = {}
         jobs = [] if self.pair.checkpoints else self._list_teacher_jobs()
-        runs = [load_finished_run(job.folder, identify_run(job.config, job.inputs)) for job in jobs]
+        runs = [pool.find_finished(job) for job in jobs]
         lacking = [index for index, run in enumerate(runs) if run is None]
         if jobs and not lacking:
             self._take_teachers(runs)
@@ -193,13 +195,12 @@ class Series:
         shutil.rmtree(self.root / TRIALS, ignore_errors=True)
         return estimates
 
-    def list_unfinished(self, seed: int) -> list[str]:
+    def list_unfinished(self, seed: int, pool: JobPool) -> list[str]:
         """The names of the variants that are still to be trained from a seed."""
         if not self.pair.checkpoints:
             return [variant.name for variant in self.variants]
-        jobs = {variant.name: self._make_job(variant, seed) for variant in self.variants}
-        return [name for name, job in jobs.items()
-                if load_finished_run(job.folder, identify_run(job.config, job.inputs)) is None]
+        return [variant.name for variant in self.variants
+                if pool.find_finished(self._make_job(variant, seed)) is None]
 
     def _list_teacher_jobs(self) -> list[Job]:
         """The trainings of the teachers, of the same config or of one each, each from a seed of its own."""
@@ -270,7 +271,8 @@ def run_all(series: Sequence[Series], seeds: Sequence[int], pool: JobPool, log: 
     begin = time.monotonic()
     with ExitStack() as stack:
         for each in series:
-            stack.enter_context(locked_folder(each.root))
+            if not pool.collect:  # others may be at work there
+                stack.enter_context(locked_folder(each.root))
             each.refuse_to_replace(force)
         if budget is None:
             for each in series:
@@ -332,7 +334,7 @@ def make_plan(series: Sequence[Series], seeds: Sequence[int], pool: JobPool, log
         names = {name for name in found if name not in {variant.name for variant in each.variants}}
         teachers += _run_together([found[name].seconds for name in names], pool.jobs)
         for seed in seeds:
-            unfinished = each.list_unfinished(seed)
+            unfinished = each.list_unfinished(seed, pool)
             needed[seed] += _run_together([found[name].seconds for name in unfinished], pool.jobs)
             left[seed] += len(unfinished)
         estimates.update({f'{each.name}: {name}' if each.name else name: one for name, one in found.items()})

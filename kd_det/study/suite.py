@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -123,7 +123,8 @@ def benchmark_suite(suite: str | Path, *, data_root: str | Path | None = None,
                     options: dict[str, Any] | None = None, check_images: Index | None = None,
                     trackers: Sequence[Name] = (), work_dir: str | Path = 'work_dirs/benchmark',
                     budget: Positive | None = None, devices: Sequence[Name] = (), jobs: Count | None = None,
-                    threads: Count | None = None, force: bool = False,
+                    threads: Count | None = None, executor: Name = 'local', slurm: dict[str, Any] | None = None,
+                    devices_per_run: Count = 1, collect: bool = False, force: bool = False,
                     log: Callable[[str], None] = print) -> SuiteResult:
     """Benchmarks the same methods on several data sets, and tells what they gain on each and in the mean.
 
@@ -148,6 +149,10 @@ def benchmark_suite(suite: str | Path, *, data_root: str | Path | None = None,
         devices: See there.
         jobs: See there.
         threads: See there.
+        executor: See there.
+        slurm: See there.
+        devices_per_run: See there.
+        collect: See there.
         force: Train over what another benchmark has left in the work dir.
         log: Given a line when a run begins, ends or fails.
 
@@ -162,8 +167,8 @@ def benchmark_suite(suite: str | Path, *, data_root: str | Path | None = None,
     common, sets = read_suite_file(file, {name: value for name, value in given.items() if value is not None},
                                    data_root)
     chosen = list(range(common.seeds)) if isinstance(common.seeds, int) else list(common.seeds)
-    pool = make_pool(devices, jobs, threads, trackers, force)
-    with locked_folder(root):
+    pool = make_pool(devices, jobs, threads, trackers, force, executor, slurm, devices_per_run, collect, root, budget)
+    with nullcontext() if collect else locked_folder(root):
         for name, mark in ((SUITE_FILE, b'"datasets": ['), (SUITE_TABLE, b'| method |')):
             refuse_to_replace(root / name, lambda content, mark=mark: mark in content, 'the result of a suite', force,
                               OTHER_FOLDER)
@@ -171,7 +176,7 @@ def benchmark_suite(suite: str | Path, *, data_root: str | Path | None = None,
         for each in sets:
             with _told_of(file, each.name):
                 series.append(_prepare(each, common, root, epochs, teacher_epochs, options or {}, force))
-                series[-1].check(check_images)
+                series[-1].check(check_images, read_data=not collect)
         plan = run_all(series, chosen, pool, log, budget, force)
         benchmarks = {each.name: each.result for each in series if each.result is not None}
         told = next((found.results['budget'] for found in benchmarks.values() if plan), None)

@@ -1,7 +1,12 @@
-"""Pools that train in this process, or only write what a training would leave; and pairs and data sets for them."""
+"""Pools that train in this process, or only write what a training would leave, and pairs and data sets for them.
+
+And a cluster of shell scripts.
+"""
 import json
+import os
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from mmengine.config import Config
@@ -10,10 +15,29 @@ from kd_det.config.files import load_config
 from kd_det.study.runs import RESULT_FILE, Run, identify_run, load_finished_run, train
 from kd_det.study.scheduling import CONFIG_FILE
 
+ROOT = Path(__file__).parents[2]
+SLURM = dict(
+    # Notes what it gets, and runs it.
+    sbatch='''number=$(($(ls {folder} | grep -c script) + 1)); cp $1 {folder}/script$number
+SLURM_JOB_ID=$number SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0 \\
+    setsid sh $1 > {folder}/output$number 2>&1 & echo $! > {folder}/pid$number
+echo Submitted batch job $number''',
+    srun='''while [ "${{1#--}}" != "$1" ]; do
+    case $1 in --output) out=$2; shift ;; --error) err=$2; shift ;; esac; shift; done
+exec "$@" > $(echo $out | sed "s/%j/$SLURM_JOB_ID/; s/%t/0/") 2> $(echo $err | sed "s/%j/$SLURM_JOB_ID/; s/%t/0/")''',
+    sacct='''echo "JobID|State"
+for file in {folder}/pid*; do
+    if kill -0 $(cat $file) 2> /dev/null; then state=RUNNING; else state=COMPLETED; fi
+    echo "${{file#*/pid}}|$state"; done | sed "s/.*pid//"''',
+    scancel='''echo $1 >> {folder}/cancelled; kill -15 -$(cat {folder}/pid$1)
+sleep 0.5; kill -9 -$(cat {folder}/pid$1)  # whatever has let that pass''',
+    scontrol='echo $@ >> {folder}/requeued')
+
 
 class PoolHere:
     """Trains job after job in this process, which spares each one's imports; what has finished is kept."""
     jobs = threads = 1
+    collect = False
 
     def __init__(self):
         self.trained = []
@@ -27,6 +51,9 @@ class PoolHere:
                 self.trained.append(job.name)
             outcomes.append(kept or self.train(job, identity, log))
         return outcomes
+
+    def find_finished(self, job):
+        return load_finished_run(job.folder, identify_run(job.config, job.inputs))
 
     def train(self, job, identity, log):
         job.folder.mkdir(parents=True, exist_ok=True)
@@ -102,3 +129,17 @@ def make_set(coco_folder):
         return folder
 
     return make
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A Slurm of shell scripts, which runs at once what it is handed; its folder."""
+    folder = tmp_path / 'slurm'
+    (folder / 'bin').mkdir(parents=True)
+    for name, script in SLURM.items():
+        (folder / 'bin' / name).write_text(f'#!/bin/sh\n{script.format(folder=folder)}\n')
+        (folder / 'bin' / name).chmod(0o755)
+    monkeypatch.setenv('PATH', f'{folder / "bin"}{os.pathsep}{os.environ["PATH"]}')
+    monkeypatch.setenv('PYTHONPATH', str(ROOT))
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    return folder
