@@ -127,6 +127,11 @@ def test_the_teacher_counts(run):
     assert run(budget=400.0, seeds=1)[1]['teacher'] is not None
 
 
+def test_what_trains_nothing_has_no_budget(pair_files):
+    with pytest.raises(ConfigurationError, match='--budget plans what to train, and --collect trains nothing'):
+        kd_det.benchmark(student='student.py', teacher='teacher.py', budget=1.0, collect=True)
+
+
 def test_a_trial_that_fails_is_told(run, pair_files, pool_of_writing, pool_here):
     class Pool(pool_of_writing):
         def train(self, job, identity, log):

@@ -247,6 +247,10 @@ def test_a_suite_from_its_file_to_its_page(suite_file, pool_here, pool_of_writin
     assert main(['results', 'show', 'work', '--markdown']) == 0
     assert capsys.readouterr().out == (tmp_path / 'work' / 'suite.md').read_text()
 
+    pool.collect = True
+    assert kd_det.benchmark_suite('my.yml', data_root='sets', work_dir='work', collect=True,
+                                  log=lambda text: None).results['summary'] == found.results['summary']
+
     made = kd_det.report('work', images=0, log=lambda text: None)
     page = made.file.read_text(encoding='utf-8')
     assert [each['name'] for each in made.studies] == ['theirs'] and len(made.suites) == 1
