@@ -31,6 +31,7 @@ from kd_det.distillers.building import (
 )
 from kd_det.distillers.class_sets import ClassSets, has_classes
 from kd_det.distillers.costs import StepCost
+from kd_det.distillers.gradients import SharedPass, list_features
 from kd_det.distillers.inheritance import WeightOrigins, build_inheritance, find_pretrained_parameters, start_student
 from kd_det.distillers.learners import Learner, build_peers, connect_fused, init_peers, run_learners
 from kd_det.distillers.monitor import (
@@ -356,7 +357,10 @@ class DetectionDistiller(StudentWrapper):
         return pseudo_labels(supervision, detections, self.progress)
 
     def _measure_gradients(self, learner: Learner, observation: Observation) -> dict[str, Tensor]:
-        """Compares the gradients of terms with the task's, where that is due; see :meth:`GradientMonitor.measure`."""
+        """Compares the gradients of terms with the task's, where that is due; see :meth:`GradientMonitor.measure`.
+
+        The task's losses then have the gradient that was found so, where the step need not find it once more.
+        """
         if not torch.is_grad_enabled():
             return {}
         learner.idle_check.check(learner, observation)
@@ -366,8 +370,11 @@ class DetectionDistiller(StudentWrapper):
             return {}
         features = {name: learner.gradient_features(name, context) for name in due}
         labels = {name: self.class_sets.convert_labels(context.labels, self.terms[name].teacher_index) for name in due}
-        task = self.parse_losses(losses)[0]
-        return learner.monitor.measure(task, {name: sum_parts(values[name]) for name in due}, features, labels)
+        task, sums = self.parse_losses(losses)[0], {name: sum_parts(value) for name, value in values.items()}
+        shared = SharedPass.find(task, list_features(features.values()), sums.values())
+        measured = learner.monitor.measure(task, {name: sums[name] for name in due}, features, labels, shared)
+        losses.update({} if shared is None else shared.replace(losses))
+        return measured
 
     # ------------------------------------------------------------------------------------ before the first step
 
