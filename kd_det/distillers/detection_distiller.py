@@ -54,6 +54,7 @@ from kd_det.distillers.supervision import (
     scale_losses,
 )
 from kd_det.heads import ROI_HEAD, TeacherOutputs
+from kd_det.heads.request import join_requests
 from kd_det.losses.base import Parts, find_read_levels, sum_parts
 from kd_det.taps import Features
 from kd_det.teachers import InputBridge
@@ -334,7 +335,7 @@ class DetectionDistiller(StudentWrapper):
             by_regions = any(ROI_HEAD in term.teacher_heads for term in terms)
             for group in [[learner] for learner in learners] if by_regions else [learners] if learners else []:
                 read = [term for term in terms if term.learner_index in group]
-                heads = tuple(dict.fromkeys(head for term in read for head in term.teacher_heads))
+                heads = join_requests(head for term in read for head in term.teacher_heads)
                 taps = tuple(dict.fromkeys(path for term in read for path in term.teacher_taps))
                 levels = find_read_levels(read, self.guide_connections.levels[index])
                 if heads or taps:

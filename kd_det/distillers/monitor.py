@@ -307,7 +307,8 @@ def _list_own_reads(owner: str, features: dict, outputs: dict) -> Iterator[tuple
         for stage in output if isinstance(output, tuple) and not hasattr(output, 'logits') else (output, ):
             logits = getattr(stage, 'logits', ())
             for index, level in enumerate((logits, ) if isinstance(logits, Tensor) else logits):
-                yield Read(owner, f"logits of '{head}'", index), level
+                if not level.is_meta:  # or no term reads them
+                    yield Read(owner, f"logits of '{head}'", index), level
 
 
 class ReadRecord:

@@ -86,6 +86,8 @@ class DenseClassification(DenseTerm):
         2.08
     """
 
+    kinds = ('classes', )
+
     @declared
     def __init__(self, beta: GapExponent = 1.0, temperature: Positive = 1.0,
                  weighting: ClassificationWeighting = 'all', treatment: Treatment = 'none', standardize: bool = False,
@@ -203,6 +205,13 @@ class DenseRegression(DenseTerm):
     @property
     def teacher_heads(self) -> tuple[str, ...]:
         return (*super().teacher_heads, *self._distributions_of(self.teacher_head))
+
+    @property
+    def kinds(self) -> tuple[str, ...]:  # type: ignore[override]
+        compared = 'distributions' if self.form == 'distribution' else 'boxes'
+        if self.normalizer == 'none' and (self.form == 'bounded' or self.weighting in ('positives', 'valuable')):
+            return (compared, )  # the student's own outputs weigh
+        return (compared, 'classes')
 
     def _distributions_of(self, head: str) -> tuple[str, ...]:
         return (HeadRequest(head, 'distributions'), ) if self.form == 'distribution' else ()
