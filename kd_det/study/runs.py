@@ -44,6 +44,7 @@ PACKAGES = ('torch', 'torchvision', 'mmengine', 'mmdet', 'mmcv', 'mmcv-lite', 'n
             'faster-coco-eval')
 CHECKOUT = Path(__file__).resolve().parents[2]
 RESULT_FILE = 'result.json'
+LATER = {'environment', 'seconds'}  # of a run, which earlier versions did not note
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Run:
         iterations: Training steps.
         environment: Commit, versions and machine that it was trained with, see
             :func:`describe_environment`; empty where an earlier version did not note them.
+        seconds: From the building of its parts to its last validation, without the start of the process; None where an
+            earlier version did not note them.
     """
     identity: str
     start: str
@@ -82,6 +85,7 @@ class Run:
     epochs: int
     iterations: int
     environment: dict[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
 
     def resolve_paths(self, folder: Path) -> Run:
         """Returns the run with the paths of its files as they are seen from where its folder is."""
@@ -127,6 +131,7 @@ def train(name: str, config: Config, identity: str, log: Callable[[str], None] =
 def _train(name: str, config: Config, identity: str, log: Callable[[str], None],
            after_step: Callable[[Runner], None]) -> Run:
     """As :func:`train`, but what comes of it has paths within its folder."""
+    begin = time.monotonic()
     config.experiment_name = f'{name}_{time.time_ns()}'  # mmengine keeps loggers and visualizers by name
     config.visualizer = config.get('visualizer') or {}
     config.visualizer.setdefault('type', f'{HOME}.DetLocalVisualizer')
@@ -139,6 +144,7 @@ def _train(name: str, config: Config, identity: str, log: Callable[[str], None],
     runner.register_hook(recorder, priority='LOWEST')
     with explain_divergence(runner):
         runner.train()
+    seconds = time.monotonic() - begin
     memory, device_memory = measure_process_memory()  # of the training, not of what follows
     detector = _unwrap(runner.model)
     detector = getattr(detector, 'student', detector)
@@ -156,7 +162,8 @@ def _train(name: str, config: Config, identity: str, log: Callable[[str], None],
         peak_device_memory=device_memory,
         epochs=runner.max_epochs,
         iterations=runner.max_iters,
-        environment=environment)
+        environment=environment,
+        seconds=seconds)
 
 
 def load_finished_run(folder: Path, identity: str, log: Callable[[str], None] = lambda text: None) -> Run | None:
@@ -175,7 +182,7 @@ def load_finished_run(folder: Path, identity: str, log: Callable[[str], None] = 
         return None
     try:
         stored = read_json(file)
-        if stored.get('identity') != identity or set(stored) | {'environment'} != {each.name for each in fields(Run)}:
+        if stored.get('identity') != identity or set(stored) | LATER != {each.name for each in fields(Run)}:
             return None
         check_run(stored, f"'{file}': ")
         run = Run(**stored).resolve_paths(folder)
