@@ -237,6 +237,8 @@ def observe(distiller: DetectionDistiller, batch: dict) -> Any:
 
 def move(value: Any, device: str, home: str) -> Any:
     """What a step has put out at home, on a device and without its graph; functions still compute at home."""
+    if isinstance(value, Tensor) and value.is_meta:  # of outputs that no term reads
+        return value
     if isinstance(value, Tensor):
         return value.detach().to(device, copy=True).requires_grad_(value.requires_grad)
     if isinstance(value, nn.Module):

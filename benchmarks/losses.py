@@ -17,7 +17,6 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from math import ceil
 from pathlib import Path
 from statistics import median
@@ -31,7 +30,8 @@ from torch import Tensor
 
 from benchmarks import plain
 from kd_det.context import DistillContext, LevelSpec
-from kd_det.functional import features
+from kd_det.functional import features, masks
+from kd_det.functional.blocks import is_on_host
 from kd_det.heads import DenseOutputs
 from kd_det.losses import FGD, DenseClassification, DenseRegression, RankMimicking
 from kd_det.masks import build_mask
@@ -114,16 +114,23 @@ class Outputs:
 
     def __init__(self, options: argparse.Namespace, pyramids: Pyramids, anchors: int = 9, activation: str = 'sigmoid',
                  bins: int = 0) -> None:
-        self.device, self.boxes = options.device, [pyramids.draw_boxes(10) for _ in range(options.batch)]
+        self.device, self.pyramids = options.device, pyramids
         self.shapes = tuple(tuple(feature.shape[-2:]) for feature in pyramids.student)
         self.priors = tuple(self._make_priors(stride, shape, anchors) for stride, shape in zip(STRIDES, self.shapes))
         self.student, self.teacher = (self._make_outputs(options.batch, activation, bins) for _ in range(2))
         self.learning = [level.requires_grad_() for level in (
             *self.student.logits, *self.student.regressions, *(self.student.distributions or ()))]
-        labels = [torch.randint(CLASSES, (len(each), ), device=self.device) for each in self.boxes]
-        nothing = [torch.zeros(options.batch, 1, *shape, device=self.device) for shape in self.shapes]
-        self.context = DistillContext.of_features(nothing, nothing, STRIDES, self.boxes, labels,
-                                                  batch_shape=pyramids.shape)
+        self.draw_boxes(10)
+
+    def draw_boxes(self, count: int) -> int:
+        """Draws so many boxes for each image, in place of those before."""
+        batch = len(self.learning[0])
+        boxes = [self.pyramids.draw_boxes(count) for _ in range(batch)]
+        labels = [torch.randint(CLASSES, (count, ), device=self.device) for _ in boxes]
+        nothing = [torch.zeros(batch, 1, *shape, device=self.device) for shape in self.shapes]
+        self.context = DistillContext.of_features(nothing, nothing, STRIDES, boxes, labels,
+                                                  batch_shape=self.pyramids.shape)
+        return count
 
     def _make_priors(self, stride: int, shape: Sequence[int], anchors: int) -> Tensor:
         y, x = torch.meshgrid(*(stride * torch.arange(side, device=self.device) for side in shape), indexing='ij')
@@ -159,8 +166,11 @@ class Outputs:
         return Case(name, lambda: written_down(*fresh(), self.context), measured, self.learning if learns else [])
 
 
-def cases_of_outputs(options: argparse.Namespace) -> Iterator[tuple[str, Case]]:
-    """Yields the terms and masks that read dense heads; each set of outputs is let go of with its last case."""
+def cases_of_outputs(options: argparse.Namespace) -> Iterator[tuple[int | None, Case]]:
+    """Yields the terms and masks that read dense heads; each set of outputs is let go of with its last case.
+
+    Boxes are ten an image, and more where it is them that cost.
+    """
     def term(kind: type, **arguments: Any) -> Callable[[DistillContext], Tensor]:
         built = kind(**arguments, **{} if kind is RankMimicking else dict(normalizer='none'))
         return lambda context: sum(built(context).values())
@@ -172,30 +182,40 @@ def cases_of_outputs(options: argparse.Namespace) -> Iterator[tuple[str, Case]]:
 
     pyramids = Pyramids(options)
     outputs = Outputs(options, pyramids)
-    yield OUTPUTS, outputs.case('KD, classes', partial(plain.classes, beta=0, temperature=2.0),
-                                term(DenseClassification, beta=0, temperature=2.0))
-    yield OUTPUTS, outputs.case('BCKD, classes', partial(plain.classes, beta=1), term(DenseClassification))
-    yield OUTPUTS, outputs.case('KD by CWTM', partial(plain.classes, beta=0, treatment='cwtm'),
-                                term(DenseClassification, beta=0, treatment='cwtm'))
-    yield OUTPUTS, outputs.case('KD by DKPP', partial(plain.classes, beta=0, treatment='dkpp'),
-                                seeded(term(DenseClassification, beta=0, treatment='dkpp')))
-    yield OUTPUTS, outputs.case('FRS, classes', partial(plain.classes, beta=0, weighting='richness'),
-                                term(DenseClassification, beta=0, weighting='richness'))
-    yield OUTPUTS, outputs.case('BCKD, boxes', partial(plain.boxes, weighting='gap'),
-                                term(DenseRegression, weighting='gap'))
-    yield OUTPUTS, outputs.case('CrossKD, boxes', partial(plain.boxes, weighting='confidence'), term(DenseRegression))
-    yield OUTPUTS, outputs.case('RM', plain.rank_mimicking, term(RankMimicking))
-    yield OUTPUTS, outputs.case('PFI, mask', plain.prediction_difference, mask('PredictionDifference'), learns=False)
-    yield OUTPUTS, outputs.case('FRS, mask', plain.confidence, mask('TeacherConfidence'), learns=False)
-    yield OUTPUTS, outputs.case('PGD, mask', plain.prediction_quality, mask('PredictionQuality'), learns=False)
+    yield None, outputs.case('KD, classes', partial(plain.classes, beta=0, temperature=2.0),
+                             term(DenseClassification, beta=0, temperature=2.0))
+    yield None, outputs.case('BCKD, classes', partial(plain.classes, beta=1), term(DenseClassification))
+    yield None, outputs.case('KD by CWTM', partial(plain.classes, beta=0, treatment='cwtm'),
+                             term(DenseClassification, beta=0, treatment='cwtm'))
+    yield None, outputs.case('KD by DKPP', partial(plain.classes, beta=0, treatment='dkpp'),
+                             seeded(term(DenseClassification, beta=0, treatment='dkpp')))
+    yield None, outputs.case('FRS, classes', partial(plain.classes, beta=0, weighting='richness'),
+                             term(DenseClassification, beta=0, weighting='richness'))
+    yield None, outputs.case('BCKD, boxes', partial(plain.boxes, weighting='gap'),
+                             term(DenseRegression, weighting='gap'))
+    yield None, outputs.case('CrossKD, boxes', partial(plain.boxes, weighting='confidence'), term(DenseRegression))
+    yield None, outputs.case('RM', plain.rank_mimicking, term(RankMimicking))
+    yield None, outputs.case('PFI, mask', plain.prediction_difference, mask('PredictionDifference'), learns=False)
+    yield None, outputs.case('FRS, mask', plain.confidence, mask('TeacherConfidence'), learns=False)
+    for count in map(outputs.draw_boxes, (10, 30, 100)):
+        yield count, outputs.case('PGD, mask', plain.prediction_quality, mask('PredictionQuality'), learns=False)
+        yield count, outputs.case('LD, region', plain.valuable_region, find_valuable, learns=False)
     outputs = Outputs(options, pyramids, activation='softmax')
-    yield OUTPUTS, outputs.case('KD, softmax', partial(plain.classes, temperature=2.0),
-                                term(DenseClassification, temperature=2.0))
+    yield None, outputs.case('KD, softmax', partial(plain.classes, temperature=2.0),
+                             term(DenseClassification, temperature=2.0))
     outputs = Outputs(options, pyramids, anchors=1, bins=17)
-    yield OUTPUTS, outputs.case('LD, positives', partial(plain.distributions, weighting='positives'),
-                                term(DenseRegression, form='distribution', weighting='positives'))
-    yield OUTPUTS, outputs.case('LD, valuable', partial(plain.distributions, weighting='valuable'),
-                                term(DenseRegression, form='distribution', weighting='valuable'))
+    yield None, outputs.case('LD, positives', partial(plain.distributions, weighting='positives'),
+                             term(DenseRegression, form='distribution', weighting='positives'))
+    yield None, outputs.case('LD, valuable', partial(plain.distributions, weighting='valuable'),
+                             term(DenseRegression, form='distribution', weighting='valuable'))
+
+
+def find_valuable(context: DistillContext) -> Tensor:
+    """The region of a head with several anchors a cell, which is more than LD's own have."""
+    outputs = context.student_outputs['bbox_head']
+    if is_on_host(outputs.priors[0]):
+        return masks.valuable_region_of_grids(outputs.priors, outputs.shapes, context.boxes)
+    return masks.valuable_region(outputs.priors, context.boxes)
 
 
 def seeded(form: Callable[[DistillContext], Tensor]) -> Callable[[DistillContext], Tensor]:
@@ -266,7 +286,7 @@ def table_of(rows: Sequence[dict]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--losses', nargs='+', default=['FGD', 'DeFeat', 'FKD', 'CWD', 'PKD', 'MGD'],
-                        help="names of rows; 'outputs' for all that read the outputs of dense heads")
+                        help="names of rows; 'features', or 'outputs' for all that read the outputs of dense heads")
     parser.add_argument('--boxes', nargs='+', type=int, default=[10, 60, 500], help='boxes an image, for FGD')
     parser.add_argument('--image', nargs=2, type=int, default=[800, 1344], help='height and width of the padded batch')
     parser.add_argument('--batch', type=int, default=2)
@@ -281,9 +301,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
 
     rows = []
-    for boxes, case in chain(list_cases(options), cases_of_outputs(options)):
-        if case.name in options.losses or (boxes == OUTPUTS and OUTPUTS in options.losses):
-            rows.append(dict(loss=case.name, boxes=None if boxes == OUTPUTS else boxes, **measure(case, options)))
+    for group, cases in (('features', list_cases(options)), (OUTPUTS, cases_of_outputs(options))):
+        rows.extend(dict(loss=case.name, boxes=boxes, **measure(case, options)) for boxes, case in cases
+                    if {case.name, group} & set(options.losses))
     Console().print(table_of(rows))
     if options.out:
         settings = {name: value for name, value in vars(options).items() if name != 'out'}

@@ -179,6 +179,11 @@ def distributions(student: DenseOutputs, teacher: DenseOutputs, context: Distill
     return value
 
 
+def valuable_region(student: DenseOutputs, teacher: DenseOutputs, context: DistillContext) -> Tensor:
+    """LD's valuable region (arXiv 2102.12252), by a table of boxes and priors."""
+    return masks.valuable_region(student.priors, context.boxes)
+
+
 def rank_mimicking(student: DenseOutputs, teacher: DenseOutputs, context: DistillContext) -> Tensor:
     """RM (arXiv 2112.04840), box by box."""
     value, count = 0, sum(map(len, context.boxes))

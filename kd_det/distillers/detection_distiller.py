@@ -31,8 +31,9 @@ from kd_det.distillers.building import (
 )
 from kd_det.distillers.class_sets import ClassSets, has_classes
 from kd_det.distillers.costs import StepCost
+from kd_det.distillers.gradients import SharedPass, list_features
 from kd_det.distillers.inheritance import WeightOrigins, build_inheritance, find_pretrained_parameters, start_student
-from kd_det.distillers.learners import Learner, build_peers, connect_fused, init_peers, run_learners
+from kd_det.distillers.learners import Learner, ask_guide, build_peers, connect_fused, init_peers, run_learners
 from kd_det.distillers.monitor import (
     GradientMonitor,
     IdleTermCheck,
@@ -52,8 +53,8 @@ from kd_det.distillers.supervision import (
     read_supervision,
     scale_losses,
 )
-from kd_det.heads import ROI_HEAD, TeacherOutputs
-from kd_det.losses.base import Parts, find_read_levels, sum_parts
+from kd_det.heads import TeacherOutputs
+from kd_det.losses.base import Parts, sum_parts
 from kd_det.taps import Features
 from kd_det.teachers import InputBridge
 from kd_det.teachers.guide import Guide, LearnerStep
@@ -321,25 +322,15 @@ class DetectionDistiller(StudentWrapper):
                          steps: Sequence[LearnerStep]) -> list[list[tuple[dict[str, Features], TeacherOutputs]]]:
         """Runs what the terms of these names read of each guide, and nothing of a guide that none of them reads.
 
-        What does not depend on who learns is computed once for all learners.
-
         Returns:
             For each learner and each guide its features and outputs.
         """
         observed = [[({}, {})] * len(self.guides) for _ in self.learners]
         for index, guide in enumerate(self.build_teachers()):
-            terms = [self.terms[name] for name in names if self.terms[name].teacher_index == index]
-            learners = sorted({term.learner_index for term in terms})
-            by_regions = any(ROI_HEAD in term.teacher_heads for term in terms)
-            for group in [[learner] for learner in learners] if by_regions else [learners] if learners else []:
-                read = [term for term in terms if term.learner_index in group]
-                heads = tuple(dict.fromkeys(head for term in read for head in term.teacher_heads))
-                taps = tuple(dict.fromkeys(path for term in read for path in term.teacher_taps))
-                levels = find_read_levels(read, self.guide_connections.levels[index])
-                if heads or taps:
-                    answer = guide.observe(images, image_shapes, heads, steps[group[0]].outputs, taps, levels, steps)
-                    for learner in group:
-                        observed[learner][index] = answer
+            read = [self.terms[name] for name in names if self.terms[name].teacher_index == index]
+            levels = self.guide_connections.levels[index]
+            for learner, answer in ask_guide(guide, read, levels, images, image_shapes, steps).items():
+                observed[learner][index] = answer
         return observed
 
     def _find_supervision(self, inputs: Tensor, data_samples: list) -> Supervision:
@@ -356,7 +347,10 @@ class DetectionDistiller(StudentWrapper):
         return pseudo_labels(supervision, detections, self.progress)
 
     def _measure_gradients(self, learner: Learner, observation: Observation) -> dict[str, Tensor]:
-        """Compares the gradients of terms with the task's, where that is due; see :meth:`GradientMonitor.measure`."""
+        """Compares the gradients of terms with the task's, where that is due; see :meth:`GradientMonitor.measure`.
+
+        The task's losses then have the gradient that was found so, where the step need not find it once more.
+        """
         if not torch.is_grad_enabled():
             return {}
         learner.idle_check.check(learner, observation)
@@ -366,8 +360,11 @@ class DetectionDistiller(StudentWrapper):
             return {}
         features = {name: learner.gradient_features(name, context) for name in due}
         labels = {name: self.class_sets.convert_labels(context.labels, self.terms[name].teacher_index) for name in due}
-        task = self.parse_losses(losses)[0]
-        return learner.monitor.measure(task, {name: sum_parts(values[name]) for name in due}, features, labels)
+        task, sums = self.parse_losses(losses)[0], {name: sum_parts(value) for name, value in values.items()}
+        shared = SharedPass.find(task, list_features(features.values()), sums.values())
+        measured = learner.monitor.measure(task, {name: sums[name] for name in due}, features, labels, shared)
+        losses.update({} if shared is None else shared.replace(losses))
+        return measured
 
     # ------------------------------------------------------------------------------------ before the first step
 

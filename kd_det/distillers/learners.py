@@ -18,13 +18,16 @@ from kd_det.compat.process import preserved_randomness, reseed, save_randomness
 from kd_det.config.arguments import ArgumentError, at, check_arguments, declared, refuse
 from kd_det.config.classes import count_classes
 from kd_det.config.detectors import ModelConfig, check_student, extract_plain_detector, read_model_config
-from kd_det.context import DistillContext
+from kd_det.context import DistillContext, LevelSpec
 from kd_det.distillers.building import Connections
 from kd_det.distillers.monitor import GradientMonitor, IdleTermCheck
 from kd_det.distillers.schedules import Schedule
 from kd_det.distillers.supervision import Losses, Supervision, compute_labelled_losses
+from kd_det.heads import ROI_HEAD, TeacherOutputs
+from kd_det.heads.request import join_requests
+from kd_det.heads.roi import join_regions, split_stages
 from kd_det.losses import DistillTerm
-from kd_det.losses.base import Parts
+from kd_det.losses.base import Parts, find_read_levels
 from kd_det.registry import build_detector
 from kd_det.taps import Features, record_calls
 from kd_det.teachers import InputBridge, TeacherError
@@ -325,6 +328,40 @@ def run_learners(learners: Sequence[Learner], inputs: Tensor,
         for part in shared:
             part.forget()
     return [losses for losses, _ in ran], [step for _, step in ran]
+
+
+def ask_guide(guide: Guide, terms: Sequence[DistillTerm], levels: dict[str, Sequence[LevelSpec]], images: Tensor,
+              image_shapes: Sequence[tuple[int, int]],
+              steps: Sequence[LearnerStep]) -> dict[int, tuple[dict[str, Features], TeacherOutputs]]:
+    """Has a guide answer what terms read of it, for each of their learners.
+
+    It runs once for all, and its RoI head once over the regions of all that sample some.
+
+    Args:
+        guide: The guide.
+        terms: Those that learn of it in this step; without any it does not run.
+        levels: Of each of its taps.
+        images: (N, 3, H, W), preprocessed for the student.
+        image_shapes: Height and width of each image within the batch.
+        steps: Of each learner.
+
+    Returns:
+        By the learner's index features and outputs.
+    """
+    learners = sorted({term.learner_index for term in terms})
+    heads = join_requests(head for term in terms for head in term.teacher_heads)
+    taps = tuple(dict.fromkeys(path for term in terms for path in term.teacher_taps))
+    if not heads and not taps:
+        return {}
+    sampling = sorted({term.learner_index for term in terms if ROI_HEAD in term.teacher_heads})
+    sampled = [steps[index].outputs[ROI_HEAD] for index in sampling]
+    student = dict(steps[learners[0]].outputs, **{ROI_HEAD: join_regions(sampled)} if sampled else {})
+    read = find_read_levels(terms, levels)
+    features, outputs = guide.observe(images, image_shapes, heads, student, taps, read, steps)
+    if len(sampled) < 2:
+        return dict.fromkeys(learners, (features, outputs))
+    own = dict(zip(sampling, split_stages(outputs[ROI_HEAD], sampled)))
+    return {index: (features, dict(outputs, **{ROI_HEAD: own[index]} if index in own else {})) for index in learners}
 
 
 def connect_fused(learners: Sequence[Learner]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kd_det.config.files import ConfigurationError
 from kd_det.context import DistillContext, Progress
-from kd_det.distillers.gradients import GradientNorms, gradient_norms, reaches_parameters
+from kd_det.distillers.gradients import GradientNorms, SharedPass, gradient_norms, reaches_parameters
 from kd_det.distillers.schedules import Balance, Schedule
 from kd_det.heads import HeadRequest, QueryDecoder, find_head
 from kd_det.losses import DistillTerm
@@ -55,7 +55,7 @@ class GradientMonitor:
         return [name for name in names if self.observers[name].is_due(progress)]
 
     def measure(self, task: Tensor, values: dict[str, Tensor], features: dict[str, Sequence[Tensor]],
-                labels: dict[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+                labels: dict[str, Sequence[Tensor]], shared: SharedPass | None = None) -> dict[str, Tensor]:
         """Measures terms, and tells their balances and checks.
 
         Args:
@@ -63,6 +63,7 @@ class GradientMonitor:
             values: The terms to measure, scalars without weights.
             features: For each term the student's features to look at.
             labels: For each term those of the boxes, image by image, as the term counts classes; -1 for other classes.
+            shared: See :func:`~kd_det.distillers.gradients.gradient_norms`.
 
         Returns:
             The gradient of each term, without its weight, in units of the task's; 0 where the task has none.
@@ -71,7 +72,7 @@ class GradientMonitor:
             ConfigurationError: A term is balanced, but its gradients can not be measured.
         """
         try:
-            norms = gradient_norms(task, values, features)
+            norms = gradient_norms(task, values, features, shared)
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:  # compiled graphs, and checkpointing that re-enters, allow one backward pass only
@@ -306,7 +307,8 @@ def _list_own_reads(owner: str, features: dict, outputs: dict) -> Iterator[tuple
         for stage in output if isinstance(output, tuple) and not hasattr(output, 'logits') else (output, ):
             logits = getattr(stage, 'logits', ())
             for index, level in enumerate((logits, ) if isinstance(logits, Tensor) else logits):
-                yield Read(owner, f"logits of '{head}'", index), level
+                if not level.is_meta:  # or no term reads them
+                    yield Read(owner, f"logits of '{head}'", index), level
         if isinstance(output, QueryDecoder):
             yield Read(owner, f"memory of '{head}'", 0), output.memory
 

@@ -188,6 +188,7 @@ SINGLES = 3  # measurements of one image with boxes, before there is a weight; o
 MEASUREMENTS = 5  # before a measurement can be called far from the others
 SPREADS = 3.0  # times their mean distance from their mean; as far as one is followed
 NEAR = math.log(2)  # as far as one is always followed
+SETTLED = math.log(1.1)  # as far as a measurement may move the mean where that has settled
 
 
 class MovingMeans(NamedTuple):
@@ -234,9 +235,13 @@ class Balance(Schedule):
         interval: Iterations between measurements.
         momentum: Share of the mean that a measurement keeps; the bias of its start at 0 is corrected.
         start: How many measurements are made before that, one in every step from the first of the term.
+        longest: Iterations between measurements at most. After each that moves the mean by less than a tenth the
+            interval doubles, as long as it is no longer than this; one that moves it by more brings ``interval`` back,
+            one that does not count changes nothing. By default the interval stays.
 
     Raises:
-        ArgumentError: An argument does not fit, or the ratio is balanced itself.
+        ArgumentError: An argument does not fit, ``longest`` is shorter than ``interval``, or the ratio is balanced
+            itself.
 
     Example:
         >>> schedule = build_schedule(dict(type='Warmup', epochs=1, value=dict(type='Balance', ratio=0.5)))
@@ -246,12 +251,19 @@ class Balance(Schedule):
 
     @declared
     def __init__(self, ratio: ScheduleConfig = DEFAULT_RATIO, interval: Count = 10,
-                 momentum: Annotated[float, Ge(0), Lt(1)] = 0.8, start: Count = 50) -> None:
+                 momentum: Annotated[float, Ge(0), Lt(1)] = 0.8, start: Count = 50,
+                 longest: Count | None = None) -> None:
         with at('ratio'):
             super().__init__(build_schedule(ratio))
         if super().balance is not None:
             refuse('ratio', ratio, 'a number, or a schedule of numbers that is no Balance itself')
+        if longest is not None and longest < interval:
+            refuse('longest', longest, f'an integer of at least interval={interval}')
         self.interval, self.momentum, self.start = interval, momentum, start
+        self.longest = interval if longest is None else longest
+        self.spacing = interval  # of measurements at present
+        # How far the last one moved the mean, on its way to the host, and what tells that it is there.
+        self._moved: tuple[Tensor, torch.cuda.Event | None] | None = None
         self.steps = 0  # measurements; on the host, where the decision falls whether to measure
         self.means: MovingMeans | None = None
 
@@ -266,7 +278,24 @@ class Balance(Schedule):
 
     def is_due(self, progress: Progress) -> bool:
         """Whether to measure in this step."""
-        return not self.has_started or progress.iteration % self.interval == 0
+        if not self.has_started:
+            return True
+        if progress.iteration % self.interval:
+            return False
+        self._adjust_spacing()
+        return progress.iteration % self.spacing == 0
+
+    def _adjust_spacing(self) -> None:
+        """Takes in how far the last measurement moved the mean: a GPU was asked then, and has told since."""
+        if self._moved is None:
+            return
+        (moved, told), self._moved = self._moved, None
+        if told is not None:
+            told.synchronize()
+        if moved < SETTLED and 2 * self.spacing <= self.longest:
+            self.spacing *= 2
+        elif moved >= SETTLED:
+            self.spacing = self.interval
 
     def update(self, norms: GradientNorms, boxes: Tensor | None = None) -> None:
         """Takes in a measurement; one that is not finite, or where a gradient vanishes or is noise, changes nothing.
@@ -296,6 +325,12 @@ class Balance(Schedule):
             boxes=mean_boxes,
             empty=_update_mean(means.empty, ratio, self.momentum**(counts.to(both) - full)),
             counts=means.counts + full * torch.stack([torch.ones_like(images), images]))
+        if self.has_started and self.longest > self.interval:
+            moved = torch.where(known & (full > 0), (_read_mean(self.means.averages) - mean).abs(), math.nan)
+            told = torch.cuda.Event() if moved.is_cuda else None
+            self._moved = moved.to('cpu', non_blocking=True), told
+            if told is not None:
+                told.record()
 
     @property
     def scale(self) -> Tensor:
@@ -311,12 +346,15 @@ class Balance(Schedule):
         """What a checkpoint keeps."""
         if self.means is None:
             return {}
-        return dict({name: mean.cpu() for name, mean in self.means._asdict().items()}, steps=torch.tensor(self.steps))
+        self._adjust_spacing()
+        return dict({name: mean.cpu() for name, mean in self.means._asdict().items()}, steps=torch.tensor(self.steps),
+                    spacing=torch.tensor(self.spacing))
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Goes on from what :meth:`state_dict` gave; that of earlier versions held the averages alone."""
         state = dict(state)
         self.steps = int(state.pop('steps', self.start if state else 0))
+        self.spacing, self._moved = int(state.pop('spacing', self.interval)), None
         self.means = None
         if state:
             seen_enough = self._get_means()._replace(counts=torch.tensor([0.0, 1.0]))

@@ -12,7 +12,7 @@ from kd_det.heads.decoders import QueryDecoder, encode, find_family, read_decode
 from kd_det.heads.dense import DenseOutputs
 from kd_det.heads.queries import QueryOutputs, read_queries
 from kd_det.heads.readers import check_head, find_reader, read_dense
-from kd_det.heads.request import HEADS, ROI_HEAD, HeadRequest, Remaining
+from kd_det.heads.request import HEADS, KINDS, ROI_HEAD, HeadRequest, Remaining
 from kd_det.heads.roi import RoIOutputs, find_stages, read_sampled, run_roi_head
 from kd_det.heads.towers import (
     Readings,
@@ -184,7 +184,7 @@ class RoIKind(OutputKind):
         return run_roi_head(head, forward.features, forward.student[ROI_HEAD].regions)
 
 
-KINDS = {'': DenseKind(), 'queries': QueryKind()}  # by part of the request
+PARTS = {'': DenseKind(), 'queries': QueryKind()}  # by part of the request
 ROI_KIND = RoIKind()
 
 
@@ -230,7 +230,7 @@ def _find_kinds(model: nn.Module, names: Iterable[str]) -> dict[HeadRequest, tup
         head = find_head(model, request)
         kind = (ROI_KIND if request == ROI_HEAD else
                 TowerKind(request.remaining) if request.part == 'towers' else
-                DecoderKind(model) if request.part == 'decoder' else KINDS.get(request.part))
+                DecoderKind(model) if request.part == 'decoder' else PARTS.get(request.part))
         if kind is not None:
             found[request] = kind, head
     return found
@@ -294,7 +294,15 @@ def run_heads(names: Iterable[str], forward: TeacherForward) -> TeacherOutputs:
         watched = {request: stack.enter_context(kind.watch(head)) for request, (kind, head) in kinds.items()}
         # These last: what passes towers, and what an encoder puts out, is known when the head has run.
         order = sorted(kinds, key=lambda request: request.part in ('towers', 'decoder'))
-        return {request: kinds[request][0].run(kinds[request][1], forward, watched[request]) for request in order}
+        return {request: _keep_read(request, kinds[request][0].run(kinds[request][1], forward, watched[request]))
+                for request in order}
+
+
+def _keep_read(request: HeadRequest, outputs: Any) -> Any:
+    """Lets go of what a request does not read."""
+    if isinstance(outputs, DenseOutputs) and len(request.kinds) < len(KINDS):
+        return outputs.keep(request.kinds)
+    return outputs
 
 
 # ----------------------------------------------------------------------------------- what a cache keeps of a teacher
@@ -350,7 +358,7 @@ def read_maps(model: nn.Module, names: Sequence[str], maps: dict[str, Features])
         head = getattr(model, request.head)
         present = [maps[each] for each in takewhile(maps.__contains__, (f'{request}/{kind}' for kind in count()))]
         if not request.part:
-            outputs[request] = read_dense(head, present)
+            outputs[request] = _keep_read(request, read_dense(head, present))
         elif request.part == 'towers':
             outputs[request] = TeacherTowers(head, request.remaining, TowerMoments(*present))
     return outputs

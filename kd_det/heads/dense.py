@@ -1,7 +1,7 @@
 """What a dense head says about one batch, in one form for all heads."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
@@ -16,7 +16,7 @@ from kd_det.functional.logits import (
     largest_probability,
     restricted_logits,
 )
-from kd_det.heads.request import HeadError
+from kd_det.heads.request import KINDS, HeadError
 from kd_det.taps import Features
 
 Stride = int | float
@@ -138,6 +138,16 @@ class DenseOutputs:
         return replace(self, **tensors,
                        decode=lambda *chosen: tuple(scale_gradient(level, shares) for level in decode(*chosen)))
 
+    def keep(self, kinds: Collection[str]) -> DenseOutputs:
+        """The same, of other kinds than these (:data:`~kd_det.heads.request.KINDS`) without values: on no device.
+
+        The size of these is still told; to compute with them is an error.
+        """
+        unread = [name for kind, names in KINDS.items() if kind not in kinds for name in names]
+        forms = {name: tuple(level.to('meta') for level in levels)
+                 for name in unread if (levels := getattr(self, name)) is not None}
+        return replace(self, **forms, decode=self.decode if 'boxes' in kinds else _refuse_to_decode)
+
     def restrict(self, classes: Sequence[int]) -> DenseOutputs:
         """The same of some classes alone, in this order, see :func:`~kd_det.functional.logits.restricted_logits`."""
         background = self.activation == 'softmax'
@@ -201,3 +211,8 @@ class DenseOutputs:
             raise HeadError('Which priors are positive is not known for this head: it does not assign them in the way '
                             "of its family. Choose a form without them, such as normalizer='confidence'.")
         return self.assigned[level]
+
+
+def _refuse_to_decode(*chosen: Tensor) -> Features:
+    raise HeadError("The boxes of this head were not kept, for no term that reads it names them: add 'boxes' to the "
+                    'kinds of its request.')

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Literal
 
@@ -23,6 +24,10 @@ HEAD_PARTS: dict[str, str] = {
 
 Remaining = int | Literal['half']  # convolutions of a tower; 'half' of them, rounded down
 
+# What of a dense head's outputs goes together where not all is read: attributes of DenseOutputs.
+KINDS: dict[str, tuple[str, ...]] = dict(classes=('logits', 'objectness', 'centerness'), boxes=('regressions', ),
+                                         distributions=('distributions', ))
+
 
 class HeadRequest(str):
     """One thing that a term or a mask reads of a detector's heads.
@@ -38,6 +43,9 @@ class HeadRequest(str):
             that they tell the priors that the head assigned to boxes, or distributions over distances. Of a DETR's head
             ``'queries'``, and ``'decoder'``, which is to be run on queries of the term's own choice.
         remaining: Of towers, how many of their convolutions are still before the features.
+        kinds: Of the outputs of a teacher's dense head, which are read: ``'classes'``, with objectness and centerness,
+            ``'boxes'``, ``'distributions'``; all by default. Of what nobody reads only the size is kept. They are no
+            part of the string.
 
     Raises:
         HeadError: No head has such a part; the message names those there are.
@@ -52,14 +60,16 @@ class HeadRequest(str):
     head: str
     part: str
     remaining: Remaining
+    kinds: frozenset[str]
 
-    def __new__(cls, head: str, part: str = '', remaining: Remaining = 0) -> HeadRequest:
+    def __new__(cls, head: str, part: str = '', remaining: Remaining = 0,
+                kinds: Iterable[str] = tuple(KINDS)) -> HeadRequest:
         request = super().__new__(cls, '.'.join(filter(None, [head, part, str(remaining or '')])))
         if part and part not in HEAD_PARTS:
             nearest = get_close_matches(part, HEAD_PARTS, n=1)
             raise HeadError(f"'{request}': no head has a part '{part}'. Parts are {', '.join(HEAD_PARTS)}."
                             + (f" Did you mean '{head}.{nearest[0]}'?" if nearest else ''))
-        request.head, request.part, request.remaining = head, part, remaining
+        request.head, request.part, request.remaining, request.kinds = head, part, remaining, frozenset(kinds)
         return request
 
     @classmethod
@@ -78,8 +88,23 @@ class HeadRequest(str):
         part, remaining = of_towers.groups()
         return cls(head, part, 'half' if remaining == 'half' else int(remaining))
 
-    def __reduce__(self) -> tuple[type[HeadRequest], tuple[str, str, Remaining]]:
-        return HeadRequest, (self.head, self.part, self.remaining)
+    def __reduce__(self) -> tuple[type[HeadRequest], tuple[str, str, Remaining, frozenset[str]]]:
+        return HeadRequest, (self.head, self.part, self.remaining, self.kinds)
+
+
+def join_requests(names: Iterable[str]) -> tuple[HeadRequest, ...]:
+    """Each request once, with all kinds that any of its name reads.
+
+    Example:
+        >>> joined = join_requests([HeadRequest('bbox_head', kinds=[kind]) for kind in ('classes', 'boxes')])
+        >>> joined, sorted(joined[0].kinds)
+        (('bbox_head',), ['boxes', 'classes'])
+    """
+    joined: dict[str, HeadRequest] = {}
+    for request in map(HeadRequest.parse, names):
+        kinds = request.kinds | (joined[request].kinds if request in joined else frozenset())
+        joined[request] = HeadRequest(request.head, request.part, request.remaining, kinds)
+    return tuple(joined.values())
 
 
 ROI_HEAD = HeadRequest('roi_head')

@@ -165,6 +165,20 @@ def _run_image_branches(roi_head: Any, features: Features) -> dict[str, Tensor]:
     return {argument: head(features)[1] for argument, head in heads.items() if head is not None}
 
 
+def join_regions(sampled: Sequence[RoIOutputs]) -> RoIOutputs:
+    """The first of what some learners put out, with the regions of all of them, which are what a guide is asked of."""
+    if len(sampled) == 1:
+        return sampled[0]
+    return sampled[0]._replace(regions=Regions(*map(torch.cat, zip(*(each.regions for each in sampled)))))
+
+
+def split_stages(outputs: Sequence[RoIOutputs], sampled: Sequence[RoIOutputs]) -> list[tuple[RoIOutputs, ...]]:
+    """What the stages of a guide's RoI head say of joined regions, for each of the learners that sampled them."""
+    counts = [len(each.regions.rois) for each in sampled]
+    parts = zip(*(zip(stage.logits.split(counts), stage.deltas.split(counts)) for stage in outputs))
+    return [tuple(RoIOutputs(each.regions, *stage) for stage in stages) for each, stages in zip(sampled, parts)]
+
+
 def at_stage(outputs: Sequence[RoIOutputs], stage: Stage) -> RoIOutputs:
     """One teacher's outputs out of those of its stages.
 

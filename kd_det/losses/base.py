@@ -46,6 +46,7 @@ class DistillTerm(nn.Module):
             data-parallel training that has only such images a gradient of 0 for every parameter, as it must.
         learns_beforehand: Whether it has prompts, which are learnt before training by the own loss of its teacher, a
             frozen detector; see :class:`~kd_det.losses.FreeKD`, which shows what such a term has.
+        prompted_by: The fingerprint of the teacher on which it has learnt them; '' where that is not known.
 
     Raises:
         ValueError: An argument that does not fit; the message names it, its value, and what would.
@@ -69,6 +70,7 @@ class DistillTerm(nn.Module):
     independent_of_batch_size: bool = True
     only_at_boxes: bool = False
     learns_beforehand: bool = False
+    prompted_by: str = ''
 
     @declared
     def __init__(self, teacher: Index = 0) -> None:

@@ -10,9 +10,10 @@ from mmdet.utils import reduce_mean
 from torch import Tensor
 
 from kd_det.config.arguments import Positive, Share, declared
+from kd_det.functional.blocks import is_on_host
 from kd_det.functional.dense import sum_distribution_kl, sum_giou_imitation, sum_quality_bce, sum_soft_target_kl
 from kd_det.functional.logits import confidence_weights, largest_gap, largest_probability
-from kd_det.functional.masks import valuable_region
+from kd_det.functional.masks import valuable_region, valuable_region_of_grids
 from kd_det.heads import HeadError, HeadRequest
 from kd_det.losses.base import Parts
 from kd_det.losses.outputs import (
@@ -84,6 +85,8 @@ class DenseClassification(DenseTerm):
         >>> round(term(context)['classes'].item(), 2)  # 6 classes of log 2, times a gap of 0.5, over one positive
         2.08
     """
+
+    kinds = ('classes', )
 
     @declared
     def __init__(self, beta: GapExponent = 1.0, temperature: Positive = 1.0,
@@ -203,6 +206,13 @@ class DenseRegression(DenseTerm):
     def teacher_heads(self) -> tuple[str, ...]:
         return (*super().teacher_heads, *self._distributions_of(self.teacher_head))
 
+    @property
+    def kinds(self) -> tuple[str, ...]:  # type: ignore[override]
+        compared = 'distributions' if self.form == 'distribution' else 'boxes'
+        if self.normalizer == 'none' and (self.form == 'bounded' or self.weighting in ('positives', 'valuable')):
+            return (compared, )  # the student's own outputs weigh
+        return (compared, 'classes')
+
     def _distributions_of(self, head: str) -> tuple[str, ...]:
         return (HeadRequest(head, 'distributions'), ) if self.form == 'distribution' else ()
 
@@ -236,9 +246,11 @@ class DenseRegression(DenseTerm):
 
 def _find_valuable(level: ComparedOutputs) -> Tensor:
     """(N, H·W·A), see :func:`~kd_det.functional.masks.valuable_region`."""
-    priors = level.student.priors  # a box's threshold is one for all levels
-    regions = level.context.once(('valuable', level.student.strides, priors[0].shape),
-                                 lambda: valuable_region(priors, level.context.boxes))
+    priors, boxes = level.student.priors, level.context.boxes  # a box's threshold is one for all levels
+    regions = level.context.once(
+        ('valuable', level.student.strides, priors[0].shape),
+        lambda: (valuable_region_of_grids(priors, level.student.shapes, boxes) if is_on_host(boxes[0]) else
+                 valuable_region(priors, boxes)))
     return torch.split(regions, [len(each) for each in priors], 1)[level.student_level]
 
 

@@ -20,6 +20,7 @@ from kd_det.functional.logits import (
     standardized_logits,
 )
 from kd_det.heads import ROI_HEAD, DenseOutputs, HeadError, HeadRequest, RoIOutputs
+from kd_det.heads.request import KINDS
 from kd_det.heads.roi import Stage, at_stage
 from kd_det.losses.base import DistillTerm, Parts, add_parts
 
@@ -96,9 +97,14 @@ class DenseTerm(DistillTerm):
             ``'none'``: nothing.
         teacher: See :class:`~kd_det.losses.base.DistillTerm`.
 
+    Attributes:
+        kinds: What it reads of the teacher's outputs, see :class:`~kd_det.heads.HeadRequest`.
+
     Raises:
         ValueError: An argument that does not fit.
     """
+
+    kinds: Iterable[str] = tuple(KINDS)
 
     @declared
     def __init__(self, head: EitherSide = 'bbox_head', normalizer: DenseNormalizer = 'positives',
@@ -114,7 +120,7 @@ class DenseTerm(DistillTerm):
 
     @property
     def teacher_heads(self) -> tuple[str, ...]:
-        return (self.teacher_head, )
+        return (HeadRequest(self.teacher_head, kinds=self.kinds), )
 
     @property
     def independent_of_batch_size(self) -> bool:  # type: ignore[override]

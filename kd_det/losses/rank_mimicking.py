@@ -48,7 +48,7 @@ class RankMimicking(DenseTerm):
         0.462
     """
 
-    only_at_boxes = True
+    only_at_boxes, kinds = True, ('classes', 'boxes')
 
     @declared
     def __init__(self, temperature: Positive = 1.0, head: EitherSide = 'bbox_head', teacher: Index = 0) -> None:

@@ -38,7 +38,8 @@ class _PredictionMask(CellMask):
     @declared
     def __init__(self, head: EitherSide = 'bbox_head', anchors: Literal['max', 'mean'] = 'max') -> None:
         super().__init__()
-        self.student_head, self.teacher_head = map(HeadRequest, split_sides(head))
+        student, teacher = split_sides(head)
+        self.student_head, self.teacher_head = HeadRequest(student), HeadRequest(teacher, kinds=['classes'])
         self.anchors = anchors
 
     @property
@@ -187,7 +188,7 @@ class PredictionQuality(CellMask):
     def __init__(self, head: EitherSide = 'bbox_head', xi: Share = 0.8, top_k: Count = 30) -> None:
         super().__init__()
         _, teacher_head = split_sides(head)
-        self.head, self.xi, self.top_k = HeadRequest(teacher_head), xi, top_k
+        self.head, self.xi, self.top_k = HeadRequest(teacher_head, kinds=['classes', 'boxes']), xi, top_k
 
     @property
     def teacher_heads(self) -> tuple[str, ...]:

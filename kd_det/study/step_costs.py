@@ -30,13 +30,15 @@ from kd_det.config.arguments import Count, Index, declared
 from kd_det.config.options import resolve_distillation
 from kd_det.context import DistillContext
 from kd_det.distillers import DetectionDistiller
+from kd_det.distillers.learners import run_learners
+from kd_det.distillers.supervision import read_supervision
 from kd_det.losses import DistillTerm
 from kd_det.losses.base import sum_parts
 from kd_det.registry import build_detector, prepare_without_runner
 from kd_det.teachers import read_model_config
 from kd_det.teachers.bridge import SIZE_MISMATCH
-from kd_det.teachers.guide import LearnerStep
-from kd_det.teachers.teacher import FrozenDetector
+from kd_det.teachers.guide import list_guides
+from kd_det.teachers.teacher import FrozenDetector, Teacher
 
 Device = str | torch.device
 Call = Callable[[], object]
@@ -56,12 +58,13 @@ class StepCosts:
     """The costs of a step.
 
     Attributes:
-        parts: By name: the student's whole step, the distilled one, what runs of the teachers, their plain forward in
-            evaluation mode up to the neck, and each term's forward and backward as far as what it reads of the student.
+        parts: By name: the student's whole step, the distilled one of all learners, what runs of the guides, the plain
+            forward of those that are frozen detectors in evaluation mode up to the neck, if there are any, and each
+            term's forward and backward as far as what it reads of its learner.
         differences: Seconds that the distilled step takes longer than the student's, round by round.
         batch_size: Images in the batch.
         size: Their height and width, in pixels.
-        teacher_weights: Bytes of the teachers' weights.
+        teacher_weights: Bytes of the guides' weights.
         setting: What else it was measured with: config, options, device, threads, versions.
     """
     parts: dict[str, Cost]
@@ -77,13 +80,15 @@ class StepCosts:
         return median(self.differences)
 
     @property
-    def ratio(self) -> float:
-        """The same in plain forwards of the teacher."""
-        return self.distilling / self.parts[PLAIN_TEACHER].seconds
+    def ratio(self) -> float | None:
+        """The same in plain forwards of the teacher; None without a frozen detector."""
+        return None if PLAIN_TEACHER not in self.parts else self.distilling / self.parts[PLAIN_TEACHER].seconds
 
     @property
-    def middle_half(self) -> tuple[float, float]:
+    def middle_half(self) -> tuple[float, float] | None:
         """The ratios between which half of the rounds lie: a step varies by more than the terms take."""
+        if PLAIN_TEACHER not in self.parts:
+            return None
         low, high = np.quantile(self.differences, (0.25, 0.75)) / self.parts[PLAIN_TEACHER].seconds
         return float(low), float(high)
 
@@ -95,17 +100,19 @@ class StepCosts:
 
     def tabulate(self) -> TextTable:
         """Makes a table of the parts, and of what distilling costs in plain forwards of the teacher."""
-        plain, student = self.parts[PLAIN_TEACHER].seconds, self.parts[STUDENT].memory
-        more = (self.parts[DISTILLED].memory - student) / MEGABYTE
-        low, high = self.middle_half
-        rows = [(name, f'{cost.seconds * 1e3:.1f} ms', f'{cost.seconds / plain:.2f}',
+        plain, student = self.parts.get(PLAIN_TEACHER), self.parts[STUDENT].memory
+        more, ratio = (self.parts[DISTILLED].memory - student) / MEGABYTE, ''
+        if self.ratio is not None and self.middle_half is not None:
+            low, high = self.middle_half
+            ratio = (f', {self.ratio:.2f} plain forwards of the teacher ({low:.2f} to {high:.2f} in the middle half of '
+                     'the rounds)')
+        rows = [(name, f'{cost.seconds * 1e3:.1f} ms', f'{cost.seconds / plain.seconds:.2f}' if plain else '',
                  f'{self.batch_size / cost.seconds:.2f}' if name in (STUDENT, DISTILLED) else '',
                  f'{cost.memory / MEGABYTE:.1f} MiB') for name, cost in self.parts.items()]
         return TextTable(
             f'A training step, {self.batch_size} × {self.size[0]} × {self.size[1]} pixels',
             ('Part', 'Time', 'Plain teacher forwards', 'Images / s', 'Peak memory'), rows,
-            f'Distilling costs {self.distilling * 1e3:.1f} ms, {self.ratio:.2f} plain forwards of the teacher '
-            f'({low:.2f} to {high:.2f} in the middle half of the rounds), and {more:.1f} MiB at the peak beside '
+            f'Distilling costs {self.distilling * 1e3:.1f} ms{ratio}, and {more:.1f} MiB at the peak beside '
             f'{self.teacher_weights / MEGABYTE:.1f} MiB of its weights')
 
     def _repr_html_(self) -> str:
@@ -118,6 +125,8 @@ def measure_step_costs(config: str | Path | Config, *, batch_size: Count = 2,
                        repeats: Count = 5, threads: Count | None = None, device: str | None = None,
                        data_root: str | None = None, options: dict[str, Any] | None = None) -> StepCosts:
     """Measures what a distilled step costs beside the student's own, with random weights on random images.
+
+    A policy chooses in each step among guides and terms; the parts are those of all, the step is one of the first.
 
     Args:
         config: Of a distillation: a file, ``'package::folder/file.py'`` or a config. Neither its data nor its
@@ -141,9 +150,6 @@ def measure_step_costs(config: str | Path | Config, *, batch_size: Count = 2,
     prepare_without_runner(loaded, seed=0)
     distiller = random_distiller(loaded, device)
     size = tuple(size or max(training_sizes(loaded, USUAL_SIZES[:1]), key=prod))
-    if len(distiller.learners) > 1 or not all(isinstance(guide, FrozenDetector) for guide in distiller.guides):
-        raise ConfigurationError('The parts of a step are measured for one student with frozen detectors as teachers; '
-                                 'the log tells kd_time of any other.')
     batch = synthetic_batch(distiller.student, batch_size, size, boxes)
     try:
         costs = measure_step(distiller, batch, loaded.optim_wrapper, repeats)
@@ -154,14 +160,15 @@ def measure_step_costs(config: str | Path | Config, *, batch_size: Count = 2,
             f'A step fails on images of {size[0]} × {size[1]} pixels: {error}. Where the levels of the '
             "student's pyramid do not fit each other at that size, set data_preprocessor.pad_size_divisor=32 in its "
             'config, or its largest stride; another size is tried with --size H W (--debug shows where).') from error
-    tensors = (tensor for teacher in distiller.teachers
-               for tensor in (*teacher.model.parameters(), *teacher.model.buffers()))
+    frozen = [teacher for _, teacher in find_frozen(distiller)]
+    weights = sum(tensor.nbytes for guide in frozen for tensor in (*guide.model.parameters(), *guide.model.buffers()))
+    others = [guide for guide in distiller.teachers or () if guide not in frozen]
+    weights += sum(4 * guide.num_parameters for _, guide in list_guides(others))
     setting = dict(config=str(config.filename if isinstance(config, Config) else config), options=options or {},
                    boxes=boxes, repeats=repeats, device=device, threads=torch.get_num_threads(),
                    processor=platform.machine(), torch=torch.__version__,
-                   engines=[asdict(teacher.engine) for teacher in distiller.teachers])
-    return replace(costs, batch_size=batch_size, size=size, teacher_weights=sum(tensor.nbytes for tensor in tensors),
-                   setting=setting)
+                   engines=[asdict(guide.engine) for guide in frozen])
+    return replace(costs, batch_size=batch_size, size=size, teacher_weights=weights, setting=setting)
 
 
 def find_device(place: str, name: str | None = None) -> str:
@@ -293,7 +300,7 @@ def _training_steps(distiller: DetectionDistiller, batch: dict, optimizer: dict)
 
 
 def list_parts(distiller: DetectionDistiller, batch: dict) -> Iterator[tuple[str, Call]]:
-    """Lists by name what a step runs of the teachers, their plain forward, and each term's forward and backward.
+    """Lists by name what a step runs of the guides, plain forwards of teachers, and each term's forward and backward.
 
     Args:
         distiller: The distiller, in training mode.
@@ -301,16 +308,27 @@ def list_parts(distiller: DetectionDistiller, batch: dict) -> Iterator[tuple[str
     """
     data = distiller.data_preprocessor(batch, True)
     images, samples = data['inputs'], data['data_samples']
-    observation = distiller.observe(images, samples, distiller.terms)
-    context = observation.context
-    steps = [LearnerStep(distiller.student, (), context.student, context.student_outputs)]
-    yield TEACHER, lambda: distiller.observe_teachers(distiller.terms, images, context.image_shapes, steps)
+    observations = distiller.observe_learners(images, samples, distiller.terms)[0]
+    _, steps = run_learners(distiller.learners, images, read_supervision(samples))
+    shapes = observations[0].context.image_shapes
+    yield TEACHER, lambda: distiller.observe_teachers(distiller.terms, images, shapes, steps)
     plain = [(build_detector(read_model_config(config['config'])).to(images.device).eval(),
-              teacher.bridge(images, context.image_shapes))
-             for config, teacher in zip(distiller.teacher_configs, cast(list[Any], distiller.teachers))]
-    yield PLAIN_TEACHER, torch.no_grad()(lambda: [model.extract_feat(given) for model, given in plain])
-    for name, term in distiller.terms.items():
-        yield TERM + name, partial(differentiate, term, context)
+              teacher.bridge(images, shapes))
+             for config, teacher in find_frozen(distiller)]
+    if plain:
+        yield PLAIN_TEACHER, torch.no_grad()(lambda: [model.extract_feat(given) for model, given in plain])
+    for learner, (_, context, _) in zip(distiller.learners, observations):
+        # Leaves: a level may be made of another, by weights that a step between would have moved on.
+        context = replace(context, student={path: tuple(level.detach().requires_grad_() for level in levels)
+                                            for path, levels in context.student.items()})
+        for name, term in learner.terms.items():
+            yield TERM + name, partial(differentiate, term, context)
+
+
+def find_frozen(distiller: DetectionDistiller) -> list[tuple[dict[str, Any], Teacher]]:
+    """Those of its guides that are frozen detectors, once they are started, each with what the config says of it."""
+    started = zip(distiller.guides, distiller.teacher_configs, distiller.teachers or ())
+    return [(config, cast(Teacher, teacher)) for guide, config, teacher in started if isinstance(guide, FrozenDetector)]
 
 
 def differentiate(term: DistillTerm, context: DistillContext) -> tuple[Tensor, list[Tensor | None]]:

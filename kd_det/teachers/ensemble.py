@@ -168,6 +168,7 @@ class Ensemble(Guide):
                 student: StudentOutputs | None = None, taps: Sequence[str] | None = None,
                 levels: ReadLevels | None = None,
                 learners: Sequence[LearnerStep] = ()) -> tuple[dict[str, Features], TeacherOutputs]:
+        heads = tuple(map(str, heads))  # all kinds of outputs, which are joined together
         answers = [member.observe(images, image_shapes, heads, student, (), None, learners)[1]
                    for member in self.members]
         shares = self.weights.expand(len(images), -1) if self._shares is None else self._shares

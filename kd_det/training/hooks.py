@@ -95,7 +95,8 @@ class DistillHook(Hook):
       :class:`~kd_det.distillers.schedules.Balance` has measured; ``ranges`` those of a student that is trained for
       integers, by which an export writes the same; ``peers`` has the state dict of each learner beside the student,
       averaged as the student's is, and ``trained_peers`` then the trained ones; ``guides`` what those guides have
-      learnt that do learn, and ``averaged_guides`` the averages of gates; ``policy`` what a policy has learnt.
+      learnt that do learn, and ``averaged_guides`` the averages of gates; ``policy`` what a policy has learnt;
+      ``prompted_by`` the fingerprints of the teachers on which terms have learnt prompts.
     - ``optimizer``: the state of the student's parameters, then that of the terms'.
     - ``meta['dataset_meta']``: the names of the student's classes.
 
@@ -258,6 +259,9 @@ class DistillHook(Hook):
             if any(guides.values()):
                 checkpoint[CHECKPOINT_KEY]['guides'] = {index: weights_to_cpu(state)
                                                         for index, state in guides.items() if state}
+            prompted_by = {name: term.prompted_by for name, term in distiller.terms.items() if term.learns_beforehand}
+            if prompted_by:
+                checkpoint[CHECKPOINT_KEY]['prompted_by'] = prompted_by
             if distiller.policy is not None:
                 checkpoint[CHECKPOINT_KEY]['policy'] = distiller.policy.state_dict()
             if distiller.quantizer is not None:
@@ -273,6 +277,8 @@ class DistillHook(Hook):
         if CHECKPOINT_KEY in checkpoint:
             stored = checkpoint[CHECKPOINT_KEY]
             distiller.load_terms(stored['terms'])
+            for name, fingerprint in stored.get('prompted_by', {}).items():
+                distiller.terms[name].prompted_by = fingerprint
             for learner in distiller.learners:
                 learner.monitor.load_state_dict(stored.get('weights', {}))
             load_peers(runner, distiller, stored)

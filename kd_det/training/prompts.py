@@ -30,8 +30,9 @@ def learn_prompts(runner: Runner, distiller: DetectionDistiller) -> None:
     """Lets each term that has prompts learn them on its frozen teacher, unless that is done.
 
     They are kept in the work dir, ``<term>_prompts.pt``, with a hash of all that they depend on: the teacher's
-    weights, the term's arguments, the training data and the seed. A run that goes on has them from its checkpoint. All
-    ranks learn the same ones, from the whole batch. Random numbers are afterwards what they were.
+    weights, the term's arguments, the training data and the seed. A run that goes on has them from its checkpoint, and
+    must have the teacher on which they were learnt. All ranks learn the same ones, from the whole batch. Random numbers
+    are afterwards what they were.
 
     Args:
         runner: Of the training, with its data set.
@@ -40,12 +41,20 @@ def learn_prompts(runner: Runner, distiller: DetectionDistiller) -> None:
     Raises:
         ConfigurationError: The teacher is no frozen detector, its classes are not known, or its heads do not read the
             tap.
-        TeacherError: The teacher can not compute its own loss, or it is not finite.
+        TeacherError: The teacher can not compute its own loss, or it is not finite; or the prompts of the checkpoint
+            that is resumed were learnt on another.
     """
     for name, term in distiller.terms.items():
-        if not term.learns_beforehand or bool(term.prompted):
+        if not term.learns_beforehand:
             continue
         teacher = distiller.build_teachers()[term.teacher_index]
+        if term.prompted:
+            if term.prompted_by not in ('', teacher.fingerprint()):
+                raise TeacherError(f'model.distill.{name}: the prompts in the checkpoint that is resumed were learnt '
+                                   'on another teacher: the weights of this one are not the same. A resumed run goes '
+                                   'on as the interrupted one would have: give it the teacher that that one had, or '
+                                   'begin anew without --resume.')
+            continue
         if not isinstance(teacher, Teacher):
             raise ConfigurationError(f'model.distill.{name}: its prompts are learnt by the own loss of a frozen '
                                      f'detector, which {teacher.described} is not. Give it a detector as teacher.')
@@ -71,6 +80,7 @@ def learn_prompts(runner: Runner, distiller: DetectionDistiller) -> None:
         for own, learnt in zip(term.prompts, prompts):
             own.copy_(learnt)
         term.prompted.fill_(True)
+        term.prompted_by = teacher.fingerprint()
 
 
 def _identify(runner: Runner, teacher: Teacher, term: Any) -> str:

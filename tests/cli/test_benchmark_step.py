@@ -113,3 +113,27 @@ def test_counts_are_at_least_1(option, capsys):
     with pytest.raises(SystemExit):
         main(['benchmark-step', 'config.py', option, '0'])
     assert f"argument {option}: expected an integer of at least 1, got '0'" in capsys.readouterr().err
+
+
+def test_other_guides_and_learners_are_measured(retinanet, faster_rcnn, run_config, tmp_path, capsys):
+    """A backbone and the student's mean teach; then peers each other, and an ensemble of theirs, by their RoI heads."""
+    config = run_config(dict(
+        type='DetectionDistiller', student=retinanet(),
+        teacher=[dict(type='Backbone', name='test_vit', checkpoint='no.pth'), dict(type='Average')],
+        distill=dict(tokens=dict(type='FeatureImitation'), kd=dict(type='DenseClassification', teacher=1)),
+        policy=dict(type='Random')))
+    config.dump(tmp_path / 'config.py')
+    arguments = ['--size', '64', '96', '--repeats', '1', '--device', 'cpu', '--out', str(tmp_path / 'o.json')]
+    assert main(['benchmark-step', str(tmp_path / 'config.py'), *arguments]) == 0
+    assert 'Distilling costs' in capsys.readouterr().out
+    record = json.loads((tmp_path / 'o.json').read_text())
+    assert set(record['parts']) == {STUDENT, DISTILLED, TEACHER, 'term tokens', 'term kd'}
+    assert record['ratio'] is None and record['teacher_weights'] > 0
+    peers = run_config(dict(
+        type='DetectionDistiller', student=faster_rcnn(), peers=1,
+        teacher=[dict(type='Peer', learner=1), dict(type='Ensemble', of=[dict(type='Peer', learner=each)
+                                                                         for each in (0, 1)])],
+        distill=dict(one=dict(type='RoIClassification'), other=dict(type='RoIClassification', learner=1, teacher=1))))
+    distiller = random_distiller(peers)
+    costs = measure_parts(distiller, synthetic_batch(distiller.student, images=1, size=(64, 64), boxes=3), repeats=1)
+    assert set(costs) == {TEACHER, 'term one', 'term other'} and all(cost.memory > 0 for cost in costs.values())

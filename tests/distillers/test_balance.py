@@ -10,7 +10,7 @@ from torch import nn
 from kd_det.config.files import ConfigurationError
 from kd_det.context import Progress
 from kd_det.distillers import build_schedule, monitor
-from kd_det.distillers.gradients import GradientNorms, gradient_norms
+from kd_det.distillers.gradients import GradientNorms, SharedPass, gradient_norms
 from kd_det.losses import FeatureTerm
 
 BALANCE = dict(type='Balance', ratio=0.5)
@@ -115,8 +115,24 @@ def test_it_measures_first_and_then_at_every_interval(start, expected):
     assert measured == expected
 
 
+def test_the_interval_doubles_while_the_ratio_has_settled():
+    weight, measured = build_schedule(dict(BALANCE, interval=2, start=1, longest=9)), []
+    for iteration in range(80):
+        if weight.is_due(Progress(iteration)):
+            measured.append(iteration)
+            if iteration in (24, 40):  # after a checkpoint of either
+                restored = build_schedule(dict(BALANCE, interval=2, start=1, longest=9))
+                restored.load_state_dict(copy.deepcopy(weight.state_dict()))
+                weight = restored
+            norms, boxes = (1.0, 4.0 if iteration == 40 else 1.0), (0.0, 0.0) if iteration == 56 else (2.0, 1.0)
+            weight.update(GradientNorms(*map(torch.tensor, norms)), torch.tensor(boxes))
+    # Up to 8, for 16 is more than 9; the one of 40 moves the mean, that of 56 without boxes says nothing.
+    assert measured == [0, 2, 4, 8, 16, 24, 32, 40, 42, 44, 48, 56, 64, 72]
+    assert weight.spacing == 8 and build_schedule(BALANCE).longest == 10
+
+
 @pytest.mark.parametrize('name, value', [('ratio', -1.0), ('interval', 0), ('momentum', 1.0), ('start', 0),
-                                         ('ratio', dict(BALANCE))])
+                                         ('longest', 9), ('ratio', dict(BALANCE))])
 def test_arguments_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=f'^{name}: expected .*, got '):
         build_schedule(dict(BALANCE, **{name: value}))
@@ -269,6 +285,52 @@ def test_balance_under_autocast_is_float32_and_near_that_of_full_precision(dtype
     assert weights[0] == pytest.approx(weights[1], rel=0.05)
 
 
+# ---------------------------------------------------------------- one pass for the measurement and the step
+
+
+# A level made of another; several losses a level; taps of which one lies behind the other; a transformer.
+SHARED = {'RetinaNet': (dict(type='FGD'), 'bbox_head.retina_cls'),
+          'Faster R-CNN': (dict(type='PKD'), 'roi_head.bbox_head.fc_cls'),
+          'DINO': (dict(type='CWD'), 'bbox_head.reg_branches.0.0')}
+
+
+@pytest.mark.parametrize('kind', SHARED)
+def test_a_step_that_measures_passes_the_heads_once(kind, detector_config, distiller, batch, monkeypatch):
+    term, layer = SHARED[kind]
+    terms = dict(neck=dict(term, weight=BALANCE), backbone=dict(type='PKD', tap='backbone', weight=BALANCE))
+    passes, steps = [], []
+    for find in (lambda *_: None, SharedPass.find):
+        monkeypatch.setattr(SharedPass, 'find', find)
+        model = distiller(detector_config(kind), detector_config(kind), distill=terms, task_weight=0.5).train()
+        model.student.get_submodule(layer).register_full_backward_hook(lambda *_: passes.append(len(steps)))
+        losses = _losses(model, batch())
+        total, logged = model.parse_losses(losses)
+        (total / 4).backward()  # as one of several steps whose gradients are added up
+        logged = {name: value.item() for name, value in logged.items()}
+        steps.append((logged, {name: each.grad for name, each in model.named_parameters() if each.grad is not None}))
+    (expected, gradients), (logged, shared) = steps
+    assert passes.count(0) == 2 * passes.count(1) > 0
+    assert logged == pytest.approx(expected, rel=1e-5) and logged['distill/neck_weight'] > 0
+    assert gradients.keys() == shared.keys() and len(gradients) > 20
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(shared[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
+
+
+def test_the_pass_is_shared_where_no_term_goes_that_way_and_float16_loses_nothing():
+    feature, weight, other = (torch.ones(2, requires_grad=True) for _ in range(3))
+    level = feature * 2
+    task = (level * weight).sum()
+    assert SharedPass.find(task, [level], [level.sum()]).weights == [weight]
+    assert SharedPass.find(task, [level], [(level * weight).sum()]) is None  # a term that reads the head
+    assert SharedPass.find(task + feature.sum() + (feature * other).sum(), [level], []) is None  # a way beside
+    assert SharedPass.find(level.sum(), [level], []) is SharedPass.find(task, [feature], []) is None
+    half = level.half()
+    assert SharedPass.find((half * weight).sum(), [half], []) is None
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast('cpu', dtype):
+            assert (SharedPass.find(task, [level], []) is None) == (dtype == torch.float16)
+
+
 # ---------------------------------------------------------------- the warning
 
 
@@ -319,12 +381,13 @@ def test_a_measurement_costs_a_backward_pass_each_and_other_steps_none(retinanet
     for iteration in range(6):
         model.set_progress(iteration, epoch=0)
         _losses(model, batch())
-    assert passes == [0, 0, 0, 1, 1, 4, 4, 4]  # of the task, and of each term; down to the features alone
+    # Of the task, which goes on from level to level, and of each term; down to the features alone.
+    assert passes == [0] * 4 + [1] * 3 + [4] * 4
 
 
 def test_the_task_is_watched_seldom_and_not_before_it_has_learnt_something(retinanet, distiller, batch, monkeypatch):
     measured = []
-    monkeypatch.setattr(monitor, 'gradient_norms', lambda task, values, features: measured.append(iteration) or {
+    monkeypatch.setattr(monitor, 'gradient_norms', lambda task, values, *_: measured.append(iteration) or {
         name: GradientNorms(torch.tensor(25.0), torch.tensor(1.0)) for name in values})
     model = distiller(retinanet(), retinanet(neck=12), distill=dict(fgd=dict(type='FGD', weight=0.5)))
     logged = {}

@@ -11,6 +11,7 @@ from kd_det.config.choices import LEARNT_FROM
 from kd_det.config.files import ConfigurationError
 from kd_det.distillers.learners import group_parameters, list_predictors
 from kd_det.distillers.student_wrapper import PEERS
+from kd_det.losses.base import sum_parts
 from kd_det.training.learners import clip_by_learner
 
 PEERS_OF_TWO = [dict(type='Peer', learner=0), dict(type='Peer', learner=1)]
@@ -434,3 +435,30 @@ def leaves(state) -> list:
         return [state]
     inner = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
     return [leaf for each in inner for leaf in leaves(each)]
+
+
+def test_a_frozen_teacher_runs_once_and_its_roi_head_over_the_regions_of_all_learners(faster_rcnn, mutual, batch):
+    """One of the learners samples fewer regions, and one reads features alone."""
+    fewer = faster_rcnn()
+    fewer.train_cfg.rcnn.sampler.num = 12
+    terms = dict(own=dict(type='RoIClassification'), features=dict(type='PKD', learner=1),
+                 fewer=dict(type='RoIClassification', learner=2))
+    model = mutual(faster_rcnn(), peers=[faster_rcnn(), fewer], distill=terms,
+                   teacher=dict(config=faster_rcnn(depth=50, neck=12), random_teacher=True))
+    runs, data = [], batch()
+    for part in ('backbone', 'roi_head.bbox_head'):
+        module = model.build_teachers()[0].model.get_submodule(part)
+        module.register_forward_hook(lambda *_, part=part: runs.append(part))
+
+    def observe(names):
+        torch.manual_seed(1)  # of the samplers
+        given = model.data_preprocessor(copy.deepcopy(data), True)
+        return [each.values for each in model.observe_learners(given['inputs'], given['data_samples'], names)[0]]
+
+    together = observe(terms)
+    assert runs == ['backbone', 'roi_head.bbox_head']
+    assert [list(each) for each in together] == [[name] for name in terms]
+    for learner, name in enumerate(terms):
+        value, expected = (sum_parts(each[learner][name]) for each in (together, observe([name])))
+        torch.testing.assert_close(value, expected)
+        assert value > 0

@@ -1,11 +1,21 @@
 """The student's heads are read from its own loss, the teacher's run on its own features."""
 import copy
+import weakref
 
 import pytest
 import torch
 from mmdet.registry import MODELS
 
-from kd_det.heads import HeadError, StudentHeads, TeacherForward, find_head, run_heads
+from kd_det.heads import (
+    DenseOutputs,
+    HeadError,
+    StudentHeads,
+    TeacherForward,
+    capture,
+    find_head,
+    read_dense,
+    run_heads,
+)
 from kd_det.taps import TapError
 
 
@@ -186,3 +196,42 @@ def test_a_roi_head_has_no_parts(faster_rcnn):
     for name, absent in (('roi_head.towers', 'has no towers'), ('roi_head.positives', 'does not tell which priors')):
         with pytest.raises(HeadError, match=f'A StandardRoIHead {absent}'):
             find_head(MODELS.build(faster_rcnn()), name)
+
+
+LD = dict(type='DenseRegression', form='distribution', weighting='valuable', normalizer='none')
+
+
+@pytest.mark.parametrize('terms, read', [
+    ([dict(type='DenseClassification')], {'logits'}), ([LD], {'distributions'}),
+    ([LD, dict(type='DenseClassification')], {'logits', 'distributions'}),
+    ([dict(type='DenseRegression', weighting='gap')], {'logits', 'regressions'}),
+    ([dict(type='DecoupledImitation', mask=dict(type='PredictionQuality'))], {'logits', 'regressions'}),
+    ([dict(type='CrossKD')], {'logits', 'regressions', 'distributions'})])
+def test_what_no_term_reads_of_a_teachers_head_is_let_go_of(terms, read, one_stage, distiller, batch, monkeypatch):
+    model = distiller(one_stage('gfl'), one_stage('gfl', neck=12), distill=dict(zip('ab', terms))).train()
+    data, made = model.data_preprocessor(batch(), True), {}
+
+    def note(head, *arguments):
+        outputs = read_dense(head, *arguments)
+        if not head.training:
+            made.update({name: weakref.ref(getattr(outputs, name)[0])
+                         for name in ('logits', 'regressions', 'distributions')})
+        return outputs
+
+    monkeypatch.setattr(capture, 'read_dense', note)
+    torch.manual_seed(0)
+    observation = model.observe(**copy.deepcopy(data), names=model.terms)  # which holds on to the outputs
+    assert {name for name, each in made.items() if each() is not None} == read
+    taught = observation.context.teacher_outputs[0]['bbox_head']
+    assert [(*taught.logits[0].shape[:2], 4, *rest) for rest in ((), (taught.distributions[0].shape[-1], ))] == [
+        taught.regressions[0].shape, taught.distributions[0].shape]
+    if 'regressions' not in read:
+        with pytest.raises(HeadError, match="not kept.*add 'boxes'"):
+            taught.boxes
+    monkeypatch.setattr(DenseOutputs, 'keep', lambda outputs, kinds: outputs)
+    torch.manual_seed(0)
+    whole = model.observe(**copy.deepcopy(data), names=model.terms)
+    assert {name for name, each in made.items() if each() is not None} == set(made)
+    for name, value in whole.values.items():
+        assert value.keys() == observation.values[name].keys()
+        assert all(torch.equal(each, observation.values[name][part]) for part, each in value.items())

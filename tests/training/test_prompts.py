@@ -7,6 +7,7 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 
+from kd_det.config.detectors import TeacherError
 from kd_det.config.files import ConfigurationError
 from kd_det.training import prompts
 from kd_det.training.prompts import _Lessons
@@ -55,6 +56,10 @@ def test_prompts_learn_before_training_and_are_kept(distilled, make_runner, stop
     first.register_hook(stop_after(epochs=1), priority='LOWEST')
     with pytest.raises(KeyboardInterrupt):
         first.train()
+    checkpoint = load(first, 1)['distill']
+    assert list(checkpoint['prompted_by'].values()) == [first.model.teacher.fingerprint()]
+    with pytest.raises(TeacherError, match='^model.distill.freekd: the prompts .* were learnt on another teacher'):
+        make_runner(distilled(), epochs=2, name='resumed', resume=True, seed=1).train()  # draws another
     other.unlink()
     again = make_runner(distilled(), epochs=2, name='resumed', resume=True)
     again.train()

@@ -19,3 +19,4 @@ from kd_det.functional.masks.pyramid import assign_levels as assign_levels
 from kd_det.functional.masks.pyramid import level_foreground as level_foreground
 from kd_det.functional.masks.pyramid import near_anchor_foreground as near_anchor_foreground
 from kd_det.functional.masks.pyramid import valuable_region as valuable_region
+from kd_det.functional.masks.pyramid import valuable_region_of_grids as valuable_region_of_grids

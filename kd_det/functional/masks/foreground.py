@@ -195,6 +195,26 @@ def paint_runs(first: Tensor, stop: Tensor, image: Tensor, num_images: int, widt
     return (covering > 0).float()
 
 
+@torch.no_grad()
+def list_cells(first: Tensor, stop: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The cells of windows, one window after another, row by row; how many they are, a GPU would have to tell the host.
+
+    Args:
+        first: (B, 2) long, first column and row of each window.
+        stop: (B, 2) long, those after its last ones; the window is empty if either is not after ``first``.
+        width: W, columns of the map.
+
+    Returns:
+        (n,) the index of each cell's window, and (n,) that of the cell, row · W + column.
+    """
+    columns, rows = (stop - first).clamp(min=0).unbind(1)
+    counts = columns * rows
+    window = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    order = torch.arange(len(window), device=counts.device) - (counts.cumsum(0) - counts)[window]
+    row, column = first[window, 1] + order // columns[window], first[window, 0] + order % columns[window]
+    return window, row * width + column
+
+
 def _block_counts(length: int) -> list[int]:
     """How many aligned blocks of 1, 2, 4, ... cells cover a line of ``length`` cells, up to a single block."""
     return [ceil(length / 2**size) for size in range((length - 1).bit_length() + 1)]

@@ -9,6 +9,7 @@ from torch import Tensor
 from kd_det.functional.blocks import map_rows
 from kd_det.functional.boxes import concatenate, iou, slices
 from kd_det.functional.logits import class_probabilities
+from kd_det.functional.masks.foreground import list_cells
 
 
 @torch.no_grad()
@@ -98,8 +99,9 @@ def prediction_quality_of_grids(
 ) -> Tensor:
     """:func:`prediction_quality` of cells that are grids, level by level, which looks at the cells inside boxes alone.
 
-    For the CPU: how many cells those are, a GPU would have to tell the host. Time and memory are linear in them, and
-    nothing is made of what the teacher says of other cells and other classes.
+    Time and memory are linear in them, and nothing is made of what the teacher says of other cells and other classes.
+    For the CPU: how many cells those are, a GPU would have to tell the host; and memory that is enough whatever the
+    boxes are has room for each cell beside each box, which is the table.
 
     Args:
         logits: One (N, H·W·A, classes) per level, the background's as the last where they are a softmax's.
@@ -117,15 +119,12 @@ def prediction_quality_of_grids(
     """
     corners, image, label, known = _find_boxes(boxes, labels, logits[0].shape[-1] - (activation == 'softmax'))
     centres = torch.cat([each.flatten(0, 1) for each in points])
-    every, found = torch.arange(len(corners), device=corners.device), []
+    found = []
     for level, grid in enumerate(points):
         first, stop = (torch.stack([torch.searchsorted(line.to(corners).contiguous(), side.contiguous(), right=right)
-                                    for line, side in zip((grid[0, :, 0], grid[:, 0, 1]), sides.unbind(1))])
+                                    for line, side in zip((grid[0, :, 0], grid[:, 0, 1]), sides.unbind(1))], 1)
                        for sides, right in ((corners[:, :2], False), (corners[:, 2:], True)))
-        columns, rows = (stop - first).clamp(min=0) * known
-        box = every.repeat_interleave(columns * rows)
-        order = torch.arange(len(box), device=box.device) - ((columns * rows).cumsum(0) - columns * rows)[box]
-        cell = (first[1][box] + order // columns[box]) * grid.shape[1] + first[0][box] + order % columns[box]
+        box, cell = list_cells(first, torch.where(known[:, None], stop, first), grid.shape[1])
         anchors = torch.arange(logits[level].shape[1] // grid[..., 0].numel(), device=box.device)
 
         def measure(box: Tensor, cell: Tensor, level: int = level, anchors: Tensor = anchors) -> Tensor:

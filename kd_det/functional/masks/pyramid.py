@@ -2,13 +2,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf, log2
+from functools import partial
+from math import ceil, inf, log2, prod
 
 import torch
 from torch import Tensor
 
+from kd_det.functional.blocks import map_rows
 from kd_det.functional.boxes import concatenate, constant, iou, slices
-from kd_det.functional.masks.foreground import paint_rectangles, paint_runs
+from kd_det.functional.masks.foreground import list_cells, paint_rectangles, paint_runs
+
+NO_GRID = 'priors: expected the same boxes at each cell, shifted with columns and rows.'
+ROUNDING = 0.01  # pixels, more than positions within an image are rounded by
 
 
 @torch.no_grad()
@@ -105,7 +110,7 @@ def near_anchor_foreground(
     belongs = _on_level(levels, level, corners.device)
     grid = priors.to(corners).view(*feature_shape, -1, 4)
     # Like assert, but the host does not wait for a GPU's answer.
-    torch._assert_async(_is_grid(grid), 'priors: expected the same boxes at each cell, shifted with columns and rows.')
+    torch._assert_async(_is_grid(grid), NO_GRID)
     left, _, right, _ = grid[0].permute(2, 1, 0).contiguous()  # (A, W) each
     _, top, _, bottom = grid[:, 0].permute(2, 1, 0).contiguous()  # (A, H)
     x1, y1, x2, y2 = (side[None, :, None] for side in corners.unbind(1))
@@ -167,18 +172,146 @@ def valuable_region(
     values = corners.new_zeros(len(boxes), len(every))
     for part in slices(len(corners), 4 * len(every)):
         box = corners[part, None]
-        distance = (_centre(box) - _centre(every)).square().sum(-1)
-        hull = torch.maximum(box[..., 2:], every[:, 2:]) - torch.minimum(box[..., :2], every[:, :2])
-        overlap = iou(box, every)
+        distance, overlap = _square_distance(box, every), iou(box, every)
         candidates = torch.cat([
             here.gather(1, there.topk(min(top_k, size), dim=1, largest=False)[1])
             for here, there, size in zip(overlap.split(sizes, 1), distance.split(sizes, 1), sizes)], 1)
-        threshold = (candidates.mean(1) + candidates.std(1))[:, None]
-        proximity = overlap - distance / hull.square().sum(-1).clamp(min=1e-6)
-        valuable = (proximity >= gamma * threshold) & (proximity < threshold)
-        values.scatter_reduce_(0, image[part, None].expand_as(overlap), overlap * valuable, 'amax')
+        value = _find_value(box, every, overlap, distance, _adaptive_threshold(candidates)[:, None], gamma)
+        values.scatter_reduce_(0, image[part, None].expand_as(overlap), value, 'amax')
     return values
+
+
+@torch.no_grad()
+def valuable_region_of_grids(
+    priors: Sequence[Tensor],
+    shapes: Sequence[tuple[int, int]],
+    boxes: Sequence[Tensor],
+    gamma: float = 0.25,
+    top_k: int = 9,
+) -> Tensor:
+    """:func:`valuable_region` of priors that are grids, which looks at those near a box alone.
+
+    The candidates of a box lie in the columns and the rows that are nearest to its centre. What is valuable to it has
+    at least γ·α as IoU, for DIoU is no more than that: of the anchors of one shape a window of columns and rows.
+    Time and memory are linear in the priors and in what is looked at. All that is computed of a prior and a box is
+    computed as in the table, so values are the same to the bit; only which of several candidates at the same distance
+    counts is left open, here as there.
+
+    For the CPU: how many priors the windows hold, a GPU would have to tell the host; and memory that is enough whatever
+    the boxes are has room for each prior beside each box, which is the table.
+
+    Args:
+        priors: One (H·W·A, 4) tensor per level, pixels, those of one cell together, cells row by row: A boxes, shifted
+            evenly right from column to column and down from row to row.
+        shapes: (H, W) of each level in cells.
+        boxes: One (n, 4) tensor of ground truth per image.
+        gamma: γ, at least 0.
+        top_k: Candidates of each level.
+
+    Returns:
+        (N, ΣH·W·A) in [0, 1], see :func:`valuable_region`.
+
+    Raises:
+        RuntimeError: The priors are no such grids.
+    """
+    corners, image = concatenate(boxes)
+    grids = [level.to(corners).view(*shape, -1, 4) for level, shape in zip(priors, shapes)]
+    torch._assert_async(torch.stack([_is_grid(grid) for grid in grids]).all(), NO_GRID)
+    values, start = corners.new_zeros(len(boxes), sum(map(len, priors))), 0
+    if not len(corners):
+        return values
+    candidates = torch.cat([map_rows(partial(_overlap_nearest, grid=grid, top_k=top_k), corners,
+                                     width=_count_nearest(grid, top_k)) for grid in grids], 1)
+    threshold = _adaptive_threshold(candidates)
+    for grid in grids:
+        every = grid.flatten(0, 2)
+        box, prior = _list_overlapping(corners, grid, threshold, gamma)
+
+        def value(box: Tensor, prior: Tensor, every: Tensor = every) -> Tensor:
+            of_box, of_prior = corners[box], every[prior]
+            return _find_value(of_box, of_prior, iou(of_box, of_prior), _square_distance(of_box, of_prior),
+                               threshold[box], gamma)
+
+        place = image[box] * values.shape[1] + start + prior
+        values.view(-1).scatter_reduce_(0, place, map_rows(value, box, prior, width=16), 'amax')
+        start += len(every)
+    return values
+
+
+def _adaptive_threshold(candidates: Tensor) -> Tensor:
+    """α of ATSS, (B,), of the IoU of each box's candidates, (B, K)."""
+    return candidates.mean(1) + candidates.std(1)
+
+
+def _find_value(box: Tensor, prior: Tensor, overlap: Tensor, distance: Tensor, threshold: Tensor,
+                gamma: float) -> Tensor:
+    """The IoU of boxes and priors, (..., 4) that broadcast, where the prior is valuable to the box, else 0."""
+    hull = torch.maximum(box[..., 2:], prior[..., 2:]) - torch.minimum(box[..., :2], prior[..., :2])
+    proximity = overlap - distance / hull.square().sum(-1).clamp(min=1e-6)
+    return overlap * ((proximity >= gamma * threshold) & (proximity < threshold))
+
+
+def _square_distance(box: Tensor, prior: Tensor) -> Tensor:
+    """Of the centres of boxes (..., 4) that broadcast."""
+    return (_centre(box) - _centre(prior)).square().sum(-1)
 
 
 def _centre(boxes: Tensor) -> Tensor:
     return (boxes[..., :2] + boxes[..., 2:]) / 2
+
+
+def _overlap_nearest(corners: Tensor, grid: Tensor, top_k: int) -> Tensor:
+    """(B, K) IoU of boxes (B, 4) with the ``top_k`` priors of a grid (H, W, A, 4) that are nearest to each.
+
+    A prior with ``top_k`` columns or rows nearer than its own has as many priors before it. So they lie in half of
+    ``top_k`` columns, rounded up, to either side of the box's centre, more to one side at the rim; and so with rows.
+    """
+    width, anchors = grid.shape[1:3]
+    half, near = ceil(top_k / 2), []
+    for line, place in zip((_centre(grid[0])[..., 0], _centre(grid[:, 0])[..., 1]), _centre(corners).unbind(1)):
+        count = min(2 * half, len(line))
+        first = torch.searchsorted(line.T.contiguous(), place.expand(anchors, -1).contiguous()) - half
+        near.append(first.T.clamp(0, len(line) - count)[..., None] + torch.arange(count, device=line.device))
+    columns, rows = near  # (B, A, at most 2 · half) each
+    cells = rows[:, :, :, None] * width + columns[:, :, None, :]
+    index = (cells * anchors + torch.arange(anchors, device=cells.device)[:, None, None]).flatten(1)
+    every = grid.flatten(0, 2)
+    distance = _square_distance(corners[:, None], every[index])
+    nearest = index.gather(1, distance.topk(min(top_k, index.shape[1]), dim=1, largest=False)[1])
+    return iou(corners[:, None], every[nearest])
+
+
+def _count_nearest(grid: Tensor, top_k: int) -> int:
+    """How many priors :func:`_overlap_nearest` looks at for a box."""
+    return grid.shape[2] * prod(min(2 * ceil(top_k / 2), cells) for cells in grid.shape[:2])
+
+
+def _list_overlapping(corners: Tensor, grid: Tensor, threshold: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """Lists the priors of a grid (H, W, A, 4) that overlap a box by γ·α or more, and a few that do by less.
+
+    Args:
+        corners: (B, 4) boxes.
+        grid: The priors.
+        threshold: α, (B,).
+        gamma: γ.
+
+    Returns:
+        (n,) indices of boxes, and (n,) of priors.
+    """
+    count, anchors = len(corners), grid.shape[2]
+    (left, _, right, _), (_, top, _, bottom) = (line.permute(2, 1, 0).contiguous() for line in (grid[0], grid[:, 0]))
+    size, box_size = grid[0, 0, :, None, 2:] - grid[0, 0, :, None, :2], corners[:, 2:] - corners[:, :2]
+    both = torch.minimum(size, box_size)  # (A, B, 2) is as much as they can overlap in width and height
+    limit = gamma * threshold
+    # IoU ≥ limit, solved for the overlap; that for its width and height, less what may be rounding.
+    overlap = limit / (1 + limit) * (size.prod(-1) + box_size.prod(-1))
+    least = (overlap[..., None] / both.flip(-1) - ROUNDING).clamp(min=0)
+    possible = (least <= both).all(-1) & (threshold > 0)  # a box that no candidate overlaps has no value for any
+    windows = []
+    for side, (before, after) in enumerate(((left, right), (top, bottom))):
+        low, high, need = corners[:, side], corners[:, side + 2], least[..., side]
+        windows.append((torch.searchsorted(after, low + need), torch.searchsorted(before, high - need, right=True)))
+    first, stop = (torch.stack(each, -1).flatten(0, 1) for each in zip(*windows))
+    window, cell = list_cells(first, torch.where(possible.view(-1, 1), stop, first), grid.shape[1])
+    box, anchor = (torch.arange(each, device=cell.device) for each in (count, anchors))
+    return box.repeat(anchors)[window], cell * anchors + anchor.repeat_interleave(count)[window]

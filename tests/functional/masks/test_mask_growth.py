@@ -48,6 +48,15 @@ def qualities(boxes, cells):
     return masks.prediction_quality_of_grids(outputs[:1], outputs[1:], [grid], boxes, labels, 'sigmoid', top_k=4)
 
 
+def valuable(boxes, cells):
+    """Boxes and anchors of as many cells on either grid."""
+    stride = BATCH[0] // cells[0]
+    boxes = [torch.cat([each[:, :2], each[:, :2] + 9 * stride], 1) for each in boxes]
+    y, x = torch.meshgrid(*(stride * torch.arange(size) for size in cells), indexing='ij')
+    priors = torch.stack([x - 4 * stride, y - 4 * stride, x + 4 * stride, y + 4 * stride], -1).view(-1, 4)
+    return masks.valuable_region_of_grids([priors], [cells], boxes)
+
+
 # What a box adds may grow so many times where the cells do 16 times: by logarithms, or with rows + columns.
 MASKS = dict(
     foreground=(2, lambda boxes, cells: masks.box_foreground(boxes, BATCH, cells, 'inverse_area')),
@@ -55,6 +64,7 @@ MASKS = dict(
     level=(2, level),
     near_anchors=(4, near_anchors),
     qualities=(1.5, qualities),
+    valuable=(1.5, valuable),
 )
 
 

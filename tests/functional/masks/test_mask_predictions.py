@@ -100,6 +100,26 @@ def test_valuable_region_equals_the_loop(budget, monkeypatch, loop_iou):
     assert 5 < (expected > 0).sum() < 40
 
 
+@pytest.mark.parametrize('anchors, top_k', [(1, 9), (1, 4), (3, 9), (2, 4)])
+def test_valuable_region_of_grids_is_that_of_the_table(anchors, top_k, random_boxes):
+    """Of four levels, the last one row; boxes at the rim and outside, smaller than a pixel, without area, and none."""
+    shapes, priors = ((12, 20), (6, 10), (3, 5), (1, 3)), []
+    sides = torch.tensor([[4., 4.], [3.3, 5.1], [7.7, 5.3]])[:anchors]
+    for stride, shape in zip((8, 16, 32, 64), shapes):
+        rows, columns = torch.meshgrid(*(stride * torch.arange(side) + stride / 2 for side in shape), indexing='ij')
+        centres = torch.stack([columns, rows], -1).view(-1, 1, 2)
+        priors.append(torch.cat([centres - stride / 2 * sides, centres + stride / 2 * sides], 2).view(-1, 4))
+    odd = torch.tensor([[30.3, 40.2, 30.9, 40.4], [50., 50., 50., 70.], [400., 400., 450., 470.], [-80., -9., -3., 60]])
+    boxes = [torch.cat([random_boxes(60, 3, outside=0.2), odd]), torch.zeros(0, 4), random_boxes(7, 5)]
+    for gamma in (0.25, 0.0):
+        actual = masks.valuable_region_of_grids(priors, shapes, boxes, gamma, top_k)
+        assert torch.equal(actual, masks.valuable_region(priors, boxes, gamma, top_k))
+        assert (actual[0] > 0).sum() > 50 and not actual[1].any() and actual[2].any()
+    assert not masks.valuable_region_of_grids(priors, shapes, [odd[:0]] * 2).any()
+    with pytest.raises(RuntimeError, match='expected the same boxes at each cell'):
+        masks.valuable_region_of_grids([each.flip(0) for each in priors], shapes, boxes)
+
+
 @pytest.mark.parametrize('block', [2**16, 9])
 def test_the_nearest_box_equals_the_loop(block, monkeypatch, random_boxes, loop_iou):
     monkeypatch.setattr(blocks, 'ROW_BLOCK', block)
