@@ -163,7 +163,7 @@ def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | 
         runs, made = [], []
         for seed, variant in product(seeds, variants):
             folder = root / variant.folder / f'seed{seed}'
-            config = _set_seed(variant_config(variant, pair, pair.checkpoints), seed)
+            config = _set_seed(variant_config(variant, pair, pair.checkpoints, seed), seed)
             made.append(Job(f'{variant.name}, seed {seed}', folder, config,
                             [data] if variant.is_plain else [data, *teacher_hashes[:variant.teachers]]))
             runs.append((variant, seed, folder))
@@ -211,7 +211,8 @@ def sweep(pair: str | Path | Config | None = None, *, method: str,
     """
     pairs = list(settings.items() if isinstance(settings, Mapping) else settings)
     if not pairs:
-        raise ConfigurationError('There is nothing to try: give --set, --teachers or --augment.')
+        raise ConfigurationError('There is nothing to try: give --set, --teachers, --augment, --noise, --shift '
+                                 'or --without.')
     return benchmark(pair, methods=expand_grid(method, pairs), **arguments)
 
 
