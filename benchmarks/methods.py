@@ -29,14 +29,19 @@ from kd_det.study.step_costs import (
     measure_step,
 )
 
-# The pair on which a method is measured: the first of these detectors that it serves.
-PAIRS = {'Faster R-CNN': 'faster_rcnn_r101_r18', 'GFL': 'gfl_r101_r18', 'DINO': 'dino_r50_r18'}
+FEATURES = {'backbone', 'neck', 'encoder'}  # the parts that are no heads
+# One pair of each kind. A method that reads heads is measured on each that it serves, every other one on the first.
+PAIRS = {'Faster R-CNN': 'faster_rcnn_r101_r18', 'RetinaNet': 'retinanet_r101_r18', 'GFL': 'gfl_r101_r18',
+         'FCOS': 'fcos_r101_r18', 'YOLOX': 'yolox_l_s', 'RTMDet': 'rtmdet_l_s', 'DINO': 'dino_r50_r18'}
 
 
 def pairs() -> Iterator[tuple[str, str]]:
-    """Detector and method."""
-    for method in methods():
-        yield next(detector for detector in PAIRS if detector in method.detectors), method.name
+    """Detector and method, detector by detector."""
+    for detector in PAIRS:
+        for method in methods():
+            served = [each for each in PAIRS if each in method.detectors]
+            if detector in (served if set(method.reads) - FEATURES else served[:1]):
+                yield detector, method.name
 
 
 def measure(detector: str, method: str, options: Namespace, with_steps: bool) -> dict[str, Cost]:

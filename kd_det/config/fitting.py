@@ -51,7 +51,8 @@ class Fitting:
     @property
     def caption(self) -> str:
         """Where the numbers come from."""
-        cost = "Cost: a step's time beyond the student's, in units of that, measured on one detector for each method."
+        cost = ("Cost: a step's time beyond the student's, in units of that, measured on this kind, or else on another "
+                'that the method serves.')
         if self.measured is None:
             return f'No detector of this family was measured. {cost}'
         whose = 'of this kind' if self.is_own else 'of this family'
@@ -86,7 +87,7 @@ def find_fitting(student: str | Config, teacher: str | None = None, methods: Seq
         (each for each in stored['gains'] if DETECTOR_FAMILIES[each] == family), None)
     gains = stored['gains'].get(measured, {})
     found = [FittingMethod(fit.name, describe_method(fit.name, find_files(fit.name)).idea,
-                           _read_gain(gains.get(fit.name)), stored['costs'].get(fit.name))
+                           _read_gain(gains.get(fit.name)), _find_cost(stored['costs'], fit.name, (kind, measured)))
              for fit in fits if not fit.problem]
     found.sort(key=lambda each: (each.gain is None, -each.gain[0] if each.gain else 0, each.name))
     return Fitting(tuple(found), {fit.name: fit.problem for fit in fits if fit.problem}, measured, measured == kind)
@@ -94,6 +95,12 @@ def find_fitting(student: str | Config, teacher: str | None = None, methods: Seq
 
 def _read_gain(stored: Any) -> tuple[float, float, float] | None:
     return None if stored is None else tuple(stored)
+
+
+def _find_cost(costs: dict[str, dict[str, float]], method: str, kinds: Sequence[str | None]) -> float | None:
+    """What a method costs on the first of these kinds of detectors on which it was measured, or else on any."""
+    measured = {kind: of_methods[method] for kind, of_methods in costs.items() if method in of_methods}
+    return next((measured[kind] for kind in (*kinds, *measured) if kind in measured), None)
 
 
 def find_kind(heads: HeadClasses) -> str | None:

@@ -30,7 +30,7 @@ def test_methods_that_fit_are_ordered_by_what_they_gained(files):
     student, teacher = files('RetinaNet', 'Faster R-CNN')
     alone = find_fitting(student, methods=['pkd', 'kd', 'rm', 'ld', 'dkd'])
     assert [method.name for method in alone.methods] == ['kd', 'pkd', 'rm'] and alone.measured == 'RetinaNet'
-    assert alone.is_own and alone.methods[0].gain == (5.4, 3.1, 7.7) and alone.methods[0].cost == 0.37
+    assert alone.is_own and alone.methods[0].gain == (5.4, 3.1, 7.7) and alone.methods[0].cost == 0.51
     assert 'no distributions' in alone.others['ld'] and 'no weights for one_stage' in alone.others['dkd']
     pair = find_fitting(student, teacher, ['pkd', 'kd'])
     assert [method.name for method in pair.methods] == ['pkd'] and "has no 'bbox_head'" in pair.others['kd']
@@ -43,6 +43,9 @@ def test_a_kind_that_was_not_measured_is_told_of_its_family_or_of_none(files):
     unknown = find_fitting(fcos, methods=['pkd', 'fgd'])
     assert unknown.measured is None and [(each.name, each.gain) for each in unknown.methods] == [('fgd', None),
                                                                                                  ('pkd', None)]
+    costs = json.loads(MEASURED.read_text(encoding='utf-8'))['costs']
+    assert [each.cost for each in find_fitting(fcos, methods=['kd', 'fgd']).methods] == [
+        costs['Faster R-CNN']['fgd'], costs['FCOS']['kd']]  # of its own kind, or else of any
     with pytest.raises(ConfigurationError, match='Nearest: fgd'):
         find_fitting(fcos, methods=['fgdd'])
 
