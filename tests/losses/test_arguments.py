@@ -335,8 +335,8 @@ WRONG = dict(
     policy=('random', 3, []), probe=('loss', 3, []), arms=('guide', 3, None, ['own']), per=('image', None),
     by=('score', None), order=(0, [0], [0, 0], [0, -1], 'x'), gain=SHARE, signal=('loss', None), trial=(0, 1.5, None),
     algorithm=('exp4', None), rate=(0, -1.0, '1', None), explore=(0.5, -0.1, '0', None), part=('test', None),
-    shift=(0.6, -0.1, '0', None), labels=(0, [], [-1], [1, 1], ['red'], None), dataset=('coco', None, []),
-    lazy_init=FLAG, metric=('accuracy', None), batch_size=(0, 1.5, '1'),
+    scale=(0, -1.5, '2', None, True), shift=(0.6, -0.1, '0', None), labels=(0, [], [-1], [1, 1], ['red'], None),
+    dataset=('coco', None, []), lazy_init=FLAG, metric=('accuracy', None), batch_size=(0, 1.5, '1'),
     peers=(-1, 0.5, None, ['x']), share=('neck', [''], ['neck', 'neck'], None))
 GAP = ('DenseClassification', 'QueryClassification', 'CrossKD')  # their β is an exponent
 
