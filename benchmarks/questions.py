@@ -50,18 +50,21 @@ def sort_gains(results: Mapping[str, Any], setting: str) -> dict[str, dict[float
         setting: Its name, such as ``noise``; of a dotted key the last parts are enough: ``kd.temperature``.
 
     Returns:
-        Variant without the setting -> value -> ``difference`` and ``interval``, of mAP in points, against its twin. Of
-        the plain student, whose twin is the one without the setting, that is what the setting does by itself.
+        Variant without the setting, terms by their own names -> value -> ``difference`` and ``interval``, of mAP in
+        points, against its twin; nothing where that has no number. Of the plain student, whose twin is the one without
+        the setting, that is what the setting does by itself.
     """
     found: dict[str, dict[float, dict]] = {}
     for variant, metrics in results['summary'].items():
         parts = [part.partition('=') for part in variant.split('@')]
         values = [value for key, _, value in parts if f'.{key}'.endswith(f'.{setting}')]
         name = '@'.join(''.join(part) for part in parts if not f'.{part[0]}'.endswith(f'.{setting}'))
-        if not values and setting not in AT_ZERO or 'bbox_mAP' not in metrics:
+        if not values and setting not in AT_ZERO:
             continue
-        summary = metrics['bbox_mAP'] if variant != PLAIN else dict(difference=0.0, interval=None)
-        found.setdefault(name, {})[float(values[0]) if values else 0.0] = summary
+        summary = metrics.get('bbox_mAP', {}) if variant != PLAIN else dict(difference=0.0, interval=None)
+        if 'difference' not in summary:
+            continue
+        found.setdefault(name.replace('@model.distill.', '@'), {})[float(values[0]) if values else 0.0] = summary
     if not any(found.values()):
         raise ConfigurationError(f"--by {setting}: no variant of these results has a setting of that name; they are "
                                  f"{', '.join(results['summary'])}.")
@@ -81,8 +84,8 @@ def read_runs(files: Sequence[Path]) -> dict[str, list[dict]]:
     found: dict[tuple[str, str], dict[str, dict]] = {}
     for file in files:
         record = json.loads(file.read_text(encoding='utf-8'))
-        pair = record.get('pair') or {}
-        for run in record['runs'] if isinstance(record.get('runs'), list) else ():
+        runs, pair = (record.get('runs'), record.get('pair')) if isinstance(record, dict) else ((), None)
+        for run in runs if isinstance(runs, list) and pair else ():
             if run.get('fidelity'):
                 fidelity = {split: dict(numbers, cka=float(np.mean(
                     [value for name, value in numbers.items() if name.startswith('cka_')] or [np.nan])))
@@ -179,7 +182,7 @@ def draw_correlations(found: Mapping[str, dict], kind: str = 'all') -> Figure:
         axes.set_yticks(range(len(FIDELITY)), FIDELITY)
         axes.invert_yaxis()
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
+    figure.legend(handles=panels[0].containers, loc='outside lower center', frameon=False)
     return figure
 
 

@@ -29,7 +29,7 @@ def test_gains_are_sorted_by_a_setting(tmp_path, monkeypatch, capsys):
             for name, value in points.items() for seed in range(2)]
     results = dict(summary=summarize(runs))
     gains = questions.sort_gains(results, 'noise')
-    assert list(gains) == ['none', 'kd', 'dkd@model.distill.dkd.beta=0']
+    assert list(gains) == ['none', 'kd', 'dkd@dkd.beta=0']
     assert [each['difference'] for each in gains['none'].values()] == pytest.approx([0.0, -10.0])
     assert {value: round(each['difference'], 1) for value, each in gains['kd'].items()} == {0.0: 5.5, 0.2: 9.5}
     of_term = questions.sort_gains(results, 'dkd.beta')
@@ -68,8 +68,10 @@ def test_seeds_of_one_variant_are_not_taken_for_as_many_methods():
 
 def test_fidelity_of_the_records_is_correlated(tmp_path, monkeypatch, capsys):
     """Each run once, however many records have it."""
-    ask(monkeypatch, 'fidelity', 'docs/results/demo_fidelity.json', 'docs/results/demo_fidelity.json', '--json',
-        str(tmp_path / 'found.json'), '--picture', str(tmp_path / 'found.png'))
+    (tmp_path / 'rows.json').write_text('[{}]')  # a record of another kind
+    records = ['docs/results/demo_fidelity.json'] * 2 + [str(tmp_path / 'rows.json')]
+    ask(monkeypatch, 'fidelity', *records, '--json', str(tmp_path / 'found.json'), '--picture',
+        str(tmp_path / 'found.png'))
     (pair, found), = json.loads((tmp_path / 'found.json').read_text())['pairs'].items()
     assert pair.startswith('fgd_faster_rcnn_r101_r18, teacher 306bd302')
     runs = json.loads(Path('docs/results/demo_fidelity.json').read_text())['runs']
