@@ -49,7 +49,7 @@ setup(
     cmdclass={'build_py': BuildWithStartup},
     zip_safe=False,
     install_requires=['torch>=2.4', 'torchvision>=0.19', 'numpy', 'scipy', 'filelock', 'rich', 'matplotlib', 'jinja2',
-                      'shtab', 'pydantic>=2.7', 'annotated-types', 'typing_extensions'],
+                      'shtab', 'pydantic>=2.7', 'annotated-types', 'typing_extensions', 'submitit>=1.5'],
     extras_require={
         'mmdet': [
             'mmengine>=0.10,<0.11',

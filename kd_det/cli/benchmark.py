@@ -73,10 +73,21 @@ def add_common_arguments(parser: ArgumentParser) -> None:
     machine.add_argument('--work-dir', type=path, default=Path('work_dirs/benchmark'), metavar='DIR',
                          help='folder of runs and results (work_dirs/benchmark); finished runs that are there are kept')
     add_force_option(machine)
+    machine.add_argument('--executor', default='local', metavar='NAME',
+                         help='local, slurm, or debug for one training after another (local); '
+                         "submitit's, with the plugins that are installed")
+    machine.add_argument('--slurm', nargs='+', action=ConfigAction, default=[], metavar='KEY=VALUE',
+                         help="what each job asks Slurm for, by submitit's names: time=240 (minutes, required), "
+                         'partition, gpus_per_node, cpus_per_task, mem, …, additional_parameters.NAME')
     machine.add_argument('--devices', type=lambda text: text.split(','), default=(), metavar='A,B',
-                         help='numbers of GPUs, one training on each, or cpu')
-    machine.add_argument('--jobs', type=count, metavar='N', help='trainings at once (as many as devices)')
-    machine.add_argument('--threads', type=count, metavar='N', help="PyTorch's threads of each (processors / jobs)")
+                         help='numbers of GPUs among those of CUDA_VISIBLE_DEVICES, one training on each, or cpu')
+    machine.add_argument('--devices-per-run', type=count, default=1, metavar='N',
+                         help='GPUs that train one run together, each a share of every batch (1)')
+    machine.add_argument('--jobs', type=count, metavar='N',
+                         help='trainings at once (as many as there are devices for; with slurm all)')
+    machine.add_argument('--threads', type=count, metavar='N',
+                         help="PyTorch's threads of each process (processors / processes)")
+    machine.add_argument('--collect', action='store_true', help='train nothing: make the tables of what is there')
 
 
 def _seeds(text: str) -> list[int]:
@@ -120,8 +131,9 @@ def print_benchmark(function: Callable[..., BenchmarkResult], options: Namespace
             epochs=options.epochs, teacher_epochs=options.teacher_epochs, balance=options.balance,
             inherit=inherited_parts(options), options=read_options(options.cfg_options),
             check_images=options.check_images, trackers=options.track, work_dir=options.work_dir,
-            devices=options.devices, jobs=options.jobs, threads=options.threads, force=options.force,
-            log=log)
+            devices=options.devices, jobs=options.jobs, threads=options.threads, executor=options.executor,
+            slurm=read_options(options.slurm, '--slurm'), devices_per_run=options.devices_per_run,
+            collect=options.collect, force=options.force, log=log)
     except TeacherTrainingError as error:
         log(str(error))
         return 1

@@ -30,11 +30,11 @@ class ConfigAction(Action):
         setattr(namespace, self.dest, [*getattr(namespace, self.dest), *values])
 
 
-def read_options(texts: Sequence[str]) -> dict[str, Any]:
-    """What a :class:`ConfigAction` collected, each value read as MMEngine's ``DictAction`` reads it."""
+def read_options(texts: Sequence[str], option: str = '--cfg-options') -> dict[str, Any]:
+    """What a :class:`ConfigAction` collected for an option, each value read as MMEngine's ``DictAction`` reads it."""
     from kd_det.config.options import read_value
     pairs = [text.split('=', maxsplit=1) for text in texts]
-    return {key: read_value(value, f'--cfg-options {key}') for key, value in pairs}
+    return {key: read_value(value, f'{option} {key}') for key, value in pairs}
 
 
 class Number:

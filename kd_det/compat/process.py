@@ -120,6 +120,19 @@ def sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: not Python's own
 
 
+@contextmanager
+def unheard_interrupts() -> Iterator[None]:
+    """Within, Ctrl-C does nothing; and never to a process that is started meanwhile, which this one is to end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+
+
 INTERRUPTED, TERMINATED = 128 + 2, 128 + 15  # exit statuses, as shells give them
 OUT_OF_MEMORY = re.compile('out of memory|can.t allocate memory', re.IGNORECASE)
 LESS_MEMORY = 'Take a smaller train_dataloader.batch_size or smaller images, or --amp on a GPU.'
@@ -257,12 +270,13 @@ def leave_interrupted() -> NoReturn:
     os._exit(INTERRUPTED)
 
 
-def end_with_parent(watch_input: bool = False) -> None:
+def end_with_parent(watch_input: bool = False, owner: int | None = None) -> None:
     """Has this process end as soon as the one that started it is gone, even if that was killed and could not see to it.
 
     Args:
         watch_input: Its standard input is a pipe that the other holds open and does not write to. Where there is no
             such pipe, the parent's number tells, which Windows does not change.
+        owner: Number of a further process, such as the parent's own parent, that this one ends with.
     """
     parent = os.getppid()
     if sys.platform == 'linux':
@@ -276,11 +290,22 @@ def end_with_parent(watch_input: bool = False) -> None:
                 while os.read(0, 1024):
                     pass
         else:
-            while os.getppid() == parent:
+            while os.getppid() == parent and (owner is None or is_running(owner)):
                 time.sleep(1)
         os._exit(TERMINATED)
 
     threading.Thread(target=watch, name='watches the parent', daemon=True).start()
+
+
+def is_running(number: int) -> bool:
+    """Whether there is a process of this number on this machine, that has not ended though nobody has waited for it."""
+    try:
+        os.kill(number, 0)
+        return Path(f'/proc/{number}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
+    except ProcessLookupError:
+        return False
+    except (OSError, IndexError):  # another user's; or a system that tells no more
+        return True
 
 
 def end_rank(code: int, failed: bool = False) -> None:

@@ -20,6 +20,8 @@ except ImportError:  # Windows
 
 PARTIAL = '.partial'  # the end of the name of what is not whole yet
 LOCK_FILE = '.kd_det.lock'
+LOCK_ATTEMPTS = 5  # for who looks whether a folder is locked locks it for a moment
+BLOCKED = errno.EACCES, errno.EAGAIN
 # What launchers tell each process its number by.
 RANKS = dict(none='', pytorch='RANK', slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_RANK')
 
@@ -133,7 +135,8 @@ def locked_folder(folder: str | Path, launcher: str = 'none') -> Iterator[None]:
     What a killed run has left of files that it wrote there is removed.
 
     The lock is the operating system's, and belongs to this process alone: it is gone with it, however it ends, though
-    its data-loader workers may live for a while. Where the file system has no locks, a warning says so.
+    its data-loader workers may live for a while. On a file system that machines share it holds among them where that
+    has POSIX locks: NFS has, Lustre if it is mounted with ``flock``. Where the file system has none, a warning says so.
 
     Args:
         folder: Made if need be.
@@ -156,6 +159,22 @@ def locked_folder(folder: str | Path, launcher: str = 'none') -> Iterator[None]:
             with suppress(OSError):
                 (folder / LOCK_FILE).unlink()
             file.close()
+
+
+def is_locked(folder: str | Path) -> bool:
+    """Whether another process keeps a folder by :func:`locked_folder`; never, where there are no locks.
+
+    A process does not see a lock of its own, and would lose it by asking.
+    """
+    path = Path(folder) / LOCK_FILE
+    if fcntl is None or not path.is_file():
+        return False
+    with path.open('r', encoding='utf-8') as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in BLOCKED
+    return False
 
 
 def _open_locked(folder: Path) -> TextIO | None:
@@ -182,13 +201,18 @@ def _lock(file: TextIO, path: Path) -> bool:
     """Locks an open file; tells whether it still is the one of that path."""
     if fcntl is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    try:
-        # Unlike flock's, these locks are not shared with processes that this one forks, and that may outlive it.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise
-        file.seek(0)
-        raise WritingError(f"'{path.parent}' is in use by another run ({file.read() or 'which has just begun'}): two "
-                           'would write over each other. Wait for it, or give another --work-dir.') from None
+    for attempt in range(LOCK_ATTEMPTS):
+        try:
+            # Unlike flock's, these locks are not shared with processes that this one forks, and that may outlive it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in BLOCKED:
+                raise
+            if attempt + 1 < LOCK_ATTEMPTS:
+                time.sleep(0.02)
+                continue
+            file.seek(0)
+            raise WritingError(f"'{path.parent}' is in use by another run ({file.read() or 'which has just begun'}): "
+                               'two would write over each other. Wait for it, or give another --work-dir.') from None
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())

@@ -16,6 +16,7 @@ The layout of a benchmark's work dir::
         result.json                 kd_det.study.runs.Run; written when the run has finished, and not before
         fidelity.json               with --fidelity: FidelityMetric's numbers, by split, and the identity of the run
         log.txt                     what the run said
+        job/                        submitit's own files, until the run has finished
         epoch_8.pth                 the trained detector: a plain student; result.json names it
         20260131_120000/vis_data/scalars.json   mmengine's losses and metrics, one JSON object a line; named there too
 """

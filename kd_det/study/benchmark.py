@@ -3,12 +3,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain, product
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from mmengine.config import Config
 
 from kd_det.checks.arguments import inspect_arguments
@@ -90,11 +90,12 @@ def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | 
               balance: Ratio | None = None, inherit: Parts = 'auto',
               options: dict[str, Any] | None = None, check_images: Index | None = None, trackers: Sequence[Name] = (),
               work_dir: str | Path = 'work_dirs/benchmark', devices: Sequence[Name] = (), jobs: Count | None = None,
-              threads: Count | None = None, force: bool = False,
+              threads: Count | None = None, executor: Name = 'local', slurm: dict[str, Any] | None = None,
+              devices_per_run: Count = 1, collect: bool = False, force: bool = False,
               log: Callable[[str], None] = print) -> BenchmarkResult:
     """Trains a pair with several methods and seeds, and tells which difference is more than chance.
 
-    Every training is a process of its own. Those in the work dir that finished before are kept.
+    Every training is a job of its own. Those in the work dir that finished before are kept.
 
     Args:
         pair: A distillation, whose student and teacher count and whose terms do not: a file, ``'package::file.py'`` or
@@ -117,9 +118,15 @@ def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | 
         check_images: Read so many images of each data set before; all by default.
         trackers: ``'tensorboard'``, ``'wandb'``, ``'mlflow'``: where the runs log, too.
         work_dir: Folder of runs and results.
-        devices: Numbers of GPUs, one training at a time on each, or ``'cpu'``.
-        jobs: Trainings at once; as many as devices by default.
-        threads: PyTorch's threads of each training; the processors divided by the jobs by default.
+        devices: Numbers of GPUs among those that ``CUDA_VISIBLE_DEVICES`` names, one training at a time on each, or
+            ``'cpu'``.
+        jobs: Trainings at once; by default as many as there are devices for, and on a cluster all.
+        threads: PyTorch's threads of each process; the processors divided by the processes by default.
+        executor: Where trainings run, as submitit calls it: ``'local'``, ``'slurm'``, or ``'debug'`` for one after
+            another without submitit's own processes.
+        slurm: What each job asks Slurm for, by submitit's names: ``partition``, ``time`` in minutes, …
+        devices_per_run: GPUs that train one run together, each a share of every batch.
+        collect: Train nothing, and make the tables of what is there.
         force: Train over what another benchmark has left in the work dir.
         log: Given a line when a run begins, ends or fails.
 
@@ -140,18 +147,20 @@ def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | 
     if pair.further and teachers != len(pair.teachers):
         raise ConfigurationError(f'--teacher names {len(pair.teachers)} configs, and the methods ask for {teachers} '
                                  f'teachers at most: name one with @teachers={len(pair.teachers)}.')
-    _check_devices(devices)
+    pool = JobPool(devices, jobs, threads, trackers, force, executor, slurm, devices_per_run, collect)
+    if collect and not root.is_dir():
+        raise ConfigurationError(f"--collect: there is no folder '{root}'.")
     check_config(pair.student, splits=('train', 'val'))  # its annotations tell the size of images
     for variant in variants:  # what can not be composed or built is told before a teacher is trained
         raise_faults(inspect_arguments(variant_config(variant, pair, ['teacher.pth'] * teachers)))
     raise_faults(inspect_checkpoint('--teacher-checkpoint', checkpoint, 'Give the path of a checkpoint')
                  for checkpoint in teacher_checkpoints)
     raise_faults(chain.from_iterable(inspect_finite('teacher checkpoint', each) for each in pair.checkpoints))
-    raise_faults(inspect_data(pair.student, ('train', 'val'), Memory(root), check_images))
+    if not collect:
+        raise_faults(inspect_data(pair.student, ('train', 'val'), Memory(root), check_images))
     data = hash_data(pair.student)
     add_trackers(Config(dict(work_dir=str(root))), trackers)  # whose package is missing is told before, too
-    pool = JobPool(devices, jobs, threads, trackers, force)
-    with locked_folder(root):
+    with nullcontext() if collect else locked_folder(root):  # to collect, others may be at work there
         _refuse_to_replace(root, pair, data, force)
         teacher_runs: list[Run | None] = [None] * teachers
         if not pair.checkpoints:
@@ -235,18 +244,6 @@ def _refuse_to_replace(root: Path, pair: Pair, data: str, force: bool) -> None:
                       force, OTHER_FOLDER)
 
 
-def _check_devices(devices: Sequence[str]) -> None:
-    """Refuses GPUs that are not there: a training that sees none would use the CPU."""
-    gpus = [device for device in devices if device != 'cpu']
-    if gpus and not torch.cuda.is_available():
-        raise ConfigurationError(f"--devices {','.join(devices)}: there is no GPU. Leave the option out, or give cpu.")
-    for gpu in gpus:
-        # CUDA_VISIBLE_DEVICES takes the identifiers of GPUs and of their parts as well.
-        if not gpu.startswith(('GPU-', 'MIG-')) and not (gpu.isdecimal() and int(gpu) < torch.cuda.device_count()):
-            raise ConfigurationError(f"--devices: expected numbers of GPUs from 0 to {torch.cuda.device_count() - 1}, "
-                                     f"or cpu, got '{gpu}'.")
-
-
 def count_teachers(variants: Sequence[Variant], checkpoints: Sequence[str]) -> int:
     """Counts the teachers of the variant with the most of them.
 
@@ -273,8 +270,8 @@ def _train_teachers(pair: Pair, number: int, data_root: str | None, epochs: int 
                          for index, name in enumerate(names)], log)
     failed = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
     if failed:
-        raise TeacherTrainingError(f'Without a teacher there is nothing to compare. All that was said is in '
-                                   f'{failed[0].log}.')
+        said = f'. All that was said is in {failed[0].log}' if failed[0].log else f' ({failed[0].error})'
+        raise TeacherTrainingError(f'Without a teacher there is nothing to compare{said}.')
     return [outcome for outcome in outcomes if not isinstance(outcome, Failure)]
 
 

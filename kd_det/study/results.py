@@ -92,7 +92,7 @@ def paired_difference(baseline: Mapping[int, float], other: Mapping[int, float])
 
 
 def make_run_entry(variant: Variant, seed: int, folder: Path, outcome: Outcome, root: Path) -> dict:
-    """Makes an element of ``runs``: the variant, its settings and its twin, and the run or why it failed."""
+    """Makes an element of ``runs``: the variant, its settings and its twin, and the run or why there is none."""
     distillation = dict(balance=variant.balance, inherit=variant.inherit, teachers=variant.teachers,
                         **({'policy': variant.policy} if variant.policy else {}),
                         **({} if variant.pseudo_labels is None else {'pseudo_labels': variant.pseudo_labels}))
@@ -101,7 +101,8 @@ def make_run_entry(variant: Variant, seed: int, folder: Path, outcome: Outcome, 
     entry = dict(variant=variant.name, method=variant.method, seed=seed, settings=settings,
                  twin=find_twin(variant.name), folder=os.path.relpath(folder, root))
     if isinstance(outcome, Failure):
-        return dict(entry, status='failed', error=outcome.error, log=os.path.relpath(outcome.log, root))
+        log = dict(log=os.path.relpath(outcome.log, root)) if outcome.log else {}
+        return dict(entry, status=outcome.status, error=outcome.error, **log)
     return dict(entry, status='finished', **outcome.to_dict(root))
 
 
@@ -279,7 +280,7 @@ def _make_table(title: str, columns: Sequence[str], rows: Sequence[dict[str, str
 
 
 def format_markdown(results: dict) -> str:
-    """Writes the same in Markdown, accuracy and costs in one table, with the runs that failed below it."""
+    """Writes the same in Markdown, accuracy and costs in one table, with the runs that have no result below it."""
     table = _make_table('', ('seeds', *METRICS.values(), 'Δ mAP', *COSTS), variant_rows(results))
     lines = [table.to_markdown(), '', 'mAP and the others in points, ± standard deviation over seeds. Δ: paired mean '
              'over seeds against the plain student (none; where a setting changes the student, none with that '
@@ -292,8 +293,8 @@ def format_markdown(results: dict) -> str:
     if classes := summarize_classes(results):
         unseen = _tabulate_classes(classes)
         lines += ['', unseen.to_markdown(), '', f'{unseen.title}: {unseen.caption}.']
-    lines += [f"- {run['variant']}, seed {run['seed']} failed: {run['error']}" for run in results['runs']
-              if run['status'] == 'failed']
+    lines += [f"- {run['variant']}, seed {run['seed']} {run['status']}: {run['error']}" for run in results['runs']
+              if run['status'] != 'finished']
     for split, variants in results['fidelity'].items():
         lines += ['', f'Fidelity on {split} images, mean ± standard deviation over seeds (cka: mean over levels too):',
                   '', _make_table('', FIDELITY, fidelity_rows(variants)).to_markdown()]

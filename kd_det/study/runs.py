@@ -24,8 +24,10 @@ import torch
 from mmdet.evaluation import CocoMetric
 from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config
+from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, find_latest_checkpoint
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
@@ -33,7 +35,7 @@ from torch.utils.data import DataLoader
 
 from kd_det import __version__
 from kd_det.checks.doctor import explain
-from kd_det.compat.writing import locked_folder, write_whole
+from kd_det.compat.writing import is_first_process, locked_folder, write_whole
 from kd_det.config import ConfigurationError
 from kd_det.config.files import is_distillation
 from kd_det.registry import HOME
@@ -103,6 +105,8 @@ def train(name: str, config: Config, identity: str, log: Callable[[str], None] =
           after_step: Callable[[Runner], None] = lambda runner: None) -> Run:
     """Trains and evaluates, and remembers what came of it in the config's work dir.
 
+    Of several processes (``config.launcher``) each notes what it saw, and the first writes it.
+
     Args:
         name: Begins each line of the log.
         config: The config, with its work dir and a CocoMetric.
@@ -116,18 +120,19 @@ def train(name: str, config: Config, identity: str, log: Callable[[str], None] =
     Raises:
         WritingError: Another run trains in its work dir.
     """
-    folder = Path(config.work_dir)
-    with locked_folder(folder):
-        Path(folder, RESULT_FILE).unlink(missing_ok=True)
+    folder, launcher = Path(config.work_dir), config.get('launcher', 'none')
+    with locked_folder(folder, launcher):
+        if is_first_process(launcher):
+            Path(folder, RESULT_FILE).unlink(missing_ok=True)
         run = _train(name, config, identity, log, after_step)
-        write_whole(folder / RESULT_FILE, json.dumps(asdict(run), indent=2))
+        if is_first_process(launcher):
+            write_whole(folder / RESULT_FILE, json.dumps(asdict(run), indent=2))
     return run.resolve_paths(folder)
 
 
 def _train(name: str, config: Config, identity: str, log: Callable[[str], None],
            after_step: Callable[[Runner], None]) -> Run:
     """As :func:`train`, but what comes of it has paths within its folder."""
-    environment = describe_environment()
     config.experiment_name = f'{name}_{time.time_ns()}'  # mmengine keeps loggers and visualizers by name
     config.visualizer = config.get('visualizer') or {}
     config.visualizer.setdefault('type', f'{HOME}.DetLocalVisualizer')
@@ -135,12 +140,14 @@ def _train(name: str, config: Config, identity: str, log: Callable[[str], None],
     config.visualizer.name = config.experiment_name
     with explain(config):
         runner = build_runner(config)
+    environment = describe_environment()
     recorder = TrainingRecorder(name, log, after_step)
     runner.register_hook(recorder, priority='LOWEST')
     with explain_divergence(runner):
         runner.train()
     memory, device_memory = measure_process_memory()  # of the training, not of what follows
-    detector = getattr(runner.model, 'student', runner.model)
+    detector = _unwrap(runner.model)
+    detector = getattr(detector, 'student', detector)
     return Run(
         identity=identity,
         start=recorder.start,
@@ -149,7 +156,7 @@ def _train(name: str, config: Config, identity: str, log: Callable[[str], None],
         scalars=str(Path(runner.log_dir, 'vis_data', 'scalars.json').relative_to(runner.work_dir)),
         metrics=recorder.metrics,
         parameters=sum(parameter.numel() for parameter in detector.parameters()),
-        flops=count_multiply_adds(detector, runner.val_dataloader),
+        flops=count_multiply_adds(detector, runner.val_dataloader) if is_main_process() else None,
         seconds_per_iteration=float(np.median(recorder.seconds)),
         peak_memory=memory,
         peak_device_memory=device_memory,
@@ -296,7 +303,8 @@ def describe_environment(threads: int | None = None) -> dict:
         commit=find_commit(),
         versions=dict(python=platform.python_version(), kd_det=__version__, **found),
         machine=dict(system=platform.platform(), processors=os.cpu_count(), devices=devices,
-                     threads=threads or torch.get_num_threads()))
+                     threads=threads or torch.get_num_threads(),
+                     **({'processes': get_world_size()} if get_world_size() > 1 else {})))
 
 
 def find_commit(checkout: Path = CHECKOUT) -> str | None:
@@ -344,7 +352,7 @@ class TrainingRecorder(Hook):
         self.seconds, self.metrics, self.class_ap, self.order = [], {}, {}, hashlib.sha256()
 
     def before_train(self, runner: Runner) -> None:
-        state = runner.model.state_dict()  # of a distiller: the student's
+        state = _unwrap(runner.model).state_dict()  # of a distiller: the student's
         self.start = sha256(b''.join(key.encode() + value.cpu().numpy().tobytes() for key, value in state.items()))
         for metric in runner.val_loop.evaluator.metrics if runner.val_loop else ():
             if isinstance(metric, CocoMetric):
@@ -373,6 +381,8 @@ class TrainingRecorder(Hook):
         self.after_step(runner)
 
     def after_train_epoch(self, runner: Runner) -> None:
+        if not is_main_process():
+            return
         loss = runner.message_hub.get_scalar('train/loss').mean(len(runner.train_dataloader))
         pace = np.median(self.seconds)
         left = pace * (runner.max_iters - len(self.seconds))
@@ -387,7 +397,13 @@ class TrainingRecorder(Hook):
         if 'bbox_mAP' not in self.metrics:
             raise ConfigurationError(f"The val_evaluator gives {', '.join(metrics)}, but no bbox_mAP: expected a "
                                      "CocoMetric with metric='bbox'.")
-        self.log(f"{self.name}: mAP {100 * self.metrics['bbox_mAP']:.1f}")
+        if is_main_process():
+            self.log(f"{self.name}: mAP {100 * self.metrics['bbox_mAP']:.1f}")
+
+
+def _unwrap(model: Any) -> nn.Module:
+    """The model itself, where a wrapper trains it on several processes."""
+    return model.module if is_model_wrapper(model) else model
 
 
 def _read_clock() -> float:

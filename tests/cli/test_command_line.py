@@ -103,8 +103,8 @@ def test_help_lists_the_commands(capsys):
     ('export', ['OUT', '--size', '--dynamic', '--half', '--no-nms', '--cfg-options']),
     ('doctor', ['--teacher-checkpoint', '--data-root']),
     ('methods', []),
-    ('benchmark', ['PAIR', '--methods', '--seeds', '--fidelity', '--paper-weights', '--devices', '--jobs',
-                   '--threads']),
+    ('benchmark', ['PAIR', '--methods', '--seeds', '--fidelity', '--paper-weights', '--executor', '--slurm',
+                   '--devices', '--devices-per-run', '--jobs', '--threads', '--collect']),
     ('sweep', ['PAIR', '--method', '--set', '--seeds', '--fidelity']),
     ('inspect', ['--image', '--out', '--random-teacher', '--teacher-checkpoint', '--data-root', '--cfg-options']),
 ])

@@ -11,7 +11,7 @@ from kd_det.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {'torch', 'torchvision', 'mmengine', 'mmcv', 'mmdet', 'pycocotools', 'numpy', 'scipy', 'cv2', 'PIL', 'rich',
-         'matplotlib', 'jinja2', 'shtab', 'pkg_resources'}
+         'matplotlib', 'jinja2', 'shtab', 'pkg_resources', 'submitit'}
 
 # Runs the command line and tells, on the last line of what it prints, its exit status and what has been imported.
 COMMAND = '''

@@ -169,7 +169,7 @@ def test_a_benchmark_trains_over_no_run_of_another(content, is_refused, tmp_path
     job = make_job(tmp_path / 'seed0', x=1)
     job.folder.mkdir()
     (job.folder / RESULT_FILE).write_text(content(identify_run(job.config, job.inputs)))
-    monkeypatch.setattr(JobPool, '_run_job', lambda pool, job, log: Failure('trained', ''))
+    monkeypatch.setattr(JobPool, '_find', lambda pool, job, log: Failure('trained', ''))
     if is_refused:
         with pytest.raises(WritingError, match='It was trained with other data, weights or settings.*--force'):
             JobPool(threads=1).run([job], print)

@@ -17,8 +17,8 @@ from kd_det.config.files import load_config, student_config
 from kd_det.study.benchmark import TeacherTrainingError
 from kd_det.study.pair import Pair
 from kd_det.study.runs import train
-from kd_det.study.scheduling import CONFIG_FILE, JobPool
 from kd_det.study.variants import expand_grid, parse_variants, variant_config
+from kd_det.study.worker import Training
 
 BROKEN = 'fgd@model.distill.fgd.tap=nowhere'
 
@@ -58,7 +58,7 @@ def test_weights_of_a_teacher_that_are_not_finite_are_refused_before_anything_tr
     assert not (tmp_path / 'work' / 'none').exists()
 
 
-def test_a_benchmark_from_beginning_to_end(benchmark, tmp_path, capsys):
+def test_a_benchmark_from_beginning_to_end(benchmark, slurm, tmp_path, capsys):
     status, results = benchmark('--methods', f'none,fgd@inherit=none,{BROKEN}', '--fidelity', '--jobs', '2')
     assert status == 1  # for one run failed
     teacher = results['teacher']  # trained first, for there is no checkpoint
@@ -81,21 +81,41 @@ def test_a_benchmark_from_beginning_to_end(benchmark, tmp_path, capsys):
     assert results['summary']['fgd@inherit=none']['bbox_mAP']['verdict'] == 'one seed, no statement'
     assert 'one seed, no statement' in (tmp_path / 'work' / 'results.md').read_text()
 
-    # What has finished is kept, what was killed begins anew and ends in the same weights.
+    # What has finished is kept, what was killed begins anew and ends in the same weights, wherever it runs.
     (tmp_path / 'work' / plain['folder'] / 'result.json').unlink()
     result = tmp_path / 'work' / fgd['folder'] / 'result.json'
     stored = json.loads(result.read_text())
     del stored['environment']  # as of a version that did not note it
     result.write_text(json.dumps(stored))
     capsys.readouterr()
-    status, again = benchmark('--methods', 'fgd@inherit=none')
+    status, again = benchmark('--methods', 'fgd@inherit=none', '--executor', 'slurm', '--slurm', 'time=5')
     said = capsys.readouterr().out
     assert status == 0 and 'teacher: kept from before' in said and 'fgd@inherit=none, seed 0: kept from before' in said
-    assert '\nnone, seed 0: begins' in said
+    assert '\nnone, seed 0: handed to slurm as job 1' in said
+    assert '#SBATCH --time=5\n' in (slurm / 'script1').read_text()
     assert again['runs'][1]['environment'] == {} and again['runs'][0]['environment']['versions']
     assert again['runs'][1]['identity'] == fgd['identity'] and again['runs'][0]['start'] == plain['start']
     state = load_checkpoint(tmp_path / 'work' / again['runs'][0]['checkpoint'])['state_dict']
     assert all(torch.equal(state[key], states[0][key]) for key in state)
+
+    # The tables of what is there, without training.
+    status, collected = benchmark('--methods', 'none,pkd@inherit=none', '--collect')
+    said = capsys.readouterr().out
+    assert status == 0 and collected['runs'][0] == again['runs'][0] and 'none, seed 0: kept from before' in said
+    assert collected['runs'][1]['status'] == 'missing' and 'log' not in collected['runs'][1]
+    table = (tmp_path / 'work' / 'results.md').read_text()
+    assert '- pkd@inherit=none, seed 0 missing: it has not been trained' in table
+    assert not (tmp_path / 'work' / collected['runs'][1]['folder']).exists() and 'begins' not in said
+
+
+def test_what_can_not_be_collected_is_told(benchmark, tmp_path, capsys):
+    with pytest.raises(FileNotFoundError):  # there are no results
+        benchmark('--methods', 'none', '--collect')
+    assert "--collect: there is no folder 'work'." in capsys.readouterr().err
+    (tmp_path / 'work').mkdir()
+    with pytest.raises(FileNotFoundError):
+        benchmark('--methods', 'none', '--collect')
+    assert 'Without a teacher there is nothing to compare (it has not been trained).' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('seeds, numbers', [('3', [0, 1, 2]), ('3,5', [3, 5]), ('7,', [7]), ('0,', [0])])
@@ -139,18 +159,18 @@ def test_a_sweep_sets_a_term_whose_method_the_pairs_config_defines():
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Trainings in this process, which spares each one's imports."""
+    """Trainings in this process, which spares each one's imports; of ``--executor debug``."""
 
-    def train_here(pool, job, identity, device, log):
-        job.folder.mkdir(parents=True, exist_ok=True)
-        Config(dict(job.config.to_dict(), work_dir=str(job.folder))).dump(job.folder / CONFIG_FILE)
-        return train(job.name, load_config(job.folder / CONFIG_FILE), identity, log)
+    def train_here(training):
+        config, identity = training.command[-2:]
+        train('run', load_config(config), identity, log=lambda text: None)
+        return 0
 
-    monkeypatch.setattr(JobPool, '_train', train_here)
+    monkeypatch.setattr(Training, '__call__', train_here)
 
 
 def test_ensembles_and_augmentation_are_swept(benchmark, in_this_process, tmp_path, capsys):
-    setting = ('--method', 'pkd', '--teachers', '1,2', '--augment', 'mosaic+mixup')
+    setting = ('--method', 'pkd', '--teachers', '1,2', '--augment', 'mosaic+mixup', '--executor', 'debug')
     status, results = benchmark(*setting, command='sweep')
     assert status == 0
     mixed = '@augment=mosaic+mixup'

@@ -27,7 +27,7 @@ from kd_det.compat import writing
 from kd_det.config.files import load_config
 from kd_det.distillers import DetectionDistiller
 from kd_det.study.runs import train
-from kd_det.study.scheduling import CONFIG_FILE, JobPool
+from kd_det.study.worker import Training
 from kd_det.training.pictures import read_scalars
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs a process to kill')
@@ -213,19 +213,19 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_the_uninterrupted_one(traine
 def benchmarked(retinanet, run_config, teacher, monkeypatch):
     """Benchmarks a plain and a distilled student in this work dir, each trained in this process."""
 
-    def train_here(pool, job, identity, device, log):
-        job.folder.mkdir(parents=True, exist_ok=True)
-        Config(dict(job.config.to_dict(), work_dir=str(job.folder))).dump(job.folder / CONFIG_FILE)
-        return train(job.name, load_config(job.folder / CONFIG_FILE), identity, log)
+    def train_here(training):
+        config, identity = training.command[-2:]
+        train('run', load_config(config), identity, log=lambda text: None)
+        return 0
 
-    monkeypatch.setattr(JobPool, '_train', train_here)
+    monkeypatch.setattr(Training, '__call__', train_here)
     student = run_config(retinanet(), epochs=1, val=True, custom_hooks=[dict(type='EMAHook')], log_level='ERROR')
     for key in ('work_dir', 'experiment_name', 'visualizer'):
         student.pop(key)
     student.default_hooks.pop('distill')
     return lambda folder: kd_det.benchmark(
         student=student, teacher=teacher[0], teacher_checkpoints=[teacher[1]], methods='none,fgd', seeds=1, threads=1,
-        work_dir=folder, options={'default_hooks.distill.preflight': None}, log=lambda text: None)
+        work_dir=folder, executor='debug', options={'default_hooks.distill.preflight': None}, log=lambda text: None)
 
 
 def test_a_benchmark_that_is_killed_at_any_moment_ends_as_the_uninterrupted_one(benchmarked, tmp_path):

@@ -203,7 +203,7 @@ class Entry:
     variant: str
     seed: int
     folder: str
-    status: Literal['finished', 'failed']
+    status: Literal['finished', 'failed', 'running', 'missing']
 
 
 def _read_finished_benchmark(folder: Path) -> Study:
@@ -229,8 +229,8 @@ def _read_finished_benchmark(folder: Path) -> Study:
             continue
         entries.append(entry)
         splits += entry.get('fidelity', {})
-        if entry['status'] == 'failed':
-            notes.append(f"{entry['variant']}, seed {entry['seed']} failed: {entry.get('error')}")
+        if entry['status'] != 'finished':
+            notes.append(f"{entry['variant']}, seed {entry['seed']} {entry['status']}: {entry.get('error')}")
     teachers: dict = dict(teacher=None, further_teachers=[])
     try:
         if results.get('teacher') is not None:
