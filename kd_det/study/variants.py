@@ -401,8 +401,8 @@ def spoil_labels(config: Config, noise: float = 0.0, shift: float = 0.0, without
                  seed: int = 0) -> None:
     """Spoils the labels of a student's training images, right after they are loaded, and nothing else of its config.
 
-    Validation images keep theirs, and so do the training images on which fidelity is measured. Boxes are
-    left out by the class that the noise gave them, so that no label is ever of these.
+    Validation images keep theirs, and so do the training images on which fidelity is measured. Boxes are left out by
+    the class that the noise gave them, so that no label is ever of these.
 
     Args:
         config: The student's; changed.

@@ -45,8 +45,8 @@ class NoisyLabels(BaseTransform):
 
     Raises:
         ArgumentError: An argument does not fit.
-        ConfigurationError: In a pipeline: a label that is none of the classes, boxes that are not horizontal, or
-            masks, which do not move with the boxes.
+        ConfigurationError: In a pipeline: no labels are loaded before, one is of none of the classes, boxes are not
+            horizontal, or there are masks, which do not move with the boxes.
 
     Example:
         >>> labels = np.array([0, 1, 2, 0, 1, 2])
@@ -64,7 +64,7 @@ class NoisyLabels(BaseTransform):
         self.share, self.classes, self.shift, self.seed = share, classes or 0, shift, seed
 
     def transform(self, results: dict) -> dict:
-        labels = results['gt_bboxes_labels']
+        labels = _read_labels(results, self)
         changes = (labels < FIRST_ROW) & ~np.asarray(results.get('gt_ignore_flags', np.zeros(len(labels), bool)))
         drawn = self._draw(results, len(labels))
         if self.share:
@@ -117,6 +117,7 @@ class WithoutClasses(BaseTransform):
 
     Raises:
         ArgumentError: An argument does not fit.
+        ConfigurationError: In a pipeline: no labels are loaded before.
 
     Example:
         >>> boxes = HorizontalBoxes(np.eye(3, 4))
@@ -130,7 +131,7 @@ class WithoutClasses(BaseTransform):
         self.labels = tuple(labels)
 
     def transform(self, results: dict) -> dict:
-        kept = ~np.isin(results['gt_bboxes_labels'], self.labels)
+        kept = ~np.isin(_read_labels(results, self), self.labels)
         for name in ('gt_bboxes', 'gt_bboxes_labels', 'gt_ignore_flags', 'gt_masks'):
             if name in results:
                 results[name] = results[name][kept]
@@ -138,3 +139,10 @@ class WithoutClasses(BaseTransform):
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}(labels={self.labels})'
+
+
+def _read_labels(results: dict, transform: BaseTransform) -> np.ndarray:
+    if 'gt_bboxes_labels' not in results:
+        raise ConfigurationError(f"The transform '{type(transform).__name__}' changes the labels that LoadAnnotations "
+                                 'has loaded: put it right after that.')
+    return results['gt_bboxes_labels']

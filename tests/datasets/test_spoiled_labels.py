@@ -113,6 +113,9 @@ def test_what_does_not_fit_is_told():
         spoil(make_image(), shift=0.6)
     with pytest.raises(ConfigurationError, match='classes=3, and the data has the label 3'):
         spoil(make_image(), share=0.2, classes=3)
+    for transform in (dict(type='NoisyLabels', shift=0.1), dict(type='WithoutClasses', labels=[0])):
+        with pytest.raises(ConfigurationError, match=f"'{transform['type']}' changes the labels that LoadAnnotations"):
+            TRANSFORMS.build(transform)(dict(img_id=7))
     with pytest.raises(ConfigurationError, match='without their masks'):
         spoil(make_image(2, gt_masks=BitmapMasks(np.ones((2, 8, 8)), 8, 8)), shift=0.1)
 
