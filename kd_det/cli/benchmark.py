@@ -1,6 +1,7 @@
 """``kd-det benchmark``: methods side by side on one pair, over seeds."""
 from __future__ import annotations
 
+import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from functools import partial
@@ -24,11 +25,16 @@ from kd_det.cli.common import (
 from kd_det.config.choices import SPLITS
 
 if TYPE_CHECKING:
-    from kd_det.study.benchmark import BenchmarkResult
+    from kd_det.study.records import BenchmarkResult
+    from kd_det.study.suite import SuiteResult
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument('--methods', default='none,kd,fgd,pkd', metavar='A,B+C,D@SETTING',
+    parser.add_argument('--suite', type=path, metavar='FILE',
+                        help='several data sets in place of one pair: a YAML file that names them, their pairs and the '
+                        'methods (docs/evaluation.md); --data is then the folder that holds the data sets, and '
+                        'options that are given count in place of what the file says')
+    parser.add_argument('--methods', metavar='A,B+C,D@SETTING',
                         help='methods, sums of methods, inherit or pseudo_labels; @paper, @balance=RATIO, '
                         '@inherit=PART+PART, @teachers=N, @policy=POLICY, @epochs=N, @augment=mosaic+mixup, '
                         '@noise=SHARE, @shift=SHARE, @without=CLASS+CLASS, @pseudo_labels=SCORE and '
@@ -50,7 +56,7 @@ def add_common_arguments(parser: ArgumentParser) -> None:
                       help="the teacher's weights, and those of more for @teachers=N; without any, and where the "
                       "pair's are not there, as many teachers as are needed are trained first, with their own config "
                       'and a seed each')
-    pair.add_argument('--seeds', type=_seeds, default='3', metavar='N',
+    pair.add_argument('--seeds', type=_seeds, metavar='N',
                       help="number of seeds, from 0 on, or a list of them: '3,5,8', or '7,' for one alone (3)")
     pair.add_argument('--fidelity', nargs='*', choices=SPLITS, metavar='SPLIT',
                       help='also measure how closely the students follow the teacher, on val (if none is named) and '
@@ -72,6 +78,10 @@ def add_common_arguments(parser: ArgumentParser) -> None:
     machine = parser.add_argument_group('where')
     machine.add_argument('--work-dir', type=path, default=Path('work_dirs/benchmark'), metavar='DIR',
                          help='folder of runs and results (work_dirs/benchmark); finished runs that are there are kept')
+    machine.add_argument('--budget', type=_duration, metavar='TIME',
+                         help="do what fits into this time, such as '2h' or '1h30m': how long a training takes is told "
+                         'by finished ones, or by trials of a few steps; whole seeds are trained, and those that do '
+                         'not fit are told')
     add_force_option(machine)
     machine.add_argument('--executor', default='local', metavar='NAME',
                          help='local, slurm, or debug for one training after another (local); '
@@ -101,6 +111,16 @@ def _seeds(text: str) -> list[int]:
     return numbers if ',' in text else list(range(numbers[0]))
 
 
+def _duration(text: str) -> float:
+    """Seconds of a time such as '2h', '90m', '1h30m' or '1d'."""
+    units = dict(d=86400, h=3600, m=60, s=1)
+    found = re.fullmatch(r'(?=.)' + ''.join(rf'(?:(\d+(?:\.\d+)?){unit})?' for unit in units), text.strip())
+    seconds = sum(float(number) * unit for number, unit in zip(found.groups('0'), units.values())) if found else 0
+    if not seconds:
+        raise ArgumentTypeError(f"expected a time such as 2h, 90m or 1h30m, got '{text}'")
+    return seconds
+
+
 def _lengths(text: str) -> int | list[int]:
     numbers = [count(number) for number in text.split(',')]
     if len(set(numbers)) < len(numbers):
@@ -110,33 +130,54 @@ def _lengths(text: str) -> int | list[int]:
 
 
 def run(options: Namespace) -> int:
+    from kd_det.config import ConfigurationError
     from kd_det.study.benchmark import benchmark
-    return print_benchmark(partial(benchmark, methods=options.methods), options)
+    from kd_det.study.suite import benchmark_suite
+    if options.suite is None:
+        return print_benchmark(partial(benchmark, **_given(methods=options.methods)), options)
+    named = [name for name, value in (('PAIR', options.pair), ('--student', options.student),
+                                      ('--teacher', options.teacher),
+                                      ('--teacher-checkpoint', options.teacher_checkpoint)) if value]
+    if named:
+        raise ConfigurationError(f"{', '.join(named)}: the file of --suite names the pairs. Leave it out, or write it "
+                                 'there.')
+    inherited = inherited_parts(options)
+    return _print(partial(benchmark_suite, options.suite, methods=options.methods,
+                          inherit=None if inherited == 'auto' else inherited), options)
 
 
 def print_benchmark(function: Callable[..., BenchmarkResult], options: Namespace) -> int:
     """Calls a function with what :func:`add_common_arguments` added, and prints its tables; returns the exit status."""
+    return _print(partial(function, options.pair, student=options.student, teacher=options.teacher,
+                          teacher_checkpoints=options.teacher_checkpoint, inherit=inherited_parts(options)), options)
+
+
+def _print(function: Callable[..., BenchmarkResult | SuiteResult], options: Namespace) -> int:
+    """Calls a function with the options that benchmarks and suites have, and prints its tables."""
     from kd_det.compat.console import PlainConsole
-    from kd_det.study.benchmark import TeacherTrainingError
+    from kd_det.study.series import TeacherTrainingError
     console = PlainConsole(highlight=False)
 
     def log(text: str) -> None:
         console.print(text, soft_wrap=True)
 
+    fidelity = ('val', ) if options.fidelity == [] else options.fidelity
     try:
         result = function(
-            options.pair, student=options.student, teacher=options.teacher,
-            teacher_checkpoints=options.teacher_checkpoint, seeds=options.seeds,
-            fidelity=('val', ) if options.fidelity == [] else options.fidelity or (), data_root=options.data,
-            epochs=options.epochs, teacher_epochs=options.teacher_epochs, balance=options.balance,
-            inherit=inherited_parts(options), options=read_options(options.cfg_options),
+            **_given(seeds=options.seeds, fidelity=fidelity), data_root=options.data, epochs=options.epochs,
+            teacher_epochs=options.teacher_epochs, balance=options.balance, options=read_options(options.cfg_options),
             check_images=options.check_images, trackers=options.track, work_dir=options.work_dir,
-            devices=options.devices, jobs=options.jobs, threads=options.threads, executor=options.executor,
-            slurm=read_options(options.slurm, '--slurm'), devices_per_run=options.devices_per_run,
-            collect=options.collect, force=options.force, log=log)
+            budget=options.budget, devices=options.devices, jobs=options.jobs, threads=options.threads,
+            executor=options.executor, slurm=read_options(options.slurm, '--slurm'),
+            devices_per_run=options.devices_per_run, collect=options.collect, force=options.force, log=log)
     except TeacherTrainingError as error:
         log(str(error))
         return 1
     print_tables(console, result.tabulate())
     log(f"Saved {', '.join(map(str, result.files))}.")
     return 1 if result.failed_runs else 0
+
+
+def _given(**options: object) -> dict[str, object]:
+    """The options that were given: all others have the function's own defaults."""
+    return {name: value for name, value in options.items() if value is not None}

@@ -47,6 +47,7 @@ COMMANDS = {
     'benchmark': 'train a pair with several methods and seeds, and tell which difference is more than chance',
     'benchmark-step': 'measure what a distilled step costs: time and memory of student, teacher and each term',
     'sweep': 'benchmark one method over a grid of settings, such as its temperature',
+    'results': 'show what benchmarks found, join their results, or compare two of them seed by seed',
     'report': 'make one page of what runs left behind: does it help, by how much, and where',
     'demo': 'generate data, train a teacher and two students, with and without distillation, and compare them',
 }

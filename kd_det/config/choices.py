@@ -41,7 +41,8 @@ INHERITANCE_RULES = get_args(InheritanceRule)
 
 TREATMENTS = ('none', 'cwtm', 'dkpp')  # of what a teacher says of classes
 
-SPLITS = ('val', 'train')  # on which fidelity is measured
+Split = Literal['val', 'train']  # on whose images fidelity is measured
+SPLITS = get_args(Split)
 
 # Where runs log beside MMEngine's own files; each is the module, and the package, of that name.
 TRACKERS = ('tensorboard', 'wandb', 'mlflow')

@@ -1,14 +1,17 @@
 """What distillation does to a student, and what can be said about it: benchmarks over seeds, fidelity, costs, report.
 
 Each command is one call, which returns a dataclass with ``to_dict()`` and tables for a notebook:
-:func:`~kd_det.study.benchmark.benchmark` and :func:`~kd_det.study.benchmark.sweep`,
+:func:`~kd_det.study.benchmark.benchmark`, :func:`~kd_det.study.benchmark.sweep` and
+:func:`~kd_det.study.suite.benchmark_suite`,
+:func:`~kd_det.study.comparison.merge_results` and :func:`~kd_det.study.comparison.compare_results`,
 :func:`~kd_det.study.inspection.inspect`, :func:`~kd_det.study.step_costs.measure_step_costs`,
 :func:`~kd_det.study.report.page.report`.
 
 The layout of a benchmark's work dir::
 
-    results.json                    everything, see kd_det.study.results
+    results.json                    everything, see kd_det.study.records
     results.md                      the table of it
+    gains.png                       of several lengths: what remains when all train longer
     teacher/                        one run, unless a checkpoint was given
     teacher_2/, …                   those of a larger ensemble
     <variant>/seed<k>/              one run of each method, such as fgd@paper/seed0

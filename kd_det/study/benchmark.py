@@ -1,84 +1,22 @@
 """Benchmarks: methods side by side on one pair of student and teacher, over seeds; and one method over a grid."""
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from itertools import chain, product
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mmengine.config import Config
 
-from kd_det.checks.arguments import inspect_arguments
-from kd_det.checks.checkpoints import inspect_checkpoint, inspect_finite
-from kd_det.checks.doctor import check_config, inspect_data
-from kd_det.checks.environment import raise_faults
-from kd_det.checks.image_reader import Memory
-from kd_det.compat.console import TextTable
-from kd_det.compat.writing import locked_folder, refuse_to_replace, write_whole
 from kd_det.config import ConfigurationError
-from kd_det.config.arguments import Count, Index, Name, Parts, Ratio, Seeds, declared
-from kd_det.study.fidelity import add_fidelity
-from kd_det.study.pair import Pair, adapt_config, hash_data, hash_weights, read_pair
-from kd_det.study.results import (
-    RESULTS_FILE,
-    TABLE_FILE,
-    format_markdown,
-    make_run_entry,
-    mark_twins,
-    summarize,
-    summarize_fidelity,
-    summarize_lengths,
-    tabulate,
-)
-from kd_det.study.runs import Run, describe_environment, read_command_line
-from kd_det.study.scheduling import OTHER_FOLDER, Failure, Job, JobPool
-from kd_det.study.variants import PLAIN, Variant, expand_grid, parse_variants, variant_config
-from kd_det.training.pictures import draw_gains, save_figure
+from kd_det.config.arguments import Count, Index, Name, Parts, Positive, Ratio, Seeds, declared
+from kd_det.config.choices import Split
+from kd_det.study.pair import adapt_config, read_pair
+from kd_det.study.records import BenchmarkResult
+from kd_det.study.scheduling import JobPool
+from kd_det.study.series import Series, run_all
+from kd_det.study.variants import PLAIN, Variant, expand_grid, parse_variants
 from kd_det.training.runner import add_trackers
-
-TEACHER_SEED = 0
-GAINS_FILE = 'gains.png'  # against the epochs, where there are several lengths
-Split = Literal['val', 'train']
-
-
-class TeacherTrainingError(RuntimeError):
-    """The training of a teacher failed, so that there is nothing to compare."""
-
-
-@dataclass(frozen=True)
-class BenchmarkResult:
-    """What a benchmark found.
-
-    Attributes:
-        work_dir: Where its runs lie, and the files below.
-        results: What ``results.json`` holds, see :mod:`kd_det.study.results`.
-    """
-    work_dir: Path
-    results: dict[str, Any]
-
-    @property
-    def files(self) -> tuple[Path, Path]:
-        """The results as JSON, and their tables as Markdown."""
-        return self.work_dir / RESULTS_FILE, self.work_dir / TABLE_FILE
-
-    @property
-    def failed_runs(self) -> list[dict[str, Any]]:
-        """The entries of the runs that did not finish, each with its ``error`` and its ``log``."""
-        return [run for run in self.results['runs'] if run['status'] == 'failed']
-
-    def tabulate(self) -> list[TextTable]:
-        """Makes the tables: what the detectors detect, what they cost, and their fidelity where it was measured."""
-        return tabulate(self.results)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the results as JSON holds them, with the work dir."""
-        return dict(self.results, work_dir=str(self.work_dir))
-
-    def _repr_html_(self) -> str:
-        return ''.join(table.to_html() for table in self.tabulate())
 
 
 @declared
@@ -89,9 +27,10 @@ def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | 
               epochs: Count | Sequence[Count] | None = None, teacher_epochs: Count | None = None,
               balance: Ratio | None = None, inherit: Parts = 'auto',
               options: dict[str, Any] | None = None, check_images: Index | None = None, trackers: Sequence[Name] = (),
-              work_dir: str | Path = 'work_dirs/benchmark', devices: Sequence[Name] = (), jobs: Count | None = None,
-              threads: Count | None = None, executor: Name = 'local', slurm: dict[str, Any] | None = None,
-              devices_per_run: Count = 1, collect: bool = False, force: bool = False,
+              work_dir: str | Path = 'work_dirs/benchmark', budget: Positive | None = None,
+              devices: Sequence[Name] = (), jobs: Count | None = None, threads: Count | None = None,
+              executor: Name = 'local', slurm: dict[str, Any] | None = None, devices_per_run: Count = 1,
+              collect: bool = False, force: bool = False,
               log: Callable[[str], None] = print) -> BenchmarkResult:
     """Trains a pair with several methods and seeds, and tells which difference is more than chance.
 
@@ -118,6 +57,8 @@ def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | 
         check_images: Read so many images of each data set before; all by default.
         trackers: ``'tensorboard'``, ``'wandb'``, ``'mlflow'``: where the runs log, too.
         work_dir: Folder of runs and results.
+        budget: Seconds in which to be done. What fits is planned first, by finished runs or trials of a few steps, and
+            told; then whole seeds are trained, as many as fit.
         devices: Numbers of GPUs among those that ``CUDA_VISIBLE_DEVICES`` names, one training at a time on each, or
             ``'cpu'``.
         jobs: Trainings at once; by default as many as there are devices for, and on a cluster all.
@@ -136,73 +77,30 @@ def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | 
         DiagnosisError: A file is missing, or the data can not be trained on.
         TeacherTrainingError: A teacher could not be trained.
     """
-    root = Path(work_dir)
-    pair = read_pair(pair, student, teacher, teacher_checkpoints)
-    pair = replace(pair, student=adapt_config(pair.student, data_root))
+    pool = make_pool(devices, jobs, threads, trackers, force, executor, slurm, devices_per_run, collect, work_dir,
+                     budget)
+    series = prepare(pair, student, teacher, teacher_checkpoints, methods, Path(work_dir), data_root=data_root,
+                     epochs=epochs, teacher_epochs=teacher_epochs, balance=balance, inherit=inherit, options=options,
+                     fidelity=fidelity)
+    series.check(check_images, read_data=not collect)
+    run_all([series], list(range(seeds)) if isinstance(seeds, int) else list(seeds), pool, log, budget, force)
+    assert series.result is not None  # or it would have raised
+    return series.result
+
+
+def prepare(pair: str | Path | Config | None, student: str | Path | Config | None,
+            teacher: str | Path | Sequence[str | Path] | None, checkpoints: Sequence[str | Path],
+            methods: str | Sequence[str], root: Path, *, data_root: str | None, epochs: int | Sequence[int] | None,
+            teacher_epochs: int | None, balance: Ratio | None, inherit: Parts, options: dict[str, Any] | None,
+            fidelity: Sequence[str], name: str = '') -> Series:
+    """Prepares the trainings of a benchmark, see :func:`benchmark`."""
+    read = read_pair(pair, student, teacher, checkpoints)
+    read = replace(read, student=adapt_config(read.student, data_root))
     lengths: Sequence[int] = () if epochs is None else [epochs] if isinstance(epochs, int) else epochs
     common = Variant('', PLAIN, balance, inherit if isinstance(inherit, str) else tuple(inherit), options or {},
                      epochs=next(iter(lengths), None))
     variants = parse_variants(methods if isinstance(methods, str) else ','.join(methods), common, lengths[1:])
-    teachers = count_teachers(variants, pair.checkpoints)
-    if pair.further and teachers != len(pair.teachers):
-        raise ConfigurationError(f'--teacher names {len(pair.teachers)} configs, and the methods ask for {teachers} '
-                                 f'teachers at most: name one with @teachers={len(pair.teachers)}.')
-    pool = JobPool(devices, jobs, threads, trackers, force, executor, slurm, devices_per_run, collect)
-    if collect and not root.is_dir():
-        raise ConfigurationError(f"--collect: there is no folder '{root}'.")
-    check_config(pair.student, splits=('train', 'val'))  # its annotations tell the size of images
-    for variant in variants:  # what can not be composed or built is told before a teacher is trained
-        raise_faults(inspect_arguments(variant_config(variant, pair, ['teacher.pth'] * teachers)))
-    raise_faults(inspect_checkpoint('--teacher-checkpoint', checkpoint, 'Give the path of a checkpoint')
-                 for checkpoint in teacher_checkpoints)
-    raise_faults(chain.from_iterable(inspect_finite('teacher checkpoint', each) for each in pair.checkpoints))
-    if not collect:
-        raise_faults(inspect_data(pair.student, ('train', 'val'), Memory(root), check_images))
-    data = hash_data(pair.student)
-    add_trackers(Config(dict(work_dir=str(root))), trackers)  # whose package is missing is told before, too
-    with nullcontext() if collect else locked_folder(root):  # to collect, others may be at work there
-        _refuse_to_replace(root, pair, data, force)
-        teacher_runs: list[Run | None] = [None] * teachers
-        if not pair.checkpoints:
-            teacher_runs = _train_teachers(pair, teachers, data_root, teacher_epochs, data, root, pool, log)
-            pair = replace(pair, checkpoints=tuple(run.checkpoint for run in teacher_runs))
-        teacher_hashes = [hash_weights(each) for each in pair.checkpoints]
-
-        seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-        runs, made = [], []
-        for seed, variant in product(seeds, variants):
-            folder = root / variant.folder / f'seed{seed}'
-            config = _set_seed(variant_config(variant, pair, pair.checkpoints, seed), seed)
-            made.append(Job(f'{variant.name}, seed {seed}', folder, config,
-                            [data] if variant.is_plain else [data, *teacher_hashes[:variant.teachers]]))
-            runs.append((variant, seed, folder))
-        outcomes = pool.run(made, log)
-
-        entries = [make_run_entry(*each, outcome, root) for each, outcome in zip(runs, outcomes)]
-        mark_twins(entries)
-        add_fidelity(entries, root, dict(config=pair.teacher, checkpoint=pair.checkpoints[0]), fidelity, log)
-        trained = [None if run is None else run.to_dict(root) for run in teacher_runs]
-        result = BenchmarkResult(root, dict(
-            command=read_command_line(),
-            **describe_environment(pool.threads),
-            pair=dict(student=str(pair.student.filename), teacher=pair.teacher, checkpoint=pair.checkpoints[0],
-                      checkpoint_hash=teacher_hashes[0]),
-            data=dict(root=data_root, hash=data),
-            seeds=seeds,
-            teacher=trained[0],
-            further_teachers=[
-                dict(checkpoint=checkpoint, checkpoint_hash=digest, run=run)
-                for checkpoint, digest, run in zip(pair.checkpoints[1:], teacher_hashes[1:], trained[1:])],
-            runs=entries,
-            summary=summarize(entries),
-            fidelity=summarize_fidelity(entries, fidelity)))
-        json_file, markdown_file = result.files
-        write_whole(json_file, json.dumps(result.results, indent=2) + '\n')
-        write_whole(markdown_file, format_markdown(result.results))
-        gains = {name: by_length for name, by_length in summarize_lengths(result.results).items() if name != PLAIN}
-        if gains:
-            save_figure(draw_gains(gains), root / GAINS_FILE)
-        return result
+    return Series(root, read, variants, data_root, teacher_epochs, fidelity, name)
 
 
 def sweep(pair: str | Path | Config | None = None, *, method: str,
@@ -225,56 +123,14 @@ def sweep(pair: str | Path | Config | None = None, *, method: str,
     return benchmark(pair, methods=expand_grid(method, pairs), **arguments)
 
 
-def _refuse_to_replace(root: Path, pair: Pair, data: str, force: bool) -> None:
-    """Refuses a work dir with the results of another pair or other data, or of no benchmark."""
-
-    def is_of_this(content: bytes) -> bool:
-        try:
-            stored = json.loads(content)
-            return (stored['data']['hash'] == data and {'runs', 'summary'} <= set(stored)
-                    and Path(stored['pair']['student']).name == Path(str(pair.student.filename)).name)
-        except ValueError:  # cut short
-            return content.startswith(b'{\n  "command": ')
-        except (KeyError, TypeError):
-            return False
-
-    refuse_to_replace(root / RESULTS_FILE, is_of_this, 'the results of a benchmark of this student on this data', force,
-                      OTHER_FOLDER)
-    refuse_to_replace(root / TABLE_FILE, lambda content: content.startswith(b'| method |'), 'the table of a benchmark',
-                      force, OTHER_FOLDER)
-
-
-def count_teachers(variants: Sequence[Variant], checkpoints: Sequence[str]) -> int:
-    """Counts the teachers of the variant with the most of them.
-
-    Raises:
-        ConfigurationError: Weights are given, but of fewer teachers or of more.
-    """
-    most = max(variants, key=lambda variant: variant.teachers)
-    if checkpoints and len(checkpoints) != most.teachers:
-        counts = f'{len(checkpoints)} checkpoint{"s are" if len(checkpoints) > 1 else " is"} given'
-        if len(checkpoints) < most.teachers:
-            raise ConfigurationError(f'{most.name}: {counts}. Give {most.teachers} with --teacher-checkpoint, one for '
-                                     'each teacher.')
-        raise ConfigurationError(f'{counts}, but no method asks for more than {most.teachers}: name one with '
-                                 f'@teachers={len(checkpoints)}.')
-    return most.teachers
-
-
-def _train_teachers(pair: Pair, number: int, data_root: str | None, epochs: int | None, data: str, root: Path,
-                    pool: JobPool, log: Callable[[str], None]) -> list[Run]:
-    """Trains so many teachers, of the same config or of one each, each from a seed of its own."""
-    configs = [adapt_config(pair.teacher_config(index), data_root, epochs) for index in range(number)]
-    names = ['teacher', *(f'teacher_{index + 2}' for index in range(number - 1))]
-    outcomes = pool.run([Job(name, root / name, _set_seed(configs[index], TEACHER_SEED + index), [data])
-                         for index, name in enumerate(names)], log)
-    failed = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
-    if failed:
-        said = f'. All that was said is in {failed[0].log}' if failed[0].log else f' ({failed[0].error})'
-        raise TeacherTrainingError(f'Without a teacher there is nothing to compare{said}.')
-    return [outcome for outcome in outcomes if not isinstance(outcome, Failure)]
-
-
-def _set_seed(config: Config, seed: int) -> Config:
-    config.randomness = dict(config.get('randomness') or {}, seed=seed)
-    return config
+def make_pool(devices: Sequence[str], jobs: int | None, threads: int | None, trackers: Sequence[str], force: bool,
+              executor: str, slurm: dict[str, Any] | None, devices_per_run: int, collect: bool, work_dir: str | Path,
+              budget: float | None) -> JobPool:
+    """Makes what trains, see :func:`benchmark`, once it is known that devices and trackers are there."""
+    pool = JobPool(devices, jobs, threads, trackers, force, executor, slurm, devices_per_run, collect)
+    if collect and budget is not None:
+        raise ConfigurationError('--budget plans what to train, and --collect trains nothing: leave one of them out.')
+    if collect and not Path(work_dir).is_dir():
+        raise ConfigurationError(f"--collect: there is no folder '{work_dir}'.")
+    add_trackers(Config(dict(work_dir=str(work_dir))), trackers)  # whose package is missing is told before, too
+    return pool

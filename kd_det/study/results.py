@@ -1,22 +1,16 @@
-"""The results of a benchmark: one entry a run, what several seeds say about a difference, and tables of both.
+"""What a benchmark found: one entry a run, what several seeds say about a difference, and tables of both.
 
-``results.json`` of a benchmark's work dir holds:
-
-- ``command``, ``commit``, ``versions``, ``machine``: what it ran with, see
-  :func:`~kd_det.study.runs.describe_environment`;
-- ``pair``, ``data``, ``seeds``: what was asked for;
-- ``teacher``, ``further_teachers``: the runs that trained them; None where checkpoints were given;
-- ``runs``: see :func:`make_run_entry`, :func:`mark_twins` and :func:`~kd_det.study.fidelity.add_fidelity`;
-- ``summary``: see :func:`summarize`; ``fidelity``: see :func:`summarize_fidelity`.
+What ``results.json`` holds is declared in :mod:`kd_det.study.records`.
 """
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from math import inf, sqrt
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.stats import nct
@@ -29,6 +23,7 @@ from kd_det.study.variants import PLAIN, Variant, find_twin, without_length
 RESULTS_FILE, TABLE_FILE = 'results.json', 'results.md'
 CONFIDENCE = 0.95
 POWER = 0.8  # with which a difference is to be shown
+MOST_SEEDS = 10**6  # where it stops to count how many are needed
 METRICS = {'bbox_mAP': 'mAP', 'bbox_mAP_50': 'AP50', 'bbox_mAP_75': 'AP75', 'bbox_mAP_s': 'APs', 'bbox_mAP_m': 'APm',
            'bbox_mAP_l': 'APl'}
 COSTS = ('parameters', 'FLOPs', 's/iteration', 'memory')
@@ -121,14 +116,20 @@ def has_metric(entry: dict, metric: str = 'bbox_mAP') -> bool:
     return entry['status'] == 'finished' and 0 <= entry['metrics'].get(metric, -1) < inf
 
 
-def summarize(entries: list[dict]) -> dict[str, dict[str, dict]]:
-    """Summarizes the runs: of every variant mean, spread and paired difference to its twin, by metric, in points."""
-    values: dict[str, dict[str, dict[int, float]]] = {}  # variant -> metric -> seed -> points
+def collect_points(entries: Sequence[dict]) -> dict[str, dict[str, dict[int, float]]]:
+    """Collects the numbers of the runs that have them: variant -> metric -> seed -> points."""
+    values: dict[str, dict[str, dict[int, float]]] = {}
     for entry in entries:
         by_metric = values.setdefault(entry['variant'], {})
         for metric in METRICS:
             if has_metric(entry, metric):
                 by_metric.setdefault(metric, {})[entry['seed']] = 100 * entry['metrics'][metric]
+    return values
+
+
+def summarize(entries: Sequence[dict]) -> dict[str, dict[str, dict]]:
+    """Summarizes the runs: of every variant mean, spread and paired difference to its twin, by metric, in points."""
+    values = collect_points(entries)
     return {variant: {metric: _summarize_metric(variant, by_seed, values.get(find_twin(variant), {}).get(metric, {}))
                       for metric, by_seed in by_metric.items()} for variant, by_metric in values.items()}
 
@@ -157,7 +158,7 @@ def count_seeds(spread: float, difference: float = 1.0, power: float = POWER) ->
         >>> count_seeds(1.0), count_seeds(2.0), count_seeds(2.0, difference=2.0)
         (10, 34, 10)
     """
-    return next(seeds for seeds in count(2) if _find_power(seeds, spread, difference) >= power)
+    return 2 + bisect_left(range(2, MOST_SEEDS), power, key=lambda seeds: _find_power(seeds, spread, difference))
 
 
 def _find_power(seeds: int, spread: float, difference: float) -> float:
@@ -168,15 +169,33 @@ def _find_power(seeds: int, spread: float, difference: float) -> float:
     return float(nct.sf(bound, seeds - 1, shift))
 
 
-def _tell_power(summary: Mapping[str, Mapping[str, dict]]) -> str:
-    """How many seeds a difference of a point would need, by the spread of each variant's own; '' where none has one."""
-    needed = {variant: count_seeds(float(np.std(list(each['by_seed'].values()), ddof=1)))
-              for variant, metrics in summary.items() for each in [metrics.get('bbox_mAP', {})]
-              if len(each.get('by_seed', ())) > 1}
-    if not needed:
-        return ''
-    listed = ', '.join(f'{variant} {seeds}' for variant, seeds in needed.items())
-    return f'Seeds by which a difference of 1 point would be shown in {100 * POWER:.0f} of 100 cases: {listed}'
+def tell_power(by_name: Mapping[str, Mapping[Any, float]], of: str = 'Seeds') -> str:
+    """Tells how many seeds a difference of a point would need, by the spread of each method's own differences.
+
+    Args:
+        by_name: Method -> seed, or data set -> difference; of one alone there is no spread.
+        of: What they are over.
+
+    Returns:
+        A line; '' where none has a spread.
+    """
+    needed = [f'{name} {count_seeds(float(np.std(list(values.values()), ddof=1)))}'
+              for name, values in by_name.items() if len(values) > 1]
+    return (f"{of} by which a difference of 1 point would be shown in {100 * POWER:.0f} of 100 cases: "
+            f"{', '.join(needed)}") if needed else ''
+
+
+def _tell_more(results: dict) -> str:
+    """What stands below the tables: how many seeds would be needed, and which are not there."""
+    power = tell_power({variant: metrics['bbox_mAP']['by_seed'] for variant, metrics in results['summary'].items()
+                        if 'by_seed' in metrics.get('bbox_mAP', {})})
+    return '\n'.join(filter(None, [power, tell_left_out(results)]))
+
+
+def tell_left_out(results: dict) -> str:
+    """Tells the seeds that a budget had no room for; '' where there are none."""
+    left = results.get('budget', {}).get('not_run')
+    return f"Not run, for the budget had no room: seeds {', '.join(map(str, left))}" if left else ''
 
 
 def summarize_lengths(results: dict) -> dict[str, dict[int, dict]]:
@@ -239,7 +258,7 @@ def tabulate(results: dict) -> list[TextTable]:
         _make_table('COCO metric on the validation images, in points; mean ± standard deviation over seeds',
                     ('seeds', 'mAP', 'Δ mAP', 'AP50', 'AP75'), rows,
                     'Δ: paired mean over seeds against the plain student in the same setting ± half of its 95 % '
-                    f"interval\n{_tell_power(results['summary'])}".rstrip()),
+                    f'interval\n{_tell_more(results)}'.rstrip()),
         _make_table('By size of the objects; costs of inference (parameters, multiply-adds) and of training',
                     ('APs', 'APm', 'APl', *COSTS), rows, TIMES)]
     lengths = summarize_lengths(results)
@@ -285,7 +304,7 @@ def format_markdown(results: dict) -> str:
     lines = [table.to_markdown(), '', 'mAP and the others in points, ± standard deviation over seeds. Δ: paired mean '
              'over seeds against the plain student (none; where a setting changes the student, none with that '
              f"setting), ± half of its 95 % interval (Student's t). FLOPs are multiply-adds. {TIMES}"]
-    lines += filter(None, [_tell_power(results['summary'])])
+    lines += filter(None, [_tell_more(results)])
     lengths = summarize_lengths(results)
     if lengths:
         remaining = _tabulate_lengths(lengths)

@@ -46,6 +46,7 @@ PACKAGES = ('torch', 'torchvision', 'mmengine', 'mmdet', 'mmcv', 'mmcv-lite', 'n
             'faster-coco-eval')
 CHECKOUT = Path(__file__).resolve().parents[2]
 RESULT_FILE = 'result.json'
+LATER = {'environment', 'seconds', 'class_ap'}  # of a run, which earlier versions did not note
 OF_CLASS = '_precision'  # ends CocoMetric's name of the AP of a class
 
 
@@ -70,6 +71,8 @@ class Run:
         iterations: Training steps.
         environment: Commit, versions and machine that it was trained with, see
             :func:`describe_environment`; empty where an earlier version did not note them.
+        seconds: From the building of its parts to its last validation, without the start of the process; None where an
+            earlier version did not note them.
         class_ap: CocoMetric's AP of each class that has objects, by name, 0 to 1; empty where an earlier version did
             not note it.
     """
@@ -87,6 +90,7 @@ class Run:
     epochs: int
     iterations: int
     environment: dict[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
     class_ap: dict[str, float] = field(default_factory=dict)
 
     def resolve_paths(self, folder: Path) -> Run:
@@ -133,6 +137,7 @@ def train(name: str, config: Config, identity: str, log: Callable[[str], None] =
 def _train(name: str, config: Config, identity: str, log: Callable[[str], None],
            after_step: Callable[[Runner], None]) -> Run:
     """As :func:`train`, but what comes of it has paths within its folder."""
+    begin = time.monotonic()
     config.experiment_name = f'{name}_{time.time_ns()}'  # mmengine keeps loggers and visualizers by name
     config.visualizer = config.get('visualizer') or {}
     config.visualizer.setdefault('type', f'{HOME}.DetLocalVisualizer')
@@ -145,6 +150,7 @@ def _train(name: str, config: Config, identity: str, log: Callable[[str], None],
     runner.register_hook(recorder, priority='LOWEST')
     with explain_divergence(runner):
         runner.train()
+    seconds = time.monotonic() - begin
     memory, device_memory = measure_process_memory()  # of the training, not of what follows
     detector = _unwrap(runner.model)
     detector = getattr(detector, 'student', detector)
@@ -163,6 +169,7 @@ def _train(name: str, config: Config, identity: str, log: Callable[[str], None],
         epochs=runner.max_epochs,
         iterations=runner.max_iters,
         environment=environment,
+        seconds=seconds,
         class_ap=recorder.class_ap)
 
 
@@ -182,8 +189,7 @@ def load_finished_run(folder: Path, identity: str, log: Callable[[str], None] = 
         return None
     try:
         stored = read_json(file)
-        known = {each.name for each in fields(Run)}
-        if stored.get('identity') != identity or set(stored) | {'environment', 'class_ap'} != known:
+        if stored.get('identity') != identity or set(stored) | LATER != {each.name for each in fields(Run)}:
             return None
         check_run(stored, f"'{file}': ")
         run = Run(**stored).resolve_paths(folder)

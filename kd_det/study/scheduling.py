@@ -202,6 +202,11 @@ class JobPool:
                 raise
         return [outcomes[index] for index in range(len(jobs))]
 
+    def find_finished(self, job: Job) -> Run | None:
+        """The run of a job that has finished before; None where none has."""
+        shared = self._share(job)
+        return load_finished_run(shared.folder, identify_run(shared.config, shared.inputs))
+
     def _share(self, job: Job) -> Job:
         """The job as it is trained by as many processes as it is to be; several draw other random numbers than one."""
         if self.processes == 1:

@@ -16,12 +16,14 @@ from kd_det.cli.main import main
 from kd_det.compat.writing import WritingError, locked_folder
 from kd_det.config import ConfigurationError
 from kd_det.datasets import generate_shapes
-from kd_det.study import benchmark, demo
+from kd_det.study import demo
 from kd_det.study.demo import DemoSettings, run_demo
 from kd_det.study.pair import Pair
 from kd_det.study.report import page
 from kd_det.study.runs import RESULT_FILE, identify_run
 from kd_det.study.scheduling import Failure, Job, JobPool
+from kd_det.study.series import Series
+from kd_det.study.variants import parse_variants
 from kd_det.teachers.cache import ArrayStore
 from kd_det.training import runs
 from kd_det.training.pictures import save_figure
@@ -184,6 +186,7 @@ OWN_RESULTS = dict(command='kd-det benchmark', runs=[], summary={}, data=dict(ha
 @pytest.mark.parametrize('name, content, is_refused', [
     ('results.json', json.dumps(OWN_RESULTS), False),
     ('results.json', json.dumps(OWN_RESULTS, indent=2)[:-30], False),
+    ('results.json', json.dumps(dict(version=2, **OWN_RESULTS), indent=2)[:-30], False),
     ('results.json', json.dumps(dict(OWN_RESULTS, data=dict(hash='others'))), True),
     ('results.json', json.dumps(dict(OWN_RESULTS, pair=dict(student='b.py'))), True),
     ('results.json', json.dumps(dict(gain=1)), True),
@@ -193,13 +196,14 @@ OWN_RESULTS = dict(command='kd-det benchmark', runs=[], summary={}, data=dict(ha
 ])
 def test_a_benchmark_replaces_the_results_of_its_own_pair_alone(name, content, is_refused, tmp_path):
     (tmp_path / name).write_text(content)
-    pair = Pair(SimpleNamespace(filename='s.py'), 'teacher.py')
+    series = Series(tmp_path, Pair(SimpleNamespace(filename='s.py'), 'teacher.py'), parse_variants('fgd'))
+    series.data = 'data'
     if is_refused:
         with pytest.raises(WritingError, match=name):
-            benchmark._refuse_to_replace(tmp_path, pair, 'data', False)
+            series.refuse_to_replace(False)
     else:
-        benchmark._refuse_to_replace(tmp_path, pair, 'data', False)
-    benchmark._refuse_to_replace(tmp_path, pair, 'data', True)
+        series.refuse_to_replace(False)
+    series.refuse_to_replace(True)
 
 
 # ---------------------------------------------------------------- other outputs

@@ -14,9 +14,9 @@ from kd_det.cli.benchmark import add_arguments
 from kd_det.cli.main import main
 from kd_det.compat import load_checkpoint
 from kd_det.config.files import load_config, student_config
-from kd_det.study.benchmark import TeacherTrainingError
 from kd_det.study.pair import Pair
 from kd_det.study.runs import train
+from kd_det.study.series import TeacherTrainingError
 from kd_det.study.variants import expand_grid, parse_variants, variant_config
 from kd_det.study.worker import Training
 
@@ -199,7 +199,7 @@ def test_ensembles_and_augmentation_are_swept(benchmark, in_this_process, tmp_pa
 def test_a_sweep_over_nothing_is_told(benchmark, capsys):
     with pytest.raises(FileNotFoundError):  # there are no results
         benchmark('--method', 'pkd', command='sweep')
-    assert 'nothing to try: give --set, --teachers or --augment' in capsys.readouterr().err
+    assert 'nothing to try: give --set, --teachers, --augment, --noise, --shift or --without' in capsys.readouterr().err
 
 
 def test_what_can_not_be_composed_is_told_before_anything_is_trained(benchmark, tmp_path, capsys):

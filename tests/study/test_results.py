@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from scipy.stats import ttest_1samp
 
-from kd_det.study.benchmark import BenchmarkResult
+from kd_det.study.records import BenchmarkResult
 from kd_det.study.results import (
     count_seeds,
     format_difference,
@@ -133,6 +133,10 @@ def test_gains_of_several_lengths_stand_beside_each_other(tmp_path):
     marks = axes.containers[0].lines[0]
     assert marks.get_xdata() == pytest.approx([12, 24]) and marks.get_ydata() == pytest.approx([4.0, 1.0])
     assert not summarize_lengths(dict(results, runs=runs[:4], summary=summarize(runs[:4])))
+    BenchmarkResult(tmp_path, results).save()
+    assert [file.name for file in BenchmarkResult(tmp_path, results).files if file.is_file()] == [
+        'results.json', 'results.md', 'gains.png']
+    assert len(BenchmarkResult(tmp_path, dict(results, summary={})).files) == 2
 
 
 def test_the_seeds_that_a_difference_needs_follow_from_the_spread(results):
@@ -142,6 +146,7 @@ def test_the_seeds_that_a_difference_needs_follow_from_the_spread(results):
              for number in (seeds - 1, seeds)}
     assert shown[seeds - 1] < 0.805 and shown[seeds] > 0.795 and shown[seeds] - shown[seeds - 1] > 0.01
     assert count_seeds(0.0) == 2 and count_seeds(3.0, 2.0) == seeds
+    assert count_seeds(50.0) == pytest.approx(2.8**2 * 50**2, rel=0.01)  # by the normal distribution; at once
     caption = tabulate(results)[0].caption
     assert 'in 80 of 100 cases: better 3, other ' in caption  # spreads of 0.2 and 3.6
     assert 'broken' not in caption and caption.splitlines()[1] in format_markdown(results)

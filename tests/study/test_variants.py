@@ -4,8 +4,8 @@ import pytest
 from mmengine.config import Config
 
 from kd_det.config.files import ConfigurationError
-from kd_det.study.benchmark import count_teachers
 from kd_det.study.pair import Pair
+from kd_det.study.series import count_teachers
 from kd_det.study.variants import Variant, find_twin, parse_variants, variant_config
 
 

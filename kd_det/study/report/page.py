@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape as escape_html
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +26,7 @@ from mmengine.logging import MMLogger
 from kd_det import __version__
 from kd_det.compat.console import TextTable
 from kd_det.compat.writing import refuse_to_replace, write_whole
+from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Index, declared
 from kd_det.config.files import set_data_root
 from kd_det.config.options import merge_options
@@ -35,6 +37,7 @@ from kd_det.training.pictures import Curve, draw_curves, draw_gains
 
 if TYPE_CHECKING:
     from kd_det.study.compression import Compression
+    from kd_det.study.suite import SuiteResult
 
 POLICY = {'weights': 'who taught: mean weight in the epoch',
           'score': "the student's score on the probe"}
@@ -64,10 +67,12 @@ class Report:
         studies: What it shows, one for each benchmark and one for all single trainings, see
             :func:`~kd_det.study.report.summary.collect`.
         compressions: The ways to the device that it shows.
+        suites: The suites of benchmarks that it shows, each of whose data sets is a study, too.
     """
     file: Path
     studies: list[dict[str, Any]]
     compressions: tuple[Compression, ...] = ()
+    suites: tuple[SuiteResult, ...] = ()
 
     @property
     def verdicts(self) -> dict[str, str]:
@@ -82,7 +87,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Returns the file and what it shows, as JSON can hold it."""
         return dict(file=str(self.file), studies=replace_nan(self.studies),
-                    compressions=[each.to_dict() for each in self.compressions])
+                    compressions=[each.to_dict() for each in self.compressions],
+                    suites=[each.to_dict() for each in self.suites])
 
     def _repr_html_(self) -> str:
         """The verdicts, and the page in a frame of its own."""
@@ -100,7 +106,7 @@ def report(work_dirs: str | Path | Sequence[str | Path], *, out: str | Path | No
     """Makes one page of what runs left behind: does distilling help, by how much, and where.
 
     Args:
-        work_dirs: Of benchmarks, sweeps and compressions, finished or not; or of single trainings.
+        work_dirs: Of benchmarks, suites of them, sweeps and compressions, finished or not; or of single trainings.
         out: The page; ``report.html`` in the first work dir by default.
         images: How many validation images to show, evenly spaced over the data.
         show: Validation images to show in place of these, by the names of their files.
@@ -116,6 +122,7 @@ def report(work_dirs: str | Path | Sequence[str | Path], *, out: str | Path | No
         ConfigurationError: A folder is no work dir, or no validation image has a name of ``show``, or several have.
     """
     from kd_det.study.compression import is_compression, read_compression  # which itself writes such a page
+    from kd_det.study.suite import is_suite, read_suite
     folders = [Path(each) for each in ([work_dirs] if isinstance(work_dirs, (str, Path)) else work_dirs)]
     file = Path(out) if out else folders[0] / 'report.html'
     refuse_to_replace(file, lambda content: b'<title>kd_det report: ' in content, 'a report', force)
@@ -123,8 +130,17 @@ def report(work_dirs: str | Path | Sequence[str | Path], *, out: str | Path | No
     MMLogger.get_current_instance().setLevel('WARNING')
     warnings.filterwarnings('ignore', category=UserWarning)  # of PyTorch about mmdet's meshgrid, for each detector
     compressions = tuple(read_compression(each) for each in folders if is_compression(each))
+    suites = tuple(read_suite(each) for each in folders if is_suite(each))
+    read = read_studies([each for each in folders if not is_compression(each) and not is_suite(each)])
+    missing: list[str] = []  # of the data sets of suites
+    for found in chain.from_iterable(suite.benchmarks.values() for suite in suites):
+        try:
+            read += read_studies([found.work_dir])
+        except ConfigurationError as error:
+            missing.append(str(error))
+            log(f'Note: {error}')
     studies = []
-    for study in read_studies([each for each in folders if not is_compression(each)]):
+    for study in read:
         for run in study.runs:
             if data_root:
                 set_data_root(run.config, data_root)
@@ -135,16 +151,18 @@ def report(work_dirs: str | Path | Sequence[str | Path], *, out: str | Path | No
         studies.append(collect(study, images, teacher, log, show))
         for note in studies[-1]['notes']:
             log(f'Note: {note}')
-    write_whole(file, render(studies, [each.prepare_page() for each in compressions]))
-    return Report(file, studies, compressions)
+    write_whole(file, render(studies, [each.prepare_page() for each in compressions],
+                             [_prepare_suite(each, missing) for each in suites]))
+    return Report(file, studies, compressions, suites)
 
 
-def render(studies: list[dict], compressions: Iterable[dict] = ()) -> str:
+def render(studies: list[dict], compressions: Iterable[dict] = (), suites: Iterable[dict] = ()) -> str:
     """Makes the page.
 
     Args:
         studies: See :func:`~kd_det.study.report.summary.collect`.
         compressions: See :func:`prepare_compression`.
+        suites: ``name``, ``missing`` and ``tables`` of each, with ``title``, ``columns``, ``rows`` and ``caption``.
 
     Returns:
         HTML that refers to nothing outside itself.
@@ -154,7 +172,13 @@ def render(studies: list[dict], compressions: Iterable[dict] = ()) -> str:
     environment.policies['json.dumps_kwargs'] = dict(separators=(',', ':'), allow_nan=False)
     pages = [dict(study, **_prepare_study(study)) for study in studies]
     return environment.get_template('template.html').render(
-        studies=pages, compressions=list(compressions), version=__version__)
+        studies=pages, compressions=list(compressions), suites=list(suites), version=__version__)
+
+
+def _prepare_suite(suite: SuiteResult, missing: Sequence[str]) -> dict[str, Any]:
+    tables = [dict(title=table.title, columns=table.columns, caption=table.caption.splitlines(),
+                   rows=[dict(zip(table.columns, row)) for row in table.rows]) for table in suite.tabulate()]
+    return dict(name=suite.work_dir.resolve().name, tables=tables, missing=missing)
 
 
 def prepare_compression(name: str, table: TextTable, plot: str) -> dict[str, Any]:
