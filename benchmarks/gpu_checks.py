@@ -56,7 +56,8 @@ REDUCED = ('float16', 'bfloat16')
 ON_THE_HOST = 'queries are matched on the host'
 WAITING = {('Faster R-CNN', TEACHER): "MMDetection's RoI extractor looks for the regions of each level",
            ('DINO', TEACHER): "MMDetection's transformer loops over the shapes of the levels",
-           ('DINO', f'{TERM}querykd_classes'): ON_THE_HOST, ('DINO', f'{TERM}querykd_boxes'): ON_THE_HOST}
+           ('DINO', f'{TERM}querykd_classes'): ON_THE_HOST, ('DINO', f'{TERM}querykd_boxes'): ON_THE_HOST,
+           ('DINO', f'{TERM}targetquery'): "MMDetection's decoder compares the shapes of the levels with its memory"}
 WAITING_ON_CPU = {('Faster R-CNN', f'{TERM}dkd'): 'F.one_hot looks at its indices, on the CPU alone'}
 # Terms whose value depends on what is drawn on the device.
 DRAWN = ('mgd', )

@@ -290,7 +290,7 @@ def detr(monkeypatch):
                            loss_bbox=dict(type='L1Loss', loss_weight=5.0),
                            loss_iou=dict(type='GIoULoss', loss_weight=2.0)),
             train_cfg=dict(assigner=dict(type='HungarianAssigner', match_costs=costs)), test_cfg=dict(max_per_img=5),
-            **options.get(kind, {}), **changes)
+            **{**options.get(kind, {}), **changes})
 
     return make
 

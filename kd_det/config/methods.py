@@ -32,7 +32,8 @@ ALL = 'all'
 
 # What the parts that methods read are called in tables.
 PARTS = {'backbone': 'backbone features', 'neck': 'neck features', 'encoder': 'encoder features',
-         'bbox_head': 'dense head', 'bbox_head.queries': 'queries', 'rpn_head': 'RPN', 'roi_head': 'RoI head'}
+         'bbox_head': 'dense head', 'bbox_head.queries': 'queries', 'bbox_head.decoder': 'decoder',
+         'rpn_head': 'RPN', 'roi_head': 'RoI head'}
 
 Files = dict[str, Path]  # of one method, by family; '' for all families without a file of their own
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kd_det.config.classes import ClassMatch, count_classes, match_classes
 from kd_det.config.files import ConfigurationError
 from kd_det.context import DistillContext
-from kd_det.heads import ROI_HEAD, DenseOutputs, HeadRequest, QueryOutputs, TeacherTowers
+from kd_det.heads import ROI_HEAD, DenseOutputs, HeadRequest, QueryDecoder, QueryOutputs, TeacherTowers
 from kd_det.teachers import Guide
 
 CLASSLESS_HEAD = 'rpn_head'  # it tells objects from background, whatever the classes
@@ -150,7 +150,7 @@ def restrict_to_shared_classes(context: DistillContext, teacher_index: int, matc
 
 
 def _restrict_outputs(outputs: dict[str, Any], classes: Sequence[int]) -> dict[str, Any]:
-    """Restricts the outputs of dense heads and of queries; the others stay as they are."""
-    return {name: each.restrict(classes)
-            if isinstance(each, (DenseOutputs, QueryOutputs, TeacherTowers)) and has_classes(name) else each
+    """Restricts the outputs of dense heads, and of queries and what makes them; the others stay as they are."""
+    of_classes = DenseOutputs, QueryDecoder, QueryOutputs, TeacherTowers
+    return {name: each.restrict(classes) if isinstance(each, of_classes) and has_classes(name) else each
             for name, each in outputs.items()}

@@ -22,7 +22,7 @@ from kd_det.config.files import ConfigurationError
 from kd_det.context import DistillContext, Progress
 from kd_det.distillers.gradients import GradientNorms, gradient_norms, reaches_parameters
 from kd_det.distillers.schedules import Balance, Schedule
-from kd_det.heads import HeadRequest, find_head
+from kd_det.heads import HeadRequest, QueryDecoder, find_head
 from kd_det.losses import DistillTerm
 from kd_det.losses.base import FeatureTerm, sum_parts
 from kd_det.taps import find_module
@@ -290,7 +290,7 @@ class Read(NamedTuple):
 
 
 def list_reads(context: DistillContext) -> Iterator[tuple[Read, Tensor]]:
-    """The tapped features and the logits of heads, those of the teachers first."""
+    """The tapped features, the logits of heads and the memories of decoders, those of the teachers first."""
     for index, (features, outputs) in enumerate(zip(context.teachers, context.teacher_outputs)):
         owner = f'teacher[{index}]' if len(context.teachers) > 1 else 'teacher'
         yield from _list_own_reads(owner, features, outputs)
@@ -307,6 +307,8 @@ def _list_own_reads(owner: str, features: dict, outputs: dict) -> Iterator[tuple
             logits = getattr(stage, 'logits', ())
             for index, level in enumerate((logits, ) if isinstance(logits, Tensor) else logits):
                 yield Read(owner, f"logits of '{head}'", index), level
+        if isinstance(output, QueryDecoder):
+            yield Read(owner, f"memory of '{head}'", 0), output.memory
 
 
 class ReadRecord:

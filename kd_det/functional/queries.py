@@ -1,5 +1,7 @@
 """Which query of one DETR belongs to which of another: the costs of pairs, and the matching that costs least.
 
+And queries made of boxes with noise, which belong to both.
+
 A query predicts one object: class logits and a box, as centre x, centre y, width and height, each a share of the image.
 """
 from __future__ import annotations
@@ -17,6 +19,8 @@ from kd_det.functional.boxes import giou_imitation
 Array = np.ndarray[Any, Any]
 
 UNAFFORDABLE = 1e6  # takes the place of costs that are not finite
+LEAST = 1e-3  # share of the image that a noisy box is away from 0 and 1, as in DINO: logits of shares stay finite
+WORD, SEED, FACTOR = 0xFFFFFFFF, 0x9E3779B9, 0x45D9F3B  # of numbers made of 32 bits
 
 
 @torch.no_grad()
@@ -110,6 +114,87 @@ def corners(boxes: Tensor) -> Tensor:
     """
     center, size = (1000 * boxes).chunk(2, -1)
     return torch.cat([center - size / 2, center + size / 2], -1)
+
+
+@torch.no_grad()
+def noisy_targets(boxes: Tensor, labels: Tensor, groups: int = 1, box_noise: float = 0.4, label_noise: float = 0.0,
+                  classes: int = 1, step: int = 0) -> tuple[Tensor, Tensor]:
+    """Ground truth with noise, as DETRs learn to denoise it (DN-DETR, arXiv 2203.01305; DINO, arXiv 2203.03605).
+
+    The noise is a hash of the box and the step. So no generator is touched, and a box has the same noise wherever it
+    stands: in another order, on another rank or device, or in a run that was resumed.
+
+    Args:
+        boxes: (N, n, 4) of x1, y1, x2, y2, as shares of the image.
+        labels: (N, n) class indices.
+        groups: G, how often each box comes, each time with other noise.
+        box_noise: λ, from 0 to 1. Each side moves by up to λ/2 of the box's width or height, evenly drawn.
+        label_noise: Share of the labels in whose place there is one of all classes, evenly drawn.
+        classes: K, their number.
+        step: In another one the noise is another.
+
+    Returns:
+        (N, G, n, 4) centre x, centre y, width and height, at least :data:`LEAST` away from 0 and 1; and (N, G, n)
+        labels.
+
+    Example:
+        >>> boxes, labels = torch.tensor([[[0.2, 0.2, 0.6, 0.4]]]), torch.tensor([[3]])
+        >>> noisy_targets(boxes, labels, box_noise=0.0)
+        (tensor([[[[0.4000, 0.3000, 0.4000, 0.2000]]]]), tensor([[[3]]]))
+        >>> first, second = noisy_targets(boxes, labels, groups=2, box_noise=0.5)[0].unbind(1)
+        >>> bool((first != second).all()), bool((first[..., 2] <= 0.6).all())
+        (True, True)
+    """
+    draws = _draw(boxes, groups, 6, step).to(boxes.dtype)
+    sizes = (boxes[..., 2:] - boxes[..., :2]).repeat(1, 1, 2).unsqueeze(1)
+    moved = (boxes.unsqueeze(1) + box_noise * (draws[..., :4] - 0.5) * sizes).clamp(0, 1)
+    first, last = moved.chunk(2, -1)
+    noisy = torch.cat([(first + last) / 2, last - first], -1).clamp(LEAST, 1 - LEAST)
+    others = (draws[..., 5] * classes).long().clamp(max=classes - 1)
+    return noisy, torch.where(draws[..., 4] < label_noise, others, labels.unsqueeze(1))
+
+
+def _draw(boxes: Tensor, groups: int, draws: int, step: int) -> Tensor:
+    """(N, n, 4) boxes -> (N, G, n, draws) numbers from 0 to below 1, which follow from each box and the step alone."""
+    bits = (boxes.float() + 0.0).contiguous().view(torch.int32).long() & WORD  # + 0.0: -0 is 0
+    state = torch.full_like(bits[..., 0], SEED)
+    for side in bits.unbind(-1):
+        state = _stir(state ^ side)
+    state = _stir(state ^ (step & WORD))
+    group = torch.arange(groups, device=boxes.device).view(-1, 1, 1)
+    draw = torch.arange(draws, device=boxes.device)
+    words = _stir(_stir(state[:, None, :, None] ^ group) ^ draw)
+    return (words >> 8).float() / 2**24
+
+
+def _stir(words: Tensor) -> Tensor:
+    """Spreads each bit of 32 over all; products stay below 2⁶³, which no device wraps its own way."""
+    for _ in range(2):
+        words = ((words >> 16) ^ words) * FACTOR & WORD
+    return (words >> 16) ^ words
+
+
+def hide_other_groups(known: Tensor, groups: int) -> Tensor:
+    """Which queries may not attend to which: each sees the known ones of its own group, and itself.
+
+    Args:
+        known: (N, n) of bool, the same in each group; the others are padding.
+        groups: G; the queries of a group follow one another.
+
+    Returns:
+        (N, G·n, G·n) of bool.
+
+    Example:
+        >>> hide_other_groups(torch.tensor([[True, False]]), 2).int()
+        tensor([[[0, 1, 1, 1],
+                 [0, 0, 1, 1],
+                 [1, 1, 0, 1],
+                 [1, 1, 0, 0]]], dtype=torch.int32)
+    """
+    count = known.shape[1]
+    group = torch.arange(groups, device=known.device).repeat_interleave(count)
+    seen = (group[:, None] == group) & known.repeat(1, groups).unsqueeze(1)
+    return ~(seen | torch.eye(groups * count, dtype=torch.bool, device=known.device))
 
 
 def _class_divergence(student: Tensor, teacher: Tensor, activation: str) -> Tensor:

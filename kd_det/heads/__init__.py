@@ -1,6 +1,7 @@
 """The outputs of heads, in one form per family of heads."""
 from kd_det.heads import families  # registers their readers
 from kd_det.heads.capture import StudentHeads, StudentOutputs, TeacherForward, TeacherOutputs, find_head, run_heads
+from kd_det.heads.decoders import QueryDecoder
 from kd_det.heads.dense import DenseOutputs
 from kd_det.heads.queries import QueryOutputs, read_queries
 from kd_det.heads.readers import DenseReader, check_head, read_dense, reads, reads_like

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from kd_det.heads.decoders import QueryDecoder, encode, find_family, read_decoder
 from kd_det.heads.dense import DenseOutputs
 from kd_det.heads.queries import QueryOutputs, read_queries
 from kd_det.heads.readers import check_head, find_reader, read_dense
@@ -26,7 +27,8 @@ from kd_det.heads.towers import (
 )
 from kd_det.taps import Call, Features, Taps, record_calls
 
-# By request: DenseOutputs, QueryOutputs, RoIOutputs or TowerFeatures; who reads them knows which it asked for.
+# By request: DenseOutputs, QueryOutputs, QueryDecoder, RoIOutputs or TowerFeatures; who reads them knows which it
+# asked for.
 StudentOutputs = dict[str, Any]
 # The same, but TeacherTowers for towers, and of a RoI head a tuple with the RoIOutputs of each of its stages.
 TeacherOutputs = dict[str, Any]
@@ -120,6 +122,30 @@ class QueryKind(OutputKind):
         return read_queries(head, logits, boxes)
 
 
+class DecoderKind(OutputKind):
+    """A DETR's decoder, to be run on other queries, as :class:`~kd_det.heads.decoders.QueryDecoder`.
+
+    Args:
+        model: The detector whose it is.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def record(self, head: Any) -> AbstractContextManager[Sequence[Call]]:
+        return record_calls(self.model, 'forward_decoder')
+
+    def read(self, head: Any, maps: tuple[Features, ...], recorded: Sequence[Call]) -> QueryDecoder:
+        return read_decoder(self.model, recorded[0].arguments)
+
+    def watch(self, head: Any) -> AbstractContextManager[Sequence[Call]]:
+        return record_calls(self.model, 'forward_decoder')
+
+    def run(self, head: Any, forward: TeacherForward, watched: Sequence[Call]) -> QueryDecoder:
+        given = watched[0].arguments if watched else encode(self.model, forward.features, forward.samples)
+        return read_decoder(self.model, given).detach()
+
+
 class TowerKind(OutputKind):
     """The features within a dense head: of a student to be read, of a teacher to be put in their place.
 
@@ -178,6 +204,8 @@ def find_head(model: nn.Module, name: str) -> nn.Module:
     head = getattr(model, request.head)
     if request == ROI_HEAD:
         find_stages(head)
+    if request.part == 'decoder':
+        find_family(type(model))
     return head
 
 
@@ -201,7 +229,8 @@ def _find_kinds(model: nn.Module, names: Iterable[str]) -> dict[HeadRequest, tup
     for request in map(HeadRequest.parse, names):
         head = find_head(model, request)
         kind = (ROI_KIND if request == ROI_HEAD else
-                TowerKind(request.remaining) if request.part == 'towers' else KINDS.get(request.part))
+                TowerKind(request.remaining) if request.part == 'towers' else
+                DecoderKind(model) if request.part == 'decoder' else KINDS.get(request.part))
         if kind is not None:
             found[request] = kind, head
     return found
@@ -263,8 +292,8 @@ def run_heads(names: Iterable[str], forward: TeacherForward) -> TeacherOutputs:
     kinds = _find_kinds(forward.model, names)
     with ExitStack() as stack:
         watched = {request: stack.enter_context(kind.watch(head)) for request, (kind, head) in kinds.items()}
-        # Towers last: what passes them is known when their head has run.
-        order = sorted(kinds, key=lambda request: request.part == 'towers')
+        # These last: what passes towers, and what an encoder puts out, is known when the head has run.
+        order = sorted(kinds, key=lambda request: request.part in ('towers', 'decoder'))
         return {request: kinds[request][0].run(kinds[request][1], forward, watched[request]) for request in order}
 
 
@@ -278,7 +307,7 @@ def can_be_kept(name: str) -> bool:
         name: See :class:`~kd_det.heads.HeadRequest`.
     """
     request = HeadRequest.parse(name)
-    return request.head != ROI_HEAD and request.part != 'queries'
+    return request.head != ROI_HEAD and request.part not in ('queries', 'decoder')
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor, nn
 
 from kd_det.functional.boxes import constant
+from kd_det.heads.decoders import has_box_queries
 from kd_det.heads.dense import DenseOutputs, read_strides
 from kd_det.heads.queries import QUERY_HEADS, predicts_queries
 from kd_det.heads.request import HEAD_PARTS, ROI_HEAD, HeadError, HeadRequest
@@ -278,10 +279,10 @@ def check_head(detector: str, heads: Mapping[str, type[nn.Module]], name: str) -
                             'CascadeRoIHead and heads derived from them.')
         has = not part
     elif predicts_queries(head):
-        if part != 'queries':
+        if part not in ('queries', 'decoder'):
             raise HeadError(f'A {head.__name__} predicts queries, nothing cell by cell as a dense head does.')
-        has = True
-    elif part == 'queries':
+        has = part == 'queries' or has_box_queries(head)
+    elif part in ('queries', 'decoder'):
         has = False
     else:
         reader = find_reader(head)

@@ -18,7 +18,8 @@ HEAD_PARTS: dict[str, str] = {
                  "normalizer='confidence', or declare its own assignment with kd_det.heads.reads_like",
     'distributions': "predicts no distributions over distances, as GFL and its kin do: choose form='giou'",
     'queries': 'predicts no queries, as the heads of DETR, Conditional DETR, DAB-DETR, Deformable DETR and DINO do; '
-               'kd_det.heads.reads_like declares one with a forward of its own'}
+               'kd_det.heads.reads_like declares one with a forward of its own',
+    'decoder': 'has no queries that start from boxes, as those of DAB-DETR, Deformable DETR and DINO do'}
 
 Remaining = int | Literal['half']  # convolutions of a tower; 'half' of them, rounded down
 
@@ -35,7 +36,7 @@ class HeadRequest(str):
         part: ``''`` for the head's outputs, dense or of regions. Of a dense head also ``'towers'``, the features within
             it at one depth; ``'positives'`` and ``'distributions'``, which add nothing to the outputs but the demand
             that they tell the priors that the head assigned to boxes, or distributions over distances. Of a DETR's head
-            ``'queries'``.
+            ``'queries'``, and ``'decoder'``, which is to be run on queries of the term's own choice.
         remaining: Of towers, how many of their convolutions are still before the features.
 
     Raises:

@@ -16,7 +16,7 @@ from kd_det.context import DistillContext
 from kd_det.functional.boxes import giou_imitation
 from kd_det.functional.logits import soft_target_kl
 from kd_det.functional.queries import corners, match_queries, query_cost
-from kd_det.heads import HeadError, HeadRequest, QueryOutputs
+from kd_det.heads import HeadError, HeadRequest, QueryDecoder, QueryOutputs
 from kd_det.heads.queries import BoxCost
 from kd_det.losses.base import DistillTerm, Parts
 from kd_det.losses.outputs import (
@@ -103,7 +103,7 @@ class QueryTerm(DistillTerm):
     def _pair_queries(self, context: DistillContext) -> QueryPairs:
         student = cast(QueryOutputs, context.student_outputs[self.student_head])
         teacher = cast(QueryOutputs, context.teacher_outputs[self.teacher_index][self.teacher_head])
-        _require_same_classes(student, teacher)
+        require_same_classes(student, teacher)
         layers = min(len(student.logits), len(teacher.logits), self.layers or len(student.logits))
         student, teacher = student.last(layers), teacher.last(layers)
         paired = self._match(student, teacher, context)
@@ -145,7 +145,12 @@ def _compute_box_cost(student: QueryOutputs, teacher: QueryOutputs, context: Dis
     return torch.stack(costs, 1)
 
 
-def _require_same_classes(student: QueryOutputs, teacher: QueryOutputs) -> None:
+def require_same_classes(student: QueryOutputs | QueryDecoder, teacher: QueryOutputs | QueryDecoder) -> None:
+    """Checks that two heads can be compared class by class.
+
+    Raises:
+        HeadError: They tell other classes apart, or by another activation.
+    """
     classes = [f'{each.num_classes} classes apart by {each.activation}' for each in (student, teacher)]
     if classes[0] != classes[1]:
         raise HeadError(f'The student tells {classes[0]}, the teacher {classes[1]}: queries are compared class by '

@@ -37,7 +37,7 @@ from kd_det.distillers.detection_distiller import DetectionDistiller, Observatio
 from kd_det.distillers.gradients import GradientNorms, gradient_norms
 from kd_det.distillers.monitor import find_idle_terms
 from kd_det.distillers.supervision import bring_detections
-from kd_det.heads import DenseOutputs, QueryOutputs, RoIOutputs
+from kd_det.heads import DenseOutputs, QueryDecoder, QueryOutputs, RoIOutputs
 from kd_det.losses import DistillTerm, FeatureTerm
 from kd_det.losses.base import sum_parts
 from kd_det.registry import build_detector, prepare_without_runner
@@ -324,20 +324,26 @@ def _feature_taps(term: DistillTerm, step: ObservedStep) -> Iterator[Tap]:
 def _head_taps(term: DistillTerm, step: ObservedStep) -> Iterator[Tap]:
     context = step.observation.context
     for student_head, teacher_head in zip_longest(term.student_heads, term.teacher_heads):
-        students = _logits_by_stride(context.student_outputs.get(student_head))
-        teachers = _logits_by_stride(context.teacher_outputs[term.teacher_index].get(teacher_head))
+        students = _read_by_stride(context.student_outputs.get(student_head))
+        teachers = _read_by_stride(context.teacher_outputs[term.teacher_index].get(teacher_head))
+        what = 'memory' if isinstance(context.student_outputs.get(student_head), QueryDecoder) else 'logits'
         for stride in dict.fromkeys((*students, *teachers)):
-            yield Tap(f'{student_head} logits' if stride in students else NONE,
+            yield Tap(f'{student_head} {what}' if stride in students else NONE,
                       _shape(students[stride].shape) if stride in students else NONE, stride,
-                      f'{_name_teacher(term, step)}{teacher_head} logits' if stride in teachers else NONE,
+                      f'{_name_teacher(term, step)}{teacher_head} {what}' if stride in teachers else NONE,
                       _shape(teachers[stride].shape) if stride in teachers else NONE)
 
 
-def _logits_by_stride(outputs: Any) -> dict[str, Tensor]:
-    """Class logits by stride; those of queries, and of a RoI head, of whose stages the first is shown, have none."""
+def _read_by_stride(outputs: Any) -> dict[str, Tensor]:
+    """Class logits by stride; those of queries, and of a RoI head, of whose stages the first is shown, have none.
+
+    Of a decoder it is the memory that it reads.
+    """
     if isinstance(outputs, DenseOutputs):
         return dict(zip(map(str, outputs.strides), outputs.logits))
     first = outputs[0] if isinstance(outputs, tuple) and not isinstance(outputs, RoIOutputs) else outputs
+    if isinstance(first, QueryDecoder):
+        return {NONE: first.memory}
     return {NONE: first.logits} if isinstance(first, (QueryOutputs, RoIOutputs)) else {}
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kd_det.compat.process import reseed
 from kd_det.config.arguments import ArgumentError, Index, at, declared, refuse
 from kd_det.heads import ROI_HEAD, HeadError, HeadRequest, StudentOutputs, TeacherOutputs
+from kd_det.heads.decoders import evaluating
 from kd_det.heads.queries import predicts_queries
 from kd_det.registry import build_detector
 from kd_det.taps import Features, Taps
@@ -31,7 +32,7 @@ from kd_det.teachers.joining import (
     select_images,
     without_masks,
 )
-from kd_det.teachers.peers import Peer, evaluating
+from kd_det.teachers.peers import Peer
 from kd_det.teachers.probe import probe_levels
 from kd_det.teachers.teacher import FrozenDetector, Teacher
 
@@ -98,7 +99,7 @@ class Ensemble(Guide):
         super().check(reading)
         for member in self.members:
             member.check(reading)
-        asked = [request for request in map(HeadRequest.parse, reading.heads) if request.part == 'towers']
+        asked = [request for request in map(HeadRequest.parse, reading.heads) if request.part in ('towers', 'decoder')]
         if asked:
             raise HeadError(f"it reads '{asked[0]}', of which there is no mean: only what is predicted of priors, "
                             'regions and queries can be joined. Take a term for each member.')

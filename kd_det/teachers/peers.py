@@ -1,8 +1,7 @@
 """Guides that are made of the learners themselves: another one of the same step, and the student's moving average."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from kd_det.config.arguments import ArgumentError, Index, declared
 from kd_det.heads import ROI_HEAD, HeadError, HeadRequest, StudentOutputs, TeacherOutputs, find_head
 from kd_det.heads.capture import measure_towers
+from kd_det.heads.decoders import evaluating
 from kd_det.heads.roi import run_roi_head
 from kd_det.taps import Features
 from kd_det.teachers.engine import Engine
@@ -76,18 +76,6 @@ def read_outputs(learner: LearnerStep, request: HeadRequest, student: StudentOut
     neck = tuple(level.detach() for level in learner.neck)
     with torch.no_grad(), evaluating(learner.model.roi_head):
         return run_roi_head(learner.model.roi_head, neck, (student or {})[ROI_HEAD].regions)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Within, a module and all below it are in eval mode; then each is in the mode that it was in."""
-    modes = {each: each.training for each in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for each, training in modes.items():
-            each.training = training
 
 
 @MODELS.register_module()

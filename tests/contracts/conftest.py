@@ -1,7 +1,7 @@
 """Scenes: one step of a tiny pair with all that a term or a mask may read, in the situations that training meets.
 
-Student and teacher have the neck and the backbone of three levels, a GFL head, an RPN, a RoI head and the queries of a
-DETR; all of random numbers, so that no detector is built.
+Student and teacher have the neck and the backbone of three levels, a GFL head, an RPN, a RoI head, and the queries and
+the decoder of a DETR; all of random numbers, so that no detector is built.
 """
 import dataclasses
 import inspect
@@ -20,7 +20,17 @@ from kd_det.config.classes import ClassMatch
 from kd_det.context import DistillContext
 from kd_det.distillers.class_sets import restrict_to_shared_classes
 from kd_det.functional.queries import corners
-from kd_det.heads import DenseOutputs, HeadRequest, QueryOutputs, Regions, RoIOutputs, TeacherTowers, read_dense
+from kd_det.heads import (
+    DenseOutputs,
+    HeadRequest,
+    QueryDecoder,
+    QueryOutputs,
+    Regions,
+    RoIOutputs,
+    TeacherTowers,
+    read_dense,
+)
+from kd_det.heads.decoders import BoxQueries
 from kd_det.heads.towers import TowerFeatures, TowerMoments, measure_moments, read_towers, record_towers, tower_widths
 from kd_det.losses import DistillTerm
 from kd_det.teachers.probe import make_shape_samples
@@ -203,9 +213,13 @@ def form_scene(dense_head_config, built_heads):
             side['bbox_head.queries'] = QueryOutputs(query_logits, query_boxes, 'sigmoid')
         queries = outputs['bbox_head.queries']
         queries.assigned, queries.box_cost = assign_queries(queries, boxes, labels, image_shapes), cost_of_boxes
+        memory = torch.randn(len(boxes), 6, student_width, requires_grad=True)
+        of_teacher = memory if equal else torch.randn(len(boxes), 6, teacher_width)
+        for side, remembered in ((outputs, memory), (taught, of_teacher.detach().clone())):
+            side['bbox_head.decoder'] = BoxReader(remembered, None, {}, classes, 'sigmoid')
         context.student_outputs, context.teacher_outputs = outputs, [taught]
         widths = tower_widths(heads['bbox_head']), tower_widths(teacher_heads['bbox_head'])
-        return Scene(context, [*student, *moves[:4]], widths)
+        return Scene(context, [*student, *moves[:4], memory], widths)
 
     return make
 
@@ -303,6 +317,8 @@ def rearrange(context: DistillContext, images: Sequence[int], orders: Sequence[S
                 assigned = torch.stack([new[image][assigned[:, image]] for image in images], 1)
             return dataclasses.replace(outputs, logits=outputs.logits[:, images], boxes=outputs.boxes[:, images],
                                        assigned=assigned)
+        if isinstance(outputs, QueryDecoder):
+            return dataclasses.replace(outputs, memory=outputs.memory[list(images)])
         if isinstance(outputs, RoIOutputs):
             rows = [(outputs.regions.rois[:, 0] == image).nonzero().flatten() for image in images]
             regions = outputs.regions.select(torch.cat(rows))
@@ -390,6 +406,17 @@ def cost_of_boxes(logits: Tensor, boxes: Tensor, truth: Tensor, labels: Tensor, 
     """(n, m), as a student's matcher computes it."""
     height, width = image_shape
     return torch.cdist(corners(boxes) / 1000 * boxes.new_tensor([width, height] * 2), truth) - logits[:, labels]
+
+
+class BoxReader(QueryDecoder):
+    """What a decoder of two layers might say: it depends on the box and on the memory, not on the class."""
+
+    def decode(self, queries: BoxQueries) -> QueryOutputs:
+        seen = self.memory.mean(2, keepdim=True).mT.expand(-1, queries.boxes.shape[1], -1)
+        read = torch.cat([queries.boxes, seen], -1)
+        weights = torch.arange(read.shape[-1] * 2 * (self.num_labels + 4)).view(read.shape[-1], -1).sin()
+        logits, boxes = (read @ weights).unflatten(-1, (2, -1)).movedim(2, 0).split([self.num_labels, 4], -1)
+        return QueryOutputs(logits, boxes.sigmoid(), 'sigmoid')
 
 
 def find_arguments(kind: type) -> list[str]:

@@ -26,6 +26,7 @@ CONFIGS = dict(
                       dict(normalizer='mask', mask='SpatialAttention'), dict(normalizer='mask', mask='BoxForeground'),
                       dict(normalizer='mean', normalize=True)],
     QueryClassification=[dict(), dict(treatment='cwtm'), dict(standardize=True)],
+    TargetQueries=[dict(), dict(beta=1.0, layers=1)],
     RoIClassification=[dict(), *(dict(form=form) for form in ('decoupled', 'coupled', 'weighted')),
                        dict(treatment='cwtm'), dict(standardize=True)],
     RoIRegression=[dict(), dict(form='l1'), dict(form='mse', normalizer='own')],

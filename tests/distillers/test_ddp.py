@@ -27,6 +27,9 @@ TWO_STAGE = dict(
     moves=dict(type='RoIRegression', form='l1', normalizer='own'),
     rpn=dict(type='RPNImitation'),
     bounded=dict(type='RPNImitation', form='bounded', normalizer='positives', margin=1.0))
+OF_QUERIES = dict(
+    asked=dict(type='TargetQueries', weight=10.0),
+    memory=dict(type='FeatureImitation', tap='encoder', mask='BoxForeground', normalizer='mask', adapter='conv3x3'))
 
 
 def whole(faster_rcnn, **kwargs):
@@ -65,11 +68,12 @@ def _load_rank():
 
 
 @pytest.mark.parametrize('detector, terms, shard', [('retinanet', DENSE, False), ('faster_rcnn', TWO_STAGE, False),
-                                                    ('faster_rcnn', TWO_STAGE, True)])
+                                                    ('faster_rcnn', TWO_STAGE, True), ('detr', OF_QUERIES, False)])
 def test_two_ranks_give_the_gradients_of_one_process_with_the_whole_batch(detector, terms, shard, request,
                                                                           batch_of_four, on_two_ranks):
     make = request.getfixturevalue(detector)
-    student, teacher = (make() if detector == 'retinanet' else whole(make), make(neck=12))
+    student = whole(make) if detector == 'faster_rcnn' else make('DABDETR') if detector == 'detr' else make()
+    teacher = make('DABDETR', depth=50) if detector == 'detr' else make(neck=12)
     student.backbone.norm_eval = True  # BatchNorm's own batch statistics would differ between the two
     config = dict(type='DetectionDistiller', student=student,
                   teacher=dict(config=teacher, random_teacher=True, shard=shard), distill=terms)

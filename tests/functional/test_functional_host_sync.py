@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from benchmarks.gpu_checks import no_waiting
-from kd_det.functional import boxes, dense, features, focal_global, logits, masks, relations, structure
+from kd_det.functional import boxes, dense, features, focal_global, logits, masks, queries, relations, structure
 
 BATCH, CELLS = (64, 96), (8, 12)
 BOXES = [torch.tensor([[8., 8., 40., 30.], [50., 10., 90., 60.]]), torch.zeros(0, 4)]
@@ -78,6 +78,9 @@ PATHS = dict(
     dense_boxes=lambda s: dense.sum_giou_imitation(s[..., :4], feature()[..., :4] + 1, feature(2, 3, 8).abs()),
     dense_gap=lambda s: dense.sum_distribution_kl(s, feature() + 1,
                                                   logits.largest_gap(s, feature() + 1, 'sigmoid')[..., 0]),
+    targets=lambda s: s.sum() * queries.noisy_targets(feature(2, 3, 4), torch.zeros(2, 3).long(), 2, 0.4, 0.5, 3,
+                                                      step=4)[0].masked_fill(
+        queries.hide_other_groups(feature(2, 3) > 0, 2).all(-1).view(2, 2, 3, 1), 0).sum(),
     giou=lambda s: boxes.giou_imitation(s[0, 0, :, :4], 5 * feature(8, 4)).sum(),
 )
 

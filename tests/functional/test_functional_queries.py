@@ -118,3 +118,70 @@ def test_one_transfer_to_the_host(monkeypatch):
     queries.match_queries(torch.rand(6, 4, 3), torch.tensor([[0, 1, 2]] * 6), torch.rand(6, 5, 2), [2, 0] * 3,
                           torch.full((6, 4), -1))
     assert len(given) == 1
+
+
+# ------------------------------------------------------------------------------------------- ground truth with noise
+
+
+@pytest.fixture
+def truth():
+    """Boxes as x1, y1, x2, y2 in shares of their image, and labels."""
+    generator = torch.Generator().manual_seed(3)
+    first = torch.rand(4, 50, 2, generator=generator) * 0.6
+    boxes = torch.cat([first, first + 0.02 + 0.3 * torch.rand(4, 50, 2, generator=generator)], -1)
+    return boxes, torch.randint(7, (4, 50), generator=generator)
+
+
+def test_noise_moves_each_side_evenly_and_no_further_than_it_says(truth):
+    boxes, labels = truth
+    noisy, same = queries.noisy_targets(boxes, labels, groups=20, box_noise=0.4)
+    assert noisy.shape == (4, 20, 50, 4) and torch.equal(same, labels[:, None].expand(4, 20, 50))
+    center, size = noisy.chunk(2, -1)
+    moved = torch.cat([center - size / 2, center + size / 2], -1) - boxes[:, None]
+    moves = moved / (boxes[..., 2:] - boxes[..., :2]).repeat(1, 1, 2)[:, None]
+    assert moves.abs().max() <= 0.2 + 1e-5
+    assert moves.mean((0, 1, 2)).abs().max() < 0.01 and (moves.std((0, 1, 2)) - 0.4 / 12**0.5).abs().max() < 0.005
+    correlation = torch.corrcoef(moves.flatten(0, 2).T) - torch.eye(4)
+    between_groups = torch.corrcoef(moves.transpose(0, 1).flatten(1)) - torch.eye(20)
+    assert correlation.abs().max() < 0.07 and between_groups.abs().max() < 0.15  # of 4000 draws, of 800
+    exact, _ = queries.noisy_targets(boxes, labels, box_noise=0.0)
+    torch.testing.assert_close(queries.corners(exact[:, 0]) / 1000, boxes)
+
+
+def test_a_share_of_the_labels_is_drawn_from_all_classes(truth):
+    boxes, labels = truth
+    _, noisy = queries.noisy_targets(boxes, labels, groups=50, label_noise=0.7, classes=7)
+    differ = noisy != labels[:, None]
+    assert differ.float().mean().item() == pytest.approx(0.7 * 6 / 7, abs=0.02)
+    counts = noisy[differ].bincount(minlength=7)
+    assert len(counts) == 7 and counts.min() > 0.8 * counts.float().mean()
+    assert torch.equal(queries.noisy_targets(boxes, labels, groups=3, label_noise=1.0, classes=1)[1],
+                       torch.zeros(4, 3, 50, dtype=torch.long))
+
+
+def test_noise_follows_the_box_and_the_step_alone(truth):
+    boxes, labels = truth
+    state = torch.get_rng_state()
+    noise = dict(groups=2, label_noise=0.5, classes=7)
+    noisy, others = queries.noisy_targets(boxes, labels, step=5, **noise)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    moved, relabelled = queries.noisy_targets(boxes[[2, 0]][:, order], labels[[2, 0]][:, order], step=5, **noise)
+    assert torch.equal(moved, noisy[[2, 0]][:, :, order]) and torch.equal(relabelled, others[[2, 0]][:, :, order])
+    assert (queries.noisy_targets(boxes, labels, step=6, **noise)[0] != noisy).any(-1).all()
+    assert (noisy[:, 0] != noisy[:, 1]).any(-1).all() and torch.equal(torch.get_rng_state(), state)
+
+
+def test_noisy_boxes_stay_within_the_image():
+    edges = torch.tensor([[[0.0, 0.0, 1.0, 1.0], [0.9, 0.9, 1.2, 1.3], [0.5, 0.5, 0.5, 0.5], [-0.0, 0.0, 0.1, 0.0]]])
+    noisy, _ = queries.noisy_targets(edges, torch.zeros(1, 4).long(), groups=50, box_noise=1.0)
+    assert noisy.min() >= queries.LEAST and noisy.max() <= 1 - queries.LEAST and noisy.logit().isfinite().all()
+
+
+def test_queries_see_the_known_ones_of_their_group_and_themselves():
+    known = torch.tensor([[True, True, False], [False, False, False]])
+    hidden = queries.hide_other_groups(known, 2)
+    for image in range(2):
+        for first in range(6):
+            for second in range(6):
+                seen = first == second or first // 3 == second // 3 and bool(known[image, second % 3])
+                assert hidden[image, first, second] == (not seen)

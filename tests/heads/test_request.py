@@ -14,7 +14,8 @@ from kd_det.losses import DistillTerm
                                               ('bbox_head.towers', 'bbox_head', 'towers'),
                                               ('rpn_head.positives', 'rpn_head', 'positives'),
                                               ('bbox_head.distributions', 'bbox_head', 'distributions'),
-                                              ('bbox_head.queries', 'bbox_head', 'queries')])
+                                              ('bbox_head.queries', 'bbox_head', 'queries'),
+                                              ('bbox_head.decoder', 'bbox_head', 'decoder')])
 def test_a_request_is_the_string_that_names_it(name, head, part):
     request = HeadRequest.parse(name)
     assert (request.head, request.part) == (head, part) and request == HeadRequest(head, part) == name
@@ -34,8 +35,8 @@ def test_a_request_for_towers_names_their_depth():
 
 @pytest.mark.parametrize('name, message', [
     ('bbox_head.tower', "'bbox_head.tower': no head has a part 'tower'. Parts are towers, positives, distributions, "
-                        r"queries. Did you mean 'bbox_head.towers'\?"),
-    ('bbox_head.masks', 'Parts are towers, positives, distributions, queries.$'),
+                        r"queries, decoder. Did you mean 'bbox_head.towers'\?"),
+    ('bbox_head.masks', 'Parts are towers, positives, distributions, queries, decoder.$'),
     ('bbox_head.towers.positives', "no head has a part 'towers.positives'"),
     ('bbox_head.towers.0', "no head has a part 'towers.0'"), ('bbox_head.positives.1', "a part 'positives.1'")])
 def test_a_part_that_no_head_has(name, message):

@@ -300,6 +300,7 @@ WRONG = dict(
     pooling_weight=NEGATIVE, relation_weight=NEGATIVE, distance_weight=NEGATIVE, angle_weight=NEGATIVE,
     objectness_weight=NEGATIVE, regression_weight=NEGATIVE, box_weight=NEGATIVE, distribution_weight=NEGATIVE,
     l1_weight=NEGATIVE, giou_weight=NEGATIVE, centerness_weight=NEGATIVE, normalize=FLAG, align=FLAG,
+    class_weight=NEGATIVE, groups=(0, 1.5, None, True), box_noise=SHARE, label_noise=SHARE,
     box_weighting=('gap', None), box_normalizer=('boxes', None),
     # of masks
     xi=(2, 1.01, -0.1, '0.5', True, None), phi=(1, -0.1, None), top_k=(0, -1, 2.5, None, True), anchors=(3, [8]),
@@ -338,7 +339,7 @@ WRONG = dict(
     scale=(0, -1.5, '2', None, True), shift=(0.6, -0.1, '0', None), labels=(0, [], [-1], [1, 1], ['red'], None),
     dataset=('coco', None, []), lazy_init=FLAG, metric=('accuracy', None), batch_size=(0, 1.5, '1'),
     peers=(-1, 0.5, None, ['x']), share=('neck', [''], ['neck', 'neck'], None))
-GAP = ('DenseClassification', 'QueryClassification', 'CrossKD')  # their β is an exponent
+GAP = ('DenseClassification', 'QueryClassification', 'TargetQueries', 'CrossKD')  # their β is an exponent
 
 
 OTHERS = {'Balance.ratio': NEGATIVE, 'NoisyLabels.share': SHARE, 'NoisyLabels.classes': (1, 2.5, '3', True),

@@ -35,6 +35,7 @@ from kd_det.losses import (
     QueryRegression,
     RankMimicking,
     RoIClassification,
+    TargetQueries,
 )
 
 SERVED = {method.name: method.detectors for method in methods()}
@@ -59,7 +60,8 @@ LOCAL = dict(
     pgd='boxes here cover the whole of the coarsest level, which has no background then',
     ld='priors that the assigner gave to a box', rm='boxes with several such priors',
     kd='regions, all small enough for the finest level', dkd='as kd',
-    querykd='the queries of Conditional DETR and DAB-DETR begin without content: their first attention learns nothing')
+    querykd='the queries of Conditional DETR and DAB-DETR begin without content: their first attention learns nothing',
+    targetquery='as querykd, of DAB-DETR')
 
 # Terms whose value is not 0 where the student equals the teacher.
 NEVER_ZERO = dict(
@@ -69,7 +71,8 @@ NEVER_ZERO = dict(
     mgd='it generates the feature from a random part of its cells')
 ROUNDING = 1e-5
 ROUNDED = 'attention takes another path through PyTorch where nothing learns'
-ALMOST_ZERO = dict(encoder=ROUNDED, querykd_classes=ROUNDED, querykd_boxes=ROUNDED)
+ALMOST_ZERO = dict.fromkeys(
+    ('encoder', 'querykd_classes', 'querykd_boxes', 'targetquery', 'targetquery_memory'), ROUNDED)
 NOT_ZERO = {('Cascade R-CNN', term): "it learns from the mean of a cascade teacher's stages" for term in ('kd', 'dkd')}
 
 # The teacher computes as the student does, in the same order.
@@ -149,6 +152,8 @@ def read_by(term: DistillTerm, observation: Observation) -> list[Tensor]:
     if isinstance(term, CrossKD):
         towers = student[term.student_towers]
         return [*towers.classes, *towers.boxes]
+    if isinstance(term, TargetQueries):
+        return [student[term.student_head].memory]
     outputs = student[term.student_heads[0]]
     fields = [getattr(outputs, name, None) for name in OUTPUTS[type(term)]]
     levels = [field if isinstance(field, tuple) else (field, ) for field in fields if field is not None]
@@ -322,6 +327,9 @@ def random_pair(detector_config, distiller, batch_for, monkeypatch):
         terms = {name: dict(term, weight=dict(type='Start', value=1.0, iterations=1))
                  for method, served in SERVED.items() if detector in served
                  for name, term in method_terms(method, find_model_family(student)).items()}
+        for term in terms.values():
+            if term['type'] == 'mmdet.TargetQueries':
+                term['label_noise'] = 0.0  # it draws a class by its place among them
         model = awake(distiller(student, student, distill=terms, seed=data.draw(st.integers(0, 9)),
                                 teacher=dict(config=student, random_teacher=True, **AS_LOADED)), equal=True)
 

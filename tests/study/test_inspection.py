@@ -50,6 +50,13 @@ def test_queries_and_encoders_of_detrs_are_shown(detr, distiller, batch):
     assert measured['classes'] == 'neck' and measured['encoder'] == 'encoder'
 
 
+def test_a_decoder_is_shown_by_the_memory_that_it_reads(detr, distiller, batch):
+    pair = detr('DABDETR'), detr('DABDETR', embed=64)
+    model = distiller(*pair, distill=dict(asked=dict(type='TargetQueries'))).train()
+    (row, ) = describe_step(model, observe_step(model, batch())).tabulate_taps().rows
+    assert row == ('bbox_head.decoder memory', '2 × 4 × 32', '–', 'bbox_head.decoder memory', '2 × 4 × 64', 'asked')
+
+
 def test_terms_are_shown_with_value_weight_and_pull(observed):
     model, step = observed
     table = describe_step(model, step).tabulate_terms().rows

@@ -241,6 +241,6 @@ def test_an_unknown_option(retinanet):
 
 @pytest.mark.parametrize('name, kept', [('bbox_head', True), ('rpn_head', True), ('bbox_head.towers', True),
                                         ('bbox_head.positives', True), ('roi_head', False),
-                                        ('bbox_head.queries', False)])
+                                        ('bbox_head.queries', False), ('bbox_head.decoder', False)])
 def test_what_can_be_kept(name, kept):
     assert can_be_kept(name) == kept

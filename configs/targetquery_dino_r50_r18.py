@@ -1,0 +1,3 @@
+"""DINO R50 teaches DINO R18 by queries made of ground-truth boxes, on COCO."""
+_base_ = ['./_base_/pairs/dino_r50_r18.py', './_base_/methods/targetquery_detr.py']
+model = dict(distill=_base_.targetquery)
