@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from math import log
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -265,7 +266,7 @@ def pair_levels(student: Sequence[LevelSpec], teacher: Sequence[LevelSpec], leve
         teacher: The teacher's levels.
         levels: Indices into ``student``; or a number, which is that many from the first on, or all where there are
             fewer; all by default.
-        resize: Pair a level that has no partner of its stride with the nearest one, for a term that resizes it.
+        resize: Pair a level that has no partner of its stride with the nearest by ratio, for a term that resizes it.
 
     Raises:
         LevelError: An index out of range or of a level that another names, a number below 1, or a level without a
@@ -286,7 +287,7 @@ def pair_levels(student: Sequence[LevelSpec], teacher: Sequence[LevelSpec], leve
     pairs = []
     for index in chosen:
         stride = student[index].stride
-        nearest = min(range(len(teacher)), key=lambda other: abs(teacher[other].stride - stride))
+        nearest = min(range(len(teacher)), key=lambda other: abs(log(teacher[other].stride / stride)))
         if teacher[nearest].stride != stride and not resize:
             raise LevelError(f'The student level {index} of stride {stride} has no partner: the teacher has the '
                              f'strides {[level.stride for level in teacher]}. Choose the levels to compare (levels=…) '

@@ -37,6 +37,7 @@ from kd_det.teachers.loading import load_strictly
 from kd_det.teachers.teacher import NOT_OF_CONFIGS, Teacher
 from kd_det.training.finiteness import FiniteHook
 from kd_det.training.hooks import DistillHook, Preflight
+from kd_det.training.labels import NoisyLabels, WithoutClasses
 from kd_det.training.probe import HeldOut, ProbeSettings
 from kd_det.training.replay import ReplayedRandomness
 
@@ -86,8 +87,9 @@ def make_page() -> str:
         'Policies': ('`model.policy`', _registered(TASK_UTILS, Policy)),
         'Hooks': ('`default_hooks.distill` with its `preflight` and `probe`, and `custom_hooks`',
                   [DistillHook, Preflight, ProbeSettings, FiniteHook]),
-        'In data and evaluation': ('A transform of the training pipeline, a wrapper of the training data, and a metric '
-                                   'of `val_evaluator`', [ReplayedRandomness, HeldOut, FidelityMetric]),
+        'In data and evaluation': ('Transforms of the training pipeline, a wrapper of the training data, and a metric '
+                                   'of `val_evaluator`',
+                                   [ReplayedRandomness, NoisyLabels, WithoutClasses, HeldOut, FidelityMetric]),
         'Weights that change': ('`weight` of a term, beside its own arguments: a number of at least 0, by default 1.0, '
                                 'or one of these', [Ramp, *_registered(TASK_UTILS, Schedule)]),
         'Terms': ('`model.distill.<name>`', [*(base for base in BASES if issubclass(base, DistillTerm)), *terms]),

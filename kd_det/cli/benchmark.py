@@ -35,10 +35,11 @@ def add_arguments(parser: ArgumentParser) -> None:
                         'methods (docs/evaluation.md); --data is then the folder that holds the data sets, and '
                         'options that are given count in place of what the file says')
     parser.add_argument('--methods', metavar='A,B+C,D@SETTING',
-                        help='methods, sums of methods, or inherit; @paper, @balance=RATIO, @inherit=PART+PART, '
-                        '@teachers=N, @policy=POLICY, @epochs=N, @augment=mosaic+mixup and @dotted.key=value are '
-                        'settings of one of them. none, the plain student, always takes part, also in each setting of '
-                        "the student ('none,kd,fgd,pkd')")
+                        help='methods, sums of methods, inherit or pseudo_labels; @paper, @balance=RATIO, '
+                        '@inherit=PART+PART, @teachers=N, @policy=POLICY, @epochs=N, @augment=mosaic+mixup, '
+                        '@noise=SHARE, @shift=SHARE, @without=CLASS+CLASS, @pseudo_labels=SCORE and '
+                        '@dotted.key=value are settings of one of them. none, the plain student, always takes '
+                        "part, also in each setting of the student ('none,kd,fgd,pkd')")
     add_common_arguments(parser)
 
 

@@ -18,12 +18,17 @@ def add_arguments(parser: ArgumentParser) -> None:
     axes.add_argument('--augment', type=_values, metavar='none,mixup,mosaic',
                       help='what is done to the training images beside their pipeline: none, mosaic, mixup, '
                       'mosaic+mixup; each is compared with a plain student of the same augmentation')
+    axes.add_argument('--noise', type=_values, metavar='0,0.1,0.2',
+                      help='shares of the training boxes with a wrong class')
+    axes.add_argument('--shift', type=_values, metavar='0,0.1', help='by which share of their size training boxes move')
+    axes.add_argument('--without', type=_values, metavar='none,CLASS',
+                      help='classes that no training box has; A+B: two of them')
     benchmark.add_common_arguments(parser)
 
 
 def run(options: Namespace) -> int:
     from kd_det.study.benchmark import sweep
-    named = dict(teachers=options.teachers, augment=options.augment)
+    named = {name: getattr(options, name) for name in ('teachers', 'augment', 'noise', 'shift', 'without')}
     settings = [*options.set, *((key, values) for key, values in named.items() if values)]
     return benchmark.print_benchmark(partial(sweep, method=options.method, settings=settings), options)
 

@@ -118,7 +118,8 @@ def sweep(pair: str | Path | Config | None = None, *, method: str,
     """
     pairs = list(settings.items() if isinstance(settings, Mapping) else settings)
     if not pairs:
-        raise ConfigurationError('There is nothing to try: give --set, --teachers or --augment.')
+        raise ConfigurationError('There is nothing to try: give --set, --teachers, --augment, --noise, --shift '
+                                 'or --without.')
     return benchmark(pair, methods=expand_grid(method, pairs), **arguments)
 
 

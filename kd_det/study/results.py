@@ -89,8 +89,10 @@ def paired_difference(baseline: Mapping[int, float], other: Mapping[int, float])
 def make_run_entry(variant: Variant, seed: int, folder: Path, outcome: Outcome, root: Path) -> dict:
     """Makes an element of ``runs``: the variant, its settings and its twin, and the run or why there is none."""
     distillation = dict(balance=variant.balance, inherit=variant.inherit, teachers=variant.teachers,
-                        **({'policy': variant.policy} if variant.policy else {}))
-    settings = dict({} if variant.is_plain else distillation, augment=variant.augment, **variant.settings)
+                        **({'policy': variant.policy} if variant.policy else {}),
+                        **({} if variant.pseudo_labels is None else {'pseudo_labels': variant.pseudo_labels}))
+    settings = dict({} if variant.is_plain else distillation, augment=variant.augment, **variant.labels,
+                    **variant.settings)
     entry = dict(variant=variant.name, method=variant.method, seed=seed, settings=settings,
                  twin=find_twin(variant.name), folder=os.path.relpath(folder, root))
     if isinstance(outcome, Failure):
@@ -215,6 +217,28 @@ def summarize_lengths(results: dict) -> dict[str, dict[int, dict]]:
     return {name: dict(sorted(by_length.items())) for name, by_length in found.items()} if len(lengths) > 1 else {}
 
 
+def summarize_classes(results: dict) -> dict[str, dict[str, dict]]:
+    """Tells what became of the classes that some variants never saw labelled.
+
+    Args:
+        results: What ``results.json`` holds.
+
+    Returns:
+        Variant -> such a class, and ``'others'``, the mean of all that every variant saw -> mean and standard deviation
+        over the seeds of the AP, in points; nothing where all classes were labelled.
+    """
+    runs = [run for run in results['runs'] if run['status'] == 'finished' and run.get('class_ap')]
+    missing = dict.fromkeys(name for run in runs for name in run.get('settings', {}).get('without', ()))
+    values: dict[str, dict[str, list[float]]] = {}
+    for run in runs if missing else ():
+        others = [value for name, value in run['class_ap'].items() if name not in missing]
+        found = {name: run['class_ap'][name] for name in missing if name in run['class_ap']}
+        for name, value in (*found.items(), *([('others', float(np.mean(others)))] if others else ())):
+            values.setdefault(run['variant'], {}).setdefault(name, []).append(100 * value)
+    return {variant: {name: mean_and_std(each) for name, each in by_name.items()}
+            for variant, by_name in values.items()}
+
+
 def summarize_fidelity(entries: Sequence[dict], splits: Sequence[str]) -> dict[str, dict[str, dict[str, dict]]]:
     """Split -> variant -> number -> mean and standard deviation over the seeds that have it."""
     values: dict[str, dict[str, dict[str, list]]] = {split: {} for split in splits}
@@ -240,6 +264,8 @@ def tabulate(results: dict) -> list[TextTable]:
     lengths = summarize_lengths(results)
     if lengths:
         tables.insert(1, _tabulate_lengths(lengths))
+    if classes := summarize_classes(results):
+        tables.insert(1, _tabulate_classes(classes))
     tables += [_make_table(f'Fidelity on {split} images, mean ± standard deviation over seeds; cka: mean over levels',
                            FIDELITY, fidelity_rows(variants)) for split, variants in results['fidelity'].items()]
     return tables
@@ -255,6 +281,14 @@ def _tabulate_lengths(lengths: Mapping[str, Mapping[int, dict]]) -> TextTable:
     return TextTable('What remains when all train longer', headings, rows,
                      'mAP of the plain student, ± standard deviation over seeds; of the others what they gain over the '
                      'one that trained as long, ± half of its 95 % interval')
+
+
+def _tabulate_classes(classes: Mapping[str, Mapping[str, dict]]) -> TextTable:
+    columns = tuple(dict.fromkeys(name for by_name in classes.values() for name in by_name))
+    rows = [{name: format_mean(**each) for name, each in by_name.items()} | dict(method=variant)
+            for variant, by_name in classes.items()]
+    return _make_table('Classes that some never saw labelled (@without), beside the mean of the others', columns, rows,
+                       'AP in points, mean ± standard deviation over seeds')
 
 
 def _make_table(title: str, columns: Sequence[str], rows: Sequence[dict[str, str]], caption: str = '') -> TextTable:
@@ -275,6 +309,9 @@ def format_markdown(results: dict) -> str:
     if lengths:
         remaining = _tabulate_lengths(lengths)
         lines += ['', remaining.to_markdown(), '', f'{remaining.title}: {remaining.caption}.']
+    if classes := summarize_classes(results):
+        unseen = _tabulate_classes(classes)
+        lines += ['', unseen.to_markdown(), '', f'{unseen.title}: {unseen.caption}.']
     lines += [f"- {run['variant']}, seed {run['seed']} {run['status']}: {run['error']}" for run in results['runs']
               if run['status'] != 'finished']
     for split, variants in results['fidelity'].items():

@@ -15,11 +15,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from mmdet.evaluation import CocoMetric
 from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config
 from mmengine.dist import get_world_size, is_main_process
@@ -44,7 +46,8 @@ PACKAGES = ('torch', 'torchvision', 'mmengine', 'mmdet', 'mmcv', 'mmcv-lite', 'n
             'faster-coco-eval')
 CHECKOUT = Path(__file__).resolve().parents[2]
 RESULT_FILE = 'result.json'
-LATER = {'environment', 'seconds'}  # of a run, which earlier versions did not note
+LATER = {'environment', 'seconds', 'class_ap'}  # of a run, which earlier versions did not note
+OF_CLASS = '_precision'  # ends CocoMetric's name of the AP of a class
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Run:
             :func:`describe_environment`; empty where an earlier version did not note them.
         seconds: From the building of its parts to its last validation, without the start of the process; None where an
             earlier version did not note them.
+        class_ap: CocoMetric's AP of each class that has objects, by name, 0 to 1; empty where an earlier version did
+            not note it.
     """
     identity: str
     start: str
@@ -86,6 +91,7 @@ class Run:
     iterations: int
     environment: dict[str, Any] = field(default_factory=dict)
     seconds: float | None = None
+    class_ap: dict[str, float] = field(default_factory=dict)
 
     def resolve_paths(self, folder: Path) -> Run:
         """Returns the run with the paths of its files as they are seen from where its folder is."""
@@ -163,7 +169,8 @@ def _train(name: str, config: Config, identity: str, log: Callable[[str], None],
         epochs=runner.max_epochs,
         iterations=runner.max_iters,
         environment=environment,
-        seconds=seconds)
+        seconds=seconds,
+        class_ap=recorder.class_ap)
 
 
 def load_finished_run(folder: Path, identity: str, log: Callable[[str], None] = lambda text: None) -> Run | None:
@@ -348,11 +355,27 @@ class TrainingRecorder(Hook):
 
     def __init__(self, name: str, log: Callable[[str], None], after_step: Callable[[Runner], None]) -> None:
         self.name, self.log, self.after_step = name, log, after_step
-        self.seconds, self.metrics, self.order = [], {}, hashlib.sha256()
+        self.seconds, self.metrics, self.class_ap, self.order = [], {}, {}, hashlib.sha256()
 
     def before_train(self, runner: Runner) -> None:
         state = _unwrap(runner.model).state_dict()  # of a distiller: the student's
         self.start = sha256(b''.join(key.encode() + value.cpu().numpy().tobytes() for key, value in state.items()))
+        for metric in runner.val_loop.evaluator.metrics if runner.val_loop else ():
+            if isinstance(metric, CocoMetric):
+                self._read_classes(metric)
+
+    def _read_classes(self, metric: CocoMetric) -> None:
+        """Lets a metric tell the AP of each class here alone: the first number that it gives may decide the best."""
+        compute, is_told = metric.compute_metrics, metric.classwise
+
+        def compute_metrics(results: list) -> dict[str, float]:
+            found = compute(results)
+            take = found.get if is_told else found.pop
+            of_classes = {name: take(f'{name}{OF_CLASS}', nan) for name in metric.dataset_meta['classes']}
+            self.class_ap = {name: float(value) for name, value in of_classes.items() if isfinite(value)}
+            return found
+
+        metric.classwise, metric.compute_metrics = True, compute_metrics
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         images = [getattr(sample, 'img_id', None) for sample in data_batch['data_samples']]

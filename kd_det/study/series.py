@@ -219,7 +219,7 @@ class Series:
         checkpoints = checkpoints or self.pair.checkpoints
         if len(self._hashes) != len(self.pair.checkpoints):
             self._hashes = [hash_weights(each) for each in self.pair.checkpoints]
-        config = _set_seed(variant_config(variant, self.pair, checkpoints), seed)
+        config = _set_seed(variant_config(variant, self.pair, checkpoints, seed), seed)
         return Job(f'{variant.name}, seed {seed}', self.root / variant.folder / f'seed{seed}', config,
                    [self.data] if variant.is_plain else [self.data, *self._hashes[:variant.teachers]])
 

@@ -14,9 +14,10 @@ from typing import Any
 from mmdet.registry import TRANSFORMS
 from mmengine.config import Config
 
-from kd_det.config import ConfigurationError
-from kd_det.config.arguments import Ratio, check_value
+from kd_det.config import ConfigurationError, suggest_names
+from kd_det.config.arguments import Ratio, Share, check_value
 from kd_det.config.choices import POLICIES
+from kd_det.config.classes import find_dataset_classes
 from kd_det.config.composition import NO_METHOD, PAPER
 from kd_det.config.distillation import compose_distillation
 from kd_det.config.files import TOP_KEYS, get_type_name, list_leaf_datasets, student_model, training_pipelines
@@ -25,13 +26,19 @@ from kd_det.config.options import merge_options, read_value, set_epochs
 from kd_det.config.policies import names_all_methods
 from kd_det.registry import HOME, find_class, get_scope, within_scope
 from kd_det.study.pair import Pair
+from kd_det.training.labels import LABEL_TRANSFORMS, Shift
 
 PLAIN = NO_METHOD
 LENGTH = 'epochs='
+PSEUDO_LABELS = 'pseudo_labels'
+SURE = 0.5  # the score from which on a teacher's boxes are labels, where none is given
 
 # Settings of the distillation; all others are the student's.
 DISTILLATION_KEYS = ('model.teacher', 'model.distill', 'model.inherit', 'model.task_weight', 'model.policy',
-                     'default_hooks.distill')
+                     'model.pseudo_labels', 'default_hooks.distill')
+
+# Settings that change the student, and the values of them that do not.
+OF_STUDENT = dict(epochs=(), augment=(PLAIN, ), noise=('0', '0.0'), shift=('0', '0.0'), without=(PLAIN, ))
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,10 @@ class Variant:
         augment: What is done to the training images beside the student's own pipeline, see
             :func:`~kd_det.study.variants.mix_images`.
         epochs: For how long the student trains, its schedules stretched with it; None for its config's own.
+        noise: The share of training boxes that get a wrong class, see :class:`~kd_det.training.NoisyLabels`.
+        shift: By which share of their size training boxes move, see there.
+        without: Classes that no training box has, see :class:`~kd_det.training.WithoutClasses`.
+        pseudo_labels: The score from which on the teacher's boxes join the training boxes; None for none of them.
     """
     name: str
     method: str
@@ -61,6 +72,10 @@ class Variant:
     policy: str = ''
     augment: tuple[str, ...] = ()
     epochs: int | None = None
+    noise: float = 0.0
+    shift: float = 0.0
+    without: tuple[str, ...] = ()
+    pseudo_labels: float | None = None
 
     @property
     def folder(self) -> str:
@@ -70,7 +85,12 @@ class Variant:
     @property
     def is_plain(self) -> bool:
         """Whether the teacher plays no part."""
-        return self.method == PLAIN and not self.inherit
+        return self.method == PLAIN and not self.inherit and self.pseudo_labels is None
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """What is changed in the training labels, by the names of the settings."""
+        return {name: getattr(self, name) for name in ('noise', 'shift', 'without') if getattr(self, name)}
 
 
 def find_twin(name: str) -> str:
@@ -85,9 +105,10 @@ def find_twin(name: str) -> str:
 
 
 def _changes_student(setting: str) -> bool:
-    if '.' in setting.partition('=')[0]:
+    key, _, value = setting.partition('=')
+    if '.' in key:
         return not setting.startswith(DISTILLATION_KEYS)
-    return setting.startswith((LENGTH, 'augment=')) and setting != f'augment={PLAIN}'
+    return key in OF_STUDENT and value not in OF_STUDENT[key]
 
 
 def without_length(name: str) -> str:
@@ -111,6 +132,11 @@ def parse_variants(text: str, common: Variant = Variant('', PLAIN), lengths: Seq
               the policy chooses;
             - ``@epochs=24``: trains for so long, as its twin does;
             - ``@augment=mosaic+mixup``: mixes training images, as teacher and student see them; ``@augment=none``;
+            - ``@noise=0.2``: that share of the training boxes has a wrong class; ``@shift=0.1``: they are moved by up
+              to that share of their size; ``@without=CLASS+CLASS``: none is of these classes. The teacher has learnt
+              from labels as they are;
+            - ``@pseudo_labels``, ``@pseudo_labels=0.5``: boxes of which the teacher is that sure join the training
+              boxes. ``pseudo_labels`` as a method is that and no terms;
             - ``@dotted.key=value``: overrides the student's config, as ``--cfg-options`` does, or what the distillation
               adds to it: ``@model.distill.fgd.temperature=0.8``.
         common: The settings that hold unless a variant has its own; for the plain student only ``settings`` and
@@ -144,8 +170,8 @@ def parse_variants(text: str, common: Variant = Variant('', PLAIN), lengths: Seq
 
 def _parse_variant(text: str, common: Variant) -> Variant:
     method, *settings = text.split('@')
-    if method == 'inherit':
-        method, settings = PLAIN, ['inherit', *settings]
+    if method in ('inherit', PSEUDO_LABELS):
+        method, settings = PLAIN, [method, *settings]
     if names_all_methods(method):
         names = [each for each in method.partition(':')[2].split('+') if each]
     else:
@@ -155,7 +181,7 @@ def _parse_variant(text: str, common: Variant) -> Variant:
             find_files(name)
         elif method != PLAIN and name not in available_methods():
             raise ConfigurationError(f"--methods: there is no method '{name}'. Choose from none, inherit, "
-                                     f"{', '.join(available_methods())}, or a sum: a+b.")
+                                     f"{PSEUDO_LABELS}, {', '.join(available_methods())}, or a sum: a+b.")
     if method == PLAIN:
         common = replace(common, balance=None, inherit=())
     variant = replace(common, name=text, method=method)
@@ -205,11 +231,22 @@ def _apply_setting(variant: Variant, setting: str) -> Variant:
             raise ConfigurationError(f"--methods {variant.name}: expected @augment={', '.join(AUGMENTATIONS)}, a sum "
                                      f"of them, or none, got '{value}'.")
         return replace(variant, augment=augment)
+    if key in ('noise', 'shift') or key == PSEUDO_LABELS:
+        expected, kind = (f'@{key}=SHARE, a number from 0 to 0.5', Shift) if key == 'shift' else (
+            f'@{key}=SHARE, a number from 0 to 1', Share)
+        with suppress(ValueError):
+            share = SURE if key == PSEUDO_LABELS and not given else float(value)
+            check_value('', share, kind)
+            return replace(variant, **{key: share})
+        raise ConfigurationError(f"--methods {variant.name}: expected {expected}, got '{value}'.")
+    if key == 'without' and value:
+        return replace(variant, without=() if value == PLAIN else tuple(value.split('+')))
     if '.' in key and given:
         return replace(variant, settings={**variant.settings, key: read_value(value, f'--methods {variant.name}')})
     raise ConfigurationError(f"--methods {variant.name}: there is no setting '@{setting}'. Expected @paper, "
                              '@balance=RATIO, @inherit, @inherit=PART+PART, @teachers=N, @policy=POLICY, @epochs=N, '
-                             '@augment=mosaic+mixup or @dotted.key=value.')
+                             '@augment=mosaic+mixup, @noise=SHARE, @shift=SHARE, @without=CLASS+CLASS, '
+                             '@pseudo_labels=SCORE or @dotted.key=value.')
 
 
 def expand_grid(method: str, settings: Sequence[tuple[str, Sequence]]) -> list[str]:
@@ -225,13 +262,14 @@ def expand_grid(method: str, settings: Sequence[tuple[str, Sequence]]) -> list[s
             for values in product(*(values for _, values in settings))]
 
 
-def variant_config(variant: Variant, pair: Pair, checkpoints: Sequence[str] = ()) -> Config:
+def variant_config(variant: Variant, pair: Pair, checkpoints: Sequence[str] = (), seed: int = 0) -> Config:
     """The config that trains a variant.
 
     Args:
         variant: The variant.
         pair: Student and teacher.
         checkpoints: The weights of as many teachers as the variant has, or more; the plain student needs none.
+        seed: Which of the training labels are spoiled.
     """
     config = copy.deepcopy(pair.student)
     if variant.epochs is not None:
@@ -239,12 +277,15 @@ def variant_config(variant: Variant, pair: Pair, checkpoints: Sequence[str] = ()
     of_distillation = {key: value for key, value in variant.settings.items() if key.startswith(DISTILLATION_KEYS)}
     merge_options(config, {key: value for key, value in variant.settings.items() if key not in of_distillation})
     mix_images(config, variant.augment)
+    spoil_labels(config, **variant.labels, seed=seed)
     if variant.is_plain:
         return config
     teachers = pair.teachers[:variant.teachers] if variant.teachers > 1 else ()
     config, _ = compose_distillation(config, teachers or (pair.teacher, ), checkpoints[:variant.teachers],
                                      variant.method, variant.inherit, balance=variant.balance,
                                      policy=variant.policy or None)
+    if variant.pseudo_labels is not None:
+        config.model.pseudo_labels = dict(score=variant.pseudo_labels)
     merge_options(config, of_distillation)  # of a term: for all its teachers, or for one
     return config
 
@@ -276,7 +317,8 @@ def mix_images(config: Config, augmentations: Sequence[str]) -> None:
     dataset = config.train_dataloader.dataset
     leaves = list_leaf_datasets(dataset)
     pipeline = list(leaves[0].get('pipeline') or ())
-    loading = list(takewhile(lambda transform: get_type_name(transform).startswith('Load'), pipeline))
+    loading = list(takewhile(lambda transform: get_type_name(transform).startswith(('Load', *LABEL_TRANSFORMS)),
+                             pipeline))
     _check_mixable(config, pipeline, loading)
     size = _find_size(pipeline, leaves)
     mean = (student_model(config).get('data_preprocessor') or {}).get('mean')
@@ -353,3 +395,46 @@ def _all_transforms(node: dict | Sequence) -> Iterator[dict]:
         if isinstance(each, dict):
             yield each
         yield from _all_transforms(each.get('transforms', ()) if isinstance(each, dict) else each)
+
+
+def spoil_labels(config: Config, noise: float = 0.0, shift: float = 0.0, without: Sequence[str] = (),
+                 seed: int = 0) -> None:
+    """Spoils the labels of a student's training images, right after they are loaded, and nothing else of its config.
+
+    Validation images keep theirs, and so do the training images on which fidelity is measured. Boxes are left out by
+    the class that the noise gave them, so that no label is ever of these.
+
+    Args:
+        config: The student's; changed.
+        noise: See :class:`~kd_det.training.NoisyLabels`.
+        shift: See there.
+        without: Names of classes, see :class:`~kd_det.training.WithoutClasses`.
+        seed: Of the noise.
+
+    Raises:
+        ConfigurationError: There are no labels to spoil, a data set does not name its classes, or has none of that
+            name, or only that.
+    """
+    if not noise and not shift and not without:
+        return
+    leaves = [leaf for leaf in list_leaf_datasets(config.train_dataloader.dataset)
+              if 'LoadAnnotations' in map(get_type_name, leaf.get('pipeline') or ())]
+    if not leaves:
+        raise ConfigurationError('@noise, @shift and @without change the labels that LoadAnnotations loads, and no '
+                                 'pipeline of the training data begins with it.')
+    for leaf in leaves:
+        classes = list(find_dataset_classes(leaf) or ())
+        unknown = [name for name in without if name not in classes]
+        if unknown:
+            raise ConfigurationError(f"@without={'+'.join(without)}: the training data has no class '{unknown[0]}'. "
+                                     f'{suggest_names(unknown[0], classes)}'.rstrip())
+        if len(classes) < 2:
+            raise ConfigurationError('@noise, @shift and @without: give the training data metainfo=dict(classes=(…)) '
+                                     f'with two classes or more; it has {len(classes)}.')
+        spoiling = [dict(type=f'{HOME}.NoisyLabels', share=noise, classes=len(classes), shift=shift, seed=seed)
+                    ] if noise or shift else []
+        spoiling += [dict(type=f'{HOME}.WithoutClasses', labels=sorted(map(classes.index, without)))
+                     ] if without else []
+        pipeline = list(leaf['pipeline'])
+        loaded = 1 + list(map(get_type_name, pipeline)).index('LoadAnnotations')
+        leaf['pipeline'] = [*pipeline[:loaded], *spoiling, *pipeline[loaded:]]

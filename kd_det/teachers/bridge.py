@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
 from kd_det.config.detectors import TeacherError
@@ -29,10 +30,13 @@ class InputBridge(nn.Module):
     made of the same file: the gray value three times, or the luminance of the colours. Other numbers of channels have
     no such meaning and must be equal.
 
+    With a ``scale`` the teacher sees the same images larger, or smaller, than the student does.
+
     Args:
         student: The student's data preprocessor (mmdet's ``DetDataPreprocessor``, mmengine's ``ImgDataPreprocessor``).
         teacher: The teacher's.
         channels: Of the images that the teacher takes; as many as it is given where that is not known.
+        scale: Of the teacher's images to the student's.
 
     Raises:
         TeacherError: The two normalise different numbers of channels, neither of them 1.
@@ -46,8 +50,10 @@ class InputBridge(nn.Module):
     luminance: Tensor
     pad_value: Tensor
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, channels: int | None = None) -> None:
+    def __init__(self, student: nn.Module, teacher: nn.Module, channels: int | None = None,
+                 scale: float = 1.0) -> None:
         super().__init__()
+        self.image_scale = scale
         (student_mean, student_std), (mean, std) = _read_normalization(student), _read_normalization(teacher)
         self.channels = channels or (len(mean) if len(mean) > 1 else None)
         self.swap_channels = _is_swapping_channels(student) != _is_swapping_channels(teacher)
@@ -78,11 +84,15 @@ class InputBridge(nn.Module):
             image_shapes: Height and width of each image within the batch; the rest is padding.
 
         Returns:
-            (N, C', H', W'), as the teacher expects it; H' and W' are the next multiples of its ``pad_size_divisor``.
+            (N, C', H', W'), as the teacher expects it; H' and W' are the next multiples of its ``pad_size_divisor``
+            from H and W on, or from what these are at its scale.
 
         Raises:
             TeacherError: The teacher takes images of another number of channels.
         """
+        if self.image_scale != 1:
+            images = F.interpolate(images, self.find_size(images.shape[-2:]), mode='bilinear', antialias=True)
+            image_shapes = list(map(self.find_size, image_shapes))
         same_channels = self.channels in (None, images.shape[1])
         below, right = (-side % self.divisor for side in images.shape[-2:])
         if self.is_identity and same_channels and not below and not right:
@@ -93,6 +103,33 @@ class InputBridge(nn.Module):
         shapes = torch.tensor(image_shapes).to(images.device, non_blocking=True)
         inside = (rows < shapes[:, :1])[:, None, :, None] & (columns < shapes[:, 1:2])[:, None, None, :]
         return torch.where(inside, images, self.pad_value.to(images.dtype))
+
+    def find_size(self, shape: Sequence[int]) -> Shape:
+        """Height and width, in the teacher's pixels, of what has these in the student's."""
+        height, width = (max(1, round(side * self.image_scale)) for side in shape[:2])
+        return height, width
+
+    @contextmanager
+    def describe(self, samples: Sequence[DetDataSample], batch_shape: Sequence[int]) -> Iterator[None]:
+        """Lets data samples of the student's batch be of the teacher's within the block; the batch's shape they keep.
+
+        Args:
+            samples: With their ``img_shape``, and where boxes are to be scaled back ``scale_factor``.
+            batch_shape: Height and width of the teacher's batch.
+        """
+        before = [{name: sample.metainfo[name] for name in ('img_shape', 'scale_factor') if name in sample.metainfo}
+                  for sample in samples]
+        for sample, known in zip(samples, before):
+            sample.set_metainfo(dict(batch_input_shape=tuple(batch_shape)))
+            if self.image_scale != 1:
+                factors = dict(scale_factor=tuple(factor * self.image_scale for factor in known['scale_factor'])
+                               ) if 'scale_factor' in known else {}
+                sample.set_metainfo(dict(factors, img_shape=self.find_size(known['img_shape'])))
+        try:
+            yield
+        finally:
+            for sample, known in zip(samples, before):
+                sample.set_metainfo(known)
 
     def _convert(self, images: Tensor) -> Tensor:
         """Converts images to the teacher's channels and normalisation, whatever is in the padding."""

@@ -69,7 +69,7 @@ def sum_losses(losses: dict) -> Tensor:
     return torch.stack([each.float().mean() for each in found]).sum()
 
 
-def make_own_sample(sample: DetDataSample, labels: Tensor | None, images: Tensor) -> DetDataSample:
+def make_own_sample(sample: DetDataSample, labels: Tensor | None, images: Tensor, scale: float = 1.0) -> DetDataSample:
     """The ground truth of an image as another detector is trained on it.
 
     Args:
@@ -77,6 +77,7 @@ def make_own_sample(sample: DetDataSample, labels: Tensor | None, images: Tensor
         labels: (n,), its boxes' classes as that detector counts them, -1 for one that it does not know; those of the
             sample by default.
         images: (N, C, H, W), as the detector is given them.
+        scale: Of these images to those that the sample is of.
     """
     truth = sample.gt_instances
     if labels is not None:
@@ -85,7 +86,23 @@ def make_own_sample(sample: DetDataSample, labels: Tensor | None, images: Tensor
     own = DetDataSample(metainfo=dict(sample.metainfo, batch_input_shape=tuple(images.shape[-2:])), gt_instances=truth)
     if 'ignored_instances' in sample:
         own.ignored_instances = sample.ignored_instances
+    if scale != 1:
+        own.set_metainfo({name: tuple(round(side * scale) for side in sample.metainfo[name][:2])
+                          for name in ('img_shape', 'pad_shape') if name in sample.metainfo})
+        own.gt_instances = _enlarge(own.gt_instances, scale)
+        if 'ignored_instances' in own:
+            own.ignored_instances = _enlarge(own.ignored_instances, scale)
     return own
+
+
+def _enlarge(instances: InstanceData, scale: float) -> InstanceData:
+    """The same objects in an image so many times as large."""
+    larger = InstanceData(**dict(instances.items()))
+    larger.bboxes = getattr(instances.bboxes, 'tensor', instances.bboxes) * scale
+    if 'masks' in instances:
+        larger.masks = instances.masks.resize(tuple(round(side * scale) for side in (instances.masks.height,
+                                                                                     instances.masks.width)))
+    return larger
 
 
 @torch.no_grad()
@@ -112,7 +129,7 @@ def measure_losses(teacher: Teacher, images: Tensor, samples: Sequence[DetDataSa
     with preserved_randomness(), alone(), in_training(model), explain_size_mismatch(own_images.shape[-2:]):
         levels = model.extract_feat(own_images)
         for row, sample in enumerate(samples):
-            own = make_own_sample(sample, None if labels is None else labels[row], own_images)
+            own = make_own_sample(sample, None if labels is None else labels[row], own_images, teacher.scale)
             selected = tuple(level[row:row + 1] for level in levels)
             model.extract_feat = lambda *args, selected=selected, **kwargs: selected  # before the class's
             try:

@@ -64,8 +64,13 @@ def probe_levels(model: nn.Module, taps: Taps) -> dict[str, tuple[LevelSpec, ...
             for path, levels in features.items()}
 
 
-def probe_config(model: dict, paths: Iterable[str]) -> dict[str, tuple[LevelSpec, ...]]:
+def probe_config(model: dict, paths: Iterable[str], scale: float = 1.0) -> dict[str, tuple[LevelSpec, ...]]:
     """Like :func:`probe_levels` for a model dict: backbone and neck are built on the meta device, without memory.
+
+    Args:
+        model: The model dict.
+        paths: Of the taps.
+        scale: Of the images that the detector is given to those in whose pixels the strides are told.
 
     Raises:
         TapError: A path does not exist in backbone, neck or encoder.
@@ -76,6 +81,11 @@ def probe_config(model: dict, paths: Iterable[str]) -> dict[str, tuple[LevelSpec
         raise TapError(f"Taps read backbone, neck or encoder; '{foreign[0]}' is in none of them.")
     whole = any(map(is_within_encoder, paths)) or 'kept' in model
 
+    def probe(extractor: nn.Module) -> dict[str, tuple[LevelSpec, ...]]:
+        found = probe_levels(extractor, Taps(extractor, paths))
+        return found if scale == 1 else {path: tuple(LevelSpec(level.channels, _divide(level.stride, scale))
+                                                     for level in levels) for path, levels in found.items()}
+
     def build() -> nn.Module:  # of a DETR with its encoder, and of what was pruned, there is only the whole
         return build_detector(model) if whole else FeatureExtractor(model)
 
@@ -83,13 +93,17 @@ def probe_config(model: dict, paths: Iterable[str]) -> dict[str, tuple[LevelSpec
         try:
             with torch.device('meta'):
                 extractor = build().to('meta')
-            return probe_levels(extractor, Taps(extractor, paths))
+            return probe(extractor)
         except (NotImplementedError, RuntimeError) as error:
             # Some backbones compute with numbers while they are built (Swin's drop rates), which meta tensors lack.
             if isinstance(error, TapError):
                 raise
-            extractor = build()
-            return probe_levels(extractor, Taps(extractor, paths))
+            return probe(build())
+
+
+def _divide(stride: Stride, scale: float) -> Stride:
+    divided = stride / scale
+    return int(divided) if divided.is_integer() else divided
 
 
 def probe_towers(config: ModelConfig, names: Iterable[str]) -> dict[HeadRequest, TowerWidths]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kd_det import __version__
 from kd_det.compat.process import preserved_randomness
-from kd_det.config.arguments import Name, Names, at, check_arguments, check_keys, declared
+from kd_det.config.arguments import Name, Names, Positive, at, check_arguments, check_keys, declared
 from kd_det.config.classes import count_classes
 from kd_det.config.detectors import ModelConfig, TeacherError, read_model_config
 from kd_det.heads import ROI_HEAD, HeadError, StudentOutputs, TeacherForward, TeacherOutputs, find_head, run_heads
@@ -69,6 +69,10 @@ class FrozenDetector(Guide):
         self.config = config
 
     def check(self, reading: Reading) -> None:
+        if reading.heads and self.config.get('scale', 1.0) != 1:
+            raise HeadError(f"it reads the outputs of the teacher's {next(iter(reading.heads))}, which with "
+                            f"model.teacher.scale={self.config['scale']} lie elsewhere than the student's. Remove the "
+                            'scale, or this term: features can be compared.')
         uncached = [head for head in reading.heads if not can_be_kept(head)] if self.config.get('cache') else []
         if uncached:
             why = (', which depend on the regions that the student samples in each step' if uncached[0] == ROI_HEAD
@@ -79,7 +83,8 @@ class FrozenDetector(Guide):
 
     def probe(self, reading: Reading, learners: Sequence[nn.Module], levels: Sequence[Any]) -> GuideForm:
         with explain_model_errors(self.config['config']):
-            found = probe_config(read_model_config(self.config['config']), reading.taps) if reading.taps else {}
+            found = probe_config(read_model_config(self.config['config']), reading.taps,
+                                 self.config.get('scale', 1.0)) if reading.taps else {}
         return GuideForm(found, probe_towers(self.config['config'], reading.heads))
 
     def start(self, reading: Reading, learners: Sequence[nn.Module]) -> Teacher:
@@ -107,6 +112,8 @@ class Teacher(Guide):
         precision: See :class:`~kd_det.teachers.engine.Engine`.
         compile: See :class:`~kd_det.teachers.engine.Engine`.
         shard: See :class:`~kd_det.teachers.engine.Engine`; not with a cache, which asks the teacher on one rank alone.
+        scale: So many times as large as the student it sees the images. Levels are paired by their stride in the
+            student's pixels, with ``resize=True`` of a term the nearest; outputs of heads can not be compared then.
         taps: Module paths whose outputs are read.
         heads: Heads whose outputs may be asked for, see :func:`~kd_det.heads.find_head`.
         student_preprocessor: The student's data preprocessor, whose batches the teacher is given.
@@ -141,6 +148,7 @@ class Teacher(Guide):
                  compile: bool | dict[str, Any] = False,
                  shard: bool = False,
                  checkpoint_prefix: str | None = None,
+                 scale: Positive = 1.0,
                  *,
                  taps: Iterable[str],
                  heads: Iterable[str] = (),
@@ -154,7 +162,7 @@ class Teacher(Guide):
         if shard and cache is not None:
             raise TeacherError('model.teacher.shard and model.teacher.cache do not go together: ranks find different '
                                'images in a cache, but have to run a sharded teacher together. Remove one.')
-        self.checkpoint = checkpoint
+        self.checkpoint, self.scale = checkpoint, scale
         self.engine = Engine(fuse, channels_last, precision, compile, shard)
         self._digests: tuple[str, str] | None = None  # of the weights as loaded, and as the engine runs them
         with preserved_randomness(), explain_model_errors(config):
@@ -185,7 +193,8 @@ class Teacher(Guide):
             except HeadError as error:
                 raise TeacherError(f"A term learns from the teacher's {name}. {error}") from error
         self.taps = Taps(self.model, taps)
-        self.bridge = InputBridge(student_preprocessor, self.model.data_preprocessor, find_input_channels(self.model))
+        self.bridge = InputBridge(student_preprocessor, self.model.data_preprocessor,
+                                  find_input_channels(self.model), self.scale)
 
     def to_like(self, parameter: Tensor) -> Teacher:
         """Moves the teacher to the device and floating-point type of ``parameter``."""
@@ -244,8 +253,10 @@ class Teacher(Guide):
             TeacherError: The teacher can not be run on images of that size, or of so many channels.
         """
         own_images, taps = self.bridge(images, image_shapes), self.taps.paths if taps is None else tuple(taps)
+        image_shapes = list(map(self.bridge.find_size, image_shapes))
         levels = {path: tuple(read) for path, read in (levels or {}).items() if path in taps}
-        crop = partial(crop_to_batch, padded=own_images.shape[-2:], batch_shape=images.shape[-2:])
+        crop = partial(crop_to_batch, padded=own_images.shape[-2:],
+                       batch_shape=self.bridge.find_size(images.shape[-2:]))
         if self.cache is not None:
             features, outputs = self._recall(own_images, image_shapes, heads, taps, levels, crop)
         else:
@@ -322,7 +333,8 @@ class Teacher(Guide):
         own_images = self.bridge(images, image_shapes)
         with explain_size_mismatch(own_images.shape[-2:]):
             levels = self.model.extract_feat(own_images)
-        return tuple(crop_to_batch(level, own_images.shape[-2:], images.shape[-2:]) for level in levels)
+        batch_shape = self.bridge.find_size(images.shape[-2:])
+        return tuple(crop_to_batch(level, own_images.shape[-2:], batch_shape) for level in levels)
 
     @torch.no_grad()
     def predict(self, images: Tensor, data_samples: list, rescale: bool = True) -> list:
@@ -335,9 +347,8 @@ class Teacher(Guide):
         """
         self.start_engine()
         images = self.bridge(images, [sample.img_shape[:2] for sample in data_samples])
-        for sample in data_samples:
-            sample.set_metainfo(dict(batch_input_shape=tuple(images.shape[-2:])))
-        with explain_size_mismatch(images.shape[-2:]), record_calls(self.model, 'extract_feat') as calls:
+        with self.bridge.describe(data_samples, images.shape[-2:]), explain_size_mismatch(images.shape[-2:]), \
+                record_calls(self.model, 'extract_feat') as calls:
             found = self.model.predict(images, data_samples, rescale=rescale)
         self.feature_sums = tuple(level.sum(dtype=torch.float32) for call in calls[:1] for level in call.returned)
         return found
@@ -350,7 +361,8 @@ class Teacher(Guide):
         """
         samples = [DetDataSample(metainfo=sample.metainfo) for sample in data_samples]
         found = [sample.pred_instances for sample in self.predict(images, samples, rescale=False)]
-        return [InstanceData(bboxes=each.bboxes, scores=each.scores, labels=each.labels) for each in found]
+        return [InstanceData(bboxes=each.bboxes / self.scale if self.scale != 1 else each.bboxes, scores=each.scores,
+                             labels=each.labels) for each in found]
 
     def advise_on_overflow(self) -> str:
         """Says what to do where what it puts out is not finite, though its weights are."""

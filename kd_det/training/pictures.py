@@ -124,26 +124,31 @@ def draw_curves(panels: Mapping[str, Mapping[str, Sequence[Curve]]], columns: in
     return figure
 
 
-def draw_gains(gains: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> Figure:
-    """Draws what each method gains against how long it and its plain student have trained.
+def draw_gains(gains: Mapping[str, Mapping[float, Mapping[str, Any]]], by: str = 'epochs',
+               title: str = 'gain over the plain student trained as long') -> Figure:
+    """Draws what each method gains against a setting, by default how long it and its plain student have trained.
 
     Args:
-        gains: Method -> epochs -> ``difference`` in points of mAP, and its ``interval``, None where there is none.
+        gains: Method -> value of the setting -> ``difference`` in points of mAP, and its ``interval``, None where there
+            is none.
+        by: The name of the setting.
+        title: Of the figure.
     """
     figure = Figure(figsize=(6, 3.6), layout='constrained')
     axes = figure.subplots()
+    lengths = sorted({length for by_length in gains.values() for length in by_length})
+    logarithmic = lengths[0] > 0
     for place, (name, by_length) in enumerate(gains.items()):
         values = [each['difference'] for each in by_length.values()]
         ends = [each['interval'] or (each['difference'], ) * 2 for each in by_length.values()]
-        shift = 1 + 0.012 * (place - (len(gains) - 1) / 2)  # so that bars do not hide each other
-        axes.errorbar([length * shift for length in by_length], values, [
+        shift = 0.012 * (place - (len(gains) - 1) / 2)  # so that bars do not hide each other
+        axes.errorbar([length + shift * (length if logarithmic else lengths[-1]) for length in by_length], values, [
             [value - low for value, (low, _) in zip(values, ends)],
             [high - value for value, (_, high) in zip(values, ends)]], label=escape_formula(name), gid=name, marker='o',
             markersize=4, capsize=3)
-    lengths = sorted({length for by_length in gains.values() for length in by_length})
     axes.axhline(0, linewidth=1, color='grey')
-    axes.set(xlabel='epochs', ylabel='points of mAP', xscale='log', title='gain over the plain student trained as long')
-    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.set(xlabel=by, ylabel='points of mAP', xscale='log' if logarithmic else 'linear', title=title)
+    axes.set_xticks(lengths, [f'{length:g}' for length in lengths])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

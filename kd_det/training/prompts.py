@@ -160,8 +160,8 @@ class _Lessons:
         own_images = self.teacher.bridge(images, [tuple(each.img_shape[:2]) for each in supervision.samples])
         labels = self.distiller.class_sets.find_own_labels(supervision.labels, self.term.teacher_index)
         rows = [row for row, labelled in enumerate(supervision.labelled) if labelled]
-        samples = [make_own_sample(supervision.samples[row], None if labels is None else labels[row], own_images)
-                   for row in rows]
+        samples = [make_own_sample(supervision.samples[row], None if labels is None else labels[row], own_images,
+                                   self.teacher.scale) for row in rows]
         nothing = torch.stack([each.sum() for each in prompts]).sum() * 0  # for a level that no head reads
         if not samples:
             return nothing, nothing

@@ -40,6 +40,7 @@ from kd_det.teachers.guide import Guide
 from kd_det.teachers.teacher import NOT_OF_CONFIGS, Teacher
 from kd_det.training.finiteness import FiniteHook
 from kd_det.training.hooks import DistillHook, Preflight
+from kd_det.training.labels import NoisyLabels, WithoutClasses
 from kd_det.training.probe import HeldOut, ProbeSettings
 from kd_det.training.replay import ReplayedRandomness, Transform
 
@@ -54,8 +55,9 @@ SCHEDULES = find_registered(TASK_UTILS, Schedule)
 BUILT = {**TERMS, **MASKS, **SCHEDULES}  # from nothing but their arguments
 DECLARED = {**BUILT, **find_registered(MODELS, Guide), **find_registered(TASK_UTILS, Policy), **{
     each.__name__: each for each in (
-        DetectionDistiller, DistillHook, Engine, FidelityMetric, FiniteHook, HeldOut, Inheritance, Preflight,
-        ProbeSettings, PseudoLabels, Quantization, ReplayedRandomness, Teacher, TeacherCache)}}
+        DetectionDistiller, DistillHook, Engine, FidelityMetric, FiniteHook, HeldOut, Inheritance, NoisyLabels,
+        Preflight, ProbeSettings, PseudoLabels, Quantization, ReplayedRandomness, Teacher, TeacherCache,
+        WithoutClasses)}}
 
 
 def arguments_of(name: str) -> dict[str, Argument]:
@@ -239,8 +241,8 @@ def test_what_is_drawn_from_a_type_is_taken(kind):
 def required(name: str) -> dict[str, Any]:
     """What has to be given beside any other argument."""
     known = dict(masks=['BoxForeground'], value=1.0, dir='cache', student={}, distill={}, teacher={}, config='x',
-                 weights=[1.0, 1.0], dataset={}, transforms=[], build='x.py:x', file='x.json',
-                 of=[dict(type='Peer', learner=0), dict(type='Peer')])
+                 weights=[1.0, 1.0], dataset={}, transforms=[], labels=[0], build='x.py:x',
+                 file='x.json', of=[dict(type='Peer', learner=0), dict(type='Peer')])
     return {key: known[key] for key, each in arguments_of(name).items() if each.default is Parameter.empty}
 
 
@@ -334,12 +336,14 @@ WRONG = dict(
     policy=('random', 3, []), probe=('loss', 3, []), arms=('guide', 3, None, ['own']), per=('image', None),
     by=('score', None), order=(0, [0], [0, 0], [0, -1], 'x'), gain=SHARE, signal=('loss', None), trial=(0, 1.5, None),
     algorithm=('exp4', None), rate=(0, -1.0, '1', None), explore=(0.5, -0.1, '0', None), part=('test', None),
+    scale=(0, -1.5, '2', None, True), shift=(0.6, -0.1, '0', None), labels=(0, [], [-1], [1, 1], ['red'], None),
     dataset=('coco', None, []), lazy_init=FLAG, metric=('accuracy', None), batch_size=(0, 1.5, '1'),
     peers=(-1, 0.5, None, ['x']), share=('neck', [''], ['neck', 'neck'], None))
 GAP = ('DenseClassification', 'QueryClassification', 'TargetQueries', 'CrossKD')  # their β is an exponent
 
 
-OTHERS = {'Balance.ratio': NEGATIVE, 'Sequence.patience': (0, 0.5, True),
+OTHERS = {'Balance.ratio': NEGATIVE, 'NoisyLabels.share': SHARE, 'NoisyLabels.classes': (1, 2.5, '3', True),
+          'Sequence.patience': (0, 0.5, True),
           'Ensemble.weights': ('most', [1.0], 3, None, ['1', '1']),
           'Fusion.of': (3, [], [0], [-1, 0], None), 'DetectionDistiller.teacher': ('r101', None, ['r101']),
           'FidelityMetric.teacher': ('r101', None, []),

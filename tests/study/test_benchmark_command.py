@@ -16,6 +16,7 @@ from kd_det.compat import load_checkpoint
 from kd_det.config.files import load_config, student_config
 from kd_det.study.pair import Pair
 from kd_det.study.runs import train
+from kd_det.study.series import TeacherTrainingError
 from kd_det.study.variants import expand_grid, parse_variants, variant_config
 from kd_det.study.worker import Training
 
@@ -198,7 +199,7 @@ def test_ensembles_and_augmentation_are_swept(benchmark, in_this_process, tmp_pa
 def test_a_sweep_over_nothing_is_told(benchmark, capsys):
     with pytest.raises(FileNotFoundError):  # there are no results
         benchmark('--method', 'pkd', command='sweep')
-    assert 'nothing to try: give --set, --teachers or --augment' in capsys.readouterr().err
+    assert 'nothing to try: give --set, --teachers, --augment, --noise, --shift or --without' in capsys.readouterr().err
 
 
 def test_what_can_not_be_composed_is_told_before_anything_is_trained(benchmark, tmp_path, capsys):
@@ -243,3 +244,29 @@ def test_what_is_missing_is_told_before_anything_is_trained(benchmark, tmp_path,
     with pytest.raises(FileNotFoundError):  # there are no results
         benchmark('--methods', 'none', *options)
     assert f'kd-det: error: {message}' in capsys.readouterr().err and not (tmp_path / 'work').exists()
+
+
+def test_what_is_spoiled_of_labels_is_swept(monkeypatch):
+    asked = {}
+
+    def sweep(pair, **arguments):
+        asked.update(arguments)
+        raise TeacherTrainingError('that is all')
+
+    monkeypatch.setattr('kd_det.study.benchmark.sweep', sweep)
+    options = ('--noise', '0,0.1', '--shift', '0.2', '--without', 'none,red')
+    assert main(['sweep', 'pair.py', '--method', 'kd', *options]) == 1
+    assert expand_grid('kd', asked['settings'])[1:3] == ['kd@noise=0@shift=0.2@without=red',
+                                                         'kd@noise=0.1@shift=0.2@without=none']
+
+
+def test_the_ap_of_each_class_is_noted_and_what_is_best_stays(run_config, retinanet):
+    """Of no other metric: by the first one MMEngine tells what is best."""
+    config = run_config(retinanet(), epochs=1, val=True)
+    config.default_hooks.checkpoint.save_best = 'auto'
+    run = train('plain', config, 'identity', log=lambda text: None)
+    assert set(run.class_ap) == {'blue', 'green', 'red'}
+    assert sum(run.class_ap.values()) / 3 == pytest.approx(run.metrics['bbox_mAP'], abs=1e-3)
+    assert not any('precision' in name for name in run.metrics)
+    assert [each.name for each in Path(config.work_dir).glob('best*')] == ['best_coco_bbox_mAP_epoch_1.pth']
+    assert json.loads((Path(config.work_dir) / 'result.json').read_text())['class_ap'] == run.class_ap

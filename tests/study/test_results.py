@@ -158,3 +158,20 @@ def test_a_result_is_json_and_tables_of_a_notebook(results, tmp_path):
     assert json.loads(json.dumps(result.to_dict()))['summary']['better']['bbox_mAP']['verdict'] == 'gain'
     html = result._repr_html_()
     assert html.count('<table>') == 3 and '>+2.0 ± 0.5</td>' in html and 'no difference shown (+1.0 ± ' in html
+
+
+def test_classes_that_nobody_labelled_stand_beside_the_others(results):
+    """In points; nothing where all classes were labelled."""
+    assert not any('saw labelled' in table.title for table in tabulate(results))
+    spoiled = '@without=disc'
+    runs = [entry('none', seed, 0.3, class_ap=dict(disc=0.4, ring=0.2, star=0.3 + 0.02 * seed)) for seed in range(2)]
+    runs += [entry(f'{name}{spoiled}', seed, ap, settings=dict(without=('disc', )),
+                   class_ap=dict(disc=ap, ring=0.2, star=0.4)) for name, ap in (('none', 0.0), ('kd', 0.1))
+             for seed in range(2)]
+    runs.append(entry(f'pkd{spoiled}', 0, 0.1, settings=dict(without=('disc', ))))  # of a version that noted none
+    results = dict(teacher=None, runs=runs, summary=summarize(runs), fidelity={})
+    table = next(table for table in tabulate(results) if 'saw labelled' in table.title)
+    assert table.columns == ('method', 'disc', 'others')
+    assert table.rows == [['none', '40.0 ± 0.0', '25.5 ± 0.7'], [f'none{spoiled}', '0.0 ± 0.0', '30.0 ± 0.0'],
+                          [f'kd{spoiled}', '10.0 ± 0.0', '30.0 ± 0.0']]
+    assert f'| kd{spoiled} | 10.0 ± 0.0 | 30.0 ± 0.0 |' in format_markdown(results)

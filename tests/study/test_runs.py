@@ -85,7 +85,7 @@ def test_without_it_nothing_changes(monkeypatch):
 
 STORED = dict(identity='i', start='', order='', checkpoint='epoch_1.pth', scalars='scalars.json', parameters=10,
               metrics=dict(bbox_mAP=0.3), flops=None, seconds_per_iteration=0.1, peak_memory=None,
-              peak_device_memory=None, epochs=1, iterations=2, environment={})
+              peak_device_memory=None, epochs=1, iterations=2, environment={}, class_ap={})
 WHOLE = json.dumps(STORED, indent=2).encode()
 
 

@@ -156,3 +156,89 @@ def test_a_policy_chooses_between_unlike_teachers(pair, faster_rcnn, tmp_path):
     assert agent.train_dataloader.dataset.type == 'mmdet.HeldOut'
     auto = variant_config(parse_variants('auto:pkd+fgd')[1], pair, ['a.pth'])
     assert auto.model.policy == dict(type='Bandit', arms=dict(pkd=['pkd'], fgd=['fgd']))
+
+
+@pytest.fixture
+def labelled(pair, run_config, retinanet):
+    """The pair whose student has data of the classes blue, green and red."""
+    return replace(pair, student=run_config(retinanet(), val=True))
+
+
+def test_labels_of_the_training_images_alone_are_spoiled(labelled):
+    variants = parse_variants('kd@noise=0.2@shift=0.1,kd@without=red+blue,kd@noise=0')
+    assert [variant.name for variant in variants] == [
+        'none', 'none@noise=0.2@shift=0.1', 'none@without=red+blue', 'kd@noise=0.2@shift=0.1', 'kd@without=red+blue',
+        'kd@noise=0']
+    before = labelled.student.to_dict()
+    configs = {each.name: variant_config(each, labelled, ['teacher.pth'], seed=5) for each in variants}
+    assert labelled.student.to_dict() == before
+    noise = dict(type='mmdet.NoisyLabels', share=0.2, classes=3, shift=0.1, seed=5)
+    for name, spoiled in (('noise=0.2@shift=0.1', [noise]),
+                          ('without=red+blue', [dict(type='mmdet.WithoutClasses', labels=[0, 2])]), ('noise=0', [])):
+        for config in (configs[f'kd@{name}'], configs.get(f'none@{name}', configs['none'])):
+            of_config = config.to_dict()
+            pipeline = of_config['train_dataloader']['dataset'].pop('pipeline')
+            expected = before['train_dataloader']['dataset']['pipeline']
+            assert pipeline == [*expected[:2], *(spoiled if config is not configs['none'] else []), *expected[2:]]
+            assert of_config['val_dataloader'] == before['val_dataloader']
+    assert configs['kd@noise=0'].model.teacher.config == labelled.teacher
+
+
+@pytest.mark.parametrize('name, twin', [
+    ('kd@noise=0.2@paper', 'none@noise=0.2'), ('none@noise=0.2', 'none'), ('kd@noise=0', 'none'),
+    ('kd@shift=0.0', 'none'), ('kd@without=none', 'none'), ('pseudo_labels@without=red', 'none@without=red'),
+    ('kd@pseudo_labels=0.5', 'none'), ('kd@model.pseudo_labels.weight=0.5@pseudo_labels', 'none')])
+def test_spoiled_labels_are_the_twins_too(name, twin):
+    assert find_twin(name) == twin
+
+
+def test_labels_are_spoiled_before_images_are_mixed(labelled):
+    variant = parse_variants('none@noise=0.2@augment=mosaic')[1]
+    dataset = variant_config(variant, labelled).train_dataloader.dataset
+    assert [each.type for each in dataset.dataset.pipeline] == ['LoadImageFromFile', 'LoadAnnotations',
+                                                                'mmdet.NoisyLabels']
+    labelled.student.train_dataloader.dataset.pipeline.insert(2, dict(type='NoisyLabels', shift=0.1))
+    own = variant_config(parse_variants('none@augment=mosaic')[1], labelled).train_dataloader.dataset
+    assert [each.type for each in own.dataset.pipeline] == ['LoadImageFromFile', 'LoadAnnotations', 'NoisyLabels']
+
+
+def test_boxes_of_the_teacher_are_a_method_of_their_own(pair):
+    plain, alone, both = parse_variants('pseudo_labels,kd@pseudo_labels=0.7@model.pseudo_labels.iou=0.4')
+    assert plain.is_plain and not alone.is_plain and (alone.method, alone.inherit, alone.balance) == ('none', (), None)
+    config = variant_config(alone, pair, ['teacher.pth'])
+    assert config.model.pseudo_labels == dict(score=0.5) and config.model.distill == {} and not config.model.inherit
+    config = variant_config(both, pair, ['teacher.pth'])
+    assert config.model.pseudo_labels == dict(score=0.7, iou=0.4) and list(config.model.distill) == ['kd']
+    assert 'pseudo_labels' not in variant_config(plain, pair).model
+
+
+@pytest.mark.parametrize('text, message', [
+    ('kd@noise=1.5', r"expected @noise=SHARE, a number from 0 to 1, got '1.5'"),
+    ('kd@noise', "@noise=SHARE, a number from 0 to 1, got ''"),
+    ('kd@shift=0.6', "@shift=SHARE, a number from 0 to 0.5, got '0.6'"),
+    ('kd@pseudo_labels=sure', "@pseudo_labels=SHARE, a number from 0 to 1, got 'sure'"),
+    ('kd@without', "no setting '@without'"),
+    ('kd@without=rde', "@without=rde: the training data has no class 'rde'. Nearest: red"),
+])
+def test_what_is_wrong_of_labels_is_named(text, message, labelled):
+    with pytest.raises(ConfigurationError, match=message):
+        variant_config(parse_variants(text)[-1], labelled, ['teacher.pth'])
+
+
+def test_without_labels_there_is_nothing_to_spoil(labelled):
+    labelled.student.train_dataloader.dataset.pipeline.pop(1)
+    with pytest.raises(ConfigurationError, match='change the labels that LoadAnnotations loads'):
+        variant_config(parse_variants('none@noise=0.1')[-1], labelled)
+    labelled.student.train_dataloader.dataset.pipeline.insert(1, dict(type='LoadAnnotations', with_bbox=True))
+    labelled.student.train_dataloader.dataset.metainfo.classes = ('one', )
+    with pytest.raises(ConfigurationError, match='with two classes or more; it has 1'):
+        variant_config(parse_variants('none@noise=0.1')[-1], labelled)
+
+
+@pytest.mark.parametrize('settings', ['alpha=1@beta=0', 'alpha=0@beta=1', 'form=coupled@beta=1'])
+def test_a_part_of_dkd_is_a_setting(settings, pair, faster_rcnn, tmp_path):
+    Config(dict(model=faster_rcnn(depth=50))).dump(tmp_path / 'teacher.py')
+    pair = Pair(Config(dict(model=faster_rcnn())), str(tmp_path / 'teacher.py'))
+    name = 'dkd' + ''.join(f'@model.distill.dkd.{each}' for each in settings.split('@'))
+    term = variant_config(parse_variants(name)[1], pair, ['teacher.pth']).model.distill.dkd
+    assert all(str(term[key]) == value for key, value in (each.split('=') for each in settings.split('@')))

@@ -2,6 +2,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from mmdet.models.data_preprocessors import DetDataPreprocessor
 
 from kd_det.teachers import InputBridge, TeacherError
@@ -128,3 +129,21 @@ def test_only_levels_that_do_not_fit_are_explained():
         with pytest.raises(RuntimeError) as raised, explain_size_mismatch(shape):
             torch.zeros(2).view(3) if other is None else torch.zeros(2) + torch.zeros(other)
         assert not isinstance(raised.value, TeacherError)
+
+
+@pytest.mark.parametrize('scale', [0.5, 1.5, 2.0])
+def test_a_teacher_may_see_images_larger_or_smaller(scale):
+    """As its own preprocessing of the resized images, which are bilinear; padding is filled anew."""
+    student, teacher = DetDataPreprocessor(**IMAGENET), DetDataPreprocessor(**GREY_PADDING)
+    images = torch.rand(2, 3, 64, 96) * 255
+    given = student(dict(inputs=[*images], data_samples=None))['inputs']
+    bridge = InputBridge(student, teacher, 3, scale)
+    height, width = (round(side * scale) for side in (64, 96))
+    resized = F.interpolate(images, (height, width), mode='bilinear', antialias=True)
+    expected = teacher(dict(inputs=[*resized], data_samples=None))['inputs']
+    torch.testing.assert_close(bridge(given, [(64, 96)] * 2), expected, rtol=1e-4, atol=1e-2)
+    padded = bridge(given, [(64, 96), (30, 40)])[1]
+    rows, columns = bridge.find_size((30, 40))
+    assert (rows, columns) == (round(30 * scale), round(40 * scale))
+    assert (padded[:, rows:] == 114).all() and (padded[:, :, columns:] == 114).all()
+    assert not (padded[:, :rows, :columns] == 114).all()

@@ -1,7 +1,9 @@
 """A frozen detector's own loss on each image: of every family, without a trace."""
 import pytest
 import torch
+import torch.nn.functional as F
 from mmdet.registry import MODELS
+from mmengine.structures import InstanceData
 
 from kd_det.teachers import Teacher, TeacherError
 from kd_det.teachers.judging import measure_losses
@@ -48,3 +50,18 @@ def test_objects_of_classes_that_it_does_not_know_do_not_count(judged):
 def test_a_detector_that_has_no_loss_on_the_data_is_told(judged):
     with pytest.raises(TeacherError, match="A MaskRCNN can not compute its own loss .* by='boxes'"):
         measure_losses(*judged('Mask R-CNN'))
+
+
+@pytest.mark.parametrize('kind', ['Faster R-CNN', 'GFL'])
+def test_a_teacher_of_larger_images_is_judged_on_larger_boxes(kind, judged):
+    teacher, images, samples = judged(kind)
+    sizes = dict.fromkeys(('img_shape', 'pad_shape', 'batch_input_shape'), (128, 128))
+    enlarged = [sample.new(metainfo=dict(sample.metainfo, **sizes)) for sample in samples]
+    for sample, other in zip(samples, enlarged):
+        other.gt_instances = InstanceData(bboxes=2 * sample.gt_instances.bboxes, labels=sample.gt_instances.labels)
+    losses = measure_losses(teacher, F.interpolate(images, (128, 128), mode='bilinear', antialias=True), enlarged)
+    before = [sample.gt_instances.bboxes.clone() for sample in samples]
+    teacher.scale = teacher.bridge.image_scale = 2.0
+    torch.testing.assert_close(measure_losses(teacher, images, samples), losses)
+    assert all(torch.equal(*each) for each in zip(before, (sample.gt_instances.bboxes for sample in samples)))
+    assert [sample.img_shape for sample in samples] == [(64, 64)] * 2

@@ -103,3 +103,56 @@ def test_an_encoder_runs_once_and_the_decoder_only_for_its_queries(kind, heads, 
         inputs, _ = teacher.model.pre_transformer(teacher.model.extract_feat(data['inputs']), data['data_samples'])
         memory = teacher.model.forward_encoder(**inputs)['memory']
     torch.testing.assert_close(torch.cat([level.flatten(2).mT for level in maps], 1), memory)
+
+
+def test_a_teacher_at_twice_the_size_sees_twice_the_cells_and_boxes_are_the_students(retinanet, batch):
+    config = retinanet(depth=50)
+    teacher = Teacher(config, random_teacher=True, scale=2.0, taps=['neck'],
+                      student_preprocessor=MODELS.build(config['data_preprocessor']))
+    data = teacher.model.data_preprocessor(batch(shapes=((64, 64), (48, 56))), False)
+    shapes = [(64, 64), (48, 56)]
+    features = teacher.observe(data['inputs'], shapes)[0]['neck']
+    seen = teacher.bridge(data['inputs'], shapes)
+    assert seen.shape[-2:] == (128, 128)
+    for read, expected in zip(features, teacher.model.extract_feat(seen)):
+        assert torch.equal(read, expected)
+    before = [sample.metainfo for sample in data['data_samples']]
+    found = teacher.detect(data['inputs'], data['data_samples'])
+    assert [sample.metainfo for sample in data['data_samples']] == before
+    large = copy.deepcopy(data['data_samples'])
+    for sample, (height, width) in zip(large, shapes):
+        sample.set_metainfo(dict(img_shape=(2 * height, 2 * width), batch_input_shape=(128, 128)))
+    expected = [each.pred_instances.bboxes for each in teacher.model.predict(seen, large, rescale=False)]
+    assert len(expected[1]) and all(torch.equal(each.bboxes, boxes / 2) for each, boxes in zip(found, expected))
+    rescaled = teacher.predict(data['inputs'], copy.deepcopy(data['data_samples']))  # a scale factor of 1
+    assert all(each.pred_instances.bboxes.allclose(boxes / 2) for each, boxes in zip(rescaled, expected))
+    assert [each.img_shape for each in rescaled] == shapes
+
+
+@pytest.mark.parametrize('scale, strides', [(1.5, [8 / 1.5, 16 / 1.5, 32 / 1.5]), (2.0, [4, 8, 16])])
+def test_strides_are_told_in_the_students_pixels(scale, strides, retinanet):
+    found = probe_config(retinanet(levels=3), ['neck'], scale)['neck']
+    assert [level.stride for level in found] == strides
+    assert all(isinstance(level.stride, int) for level in found) == (scale == 2.0)
+
+
+def test_levels_of_a_larger_image_are_paired_by_what_they_cover(retinanet, distiller, batch):
+    """At one and a half no level has the student's stride; at twice the next one has, and as many cells."""
+
+    def step(scale, **term):
+        model = distiller(retinanet(levels=3), {}, distill=dict(pkd=dict(type='PKD', **term)),
+                          teacher=dict(config=retinanet(depth=50, levels=3), random_teacher=True, scale=scale)).train()
+        losses = model.loss(**model.data_preprocessor(batch(), True))
+        return [pair.teacher_level for pair in model.terms['pkd'].pairs], losses['loss_pkd']
+
+    assert step(1.5, resize=True)[0] == [1, 2, 2]
+    pairs, loss = step(2.0, levels=2)
+    assert pairs == [1, 2] and loss.isfinite() and loss > 0
+    with pytest.raises(ValueError, match='has no partner.*5.33.*resize=True'):
+        step(1.5)
+
+
+def test_outputs_of_heads_are_not_compared_at_another_scale(retinanet, distiller):
+    with pytest.raises(ValueError, match=r"outputs of the teacher's bbox_head, which with model.teacher.scale=1.5 lie"):
+        distiller(retinanet(), retinanet(), distill=dict(kd=dict(type='DenseClassification')),
+                  teacher=dict(config=retinanet(), random_teacher=True, scale=1.5))
