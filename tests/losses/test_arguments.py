@@ -308,7 +308,8 @@ WRONG = dict(
     masks=([], 3, [3]), weights=(1.0, ['1'], [float('nan')], [True]),
     # of schedules
     value=NEGATIVE, epochs=(-1, '1', True, float('inf')), iterations=(-1, 1.5, '1', True), begin=NEGATIVE,
-    start=NEGATIVE, end=NEGATIVE, interval=(0, 2.5, None, True), momentum=(1, -0.1, '0.5', None),
+    start=NEGATIVE, end=NEGATIVE, interval=(0, 2.5, None, True), longest=(0, 2.5, '20', True),
+    momentum=(1, -0.1, '0.5', None),
     # of the distiller and its hook
     student=('retinanet', None), distill=('fgd', None, []), inherit=('', [''], ['neck', 'neck'], 3, None, True),
     inherit_by=('grown', 3, None, True), rule=('grown', 3, None), noise=NEGATIVE,
