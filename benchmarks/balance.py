@@ -2,7 +2,7 @@
 
 Usage: python -m benchmarks.balance [--cases faster_rcnn_r101_r18:fgd dino_r50_r18:querykd] [--rounds 4] [--json FILE]
 
-All weights are random; the two kinds of step take turns. One step in ten compares, unless a Balance says otherwise.
+All weights are random; the two kinds of step take turns. How often one compares is as the method's Balance says.
 """
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ from kd_det.study.pair import read_pair
 from kd_det.study.step_costs import measure_seconds
 
 CASES = ('faster_rcnn_r101_r18:fgd', 'gfl_r101_r18:fgd+ld', 'dino_r50_r18:querykd')
-INTERVAL = 10  # Balance's default
 
 
 def measure(pair: str, method: str, options: Namespace) -> dict:
     """Seconds of a step without the comparison and with it, and the share that it adds to all steps.
+
+    That is ``share`` as long as the ratio moves, and ``settled`` where it does not, see the argument ``longest``.
 
     Args:
         pair: Name of a file in ``configs/_base_/pairs``.
@@ -43,6 +44,11 @@ def measure(pair: str, method: str, options: Namespace) -> dict:
     distiller = random_distiller(config)
     wrapper = build_optim_wrapper(distiller, config.optim_wrapper)
     batch = synthetic_batch(distiller.student, options.batch, tuple(options.size), options.boxes)
+    balances = distiller.monitor.balances.values()
+    interval, longest = max(each.interval for each in balances), max(each.longest for each in balances)
+    for each in balances:
+        each.steps = each.start  # as after the first steps, which all compare
+        each.longest = each.interval  # of this one it is known when a step compares
 
     def step(iteration: int) -> Callable[[], object]:
         def call() -> None:
@@ -51,11 +57,12 @@ def measure(pair: str, method: str, options: Namespace) -> dict:
         return call
 
     step(0)()  # whatever is done once; the first step always compares
-    rounds = [(measure_seconds(step(1), repeats=1, warmup=0), measure_seconds(step(INTERVAL), repeats=1, warmup=0))
+    rounds = [(measure_seconds(step(1), repeats=1, warmup=0), measure_seconds(step(interval), repeats=1, warmup=0))
               for _ in range(options.rounds)]
     plain, comparing = (median(times) for times in zip(*rounds))
-    return dict(pair=pair, method=method, step=plain, comparing_step=comparing,
-                share=median(other - own for own, other in rounds) / INTERVAL / plain)
+    share = median(other - own for own, other in rounds) / plain
+    return dict(pair=pair, method=method, step=plain, comparing_step=comparing, interval=interval, longest=longest,
+                share=share / interval, settled=share / longest)
 
 
 def main() -> None:
@@ -69,8 +76,8 @@ def main() -> None:
     rows = []
     for case in options.cases:
         rows.append(measure(*case.split(':'), options))
-        print('{pair}, {method}: a step {step:.3f} s, one that compares {comparing_step:.3f} s, on average {share:+.1%}'
-              .format(**rows[-1]), flush=True)
+        print('{pair}, {method}: a step {step:.3f} s, one that compares {comparing_step:.3f} s, on average '
+              '{share:+.1%}, settled {settled:+.1%}'.format(**rows[-1]), flush=True)
     if options.json:
         options.json.write_text(json.dumps(dict(vars(options), json=None, rows=rows), indent=2) + '\n',
                                encoding='utf-8')

@@ -12,7 +12,8 @@ __about__ = dict(
 querykd = dict(
     querykd_classes=dict(
         type='mmdet.QueryClassification', head='bbox_head', beta=1.0, background=100,
-        weight=dict(type='mmdet.Balance', ratio=0.1, interval=20)),
+        weight=dict(type='mmdet.Balance', ratio=0.1, interval=20, longest=40)),
     querykd_boxes=dict(
         type='mmdet.QueryRegression', head='bbox_head', l1_weight=5.0, giou_weight=2.0, background=100,
-        weight=dict(type='mmdet.Warmup', value=dict(type='mmdet.Balance', ratio=0.1, interval=20), iterations=500)))
+        weight=dict(
+            type='mmdet.Warmup', value=dict(type='mmdet.Balance', ratio=0.1, interval=20, longest=40), iterations=500)))

@@ -11,7 +11,8 @@ __about__ = dict(
 targetquery = dict(
     targetquery=dict(
         type='mmdet.TargetQueries', head='bbox_head', groups=3, box_noise=0.4, label_noise=0.25,
-        weight=dict(type='mmdet.Warmup', value=dict(type='mmdet.Balance', ratio=0.2, interval=20), iterations=500)),
+        weight=dict(
+            type='mmdet.Warmup', value=dict(type='mmdet.Balance', ratio=0.2, interval=20, longest=40), iterations=500)),
     targetquery_memory=dict(
         type='mmdet.FeatureImitation', tap='encoder', mask='mmdet.BoxForeground', normalizer='mask',
         weight=dict(type='mmdet.Warmup', value=0.005, iterations=500)))
