@@ -132,6 +132,7 @@ class Teacher(Guide):
     """
 
     offers_features = offers_heads = detects = True
+    scale = 1.0  # of a teacher that is made of the student, which sees the student's own images
 
     @declared
     def __init__(self,

@@ -175,7 +175,7 @@ WRONG = [
     ([*SWEEP, '--set', 'fgd.temperature=,'], "got 'fgd.temperature=,'"),
     ([*SWEEP, '--set', 'temperature=1'], "got 'temperature=1'"),
     ([*SWEEP, '--set', 'fgd.levels=[0,1'], 'whose brackets match'),
-    (SWEEP, 'give --set, --teachers or --augment'),
+    (SWEEP, 'give --set, --teachers, --augment, --noise, --shift or --without'),
     # devices and launchers
     (['benchmark-step', 'run.py', '--device', 'gpu'], "--device: expected a device that is there: cpu, got 'gpu'"),
     (['benchmark-step', 'run.py', '--device', 'xpu'], "got 'xpu'"),

@@ -5,7 +5,7 @@ from mmdet.registry import MODELS
 TERMS = dict(fgd=dict(type='FGD', alpha=1e-2, weight=dict(type='Balance', ratio=0.5)),
              mgd=dict(type='MGD', weight=1e-3),
              logits=dict(type='DenseClassification'))  # without parameters
-MEASURED = {'averages', 'spread', 'boxes', 'empty', 'counts', 'steps'}
+MEASURED = {'averages', 'spread', 'boxes', 'empty', 'counts', 'steps', 'spacing'}
 
 
 def test_a_checkpoint_holds_the_plain_student_and_beside_it_what_a_resumed_run_needs(retinanet, make_runner):
