@@ -57,7 +57,7 @@ class Fitting:
             return f'No detector of this family was measured. {cost}'
         whose = 'of this kind' if self.is_own else 'of this family'
         return (f'Gain: beside a student that inherits neck and heads alone, by a {self.measured}, {whose}, slim and '
-                f'trained for 8 epochs on generated images: docs/results.md. {cost}')
+                f'briefly trained on generated images: docs/results.md. {cost}')
 
 
 def find_fitting(student: str | Config, teacher: str | None = None, methods: Sequence[str] = ()) -> Fitting:

@@ -55,5 +55,5 @@ def test_the_command_shows_what_fits_and_why_others_do_not(files, capsys, monkey
     student, = files('RetinaNet')
     assert main(['methods', '--for', student, 'pkd', 'dkd']) == 0
     shown = capsys.readouterr().out
-    assert '+4.9 (+3.0 to +6.8)' in shown and 'dkd: The method' in shown and 'slim and trained for 8 epochs' in shown
+    assert '+4.9 (+3.0 to +6.8)' in shown and 'dkd: The method' in shown and 'slim and briefly trained' in shown
     assert main(['methods', '--teacher', student]) == 2 and '--for STUDENT_CONFIG' in capsys.readouterr().err
