@@ -23,7 +23,6 @@ from mmengine.dist import all_reduce
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, Runner
 from mmengine.structures import InstanceData
 from scipy.optimize import linear_sum_assignment
@@ -54,6 +53,7 @@ from kd_det.study.runs import check_shape, read_json
 from kd_det.study.scheduling import CONFIG_FILE
 from kd_det.taps import Taps
 from kd_det.teachers import Teacher, load_strictly, probe_levels, read_model_config
+from kd_det.training.finiteness import find_model
 from kd_det.training.runs import restore_quantizer
 
 Splits = dict[str, dict[str, float]]  # split -> number -> value
@@ -425,7 +425,7 @@ def _find_strides(detector: nn.Module) -> list[Stride]:
 
 
 def _attach_model(runner: Runner, loop: BaseLoop) -> None:
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model = find_model(runner)
     for metric in loop.evaluator.metrics:
         if isinstance(metric, FidelityMetric):
             metric.attach(model)

@@ -27,7 +27,6 @@ from mmengine.config import Config
 from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, find_latest_checkpoint
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
@@ -39,7 +38,7 @@ from kd_det.compat.writing import is_first_process, locked_folder, write_whole
 from kd_det.config import ConfigurationError
 from kd_det.config.files import is_distillation
 from kd_det.registry import HOME
-from kd_det.training.finiteness import explain_divergence
+from kd_det.training.finiteness import explain_divergence, find_model
 from kd_det.training.runner import build_runner
 
 PACKAGES = ('torch', 'torchvision', 'mmengine', 'mmdet', 'mmcv', 'mmcv-lite', 'numpy', 'pycocotools',
@@ -152,7 +151,7 @@ def _train(name: str, config: Config, identity: str, log: Callable[[str], None],
         runner.train()
     seconds = time.monotonic() - begin
     memory, device_memory = measure_process_memory()  # of the training, not of what follows
-    detector = _unwrap(runner.model)
+    detector = find_model(runner)
     detector = getattr(detector, 'student', detector)
     return Run(
         identity=identity,
@@ -358,7 +357,7 @@ class TrainingRecorder(Hook):
         self.seconds, self.metrics, self.class_ap, self.order = [], {}, {}, hashlib.sha256()
 
     def before_train(self, runner: Runner) -> None:
-        state = _unwrap(runner.model).state_dict()  # of a distiller: the student's
+        state = find_model(runner).state_dict()  # of a distiller: the student's
         self.start = sha256(b''.join(key.encode() + value.cpu().numpy().tobytes() for key, value in state.items()))
         for metric in runner.val_loop.evaluator.metrics if runner.val_loop else ():
             if isinstance(metric, CocoMetric):
@@ -405,11 +404,6 @@ class TrainingRecorder(Hook):
                                      "CocoMetric with metric='bbox'.")
         if is_main_process():
             self.log(f"{self.name}: mAP {100 * self.metrics['bbox_mAP']:.1f}")
-
-
-def _unwrap(model: Any) -> nn.Module:
-    """The model itself, where a wrapper trains it on several processes."""
-    return model.module if is_model_wrapper(model) else model
 
 
 def _read_clock() -> float:

@@ -82,7 +82,7 @@ class FiniteHook(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Looks at what is saved, on the rank that saves: an EMA's average too."""
         for key in ('state_dict', 'ema_state_dict'):
-            found = describe_not_finite(checkpoint.get(key) or {}, dict(_find_model(runner).named_parameters()))
+            found = describe_not_finite(checkpoint.get(key) or {}, dict(find_model(runner).named_parameters()))
             if found:
                 raise ConfigurationError(f'The weights are not finite, and no checkpoint of them is saved: {found} in '
                                          f"'{key}'. {advise_on_divergence(runner)}")
@@ -113,7 +113,7 @@ class FiniteHook(Hook):
 
     def _read_noted(self, runner: Runner) -> dict[int, list[Read]]:
         """What of the terms' reads was not finite, by step, since this was asked last; waits for the device."""
-        distiller = _find_model(runner)
+        distiller = find_model(runner)
         noted = distiller.reads.find() if isinstance(distiller, DetectionDistiller) else {}
         for step, reads in noted.items():
             of_teachers = [read for read in reads if read.owner != 'student']
@@ -139,7 +139,7 @@ class FiniteHook(Hook):
             reads: What was not finite.
             outputs: The names of what was logged of the step, if it is this one.
         """
-        scalars, distiller = runner.message_hub.log_scalars, _find_model(runner)
+        scalars, distiller = runner.message_hub.log_scalars, find_model(runner)
         values = {name: scalars[f'train/{name}'].current() for name in outputs if f'train/{name}' in scalars}
         terms = list(distiller.terms) if isinstance(distiller, DetectionDistiller) else []
         found = explain_losses(values, terms, reads, _when(runner, step))
@@ -203,7 +203,7 @@ def describe_weights(runner: Runner) -> tuple[str, bool] | None:
     Returns:
         The description, and whether it is of weights; None where all are finite.
     """
-    model = _find_model(runner)
+    model = find_model(runner)
     for tensors, are_weights in ((model.named_parameters(), True), (model.named_buffers(), False)):
         found = describe_not_finite({name: to_local(each) for name, each in tensors}, None if are_weights else ())
         if found:
@@ -228,7 +228,7 @@ def _advise_on_teacher(distiller: DetectionDistiller, reads: Iterable[Read]) -> 
 
 
 def _list_terms(runner: Runner) -> str:
-    distiller = _find_model(runner)
+    distiller = find_model(runner)
     terms = list(distiller.terms) if isinstance(distiller, DetectionDistiller) else []
     return f" Terms at work: {', '.join(f'model.distill.{name}' for name in terms)}." if terms else ''
 
@@ -249,7 +249,7 @@ def _explain_data(runner: Runner, data_batch: Any) -> str | None:
         for sample in data_batch['data_samples']:
             if not get_boxes(sample).isfinite().all():
                 return f"A box of the image '{sample.get('img_path', sample.get('img_id'))}' is not finite: correct it."
-        inputs = _find_model(runner).data_preprocessor(data_batch, True)['inputs']
+        inputs = find_model(runner).data_preprocessor(data_batch, True)['inputs']
         if not inputs.isfinite().all():
             return 'The images of this batch are not finite: look at mean and std of the data_preprocessor.'
     return None
@@ -287,5 +287,6 @@ def _when(runner: Runner, iteration: int | None = None) -> str:
     return f'in iteration {iteration + 1}{epoch}'
 
 
-def _find_model(runner: Runner) -> nn.Module:
+def find_model(runner: Runner) -> nn.Module:
+    """The model of a run, out of the wrapper by which several processes train it."""
     return runner.model.module if is_model_wrapper(runner.model) else runner.model

@@ -12,7 +12,6 @@ from typing import Any
 from mmdet.registry import HOOKS
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, set_random_seed
 from mmengine.runner.checkpoint import weights_to_cpu
 from rich.table import Table
@@ -29,7 +28,7 @@ from kd_det.distillers.inheritance import OF_RULES, ORIGINS
 from kd_det.distillers.supervision import bring_detections
 from kd_det.teachers import Guide, Teacher, TeacherError
 from kd_det.teachers.guide import list_guides
-from kd_det.training.finiteness import add_finite_hook
+from kd_det.training.finiteness import add_finite_hook, find_model
 from kd_det.training.learners import (
     average_peers,
     clip_by_learner,
@@ -336,7 +335,7 @@ def build_origin_table(distiller: DetectionDistiller) -> str:
 
 def _find_distiller(runner: Runner) -> DetectionDistiller | None:
     """The model of a run, out of its data-parallel wrapper; None where it is no distiller."""
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model = find_model(runner)
     return model if isinstance(model, DetectionDistiller) else None
 
 
