@@ -3,10 +3,11 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mmcv.cnn import is_norm
 from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint_with_prefix
 from torch import Tensor, nn
 
@@ -55,7 +56,7 @@ class Inheritance:
     """How a student inherits: ``model.inherit_by``.
 
     Args:
-        rule: ``'shape'``: tensors of the student's shape are copied. ``'selection'``, for a smaller student: of the
+        rule: ``'shape'``: layers of the student's shapes are copied. ``'selection'``, for a smaller student: of the
             larger ones entries at even distances, see :func:`~kd_det.distillers.resizing.select`. ``'growth'``, for a
             larger student: it computes what the teacher does, see :func:`~kd_det.distillers.resizing.grow`.
         noise: How unequally copies of a channel share what it had, with ``'growth'``; so they learn to differ.
@@ -124,7 +125,9 @@ def inherit(student: nn.Module, teacher: Teacher | nn.Module, parts: Iterable[st
             by: Inheritance = Inheritance()) -> tuple[dict[str, str], list[str]]:
     """Starts parts of the student from the teacher's, where the same name, see :func:`find_counterpart`, stands for it.
 
-    A pruned student takes the channels that it kept, where its own would agree had it not been pruned.
+    A layer is inherited whole or not at all, and the norm that follows it with it: what scales and shifts the channels
+    of other weights is of no use, and does harm. A pruned student takes the channels that it kept, where its own would
+    agree had it not been pruned.
 
     Args:
         student: The detector that is written to.
@@ -147,7 +150,7 @@ def inherit(student: nn.Module, teacher: Teacher | nn.Module, parts: Iterable[st
     found = {key: source.get(counterpart) for key, counterpart in counterparts.items()}
     if by.rule == 'shape':
         made = {key: each for key, each in found.items() if each is not None and each.shape == target[key].shape}
-        refused = [key for key in found if key not in made]
+        torn, refused = find_torn(student, found, made), [key for key in found if key not in made]
     else:
         model = getattr(teacher, 'model', teacher)
         if by.layers == 'even':
@@ -157,15 +160,46 @@ def inherit(student: nn.Module, teacher: Teacher | nn.Module, parts: Iterable[st
         matches = list(match_tensors(student, model, counterparts, source))
         if by.rule == 'selection':
             made, refused = select(student, matches)
+            torn = find_torn(student, found, made)
         else:
             with preserved_randomness():
-                made, refused = grow(student, model, matches, by.noise), []
+                made, torn, refused = grow(student, model, matches, by.noise), [], []
+    for key in torn:
+        del made[key]
+    refused += [f'{key} (its layer stays)' for key in torn]
     for key, each in made.items():
         target[key].copy_(each)
     if by.rule == 'growth':
         check_growth(student, model)
     changed = 'selected' if by.rule == 'selection' else 'grown'
     return {key: 'inherited' if each is found[key] else changed for key, each in made.items()}, refused
+
+
+def find_torn(student: nn.Module, keys: Iterable[str], fitting: Container[str]) -> list[str]:
+    """Finds the tensors that fit but belong to a layer of which another does not.
+
+    Args:
+        student: The detector.
+        keys: Of its state dict, whose tensors are tried.
+        fitting: Those that fit.
+
+    Returns:
+        Of the keys that fit those of layers that do not fit whole, and of norms that follow such a layer in its module,
+        as in a ConvModule or a block of a ResNet.
+    """
+    keys_of: dict[str, list[str]] = defaultdict(list)
+    for key in keys:
+        keys_of[key.rpartition('.')[0]].append(key)
+    torn = {path for path, its in keys_of.items() if any(key not in fitting for key in its)}
+    for path, module in student.named_modules(remove_duplicate=False):
+        before = ''
+        for name, child in module.named_children():
+            place = f'{path}.{name}'.lstrip('.')
+            if is_norm(child):
+                torn |= {place} & keys_of.keys() if before in torn else set()
+            elif child.state_dict():  # an activation between the two parts nothing
+                before = place
+    return [key for path in keys_of if path in torn for key in keys_of[path] if key in fitting]
 
 
 def find_common_parts(student: nn.Module, teacher: nn.Module, with_backbone: bool = False) -> tuple[str, ...]:
