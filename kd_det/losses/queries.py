@@ -51,7 +51,46 @@ class QueryPairs(NamedTuple):
         return values.sum() / self.divisor
 
 
-class QueryTerm(DistillTerm):
+class DecoderTerm(DistillTerm):
+    """A term that compares what the decoders of two DETRs say. Their layers are paired from the last on.
+
+    Args:
+        head: ``'bbox_head'``; or a dict with the keys ``student`` and ``teacher``.
+        part: What it reads of them, see :class:`~kd_det.heads.HeadRequest`.
+        layers: Number of decoder layers; as many as both have by default.
+        teacher: See :class:`~kd_det.losses.base.DistillTerm`.
+    """
+
+    def __init__(self, head: EitherSide, part: str, layers: int | None, teacher: int) -> None:
+        super().__init__(teacher)
+        self.student_head, self.teacher_head = (HeadRequest(name, part) for name in split_sides(head))
+        self.layers = layers
+
+    @property
+    def student_heads(self) -> tuple[str, ...]:
+        return (self.student_head, )
+
+    @property
+    def teacher_heads(self) -> tuple[str, ...]:
+        return (self.teacher_head, )
+
+    def pair_layers(self, student: QueryOutputs, teacher: QueryOutputs) -> tuple[QueryOutputs, QueryOutputs]:
+        """The layers of both that are compared, the last ones."""
+        layers = min(len(student.logits), len(teacher.logits), self.layers or len(student.logits))
+        return student.last(layers), teacher.last(layers)
+
+
+def box_distances(student: QueryOutputs, teacher: QueryOutputs) -> tuple[Tensor, Tensor]:
+    """How far the boxes of queries lie apart.
+
+    Returns:
+        (D, N, Q) the L1 distances of centre, width and height, as shares of the image; and 1 − GIoU.
+    """
+    l1 = (student.boxes - teacher.boxes).abs().sum(-1)
+    return l1, giou_imitation(*(corners(each.boxes).flatten(0, 2) for each in (student, teacher))).view_as(l1)
+
+
+class QueryTerm(DecoderTerm):
     """A term that compares the queries of two DETRs. Numbers of queries and of decoder layers may differ.
 
     A student's query that its own matcher assigned to a ground-truth box is compared with the teacher's query that this
@@ -74,21 +113,12 @@ class QueryTerm(DistillTerm):
     @declared
     def __init__(self, head: EitherSide = 'bbox_head', layers: Count | None = None, background: Index = 100,
                  costs: Annotated[Sequence[Weight], Len(3, 3)] = (2.0, 5.0, 2.0), teacher: Index = 0) -> None:
-        super().__init__(teacher)
-        self.student_head, self.teacher_head = (HeadRequest(name, 'queries') for name in split_sides(head))
-        self.layers, self.background, self.costs = layers, background, (costs[0], costs[1], costs[2])
+        super().__init__(head, 'queries', layers, teacher)
+        self.background, self.costs = background, (costs[0], costs[1], costs[2])
 
     @property
     def only_at_boxes(self) -> bool:  # type: ignore[override]
         return self.background == 0
-
-    @property
-    def student_heads(self) -> tuple[str, ...]:
-        return (self.student_head, )
-
-    @property
-    def teacher_heads(self) -> tuple[str, ...]:
-        return (self.teacher_head, )
 
     def pair_queries(self, context: DistillContext) -> QueryPairs:
         """Pairs the student's queries with the teacher's, once for all terms that pair alike.
@@ -104,8 +134,7 @@ class QueryTerm(DistillTerm):
         student = cast(QueryOutputs, context.student_outputs[self.student_head])
         teacher = cast(QueryOutputs, context.teacher_outputs[self.teacher_index][self.teacher_head])
         require_same_classes(student, teacher)
-        layers = min(len(student.logits), len(teacher.logits), self.layers or len(student.logits))
-        student, teacher = student.last(layers), teacher.last(layers)
+        student, teacher = self.pair_layers(student, teacher)
         paired = self._match(student, teacher, context)
         found, scores = paired >= 0, teacher.scores()[-1]
         count = (scores - context.where_labelled(scores)).sum() + sum(map(len, context.boxes))
@@ -263,8 +292,6 @@ class QueryRegression(QueryTerm):
     def forward(self, context: DistillContext) -> Parts:
         pairs = self.pair_queries(context)
         weight = pairs.teacher.scores() * (pairs.foreground + pairs.background)
-        student, teacher = pairs.student.boxes, pairs.teacher.boxes
-        l1 = (student - teacher).abs().sum(-1)
-        giou = giou_imitation(*(corners(boxes).flatten(0, 2) for boxes in (student, teacher))).view_as(weight)
+        l1, giou = box_distances(pairs.student, pairs.teacher)
         return dict(l1=self.l1_weight * pairs.normalize(weight * l1),
                     giou=self.giou_weight * pairs.normalize(weight * giou))

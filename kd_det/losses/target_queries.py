@@ -8,22 +8,22 @@ from mmdet.registry import MODELS
 from mmdet.utils import reduce_mean
 from torch import Tensor
 
-from kd_det.config.arguments import Count, EitherSide, Index, Share, Weight, declared, split_sides
+from kd_det.config.arguments import Count, EitherSide, Index, Share, Weight, declared
 from kd_det.context import DistillContext
-from kd_det.functional.boxes import constant, giou_imitation
+from kd_det.functional.boxes import constant
 from kd_det.functional.logits import soft_target_kl
-from kd_det.functional.queries import corners, hide_other_groups, noisy_targets
-from kd_det.heads import HeadRequest, QueryDecoder
+from kd_det.functional.queries import hide_other_groups, noisy_targets
+from kd_det.heads import QueryDecoder
 from kd_det.heads.decoders import BoxQueries
-from kd_det.losses.base import DistillTerm, Parts
+from kd_det.losses.base import Parts
 from kd_det.losses.outputs import GapExponent, sigmoid_divergence
-from kd_det.losses.queries import require_same_classes
+from kd_det.losses.queries import DecoderTerm, box_distances, require_same_classes
 
 PADDING = (0.25, 0.25, 0.75, 0.75)  # where queries stand that are there for images with fewer boxes
 
 
 @MODELS.register_module()
-class TargetQueries(DistillTerm):
+class TargetQueries(DecoderTerm):
     """Both decoders answer the same queries, ground-truth boxes with noise (CLoCKDistill, arXiv 2502.10683).
 
     ::
@@ -81,19 +81,10 @@ class TargetQueries(DistillTerm):
                  box_noise: Share = 0.4, label_noise: Share = 0.25, beta: GapExponent = 0.0,
                  class_weight: Weight = 1.0, l1_weight: Weight = 5.0, giou_weight: Weight = 2.0,
                  teacher: Index = 0) -> None:
-        super().__init__(teacher)
-        self.student_head, self.teacher_head = (HeadRequest(name, 'decoder') for name in split_sides(head))
-        self.layers, self.groups, self.beta = layers, groups, beta
+        super().__init__(head, 'decoder', layers, teacher)
+        self.groups, self.beta = groups, beta
         self.box_noise, self.label_noise = box_noise, label_noise
         self.class_weight, self.l1_weight, self.giou_weight = class_weight, l1_weight, giou_weight
-
-    @property
-    def student_heads(self) -> tuple[str, ...]:
-        return (self.student_head, )
-
-    @property
-    def teacher_heads(self) -> tuple[str, ...]:
-        return (self.teacher_head, )
 
     def forward(self, context: DistillContext) -> Parts:
         decoders = [cast(QueryDecoder, outputs[head]) for outputs, head in (
@@ -101,15 +92,12 @@ class TargetQueries(DistillTerm):
             (context.teacher_outputs[self.teacher_index], self.teacher_head))]
         require_same_classes(*decoders)
         queries, known = self.make_queries(context, decoders[0].num_classes)
-        answers = [decoder.run(queries) for decoder in decoders]
-        layers = min(len(each.logits) for each in answers)
-        student, teacher = (each.last(min(layers, self.layers or layers)) for each in answers)
+        student, teacher = self.pair_layers(*(decoder.run(queries) for decoder in decoders))
         if student.activation == 'sigmoid':
             divergence = sigmoid_divergence(student.logits, teacher.logits, self.beta)
         else:
             divergence = soft_target_kl(student.logits, teacher.logits, reduction='none')
-        l1 = (student.boxes - teacher.boxes).abs().sum(-1)
-        giou = giou_imitation(*(corners(each.boxes).flatten(0, 2) for each in (student, teacher))).view_as(l1)
+        l1, giou = box_distances(student, teacher)
         weight = known.repeat(1, self.groups).float()
         divisor = self.groups * reduce_mean(known.sum().float()).clamp(min=1)
         return dict(classes=self.class_weight * (divergence * weight).sum() / divisor,
