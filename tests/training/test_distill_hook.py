@@ -253,6 +253,13 @@ def test_table_of_origins(retinanet, distilled, make_runner, teacher_checkpoint)
     backbone = sum(parameter.numel() for parameter in runner.model.backbone.parameters())
     assert rows['student.backbone'][0] == rows['student.backbone'][-1] == f'{backbone:,}'
     assert 'Could not be inherited' in table and 'bbox_head.retina_cls.weight' in table
+    assert 'Nothing is inherited: of bbox_head no layer' in table
+
+
+def test_a_student_that_inherits_something_is_not_told_that_it_does_not(distilled, make_runner):
+    runner = make_runner(distilled(inherit='backbone'), epochs=1)
+    runner.train()
+    assert 'Nothing is inherited' not in _table(runner)
 
 
 def test_the_log_tells_what_distilling_costs(distilled, make_runner):
