@@ -49,7 +49,7 @@ setup(
     cmdclass={'build_py': BuildWithStartup},
     zip_safe=False,
     install_requires=['torch>=2.4', 'torchvision>=0.19', 'numpy', 'scipy', 'filelock', 'rich', 'matplotlib', 'jinja2',
-                      'shtab', 'pydantic>=2.7', 'annotated-types', 'typing_extensions', 'submitit>=1.5'],
+                      'shtab', 'pydantic>=2.7', 'annotated-types', 'typing_extensions', 'submitit>=1.5', 'safetensors'],
     extras_require={
         'mmdet': [
             'mmengine>=0.10,<0.11',

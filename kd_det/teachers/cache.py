@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import os
 import re
@@ -16,11 +15,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from filelock import FileLock
 from mmengine.dist import all_reduce
 from mmengine.logging import print_log
+from safetensors.numpy import save
+from safetensors.torch import load
 from torch import Tensor
 
 from kd_det.compat.writing import refuse_to_replace
@@ -29,11 +29,11 @@ from kd_det.config.arguments import Name, Positive, declared
 from kd_det.taps import Features
 
 Outputs = dict[str, Features]
-Arrays = dict[str, np.ndarray]
+Tensors = dict[str, Tensor]
 
 DTYPES = dict(float16=torch.float16, float32=torch.float32)
 GIGABYTE = 10**9
-ENTRY, UNFINISHED = '.npz', '.tmp'
+ENTRY, UNFINISHED = '.entry', '.tmp'
 CHECKSUM = 4  # bytes
 OTHER_FOLDER = 'Give another folder as model.teacher.cache.dir.'
 ABANDONED = 3600.0  # seconds after which a file that was never renamed is taken for what a killed process left
@@ -62,7 +62,7 @@ class TeacherCache:
     of float16 is kept in float32.
 
     Args:
-        dir: The folder, see :class:`~kd_det.teachers.cache.ArrayStore`; runs, ranks and teachers may share it.
+        dir: The folder, see :class:`~kd_det.teachers.cache.TensorStore`; runs, ranks and teachers may share it.
         dtype: ``'float16'`` or ``'float32'``, the form in which numbers are kept.
         max_gb: Gigabytes (10⁹ bytes) that the folder may hold. When it is full, nothing more is kept.
 
@@ -78,10 +78,10 @@ class TeacherCache:
         self._stores = True
 
     @cached_property
-    def store(self) -> ArrayStore:
+    def store(self) -> TensorStore:
         """The folder; made when it is first needed."""
         try:
-            return ArrayStore(self.folder, int(self.max_gb * GIGABYTE))
+            return TensorStore(self.folder, int(self.max_gb * GIGABYTE))
         except OSError as error:
             raise ConfigurationError(
                 f"model.teacher.cache.dir='{self.folder}' can not be written to: {error}") from error
@@ -103,7 +103,7 @@ class TeacherCache:
         entries = [entry for entry in map(self.store.get, keys) if entry is not None]
         if len(entries) == len(keys):
             self.counts.hits += len(keys)
-            self.counts.read += sum(array.nbytes for entry in entries for array in entry.values())
+            self.counts.read += sum(tensor.nbytes for entry in entries for tensor in entry.values())
         else:
             self.counts.misses += len(keys)
             entries = list(self._split_images(compute()))
@@ -132,7 +132,7 @@ class TeacherCache:
             keys.append(digest.hexdigest())
         return keys
 
-    def _store_entry(self, key: str, entry: Arrays) -> None:
+    def _store_entry(self, key: str, entry: Tensors) -> None:
         if not self._stores:
             return
         try:
@@ -143,12 +143,12 @@ class TeacherCache:
                       'all else is computed in each step. Raise model.teacher.cache.max_gb, or empty the folder.',
                       logger='current', level=logging.WARNING)
 
-    def _split_images(self, outputs: Outputs) -> Iterator[Arrays]:
-        """Splits the outputs into images, each array named ``name/level/dtype/memory format``."""
+    def _split_images(self, outputs: Outputs) -> Iterator[Tensors]:
+        """Splits the outputs into images, each tensor named ``name/level/dtype/memory format``."""
         levels = {f'{name}/{index}/{str(level.dtype)[6:]}/{_find_memory_format(level)}': level.detach().cpu()
                   for name, each in outputs.items() for index, level in enumerate(each)}
         for image in range(len(next(iter(levels.values())))):
-            yield {name: self._round(level[image]).contiguous().numpy() for name, level in levels.items()}
+            yield {name: self._round(level[image]).contiguous() for name, level in levels.items()}
 
     def _round(self, values: Tensor) -> Tensor:
         kept = values.to(DTYPES[self.dtype])
@@ -160,16 +160,16 @@ def _find_memory_format(level: Tensor) -> str:
     return 'contiguous_format' if contiguous else 'channels_last'
 
 
-def _join_images(entries: Sequence[Arrays], device: torch.device) -> Outputs:
+def _join_images(entries: Sequence[Tensors], device: torch.device) -> Outputs:
     """Joins these images to a batch, with the floating-point type and memory format that the teacher had put out."""
     outputs: dict[str, list[Tensor]] = {}
-    for name in entries[0]:
-        path, _, dtype, memory_format = name.rsplit('/', 3)
-        arrays = [torch.from_numpy(entry[name]) for entry in entries]
-        level = torch.empty((len(arrays), *arrays[0].shape), dtype=getattr(torch, dtype),
+    levels = [(name, *name.rsplit('/', 3)) for name in entries[0]]
+    for name, path, _, dtype, memory_format in sorted(levels, key=lambda level: int(level[2])):
+        images = [entry[name] for entry in entries]
+        level = torch.empty((len(images), *images[0].shape), dtype=getattr(torch, dtype),
                             memory_format=getattr(torch, memory_format))
-        for image, array in zip(level, arrays):
-            image.copy_(array)
+        for image, kept in zip(level, images):
+            image.copy_(kept)
         outputs.setdefault(path, []).append(level.to(device))
     return {path: tuple(levels) for path, levels in outputs.items()}
 
@@ -180,12 +180,12 @@ def _sum_over_ranks(counts: CacheCounts) -> list[int]:
     return total.tolist()
 
 
-class ArrayStore:
-    """A folder of entries; each holds some arrays by name, under a key.
+class TensorStore:
+    """A folder of entries; each holds some tensors of the host by name, under a key.
 
     Several processes may read and write at once. An entry is written under another name and renamed when it is
-    complete, so that a process that is killed leaves no torn one. It is an uncompressed ``.npz`` archive, and behind it
-    a checksum of all of it, which is verified at each read; an entry that fails is removed and counts as absent.
+    complete, so that a process that is killed leaves no torn one. It is in the form of safetensors, and behind that
+    stands a checksum of all of it, which is verified at each read; an entry that fails is removed and counts as absent.
     Reading takes no lock.
 
     Args:
@@ -213,8 +213,8 @@ class ArrayStore:
         """Bytes that the folder holds."""
         return self._read_size()
 
-    def get(self, key: str) -> Arrays | None:
-        """The arrays under a key, a string of hexadecimal digits; None where none can be read whole."""
+    def get(self, key: str) -> Tensors | None:
+        """The tensors under a key, a string of hexadecimal digits; None where none can be read whole."""
         path = self._path(key)
         try:
             content = path.read_bytes()
@@ -223,11 +223,10 @@ class ArrayStore:
         if content[-CHECKSUM:] != _compute_checksum(memoryview(content)[:-CHECKSUM]):
             self._remove(path)
             return None
-        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+        return load(content[:-CHECKSUM])
 
-    def put(self, key: str, arrays: Arrays) -> int:
-        """Keeps arrays under a key, unless there are some already.
+    def put(self, key: str, tensors: Tensors) -> int:
+        """Keeps tensors under a key, unless there are some already.
 
         Returns:
             The number of bytes written.
@@ -239,10 +238,8 @@ class ArrayStore:
         path = self._path(key)
         if path.exists():
             return 0
-        archive = io.BytesIO()
-        np.savez(archive, **arrays)
-        archive.write(_compute_checksum(archive.getbuffer()))
-        content = archive.getvalue()
+        content = save({name: tensor.numpy() for name, tensor in tensors.items()})
+        content += _compute_checksum(content)
         unfinished = path.with_suffix(f'.{uuid.uuid4().hex}{UNFINISHED}')
         try:
             self._reserve(unfinished, len(content))
@@ -302,5 +299,5 @@ class StoreFullError(RuntimeError):
     """Another entry would exceed the store's limit."""
 
 
-def _compute_checksum(content: memoryview) -> bytes:
+def _compute_checksum(content: bytes | memoryview) -> bytes:
     return zlib.crc32(content).to_bytes(CHECKSUM, 'big')

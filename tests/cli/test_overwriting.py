@@ -24,7 +24,7 @@ from kd_det.study.runs import RESULT_FILE, identify_run
 from kd_det.study.scheduling import Failure, Job, JobPool
 from kd_det.study.series import Series
 from kd_det.study.variants import parse_variants
-from kd_det.teachers.cache import ArrayStore
+from kd_det.teachers.cache import TensorStore
 from kd_det.training import runs
 from kd_det.training.pictures import save_figure
 
@@ -267,7 +267,7 @@ def test_generated_data_replaces_generated_data_alone(tmp_path):
 def test_a_cache_takes_no_folder_with_such_files(name, content, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(WritingError, match='Give another folder as model.teacher.cache.dir'):
-        ArrayStore(str(tmp_path), 10**6)
+        TensorStore(str(tmp_path), 10**6)
     assert (tmp_path / name).read_text() == content
 
 
@@ -277,5 +277,5 @@ def test_a_cache_removes_what_it_left_and_nothing_else(tmp_path):
         file.parent.mkdir(exist_ok=True)
         file.write_text(MINE)
         os.utime(file, (0, 0))
-    ArrayStore(str(tmp_path), 10**6)
+    TensorStore(str(tmp_path), 10**6)
     assert [file.exists() for file in files] == [False, True, True]

@@ -120,5 +120,5 @@ def test_two_ranks_share_a_cache(distilled, batch, run_ranks, tmp_path):
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6,
                                        msg=lambda text: f'{name}: {text}')
-        stored.append({file: file.stat().st_mtime_ns for file in (tmp_path / 'cache').glob('??/*.npz')})
+        stored.append({file: file.stat().st_mtime_ns for file in (tmp_path / 'cache').glob('??/*.entry')})
     assert len(stored[0]) == 4 and stored[1] == stored[0]

@@ -186,7 +186,7 @@ def test_a_batch_with_one_unknown_image_is_computed_as_a_whole(teacher, images):
 def test_a_damaged_entry_is_computed_anew_and_replaced(teacher, images, tmp_path):
     asked = teacher()
     expected = asked.observe(images, SHAPES)[0]['neck'][0]
-    victim = sorted(tmp_path.glob('cache/??/*.npz'))[0]
+    victim = sorted(tmp_path.glob('cache/??/*.entry'))[0]
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
