@@ -106,8 +106,8 @@ def concatenate(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """All boxes of the batch as (B, 4) float32 and the image that each belongs to as (B,) long."""
     corners = torch.cat([image_boxes.reshape(-1, 4) for image_boxes in boxes]).float()
     # Counts are known to the host: made there, the index needs no synchronisation.
-    counts = torch.tensor([len(image_boxes) for image_boxes in boxes])
-    image = torch.arange(len(boxes)).repeat_interleave(counts)
+    image = torch.tensor([index for index, image_boxes in enumerate(boxes) for _ in range(len(image_boxes))],
+                         dtype=torch.long)
     return corners, image.to(corners.device, non_blocking=True)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kd_det.functional.boxes import concatenate, constant
 
+TABLE = 2**21  # elements of a table of cells × rectangles, 8 MB in float32, up to which it is faster than without
 
 @torch.no_grad()
 def box_foreground(
@@ -143,8 +144,9 @@ def paint_rectangles(
 ) -> Tensor:
     """At each cell the largest weight of the rectangles that cover it; 0 where none does.
 
-    A two-dimensional segment tree: each rectangle is a few aligned blocks whose sides are powers of two; their weights
-    are scattered once and then handed down, size by size, to the single cells. No table of cells × rectangles.
+    By a table of cells × rectangles while that is small, which takes few operators. Beyond it by a two-dimensional
+    segment tree: each rectangle is a few aligned blocks whose sides are powers of two; their weights are scattered once
+    and then handed down, size by size, to the single cells.
 
     Args:
         first: (B, 2) first column and row of each rectangle; what lies beyond the map is cut off.
@@ -158,6 +160,14 @@ def paint_rectangles(
         (N, H, W) in the weight's dtype.
     """
     height, width = feature_shape
+    if len(weight) * height * width <= TABLE:
+        columns, rows = ((cells >= first[:, dim, None]) & (cells <= last[:, dim, None])
+                         for dim, cells in enumerate(torch.arange(side, device=weight.device)
+                                                     for side in (width, height)))
+        table = (weight[:, None] * rows)[:, :, None] * columns[:, None]
+        index = image[:, None].expand(-1, height * width)
+        painted = weight.new_zeros(num_images, height * width).scatter_reduce_(0, index, table.flatten(1), 'amax')
+        return painted.view(num_images, height, width)
     columns, in_columns, num_columns = _aligned_blocks(first[:, 0], last[:, 0], width)
     rows, in_rows, num_rows = _aligned_blocks(first[:, 1], last[:, 1], height)
     index = (image[:, None] * num_rows + rows)[:, :, None] * num_columns + columns[:, None, :]

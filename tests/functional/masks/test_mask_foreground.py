@@ -6,8 +6,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd_det.functional import masks
+from kd_det.functional.masks import foreground
 
 BATCH = (96, 160)
+
+
+@pytest.fixture(params=['table', 'tree'])
+def painting(request, monkeypatch):
+    """Rectangles are painted by a table of cells × rectangles, or, as where that were large, without."""
+    if request.param == 'tree':
+        monkeypatch.setattr(foreground, 'TABLE', 0)
 
 
 def loop_foreground(boxes, shape, feature_shape, weighting):
@@ -28,7 +36,7 @@ def loop_foreground(boxes, shape, feature_shape, weighting):
 
 @pytest.mark.parametrize('weighting', ['binary', 'inverse_area'])
 @pytest.mark.parametrize('feature_shape', [(1, 1), (1, 7), (3, 5), (12, 20), (17, 33)])
-def test_box_foreground_equals_the_loop(weighting, feature_shape, random_boxes):
+def test_box_foreground_equals_the_loop(weighting, feature_shape, random_boxes, painting):
     special = torch.tensor([
         [0, 0, 160, 96],  # the whole batch
         [8, 8, 8, 8],  # a point on a cell's corner
@@ -62,6 +70,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_box_foreground_of_many_boxes_makes_no_table_of_cells_times_boxes(random_boxes):
     boxes, feature_shape = [random_boxes(500, 3), random_boxes(500, 4)], (48, 80)
+    assert 1000 * 48 * 80 > foreground.TABLE
     with LargestTensor() as largest:
         actual = masks.box_foreground(boxes, BATCH, feature_shape, 'inverse_area')
     cells, count = actual.numel(), 1000
@@ -107,7 +116,7 @@ def test_normalized_background():
 
 
 @pytest.mark.parametrize('feature_shape', [(1, 1), (3, 5), (12, 20), (17, 33)])
-def test_regions_equal_the_loop(feature_shape, random_boxes):
+def test_regions_equal_the_loop(feature_shape, random_boxes, painting):
     """At each cell the largest value of the regions that overlap it; an image may have none."""
     special = torch.tensor([[0., 0, 160, 96], [8, 8, 8, 8], [16, 8, 24, 16], [150, 90, 170, 100], [170, 100, 180, 110]])
     boxes, image = torch.cat([special, random_boxes(20, 3)]), torch.tensor([0] * 8 + [2] * 17)

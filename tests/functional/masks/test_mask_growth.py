@@ -4,6 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd_det.functional import masks
+from kd_det.functional.masks import foreground
 
 BATCH, CELLS = (800, 1344), (100, 168)
 FINER = (400, 672)  # 16 times the cells
@@ -75,7 +76,15 @@ def made(mask, count, cells):
 
 
 @pytest.mark.parametrize('growth, mask', MASKS.values(), ids=MASKS.keys())
-def test_what_a_box_adds_does_not_grow_like_the_cells(growth, mask):
+def test_what_a_box_adds_does_not_grow_like_the_cells(growth, mask, monkeypatch):
+    monkeypatch.setattr(foreground, 'TABLE', 0)
     each, each_of_finer = ((made(mask, 500, cells) - made(mask, 50, cells)) / 900 for cells in (CELLS, FINER))
     assert (made(mask, 5000, CELLS) - made(mask, 500, CELLS)) / 9000 == pytest.approx(each, rel=0.01)
     assert 0 < each_of_finer < growth * each and each_of_finer < FINER[0] * FINER[1] / 5
+
+
+def test_a_table_of_cells_and_boxes_is_made_while_it_is_small():
+    few, limit = foreground.TABLE // (CELLS[0] * CELLS[1]) // 2, 4 * foreground.TABLE
+    assert made(MASKS['foreground'][1], few, CELLS) < limit
+    assert made(MASKS['foreground'][1], few, FINER) < 16 * limit
+    assert made(MASKS['foreground'][1], 20 * few, CELLS) < limit
