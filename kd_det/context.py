@@ -145,6 +145,11 @@ class DistillContext:
             self.valid_cells[key] = valid_cells(self.image_shapes, self.batch_shape, (height, width), self.device)
         return self.valid_cells[key]
 
+    def has_padding(self, feature_shape: Sequence[int]) -> bool:
+        """Whether a cell of some image is not :meth:`valid`; a host knows without asking a GPU."""
+        return any((cells - 1) * pixels >= side * cells for image_shape in self.image_shapes
+                   for cells, pixels, side in zip(feature_shape, self.batch_shape, image_shape))
+
     @property
     def fully_labelled(self) -> bool:
         """Whether it is known of every image what it shows: whether all cells without a box are background."""
@@ -243,6 +248,11 @@ class ComparedLevel:
     def valid(self) -> Tensor:
         """(N, H, W) of bool: the cells that hold a part of an image; the others are padding."""
         return self.context.valid(self.shape)
+
+    @property
+    def inside(self) -> Tensor | None:
+        """:attr:`valid`, but None where all cells are: for functions that take that, and do less then."""
+        return self.valid if self.context.has_padding(self.shape) else None
 
 
 class LevelPair(NamedTuple):

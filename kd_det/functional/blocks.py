@@ -52,14 +52,14 @@ def cut_into_blocks(feature: Tensor, scratch: int) -> Iterator[tuple[tuple[slice
         block gets the same memory.
     """
     batch, channels, cells = feature.shape
-    images, step = 1, max(1, BLOCK // cells)
-    if feature.device.type != 'cpu' or feature.numel() <= BLOCK:
+    images, step = max(1, BLOCK // (channels * cells)), max(1, BLOCK // cells)
+    if feature.device.type != 'cpu':
         images, step = batch, channels
-    buffers = feature.new_empty(scratch, images, min(step, channels), cells)
+    buffers = feature.new_empty(scratch, min(images, batch), min(step, channels), cells)
     for image in range(0, batch, images):
         for first in range(0, channels, step):
             yield ((slice(image, image + images), slice(first, first + step)),
-                   [buffer[:, :channels - first] for buffer in buffers])
+                   [buffer[:batch - image, :channels - first] for buffer in buffers])
 
 
 class _ByChannels(torch.autograd.Function):

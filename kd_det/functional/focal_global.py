@@ -13,8 +13,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kd_det.functional.blocks import cut_into_blocks
-from kd_det.functional.features import check_shapes, sum_channels
-from kd_det.functional.masks import channel_attention, spatial_attention, spatial_softmax
+from kd_det.functional.features import check_shapes, sum_cells, sum_channels
+from kd_det.functional.masks import (
+    attend_to_cells,
+    attend_to_channels,
+    channel_attention,
+    spatial_attention,
+    spatial_softmax,
+)
 
 # ----------------------------------------------------------------------------------------------------- the formula
 
@@ -124,7 +130,7 @@ def context_pool(feature: Tensor, logits: Tensor, valid: Tensor | None = None) -
         tensor([[[[3.]]]])
     """
     attention = spatial_softmax(logits.squeeze(1), valid)
-    return torch.einsum('nchw,nhw->nc', feature, attention)[:, :, None, None]
+    return sum_cells(feature, attention)[:, :, None, None]
 
 
 def relation_distance(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -260,10 +266,10 @@ def fgd_loss_of_sums(sums: FGDSums, shift: Tensor, foreground: Tensor, backgroun
         square, count = square * valid, valid.sum((1, 2))[:, None]
     shift = shift.flatten(1)
     relation = square.sum() + (shift * (2 * sums.drift + count * shift)).sum()
-    parts = dict(foreground=alpha * (attended * foreground.detach()).sum(),
-                 background=beta * (attended * background.detach()).sum(),
-                 attention=gamma * attention, relation=lambda_ * relation)
-    return {name: value / len(shift) for name, value in parts.items()}
+    batch = len(shift)
+    return dict(foreground=alpha / batch * (attended * foreground.detach()).sum(),
+                background=beta / batch * (attended * background.detach()).sum(),
+                attention=gamma / batch * attention, relation=lambda_ / batch * relation)
 
 
 class _Sums(torch.autograd.Function):
@@ -291,9 +297,9 @@ class _Sums(torch.autograd.Function):
         for block, (difference, ) in cut_into_blocks(s, scratch=1):
             images, chosen = block
             torch.sub(s[block], t[block], out=difference)
-            drift[block] = _sum_cells(difference, inside[images])
-            student_pooled[block] = _sum_cells(s[block], student_focus[images])
-            teacher_pooled[block] = _sum_cells(t[block], teacher_focus[images])
+            drift[block] = sum_cells(difference, inside[images])
+            student_pooled[block] = sum_cells(s[block], student_focus[images])
+            teacher_pooled[block] = sum_cells(t[block], teacher_focus[images])
             squares[images].baddbmm_(factors[images, :, chosen], difference.square_())
 
         ctx.save_for_backward(student, teacher, student_attend, teacher_attend, inside, teacher_channel, student_focus,
@@ -326,8 +332,8 @@ class _Sums(torch.autograd.Function):
             torch.addcmul(cells[images], channels[block][:, :, None], inside[images, None], out=factor)
             part.addcmul_(torch.sign(s[block], out=sign), factor)
             part.baddbmm_(of_channels[block], of_cells[images])
-            of_student_attend[block] = _sum_cells(s[block], student_logits[images])
-            of_teacher_attend[block] = _sum_cells(t[block], teacher_logits[images])
+            of_student_attend[block] = sum_cells(s[block], student_logits[images])
+            of_teacher_attend[block] = sum_cells(t[block], teacher_logits[images])
         return gradient.view(student.shape), None, of_student_attend.sum(0), of_teacher_attend.sum(0), None, None
 
 
@@ -339,7 +345,7 @@ def _sum_responses(feature: Tensor, attend: Tensor, inside: Tensor) -> tuple[Ten
     for block, (absolute, ) in cut_into_blocks(feature, scratch=1):
         images, chosen = block
         torch.abs(feature[block], out=absolute)
-        channels[block] = _sum_cells(absolute, inside[images])
+        channels[block] = sum_cells(absolute, inside[images])
         cells[images].baddbmm_(ones[images, :, chosen], absolute)
         logits[images].baddbmm_(attend[images, :, chosen], feature[block])
     return cells[:, 0], channels, logits[:, 0]
@@ -348,23 +354,14 @@ def _sum_responses(feature: Tensor, attend: Tensor, inside: Tensor) -> tuple[Ten
 def _attentions_of_sums(cells: Tensor, channels: Tensor, temperature: float,
                         valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Spatial and channel attention of a feature from its Σ|F| over channels (N, H, W) and over valid cells (N, C)."""
-    # To the masks a mean is a feature of one channel, or of one cell, which is valid if any cell was.
-    spatial = spatial_attention(cells[:, None] / channels.shape[1], temperature, valid)
+    spatial = attend_to_cells(cells / channels.shape[1], temperature, valid)
     if valid is None:
-        return spatial, channel_attention(channels[:, :, None, None] / cells[0].numel(), temperature)
-    count = valid.sum((1, 2))[:, None, None]
-    mean = channels[:, :, None, None] / count.clamp(min=1)[..., None]
-    return spatial, channel_attention(mean, temperature, count > 0)
+        return spatial, attend_to_channels(channels / cells[0].numel(), temperature)
+    count = valid.sum((1, 2))[:, None]
+    return spatial, attend_to_channels(channels / count.clamp(min=1), temperature) * (count > 0)
 
 
 def _softmax_backward(probability: Tensor, gradient: Tensor) -> Tensor:
     """Of the logits (N, K), from the gradient of the probabilities (N, 1, K)."""
     weighted = probability * gradient[:, 0]
     return weighted - probability * weighted.sum(1, keepdim=True)
-
-
-def _sum_cells(feature: Tensor, weight: Tensor) -> Tensor:
-    """Σ over cells of (N, C, K) · (N, K): (N, C)."""
-    if len(feature) == 1:  # as one matrix: libraries take batches of matrix · vector far slower
-        return torch.mv(feature[0], weight[0])[None]
-    return torch.bmm(feature, weight[:, :, None])[:, :, 0]

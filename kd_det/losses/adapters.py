@@ -97,17 +97,15 @@ class GlobalContext(nn.Module):
 
     def transform(self, pooled: Tensor) -> Tensor:
         """The mlp: what is added to every cell, from the pooled vector; both (N, C, 1, 1)."""
-        hidden = _convolve_one_cell(self.reduce, pooled)
-        return _convolve_one_cell(self.expand, self.norm(hidden).relu())
+        # Of one cell convolutions are matrix products, and some three times faster as such on the CPU.
+        hidden = F.linear(pooled.flatten(1), self.reduce.weight.flatten(1), self.reduce.bias)
+        hidden = F.layer_norm(hidden, hidden.shape[1:], self.norm.weight.flatten(), self.norm.bias.flatten(),
+                              self.norm.eps)
+        return F.linear(hidden.relu(), self.expand.weight.flatten(1), self.expand.bias)[:, :, None, None]
 
     def attention_weight(self) -> Tensor:
         """(C,), by which the logits are made. The softmax over the cells does not see the bias, whose gradient is 0."""
         return self.attend.weight.flatten() + 0 * cast(Tensor, self.attend.bias)
-
-
-def _convolve_one_cell(conv: nn.Conv2d, vector: Tensor) -> Tensor:
-    """A 1 × 1 convolution of (N, C, 1, 1), as the matrix product that it is: some three times faster on the CPU."""
-    return F.linear(vector.flatten(1), conv.weight.flatten(1), conv.bias)[:, :, None, None]
 
 
 class NonLocal(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kd_det.config.arguments import EitherSide, Index, Positive, Weight, declared
 from kd_det.context import ComparedLevel, LevelPair
+from kd_det.functional.features import sum_cells
 from kd_det.functional.relations import RELATED, angle_relation, dist_loss, distance_relation
 from kd_det.losses.base import FeatureTerm, Levels, Parts
 
@@ -36,7 +37,7 @@ class BatchRelation(FeatureTerm):
     def compare(self, level: ComparedLevel, position: int) -> Parts:
         cells = level.valid.float() if self.pad_aware else torch.ones_like(level.valid, dtype=torch.float32)
         share = cells / cells.sum((1, 2), keepdim=True).clamp(min=1)
-        student, teacher = (torch.einsum('nchw,nhw->nc', feature, share) for feature in (level.student, level.teacher))
+        student, teacher = (sum_cells(feature, share) for feature in (level.student, level.teacher))
         return self.relate(student, teacher)
 
     def relate(self, student: Tensor, teacher: Tensor) -> Parts:

@@ -47,5 +47,5 @@ class CWD(FeatureTerm):
         self.temperature, self.pad_aware = temperature, pad_aware
 
     def compare(self, level: ComparedLevel, position: int) -> Parts:
-        valid = level.valid if self.pad_aware else None
+        valid = level.inside if self.pad_aware else None
         return dict(channel_kl=channel_wise_kl(level.student, level.teacher, self.temperature, valid))

@@ -62,7 +62,7 @@ class GlobalRelation(GlobalContextTerm):
         self.pad_aware = pad_aware
 
     def compare(self, level: ComparedLevel, position: int) -> Parts:
-        valid = level.valid if self.pad_aware else None
+        valid = level.inside if self.pad_aware else None
         relate_student, relate_teacher = self.blocks(position)
         return dict(relation=relation_distance(relate_student(level.student, valid),
                                                relate_teacher(level.teacher, valid), valid))
@@ -125,7 +125,7 @@ class FGD(GlobalContextTerm):
         self.background = BoxBackground(box_mapping)
 
     def compare(self, level: ComparedLevel, position: int) -> Parts:
-        valid = level.valid if self.pad_aware else None
+        valid = level.inside if self.pad_aware else None
         student, teacher = self.blocks(position)
         sums = fgd_sums(level.student, level.teacher, student.attention_weight(), teacher.attention_weight(),
                         self.temperature, valid)

@@ -86,7 +86,7 @@ class FKD(FeatureTerm):
         self.blocks = nn.ModuleList(_Adapters(pair.student_spec, pair.teacher_spec) for pair in self.pairs)
 
     def compare(self, level: ComparedLevel, position: int) -> Parts:
-        blocks, valid = cast(_Adapters, self.blocks[position]), level.valid if self.pad_aware else None
+        blocks, valid = cast(_Adapters, self.blocks[position]), level.inside if self.pad_aware else None
         inside: Tensor | int = 1 if valid is None else valid[:, None]
         raw, = self.normalized(level.context, level.raw_student)  # all but the imitation read it before its adapter
         student = raw * inside

@@ -114,7 +114,7 @@ class AttentionImitation(FeatureTerm):
         self.temperature, self.pad_aware = temperature, pad_aware
 
     def compare(self, level: ComparedLevel, position: int) -> Parts:
-        valid = level.valid if self.pad_aware else None
+        valid = level.inside if self.pad_aware else None
         return dict(attention=attention_distance(level.student, level.teacher, self.temperature, valid))
 
 

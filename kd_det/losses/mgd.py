@@ -61,7 +61,8 @@ class MGD(FeatureTerm):
 
     def compare(self, level: ComparedLevel, position: int) -> Parts:
         kept = level.student * self.draw_kept_cells(level.student)
-        valid = level.valid.float() if self.pad_aware else None
+        inside = level.inside if self.pad_aware else None
+        valid = None if inside is None else inside.float()
         if valid is not None:
             kept = kept * valid[:, None]
         generated = self.generation[position](kept)

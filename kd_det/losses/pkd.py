@@ -51,4 +51,4 @@ class PKD(FeatureTerm):
         self.pad_aware = pad_aware
 
     def compare(self, level: ComparedLevel, position: int) -> Parts:
-        return dict(pearson=pearson_distance(level.student, level.teacher, level.valid if self.pad_aware else None))
+        return dict(pearson=pearson_distance(level.student, level.teacher, level.inside if self.pad_aware else None))

@@ -51,5 +51,5 @@ class SSIM(FeatureTerm):
         self.pad_aware = pad_aware
 
     def compare(self, level: ComparedLevel, position: int) -> Parts:
-        valid = level.valid if self.pad_aware else None
+        valid = level.inside if self.pad_aware else None
         return dict(structure=structural_distance(level.student, level.teacher, valid))

@@ -25,7 +25,7 @@ class _Attention(Mask):
         """The attention of the source by one of the functions of :mod:`kd_det.functional.masks`, without gradient."""
         features = dict(teacher=[level.teacher], student=[level.student.detach()],
                         both=[level.teacher, level.student.detach()])[self.source]
-        valid = level.valid if self.pad_aware else None
+        valid = level.inside if self.pad_aware else None
         attentions = [attention(feature, self.temperature, valid) for feature in features]
         return sum(attentions[1:], attentions[0]) / len(attentions)
 

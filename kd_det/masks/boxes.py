@@ -68,8 +68,9 @@ class BoxForeground(CellMask):
         boxes, batch_shape = level.context.boxes, level.context.batch_shape
         if self.box_mapping == 'image':
             return box_foreground(boxes, batch_shape, level.shape, 'inverse_area', level.context.image_shapes)
+        painted, inside = box_foreground(boxes, batch_shape, level.shape, 'inverse_area'), level.inside
         # The last cell that a box covers may begin where its image ends.
-        return box_foreground(boxes, batch_shape, level.shape, 'inverse_area') * level.valid
+        return painted if inside is None else painted * inside
 
 
 @MODELS.register_module()
@@ -102,7 +103,7 @@ class BoxBackground(BoxForeground):
         return False
 
     def cells(self, level: ComparedLevel) -> Tensor:
-        valid = level.valid if self.box_mapping == 'batch' else None
+        valid = level.inside if self.box_mapping == 'batch' else None
         return level.context.where_labelled(normalized_background(super().cells(level), valid))
 
 

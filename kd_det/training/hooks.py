@@ -328,8 +328,8 @@ def build_origin_table(distiller: DetectionDistiller) -> str:
     output = StringIO()
     PlainConsole(file=output, width=110, no_color=True).print(table)
     if distiller.inherited_parts and not used & {'inherited', 'checkpoint', *OF_RULES}:
-        output.write(f"Nothing is inherited: of {', '.join(distiller.inherited_parts)} no layer has the teacher's shape. "
-                     "A narrower student may select from the teacher's channels: model.inherit_by='selection'.\n")
+        output.write(f"Nothing is inherited: of {', '.join(distiller.inherited_parts)} no layer has the teacher's "
+                     "shape. A narrower student may select from its channels: model.inherit_by='selection'.\n")
     if distiller.not_inherited:
         output.write(f'Could not be inherited (absent in the teacher, or of another shape): '
                      f"{', '.join(distiller.not_inherited)}\n")

@@ -4,6 +4,8 @@ Cell masks are (N, H, W), channel masks (N, C). Boxes are one ``(n, 4)`` tensor 
 of the padded batch; ``n`` may be 0. Attentions are differentiable, all other masks carry no gradient.
 """
 # "as": to be imported from here by the other rooms, but no public names.
+from kd_det.functional.masks.attention import attend_to_cells as attend_to_cells
+from kd_det.functional.masks.attention import attend_to_channels as attend_to_channels
 from kd_det.functional.masks.attention import channel_attention as channel_attention
 from kd_det.functional.masks.attention import spatial_attention as spatial_attention
 from kd_det.functional.masks.attention import spatial_softmax as spatial_softmax

@@ -20,9 +20,7 @@ def spatial_attention(feature: Tensor, temperature: float, valid: Tensor | None 
     Returns:
         (N, H, W); each image has mean 1 over its (valid) cells.
     """
-    response = feature.abs().mean(1) / temperature
-    count = response.shape[1] * response.shape[2] if valid is None else valid.sum((1, 2), keepdim=True)
-    return count * spatial_softmax(response, valid)
+    return attend_to_cells(feature.abs().mean(1), temperature, valid)
 
 
 def channel_attention(feature: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
@@ -37,11 +35,21 @@ def channel_attention(feature: Tensor, temperature: float, valid: Tensor | None 
         (N, C); each image has mean 1 over its channels, or 0 if none of its cells is valid.
     """
     if valid is None:
-        response = feature.abs().mean((2, 3))
-        return feature.shape[1] * (response / temperature).softmax(1)
+        return attend_to_channels(feature.abs().mean((2, 3)), temperature)
     count = valid.sum((1, 2))[:, None]
     response = (feature.abs() * valid[:, None]).sum((2, 3)) / count.clamp(min=1)
-    return feature.shape[1] * (response / temperature).softmax(1) * (count > 0)
+    return attend_to_channels(response, temperature) * (count > 0)
+
+
+def attend_to_cells(response: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
+    """:func:`spatial_attention` from mean_c |F|, (N, H, W)."""
+    count = response[0].numel() if valid is None else valid.sum((1, 2), keepdim=True)
+    return count * spatial_softmax(response / temperature, valid)
+
+
+def attend_to_channels(response: Tensor, temperature: float) -> Tensor:
+    """:func:`channel_attention` from mean_hw |F|, (N, C)."""
+    return response.shape[1] * (response / temperature).softmax(1)
 
 
 def spatial_softmax(logits: Tensor, valid: Tensor | None = None) -> Tensor:
