@@ -1,6 +1,7 @@
 """Cells that boxes or regions cover, the other ones, and those of padding; and how they are painted.
 
-Many rectangles, or runs of cells, are painted onto a map without a loop over them and without a table of cells × boxes.
+Many rectangles, or runs of cells, are painted onto a map without a loop over them, and where they
+are many without a table of cells × boxes.
 """
 from __future__ import annotations
 
