@@ -123,11 +123,11 @@ def start_student(student: nn.Module, teacher: Teacher | None, parts: Sequence[s
 
 def inherit(student: nn.Module, teacher: Teacher | nn.Module, parts: Iterable[str],
             by: Inheritance = Inheritance()) -> tuple[dict[str, str], list[str]]:
-    """Starts parts of the student from the teacher's, where the same name, see :func:`find_counterpart`, stands for it.
+    """Starts parts of the student from the teacher's, where the same name stands for it, see :func:`find_counterpart`.
 
-    A layer is inherited whole or not at all, and the norm that follows it with it: what scales and shifts the channels
-    of other weights is of no use, and does harm. A pruned student takes the channels that it kept, where its own would
-    agree had it not been pruned.
+    A layer is inherited whole or not at all: a bias says nothing of other weights. So are the statistics of a norm,
+    with the layer that it follows; its scale and shift come over anyhow, for they say what the layers behind it expect.
+    A pruned student takes the channels that it kept, where its own would agree had it not been pruned.
 
     Args:
         student: The detector that is written to.
@@ -184,22 +184,23 @@ def find_torn(student: nn.Module, keys: Iterable[str], fitting: Container[str]) 
         fitting: Those that fit.
 
     Returns:
-        Of the keys that fit those of layers that do not fit whole, and of norms that follow such a layer in its module,
-        as in a ConvModule or a block of a ResNet.
+        Of the keys that fit those of layers that do not fit whole, and of the statistics of norms that follow such a
+        layer in its module, as in a ConvModule or a block of a ResNet.
     """
     keys_of: dict[str, list[str]] = defaultdict(list)
     for key in keys:
         keys_of[key.rpartition('.')[0]].append(key)
     torn = {path for path, its in keys_of.items() if any(key not in fitting for key in its)}
+    found = {key for path in torn for key in keys_of[path]}
     for path, module in student.named_modules(remove_duplicate=False):
         before = ''
         for name, child in module.named_children():
             place = f'{path}.{name}'.lstrip('.')
             if is_norm(child):
-                torn |= {place} & keys_of.keys() if before in torn else set()
+                found |= {f'{place}.{buffer}' for buffer in child._buffers if before in torn}
             elif child.state_dict():  # an activation between the two parts nothing
                 before = place
-    return [key for path in keys_of if path in torn for key in keys_of[path] if key in fitting]
+    return [key for key in keys if key in found and key in fitting]
 
 
 def find_common_parts(student: nn.Module, teacher: nn.Module, with_backbone: bool = False) -> tuple[str, ...]:
