@@ -80,3 +80,16 @@ def test_a_term_gives_masks_the_raw_feature_and_all_strides_of_its_tap(context, 
     for level in seen:
         assert torch.equal(level.raw_student, context.student['neck'][level.index])
         assert level.student.shape == level.teacher.shape and level.strides == (8, 16)
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_whether_cells_are_padding_is_known_without_looking_at_them(seed):
+    generator = torch.Generator().manual_seed(seed)
+    batch = torch.randint(16, 64, (2, ), generator=generator)
+    cells = tuple(-(-side // 8) for side in batch.tolist())
+    shapes = [tuple((batch - less).tolist()) for less in torch.randint(0, 9, (2, 2), generator=generator)]
+    feature = torch.zeros(2, 1, *cells)
+    context = DistillContext.of_features(feature, feature, batch_shape=tuple(batch.tolist()), image_shapes=shapes)
+    level = context.read_level()
+    assert context.has_padding(cells) == (not level.valid.all())
+    assert level.inside is (level.valid if context.has_padding(cells) else None)
