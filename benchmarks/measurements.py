@@ -16,8 +16,8 @@ from kd_det.study.results import paired_difference
 RESULTS = Path(__file__).parents[1] / 'docs' / 'results'
 # By kind of detector, one upon the other: of a method that stands in several the last counts.
 RECORDS = {'Faster R-CNN': ('demo_faster_rcnn', 'demo_faster_rcnn_new'),
-           'RetinaNet': ('demo_retinanet', 'demo_retinanet_new'), 'GFL': ('demo_gfl', ), 'RTMDet': ('demo_rtmdet', ),
-           'DINO': ('demo_dino', 'demo_dino_new')}
+           'RetinaNet': ('demo_retinanet', 'demo_retinanet_new'), 'GFL': ('demo_gfl', 'demo_gfl_new'),
+           'RTMDet': ('demo_rtmdet', ), 'DINO': ('demo_dino', 'demo_dino_new')}
 TWINS = {'demo_rtmdet': 'none'}  # of that pair nothing can be inherited; else the student that inherits alone
 # Settings beside which a row still tells of its method.
 OWN = ('', 'balance=0.2', 'model.distill.freekd.iterations=300')  # a fifth is what the file of rm says

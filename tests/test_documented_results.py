@@ -10,11 +10,10 @@ from kd_det.study.results import paired_difference
 
 DOCS = Path(__file__).parents[1] / 'docs'
 INHERIT, PLAIN = 'neck and heads inherited, no term', 'plain student'
+DINO = {'inherit': 'all but the backbone inherited, no term'}
 RECORDS = {'demo_faster_rcnn': {}, 'demo_faster_rcnn_new': {}, 'demo_retinanet': {'rm': 'rm@balance=1'},
-           'demo_retinanet_new': {}, 'demo_gfl': {}, 'demo_rtmdet': {}, 'bccd_methods': {}, 'bccd_more_seeds': {},
-           'demo_dino': {'inherit': 'all but the backbone inherited, no term'},
-           'demo_dino_new': {'inherit': 'all but the backbone inherited, no term'},
-           'demo_dino_more_seeds': {'inherit': 'all but the backbone inherited, no term'}}
+           'demo_retinanet_new': {}, 'demo_gfl': {}, 'demo_gfl_new': {}, 'demo_rtmdet': {}, 'bccd_methods': {},
+           'bccd_more_seeds': {}, 'demo_dino': DINO, 'demo_dino_new': DINO, 'demo_dino_more_seeds': DINO}
 FURTHER_SEEDS_OF = {'bccd_more_seeds': 'bccd_methods', 'demo_dino_more_seeds': 'demo_dino'}
 
 
