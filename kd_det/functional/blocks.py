@@ -68,7 +68,7 @@ class _ByChannels(torch.autograd.Function):
     def forward(ctx: Any, loss: Callable[..., Tensor], *features: Tensor) -> Tensor:
         ctx.loss = loss
         ctx.save_for_backward(*features)
-        first, *others = _cut_channels(features[0])
+        first, *others = cut_channels(features[0])
         total = loss(*(feature[:, first] for feature in features))
         for block in others:
             total = total + loss(*(feature[:, block] for feature in features))
@@ -80,7 +80,7 @@ class _ByChannels(torch.autograd.Function):
         features, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
         gradients = [torch.empty_like(feature) if need else None for feature, need in zip(features, needed)]
         learning = [each for each in gradients if each is not None]
-        for block in _cut_channels(features[0]):
+        for block in cut_channels(features[0]):
             inputs = [feature[:, block].detach().requires_grad_(need) for feature, need in zip(features, needed)]
             with torch.enable_grad():
                 value = ctx.loss(*inputs)
@@ -90,7 +90,8 @@ class _ByChannels(torch.autograd.Function):
         return (None, *gradients)
 
 
-def _cut_channels(feature: Tensor) -> list[slice]:
+def cut_channels(feature: Tensor) -> list[slice]:
+    """Cuts the channels of all images (N, C, ...) into blocks; one that holds all on a GPU."""
     channels = feature.shape[1]
     step = max(1, BLOCK * channels // feature.numel()) if feature.device.type == 'cpu' else channels
     return [slice(first, first + step) for first in range(0, channels, step)]

@@ -6,13 +6,14 @@ equals the teacher.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from kd_det.functional.blocks import by_channels
+from kd_det.functional.blocks import by_channels, cut_channels
 
 
 def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
@@ -202,12 +203,9 @@ def pearson_distance(student: Tensor, teacher: Tensor, valid: Tensor | None = No
         0.0
     """
     check_shapes(student, teacher)
-
-    def square(student: Tensor, teacher: Tensor) -> Tensor:
-        return (_standardize(student, valid) - _standardize(teacher, valid)).square().sum()
-
     count = student.numel() if valid is None else student.shape[1] * valid.sum().clamp(min=1)
-    return by_channels(square, student, teacher.detach()) / count / 2
+    total: Tensor = _StandardizedDifference.apply(student, teacher.detach(), valid)
+    return total / count / 2
 
 
 def fkd_loss(
@@ -315,21 +313,59 @@ def _normalizer(name: Normalizer, mask: Tensor | None, feature: Tensor) -> Tenso
     return factors[name] * total.clamp(min=torch.finfo(feature.dtype).eps)
 
 
-def _standardize(feature: Tensor, valid: Tensor | None) -> Tensor:
-    """Each channel over (N, H, W) with mean 0 and deviation 1; (N, C, H, W), 0 in cells that are not valid."""
-    dims = (0, 2, 3)
-    root: Tensor | float
-    if valid is None:
-        centred = feature - feature.mean(dims, keepdim=True)
-        root = max(feature.numel() // feature.shape[1] - 1, 1)**0.5
-    else:
-        inside, count = valid[:, None].to(feature.dtype), valid.sum()
-        mean = (feature * inside).sum(dims, keepdim=True) / count.clamp(min=1)
-        centred = (feature - mean) * inside
-        root = (count - 1).clamp(min=1)**0.5
-    # The norm, unlike the root of the variance, has a finite gradient at 0.
-    deviation: Tensor = torch.linalg.vector_norm(centred, dim=dims, keepdim=True) / root
-    return centred / (deviation + 1e-6)
+class _StandardizedDifference(torch.autograd.Function):
+    """Σ (ŝ - t̂)² of channels that are standardised over (N, H, W), by blocks of channels, with a gradient by hand.
+
+    With s = mean + c, σ² = Σ c² / (count - 1), ŝ = c / (σ + ε) and d = ŝ - t̂ the gradient is
+    2·d / (σ + ε) - c · 2·Σ(d·ŝ) / ((count - 1)·σ·(σ + ε)): linear in both features.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
+        inside = None if valid is None else valid.flatten(1)[:, None].to(student.dtype)
+        count: Tensor = student.new_full((), student[:, 0].numel()) if inside is None else inside.sum()
+        freedom, total = (count - 1).clamp(min=1), student.new_zeros(())
+        of_both = student.new_empty(2, 2, student.shape[1])  # of student and teacher: means, and their factors
+        for block in cut_channels(student):
+            (s, t), means = zip(*(_centre(each[:, block].flatten(2), inside, count) for each in (student, teacher)))
+            deviations = [(_sum_channels_of_batch(each.square()) / freedom).sqrt() for each in (s, t)]
+            scales = [1 / (deviation + 1e-6) for deviation in deviations]
+            for each, scale in zip((s, t), scales):
+                each.mul_(scale[:, None])
+            difference = torch.sub(s, t, out=t)
+            total += difference.square().sum()
+            # A channel without variation is 0 wherever one looks: so is its gradient.
+            pull = _sum_channels_of_batch(s.mul_(difference)) / (freedom * deviations[0]).clamp(min=1e-30)
+            of_both[0, :, block] = torch.stack(means)
+            of_both[1, :, block] = torch.stack([2 * scales[0] * (scales[0] - pull), -2 * scales[0] * scales[1]])
+        ctx.save_for_backward(student, teacher, inside, of_both)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        student, teacher, inside, (means, factors) = ctx.saved_tensors
+        found, factors = torch.empty_like(student), factors * gradient
+        for block in cut_channels(student):
+            s, t = (each[:, block].flatten(2) - mean[block, None] for each, mean in zip((student, teacher), means))
+            part = s.mul_(factors[0, block, None]).addcmul_(t, factors[1, block, None])
+            found[:, block].flatten(2).copy_(part if inside is None else part.mul_(inside))
+        return found, None, None
+
+
+def _centre(feature: Tensor, inside: Tensor | None, count: Tensor) -> tuple[Tensor, Tensor]:
+    """A feature (N, C, K) less the means of its channels, 0 in cells that are not inside; and these means (C,)."""
+    if inside is None:
+        mean = _sum_channels_of_batch(feature) / count
+        return feature - mean[:, None], mean
+    masked = feature * inside
+    mean = _sum_channels_of_batch(masked) / count.clamp(min=1)
+    return masked.addcmul_(inside, mean[:, None], value=-1), mean
+
+
+def _sum_channels_of_batch(feature: Tensor) -> Tensor:
+    """(N, C, K) to (C,)."""
+    return feature.sum(2).sum(0)
 
 
 def _root(square: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 import kd_det.functional
 
 # Pieces of the others, which cut the work into blocks or check it.
-PIECES = {'by_channels', 'cut_into_blocks', 'sum_rows', 'map_rows', 'is_on_host', 'slices', 'constant', 'check_shapes',
-          'check_exponent', 'sum_distance'}
+PIECES = {'by_channels', 'cut_channels', 'cut_into_blocks', 'sum_rows', 'map_rows', 'is_on_host', 'slices', 'constant',
+          'check_shapes', 'check_exponent', 'sum_distance'}
 MEASURES = 'fidelity.'  # in double precision, of detectors that have been trained
 
 
