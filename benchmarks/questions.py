@@ -164,21 +164,23 @@ def correlate_records(pairs: Mapping[str, Sequence[dict]]) -> dict[str, dict]:
 
 def draw_correlations(found: Mapping[str, dict], kind: str = 'all') -> Figure:
     """Draws each correlation with its interval over variants, a panel for each split, a colour for each pair."""
-    splits = sorted({split for kinds in found.values() for split in kinds.get(kind, {})})
-    figure = Figure(figsize=(5 * len(splits), 3.8), layout='constrained')
+    found = {pair: kinds for pair, kinds in found.items() if kinds.get(kind)}
+    splits = sorted({split for kinds in found.values() for split in kinds[kind]})
+    figure = Figure(figsize=(5 * len(splits), 4.2), layout='constrained')
     panels = figure.subplots(1, len(splits), squeeze=False)[0]
     for axes, split in zip(panels, splits):
         for place, (pair, kinds) in enumerate(found.items()):
-            numbers = kinds.get(kind, {}).get(split, {})
+            numbers = kinds[kind].get(split, {})
             known = {name: each for name, each in numbers.items() if each['interval_by_variant']}
-            rows = [FIDELITY.index(name) + 0.15 * (place - (len(found) - 1) / 2) for name in known]
+            rows = [FIDELITY.index(name) + 0.14 * (place - (len(found) - 1) / 2) for name in known]
             values = [each['rho'] for each in known.values()]
             bars = [[max(0.0, each['rho'] - each['interval_by_variant'][0]) for each in known.values()],
                     [max(0.0, each['interval_by_variant'][1] - each['rho']) for each in known.values()]]
             axes.errorbar(values, rows, xerr=bars, label=escape_formula(pair), linestyle='', marker='o', markersize=4,
                           capsize=3)
         axes.axvline(0, linewidth=1, color='grey')
-        axes.set(xlim=(-1.05, 1.05), xlabel="Spearman's rank correlation with mAP", title=f'{split} images')
+        axes.set(xlim=(-1.05, 1.05), xticks=(-1, -0.5, 0, 0.5, 1), title=f'{split} images',
+                 xlabel="Spearman's rank correlation with mAP")
         axes.set_yticks(range(len(FIDELITY)), FIDELITY)
         axes.invert_yaxis()
         axes.grid(alpha=0.3)

@@ -6,6 +6,7 @@ from statistics import mean, stdev
 
 import pytest
 
+from benchmarks.questions import FIDELITY
 from kd_det.study.results import paired_difference
 
 DOCS = Path(__file__).parents[1] / 'docs'
@@ -73,6 +74,19 @@ def test_the_chain_is_its_record():
     assert documented('deploy_chain_seeds') == [
         [stage, *_seeds_and_mean(by_seed), '' if stage == 'distilled' else difference(rows['distilled'], by_seed)]
         for stage, by_seed in rows.items()]
+
+
+def test_fidelity_and_accuracy_are_their_record():
+    pairs = json.loads((DOCS / 'results' / 'fidelity_and_map.json').read_text(encoding='utf-8'))['pairs']
+    expected = {}
+    for pair, kinds in pairs.items():
+        numbers = kinds.get('taught', {}).get('val')
+        if numbers:
+            cells = ['{:+.2f} ({:+.2f} to {:+.2f})'.format(each['rho'], *each['interval_by_variant'])
+                     for each in (numbers[name] for name in FIDELITY)]
+            expected[pair] = [f"{numbers['found']['runs']} of {numbers['found']['variants']}", *cells]
+    rows = documented('fidelity_and_map')
+    assert sorted(row[1:] for row in rows) == sorted(expected.values()) and len(rows) == 5
 
 
 @pytest.mark.parametrize('record', ['learners', 'generations'])

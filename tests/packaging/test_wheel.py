@@ -69,7 +69,7 @@ def test_metadata(wheel):
     required = {line.partition(': ')[2] for line in metadata if line.startswith('Requires-Dist')}
     assert {name for name in required if 'extra' not in name} == {
         'torch>=2.4', 'torchvision>=0.19', 'numpy', 'scipy', 'filelock', 'rich', 'matplotlib', 'jinja2', 'shtab',
-        'pydantic>=2.7', 'annotated-types', 'typing_extensions', 'submitit>=1.5'}
+        'pydantic>=2.7', 'annotated-types', 'typing_extensions', 'submitit>=1.5', 'safetensors'}
     assert sum("extra == 'mmdet'" in name.replace('"', "'") for name in required) == 4
     assert 'Apache License' in read['LICENSE']
     assert 'kd-det = kd_det.cli.main:main' in read['entry_points.txt']
