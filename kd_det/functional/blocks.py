@@ -93,7 +93,7 @@ class _ByChannels(torch.autograd.Function):
 def cut_channels(feature: Tensor) -> list[slice]:
     """Cuts the channels of all images (N, C, ...) into blocks; one that holds all on a GPU."""
     channels = feature.shape[1]
-    step = max(1, BLOCK * channels // feature.numel()) if feature.device.type == 'cpu' else channels
+    step = max(1, BLOCK * channels // max(1, feature.numel())) if feature.device.type == 'cpu' else channels
     return [slice(first, first + step) for first in range(0, channels, step)]
 
 

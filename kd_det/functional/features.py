@@ -334,7 +334,7 @@ class _StandardizedDifference(torch.autograd.Function):
                 each.mul_(scale[:, None])
             difference = torch.sub(s, t, out=t)
             total += difference.square().sum()
-            # A channel without variation is 0 wherever one looks: so is its gradient.
+            # Of a channel without variation Σ(d·ŝ) is 0, and so is this.
             pull = _sum_channels_of_batch(s.mul_(difference)) / (freedom * deviations[0]).clamp(min=1e-30)
             of_both[0, :, block] = torch.stack(means)
             of_both[1, :, block] = torch.stack([2 * scales[0] * (scales[0] - pull), -2 * scales[0] * scales[1]])
