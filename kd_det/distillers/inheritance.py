@@ -150,7 +150,7 @@ def inherit(student: nn.Module, teacher: Teacher | nn.Module, parts: Iterable[st
     found = {key: source.get(counterpart) for key, counterpart in counterparts.items()}
     if by.rule == 'shape':
         made = {key: each for key, each in found.items() if each is not None and each.shape == target[key].shape}
-        torn, refused = find_torn(student, found, made), [key for key in found if key not in made]
+        refused = [key for key in found if key not in made]
     else:
         model = getattr(teacher, 'model', teacher)
         if by.layers == 'even':
@@ -160,10 +160,10 @@ def inherit(student: nn.Module, teacher: Teacher | nn.Module, parts: Iterable[st
         matches = list(match_tensors(student, model, counterparts, source))
         if by.rule == 'selection':
             made, refused = select(student, matches)
-            torn = find_torn(student, found, made)
         else:
             with preserved_randomness():
-                made, torn, refused = grow(student, model, matches, by.noise), [], []
+                made, refused = grow(student, model, matches, by.noise), []
+    torn = [] if by.rule == 'growth' else find_torn(student, found, made)  # what grows does so whole
     for key in torn:
         del made[key]
     refused += [f'{key} (its layer stays)' for key in torn]
