@@ -35,8 +35,10 @@ from kd_det.training.pictures import draw_gains, escape_formula, save_figure
 
 RECORDS = Path('docs/results')
 FIDELITY = ('found', 'copied_errors', 'agreement', 'teacher_iou', 'class_kl', 'student_ece', 'cka')
+UNTAUGHT = (PLAIN, 'inherit')  # methods without a term
 AT_ZERO = ('noise', 'shift')  # settings that a variant without them has at 0
 DRAWS = 2000  # of a bootstrap
+FEWEST = 4  # variants that one draws from
 
 
 # ------------------------------------------------------------------------------------------------- gains by a setting
@@ -107,7 +109,8 @@ def correlate(numbers: np.ndarray, points: np.ndarray, variants: Sequence[str]) 
 
     Returns:
         ``rho``; its ``interval`` where runs are drawn, as if each were independent; and ``interval_by_variant`` where
-        variants are drawn with all their seeds, which is what a statement about other methods needs.
+        variants are drawn with all their seeds, which is what a statement about other methods needs; None of fewer
+        than :data:`FEWEST`, which can hardly be drawn in different ways.
     """
     random, names = np.random.default_rng(0), list(dict.fromkeys(variants))
     members = np.array([[variant == name for variant in variants] for name in names], float)  # (variants, runs)
@@ -120,7 +123,7 @@ def correlate(numbers: np.ndarray, points: np.ndarray, variants: Sequence[str]) 
 
     return dict(runs=len(points), variants=len(names), rho=find_rho(numbers, points, np.ones((1, len(points)))).item(),
                 interval=find_interval(len(points), np.eye(len(points))),
-                interval_by_variant=find_interval(len(names), members))
+                interval_by_variant=find_interval(len(names), members) if len(names) >= FEWEST else None)
 
 
 def find_rho(first: np.ndarray, second: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -145,12 +148,14 @@ def correlate_records(pairs: Mapping[str, Sequence[dict]]) -> dict[str, dict]:
     """Correlates mAP with each number of fidelity, pair by pair.
 
     Returns:
-        Pair -> ``'all'`` runs, and the ``'taught'`` ones: without plain students, which neither follow the teacher nor
-        gain by it -> split -> number -> see :func:`correlate`.
+        Pair -> ``'all'`` runs, and the ``'taught'`` ones: without the students that no term teaches, the plain ones and
+        those that inherit alone, for between these and all others the correlation is the gain of teaching itself ->
+        split -> number -> see :func:`correlate`.
     """
     found: dict[str, dict] = {}
     for pair, runs in pairs.items():
-        for kind, chosen in (('all', runs), ('taught', [run for run in runs if run['variant'].split('@')[0] != PLAIN])):
+        taught = [run for run in runs if run['variant'].split('@')[0] not in UNTAUGHT]
+        for kind, chosen in (('all', runs), ('taught', taught)):
             for split in sorted({split for run in chosen for split in run['fidelity']}):
                 for number in FIDELITY:
                     rows = [run for run in chosen if np.isfinite(run['fidelity'].get(split, {}).get(number, np.nan))
@@ -299,7 +304,7 @@ def main() -> None:
     gains.add_argument('--by', required=True, metavar='SETTING', help='such as noise, shift or kd.temperature')
     fidelity = commands.add_parser('fidelity')
     fidelity.add_argument('records', nargs='*', type=Path)
-    fidelity.add_argument('--taught', action='store_true', help='draw the runs without the plain students')
+    fidelity.add_argument('--taught', action='store_true', help='draw the runs that a term teaches alone')
     unlabelled = commands.add_parser('unlabelled')
     unlabelled.add_argument('student')
     unlabelled.add_argument('teacher')

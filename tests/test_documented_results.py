@@ -7,6 +7,8 @@ from statistics import mean, stdev
 import pytest
 
 from benchmarks.questions import FIDELITY
+from kd_det.config.fitting import _find_cost
+from kd_det.config.methods import MEASURED
 from kd_det.study.results import paired_difference
 
 DOCS = Path(__file__).parents[1] / 'docs'
@@ -76,13 +78,30 @@ def test_the_chain_is_its_record():
         for stage, by_seed in rows.items()]
 
 
+def test_choosing_names_the_methods_and_costs_of_the_records():
+    """Each method once, on the side that its interval says."""
+    stored = json.loads(MEASURED.read_text(encoding='utf-8'))
+    table = (DOCS / 'choosing.md').read_text(encoding='utf-8').partition('| gain shown |')[2]
+    rows = {line.split('[')[1].split(']')[0]: line.strip('|').split('|')[1:] for line in table.splitlines()[2:8]}
+    assert rows.keys() >= stored['gains'].keys()
+    for kind, gains in stored['gains'].items():
+        shown, others = (re.findall(r'`(\w+)` ([+-][\d.]+)(?: \(([\d.]+)\))?', cell) for cell in rows[kind])
+        cost = {name: f'{_find_cost(stored["costs"], name, (kind, )):.2f}' for name in gains}
+        is_shown = {name: low > 0 for name, (_, low, _) in gains.items()}
+        means = {name: f'{mean:+.1f}' for name, (mean, *_) in gains.items()}
+        assert sorted(shown) == sorted((name, means[name], cost[name]) for name in gains if is_shown[name])
+        assert others == [(name, means[name], '') for name in sorted(gains, key=lambda name: (-gains[name][0], name))
+                          if not is_shown[name]]
+
+
 def test_fidelity_and_accuracy_are_their_record():
     pairs = json.loads((DOCS / 'results' / 'fidelity_and_map.json').read_text(encoding='utf-8'))['pairs']
     expected = {}
     for pair, kinds in pairs.items():
         numbers = kinds.get('taught', {}).get('val')
         if numbers:
-            cells = ['{:+.2f} ({:+.2f} to {:+.2f})'.format(each['rho'], *each['interval_by_variant'])
+            cells = [' '.join([f"{each['rho']:+.2f}", *(['({:+.2f} to {:+.2f})'.format(*each['interval_by_variant'])]
+                                                         if each['interval_by_variant'] else [])])
                      for each in (numbers[name] for name in FIDELITY)]
             expected[pair] = [f"{numbers['found']['runs']} of {numbers['found']['variants']}", *cells]
     rows = documented('fidelity_and_map')
@@ -102,7 +121,8 @@ def test_who_teaches_when_is_its_record():
     rows = json.loads((DOCS / 'results' / 'policies.json').read_text(encoding='utf-8'))['rows']
     values = {name: {int(seed): value for seed, value in row['map'].items()} for name, row in rows.items()}
     assert documented('policies') == [
-        [f'`{name}`', *_seeds_and_mean(by_seed), '' if name == 'plain' else difference(values['plain'], by_seed),
+        [f'`{name}`', *_seeds_and_mean(by_seed),
+         '' if name == 'plain' else difference(values['kd' if name.endswith('_trained') else 'plain'], by_seed),
          f"{sum(rows[name]['forwards'].values()) / len(by_seed):.0f}"] for name, by_seed in values.items()]
 
 

@@ -51,6 +51,8 @@ def test_ranks_are_correlated_as_scipy_does_and_intervals_hold_it():
     assert (found['runs'], found['variants']) == (24, 8)
     for low, high in (found['interval'], found['interval_by_variant']):
         assert low < found['rho'] < high <= 1
+    of_three = questions.correlate(numbers, points, [f'method {index // 8}' for index in range(24)])
+    assert of_three['interval_by_variant'] is None and of_three['interval'] == found['interval']
     assert np.isnan(questions.find_rho(np.ones(4), np.arange(4.0), np.ones((1, 4))))
     counts = random.integers(0, 3, (1, 24))  # a sample that holds some twice and some not at all
     assert questions.find_rho(numbers, points, counts).item() == pytest.approx(
@@ -75,7 +77,7 @@ def test_fidelity_of_the_records_is_correlated(tmp_path, monkeypatch, capsys):
     (pair, found), = json.loads((tmp_path / 'found.json').read_text())['pairs'].items()
     assert pair.startswith('fgd_faster_rcnn_r101_r18, teacher 306bd302')
     runs = json.loads(Path('docs/results/demo_fidelity.json').read_text())['runs']
-    for kind, kept in (('all', runs), ('taught', [run for run in runs if run['variant'] != 'none'])):
+    for kind, kept in (('all', runs), ('taught', [run for run in runs if run['variant'] not in ('none', 'inherit')])):
         each = found[kind]['train']['agreement']
         assert each['runs'] == len(kept) and each['variants'] == len({run['variant'] for run in kept})
         assert each['rho'] == pytest.approx(spearmanr([run['fidelity']['train']['agreement'] for run in kept],

@@ -14,6 +14,9 @@ from kd_det.config.detectors import DETECTORS, HeadClasses, find_head_classes
 from kd_det.config.methods import MEASURED, available_methods, describe_method, find_files
 from kd_det.registry import get_scope, within_scope
 
+# By the variant of a benchmark.
+TWINS = dict(inherit='a student that inherits and learns by no term', none='the plain student')
+
 
 @dataclass(frozen=True)
 class FittingMethod:
@@ -22,8 +25,8 @@ class FittingMethod:
     Attributes:
         name: As ``kd-det distill --method`` takes it.
         idea: What it compares; None where its files do not state it.
-        gain: Points of mAP beside a student that inherits alone, with the ends of its 95 % interval; None where it was
-            not measured.
+        gain: Points of mAP beside :attr:`Fitting.twin`, with the ends of its 95 % interval; None where it was not
+            measured.
         cost: Time of its terms and of what they run of the teacher, in units of the student's own training step.
     """
     name: str
@@ -42,11 +45,13 @@ class Fitting:
         measured: The kind of detector that the gains were measured on, of
             :data:`~kd_det.config.choices.DETECTOR_FAMILIES`; None where no kind of its family was.
         is_own: Whether that is the student's own kind, or another of its family.
+        twin: The student that the gains are beside; None where no kind was measured.
     """
     methods: tuple[FittingMethod, ...]
     others: dict[str, str]
     measured: str | None
     is_own: bool
+    twin: str | None
 
     @property
     def caption(self) -> str:
@@ -56,8 +61,8 @@ class Fitting:
         if self.measured is None:
             return f'No detector of this family was measured. {cost}'
         whose = 'of this kind' if self.is_own else 'of this family'
-        return (f'Gain: beside a student that inherits neck and heads alone, by a {self.measured}, {whose}, slim and '
-                f'briefly trained on generated images: docs/results.md. {cost}')
+        return (f'Gain: beside {self.twin}, by a {self.measured}, {whose}, slim and briefly trained on generated '
+                f'images: docs/results.md. {cost}')
 
 
 def find_fitting(student: str | Config, teacher: str | None = None, methods: Sequence[str] = ()) -> Fitting:
@@ -90,7 +95,8 @@ def find_fitting(student: str | Config, teacher: str | None = None, methods: Seq
                            _read_gain(gains.get(fit.name)), _find_cost(stored['costs'], fit.name, (kind, measured)))
              for fit in fits if not fit.problem]
     found.sort(key=lambda each: (each.gain is None, -each.gain[0] if each.gain else 0, each.name))
-    return Fitting(tuple(found), {fit.name: fit.problem for fit in fits if fit.problem}, measured, measured == kind)
+    return Fitting(tuple(found), {fit.name: fit.problem for fit in fits if fit.problem}, measured, measured == kind,
+                   TWINS.get(stored['twins'].get(measured)))
 
 
 def _read_gain(stored: Any) -> tuple[float, float, float] | None:
