@@ -63,6 +63,7 @@ Count = Annotated[int, Ge(1)]
 Size = Annotated[tuple[Count, Count], Len(2, 2)]  # height and width
 Seed = Annotated[int, Ge(0), Lt(2**32)]
 Seeds = Annotated[Sequence[Seed], MinLen(1), Predicate(is_distinct)]
+Lengths = Annotated[Sequence[Count], MinLen(1), Predicate(is_distinct)]  # numbers of epochs
 Name = Annotated[str, MinLen(1)]
 Names = Annotated[Sequence[Name], Predicate(is_distinct)]
 Bits = Annotated[int, Ge(2), Le(8)]

@@ -196,16 +196,17 @@ def set_data_root(config: Config, data_root: str) -> None:
         return str(Path(new) / text[len(old) + 1:]) if text.startswith(old + '/') else text
 
     for key, value in dict.items(config._cfg_dict):
-        dict.__setitem__(config._cfg_dict, key, _map_strings(value, move))
+        dict.__setitem__(config._cfg_dict, key, map_strings(value, move))
 
 
-def _map_strings(value: Any, function: Callable[[str], str]) -> Any:
+def map_strings(value: Any, function: Callable[[str], str]) -> Any:
+    """The same with each text within dicts, lists and tuples as the function makes it."""
     if isinstance(value, str):
         return function(value)
     if isinstance(value, dict):  # a ConfigDict's own items() would make classes of what pure-Python configs import
-        return ConfigDict({key: _map_strings(item, function) for key, item in dict.items(value)})
+        return ConfigDict({key: map_strings(item, function) for key, item in dict.items(value)})
     if isinstance(value, (list, tuple)):
-        return type(value)(_map_strings(item, function) for item in value)
+        return type(value)(map_strings(item, function) for item in value)
     return value
 
 

@@ -17,6 +17,9 @@ TERM_KEY = re.compile(r'model\.distill\.(?P<name>[^.]+)(?P<rest>.*)')
 TEACHER_KEY = re.compile(r'model\.teacher\.(?P<rest>(?!\d+(\.|$)).+)')  # of a teacher, whose index is not said
 AMOUNT = re.compile(r'\.weight(\.value)*(\.ratio(\.value)*)?')  # of a weight: the number, however deep it lies
 
+# By the type of a hook: what it counts in epochs, from the first one or from the last.
+EPOCHS_OF_HOOKS = dict(PipelineSwitchHook='switch_epoch', YOLOXModeSwitchHook='num_last_epochs', EMAHook='begin_epoch')
+
 Members = dict[str, list[str]]  # the terms that an ensemble repeats for each teacher, by the name that they share
 
 
@@ -51,7 +54,10 @@ def resolve_distillation(config: str | Path | Config, data_root: str | None = No
 
 
 def set_epochs(config: Config, epochs: int) -> None:
-    """Lets a config train for so many epochs, its schedules stretched with them: the learning rate's and the terms'.
+    """Lets a config train for so many epochs, and all that it counts in epochs is stretched with them.
+
+    That are the learning rate's schedules and the terms', the epochs of validation, and those in which MMDetection's
+    hooks change the pipeline or the head. What had an epoch of its own keeps one, however few there are.
 
     Raises:
         ConfigurationError: It does not count in epochs.
@@ -59,12 +65,20 @@ def set_epochs(config: Config, epochs: int) -> None:
     before = (config.get('train_cfg') or {}).get('max_epochs')
     if before is None:
         raise ConfigurationError(f"--epochs: the config '{config.filename}' does not count in epochs.")
-    config.train_cfg.max_epochs = epochs
-    config.train_cfg.val_interval = min(config.train_cfg.get('val_interval', 1), epochs)
+    train, share = config.train_cfg, epochs / before
+    train.update(max_epochs=epochs, val_interval=min(train.get('val_interval', 1), epochs))
+    if train.get('val_begin', 1) > 1:
+        train.val_begin = min(max(1, round(train.val_begin * share)), epochs)
+    if train.get('dynamic_intervals'):
+        begins = _stretch_points([begin for begin, _ in train.dynamic_intervals], share)
+        train.dynamic_intervals = [(begins[begin], interval) for begin, interval in train.dynamic_intervals]
     schedulers = config.get('param_scheduler') or []
-    for scheduler in [schedulers] if isinstance(schedulers, dict) else schedulers:
-        _stretch(scheduler, before, epochs)
-    _stretch_weights(config.get('model'), epochs / before)
+    _stretch_schedulers([schedulers] if isinstance(schedulers, dict) else schedulers, share)
+    for hook in config.get('custom_hooks') or ():
+        key = EPOCHS_OF_HOOKS.get(get_type_name(hook))
+        if key and hook.get(key):
+            hook[key] = max(1, round(hook[key] * share))
+    _stretch_weights(config.get('model'), share)
 
 
 def _stretch_weights(value: Any, share: float) -> None:
@@ -77,16 +91,29 @@ def _stretch_weights(value: Any, share: float) -> None:
         _stretch_weights(each, share)
 
 
-def _stretch(scheduler: dict, before: int, after: int) -> None:
-    """Scales what a scheduler counts in epochs; one that counts iterations, such as a warm-up, stays."""
-    if not scheduler.get('by_epoch', True):
-        return
-    for key in ('begin', 'end', 'T_max', 'milestones'):
-        value = scheduler.get(key)
-        if isinstance(value, (list, tuple)):
-            scheduler[key] = [round(each * after / before) for each in value]
-        elif isinstance(value, int):
-            scheduler[key] = round(value * after / before)
+def _stretch_schedulers(schedulers: Iterable[dict], share: float) -> None:
+    """Scales what schedulers count in epochs; those that count iterations, such as a warm-up, stay."""
+    counting = [scheduler for scheduler in schedulers if scheduler.get('by_epoch', True)]
+    ends = _stretch_points([scheduler[key] for scheduler in counting for key in ('begin', 'end')
+                            if isinstance(scheduler.get(key), int)], share)
+    for scheduler in counting:
+        begin, end, period = (scheduler.get(key) for key in ('begin', 'end', 'T_max'))
+        scheduler.update({key: ends[scheduler[key]] for key in ('begin', 'end') if scheduler.get(key) in ends})
+        if isinstance(period, int):
+            is_whole = end is not None and period == end - (begin or 0)
+            scheduler['T_max'] = (scheduler['end'] - scheduler.get('begin', 0) if is_whole else
+                                  max(1, round(period * share)))
+        if scheduler.get('milestones'):
+            points = _stretch_points(scheduler['milestones'], share)
+            scheduler['milestones'] = [points[each] for each in scheduler['milestones']]
+
+
+def _stretch_points(points: Iterable[int], share: float) -> dict[int, int]:
+    """Where points in time, in epochs, lie then: in the same order, and those that were apart still are."""
+    moved = {0: 0}
+    for point in sorted({*points} - {0}):
+        moved[point] = max(round(point * share), 1 + max(moved.values()))
+    return moved
 
 
 def read_value(text: str, place: str) -> Any:

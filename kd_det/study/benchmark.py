@@ -9,7 +9,7 @@ from typing import Any
 from mmengine.config import Config
 
 from kd_det.config import ConfigurationError
-from kd_det.config.arguments import Count, Index, Name, Parts, Positive, Ratio, Seeds, declared
+from kd_det.config.arguments import Count, Index, Lengths, Name, Parts, Positive, Ratio, Seeds, declared
 from kd_det.config.choices import Split
 from kd_det.study.pair import adapt_config, read_pair
 from kd_det.study.records import BenchmarkResult
@@ -24,7 +24,7 @@ def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | 
               teacher: str | Path | Sequence[str | Path] | None = None, teacher_checkpoints: Sequence[str | Path] = (),
               methods: str | Sequence[str] = 'none,kd,fgd,pkd', seeds: Count | Seeds = 3,
               fidelity: Sequence[Split] = (), data_root: str | None = None,
-              epochs: Count | Sequence[Count] | None = None, teacher_epochs: Count | None = None,
+              epochs: Count | Lengths | None = None, teacher_epochs: Count | None = None,
               balance: Ratio | None = None, inherit: Parts = 'auto',
               options: dict[str, Any] | None = None, check_images: Index | None = None, trackers: Sequence[Name] = (),
               work_dir: str | Path = 'work_dirs/benchmark', budget: Positive | None = None,
@@ -96,10 +96,10 @@ def prepare(pair: str | Path | Config | None, student: str | Path | Config | Non
     """Prepares the trainings of a benchmark, see :func:`benchmark`."""
     read = read_pair(pair, student, teacher, checkpoints)
     read = replace(read, student=adapt_config(read.student, data_root))
-    lengths: Sequence[int] = () if epochs is None else [epochs] if isinstance(epochs, int) else epochs
+    lengths = [] if epochs is None else [epochs] if isinstance(epochs, int) else sorted(epochs)
     common = Variant('', PLAIN, balance, inherit if isinstance(inherit, str) else tuple(inherit), options or {},
                      epochs=next(iter(lengths), None))
-    variants = parse_variants(methods if isinstance(methods, str) else ','.join(methods), common, lengths[1:])
+    variants = parse_variants(methods, common, lengths[1:])
     return Series(root, read, variants, data_root, teacher_epochs, fidelity, name)
 
 

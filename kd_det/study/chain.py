@@ -8,7 +8,8 @@ from typing import Any
 
 from kd_det.compat.writing import WritingError, write_whole
 from kd_det.config import ConfigurationError
-from kd_det.study.runs import read_json, sha256
+from kd_det.study.identity import sha256
+from kd_det.study.runs import read_json
 from kd_det.training.runs import RunResult
 
 Run = tuple[Path, Path]  # config and checkpoint

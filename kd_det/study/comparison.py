@@ -4,7 +4,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from kd_det.compat.console import TextTable
 from kd_det.compat.writing import refuse_to_replace
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Names, Positive, declared
-from kd_det.study.records import RESULTS_FILE, VERSION, BenchmarkResult, read_results, sum_up
+from kd_det.study.records import RESULTS_FILE, VERSION, BenchmarkResult, read_results, refuse_tables, sum_up
 from kd_det.study.results import (
     METRICS,
     NONE,
@@ -26,6 +26,8 @@ from kd_det.study.results import (
     paired_difference,
 )
 from kd_det.study.runs import describe_environment, read_command_line
+
+ADVICE = 'Give another folder, or replace it with --force.'
 
 
 @declared
@@ -47,8 +49,8 @@ def merge_results(files: Sequence[str | Path], out: str | Path | None = None, fo
         raise ConfigurationError('There is nothing to join: expected the results of one benchmark or more.')
     found = {str(Path(file)): read_results(file) for file in files}
     names = list(found)
-    for name in names[1:]:
-        _check_same_study(names[0], found[names[0]].results, name, found[name].results)
+    for first, second in combinations(names, 2):  # of three, two may have more teachers than the third
+        _check_same_study(first, found[first].results, second, found[second].results)
     root = Path(out) if out is not None else found[names[0]].work_dir
     if len(found) == 1 and out is None:
         return found[names[0]]
@@ -61,17 +63,18 @@ def merge_results(files: Sequence[str | Path], out: str | Path | None = None, fo
     _check_same_settings(entries.values())
     order = list(dict.fromkeys(entry['variant'] for _, entry in entries.values()))
     runs = sorted((entry for _, entry in entries.values()), key=lambda run: (run['seed'], order.index(run['variant'])))
-    first = max((each.results for each in found.values()), key=lambda each: len(each['further_teachers']))
+    widest = max((each.results for each in found.values()), key=lambda each: len(each['further_teachers']))
     result = BenchmarkResult(root, sum_up(dict(
-        version=VERSION, command=read_command_line(), **describe_environment(), pair=first['pair'], data=first['data'],
-        seeds=sorted({run['seed'] for run in runs}), teacher=first['teacher'],
-        further_teachers=first['further_teachers'], runs=runs,
+        version=VERSION, command=read_command_line(), **describe_environment(),
+        **{key: widest[key] for key in ('pair', 'data', 'teacher', 'further_teachers')},
+        seeds=sorted({run['seed'] for run in runs}), runs=runs,
         sources=list(chain.from_iterable(
             each.results.get('sources') or [dict(file=name, command=each.results['command'],
                                                  seeds=each.results['seeds'])] for name, each in found.items())))))
     if out is not None:
         refuse_to_replace(root / RESULTS_FILE, lambda content: b'"sources": [' in content
-                          and first['data']['hash'].encode() in content, 'joint results on this data', force)
+                          and widest['data']['hash'].encode() in content, 'joint results on this data', force, ADVICE)
+        refuse_tables(root, len(result.files) > 2, force, ADVICE)
         root.mkdir(parents=True, exist_ok=True)
         result.save()
     return result
@@ -122,7 +125,8 @@ def _choose(first: str, one: dict, second: str, other: dict) -> tuple[str, dict]
             raise ConfigurationError(f"{one['variant']}, seed {one['seed']} has two values, {values} mAP, in '{first}' "
                                      f"and '{second}': leave one of the files out, or compare them with kd-det results "
                                      'compare.')
-    return first, one
+    joint = {key: {**other.get(key, {}), **one.get(key, {})} for key in ('fidelity', 'class_ap')}
+    return first, dict(one, **{key: value for key, value in joint.items() if value})
 
 
 def _check_same_settings(entries: Iterable[tuple[str, dict]]) -> None:
@@ -131,12 +135,17 @@ def _check_same_settings(entries: Iterable[tuple[str, dict]]) -> None:
     for file, entry in entries:
         if entry['status'] == 'finished':
             name, before = seen.setdefault(entry['variant'], (file, entry))
-            for key in ('method', 'epochs', 'iterations', 'parameters', 'settings'):
-                here, there = (_complete(each['settings']) if key == 'settings' else each[key]
-                               for each in (before, entry))
+            for key in ('method', 'epochs', 'iterations', 'parameters', 'settings', 'processes'):
+                here, there = (_complete(each['settings']) if key == 'settings' else
+                               _count_processes(each) if key == 'processes' else each[key] for each in (before, entry))
                 if here != there:
                     raise ConfigurationError(f"{entry['variant']} is not the same in '{name}' and '{file}': {key} "
                                              f'differs ({here} and {there}).')
+
+
+def _count_processes(entry: dict) -> int:
+    """How many trained it together: several draw other random numbers than one."""
+    return (entry.get('environment') or {}).get('machine', {}).get('processes', 1)
 
 
 def _complete(settings: dict) -> dict:

@@ -24,6 +24,7 @@ from kd_det.deploy.latency import Latencies, measure_latency
 from kd_det.deploy.pruning import ImportanceChoice, PartialShare, prune
 from kd_det.deploy.quantization import quantize
 from kd_det.study.chain import Chain, Run
+from kd_det.study.identity import hash_model, hash_weights
 from kd_det.study.report.page import COLOURS, Ink, apply_style, prepare_compression, render, render_svg
 from kd_det.study.runs import read_json
 from kd_det.training.runs import distill, evaluate
@@ -198,7 +199,8 @@ def compress(student: str | Path | Config, teacher: str | Path, checkpoint: str 
     teaching = dict(teacher=teacher, checkpoint=checkpoint, method=method, seed=seed, balance=balance)
     settings = dict(student=config.pretty_text, macs=macs, importance=importance, int8=int8, epochs=epochs,
                     quantized_epochs=quantized_epochs, learning_rate=learning_rate, calibrate=calibrate,
-                    inherit=inherit, size=size, options=options, **teaching)
+                    inherit=inherit, size=size, options=options,
+                    **{**teaching, 'teacher': hash_model(teacher), 'checkpoint': hash_weights(str(checkpoint))})
     with locked_folder(out):
         chain = _Compressing(out, settings, size, log)
         run = chain.distill('distilled', config, inherit=inherit, epochs=epochs, options=options, **teaching)

@@ -19,7 +19,8 @@ from kd_det.config.files import is_distillation, load_config, set_data_root
 from kd_det.config.options import set_epochs
 from kd_det.datasets import generate_shapes
 from kd_det.study.demo_report import PICTURES, RESULTS_FILE, draw_pictures, summarize, tabulate_runs, write_results
-from kd_det.study.runs import Run, identify_run, load_finished_run, train
+from kd_det.study.identity import identify_run
+from kd_det.study.runs import Run, load_finished_run, train
 
 TEACHER_CONFIG = 'kd_det::demo/teacher_faster_rcnn_r101.py'
 PLAIN_CONFIG = 'kd_det::demo/baseline_faster_rcnn_r18.py'

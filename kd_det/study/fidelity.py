@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_iou, nms
 
 from kd_det import __version__
+from kd_det.compat.process import describe
 from kd_det.compat.writing import write_whole
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Count, Share, declared
@@ -48,7 +49,7 @@ from kd_det.functional.masks import valid_cells
 from kd_det.heads.dense import Stride
 from kd_det.registry import build_detector, get_scope, within_scope
 from kd_det.study.distributions import class_distributions, class_kl, find_classifying_head
-from kd_det.study.pair import hash_weights
+from kd_det.study.identity import hash_model, hash_weights
 from kd_det.study.runs import check_shape, read_json
 from kd_det.study.scheduling import CONFIG_FILE
 from kd_det.taps import Taps
@@ -323,6 +324,7 @@ def add_fidelity(entries: list[dict], root: Path, teacher: dict, splits: Sequenc
 
     What was measured lies beside ``result.json``, with all that it depends on, and is kept while that is the same: the
     identity of the run (in a plain student's there is no teacher), the teacher, and version and settings of the metric.
+    What can not be measured is left out, and the log tells why.
 
     Args:
         entries: The runs; changed.
@@ -334,7 +336,7 @@ def add_fidelity(entries: list[dict], root: Path, teacher: dict, splits: Sequenc
     if not splits:
         return
     register_all_modules(init_default_scope=True)
-    metric = dict(teacher=dict(config=teacher['config'], checkpoint_hash=hash_weights(teacher['checkpoint'])),
+    metric = dict(teacher=dict(model=hash_model(teacher['config']), weights=hash_weights(teacher['checkpoint'])),
                   settings=dict(FidelityMetric(teacher).settings, kd_det=__version__))
     for entry in entries:
         if entry['status'] != 'finished':
@@ -344,12 +346,17 @@ def add_fidelity(entries: list[dict], root: Path, teacher: dict, splits: Sequenc
         measured = _read_measured(file, of)
         for split in splits:
             if split not in measured:
-                log(f"{entry['variant']}, seed {entry['seed']}: fidelity on {split}")
-                config = load_config(file.parent / CONFIG_FILE)
-                with redirect_stdout(StringIO()):  # of pycocotools
-                    measured[split] = measure_fidelity(config, str(root / entry['checkpoint']), teacher, split)
-                write_whole(file, json.dumps(dict(of, splits=measured), indent=2) + '\n')
-        entry['fidelity'] = {split: measured[split] for split in splits}
+                name = f"{entry['variant']}, seed {entry['seed']}: fidelity on {split}"
+                log(name)
+                try:
+                    config = load_config(file.parent / CONFIG_FILE)
+                    with redirect_stdout(StringIO()):  # of pycocotools
+                        measured[split] = measure_fidelity(config, str(root / entry['checkpoint']), teacher, split)
+                except Exception as error:  # whatever it is, it must not cost the others
+                    log(f'{name} failed: {describe(error)}')
+                else:
+                    write_whole(file, json.dumps(dict(of, splits=measured), indent=2) + '\n')
+        entry['fidelity'] = {split: measured[split] for split in splits if split in measured}
 
 
 def _read_measured(file: Path, of: dict) -> dict[str, dict[str, float]]:

@@ -41,7 +41,7 @@ from kd_det.heads import HeadError
 from kd_det.losses.outputs import Treatment, treat_teacher
 from kd_det.registry import build_detector, get_scope, prepare_without_runner, within_scope
 from kd_det.study.chain import Chain
-from kd_det.study.pair import hash_weights
+from kd_det.study.identity import hash_weights
 from kd_det.study.variants import DISTILLATION_KEYS
 from kd_det.teachers.loading import load_strictly
 from kd_det.training.runs import distill, train

@@ -1,4 +1,4 @@
-"""The pair that a benchmark is about: a student and its teacher, their configs and the hashes of their data."""
+"""The pair that a benchmark is about: a student and its teacher, and their configs."""
 from __future__ import annotations
 
 import copy
@@ -9,9 +9,8 @@ from pathlib import Path
 from mmengine.config import Config
 
 from kd_det.config import ConfigurationError
-from kd_det.config.files import is_distillation, list_leaf_datasets, load_config, set_data_root, student_config
+from kd_det.config.files import is_distillation, load_config, set_data_root, student_config
 from kd_det.config.options import resolve_config, set_epochs
-from kd_det.study.runs import sha256
 
 
 @dataclass(frozen=True)
@@ -101,21 +100,3 @@ def adapt_config(config: Config, data_root: str | None = None, epochs: int | Non
     if epochs is not None:
         set_epochs(config, epochs)
     return config
-
-
-def hash_data(config: Config) -> str:
-    """Returns the hash of a config's training and validation data: annotations by content, images by name and size."""
-    parts = []
-    for split in ('train', 'val'):
-        for dataset in list_leaf_datasets(config[f'{split}_dataloader'].dataset):
-            root = Path(dataset.get('data_root') or '')
-            parts.append(Path(root, dataset['ann_file']).read_bytes())
-            images = Path(root, (dataset.get('data_prefix') or {}).get('img', ''))
-            files = sorted(file for file in images.iterdir() if file.is_file())
-            parts.append('\n'.join(f'{file.name} {file.stat().st_size}' for file in files).encode())
-    return sha256(b'\0'.join(parts))
-
-
-def hash_weights(checkpoint: str) -> str:
-    """Returns the hash of a file of weights; of an address the address itself."""
-    return sha256(Path(checkpoint).read_bytes()) if Path(checkpoint).is_file() else checkpoint

@@ -13,7 +13,7 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
 from kd_det.compat.console import TextTable
-from kd_det.compat.writing import write_whole
+from kd_det.compat.writing import refuse_to_replace, write_whole
 from kd_det.config import ConfigurationError
 from kd_det.study.fidelity import Splits
 from kd_det.study.results import (
@@ -28,7 +28,7 @@ from kd_det.study.results import (
 )
 from kd_det.study.runs import Run, check_run, check_shape, read_json
 from kd_det.study.variants import PLAIN, find_twin
-from kd_det.training.pictures import draw_gains, save_figure
+from kd_det.training.pictures import draw_gains, is_picture, save_figure
 
 VERSION = 2  # of results.json: 1 is what was written before there was this key
 GAINS_FILE = 'gains.png'  # against the epochs, where there are several lengths
@@ -194,6 +194,18 @@ def make_schema() -> dict[str, Any]:
     return TypeAdapter(Results).json_schema()
 
 
+def refuse_tables(folder: Path, has_lengths: bool, force: bool, advice: str) -> None:
+    """Refuses a folder whose table, or plot over several lengths, has a benchmark's name and was made by somebody else.
+
+    Raises:
+        WritingError: It holds such.
+    """
+    refuse_to_replace(folder / TABLE_FILE, lambda content: content.startswith(b'| method |'),
+                      'the table of a benchmark', force, advice)
+    if has_lengths:
+        refuse_to_replace(folder / GAINS_FILE, is_picture, 'the plot of a benchmark', force, advice)
+
+
 def is_of_benchmark(content: bytes, student: str, data: str) -> bool:
     """Whether the content of a file is that of ``results.json``, of this student on this data, if it is not cut short.
 
@@ -227,13 +239,16 @@ def read_results(file: str | Path) -> BenchmarkResult:
     if not file.is_file():
         raise FileNotFoundError(f"There is no file '{file}'.")
     results = read_json(file)
+    version = results.get('version', 1)
+    is_number = type(version) is int  # True is none
+    if is_number and version > VERSION:
+        raise ConfigurationError(f"'{file}': version: expected one of 1 to {VERSION}, got {version}: it was written by "
+                                 'a later kd_det. Install that one.')
     lacking = [key for key in ('runs', 'summary', 'pair', 'data') if key not in results]
     if lacking:
         raise ConfigurationError(f"'{file}' is not that of kd-det benchmark: it has no {', '.join(lacking)}.")
-    version = results.get('version', 1)
-    if version not in range(1, VERSION + 1):
-        raise ConfigurationError(f"'{file}': version: expected one of 1 to {VERSION}, got {version!r}: it was written "
-                                 'by a later kd_det. Install that one.')
+    if not is_number or version < 1:
+        raise ConfigurationError(f"'{file}': version: expected one of 1 to {VERSION}, got {version!r}.")
     try:
         check_shape(results['runs'], list[dict], 'runs')
         entries = [_complete(entry) for entry in results['runs']]
@@ -253,7 +268,7 @@ def read_results(file: str | Path) -> BenchmarkResult:
 def _complete(entry: dict) -> dict:
     """The entry of a run with what earlier versions left out, or what is made anew in a moment."""
     followed = dict(same_start=None, same_order=None) if entry.get('status') == 'finished' else {}
-    return {'twin': find_twin(str(entry.get('variant'))), **followed, **entry}
+    return {**followed, **entry, 'twin': find_twin(str(entry.get('variant')))}
 
 
 def sum_up(results: dict) -> dict:

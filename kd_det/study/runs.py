@@ -36,8 +36,8 @@ from kd_det import __version__
 from kd_det.checks.doctor import explain
 from kd_det.compat.writing import is_first_process, locked_folder, write_whole
 from kd_det.config import ConfigurationError
-from kd_det.config.files import is_distillation
 from kd_det.registry import HOME
+from kd_det.study.identity import sha256
 from kd_det.training.finiteness import explain_divergence, find_model
 from kd_det.training.runner import build_runner
 
@@ -113,7 +113,7 @@ def train(name: str, config: Config, identity: str, log: Callable[[str], None] =
     Args:
         name: Begins each line of the log.
         config: The config, with its work dir and a CocoMetric.
-        identity: See :func:`identify_run`.
+        identity: See :func:`~kd_det.study.identity.identify_run`.
         log: Given a line after each epoch.
         after_step: Called after each training step.
 
@@ -149,6 +149,8 @@ def _train(name: str, config: Config, identity: str, log: Callable[[str], None],
     runner.register_hook(recorder, priority='LOWEST')
     with explain_divergence(runner):
         runner.train()
+    if not recorder.metrics:
+        raise ConfigurationError('It was never evaluated: train_cfg.val_begin lies behind its last epoch.')
     seconds = time.monotonic() - begin
     memory, device_memory = measure_process_memory()  # of the training, not of what follows
     detector = find_model(runner)
@@ -257,28 +259,6 @@ def check_shape(content: Any, kind: Any, place: str = '') -> None:
 @cache
 def _make_adapter(kind: Any) -> TypeAdapter:
     return TypeAdapter(kind)
-
-
-def identify_run(config: Config, inputs: Any = None) -> str:
-    """Returns the hash of all that a run depends on.
-
-    Args:
-        config: The run's config. Where the run and its teacher lie does not count.
-        inputs: What the result depends on beside the config, such as hashes of data and teacher; anything that JSON
-            holds.
-    """
-    settings = copy.deepcopy(config.to_dict())
-    settings.pop('work_dir', None)
-    if is_distillation(config):
-        teachers = settings['model'].get('teacher', ())
-        for teacher in [teachers] if isinstance(teachers, dict) else teachers:
-            teacher.pop('checkpoint', None)
-    return sha256(json.dumps([settings, inputs], sort_keys=True, default=str).encode())
-
-
-def sha256(content: bytes) -> str:
-    """Returns the SHA-256 hash of bytes, in hexadecimal digits."""
-    return hashlib.sha256(content).hexdigest()
 
 
 def read_command_line() -> str:

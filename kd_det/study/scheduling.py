@@ -22,7 +22,8 @@ from mmengine.config import Config
 from kd_det.compat.process import sigterm_raises, unheard_interrupts
 from kd_det.compat.writing import is_locked, refuse_to_replace
 from kd_det.config import ConfigurationError
-from kd_det.study.runs import RESULT_FILE, Run, identify_run, load_finished_run
+from kd_det.study.identity import identify_run
+from kd_det.study.runs import RESULT_FILE, Run, load_finished_run
 from kd_det.study.worker import ERROR, Training
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Job:
         name: Shown to the user.
         folder: Its work dir.
         config: Its config.
-        inputs: What the result depends on beside the config, see :func:`~kd_det.study.runs.identify_run`.
+        inputs: What the result depends on beside the config, see :func:`~kd_det.study.identity.identify_run`.
     """
     name: str
     folder: Path

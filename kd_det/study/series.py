@@ -18,8 +18,10 @@ from kd_det.checks.environment import raise_faults
 from kd_det.checks.image_reader import Memory
 from kd_det.compat.writing import locked_folder, refuse_to_replace
 from kd_det.config import ConfigurationError
+from kd_det.config.files import is_distillation
 from kd_det.study.fidelity import add_fidelity
-from kd_det.study.pair import Pair, adapt_config, hash_data, hash_weights
+from kd_det.study.identity import hash_data, hash_model, hash_weights
+from kd_det.study.pair import Pair, adapt_config
 from kd_det.study.planning import (
     TRIALS,
     Estimate,
@@ -31,8 +33,8 @@ from kd_det.study.planning import (
     read_length,
     run_trials,
 )
-from kd_det.study.records import VERSION, BenchmarkResult, is_of_benchmark, sum_up
-from kd_det.study.results import RESULTS_FILE, TABLE_FILE, make_run_entry
+from kd_det.study.records import VERSION, BenchmarkResult, is_of_benchmark, refuse_tables, sum_up
+from kd_det.study.results import RESULTS_FILE, make_run_entry
 from kd_det.study.runs import Run, describe_environment, read_command_line
 from kd_det.study.scheduling import OTHER_FOLDER, Failure, Job, JobPool, Outcome
 from kd_det.study.variants import Variant, variant_config, without_length
@@ -77,6 +79,7 @@ class Series:
         self.error = ''
         self._teacher_runs: list[Run | None] = [None] * self.teachers
         self._hashes: list[str] = []
+        self._known: dict[str, str] = {}  # by the name of a file
         self._outcomes: list[tuple[Variant, int, Path, Outcome]] = []
 
     def check(self, images: int | None = None, read_data: bool = True) -> None:
@@ -91,7 +94,12 @@ class Series:
             DiagnosisError: A file is missing, a setting does not fit, or the data can not be trained on.
         """
         check_config(self.pair.student, splits=('train', 'val'))  # its annotations tell the size of images
+        folders: dict[str, str] = {}
         for variant in self.variants:
+            other = folders.setdefault(variant.folder, variant.name)
+            if other != variant.name:
+                raise ConfigurationError(f"--methods {variant.name} and {other}: both would train in the folder "
+                                         f"'{variant.folder}'. Write one in another way.")
             raise_faults(inspect_arguments(variant_config(variant, self.pair, ['teacher.pth'] * self.teachers)))
         raise_faults(inspect_checkpoint('--teacher-checkpoint', checkpoint, 'Give the path of a checkpoint')
                      for checkpoint in self.pair.checkpoints)
@@ -109,8 +117,8 @@ class Series:
         student = Path(str(self.pair.student.filename)).name
         refuse_to_replace(self.root / RESULTS_FILE, lambda content: is_of_benchmark(content, student, self.data),
                           'the results of a benchmark of this student on this data', force, OTHER_FOLDER)
-        refuse_to_replace(self.root / TABLE_FILE, lambda content: content.startswith(b'| method |'),
-                          'the table of a benchmark', force, OTHER_FOLDER)
+        has_lengths = any(without_length(each.name) != each.name for each in self.variants)
+        refuse_tables(self.root, has_lengths, force, OTHER_FOLDER)
 
     def train(self, seeds: Sequence[int], pool: JobPool, log: Callable[[str], None]) -> None:
         """Trains the teachers, if need be, then every variant from these seeds; what has finished before is kept.
@@ -140,14 +148,22 @@ class Series:
         """
         entries = [make_run_entry(*each, self.root) for each in self._outcomes]
         teacher = dict(config=self.pair.teacher, checkpoint=self.pair.checkpoints[0])
-        add_fidelity(entries, self.root, teacher, self.fidelity, log)
+        self.result = self._sum_up(entries, pool, budget)
+        self.result.save()  # before what takes long
+        if self.fidelity:
+            add_fidelity(entries, self.root, teacher, self.fidelity, log)
+            self.result = self._sum_up(entries, pool, budget)
+            self.result.save()
+        return self.result
+
+    def _sum_up(self, entries: list[dict], pool: JobPool, budget: dict | None) -> BenchmarkResult:
         trained = [None if run is None else run.to_dict(self.root) for run in self._teacher_runs]
-        self.result = BenchmarkResult(self.root, sum_up(dict(
+        return BenchmarkResult(self.root, sum_up(dict(
             version=VERSION,
             command=read_command_line(),
             **describe_environment(pool.threads),
-            pair=dict(student=str(self.pair.student.filename), teacher=teacher['config'],
-                      checkpoint=teacher['checkpoint'], checkpoint_hash=self._hashes[0]),
+            pair=dict(student=str(self.pair.student.filename), teacher=self.pair.teacher,
+                      checkpoint=self.pair.checkpoints[0], checkpoint_hash=self._hashes[0]),
             data=dict(root=self.data_root, hash=self.data),
             seeds=list(dict.fromkeys(seed for _, seed, *_ in self._outcomes)),
             teacher=trained[0],
@@ -156,8 +172,6 @@ class Series:
                 for checkpoint, digest, run in zip(self.pair.checkpoints[1:], self._hashes[1:], trained[1:])],
             runs=entries,
             **({} if budget is None else dict(budget=budget)))))
-        self.result.save()
-        return self.result
 
     def estimate(self, pool: JobPool, log: Callable[[str], None]) -> dict[str, Estimate]:
         """How long one training takes, by finished runs or by trials: of each teacher that lacks, and of each variant.
@@ -221,7 +235,18 @@ class Series:
             self._hashes = [hash_weights(each) for each in self.pair.checkpoints]
         config = _set_seed(variant_config(variant, self.pair, checkpoints, seed), seed)
         return Job(f'{variant.name}, seed {seed}', self.root / variant.folder / f'seed{seed}', config,
-                   [self.data] if variant.is_plain else [self.data, *self._hashes[:variant.teachers]])
+                   [self.data, *self._hash_teachers(config)])
+
+    def _hash_teachers(self, config: Config) -> list[str]:
+        """The hashes of the weights and of the models of all that teach in a training."""
+        if not is_distillation(config):
+            return []
+        teachers = config.model.get('teacher') or ()
+        named = [(hash_file, teacher[key]) for teacher in ([teachers] if isinstance(teachers, dict) else teachers)
+                 for key, hash_file in (('checkpoint', hash_weights), ('config', hash_model))
+                 if isinstance(teacher.get(key), str)]
+        self._known.update({name: hash_file(name) for hash_file, name in named if name not in self._known})
+        return [self._known[name] for _, name in named]
 
 
 def count_teachers(variants: Sequence[Variant], checkpoints: Sequence[str]) -> int:

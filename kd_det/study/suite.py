@@ -20,7 +20,7 @@ from kd_det.checks.environment import DiagnosisError
 from kd_det.compat.console import TextTable
 from kd_det.compat.writing import locked_folder, refuse_to_replace, write_whole
 from kd_det.config import ConfigurationError
-from kd_det.config.arguments import Count, Index, Name, Parts, Positive, Ratio, Seeds, declared
+from kd_det.config.arguments import Count, Index, Lengths, Name, Parts, Positive, Ratio, Seeds, declared
 from kd_det.config.choices import Split
 from kd_det.config.layouts import put_on
 from kd_det.study.benchmark import make_pool, prepare
@@ -118,7 +118,7 @@ class SuiteResult:
 @declared
 def benchmark_suite(suite: str | Path, *, data_root: str | Path | None = None,
                     methods: str | Sequence[str] | None = None, seeds: Count | Seeds | None = None,
-                    fidelity: Sequence[Split] | None = None, epochs: Count | Sequence[Count] | None = None,
+                    fidelity: Sequence[Split] | None = None, epochs: Count | Lengths | None = None,
                     teacher_epochs: Count | None = None, balance: Ratio | None = None, inherit: Parts | None = None,
                     options: dict[str, Any] | None = None, check_images: Index | None = None,
                     trackers: Sequence[Name] = (), work_dir: str | Path = 'work_dirs/benchmark',

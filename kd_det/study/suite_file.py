@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from kd_det.config import ConfigurationError
-from kd_det.config.arguments import Count, Name, Parts, Ratio, Seeds, at, check_arguments, refuse
+from kd_det.config.arguments import Count, Lengths, Name, Parts, Ratio, Seeds, at, check_arguments, refuse
 from kd_det.config.choices import Split
 from kd_det.config.layouts import list_sets
 
@@ -38,7 +38,7 @@ class DataSet:
     student: Name | None = None
     teacher: Name | Sequence[Name] | None = None
     teacher_checkpoint: Name | Sequence[Name] = ()
-    epochs: Count | Sequence[Count] | None = None
+    epochs: Count | Lengths | None = None
     teacher_epochs: Count | None = None
     options: dict[str, Any] | None = None
 
@@ -74,7 +74,7 @@ class Suite:
     student: Name | None = None
     teacher: Name | Sequence[Name] | None = None
     teacher_checkpoint: Name | Sequence[Name] = ()
-    epochs: Count | Sequence[Count] | None = None
+    epochs: Count | Lengths | None = None
     teacher_epochs: Count | None = None
     options: dict[str, Any] | None = None
 
@@ -116,8 +116,8 @@ def read_suite_file(file: Path, given: Mapping[str, Any],
                  [dict(name=each) if isinstance(each, str) else each for each in common.datasets])
         sets = [_read_data_set(file, f'datasets[{index}]', each, common, folder) for index, each in enumerate(named)]
         names = [name_folder(each.name) for each in sets]
-        if not names or len(set(names)) < len(names):
-            refuse('datasets', names, 'data sets, no two of the same name')
+        if not names or len(set(names)) < len(names) or not all(name.strip('.') for name in names):
+            refuse('datasets', names, 'data sets, no two of the same name, which is that of a folder')
     except ConfigurationError as error:
         raise ConfigurationError(f"'{file}': {error}") from None
     return common, sets

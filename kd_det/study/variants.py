@@ -2,34 +2,33 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import product, takewhile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from mmdet.registry import TRANSFORMS
 from mmengine.config import Config
 
-from kd_det.config import ConfigurationError, suggest_names
+from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Ratio, Share, check_value
 from kd_det.config.choices import POLICIES
-from kd_det.config.classes import find_dataset_classes
 from kd_det.config.composition import NO_METHOD, PAPER
 from kd_det.config.distillation import compose_distillation
-from kd_det.config.files import TOP_KEYS, get_type_name, list_leaf_datasets, student_model, training_pipelines
+from kd_det.config.files import TOP_KEYS
 from kd_det.config.methods import available_methods, find_files, is_file
 from kd_det.config.options import merge_options, read_value, set_epochs
 from kd_det.config.policies import names_all_methods
-from kd_det.registry import HOME, find_class, get_scope, within_scope
+from kd_det.study.identity import sha256
 from kd_det.study.pair import Pair
-from kd_det.training.labels import LABEL_TRANSFORMS, Shift
+from kd_det.study.training_data import AUGMENTATIONS, mix_images, spoil_labels
+from kd_det.training.labels import Shift
 
 PLAIN = NO_METHOD
 LENGTH = 'epochs='
+LONGEST = 200  # bytes of a folder's name; file systems take 255
 PSEUDO_LABELS = 'pseudo_labels'
 SURE = 0.5  # the score from which on a teacher's boxes are labels, where none is given
 
@@ -56,7 +55,7 @@ class Variant:
         teachers: How many teachers it learns from, see :func:`~kd_det.config.composition.make_ensemble`.
         policy: Who of them teaches in a step, one of :data:`~kd_det.config.choices.POLICIES`; '' for all at once.
         augment: What is done to the training images beside the student's own pipeline, see
-            :func:`~kd_det.study.variants.mix_images`.
+            :func:`~kd_det.study.training_data.mix_images`.
         epochs: For how long the student trains, its schedules stretched with it; None for its config's own.
         noise: The share of training boxes that get a wrong class, see :class:`~kd_det.training.NoisyLabels`.
         shift: By which share of their size training boxes move, see there.
@@ -79,8 +78,11 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        """The name as the name of a folder."""
-        return re.sub(r'[^\w.@+=,-]', '_', self.name)
+        """The name as the name of a folder; of a long one the beginning, and a hash of it all."""
+        name = re.sub(r'[^\w.@+=,-]', '_', self.name)
+        if len(name.encode()) <= LONGEST:
+            return name
+        return f"{name.encode()[:LONGEST - 9].decode(errors='ignore')}-{sha256(self.name.encode())[:8]}"
 
     @property
     def is_plain(self) -> bool:
@@ -98,10 +100,25 @@ def find_twin(name: str) -> str:
 
     It has those of the variant's settings that would change the student without a teacher too: ``none@augment=mosaic``
     for ``fgd@paper@augment=mosaic``, so that augmentation does not count as the teacher's merit. The twin of a plain
-    student in a setting is that without: ``none``.
+    student in a setting is that without, trained as long: ``none@epochs=24`` for ``none@noise=0.2@epochs=24``; that of
+    one which differs in its length alone is ``none``.
     """
-    twin = '@'.join([PLAIN, *(setting for setting in name.split('@')[1:] if _changes_student(setting))])
-    return PLAIN if twin == name else twin
+    changes = [setting for setting in name.split('@')[1:] if _changes_student(setting)]
+    if '@'.join([PLAIN, *changes]) != name:
+        return '@'.join([PLAIN, *changes])
+    lengths = [setting for setting in changes if setting.startswith(LENGTH)]
+    return '@'.join([PLAIN, *(lengths if len(lengths) < len(changes) else ())])
+
+
+def _list_twins(names: Sequence[str]) -> list[str]:
+    """The plain students that these variants are compared with, and those that these are compared with; first none."""
+    found = [PLAIN]
+    for name in names:
+        chain = []
+        while (name := find_twin(name)) != PLAIN:
+            chain.append(name)
+        found += reversed(chain)
+    return list(dict.fromkeys(found))
 
 
 def _changes_student(setting: str) -> bool:
@@ -116,12 +133,14 @@ def without_length(name: str) -> str:
     return '@'.join(part for part in name.split('@') if not part.startswith(LENGTH))
 
 
-def parse_variants(text: str, common: Variant = Variant('', PLAIN), lengths: Sequence[int] = ()) -> list[Variant]:
+def parse_variants(text: str | Sequence[str], common: Variant = Variant('', PLAIN),
+                   lengths: Sequence[int] = ()) -> list[Variant]:
     """Reads ``--methods``.
 
     Args:
-        text: Variants with commas between them: ``none,fgd,fgd@paper,inherit,fgd+dkd@balance=0.5@inherit=neck``. After
-            the method each ``@`` begins a setting:
+        text: Variants, or a text that has them with commas between:
+            ``none,fgd,fgd@paper,inherit,fgd+dkd@balance=0.5@inherit=neck``. After the method each ``@`` begins a
+            setting:
 
             - ``@paper``: the published weights;
             - ``@balance=RATIO``: each method's gradient at that ratio of the task's;
@@ -150,7 +169,8 @@ def parse_variants(text: str, common: Variant = Variant('', PLAIN), lengths: Seq
     Raises:
         ConfigurationError: A method or a setting is not known, or a variant is named twice.
     """
-    written = [each.strip() for each in re.split(r',(?![^\[(]*[\])])', text) if each.strip()]
+    parts = re.split(r',(?![^\[(]*[\])])', text) if isinstance(text, str) else text
+    written = [each.strip() for each in parts if each.strip()]
     if lengths:
         fixed = [each for each in written if without_length(each) != each]
         if fixed:
@@ -163,7 +183,7 @@ def parse_variants(text: str, common: Variant = Variant('', PLAIN), lengths: Seq
     for name in names:
         if names.count(name) > 1:
             raise ConfigurationError(f"--methods names '{name}' {names.count(name)} times.")
-    twins = [PLAIN, *dict.fromkeys(twin for twin in map(find_twin, names) if twin != PLAIN)]
+    twins = _list_twins(names)
     return [*(_parse_variant(twin, common) for twin in twins),
             *(variant for variant in variants if variant.name not in twins)]
 
@@ -175,7 +195,7 @@ def _parse_variant(text: str, common: Variant) -> Variant:
     if names_all_methods(method):
         names = [each for each in method.partition(':')[2].split('+') if each]
     else:
-        names = method.split('+')
+        names = [method] if Path(method).is_file() else method.split('+')
     for name in names:
         if is_file(name):
             find_files(name)
@@ -211,12 +231,12 @@ def _apply_setting(variant: Variant, setting: str) -> Variant:
     if key == 'inherit':
         return replace(variant, inherit='auto' if not given else () if value == 'none' else tuple(value.split('+')))
     if key == 'teachers':
-        if not value.isdigit() or int(value) < 1:
+        if not value.isdecimal() or int(value) < 1:
             raise ConfigurationError(f"--methods {variant.name}: expected @teachers=N, a number of 1 or more, got "
                                      f"'{value}'.")
         return replace(variant, teachers=int(value))
     if key == 'epochs':
-        if not value.isdigit() or int(value) < 1:
+        if not value.isdecimal() or int(value) < 1:
             raise ConfigurationError(f"--methods {variant.name}: expected @epochs=N, a number of 1 or more, got "
                                      f"'{value}'.")
         return replace(variant, epochs=int(value))
@@ -288,153 +308,3 @@ def variant_config(variant: Variant, pair: Pair, checkpoints: Sequence[str] = ()
         config.model.pseudo_labels = dict(score=variant.pseudo_labels)
     merge_options(config, of_distillation)  # of a term: for all its teachers, or for one
     return config
-
-
-AUGMENTATIONS = ('mosaic', 'mixup')
-WRAPPER = f'{HOME}.MultiImageMixDataset'
-PAD_VALUE = 114.0  # YOLOX's
-
-
-def mix_images(config: Config, augmentations: Sequence[str]) -> None:
-    """Has the training images of a student's config mixed, by MMDetection's own transforms.
-
-    The images are mixed as they are loaded, at the size that the pipeline scales them to (of several the largest;
-    without any the data's largest width and height). All other transforms of the pipeline then see the mixed image.
-    Mosaic shows a random window of that size, so objects stay as large as they were, as in RTMDet (arXiv 2212.07784).
-    MixUp overlays another image, half and half, with the boxes of both. What remains uncovered has the mean colour that
-    the student's preprocessor subtracts, as its own padding has.
-
-    Args:
-        config: The student's; changed.
-        augmentations: Of :data:`AUGMENTATIONS`; for both, Mosaic comes first.
-
-    Raises:
-        ConfigurationError: The pipeline mixes images already, or is exchanged during training; or the images have
-            masks, which MMDetection does not mix; or the data sets within a wrapper have different pipelines.
-    """
-    if not augmentations:
-        return
-    dataset = config.train_dataloader.dataset
-    leaves = list_leaf_datasets(dataset)
-    pipeline = list(leaves[0].get('pipeline') or ())
-    loading = list(takewhile(lambda transform: get_type_name(transform).startswith(('Load', *LABEL_TRANSFORMS)),
-                             pipeline))
-    _check_mixable(config, pipeline, loading)
-    size = _find_size(pipeline, leaves)
-    mean = (student_model(config).get('data_preprocessor') or {}).get('mean')
-    pad_value = float(round(sum(mean) / len(mean))) if mean else PAD_VALUE
-    for leaf in leaves:
-        leaf['pipeline'] = loading
-    mixing = _mixing_transforms(augmentations, size, pad_value)
-    config.train_dataloader.dataset = dict(type=WRAPPER, dataset=dataset, pipeline=[*mixing, *pipeline[len(loading):]])
-
-
-def _mixing_transforms(augmentations: Sequence[str], size: tuple[int, int], pad_value: float) -> Iterator[dict]:
-    """Yields the transforms; the image is then of that size, or within it where nothing but MixUp is done."""
-    if 'mosaic' in augmentations:
-        yield dict(type=f'{HOME}.Mosaic', img_scale=size, pad_val=pad_value)
-        yield dict(type=f'{HOME}.RandomCrop', crop_size=size, allow_negative_crop=True)
-    else:
-        yield dict(type=f'{HOME}.Resize', scale=size, keep_ratio=True)
-    if 'mixup' in augmentations:
-        yield dict(type=f'{HOME}.MixUp', img_scale=size, pad_val=pad_value)
-    # keep_empty=False: an image without boxes stays
-    yield dict(type=f'{HOME}.FilterAnnotations', min_gt_bbox_wh=(1, 1), keep_empty=False)
-
-
-def _check_mixable(config: Config, pipeline: list[dict], loading: list[dict]) -> None:
-    dataset = config.train_dataloader.dataset
-    with within_scope(get_scope(config)):
-        mixing = {get_type_name(each): None for each in _all_transforms(training_pipelines(config))
-                  # hasattr fails: mmcv's decorator wants an instance
-                  if get_type_name(each) and 'get_indexes' in dir(find_class(TRANSFORMS, each, HOME))}
-    if mixing:
-        raise ConfigurationError("@augment: the student's training pipeline mixes images already "
-                                 f"({', '.join(mixing)}). Give a config without, and without the hooks that end it.")
-    for hook in config.get('custom_hooks') or ():
-        if get_type_name(hook) == 'PipelineSwitchHook':
-            raise ConfigurationError("@augment: the student's PipelineSwitchHook would exchange the pipeline that "
-                                     'mixes. Take it out of custom_hooks.')
-    if any(list(leaf.get('pipeline') or ()) != pipeline for leaf in list_leaf_datasets(dataset)):
-        raise ConfigurationError('@augment: the data sets within train_dataloader.dataset have different pipelines, so '
-                                 'it is not clear which a mixed image goes through. Give all the same.')
-    if not any(get_type_name(transform) == 'LoadAnnotations' for transform in loading):
-        raise ConfigurationError('@augment: expected a training pipeline that begins with LoadImageFromFile and '
-                                 f"LoadAnnotations, got {', '.join(map(get_type_name, pipeline)) or 'none'}.")
-    if any(transform.get(key) for transform in loading for key in ('with_mask', 'with_seg')):
-        raise ConfigurationError('@augment: Mosaic and MixUp mix boxes, no masks, and the training pipeline loads '
-                                 'masks.')
-
-
-def _find_size(pipeline: list[dict], leaves: list[dict]) -> tuple[int, int]:
-    """Width and height that images are scaled to."""
-    scales = list(_find_scales(pipeline))
-    if scales:
-        return max(scales, key=lambda scale: scale[0] * scale[1])
-    shapes: list[tuple[int, int]] = []
-    for leaf in leaves:
-        content = json.loads(Path(leaf.get('data_root') or '', leaf['ann_file']).read_text(encoding='utf-8'))
-        shapes += [(image['width'], image['height']) for image in content['images']]
-    widths, heights = zip(*shapes)
-    return max(widths), max(heights)
-
-
-def _find_scales(pipeline: list[dict]) -> Iterator[tuple[int, int]]:
-    """The sizes that the resizing transforms of a pipeline name; upright ones lie down where the ratio is kept."""
-    for transform in _all_transforms(pipeline):
-        resizes = 'Resize' in get_type_name(transform)
-        named = (transform.get('scales') or transform.get('scale') or ()) if resizes else ()
-        named = (named, named) if isinstance(named, int) else named
-        for scale in [named] if named and isinstance(named[0], int) else named:
-            yield tuple(sorted(scale, reverse=True)) if transform.get('keep_ratio') else tuple(scale)
-
-
-def _all_transforms(node: dict | Sequence) -> Iterator[dict]:
-    """The transforms of a pipeline, and those within them."""
-    for each in [node] if isinstance(node, dict) else node:
-        if isinstance(each, dict):
-            yield each
-        yield from _all_transforms(each.get('transforms', ()) if isinstance(each, dict) else each)
-
-
-def spoil_labels(config: Config, noise: float = 0.0, shift: float = 0.0, without: Sequence[str] = (),
-                 seed: int = 0) -> None:
-    """Spoils the labels of a student's training images, right after they are loaded, and nothing else of its config.
-
-    Validation images keep theirs, and so do the training images on which fidelity is measured. Boxes are left out by
-    the class that the noise gave them, so that no label is ever of these.
-
-    Args:
-        config: The student's; changed.
-        noise: See :class:`~kd_det.training.NoisyLabels`.
-        shift: See there.
-        without: Names of classes, see :class:`~kd_det.training.WithoutClasses`.
-        seed: Of the noise.
-
-    Raises:
-        ConfigurationError: There are no labels to spoil, a data set does not name its classes, or has none of that
-            name, or only that.
-    """
-    if not noise and not shift and not without:
-        return
-    leaves = [leaf for leaf in list_leaf_datasets(config.train_dataloader.dataset)
-              if 'LoadAnnotations' in map(get_type_name, leaf.get('pipeline') or ())]
-    if not leaves:
-        raise ConfigurationError('@noise, @shift and @without change the labels that LoadAnnotations loads, and no '
-                                 'pipeline of the training data begins with it.')
-    for leaf in leaves:
-        classes = list(find_dataset_classes(leaf) or ())
-        unknown = [name for name in without if name not in classes]
-        if unknown:
-            raise ConfigurationError(f"@without={'+'.join(without)}: the training data has no class '{unknown[0]}'. "
-                                     f'{suggest_names(unknown[0], classes)}'.rstrip())
-        if len(classes) < 2:
-            raise ConfigurationError('@noise, @shift and @without: give the training data metainfo=dict(classes=(…)) '
-                                     f'with two classes or more; it has {len(classes)}.')
-        spoiling = [dict(type=f'{HOME}.NoisyLabels', share=noise, classes=len(classes), shift=shift, seed=seed)
-                    ] if noise or shift else []
-        spoiling += [dict(type=f'{HOME}.WithoutClasses', labels=sorted(map(classes.index, without)))
-                     ] if without else []
-        pipeline = list(leaf['pipeline'])
-        loaded = 1 + list(map(get_type_name, pipeline)).index('LoadAnnotations')
-        leaf['pipeline'] = [*pipeline[:loaded], *spoiling, *pipeline[loaded:]]

@@ -330,7 +330,7 @@ def save_figure(figure: Figure, file: str | Path, force: bool = True, **settings
     Raises:
         WritingError: There is such a file.
     """
-    refuse_to_replace(file, lambda content: b'Matplotlib' in content[:1000], 'a picture', force)
+    refuse_to_replace(file, is_picture, 'a picture', force)
     for text in figure.findobj(Text):
         missing = _find_missing(text.get_text(), text.get_fontproperties())
         if missing:
@@ -338,6 +338,11 @@ def save_figure(figure: Figure, file: str | Path, force: bool = True, **settings
             text.set_fontfamily([*text.get_fontfamily(), *families])
             text.set_text(_spell_out(text.get_text(), unknown))
     figure.savefig(file, **settings)
+
+
+def is_picture(content: bytes) -> bool:
+    """Whether the content of a file is that of one which matplotlib wrote."""
+    return b'Matplotlib' in content[:1000]
 
 
 def names_to_draw(names: Sequence[str]) -> tuple[str, ...]:

@@ -18,9 +18,10 @@ from kd_det.config import ConfigurationError
 from kd_det.datasets import generate_shapes
 from kd_det.study import demo
 from kd_det.study.demo import DemoSettings, run_demo
+from kd_det.study.identity import identify_run
 from kd_det.study.pair import Pair
 from kd_det.study.report import page
-from kd_det.study.runs import RESULT_FILE, identify_run
+from kd_det.study.runs import RESULT_FILE
 from kd_det.study.scheduling import Failure, Job, JobPool
 from kd_det.study.series import Series
 from kd_det.study.variants import parse_variants

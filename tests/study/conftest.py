@@ -12,7 +12,8 @@ import pytest
 from mmengine.config import Config
 
 from kd_det.config.files import load_config
-from kd_det.study.runs import RESULT_FILE, Run, identify_run, load_finished_run, train
+from kd_det.study.identity import identify_run
+from kd_det.study.runs import RESULT_FILE, Run, load_finished_run, train
 from kd_det.study.scheduling import CONFIG_FILE
 
 ROOT = Path(__file__).parents[2]

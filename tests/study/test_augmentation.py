@@ -7,7 +7,7 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 
 from kd_det.config.files import ConfigurationError
-from kd_det.study.variants import mix_images
+from kd_det.study.training_data import mix_images
 
 LOADING = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True)]
 FLIP, PACK = dict(type='RandomFlip', prob=0.5), dict(type='PackDetInputs')

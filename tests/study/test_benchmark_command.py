@@ -1,5 +1,6 @@
 """``kd-det benchmark`` from its command line to its results, on trainings of two steps."""
 import json
+import os
 from argparse import ArgumentParser
 from pathlib import Path
 
@@ -13,7 +14,11 @@ from kd_det.checks.environment import DiagnosisError
 from kd_det.cli.benchmark import add_arguments
 from kd_det.cli.main import main
 from kd_det.compat import load_checkpoint
+from kd_det.config import ConfigurationError
 from kd_det.config.files import load_config, student_config
+from kd_det.study import fidelity
+from kd_det.study.benchmark import prepare
+from kd_det.study.identity import hash_data
 from kd_det.study.pair import Pair
 from kd_det.study.runs import train
 from kd_det.study.series import TeacherTrainingError
@@ -270,3 +275,69 @@ def test_the_ap_of_each_class_is_noted_and_what_is_best_stays(run_config, retina
     assert not any('precision' in name for name in run.metrics)
     assert [each.name for each in Path(config.work_dir).glob('best*')] == ['best_coco_bbox_mAP_epoch_1.pth']
     assert json.loads((Path(config.work_dir) / 'result.json').read_text())['class_ap'] == run.class_ap
+
+
+def test_what_a_setting_does_is_told_of_each_length(pair_files, pool_here, pool_of_writing):
+    """Longer training gives 5 points and the noise none, so that the noise is at 0 both times."""
+    pool_here(pool_of_writing(lambda job: 30 + 5 * job.config.train_cfg.max_epochs))
+    found = kd_det.benchmark(student='student.py', teacher='teacher.py', methods='none@noise=0.5', seeds=2,
+                             epochs=[2, 1], check_images=0, work_dir='work')
+    summary = found.results['summary']
+    assert list(summary) == ['none', 'none@epochs=2', 'none@noise=0.5', 'none@noise=0.5@epochs=2']
+    assert summary['none']['bbox_mAP']['mean'] == 35  # the shortest goes by the plain name, in whatever order
+    assert [summary[name]['bbox_mAP']['difference'] for name in [*summary][1:]] == [5, 0, 0]
+    stored = json.loads((pair_files / 'work' / 'results.json').read_text())
+    for run in stored['runs']:
+        run['twin'] = 'none'  # as was told before
+    (pair_files / 'work' / 'results.json').write_text(json.dumps(stored))
+    assert kd_det.merge_results(['work']).results['runs'][-1]['twin'] == 'none@epochs=2'
+    with pytest.raises(ConfigurationError, match='epochs'):
+        kd_det.benchmark(student='student.py', teacher='teacher.py', epochs=[2, 2])
+
+
+def test_a_run_is_kept_wherever_its_teacher_lies_and_not_where_that_is_another(pair_files, pool_here, pool_of_writing):
+    (pair_files / 'teacher.pth').write_bytes(b'weights')
+    pool = pool_here(pool_of_writing())
+
+    def count(**arguments):
+        before = len(pool.trained)
+        series = prepare(None, 'student.py', arguments.pop('teacher', 'teacher.py'), ['teacher.pth'], 'pkd',
+                         Path('work'), **{**dict(data_root=None, epochs=None, teacher_epochs=None, balance=None,
+                                                 inherit='auto', options=None, fidelity=()), **arguments})
+        series.data = hash_data(series.pair.student)
+        series.train([0], pool, print)
+        return len(pool.trained) - before
+
+    assert count() == 2 and count() == 0
+    os.rename('teacher.py', 'renamed.py')
+    assert count(teacher=str(pair_files / 'renamed.py')) == 0
+    root = load_config('student.py').train_dataloader.dataset.data_root
+    assert count(teacher='renamed.py', data_root=os.path.relpath(root)) == 0
+    with open('renamed.py', 'a', encoding='utf-8') as file:
+        file.write("model['data_preprocessor']['mean'] = [0., 0., 0.]\n")
+    assert count(teacher='renamed.py') == 1  # the plain student has no part in it
+
+
+def test_fidelity_that_can_not_be_measured_costs_nothing_else(benchmark, in_this_process, capsys, monkeypatch):
+    measure = fidelity.measure_fidelity
+
+    def fail_once(config, checkpoint, *arguments):
+        if 'pkd' in checkpoint:
+            raise ConfigurationError('no name in common')
+        return measure(config, checkpoint, *arguments)
+
+    monkeypatch.setattr(fidelity, 'measure_fidelity', fail_once)
+    status, results = benchmark('--methods', 'pkd', '--executor', 'debug', '--fidelity')
+    assert status == 0 and 'pkd, seed 0: fidelity on val failed: no name in common' in capsys.readouterr().out
+    assert list(results['fidelity']['val']) == ['none'] and len(results['runs']) == 2
+    monkeypatch.setattr(fidelity, 'measure_fidelity', measure)
+    assert list(benchmark('--methods', 'pkd', '--executor', 'debug', '--fidelity')[1]['fidelity']['val']) == [
+        'none', 'pkd']
+
+
+def test_a_run_that_was_never_evaluated_is_no_result(pair_files, pool_here):
+    pool_here()
+    with pytest.raises(ConfigurationError, match='It was never evaluated: train_cfg.val_begin'):
+        kd_det.benchmark(student='student.py', teacher='teacher.py', methods='none', seeds=1, work_dir='work',
+                         options={'train_cfg.val_begin': 5}, check_images=0)
+    assert not Path('work/none/seed0/result.json').exists()

@@ -1,10 +1,14 @@
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 from mmengine.config import Config
 
 from kd_det.config import ConfigurationError
 from kd_det.config.files import load_config
-from kd_det.study.pair import adapt_config, hash_data, read_pair
-from kd_det.study.runs import identify_run
+from kd_det.study.identity import hash_data, hash_model, identify_run
+from kd_det.study.pair import adapt_config, read_pair
 
 
 def test_a_distillation_gives_its_student_and_its_teacher():
@@ -70,6 +74,31 @@ def test_schedules_stretch_with_the_epochs():
         adapt_config(Config(dict(train_cfg=dict(max_iters=100))), epochs=3)
 
 
+@pytest.mark.parametrize('name, epochs, expected', [
+    ('yolox_l_s', 12, dict(ends=[1, 11, 12], T_max=11, hook=1)),
+    ('yolox_l_s', 2, dict(ends=[1, 2, 3], T_max=2, hook=1)),  # what there is no time for lies behind the end
+    ('yolox_l_s', 600, dict(ends=[10, 570, 600], T_max=570, hook=30)),
+    ('rtmdet_l_s', 12, dict(ends=[12], T_max=6, hook=11, dynamic=11)),
+    ('rtmdet_l_s', 3, dict(ends=[3], T_max=1, hook=3, dynamic=3)),
+])
+def test_whatever_counts_in_epochs_stretches_with_them(name, epochs, expected):
+    """Warm-up, the last epochs of another pipeline, and how often they are validated, and nothing has no length."""
+    config = adapt_config(read_pair(f'kd_det::_base_/pairs/{name}.py').student, epochs=epochs)
+    schedulers = [each for each in config.param_scheduler if each.get('by_epoch')]
+    assert [each.end for each in schedulers] == expected['ends']
+    assert all(each.begin < each.end for each in schedulers)
+    assert [each.T_max for each in schedulers if 'T_max' in each] == [expected['T_max']]
+    hooks = [hook.get('switch_epoch', hook.get('num_last_epochs')) for hook in config.custom_hooks]
+    assert [each for each in hooks if each] == [expected['hook']]
+    assert [begin for begin, _ in config.train_cfg.get('dynamic_intervals', ())] == (
+        [expected['dynamic']] if 'dynamic' in expected else [])
+
+
+def test_validation_begins_within_the_epochs():
+    config = Config(dict(train_cfg=dict(max_epochs=4, val_begin=3), param_scheduler=[]))
+    assert [adapt_config(config, epochs=epochs).train_cfg.val_begin for epochs in (1, 2, 8)] == [1, 2, 6]
+
+
 def test_so_do_those_of_terms():
     stop = dict(type='Stop', value=dict(type='Warmup', value=1.0, iterations=100, begin=4), epochs=9)
     model = dict(type='DetectionDistiller', task_weight=dict(type='Decay', value=1.0, epochs=12, begin=2),
@@ -82,7 +111,6 @@ def test_so_do_those_of_terms():
 
 
 def test_data_is_known_by_its_annotations_and_images(run_config, retinanet, coco_folder, tmp_path):
-    import shutil
     before = hash_data(run_config(retinanet(), val=True))
     copied = shutil.copytree(coco_folder, tmp_path / 'copy')
     config = run_config(retinanet(), val=True)
@@ -95,10 +123,56 @@ def test_data_is_known_by_its_annotations_and_images(run_config, retinanet, coco
     assert len({before, changed, hash_data(config)}) == 3
 
 
+def test_images_in_folders_are_seen_and_what_else_lies_there_is_not(run_config, retinanet, coco_folder, tmp_path):
+    root = tmp_path / 'data'
+    (root / 'images' / 'a').mkdir(parents=True)
+    content = json.loads((coco_folder / 'all.json').read_text())
+    for image in content['images']:
+        shutil.copy(coco_folder / image['file_name'], root / 'images' / 'a')
+        image['file_name'] = f"a/{image['file_name']}"
+    (root / 'all.json').write_text(json.dumps(content))
+    config = run_config(retinanet(), val=True)
+    for loader in (config.train_dataloader, config.val_dataloader):
+        loader.dataset.update(data_root=str(root), ann_file='all.json', data_prefix=dict(img='images/'))
+    before = hash_data(config)
+    (root / 'images' / 'work_dir').mkdir()
+    (root / 'images' / 'work_dir' / 'log.txt').write_text('epoch 1')
+    assert hash_data(config) == before
+    (root / content['images'][0]['file_name'].join(['images/', ''])).write_bytes(b'another')
+    assert hash_data(config) != before
+
+
 def test_identity_is_of_what_counts():
     model = dict(type='DetectionDistiller', teacher=dict(config='a.py', checkpoint='a.pth'))
     first = identify_run(Config(dict(work_dir='a', model=model)), ['data'])
     moved = Config(dict(work_dir='b', model=dict(model, teacher=dict(config='a.py', checkpoint='b.pth'))))
     assert identify_run(moved, ['data']) == first != identify_run(moved, ['other data'])
-    moved.model.teacher.config = 'b.py'
+    moved.model.teacher.config = 'elsewhere/a.py'
+    assert identify_run(moved, ['data']) == first  # what is in it, the inputs say
+    moved.model.teacher.fuse = False
     assert identify_run(moved, ['data']) != first
+
+
+def test_identity_is_not_of_where_the_data_lies():
+
+    def identify(root, more='', **changes):
+        dataset = dict(data_root=root, ann_file='train.json', data_prefix=dict(img='train/'))
+        joined = dict(type='ConcatDataset', datasets=[dataset, dict(dataset, data_root=f'{root}{more}')])
+        return identify_run(Config(dict(
+            data_root=root, train_dataloader=dict(dataset=joined), val_dataloader=dict(dataset=dataset),
+            val_evaluator=dict(ann_file=f"{root.rstrip('/')}/val.json"), **changes)), ['data'])
+
+    first = identify('/data/coco/')
+    assert first == identify('coco data') == identify('..')
+    assert first != identify('coco', more='_2')  # another folder, whose name begins alike
+    assert identify('coco', more='_2') == identify('/elsewhere', more='/too')
+    assert identify('coco', load_from='coco.pth') == identify('data', load_from='coco.pth') != first
+
+
+def test_a_teacher_is_known_by_its_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = dict(type='RetinaNet', test_cfg=dict(score_thr=0.05))
+    for name, content in (('a.py', model), ('b.py', model), ('c.py', dict(model, test_cfg=dict(score_thr=0.9)))):
+        Config(dict(model=content, train_cfg=dict(max_epochs=len(name)))).dump(name)
+    Path('d.py').write_text("_base_ = './a.py'\nwork_dir = 'elsewhere'\n")
+    assert hash_model('a.py') == hash_model(str(tmp_path / 'b.py')) == hash_model('d.py') != hash_model('c.py')

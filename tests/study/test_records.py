@@ -141,12 +141,52 @@ def test_more_methods_are_joined_and_what_failed_gives_way(write, tmp_path):
     ([run('fgd', 0, 33, identity='of other settings')], {}, 'fgd, seed 0 has two values'),
     ([run('fgd', 1, 34, epochs=2)], {}, r'fgd is not the same in .*: epochs differs \(1 and 2\)'),
     ([run('fgd', 1, 34, settings=dict(balance=0.5))], {}, 'fgd is not the same in .*: settings differs'),
-], ids=range(7))
+    ([run('fgd', 1, 34, environment=dict(machine=dict(processes=4)))], {}, r'fgd is not .*: processes differs \(1 and'),
+], ids=range(8))
 def test_what_is_not_of_one_study_is_not_joined(write, tmp_path, runs, change, message):
     first, second = write('first', three_seeds(33)), write('second', runs, **change)
     with pytest.raises(ConfigurationError, match=message):
         kd_det.merge_results([first, second], out=tmp_path / 'both')
     assert not (tmp_path / 'both').exists()
+
+
+def test_all_files_have_the_same_teachers(write, tmp_path):
+    """The second and the third, too, of which the first has fewer."""
+
+    def further(digest):
+        return [dict(checkpoint='second.pth', checkpoint_hash=digest, run=None)]
+
+    files = [write('a', three_seeds(33)),
+             *(write(name, three_seeds(34, variant='kd@teachers=2', first=seed), further_teachers=further(name))
+               for seed, name in enumerate('bc'))]
+    with pytest.raises(ConfigurationError, match=r"b' and '.*c' are not of one study: the teacher's weights: b in"):
+        kd_det.merge_results(files)
+    assert kd_det.merge_results(files[:2]).results['further_teachers'] == further('b')
+
+
+def test_of_a_run_in_two_files_both_fidelities_count(write):
+    measured = dict(environment=dict(commit=None, versions={}, machine={}))
+    first = write('first', [run('none', 0, 30, **measured), run('kd', 0, 31, fidelity=dict(val=dict(found=0.5)))])
+    second = write('second', [run('none', 0, 30, fidelity=dict(train=dict(found=0.25)), class_ap=dict(cat=0.1)),
+                              run('kd', 0, 31, fidelity=dict(train=dict(found=0.75)))])
+    for files in ((first, second), (second, first)):
+        plain, kd = kd_det.merge_results(files).results['runs']
+        assert kd['fidelity'] == dict(val=dict(found=0.5), train=dict(found=0.75))
+        assert plain['fidelity'] == dict(train=dict(found=0.25)) and plain['class_ap'] == dict(cat=0.1)
+
+
+@pytest.mark.parametrize('name', ['results.md', 'gains.png'])
+def test_joint_results_replace_nobodys_file(name, write, tmp_path):
+    longer = [run(f'{method}@epochs=2', 0, 30, epochs=2) for method in ('none', 'fgd')]
+    first = write('first', [*three_seeds(33, 34), *longer])
+    out = tmp_path / 'out'
+    out.mkdir()
+    (out / name).write_text('mine')
+    with pytest.raises(WritingError, match=f'{name}.*that kd_det wrote. Give another folder, or replace'):
+        kd_det.merge_results([first], out)
+    assert [file.name for file in out.iterdir()] == [name] and (out / name).read_text() == 'mine'
+    kd_det.merge_results([first], out, force=True)
+    assert kd_det.merge_results([first], out).files[1].read_text().startswith('| method |')
 
 
 def test_a_folder_elsewhere_is_the_same_pair(write, tmp_path):

@@ -17,7 +17,8 @@ from submitit.core.utils import DelayedSubmission
 from kd_det.compat.writing import WritingError, is_locked, locked_folder
 from kd_det.config import ConfigurationError
 from kd_det.study import scheduling, worker
-from kd_det.study.runs import Run, identify_run, load_finished_run, train
+from kd_det.study.identity import identify_run
+from kd_det.study.runs import Run, load_finished_run, train
 from kd_det.study.scheduling import Failure, Job, JobPool, allot_devices
 from kd_det.study.worker import Training
 

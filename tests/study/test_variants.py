@@ -1,10 +1,13 @@
+import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from mmdet.registry import TRANSFORMS
 from mmengine.config import Config
 
 from kd_det.config.files import ConfigurationError
-from kd_det.study.pair import Pair
+from kd_det.study.pair import Pair, read_pair
 from kd_det.study.series import count_teachers
 from kd_det.study.variants import Variant, find_twin, parse_variants, variant_config
 
@@ -112,9 +115,15 @@ def test_each_variant_is_there_for_each_length_with_a_twin_as_long(pair):
     variants = parse_variants('kd,kd@augment=mixup', Variant('', 'none', epochs=6), [12])
     assert {variant.name: find_twin(variant.name) for variant in variants} == {
         'none': 'none', 'none@augment=mixup': 'none', 'none@epochs=12': 'none',
-        'none@augment=mixup@epochs=12': 'none',
+        'none@augment=mixup@epochs=12': 'none@epochs=12',
         'kd': 'none', 'kd@augment=mixup': 'none@augment=mixup', 'kd@epochs=12': 'none@epochs=12',
         'kd@augment=mixup@epochs=12': 'none@augment=mixup@epochs=12'}
+    for name in ('none@noise=0.5@epochs=12', 'none@epochs=12@optim_wrapper.optimizer.lr=0.1'):
+        chain = [name]
+        while chain[-1] != 'none':
+            chain.append(find_twin(chain[-1]))
+        assert chain == [name, 'none@epochs=12', 'none']  # what noise does is told of the one that trained as long
+        assert [each.name for each in parse_variants(name)] == chain[::-1]
     lengths = {variant.name: variant_config(replace(variant, augment=()), pair, ['x.pth']).train_cfg.max_epochs
                for variant in variants}
     assert all(epochs == (12 if '12' in name else 6) for name, epochs in lengths.items())
@@ -219,6 +228,8 @@ def test_boxes_of_the_teacher_are_a_method_of_their_own(pair):
     ('kd@pseudo_labels=sure', "@pseudo_labels=SHARE, a number from 0 to 1, got 'sure'"),
     ('kd@without', "no setting '@without'"),
     ('kd@without=rde', "@without=rde: the training data has no class 'rde'. Nearest: red"),
+    ('kd@without=red+red', r"@without=red\+red names 'red' 2 times"),
+    ('kd@without=red+blue+green', 'the training data has no other class, so nothing would be left'),
 ])
 def test_what_is_wrong_of_labels_is_named(text, message, labelled):
     with pytest.raises(ConfigurationError, match=message):
@@ -231,8 +242,43 @@ def test_without_labels_there_is_nothing_to_spoil(labelled):
         variant_config(parse_variants('none@noise=0.1')[-1], labelled)
     labelled.student.train_dataloader.dataset.pipeline.insert(1, dict(type='LoadAnnotations', with_bbox=True))
     labelled.student.train_dataloader.dataset.metainfo.classes = ('one', )
-    with pytest.raises(ConfigurationError, match='with two classes or more; it has 1'):
+    with pytest.raises(ConfigurationError, match='has one class, one: no label of it can be wrong'):
         variant_config(parse_variants('none@noise=0.1')[-1], labelled)
+    moved = variant_config(parse_variants('none@shift=0.1')[-1], labelled).train_dataloader.dataset.pipeline[2]
+    assert TRANSFORMS.build(moved).shift == 0.1  # of one class, too
+
+
+def test_labels_stay_spoiled_where_a_hook_exchanges_the_pipeline(labelled):
+    """As RTMDet's second stage does, whose last epochs would else see true labels, and the class that was left out."""
+    first = labelled.student.train_dataloader.dataset.pipeline
+    labelled.student.custom_hooks = [dict(type='EMAHook'), dict(type='PipelineSwitchHook', switch_epoch=2,
+                                                                switch_pipeline=[*first, dict(type='RandomFlip')])]
+    config = variant_config(parse_variants('none@noise=0.2@without=red')[-1], labelled, seed=3)
+    spoiling, second = config.train_dataloader.dataset.pipeline[2:4], config.custom_hooks[1].switch_pipeline
+    assert [each.type for each in spoiling] == ['mmdet.NoisyLabels', 'mmdet.WithoutClasses']
+    assert second == [*first[:2], *spoiling, *first[2:], dict(type='RandomFlip')]
+    rtmdet = variant_config(parse_variants('none@without=person')[-1], read_pair('kd_det::_base_/pairs/rtmdet_l_s.py'))
+    pipelines = [rtmdet.train_dataloader.dataset.pipeline, rtmdet.custom_hooks[1].switch_pipeline]
+    assert [[each.type for each in pipeline].count('mmdet.WithoutClasses') for pipeline in pipelines] == [1, 1]
+    other = copy.deepcopy(labelled.student.train_dataloader.dataset)
+    other.metainfo = dict(classes=('red', 'green', 'blue'))
+    labelled.student.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[
+        labelled.student.train_dataloader.dataset, other])
+    with pytest.raises(ConfigurationError, match='PipelineSwitchHook gives all training data one pipeline'):
+        variant_config(parse_variants('none@without=red')[-1], labelled)
+
+
+def test_names_are_folders_however_long_or_odd(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    long = [f"none@model.backbone.depth={'1' * 200}{number}" for number in range(2)]
+    folders = [each.folder for each in parse_variants(long)[1:]]
+    for folder in folders:
+        Path(folder).mkdir()  # and not twice
+    assert [each.name for each in parse_variants(['none@without=red,blue', 'inherit'])] == [
+        'none', 'none@without=red,blue', 'inherit']  # a list is not split at commas
+    for digit in ('²', '0', '-1'):
+        with pytest.raises(ConfigurationError, match=f"expected @epochs=N, a number of 1 or more, got '{digit}'"):
+            parse_variants(f'none@epochs={digit}')
 
 
 @pytest.mark.parametrize('settings', ['alpha=1@beta=0', 'alpha=0@beta=1', 'form=coupled@beta=1'])

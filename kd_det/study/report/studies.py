@@ -16,8 +16,9 @@ from kd_det.config.detectors import teachers_of
 from kd_det.config.files import get_type_name, is_distillation, load_config, student_model
 from kd_det.distillers import build_schedule
 from kd_det.study.fidelity import FIDELITY_FILE, Splits
+from kd_det.study.identity import sha256
 from kd_det.study.results import RESULTS_FILE, summarize, summarize_fidelity
-from kd_det.study.runs import RESULT_FILE, check_run, check_shape, read_json, sha256
+from kd_det.study.runs import RESULT_FILE, check_run, check_shape, read_json
 from kd_det.study.scheduling import CONFIG_FILE
 from kd_det.study.variants import PLAIN
 from kd_det.training.pictures import Curve

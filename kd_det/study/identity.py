@@ -1,0 +1,102 @@
+"""What tells trainings apart: the identity of a run, and the hashes of its data, of weights and of its teacher's model.
+
+What a run depends on counts, and where that lies does not: a benchmark that was moved, or whose data was, goes on.
+"""
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from kd_det.config.detectors import read_model_config
+from kd_det.config.files import is_distillation, list_leaf_datasets, map_strings
+
+LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+
+
+def sha256(content: bytes) -> str:
+    """Returns the SHA-256 hash of bytes, in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def identify_run(config: Config, inputs: Any = None) -> str:
+    """Returns the hash of all that a run depends on.
+
+    Args:
+        config: The run's config. Where the run, its data and its teachers lie does not count.
+        inputs: What the result depends on beside the config: the hashes of its data and of its teachers' models and
+            weights; anything that JSON holds.
+    """
+    settings = copy.deepcopy(config.to_dict())
+    settings.pop('work_dir', None)
+    if is_distillation(config):
+        teachers = settings['model'].get('teacher', ())
+        for teacher in [teachers] if isinstance(teachers, dict) else teachers:
+            for key in ('config', 'checkpoint'):
+                if isinstance(teacher.get(key), str):
+                    del teacher[key]
+    return sha256(json.dumps([_name_data(settings), inputs], sort_keys=True, default=str).encode())
+
+
+def _name_data(settings: dict) -> dict:
+    """The settings with numbers for the folders of the data, wherever they begin the name of a file."""
+    loaders = [settings[key] for key in LOADERS if isinstance(settings.get(key), dict)]
+    leaves = [leaf for loader in loaders for leaf in list_leaf_datasets(loader.get('dataset') or {})]
+    roots = [str(root).rstrip('/') for root in (settings.get('data_root'), *(leaf.get('data_root') for leaf in leaves))
+             if root]
+    names = {root: f'<data {number}>' for number, root in enumerate(dict.fromkeys(roots))}
+
+    def name(text: str) -> str:
+        within = [root for root in names if f'{text}/'.startswith(f'{root}/')]
+        longest = max(within, key=len, default='')
+        return names[longest] + text[len(longest):].rstrip('/') if within else text
+
+    return map_strings(settings, name)
+
+
+def hash_data(config: Config) -> str:
+    """Returns the hash of a config's training and validation data: annotations by content, images by name and size.
+
+    The images are those of the folder; where it holds folders, the files that the annotations name, for a work dir may
+    be among them.
+    """
+    parts = []
+    for split in ('train', 'val'):
+        for dataset in list_leaf_datasets(config[f'{split}_dataloader'].dataset):
+            root = Path(dataset.get('data_root') or '')
+            annotations = Path(root, dataset['ann_file']).read_bytes()
+            images = Path(root, (dataset.get('data_prefix') or {}).get('img', ''))
+            within = list(images.iterdir())
+            names = [file.name for file in within if file.is_file()]
+            if any(file.is_dir() for file in within):
+                names = _list_images(annotations) or names
+            sizes = [f'{name} {file.stat().st_size if (file := images / name).is_file() else None}'
+                     for name in sorted(names)]
+            parts += [annotations, '\n'.join(sizes).encode()]
+    return sha256(b'\0'.join(parts))
+
+
+def _list_images(annotations: bytes) -> list[str]:
+    """The names of the images that COCO's annotations have; none of another format."""
+    try:
+        return [str(image['file_name']) for image in json.loads(annotations)['images']]
+    except (ValueError, TypeError, KeyError):
+        return []
+
+
+def hash_weights(checkpoint: str) -> str:
+    """Returns the hash of a file of weights; of an address the address itself."""
+    return sha256(Path(checkpoint).read_bytes()) if Path(checkpoint).is_file() else checkpoint
+
+
+def hash_model(config: str | Path) -> str:
+    """Returns the hash of the model of a detector's config, however that is spelt or inherits it.
+
+    Raises:
+        ConfigurationError: See :func:`~kd_det.config.detectors.read_model_config`.
+    """
+    return sha256(json.dumps(read_model_config(config).to_dict(), sort_keys=True, default=str).encode())
