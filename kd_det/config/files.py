@@ -241,9 +241,14 @@ def iterate_built_datasets(dataset: object) -> Iterator[object]:
 
 
 def training_pipelines(config: Config) -> list[list[dict]]:
-    """The transforms that the images of each training data set go through, those of wrappers last."""
+    """The transforms that the images of each training data set go through, those of wrappers last.
+
+    With those that a hook exchanges them for in the course of the training.
+    """
     loader = config.get('train_dataloader')
-    return list_pipelines(loader['dataset']) if loader else []
+    exchanges = [list(hook['switch_pipeline']) for hook in config.get('custom_hooks') or ()
+                 if hook.get('switch_pipeline')]
+    return [*list_pipelines(loader['dataset']), *exchanges] if loader else []
 
 
 def list_pipelines(dataset: dict) -> list[list[dict]]:
