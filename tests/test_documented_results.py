@@ -78,6 +78,19 @@ def test_the_chain_is_its_record():
         for stage, by_seed in rows.items()]
 
 
+def test_what_remains_is_its_record():
+    by_variant, expected = points('bccd_long'), []
+    for length, ending in ((12, ''), (48, '@epochs=48')):
+        of_length = {name.partition('@')[0]: by_seed for name, by_seed in by_variant.items()
+                     if name.partition('@epochs')[1] == ending[:7]}
+        names = {'none': PLAIN, 'inherit': INHERIT}
+        for name, by_seed in sorted(of_length.items(), key=lambda each: -sum(each[1].values())):
+            expected.append([str(length), names.get(name, f'`{name}`'), *_seeds_and_mean(by_seed),
+                             '' if name == 'none' else difference(of_length['none'], by_seed),
+                             '' if name in names else difference(of_length['inherit'], by_seed)])
+    assert documented('bccd_long') == expected
+
+
 def test_choosing_names_the_methods_and_costs_of_the_records():
     """Each method once, on the side that its interval says."""
     stored = json.loads(MEASURED.read_text(encoding='utf-8'))
