@@ -1,10 +1,12 @@
 """Questions of the field, asked of detectors: gains by a setting, fidelity and accuracy, more unlabelled images.
 
 Usage: python -m benchmarks.questions gains RESULTS --by noise --picture PNG
+       python -m benchmarks.questions classes RESULTS --picture PNG
        python -m benchmarks.questions fidelity [RECORD …] [--json FILE] [--picture PNG]
        python -m benchmarks.questions unlabelled STUDENT TEACHER CHECKPOINT [--json FILE] [--picture PNG]
 
-``gains`` draws results.json of a benchmark or a sweep against one of its settings. ``fidelity`` takes all records that
+``gains`` draws results.json of a benchmark or a sweep against one of its settings, ``classes`` the AP of classes that
+some never saw labelled beside that of the others. ``fidelity`` takes all records that
 hold fidelity, by default those of docs/results, and correlates it with mAP. ``unlabelled`` trains, on generated images;
 what is finished in its work dir is not done again, and a training that was interrupted goes on.
 """
@@ -30,6 +32,8 @@ from kd_det.config.files import load_config, set_data_root
 from kd_det.config.options import set_epochs
 from kd_det.datasets import generate_shapes
 from kd_det.study.fidelity import measure_fidelity
+from kd_det.study.records import read_results
+from kd_det.study.results import summarize_classes
 from kd_det.study.variants import PLAIN
 from kd_det.training.pictures import draw_gains, escape_formula, save_figure
 
@@ -71,6 +75,27 @@ def sort_gains(results: Mapping[str, Any], setting: str) -> dict[str, dict[float
         raise ConfigurationError(f"--by {setting}: no variant of these results has a setting of that name; they are "
                                  f"{', '.join(results['summary'])}.")
     return {name: dict(sorted(by_value.items())) for name, by_value in found.items()}
+
+
+def draw_classes(results: Mapping[str, Any]) -> Figure:
+    """Draws the AP of each class that some variant never saw labelled, and the mean of the others, with deviations."""
+    found = summarize_classes(results)
+    if not found:
+        raise ConfigurationError('no variant of these results was trained @without a class.')
+    figure = Figure(figsize=(6.4, 0.8 + 0.42 * len(found)), layout='constrained')
+    axes = figure.subplots()
+    columns = list(dict.fromkeys(name for by_name in found.values() for name in by_name))
+    for place, column in enumerate(columns):
+        known = [(row, by_name[column]) for row, by_name in enumerate(found.values()) if column in by_name]
+        axes.errorbar([each['mean'] for _, each in known], [row + 0.12 * place for row, _ in known],
+                      xerr=[each['std'] or 0 for _, each in known], label=escape_formula(column), linestyle='',
+                      marker='os^v'[place % 4], capsize=3)
+    axes.set_yticks(range(len(found)), map(escape_formula, found))
+    axes.invert_yaxis()
+    axes.set(xlabel='AP, mean ± standard deviation over seeds')
+    axes.grid(alpha=0.3)
+    figure.legend(loc='outside upper right', ncols=len(columns), frameon=False)
+    return figure
 
 
 # ------------------------------------------------------------------------------------------- fidelity and accuracy
@@ -302,6 +327,8 @@ def main() -> None:
     gains = commands.add_parser('gains')
     gains.add_argument('results', type=Path)
     gains.add_argument('--by', required=True, metavar='SETTING', help='such as noise, shift or kd.temperature')
+    classes = commands.add_parser('classes')
+    classes.add_argument('results', type=Path)
     fidelity = commands.add_parser('fidelity')
     fidelity.add_argument('records', nargs='*', type=Path)
     fidelity.add_argument('--taught', action='store_true', help='draw the runs that a term teaches alone')
@@ -317,10 +344,11 @@ def main() -> None:
     unlabelled.add_argument('--work-dir', type=Path, default=Path('work_dirs/unlabelled'))
     for command in (fidelity, unlabelled):
         command.add_argument('--json', type=Path)
-    for command in (gains, fidelity, unlabelled):
+    for command in (gains, classes, fidelity, unlabelled):
         command.add_argument('--picture', type=Path)
     options = parser.parse_args()
-    figure = dict(gains=answer_gains, fidelity=answer_fidelity, unlabelled=answer_unlabelled)[options.question](options)
+    answers = dict(gains=answer_gains, classes=answer_classes, fidelity=answer_fidelity, unlabelled=answer_unlabelled)
+    figure = answers[options.question](options)
     if options.picture:
         save_figure(figure, options.picture)
 
@@ -330,6 +358,10 @@ def answer_gains(options: Namespace) -> Figure:
     for name, by_value in gains.items():
         print(f'{name:50}' + '  '.join(f"{value:g}: {each['difference']:+.1f}" for value, each in by_value.items()))
     return draw_gains(gains, options.by, 'difference to the plain student in the same setting')
+
+
+def answer_classes(options: Namespace) -> Figure:
+    return draw_classes(read_results(options.results).results)
 
 
 def answer_fidelity(options: Namespace) -> Figure:

@@ -121,6 +121,21 @@ def test_fidelity_and_accuracy_are_their_record():
     assert sorted(row[1:] for row in rows) == sorted(expected.values()) and len(rows) == 5
 
 
+def test_the_class_that_nobody_labelled_is_its_record():
+    runs = json.loads((DOCS / 'results' / 'demo_missing_class.json').read_text(encoding='utf-8'))['runs']
+    unseen, others = {}, {}
+    for run in runs:
+        of_classes = {name: 100 * value for name, value in run['class_ap'].items()}
+        unseen.setdefault(run['variant'], {})[run['seed']] = of_classes.pop('striped_disc')
+        others.setdefault(run['variant'], {})[run['seed']] = mean(of_classes.values())
+    twin = 'none@without=striped_disc'
+    names = {'none': 'plain student, the class labelled', twin: PLAIN, 'inherit': 'neck and head inherited, no term'}
+    assert documented('demo_missing_class') == [
+        [names.get(variant) or names.get(variant.split('@')[0], f"`{variant.split('@')[0]}`"),
+         *_seeds_and_mean(unseen[variant]), *_seeds_and_mean(by_seed),
+         '' if variant in names else difference(others[twin], by_seed)] for variant, by_seed in others.items()]
+
+
 @pytest.mark.parametrize('record', ['learners', 'generations'])
 def test_learners_are_their_record(record):
     rows = {name: {int(seed): value for seed, value in row['map'].items()} for name, row in json.loads(

@@ -42,6 +42,20 @@ def test_gains_are_sorted_by_a_setting(tmp_path, monkeypatch, capsys):
     assert '0: +5.5  0.2: +9.5' in capsys.readouterr().out and (tmp_path / 'noise.png').stat().st_size > 5000
 
 
+def test_classes_that_nobody_labelled_are_drawn(tmp_path, monkeypatch, capsys):
+    results = Path('docs/results/demo_missing_class.json')
+    ask(monkeypatch, 'classes', str(results), '--picture', str(tmp_path / 'classes.png'))
+    assert (tmp_path / 'classes.png').stat().st_size > 5000
+    axes, = questions.draw_classes(json.loads(results.read_text())).axes
+    unseen, others = ({label.get_text(): points[0].get_xdata()[row] for row, label in enumerate(axes.get_yticklabels())}
+                      for points in axes.containers)
+    runs = [run for run in json.loads(results.read_text())['runs'] if run['method'] == 'kd']
+    expected = 100 * np.mean([run['class_ap']['striped_disc'] for run in runs])
+    assert unseen['kd@without=striped_disc'] == pytest.approx(expected) < others['kd@without=striped_disc']
+    with pytest.raises(ConfigurationError, match='no variant of these results'):
+        questions.draw_classes(json.loads(Path('docs/results/bccd_long.json').read_text()))
+
+
 def test_ranks_are_correlated_as_scipy_does_and_intervals_hold_it():
     random = np.random.default_rng(1)
     numbers = random.normal(size=24).round(1)  # with ties
