@@ -78,6 +78,17 @@ def test_the_chain_is_its_record():
         for stage, by_seed in rows.items()]
 
 
+def test_the_published_weights_are_their_record():
+    by_variant, expected = points('bccd_paper_weights'), []
+    for rate in ('0.001', '0.002'):
+        for clip in ('10', '1000000.0'):
+            setting = f'@optim_wrapper.optimizer.lr={rate}@optim_wrapper.clip_grad.max_norm={clip}'
+            plain, fgd = (by_variant[method + setting] for method in ('none', 'fgd@paper@inherit=none'))
+            expected.append([rate, clip if clip == '10' else 'none', *_seeds_and_mean(plain), *_seeds_and_mean(fgd),
+                             difference(plain, fgd)])
+    assert documented('bccd_paper_weights') == expected
+
+
 def test_what_remains_is_its_record():
     by_variant, expected = points('bccd_long'), []
     for length, ending in ((12, ''), (48, '@epochs=48')):
