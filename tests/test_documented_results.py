@@ -78,6 +78,16 @@ def test_the_chain_is_its_record():
         for stage, by_seed in rows.items()]
 
 
+def test_another_learning_rate_is_its_record():
+    by_variant = {name.partition('@')[0]: by_seed for name, by_seed in points('bccd_rate').items() if '@' in name}
+    names = {'none': PLAIN, 'inherit': INHERIT}
+    assert documented('bccd_rate') == [
+        [names.get(name, f'`{name}`'), *_seeds_and_mean(by_seed),
+         '' if name == 'none' else difference(by_variant['none'], by_seed),
+         '' if name in names else difference(by_variant['inherit'], by_seed)]
+        for name, by_seed in sorted(by_variant.items(), key=lambda each: -sum(each[1].values()))]
+
+
 def test_the_published_weights_are_their_record():
     by_variant, expected = points('bccd_paper_weights'), []
     for rate in ('0.001', '0.002'):
