@@ -54,7 +54,8 @@ def prepare_without_runner(config: Mapping[str, Any] | None = None, seed: int = 
     enter_scope(get_scope(config or {}))
     MMLogger.get_current_instance().setLevel('WARNING')  # or every weight that is initialised is announced
     set_random_seed(seed)
-    MessageHub.get_current_instance().update_info('iter', 0)  # some preprocessors and losses ask for it
+    for counter in ('iter', 'epoch'):  # some preprocessors, losses and assigners ask for them
+        MessageHub.get_current_instance().update_info(counter, 0)
 
 
 def add_nodes(scope: str) -> dict[str, Registry]:

@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -78,7 +79,8 @@ class Taps:
             source = 'neck' if getattr(model, 'neck', None) is not None else 'backbone'
             find_module(model, source).register_forward_hook(self._note_token_shapes)
         for path in self.paths:
-            find_module(model, path).register_forward_hook(self._make_hook(path))
+            # A method of this object, so that a copy of the model has hooks that belong to the copy of this.
+            find_module(model, path).register_forward_hook(partial(self._read, path))
 
     def _note_token_shapes(self, module: nn.Module, inputs: tuple[Any, ...], output: Features) -> None:
         self._token_shapes = [level.shape[-2:] for level in output]
@@ -87,22 +89,19 @@ class Taps:
         """Whether, in a forward that is being read, a tap at or within this module has seen nothing yet."""
         return any((tap == path or tap.startswith(f'{path}.')) and not seen for tap, seen in self._seen.items())
 
-    def _make_hook(self, path: str) -> Callable[..., Any]:
-
-        def read(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-            if path not in self._seen:
-                return output
-            tokens = is_within_encoder(path) and isinstance(output, Tensor) and output.dim() == 3
-            if tokens:
-                output = _split_tokens(path, output, self._token_shapes)
-            reading = _Reading(path, output, self.grouped, copy=self._written_later.get((self._kind, path), True))
-            self._seen[path].append(reading)
-            _, stop = self._kind
-            if stop and all(self._seen.values()):
-                raise ForwardStopped
-            return _join_tokens(reading.passed_on) if tokens else reading.passed_on
-
-        return read
+    def _read(self, path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        """The hook of a tap."""
+        if path not in self._seen:
+            return output
+        tokens = is_within_encoder(path) and isinstance(output, Tensor) and output.dim() == 3
+        if tokens:
+            output = _split_tokens(path, output, self._token_shapes)
+        reading = _Reading(path, output, self.grouped, copy=self._written_later.get((self._kind, path), True))
+        self._seen[path].append(reading)
+        _, stop = self._kind
+        if stop and all(self._seen.values()):
+            raise ForwardStopped
+        return _join_tokens(reading.passed_on) if tokens else reading.passed_on
 
     @contextmanager
     def capture(self, paths: Iterable[str] | None = None,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from mmdet.registry import DATASETS, HOOKS, MODELS, TASK_UTILS
 from mmengine.config import Config
+from mmengine.logging import MessageHub
 from mmengine.registry import HOOKS as ROOT_HOOKS
 from mmengine.registry import DefaultScope
 
@@ -14,7 +15,7 @@ from kd_det.config.composition import distillation_config
 from kd_det.config.files import build_own, load_config
 from kd_det.distillers import build_schedule
 from kd_det.masks.base import build_mask
-from kd_det.registry import add_nodes, build_detector, find_class, get_scope, within_scope
+from kd_det.registry import add_nodes, build_detector, find_class, get_scope, prepare_without_runner, within_scope
 from kd_det.study.fidelity import measure_fidelity
 from kd_det.teachers import TeacherError, probe_towers, read_model_config
 from kd_det.training.runner import build_runner
@@ -196,3 +197,11 @@ def test_what_is_written_has_its_scope(retinanet, run_config):
     assert len(written) > 10 and all(name.startswith('mmdet.') for name in written)
     with within_scope('mmengine'):  # of a config that names no scope
         assert type(HOOKS.build(dict(type=made.default_hooks.distill.type))).__name__ == 'DistillHook'
+
+
+def test_without_a_runner_what_it_counts_stands_at_the_beginning():
+    """TOOD asks for the epoch, others for the iteration."""
+    hub = MessageHub.get_current_instance()
+    hub.runtime_info.pop('epoch', None)
+    prepare_without_runner()
+    assert (hub.get_info('iter'), hub.get_info('epoch')) == (0, 0)

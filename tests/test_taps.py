@@ -1,3 +1,4 @@
+import copy
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -208,3 +209,19 @@ def test_recorded_calls_bind_arguments_by_name():
         assert module.method(1) + module.method(second=1, first=0) == 4
     assert [(call.arguments, call.returned) for call in calls] == [(dict(first=1), 3), (dict(first=0, second=1), 1)]
     assert module.method(1) == 3 and len(calls) == 2
+
+
+def test_taps_of_a_copy_see_the_copy_alone():
+    """As the hooks of a distiller that is copied whole belong to the copy's own taps."""
+    holder = nn.Module()
+    holder.net = Net()
+    holder.__dict__['taps'] = Taps(holder.net, ['neck'])
+    twin = copy.deepcopy(holder)
+    images = torch.randn(1, 3, 4, 4)
+    with twin.taps.capture() as seen:
+        twin.net(images)
+    assert torch.equal(seen['neck'][0], twin.net.neck(images))
+    with holder.taps.capture() as seen:
+        twin.net(images)
+        holder.net(images)
+    assert len(seen['neck']) == 1

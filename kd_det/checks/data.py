@@ -261,13 +261,16 @@ def _evaluated_names(api: Any, classes: Sequence[str]) -> LabelNames:
 
 
 def class_counts(model: dict) -> set[int]:
-    """All values of ``num_classes`` in the heads that classify objects (an RPN does not)."""
+    """All values of ``num_classes`` in the heads that classify objects.
+
+    An RPN does not, nor does a semantic head, as HTC has one for stuff.
+    """
 
     def search(node: object) -> Iterator[int]:
         if isinstance(node, dict):
             if isinstance(node.get('num_classes'), int):
                 yield node['num_classes']
-            node = list(node.values())
+            node = [value for key, value in node.items() if key != 'semantic_head']
         if isinstance(node, (list, tuple)):
             for item in node:
                 yield from search(item)

@@ -103,6 +103,8 @@ def build_terms(distill: dict[str, dict], teachers: int,
         if 'loss' in name:
             raise ArgumentError(where, "a term's name may not contain 'loss', which mmengine takes for a loss to add; "
                                        f"the term is logged as 'loss_{name}' by itself. Rename it.")
+        if '.' in name or hasattr(nn.ModuleDict, name):
+            raise ArgumentError(where, 'a term is a module of this name, which PyTorch does not take. Rename it.')
         if not isinstance(config, dict) or 'type' not in config:
             refuse(where, config, "a dict with a 'type', such as dict(type='FGD', tap='neck')")
         arguments = copy.deepcopy(dict(config))

@@ -14,7 +14,7 @@ from mmdet.registry import MODELS
 from torch import Tensor, nn
 
 from kd_det.compat.process import preserved_randomness, reseed
-from kd_det.config.arguments import Index, Name, Names, at, declared, refuse
+from kd_det.config.arguments import ArgumentError, Index, Name, Names, at, declared, refuse
 from kd_det.config.choices import InheritanceRule
 from kd_det.config.detectors import extract_plain_detector
 from kd_det.context import DistillContext, Progress
@@ -236,6 +236,9 @@ class DetectionDistiller(StudentWrapper):
             own = scale_losses(observation.losses, task_weight)
             losses.update({f'{learner.prefix}{name}': value for name, value in own.items()})
         for name, term in self.terms.items():
+            if f'loss_{name}' in losses:
+                raise ArgumentError(f'model.distill.{name}', f"the student has a loss of its own, 'loss_{name}', which "
+                                    'that of this term would replace. Rename the term.')
             if name in values:
                 value = values[name]
                 losses[f'loss_{name}'] = weights[name] * sum_parts(value)

@@ -91,13 +91,15 @@ class GradientMonitor:
         return self.balances[name].scale if name in self.balances else 1.0
 
     def state_dict(self) -> dict[str, dict]:
-        """What the balances have measured, by the terms' names."""
-        return {name: balance.state_dict() for name, balance in self.balances.items()}
+        """What balances and checks have measured, by the terms' names."""
+        return {name: observer.state_dict() for name, observer in self.observers.items()}
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
-        """Goes on from what :meth:`state_dict` gave; a balance that it does not know starts anew."""
-        for name, balance in self.balances.items():
-            balance.load_state_dict(state.get(name, {}))
+        """Goes on from what :meth:`state_dict` gave; a balance or a check that it does not know starts anew."""
+        for name, observer in self.observers.items():
+            known = state.get(name, {})
+            is_of_check = 'remaining' in known
+            observer.load_state_dict(known if is_of_check == isinstance(observer, DominanceCheck) else {})
 
     def _check_weight(self, name: str) -> None:
         """Warns where a balance has found nothing to go by; asked once, for it waits for a GPU."""
@@ -141,6 +143,15 @@ class DominanceCheck:
         self.is_possible = True  # unless the model's gradients can not be measured
         self.sums: Tensor | float = 0.0  # (3,): of the term's norms, the task's, and the boxes
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps."""
+        return dict(remaining=torch.tensor(self.remaining), sums=torch.as_tensor(self.sums).cpu())
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Goes on from what :meth:`state_dict` gave; that of earlier versions held nothing."""
+        self.remaining = int(state.get('remaining', self.measurements))
+        self.sums = state.get('sums', 0.0)
+
     def is_due(self, progress: Progress) -> bool:
         """Whether to measure in this step."""
         interval = self.interval if self.remaining > 0 else self.later
@@ -151,7 +162,8 @@ class DominanceCheck:
         self.remaining -= 1
         if self.remaining < 0:
             return
-        self.sums = self.sums + torch.stack([*norms, boxes[0]])
+        measured = torch.stack([*norms, boxes[0]])
+        self.sums = measured + torch.as_tensor(self.sums, device=measured.device)
         if self.remaining:
             return
         term, task, seen = self.sums.tolist()

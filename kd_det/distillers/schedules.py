@@ -66,6 +66,9 @@ ScheduleConfig = Annotated[Weight | dict[str, Any] | Schedule,
                            "a number of at least 0, or a schedule such as dict(type='Warmup', value=1.0, epochs=1)"]
 
 
+TOLERANCE = 1e-9  # of points in time: in epochs 0.3 - 0.1 is less than 0.2
+
+
 class Ramp(Schedule):
     """A weight that moves between two points of the training, counted in epochs or in iterations.
 
@@ -93,9 +96,9 @@ class Ramp(Schedule):
     def share_done(self, progress: Progress) -> float:
         """How much of the change is done, 0 to 1."""
         passed = (progress.epoch if self.by_epoch else progress.iteration) - self.begin
-        if self.length <= 0:
-            return float(passed >= 0)
-        return min(max(passed / self.length, 0.0), 1.0)
+        if passed >= self.length - TOLERANCE:
+            return float(passed >= -TOLERANCE)
+        return max(passed / self.length, 0.0)
 
 
 @TASK_UTILS.register_module()

@@ -18,6 +18,7 @@ from kd_det.distillers.schedules import Schedule, ScheduleConfig, build_schedule
 from kd_det.taps import Features
 from kd_det.teachers.detections import Detections, insert_detections
 from kd_det.teachers.guide import Guide
+from kd_det.teachers.joining import replaced
 
 Losses = dict[str, Tensor | list[Tensor]]  # of a step by name; those with 'loss' in it are summed, the others logged
 
@@ -79,11 +80,8 @@ def compute_labelled_losses(student: nn.Module, inputs: Tensor, features: Featur
     if not rows:
         return scale_losses(losses, 0.0)
     selected = tuple(level[rows] for level in features)
-    student.extract_feat = lambda *args, **kwargs: selected  # on the instance, before the class's
-    try:
+    with replaced(student, 'extract_feat', lambda *args, **kwargs: selected):
         return dict(student.loss(inputs[rows], [supervision.samples[row] for row in rows]))
-    finally:
-        del student.extract_feat
 
 
 def scale_losses(losses: Losses, weight: float) -> Losses:

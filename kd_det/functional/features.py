@@ -349,7 +349,8 @@ class _StandardizedDifference(torch.autograd.Function):
         for block in cut_channels(student):
             s, t = (each[:, block].flatten(2) - mean[block, None] for each, mean in zip((student, teacher), means))
             part = s.mul_(factors[0, block, None]).addcmul_(t, factors[1, block, None])
-            found[:, block].flatten(2).copy_(part if inside is None else part.mul_(inside))
+            # Not into a flat view, which of a student whose rows and columns lie swapped in memory is a copy.
+            found[:, block] = (part if inside is None else part.mul_(inside)).unflatten(2, student.shape[2:])
         return found, None, None
 
 

@@ -204,5 +204,5 @@ def at_stage(outputs: Sequence[RoIOutputs], stage: Stage) -> RoIOutputs:
 
 def _assemble(head: Any, regions: Regions, logits: Tensor, deltas: Tensor) -> RoIOutputs:
     """Puts the one form together from a box head's (R, K + 1) logits and (R, K·4) or (R, 4) deltas."""
-    by_class = deltas.float().view(len(deltas), -1, 4)
+    by_class = deltas.float().view(len(deltas), deltas.shape[1] // 4, 4)
     return RoIOutputs(regions, logits.float(), remove_normalization(head.bbox_coder, by_class))

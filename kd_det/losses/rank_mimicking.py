@@ -64,6 +64,8 @@ class RankMimicking(DenseTerm):
         # A box of a class that the teacher lacks has no candidates.
         labels = torch.cat([labels, labels.new_full((1, ), -1)])[groups]
         groups, labels = torch.where(labels < 0, -1, groups), labels.clamp(min=0).unsqueeze(-1)
+        if levels[0].student.num_classes == 1:  # an RPN's, of objects of any class
+            labels = torch.zeros_like(labels)
         chosen = zip(levels, labels.split([level.valid.shape[1] for level in levels], 1))
         scores = zip(*([logits.gather(-1, each).squeeze(-1) for logits in level.both('logits')]
                        for level, each in chosen))

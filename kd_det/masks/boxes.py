@@ -172,7 +172,7 @@ class LevelForeground(PyramidMask):
 
     def cells(self, level: ComparedLevel) -> Tensor:
         box_levels, index = self.assign_boxes(level)
-        return level_foreground(level.context.boxes, box_levels, level.stride, level.shape, index)
+        return level_foreground(level.context.boxes, box_levels, level.stride, level.shape, index) * level.valid
 
 
 @MODELS.register_module()

@@ -20,6 +20,7 @@ from torchvision.ops import box_iou
 from kd_det.compat.process import preserved_randomness
 from kd_det.config.detectors import TeacherError
 from kd_det.teachers.bridge import explain_size_mismatch
+from kd_det.teachers.joining import replaced
 from kd_det.teachers.teacher import Teacher
 
 OVERLAP = 0.5  # IoU from which a box lies on an object
@@ -131,15 +132,13 @@ def measure_losses(teacher: Teacher, images: Tensor, samples: Sequence[DetDataSa
         for row, sample in enumerate(samples):
             own = make_own_sample(sample, None if labels is None else labels[row], own_images, teacher.scale)
             selected = tuple(level[row:row + 1] for level in levels)
-            model.extract_feat = lambda *args, selected=selected, **kwargs: selected  # before the class's
             try:
-                found.append(sum_losses(model.loss(own_images[row:row + 1], [own])))
+                with replaced(model, 'extract_feat', lambda *args, selected=selected, **kwargs: selected):
+                    found.append(sum_losses(model.loss(own_images[row:row + 1], [own])))
             except (TypeError, AttributeError, KeyError) as error:
                 raise TeacherError(f'A {type(model).__name__} can not compute its own loss on the ground truth of this '
                                    f'data ({error}), as one that learns masks where there are none. Judge it by its '
                                    "boxes: policy=dict(type='Confidence', by='boxes').") from error
-            finally:
-                del model.extract_feat
     return torch.stack(found)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from mmdet.registry import HOOKS
-from mmengine.dist import all_gather_object, all_reduce, get_world_size
+from mmengine.dataset import InfiniteSampler
+from mmengine.dist import all_gather_object, all_reduce, get_rank, get_world_size
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
@@ -283,8 +284,20 @@ def _when(runner: Runner, iteration: int | None = None) -> str:
     """A step, this one by default, as the log counts it: from 1 on."""
     iteration, epoch = runner.iter if iteration is None else iteration, ''
     with suppress(TypeError):  # data without an end has no length
-        epoch = f' (epoch {iteration // len(runner.train_dataloader) + 1})'
+        epoch = f' (epoch {int(iteration // count_batches(runner)) + 1})'
     return f'in iteration {iteration + 1}{epoch}'
+
+
+def count_batches(runner: Runner) -> float:
+    """The batches of an epoch that this rank sees, of an InfiniteSampler too, which has the length of all data."""
+    loader = runner.train_dataloader
+    shared = get_world_size() if isinstance(loader.sampler, InfiniteSampler) else 1
+    return len(loader) / shared
+
+
+def find_common_seed(runner: Runner) -> int:
+    """The seed of the run, the same on all ranks, also with ``randomness=dict(diff_rank_seed=True)``."""
+    return runner.seed - (get_rank() if runner._randomness_cfg.get('diff_rank_seed') else 0)
 
 
 def find_model(runner: Runner) -> nn.Module:

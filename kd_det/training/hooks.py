@@ -28,7 +28,7 @@ from kd_det.distillers.inheritance import OF_RULES, ORIGINS
 from kd_det.distillers.supervision import bring_detections
 from kd_det.teachers import Guide, Teacher, TeacherError
 from kd_det.teachers.guide import list_guides
-from kd_det.training.finiteness import add_finite_hook, find_model
+from kd_det.training.finiteness import add_finite_hook, count_batches, find_model
 from kd_det.training.learners import (
     average_peers,
     clip_by_learner,
@@ -195,7 +195,7 @@ class DistillHook(Hook):
         distiller = _find_distiller(runner)
         if distiller is None:
             return
-        distiller.set_progress(runner.iter, runner.iter / len(runner.train_dataloader))
+        distiller.set_progress(runner.iter, runner.iter / count_batches(runner))
         if distiller.quantizer is not None:
             distiller.quantizer.set_progress(runner.iter / runner.max_iters)
         follow_student(distiller)
@@ -207,8 +207,9 @@ class DistillHook(Hook):
         distiller = _find_distiller(runner)
         if distiller is None:
             return
-        for guide in distiller.teachers:
-            guide.after_step()
+        if getattr(runner.optim_wrapper, 'should_update', lambda: True)():  # with accumulated gradients now and then
+            for guide in distiller.teachers:
+                guide.after_step()
         if distiller.peers:  # without them there is no gate either
             average_peers(runner, distiller)
         if distiller.teachers:

@@ -124,7 +124,7 @@ def evaluate_others(runner: Runner, distiller: DetectionDistiller) -> dict[str, 
         Their metrics, with ``peer1/`` or ``ensemble/`` before the names.
     """
     loop, metrics = runner.val_loop, {}
-    for prefix, predict in list_predictors(distiller.learners, distiller.teachers).items():
+    for prefix, predict in list_predictors(distiller.learners, distiller.teachers or ()).items():
         runner.logger.info(f"Validation of {prefix.rstrip('/')}:")
         with distiller.predicting_as(predict), torch.no_grad(), autocast(enabled=loop.fp16), \
                 preserved_randomness():  # a loader draws, where the student's training goes on

@@ -4,7 +4,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,6 +27,8 @@ from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.distillers.policies import Policy
 from kd_det.distillers.supervision import get_boxes, read_supervision
 from kd_det.teachers.judging import alone, in_training, sum_losses
+from kd_det.training.finiteness import find_common_seed
+from kd_det.training.replay import training_epoch
 
 REPEATING = 'RepeatDataset', 'ClassBalancedDataset'  # wrappers that only show images more often
 
@@ -56,6 +58,15 @@ class HeldOut:
     @property
     def metainfo(self) -> dict:
         return self.dataset.metainfo
+
+    @property
+    def pipeline(self) -> Any:
+        """That of the data set within, which a PipelineSwitchHook exchanges."""
+        return self.dataset.pipeline
+
+    @pipeline.setter
+    def pipeline(self, pipeline: Any) -> None:
+        self.dataset.pipeline = pipeline
 
     def full_init(self) -> None:
         """Loads the annotations of the data set within, and finds which images are held out."""
@@ -149,24 +160,39 @@ class StudentProbe:
             self.dataset = DATASETS.build(config)
             getattr(self.dataset, 'full_init', lambda: None)()
         self.metric, size = settings.metric, settings.batch_size or loader.get('batch_size') or 1
+        self._drawn: dict[int, Any] = {}
         self.batches = [range(first, min(first + size, len(self.dataset)))
                         for first in range(0, len(self.dataset), size)]
 
     @torch.no_grad()
     def score(self, distiller: DetectionDistiller) -> float:
         """The score, the same on all ranks; the higher the better."""
-        student, found = distiller.student, []
-        with preserved_randomness(), in_training(student), alone():
+        student, found, quantizer = distiller.student, [], distiller.quantizer
+        with preserved_randomness(), in_training(student), alone(), ExitStack() as stack:
+            if quantizer is not None:  # its ranges are those of the images that the student trains on
+                stack.callback(quantizer.train, quantizer.training)
+                quantizer.eval()
             for number in range(get_rank(), len(self.batches), get_world_size()):
+                images = self._draw(number)
                 set_random_seed(number)
-                data = distiller.data_preprocessor(pseudo_collate([self.dataset[each] for each in
-                                                                   self.batches[number]]), False)
+                data = distiller.data_preprocessor(copy.deepcopy(images), False)
                 supervision = read_supervision(data['data_samples'])
                 rows = [row for row, labelled in enumerate(supervision.labelled) if labelled]
                 samples = [supervision.samples[row] for row in rows]
                 if rows:
                     found.append(self._judge(student, data['inputs'][rows], samples, self.batches[number][0]))
         return self._unite_boxes(found) if self.metric == 'map' else self._unite_losses(found)
+
+    def _draw(self, number: int) -> Any:
+        """The images of a batch, as they were drawn first: transforms may keep what they saw, or ask for the epoch."""
+        if number not in self._drawn:
+            epoch = training_epoch()
+            now = epoch.get()
+            epoch.set(0)
+            set_random_seed(number)
+            self._drawn[number] = pseudo_collate([self.dataset[each] for each in self.batches[number]])
+            epoch.set(now)
+        return self._drawn[number]
 
     def _judge(self, student: nn.Module, inputs: torch.Tensor, samples: list, first: int) -> Any:
         if self.metric == 'loss':
@@ -215,7 +241,7 @@ def start_policy(runner: Runner, distiller: DetectionDistiller, settings: ProbeS
     policy: Policy | None = distiller.policy
     if policy is None:
         return None
-    policy.seed = runner.seed
+    policy.seed = find_common_seed(runner)
     return StudentProbe(runner, settings) if policy.needs_probe else None
 
 

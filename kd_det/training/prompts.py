@@ -22,6 +22,7 @@ from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.distillers.supervision import read_supervision
 from kd_det.teachers import Teacher
 from kd_det.teachers.judging import in_training, make_own_sample, sum_losses
+from kd_det.training.finiteness import find_common_seed
 
 REPORTS = 5  # lines of the log by which is told how far it is
 
@@ -55,7 +56,7 @@ def learn_prompts(runner: Runner, distiller: DetectionDistiller) -> None:
                                    'on as the interrupted one would have: give it the teacher that that one had, or '
                                    'begin anew without --resume.')
             continue
-        if not isinstance(teacher, Teacher):
+        if not isinstance(teacher, Teacher) or teacher.has_student_labels:  # the student's own average is not frozen
             raise ConfigurationError(f'model.distill.{name}: its prompts are learnt by the own loss of a frozen '
                                      f'detector, which {teacher.described} is not. Give it a detector as teacher.')
         counts = teacher.num_classes, distiller.class_sets.student_count
@@ -146,7 +147,7 @@ class _Lessons:
         """The batches of the training data, in an order of their own, again and again."""
         config = dict(self.runner.cfg.train_dataloader, dataset=self.runner.train_dataloader.dataset,
                       persistent_workers=False)
-        loader, epoch = self.runner.build_dataloader(config, seed=self.runner.seed), 0
+        loader, epoch = self.runner.build_dataloader(config, seed=find_common_seed(self.runner)), 0
         while True:
             if hasattr(loader.sampler, 'set_epoch'):
                 loader.sampler.set_epoch(epoch)

@@ -343,7 +343,8 @@ def test_class_counts_look_into_all_heads(faster_rcnn):
     assert class_counts(faster_rcnn(classes=7)) == {7}
     assert class_counts(
         dict(rpn_head=dict(num_classes=1),
-             roi_head=dict(bbox_head=[dict(num_classes=5), dict(num_classes=6)]))) == {5, 6}
+             roi_head=dict(bbox_head=[dict(num_classes=5), dict(num_classes=6)],
+                           semantic_head=dict(num_classes=183)))) == {5, 6}  # of stuff, as HTC has it
     assert class_counts(dict(type='Detector')) == set()
 
 

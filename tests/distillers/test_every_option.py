@@ -49,7 +49,12 @@ def test_a_run_that_is_resumed_or_repeated_ends_in_the_same_weights(model, run_c
     def saved(name) -> dict:
         checkpoint = torch.load(tmp_path / name / 'epoch_4.pth', weights_only=True)
         tensors = dict(checkpoint['state_dict'], **checkpoint['distill']['terms'])
-        return {**tensors, **{name: each['averages'] for name, each in checkpoint['distill']['weights'].items()}}
+        measured = checkpoint['distill']['weights']  # by balances and by checks
+        averages = {name: each['averages'] for name, each in measured.items() if 'averages' in each}
+        checked = {f'{name}.{key}': each[key] for name, each in measured.items() if name not in averages
+                   for key in ('sums', 'remaining')}
+        assert averages and checked
+        return {**tensors, **averages, **checked}
 
     # what the last asks the teachers is all in the cache
     train_apart(job('resumed', 2), job('resumed', resume=True), job('repeated'))

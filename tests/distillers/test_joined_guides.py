@@ -202,6 +202,15 @@ def test_no_masks_are_learnt_of_joined_regions(detector_config, build, batch_for
     assert model.roi_head.with_mask
 
 
+def test_features_are_fused_in_a_batch_of_one_image_too(retinanet, build, batch):
+    """A level of one cell has no spread of its own."""
+    model = build(retinanet(), peers=1, share=('backbone', 'neck'), teacher=dict(type='Fusion'))
+    data = batch(((64, 64), ), (((8, 8, 40, 40), ), ))
+    total, logged = step(model, data)
+    total.backward()
+    assert total.isfinite() and logged
+
+
 def test_a_copy_of_branches_is_whole_of_its_own(retinanet, build, batch):
     model = build(retinanet(), peers=1, share=('backbone', 'neck'), teacher=dict(type='Fusion'))
     twin = copy.deepcopy(model)

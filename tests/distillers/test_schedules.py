@@ -24,6 +24,15 @@ def test_weight_at_epochs_0_to_3(config, expected):
     assert _at(config, 0, 1, 2, 3) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize('length, begin, iteration', [(0.2, 0.1, 3), (0.1, 0.2, 3), (0.7, 0.0, 7), (0.6, 0.3, 9)])
+def test_fractions_of_an_epoch_end_where_they_say(length, begin, iteration):
+    """Of ten iterations, although in floating point 0.3 - 0.1 is less than 0.2."""
+    for kind, before in (('Stop', 2.0), ('Start', 0.0)):
+        weight = build_schedule(dict(type=kind, value=2.0, epochs=length, begin=begin))
+        found = [weight(Progress(iteration=each, epoch=each / 10)) for each in (iteration - 1, iteration)]
+        assert found == [before, 2.0 - before]
+
+
 def test_length_is_given_in_one_unit():
     for faulty in (dict(type='Stop', value=1.0), dict(type='Stop', value=1.0, epochs=1, iterations=2)):
         with pytest.raises(ValueError, match='either in epochs or in iterations'):

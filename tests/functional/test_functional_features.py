@@ -71,6 +71,26 @@ def test_loss_and_gradient_are_zero_when_student_equals_teacher(loss, pair):
 
 
 @every_loss
+@pytest.mark.parametrize('layout', [
+    lambda each: each.mT.contiguous().mT, lambda each: each.contiguous(memory_format=torch.channels_last),
+    lambda each: each.repeat_interleave(2, 3)[..., ::2],
+    lambda each: each.transpose(0, 1).contiguous().transpose(0, 1)],
+    ids=['transposed', 'channels_last', 'strided', 'batch_inside'])
+def test_the_order_in_memory_does_not_matter(loss, layout, pair):
+    student, teacher = (each.detach() for each in pair)
+    found = []
+    for make in (torch.clone, layout):
+        learning = make(student).requires_grad_()
+        # What was freed before shows in a gradient that was never written.
+        junk = torch.full(student.shape, 7.7, dtype=student.dtype)
+        del junk
+        value = loss(learning, make(teacher))
+        found.append((value, *torch.autograd.grad(value, learning)))
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other)
+
+
+@every_loss
 @pytest.mark.parametrize('shape', [(1, 3, 1, 1), (2, 1, 1, 1), (1, 1, 2, 3)])
 @pytest.mark.parametrize('make', [torch.randn, torch.zeros], ids=['random', 'constant'])
 def test_loss_is_finite_on_tiny_and_constant_features(loss, shape, make):

@@ -246,3 +246,23 @@ def test_rpn_imitation_is_its_formula(faster_rcnn, distiller, parts_of):
     torch.testing.assert_close(parts['regression'], (0.5 * (p * moved).sum() / p.sum()).detach())
     loss.backward()
     assert model.rpn_head.rpn_cls.weight.grad.abs().sum() > 0 and model.rpn_head.rpn_reg.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize('term', [CLASSES, dict(CLASSES, form='decoupled'), MOVES,
+                                  dict(type='FeatureImitation', mask='RoIPredictionDifference')])
+def test_finite_without_regions(term, faster_rcnn, distiller, parts_of, batch):
+    """No boxes, and an RPN that proposes none: the plain student trains on."""
+    student = faster_rcnn()
+    student['train_cfg']['rpn_proposal']['min_bbox_size'] = 1000
+    model = distiller(student, faster_rcnn(), distill=dict(term=term)).train()
+    _, loss = parts_of(model, batch(boxes=((), ())))
+    loss.backward()
+    assert loss == 0
+
+
+def test_ranks_of_an_rpn_are_those_of_its_one_class(faster_rcnn, distiller, parts_of):
+    term = dict(type='RankMimicking', head='rpn_head')
+    model = distiller(faster_rcnn(), faster_rcnn(), distill=dict(term=term)).train()
+    _sharp(model.rpn_head), _sharp(model.build_teachers()[0].model.rpn_head)
+    _, loss = parts_of(model)
+    assert loss.isfinite()

@@ -100,3 +100,12 @@ def test_cells_that_are_not_square_are_refused(mask, compared):
     message = '32 × 24 cells of a batch of 128 × 192 pixels does not have square cells of 4'
     with pytest.raises(LevelError, match=message):
         build_mask(mask).cells(level)
+
+
+def test_no_cell_of_padding_is_foreground(compared):
+    """Not beside a box that ends at its image's edge, nor within one that goes beyond it."""
+    boxes = [torch.tensor([[4., 4., 40., 30.], [30., 8., 64., 40.]])]
+    for level in compared(boxes, (8, 16, 32, 64), batch_shape=(64, 64), image_shapes=[(64, 40)]):
+        cells = build_mask('LevelForeground').cells(level)
+        assert not cells[~level.valid].any()
+        assert cells.any() == (level.index == 0)

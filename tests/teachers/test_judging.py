@@ -37,6 +37,16 @@ def test_detectors_of_all_families_are_judged_and_stay_as_they_are(kind, judged)
     assert torch.equal(torch.get_rng_state(), state) and [len(each.gt_instances) for each in samples] == [1, 2]
 
 
+def test_what_a_teachers_engine_has_set_stays(judged):
+    """Its wrapper of extract_feat, which puts images into its precision and order in memory."""
+    teacher, images, samples = judged('GFL')
+    teacher.start_engine()
+    own = teacher.model.extract_feat
+    wrapper = teacher.model.extract_feat = lambda *args, **kwargs: own(*args, **kwargs)
+    measure_losses(teacher, images, samples)
+    assert vars(teacher.model)['extract_feat'] is wrapper
+
+
 def test_objects_of_classes_that_it_does_not_know_do_not_count(judged):
     teacher, images, samples = judged('GFL')
     unknown = [torch.tensor([2]), torch.tensor([-1, 1])]

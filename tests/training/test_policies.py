@@ -1,4 +1,5 @@
 """Policies in a run: what is held out and scored, rewards, and where a resumed run ends."""
+import copy
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ import pytest
 import torch
 from mmdet.registry import DATASETS, MODELS, TASK_UTILS
 from mmengine.config import Config
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 import kd_det
@@ -17,6 +19,7 @@ from kd_det.distillers.rewards import MOST, Gains
 from kd_det.losses import DistillTerm
 from kd_det.training.pictures import read_scalars
 from kd_det.training.probe import ProbeSettings, StudentProbe, make_probe_dataset
+from kd_det.training.replay import training_epoch
 
 
 def connect(config, arms=2):
@@ -261,6 +264,52 @@ def test_the_probe_scores_the_student_and_changes_nothing(metric, held_out):
         for parameter in model.student.bbox_head.parameters():
             parameter.add_(torch.randn_like(parameter))
     assert probe.score(model) < score or metric == 'map'
+
+
+def test_the_probe_draws_its_images_once_whatever_the_epoch(held_out):
+    """Transforms that keep what they saw, and those that ask for the epoch, would else show others each time."""
+    config = held_out(dict(type='Uniform'), images=3)
+    pipeline = config.train_dataloader.dataset.dataset.pipeline
+    pipeline.insert(-1, dict(type='ReplayedRandomness', period=2, transforms=[dict(type='PhotoMetricDistortion')]))
+    runner = Runner.from_cfg(config)
+    probe, scores = StudentProbe(runner), []
+    for epoch in (1, 0, 3):
+        training_epoch().set(epoch)
+        scores.append(probe.score(runner.model))
+        assert training_epoch().get() == epoch
+    training_epoch().set(2)
+    assert {*scores, StudentProbe(runner).score(runner.model)} == {scores[0]}
+
+
+def test_the_probe_moves_no_ranges_of_a_student_that_is_trained_for_integers(held_out):
+    config = held_out(dict(type='Uniform'), images=3)
+    config.model.quantize = dict(bits=8)
+    runner = Runner.from_cfg(config)
+    runner.model.train()
+    quantizer = runner.model.quantizer
+    before = copy.deepcopy(quantizer.state())
+    StudentProbe(runner).score(runner.model)
+    assert_equal(before, quantizer.state())
+    assert quantizer.training
+
+
+def test_a_hook_exchanges_the_pipeline_of_data_that_holds_images_out(held_out):
+    """As RTMDet's recipes do for their last epochs."""
+    config = held_out(dict(type='Uniform'))
+    pipeline = copy.deepcopy(config.train_dataloader.dataset.dataset.pipeline)
+    pipeline.insert(-1, dict(type='Resize', scale=(32, 32)))
+    config.custom_hooks = [*config.get('custom_hooks', ()),
+                           dict(type='PipelineSwitchHook', switch_epoch=1, switch_pipeline=pipeline)]
+    runner, sizes = Runner.from_cfg(config), []
+
+    class Sizes(Hook):
+
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            sizes.append((runner.epoch, tuple(data_batch['inputs'][0].shape[-2:])))
+
+    runner.register_hook(Sizes())
+    runner.train()
+    assert {*sizes} == {(0, (64, 64)), (1, (32, 32))}
 
 
 def test_a_held_out_image_is_never_trained_on(held_out):

@@ -164,3 +164,10 @@ def test_the_teachers_classes_must_be_known(one_stage, distilled, make_runner):
 def test_an_encoder_has_no_maps_to_prompt():
     with pytest.raises(ValueError, match="^tap: expected a module whose maps .* got 'encoder'"):
         MODELS.build(dict(type='FreeKD', tap='encoder'))
+
+
+def test_the_students_own_average_can_teach_no_prompts(distilled, make_runner):
+    config = distilled()
+    config['teacher'] = dict(type='Average')
+    with pytest.raises(ConfigurationError, match='learnt by the own loss of a frozen detector, which .* is not'):
+        make_runner(config, name='average').train()
