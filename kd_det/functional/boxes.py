@@ -22,7 +22,8 @@ def bounded_regression(student: Tensor, teacher: Tensor, target: Tensor, margin:
     Args:
         student: s, (n, 4) box regressions.
         teacher: t, (n, 4) box regressions in the same encoding.
-        target: y, (n, 4) ground truth in the same encoding.
+        target: y, (n, 4) ground truth in the same encoding; that of a box without extent may be infinite, and then
+            there is no error to bound.
         margin: m, in squared units of the encoding.
 
     Returns:
@@ -34,10 +35,11 @@ def bounded_regression(student: Tensor, teacher: Tensor, target: Tensor, margin:
         >>> bounded_regression(student, teacher, target)
         tensor([0., 9.])
     """
-    target = target.detach()
+    known = target.isfinite().all(-1)
+    target = torch.where(known[:, None], target, 0).detach()
     student_error = (student - target).square().sum(-1)
     teacher_error = (teacher.detach() - target).square().sum(-1)
-    return torch.where(student_error + margin > teacher_error, student_error, 0)
+    return torch.where(known & (student_error + margin > teacher_error), student_error, 0)
 
 
 def distribution_kl(student: Tensor, teacher: Tensor, temperature: float = 10.0, reduction: str = 'sum') -> Tensor:

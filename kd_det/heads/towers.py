@@ -102,8 +102,7 @@ def tower_widths(head: Any) -> TowerWidths:
     """
 
     def measure(layers: Layers) -> tuple[int, ...]:
-        convolutions = [[each for each in layer.modules() if 'weight' in each._parameters
-                         and isinstance(getattr(each, 'out_channels', None), int)] for layer in layers]
+        convolutions = list(map(_find_convolutions, layers))
         first = convolutions[0][0].in_channels if convolutions else head.in_channels
         return (first, *(each[-1].out_channels for each in convolutions))
 
@@ -115,6 +114,14 @@ def tower_widths(head: Any) -> TowerWidths:
         return widths
 
     return TowerWidths(*map(measure_copies, find_reader(type(head)).towers))
+
+
+def _find_convolutions(layer: nn.Module) -> list[nn.Module]:
+    """Those of a layer, without what is part of one, as a deformable convolution's of its offsets is."""
+    found = {name: each for name, each in layer.named_modules()
+             if 'weight' in each._parameters and isinstance(getattr(each, 'out_channels', None), int)}
+    return [each for name, each in found.items()
+            if not any(name != other and name.startswith(f'{other}.' if other else '') for other in found)]
 
 
 def _find_copies(head: Any, name: str) -> list[Layers]:

@@ -312,7 +312,7 @@ class RoIPredictionDifference(CellMask):
         key = ('regions', teacher_index, self.stage, self.class_agnostic)
         difference = context.once(key, lambda: self._compare_regions(context, teacher_index))
         rois = cast(RoIOutputs, context.student_outputs[ROI_HEAD]).regions.rois
-        (levels, ) = assign_levels([rois[:, 1:]], self.num_levels, self.finest_scale)
+        (levels, ) = assign_levels([rois[:, 1:]], self.num_levels, self.finest_scale, pixel=0)
         values = difference * (levels == level.index)
         return region_foreground(rois, values, len(level.teacher), context.batch_shape, level.shape) * level.valid
 

@@ -24,6 +24,16 @@ def test_bounded_regression():
     assert bounded[1:].abs().max() == 0
 
 
+def test_a_box_without_extent_bounds_nothing():
+    """Its encoded size is the logarithm of 0."""
+    target = torch.tensor([[0.0, 0.0, -torch.inf, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    student = torch.full((2, 4), 2.0, requires_grad=True)
+    value = boxes.bounded_regression(student, torch.ones(2, 4), target)
+    assert value.tolist() == [0, 16]
+    gradient, = torch.autograd.grad(value.sum(), student)
+    assert gradient.tolist() == [[0.0] * 4, [4.0] * 4]
+
+
 def test_distribution_kl_is_soft_targets_summed_over_the_sides():
     student, teacher = (torch.randn(3, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
     per_side = torch.stack([logits.soft_target_kl(student[:, side], teacher[:, side], 10.0, reduction='none')

@@ -111,3 +111,8 @@ def test_a_tower_is_whole_again_after_an_error(dense_head, features):
     with pytest.raises(RuntimeError, match='channels'):
         _entered(head).resume([level[:, :4] for level in classes], boxes)
     assert dict(head.named_modules()) == before
+
+
+def test_the_convolution_of_a_deformable_ones_offsets_is_no_layer(dense_head):
+    plain, deformable = (tower_widths(dense_head('fcos', **options)) for options in ({}, dict(dcn_on_last_conv=True)))
+    assert plain == deformable

@@ -17,19 +17,22 @@ ROUNDING = 0.01  # pixels, more than positions within an image are rounded by
 
 
 @torch.no_grad()
-def assign_levels(boxes: Sequence[Tensor], num_levels: int, finest_scale: float = 56) -> list[Tensor]:
+def assign_levels(boxes: Sequence[Tensor], num_levels: int, finest_scale: float = 56,
+                  pixel: float = 1) -> list[Tensor]:
     """The pyramid level of each box by its size, floor(log2(sqrt(area) / finest_scale)), as DeFeat (arXiv 2103.14475).
 
     Args:
-        boxes: One (n, 4) tensor per image; the area counts both end pixels, (x2 - x1 + 1)·(y2 - y1 + 1).
+        boxes: One (n, 4) tensor per image.
         num_levels: Number of levels; larger and smaller boxes go to the last and the first.
         finest_scale: Boxes up to twice this size, in pixels, belong to the first level.
+        pixel: What a side is longer than x2 - x1: 1 where both end pixels count, as in DeFeat; 0 as mmdet's RoI heads
+            count.
 
     Returns:
         One (n,) long tensor per image.
     """
     corners, _ = concatenate(boxes)
-    size = (corners[:, 2:] - corners[:, :2] + 1).clamp(min=0).prod(1).sqrt()
+    size = (corners[:, 2:] - corners[:, :2] + pixel).clamp(min=0).prod(1).sqrt()
     level = (size / finest_scale + 1e-6).log2().floor().clamp(0, num_levels - 1).long()
     return list(level.split([len(image_boxes) for image_boxes in boxes]))
 

@@ -1,6 +1,7 @@
 """Masks of boxes grow with cells + boxes, not cells × boxes: by the elements that they make, not by the clock."""
 import pytest
 import torch
+from mmdet.registry import MODELS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd_det.functional import masks
@@ -88,3 +89,14 @@ def test_a_table_of_cells_and_boxes_is_made_while_it_is_small():
     assert made(MASKS['foreground'][1], few, CELLS) < limit
     assert made(MASKS['foreground'][1], few, FINER) < 16 * limit
     assert made(MASKS['foreground'][1], 20 * few, CELLS) < limit
+
+
+def test_regions_are_on_the_levels_that_an_roi_head_reads():
+    """mmdet's extractor counts no end pixel, DeFeat both."""
+    extractor = MODELS.build(dict(type='SingleRoIExtractor', roi_layer=dict(type='RoIAlign', output_size=7),
+                                  out_channels=1, featmap_strides=[4, 8, 16, 32], _scope_='mmdet'))
+    sides = torch.tensor([20.0, 111.2, 111.9, 112.0, 223.5, 224.0, 447.5, 448.0, 900.0])
+    found = torch.stack([torch.zeros_like(sides), torch.zeros_like(sides), sides, sides], 1)
+    rois = torch.cat([torch.zeros(len(sides), 1), found], 1)
+    assert torch.equal(masks.assign_levels([found], 4, pixel=0)[0], extractor.map_roi_levels(rois, 4))
+    assert not torch.equal(masks.assign_levels([found], 4)[0], extractor.map_roi_levels(rois, 4))
