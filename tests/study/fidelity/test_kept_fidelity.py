@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from mmengine.config import Config
 
 from kd_det.study import fidelity
 from kd_det.study.fidelity import FIDELITY_FILE, FidelityMetric, add_fidelity
@@ -19,12 +20,14 @@ def measured(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fidelity, 'measure_fidelity', count)
     monkeypatch.setattr(fidelity, 'load_config', lambda file: None)
+    Config(dict(model=dict(type='RetinaNet'))).dump(tmp_path / 'teacher.py')
 
     def add(teacher, splits=('val', ), identity='a'):
         asked.clear()
         (tmp_path / 'none').mkdir(exist_ok=True)
         entry = dict(variant='none', seed=0, status='finished', folder='none', identity=identity, checkpoint='a.pth')
-        add_fidelity([entry], tmp_path, dict(config='teacher.py', checkpoint=str(teacher)), splits, lambda text: None)
+        guide = dict(config=str(tmp_path / 'teacher.py'), checkpoint=str(teacher))
+        add_fidelity([entry], tmp_path, guide, splits, lambda text: None)
         assert set(entry['fidelity']) == set(splits)
         return list(asked)
 
@@ -40,6 +43,8 @@ def test_what_was_measured_is_kept_while_run_and_teacher_are_the_same(measured, 
     assert measured(first) == []
     assert measured(second, ['val', 'train']) == ['val', 'train']
     assert measured(second, identity='b') == ['val']
+    Config(dict(model=dict(type='RetinaNet', test_cfg=dict(score_thr=0.9)))).dump(tmp_path / 'teacher.py')
+    assert measured(second, identity='b') == ['val']  # the same weights in another model are another teacher
     first.write_bytes(second.read_bytes())  # where it lies does not count, what is in it does
     assert measured(first, identity='b') == []
 
