@@ -363,7 +363,8 @@ def insert_detections(dataset: Any, guide: Detections, score: float = 0.0, hooks
     for leaf, (rows, spans) in zip(leaves, guide.match(leaves, score)):
         load = partial(LoadDetections, boxes=guide.boxes, rows=rows, spans=spans)
         _insert_load(leaf.pipeline.transforms, load)
-        for hook in hooks if leaf is dataset else ():
+        # MMDetection's hook sets the pipeline of the outermost data set, and HeldOut passes that on.
+        for hook in hooks if getattr(dataset, 'pipeline', None) is leaf.pipeline else ():
             if getattr(hook, 'switch_pipeline', None):
                 hook.switch_pipeline = Compose(hook.switch_pipeline).transforms
                 _insert_load(hook.switch_pipeline, load)

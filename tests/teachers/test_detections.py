@@ -22,6 +22,7 @@ from kd_det.datasets import CARRIED, drop_detections
 from kd_det.teachers import TeacherError
 from kd_det.teachers.detections import Detections, insert_detections
 from kd_det.teachers.guide import build_guide
+from kd_det.training.probe import HeldOut
 
 CLASSES = ('blue', 'green', 'red')
 LOAD = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True)]
@@ -164,7 +165,7 @@ def test_boxes_survive_workers_and_copies(build, truth, write):
     assert len(_decode(guide, there[0]['data_samples'])[0]) == 2
 
 
-def test_every_data_set_within_wrappers_brings_them(build, truth, write, content):
+def test_every_data_set_within_wrappers_brings_them(build, truth, write, content, monkeypatch):
     """Labelled and unlabelled images side by side, repeated; the pipeline that a hook switches to as well."""
     some = [image['id'] for image in content['images'][:3]]
     labelled = write(dict(content, images=content['images'][:3], annotations=[
@@ -182,15 +183,20 @@ def test_every_data_set_within_wrappers_brings_them(build, truth, write, content
     assert guide.report(None, 64, 0.9).startswith(f"'{guide.file}' has 16 boxes of a score of 0 or more "
                                                   'on 8 of the 8 training images (100.0%). Against')
 
-    hook = HOOKS.build(dict(type='PipelineSwitchHook', switch_epoch=0, switch_pipeline=[
-        *LOAD, dict(type='RandomFlip', prob=1.0), PACK]))
-    alone = build()
-    insert_detections(alone, guide, hooks=[hook])
-    hook.before_train_epoch(SimpleNamespace(epoch=0, train_dataloader=SimpleNamespace(
-        dataset=alone, persistent_workers=False), logger=SimpleNamespace(info=print)))
-    sample = alone[0]['data_samples']
-    found, boxes, _ = _decode(guide, sample)
-    assert sample.flip and torch.equal(found.bboxes, boxes)
+    for holds_out in (False, True):  # which passes the pipeline on to the data set within
+        hook = HOOKS.build(dict(type='PipelineSwitchHook', switch_epoch=0, switch_pipeline=[
+            *LOAD, dict(type='RandomFlip', prob=1.0), PACK]))
+        alone = build()
+        if holds_out:
+            monkeypatch.setattr(HeldOut, '__init__', lambda self: None)
+            within, alone = alone, HeldOut()
+            alone.dataset, alone.indices = within, range(len(within))
+        insert_detections(alone, guide, hooks=[hook])
+        hook.before_train_epoch(SimpleNamespace(epoch=0, train_dataloader=SimpleNamespace(
+            dataset=alone, persistent_workers=False), logger=SimpleNamespace(info=print)))
+        sample = alone[0]['data_samples']
+        found, boxes, _ = _decode(guide, sample)
+        assert sample.flip and torch.equal(found.bboxes, boxes)
 
 
 @pytest.mark.parametrize('changes, message', [
