@@ -194,7 +194,10 @@ def correlate_records(pairs: Mapping[str, Sequence[dict]]) -> dict[str, dict]:
 
 def draw_correlations(found: Mapping[str, dict], kind: str = 'all') -> Figure:
     """Draws each correlation with its interval over variants, a panel for each split, a colour for each pair."""
-    found = {pair: kinds for pair, kinds in found.items() if kinds.get(kind)}
+    found = {pair: kinds for pair, kinds in found.items() if any(
+        each['interval_by_variant'] for numbers in kinds.get(kind, {}).values() for each in numbers.values())}
+    if not found:
+        raise ConfigurationError(f'No pair has runs of {FEWEST} methods or more: there is no interval to draw.')
     splits = sorted({split for kinds in found.values() for split in kinds[kind]})
     figure = Figure(figsize=(5 * len(splits), 4.2), layout='constrained')
     panels = figure.subplots(1, len(splits), squeeze=False)[0]

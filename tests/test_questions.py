@@ -98,6 +98,8 @@ def test_fidelity_of_the_records_is_correlated(tmp_path, monkeypatch, capsys):
         assert each['rho'] == pytest.approx(spearmanr([run['fidelity']['train']['agreement'] for run in kept],
                                                       [run['bbox_mAP'] for run in kept]).statistic)
     assert 'taught runs, val images' in capsys.readouterr().out and (tmp_path / 'found.png').stat().st_size > 5000
+    with pytest.raises(ConfigurationError, match='No pair has runs of 4 methods or more'):
+        questions.draw_correlations({pair: found}, 'taught')
 
 
 @pytest.fixture(scope='module')
