@@ -6,9 +6,9 @@ Usage: python -m benchmarks.questions gains RESULTS --by noise --picture PNG
        python -m benchmarks.questions unlabelled STUDENT TEACHER CHECKPOINT [--json FILE] [--picture PNG]
 
 ``gains`` draws results.json of a benchmark or a sweep against one of its settings, ``classes`` the AP of classes that
-some never saw labelled beside that of the others. ``fidelity`` takes all records that
-hold fidelity, by default those of docs/results, and correlates it with mAP. ``unlabelled`` trains, on generated images;
-what is finished in its work dir is not done again, and a training that was interrupted goes on.
+some never saw labelled beside that of the others. ``fidelity`` takes all records that hold fidelity, by default those
+of docs/results, and correlates it with mAP. ``unlabelled`` trains, on generated images; what is finished in its work
+dir is not done again, and a training that was interrupted goes on.
 """
 from __future__ import annotations
 

@@ -246,9 +246,13 @@ def training_pipelines(config: Config) -> list[list[dict]]:
     With those that a hook exchanges them for in the course of the training.
     """
     loader = config.get('train_dataloader')
-    exchanges = [list(hook['switch_pipeline']) for hook in config.get('custom_hooks') or ()
-                 if hook.get('switch_pipeline')]
-    return [*list_pipelines(loader['dataset']), *exchanges] if loader else []
+    exchanged = [list(hook['switch_pipeline']) for hook in list_exchanging_hooks(config)]
+    return [*list_pipelines(loader['dataset']), *exchanged] if loader else []
+
+
+def list_exchanging_hooks(config: Config) -> list[dict]:
+    """The configs of the hooks that exchange the training pipeline for their ``switch_pipeline``."""
+    return [hook for hook in config.get('custom_hooks') or () if isinstance(hook, dict) and hook.get('switch_pipeline')]
 
 
 def list_pipelines(dataset: dict) -> list[list[dict]]:

@@ -135,17 +135,18 @@ def _check_same_settings(entries: Iterable[tuple[str, dict]]) -> None:
     for file, entry in entries:
         if entry['status'] == 'finished':
             name, before = seen.setdefault(entry['variant'], (file, entry))
-            for key in ('method', 'epochs', 'iterations', 'parameters', 'settings', 'processes'):
-                here, there = (_complete(each['settings']) if key == 'settings' else
-                               _count_processes(each) if key == 'processes' else each[key] for each in (before, entry))
-                if here != there:
+            there = _describe_training(entry)
+            for key, here in _describe_training(before).items():
+                if here != there[key]:
                     raise ConfigurationError(f"{entry['variant']} is not the same in '{name}' and '{file}': {key} "
-                                             f'differs ({here} and {there}).')
+                                             f'differs ({here} and {there[key]}).')
 
 
-def _count_processes(entry: dict) -> int:
-    """How many trained it together: several draw other random numbers than one."""
-    return (entry.get('environment') or {}).get('machine', {}).get('processes', 1)
+def _describe_training(entry: dict) -> dict[str, Any]:
+    """What is the same for all seeds of a method; of several processes, too, which draw other numbers than one."""
+    machine = (entry.get('environment') or {}).get('machine', {})
+    return dict({key: entry[key] for key in ('method', 'epochs', 'iterations', 'parameters')},
+                settings=_complete(entry['settings']), processes=machine.get('processes', 1))
 
 
 def _complete(settings: dict) -> dict:

@@ -18,7 +18,7 @@ from kd_det.checks.environment import raise_faults
 from kd_det.checks.image_reader import Memory
 from kd_det.compat.writing import locked_folder, refuse_to_replace
 from kd_det.config import ConfigurationError
-from kd_det.config.files import is_distillation
+from kd_det.config.detectors import guides_of
 from kd_det.study.fidelity import add_fidelity
 from kd_det.study.identity import hash_data, hash_model, hash_weights
 from kd_det.study.pair import Pair, adapt_config
@@ -78,8 +78,7 @@ class Series:
         self.result: BenchmarkResult | None = None
         self.error = ''
         self._teacher_runs: list[Run | None] = [None] * self.teachers
-        self._hashes: list[str] = []
-        self._known: dict[str, str] = {}  # by the name of a file
+        self._hashes: dict[str, str] = {}  # of weights and of models, by the name of their file
         self._outcomes: list[tuple[Variant, int, Path, Outcome]] = []
 
     def check(self, images: int | None = None, read_data: bool = True) -> None:
@@ -147,10 +146,10 @@ class Series:
             budget: See :class:`~kd_det.study.records.BudgetEntry`; None where there was none.
         """
         entries = [make_run_entry(*each, self.root) for each in self._outcomes]
-        teacher = dict(config=self.pair.teacher, checkpoint=self.pair.checkpoints[0])
         self.result = self._sum_up(entries, pool, budget)
         self.result.save()  # before what takes long
         if self.fidelity:
+            teacher = dict(config=self.pair.teacher, checkpoint=self.pair.checkpoints[0])
             add_fidelity(entries, self.root, teacher, self.fidelity, log)
             self.result = self._sum_up(entries, pool, budget)
             self.result.save()
@@ -158,18 +157,19 @@ class Series:
 
     def _sum_up(self, entries: list[dict], pool: JobPool, budget: dict | None) -> BenchmarkResult:
         trained = [None if run is None else run.to_dict(self.root) for run in self._teacher_runs]
+        weights = [self._hash(each, hash_weights) for each in self.pair.checkpoints]
         return BenchmarkResult(self.root, sum_up(dict(
             version=VERSION,
             command=read_command_line(),
             **describe_environment(pool.threads),
             pair=dict(student=str(self.pair.student.filename), teacher=self.pair.teacher,
-                      checkpoint=self.pair.checkpoints[0], checkpoint_hash=self._hashes[0]),
+                      checkpoint=self.pair.checkpoints[0], checkpoint_hash=weights[0]),
             data=dict(root=self.data_root, hash=self.data),
             seeds=list(dict.fromkeys(seed for _, seed, *_ in self._outcomes)),
             teacher=trained[0],
             further_teachers=[
                 dict(checkpoint=checkpoint, checkpoint_hash=digest, run=run)
-                for checkpoint, digest, run in zip(self.pair.checkpoints[1:], self._hashes[1:], trained[1:])],
+                for checkpoint, digest, run in zip(self.pair.checkpoints[1:], weights[1:], trained[1:])],
             runs=entries,
             **({} if budget is None else dict(budget=budget)))))
 
@@ -231,22 +231,21 @@ class Series:
     def _make_job(self, variant: Variant, seed: int, checkpoints: Sequence[str] = ()) -> Job:
         """The training of a variant from a seed; under other teachers than the pair's, for a trial."""
         checkpoints = checkpoints or self.pair.checkpoints
-        if len(self._hashes) != len(self.pair.checkpoints):
-            self._hashes = [hash_weights(each) for each in self.pair.checkpoints]
         config = _set_seed(variant_config(variant, self.pair, checkpoints, seed), seed)
         return Job(f'{variant.name}, seed {seed}', self.root / variant.folder / f'seed{seed}', config,
                    [self.data, *self._hash_teachers(config)])
 
     def _hash_teachers(self, config: Config) -> list[str]:
         """The hashes of the weights and of the models of all that teach in a training."""
-        if not is_distillation(config):
-            return []
-        teachers = config.model.get('teacher') or ()
-        named = [(hash_file, teacher[key]) for teacher in ([teachers] if isinstance(teachers, dict) else teachers)
-                 for key, hash_file in (('checkpoint', hash_weights), ('config', hash_model))
-                 if isinstance(teacher.get(key), str)]
-        self._known.update({name: hash_file(name) for hash_file, name in named if name not in self._known})
-        return [self._known[name] for _, name in named]
+        return [self._hash(guide[key], hash_file) for _, guide in guides_of(config)
+                for key, hash_file in (('checkpoint', hash_weights), ('config', hash_model))
+                if isinstance(guide.get(key), str)]
+
+    def _hash(self, file: str, hash_file: Callable[[str], str]) -> str:
+        """The hash of a file, which is read once for all trainings."""
+        if file not in self._hashes:
+            self._hashes[file] = hash_file(file)
+        return self._hashes[file]
 
 
 def count_teachers(variants: Sequence[Variant], checkpoints: Sequence[str]) -> int:

@@ -11,7 +11,13 @@ from mmengine.config import Config
 
 from kd_det.config import ConfigurationError, suggest_names
 from kd_det.config.classes import find_dataset_classes
-from kd_det.config.files import get_type_name, list_leaf_datasets, student_model, training_pipelines
+from kd_det.config.files import (
+    get_type_name,
+    list_exchanging_hooks,
+    list_leaf_datasets,
+    student_model,
+    training_pipelines,
+)
 from kd_det.registry import HOME, find_class, get_scope, within_scope
 from kd_det.training.labels import LABEL_TRANSFORMS
 
@@ -151,7 +157,7 @@ def spoil_labels(config: Config, noise: float = 0.0, shift: float = 0.0, without
     named = [list(find_dataset_classes(leaf) or ()) for leaf in leaves]
     for leaf, classes in zip(leaves, named):
         _insert(leaf, 'pipeline', list(_spoiling_transforms(classes, noise, shift, without, seed)))
-    for hook in config.get('custom_hooks') or ():
+    for hook in list_exchanging_hooks(config):
         if _loads_labels(hook, 'switch_pipeline'):
             if any(classes != named[0] for classes in named):
                 raise ConfigurationError(f'@noise, @shift and @without: {get_type_name(hook)} gives all training data '

@@ -104,8 +104,9 @@ def find_twin(name: str) -> str:
     one which differs in its length alone is ``none``.
     """
     changes = [setting for setting in name.split('@')[1:] if _changes_student(setting)]
-    if '@'.join([PLAIN, *changes]) != name:
-        return '@'.join([PLAIN, *changes])
+    twin = '@'.join([PLAIN, *changes])
+    if twin != name:
+        return twin
     lengths = [setting for setting in changes if setting.startswith(LENGTH)]
     return '@'.join([PLAIN, *(lengths if len(lengths) < len(changes) else ())])
 
