@@ -18,10 +18,10 @@ from kd_det.study.scheduling import CONFIG_FILE
 
 ROOT = Path(__file__).parents[2]
 SLURM = dict(
-    # Notes what it gets, and runs it.
+    # Notes what it gets, and runs its own copy, as Slurm does: submitit moves the script away at once.
     sbatch='''number=$(($(ls {folder} | grep -c script) + 1)); cp $1 {folder}/script$number
 SLURM_JOB_ID=$number SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0 \\
-    setsid sh $1 > {folder}/output$number 2>&1 & echo $! > {folder}/pid$number
+    setsid sh {folder}/script$number > {folder}/output$number 2>&1 & echo $! > {folder}/pid$number
 echo Submitted batch job $number''',
     srun='''while [ "${{1#--}}" != "$1" ]; do
     case $1 in --output) out=$2; shift ;; --error) err=$2; shift ;; esac; shift; done
