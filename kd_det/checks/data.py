@@ -263,8 +263,11 @@ def _evaluated_names(api: Any, classes: Sequence[str]) -> LabelNames:
 def class_counts(model: dict) -> set[int]:
     """All values of ``num_classes`` in the heads that classify objects.
 
-    An RPN does not, nor does a semantic head, as HTC has one for stuff.
+    An RPN does not, nor does a semantic head, as HTC has one for stuff. A detector that reads the names of classes has
+    no number of them: its ``num_classes`` is that of words.
     """
+    if model.get('language_model'):
+        return set()
 
     def search(node: object) -> Iterator[int]:
         if isinstance(node, dict):

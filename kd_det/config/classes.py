@@ -6,7 +6,7 @@ import mmap
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,13 +108,20 @@ def match_classes(student: Sequence[str], teacher: Sequence[str]) -> ClassMatch:
 
 
 def find_dataset_classes(dataset: dict) -> Sequence[str] | None:
-    """The class names of a data set's config: its own, a file's, or its type's; a text where that is the mistake."""
-    classes = (dataset.get('metainfo') or {}).get('classes')
+    """The class names of a data set's config: its own, a file's, or its type's; a text where that is the mistake.
+
+    Those of things, where a panoptic data set has stuff too, for that has no boxes.
+    """
+    classes = _find_box_classes(dataset.get('metainfo') or {})
     if isinstance(classes, str) and Path(classes).is_file():
         return Path(classes).read_text(encoding='utf-8').splitlines()
     if classes is None:
-        classes = getattr(find_class(DATASETS, dataset, HOME), 'METAINFO', {}).get('classes')
+        classes = _find_box_classes(getattr(find_class(DATASETS, dataset, HOME), 'METAINFO', {}))
     return classes
+
+
+def _find_box_classes(metainfo: Mapping[str, Any]) -> Sequence[str] | None:
+    return metainfo.get('thing_classes') or metainfo.get('classes')
 
 
 class LabelNames(NamedTuple):

@@ -92,9 +92,9 @@ def _check_same_study(first: str, one: dict, second: str, other: dict) -> None:
                                   f'{there} in the second.{why}')
 
     for key in ('student', 'teacher'):
-        names = [Path(each['pair'][key]).name for each in (one, other)]  # the folders may be those of two machines
-        if names[0] != names[1]:
-            raise differ(f"the {key}'s config", *names)
+        unlike = _find_unlike(one['pair'], other['pair'], key)
+        if unlike:
+            raise differ(f"the {key}'s config", *unlike)
     if one['data']['hash'] != other['data']['hash']:
         raise differ('the data', one['data']['hash'][:12], other['data']['hash'][:12],
                      ' The hashes are those of annotations and images.')
@@ -102,6 +102,20 @@ def _check_same_study(first: str, one: dict, second: str, other: dict) -> None:
         if here != there:
             raise differ("the teacher's weights", here[:12], there[:12], ' Train both with the same checkpoint: '
                          '--teacher-checkpoint.')
+
+
+def _find_unlike(one: dict, other: dict, key: str) -> tuple[str, str] | None:
+    """What tells a config of two pairs apart: their names, or else the hashes of what they hold; None if nothing does.
+
+    The folders may be those of two machines.
+    """
+    names = Path(one[key]).name, Path(other[key]).name
+    if names[0] != names[1]:
+        return names
+    hashes = one.get(f'{key}_hash'), other.get(f'{key}_hash')  # earlier versions have none
+    if None in hashes or hashes[0] == hashes[1]:
+        return None
+    return f'{names[0]} of content {hashes[0][:12]}', f'of content {hashes[1][:12]}'
 
 
 def _move(entry: dict, old: Path, new: Path, results: dict) -> dict:
@@ -261,8 +275,8 @@ def _compare(one: Mapping[int, float], other: Mapping[int, float], size: float) 
 
 def _tell_unpaired(one: dict, other: dict, pairs: Mapping[str, tuple[str, str]]) -> list[str]:
     """What tells that runs of one seed are no pairs: other configs, another order of the images."""
-    notes = [f"The {key}'s config differs: {one['pair'][key]} and {other['pair'][key]}"
-             for key in ('student', 'teacher') if Path(one['pair'][key]).name != Path(other['pair'][key]).name]
+    unlike = {key: _find_unlike(one['pair'], other['pair'], key) for key in ('student', 'teacher')}
+    notes = [f"The {key}'s config differs: {' and '.join(names)}" for key, names in unlike.items() if names]
     orders = [{(run['variant'], run['seed']): run['order'] for run in each['runs'] if run['status'] == 'finished'}
               for each in (one, other)]
     for name, (first, second) in pairs.items():

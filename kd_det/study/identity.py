@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from kd_det.config.detectors import read_model_config
 from kd_det.config.files import is_distillation, list_leaf_datasets, map_strings
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+WEIGHTS = ('.pth', '.pt', '.ckpt', '.bin', '.pkl', '.safetensors')
 
 
 def sha256(content: bytes) -> str:
@@ -27,7 +29,8 @@ def identify_run(config: Config, inputs: Any = None) -> str:
     """Returns the hash of all that a run depends on.
 
     Args:
-        config: The run's config. Where the run, its data and its teachers lie does not count.
+        config: The run's config. Where the run, its data and its teachers lie does not count; of a file of weights,
+            such as one that a backbone starts from, its content does.
         inputs: What the result depends on beside the config: the hashes of its data and of its teachers' models and
             weights; anything that JSON holds.
     """
@@ -39,7 +42,22 @@ def identify_run(config: Config, inputs: Any = None) -> str:
             for key in ('config', 'checkpoint'):
                 if isinstance(teacher.get(key), str):
                     del teacher[key]
-    return sha256(json.dumps([_name_data(settings), inputs], sort_keys=True, default=str).encode())
+    settings = map_strings(_name_data(settings), _name_weights)
+    return sha256(json.dumps([settings, inputs], sort_keys=True, default=str).encode())
+
+
+def _name_weights(text: str) -> str:
+    """The hash of the weights in place of the name of a file that has some; any other text as it is."""
+    file = Path(text)
+    if not text.endswith(WEIGHTS) or not file.is_file():
+        return text
+    state = file.stat()
+    return f'<weights {_hash_unchanged(str(file.resolve()), state.st_mtime_ns, state.st_size)}>'
+
+
+@lru_cache(maxsize=64)
+def _hash_unchanged(file: str, time: int, size: int) -> str:
+    return sha256(Path(file).read_bytes())
 
 
 def _name_data(settings: dict) -> dict:
@@ -62,14 +80,17 @@ def hash_data(config: Config) -> str:
     """Returns the hash of a config's training and validation data: annotations by content, images by name and size.
 
     The images are those of the folder; where it holds folders, the files that the annotations name, for a work dir may
-    be among them.
+    be among them. Of a list of names, as VOC has them, all files of these names count, XML by content.
     """
     parts = []
     for split in ('train', 'val'):
         for dataset in list_leaf_datasets(config[f'{split}_dataloader'].dataset):
-            root = Path(dataset.get('data_root') or '')
+            root, prefix = Path(dataset.get('data_root') or ''), dataset.get('data_prefix') or {}
             annotations = Path(root, dataset['ann_file']).read_bytes()
-            images = Path(root, (dataset.get('data_prefix') or {}).get('img', ''))
+            images = Path(root, prefix.get('img', ''))
+            if str(dataset['ann_file']).endswith('.txt'):
+                parts += [annotations, *_describe_named(Path(root, prefix.get('sub_data_root', '')), annotations)]
+                continue
             within = list(images.iterdir())
             names = [file.name for file in within if file.is_file()]
             if any(file.is_dir() for file in within):
@@ -78,6 +99,15 @@ def hash_data(config: Config) -> str:
                      for name in sorted(names)]
             parts += [annotations, '\n'.join(sizes).encode()]
     return sha256(b'\0'.join(parts))
+
+
+def _describe_named(folder: Path, names: bytes) -> list[bytes]:
+    """Of each file under a folder whose name is in a list of them: XML's content, another's size."""
+    listed = set(names.decode(errors='replace').split())
+    found = {str(file.relative_to(folder)): file for file in folder.rglob('*')
+             if file.stem in listed and file.is_file()}
+    return [name.encode() + b' ' + (file.read_bytes() if file.suffix == '.xml' else str(file.stat().st_size).encode())
+            for name, file in sorted(found.items())]
 
 
 def _list_images(annotations: bytes) -> list[str]:

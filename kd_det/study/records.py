@@ -73,11 +73,16 @@ class FinishedRun(Run):
 
 
 class PairEntry(TypedDict):
-    """Student and teacher: their configs, and the weights of the first teacher."""
+    """Student and teacher: their configs, and the weights of the first teacher.
+
+    The hashes are of what the student's config holds, of the teacher's model, and of the weights.
+    """
     student: str
     teacher: str
     checkpoint: str
     checkpoint_hash: str
+    student_hash: NotRequired[str]
+    teacher_hash: NotRequired[str]
 
 
 class DataEntry(TypedDict):

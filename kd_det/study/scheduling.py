@@ -170,11 +170,14 @@ class JobPool:
             What came of each, in the order of the jobs.
 
         Raises:
-            ConfigurationError: The batches of one can not be shared among its processes.
+            ConfigurationError: The batches of one can not be shared among its processes, or it waits on a cluster.
             WritingError: In the folder of one lies a finished run of something else.
         """
         jobs = [self._share(job) for job in jobs]
-        for job in jobs if not self.force and not self.collect else ():
+        for job in jobs if not self.collect else ():
+            self._refuse_other_executor(job)
+            if self.force:
+                continue
             is_own = partial(_may_be, identify_run(job.config, job.inputs))
             refuse_to_replace(job.folder / RESULT_FILE, is_own,
                               f'the result of this run ({job.name})', advice='It was trained with other data, weights '
@@ -219,6 +222,14 @@ class JobPool:
                                      'with --cfg-options.')
         return replace(job, inputs=[*job.inputs, dict(processes=self.processes)])
 
+    def _refuse_other_executor(self, job: Job) -> None:
+        """Refuses a training that an earlier benchmark left to a cluster, for both would write into its folder."""
+        earlier = _find_earlier(job.folder / JOB_FOLDER, identify_run(job.config, job.inputs))
+        if earlier is not None and earlier.submission().function.executor != self.executor:
+            executor = earlier.submission().function.executor
+            raise ConfigurationError(f'{job.name}: {executor} has it still, as job {earlier.job_id}. Go on with '
+                                     f'--executor {executor}, or cancel that job.')
+
     def _find(self, job: Job, log: Callable[[str], None]) -> Outcome | None:
         """What is there of a run; None if it is to be trained."""
         identity = identify_run(job.config, job.inputs)
@@ -228,7 +239,7 @@ class JobPool:
         if kept is not None or not self.collect:
             return kept
         log_file = job.folder / LOG_FILE
-        if is_locked(job.folder) or not self.is_local and self._find_earlier(job.folder / JOB_FOLDER, identity):
+        if is_locked(job.folder) or _find_earlier(job.folder / JOB_FOLDER, identity):
             found = Failure('its training runs, or waits to', str(log_file), 'running')
         elif (job.folder / RESULT_FILE).is_file():
             found = Failure('the run that is there had other data, weights or settings', '', 'missing')
@@ -241,7 +252,7 @@ class JobPool:
 
     def _submit(self, job: Job) -> Submission:
         identity, folder = identify_run(job.config, job.inputs), job.folder / JOB_FOLDER
-        earlier = None if self.is_local else self._find_earlier(folder, identity)
+        earlier = _find_earlier(folder, identity)
         if earlier is not None:
             return Submission(earlier, None, time.monotonic(), f'{self.executor} has it still, as job {earlier.job_id}')
         job.folder.mkdir(parents=True, exist_ok=True)
@@ -257,7 +268,7 @@ class JobPool:
         command = WORKER if self.processes == 1 else (*LAUNCHER, f'--nproc_per_node={self.processes}', *WORKER[1:])
         training = Training((*command, str(job.folder / CONFIG_FILE), identity, *self.trackers),
                             str(job.folder / LOG_FILE), environment, self.processes,
-                            os.getpid() if self.executor == 'local' else None)
+                            os.getpid() if self.executor == 'local' else None, self.executor)
         shutil.rmtree(folder, ignore_errors=True)  # what an earlier job has left
         (job.folder / LOG_FILE).unlink(missing_ok=True)
         # Each of submitit's processes would answer a Ctrl-C with a traceback; they are told by _end.
@@ -267,17 +278,6 @@ class JobPool:
         if not self.is_local:
             said = f'handed to {self.executor} as job {submitted.job_id}'
         return Submission(submitted, slot, time.monotonic(), said)
-
-    def _find_earlier(self, folder: Path, identity: str) -> submitit.Job | None:
-        """The job of this run that an earlier benchmark left to a cluster, and that waits or runs there."""
-        from submitit.core.plugins import get_executors
-        for file in folder.glob('*_submitted.pkl'):
-            job = get_executors()[self.executor].job_class(folder, file.name.removesuffix('_submitted.pkl'))
-            with suppress(Exception):  # what another version wrote
-                command = getattr(job.submission().function, 'command', ())
-                if identity in command and job.get_info().get('State') in WAITING:
-                    return job
-        return None
 
     def _conclude(self, job: Job, ended: Submission, log: Callable[[str], None]) -> Outcome:
         log_file, status, error = job.folder / LOG_FILE, None, f' ended without a result ({ended.job.state})'
@@ -348,6 +348,24 @@ def allot_devices(devices: Sequence[str], together: int = 1) -> list[str]:
     names = [allocated.split(',')[int(gpu)].strip() if allocated and gpu.isdecimal() else gpu for gpu in gpus]
     groups = [','.join(names[first:first + together]) for first in range(0, len(names), together)]
     return [*groups, *(device for device in devices if device == 'cpu')]
+
+
+def _find_earlier(folder: Path, identity: str) -> submitit.Job | None:
+    """The job of a run that an earlier benchmark left to a cluster, and that waits or runs there.
+
+    What this machine ran is over with its benchmark.
+    """
+    from submitit.core.plugins import get_executors
+    from submitit.core.utils import DelayedSubmission
+    for file in folder.glob('*_submitted.pkl'):
+        with suppress(Exception):  # what another version wrote
+            training = DelayedSubmission.load(file).function
+            if training.owner is None and identity in training.command:
+                kind = get_executors()[training.executor].job_class
+                job = kind(folder, file.name.removesuffix('_submitted.pkl'))
+                if job.get_info().get('State') in WAITING:
+                    return job
+    return None
 
 
 def _read_lines(file: Path) -> list[str]:

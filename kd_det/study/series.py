@@ -20,7 +20,7 @@ from kd_det.compat.writing import locked_folder, refuse_to_replace
 from kd_det.config import ConfigurationError
 from kd_det.config.detectors import guides_of
 from kd_det.study.fidelity import add_fidelity
-from kd_det.study.identity import hash_data, hash_model, hash_weights
+from kd_det.study.identity import hash_data, hash_model, hash_weights, identify_run
 from kd_det.study.pair import Pair, adapt_config
 from kd_det.study.planning import (
     TRIALS,
@@ -163,7 +163,9 @@ class Series:
             command=read_command_line(),
             **describe_environment(pool.threads),
             pair=dict(student=str(self.pair.student.filename), teacher=self.pair.teacher,
-                      checkpoint=self.pair.checkpoints[0], checkpoint_hash=weights[0]),
+                      checkpoint=self.pair.checkpoints[0], checkpoint_hash=weights[0],
+                      student_hash=identify_run(self.pair.student),
+                      teacher_hash=self._hash(self.pair.teacher, hash_model)),
             data=dict(root=self.data_root, hash=self.data),
             seeds=list(dict.fromkeys(seed for _, seed, *_ in self._outcomes)),
             teacher=trained[0],

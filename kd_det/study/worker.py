@@ -37,12 +37,14 @@ class Training:
         environment: The variables that it gets beside those of the job; None for one that it does not get.
         processes: How many share each batch.
         owner: Number of the process of this machine that the training does not outlive; None where a cluster has it.
+        executor: submitit's name of what runs it.
     """
     command: tuple[str, ...]
     log: str
     environment: dict[str, str | None]
     processes: int = 1
     owner: int | None = None
+    executor: str = 'local'
 
     def __call__(self) -> int:
         """Trains, and returns the exit status, below 0 if a signal ended it."""

@@ -2,7 +2,9 @@
 import copy
 import json
 import shutil
+from pathlib import Path
 
+import mmdet
 import pytest
 import torch
 from mmdet.datasets import CocoDataset
@@ -346,6 +348,15 @@ def test_class_counts_look_into_all_heads(faster_rcnn):
              roi_head=dict(bbox_head=[dict(num_classes=5), dict(num_classes=6)],
                            semantic_head=dict(num_classes=183)))) == {5, 6}  # of stuff, as HTC has it
     assert class_counts(dict(type='Detector')) == set()
+
+
+@pytest.mark.parametrize('name', [
+    'panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py', 'mm_grounding_dino/grounding_dino_swin-t_pretrain_obj365.py',
+    'glip/glip_atss_swin-l_fpn_dyhead_16xb2_ms-2x_funtune_coco.py', 'htc/htc_r50_fpn_1x_coco.py'])
+def test_mmdetections_own_configs_have_as_many_classes_as_their_data(name):
+    """Stuff has no boxes, and of a detector that reads the names of classes it is a number of words."""
+    own = Config.fromfile(Path(mmdet.__file__).parent / '.mim' / 'configs' / name)
+    assert not list(inspect_classes(own))
 
 
 def test_numbers_of_classes_that_differ(config, retinanet):

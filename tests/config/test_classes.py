@@ -74,6 +74,9 @@ def test_classes_of_a_data_set(tmp_path):
     named = dict(type='CocoDataset', metainfo=dict(classes=str(tmp_path / 'names.txt')))
     assert find_dataset_classes(named) == ['cat', 'dog']
     assert len(find_dataset_classes(dict(type='CocoDataset'))) == 80
+    assert len(find_dataset_classes(dict(type='CocoPanopticDataset'))) == 80  # its boxes are of things
+    own = dict(classes=('cat', 'sky'), thing_classes=('cat', ), stuff_classes=('sky', ))
+    assert find_dataset_classes(dict(type='CocoPanopticDataset', metainfo=own)) == ('cat', )
 
 
 @pytest.mark.parametrize('family', ['retinanet', 'faster_rcnn', 'cascade_rcnn'])

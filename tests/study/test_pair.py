@@ -142,6 +142,44 @@ def test_images_in_folders_are_seen_and_what_else_lies_there_is_not(run_config, 
     assert hash_data(config) != before
 
 
+def test_lists_of_names_stand_for_all_files_of_these_names(run_config, retinanet, coco_folder, tmp_path):
+    """As VOC has them: the boxes are in XML."""
+    root = tmp_path / 'VOC2007'
+    for folder in ('ImageSets', 'JPEGImages', 'Annotations', 'work_dir'):
+        (root / folder).mkdir(parents=True)
+    (root / 'ImageSets' / 'train.txt').write_text('0\n1\n')
+    for name in '012':
+        shutil.copy(coco_folder / '0.png', root / 'JPEGImages' / f'{name}.png')
+        (root / 'Annotations' / f'{name}.xml').write_text('<annotation><xmin>1</xmin></annotation>')
+    config = run_config(retinanet(), val=True)
+    for loader in (config.train_dataloader, config.val_dataloader):
+        loader.dataset.update(type='VOCDataset', data_root=str(tmp_path), ann_file='VOC2007/ImageSets/train.txt',
+                              data_prefix=dict(sub_data_root='VOC2007/'))
+    before = hash_data(config)
+    (root / 'work_dir' / 'log.txt').write_text('epoch 1')
+    (root / 'Annotations' / '2.xml').write_text('of no image in the list')
+    assert hash_data(config) == before
+    (root / 'Annotations' / '1.xml').write_text('<annotation><xmin>2</xmin></annotation>')
+    changed = hash_data(config)
+    (root / 'JPEGImages' / '0.png').write_bytes(b'another')
+    assert len({before, changed, hash_data(config)}) == 3
+
+
+def test_weights_that_a_run_begins_from_count_by_their_content(tmp_path):
+
+    def identify(name):
+        backbone = dict(type='ResNet', init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / name)))
+        return identify_run(Config(dict(model=dict(type='RetinaNet', backbone=backbone))))
+
+    assert identify('a.pth') != identify('b.pth')  # where there are none, their names
+    for name in ('a.pth', 'b.pth'):
+        (tmp_path / name).write_bytes(b'weights')
+    first = identify('a.pth')
+    assert first == identify('b.pth')
+    (tmp_path / 'b.pth').write_bytes(b'others')
+    assert first == identify('a.pth') != identify('b.pth')
+
+
 def test_identity_is_of_what_counts():
     model = dict(type='DetectionDistiller', teacher=dict(config='a.py', checkpoint='a.pth'))
     first = identify_run(Config(dict(work_dir='a', model=model)), ['data'])

@@ -16,7 +16,8 @@ from kd_det.study.runs import check_shape
 RECORDS = Path(__file__).parents[2] / 'docs' / 'results'
 OF_BENCHMARKS = [file.stem for file in sorted(RECORDS.glob('*.json')) for content in [json.loads(file.read_text())]
                  if isinstance(content, dict) and {'runs', 'summary', 'pair', 'data'} <= set(content)]
-PAIR = dict(student='a/student.py', teacher='a/teacher.py', checkpoint='teacher.pth', checkpoint_hash='f00d')
+PAIR = dict(student='a/student.py', teacher='a/teacher.py', checkpoint='teacher.pth', checkpoint_hash='f00d',
+            teacher_hash='cafe')
 
 
 def run(variant, seed, points, **changes):
@@ -137,12 +138,13 @@ def test_more_methods_are_joined_and_what_failed_gives_way(write, tmp_path):
     (three_seeds(33), dict(data=dict(root=None, hash='other')), 'not of one study: the data: d00d in the first, other'),
     (three_seeds(33), dict(pair=dict(PAIR, checkpoint_hash='beef')), "the teacher's weights: f00d in the first, beef"),
     (three_seeds(33), dict(pair=dict(PAIR, student='b/other.py')), "the student's config: student.py in the first"),
+    (three_seeds(33), dict(pair=dict(PAIR, teacher_hash='beef')), "the teacher's config: .* of content cafe in the fi"),
     ([run('fgd', 0, 34)], {}, 'fgd, seed 0 has two values, 33.0 and 34.0 mAP'),
     ([run('fgd', 0, 33, identity='of other settings')], {}, 'fgd, seed 0 has two values'),
     ([run('fgd', 1, 34, epochs=2)], {}, r'fgd is not the same in .*: epochs differs \(1 and 2\)'),
     ([run('fgd', 1, 34, settings=dict(balance=0.5))], {}, 'fgd is not the same in .*: settings differs'),
     ([run('fgd', 1, 34, environment=dict(machine=dict(processes=4)))], {}, r'fgd is not .*: processes differs \(1 and'),
-], ids=range(8))
+], ids=range(9))
 def test_what_is_not_of_one_study_is_not_joined(write, tmp_path, runs, change, message):
     first, second = write('first', three_seeds(33)), write('second', runs, **change)
     with pytest.raises(ConfigurationError, match=message):
@@ -228,7 +230,7 @@ def test_runs_that_are_no_pairs_are_told(write):
     other = [dict(each, order='another') for each in three_seeds(34, 35)]
     found = kd_det.compare_results([write('before', three_seeds(33, 34)),
                                     write('after', other, pair=dict(PAIR, student='larger.py'))], ['fgd'])
-    assert found.notes == ("The student's config differs: a/student.py and larger.py",
+    assert found.notes == ("The student's config differs: student.py and larger.py",
                            'fgd: seeds 0, 1 saw the images in another order, so that they are no pairs')
     assert found.notes[1] in found.tabulate().caption
 

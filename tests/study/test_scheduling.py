@@ -378,8 +378,11 @@ def test_a_benchmark_finds_the_jobs_that_a_killed_one_left_to_slurm(slurm, jobs,
     go = tmp_path / 'go'
     job, = jobs(f'while [ ! -f {go} ]; do sleep 0.05; done; {FINISH.format(result=result)}')
     JobPool(executor='slurm', slurm=dict(time=5))._submit(job)  # and it is killed
-    collected, = JobPool(executor='slurm', collect=True).run([job], lambda text: None)
-    assert collected.status == 'running'
+    for executor in ('slurm', 'local'):  # to collect needs no word of where it trained
+        collected, = JobPool(executor=executor, collect=True).run([job], lambda text: None)
+        assert collected.status == 'running'
+    with pytest.raises(ConfigurationError, match='job 0: slurm has it still, as job 1. Go on with --executor slurm'):
+        JobPool(executor='debug', threads=1, force=True).run([job], print)  # two would write into one folder
     said = []
 
     def log(text: str) -> None:
