@@ -157,6 +157,14 @@ def test_the_class_that_nobody_labelled_is_its_record():
          '' if variant in names else difference(others[twin], by_seed)] for variant, by_seed in others.items()]
 
 
+def test_the_temperature_of_sigmoids_is_its_record():
+    by_variant = points('demo_sweep_sigmoid_temperature')
+    plain, *others = by_variant.values()
+    assert list(by_variant)[0] == 'none' and documented('demo_sweep_sigmoid_temperature') == [
+        [temperature, *_seeds_and_mean(by_seed), difference(plain, by_seed),
+         '' if temperature == '1' else difference(others[0], by_seed)] for temperature, by_seed in zip('124', others)]
+
+
 @pytest.mark.parametrize('record', ['learners', 'generations'])
 def test_learners_are_their_record(record):
     rows = {name: {int(seed): value for seed, value in row['map'].items()} for name, row in json.loads(
