@@ -277,6 +277,26 @@ def class_probabilities(logits: Tensor, activation: str, objectness: Tensor | No
     return probabilities if objectness is None else probabilities * objectness.sigmoid().unsqueeze(-1)
 
 
+def joint_logits(logits: Tensor, objectness: Tensor) -> Tensor:
+    """Logits of the probability of class and object, log(pq / (1 - pq)), with p, q the sigmoids of a and b.
+
+    They are -log(exp(-a) + exp(-b) + exp(-a - b)), which is exact where a sigmoid is rounded to 0 or 1.
+
+    Args:
+        logits: a, (..., classes), conditional on an object.
+        objectness: b, (...) logits.
+
+    Returns:
+        (..., classes).
+
+    Example:
+        >>> joint_logits(torch.zeros(1, 1), torch.zeros(1)).sigmoid()
+        tensor([[0.2500]])
+    """
+    a, b = -logits, -objectness.unsqueeze(-1)
+    return -torch.logaddexp(torch.logaddexp(a, b), a + b)
+
+
 def cell_probabilities(logits: Tensor, activation: str, objectness: Tensor | None = None,
                        reduction: str = 'max') -> Tensor:
     """Class probabilities of cells with several priors each.

@@ -13,6 +13,7 @@ from kd_det.functional.gradients import scale_gradient
 from kd_det.functional.logits import (
     cell_probabilities,
     class_probabilities,
+    joint_logits,
     largest_probability,
     restricted_logits,
 )
@@ -152,6 +153,16 @@ class DenseOutputs:
         """The same of some classes alone, in this order, see :func:`~kd_det.functional.logits.restricted_logits`."""
         background = self.activation == 'softmax'
         return replace(self, logits=tuple(restricted_logits(each, classes, background) for each in self.logits))
+
+    def join_objectness(self) -> DenseOutputs:
+        """The same as a head without objectness says it: each class logit is that of the class and an object at once.
+
+        Boxes are decoded once for both.
+        """
+        if self.objectness is None:
+            return self
+        return replace(self, logits=tuple(map(joint_logits, self.logits, self.objectness)), objectness=None,
+                       decode=lambda *chosen: self.decode(*chosen) if chosen else self.boxes)
 
     def level_of(self, stride: Stride) -> int:
         """The index of the level of that stride.

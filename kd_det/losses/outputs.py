@@ -83,8 +83,10 @@ class ComparedOutputs(NamedTuple):
 class DenseTerm(DistillTerm):
     """A term that compares two dense heads prior by prior; a subclass implements :meth:`compare`.
 
-    Levels are paired by stride. Both heads must have the same priors per cell, classes, and activation. Outputs are
-    (N, H·W·A, …) per level, see :class:`~kd_det.heads.DenseOutputs`.
+    Levels are paired by stride. Both heads must have the same priors per cell, classes, and activation. Where one alone
+    predicts objectness, as YOLOX beside RTMDet, its class logits are those of class and object at once
+    (:func:`~kd_det.functional.logits.joint_logits`), which is what the other's say. Outputs are (N, H·W·A, …) per
+    level, see :class:`~kd_det.heads.DenseOutputs`.
 
     Args:
         head: ``'bbox_head'`` of one-stage detectors or ``'rpn_head'``; or a dict with the keys ``student`` and
@@ -168,6 +170,10 @@ class DenseTerm(DistillTerm):
         student = cast(DenseOutputs, context.student_outputs[self.student_head])
         teacher = cast(DenseOutputs, context.teacher_outputs[self.teacher_index][self.teacher_head])
         _require_same_classes(student, teacher)
+        if (student.objectness is None) is not (teacher.objectness is None):
+            student, teacher = (context.once(('class and object', *key), outputs.join_objectness) for key, outputs in
+                                ((('student', self.student_head), student),
+                                 ((self.teacher_index, self.teacher_head), teacher)))
         levels = []
         for index, (stride, shape) in enumerate(zip(student.strides, student.shapes)):
             other = teacher.level_of(stride)

@@ -118,6 +118,7 @@ def own(cells: tuple[int, int], boxes: int) -> dict:
         'logits': rows(count, CHANNELS),
         'logits.class_probabilities': dict(logits=torch.randn(count, CHANNELS), activation='softmax'),
         'logits.cell_probabilities': dict(logits=torch.randn(count, 2, CHANNELS), activation='softmax'),
+        'logits.joint_logits': dict(logits=torch.randn(count, CHANNELS), objectness=torch.randn(count)),
         'logits.largest_gap': dict(activation='sigmoid'),
         'logits.decoupled_kl': dict(labels=torch.arange(count) % CHANNELS),
         'logits.combine_decoupled': dict(target=target, non_target=torch.rand(count),

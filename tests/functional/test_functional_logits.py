@@ -173,6 +173,17 @@ def test_rank_mimicking_equals_the_loop(pair):
     torch.testing.assert_close(logits.rank_mimicking(student + 5, teacher, GROUPS, 4), actual)
 
 
+def test_joint_logits_equal_the_product_and_stay_exact_where_it_rounds(pair):
+    classes, objectness = pair[0], pair[1][:, 0]
+    joint = logits.joint_logits(classes, objectness)
+    torch.testing.assert_close(joint.sigmoid(), classes.sigmoid() * objectness.sigmoid().unsqueeze(1))
+    extreme = torch.tensor([-500., -20., 20., 500.]).requires_grad_()
+    joint = logits.joint_logits(extreme.unsqueeze(1), torch.full((4, ), 1000.))
+    torch.testing.assert_close(joint[:, 0], extreme)  # where an object is certain
+    gradient, = torch.autograd.grad(logits.joint_logits(extreme.unsqueeze(1), extreme.flip(0)).sum(), extreme)
+    assert gradient.isfinite().all()
+
+
 def test_restricted_classes_keep_their_probability(pair):
     student, _ = pair
     probabilities = student.softmax(-1)

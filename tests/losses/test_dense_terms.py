@@ -296,6 +296,41 @@ def test_normalisers_are_at_least_1(context):
                                MODELS.build(dict(CLASSES, normalizer='none'))(context)['classes'])
 
 
+@pytest.mark.parametrize('side', ['student', 'teacher'])
+def test_classes_and_objectness_of_one_side_are_compared_with_the_others_classes_as_one_probability(
+        side, context, inside):
+    student, teacher = context.student_outputs['bbox_head'], context.teacher_outputs[0]['bbox_head']
+    objectness = (torch.randn(2, 24).requires_grad_(), )
+    (student if side == 'student' else teacher).objectness = objectness
+    s, t = (each.logits[0][inside].sigmoid() for each in (student, teacher))
+    ours, theirs = (each * objectness[0][inside].sigmoid().unsqueeze(1) if name == side else each
+                    for name, each in (('student', s), ('teacher', t)))
+    theirs = theirs.detach()
+    bce, gap = F.binary_cross_entropy(ours, theirs, reduction='none'), (theirs - ours).abs()
+    parts = MODELS.build(dict(CLASSES, normalizer='none'))(context)
+    torch.testing.assert_close(parts, dict(classes=(bce * gap).sum()))
+    watched = [student.logits[0], *([objectness[0]] if side == 'student' else [])]
+    for actual, expected in zip(*(torch.autograd.grad(value, watched) for value in (parts['classes'],
+                                                                                    (bce * gap).sum()))):
+        torch.testing.assert_close(actual, expected)
+    giou = giou_imitation(student.boxes[0][inside], teacher.boxes[0][inside])
+    for weighting, weight in (('gap', gap.amax(1)), ('probability', theirs.amax(1))):
+        value, = MODELS.build(dict(BOXES, normalizer='none', weighting=weighting))(context).values()
+        torch.testing.assert_close(value, (giou * weight.detach()).sum())
+    assert (student if side == 'student' else teacher).objectness is objectness  # for masks and other terms
+
+
+@pytest.mark.parametrize('student, teacher', [('yolox', 'rtmdet'), ('rtmdet', 'yolox')])
+@pytest.mark.parametrize('term', [CLASSES, dict(BOXES, weighting='gap'), dict(type='CrossKD')])
+def test_objectness_of_one_side_in_a_step(student, teacher, term, one_stage, distiller, parts_of):
+    model = distiller(one_stage(student), one_stage(teacher), distill=dict(term=term)).train()
+    _sharp(model.bbox_head), _sharp(model.build_teachers()[0].model.bbox_head)
+    parts, loss = parts_of(model)
+    loss.backward()
+    assert loss > 0 and model.backbone.conv1.weight.grad.any()
+    assert ('objectness' in parts) is (term['type'] == 'CrossKD' and teacher == 'yolox')  # both sides are its own head's
+
+
 def test_bounded_form_is_its_formula_over_the_positive_priors_of_the_images(context, inside):
     student, teacher = context.student_outputs['bbox_head'], context.teacher_outputs[0]['bbox_head']
     student.targets = (torch.randn(2, 24, 4) * student.assigned[0].unsqueeze(-1), )
