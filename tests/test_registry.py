@@ -17,7 +17,7 @@ from kd_det.distillers import build_schedule
 from kd_det.masks.base import build_mask
 from kd_det.registry import add_nodes, build_detector, find_class, get_scope, prepare_without_runner, within_scope
 from kd_det.study.fidelity import measure_fidelity
-from kd_det.teachers import TeacherError, probe_towers, read_model_config
+from kd_det.teachers import TeacherError, probe_heads, read_model_config
 from kd_det.training.runner import build_runner
 
 SCOPES = ('alphadet', 'betadet')
@@ -120,7 +120,7 @@ def test_a_detector_is_built_within_the_scope_of_its_config(teacher_file, mmdete
             parts = detector, detector.backbone, detector.bbox_head, detector.bbox_head.loss_cls
             assert {type(part).__module__ for part in parts} == {f'{scope}.models'}
             towers = ['bbox_head.towers']
-            assert probe_towers(given, towers) == probe_towers(mmdetections(depth=50, neck=12), towers)
+            assert probe_heads(given, towers) == probe_heads(mmdetections(depth=50, neck=12), towers)
     assert get_scope(Config(dict(default_scope=None))) == 'mmdet'
 
 

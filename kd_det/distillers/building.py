@@ -20,7 +20,7 @@ from kd_det.config.files import build_own, explain_build_error
 from kd_det.distillers.schedules import Schedule, ScheduleConfig, build_schedule
 from kd_det.distillers.supervision import check_teacher_index
 from kd_det.heads import ROI_HEAD, StudentHeads, StudentOutputs
-from kd_det.heads.capture import measure_towers
+from kd_det.heads.capture import measure_heads
 from kd_det.losses import DistillTerm
 from kd_det.registry import build_detector
 from kd_det.taps import Features, Taps
@@ -178,7 +178,7 @@ class Connections:
         self.student_levels = probe_levels(learner, self.student_taps) if self.student_taps.paths else {}
         for name, term in terms.items():
             with _naming(name):
-                measure_towers(learner, term.student_heads)
+                measure_heads(learner, term.student_heads)
         heads = (head for term in terms.values() for head in term.student_heads)
         read = (head for reading in readings for head in reading.heads if head != ROI_HEAD)
         self.student_heads = StudentHeads(learner, dict.fromkeys(chain(heads, read)))
@@ -238,9 +238,9 @@ class GuideConnections:
         for name, term in terms.items():
             form, learner = forms[term.teacher_index], term.learner_index
             with _naming(name):
-                towers = measure_towers(learners[learner], term.student_heads)
-                term.connect({**levels[learner], **towers},  # type: ignore[dict-item]  # a request equals its name
-                             {**form.levels, **form.towers})  # type: ignore[dict-item]
+                heads = measure_heads(learners[learner], term.student_heads)
+                term.connect({**levels[learner], **heads},  # type: ignore[dict-item]  # a request equals its name
+                             {**form.levels, **form.heads})  # type: ignore[dict-item]
 
 
 def _check_is_its_own(term: DistillTerm, learner: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kd_det.heads.decoders import QueryDecoder, encode, find_family, read_decoder
 from kd_det.heads.dense import DenseOutputs
 from kd_det.heads.queries import QueryOutputs, read_queries
-from kd_det.heads.readers import check_head, find_reader, read_dense
+from kd_det.heads.readers import DenseForm, check_head, find_reader, read_dense
 from kd_det.heads.request import HEADS, KINDS, ROI_HEAD, HeadRequest, Remaining
 from kd_det.heads.roi import RoIOutputs, find_stages, read_sampled, run_roi_head
 from kd_det.heads.towers import (
@@ -32,6 +32,7 @@ from kd_det.taps import Call, Features, Taps, record_calls
 StudentOutputs = dict[str, Any]
 # The same, but TeacherTowers for towers, and of a RoI head a tuple with the RoIOutputs of each of its stages.
 TeacherOutputs = dict[str, Any]
+HeadForm = TowerWidths | DenseForm  # of what is asked of a head
 
 
 class TeacherForward(NamedTuple):
@@ -209,18 +210,28 @@ def find_head(model: nn.Module, name: str) -> nn.Module:
     return head
 
 
-def measure_towers(model: nn.Module, names: Iterable[str]) -> dict[HeadRequest, TowerWidths]:
-    """Measures those of a detector's heads that are asked for as towers.
+def measure_heads(model: nn.Module, names: Iterable[str]) -> dict[HeadRequest, HeadForm]:
+    """Finds the form of a detector's heads: the widths of towers, and what the outputs of dense heads are of.
 
     Args:
         model: The detector.
-        names: See :class:`~kd_det.heads.HeadRequest`; those of other parts are checked.
+        names: See :class:`~kd_det.heads.HeadRequest`; those of other parts are checked, and have none.
 
     Raises:
         HeadError: See :func:`find_head`.
     """
     heads = {request: find_head(model, request) for request in map(HeadRequest.parse, names)}
-    return {request: tower_widths(head) for request, head in heads.items() if request.part == 'towers'}
+    forms = {request: measure_head(head, request) for request, head in heads.items()}
+    return {request: form for request, form in forms.items() if form is not None}
+
+
+def measure_head(head: Any, request: HeadRequest) -> HeadForm | None:
+    """The form of a head that can be read, as far as there is one of what is asked of it."""
+    if request.part == 'towers':
+        return tower_widths(head)
+    if request.part or request == ROI_HEAD or not hasattr(getattr(head, 'prior_generator', None), 'num_levels'):
+        return None
+    return find_reader(type(head)).describe(head)
 
 
 def _find_kinds(model: nn.Module, names: Iterable[str]) -> dict[HeadRequest, tuple[OutputKind, nn.Module]]:

@@ -43,6 +43,9 @@ class TargetsReader(DenseReader):
     weights_at: int | None = None
     targets_at: int | None = None
 
+    def tells_targets(self, head: Any) -> bool:
+        return self.targets_at is not None and isinstance(head.bbox_coder, DeltaXYWHBBoxCoder)
+
     def read_positives(self, head: Any, returned: Sequence[Any], images: int) -> Tensor:
         labels = torch.cat([level.reshape(images, -1) for level in returned[-1][self.labels_at]], 1)
         return (labels >= 0) & (labels < head.num_classes)
@@ -53,7 +56,7 @@ class TargetsReader(DenseReader):
         return torch.cat([level.reshape(images, -1) for level in returned[-1][self.weights_at]], 1) == 0
 
     def read_targets(self, head: Any, returned: Sequence[Any], dense: DenseOutputs) -> Tensor | None:
-        if self.targets_at is None or dense.assigned is None or not isinstance(head.bbox_coder, DeltaXYWHBBoxCoder):
+        if dense.assigned is None or not self.tells_targets(head):
             return None
         assigned = torch.cat(dense.assigned, 1)
         deltas = torch.cat([level.reshape(len(assigned), -1, 4) for level in returned[-1][self.targets_at]], 1).float()
@@ -70,6 +73,13 @@ class AnchorReader(TargetsReader):
 
     weights_at: int | None = 1
     targets_at: int | None = 2
+
+    def name_encoding(self, head: Any) -> str:
+        coder = head.bbox_coder
+        if isinstance(coder, DeltaXYWHBBoxCoder):  # its normalisation is taken away
+            return 'shifts and scales of anchors'
+        settings = (f'{name}={value}' for name, value in sorted(vars(coder).items()) if not name.startswith('_'))
+        return f'{type(coder).__name__}({", ".join(settings)})'
 
     def read(self, head: Any, logits: Maps, deltas: Maps, centerness: Maps | None = None) -> DenseOutputs:
         encoded = regressions = order_by_prior(deltas, 4)
@@ -105,10 +115,20 @@ class ATSSReader(RetinaReader):
     """Of ATSS, whose ``get_targets`` returns the anchors first."""
 
     labels_at, weights_at, targets_at = 1, 2, 3
+    predicts_centerness = True
+
+
+class DistanceReader(TargetsReader):
+    """Of heads that regress the distances from the centres of their priors to the four sides."""
+
+    is_of_centres = True
+
+    def name_encoding(self, head: Any) -> str:
+        return 'distances to the four sides'
 
 
 @reads(GFLHead)
-class GFLReader(TargetsReader):
+class GFLReader(DistanceReader):
     """Of GFL: it predicts distributions over the distances to the four sides, in strides."""
 
     parts = frozenset({'positives', 'towers', 'distributions'})
@@ -125,7 +145,7 @@ class GFLReader(TargetsReader):
         return head.bbox_coder.decode(head.anchor_center(priors), encoded)
 
 
-class PointReader(TargetsReader):
+class PointReader(DistanceReader):
     """Of heads that regress the distances from points to the four sides, in pixels."""
 
     def decode(self, head: Any, priors: Tensor, encoded: Tensor) -> Tensor:
@@ -155,6 +175,7 @@ class FCOSReader(PointReader):
     """Of FCOS, whose distances are in strides with ``norm_on_bbox``, in train mode alone."""
 
     parts = frozenset({'positives', 'towers'})
+    predicts_centerness = True
 
     def read(self, head: Any, logits: Maps, distances: Maps, centerness: Maps) -> DenseOutputs:
         regressions = order_by_prior(distances, 4)
@@ -172,6 +193,10 @@ class YOLOXReader(DenseReader):
     assigning_method = '_get_targets_single'
     towers = ('multi_level_cls_convs', 'multi_level_reg_convs')
     has_tower_of_each_level = True
+    is_of_centres = True
+
+    def name_encoding(self, head: Any) -> str:
+        return 'shifts in strides and logarithms of the size'
 
     def read(self, head: Any, logits: Maps, regressions: Maps, objectness: Maps) -> DenseOutputs:
         return self.assemble(head, logits, order_by_prior(regressions, 4), objectness=_order_scalars(objectness))
@@ -189,6 +214,9 @@ class YOLOv3Reader(DenseReader):
 
     parts = frozenset({'positives'})
     assigning_method = 'get_targets'
+
+    def name_encoding(self, head: Any) -> str:
+        return 'shifts in pixels and scales of anchors'
 
     def read(self, head: Any, maps: Maps) -> DenseOutputs:
         predictions = order_by_prior(maps, head.num_attrib)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from mmdet.models.roi_heads import BaseRoIHead, CascadeRoIHead, StandardRoIHead
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kd_det.functional.boxes import constant
 from kd_det.heads.decoders import has_box_queries
-from kd_det.heads.dense import DenseOutputs, read_strides
+from kd_det.heads.dense import DenseOutputs, Stride, read_strides
 from kd_det.heads.queries import QUERY_HEADS, predicts_queries
 from kd_det.heads.request import HEAD_PARTS, ROI_HEAD, HeadError, HeadRequest
 from kd_det.taps import Features
@@ -21,6 +21,28 @@ from kd_det.taps import Features
 Maps = Sequence[Tensor]  # (N, channels, H, W), one per level
 
 FORWARDS = ('forward', 'forward_single')  # the methods that decide which maps a head puts out
+
+
+class DenseForm(NamedTuple):
+    """What a dense head's outputs are of, which is known before it runs.
+
+    Attributes:
+        head: Its class.
+        encoding: What its regressions say, in words; those of other words say something else.
+        is_of_centres: Whether they depend on where its priors lie, and not on how large they are.
+        priors: Stride -> (A, 4) x1, y1, x2, y2 of the priors of that level's first cell, in pixels; of a head of points
+            the square of one stride around the point.
+        parts: See :class:`DenseReader`.
+        tells_targets: Whether it is known to what its positive priors regress, see :class:`DenseOutputs`.
+        predicts_centerness: Whether a box quality is predicted beside the classes.
+    """
+    head: str
+    encoding: str
+    is_of_centres: bool
+    priors: Mapping[Stride, Tensor]
+    parts: frozenset[str]
+    tells_targets: bool
+    predicts_centerness: bool
 
 
 class DenseReader:
@@ -32,12 +54,31 @@ class DenseReader:
         assigning_method: Of a family that tells its positives, the name of the head's method that finds them.
         towers: Of a family that has them, the names of the head's towers for classes and for boxes.
         has_tower_of_each_level: Whether these are lists of towers, one for each level, and not one for all.
+        is_of_centres: See :class:`DenseForm`.
+        predicts_centerness: The same.
     """
 
     parts: frozenset[str] = frozenset()
     assigning_method = ''
     towers = ('cls_convs', 'reg_convs')
     has_tower_of_each_level = False
+    is_of_centres = False
+    predicts_centerness = False
+
+    def describe(self, head: Any) -> DenseForm:
+        """Tells what a head's outputs are of."""
+        levels = _generate_priors(head, [(1, 1)] * head.prior_generator.num_levels, torch.device('cpu'))
+        priors = dict(zip(read_strides(head.prior_generator.strides), _prior_boxes(head, levels)))
+        return DenseForm(type(head).__name__, self.name_encoding(head), self.is_of_centres, priors, self.parts,
+                         self.tells_targets(head), self.predicts_centerness)
+
+    def name_encoding(self, head: Any) -> str:
+        """Names what the regressions of :meth:`assemble` say, with all settings of the head on which that depends."""
+        return f'as a {type(self).__name__} reads them'
+
+    def tells_targets(self, head: Any) -> bool:
+        """Whether :meth:`read_targets` tells any."""
+        return False
 
     def read(self, head: Any, *maps: Any) -> DenseOutputs:
         """Reads what the head's forward returned.

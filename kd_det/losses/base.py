@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from kd_det.config.arguments import Count, EitherSide, Index, declared, is_distinct, split_sides
 from kd_det.context import ComparedLevel, DistillContext, LevelError, LevelPair, LevelSpec, pair_levels
 from kd_det.functional.moments import block_moments, normalize_channels, pool_moments
-from kd_det.heads.towers import TowerWidths
+from kd_det.heads.capture import HeadForm
 from kd_det.losses.adapters import ChannelAdapter, build_adapter
 from kd_det.masks.base import Mask
 
 Levels = Count | Annotated[Sequence[int], MinLen(1), Predicate(is_distinct), 'a list of different indices']
 Parts = dict[str, Tensor]  # of a term's value, by name; scalars
-InputSpecs = dict[str, tuple[LevelSpec, ...] | TowerWidths]
+InputSpecs = dict[str, tuple[LevelSpec, ...] | HeadForm]
 
 
 class DistillTerm(nn.Module):
@@ -109,7 +109,8 @@ class DistillTerm(nn.Module):
         """Makes what depends on the form of what the term reads. Called once, before the optimizer is made.
 
         Args:
-            student: Levels of each of :attr:`student_taps`; widths of those :attr:`student_heads` that are towers.
+            student: Levels of each of :attr:`student_taps`; the forms of those :attr:`student_heads` that are towers or
+                dense heads, see :func:`~kd_det.heads.capture.measure_heads`.
             teacher: The same of the teacher.
         """
 

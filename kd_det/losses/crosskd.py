@@ -133,9 +133,10 @@ class CrossKD(DenseTerm):
         """Makes an adapter for the features of each tower.
 
         Raises:
-            HeadError: A tower has fewer convolutions.
+            HeadError: A tower has fewer convolutions, or the heads can not be compared.
             ValueError: The adapter does not fit the widths.
         """
+        super().connect(student, teacher)
         widths = (cast(TowerWidths, towers).before(self.remaining)
                   for towers in (student[self.student_towers], teacher[self.teacher_towers]))
         self.adapters = nn.ModuleList(build_adapter(self.adapter, own, taught, bias=not self.align)

@@ -198,6 +198,14 @@ class DenseRegression(DenseTerm):
         return self.form == 'bounded' or self.weighting in ('positives', 'valuable')
 
     @property
+    def compares_regressions(self) -> bool:  # type: ignore[override]
+        return self.form != 'giou'
+
+    @property
+    def reads_targets(self) -> bool:  # type: ignore[override]
+        return self.form == 'bounded'
+
+    @property
     def student_heads(self) -> tuple[str, ...]:
         positives = (HeadRequest(self.student_head, 'positives'), ) if self.only_at_boxes else ()
         return (*super().student_heads, *positives, *self._distributions_of(self.student_head))

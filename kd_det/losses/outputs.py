@@ -1,7 +1,7 @@
 """What the terms that compare outputs of heads share: of dense heads prior by prior, of RoI heads region by region."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Literal, NamedTuple, cast
 
 import torch
@@ -20,13 +20,18 @@ from kd_det.functional.logits import (
     standardized_logits,
 )
 from kd_det.heads import ROI_HEAD, DenseOutputs, HeadError, HeadRequest, RoIOutputs
-from kd_det.heads.request import KINDS
+from kd_det.heads.dense import Stride
+from kd_det.heads.readers import DenseForm
+from kd_det.heads.request import HEAD_PARTS, KINDS
 from kd_det.heads.roi import Stage, at_stage
-from kd_det.losses.base import DistillTerm, Parts, add_parts
+from kd_det.losses.base import DistillTerm, InputSpecs, Parts, add_parts
 
 DenseNormalizer = Literal['positives', 'confidence', 'richness', 'none']
 Treatment = Literal['none', 'cwtm', 'dkpp']  # of what the teacher says of classes
 Margin = Annotated[float, Ge(0)]  # between squared errors
+NO_TARGETS = ("form='bounded' compares the errors of anchors' deltas, as RetinaNet, ATSS, SSD and RPN heads predict "
+              'them; what the positive priors of this head regress to is not known.')
+NEAR = 0.01  # pixels by which equal priors differ by rounding
 # Of the gap in a divergence. Between 0 and 1 the gradient is infinite where student and teacher agree.
 GapExponent = Annotated[float, Ge(0), Le(0)] | Annotated[float, Ge(1)]
 
@@ -73,8 +78,7 @@ class ComparedOutputs(NamedTuple):
             HeadError: The student's targets are not known.
         """
         if self.student.targets is None:
-            raise HeadError("form='bounded' compares the errors of anchors' deltas, as RetinaNet, ATSS, SSD and RPN "
-                            'heads predict them; what the positive priors of this head regress to is not known.')
+            raise HeadError(NO_TARGETS)
         targets = self.student.targets[self.student_level]
         weight = self.valid * self.student.positives(self.student_level)
         return sum_bounded_regression(*self.both('regressions'), targets, weight, margin)
@@ -83,7 +87,9 @@ class ComparedOutputs(NamedTuple):
 class DenseTerm(DistillTerm):
     """A term that compares two dense heads prior by prior; a subclass implements :meth:`compare`.
 
-    Levels are paired by stride. Both heads must have the same priors per cell, classes, and activation. Where one alone
+    Levels are paired by stride. Both heads must have as many priors per cell, where these are several of the same sizes
+    in the same order, and the same classes and activation. Regressions say the same where both heads encode boxes
+    alike, of the same priors; a coder's normalisation by means and deviations is taken away. Where one head alone
     predicts objectness, as YOLOX beside RTMDet, its class logits are those of class and object at once
     (:func:`~kd_det.functional.logits.joint_logits`), which is what the other's say. Outputs are (N, H·W·A, …) per
     level, see :class:`~kd_det.heads.DenseOutputs`.
@@ -101,12 +107,16 @@ class DenseTerm(DistillTerm):
 
     Attributes:
         kinds: What it reads of the teacher's outputs, see :class:`~kd_det.heads.HeadRequest`.
+        compares_regressions: Whether it compares regressions as heads put them out, and no boxes that are decoded.
+        reads_targets: Whether it compares them with the ground truth's.
 
     Raises:
         ValueError: An argument that does not fit.
     """
 
     kinds: Iterable[str] = tuple(KINDS)
+    compares_regressions: bool = False
+    reads_targets: bool = False
 
     @declared
     def __init__(self, head: EitherSide = 'bbox_head', normalizer: DenseNormalizer = 'positives',
@@ -127,6 +137,25 @@ class DenseTerm(DistillTerm):
     @property
     def independent_of_batch_size(self) -> bool:  # type: ignore[override]
         return self.normalizer != 'none'  # a sum grows with the batch
+
+    def connect(self, student: InputSpecs, teacher: InputSpecs) -> None:
+        """Checks, as far as it is known before the heads run, that they can be compared.
+
+        Raises:
+            HeadError: Their priors are others, or what is compared of them says something else.
+        """
+        own, taught = student.get(self.student_head), teacher.get(self.teacher_head)
+        if not isinstance(own, DenseForm) or not isinstance(taught, DenseForm):
+            return  # of a guide that does not tell
+        for part in (request.part for request in map(HeadRequest.parse, self.teacher_heads)):
+            if part not in ('', 'towers', *taught.parts):
+                raise HeadError(f"A term learns from the teacher's {self.teacher_head}.{part}. A {taught.head} "
+                                f'{HEAD_PARTS[part]}.')
+        _require_same_sizes(own, taught)
+        if self.reads_targets and not own.tells_targets:
+            raise HeadError(NO_TARGETS)
+        if self.compares_regressions:
+            _require_same_encoding(own, taught)
 
     def forward(self, context: DistillContext) -> Parts:
         levels = self.pair_levels(context)
@@ -313,6 +342,50 @@ def _require_same_classes(student: DenseOutputs | RoIOutputs, teacher: DenseOutp
         raise HeadError(f'The student tells {student.num_classes} classes apart, the teacher {teacher.num_classes}: '
                         'outputs are compared class by class, and classes are matched by name where both sides tell '
                         "theirs. Name the teacher's, by label, with teacher.classes=[…], or distil features alone.")
+
+
+def _require_same_sizes(student: DenseForm, teacher: DenseForm) -> None:
+    """Of several priors a cell each has its part in the other head; of one, whatever its size, the cell is compared."""
+    for stride, priors, others in _list_pairs(student, teacher):
+        sizes, other_sizes = (each[:, 2:] - each[:, :2] for each in (priors, others))
+        if len(sizes) > 1 and not _is_near(sizes, other_sizes):
+            raise HeadError(
+                f'On the level of stride {stride} the anchors of the student, a {student.head}, are of '
+                f'{_list_sizes(sizes)} pixels, those of the teacher, a {teacher.head}, of {_list_sizes(other_sizes)}: '
+                "dense outputs are compared anchor by anchor. Give the student's anchor_generator the teacher's "
+                'scales, ratios and sizes, or distil features.')
+
+
+def _require_same_encoding(student: DenseForm, teacher: DenseForm) -> None:
+    remedy = ("Compare decoded boxes, by DenseRegression with form='giou'; RPNImitation beside it with "
+              'regression_weight=0.')
+    if student.encoding != teacher.encoding:
+        raise HeadError(f'Regressions of the student, a {student.head}, are {student.encoding}, those of the teacher, '
+                        f'a {teacher.head}, {teacher.encoding}. {remedy}')
+    for stride, priors, others in _list_pairs(student, teacher):
+        if student.is_of_centres:
+            priors, others = (each.unflatten(1, (2, 2)).mean(1) for each in (priors, others))
+        if not _is_near(priors, others):
+            what = 'centre of the first prior' if student.is_of_centres else 'first prior'
+            raise HeadError(f"Regressions are of other priors: on the level of stride {stride} the student's {what} is "
+                            f"{priors[0].tolist()} in pixels, the teacher's {others[0].tolist()}. Give the student's "
+                            f"anchor_generator (offset and center_offset, too) the teacher's settings. Or: {remedy}")
+
+
+def _list_pairs(student: DenseForm, teacher: DenseForm) -> Iterator[tuple[Stride, Tensor, Tensor]]:
+    """The priors of levels that are of one stride and have as many; of others the first step tells."""
+    for stride, priors in student.priors.items():
+        others = teacher.priors.get(stride)
+        if others is not None and len(others) == len(priors):
+            yield stride, priors, others
+
+
+def _is_near(first: Tensor, second: Tensor) -> bool:
+    return torch.allclose(first, second, rtol=0, atol=NEAR)
+
+
+def _list_sizes(sizes: Tensor) -> str:
+    return ', '.join(f'{width:.4g} × {height:.4g}' for width, height in sizes.tolist())
 
 
 def _describe(outputs: DenseOutputs, level: int) -> str:

@@ -202,7 +202,7 @@ class RPNImitation(DenseTerm):
         form: See above.
         margin: m of the bounded form, a squared error: a student better by less still learns.
         objectness_weight: w_obj.
-        regression_weight: w_reg.
+        regression_weight: w_reg; with 0 heads of other encodings or priors can be compared.
         head: See :class:`~kd_det.losses.outputs.DenseTerm`.
         normalizer: See :class:`~kd_det.losses.outputs.DenseTerm`; the teacher's confidence by default, because the
             sampler of an RPN may leave positive anchors out.
@@ -234,8 +234,16 @@ class RPNImitation(DenseTerm):
         self.objectness_weight, self.regression_weight = objectness_weight, regression_weight
 
     @property
+    def compares_regressions(self) -> bool:  # type: ignore[override]
+        return self.regression_weight != 0
+
+    @property
+    def reads_targets(self) -> bool:  # type: ignore[override]
+        return self.form == 'bounded' and self.compares_regressions
+
+    @property
     def student_heads(self) -> tuple[str, ...]:
-        positives = (HeadRequest(self.student_head, 'positives'), ) if self.form == 'bounded' else ()
+        positives = (HeadRequest(self.student_head, 'positives'), ) if self.reads_targets else ()
         return (*super().student_heads, *positives)
 
     def compare(self, level: ComparedOutputs) -> Parts:
@@ -247,6 +255,8 @@ class RPNImitation(DenseTerm):
                     regression=self.regression_weight * self._compare_regressions(level))
 
     def _compare_regressions(self, level: ComparedOutputs) -> Tensor:
+        if not self.compares_regressions:
+            return level.valid.new_zeros(())
         if self.form == 'bounded':
             return level.bounded_error(self.margin)
         return sum_differences(*level.both('regressions'), level.confidence())

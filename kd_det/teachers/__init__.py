@@ -5,7 +5,7 @@ from kd_det.teachers.bridge import InputBridge
 from kd_det.teachers.detections import Detections, insert_detections
 from kd_det.teachers.guide import Guide
 from kd_det.teachers.loading import explain_model_errors, load_strictly
-from kd_det.teachers.probe import probe_config, probe_levels, probe_towers
+from kd_det.teachers.probe import probe_config, probe_heads, probe_levels
 from kd_det.teachers.teacher import Teacher
 
 # ruff: noqa: F401  what is imported beside these is for other rooms, not public

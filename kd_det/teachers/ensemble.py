@@ -107,8 +107,7 @@ class Ensemble(Guide):
     def probe(self, reading: Reading, learners: Sequence[nn.Module], levels: Sequence[Mapping[str, Any]]) -> GuideForm:
         models = [learners[member.learner] for member in self.members if isinstance(member, Peer)]
         check_alike(models, self.learns)
-        for member in self.members:
-            member.probe(reading, learners, levels)
+        forms = [member.probe(reading, learners, levels) for member in self.members]
         if self.gated:
             trunk = getattr(learners[0], NECK, None)
             shared = all(getattr(model.neck, 'part', None) is trunk for model in models[1:] if trunk is not None)
@@ -116,7 +115,7 @@ class Ensemble(Guide):
                 raise ArgumentError('weights', "a gate is given what all members share: set "
                                     "model.share=('backbone', 'neck'), and let the first member be the student.")
             self.module = Gate(levels[0][NECK][0].channels, len(models))
-        return GuideForm({})
+        return GuideForm({}, forms[0].heads)
 
     def start(self, reading: Reading, learners: Sequence[nn.Module]) -> Guide:
         for index, member in enumerate(self.members):

@@ -14,7 +14,7 @@ from kd_det.config.detectors import TeacherError
 from kd_det.config.files import build_own, get_type_name
 from kd_det.context import LevelSpec
 from kd_det.heads import HeadError, HeadRequest, StudentOutputs, TeacherOutputs
-from kd_det.heads.towers import TowerWidths
+from kd_det.heads.capture import HeadForm
 from kd_det.taps import Features
 
 Shape = tuple[int, int]
@@ -37,10 +37,10 @@ class GuideForm(NamedTuple):
 
     Attributes:
         levels: Levels of each tap.
-        towers: Widths of those heads that are read as towers.
+        heads: Forms of heads that are read, see :func:`~kd_det.heads.capture.measure_heads`.
     """
     levels: dict[str, tuple[LevelSpec, ...]]
-    towers: Mapping[HeadRequest, TowerWidths] = MappingProxyType({})
+    heads: Mapping[HeadRequest, HeadForm] = MappingProxyType({})
 
 
 class LearnerStep(NamedTuple):

@@ -11,8 +11,8 @@ from mmengine.model import ExponentialMovingAverage
 from torch import Tensor, nn
 
 from kd_det.config.arguments import ArgumentError, Index, declared
-from kd_det.heads import ROI_HEAD, HeadError, HeadRequest, StudentOutputs, TeacherOutputs, find_head
-from kd_det.heads.capture import measure_towers
+from kd_det.heads import ROI_HEAD, HeadError, HeadRequest, StudentOutputs, TeacherOutputs
+from kd_det.heads.capture import HeadForm, measure_heads
 from kd_det.heads.decoders import evaluating
 from kd_det.heads.roi import run_roi_head
 from kd_det.taps import Features
@@ -52,12 +52,13 @@ class Peer(Guide):
 
     def probe(self, reading: Reading, learners: Sequence[nn.Module],
               levels: Sequence[Mapping[str, Any]]) -> GuideForm:
+        forms: dict[HeadRequest, HeadForm] = {}
         for head in reading.heads:
             try:
-                find_head(learners[self.learner], head)
+                forms.update(measure_heads(learners[self.learner], [head]))
             except HeadError as error:
                 raise ArgumentError('learner', f'a term reads its {head}. {error}') from error
-        return GuideForm({path: levels[self.learner][path] for path in reading.taps})
+        return GuideForm({path: levels[self.learner][path] for path in reading.taps}, forms)
 
     def observe(self, images: Tensor, image_shapes: Sequence[Shape], heads: Sequence[str] = (),
                 student: StudentOutputs | None = None, taps: Sequence[str] | None = None,
@@ -101,7 +102,7 @@ class Average(Guide):
 
     def probe(self, reading: Reading, learners: Sequence[nn.Module],
               levels: Sequence[Mapping[str, Any]]) -> GuideForm:
-        return GuideForm({path: levels[0][path] for path in reading.taps}, measure_towers(learners[0], reading.heads))
+        return GuideForm({path: levels[0][path] for path in reading.taps}, measure_heads(learners[0], reading.heads))
 
     def start(self, reading: Reading, learners: Sequence[nn.Module]) -> AveragedStudent:
         return AveragedStudent(learners[0], self.momentum, reading)

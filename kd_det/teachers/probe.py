@@ -18,8 +18,9 @@ from kd_det.config.detectors import ModelConfig, find_head_classes, read_model_c
 from kd_det.config.files import get_type_name
 from kd_det.context import LevelSpec
 from kd_det.heads import HeadError, HeadRequest, check_head
+from kd_det.heads.capture import HeadForm, measure_head
 from kd_det.heads.dense import Stride, read_strides
-from kd_det.heads.towers import TowerWidths, tower_widths
+from kd_det.heads.request import ROI_HEAD
 from kd_det.registry import build_detector, within_scope
 from kd_det.taps import ENCODER, Features, TapError, Taps, find_module, is_within_encoder
 
@@ -106,33 +107,39 @@ def _divide(stride: Stride, scale: float) -> Stride:
     return int(divided) if divided.is_integer() else divided
 
 
-def probe_towers(config: ModelConfig, names: Iterable[str]) -> dict[HeadRequest, TowerWidths]:
-    """Builds those heads of a teacher whose towers are asked for, and lets them go again.
+def probe_heads(config: ModelConfig, names: Iterable[str]) -> dict[HeadRequest, HeadForm]:
+    """Builds those heads of a teacher that are asked for as towers or dense outputs, and lets them go again.
+
+    Of an absent head, or one that can not be read, the teacher says so when it is loaded; of towers it is said here,
+    for the term is connected by their widths.
 
     Args:
         config: See :func:`~kd_det.config.detectors.read_model_config`.
         names: See :class:`~kd_det.heads.HeadRequest`.
 
     Returns:
-        Name -> widths, for the names that ask for towers.
+        Name -> form.
 
     Raises:
-        HeadError: A head is absent, or has no towers.
+        HeadError: A head of which towers are asked is absent, or has none.
     """
-    requests = [request for request in map(HeadRequest.parse, names) if request.part == 'towers']
+    requests = [request for request in map(HeadRequest.parse, names)
+                if request.part in ('', 'towers') and request != ROI_HEAD]
     if not requests:
         return {}
-    model, widths = read_model_config(config), {}
+    model, forms = read_model_config(config), {}
     for request in requests:
         try:
             check_head(get_type_name(model), find_head_classes(model), request)
         except HeadError as error:
+            if request.part != 'towers':
+                continue
             raise HeadError(f"A term learns from the teacher's {request}. {error}") from error
         with preserved_randomness(), within_scope(model.get('_scope_')):
             head = MODELS.build(model[request.head]) if 'kept' not in model else getattr(build_detector(model),
                                                                                          request.head)
-        widths[request] = tower_widths(head)
-    return widths
+        forms[request] = measure_head(head, request)
+    return {request: form for request, form in forms.items() if form is not None}
 
 
 def find_input_channels(model: nn.Module) -> int:

@@ -33,7 +33,7 @@ from kd_det.teachers.cache import Outputs, TeacherCache
 from kd_det.teachers.engine import Engine, Precision, hash_weights
 from kd_det.teachers.guide import Guide, GuideForm, LearnerStep, Reading, ReadLevels
 from kd_det.teachers.loading import explain_model_errors, find_class_names, load_strictly, remove_pretrained
-from kd_det.teachers.probe import find_input_channels, make_shape_samples, probe_config, probe_towers, run_encoder
+from kd_det.teachers.probe import find_input_channels, make_shape_samples, probe_config, probe_heads, run_encoder
 
 NOT_OF_CONFIGS = ('taps', 'heads', 'student_preprocessor')  # arguments of a Teacher that the distiller gives it
 NECK = 'neck'
@@ -79,13 +79,14 @@ class FrozenDetector(Guide):
                    else '')
             raise HeadError(f"it reads the outputs of the teacher's {uncached[0]}{why}: a cache keeps features and the "
                             'maps of dense heads alone. Remove model.teacher.cache, or this term.')
-        probe_towers(self.config['config'], reading.heads)  # here, where the term is told that has asked for them
+        towers = [head for head in reading.heads if '.towers' in head]
+        probe_heads(self.config['config'], towers)  # here, where the term is told that has asked for them
 
     def probe(self, reading: Reading, learners: Sequence[nn.Module], levels: Sequence[Any]) -> GuideForm:
         with explain_model_errors(self.config['config']):
             found = probe_config(read_model_config(self.config['config']), reading.taps,
                                  self.config.get('scale', 1.0)) if reading.taps else {}
-        return GuideForm(found, probe_towers(self.config['config'], reading.heads))
+            return GuideForm(found, probe_heads(self.config['config'], reading.heads))
 
     def start(self, reading: Reading, learners: Sequence[nn.Module]) -> Teacher:
         teacher = Teacher(**self.config, taps=reading.taps, heads=reading.heads,

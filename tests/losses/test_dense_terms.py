@@ -328,7 +328,7 @@ def test_objectness_of_one_side_in_a_step(student, teacher, term, one_stage, dis
     parts, loss = parts_of(model)
     loss.backward()
     assert loss > 0 and model.backbone.conv1.weight.grad.any()
-    assert ('objectness' in parts) is (term['type'] == 'CrossKD' and teacher == 'yolox')  # both sides are its own head's
+    assert ('objectness' in parts) is (term['type'] == 'CrossKD' and teacher == 'yolox')  # both are of its head
 
 
 def test_bounded_form_is_its_formula_over_the_positive_priors_of_the_images(context, inside):
@@ -367,11 +367,56 @@ def test_heads_that_can_not_be_compared(student, teacher, changes, message, one_
         parts_of(model)
 
 
+L1 = dict(type='RPNImitation', head='bbox_head')
+ONE = dict(type='AnchorGenerator', ratios=[1.0], octave_base_scale=8, scales_per_octave=1, strides=[8, 16, 32])
+
+
+@pytest.mark.parametrize('student, teacher, term, message', [
+    ('atss', 'fcos', BOUNDED, 'student, a ATSSHead, are shifts and scales of anchors, .* a FCOSHead, distances to the '
+                              "four sides. Compare decoded boxes, by DenseRegression with form='giou'"),
+    ('rtmdet', 'yolox', L1, 'a RTMDetHead, are distances to the four sides, .* YOLOXHead, shifts in strides'),
+    ('gfl', 'atss', L1, 'a GFLHead, are distances to the four sides, .* shifts and scales of anchors'),
+    ('rtmdet', 'fcos', L1, r"level of stride 8 the student's centre of the first prior is \[0.0, 0.0\] in pixels, the "
+                           r"teacher's \[4.0, 4.0\]. Give the student's anchor_generator .offset and center_offset"),
+    ('atss', dict(anchor_generator=dict(ONE, octave_base_scale=4)), BOUNDED, r"prior is \[-32.0, .*'s \[-16.0, "),
+    ('gfl', dict(anchor_generator=dict(ONE, center_offset=0.5)), LD, r"is \[0.0, 0.0\] in pixels, .*'s \[4.0, 4.0\]"),
+    ('atss', dict(bbox_coder=dict(type='TBLRBBoxCoder', normalizer=2.0)), BOUNDED, r'TBLRBBoxCoder\(.*normalizer=2.0'),
+    ('fcos', 'fcos', BOUNDED, 'what the positive priors of this head regress to is not known')])
+def test_regressions_of_other_encodings_or_priors_are_refused_when_it_is_built(
+        student, teacher, term, message, one_stage, distiller, parts_of):
+    other = one_stage(student, **teacher) if isinstance(teacher, dict) else one_stage(teacher)
+    with pytest.raises(ConfigurationError, match=f'^model.distill.term: .*{message}'):
+        distiller(one_stage(student), other, distill=dict(term=term))
+    if term is L1 or term is BOUNDED:  # what the message says works
+        terms = dict(boxes=BOXES, objects=dict(L1, regression_weight=0))
+        distiller(one_stage(student), other, distill=terms)
+        _, loss = parts_of(distiller(one_stage(student), other, distill=dict(term=terms['objects'])).train())
+        assert loss.isfinite()
+
+
+@pytest.mark.parametrize('student, teacher, term', [
+    ('retina', dict(bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_stds=[1.0, 1.0, 1.0, 1.0])), BOUNDED),
+    ('gfl', dict(anchor_generator=dict(ONE, octave_base_scale=4)), LD), ('rtmdet', 'gfl', L1), ('atss', 'fcos', BOXES),
+    ('rtmdet', 'fcos', CLASSES), ('fcos', 'fcos_normalized', L1)])
+def test_of_heads_that_encode_boxes_alike_other_settings_are_no_matter(student, teacher, term, one_stage, distiller):
+    other = one_stage(student, **teacher) if isinstance(teacher, dict) else one_stage(teacher)
+    distiller(one_stage(student), other, distill=dict(term=term))
+
+
+@pytest.mark.parametrize('term', [CLASSES, BOXES, RM, dict(type='CrossKD')])
+def test_several_anchors_are_those_of_the_teacher_in_its_order(term, one_stage, distiller):
+    anchors = dict(type='AnchorGenerator', octave_base_scale=4, scales_per_octave=2, ratios=[1.0, 0.5],
+                   strides=[8, 16, 32])
+    with pytest.raises(ConfigurationError, match='term: On the level of stride 8 the anchors of the student, a Reti.*, '
+                                                 'are of 45.25 × 22.63, .*, of 32 × 32, .*anchor by anchor'):
+        distiller(one_stage('retina'), one_stage('retina', anchor_generator=anchors), distill=dict(term=term))
+
+
 def test_distributions_that_can_not_be_compared(one_stage, distiller, parts_of):
     with pytest.raises(ConfigurationError, match="A ATSSHead predicts no distributions.*choose form='giou'"):
         distiller(one_stage('atss'), one_stage('gfl'), distill=dict(term=LD))
-    with pytest.raises(TeacherError, match="teacher's bbox_head.distributions. A ATSSHead predicts no"):
-        distiller(one_stage('gfl'), one_stage('atss'), distill=dict(term=LD)).build_teachers()
+    with pytest.raises(ConfigurationError, match="teacher's bbox_head.distributions. A ATSSHead predicts no"):
+        distiller(one_stage('gfl'), one_stage('atss'), distill=dict(term=LD))
     with pytest.raises(HeadError, match='over 5 bins, the teacher over 9'):
         parts_of(distiller(one_stage('gfl'), one_stage('gfl', reg_max=8), distill=dict(term=LD)).train())
 
