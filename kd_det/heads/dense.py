@@ -220,7 +220,8 @@ class DenseOutputs:
         """
         if self.assigned is None:
             raise HeadError('Which priors are positive is not known for this head: it does not assign them in the way '
-                            "of its family. Choose a form without them, such as normalizer='confidence'.")
+                            "of its family. Choose a form without them, such as normalizer='confidence' (of CrossKD "
+                            'also centerness_weight=0).')
         return self.assigned[level]
 
 

@@ -16,7 +16,8 @@ HEAD_PARTS: dict[str, str] = {
     'towers': 'has no towers, stacks of convolutions before its predictions that are read, as those of the heads of '
               'RetinaNet, ATSS, GFL, FCOS, RTMDet and YOLOX are',
     'positives': 'does not tell which priors it assigned to boxes: choose a form without positives, such as '
-                 "normalizer='confidence', or declare its own assignment with kd_det.heads.reads_like",
+                 "normalizer='confidence' (of CrossKD also centerness_weight=0), or declare its own assignment with "
+                 'kd_det.heads.reads_like',
     'distributions': "predicts no distributions over distances, as GFL and its kin do: choose form='giou'",
     'queries': 'predicts no queries, as the heads of DETR, Conditional DETR, DAB-DETR, Deformable DETR and DINO do; '
                'kd_det.heads.reads_like declares one with a forward of its own',

@@ -11,6 +11,7 @@ from kd_det.config.arguments import Index, Positive, Weight, declared
 from kd_det.context import DistillContext
 from kd_det.functional.moments import align_channels, block_moments, pool_moments
 from kd_det.heads import DenseOutputs, HeadError, HeadRequest
+from kd_det.heads.readers import DenseForm
 from kd_det.heads.towers import TeacherTowers, TowerFeatures, TowerWidths
 from kd_det.losses.adapters import ChannelAdapter, build_adapter
 from kd_det.losses.base import InputSpecs, Parts, sum_over_ranks
@@ -137,6 +138,11 @@ class CrossKD(DenseTerm):
             ValueError: The adapter does not fit the widths.
         """
         super().connect(student, teacher)
+        own, taught = student.get(self.student_head), teacher.get(self.teacher_head)
+        if (self.centerness_weight and isinstance(own, DenseForm) and isinstance(taught, DenseForm)
+                and taught.predicts_centerness and 'positives' not in own.parts):
+            raise HeadError(f"The centerness of the teacher's {taught.head} is compared on the priors that the student "
+                            f'assigns to boxes, and a {own.head} does not tell which: set centerness_weight=0.')
         widths = (cast(TowerWidths, towers).before(self.remaining)
                   for towers in (student[self.student_towers], teacher[self.teacher_towers]))
         self.adapters = nn.ModuleList(build_adapter(self.adapter, own, taught, bias=not self.align)

@@ -5,6 +5,7 @@ from types import MappingProxyType
 import pytest
 import torch
 import torch.nn.functional as F
+from mmdet.models.dense_heads import ATSSHead
 from mmdet.registry import MODELS
 
 from kd_det.config.files import ConfigurationError
@@ -263,6 +264,26 @@ def test_towers_of_other_depths_share_their_last_convolutions(one_stage, distill
     assert loss.isfinite() and loss > 0
     with pytest.raises(ConfigurationError, match='term: remaining=2 convolutions: the depth of a tower is 1'):
         distiller(student, teacher, distill=dict(term=dict(CROSSKD, remaining=2)))
+
+
+class OwnAssignment(ATSSHead):
+    """Overrides what it assigns."""
+
+    def get_targets(self, *args, **kwargs):
+        return super().get_targets(*args, **kwargs)
+
+
+def test_what_is_advised_for_a_student_that_tells_no_positives_works(one_stage, distiller, parts_of):
+    MODELS.register_module(module=OwnAssignment, force=True)
+    student, teacher = one_stage('atss', type='OwnAssignment'), one_stage('atss')
+    advice = r"normalizer='confidence' \(of CrossKD also centerness_weight=0\)"
+    with pytest.raises(ConfigurationError, match=f'A OwnAssignment does not tell which priors .*{advice}'):
+        distiller(student, teacher, distill=dict(term=CROSSKD))
+    with pytest.raises(ConfigurationError, match='centerness of .* ATSSHead .* OwnAssignment .*centerness_weight=0'):
+        distiller(student, teacher, distill=dict(term=dict(CROSSKD, normalizer='confidence')))
+    advised = dict(CROSSKD, normalizer='confidence', centerness_weight=0)
+    parts, loss = parts_of(distiller(student, teacher, distill=dict(term=advised)).train())
+    assert loss > 0 and set(parts) == {'classes', 'giou'}
 
 
 def test_mistakes_are_named_where_they_are(one_stage, distiller):
