@@ -151,7 +151,8 @@ class DenseRegression(DenseTerm):
 
     - ``'confidence'``: the teacher's score.
     - ``'probability'``: the teacher's largest class probability, without the centerness that is a factor of the score;
-      0 on priors that the student's assigner left out, near a box but not near enough (CrossKD, arXiv 2306.11369).
+      0 on priors that the student's assigner left out, near a box but not near enough (CrossKD, arXiv 2306.11369);
+      ``normalizer='confidence'`` does not count those either.
     - ``'gap'``: the largest difference of a class probability between the two (BCKD, arXiv 2308.14286).
     - ``'positives'``: the student's own score on the priors that its assigner gave to a box, 0 on others (LD's main
       region).
@@ -234,14 +235,17 @@ class DenseRegression(DenseTerm):
             distance = sum_giou_imitation(*level.both('boxes'), weight)
         return {self.form: distance}
 
+    def _count(self, level: ComparedOutputs) -> Tensor:
+        if self.normalizer == 'confidence' and self.weighting == 'probability':  # what has no weight does not count
+            return _leave_ignored_out(level, level.confidence()).sum()
+        return super()._count(level)
+
     def _weigh(self, level: ComparedOutputs) -> Tensor:
         """(N, H·W·A), without gradient."""
         if self.weighting == 'confidence':
             return level.teacher.scores(level.teacher_level)
         if self.weighting == 'probability':
-            probability = level.teacher.largest_probabilities(level.teacher_level)
-            ignored = level.student.ignored
-            return probability if ignored is None else probability * ~ignored[level.student_level]
+            return _leave_ignored_out(level, level.teacher.largest_probabilities(level.teacher_level))
         if self.weighting == 'gap':
             sides = (level.student, level.student_level), (level.teacher, level.teacher_level)
             objectness = (None if each.objectness is None else each.objectness[index] for each, index in sides)
@@ -250,6 +254,12 @@ class DenseRegression(DenseTerm):
         if self.weighting == 'valuable':
             return _find_valuable(level) * ~positives
         return level.student.scores(level.student_level) * positives
+
+
+def _leave_ignored_out(level: ComparedOutputs, values: Tensor) -> Tensor:
+    """(N, H·W·A) values, 0 on priors that the student's assigner left out."""
+    ignored = level.student.ignored
+    return values if ignored is None else values * ~ignored[level.student_level]
 
 
 def _find_valuable(level: ComparedOutputs) -> Tensor:

@@ -127,6 +127,19 @@ def test_regression_is_its_formula_over_the_cells_of_the_images(context, inside)
         torch.testing.assert_close(value, expected.sum())
 
 
+@pytest.mark.parametrize('form', ['giou', 'distribution'])
+def test_ignored_priors_are_neither_compared_nor_counted_where_the_probability_weighs(form, context, inside):
+    student, teacher = context.student_outputs['bbox_head'], context.teacher_outputs[0]['bbox_head']
+    student.ignored = (torch.rand(2, 24, generator=torch.Generator().manual_seed(1)) > 0.5, )
+    counts = inside & ~student.ignored[0]
+    weights = teacher.logits[0][counts].sigmoid().amax(1).detach()
+    each = (giou_imitation(student.boxes[0][counts], teacher.boxes[0][counts]) if form == 'giou' else distribution_kl(
+        student.distributions[0][counts], teacher.distributions[0][counts], 10.0, 'mean'))
+    value, = MODELS.build(dict(BOXES, form=form, weighting='probability', normalizer='confidence'))(context).values()
+    torch.testing.assert_close(value, (weights * each).sum() / weights.sum().clamp(min=1))
+    assert weights.sum() > 1 and counts.sum() < inside.sum()
+
+
 @pytest.mark.parametrize('beta', [0, 1])
 def test_a_temperature_softens_sigmoids(context, beta):
     student, teacher = (each['bbox_head'].logits[0] for each in (context.student_outputs, context.teacher_outputs[0]))
