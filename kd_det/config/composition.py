@@ -43,7 +43,7 @@ from kd_det.config.files import (
     student_model,
 )
 from kd_det.config.methods import PARTS, find_files, split_family
-from kd_det.heads import HeadError, HeadRequest, check_head
+from kd_det.heads import ROI_HEAD, HeadError, HeadRequest, check_head, check_sampling
 from kd_det.registry import HOME, build_detector, get_scope, within_scope
 
 if TYPE_CHECKING:
@@ -228,6 +228,8 @@ def check_terms(method: str, terms: dict[str, dict], detector: str, heads: HeadC
         try:
             for head in term.student_heads:
                 check_head(detector, heads, head)
+                if head == ROI_HEAD:
+                    check_sampling(heads[head])
             if term.least_levels > 1 and has_one_level(heads):
                 raise HeadError(f'A {detector} has features of one level, not of {term.least_levels}.')
         except HeadError as error:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 
+from mmdet.models import TridentFasterRCNN
 from mmdet.registry import MODELS
 from torch import nn
 
@@ -19,8 +20,8 @@ from kd_det.config.detectors import check_student, extract_plain_detector
 from kd_det.config.files import build_own, explain_build_error
 from kd_det.distillers.schedules import Schedule, ScheduleConfig, build_schedule
 from kd_det.distillers.supervision import check_teacher_index
-from kd_det.heads import ROI_HEAD, StudentHeads, StudentOutputs
-from kd_det.heads.capture import measure_heads
+from kd_det.heads import ROI_HEAD, HeadError, StudentHeads, StudentOutputs
+from kd_det.heads.capture import measure_student
 from kd_det.losses import DistillTerm
 from kd_det.registry import build_detector
 from kd_det.taps import Features, Taps
@@ -178,7 +179,7 @@ class Connections:
         self.student_levels = probe_levels(learner, self.student_taps) if self.student_taps.paths else {}
         for name, term in terms.items():
             with _naming(name):
-                measure_heads(learner, term.student_heads)
+                measure_student(learner, term.student_heads)
         heads = (head for term in terms.values() for head in term.student_heads)
         read = (head for reading in readings for head in reading.heads if head != ROI_HEAD)
         self.student_heads = StudentHeads(learner, dict.fromkeys(chain(heads, read)))
@@ -218,8 +219,10 @@ class GuideConnections:
                          for taught in by_guide]
         for name, term in terms.items():
             with _naming(name):
-                _check_is_its_own(term, learners[term.learner_index])
                 guide = guides[term.teacher_index]
+                _check_is_its_own(term, learners[term.learner_index])
+                for index in (term.learner_index, *guide.reads_learners):
+                    _check_branches(learners[index])
                 guide.check(Reading(term.teacher_taps, term.teacher_heads))
                 if isinstance(guide, Peer) and guide.learner == term.learner_index:
                     refuse('teacher', term.teacher_index, f'another guide for learner {guide.learner}',
@@ -238,7 +241,7 @@ class GuideConnections:
         for name, term in terms.items():
             form, learner = forms[term.teacher_index], term.learner_index
             with _naming(name):
-                heads = measure_heads(learners[learner], term.student_heads)
+                heads = measure_student(learners[learner], term.student_heads)
                 term.connect({**levels[learner], **heads},  # type: ignore[dict-item]  # a request equals its name
                              {**form.levels, **form.heads})  # type: ignore[dict-item]
 
@@ -250,6 +253,14 @@ def _check_is_its_own(term: DistillTerm, learner: nn.Module) -> None:
         if getattr(getattr(learner, part, None), 'stands_for_students', False) and (within or part not in ENCODERS):
             refuse('learner', term.learner_index, f"0, for '{path}' lies in a part that is the student's",
                    'Or take it out of model.share.')
+
+
+def _check_branches(learner: nn.Module) -> None:
+    """Refuses a learner that makes several images of each as it trains."""
+    if isinstance(learner, TridentFasterRCNN):
+        raise HeadError(f'A {type(learner).__name__} passes each image through several branches as it trains, and has '
+                        'the features and predictions of each where a teacher has one. Take a detector without '
+                        'branches as the student, a FasterRCNN; a TridentNet can teach.')
 
 
 @contextmanager

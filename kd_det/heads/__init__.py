@@ -4,7 +4,7 @@ from kd_det.heads.capture import StudentHeads, StudentOutputs, TeacherForward, T
 from kd_det.heads.decoders import QueryDecoder
 from kd_det.heads.dense import DenseOutputs
 from kd_det.heads.queries import QueryOutputs, read_queries
-from kd_det.heads.readers import DenseReader, check_head, read_dense, reads, reads_like
+from kd_det.heads.readers import DenseReader, check_head, check_sampling, read_dense, reads, reads_like
 from kd_det.heads.request import ROI_HEAD, HeadError, HeadRequest
 from kd_det.heads.roi import Regions, RoIOutputs
 from kd_det.heads.towers import TeacherTowers, TowerFeatures

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kd_det.heads.decoders import QueryDecoder, encode, find_family, read_decoder
 from kd_det.heads.dense import DenseOutputs
 from kd_det.heads.queries import QueryOutputs, read_queries
-from kd_det.heads.readers import DenseForm, check_head, find_reader, read_dense
+from kd_det.heads.readers import DenseForm, check_head, check_sampling, find_reader, read_dense
 from kd_det.heads.request import HEADS, KINDS, ROI_HEAD, HeadRequest, Remaining
 from kd_det.heads.roi import RoIOutputs, find_stages, read_sampled, run_roi_head
 from kd_det.heads.towers import (
@@ -208,6 +208,18 @@ def find_head(model: nn.Module, name: str) -> nn.Module:
     if request.part == 'decoder':
         find_family(type(model))
     return head
+
+
+def measure_student(model: nn.Module, names: Iterable[str]) -> dict[HeadRequest, HeadForm]:
+    """:func:`measure_heads` of a detector whose heads are read in its own loss.
+
+    Raises:
+        HeadError: The same, or what its RoI head samples can not be read there.
+    """
+    forms, requests = measure_heads(model, names), map(HeadRequest.parse, names)
+    if ROI_HEAD in requests:
+        check_sampling(type(getattr(model, ROI_HEAD)))
+    return forms
 
 
 def measure_heads(model: nn.Module, names: Iterable[str]) -> dict[HeadRequest, HeadForm]:

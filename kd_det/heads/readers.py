@@ -1,12 +1,15 @@
 """Readers turn the raw maps of dense heads into one form; which head is read by which, and how another is added."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from functools import cache
+from inspect import unwrap
+from types import CodeType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from mmdet.models.roi_heads import BaseRoIHead, CascadeRoIHead, StandardRoIHead
+from mmdet.models.roi_heads import BaseRoIHead, CascadeRoIHead, MultiInstanceRoIHead, StandardRoIHead
 from mmdet.models.task_modules import DeltaXYWHBBoxCoder, MlvlPointGenerator
 from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor, nn
@@ -266,7 +269,7 @@ def reads_like(head: type[nn.Module], like: type[nn.Module], parts: Iterable[str
         QUERY_HEADS.add(head)
         return
     inherited = {'distributions'}  # they are among the maps
-    inherited |= {'positives'} if _inherits(head, like, method) else set()
+    inherited |= {'positives'} if _inherits(head, like, method) and calls(head, 'loss', method) else set()
     inherited |= {'towers'} if _inherits(head, like, *FORWARDS) else set()
     READERS[head] = reader.with_parts(reader.parts & (named | inherited))
 
@@ -276,11 +279,53 @@ def _inherits(head: type[nn.Module], like: type[nn.Module], *methods: str) -> bo
     return all(getattr(head, method, None) is getattr(like, method, None) for method in methods)
 
 
+@cache
+def calls(kind: type, method: str, wanted: str, apart: tuple[str, ...] = ()) -> bool:
+    """Whether a method of a class leads to a call of that name, through the class's own methods and its ancestors'.
+
+    Args:
+        kind: The class.
+        method: Of it.
+        wanted: The name, of a method of anything.
+        apart: Methods through which it does not count.
+
+    Example:
+        >>> from mmdet.models.dense_heads import FreeAnchorRetinaHead, RetinaHead
+        >>> calls(RetinaHead, 'loss', 'get_targets'), calls(FreeAnchorRetinaHead, 'loss', 'get_targets')
+        (True, False)
+    """
+    seen, waiting = set(apart), [method]
+    while waiting:
+        name = waiting.pop()
+        for ancestor in () if name in seen else kind.__mro__:
+            function = vars(ancestor).get(name)
+            if function is None:
+                continue
+            code = getattr(unwrap(getattr(function, '__func__', function)), '__code__', None)
+            names = set(_list_names(code))
+            if wanted in names or (code is None and callable(function)):  # of what is not Python's it is not known
+                return True
+            waiting.extend(names)
+            if names.isdisjoint(('super', name)):  # it leaves the ancestors' out
+                break
+        seen.add(name)
+    return False
+
+
+def _list_names(code: CodeType | None) -> Iterator[str]:
+    """The names of what some code looks up, the functions within it included."""
+    if code is not None:
+        yield from code.co_names
+        for constant in code.co_consts:
+            if isinstance(constant, CodeType):
+                yield from _list_names(constant)
+
+
 def find_reader(head: type[nn.Module]) -> DenseReader:
     """Returns the reader of a class of dense heads.
 
-    It is that of the nearest known ancestor, if nothing between overrides what the maps are; if something overrides
-    the ancestor's assignment, without the positives.
+    It is that of the nearest known ancestor, if nothing between overrides what the maps are; without the positives if
+    something overrides the ancestor's assignment, or its loss no longer asks for that.
 
     Raises:
         HeadError: There is none.
@@ -288,8 +333,10 @@ def find_reader(head: type[nn.Module]) -> DenseReader:
     overridden: set[str] = set()
     for ancestor in head.__mro__:
         if ancestor in READERS and overridden.isdisjoint(FORWARDS):
-            reader = READERS[ancestor]
-            return reader.with_parts(reader.parts - {'positives'}) if reader.assigning_method in overridden else reader
+            reader, method = READERS[ancestor], READERS[ancestor].assigning_method
+            if method in overridden or (ancestor is not head and not calls(head, 'loss', method)):
+                return reader.with_parts(reader.parts - {'positives'})
+            return reader
         overridden.update(vars(ancestor))
     known = ', '.join(sorted(each.__name__ for each in READERS))
     nearest = next((ancestor.__name__ for ancestor in head.__mro__ if ancestor in READERS), 'FCOSHead')
@@ -318,6 +365,9 @@ def check_head(detector: str, heads: Mapping[str, type[nn.Module]], name: str) -
         if not issubclass(head, (StandardRoIHead, CascadeRoIHead)):
             raise HeadError(f'The outputs of a {head.__name__} can not be read: only those of StandardRoIHead, '
                             'CascadeRoIHead and heads derived from them.')
+        if issubclass(head, MultiInstanceRoIHead):
+            raise HeadError(f'A {head.__name__} predicts several objects of each region, which no term compares: '
+                            'distil features, or its RPN.')
         has = not part
     elif predicts_queries(head):
         if part not in ('queries', 'decoder'):
@@ -330,6 +380,18 @@ def check_head(detector: str, heads: Mapping[str, type[nn.Module]], name: str) -
         has = not part or part in reader.parts
     if not has:
         raise HeadError(f'A {head.__name__} {HEAD_PARTS[part]}.')
+
+
+def check_sampling(head: type[nn.Module]) -> None:
+    """Checks that the regions which a student's RoI head samples can be read in its loss; a teacher is given them.
+
+    Raises:
+        HeadError: They can not.
+    """
+    if not calls(head, 'bbox_loss', 'loss_and_target', ('loss', )):  # that name is the box head's, too
+        raise HeadError(f"What a student's {head.__name__} says of the regions that it samples can not be read: its "
+                        "bbox_loss does not call its box head's loss_and_target, as those of StandardRoIHead and "
+                        'CascadeRoIHead do. Distil features, or its RPN; as a teacher it can be read.')
 
 
 def read_dense(head: nn.Module, outputs: Sequence[Maps], assignments: Sequence[Any] = ()) -> DenseOutputs:
