@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from mmengine.config import Config
@@ -225,8 +225,8 @@ class JobPool:
     def _refuse_other_executor(self, job: Job) -> None:
         """Refuses a training that an earlier benchmark left to a cluster, for both would write into its folder."""
         earlier = _find_earlier(job.folder / JOB_FOLDER, identify_run(job.config, job.inputs))
-        if earlier is not None and earlier.submission().function.executor != self.executor:
-            executor = earlier.submission().function.executor
+        executor = self.executor if earlier is None else cast(Training, earlier.submission().function).executor
+        if earlier is not None and executor != self.executor:
             raise ConfigurationError(f'{job.name}: {executor} has it still, as job {earlier.job_id}. Go on with '
                                      f'--executor {executor}, or cancel that job.')
 
@@ -359,7 +359,7 @@ def _find_earlier(folder: Path, identity: str) -> submitit.Job | None:
     from submitit.core.utils import DelayedSubmission
     for file in folder.glob('*_submitted.pkl'):
         with suppress(Exception):  # what another version wrote
-            training = DelayedSubmission.load(file).function
+            training = cast(Training, DelayedSubmission.load(file).function)
             if training.owner is None and identity in training.command:
                 kind = get_executors()[training.executor].job_class
                 job = kind(folder, file.name.removesuffix('_submitted.pkl'))
