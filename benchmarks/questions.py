@@ -1,12 +1,14 @@
-"""Questions of the field, asked of detectors: gains by a setting, fidelity and accuracy, more unlabelled images.
+"""Questions of the field, asked of detectors: gains by a setting or teacher, fidelity, more unlabelled images.
 
 Usage: python -m benchmarks.questions gains RESULTS --by noise --picture PNG
+       python -m benchmarks.questions teachers RESULTS --teachers KIND:MAP … --picture PNG
        python -m benchmarks.questions classes RESULTS --picture PNG
        python -m benchmarks.questions fidelity [RECORD …] [--json FILE] [--picture PNG]
        python -m benchmarks.questions unlabelled STUDENT TEACHER CHECKPOINT [--json FILE] [--picture PNG]
 
-``gains`` draws results.json of a benchmark or a sweep against one of its settings, ``classes`` the AP of classes that
-some never saw labelled beside that of the others. ``fidelity`` takes all records that hold fidelity, by default those
+``gains`` draws results.json of a benchmark or a sweep against one of its settings, ``teachers`` against the mAP of the
+teacher that each variant has, and ``classes`` the AP of classes that some never saw labelled beside that of the others.
+``fidelity`` takes all records that hold fidelity, by default those
 of docs/results, and correlates it with mAP. ``unlabelled`` trains, on generated images; what is finished in its work
 dir is not done again, and a training that was interrupted goes on.
 """
@@ -75,6 +77,26 @@ def sort_gains(results: Mapping[str, Any], setting: str) -> dict[str, dict[float
         raise ConfigurationError(f"--by {setting}: no variant of these results has a setting of that name; they are "
                                  f"{', '.join(results['summary'])}.")
     return {name: dict(sorted(by_value.items())) for name, by_value in found.items()}
+
+
+def sort_by_teacher(results: Mapping[str, Any], teachers: Sequence[str]) -> dict[str, dict[float, dict]]:
+    """Sorts the differences of a benchmark by the mAP of the teacher.
+
+    Args:
+        results: What ``results.json`` holds.
+        teachers: ``'R50:40.8'`` for each variant with a term, in the order of the results.
+
+    Returns:
+        Kind of teacher, as given -> its mAP in points -> ``difference`` and ``interval`` of the student.
+    """
+    taught = [name for name in results['summary'] if name.partition('@')[0] not in UNTAUGHT]
+    if len(taught) != len(teachers):
+        raise ConfigurationError(f'--teachers: expected {len(taught)}, for {", ".join(taught)}, got {len(teachers)}.')
+    found: dict[str, dict[float, dict]] = {}
+    for name, teacher in zip(taught, teachers):
+        kind, _, points = teacher.rpartition(':')
+        found.setdefault(kind, {})[float(points)] = results['summary'][name]['bbox_mAP']
+    return {kind: dict(sorted(by_points.items())) for kind, by_points in sorted(found.items())}
 
 
 def draw_classes(results: Mapping[str, Any]) -> Figure:
@@ -330,6 +352,9 @@ def main() -> None:
     gains = commands.add_parser('gains')
     gains.add_argument('results', type=Path)
     gains.add_argument('--by', required=True, metavar='SETTING', help='such as noise, shift or kd.temperature')
+    teachers = commands.add_parser('teachers')
+    teachers.add_argument('results', type=Path)
+    teachers.add_argument('--teachers', nargs='+', required=True, metavar='KIND:MAP', help='of each that a term teaches')
     classes = commands.add_parser('classes')
     classes.add_argument('results', type=Path)
     fidelity = commands.add_parser('fidelity')
@@ -347,10 +372,11 @@ def main() -> None:
     unlabelled.add_argument('--work-dir', type=Path, default=Path('work_dirs/unlabelled'))
     for command in (fidelity, unlabelled):
         command.add_argument('--json', type=Path)
-    for command in (gains, classes, fidelity, unlabelled):
+    for command in (gains, teachers, classes, fidelity, unlabelled):
         command.add_argument('--picture', type=Path)
     options = parser.parse_args()
-    answers = dict(gains=answer_gains, classes=answer_classes, fidelity=answer_fidelity, unlabelled=answer_unlabelled)
+    answers = dict(gains=answer_gains, teachers=answer_teachers, classes=answer_classes, fidelity=answer_fidelity,
+                   unlabelled=answer_unlabelled)
     figure = answers[options.question](options)
     if options.picture:
         save_figure(figure, options.picture)
@@ -361,6 +387,13 @@ def answer_gains(options: Namespace) -> Figure:
     for name, by_value in gains.items():
         print(f'{name:50}' + '  '.join(f"{value:g}: {each['difference']:+.1f}" for value, each in by_value.items()))
     return draw_gains(gains, options.by, 'difference to the plain student in the same setting')
+
+
+def answer_teachers(options: Namespace) -> Figure:
+    gains = sort_by_teacher(read_results(options.results).results, options.teachers)
+    figure = draw_gains(gains, "the teacher's mAP", 'gain over the plain student')
+    figure.axes[0].set(xscale='linear')  # whose ticks are no longer those of each teacher, which would overlap
+    return figure
 
 
 def answer_classes(options: Namespace) -> Figure:

@@ -157,6 +157,20 @@ def test_the_class_that_nobody_labelled_is_its_record():
          '' if variant in names else difference(others[twin], by_seed)] for variant, by_seed in others.items()]
 
 
+def test_teachers_of_all_strengths_are_their_record():
+    by_variant = points('bccd_teachers')
+    plain = by_variant.pop('none')
+    teachers = {
+        'inherit': (f'{INHERIT}, R50 of 36 epochs', '43.4'), 'pkd': ('R50, 36 epochs', '43.4'),
+        't_r18_12': ('R18, 12 epochs', '37.6'), 't_r18_48': ('R18, 48 epochs', '39.3'),
+        't_r50_4': ('R50, 4 epochs', '32.0'), 'teacher': ('R50, 12 epochs', '40.8'),
+        't_r50_72': ('R50, 72 epochs', '45.6'), 't_r101_12': ('R101, 12 epochs', '40.2')}
+    assert sorted(documented('bccd_teachers')) == sorted([
+        [PLAIN, '', *_seeds_and_mean(plain), ''],
+        *([*teachers[name.partition('work_dirs/')[2].partition('/')[0] or name], *_seeds_and_mean(by_seed),
+           difference(plain, by_seed)] for name, by_seed in by_variant.items())])
+
+
 def test_the_temperature_of_sigmoids_is_its_record():
     by_variant = points('demo_sweep_sigmoid_temperature')
     plain, *others = by_variant.values()

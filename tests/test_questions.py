@@ -42,6 +42,20 @@ def test_gains_are_sorted_by_a_setting(tmp_path, monkeypatch, capsys):
     assert '0: +5.5  0.2: +9.5' in capsys.readouterr().out and (tmp_path / 'noise.png').stat().st_size > 5000
 
 
+def test_gains_are_sorted_by_the_teacher(tmp_path, monkeypatch):
+    record = Path('docs/results/bccd_teachers.json')
+    maps = ['R18:37.6', 'R50:32.0', 'R101:40.2', 'R50:40.8', 'R18:39.3', 'R50:45.6', 'R50:43.4']
+    ask(monkeypatch, 'teachers', str(record), '--teachers', *maps, '--picture', str(tmp_path / 'teachers.png'))
+    assert (tmp_path / 'teachers.png').stat().st_size > 5000
+    results = json.loads(record.read_text())
+    found = questions.sort_by_teacher(results, maps)
+    assert {kind: list(by_points) for kind, by_points in found.items()} == {
+        'R101': [40.2], 'R18': [37.6, 39.3], 'R50': [32.0, 40.8, 43.4, 45.6]}
+    assert found['R50'][43.4] is results['summary']['pkd']['bbox_mAP']
+    with pytest.raises(ConfigurationError, match='--teachers: expected 7, for pkd@.*, got 1'):
+        questions.sort_by_teacher(results, maps[:1])
+
+
 def test_classes_that_nobody_labelled_are_drawn(tmp_path, monkeypatch, capsys):
     results = Path('docs/results/demo_missing_class.json')
     ask(monkeypatch, 'classes', str(results), '--picture', str(tmp_path / 'classes.png'))

@@ -137,11 +137,11 @@ def draw_gains(gains: Mapping[str, Mapping[float, Mapping[str, Any]]], by: str =
     figure = Figure(figsize=(6, 3.6), layout='constrained')
     axes = figure.subplots()
     lengths = sorted({length for by_length in gains.values() for length in by_length})
-    logarithmic = lengths[0] > 0
+    logarithmic, is_shared = lengths[0] > 0, len(lengths) < sum(map(len, gains.values()))
     for place, (name, by_length) in enumerate(gains.items()):
         values = [each['difference'] for each in by_length.values()]
         ends = [each['interval'] or (each['difference'], ) * 2 for each in by_length.values()]
-        shift = 0.012 * (place - (len(gains) - 1) / 2)  # so that bars do not hide each other
+        shift = 0.012 * (place - (len(gains) - 1) / 2) if is_shared else 0.0  # so that bars do not hide each other
         axes.errorbar([length + shift * (length if logarithmic else lengths[-1]) for length in by_length], values, [
             [value - low for value, (low, _) in zip(values, ends)],
             [high - value for value, (_, high) in zip(values, ends)]], label=escape_formula(name), gid=name, marker='o',
