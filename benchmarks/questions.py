@@ -354,7 +354,7 @@ def main() -> None:
     gains.add_argument('--by', required=True, metavar='SETTING', help='such as noise, shift or kd.temperature')
     teachers = commands.add_parser('teachers')
     teachers.add_argument('results', type=Path)
-    teachers.add_argument('--teachers', nargs='+', required=True, metavar='KIND:MAP', help='of each that a term teaches')
+    teachers.add_argument('--teachers', nargs='+', required=True, metavar='KIND:MAP', help='of each taught variant')
     classes = commands.add_parser('classes')
     classes.add_argument('results', type=Path)
     fidelity = commands.add_parser('fidelity')
