@@ -40,7 +40,7 @@ from kd_det.training.learners import (
 )
 from kd_det.training.probe import ProbeSettings, StudentProbe, reward_policy, start_policy
 from kd_det.training.prompts import learn_prompts
-from kd_det.training.replay import training_epoch
+from kd_det.training.replay import SeededBatches, seed_of_step, training_epoch
 from kd_det.training.runner import use_one_metainfo
 from kd_det.training.saving import choose_checkpoint, keep_checkpoints_whole
 
@@ -73,8 +73,8 @@ class DistillHook(Hook):
     - Before training the teacher is loaded, evaluated (pre-flight), and a table tells where all weights came from.
       Terms with prompts learn them on it (:func:`~kd_det.training.prompts.learn_prompts`).
     - Each step the weights' schedules move, and the random numbers are set from seed and iteration, so that a resumed
-      run goes on as the uninterrupted one would. (Not when every term's weight is 0: then nothing differs from plain
-      training.)
+      run goes on as the uninterrupted one would; where training counts iterations, those of each batch, too. (Not when
+      every term's weight is 0: then nothing differs from plain training.)
     - The log gets what distilling costs each step, ``kd_time`` in seconds and ``kd_memory`` in MiB, see
       :class:`~kd_det.distillers.costs.StepCost`.
     - At the start of each epoch :class:`~kd_det.training.replay.ReplayedRandomness` is told which it is; at its end the
@@ -144,6 +144,8 @@ class DistillHook(Hook):
                      dict(val=runner.val_loop.evaluator.metrics) if runner.val_loop else {})
         if bring_detections(distiller.pseudo_labels, teachers, runner.train_dataloader.dataset, runner.hooks):
             restart_workers(runner.train_loop)
+        if _sets_randomness(distiller):
+            seed_batches(runner)
         classes = distiller.match_classes(find_label_names(runner.train_dataloader.dataset))
         for name, teacher in list_guides(teachers, 'model.teacher'):
             if self.preflight is not None:
@@ -199,9 +201,8 @@ class DistillHook(Hook):
         if distiller.quantizer is not None:
             distiller.quantizer.set_progress(runner.iter / runner.max_iters)
         follow_student(distiller)
-        labels = distiller.pseudo_labels
-        if len(distiller.terms) or distiller.learning_guides or (labels is not None and not labels.schedule.is_zero):
-            set_random_seed((runner.seed * 1_000_003 + runner.iter) % 2**32)
+        if _sets_randomness(distiller):
+            set_random_seed(seed_of_step(runner.seed, runner.iter))
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         distiller = _find_distiller(runner)
@@ -301,6 +302,13 @@ def restart_workers(loop: Any) -> None:
             loop.dataloader_iterator = type(loop.dataloader_iterator)(loop.dataloader)
 
 
+def seed_batches(runner: Runner) -> None:
+    """Lets a loop that counts iterations fetch batches that do not depend on the steps before."""
+    loop = runner.train_loop
+    if hasattr(loop, 'dataloader_iterator') and not isinstance(loop.dataloader_iterator, SeededBatches):
+        loop.dataloader_iterator = SeededBatches(loop.dataloader_iterator, runner.seed)
+
+
 def build_origin_table(distiller: DetectionDistiller) -> str:
     """Makes a table of how many weights each part has, and where they came from."""
     parts = distiller.origins.count_by_part()
@@ -341,6 +349,13 @@ def _find_distiller(runner: Runner) -> DetectionDistiller | None:
     """The model of a run, out of its data-parallel wrapper; None where it is no distiller."""
     model = find_model(runner)
     return model if isinstance(model, DetectionDistiller) else None
+
+
+def _sets_randomness(distiller: DetectionDistiller) -> bool:
+    """Whether anything but the student's own losses teaches: else the run is a plain one, bit for bit."""
+    labels = distiller.pseudo_labels
+    return bool(len(distiller.terms) or distiller.learning_guides
+                or (labels is not None and not labels.schedule.is_zero))
 
 
 class NotebookProgress(Hook):

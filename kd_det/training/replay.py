@@ -1,9 +1,9 @@
-"""Random augmentation that recurs: each image comes in a few variants, in turn, epoch after epoch."""
+"""Random augmentation that recurs: images in a few variants, in turn; batches that a resumed run draws once more."""
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Annotated, Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from mmcv.transforms import BaseTransform
 from mmdet.registry import TRANSFORMS
+from mmengine.runner import set_random_seed
 
 from kd_det.compat.process import preserved_randomness
 from kd_det.config.arguments import Count, Seed, declared
@@ -101,3 +102,35 @@ class SharedEpoch:
 def training_epoch() -> SharedEpoch:
     """The one shared epoch, which :class:`~kd_det.training.hooks.DistillHook` sets at the start of each."""
     return SharedEpoch()
+
+
+OF_BATCHES = 2**31  # apart from the numbers of the steps, which would else be those of their images
+
+
+def seed_of_step(seed: int, iteration: int) -> int:
+    """The seed of a step's random numbers, by the seed of the run and the iteration, counted from 0."""
+    return (seed * 1_000_003 + iteration) % 2**32
+
+
+class SeededBatches:
+    """The batches of a loop that counts iterations, each drawn from the seed of the run and its own place.
+
+    Such a loop fetches a batch before the step is announced. Without workers the images would be transformed by what
+    the step before has left of the random numbers, and a loader that begins again would draw the seed of its workers
+    from that. A resumed run, which skips the batches of the steps that it does not make, had others.
+
+    Args:
+        batches: The loop's own.
+        seed: Of the run.
+    """
+
+    def __init__(self, batches: Iterator[Any], seed: int) -> None:
+        self.batches, self.seed, self.fetched = batches, seed, 0
+
+    def __iter__(self) -> SeededBatches:
+        return self
+
+    def __next__(self) -> Any:
+        set_random_seed((seed_of_step(self.seed, self.fetched) + OF_BATCHES) % 2**32)
+        self.fetched += 1
+        return next(self.batches)

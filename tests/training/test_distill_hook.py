@@ -5,8 +5,9 @@ import pytest
 import torch
 from mmdet.apis import inference_detector, init_detector
 from mmdet.registry import MODELS
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.hooks import Hook
+from mmengine.runner import Runner
 
 from kd_det.compat import CheckpointError
 from kd_det.distillers import Schedule
@@ -110,6 +111,61 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(family, weight, cla
                   {key: resumed[key] for key in ('state_dict', 'distill', 'optimizer', 'param_schedulers')})
     assert any('averages' in each for each in straight['distill']['weights'].values()) == (weight == BALANCE)
     assert 'student.backbone' in _table(again) and 'adapters of fgd' in _table(again)
+
+
+@pytest.fixture
+def make_iterating(run_config):
+    """Makes the runner of a config that counts iterations: six, a checkpoint after three, validations between."""
+
+    def make(model: dict, sampler: dict, **changes) -> Runner:
+        config = run_config(model, val=True, **changes)
+        config.train_cfg = ConfigDict(type='IterBasedTrainLoop', max_iters=6, val_interval=2)
+        config.train_dataloader.update(sampler=ConfigDict(sampler), batch_size=2)
+        config.train_dataloader.dataset.pipeline.insert(2, dict(type='PhotoMetricDistortion'))
+        config.default_hooks.checkpoint.update(by_epoch=False, interval=3)
+        return Runner.from_cfg(config)
+
+    return make
+
+
+class StopAfter(Hook):
+    """Ends a run after so many iterations."""
+    priority = 'LOWEST'
+
+    def __init__(self, iterations: int) -> None:
+        self.iterations = iterations
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        if runner.iter + 1 == self.iterations:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize('sampler', [dict(type='InfiniteSampler'), dict(type='DefaultSampler', shuffle=True)])
+def test_a_resumed_run_that_counts_iterations_sees_the_same_images(sampler, faster_rcnn, distilled, make_iterating,
+                                                                   monkeypatch):
+    """Without workers the images of a batch are changed at random in the process that trains, before its step."""
+    monkeypatch.setattr('mmengine.runner.loops.time.sleep', lambda seconds: None)  # before a loader begins again
+    model = dict(distilled(dict(config=faster_rcnn(neck=12), random_teacher=True)), student=faster_rcnn())
+    make_iterating(model, sampler, name='straight').train()
+    first = make_iterating(model, sampler, name='resumed')
+    first.register_hook(StopAfter(3))
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    again = make_iterating(model, sampler, name='resumed', resume=True)
+    again.train()
+    straight, resumed = (_load(Path(again.work_dir).parent / name / 'iter_6.pth') for name in ('straight', 'resumed'))
+    _assert_equal({key: straight[key] for key in ('state_dict', 'distill', 'optimizer', 'param_schedulers')},
+                  {key: resumed[key] for key in ('state_dict', 'distill', 'optimizer', 'param_schedulers')})
+
+
+def test_a_run_that_counts_iterations_with_weights_of_zero_is_a_plain_run(faster_rcnn, distilled, make_iterating):
+    states = []
+    for name, model in dict(zero=dict(distilled(), student=faster_rcnn(), distill=dict(fgd=dict(type='FGD', weight=0))),
+                            plain=faster_rcnn()).items():
+        runner = make_iterating(model, dict(type='InfiniteSampler'), name=name)
+        runner.train()
+        states.append(runner.model.state_dict())
+    _assert_equal(*states)
 
 
 def _table(runner) -> str:
