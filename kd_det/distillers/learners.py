@@ -31,6 +31,7 @@ from kd_det.losses.base import Parts, find_read_levels
 from kd_det.registry import build_detector
 from kd_det.taps import Features, record_calls
 from kd_det.teachers import InputBridge, TeacherError
+from kd_det.teachers.engine import take_from_first_rank
 from kd_det.teachers.ensemble import FusionTrunk
 from kd_det.teachers.guide import Guide, LearnerStep
 from kd_det.teachers.joining import copy_proposals
@@ -289,7 +290,10 @@ def _describe(config: dict, part: str) -> Any:
 
 
 def init_peers(peers: Sequence[nn.Module]) -> None:
-    """Gives each its start: weights of its own checkpoint, or drawn as its config says. The generators stay."""
+    """Gives each its start: weights of its own checkpoint, or drawn as its config says. The generators stay.
+
+    On all ranks they are those of the first, as MMEngine sees to it of the student, by a state dict that has no peers.
+    """
     with preserved_randomness():
         for peer in peers:
             # No two learners of a kind begin alike, nor as the student, which was drawn before.
@@ -298,6 +302,7 @@ def init_peers(peers: Sequence[nn.Module]) -> None:
             if hasattr(peer, 'start_from'):
                 shared = [f'{name}.*' for name, part in peer.named_children() if isinstance(part, SharedPart)]
                 load_strictly(peer, peer.start_from, allow_unexpected=shared, role='peer')
+            take_from_first_rank(peer.state_dict().values())
 
 
 def run_learners(learners: Sequence[Learner], inputs: Tensor,

@@ -27,6 +27,7 @@ from kd_det.context import LevelSpec
 from kd_det.registry import within_scope
 from kd_det.taps import Features
 from kd_det.teachers.bridge import Shape, explain_size_mismatch
+from kd_det.teachers.engine import take_from_first_rank
 from kd_det.teachers.features import FeatureGuide, check_normalization, describe_value, make_bridge, to_stride
 from kd_det.teachers.guide import Guide, Reading
 from kd_det.teachers.loading import load_strictly, remove_pretrained
@@ -240,7 +241,9 @@ class Backbone(FeatureGuide):
             if self.checkpoint is None and self._config['type'] is not TimmBackbone:
                 with within_scope(self._config.get('_scope_')):  # some modules' weights are of no value before
                     model.backbone.init_weights()
-        if self.checkpoint is not None:
+        if self.checkpoint is None:
+            take_from_first_rank(model.state_dict().values())
+        else:
             load_strictly(model.backbone, self.checkpoint, **self._loading,
                           convert=partial(self._convert, model.backbone))
         return model

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import wraps
 from itertools import pairwise
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from mmcv.cnn import ConvModule
-from mmengine.dist import get_world_size
+from mmengine.dist import broadcast, get_world_size
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -202,6 +202,24 @@ def _find_stages(module: nn.Module) -> Iterator[nn.Module]:
 def to_local(tensor: Tensor) -> Tensor:
     """Returns what this rank has of a weight: all of it, or its part where that is sharded."""
     return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
+
+
+@torch.no_grad()
+def take_from_first_rank(tensors: Iterable[Tensor]) -> None:
+    """Writes into tensors, in place, what the first rank has in them: each may have drawn or measured something else.
+
+    To be called on every rank; those of one kind go together.
+    """
+    if get_world_size() == 1:
+        return
+    kinds: dict[tuple, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for alike in kinds.values():
+        joined = torch.cat([tensor.reshape(-1) for tensor in alike])
+        broadcast(joined)
+        for tensor, first in zip(alike, joined.split([tensor.numel() for tensor in alike])):
+            tensor.copy_(first.view_as(tensor))
 
 
 def hash_weights(model: nn.Module) -> str:

@@ -30,7 +30,7 @@ from kd_det.registry import build_detector, within_scope
 from kd_det.taps import ENCODER, Features, TapError, Taps, is_within_encoder, record_calls
 from kd_det.teachers.bridge import InputBridge, Shape, crop_to_batch, explain_size_mismatch
 from kd_det.teachers.cache import Outputs, TeacherCache
-from kd_det.teachers.engine import Engine, Precision, hash_weights
+from kd_det.teachers.engine import Engine, Precision, hash_weights, take_from_first_rank
 from kd_det.teachers.guide import Guide, GuideForm, LearnerStep, Reading, ReadLevels
 from kd_det.teachers.loading import explain_model_errors, find_class_names, load_strictly, remove_pretrained
 from kd_det.teachers.probe import find_input_channels, make_shape_samples, probe_config, probe_heads, run_encoder
@@ -174,6 +174,7 @@ class Teacher(Guide):
             if random_teacher:  # some modules' weights are of no value before
                 with within_scope(model_config.get('_scope_')):
                     self.model.init_weights()
+                take_from_first_rank(self.model.state_dict().values())
         self.meta = load_strictly(self.model, checkpoint, allow_missing, allow_unexpected,
                                   checkpoint_prefix=checkpoint_prefix) if checkpoint else {}
         self.classes = find_class_names(count_classes(self.model), classes, self.meta, config)

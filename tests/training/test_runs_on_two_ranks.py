@@ -4,7 +4,7 @@ from pathlib import Path
 import torch
 from mmdet.registry import MODELS
 
-RANK = Path(__file__).with_name('cpu_rank.py')
+RANK, STATES_RANK = (Path(__file__).with_name(name) for name in ('cpu_rank.py', 'states_rank.py'))
 
 
 def run_on_two_ranks(model, run_config, run_ranks, folder) -> str:
@@ -38,3 +38,23 @@ def test_learners_apart_and_their_fusion_in_a_whole_run_on_two_ranks(retinanet, 
     saved = torch.load(tmp_path / 'run' / 'epoch_2.pth', weights_only=True)
     assert list(saved['state_dict']) == list(MODELS.build(retinanet()).state_dict())
     assert len(saved['distill']['peers']) == 2
+
+
+def test_what_is_drawn_beside_the_student_is_the_same_on_both_ranks(retinanet, run_config, run_ranks, tmp_path):
+    """Peers, random teachers and backbones, with a seed of each rank's own."""
+    backbone = dict(config=retinanet(width=8).backbone, mean=[0.0] * 3, std=[255.0] * 3)
+    guides = [dict(config=retinanet(neck=12), random_teacher=True), dict(type='Peer', learner=0),
+              dict(type='Backbone', random_teacher=True, **backbone)]
+    model = dict(type='DetectionDistiller', student=retinanet(), peers=[retinanet(neck=12)], teacher=guides,
+                 distill=dict(frozen=dict(type='PKD'), mutual=dict(type='DenseClassification', learner=1, teacher=1),
+                              maps=dict(type='PKD', levels=2, teacher=2)))
+    config = run_config(model, epochs=1, custom_imports=dict(imports=['kd_det']),
+                        randomness=dict(seed=0, diff_rank_seed=True))
+    config.train_dataloader.batch_size = 2
+    config.dump(tmp_path / 'config.py')
+    run_ranks(STATES_RANK, tmp_path / 'config.py', tmp_path / 'states.pt')
+    first, second = torch.load(tmp_path / 'states.pt', weights_only=True)
+    assert len(first['guides']) == 2 and len(first['peers']) == 1
+    for own, other in zip([*first['guides'], *first['peers']], [*second['guides'], *second['peers']]):
+        for name, value in own.items():
+            assert 'running_' in name or torch.equal(value, other[name]), name  # statistics are each rank's own
