@@ -48,13 +48,14 @@ class Rounder(nn.Module):
     Attributes:
         ranges: (points, 2): the smallest and the largest value; both 0 where nothing was seen yet.
         tracks: Whether the ranges still move.
+        follows: Whether they are another's, see :meth:`follow`.
     """
 
     ranges: Tensor
 
     def __init__(self, settings: Quantization) -> None:
         super().__init__()
-        self.settings, self.tracks = settings, True
+        self.settings, self.tracks, self.follows = settings, True, False
         self.levels, self.top = 2**settings.bits - 1, 2**(settings.bits - 1) - 1
         self.is_learnt = settings.ranges == 'learnt'
         self._steps: list[tuple[float, int] | None] | None = None
@@ -69,6 +70,15 @@ class Rounder(nn.Module):
     def set_progress(self, share: float) -> None:
         """Tells how much of the training is done."""
         self.tracks = share < self.settings.freeze
+
+    def follow(self, other: Rounder) -> None:
+        """Rounds from now on by what another has learnt until then, step by step, and moves nothing of it.
+
+        Where that has seen nothing yet, activations stay as they are.
+        """
+        self._parameters, self._buffers = other._parameters, other._buffers
+        self.tracks, self.follows = False, True
+        self.train()  # numbers of evaluation, which stay, would be waited for in each step
 
     def train(self, mode: bool = True) -> Rounder:
         self._steps = None
@@ -85,8 +95,11 @@ class Rounder(nn.Module):
             self._observe(x.detach(), row)
         scale, zero = self._find_steps(slice(row, row + 1))
         if self.is_learnt:
-            return _round_through(x.float(), scale, zero, 0, self.levels).type_as(x)
-        return torch.fake_quantize_per_tensor_affine(x.float(), scale[0], zero[0].int(), 0, self.levels).type_as(x)
+            rounded = _round_through(x.float(), scale, zero, 0, self.levels).type_as(x)
+        else:
+            rounded = torch.fake_quantize_per_tensor_affine(x.float(), scale[0], zero[0].int(), 0,
+                                                            self.levels).type_as(x)
+        return torch.where(self.ranges[row].any(), rounded, x) if self.follows else rounded
 
     @torch.no_grad()
     def _observe(self, x: Tensor, row: int) -> None:

@@ -84,7 +84,9 @@ class Average(Guide):
     """The moving average of the student's weights: a teacher that the student makes of itself.
 
     For self-distillation, and as a mean teacher on images without labels (Tarvainen and Valpola, arXiv 1703.01780):
-    ``pseudo_labels`` of a guide of this kind. It starts as the student's copy when the first step begins.
+    ``pseudo_labels`` of a guide of this kind. It starts as the student's copy when the first step begins. Of a student
+    that is trained for integers its averaged weights and what it reads are rounded as the student's are, by the
+    student's ranges.
 
     Args:
         momentum: m of average ← (1 − m)·average + m·student after each step, of the weights and of the statistics of
@@ -125,6 +127,9 @@ class AveragedStudent(Teacher):
         for module in self.model.modules():  # those of the student's taps
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
+        quantizer = getattr(self.model, 'quantizer', None)
+        if quantizer is not None:  # a copy of the student's, which would find ranges of its own, and nothing saves them
+            quantizer.follow(student.quantizer)
         self.engine = Engine(fuse=False, channels_last=False)
         self._digests = None
         self._prepare(reading.taps, reading.heads, student.data_preprocessor)

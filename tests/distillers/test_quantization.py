@@ -315,6 +315,30 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(quantize, buffers, 
     assert saved['state_dict']['backbone.bn1.running_var'].eq(1).all()
 
 
+@pytest.mark.parametrize('quantize', [dict(bits=8), dict(bits=4, ranges='learnt')])
+def test_the_average_rounds_by_the_students_ranges_and_goes_on_with_them(quantize, distilled, make_runner, stop_after):
+    """Also as the guide of pseudo-labels, which runs before the student has in the first step."""
+    model = distilled(quantize, distill=dict(fgd=dict(type='FGD', alpha=1e-2)), pseudo_labels=dict(score=0.01),
+                      teacher=dict(type='Average', momentum=0.5))
+    whole = make_runner(model, epochs=2, name='whole')
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        stopped = make_runner(model, epochs=2, name='parts')
+        stopped.register_hook(stop_after(1))
+        stopped.train()
+    resumed = make_runner(model, epochs=2, name='parts', resume=True)
+    resumed.train()
+    _assert_same(_load(resumed, 2), _load(whole, 2))
+
+    student, average, quantizer = whole.model.train().student, whole.model.teacher, whole.model.quantizer
+    average.model.load_state_dict(student.state_dict())
+    quantizer.tracks, before, images = False, quantizer.ranges.clone(), torch.randn(1, 3, 64, 64)
+    for own, other in zip(student.extract_feat(images), average.model.extract_feat(images)):
+        torch.testing.assert_close(own, other)
+    average.model.extract_feat(100 * images)
+    assert torch.equal(quantizer.ranges, before) and average.model.quantizer is not quantizer
+
+
 def test_without_terms_a_student_is_trained_for_integers_all_the_same(retinanet, distilled, make_runner):
     runner = make_runner(distilled(distill={}, teacher=dict(config=retinanet(), random_teacher=True)), epochs=1)
     runner.train()
@@ -347,6 +371,16 @@ def test_one_call_trains_for_integers(given, settings, name, retinanet, run_conf
     assert 'quantize' not in runs.distill('student.py', 'student.py', 'student.pth', 'none').model
     with pytest.raises(ArgumentError, match='quantize: expected'):
         runs.distill('student.py', 'student.py', 'student.pth', 'none', quantize=16)
+
+
+@pytest.mark.parametrize('ranges', ['tracked', 'learnt'])
+def test_who_follows_rounds_nothing_before_the_other_has_seen_something(ranges, make_student):
+    quantizer = quantize(make_student('retina'), ranges=ranges)
+    follower, x = copy.deepcopy(quantizer), torch.rand(1, 3, 8, 8)
+    follower.follow(quantizer)
+    assert torch.equal(follower.round_activation(x, 0, observe=True), x) and not quantizer.ranges.any()
+    expected = quantizer.round_activation(x, 0, observe=True)
+    assert torch.equal(follower.round_activation(x, 0, observe=True), expected) and not torch.equal(expected, x)
 
 
 @pytest.mark.parametrize('ranges', ['tracked', 'learnt'])
