@@ -243,8 +243,11 @@ class Guide:
         """
         return None
 
+    def before_training(self) -> None:
+        """Called before the first step, on every rank, when the learners have the weights that they start from."""
+
     def after_step(self) -> None:
-        """Called after each step of the optimizer."""
+        """Called after each step of the optimizer, on every rank."""
 
     def fingerprint(self) -> str:
         """A hash that is another once something has changed what must stay; '' for what nothing has to keep."""

@@ -136,12 +136,15 @@ class AveragedStudent(Teacher):
 
     def start_engine(self) -> None:
         if not self.average.steps:
-            self.after_step()
+            self.average.update_parameters(self.student)
 
     def _apply(self, function: Callable[[Tensor], Tensor]) -> AveragedStudent:
         super()._apply(function)
         self.average.avg_parameters = self.model.state_dict()  # which mmengine has read once, before they moved
         return self
+
+    def before_training(self) -> None:
+        self.start_engine()  # in a step whose images do not ask for it a rank would be a step behind the others
 
     def after_step(self) -> None:
         self.average.update_parameters(self.student)

@@ -155,6 +155,7 @@ class DistillHook(Hook):
                     if teacher in teachers and len(teachers) == 1:
                         raise
                     raise TeacherError(f'{name}: {error}') from error
+            teacher.before_training()
         learn_prompts(runner, distiller)
         self._probe = start_policy(runner, distiller, self.probe_settings)
         if is_main_process():

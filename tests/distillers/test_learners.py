@@ -4,6 +4,7 @@ import copy
 import pytest
 import torch
 from mmdet.registry import MODELS
+from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 
 import kd_det
@@ -198,6 +199,27 @@ def test_the_average_follows_the_student(mutual, batch, retinanet):
             now = model.student.state_dict()[key]
             torch.testing.assert_close(value, 0.75 * first[key] + 0.25 * now, rtol=1e-4, atol=1e-6)
     assert any(not torch.equal(first[key], value) for key, value in expected.items())
+
+
+def test_the_average_begins_with_the_student_though_no_term_reads_it_yet(make_runner, retinanet):
+    """Or no image, on one rank of several."""
+
+    class Begin(Hook):
+
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            self.state = copy.deepcopy(runner.model.state_dict())
+
+    late, begin = dict(type='PKD', weight=dict(type='Start', value=1.0, epochs=1)), Begin()
+    runner = make_runner(dict(type='DetectionDistiller', student=retinanet(), distill=dict(pkd=late),
+                              teacher=dict(type='Average', momentum=0.25)),
+                         epochs=1, **{'train_dataloader.batch_size': 8})
+    runner.register_hook(begin)
+    runner.train()
+    assert runner.iter == 1
+    for key, value in runner.model.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(runner.model.teacher.model.state_dict()[key],
+                                       0.75 * begin.state[key] + 0.25 * value)
 
 
 def finished(runner):
