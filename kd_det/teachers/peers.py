@@ -16,7 +16,7 @@ from kd_det.heads.capture import HeadForm, measure_heads
 from kd_det.heads.decoders import evaluating
 from kd_det.heads.roi import run_roi_head
 from kd_det.taps import Features
-from kd_det.teachers.engine import Engine
+from kd_det.teachers.engine import Engine, take_from_first_rank
 from kd_det.teachers.guide import Guide, GuideForm, LearnerStep, Reading, ReadLevels, Shape
 from kd_det.teachers.teacher import Teacher
 
@@ -86,7 +86,7 @@ class Average(Guide):
     For self-distillation, and as a mean teacher on images without labels (Tarvainen and Valpola, arXiv 1703.01780):
     ``pseudo_labels`` of a guide of this kind. It starts as the student's copy when the first step begins. Of a student
     that is trained for integers its averaged weights and what it reads are rounded as the student's are, by the
-    student's ranges.
+    student's ranges. On several ranks the statistics are those of the first, which a checkpoint holds.
 
     Args:
         momentum: m of average ← (1 − m)·average + m·student after each step, of the weights and of the statistics of
@@ -148,6 +148,8 @@ class AveragedStudent(Teacher):
 
     def after_step(self) -> None:
         self.average.update_parameters(self.student)
+        # Each rank's student has statistics of its own images, and goes on from the first one's when it is resumed.
+        take_from_first_rank(buffer for buffer in self.model.buffers() if buffer.is_floating_point())
 
     def fingerprint(self) -> str:
         return ''

@@ -26,6 +26,7 @@ from kd_det.config.files import ConfigurationError, get_type_name
 from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.distillers.policies import Policy
 from kd_det.distillers.supervision import get_boxes, read_supervision
+from kd_det.teachers.engine import take_from_first_rank
 from kd_det.teachers.judging import alone, in_training, sum_losses
 from kd_det.training.finiteness import find_common_seed
 from kd_det.training.replay import training_epoch
@@ -138,7 +139,8 @@ class StudentProbe:
     """Evaluates the student on the images that the training data holds out (:class:`HeldOut`).
 
     Images pass the training pipeline, and are drawn alike each time. Normalisation layers use their moving statistics,
-    and nothing of the student or of any generator changes. Ranks share the batches, each computed as by one process.
+    those of the first rank, and nothing of the student or of any generator changes. Ranks share the batches, each
+    computed as by one process.
 
     Args:
         runner: The run.
@@ -168,7 +170,8 @@ class StudentProbe:
     def score(self, distiller: DetectionDistiller) -> float:
         """The score, the same on all ranks; the higher the better."""
         student, found, quantizer = distiller.student, [], distiller.quantizer
-        with preserved_randomness(), in_training(student), alone(), ExitStack() as stack:
+        with preserved_randomness(), with_statistics_of_first_rank(student), in_training(student), alone(), \
+                ExitStack() as stack:
             if quantizer is not None:  # its ranges are those of the images that the student trains on
                 stack.callback(quantizer.train, quantizer.training)
                 quantizer.eval()
@@ -218,6 +221,19 @@ class StudentProbe:
         metric.process({}, sorted(everyone, key=lambda each: each['img_id']))
         with _quiet():
             return float(metric.compute_metrics(metric.results).get(MAP.partition('/')[2], 0.0))
+
+
+@contextmanager
+def with_statistics_of_first_rank(model: nn.Module) -> Iterator[None]:
+    """Within, a model has the buffers that a checkpoint holds, by which a resumed run goes on, on every rank."""
+    buffers = [each for each in model.buffers() if each.is_floating_point()] if get_world_size() > 1 else []
+    own = [each.clone() for each in buffers]
+    take_from_first_rank(buffers)
+    try:
+        yield
+    finally:
+        for buffer, before in zip(buffers, own):
+            buffer.copy_(before)
 
 
 @contextmanager

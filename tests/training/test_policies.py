@@ -376,3 +376,23 @@ def test_ranks_share_a_probe_and_find_what_one_process_does(held_out, monkeypatc
         probe.score(runner.model)
     total, images = sum(totals)
     assert [each[1].item() for each in totals] == [3, 2] and -(total / images).item() == pytest.approx(alone, rel=1e-5)
+
+
+def test_each_rank_shows_the_student_with_the_statistics_of_the_first(held_out, monkeypatch):
+    """By which a run goes on that is resumed; each rank's own are of its own images."""
+    runner = Runner.from_cfg(held_out(dict(type='Uniform')))
+    probe, means = StudentProbe(runner), [each for name, each in runner.model.named_buffers() if 'running_mean' in name]
+
+    def shift(tensors=means, by: float = 0.5) -> None:
+        for each in tensors:
+            each += by
+
+    own = probe.score(runner.model)
+    shift()
+    of_first = probe.score(runner.model)
+    shift(by=-0.5)
+    before = [each.clone() for each in means]
+    monkeypatch.setattr('kd_det.training.probe.get_world_size', lambda: 2)
+    monkeypatch.setattr('kd_det.training.probe.take_from_first_rank', lambda tensors: shift())
+    assert probe.score(runner.model) == pytest.approx(of_first) != pytest.approx(own)
+    assert all(map(torch.equal, means, before))

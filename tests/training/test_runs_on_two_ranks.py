@@ -40,21 +40,23 @@ def test_learners_apart_and_their_fusion_in_a_whole_run_on_two_ranks(retinanet, 
     assert len(saved['distill']['peers']) == 2
 
 
-def test_what_is_drawn_beside_the_student_is_the_same_on_both_ranks(retinanet, run_config, run_ranks, tmp_path):
-    """Peers, random teachers and backbones, with a seed of each rank's own."""
+def test_what_is_beside_the_student_is_the_same_on_both_ranks(retinanet, run_config, run_ranks, tmp_path):
+    """Peers, random teachers and backbones, with a seed of each rank's own; the average, whose student's statistics are
+    those of the rank's images."""
     backbone = dict(config=retinanet(width=8).backbone, mean=[0.0] * 3, std=[255.0] * 3)
     guides = [dict(config=retinanet(neck=12), random_teacher=True), dict(type='Peer', learner=0),
-              dict(type='Backbone', random_teacher=True, **backbone)]
+              dict(type='Backbone', random_teacher=True, **backbone), dict(type='Average', momentum=0.5)]
     model = dict(type='DetectionDistiller', student=retinanet(), peers=[retinanet(neck=12)], teacher=guides,
                  distill=dict(frozen=dict(type='PKD'), mutual=dict(type='DenseClassification', learner=1, teacher=1),
-                              maps=dict(type='PKD', levels=2, teacher=2)))
+                              maps=dict(type='PKD', levels=2, teacher=2), own=dict(type='PKD', teacher=3)))
     config = run_config(model, epochs=1, custom_imports=dict(imports=['kd_det']),
                         randomness=dict(seed=0, diff_rank_seed=True))
     config.train_dataloader.batch_size = 2
     config.dump(tmp_path / 'config.py')
     run_ranks(STATES_RANK, tmp_path / 'config.py', tmp_path / 'states.pt')
     first, second = torch.load(tmp_path / 'states.pt', weights_only=True)
-    assert len(first['guides']) == 2 and len(first['peers']) == 1
-    for own, other in zip([*first['guides'], *first['peers']], [*second['guides'], *second['peers']]):
-        for name, value in own.items():
-            assert 'running_' in name or torch.equal(value, other[name]), name  # statistics are each rank's own
+    assert len(first['guides']) == 3 and len(first['peers']) == 1
+    for kind in ('guides', 'peers'):
+        for own, other in zip(first[kind], second[kind]):
+            for name, value in own.items():  # a peer's statistics are each rank's own, as a student's
+                assert kind == 'peers' and 'running_' in name or torch.equal(value, other[name]), (kind, name)
