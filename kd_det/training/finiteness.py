@@ -12,6 +12,7 @@ from mmengine.dataset import InfiniteSampler
 from mmengine.dist import all_gather_object, all_reduce, get_rank, get_world_size
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from torch import nn
 
@@ -34,7 +35,8 @@ class FiniteHook(Hook):
     :class:`~kd_det.training.hooks.DistillHook`.
 
     - The losses of each step, which MMEngine reads for its log anyway. Where a ``GradScaler`` skips such steps, as
-      mixed precision does, only many in a row end the run, or a scale that has fallen to nothing.
+      mixed precision does, or perhaps the strategy of a ``FlexibleRunner``, only many in a row end the run, or a scale
+      that has fallen to nothing; and where the scale is fixed, many steps in a row that the optimizer did not make.
     - The teachers' features, every ``interval`` steps, for what the steps between have noted on the device.
     - The weights: before the first step, after an epoch, before a validation and before a checkpoint is saved.
 
@@ -42,19 +44,23 @@ class FiniteHook(Hook):
 
     Args:
         interval: Steps between two looks for which the device or other ranks are waited for.
-        patience: How many steps in a row a ``GradScaler`` may skip because a loss is not finite.
+        patience: How many steps in a row a ``GradScaler`` may skip because a loss, or at a fixed scale a gradient, is
+            not finite.
     """
     priority = 'NORMAL'  # after MMEngine's log has the losses, and before anything is saved
 
     @declared
     def __init__(self, interval: Count = 10, patience: Index = 10) -> None:
-        self.interval, self.patience = interval, patience
+        self.interval, self.patience = interval, max(1, patience)
         self.skipped, self.first_skipped = 0, ''
         self.fault: tuple[int, str] | None = None  # since which iteration, what; other ranks may not know of it yet
         self.broken_steps: dict[int, list[Read]] = {}  # by iteration, what of the teachers was not finite
         self.batch: Any = None  # of this step, as the data loader gave it
+        self.fixed_scales: list[FixedScale] = []
 
     def before_train(self, runner: Runner) -> None:
+        self.fixed_scales = [FixedScale(each) for each in _list_wrappers(runner)
+                             if getattr(each, '_scale_update_param', None) and each.loss_scaler.is_enabled()]
         found = describe_weights(runner)
         if found:
             self._note(runner, f'The student is not finite before the first step: {found[0]}. Look at where its '
@@ -101,16 +107,19 @@ class FiniteHook(Hook):
         noted = {} if is_finite and not due else self._read_noted(runner)
         explained = self._explain_teachers(runner) if is_finite else \
             self._explain(runner, runner.iter, noted.get(runner.iter, []), outputs or {})
-        if not scalers:
+        if not scalers and not _may_skip(runner):
             norm = scalars.get('train/grad_norm')
             return explain_weights(runner, runner.iter) \
                 if explained is None and norm is not None and not math.isfinite(norm.current()) else explained
         self.skipped = 0 if is_finite else self.skipped + 1
+        left_out = [each for each in self.fixed_scales if each.count_left_out(due) >= self.patience]
         if is_finite:
-            return explained or (_explain_scale(runner, scalers) if due else None)
+            return explained or (left_out[0].explain(runner) if left_out else
+                                 _explain_scale(runner, scalers) if due else None)
         self.first_skipped = self.first_skipped if self.skipped > 1 else explained or ''
-        return (f'{self.first_skipped} The loss has not been finite for {self.skipped} steps since, which the '
-                'GradScaler has skipped.' if self.skipped >= self.patience else None)
+        by_whom = ', which the GradScaler has skipped' if scalers else ''
+        return (f'{self.first_skipped} The loss has not been finite for {self.skipped} steps since{by_whom}.'
+                if self.skipped >= self.patience else None)
 
     def _read_noted(self, runner: Runner) -> dict[int, list[Read]]:
         """What of the terms' reads was not finite, by step, since this was asked last; waits for the device."""
@@ -120,13 +129,13 @@ class FiniteHook(Hook):
             of_teachers = [read for read in reads if read.owner != 'student']
             if of_teachers:
                 self.broken_steps[step] = of_teachers
-            elif _find_scalers(runner):  # recovered
+            elif _may_skip(runner):  # recovered
                 self.broken_steps.clear()
         return noted
 
     def _explain_teachers(self, runner: Runner) -> str | None:
         """Explains teachers' features that were not finite; with a GradScaler, in many steps in a row."""
-        if len(self.broken_steps) < (self.patience if _find_scalers(runner) else 1):
+        if len(self.broken_steps) < (self.patience if _may_skip(runner) else 1):
             return None
         step, reads = next(iter(self.broken_steps.items()))
         return self._explain(runner, step, reads, {})
@@ -171,9 +180,40 @@ class FiniteHook(Hook):
             raise ConfigurationError(min(found)[1])
 
 
+class FixedScale:
+    """Counts the steps in a row that an optimizer does not make at a fixed loss scale, for gradients are not finite.
+
+    A scale that follows the gradients falls with each of them; this one does not, and nothing tells.
+
+    Args:
+        wrapper: MMEngine's ``AmpOptimWrapper``.
+    """
+
+    def __init__(self, wrapper: Any) -> None:
+        self.wrapper, self.was_called = wrapper, False
+        self.left_out: int | torch.Tensor = 0
+        wrapper.optimizer.register_step_post_hook(self._note)
+
+    def _note(self, optimizer: Any, *_: Any) -> None:
+        found = getattr(optimizer, 'found_inf', None)  # told to a fused one, which leaves its step out on the device
+        self.was_called, self.left_out = True, 0 if found is None else found * (self.left_out + 1)
+
+    def count_left_out(self, waits: bool) -> int:
+        """How many, after a step of training; 0 where the device knows it alone and is not to be waited for."""
+        if self.wrapper.should_update():  # with accumulated gradients now and then
+            self.left_out, self.was_called = self.left_out + (not self.was_called), False
+        return int(self.left_out) if waits or isinstance(self.left_out, int) else 0
+
+    def explain(self, runner: Runner) -> str:
+        scale = self.wrapper.loss_scaler.get_scale()
+        return (f'The optimizer has made none of its last {int(self.left_out)} steps, {_when(runner)} and before: '
+                f"gradients are not finite at the fixed optim_wrapper.loss_scale of {scale:g}. Lower it, or take "
+                f"loss_scale='dynamic'. Where that does not help: {advise_on_divergence(runner)}")
+
+
 def add_finite_hook(runner: Runner) -> None:
-    """Gives a runner a :class:`FiniteHook` unless it has one."""
-    if isinstance(runner, Runner) and not any(isinstance(hook, FiniteHook) for hook in runner.hooks):
+    """Gives a runner, a ``FlexibleRunner`` too, a :class:`FiniteHook` unless it has one."""
+    if not any(isinstance(hook, FiniteHook) for hook in runner.hooks):
         runner.register_hook(FiniteHook())
 
 
@@ -256,11 +296,20 @@ def _explain_data(runner: Runner, data_batch: Any) -> str | None:
     return None
 
 
+def _list_wrappers(runner: Runner) -> list[Any]:
+    """What MMEngine wraps the optimizer in, or each of several."""
+    wrapper = getattr(runner, 'optim_wrapper', None)
+    return list(wrapper.values()) if hasattr(wrapper, 'values') else [wrapper]
+
+
+def _may_skip(runner: Runner) -> bool:
+    """Whether a step whose loss is not finite may be left out: by a GradScaler, or by a strategy's own optimizer."""
+    return bool(_find_scalers(runner)) or not all(isinstance(each, OptimWrapper) for each in _list_wrappers(runner))
+
+
 def _find_scalers(runner: Runner) -> list[Any]:
     """The GradScalers at work, of one optimizer or several."""
-    wrapper = getattr(runner, 'optim_wrapper', None)
-    wrappers = list(wrapper.values()) if hasattr(wrapper, 'values') else [wrapper]
-    scalers = [getattr(each, 'loss_scaler', None) for each in wrappers]
+    scalers = [getattr(each, 'loss_scaler', None) for each in _list_wrappers(runner)]
     return [scaler for scaler in scalers if scaler is not None and scaler.is_enabled()]
 
 

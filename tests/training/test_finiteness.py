@@ -10,6 +10,7 @@ from mmdet.registry import MODELS, TASK_UTILS
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.optim.optimizer import amp_optimizer_wrapper
+from mmengine.registry import RUNNERS
 
 import kd_det
 from kd_det.config import ConfigurationError
@@ -17,6 +18,7 @@ from kd_det.distillers.schedules import Schedule
 from kd_det.losses import DistillTerm
 from kd_det.study.runs import train as train_job
 from kd_det.training.finiteness import FiniteHook, add_finite_hook, explain_divergence
+from kd_det.training.runner import build_runner
 
 NAN, INF = float('nan'), float('inf')
 
@@ -328,12 +330,43 @@ def test_a_loss_that_stays_so_ends_the_run_under_a_scaler(amp, distilled, make_r
     assert runner.iter == 12
 
 
+def test_without_patience_the_first_step_that_is_skipped_ends_the_run(amp, distilled, make_run):
+    runner = make_run(distilled(mine=dict(type='Faulty', start=3)), epochs=1, **amp,
+                      custom_hooks=[dict(type='FiniteHook', patience=0)], **{'optim_wrapper.loss_scale': 512.0})
+    assert 'is not finite in iteration 4 (epoch 1)' in message_of(runner) and runner.iter == 3
+
+
 def test_a_scale_that_falls_to_nothing_ends_the_run(amp, distilled, make_run):
     """The loss is finite, its gradient never is."""
     runner = make_run(distilled(mine=dict(type='Faulty', start=1, way='root')), epochs=8,
                       **amp, **{'optim_wrapper.loss_scale': dict(init_scale=1.0)})
     text = message_of(runner)
     assert "The GradScaler's scale has fallen to " in text and 'in iteration 10 (epoch 2)' in text
+
+
+@pytest.mark.parametrize('clip', [None, dict(max_norm=35)])
+def test_steps_that_are_never_made_at_a_fixed_scale_end_the_run(clip, amp, distilled, make_run):
+    """The loss is finite, its gradient never is, and the scale does not fall."""
+    runner = make_run(distilled(mine=dict(type='Faulty', start=2, way='root')), epochs=8, **amp,
+                      **{'optim_wrapper.loss_scale': 512.0, 'optim_wrapper.clip_grad': clip})
+    text = message_of(runner)
+    assert text.startswith('The optimizer has made none of its last 10 steps, in iteration 12 (epoch 2) and before: '
+                           'gradients are not finite at the fixed optim_wrapper.loss_scale of 512.')
+
+
+def test_a_fused_optimizer_is_called_and_leaves_the_step_out_by_itself(amp, distilled, make_run):
+    """On the device, which is asked every ten steps."""
+    runner = make_run(distilled(mine=dict(type='Faulty', start=2, way='root')), epochs=8, **amp,
+                      optimizer=dict(type='SGD', lr=0.01, fused=True), **{'optim_wrapper.loss_scale': 512.0})
+    assert 'none of its last 18 steps, in iteration 20 (epoch 3) and before' in message_of(runner)
+
+
+def test_what_a_fixed_scale_leaves_out_and_recovers_from_is_no_fault(amp, distilled, make_run):
+    """Steps of the optimizer are counted, here every second iteration."""
+    runner = make_run(distilled(mine=dict(type='Faulty', start=2, steps=18, way='root')), epochs=4, **amp,
+                      **{'optim_wrapper.loss_scale': 512.0, 'optim_wrapper.accumulative_counts': 2})
+    runner.train()
+    assert runner.iter == 32
 
 
 def test_a_teachers_feature_under_a_scaler(amp, distilled, make_run):
@@ -403,6 +436,21 @@ def test_a_run_has_one_hook(retinanet, make_run):
     runner = make_run(retinanet(), epochs=1, **{'train_dataloader.batch_size': 8})
     add_finite_hook(runner)
     runner.train()  # DistillHook adds none
+    assert sum(isinstance(hook, FiniteHook) for hook in runner.hooks) == 1
+
+
+@pytest.mark.parametrize('with_hook', [True, False])
+def test_a_flexible_runner_has_it_too(with_hook, distilled, run_config):
+    """Which kd_det starts, or whose config lists DistillHook."""
+    start = 3 if with_hook else 0  # without it terms do not learn which iteration it is
+    config = run_config(distilled(mine=dict(type='Faulty', start=start)), runner_type='FlexibleRunner',
+                        strategy=dict(type='SingleDeviceStrategy'), env_cfg=dict(cudnn_benchmark=False),
+                        **{'train_dataloader.batch_size': 1})
+    if not with_hook:
+        del config.default_hooks['distill']
+    runner = RUNNERS.build(config) if with_hook else build_runner(config)
+    assert f"model.distill.mine (part 'broken' nan) is not finite in iteration {start + 1} (epoch 1)" in message_of(
+        runner)
     assert sum(isinstance(hook, FiniteHook) for hook in runner.hooks) == 1
 
 
