@@ -35,7 +35,7 @@ from kd_det.config.arguments import (
     join_place,
     suggest_names,
 )
-from kd_det.config.files import TOP_KEYS, get_type_name, is_distillation
+from kd_det.config.files import TOP_KEYS, find_objects, get_type_name, is_distillation, refuse_object
 from kd_det.distillers.building import (
     build_guides,
     build_task_schedule,
@@ -137,6 +137,8 @@ def _list_checks(config: Config) -> Iterator[Callable[[], None]]:
         yield partial(_check_hook, f'default_hooks.{name}', hook)
     yield from _each('custom_hooks', config.get('custom_hooks'), _check_hook)
     yield partial(_check_part, registry.VISUALIZERS, 'visualizer', config.get('visualizer'))
+    for place, value in find_objects(config.to_dict()):  # as it is saved: without what it imports
+        yield partial(refuse_object, place, value)
 
 
 def _stands_for_learner(guide: Any) -> bool:

@@ -1,6 +1,7 @@
 """Reads configs and derives others from them: the plain student's, or the same on another data root."""
 from __future__ import annotations
 
+import ast
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -8,7 +9,7 @@ from contextlib import nullcontext
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mmdet.registry import MODELS, TASK_UTILS
 from mmengine.config import Config, ConfigDict
@@ -19,7 +20,7 @@ from mmengine.runner import Runner
 
 from kd_det.compat.process import find_place, is_raised_by_user
 from kd_det.config import ConfigurationError
-from kd_det.config.arguments import ArgumentError, check_keys, refuse, suggest_names
+from kd_det.config.arguments import ArgumentError, check_keys, join_place, refuse, suggest_names
 from kd_det.config.choices import CONFIG_ROOT
 from kd_det.registry import HOME, find_class
 
@@ -208,6 +209,41 @@ def map_strings(value: Any, function: Callable[[str], str]) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(map_strings(item, function) for item in value)
     return value
+
+
+def find_objects(value: Any, place: str = '') -> Iterator[tuple[str, Any]]:
+    """Finds what MMEngine can not save within a config, and where it is: it writes the config of each run as text.
+
+    That are objects, such as hooks, in place of the dicts that build them, and classes, functions and paths.
+
+    Args:
+        value: A config as a plain dict, see ``Config.to_dict``, or a part of it.
+        place: Of the part.
+    """
+    if isinstance(value, dict):
+        for key, item in dict.items(value):
+            yield from find_objects(item, join_place(place, str(key)))
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from find_objects(item, f'{place}[{index}]')
+    elif not isinstance(value, (str, int, float)) and value is not None:
+        try:
+            ast.parse(str(value), mode='eval')
+        except (SyntaxError, ValueError):
+            yield place, value
+
+
+def refuse_object(place: str, value: Any) -> NoReturn:
+    """Refuses what :func:`find_objects` found.
+
+    Raises:
+        ArgumentError: Always.
+    """
+    is_named = isinstance(value, type) or callable(value) and hasattr(value, '__name__')
+    name = value.__name__ if is_named else type(value).__name__
+    advice = f"'{value}'" if isinstance(value, Path) else f"'{name}'" if is_named else f"dict(type='{name}', …)"
+    raise ArgumentError(place, f"expected what can be saved as text, as the config of each run is, got "
+                               f"{'' if is_named else 'an object of '}{name}. Give {advice}.")
 
 
 def get_type_name(config: Any) -> str:

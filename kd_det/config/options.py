@@ -11,7 +11,7 @@ from mmengine.config import Config, DictAction
 
 from kd_det.config import ConfigurationError, suggest_names
 from kd_det.config.composition import repeat_term, share_weight
-from kd_det.config.files import TOP_KEYS, get_type_name, is_distillation, load_config, set_data_root
+from kd_det.config.files import TOP_KEYS, get_type_name, is_distillation, load_config, refuse_object, set_data_root
 
 TERM_KEY = re.compile(r'model\.distill\.(?P<name>[^.]+)(?P<rest>.*)')
 TEACHER_KEY = re.compile(r'model\.teacher\.(?P<rest>(?!\d+(\.|$)).+)')  # of a teacher, whose index is not said
@@ -60,8 +60,11 @@ def set_epochs(config: Config, epochs: int) -> None:
     hooks change the pipeline or the head. What had an epoch of its own keeps one, however few there are.
 
     Raises:
-        ConfigurationError: It does not count in epochs.
+        ConfigurationError: It does not count in epochs; or a hook is given as an object, whose epochs nobody knows.
     """
+    for index, hook in enumerate(config.get('custom_hooks') or ()):
+        if not isinstance(hook, dict):
+            refuse_object(f'custom_hooks[{index}]', hook)
     before = (config.get('train_cfg') or {}).get('max_epochs')
     if before is None:
         raise ConfigurationError(f"--epochs: the config '{config.filename}' does not count in epochs.")

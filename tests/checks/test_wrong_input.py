@@ -3,10 +3,15 @@ from __future__ import annotations
 
 import copy
 from math import inf, nan
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
+from mmengine.hooks import EMAHook
+from torch.optim import SGD
 
 from kd_det.checks.arguments import inspect_arguments
 from kd_det.checks.doctor import check_config, inspect_config
@@ -156,6 +161,35 @@ def test_a_key_that_there_is_not(whole, key, right):
     finding, *others = inspect_arguments(change(whole, key, dict()))
     assert finding.fault and finding.subject == key and not others
     assert f'Nearest: {right}' in finding.found if right else 'Expected one of' in finding.found
+
+
+@pytest.mark.parametrize(('key', 'value', 'advice'), [
+    ('custom_hooks', [dict(type='EMAHook'), EMAHook(begin_epoch=4)], "dict(type='EMAHook', …)"),
+    ('optim_wrapper.optimizer.type', SGD, "'SGD'"), ('data_root', Path('/data'), "'/data'"),
+    ('train_dataloader.collate_fn', test_what_all_start_from_fits, "'test_what_all_start_from_fits'")])
+def test_what_the_config_of_a_run_can_not_be_saved_with(key, value, advice, whole, tmp_path):
+    """MMEngine would end in a SyntaxError, once the data and the model are built."""
+    wrong = change(whole, key, value)
+    with pytest.raises(SyntaxError):
+        wrong.dump(tmp_path / 'config.py')
+    finding, = inspect_arguments(wrong)
+    assert finding.subject == key + ('' if not isinstance(value, list) else f'[{len(value) - 1}]') and finding.fault
+    assert finding.found.startswith('expected what can be saved as text') and finding.found.endswith(
+        f'Give {advice}.')
+
+
+def test_what_only_looks_like_an_object_can_be_saved(whole, tmp_path):
+    right = change(change(whole, 'my_numbers', (np.float32(0.5), 1e-3, inf, None, {1, 2})), 'my_type', torch.float16)
+    right.dump(tmp_path / 'config.py')
+    assert not list(inspect_arguments(right))
+
+
+def test_what_a_config_in_pure_python_imports_can_be_saved(tmp_path):
+    (tmp_path / 'base.py').write_text('randomness = dict(seed=0)')
+    (tmp_path / 'config.py').write_text('from mmengine.config import read_base\nfrom mmengine.hooks import EMAHook\n'
+                                        'with read_base():\n    from .base import *\n'
+                                        'custom_hooks = [dict(type=EMAHook, begin_epoch=2)]\n')
+    assert not list(inspect_arguments(Config.fromfile(tmp_path / 'config.py')))
 
 
 def test_several_mistakes_are_told_together(whole):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+from mmengine.hooks import EMAHook
 
 from kd_det.config import ConfigurationError
 from kd_det.config.files import load_config
@@ -92,6 +93,14 @@ def test_whatever_counts_in_epochs_stretches_with_them(name, epochs, expected):
     assert [each for each in hooks if each] == [expected['hook']]
     assert [begin for begin, _ in config.train_cfg.get('dynamic_intervals', ())] == (
         [expected['dynamic']] if 'dynamic' in expected else [])
+
+
+def test_hooks_that_are_objects_are_refused():
+    """What they count in epochs would stay as it is."""
+    config = Config(dict(train_cfg=dict(max_epochs=12), custom_hooks=[dict(type='EMAHook', begin_epoch=4),
+                                                                      EMAHook(begin_epoch=4)]))
+    with pytest.raises(ConfigurationError, match=r'custom_hooks\[1\]: .* got an object of EMAHook. Give dict\('):
+        adapt_config(config, epochs=3)
 
 
 def test_validation_begins_within_the_epochs():
