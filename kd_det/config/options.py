@@ -53,6 +53,12 @@ def resolve_distillation(config: str | Path | Config, data_root: str | None = No
     return resolved
 
 
+def set_seed(config: Config, seed: int) -> Config:
+    """Lets a config train from a seed; what else it says of random numbers stays. Returns the config."""
+    config.randomness = dict(config.get('randomness') or {}, seed=seed)
+    return config
+
+
 def set_epochs(config: Config, epochs: int) -> None:
     """Lets a config train for so many epochs, and all that it counts in epochs is stretched with them.
 

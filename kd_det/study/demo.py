@@ -16,7 +16,7 @@ from kd_det.compat.writing import locked_folder, refuse_to_replace
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Count, Name, declared
 from kd_det.config.files import is_distillation, load_config, set_data_root
-from kd_det.config.options import set_epochs
+from kd_det.config.options import set_epochs, set_seed
 from kd_det.datasets import generate_shapes
 from kd_det.study.demo_report import PICTURES, RESULTS_FILE, draw_pictures, summarize, tabulate_runs, write_results
 from kd_det.study.identity import identify_run
@@ -118,7 +118,7 @@ def _load_config(name: str, folder: str, settings: DemoSettings, epochs: int | N
     config = load_config(name)
     set_data_root(config, str(settings.out / 'data'))
     config.work_dir = str(settings.out / 'runs' / folder)
-    config.randomness = dict(seed=seed)
+    set_seed(config, seed)
     if epochs is not None:
         set_epochs(config, epochs)
     return config

@@ -19,6 +19,7 @@ from kd_det.checks.image_reader import Memory
 from kd_det.compat.writing import locked_folder, refuse_to_replace
 from kd_det.config import ConfigurationError
 from kd_det.config.detectors import guides_of
+from kd_det.config.options import set_seed
 from kd_det.study.fidelity import add_fidelity
 from kd_det.study.identity import hash_data, hash_model, hash_weights, identify_run
 from kd_det.study.pair import Pair, adapt_config
@@ -223,7 +224,7 @@ class Series:
         names = ['teacher', *(f'teacher_{index + 2}' for index in range(self.teachers - 1))]
         configs = [adapt_config(self.pair.teacher_config(index), self.data_root, self.teacher_epochs)
                    for index in range(self.teachers)]
-        return [Job(name, self.root / name, _set_seed(config, TEACHER_SEED + index), [self.data])
+        return [Job(name, self.root / name, set_seed(config, TEACHER_SEED + index), [self.data])
                 for index, (name, config) in enumerate(zip(names, configs))]
 
     def _take_teachers(self, runs: Sequence[Run]) -> None:
@@ -233,7 +234,7 @@ class Series:
     def _make_job(self, variant: Variant, seed: int, checkpoints: Sequence[str] = ()) -> Job:
         """The training of a variant from a seed; under other teachers than the pair's, for a trial."""
         checkpoints = checkpoints or self.pair.checkpoints
-        config = _set_seed(variant_config(variant, self.pair, checkpoints, seed), seed)
+        config = set_seed(variant_config(variant, self.pair, checkpoints, seed), seed)
         return Job(f'{variant.name}, seed {seed}', self.root / variant.folder / f'seed{seed}', config,
                    [self.data, *self._hash_teachers(config)])
 
@@ -265,11 +266,6 @@ def count_teachers(variants: Sequence[Variant], checkpoints: Sequence[str]) -> i
         raise ConfigurationError(f'{counts}, but no method asks for more than {most.teachers}: name one with '
                                  f'@teachers={len(checkpoints)}.')
     return most.teachers
-
-
-def _set_seed(config: Config, seed: int) -> Config:
-    config.randomness = dict(config.get('randomness') or {}, seed=seed)
-    return config
 
 
 def run_all(series: Sequence[Series], seeds: Sequence[int], pool: JobPool, log: Callable[[str], None],

@@ -38,7 +38,7 @@ from kd_det.config.files import (
     set_data_root,
     student_config,
 )
-from kd_det.config.options import merge_options, resolve_config, set_epochs
+from kd_det.config.options import merge_options, resolve_config, set_epochs, set_seed
 from kd_det.distillers.quantization import build_quantizer
 from kd_det.registry import HOME
 from kd_det.training.finiteness import explain_divergence
@@ -335,7 +335,7 @@ def _set_run(config: Config, name: str, data_root: str | None, work_dir: str | P
     if epochs is not None:
         set_epochs(config, epochs)
     if seed is not None:
-        config.randomness = dict(config.get('randomness') or {}, seed=seed)
+        set_seed(config, seed)
     if data_root:
         set_data_root(config, data_root)
     merge_options(config, options or {})
