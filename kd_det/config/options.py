@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -106,15 +107,23 @@ def _stretch_schedulers(schedulers: Iterable[dict], share: float) -> None:
     ends = _stretch_points([scheduler[key] for scheduler in counting for key in ('begin', 'end')
                             if isinstance(scheduler.get(key), int)], share)
     for scheduler in counting:
-        begin, end, period = (scheduler.get(key) for key in ('begin', 'end', 'T_max'))
+        begin, end = (scheduler.get(key) for key in ('begin', 'end'))
         scheduler.update({key: ends[scheduler[key]] for key in ('begin', 'end') if scheduler.get(key) in ends})
-        if isinstance(period, int):
-            is_whole = end is not None and period == end - (begin or 0)
-            scheduler['T_max'] = (scheduler['end'] - scheduler.get('begin', 0) if is_whole else
+        for key in ('T_max', 'total_steps', 'step_size'):
+            period = scheduler.get(key)
+            if isinstance(period, int):
+                is_whole = key != 'step_size' and end is not None and period == end - (begin or 0)
+                scheduler[key] = (scheduler['end'] - scheduler.get('begin', 0) if is_whole else
                                   max(1, round(period * share)))
         if scheduler.get('milestones'):
             points = _stretch_points(scheduler['milestones'], share)
             scheduler['milestones'] = [points[each] for each in scheduler['milestones']]
+        if scheduler.get('periods'):
+            restarts = [0, *accumulate(scheduler['periods'])]
+            points = _stretch_points(restarts, share)
+            scheduler['periods'] = [points[last] - points[first] for first, last in pairwise(restarts)]
+        if get_type_name(scheduler).startswith('Exponential'):  # by its factor of each epoch
+            scheduler['gamma'] = scheduler['gamma']**(1 / share)
 
 
 def _stretch_points(points: Iterable[int], share: float) -> dict[int, int]:

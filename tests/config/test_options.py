@@ -4,11 +4,14 @@ import re
 import pytest
 import torch
 from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import PARAM_SCHEDULERS
 
 from kd_det.config import ConfigurationError
 from kd_det.config.composition import PAPER, distillation_config, make_ensemble
 from kd_det.config.files import load_config
-from kd_det.config.options import merge_options
+from kd_det.config.options import merge_options, set_epochs
 
 RETINANET = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
 TEACHER = 'mmdet::retinanet/retinanet_r101_fpn_1x_coco.py'
@@ -145,3 +148,36 @@ def test_options_of_an_ensemble_are_what_its_terms_are_built_with(retinanet, dis
     distiller = MODELS.build(config.model)
     assert [term.temperature for term in distiller.terms.values()] == [0.8, 0.8]
     assert [distiller.schedules[name].full for name in distiller.terms] == [0.7, 1.0]
+
+
+@pytest.mark.parametrize('schedule', [
+    dict(type='StepLR', step_size=8, gamma=0.1),
+    dict(type='MultiStepLR', milestones=[4, 8], gamma=0.1),
+    dict(type='OneCycleLR', eta_max=0.1, total_steps=12),
+    dict(type='OneCycleLR', eta_max=0.1, begin=0, end=12),
+    dict(type='CosineRestartLR', periods=[4, 8], restart_weights=[1, 0.5], eta_min=0),
+    dict(type='CosineAnnealingLR', T_max=12, eta_min=0),
+    dict(type='ExponentialLR', gamma=0.9)], ids=lambda each: each['type'])
+@pytest.mark.parametrize('epochs', [6, 24])
+def test_every_schedule_is_stretched_with_the_epochs(schedule, epochs):
+    """Step by step of the shortest, the learning rates of 12 epochs are those of twice, or half, as many."""
+
+    def list_rates(max_epochs, stretched):
+        config = Config(dict(train_cfg=dict(max_epochs=12), param_scheduler=dict(schedule)))
+        if stretched:
+            set_epochs(config, max_epochs)
+        wrapper = build_optim_wrapper(torch.nn.Linear(1, 1), dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9)))
+        steps = 4  # in an epoch
+        scheduler = PARAM_SCHEDULERS.get(schedule['type']).build_iter_from_epoch(
+            optimizer=wrapper, epoch_length=steps, **{key: value for key, value in config.param_scheduler.items()
+                                                      if key != 'type'})
+        rates = []
+        for _ in range(max_epochs * steps):
+            rates.append(wrapper.get_lr()['lr'][0])
+            wrapper.optimizer.step()
+            scheduler.step()
+        return rates
+
+    before, after = list_rates(12, False), list_rates(epochs, True)
+    step = len(before) // 24
+    assert after[::len(after) // 24] == pytest.approx(before[::step], abs=0.012)
