@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from kd_det.compat.process import preserved_randomness
-from kd_det.config.detectors import ModelConfig, find_head_classes, read_model_config
+from kd_det.config.detectors import ModelConfig, TeacherError, find_head_classes, read_model_config
 from kd_det.config.files import get_type_name
 from kd_det.context import LevelSpec
 from kd_det.heads import HeadError, HeadRequest, check_head
@@ -75,8 +75,10 @@ def probe_config(model: dict, paths: Iterable[str], scale: float = 1.0) -> dict[
 
     Raises:
         TapError: A path does not exist in backbone, neck or encoder.
+        TeacherError: See :func:`check_branches`.
     """
     paths = tuple(paths)
+    check_branches(model)
     foreign = [path for path in paths if path.split('.')[0] not in ('backbone', 'neck', ENCODER)]
     if foreign:
         raise TapError(f"Taps read backbone, neck or encoder; '{foreign[0]}' is in none of them.")
@@ -122,13 +124,14 @@ def probe_heads(config: ModelConfig, names: Iterable[str]) -> dict[HeadRequest, 
 
     Raises:
         HeadError: A head of which towers are asked is absent, or has none.
+        TeacherError: See :func:`check_branches`.
     """
-    requests = [request for request in map(HeadRequest.parse, names)
-                if request.part in ('', 'towers') and request != ROI_HEAD]
+    requests = list(map(HeadRequest.parse, names))
     if not requests:
         return {}
     model, forms = read_model_config(config), {}
-    for request in requests:
+    check_branches(model)
+    for request in (each for each in requests if each.part in ('', 'towers') and each != ROI_HEAD):
         try:
             check_head(get_type_name(model), find_head_classes(model), request)
         except HeadError as error:
@@ -140,6 +143,24 @@ def probe_heads(config: ModelConfig, names: Iterable[str]) -> dict[HeadRequest, 
                                                                                          request.head)
         forms[request] = measure_head(head, request)
     return {request: form for request, form in forms.items() if form is not None}
+
+
+def check_branches(model: dict) -> None:
+    """Checks that a teacher whose features or predictions terms read has one answer for each image.
+
+    Args:
+        model: Its model dict.
+
+    Raises:
+        TeacherError: It is a TridentNet that answers by all of its branches, which it joins in its boxes alone: terms
+            would compare images with the first branch, or in a batch of one with all of them.
+    """
+    backbone = model.get('backbone')
+    if isinstance(backbone, dict) and backbone.get('test_branch_idx') == -1:
+        raise TeacherError(f'The teacher, a {get_type_name(model)} with test_branch_idx=-1, puts out features and '
+                           'predictions of every branch, where a term compares one of each image. Set '
+                           'test_branch_idx=1 in its backbone and its roi_head, as MMDetection does; the weights are '
+                           'the same for all branches.')
 
 
 def find_input_channels(model: nn.Module) -> int:

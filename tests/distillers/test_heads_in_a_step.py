@@ -7,7 +7,7 @@ from mmengine.model import ExponentialMovingAverage
 
 from kd_det.config import ConfigurationError
 from kd_det.config.composition import check_terms
-from kd_det.config.detectors import find_head_classes
+from kd_det.config.detectors import TeacherError, find_head_classes
 
 OUTPUTS = dict(faster_rcnn=dict(rpn=dict(type='RPNImitation'), classes=dict(type='RoIClassification')),
                retinanet=dict(classes=dict(type='DenseClassification'), boxes=dict(type='DenseRegression')))
@@ -132,6 +132,16 @@ def test_the_same_detectors_teach(change, make, term, faster_rcnn, distiller, ba
     for parameter in model.build_teachers()[0].model.parameters():  # TridentConv leaves them as the memory was
         torch.nn.init.normal_(parameter, std=0.1)
     assert _step(model.train(), batch())['loss_a'] > 0
+
+
+@pytest.mark.parametrize('term', [dict(type='RoIClassification'), dict(type='RPNImitation'),
+                                  dict(type='FeatureImitation', tap='backbone')])
+def test_a_teacher_that_answers_by_all_of_its_branches_is_refused(term, faster_rcnn, distiller):
+    """Else a term would read its first branch, or, where the batch is one image, all of them."""
+    teacher = _trident(faster_rcnn())
+    teacher.backbone.test_branch_idx = teacher.roi_head.test_branch_idx = -1
+    with pytest.raises(TeacherError, match='a TridentFasterRCNN with test_branch_idx=-1, .*Set test_branch_idx=1'):
+        distiller(_c4(faster_rcnn()), teacher, distill=dict(a=term))
 
 
 def test_the_features_and_the_rpn_of_such_a_student_can_be_distilled(faster_rcnn, distiller, batch):
