@@ -165,10 +165,9 @@ def describe(config: Config, detector: Any, meta: dict[str, Any], graph: Detecto
         raise ConfigurationError(f'--dynamic: a {type(detector).__name__} is exported for one image of one size, to '
                                  'which its positional encodings are made.')
     preprocessor = detector.data_preprocessor
-    if preprocessor._enable_normalize:
-        mean, std = preprocessor.mean.flatten().tolist(), preprocessor.std.flatten().tolist()
-    else:
-        mean, std = [0.0] * 3, [1.0] * 3
+    normalization = (preprocessor.mean, preprocessor.std) if preprocessor._enable_normalize else (
+        torch.zeros(1), torch.ones(1))
+    mean, std = (each.float().flatten().expand(graph.image_channels).tolist() for each in normalization)
     padding = [graph.padding * deviation + average for average, deviation in zip(mean, std)]
     colours = [step['pad_val'] for step in test_pipeline(config) if get_type_name(step) == 'Pad' and 'pad_val' in step]
     if colours:  # YOLOX' pipeline pads by itself

@@ -31,6 +31,7 @@ from kd_det.heads.readers import find_reader, read_dense
 from kd_det.heads.request import HeadError
 from kd_det.heads.roi import find_stages
 from kd_det.taps import Features
+from kd_det.teachers.probe import find_input_channels
 
 CHANNELS = ('rgb', 'bgr')
 LOWEST = -1e4  # a logit whose sigmoid is 0
@@ -59,8 +60,11 @@ class DetectorGraph(nn.Module):
         suppress: End with non-maximum suppression; without it with the candidates for it. DETRs have none.
         fixed: Height and width are constants of the graph; more of it can then be computed in advance.
 
+    Attributes:
+        image_channels: How many the detector reads.
+
     Shape:
-        - image: (N, 3, H, W), 0 to 255, of any numeric type; as many channels as the detector reads.
+        - image: (N, image_channels, H, W), 0 to 255, of any numeric type.
         - boxes: (N, D, 4) x1, y1, x2, y2 in pixels of the image; scores: (N, D), falling, 0 where there is no object;
           labels: (N, D) long.
 
@@ -75,9 +79,8 @@ class DetectorGraph(nn.Module):
         self.channels, self.suppress, self.fills = channels, suppress, not fixed
         preprocessor = self.detector.data_preprocessor
         check_graph(self.detector)
-        self.flips = (channels == 'rgb') == (not preprocessor._channel_conversion)
-        if preprocessor._enable_normalize and preprocessor.mean.shape[0] == 1:
-            self.flips = False  # one channel
+        self.image_channels = find_input_channels(self.detector)  # one mean may be of gray images, or of all colours
+        self.flips = self.image_channels == 3 and (channels == 'rgb') == (not preprocessor._channel_conversion)
         self.divisor, self.padding = preprocessor.pad_size_divisor, preprocessor.pad_value
         for module in self.detector.modules():
             if isinstance(module, SingleRoIExtractor):

@@ -145,8 +145,7 @@ def _open_student(file: Path, threads: int, size: tuple[int, int] | None
     def run(image: np.ndarray) -> Any:
         return graph(torch.from_numpy(image))
 
-    channels = len(detector.data_preprocessor.mean) if detector.data_preprocessor._enable_normalize else 3
-    return size, channels, run
+    return size, graph.image_channels, run
 
 
 def multiply(kind: str, first: Iterable[int], second: Iterable[int], out: Iterable[int], transposed: bool = False

@@ -208,6 +208,25 @@ def test_the_colour_of_the_padding_is_what_the_detector_pads_with(student, tmp_p
     assert kd_det.export(config, checkpoint, tmp_path / 'c.onnx', size=(64, 96)).info.padding == (3, 2, 1)
 
 
+@pytest.mark.parametrize('channels, normalization', [
+    (1, {}), (1, dict(mean=[110.0], std=[50.0])), (3, dict(mean=[110.0], std=[50.0])), (3, dict(std=[50.0], mean=[
+        110, 120, 130])), (4, {})], ids=['gray', 'gray_mean', 'one_mean', 'one_std', 'four'])
+@pytest.mark.parametrize('order', ['rgb', 'bgr'])
+def test_images_have_as_many_channels_as_the_detector_reads(channels, normalization, order, student, tmp_path):
+    config, checkpoint = student('RetinaNet')
+    config.model.backbone.in_channels = channels
+    config.model.data_preprocessor = ConfigDict(type='DetDataPreprocessor', bgr_to_rgb=channels == 3, pad_value=0.5,
+                                                pad_size_divisor=32, **normalization)
+    state = torch.load(checkpoint)
+    first = state['state_dict']['backbone.conv1.weight']
+    scale = 0.1 if normalization else 0.002
+    state['state_dict']['backbone.conv1.weight'] = scale * torch.randn(len(first), channels, 7, 7)
+    torch.save(state, checkpoint)
+    model = kd_det.export(config, checkpoint, tmp_path / 'a.onnx', size=(64, 96), channels=order)
+    assert model.comparison.boxes > 10 and not model.comparison.unmatched
+    assert len(model.info.mean) == len(model.info.std) == len(model.info.padding) == channels
+
+
 def test_an_image_is_made_to_fit():
     info = ModelInfo('RetinaNet', ('a', ), (64, 96), None, False, 1, 'rgb', 'uint8', (7.4, 8.0, 9.0), (0., ) * 3,
                      (1., ) * 3, True, 'float32', '1')
