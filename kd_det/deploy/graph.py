@@ -174,6 +174,9 @@ def check_graph(detector: Any) -> None:
         raise ConfigurationError(f'A {name} can not be exported: it reads more than an image.')
     roi_head, head = getattr(detector, 'roi_head', None), getattr(detector, 'bbox_head', None)
     try:
+        if getattr(detector, 'test_branch_idx', 0) == -1:
+            raise HeadError('with test_branch_idx=-1 each of its branches answers. Export one: --cfg-options '
+                            'model.backbone.test_branch_idx=1 model.roi_head.test_branch_idx=1')
         if roi_head is not None:
             if not isinstance(roi_head, (StandardRoIHead, CascadeRoIHead)):
                 raise HeadError(f'how a {type(roi_head).__name__} decodes is not known')
@@ -212,8 +215,12 @@ def _check_dense(head: Any) -> None:
         raise HeadError(f'a {type(head.loss_cls).__name__} has an activation of its own')
 
 
-def _check_suppression(config: Mapping[str, Any]) -> None:
-    kind = config['nms'].get('type', 'nms')
+def _check_suppression(config: Mapping[str, Any] | None) -> None:
+    settings = (config or {}).get('nms')
+    if not settings:
+        raise HeadError("test_cfg.nms: expected dict(type='nms', iou_threshold=0.6) or the like, got "
+                        f"{'no test_cfg' if config is None else settings}")
+    kind = settings.get('type', 'nms')
     if kind != 'nms':
         raise HeadError(f"test_cfg.nms.type: expected 'nms', got '{kind}', for which there is no operator")
 

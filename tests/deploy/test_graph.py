@@ -75,12 +75,26 @@ def _with_a_forward_of_its_own(detector):
     detector.bbox_head.__class__ = type('OwnHead', (kind, ), dict(forward=lambda self, features: features))
 
 
+def _without_suppression(detector):
+    del detector.bbox_head.test_cfg['nms']
+
+
+def _without_test_settings(detector):
+    detector.bbox_head.test_cfg = None
+
+
+def _with_branches(detector):
+    detector.test_branch_idx = -1  # of a TridentNet
+
+
 def _with_language(detector):
     detector.language_model = torch.nn.Identity()
 
 
 @pytest.mark.parametrize('change, said', [
     (_with_soft_suppression, "expected 'nms', got 'soft_nms'"), (_with_a_head_that_votes, 'VotingHead'),
+    (_without_suppression, r'test_cfg.nms: expected dict\(.*, got None'), (_without_test_settings, 'got no test_cfg'),
+    (_with_branches, 'Export one: --cfg-options model.backbone.test_branch_idx=1'),
     (_with_a_forward_of_its_own, 'OwnHead'), (_with_language, 'reads more than an image')])
 def test_what_can_not_be_exported_is_named(change, said, lively_detector):
     detector = lively_detector('ATSS')
