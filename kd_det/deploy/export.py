@@ -92,7 +92,8 @@ def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path,
         config: Of the run that wrote the checkpoint: a file, ``'package::folder/file.py'``, or a config.
         checkpoint: A file.
         out: The file to write.
-        format: What it is; by default what its name says, which otherwise gets the ending of the format.
+        format: What it is; by default what its name says. Otherwise the name gets the ending of the format, in the
+            place of that of another.
         size: Height and width of the image; by default such that every validation image fits as the config's test
             pipeline makes it.
         dynamic: What the graph leaves open: ``'batch'``, ``'size'``.
@@ -115,8 +116,9 @@ def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path,
         WritingError: A file of that name exists, and is no export; or it can not be written.
     """
     out, resolved = Path(out), resolve_config(config, data_root, options)
-    if format is not None and out.name:
-        out = out.with_suffix(SUFFIXES[format])
+    if format is not None and out.name:  # 'r18_x0.5' has no ending that a format could take the place of
+        out = (out.with_suffix('') if out.suffix in (*CHECKPOINTS, ONNX, OPENVINO) else out)
+        out = out.with_name(f'{out.name}{SUFFIXES[format]}')
     if learner == ENSEMBLE and out.suffix not in CHECKPOINTS:
         raise ConfigurationError(f"--learner {ENSEMBLE}: '{out}': it is written as a checkpoint alone, .pth.")
     if learner:

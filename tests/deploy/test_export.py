@@ -53,6 +53,13 @@ def test_a_level_of_one_row(student, tmp_path):
     assert model.comparison.box_error < 0.05 and not model.comparison.unmatched
 
 
+@pytest.mark.parametrize('name, format, file', [
+    ('r18_x0.5', 'pth', 'r18_x0.5.pth'), ('r18_x0.25', 'pth', 'r18_x0.25.pth'), ('v1.0.onnx', 'pth', 'v1.0.pth'),
+    ('a.pt', 'pth', 'a.pth'), ('a', 'pth', 'a.pth')])
+def test_a_dot_in_a_name_is_no_ending(name, format, file, student, tmp_path):
+    assert kd_det.export(*student('RetinaNet'), tmp_path / name, format=format).checkpoint == tmp_path / file
+
+
 @pytest.mark.parametrize('family', ['RetinaNet', 'YOLOX', 'Faster R-CNN'])
 def test_openvino_reads_the_same(family, student, tmp_path):
     model = kd_det.export(*student(family), tmp_path / 'model.onnx', format='openvino', size=(128, 160))
