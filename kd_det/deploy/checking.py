@@ -129,19 +129,30 @@ class Comparison:
 
 
 def draw_images(dataset: Any | None, info: ModelInfo, count: int) -> list[Example]:
-    """Takes images, evenly spread, through their data set's own pipeline; noise where there is none.
+    """Takes images, evenly spread, through their data set's own pipeline; noise where there are none.
+
+    That is where there are annotations alone, too: COCO's come in one archive, its images in one for each set.
 
     Args:
         dataset: See :func:`build_dataset`.
         info: Of the file.
         count: At most so many.
     """
-    if dataset is None or not len(dataset):
-        noise = np.random.default_rng(0)
-        size = info.size or (320, 416)
-        return [Example(noise.integers(0, 256, (*size, len(info.mean)), np.uint8)) for _ in range(min(count, 4))]
-    return [read_example(dataset, int(index), info)
-            for index in np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round())]
+    places = [] if dataset is None or not len(dataset) else np.unique(
+        np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)).tolist()
+    examples: list[Example] = []
+    for index in places:
+        try:
+            examples.append(read_example(dataset, index, info))
+        except FileNotFoundError:
+            if examples:  # of some images one lacks, which is for the user to look at
+                raise
+            break
+    if examples:
+        return examples
+    noise = np.random.default_rng(0)
+    size = info.size or (320, 416)
+    return [Example(noise.integers(0, 256, (*size, len(info.mean)), np.uint8)) for _ in range(min(count, 4))]
 
 
 def build_dataset(config: Config) -> Any | None:

@@ -116,6 +116,24 @@ def test_a_checked_file_with_its_map(student, run_config, built, tmp_path, capsy
     assert main(command) == 0  # its own file it replaces
 
 
+def test_annotations_without_their_images_are_no_data(student, run_config, coco_folder, tmp_path):
+    config = run_config(student('RetinaNet')[0].model, val=True)
+    checkpoint, content = str(tmp_path / 'RetinaNet.pth'), (coco_folder / 'all.json').read_bytes()
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / 'all.json').write_bytes(content)
+    config.train_dataloader.dataset.data_root = str(tmp_path / 'data')
+    made = kd_det.quantize(config, checkpoint, tmp_path / 'a.onnx', ranges=['minmax'], calibrate=2)
+    assert made.chosen.comparison.map is not None  # of the validation images
+    config.val_dataloader.dataset.data_root = str(tmp_path / 'data')
+    model = kd_det.export(config, checkpoint, tmp_path / 'b.onnx')
+    assert not model.comparison.real and 'images of noise' in model.tabulate().to_plain() and model.info.size == (64, 64)
+    with pytest.raises(ConfigurationError, match='There are no images to calibrate on'):
+        kd_det.quantize(config, checkpoint, tmp_path / 'c.onnx')
+    (tmp_path / 'data' / '0.png').write_bytes((coco_folder / '0.png').read_bytes())
+    with pytest.raises(FileNotFoundError, match='7.png'):  # of some images the others lack
+        kd_det.export(config, checkpoint, tmp_path / 'd.onnx', images=2)
+
+
 def test_a_file_that_does_not_agree_is_not_kept(student, tmp_path, monkeypatch):
     def spoil(graph, info, file, write=exporting.write_onnx):
         with torch.no_grad():
