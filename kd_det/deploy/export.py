@@ -160,7 +160,7 @@ def refuse_to_replace_model(out: Path, force: bool = False) -> None:
         refuse_to_replace(out.with_suffix('.bin'), lambda content: False, 'the weights of an exported model', force)
 
 
-def describe(config: Config, detector: Any, meta: dict[str, Any], graph: DetectorGraph, size: tuple[int, int] | None,
+def describe(config: Config, detector: Any, meta: dict[str, Any], graph: DetectorGraph, size: Sequence[int] | None,
              batch: int | None, dtype: str, precision: str) -> ModelInfo:
     """What the file of a graph says of itself."""
     if (size is None or batch is None) and predicts_queries(type(getattr(detector, 'bbox_head', None))):
@@ -180,7 +180,8 @@ def describe(config: Config, detector: Any, meta: dict[str, Any], graph: Detecto
         padding = padding[::-1]
     count = count_classes(detector)
     names = find_class_names(count, (), meta, config) or [str(label) for label in range(count or 0)]
-    return ModelInfo(type(detector).__name__, tuple(names), size, *find_resize(config), batch, graph.channels, dtype,
+    shape = None if size is None else (size[0], size[1])
+    return ModelInfo(type(detector).__name__, tuple(names), shape, *find_resize(config), batch, graph.channels, dtype,
                      tuple(padding), tuple(mean), tuple(std), graph.suppress, precision, kd_det.__version__)
 
 

@@ -47,6 +47,11 @@ def test_every_family_is_exported_and_agrees(family, student, tmp_path):
     assert domains == {''}  # no runtime's own operators
 
 
+def test_a_size_may_be_a_list(student, tmp_path):
+    info = kd_det.export(*student('RetinaNet'), tmp_path / 'model.onnx', size=[64, 96]).info
+    assert info == open_model(tmp_path / 'model.onnx').info and info.size == (64, 96)
+
+
 def test_a_level_of_one_row(student, tmp_path):
     """The coarsest of a deformable DETR, whose reference points are then a single step."""
     model = kd_det.export(*student('Deformable DETR'), tmp_path / 'model.onnx', size=(64, 96))
