@@ -239,7 +239,7 @@ def predict(model: Place, images: Place | Sequence[Place], *, out: Place | None 
     out = Path(out) if out else Path('work_dirs') / detector.file.stem / 'predictions'
     files = find_images([images] if isinstance(images, (str, Path)) else images, out)
     numbers, categories, by_label = _number(detector.info.classes, files, annotations)
-    pictures = {name: out / (name if name.lower().endswith('.jpg') else f'{name}.jpg') for name in files}
+    pictures = name_pictures(files, out)
     _refuse_to_replace(out, pictures, files, force)
     paint = _make_painter(detector.info.classes, threshold)
     results: list[dict[str, Any]] = []
@@ -301,6 +301,18 @@ def find_images(places: Iterable[str | Path], out: Path) -> dict[str, Path]:
         root = os.path.commonpath([file.parent for file in found])
         found = {file: file.relative_to(root).as_posix() for file in found}
     return {name: file for file, name in found.items()}
+
+
+def name_pictures(names: Iterable[str], out: Path) -> dict[str, Path]:
+    """Names the painted photographs: as those, with ``.jpg`` at the end, once more where another has that name."""
+    pictures = {name: name for name in names if name.lower().endswith('.jpg')}
+    taken = {name.lower() for name in pictures}  # not every file system tells capitals apart
+    for name in (each for each in names if each not in pictures):
+        pictures[name] = f'{name}.jpg'
+        while pictures[name].lower() in taken:
+            pictures[name] += '.jpg'
+        taken.add(pictures[name].lower())
+    return {name: out / pictures[name] for name in names}
 
 
 def read_photograph(file: Path, channels: int = 3) -> np.ndarray | str:

@@ -18,7 +18,7 @@ from PIL import Image
 import kd_det
 from kd_det.cli.main import main
 from kd_det.config import ConfigurationError
-from kd_det.deploy.prediction import FileDetector, find_images, match_labels
+from kd_det.deploy.prediction import FileDetector, find_images, match_labels, name_pictures
 from kd_det.deploy.runtime import open_model
 
 DOCS = Path(__file__).parents[2] / 'docs' / 'deploy.md'
@@ -266,6 +266,13 @@ def test_nothing_of_somebody_else_is_replaced(name, files, photographs, tmp_path
     assert main(command) == 2 and name in capsys.readouterr().err
     assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [(name, 'mine')]
     assert main([*command, '--force']) == 0 and len(list(tmp_path.iterdir())) == 3
+
+
+def test_no_picture_is_painted_over_that_of_another(tmp_path):
+    """Where one photograph is called as the picture of another would be."""
+    names = ['a.png', 'a.png.jpg', 'A.PNG.JPG.jpg', 'b.jpg', 'b.webp', 'c/b.jpg']
+    assert name_pictures(names, tmp_path) == {name: tmp_path / picture for name, picture in zip(names, (
+        'a.png.jpg.jpg.jpg', 'a.png.jpg', 'A.PNG.JPG.jpg', 'b.jpg', 'b.webp.jpg', 'c/b.jpg'))}
 
 
 def test_photographs_themselves_are_never_replaced(files, photographs, tmp_path):
