@@ -121,6 +121,7 @@ def index_names(names: Sequence[tuple[str, int]]) -> Callable[[str, str], int]:
         by_name.setdefault(path.name, []).append((path.parts[::-1], index, path.is_absolute()))
 
     def find(path: str, folder: str) -> int:
+        path, folder = (each.replace(os.sep, '/') for each in (path, folder))  # of Windows
         file = PurePosixPath(path)
         within = file.relative_to(folder) if folder and file.is_relative_to(folder) else file
         own = file.parts[::-1]

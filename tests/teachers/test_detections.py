@@ -22,6 +22,7 @@ from kd_det.datasets import CARRIED, drop_detections
 from kd_det.teachers import TeacherError
 from kd_det.teachers.detections import Detections, insert_detections
 from kd_det.teachers.guide import build_guide
+from kd_det.teachers.results import index_names
 from kd_det.training.probe import HeldOut
 
 CLASSES = ('blue', 'green', 'red')
@@ -251,6 +252,13 @@ def test_images_and_classes_are_matched_by_what_they_are_called(build, content, 
             mine = match.translate(mine)
             assert torch.equal(mine.bboxes, theirs.bboxes) and torch.equal(mine.labels, theirs.labels)
     assert by_file.classes == ('red', 'green', 'blue')
+
+
+def test_paths_of_windows_are_read(monkeypatch):
+    monkeypatch.setattr('kd_det.teachers.results.os.sep', '\\')
+    find = index_names([('a/1.jpg', 7), ('b\\2.jpg', 8), ('C:/data/all/3.jpg', 9)])
+    names = ('a\\1.jpg', 'b\\2.jpg', '3.jpg', 'c\\1.jpg')
+    assert [find(f'C:\\data\\all\\{name}', 'C:\\data/all') for name in names] == [7, 8, 9, -1]
 
 
 def test_names_in_other_folders_are_other_images(build, content, truth, write):
