@@ -9,7 +9,8 @@ from kd_det.config.methods import available_methods
 
 SHELLS = ('bash', 'zsh', 'fish')
 FOLDERS = ('DIR', 'WORK_DIR')  # what a value is, told by its name in the help
-FILES = ('FILE', 'FILE.pkl', 'OUT.pth', 'CONFIG', 'STUDENT_CONFIG', 'PAIR', 'CHECKPOINT', 'config', 'checkpoint')
+FILES = ('FILE', 'FILE.pkl', 'OUT', 'OUT.pth', 'MODEL', 'IMAGE', 'METHOD', 'CONFIG', 'STUDENT_CONFIG', 'STUDENT',
+         'N|CONFIG', 'PAIR', 'CHECKPOINT', 'config', 'checkpoint')
 
 
 def completion_script(parser: ArgumentParser, shell: str) -> str:

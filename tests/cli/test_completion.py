@@ -58,6 +58,9 @@ def test_bash_completes_commands_options_choices_and_paths(script, tmp_path):
     assert completed('distill', 'my_student.py', '--method', 'pk') == {'pkd'}
     assert completed('distill', '--family', 'an') == {'anchor_free'}
     assert completed('train', 'my_student.py', '--work-dir', 'my_') == {'my_runs'}
+    for words in (('export', 'my_student.py', 'my_student.py'), ('predict', ), ('predict', 'my_student.py'),
+                  ('latency', ), ('compress', ), ('generations', ), ('methods', ), ('distill', '--peers')):
+        assert completed(*words, 'my_') >= {'my_student.py'}, words
 
 
 @pytest.mark.parametrize('shell', ['bash', 'zsh', 'fish'])
