@@ -109,9 +109,9 @@ def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path,
             ``'ensemble'`` for what learners with a common trunk say together, as one detector, ``.pth`` alone.
 
     Raises:
-        ConfigurationError: There is no such learner; or the name of the file ends in none of these; or the checkpoint
-            is not of the student in the config; or its detector, or an operator of it, can not be exported; or the file
-            does not agree with the detector.
+        ConfigurationError: There is no such learner; or the name of the file ends in none of these; or a setting says
+            what a checkpoint has not, or contradicts another; or the checkpoint is not of the student in the config; or
+            its detector, or an operator of it, can not be exported; or the file does not agree with the detector.
         NotFiniteError: Its weights are NaN or infinite.
         WritingError: A file of that name exists, and is no export; or it can not be written.
     """
@@ -119,6 +119,14 @@ def export(config: str | Path | Config, checkpoint: str | Path, out: str | Path,
     if format is not None and out.name:  # 'r18_x0.5' has no ending that a format could take the place of
         out = (out.with_suffix('') if out.suffix in (*CHECKPOINTS, ONNX, OPENVINO) else out)
         out = out.with_name(f'{out.name}{SUFFIXES[format]}')
+    of_graphs = {'--size': size, '--dynamic': dynamic, '--dtype': dtype != 'uint8', '--channels': channels != 'rgb',
+                 '--half': half, '--no-nms': not suppress}
+    if any(of_graphs.values()) and out.suffix in CHECKPOINTS:
+        given = ', '.join(name for name, value in of_graphs.items() if value)
+        raise ConfigurationError(f"'{out}' is a checkpoint, the weights as they are: {given} would change a graph "
+                                 f'alone, {ONNX} or {OPENVINO}.')
+    if size is not None and 'size' in dynamic:
+        raise ConfigurationError('--size: --dynamic size leaves height and width open. Give one of the two.')
     if learner == ENSEMBLE and out.suffix not in CHECKPOINTS:
         raise ConfigurationError(f"--learner {ENSEMBLE}: '{out}': it is written as a checkpoint alone, .pth.")
     if learner:

@@ -131,7 +131,8 @@ def test_annotations_without_their_images_are_no_data(student, run_config, coco_
     assert made.chosen.comparison.map is not None  # of the validation images
     config.val_dataloader.dataset.data_root = str(tmp_path / 'data')
     model = kd_det.export(config, checkpoint, tmp_path / 'b.onnx')
-    assert not model.comparison.real and 'images of noise' in model.tabulate().to_plain() and model.info.size == (64, 64)
+    assert not model.comparison.real and 'images of noise' in model.tabulate().to_plain()
+    assert model.info.size == (64, 64)
     with pytest.raises(ConfigurationError, match='There are no images to calibrate on'):
         kd_det.quantize(config, checkpoint, tmp_path / 'c.onnx')
     (tmp_path / 'data' / '0.png').write_bytes((coco_folder / '0.png').read_bytes())
@@ -173,6 +174,16 @@ def test_what_can_not_be_exported_leaves_nothing(student, tmp_path):
     with pytest.raises(WritingError, match="mine.onnx' exists, and is not an exported model"):
         kd_det.export(config, checkpoint, tmp_path / 'mine.onnx', size=(64, 96))
     assert (tmp_path / 'mine.onnx').read_text() == 'mine' and not list(tmp_path.glob('model*'))
+
+
+@pytest.mark.parametrize('name, settings, message', [
+    ('a.pth', dict(half=True, channels='bgr'), "a.pth' is a checkpoint, .*: --channels, --half would change a graph"),
+    ('a.pt', dict(size=(64, 96)), '--size would'), ('a.pth', dict(suppress=False), '--no-nms would'),
+    ('a.onnx', dict(size=(64, 96), dynamic=('size', )), '--dynamic size leaves height and width open')])
+def test_settings_that_nothing_would_read_are_refused(name, settings, message, student, tmp_path):
+    with pytest.raises(ConfigurationError, match=message):
+        kd_det.export(*student('RetinaNet'), tmp_path / name, **settings)
+    assert not list(tmp_path.glob('a*'))
 
 
 def test_a_file_of_another_tool_is_none_of_ours(tmp_path):
