@@ -230,8 +230,11 @@ def _prune_once(config: Config, checkpoint: str | Path, out: Path, share: float,
     except GoalError:
         raise
     except Exception as error:  # whatever a forward that is not known raises
-        why = str(error) if isinstance(error, ConfigurationError) else f'{type(error).__name__}: {error}'
-        raise ConfigurationError(f'A {name} of this config can not be pruned: {why.splitlines()[0]}.') from error
+        why = (str(error) or type(error).__name__).splitlines()[0].rstrip('.')
+        if not isinstance(error, ConfigurationError):
+            why = (f'one of its parts reorders channels, or runs in a way of its own ({type(error).__name__}: {why}). '
+                   'Prune a detector with another backbone, neck or head')
+        raise ConfigurationError(f'A {name} of this config can not be pruned: {why}.') from error
     before = _measure_parts(detector, costs)
     small = copy.deepcopy(detector)
     narrow_detector(small, kept)

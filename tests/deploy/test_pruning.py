@@ -424,6 +424,20 @@ def test_what_is_not_reached_is_named():
 # ------------------------------------------------------------------------------------------------ what can not be
 
 
+def test_a_part_that_can_not_be_followed_is_one_clear_refusal(faster_rcnn, run_config, tmp_path):
+    """Double Heads, whose box head takes two maps."""
+    config = run_config(faster_rcnn())
+    head = config.model.roi_head
+    head.update(type='DoubleHeadRoIHead', reg_roi_scale_factor=1.3)
+    head.bbox_head.update(type='DoubleConvFCBBoxHead', num_convs=1, num_fcs=1, conv_out_channels=16, fc_out_channels=16)
+    checkpoint = save(build_detector(config.model), tmp_path / 'double.pth')
+    with pytest.raises(ConfigurationError, match=r'A \w+ of this config can not be pruned: one of its parts reorders '
+                       r'channels, or runs in a way of its own \(TypeError: .*[^.]\)\. Prune a detector with another '
+                       r'backbone, neck or head\.$'):
+        kd_det.prune(config, checkpoint, tmp_path / 'small.pth', importance='random', evaluation=False)
+    assert not (tmp_path / 'small.pth').exists()
+
+
 def test_refusals_are_of_one_line_and_leave_nothing(whole, faster_rcnn, run_config, tmp_path):
     config, checkpoint = whole
     other = save(build_detector(faster_rcnn()), tmp_path / 'other.pth')
