@@ -99,9 +99,10 @@ def test_the_published_weights_are_their_record():
     assert documented('bccd_paper_weights') == expected
 
 
-def test_what_remains_is_its_record():
-    by_variant, expected = points('bccd_long'), []
-    for length, ending in ((12, ''), (48, '@epochs=48')):
+@pytest.mark.parametrize('record, lengths', [('bccd_long', (12, 48)), ('demo_long', (8, 32))])
+def test_what_remains_is_its_record(record, lengths):
+    by_variant, expected = points(record), []
+    for length, ending in zip(lengths, ('', '@epochs=')):
         of_length = {name.partition('@')[0]: by_seed for name, by_seed in by_variant.items()
                      if name.partition('@epochs')[1] == ending[:7]}
         names = {'none': PLAIN, 'inherit': INHERIT}
@@ -109,7 +110,29 @@ def test_what_remains_is_its_record():
             expected.append([str(length), names.get(name, f'`{name}`'), *_seeds_and_mean(by_seed),
                              '' if name == 'none' else difference(of_length['none'], by_seed),
                              '' if name in names else difference(of_length['inherit'], by_seed)])
-    assert documented('bccd_long') == expected
+    assert documented(record) == expected
+
+
+def test_parts_under_noise_are_their_record():
+    by_variant, expected = points('demo_noise'), []
+    of_dkd = {'beta=0': 'target part alone', 'alpha=0@model.distill.dkd.beta=1': 'other classes alone',
+              'beta=1': 'both, decoupled', 'form=coupled@model.distill.dkd.beta=1': 'coupled'}
+    names = {'none': PLAIN, 'inherit': INHERIT,
+             **{f'dkd@model.distill.dkd.{key}': name for key, name in of_dkd.items()}}
+    for share in (0, 10, 20, 30):
+        of_share = {name: by_variant[name + (f'@noise={share / 100}' if share else '')] for name in names}
+        expected += [[f'{share} %', shown, *_seeds_and_mean(of_share[name]),
+                      '' if name == 'none' else difference(of_share['none'], of_share[name]),
+                      difference(of_share['inherit'], of_share[name]) if name.startswith('dkd') else '']
+                     for name, shown in names.items()]
+    assert documented('demo_noise') == expected
+
+
+def test_the_scale_of_the_teachers_images_is_its_record():
+    plain, same, larger = points('demo_teacher_scale').values()
+    assert documented('demo_teacher_scale') == [
+        ['1', *_seeds_and_mean(same), difference(plain, same), ''],
+        ['1.5', *_seeds_and_mean(larger), difference(plain, larger), difference(same, larger)]]
 
 
 def test_choosing_names_the_methods_and_costs_of_the_records():
