@@ -8,9 +8,9 @@ Usage: python -m benchmarks.questions gains RESULTS --by noise --picture PNG
 
 ``gains`` draws results.json of a benchmark or a sweep against one of its settings, ``teachers`` against the mAP of the
 teacher that each variant has, and ``classes`` the AP of classes that some never saw labelled beside that of the others.
-``fidelity`` takes all records that hold fidelity, by default those
-of docs/results, and correlates it with mAP. ``unlabelled`` trains, on generated images; what is finished in its work
-dir is not done again, and a training that was interrupted goes on.
+``fidelity`` takes all records that hold fidelity, by default those of docs/results, and correlates it with mAP.
+``unlabelled`` trains, on generated images; what is finished in its work dir is not done again, and a training that was
+interrupted goes on.
 """
 from __future__ import annotations
 

@@ -48,11 +48,7 @@ def identify_run(config: Config, inputs: Any = None) -> str:
 
 def _name_weights(text: str) -> str:
     """The hash of the weights in place of the name of a file that has some; any other text as it is."""
-    file = Path(text)
-    if not text.endswith(WEIGHTS) or not file.is_file():
-        return text
-    state = file.stat()
-    return f'<weights {_hash_unchanged(str(file.resolve()), state.st_mtime_ns, state.st_size)}>'
+    return f'<weights {hash_weights(text)}>' if text.endswith(WEIGHTS) and Path(text).is_file() else text
 
 
 @lru_cache(maxsize=64)
@@ -120,7 +116,11 @@ def _list_images(annotations: bytes) -> list[str]:
 
 def hash_weights(checkpoint: str) -> str:
     """Returns the hash of a file of weights; of an address the address itself."""
-    return sha256(Path(checkpoint).read_bytes()) if Path(checkpoint).is_file() else checkpoint
+    file = Path(checkpoint)
+    if not file.is_file():
+        return checkpoint
+    state = file.stat()
+    return _hash_unchanged(str(file.resolve()), state.st_mtime_ns, state.st_size)
 
 
 def hash_model(config: str | Path) -> str:

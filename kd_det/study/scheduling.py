@@ -175,10 +175,11 @@ class JobPool:
         """
         jobs = [self._share(job) for job in jobs]
         for job in jobs if not self.collect else ():
-            self._refuse_other_executor(job)
+            identity = identify_run(job.config, job.inputs)
+            self._refuse_other_executor(job, identity)
             if self.force:
                 continue
-            is_own = partial(_may_be, identify_run(job.config, job.inputs))
+            is_own = partial(_may_be, identity)
             refuse_to_replace(job.folder / RESULT_FILE, is_own,
                               f'the result of this run ({job.name})', advice='It was trained with other data, weights '
                               f'or settings, or something else than a benchmark wrote it. {OTHER_FOLDER}')
@@ -222,9 +223,9 @@ class JobPool:
                                      'with --cfg-options.')
         return replace(job, inputs=[*job.inputs, dict(processes=self.processes)])
 
-    def _refuse_other_executor(self, job: Job) -> None:
+    def _refuse_other_executor(self, job: Job, identity: str) -> None:
         """Refuses a training that an earlier benchmark left to a cluster, for both would write into its folder."""
-        earlier = _find_earlier(job.folder / JOB_FOLDER, identify_run(job.config, job.inputs))
+        earlier = _find_earlier(job.folder / JOB_FOLDER, identity)
         executor = self.executor if earlier is None else cast(Training, earlier.submission().function).executor
         if earlier is not None and executor != self.executor:
             raise ConfigurationError(f'{job.name}: {executor} has it still, as job {earlier.job_id}. Go on with '
