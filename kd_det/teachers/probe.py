@@ -79,6 +79,8 @@ def probe_config(model: dict, paths: Iterable[str], scale: float = 1.0) -> dict[
     """
     paths = tuple(paths)
     check_branches(model)
+    if not paths:
+        return {}
     foreign = [path for path in paths if path.split('.')[0] not in ('backbone', 'neck', ENCODER)]
     if foreign:
         raise TapError(f"Taps read backbone, neck or encoder; '{foreign[0]}' is in none of them.")
@@ -124,13 +126,11 @@ def probe_heads(config: ModelConfig, names: Iterable[str]) -> dict[HeadRequest, 
 
     Raises:
         HeadError: A head of which towers are asked is absent, or has none.
-        TeacherError: See :func:`check_branches`.
     """
     requests = list(map(HeadRequest.parse, names))
     if not requests:
         return {}
     model, forms = read_model_config(config), {}
-    check_branches(model)
     for request in (each for each in requests if each.part in ('', 'towers') and each != ROI_HEAD):
         try:
             check_head(get_type_name(model), find_head_classes(model), request)
@@ -146,21 +146,21 @@ def probe_heads(config: ModelConfig, names: Iterable[str]) -> dict[HeadRequest, 
 
 
 def check_branches(model: dict) -> None:
-    """Checks that a teacher whose features or predictions terms read has one answer for each image.
+    """Checks that a teacher has one answer for each image of a batch.
 
     Args:
         model: Its model dict.
 
     Raises:
-        TeacherError: It is a TridentNet that answers by all of its branches, which it joins in its boxes alone: terms
-            would compare images with the first branch, or in a batch of one with all of them.
+        TeacherError: It is a TridentNet that answers by all of its branches: terms would compare images with the first
+            branch, or in a batch of one with all of them, and its boxes of a larger batch are joined across images.
     """
     backbone = model.get('backbone')
     if isinstance(backbone, dict) and backbone.get('test_branch_idx') == -1:
         raise TeacherError(f'The teacher, a {get_type_name(model)} with test_branch_idx=-1, puts out features and '
-                           'predictions of every branch, where a term compares one of each image. Set '
-                           'test_branch_idx=1 in its backbone and its roi_head, as MMDetection does; the weights are '
-                           'the same for all branches.')
+                           'predictions of every branch, and joins those of several images. Set test_branch_idx=1 in '
+                           'its backbone and its roi_head, as MMDetection does; the weights are the same for all '
+                           'branches.')
 
 
 def find_input_channels(model: nn.Module) -> int:

@@ -84,8 +84,7 @@ class FrozenDetector(Guide):
 
     def probe(self, reading: Reading, learners: Sequence[nn.Module], levels: Sequence[Any]) -> GuideForm:
         with explain_model_errors(self.config['config']):
-            found = probe_config(read_model_config(self.config['config']), reading.taps,
-                                 self.config.get('scale', 1.0)) if reading.taps else {}
+            found = probe_config(read_model_config(self.config['config']), reading.taps, self.config.get('scale', 1.0))
             return GuideForm(found, probe_heads(self.config['config'], reading.heads))
 
     def start(self, reading: Reading, learners: Sequence[nn.Module]) -> Teacher:

@@ -135,13 +135,14 @@ def test_the_same_detectors_teach(change, make, term, faster_rcnn, distiller, ba
 
 
 @pytest.mark.parametrize('term', [dict(type='RoIClassification'), dict(type='RPNImitation'),
-                                  dict(type='FeatureImitation', tap='backbone')])
+                                  dict(type='FeatureImitation', tap='backbone'), None])
 def test_a_teacher_that_answers_by_all_of_its_branches_is_refused(term, faster_rcnn, distiller):
-    """Else a term would read its first branch, or, where the batch is one image, all of them."""
+    """Else a term would read its first branch, or of a single image all; pseudo-labels would mix images."""
     teacher = _trident(faster_rcnn())
     teacher.backbone.test_branch_idx = teacher.roi_head.test_branch_idx = -1
+    taught = dict(distill=dict(a=term)) if term else dict(distill={}, pseudo_labels=dict(score=0.5))
     with pytest.raises(TeacherError, match='a TridentFasterRCNN with test_branch_idx=-1, .*Set test_branch_idx=1'):
-        distiller(_c4(faster_rcnn()), teacher, distill=dict(a=term))
+        distiller(_c4(faster_rcnn()), teacher, **taught)
 
 
 def test_the_features_and_the_rpn_of_such_a_student_can_be_distilled(faster_rcnn, distiller, batch):
