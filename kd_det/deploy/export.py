@@ -1,6 +1,7 @@
 """A student as a file that leaves kd_det: plain weights, or a graph for onnxruntime, OpenVINO and their like."""
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -189,8 +190,9 @@ def describe(config: Config, detector: Any, meta: dict[str, Any], graph: Detecto
     count = count_classes(detector)
     names = find_class_names(count, (), meta, config) or [str(label) for label in range(count or 0)]
     shape = None if size is None else (size[0], size[1])
-    return ModelInfo(type(detector).__name__, tuple(names), shape, *find_resize(config), batch, graph.channels, dtype,
-                     tuple(padding), tuple(mean), tuple(std), graph.suppress, precision, kd_det.__version__)
+    resize, keep_ratio, factor = find_resize(config)
+    return ModelInfo(type(detector).__name__, tuple(names), shape, resize, keep_ratio, batch, graph.channels, dtype,
+                     tuple(padding), tuple(mean), tuple(std), graph.suppress, precision, kd_det.__version__, factor)
 
 
 def test_pipeline(config: Config) -> list[dict]:
@@ -213,17 +215,18 @@ def find_size(config: Config, divisor: int, dataset: Any | None) -> tuple[int, i
     Raises:
         ConfigurationError: The pipeline does not say.
     """
-    resize, keep_ratio = find_resize(config)
+    resize, keep_ratio, factor = find_resize(config)
     sizes = _list_image_sizes(dataset) if keep_ratio or resize is None else []
-    if resize is None and leaves_sizes(config):
-        resize, keep_ratio = tuple(map(max, zip(*sizes)))[::-1] or None, False
-    if resize is None:
+    if resize is not None and keep_ratio:
+        sizes = [rescale_size(size, (max(resize), min(resize))) for size in sizes] or [(max(resize), max(resize))]
+    elif resize is not None:
+        sizes = [resize[::-1]]
+    elif list_resizes(config)[0]:
+        sizes = []
+    if not sizes:
         raise ConfigurationError("The config's test pipeline does not say how large its images are: give --size HEIGHT "
                                  'WIDTH, or --dynamic size.')
-    height, width = resize
-    if keep_ratio:
-        sizes = [rescale_size(size, (max(resize), min(resize))) for size in sizes]
-        width, height = map(max, zip(*sizes)) if sizes else [max(resize)] * 2  # the longer side may be either
+    height, width = (int(max(sides) * each + 0.5) for sides, each in zip(list(zip(*sizes))[::-1], factor))
     return -(-height // divisor) * divisor, -(-width // divisor) * divisor
 
 
@@ -234,18 +237,34 @@ def _list_image_sizes(dataset: Any | None) -> list[tuple[int, int]]:
     return [] if any(0 in size for size in sizes) else sorted(sizes)
 
 
-def leaves_sizes(config: Config) -> bool:
-    """Whether the config's test pipeline leaves photographs as large as they are."""
-    steps = [step for step in test_pipeline(config) if 'Resize' in get_type_name(step)]
-    return all(step.get('scale') is None and step.get('scale_factor') in (1, (1, 1), [1, 1]) for step in steps)
+def list_resizes(config: Config) -> tuple[list[dict], list[tuple[float, float]]]:
+    """What the config's test pipeline does to the size of images.
 
-
-def find_resize(config: Config) -> tuple[tuple[int, int] | None, bool]:
-    """Height and width to which the config's test pipeline brings images, and whether it keeps their ratio.
-
-    Then the longer side becomes at most the longer of the two, and the shorter the shorter. None where it does not say.
+    Returns:
+        Steps that bring them to a size, or do to them what is not known; and by what the steps after the last of these
+        multiply height and width.
     """
-    steps = [step for step in test_pipeline(config) if 'Resize' in get_type_name(step)]
+    steps, factors = [], []
+    for step in (each for each in test_pipeline(config) if 'Resize' in get_type_name(each)):
+        factor = step.get('scale_factor')
+        if get_type_name(step) == 'Resize' and step.get('scale') is None and factor is not None:
+            width, height = factor if isinstance(factor, (list, tuple)) else (factor, factor)
+            factors.append((float(height), float(width)))
+        else:
+            steps, factors = [*steps, step], []
+    return steps, factors
+
+
+def find_resize(config: Config) -> tuple[tuple[int, int] | None, bool, tuple[float, float]]:
+    """What the config's test pipeline does to the size of images.
+
+    Returns:
+        Height and width to which it brings them, None where it does not say; whether it keeps their ratio, the longer
+        side then becomes at most the longer of the two, and the shorter the shorter; by what it multiplies height and
+        width then.
+    """
+    steps, factors = list_resizes(config)
+    factor = (math.prod([1.0, *(height for height, _ in factors)]), math.prod([1.0, *(width for _, width in factors)]))
     step = steps[-1] if steps else {}
     scale: Any = step.get('scale')
     if get_type_name(step) == 'FixShapeResize':
@@ -255,8 +274,8 @@ def find_resize(config: Config) -> tuple[tuple[int, int] | None, bool]:
     elif isinstance(scale, int):
         scale = (scale, scale)
     if not isinstance(scale, (list, tuple)) or len(scale) != 2 or not all(isinstance(side, int) for side in scale):
-        return None, False
-    return (scale[1], scale[0]), bool(step.get('keep_ratio', False))
+        return None, False, factor
+    return (scale[1], scale[0]), bool(step.get('keep_ratio', False)), factor
 
 
 def write_onnx(graph: DetectorGraph, info: ModelInfo, file: Path) -> Path:

@@ -337,7 +337,8 @@ def _number(classes: Names, files: Mapping[str, Path], annotations: str | Path |
             label: label + 1 for label in range(len(classes))}
     try:
         content = json.loads(Path(annotations).read_text(encoding='utf-8'))
-        known = {str(image['file_name']): image['id'] for image in content['images']}
+        named = {str(image['file_name']): image['id'] for image in content['images']}
+        known = {name.replace('\\', '/'): number for name, number in named.items()} | named  # written on Windows
         categories = [dict(id=each['id'], name=str(each['name'])) for each in content['categories']]
     except FileNotFoundError:
         raise ConfigurationError(f"'{annotations}': there is no such file.") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ class ModelInfo:
         suppressed: Whether the boxes are those after non-maximum suppression.
         precision: ``'float32'``, ``'float16'`` or ``'int8'``.
         version: Of the kd_det that wrote the file.
+        factor: By what the test pipeline multiplies height and width, after ``resize``; 1 in files that do not say it.
     """
     detector: str
     classes: tuple[str, ...]
@@ -53,6 +54,7 @@ class ModelInfo:
     suppressed: bool
     precision: str
     version: str
+    factor: tuple[float, float] = (1.0, 1.0)
 
     def to_texts(self) -> dict[str, str]:
         """Returns each as JSON, as files keep them."""
@@ -65,10 +67,10 @@ class ModelInfo:
         Raises:
             ConfigurationError: It is not all there: the file was not exported by kd_det.
         """
-        lacking = [field.name for field in fields(cls) if field.name not in texts]
+        lacking = [field.name for field in fields(cls) if field.name not in texts and field.default is MISSING]
         if lacking:
             raise ConfigurationError(f"'{file}' was not exported by kd-det: it does not say its {', '.join(lacking)}.")
-        values = {field.name: json.loads(texts[field.name]) for field in fields(cls)}
+        values = {field.name: json.loads(texts[field.name]) for field in fields(cls) if field.name in texts}
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
@@ -153,11 +155,13 @@ class ExportedDetector:
     def _find_size(self, height: int, width: int, photograph: bool) -> tuple[int, int]:
         """The height and width that an image gets before it is filled up."""
         rows, columns = float(height), float(width)
-        if photograph and self.info.resize is not None:
-            rows, columns = self.info.resize
-            if self.info.keep_ratio:
-                scale = min(max(rows, columns) / max(height, width), min(rows, columns) / min(height, width))
-                rows, columns = height * scale, width * scale
+        if photograph:
+            if self.info.resize is not None:
+                rows, columns = self.info.resize
+                if self.info.keep_ratio:
+                    scale = min(max(rows, columns) / max(height, width), min(rows, columns) / min(height, width))
+                    rows, columns = height * scale, width * scale
+            rows, columns = rows * self.info.factor[0], columns * self.info.factor[1]
         if self.info.size is not None:
             scale = min(self.info.size[0] / rows, self.info.size[1] / columns, 1)
             rows, columns = rows * scale, columns * scale

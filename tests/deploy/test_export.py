@@ -221,16 +221,16 @@ def test_the_size_that_holds_the_validation_images(run_config, retinanet, coco_f
     (coco_folder / 'wide.json').write_text(json.dumps(content))
     assert find_size(config, 32, build_dataset(config)) == (128, 224)
     resize = config.val_dataloader.dataset.pipeline.pop(2)  # photographs are left as large as they are
-    for factor in (None, 1.0, 0.5):
-        if factor:
-            config.val_dataloader.dataset.pipeline[2:2] = [dict(type='Resize', scale_factor=factor)]
-        if factor == 0.5:
-            with pytest.raises(ConfigurationError, match='does not say how large'):
-                find_size(config, 32, build_dataset(config))
-        else:
-            assert find_size(config, 32, build_dataset(config)) == (64, 96)
-        config.val_dataloader.dataset.pipeline = [each for each in config.val_dataloader.dataset.pipeline
-                                                  if each['type'] != 'Resize']
+    without = list(config.val_dataloader.dataset.pipeline)
+    for factor, size in ((None, (64, 96)), (1.0, (64, 96)), (0.5, (32, 64)), ((1.5, 3.0), (128, 128))):
+        step = dict(type='Resize', scale_factor=factor)
+        config.val_dataloader.dataset.pipeline = [*without[:2], *([step] if factor else []), *without[2:]]
+        assert find_size(config, 32, build_dataset(config)) == size
+    unknown = dict(type='RandomChoiceResize', scales=[(1, 2)])
+    config.val_dataloader.dataset.pipeline = [*without[:2], unknown, step, *without[2:]]
+    with pytest.raises(ConfigurationError, match='does not say how large'):
+        find_size(config, 32, build_dataset(config))
+    config.val_dataloader.dataset.pipeline = without
     config.val_dataloader.dataset.pipeline.insert(2, resize)
     config.val_dataloader.dataset.ann_file = 'none.json'
     assert find_size(config, 32, build_dataset(config)) == (224, 224)

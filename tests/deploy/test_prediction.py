@@ -189,7 +189,8 @@ def test_photographs_are_painted_and_results_are_cocos(files, of_checkpoint, pho
 
 
 def test_results_have_the_numbers_of_annotations(files, coco_folder, photographs, tmp_path):
-    content = dict(images=[dict(id=70, file_name='0.png'), dict(id=71, file_name=f'{coco_folder.name}/1.png')],
+    """Some of which were written on Windows."""
+    content = dict(images=[dict(id=70, file_name='0.png'), dict(id=71, file_name=f'{coco_folder.name}\\1.png')],
                    categories=[dict(id=9, name='Red'), dict(id=4, name='blue')], annotations=[])
     (tmp_path / 'some.json').write_text(json.dumps(content))
     whole = kd_det.predict(files['fixed.onnx'], photographs[:2], out=tmp_path / 'whole').results

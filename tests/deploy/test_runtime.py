@@ -44,17 +44,38 @@ def test_photographs_are_resized_as_pipelines_do(height, width):
     (dict(type='FixShapeResize', width=64, height=32), (32, 64), False),
     (dict(type='ResizeShortestEdge', scale=480, max_size=640), (480, 640), True),
     (dict(type='ResizeShortestEdge', scale=480), None, False),
-    (dict(type='Resize', scale_factor=2.0), None, False),
     (dict(type='RandomChoiceResize', scales=[(1, 2)]), None, False),
     (dict(type='PackDetInputs'), None, False),
 ])
 def test_how_the_pipeline_resizes_is_known(step, size, keep_ratio):
     config = Config(dict(val_dataloader=dict(dataset=dict(pipeline=[dict(type='LoadImageFromFile'), step]))))
-    assert find_resize(config) == (size, keep_ratio)
+    assert find_resize(config) == (size, keep_ratio, (1, 1))
     if size and step['type'] != 'FixScaleResize':  # which rounds down
         made = TRANSFORMS.build(step)(dict(img=noise(90, 170)))
         fitted, _ = detector(size=None, resize=size, keep_ratio=keep_ratio).fit(noise(90, 170), photograph=True)
         np.testing.assert_array_equal(fitted[0].transpose(1, 2, 0), made['img'])
+
+
+@pytest.mark.parametrize('steps, resize, factor', [
+    ([dict(type='Resize', scale_factor=2.0)], None, (2, 2)),
+    ([dict(type='mmdet.Resize', scale_factor=(0.5, 1.5))], None, (1.5, 0.5)),
+    ([dict(type='Resize', scale_factor=0.25), dict(type='Resize', scale_factor=3.0)], None, (0.75, 0.75)),
+    ([dict(type='Resize', scale=(120, 72)), dict(type='Resize', scale_factor=0.5)], (72, 120), (0.5, 0.5)),
+    ([dict(type='Resize', scale_factor=2.0), dict(type='Resize', scale=(120, 72))], (72, 120), (1, 1)),
+])
+def test_pipelines_that_resize_by_a_factor(steps, resize, factor):
+    config = Config(dict(val_dataloader=dict(dataset=dict(pipeline=steps))))
+    assert find_resize(config) == (resize, False, factor)
+    made = dict(img=noise(90, 170))
+    for step in steps:
+        made = TRANSFORMS.build(step)(made)
+    model = detector(size=None, resize=resize, keep_ratio=False, factor=factor)
+    fitted, scale = model.fit(noise(90, 170), photograph=True)
+    np.testing.assert_allclose(fitted.shape[2:], made['img'].shape[:2], atol=2)  # which several steps round each
+    np.testing.assert_allclose(scale, [fitted.shape[3] / 170, fitted.shape[2] / 90] * 2)
+    if len(steps) == 1:
+        np.testing.assert_array_equal(fitted[0].transpose(1, 2, 0), made['img'])
+    assert model.fit(noise(90, 170))[0].shape[2:] == (90, 170)
 
 
 def test_what_is_smaller_is_filled_up_and_what_is_larger_shrinks():
@@ -99,7 +120,10 @@ def test_what_a_file_says_of_itself_is_read_back():
     assert ModelInfo.from_texts(INFO.to_texts(), 'model.onnx') == INFO
     bare = replace(INFO, size=None, resize=None, batch=None)
     assert ModelInfo.from_texts(bare.to_texts(), 'model.onnx') == bare
-    texts = INFO.to_texts()
+    texts = replace(INFO, factor=(0.5, 2.0)).to_texts()
+    assert ModelInfo.from_texts(texts, 'model.onnx').factor == (0.5, 2)
+    texts.pop('factor')  # as files of earlier versions
+    assert ModelInfo.from_texts(texts, 'model.onnx') == INFO
     texts.pop('classes')
     with pytest.raises(ConfigurationError, match="model.onnx' was not exported by kd-det: it does not say its classes"):
         ModelInfo.from_texts(texts, 'model.onnx')
