@@ -40,6 +40,11 @@ def read_strides(strides: Iterable[Stride | Sequence[Stride]]) -> tuple[Stride, 
     return tuple(int(width) if width.is_integer() else width for width in widths)
 
 
+def find_activation(head: Any) -> str:
+    """``'sigmoid'`` or ``'softmax'``: what turns a dense head's logits of classes into probabilities."""
+    return 'sigmoid' if getattr(head, 'use_sigmoid_cls', True) else 'softmax'
+
+
 @dataclass
 class DenseOutputs:
     """The outputs of one dense head for one batch, the same in train and eval mode, in float32, level by level.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kd_det.functional.boxes import constant
 from kd_det.heads.decoders import has_box_queries
-from kd_det.heads.dense import DenseOutputs, Stride, read_strides
+from kd_det.heads.dense import DenseOutputs, Stride, find_activation, read_strides
 from kd_det.heads.queries import QUERY_HEADS, predicts_queries
 from kd_det.heads.request import HEAD_PARTS, ROI_HEAD, HeadError, HeadRequest
 from kd_det.taps import Features
@@ -38,6 +38,8 @@ class DenseForm(NamedTuple):
         parts: See :class:`DenseReader`.
         tells_targets: Whether it is known to what its positive priors regress, see :class:`DenseOutputs`.
         predicts_centerness: Whether a box quality is predicted beside the classes.
+        activation: ``'sigmoid'`` or ``'softmax'``: what turns logits of classes into probabilities.
+        bins: Of the distribution over each distance; 0 where none is predicted.
     """
     head: str
     encoding: str
@@ -46,6 +48,8 @@ class DenseForm(NamedTuple):
     parts: frozenset[str]
     tells_targets: bool
     predicts_centerness: bool
+    activation: str
+    bins: int
 
 
 class DenseReader:
@@ -73,7 +77,8 @@ class DenseReader:
         levels = _generate_priors(head, [(1, 1)] * head.prior_generator.num_levels, torch.device('cpu'))
         priors = dict(zip(read_strides(head.prior_generator.strides), _prior_boxes(head, levels)))
         return DenseForm(type(head).__name__, self.name_encoding(head), self.is_of_centres, priors, self.parts,
-                         self.tells_targets(head), self.predicts_centerness)
+                         self.tells_targets(head), self.predicts_centerness, find_activation(head),
+                         head.reg_max + 1 if 'distributions' in self.parts else 0)
 
     def name_encoding(self, head: Any) -> str:
         """Names what the regressions of :meth:`assemble` say, with all settings of the head on which that depends."""
@@ -172,7 +177,7 @@ class DenseReader:
 
         return DenseOutputs(
             logits=order_by_prior(class_maps, head.cls_out_channels) if logits is None else logits,
-            activation=activation or ('sigmoid' if head.use_sigmoid_cls else 'softmax'),
+            activation=activation or find_activation(head),
             regressions=regressions,
             shapes=shapes,
             strides=read_strides(head.prior_generator.strides),

@@ -1,6 +1,7 @@
 """CrossKD: the teacher's head finishes what the student's head begins, and must predict what it predicts by itself."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -11,6 +12,7 @@ from kd_det.config.arguments import Index, Positive, Weight, declared
 from kd_det.context import DistillContext
 from kd_det.functional.moments import align_channels, block_moments, pool_moments
 from kd_det.heads import DenseOutputs, HeadError, HeadRequest
+from kd_det.heads.dense import Stride
 from kd_det.heads.readers import DenseForm
 from kd_det.heads.towers import TeacherTowers, TowerFeatures, TowerWidths
 from kd_det.losses.adapters import ChannelAdapter, build_adapter
@@ -139,6 +141,8 @@ class CrossKD(DenseTerm):
         """
         super().connect(student, teacher)
         own, taught = student.get(self.student_head), teacher.get(self.teacher_head)
+        if isinstance(own, DenseForm) and isinstance(taught, DenseForm):
+            _require_same_strides(list(own.priors), list(taught.priors))
         if (self.centerness_weight and isinstance(own, DenseForm) and isinstance(taught, DenseForm)
                 and taught.predicts_centerness and 'positives' not in own.parts):
             raise HeadError(f"The centerness of the teacher's {taught.head} is compared on the priors that the student "
@@ -169,9 +173,7 @@ class CrossKD(DenseTerm):
         # The student's own outputs must be comparable, too: its positives are counted.
         student, teacher = self.pair_levels(context)[0][:2]
         strides = teacher.strides
-        if set(strides) != set(student.strides):
-            raise HeadError(f"The student's head has levels of the strides {list(student.strides)}, the teacher's "
-                            f'{list(strides)}: CrossKD needs the same.')
+        _require_same_strides(student.strides, strides)
         order = [student.level_of(stride) for stride in strides]
         features = cast(TowerFeatures, context.student_outputs[self.student_towers])
         towers = cast(TeacherTowers, context.teacher_outputs[self.teacher_index][self.teacher_towers])
@@ -194,3 +196,9 @@ class CrossKD(DenseTerm):
         pooled = pool_moments(moments, [each.sum((1, 2)) for each in valid] * 2, sum_over_ranks)
         aligned = tuple(map(align_channels, levels, pooled, pooled[len(levels):]))
         return aligned[:len(classes)], aligned[len(classes):]
+
+
+def _require_same_strides(student: Sequence[Stride], teacher: Sequence[Stride]) -> None:
+    if set(student) != set(teacher):
+        raise HeadError(f"The student's head has levels of the strides {list(student)}, the teacher's "
+                        f'{list(teacher)}: CrossKD needs the same.')

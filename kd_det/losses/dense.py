@@ -15,7 +15,8 @@ from kd_det.functional.dense import sum_distribution_kl, sum_giou_imitation, sum
 from kd_det.functional.logits import confidence_weights, largest_gap, largest_probability
 from kd_det.functional.masks import valuable_region, valuable_region_of_grids
 from kd_det.heads import HeadError, HeadRequest
-from kd_det.losses.base import Parts
+from kd_det.heads.readers import DenseForm
+from kd_det.losses.base import InputSpecs, Parts
 from kd_det.losses.outputs import (
     ComparedOutputs,
     DenseTerm,
@@ -225,6 +226,12 @@ class DenseRegression(DenseTerm):
     def _distributions_of(self, head: str) -> tuple[str, ...]:
         return (HeadRequest(head, 'distributions'), ) if self.form == 'distribution' else ()
 
+    def connect(self, student: InputSpecs, teacher: InputSpecs) -> None:
+        super().connect(student, teacher)
+        own, taught = student.get(self.student_head), teacher.get(self.teacher_head)
+        if self.form == 'distribution' and isinstance(own, DenseForm) and isinstance(taught, DenseForm):
+            _require_same_bins(own.bins, taught.bins)
+
     def compare(self, level: ComparedOutputs) -> Parts:
         if self.form == 'bounded':
             return dict(bounded=level.bounded_error(self.margin))
@@ -274,7 +281,11 @@ def _find_valuable(level: ComparedOutputs) -> Tensor:
 
 def _read_distributions(level: ComparedOutputs) -> tuple[Tensor, Tensor]:
     student, teacher = level.both('distributions')
-    if student.shape != teacher.shape:
-        raise HeadError(f'The student distributes distances over {student.shape[-1]} bins, the teacher over '
-                        f"{teacher.shape[-1]} (reg_max + 1). Use form='giou'.")
+    _require_same_bins(student.shape[-1], teacher.shape[-1])
     return student, teacher
+
+
+def _require_same_bins(student: int, teacher: int) -> None:
+    if student != teacher:
+        raise HeadError(f'The student distributes distances over {student} bins, the teacher over {teacher} '
+                        "(reg_max + 1). Use form='giou'.")

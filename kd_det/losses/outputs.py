@@ -31,6 +31,7 @@ Treatment = Literal['none', 'cwtm', 'dkpp']  # of what the teacher says of class
 Margin = Annotated[float, Ge(0)]  # between squared errors
 NO_TARGETS = ("form='bounded' compares the errors of anchors' deltas, as RetinaNet, ATSS, SSD and RPN heads predict "
               'them; what the positive priors of this head regress to is not known.')
+PRIOR_BY_PRIOR = 'dense outputs are compared prior by prior. Use heads with the same anchors.'
 NEAR = 0.01  # pixels by which equal priors differ by rounding
 # Of the gap in a divergence. Between 0 and 1 the gradient is infinite where student and teacher agree.
 GapExponent = Annotated[float, Ge(0), Le(0)] | Annotated[float, Ge(1)]
@@ -151,7 +152,7 @@ class DenseTerm(DistillTerm):
             if part not in ('', 'towers', *taught.parts):
                 raise HeadError(f"A term learns from the teacher's {self.teacher_head}.{part}. A {taught.head} "
                                 f'{HEAD_PARTS[part]}.')
-        _require_same_sizes(own, taught)
+        _require_same_priors(own, taught)
         if self.reads_targets and not own.tells_targets:
             raise HeadError(NO_TARGETS)
         if self.compares_regressions:
@@ -209,8 +210,7 @@ class DenseTerm(DistillTerm):
             if student.logits[index].shape != teacher.logits[other].shape or shape != teacher.shapes[other]:
                 raise HeadError(
                     f'On the level of stride {stride} the student has {_describe(student, index)}, the teacher '
-                    f'{_describe(teacher, other)}: dense outputs are compared prior by prior. Use heads with the same '
-                    'anchors.')
+                    f'{_describe(teacher, other)}: {PRIOR_BY_PRIOR}')
             valid = context.valid(shape).flatten(1)
             priors = student.logits[index].shape[1] // valid.shape[1]
             valid = valid.repeat_interleave(priors, 1).float()
@@ -344,9 +344,14 @@ def _require_same_classes(student: DenseOutputs | RoIOutputs, teacher: DenseOutp
                         "theirs. Name the teacher's, by label, with teacher.classes=[…], or distil features alone.")
 
 
-def _require_same_sizes(student: DenseForm, teacher: DenseForm) -> None:
+def _require_same_priors(student: DenseForm, teacher: DenseForm) -> None:
     """Of several priors a cell each has its part in the other head; of one, whatever its size, the cell is compared."""
     for stride, priors, others in _list_pairs(student, teacher):
+        if len(priors) != len(others) or student.activation != teacher.activation:
+            own, taught = (f'{len(each.priors[stride])} priors on each cell with {each.activation} classes'
+                           for each in (student, teacher))
+            raise HeadError(f'On the level of stride {stride} the student, a {student.head}, has {own}, the teacher, '
+                            f'a {teacher.head}, {taught}: {PRIOR_BY_PRIOR}')
         sizes, other_sizes = (each[:, 2:] - each[:, :2] for each in (priors, others))
         if len(sizes) > 1 and not _is_near(sizes, other_sizes):
             raise HeadError(
@@ -373,11 +378,13 @@ def _require_same_encoding(student: DenseForm, teacher: DenseForm) -> None:
 
 
 def _list_pairs(student: DenseForm, teacher: DenseForm) -> Iterator[tuple[Stride, Tensor, Tensor]]:
-    """The priors of levels that are of one stride and have as many; of others the first step tells."""
+    """The priors of the first cell of each of the student's levels, and of the teacher's of the same stride."""
     for stride, priors in student.priors.items():
-        others = teacher.priors.get(stride)
-        if others is not None and len(others) == len(priors):
-            yield stride, priors, others
+        if stride not in teacher.priors:
+            raise HeadError(f"The student's head has a level of stride {stride}; the strides of the teacher's are "
+                            f'{list(teacher.priors)}. Dense outputs are compared level by level: give both the same, '
+                            'or distil features.')
+        yield stride, priors, teacher.priors[stride]
 
 
 def _is_near(first: Tensor, second: Tensor) -> bool:

@@ -286,6 +286,15 @@ def test_what_is_advised_for_a_student_that_tells_no_positives_works(one_stage, 
     assert loss > 0 and set(parts) == {'classes', 'giou'}
 
 
+def test_levels_that_the_teacher_alone_has_are_refused_when_it_is_built(one_stage, distiller):
+    teacher = one_stage('gfl')
+    teacher.neck.update(num_outs=4)
+    teacher.bbox_head.anchor_generator.strides = [8, 16, 32, 64]
+    with pytest.raises(ConfigurationError, match=r"term: The student's head has levels of the strides \[8, 16, 32\], "
+                                                 r"the teacher's \[8, 16, 32, 64\]: CrossKD needs the same"):
+        distiller(one_stage('gfl'), teacher, distill=dict(term=CROSSKD))
+
+
 def test_mistakes_are_named_where_they_are(one_stage, distiller):
     with pytest.raises(ConfigurationError, match='model.distill.term.remaining: expected an integer'):
         distiller(one_stage('gfl'), one_stage('gfl'), distill=dict(term=dict(CROSSKD, remaining=-1)))

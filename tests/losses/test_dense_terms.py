@@ -365,23 +365,31 @@ def test_levels_are_paired_by_stride(one_stage, distiller, parts_of):
     teacher.bbox_head.anchor_generator.strides = [4, 8, 16, 32]
     parts, loss = parts_of(distiller(one_stage('retina'), teacher, distill=dict(term=CLASSES)).train())
     assert loss > 0
-    with pytest.raises(HeadError, match=r'no level of stride 4; its strides are \[8, 16, 32\]'):
-        parts_of(distiller(teacher, one_stage('retina'), distill=dict(term=CLASSES)).train())
+    with pytest.raises(ConfigurationError, match=r"term: The student's head has a level of stride 4; the strides of "
+                                                 r"the teacher's are \[8, 16, 32\]"):
+        distiller(teacher, one_stage('retina'), distill=dict(term=CLASSES))
+
+
+ONE = dict(type='AnchorGenerator', ratios=[1.0], octave_base_scale=8, scales_per_octave=1, strides=[8, 16, 32])
 
 
 @pytest.mark.parametrize('student, teacher, changes, message', [
-    ('retina', 'retina', dict(classes=5), 'student tells 3 classes apart, the teacher 5'),
-    ('gfl', 'retina', {}, 'student has 1 priors on each of 8 × 8 cells with sigmoid classes, the teacher 4 priors'),
-    ('retina', 'retina_softmax', {}, 'teacher 4 priors on each of 8 × 8 cells with softmax classes'),
+    ('gfl', 'retina', {}, 'a GFLHead, has 1 priors on each cell with sigmoid classes, the teacher, a .*, 4 priors'),
+    ('retina', 'retina_softmax', {}, '4 priors on each cell with sigmoid classes, .* 4 .* with softmax classes'),
+    ('retina', 'retina', dict(anchor_generator=dict(ONE, ratios=[1.0, 0.5])), '4 priors on each cell .*, the .*, 2 p'),
 ])
-def test_heads_that_can_not_be_compared(student, teacher, changes, message, one_stage, distiller, parts_of):
-    model = distiller(one_stage(student), one_stage(teacher, **changes), distill=dict(term=CLASSES)).train()
-    with pytest.raises(HeadError, match=message):
-        parts_of(model)
+def test_heads_of_other_priors_or_activations_are_refused_when_it_is_built(
+        student, teacher, changes, message, one_stage, distiller):
+    with pytest.raises(ConfigurationError, match=f'^model.distill.term: On the level of stride 8 .*{message}'):
+        distiller(one_stage(student), one_stage(teacher, **changes), distill=dict(term=CLASSES))
+
+
+def test_heads_of_other_classes_are_refused_in_the_first_step(one_stage, distiller, parts_of):
+    with pytest.raises(HeadError, match='student tells 3 classes apart, the teacher 5'):
+        parts_of(distiller(one_stage('retina'), one_stage('retina', classes=5), distill=dict(term=CLASSES)).train())
 
 
 L1 = dict(type='RPNImitation', head='bbox_head')
-ONE = dict(type='AnchorGenerator', ratios=[1.0], octave_base_scale=8, scales_per_octave=1, strides=[8, 16, 32])
 
 
 @pytest.mark.parametrize('student, teacher, term, message', [
@@ -430,8 +438,8 @@ def test_distributions_that_can_not_be_compared(one_stage, distiller, parts_of):
         distiller(one_stage('atss'), one_stage('gfl'), distill=dict(term=LD))
     with pytest.raises(ConfigurationError, match="teacher's bbox_head.distributions. A ATSSHead predicts no"):
         distiller(one_stage('gfl'), one_stage('atss'), distill=dict(term=LD))
-    with pytest.raises(HeadError, match='over 5 bins, the teacher over 9'):
-        parts_of(distiller(one_stage('gfl'), one_stage('gfl', reg_max=8), distill=dict(term=LD)).train())
+    with pytest.raises(ConfigurationError, match='term: The student distributes .* over 5 bins, the teacher over 9'):
+        distiller(one_stage('gfl'), one_stage('gfl', reg_max=8), distill=dict(term=LD))
 
 
 def test_a_head_that_is_not_there(retinanet, faster_rcnn, distiller):
