@@ -32,6 +32,7 @@ LONGEST_SIDE = 480  # of an image, in pixels
 MAX_CELLS = 64  # of a map, along its longer side
 MAP_COLOURS = 16  # of a map: its PNG takes half a byte for each cell
 JPEG_QUALITY = 80
+WIDE = 34  # letters of a legend's entry, of which two do not stand side by side
 
 Curve = dict[int, float]  # epoch -> value
 
@@ -134,7 +135,8 @@ def draw_gains(gains: Mapping[str, Mapping[float, Mapping[str, Any]]], by: str =
         by: The name of the setting.
         title: Of the figure.
     """
-    figure = Figure(figsize=(6, 3.6), layout='constrained')
+    columns = 1 if max(map(len, gains), default=0) > WIDE else 2
+    figure = Figure(figsize=(6, 3.3 + 0.22 * -(-len(gains) // columns)), layout='constrained')
     axes = figure.subplots()
     lengths = sorted({length for by_length in gains.values() for length in by_length})
     logarithmic, is_shared = lengths[0] > 0, len(lengths) < sum(map(len, gains.values()))
@@ -151,7 +153,7 @@ def draw_gains(gains: Mapping[str, Mapping[float, Mapping[str, Any]]], by: str =
     axes.set_xticks(lengths, [f'{length:g}' for length in lengths])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(loc='outside lower center', ncols=columns, frameon=False)
     return figure
 
 
