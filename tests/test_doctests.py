@@ -1,10 +1,13 @@
-"""Every example of the docstrings runs and shows what it says; so do those of the docs' pages."""
+"""Examples of docstrings and pages run and show what they say; messages that pages explain are said."""
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import importlib.util
 import re
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -62,3 +65,42 @@ def test_a_wrong_example_fails():
     test = doctest.DocTestParser().get_doctest('>>> 1 + 1\n3\n', {}, 'wrong', None, 0)
     with pytest.raises(pytest.fail.Exception, match='Expected:\n    3\nGot:\n    2'):
         run_examples([test])
+
+
+OF_OTHERS = ('libGL.so.1', 'Job not requeued')  # messages that other libraries give
+FEWEST = 6  # words of a message that tell it from others
+
+
+def list_texts(source: str) -> Iterator[str]:
+    """All texts of a module but its docstrings; '…' stands for what an f-string fills in."""
+    tree = ast.parse(source)
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in (each for each in ast.walk(tree) if id(each) not in docstrings):
+        if isinstance(node, ast.JoinedStr):
+            yield ''.join(part.value if isinstance(part, ast.Constant) else ' … ' for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def list_words(text: str) -> list[str]:
+    return re.findall('[a-z]+', text.lower())
+
+
+def share_that_is_said(message: str, pairs: set[tuple[str, str]]) -> float:
+    """The share of a message's words that stand beside one of their neighbours in some text."""
+    words = list_words(re.sub(r"'[^']*'|^\S+: ", ' … ', message))  # names and places in it are an example's
+    beside = [pair in pairs for pair in pairwise(words)]
+    said = sum(map(any, zip([False, *beside], [*beside, False])))
+    return said / len(words) if len(words) >= FEWEST else 1.0
+
+
+def test_messages_that_the_pages_explain_are_said():
+    sources = [file.read_text(encoding='utf-8') for file in (ROOT / 'kd_det').rglob('*.py') if '.mim' not in file.parts]
+    pairs = {pair for source in sources for text in list_texts(source) for pair in pairwise(list_words(text))}
+    rows = re.findall(r'^\| (.*?) \|', (ROOT / 'docs' / 'troubleshooting.md').read_text(encoding='utf-8'), re.MULTILINE)
+    messages = [message for row in rows for message in re.findall('`([^`]+)`', row)
+                if not any(other in message for other in OF_OTHERS)]
+    assert len(messages) > 250
+    unsaid = [message for message in messages if share_that_is_said(message, pairs) < 0.5]
+    assert not unsaid
+    assert share_that_is_said('The pupil is not as clever as its master, who sighs and leaves', pairs) < 0.5
