@@ -72,8 +72,14 @@ def sort_gains(results: Mapping[str, Any], setting: str) -> dict[str, dict[float
         summary = metrics.get('bbox_mAP', {}) if variant != PLAIN else dict(difference=0.0, interval=None)
         if 'difference' not in summary:
             continue
-        found.setdefault(name.replace('@model.distill.', '@'), {})[float(values[0]) if values else 0.0] = summary
-    if not any(found.values()):
+        try:
+            value = float(values[0]) if values else 0.0
+        except ValueError:
+            raise ConfigurationError(f"--by {setting}: expected a setting whose values are numbers, got '{values[0]}' "
+                                     f'in {variant}.') from None
+        found.setdefault(name.replace('@model.distill.', '@'), {})[value] = summary
+    values = {value for by_value in found.values() for value in by_value}
+    if not values or setting in AT_ZERO and values == {0.0}:
         raise ConfigurationError(f"--by {setting}: no variant of these results has a setting of that name; they are "
                                  f"{', '.join(results['summary'])}.")
     return {name: dict(sorted(by_value.items())) for name, by_value in found.items()}
@@ -95,7 +101,9 @@ def sort_by_teacher(results: Mapping[str, Any], teachers: Sequence[str]) -> dict
     found: dict[str, dict[float, dict]] = {}
     for name, teacher in zip(taught, teachers):
         kind, _, points = teacher.rpartition(':')
-        found.setdefault(kind, {})[float(points)] = results['summary'][name]['bbox_mAP']
+        summary = results['summary'][name].get('bbox_mAP', {})
+        if 'difference' in summary:
+            found.setdefault(kind, {})[float(points)] = summary
     return {kind: dict(sorted(by_points.items())) for kind, by_points in sorted(found.items())}
 
 

@@ -36,6 +36,11 @@ def test_gains_are_sorted_by_a_setting(tmp_path, monkeypatch, capsys):
     assert list(of_term) == ['dkd@noise=0.2'] and list(of_term['dkd@noise=0.2']) == [0.0]
     with pytest.raises(ConfigurationError, match='--by temperature: no variant of these results has'):
         questions.sort_gains(results, 'temperature')
+    with pytest.raises(ConfigurationError, match='--by shift: no variant of these results has'):
+        questions.sort_gains(results, 'shift')
+    runs = [dict(run, variant=f"{run['variant']}@without=cat") for run in runs]
+    with pytest.raises(ConfigurationError, match="--by without: expected .* numbers, got 'cat' in kd@"):
+        questions.sort_gains(dict(summary=summarize(runs)), 'without')
     file = tmp_path / 'results.json'
     file.write_text(json.dumps(results))
     ask(monkeypatch, 'gains', str(file), '--by', 'noise', '--picture', str(tmp_path / 'noise.png'))
@@ -52,6 +57,8 @@ def test_gains_are_sorted_by_the_teacher(tmp_path, monkeypatch):
     assert {kind: list(by_points) for kind, by_points in found.items()} == {
         'R101': [40.2], 'R18': [37.6, 39.3], 'R50': [32.0, 40.8, 43.4, 45.6]}
     assert found['R50'][43.4] is results['summary']['pkd']['bbox_mAP']
+    del results['summary']['pkd']['bbox_mAP']  # it did not finish
+    assert 43.4 not in questions.sort_by_teacher(results, maps)['R50']
     with pytest.raises(ConfigurationError, match='--teachers: expected 7, for pkd@.*, got 1'):
         questions.sort_by_teacher(results, maps[:1])
 

@@ -24,6 +24,7 @@ from mmengine.logging import MMLogger
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kd_det.compat.console import PlainConsole
+from kd_det.compat.process import count_processors
 from kd_det.compat.writing import WritingError, write_whole
 
 MEMORY_FILE = 'checked_images.json'
@@ -312,8 +313,7 @@ def _can_be_copied(transforms: Sequence[Callable]) -> bool:
 
 def _threads() -> int:
     """Threads for this process; the other ranks on the machine take theirs."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    return min(MOST_THREADS, max(1, processors // int(os.environ.get('LOCAL_WORLD_SIZE', get_dist_info()[1]))))
+    return min(MOST_THREADS, max(1, count_processors() // int(os.environ.get('LOCAL_WORLD_SIZE', get_dist_info()[1]))))
 
 
 def _ahead(pool: ThreadPoolExecutor, work: Callable, items: Iterator, ahead: int) -> Iterator[Any]:

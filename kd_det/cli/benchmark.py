@@ -97,7 +97,8 @@ def add_common_arguments(parser: ArgumentParser) -> None:
                          help='trainings at once (as many as there are devices for; with slurm all)')
     machine.add_argument('--threads', type=count, metavar='N',
                          help="PyTorch's threads of each process (processors / processes)")
-    machine.add_argument('--collect', action='store_true', help='train nothing: make the tables of what is there')
+    machine.add_argument('--collect', action='store_true',
+                         help='train nothing: make the tables of what the same command has trained so far')
 
 
 def _seeds(text: str) -> list[int]:

@@ -30,6 +30,11 @@ SPELT_OUT = {'…': '...', '–': '-', '−': '-', '±': '+/-', '→': '->', '×
              **dict.fromkeys('┌┬┐├┼┤└┴┘┏┳┓┡╇┩', '+')}
 
 
+def count_processors() -> int:
+    """How many processors this process may use, which in an allocation of a cluster are fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
 def use_any_encoding() -> None:
     """Lets this process print and write any text: called once, before anything is printed.
 

@@ -70,3 +70,20 @@ POLICIES = {
 # What several learners learn from: each other, their mean, their mean by a learnt gate, a learner of their fusion.
 LearntFrom = Literal['peers', 'mean', 'gate', 'fusion']
 LEARNT_FROM = get_args(LearntFrom)
+
+
+def split_values(text: str) -> list[str]:
+    """Splits a text at its commas, but for those within brackets: they are a list's.
+
+    Example:
+        >>> split_values('kd,fgd@a.b=[[1,2],[3]]'), split_values('[[1,2],[3]],[[4]]')
+        (['kd', 'fgd@a.b=[[1,2],[3]]'], ['[[1,2],[3]]', '[[4]]'])
+    """
+    parts, depth = [''], 0
+    for letter in text:
+        depth += (letter in '([') - (letter in ')]')
+        if letter == ',' and depth <= 0:
+            parts.append('')
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts if part.strip()]

@@ -16,6 +16,7 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from kd_det.compat.console import TextTable
+from kd_det.compat.process import count_processors
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Count, Place, Size, declared
 from kd_det.config.choices import CHECKPOINTS
@@ -130,7 +131,7 @@ def measure_latency(models: Place | Sequence[Place], *,
     tasks = [(file, runtime) for file in files for runtime in _find_runtimes(file, runtimes)]
     if not tasks:
         raise ConfigurationError('There is no file to measure.')
-    threads = threads or _count_processors()
+    threads = threads or count_processors()
     with ExitStack() as stack:
         workers = [stack.enter_context(started(file)) for file, _ in tasks]
         loaded = [worker.ask(do='load', file=str(file), runtime=runtime, threads=threads, size=size)
@@ -212,10 +213,6 @@ def started(file: Path) -> Iterator[Worker]:
             process.kill()
             with suppress(BrokenPipeError):  # of a request that a process which had ended did not read
                 process.stdin.close()
-
-
-def _count_processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def find_processor() -> str:

@@ -67,7 +67,7 @@ def benchmark(pair: str | Path | Config | None = None, *, student: str | Path | 
             another without submitit's own processes.
         slurm: What each job asks Slurm for, by submitit's names: ``partition``, ``time`` in minutes, …
         devices_per_run: GPUs that train one run together, each a share of every batch.
-        collect: Train nothing, and make the tables of what is there.
+        collect: Train nothing, and make the tables of what the same call has trained so far.
         force: Train over what another benchmark has left in the work dir.
         log: Given a line when a run begins, ends or fails.
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, combinations
 from pathlib import Path
@@ -14,11 +15,20 @@ from kd_det.compat.console import TextTable
 from kd_det.compat.writing import refuse_to_replace
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Names, Positive, declared
-from kd_det.study.records import RESULTS_FILE, VERSION, BenchmarkResult, read_results, refuse_tables, sum_up
+from kd_det.study.records import (
+    RESULTS_FILE,
+    VERSION,
+    BenchmarkResult,
+    name_file,
+    read_results,
+    refuse_tables,
+    sum_up,
+)
 from kd_det.study.results import (
     METRICS,
     NONE,
     POWER,
+    ROUNDING,
     collect_points,
     count_seeds,
     format_difference,
@@ -26,6 +36,7 @@ from kd_det.study.results import (
     paired_difference,
 )
 from kd_det.study.runs import describe_environment, read_command_line
+from kd_det.study.variants import DISTILLATION_KEYS, PLAIN
 
 ADVICE = 'Give another folder, or replace it with --force.'
 
@@ -109,7 +120,7 @@ def _find_unlike(one: dict, other: dict, key: str) -> tuple[str, str] | None:
 
     The folders may be those of two machines.
     """
-    names = Path(one[key]).name, Path(other[key]).name
+    names = name_file(one[key]), name_file(other[key])
     if names[0] != names[1]:
         return names
     hashes = one.get(f'{key}_hash'), other.get(f'{key}_hash')  # earlier versions have none
@@ -120,11 +131,17 @@ def _find_unlike(one: dict, other: dict, key: str) -> tuple[str, str] | None:
 
 def _move(entry: dict, old: Path, new: Path, results: dict) -> dict:
     """The entry of a run, its paths as seen from another folder, and with where it ran, if only the file tells."""
-    moved = {key: os.path.relpath(Path(old, entry[key]), new) for key in ('folder', 'checkpoint', 'scalars', 'log')
+    moved = {key: _see_from(new, Path(old, entry[key])) for key in ('folder', 'checkpoint', 'scalars', 'log')
              if key in entry}
     if entry['status'] == 'finished' and not entry.get('environment'):
         moved['environment'] = {key: results[key] for key in ('commit', 'versions', 'machine')}
     return dict(entry, **moved)
+
+
+def _see_from(folder: Path, file: Path) -> str:
+    with suppress(ValueError):  # of another drive
+        return os.path.relpath(file, folder)
+    return str(file)
 
 
 def _choose(first: str, one: dict, second: str, other: dict) -> tuple[str, dict]:
@@ -159,8 +176,11 @@ def _check_same_settings(entries: Iterable[tuple[str, dict]]) -> None:
 def _describe_training(entry: dict) -> dict[str, Any]:
     """What is the same for all seeds of a method; of several processes, too, which draw other numbers than one."""
     machine = (entry.get('environment') or {}).get('machine', {})
+    settings = _complete(entry['settings'])
+    if entry['method'] == PLAIN and 'inherit' not in settings:  # whom those do not reach, which earlier versions noted
+        settings = {key: value for key, value in settings.items() if not key.startswith(DISTILLATION_KEYS)}
     return dict({key: entry[key] for key in ('method', 'epochs', 'iterations', 'parameters')},
-                settings=_complete(entry['settings']), processes=machine.get('processes', 1))
+                settings=settings, processes=machine.get('processes', 1))
 
 
 def _complete(settings: dict) -> dict:
@@ -233,15 +253,18 @@ def compare_results(files: Sequence[str | Path], variants: Names = (), size: Pos
                                  'compared.')
     points = [collect_points(each['runs']) for each in results]
     pairs = _pair_variants(files, variants, points)
-    one, other = points[0], points[-1]
+    one, other, alone = points[0], points[-1], list[str]()
     rows: dict[str, dict[str, dict]] = {}
-    for name, (first, second) in pairs.items():
+    for name, (first, second) in list(pairs.items()):
         compared = {metric: _compare(one[first][metric], other[second][metric], size) for metric in METRICS
                     if metric in one[first] and metric in other[second]}
         rows[name] = {metric: each for metric, each in compared.items() if each}
         if not rows[name]:
-            raise ConfigurationError(f'{name}: no seed has finished in both, so there is nothing to compare.')
-    return Comparison((names[0], names[1]), size, rows, tuple(_tell_unpaired(results[0], results[-1], pairs)))
+            alone.append(f'{name}: no seed has finished in both')
+            del rows[name], pairs[name]
+    if alone and (variants or not rows):
+        raise ConfigurationError(f'{alone[0]}, so there is nothing to compare.')
+    return Comparison((names[0], names[1]), size, rows, (*_tell_unpaired(results[0], results[-1], pairs), *alone))
 
 
 def _pair_variants(files: Sequence[str | Path], variants: Sequence[str],
@@ -263,7 +286,7 @@ def _pair_variants(files: Sequence[str | Path], variants: Sequence[str],
 
 
 def _compare(one: Mapping[int, float], other: Mapping[int, float], size: float) -> dict[str, Any] | None:
-    found = paired_difference(one, other)
+    found = paired_difference(one, other, ROUNDING)
     if found is None:
         return None
     values = list(found.by_seed.values())

@@ -196,6 +196,10 @@ def compress(student: str | Path | Config, teacher: str | Path, checkpoint: str 
         WritingError: The folder holds a compression of other settings.
     """
     out, config, options = Path(out), resolve_config(student, data_root), options or {}
+    optimizer = config.optim_wrapper.optimizer
+    if int8 and not (config.train_cfg.get('max_epochs') and optimizer.get('lr')):
+        raise ConfigurationError('int8: a training in integers takes a share of the epochs and of the learning rate of '
+                                 "the student's config: expected train_cfg.max_epochs and optim_wrapper.optimizer.lr.")
     teaching = dict(teacher=teacher, checkpoint=checkpoint, method=method, seed=seed, balance=balance)
     settings = dict(student=config.pretty_text, macs=macs, importance=importance, int8=int8, epochs=epochs,
                     quantized_epochs=quantized_epochs, learning_rate=learning_rate, calibrate=calibrate,

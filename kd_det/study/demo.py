@@ -127,7 +127,8 @@ def _load_config(name: str, folder: str, settings: DemoSettings, epochs: int | N
 def _train_once(name: str, config: Config, inputs: Any, progress: Progress) -> Run:
     """Trains and evaluates, unless the same run was finished before."""
     identity = identify_run(config, inputs)
-    kept = load_finished_run(Path(config.work_dir), identity, progress.console.print)
+    kept = load_finished_run(Path(config.work_dir), identity,
+                             lambda reason: progress.console.print(f'{reason} The run is done again.'))
     if kept is not None:
         progress.console.print(f"{name}: kept from before, mAP {100 * kept.metrics['bbox_mAP']:.1f}")
         return kept

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from kd_det.config.detectors import read_model_config
 from kd_det.config.files import is_distillation, list_leaf_datasets, map_strings
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+OF_DESKTOPS = ('Thumbs.db', 'desktop.ini')  # which, as names that begin with a dot, are no data
 WEIGHTS = ('.pth', '.pt', '.ckpt', '.bin', '.pkl', '.safetensors')
 
 
@@ -60,16 +62,29 @@ def _name_data(settings: dict) -> dict:
     """The settings with numbers for the folders of the data, wherever they begin the name of a file."""
     loaders = [settings[key] for key in LOADERS if isinstance(settings.get(key), dict)]
     leaves = [leaf for loader in loaders for leaf in list_leaf_datasets(loader.get('dataset') or {})]
-    roots = [str(root).rstrip('/') for root in (settings.get('data_root'), *(leaf.get('data_root') for leaf in leaves))
+    roots = [_spell(str(root)) for root in (settings.get('data_root'), *(leaf.get('data_root') for leaf in leaves))
              if root]
     names = {root: f'<data {number}>' for number, root in enumerate(dict.fromkeys(roots))}
 
     def name(text: str) -> str:
-        within = [root for root in names if f'{text}/'.startswith(f'{root}/')]
+        path = _spell(text) if text else text
+        within = [root for root in names if f'{path}/'.startswith(f'{root}/')]
         longest = max(within, key=len, default='')
-        return names[longest] + text[len(longest):].rstrip('/') if within else text
+        return names[longest] + path[len(longest):] if within else text
 
     return map_strings(settings, name)
+
+
+def _spell(path: str) -> str:
+    """A path in the one way that it is spelt: ``data`` for ``./data/`` and, on Windows, ``a/b`` for a backslash."""
+    return os.path.normpath(path).replace(os.sep, '/')
+
+
+def name_data(config: Config) -> str:
+    """Names the files that :func:`hash_data` reads: configs of the same data have the same."""
+    leaves = (leaf for split in ('train', 'val') for leaf in list_leaf_datasets(config[f'{split}_dataloader'].dataset))
+    return json.dumps([[leaf.get(key) for key in ('data_root', 'ann_file', 'data_prefix')] for leaf in leaves],
+                      default=str)
 
 
 def hash_data(config: Config) -> str:
@@ -91,19 +106,21 @@ def hash_data(config: Config) -> str:
             names = [file.name for file in within if file.is_file()]
             if any(file.is_dir() for file in within):
                 names = _list_images(annotations) or names
+            names = [name for name in names if not (name.startswith('.') or name in OF_DESKTOPS)]
             sizes = [f'{name} {file.stat().st_size if (file := images / name).is_file() else None}'
                      for name in sorted(names)]
-            parts += [annotations, '\n'.join(sizes).encode()]
+            parts += [annotations, '\n'.join(sizes).encode(errors='surrogateescape')]
     return sha256(b'\0'.join(parts))
 
 
 def _describe_named(folder: Path, names: bytes) -> list[bytes]:
     """Of each file under a folder whose name is in a list of them: XML's content, another's size."""
     listed = set(names.decode(errors='replace').split())
-    found = {str(file.relative_to(folder)): file for file in folder.rglob('*')
-             if file.stem in listed and file.is_file()}
-    return [name.encode() + b' ' + (file.read_bytes() if file.suffix == '.xml' else str(file.stat().st_size).encode())
-            for name, file in sorted(found.items())]
+    files = (file for file in folder.rglob('*') if file.stem in listed and file.is_file())
+    found = {file.relative_to(folder).as_posix(): file for file in files}
+    contents = (file.read_bytes() if file.suffix == '.xml' else str(file.stat().st_size).encode()
+                for _, file in sorted(found.items()))
+    return [name.encode(errors='surrogateescape') + b' ' + content for name, content in zip(sorted(found), contents)]
 
 
 def _list_images(annotations: bytes) -> list[str]:

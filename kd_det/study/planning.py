@@ -102,7 +102,7 @@ def format_duration(seconds: float) -> str:
         >>> format_duration(7.2), format_duration(90), format_duration(7200), format_duration(9000)
         ('7 s', '2 min', '2 h', '2 h 30 min')
     """
-    if seconds < 60:
+    if seconds < 59.5:
         return f'{seconds:.0f} s'
     hours, minutes = divmod(round(seconds / 60), 60)
     return ' '.join(filter(None, [f'{hours} h' if hours else '', f'{minutes} min' if minutes else '']))
@@ -111,7 +111,7 @@ def format_duration(seconds: float) -> str:
 def estimate_by_runs(job: Job) -> Estimate | None:
     """How long a training takes, by those that have finished in its folder, or from other seeds; None where none has.
 
-    Runs of another length count by their share of the epochs.
+    Runs of another length count by their share of the epochs, or iterations.
     """
     seconds = []
     for file in {job.folder / RESULT_FILE, *job.folder.parent.glob(f'seed*/{RESULT_FILE}')}:
@@ -119,7 +119,7 @@ def estimate_by_runs(job: Job) -> Estimate | None:
             stored = read_json(file)
             check_run(stored)
             took = stored.get('seconds') or stored['iterations'] * stored['seconds_per_iteration']
-            seconds.append(took * read_length(job.config) / max(stored['epochs'], 1))
+            seconds.append(took * read_length(job.config) / max(stored[count_by(job.config)], 1))
     count = len(seconds)
     return Estimate(median(seconds) + STARTUP, f"{count} finished run{'s' * (count > 1)}") if seconds else None
 
@@ -127,6 +127,11 @@ def estimate_by_runs(job: Job) -> Estimate | None:
 def read_length(config: Config) -> int:
     """For how many epochs a config trains, or iterations, where it counts these."""
     return config.train_cfg.get('max_epochs') or config.train_cfg.get('max_iters') or 1
+
+
+def count_by(config: Config) -> str:
+    """What a config's length counts: ``'epochs'`` or ``'iterations'``."""
+    return 'epochs' if config.train_cfg.get('max_epochs') else 'iterations'
 
 
 def run_trials(jobs: Sequence[Job], pool: JobPool, root: Path, log: Callable[[str], None]) -> list[Run | Failure]:
@@ -145,7 +150,7 @@ def make_trial(config: Config) -> Config:
     for loader in (config.train_dataloader, config.val_dataloader):
         for leaf in list_leaf_datasets(loader.dataset):
             leaf['indices'] = TRIAL_STEPS * loader.batch_size  # the first images
-    if config.train_cfg.get('max_epochs'):
+    if count_by(config) == 'epochs':
         set_epochs(config, 1)
     else:
         config.train_cfg.max_iters = config.train_cfg.val_interval = TRIAL_STEPS
@@ -182,8 +187,9 @@ def estimate_by_trial(config: Config, trial: Run | Failure, images: tuple[int, i
     step = trial.seconds_per_iteration + training
     steps, batches = (ceil(count / config[f'{split}_dataloader'].batch_size)
                       for count, split in zip(images, ('train', 'val')))
-    length, cycle = read_length(config), config.train_cfg.get('val_interval') or 1
-    iterations = length * steps if config.train_cfg.get('max_epochs') else length
+    length, of_epochs = read_length(config), count_by(config) == 'epochs'
+    cycle = config.train_cfg.get('val_interval') or (1 if of_epochs else 1000)  # as MMEngine's loops have it
+    iterations = length * steps if of_epochs else length
     rest = (trial.seconds or 0.0) - trial.iterations * step - min(batches, TRIAL_STEPS) * validating
     seconds = max(rest, 0.0) + iterations * step + ceil(length / cycle) * batches * validating
     return Estimate(seconds + STARTUP, f'a trial of {trial.iterations} steps')

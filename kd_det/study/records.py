@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
@@ -23,11 +23,11 @@ from kd_det.study.results import (
     mark_twins,
     summarize,
     summarize_fidelity,
-    summarize_lengths,
+    summarize_gains,
     tabulate,
 )
 from kd_det.study.runs import Run, check_run, check_shape, read_json
-from kd_det.study.variants import PLAIN, find_twin
+from kd_det.study.variants import find_twin
 from kd_det.training.pictures import draw_gains, is_picture, save_figure
 
 VERSION = 2  # of results.json: 1 is what was written before there was this key
@@ -162,7 +162,7 @@ class BenchmarkResult:
     @property
     def files(self) -> tuple[Path, ...]:
         """The results as JSON, their tables as Markdown, and, of several lengths, the plot of the gains."""
-        names = (RESULTS_FILE, TABLE_FILE, *((GAINS_FILE, ) if _find_gains(self.results) else ()))
+        names = (RESULTS_FILE, TABLE_FILE, *((GAINS_FILE, ) if summarize_gains(self.results) else ()))
         return tuple(self.work_dir / name for name in names)
 
     @property
@@ -183,15 +183,12 @@ class BenchmarkResult:
 
     def save(self) -> None:
         """Writes its files."""
+        self.work_dir.mkdir(parents=True, exist_ok=True)
         write_whole(self.work_dir / RESULTS_FILE, json.dumps(self.results, indent=2) + '\n')
         write_whole(self.work_dir / TABLE_FILE, format_markdown(self.results))
-        gains = _find_gains(self.results)
+        gains = summarize_gains(self.results)
         if gains:
             save_figure(draw_gains(gains), self.work_dir / GAINS_FILE)
-
-
-def _find_gains(results: dict) -> dict[str, dict[int, dict]]:
-    return {name: by_length for name, by_length in summarize_lengths(results).items() if name != PLAIN}
 
 
 def make_schema() -> dict[str, Any]:
@@ -211,6 +208,11 @@ def refuse_tables(folder: Path, has_lengths: bool, force: bool, advice: str) -> 
         refuse_to_replace(folder / GAINS_FILE, is_picture, 'the plot of a benchmark', force, advice)
 
 
+def name_file(path: str) -> str:
+    """The name of a file without its folder, of Windows or not."""
+    return PureWindowsPath(path).name
+
+
 def is_of_benchmark(content: bytes, student: str, data: str) -> bool:
     """Whether the content of a file is that of ``results.json``, of this student on this data, if it is not cut short.
 
@@ -222,7 +224,7 @@ def is_of_benchmark(content: bytes, student: str, data: str) -> bool:
     try:
         stored = json.loads(content)
         return (stored['data']['hash'] == data and {'runs', 'summary'} <= set(stored)
-                and Path(stored['pair']['student']).name == student)
+                and name_file(stored['pair']['student']) == student)
     except ValueError:  # cut short
         return content.startswith((b'{\n  "version": ', b'{\n  "command": '))
     except (KeyError, TypeError):

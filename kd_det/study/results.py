@@ -18,11 +18,12 @@ from scipy.stats import t as student_t
 
 from kd_det.compat.console import TextTable
 from kd_det.study.scheduling import Failure, Outcome
-from kd_det.study.variants import PLAIN, Variant, find_twin, without_length
+from kd_det.study.variants import DISTILLATION_KEYS, PLAIN, Variant, find_twin, without_length
 
 RESULTS_FILE, TABLE_FILE = 'results.json', 'results.md'
 CONFIDENCE = 0.95
 POWER = 0.8  # with which a difference is to be shown
+ROUNDING = 0.1 / sqrt(6)  # standard deviation of the difference of two numbers that are rounded to 0.1 points
 MOST_SEEDS = 10**6  # where it stops to count how many are needed
 METRICS = {'bbox_mAP': 'mAP', 'bbox_mAP_50': 'AP50', 'bbox_mAP_75': 'AP75', 'bbox_mAP_s': 'APs', 'bbox_mAP_m': 'APm',
            'bbox_mAP_l': 'APl'}
@@ -60,7 +61,8 @@ def mean_and_std(values: Sequence[float]) -> dict[str, float | None]:
     return dict(mean=float(np.mean(values)), std=float(np.std(values, ddof=1)) if len(values) > 1 else None)
 
 
-def paired_difference(baseline: Mapping[int, float], other: Mapping[int, float]) -> Difference | None:
+def paired_difference(baseline: Mapping[int, float], other: Mapping[int, float],
+                      rounding: float = 0.0) -> Difference | None:
     """Compares two variants seed by seed.
 
     The same seed gives both the same initial weights and the same data order; so the spread of the differences is less
@@ -70,6 +72,8 @@ def paired_difference(baseline: Mapping[int, float], other: Mapping[int, float])
     Args:
         baseline: Seed -> value.
         other: Seed -> value.
+        rounding: The least spread that counts: equal differences of rounded values may be so by rounding alone. Of
+            points of mAP :data:`ROUNDING`.
 
     Returns:
         ``other - baseline`` over the seeds that both have; None if they share none.
@@ -81,7 +85,7 @@ def paired_difference(baseline: Mapping[int, float], other: Mapping[int, float])
     mean, interval = float(differences.mean()), None
     if len(seeds) > 1:
         quantile = student_t.ppf((1 + CONFIDENCE) / 2, len(seeds) - 1)
-        half = float(quantile * differences.std(ddof=1) / np.sqrt(len(seeds)))
+        half = float(quantile * max(differences.std(ddof=1), rounding) / np.sqrt(len(seeds)))
         interval = (mean - half, mean + half)
     return Difference(dict(zip(seeds, differences.tolist())), mean, interval)
 
@@ -92,7 +96,8 @@ def make_run_entry(variant: Variant, seed: int, folder: Path, outcome: Outcome, 
                         **({'policy': variant.policy} if variant.policy else {}),
                         **({} if variant.pseudo_labels is None else {'pseudo_labels': variant.pseudo_labels}))
     settings = dict({} if variant.is_plain else distillation, augment=variant.augment, **variant.labels,
-                    **variant.settings)
+                    **{key: value for key, value in variant.settings.items()
+                       if not (variant.is_plain and key.startswith(DISTILLATION_KEYS))})
     entry = dict(variant=variant.name, method=variant.method, seed=seed, settings=settings,
                  twin=find_twin(variant.name), folder=os.path.relpath(folder, root))
     if isinstance(outcome, Failure):
@@ -136,7 +141,7 @@ def summarize(entries: Sequence[dict]) -> dict[str, dict[str, dict]]:
 
 def _summarize_metric(variant: str, by_seed: Mapping[int, float], twin: Mapping[int, float]) -> dict:
     summary = dict(seeds=len(by_seed), **mean_and_std(list(by_seed.values())))
-    difference = None if variant == PLAIN else paired_difference(twin, by_seed)
+    difference = None if variant == PLAIN else paired_difference(twin, by_seed, ROUNDING)
     if difference is not None:
         summary.update(pairs=len(difference.by_seed), by_seed=difference.by_seed, difference=difference.mean,
                        interval=difference.interval, verdict=difference.verdict)
@@ -179,7 +184,7 @@ def tell_power(by_name: Mapping[str, Mapping[Any, float]], of: str = 'Seeds') ->
     Returns:
         A line; '' where none has a spread.
     """
-    needed = [f'{name} {count_seeds(float(np.std(list(values.values()), ddof=1)))}'
+    needed = [f'{name} {count_seeds(max(float(np.std(list(values.values()), ddof=1)), ROUNDING))}'
               for name, values in by_name.items() if len(values) > 1]
     return (f"{of} by which a difference of 1 point would be shown in {100 * POWER:.0f} of 100 cases: "
             f"{', '.join(needed)}") if needed else ''
@@ -215,6 +220,13 @@ def summarize_lengths(results: dict) -> dict[str, dict[int, dict]]:
             found.setdefault(without_length(variant), {})[epochs[variant]] = metrics['bbox_mAP']
     lengths = {length for by_length in found.values() for length in by_length}
     return {name: dict(sorted(by_length.items())) for name, by_length in found.items()} if len(lengths) > 1 else {}
+
+
+def summarize_gains(results: dict) -> dict[str, dict[int, dict]]:
+    """As :func:`summarize_lengths`, of what has a difference alone: its plain student of that length has finished."""
+    gains = {name: {epochs: each for epochs, each in by_length.items() if 'difference' in each}
+             for name, by_length in summarize_lengths(results).items() if name != PLAIN}
+    return {name: by_length for name, by_length in gains.items() if by_length}
 
 
 def summarize_classes(results: dict) -> dict[str, dict[str, dict]]:

@@ -174,13 +174,13 @@ def _train(name: str, config: Config, identity: str, log: Callable[[str], None],
         class_ap=recorder.class_ap)
 
 
-def load_finished_run(folder: Path, identity: str, log: Callable[[str], None] = lambda text: None) -> Run | None:
+def load_finished_run(folder: Path, identity: str, tell: Callable[[str], None] = lambda reason: None) -> Run | None:
     """Loads the run that was finished in a folder.
 
     Args:
         folder: Its work dir.
         identity: What the run must have.
-        log: Given a line where the run can not be read.
+        tell: Given the reason, a sentence, why one that is there does not count.
 
     Returns:
         The run, with paths as seen from here; None where there is none of this identity, or one that can not be read.
@@ -191,13 +191,17 @@ def load_finished_run(folder: Path, identity: str, log: Callable[[str], None] = 
     try:
         stored = read_json(file)
         if stored.get('identity') != identity or set(stored) | LATER != {each.name for each in fields(Run)}:
+            tell('The run that is there had other data, weights or settings.')
             return None
         check_run(stored, f"'{file}': ")
         run = Run(**stored).resolve_paths(folder)
     except ConfigurationError as error:
-        log(f'{error} The run is done again.')
+        tell(str(error))
         return None
-    return run if Path(run.checkpoint).is_file() and Path(run.scalars).is_file() else None
+    lost = [file for file in (run.checkpoint, run.scalars) if not Path(file).is_file()]
+    if lost:
+        tell(f"'{lost[0]}' is gone.")
+    return None if lost else run
 
 
 def check_run(content: Any, place: str = '') -> None:
@@ -335,12 +339,14 @@ class TrainingRecorder(Hook):
     def __init__(self, name: str, log: Callable[[str], None], after_step: Callable[[Runner], None]) -> None:
         self.name, self.log, self.after_step = name, log, after_step
         self.seconds, self.metrics, self.class_ap, self.order = [], {}, {}, hashlib.sha256()
+        self.measures_boxes = False
 
     def before_train(self, runner: Runner) -> None:
         state = find_model(runner).state_dict()  # of a distiller: the student's
         self.start = sha256(b''.join(key.encode() + value.cpu().numpy().tobytes() for key, value in state.items()))
         for metric in runner.val_loop.evaluator.metrics if runner.val_loop else ():
             if isinstance(metric, CocoMetric):
+                self.measures_boxes = 'bbox' in metric.metrics
                 self._read_classes(metric)
 
     def _read_classes(self, metric: CocoMetric) -> None:
@@ -375,8 +381,9 @@ class TrainingRecorder(Hook):
                  f'iteration, about {left:.0f} s left')
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        if not metrics:  # CocoMetric's answer to no detection at all
-            metrics = dict.fromkeys(('bbox_mAP', 'bbox_mAP_50', 'bbox_mAP_75'), 0.0)
+        if not metrics or self.measures_boxes and not any(name.endswith('bbox_mAP') for name in metrics):
+            # CocoMetric tells nothing where nothing at all was detected, whatever other metrics tell.
+            metrics = {**dict.fromkeys(('bbox_mAP', 'bbox_mAP_50', 'bbox_mAP_75'), 0.0), **(metrics or {})}
         self.metrics = {name[len('coco/'):] if name.startswith('coco/') else name: float(value)
                         for name, value in metrics.items()}
         if 'bbox_mAP' not in self.metrics:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from mmengine.config import Config
 
-from kd_det.compat.process import sigterm_raises, unheard_interrupts
+from kd_det.compat.process import count_processors, sigterm_raises, unheard_interrupts
 from kd_det.compat.writing import is_locked, refuse_to_replace
 from kd_det.config import ConfigurationError
 from kd_det.study.identity import identify_run
@@ -120,7 +120,7 @@ class JobPool:
         self.slots = deque(slots[index % len(slots)] if slots else None for index in range(self.jobs or 0))
         self.threads = threads
         if threads is None and self.jobs is not None and self.is_local:
-            self.threads = max(1, (os.cpu_count() or 1) // (self.jobs * devices_per_run))
+            self.threads = max(1, count_processors() // (self.jobs * devices_per_run))
         self.parameters = {} if collect else self._set_parameters(slurm or {})
         if not collect:
             with TemporaryDirectory() as folder:
@@ -234,16 +234,19 @@ class JobPool:
     def _find(self, job: Job, log: Callable[[str], None]) -> Outcome | None:
         """What is there of a run; None if it is to be trained."""
         identity = identify_run(job.config, job.inputs)
-        kept = load_finished_run(job.folder, identity, log)
+        reasons: list[str] = []
+        kept = load_finished_run(job.folder, identity, reasons.append)
         if kept is not None:
             log(f'{job.name}: kept from before, {_format_ap(kept)}')
+        for reason in reasons if not self.collect else ():
+            log(f'{job.name}: {reason} The run is done again.')
         if kept is not None or not self.collect:
             return kept
         log_file = job.folder / LOG_FILE
         if is_locked(job.folder) or _find_earlier(job.folder / JOB_FOLDER, identity):
             found = Failure('its training runs, or waits to', str(log_file), 'running')
-        elif (job.folder / RESULT_FILE).is_file():
-            found = Failure('the run that is there had other data, weights or settings', '', 'missing')
+        elif reasons:
+            found = Failure(reasons[0].rstrip('.'), '', 'missing')
         elif log_file.is_file():
             found = Failure(_describe_end(None, _read_lines(log_file)), str(log_file))
         else:
@@ -288,8 +291,10 @@ class JobPool:
         except Exception:  # what the process met that waits for the training; the last line that it said
             error = ''
         load = partial(load_finished_run, job.folder, identify_run(job.config, job.inputs))
-        run, deadline = load() if status == 0 else None, time.monotonic() + FILE_DELAY
-        while status == 0 and run is None and not self.is_local and time.monotonic() < deadline:
+        # What is written whole counts, however the process ended then; on a cluster it may be seen late.
+        run, deadline = load(), time.monotonic() + FILE_DELAY
+        may_come = not self.is_local and (status == 0 or status is None and ended.job.state == 'COMPLETED')
+        while may_come and run is None and time.monotonic() < deadline:
             time.sleep(1)
             run = load()
         if run is not None:

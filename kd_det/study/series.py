@@ -18,10 +18,11 @@ from kd_det.checks.environment import raise_faults
 from kd_det.checks.image_reader import Memory
 from kd_det.compat.writing import locked_folder, refuse_to_replace
 from kd_det.config import ConfigurationError
+from kd_det.config.arguments import at, refuse
 from kd_det.config.detectors import guides_of
 from kd_det.config.options import set_seed
 from kd_det.study.fidelity import add_fidelity
-from kd_det.study.identity import hash_data, hash_model, hash_weights, identify_run
+from kd_det.study.identity import hash_data, hash_model, hash_weights, identify_run, name_data
 from kd_det.study.pair import Pair, adapt_config
 from kd_det.study.planning import (
     TRIALS,
@@ -53,7 +54,7 @@ class Series:
 
     Args:
         root: Folder of runs and results.
-        pair: Student and teacher; the student's config has the data and settings that all its runs have.
+        pair: Student and teacher.
         variants: The plain student first.
         data_root: Folder of the teachers' data, in place of their configs'.
         teacher_epochs: Of the teachers that are trained; their configs' by default.
@@ -61,6 +62,7 @@ class Series:
         name: Of the data set, where there are several.
 
     Attributes:
+        student: The plain student's config, with the data and settings that all its runs have.
         result: What was found so far; None before anything was.
         error: Why there is nothing, where the teacher could not be trained.
 
@@ -76,10 +78,11 @@ class Series:
         if pair.further and self.teachers != len(pair.teachers):
             raise ConfigurationError(f'--teacher names {len(pair.teachers)} configs, and the methods ask for '
                                      f'{self.teachers} teachers at most: name one with @teachers={len(pair.teachers)}.')
+        self.student = variant_config(variants[0], pair)
         self.result: BenchmarkResult | None = None
         self.error = ''
         self._teacher_runs: list[Run | None] = [None] * self.teachers
-        self._hashes: dict[str, str] = {}  # of weights and of models, by the name of their file
+        self._hashes: dict[str, str] = {}  # of weights, models and data, by the names of their files
         self._outcomes: list[tuple[Variant, int, Path, Outcome]] = []
 
     def check(self, images: int | None = None, read_data: bool = True) -> None:
@@ -93,20 +96,25 @@ class Series:
             ConfigurationError: A variant can not be composed.
             DiagnosisError: A file is missing, a setting does not fit, or the data can not be trained on.
         """
-        check_config(self.pair.student, splits=('train', 'val'))  # its annotations tell the size of images
+        check_config(self.student, splits=('train', 'val'))  # its annotations tell the size of images
         folders: dict[str, str] = {}
         for variant in self.variants:
             other = folders.setdefault(variant.folder, variant.name)
             if other != variant.name:
                 raise ConfigurationError(f"--methods {variant.name} and {other}: both would train in the folder "
                                          f"'{variant.folder}'. Write one in another way.")
-            raise_faults(inspect_arguments(variant_config(variant, self.pair, ['teacher.pth'] * self.teachers)))
+            config = variant_config(variant, self.pair, ['teacher.pth'] * self.teachers)
+            raise_faults(inspect_arguments(config))
+            check_saving(config)
+        for index in range(0 if self.pair.checkpoints else self.teachers):
+            with at('teacher'):
+                check_saving(self.pair.teacher_config(index))
         raise_faults(inspect_checkpoint('--teacher-checkpoint', checkpoint, 'Give the path of a checkpoint')
                      for checkpoint in self.pair.checkpoints)
         raise_faults(chain.from_iterable(inspect_finite('teacher checkpoint', each) for each in self.pair.checkpoints))
         if read_data:
-            raise_faults(inspect_data(self.pair.student, ('train', 'val'), Memory(self.root), images))
-        self.data = hash_data(self.pair.student)
+            raise_faults(inspect_data(self.student, ('train', 'val'), Memory(self.root), images))
+        self.data = self._hash_data(self.student)
 
     def refuse_to_replace(self, force: bool) -> None:
         """Refuses a work dir with the results of another pair or other data, or of no benchmark.
@@ -203,7 +211,7 @@ class Series:
             if without_length(name) not in told:
                 untold.setdefault(without_length(name), name)
         trials = run_trials([made[name] for name in untold.values()], pool, self.root, log)
-        images = count_images(self.pair.student) if untold else (0, 0)
+        images = count_images(self.student) if untold else (0, 0)
         for name, trial in zip(untold.values(), trials):
             estimates[name] = estimate_by_trial(made[name].config, trial, images)
         for name in [name for name in made if name not in estimates]:
@@ -236,7 +244,7 @@ class Series:
         checkpoints = checkpoints or self.pair.checkpoints
         config = set_seed(variant_config(variant, self.pair, checkpoints, seed), seed)
         return Job(f'{variant.name}, seed {seed}', self.root / variant.folder / f'seed{seed}', config,
-                   [self.data, *self._hash_teachers(config)])
+                   [self._hash_data(config), *self._hash_teachers(config)])
 
     def _hash_teachers(self, config: Config) -> list[str]:
         """The hashes of the weights and of the models of all that teach in a training."""
@@ -244,11 +252,32 @@ class Series:
                 for key, hash_file in (('checkpoint', hash_weights), ('config', hash_model))
                 if isinstance(guide.get(key), str)]
 
+    def _hash_data(self, config: Config) -> str:
+        """The hash of a config's data, which a variant's own settings may have exchanged."""
+        return self._hash(name_data(config), lambda name: hash_data(config))
+
     def _hash(self, file: str, hash_file: Callable[[str], str]) -> str:
         """The hash of a file, which is read once for all trainings."""
         if file not in self._hashes:
             self._hashes[file] = hash_file(file)
         return self._hashes[file]
+
+
+def check_saving(config: Config) -> None:
+    """Checks that a training leaves the weights of its last epoch in its work dir.
+
+    Raises:
+        ConfigurationError: Its CheckpointHook does not.
+    """
+    hooks = config.get('default_hooks') or {}
+    hook = hooks.get('checkpoint', {})
+    remedy = 'A run leaves the weights of its last epoch in a folder of its own.'
+    if hook is None:
+        refuse('default_hooks.checkpoint', hook, 'a CheckpointHook', remedy)
+    if hook.get('out_dir') is not None:
+        refuse('default_hooks.checkpoint.out_dir', hook.out_dir, 'None, the work dir', remedy)
+    if not hook.get('save_last', True):
+        refuse('default_hooks.checkpoint.save_last', hook.save_last, 'True', remedy)
 
 
 def count_teachers(variants: Sequence[Variant], checkpoints: Sequence[str]) -> int:

@@ -26,7 +26,15 @@ from kd_det.config.layouts import put_on
 from kd_det.study.benchmark import make_pool, prepare
 from kd_det.study.pair import read_pair
 from kd_det.study.records import BenchmarkResult, BudgetEntry, DataEntry, MetricEntry, PairEntry, read_results
-from kd_det.study.results import NONE, format_difference, format_mean, paired_difference, tell_left_out, tell_power
+from kd_det.study.results import (
+    NONE,
+    ROUNDING,
+    format_difference,
+    format_mean,
+    paired_difference,
+    tell_left_out,
+    tell_power,
+)
 from kd_det.study.runs import check_shape, describe_environment, read_command_line, read_json
 from kd_det.study.scheduling import OTHER_FOLDER
 from kd_det.study.series import Series, run_all
@@ -259,7 +267,7 @@ def _average(by_dataset: Mapping[str, dict]) -> dict[str, Any]:
     made: dict[str, Any] = dict(datasets=len(by_dataset),
                                 mean=float(np.mean([each['mean'] for each in by_dataset.values()])))
     differences = {name: each['difference'] for name, each in by_dataset.items() if 'difference' in each}
-    found = paired_difference(dict.fromkeys(differences, 0.0), differences)
+    found = paired_difference(dict.fromkeys(differences, 0.0), differences, ROUNDING)
     if found is not None:
         verdict = 'one data set, no statement' if found.interval is None else found.verdict
         made.update(by_dataset=dict(found.by_seed), difference=found.mean, interval=found.interval, verdict=verdict)

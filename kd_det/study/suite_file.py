@@ -127,6 +127,10 @@ def _read_data_set(file: Path, place: str, content: dict[str, Any], common: Suit
     with at(place):
         check_arguments(DataSet, content)
     shared = {each.name: getattr(common, each.name) for each in fields(DataSet) if each.name not in ('name', 'root')}
+    if content.get('pair'):  # of which no part is to be exchanged by the suite's
+        shared.update(student=None, teacher=None, teacher_checkpoint=None)
+    elif content.get('teacher'):
+        shared.update(teacher_checkpoint=None)
     made = {**shared, **content, 'options': {**(common.options or {}), **(content.get('options') or {})}}
     for key in ('pair', 'student', 'teacher', 'teacher_checkpoint'):
         value = made.get(key) or ()

@@ -14,7 +14,7 @@ from mmengine.config import Config
 
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Ratio, Share, check_value
-from kd_det.config.choices import POLICIES
+from kd_det.config.choices import POLICIES, split_values
 from kd_det.config.composition import NO_METHOD, PAPER
 from kd_det.config.distillation import compose_distillation
 from kd_det.config.files import TOP_KEYS
@@ -103,7 +103,7 @@ def find_twin(name: str) -> str:
     student in a setting is that without, trained as long: ``none@epochs=24`` for ``none@noise=0.2@epochs=24``; that of
     one which differs in its length alone is ``none``.
     """
-    changes = [setting for setting in name.split('@')[1:] if _changes_student(setting)]
+    changes = [_spell(setting) for setting in name.split('@')[1:] if _changes_student(setting)]
     twin = '@'.join([PLAIN, *changes])
     if twin != name:
         return twin
@@ -127,6 +127,16 @@ def _changes_student(setting: str) -> bool:
     if '.' in key:
         return not setting.startswith(DISTILLATION_KEYS)
     return key in OF_STUDENT and value not in OF_STUDENT[key]
+
+
+def _spell(setting: str) -> str:
+    """A setting of the student in the one way that twins have it: ``noise=0.2`` for ``noise=0.20``."""
+    key, _, value = setting.partition('=')
+    if key in ('noise', 'shift'):
+        with suppress(ValueError):  # which is refused where the setting is read
+            return f'{key}={float(value):g}'
+    order = [each for each in AUGMENTATIONS if each in value.split('+')]
+    return f"augment={'+'.join(order)}" if key == 'augment' and order else setting
 
 
 def without_length(name: str) -> str:
@@ -170,8 +180,7 @@ def parse_variants(text: str | Sequence[str], common: Variant = Variant('', PLAI
     Raises:
         ConfigurationError: A method or a setting is not known, or a variant is named twice.
     """
-    parts = re.split(r',(?![^\[(]*[\])])', text) if isinstance(text, str) else text
-    written = [each.strip() for each in parts if each.strip()]
+    written = split_values(text) if isinstance(text, str) else [each.strip() for each in text if each.strip()]
     if lengths:
         fixed = [each for each in written if without_length(each) != each]
         if fixed:

@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd_det.compat.process import describe, end_rank, end_with_parent, sigterm_raises, use_any_encoding
+from kd_det.compat.process import (
+    count_processors,
+    describe,
+    end_rank,
+    end_with_parent,
+    sigterm_raises,
+    use_any_encoding,
+)
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -51,8 +58,8 @@ class Training:
         if self.owner is not None:
             end_with_parent(owner=self.owner)
         # Those of the job's own machine, unless something says otherwise.
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-        environment = {'OMP_NUM_THREADS': str(max(1, threads // self.processes)), **os.environ, **self.environment}
+        threads = max(1, count_processors() // self.processes)
+        environment = {'OMP_NUM_THREADS': str(threads), **os.environ, **self.environment}
         environment = {name: value for name, value in environment.items() if value is not None}
         # submitit lets SIGTERM pass, for on a cluster other signals follow, which tell what is meant.
         with nullcontext() if self.owner is None else sigterm_raises(), open(self.log, 'w', encoding='utf-8') as output:

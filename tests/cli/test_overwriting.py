@@ -2,7 +2,6 @@
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
@@ -197,7 +196,7 @@ OWN_RESULTS = dict(command='kd-det benchmark', runs=[], summary={}, data=dict(ha
 ])
 def test_a_benchmark_replaces_the_results_of_its_own_pair_alone(name, content, is_refused, tmp_path):
     (tmp_path / name).write_text(content)
-    series = Series(tmp_path, Pair(SimpleNamespace(filename='s.py'), 'teacher.py'), parse_variants('fgd'))
+    series = Series(tmp_path, Pair(Config(dict(), ' ', 's.py'), 'teacher.py'), parse_variants('fgd'))
     series.data = 'data'
     if is_refused:
         with pytest.raises(WritingError, match=name):

@@ -20,7 +20,7 @@ from kd_det.study import fidelity
 from kd_det.study.benchmark import prepare
 from kd_det.study.identity import hash_data
 from kd_det.study.pair import Pair
-from kd_det.study.runs import train
+from kd_det.study.runs import TrainingRecorder, train
 from kd_det.study.series import TeacherTrainingError
 from kd_det.study.variants import expand_grid, parse_variants, variant_config
 from kd_det.study.worker import Training
@@ -275,6 +275,55 @@ def test_the_ap_of_each_class_is_noted_and_what_is_best_stays(run_config, retina
     assert not any('precision' in name for name in run.metrics)
     assert [each.name for each in Path(config.work_dir).glob('best*')] == ['best_coco_bbox_mAP_epoch_1.pth']
     assert json.loads((Path(config.work_dir) / 'result.json').read_text())['class_ap'] == run.class_ap
+
+
+def test_nothing_detected_is_no_accuracy_whatever_other_metrics_tell():
+    recorder = TrainingRecorder('plain', print, lambda runner: None)
+    recorder.measures_boxes = True
+    recorder.after_val_epoch(None, {'fidelity/found': 0.4})
+    assert recorder.metrics == {'bbox_mAP': 0.0, 'bbox_mAP_50': 0.0, 'bbox_mAP_75': 0.0, 'fidelity/found': 0.4}
+    recorder.measures_boxes = False
+    with pytest.raises(ConfigurationError, match='gives fidelity/found, but no bbox_mAP'):
+        recorder.after_val_epoch(None, {'fidelity/found': 0.4})
+
+
+def test_options_hold_where_the_student_and_its_data_are_looked_at(pair_files, pool_here, pool_of_writing):
+    """Its config alone may name what is not there, or other data."""
+    config = load_config('student.py')
+    config.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='nowhere.pth')
+    config.dump('student.py')
+    (pair_files / 'start.pth').write_bytes(b'weights')
+    dataset = config.train_dataloader.dataset
+    other = pair_files / 'other.json'
+    other.write_text(Path(dataset.data_root, dataset.ann_file).read_text() + ' ')
+    with pytest.raises(DiagnosisError, match='nowhere.pth'):
+        kd_det.benchmark(student='student.py', teacher='teacher.py', methods='none', check_images=0, work_dir='work')
+
+    def train():
+        pool = pool_here(pool_of_writing())
+        kd_det.benchmark(student='student.py', teacher='teacher.py', seeds=1, check_images=0, work_dir='work',
+                         methods=['none', f'none@train_dataloader.dataset.ann_file={other}'],
+                         options={'model.backbone.init_cfg.checkpoint': 'start.pth'})
+        return [name.partition('@')[0] for name in pool.trained]
+
+    assert train() == ['teacher', 'none, seed 0', 'none'] and train() == []
+    other.write_text(other.read_text() + ' ')  # the data of one of them
+    assert train() == ['none']
+
+
+@pytest.mark.parametrize('hook, message', [
+    (None, 'default_hooks.checkpoint: expected a CheckpointHook, got None'),
+    (dict(type='CheckpointHook', out_dir='/elsewhere'), 'default_hooks.checkpoint.out_dir: expected None'),
+    (dict(type='CheckpointHook', save_last=False), 'default_hooks.checkpoint.save_last: expected True')])
+@pytest.mark.parametrize('config', ['student', 'teacher'])
+def test_a_run_whose_weights_would_be_nowhere_is_refused_before_it_begins(config, hook, message, pair_files, pool_here):
+    changed = load_config(f'{config}.py')
+    changed.default_hooks.checkpoint = hook
+    changed.dump(f'{config}.py')
+    pool = pool_here()
+    with pytest.raises(ConfigurationError, match=message):
+        kd_det.benchmark(student='student.py', teacher='teacher.py', methods='none', check_images=0, work_dir='work')
+    assert not pool.trained
 
 
 def test_what_a_setting_does_is_told_of_each_length(pair_files, pool_here, pool_of_writing):

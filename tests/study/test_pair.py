@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -128,8 +130,14 @@ def test_data_is_known_by_its_annotations_and_images(run_config, retinanet, coco
     assert hash_data(config) == before  # wherever it lies
     (copied / 'all.json').write_text((copied / 'all.json').read_text() + ' ')
     changed = hash_data(config)
+    for name in ('.DS_Store', '._0.png', 'Thumbs.db'):  # which desktops leave
+        (copied / name).touch()
+    assert hash_data(config) == changed
     (copied / '0.png').unlink()
     assert len({before, changed, hash_data(config)}) == 3
+    with suppress(OSError):  # where names have to be UTF-8
+        (copied / os.fsdecode(b'caf\xe9.jpg')).touch()
+    assert hash_data(config)
 
 
 def test_images_in_folders_are_seen_and_what_else_lies_there_is_not(run_config, retinanet, coco_folder, tmp_path):
@@ -210,7 +218,7 @@ def test_identity_is_not_of_where_the_data_lies():
             val_evaluator=dict(ann_file=f"{root.rstrip('/')}/val.json"), **changes)), ['data'])
 
     first = identify('/data/coco/')
-    assert first == identify('coco data') == identify('..')
+    assert first == identify('coco data') == identify('..') == identify('./coco') == identify('a//b/../coco/')
     assert first != identify('coco', more='_2')  # another folder, whose name begins alike
     assert identify('coco', more='_2') == identify('/elsewhere', more='/too')
     assert identify('coco', load_from='coco.pth') == identify('data', load_from='coco.pth') != first

@@ -1,16 +1,28 @@
 """Budgets: how long trainings take, which seeds fit, and that these are trained and no others."""
+import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
+from mmengine.config import Config
 
 import kd_det
 from kd_det.cli.benchmark import _duration
 from kd_det.cli.main import main
 from kd_det.config import ConfigurationError
 from kd_det.config.files import load_config
-from kd_det.study.planning import STARTUP, Estimate, Plan, estimate_by_trial, format_duration, make_trial
+from kd_det.study.planning import (
+    STARTUP,
+    Estimate,
+    Plan,
+    estimate_by_runs,
+    estimate_by_trial,
+    format_duration,
+    make_trial,
+)
 from kd_det.study.records import read_results
 from kd_det.study.runs import Run
+from kd_det.study.scheduling import Job
 
 
 def plan(budget, needed, before=0.0):
@@ -44,7 +56,8 @@ def test_what_is_no_time_is_told(text, capsys):
 
 
 def test_times_are_written_as_they_are_said():
-    assert [format_duration(each) for each in (0, 59, 3600, 3660, 86400)] == ['0 s', '59 s', '1 h', '1 h 1 min', '24 h']
+    assert [format_duration(each) for each in (0, 59, 59.7, 3600, 3660, 86400)] == [
+        '0 s', '59 s', '1 min', '1 h', '1 h 1 min', '24 h']
 
 
 def test_a_trial_tells_of_steps_validations_and_all_that_is_beside_them(pair_files):
@@ -58,6 +71,19 @@ def test_a_trial_tells_of_steps_validations_and_all_that_is_beside_them(pair_fil
     beside = 40 - 10 * 2.5 - 5 * 0.25
     assert estimate_by_trial(config, trial, (98, 20)).seconds == pytest.approx(
         STARTUP + beside + 250 * 2.5 + 4 * 5 * 0.25)
+
+
+@pytest.mark.parametrize('loop, expected', [
+    (dict(type='IterBasedTrainLoop', max_iters=3000), 900), (dict(type='EpochBasedTrainLoop', max_epochs=24), 1200)])
+def test_finished_runs_tell_of_other_lengths_by_what_the_config_counts(loop, expected, tmp_path):
+    """MMEngine says of a loop that counts iterations that it has one epoch."""
+    file = tmp_path / 'seed0' / 'result.json'
+    file.parent.mkdir()
+    file.write_text(json.dumps(asdict(Run(
+        'i', 's', 'o', 'a.pth', 's.json', dict(bbox_mAP=0.3), 1, None, 0.1, None, None,
+        epochs=1 if 'max_iters' in loop else 12, iterations=2000, seconds=600.0))))
+    job = Job('kd, seed 1', tmp_path / 'seed1', Config(dict(train_cfg=loop)), [])
+    assert estimate_by_runs(job).seconds == expected + STARTUP
 
 
 def test_a_trial_of_a_few_steps_trains(pair_files, pool_here, monkeypatch):

@@ -255,6 +255,31 @@ def test_other_data_and_other_seeds_are_not_compared(write):
         kd_det.compare_results([first, write('third', three_seeds(33, first=5))])
 
 
+def test_what_has_not_finished_is_told_and_the_rest_compared(write):
+    folders = [write(name, [*three_seeds(33, 34), *pkd]) for name, pkd in (
+        ('first', [run('pkd', 0, 35)]), ('second', [failed('pkd', 0)]))]
+    found = kd_det.compare_results(folders)
+    assert list(found.rows) == ['none', 'fgd'] and found.notes == ('pkd: no seed has finished in both', )
+    with pytest.raises(ConfigurationError, match='pkd: no seed has finished in both, so there is nothing to compare'):
+        kd_det.compare_results(folders, ('pkd', ))
+
+
+def test_settings_of_a_distillation_are_none_of_the_plain_students(write):
+    """Earlier versions noted them."""
+    settings = {'model.distill.kd.temperature': 1}
+    first = write('first', [run('none', 0, 30, settings=settings), run('kd', 0, 33, settings=settings)])
+    joint = kd_det.merge_results([first, write('second', three_seeds(34, first=1))]).results
+    assert len(joint['runs']) == 4
+    with pytest.raises(ConfigurationError, match='kd is not the same'):
+        kd_det.merge_results([first, write('third', three_seeds(34, variant='kd', first=1))])
+
+
+def test_results_of_windows_are_of_the_same_pair(write):
+    pair = {**PAIR, 'student': f"C:\\work\\{PAIR['student'].split('/')[-1]}"}
+    folders = [write('first', three_seeds(33)), write('second', three_seeds(34, first=1), pair=pair)]
+    assert len(kd_det.merge_results(folders).results['runs']) == 4
+
+
 def test_the_command_shows_joins_and_compares(write, tmp_path, capsys):
     first, second = write('first', three_seeds(33)), write('second', three_seeds(35, 36, first=1))
     both = tmp_path / 'both'

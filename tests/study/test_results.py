@@ -14,6 +14,7 @@ from kd_det.study.results import (
     format_markdown,
     mark_twins,
     summarize,
+    summarize_gains,
     summarize_lengths,
     tabulate,
     variant_rows,
@@ -54,6 +55,17 @@ def test_an_interval_with_zero_is_never_printed_as_a_gain(results):
     assert 'no difference shown (+1.0 ± ' in lines['other']
     assert '0 of 1' in lines['broken'] and 'broken, seed 0 failed: out of memory' in table
     assert '| better | 0.800 ± 0.012 |  |  |  |  |  |  |  | 0.800 |' in fidelity  # found, and the levels' mean CKA
+
+
+def test_differences_that_are_equal_by_rounding_are_no_gain():
+    """CocoMetric gives mAP in steps of 0.1 points, so that two seeds are often alike by chance."""
+    points = dict(none=(0.30, 0.313), kd=(0.303, 0.316), pkd=(0.32, 0.333))
+    runs = [entry(name, seed, ap) for name, values in points.items() for seed, ap in enumerate(values)]
+    summary = summarize(runs)
+    assert summary['kd']['bbox_mAP']['verdict'] == 'no difference shown'
+    assert summary['pkd']['bbox_mAP']['verdict'] == 'gain'
+    low, high = summary['pkd']['bbox_mAP']['interval']
+    assert high - low == pytest.approx(2 * 12.706 * 0.1 / 6**0.5 / 2**0.5, rel=1e-3)
 
 
 def test_console_shows_the_same(results):
@@ -128,7 +140,7 @@ def test_gains_of_several_lengths_stand_beside_each_other(tmp_path):
     assert table.columns == ('method', '12 epochs', '24 epochs')
     assert table.rows[0] == ('none', '31.0 ± 1.4', '41.0 ± 1.4')
     assert table.rows[1][2].startswith('no difference shown (+1')
-    assert '| kd | +4.0 ± 0.0 | no difference' in format_markdown(results)
+    assert '| kd | +4.0 ± 0.4 | no difference' in format_markdown(results)
     axes, = draw_gains({'kd': lengths['kd']}).axes
     marks = axes.containers[0].lines[0]
     assert marks.get_xdata() == pytest.approx([12, 24]) and marks.get_ydata() == pytest.approx([4.0, 1.0])
@@ -137,6 +149,11 @@ def test_gains_of_several_lengths_stand_beside_each_other(tmp_path):
     assert [file.name for file in BenchmarkResult(tmp_path, results).files if file.is_file()] == [
         'results.json', 'results.md', 'gains.png']
     assert len(BenchmarkResult(tmp_path, dict(results, summary={})).files) == 2
+    unfinished = dict(results, runs=runs[:4] + runs[6:], summary=summarize(runs[:4] + runs[6:]))
+    assert list(summarize_gains(unfinished)['kd']) == [12]  # the plain student of 24 epochs is not there
+    BenchmarkResult(tmp_path / 'new', unfinished).save()
+    assert (tmp_path / 'new' / 'gains.png').is_file()
+    assert summarize_gains(dict(unfinished, summary=summarize(runs[:2] + runs[6:]))) == {}
 
 
 def test_the_seeds_that_a_difference_needs_follow_from_the_spread(results):

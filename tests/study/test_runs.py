@@ -105,7 +105,10 @@ def finished(tmp_path):
 def test_a_finished_run_is_found_again(finished, tmp_path):
     run, said = finished(WHOLE)
     assert run == Run(**STORED).resolve_paths(tmp_path) and not said
-    assert finished(json.dumps({**STORED, 'identity': 'j'}).encode()) == (None, [])  # of other settings, not damaged
+    assert finished(json.dumps({**STORED, 'identity': 'j'}).encode()) == (
+        None, ['The run that is there had other data, weights or settings.'])
+    (tmp_path / 'epoch_1.pth').unlink()
+    assert finished(WHOLE) == (None, [f"'{tmp_path / 'epoch_1.pth'}' is gone."])
 
 
 @pytest.mark.parametrize('content, place', [
@@ -122,8 +125,7 @@ def test_a_finished_run_is_found_again(finished, tmp_path):
     (json.dumps({**STORED, 'metrics': {}}).encode(), 'metrics.bbox_mAP: input should be a valid number, got None'),
     (json.dumps({**STORED, 'checkpoint': 3}).encode(), 'checkpoint: input should be a valid string, got 3'),
 ], ids=range(12))
-def test_a_result_that_can_not_be_read_is_named_and_the_run_done_again(content, place, finished):
+def test_a_result_that_can_not_be_read_is_named(content, place, finished):
     run, said = finished(content)
     assert run is None and len(said) == 1
     assert "result.json': " in said[0].replace("' can", "': can") and place in said[0]
-    assert said[0].endswith('The run is done again.')

@@ -210,7 +210,8 @@ def test_a_training_whose_result_is_cut_is_done_again(content, jobs, tmp_path):
     job.folder.mkdir()
     (job.folder / 'result.json').write_text(content)
     outcome, = JobPool(executor='debug', threads=1).run([job], said.append)
-    assert outcome.error == 'trained' and said[0].endswith('The run is done again.') and 'result.json' in said[0]
+    assert outcome.error == 'trained' and said[0].startswith('job 0: ')
+    assert said[0].endswith('The run is done again.') and 'result.json' in said[0]
 
 
 def test_a_training_logs_to_the_trackers_under_its_method_and_seed(jobs, tmp_path, monkeypatch):
@@ -256,6 +257,11 @@ def test_finished_runs_are_kept_and_leave_no_files_of_submitits(jobs, result):
     assert not (job.folder / 'job').exists()
 
 
+def test_a_training_counts_that_fails_after_its_result(jobs, result):
+    job, = jobs(f'{FINISH.format(result=result)}; kill -SEGV $$')
+    assert train_one(job).metrics == dict(bbox_mAP=0.5)
+
+
 HOLD = """
 import sys, time
 from kd_det.compat.writing import locked_folder
@@ -289,7 +295,7 @@ def test_what_is_there_is_told_without_training(jobs, result, tmp_path):
     assert [getattr(outcome, 'status', 'finished') for outcome in outcomes] == [
         'finished', 'failed', 'failed', 'missing', 'running', 'missing']
     assert [outcome.error for outcome in outcomes[1:3]] == ['no memory', 'it was stopped before its end']
-    assert 'job 3: missing: the run that is there had other data, weights or settings' in said
+    assert 'job 3: missing: The run that is there had other data, weights or settings' in said
     assert said[5] == 'job 5: missing: it has not been trained'
     assert {path for path in tmp_path.rglob('*') if path.name != '.kd_det.lock'} == set(before)
 

@@ -56,6 +56,21 @@ def test_a_data_set_has_the_suites_keys_where_it_has_none_of_its_own(tmp_path, m
     assert read_suite_file(file, {}, 'other')[1][0].root == 'other/first'
 
 
+def test_what_a_set_names_itself_is_not_mixed_with_the_suites(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = write(Path('my.yml'), '''
+        datasets: [{name: first, pair: own.py}, {name: second, teacher: other.py},
+                   {name: third, teacher: other.py, teacher_checkpoint: other.pth}]
+        student: student.py
+        teacher: teacher.py
+        teacher_checkpoint: teacher.pth
+    ''')
+    first, second, third = read_suite_file(file, {})[1]
+    assert (first.pair, first.student, first.teacher, first.teacher_checkpoint) == ('own.py', None, None, [])
+    assert (second.student, second.teacher, second.teacher_checkpoint) == ('student.py', ['other.py'], [])
+    assert third.teacher_checkpoint == ['other.pth']
+
+
 def test_all_sets_of_a_folder_take_part(tmp_path, make_set):
     make_set(tmp_path / 'sets' / 'ours')
     make_set(tmp_path / 'sets' / 'a roboflow export', roboflow=True)
@@ -181,7 +196,7 @@ def test_the_tables_tell_each_data_set_and_the_mean(benchmarks):
     fgd, kd = gains.rows
     assert fgd[1] == 'no difference shown (+2.5 ± 6.4)' and fgd[-1] == ('no difference shown (+2.5 ± 5.0), '
                                                                          '3 of 4 data sets')
-    assert kd[1] == '+1.0 ± 0.0' and kd[3] == '–' and kd[-1].endswith(', 2 of 4 data sets')
+    assert kd[1] == '+1.0 ± 0.4' and kd[3] == '–' and kd[-1].endswith(', 2 of 4 data sets')
     assert 'Data sets by which a difference of 1 point would be shown in 80 of 100 cases: fgd ' in gains.caption
     assert 'four: nothing. No teacher.' in gains.caption and 'no room: seeds 2' in gains.caption
 

@@ -95,9 +95,19 @@ def test_inheriting_alone_has_no_terms(pair):
     ('none@augment=mixup', 'none'),
     ('fgd@epochs=24@paper', 'none@epochs=24'),
     ('none@epochs=24', 'none'),
+    ('fgd@noise=0.20@augment=mixup+mosaic', 'none@noise=0.2@augment=mosaic+mixup'),
+    ('none@shift=0.10', 'none@shift=0.1'),
 ])
 def test_the_twin_is_the_plain_student_in_the_students_settings(name, twin):
     assert find_twin(name) == twin
+
+
+def test_lists_within_lists_are_one_value():
+    named = parse_variants('fgd@train_dataloader.x=[[1,2],[3]],kd@model.y=[(640,640),(320,320)],pkd')
+    assert [variant.name for variant in named] == [
+        'none', 'none@train_dataloader.x=[[1,2],[3]]', 'none@model.y=[(640,640),(320,320)]',
+        'fgd@train_dataloader.x=[[1,2],[3]]', 'kd@model.y=[(640,640),(320,320)]', 'pkd']
+    assert named[3].settings == {'train_dataloader.x': [[1, 2], [3]]}
 
 
 def test_twins_take_part_whether_named_or_not():

@@ -20,10 +20,11 @@ from kd_det.study.results import (
     FIDELITY,
     METRICS,
     NONE,
+    ROUNDING,
     fidelity_rows,
     format_mean,
     paired_difference,
-    summarize_lengths,
+    summarize_gains,
     variant_rows,
 )
 from kd_det.study.variants import PLAIN, find_twin
@@ -106,7 +107,7 @@ def compare_variants(study: Study) -> dict:
     return dict(verdict=write_verdict(made, name_baseline(made)),
                 beyond=write_verdict(beyond, 'inherit alone') if beyond else '',
                 statements=made,
-                lengths={name: gains for name, gains in summarize_lengths(results).items() if name != PLAIN},
+                lengths=summarize_gains(results),
                 table=dict(columns=['method', *accuracy, 'seeds', *COSTS], rows=table),
                 fidelity=fidelity,
                 provenance={key: _put_in_words(results[key]) for key in PROVENANCE if results.get(key)})
@@ -141,7 +142,7 @@ def compare_with_inheriting(runs: Sequence[dict]) -> list[dict[str, object]]:
     for variant, by_seed in by_variant.items():
         twins = {seed: run for seed, run in by_seed.items() if seed in inherited and _began_alike(run, inherited[seed])}
         found = paired_difference(*({seed: 100 * run['metrics'][METRIC] for seed, run in each.items()}
-                                    for each in (inherited, twins)))
+                                    for each in (inherited, twins)), rounding=ROUNDING)
         if found is not None:
             summary[variant] = {METRIC: dict(difference=found.mean, interval=found.interval, by_seed=found.by_seed,
                                              verdict=found.verdict)}
@@ -292,7 +293,7 @@ def _compare_classes(study: Study, classes: Sequence[str],
         for index, name in enumerate(classes):
             of_twin, of_variant = ({seed: 100 * each['per_class'][index] for seed, each in seeds.items()
                                      if each['per_class'][index] is not None} for seeds in (twin, by_seed))
-            change = paired_difference(of_twin, of_variant) if study.results is not None else None
+            change = paired_difference(of_twin, of_variant, ROUNDING) if study.results is not None else None
             if of_variant:
                 changes[variant].append(dict(
                     name=name, ap=float(np.mean(list(of_variant.values()))),
