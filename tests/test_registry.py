@@ -174,7 +174,8 @@ def test_doctor_and_fidelity_stay_within_the_scope_of_the_config(teacher_file, m
     assert not [finding for finding in inspect_config(config) if finding.fault or finding.remedy]
     with within_scope('alphadet'):
         torch.save(dict(state_dict=build_detector(config.model.student).state_dict()), tmp_path / 'student.pth')
-    measured = measure_fidelity(config, str(tmp_path / 'student.pth'),
+    config.dump(tmp_path / 'distillation.py')
+    measured = measure_fidelity(tmp_path / 'distillation.py', tmp_path / 'student.pth',
                                 dict(config=teacher, checkpoint=str(tmp_path / 'teacher.pth')))
     assert 'cka_8' in measured
     assert DefaultScope.get_current_instance().scope_name == 'mmdet'

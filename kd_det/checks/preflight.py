@@ -151,7 +151,13 @@ def classes_on(teacher: Guide, classes: Sequence[str]) -> ClassMatch | None:
                            "checkpoint nor the config names the teacher's. Name them, by label, with "
                            'teacher.classes=[…]; or give a teacher of these classes; to learn from its features alone, '
                            'set default_hooks.distill.preflight=None.')
-    return None if teacher.classes is None else match_classes(classes, teacher.classes)
+    if teacher.classes is None:
+        return None
+    try:
+        return match_classes(classes, teacher.classes)
+    except ConfigurationError as error:
+        raise ConfigurationError(f'{error} To learn from its features alone, set default_hooks.distill.preflight=None.'
+                                 ) from None
 
 
 def labelled_images(dataset: Any, most: int) -> list[int]:

@@ -286,11 +286,12 @@ class FidelityHook(Hook):
         _attach_model(runner, runner.test_loop)
 
 
-def measure_fidelity(config: Config, checkpoint: str, teacher: dict, split: str = 'val', **options) -> dict[str, float]:
+def measure_fidelity(config: str | Path | Config, checkpoint: str | Path, teacher: dict, split: str = 'val',
+                     **options: Any) -> dict[str, float]:
     """Compares a trained student with its teacher.
 
     Args:
-        config: The student's, or that of its distillation.
+        config: The student's, or that of its distillation: a file, ``'package::folder/file.py'``, or a config.
         checkpoint: The trained student.
         teacher: ``config`` and ``checkpoint``.
         split: ``'val'``, or ``'train'``: the training images, prepared as for validation, without augmentation. Of data
@@ -300,14 +301,15 @@ def measure_fidelity(config: Config, checkpoint: str, teacher: dict, split: str 
     Returns:
         The metric's numbers.
     """
+    config = config if isinstance(config, Config) else load_config(config)
     with within_scope(get_scope(config)):
         detector = build_detector(student_model(config))
         dataset = DATASETS.build(_make_dataset_config(config, split))
-    load_strictly(detector, checkpoint, role='student')
+    load_strictly(detector, str(checkpoint), role='student')
     detector.to(get_device()).eval()
     quantization = find_quantization(config)
     if quantization is not None:
-        restore_quantizer(quantization, checkpoint, detector)
+        restore_quantizer(quantization, str(checkpoint), detector)
     metric = FidelityMetric(teacher, **options)
     metric.attach(detector)
     evaluator = Evaluator([metric])

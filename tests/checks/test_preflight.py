@@ -7,7 +7,7 @@ import torch
 from mmdet.registry import MODELS
 from mmengine.structures import InstanceData
 
-from kd_det.checks.preflight import Skill, count_votes, evaluate_teacher, require_names, wrong_names
+from kd_det.checks.preflight import Skill, classes_on, count_votes, evaluate_teacher, require_names, wrong_names
 from kd_det.config.classes import match_classes
 from kd_det.config.files import ConfigurationError
 from kd_det.teachers import Teacher, TeacherError
@@ -236,3 +236,10 @@ def test_a_vote_is_the_most_confident_box_on_an_object():
     assert votes.tolist() == [[0, 0], [1, 0], [0, 1]]  # the second object has no box that is sure
     assert count_votes(found[:0], boxes, torch.tensor([1, 0, 0]), 3, 2).sum() == 0
     assert count_votes(found, boxes[:0], torch.zeros(0, dtype=torch.long), 3, 2).shape == (3, 2)
+
+
+def test_a_teacher_of_other_classes_can_teach_by_its_features():
+    teacher = SimpleNamespace(classes=('car', 'bus'), num_classes=2)
+    with pytest.raises(ConfigurationError, match='no name in common.*features alone, set default_hooks.distill.preflig'):
+        classes_on(teacher, ('cat', 'dog'))
+    assert classes_on(teacher, ('Bus', 'dog')).of_teacher == (1, )
