@@ -240,6 +240,6 @@ def test_a_vote_is_the_most_confident_box_on_an_object():
 
 def test_a_teacher_of_other_classes_can_teach_by_its_features():
     teacher = SimpleNamespace(classes=('car', 'bus'), num_classes=2)
-    with pytest.raises(ConfigurationError, match='no name in common.*features alone, set default_hooks.distill.preflig'):
+    with pytest.raises(ConfigurationError, match='no name in common.*features alone, set default_hooks.distill.prefl'):
         classes_on(teacher, ('cat', 'dog'))
     assert classes_on(teacher, ('Bus', 'dog')).of_teacher == (1, )
