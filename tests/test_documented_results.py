@@ -119,9 +119,10 @@ def test_parts_under_noise_are_their_record():
               'beta=1': 'both, decoupled', 'form=coupled@model.distill.dkd.beta=1': 'coupled'}
     names = {'none': PLAIN, 'inherit': INHERIT,
              **{f'dkd@model.distill.dkd.{key}': name for key, name in of_dkd.items()}}
-    for share in (0, 10, 20, 30):
-        of_share = {name: by_variant[name + (f'@noise={share / 100}' if share else '')] for name in names}
-        expected += [[f'{share} %', shown, *_seeds_and_mean(of_share[name]),
+    for spoiled, ending in {'none': '', **{f'{share} % wrong': f'@noise={share / 100}' for share in (10, 20, 30)},
+                            'moved by 20 %': '@shift=0.2'}.items():
+        of_share = {name: by_variant[name + ending] for name in names}
+        expected += [[spoiled, shown, *_seeds_and_mean(of_share[name]),
                       '' if name == 'none' else difference(of_share['none'], of_share[name]),
                       difference(of_share['inherit'], of_share[name]) if name.startswith('dkd') else '']
                      for name, shown in names.items()]
