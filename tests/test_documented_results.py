@@ -165,6 +165,18 @@ def test_fidelity_and_accuracy_are_their_record():
     rows = documented('fidelity_and_map')
     assert sorted(row[1:] for row in rows) == sorted(expected.values()) and len(rows) == 5
 
+def test_unlabelled_images_are_their_record():
+    rows = json.loads((DOCS / 'results' / 'demo_unlabelled.json').read_text(encoding='utf-8'))['rows']
+    maps, expected = {name: {int(seed): value for seed, value in row['map'].items()} for name, row in rows.items()}, []
+    for name, by_seed in maps.items():
+        method, _, times = name.rpartition('_')
+        agreement = [f"{mean(rows[name][f'agreement_{split}'].values()):.2f}" for split in ('train', 'val')]
+        shown = (PLAIN, '0') if name == 'plain' else (f'`{method}`', times)
+        expected.append([*shown, *_seeds_and_mean(by_seed), '' if name == 'plain' else difference(maps['plain'], by_seed),
+                         difference(maps[f'{method}_0'], by_seed) if method in ('kd', 'pkd') and times != '0' else '',
+                         *agreement])
+    assert documented('demo_unlabelled') == expected
+
 
 def test_the_class_that_nobody_labelled_is_its_record():
     runs = json.loads((DOCS / 'results' / 'demo_missing_class.json').read_text(encoding='utf-8'))['runs']
