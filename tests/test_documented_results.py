@@ -171,8 +171,9 @@ def test_unlabelled_images_are_their_record():
     for name, by_seed in maps.items():
         method, _, times = name.rpartition('_')
         agreement = [f"{mean(rows[name][f'agreement_{split}'].values()):.2f}" for split in ('train', 'val')]
-        shown = (PLAIN, '0') if name == 'plain' else (f'`{method}`', times)
-        expected.append([*shown, *_seeds_and_mean(by_seed), '' if name == 'plain' else difference(maps['plain'], by_seed),
+        shown = [PLAIN, '0'] if name == 'plain' else [f'`{method}`', times]
+        expected.append([*shown, *_seeds_and_mean(by_seed),
+                         '' if name == 'plain' else difference(maps['plain'], by_seed),
                          difference(maps[f'{method}_0'], by_seed) if method in ('kd', 'pkd') and times != '0' else '',
                          *agreement])
     assert documented('demo_unlabelled') == expected
