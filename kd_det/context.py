@@ -267,6 +267,25 @@ class LevelError(ValueError):
     """Levels that can not be paired."""
 
 
+def find_partner(strides: Sequence[Stride], index: int, others: Sequence[Stride]) -> int:
+    """The level whose stride is nearest by ratio to that of a level of another pyramid; of two as near the finer.
+
+    Of several of one stride, as backbones with dilated stages have, the first belongs to the first, and so on.
+
+    Args:
+        strides: Of the one pyramid.
+        index: Of the level, in these.
+        others: Of the other pyramid.
+
+    Example:
+        >>> find_partner([4, 8, 16, 16], 3, [4, 8, 16, 16]), find_partner([8, 16, 16], 2, [8, 16])
+        (3, 1)
+    """
+    nearest = min(others, key=lambda other: (abs(log(other / strides[index])), other))
+    alike = [place for place, other in enumerate(others) if other == nearest]
+    return alike[min(strides[:index].count(strides[index]), len(alike) - 1)]
+
+
 def pair_levels(student: Sequence[LevelSpec], teacher: Sequence[LevelSpec], levels: int | Sequence[int] | None = None,
                 resize: bool = False) -> list[LevelPair]:
     """Pairs levels by stride.
@@ -297,7 +316,7 @@ def pair_levels(student: Sequence[LevelSpec], teacher: Sequence[LevelSpec], leve
     pairs = []
     for index in chosen:
         stride = student[index].stride
-        nearest = min(range(len(teacher)), key=lambda other: abs(log(teacher[other].stride / stride)))
+        nearest = find_partner([level.stride for level in student], index, [level.stride for level in teacher])
         if teacher[nearest].stride != stride and not resize:
             raise LevelError(f'The student level {index} of stride {stride} has no partner: the teacher has the '
                              f'strides {[level.stride for level in teacher]}. Choose the levels to compare (levels=…) '

@@ -78,9 +78,22 @@ class Taps:
         if any(map(is_within_encoder, self.paths)):
             source = 'neck' if getattr(model, 'neck', None) is not None else 'backbone'
             find_module(model, source).register_forward_hook(self._note_token_shapes)
+        self._model, self._tapped = model, dict[str, nn.Module]()
+        self._was_used = False
         for path in self.paths:
-            # A method of this object, so that a copy of the model has hooks that belong to the copy of this.
-            find_module(model, path).register_forward_hook(partial(self._read, path))
+            self._register(path)
+
+    def _register(self, path: str) -> None:
+        # A method of this object, so that a copy of the model has hooks that belong to the copy of this.
+        self._tapped[path] = find_module(self._model, path)
+        self._tapped[path].register_forward_hook(partial(self._read, path))
+
+    def _follow(self) -> None:
+        """Taps what has taken a module's place since, as MMEngine exchanges SyncBatchNorm when it wraps a model."""
+        modules = set(map(id, self._model.modules()))
+        for path in [path for path, module in self._tapped.items() if id(module) not in modules]:
+            self._register(path)
+        self._was_used = True
 
     def _note_token_shapes(self, module: nn.Module, inputs: tuple[Any, ...], output: Features) -> None:
         self._token_shapes = [level.shape[-2:] for level in output]
@@ -122,6 +135,8 @@ class Taps:
             TapError: A tapped module did not run, ran more than once, or returned no feature; or a later layer wrote
                 into what it returned.
         """
+        if not self._was_used:
+            self._follow()
         features: dict[str, Any] = {}
         paths = self.paths if paths is None else tuple(dict.fromkeys(paths))
         self._seen, self._kind = {path: [] for path in paths}, (paths, stop)

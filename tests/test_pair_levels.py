@@ -40,3 +40,12 @@ def test_a_number_of_levels_below_one_is_an_error(levels):
     """-1 as a number would leave the last level out; who writes it means that level."""
     with pytest.raises(LevelError, match=rf'at least 1.*levels=\({levels},\)'):
         pair_levels(RETINANET, RETINANET, levels=levels)
+
+
+def test_of_levels_of_one_stride_the_first_goes_with_the_first():
+    """As dilated backbones have them, and stacks of hourglasses; a shorter pyramid's last with the rest."""
+    dilated = [LevelSpec(channels, stride) for channels, stride in ((64, 4), (128, 8), (256, 16), (512, 16))]
+    assert [pair.teacher_level for pair in pair_levels(dilated, dilated)] == [0, 1, 2, 3]
+    assert [pair.teacher_level for pair in pair_levels(dilated, dilated, levels=(3, ))] == [3]
+    assert [pair.teacher_level for pair in pair_levels(dilated, dilated[:3])] == [0, 1, 2, 2]
+    assert [pair.teacher_level for pair in pair_levels([LevelSpec(8, 32)] * 2, dilated, resize=True)] == [2, 3]

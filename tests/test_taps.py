@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from mmengine.model import revert_sync_batchnorm
 from torch import nn
 
 from kd_det.taps import TapError, Taps, find_module, record_calls
@@ -225,3 +226,15 @@ def test_taps_of_a_copy_see_the_copy_alone():
         twin.net(images)
         holder.net(images)
     assert len(seen['neck']) == 1
+
+
+def test_a_module_that_takes_the_place_of_a_tapped_one_is_tapped():
+    """MMEngine exchanges SyncBatchNorm for BatchNorm on one GPU, after the distiller was built."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4), nn.ReLU())
+    taps = Taps(model, ['0', '1'])
+    model = revert_sync_batchnorm(model).eval()
+    assert not isinstance(model[1], nn.SyncBatchNorm)
+    for _ in range(2):
+        with taps.capture() as features:
+            output = model(torch.ones(1, 3, 2, 2))
+        assert torch.equal(features['1'][0].relu(), output)

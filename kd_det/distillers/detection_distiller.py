@@ -243,7 +243,8 @@ class DetectionDistiller(StudentWrapper):
                 value = values[name]
                 losses[f'loss_{name}'] = weights[name] * sum_parts(value)
                 for part, each in value.items() if isinstance(value, dict) else ():
-                    losses[f'distill/{name}_{part}'] = weights[name] * each.detach()
+                    # MMEngine adds up whatever has 'loss' in its name.
+                    losses[f"distill/{name}_{part.replace('loss', 'part')}"] = weights[name] * each.detach()
             else:  # 0, with a gradient of 0 for every parameter: data-parallel training waits for each in every step
                 losses[f'loss_{name}'] = sum((each.sum() * 0 for each in term.parameters()),
                                              torch.zeros((), device=inputs.device))

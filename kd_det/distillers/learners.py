@@ -22,7 +22,7 @@ from kd_det.context import DistillContext, LevelSpec
 from kd_det.distillers.building import Connections
 from kd_det.distillers.monitor import GradientMonitor, IdleTermCheck
 from kd_det.distillers.schedules import Schedule
-from kd_det.distillers.supervision import Losses, Supervision, compute_labelled_losses
+from kd_det.distillers.supervision import Losses, Supervision, compute_labelled_losses, is_so_on_any_rank
 from kd_det.heads import ROI_HEAD, TeacherOutputs
 from kd_det.heads.request import join_requests
 from kd_det.heads.roi import join_regions, split_stages
@@ -101,7 +101,8 @@ class Learner:
         neck, maps = calls[0].returned, heads[0].returned if heads else None
         if two_stage and maps is not None:
             maps = maps[1]
-        if not all(supervision.labelled):
+        # On no rank, or on all: heads average the divisors of their losses, and some their statistics, over the ranks.
+        if is_so_on_any_rank(not all(supervision.labelled), inputs.device):
             losses = compute_labelled_losses(self.student, inputs, neck, supervision, losses)
         return losses, LearnerStep(self.student, neck, features, outputs, samples, maps, supervision.labelled)
 

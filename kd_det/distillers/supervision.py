@@ -6,12 +6,15 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from mmdet.structures import DetDataSample
+from mmengine.dist import all_reduce, get_world_size
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_iou
 
 from kd_det.config import ConfigurationError
 from kd_det.config.arguments import Index, Share, at, check_arguments, declared, refuse
+from kd_det.config.detectors import read_model_config
+from kd_det.config.files import get_type_name
 from kd_det.context import Progress
 from kd_det.datasets import UNLABELLED, drop_detections
 from kd_det.distillers.schedules import Schedule, ScheduleConfig, build_schedule
@@ -19,6 +22,7 @@ from kd_det.taps import Features
 from kd_det.teachers.detections import Detections, insert_detections
 from kd_det.teachers.guide import Guide
 from kd_det.teachers.joining import replaced
+from kd_det.teachers.teacher import FrozenDetector
 
 Losses = dict[str, Tensor | list[Tensor]]  # of a step by name; those with 'loss' in it are summed, the others logged
 
@@ -61,27 +65,38 @@ def get_boxes(sample: DetDataSample) -> Tensor:
     return getattr(boxes, 'tensor', boxes).detach()
 
 
+def is_so_on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether something is so on one of the ranks at least, by which all of them do the same."""
+    if get_world_size() == 1:
+        return flag
+    flags = torch.tensor(float(flag), device=device)
+    all_reduce(flags, 'max')
+    return bool(flags)
+
+
 def compute_labelled_losses(student: nn.Module, inputs: Tensor, features: Features, supervision: Supervision,
                             losses: Losses) -> Losses:
     """Computes the student's own losses on the labelled images of a batch.
 
     They are those of plain training on these images alone. Backbone and neck have seen the whole batch and are not run
-    again.
+    again. Without any labelled image they are 0 times those of all images, so that every weight has a gradient, for
+    which data-parallel training waits, and the head asks the other ranks as often as theirs ask it.
 
     Args:
         student: The student.
         inputs: (N, 3, H, W), the whole batch.
         features: What its ``extract_feat`` made of it.
         supervision: What is known of the batch.
-        losses: Those of all images, as if unlabelled ones were background: without any labelled image 0 times these,
-            so that every weight has a gradient, for which data-parallel training waits.
+        losses: Those of all images, as if unlabelled ones were background.
     """
-    rows = [row for row, labelled in enumerate(supervision.labelled) if labelled]
-    if not rows:
+    if not any(supervision.labelled) and get_world_size() == 1:
         return scale_losses(losses, 0.0)
+    labelled = [row for row, is_known in enumerate(supervision.labelled) if is_known]
+    rows = labelled or list(range(len(inputs)))
     selected = tuple(level[rows] for level in features)
     with replaced(student, 'extract_feat', lambda *args, **kwargs: selected):
-        return dict(student.loss(inputs[rows], [supervision.samples[row] for row in rows]))
+        losses = dict(student.loss(inputs[rows], [supervision.samples[row] for row in rows]))
+    return scale_losses(losses, float(bool(labelled)))
 
 
 def scale_losses(losses: Losses, weight: float) -> Losses:
@@ -205,6 +220,12 @@ def build_pseudo_labels(config: dict | None, student: nn.Module,
         if guide is not None and not guide.detects:
             refuse('teacher', pseudo_labels.teacher_index, 'the index of a guide that detects',
                    f'It is that of {guide.described}.')
+        if isinstance(guide, FrozenDetector):
+            model = read_model_config(guide.config['config'])
+            if 'language_model' in model:
+                raise ConfigurationError(f'model.pseudo_labels: the teacher, a {get_type_name(model)}, is asked by '
+                                         'words, which no batch has. Let it detect beforehand, and give its boxes as '
+                                         "a file: model.teacher=dict(type='Detections', file=…).")
     if pseudo_labels.only_unlabelled and getattr(guide, 'config', {}).get('shard'):
         raise ConfigurationError("model.pseudo_labels: images='unlabelled' asks the teacher on those ranks alone whose "
                                  "batch has such images, which one with shard=True can not serve. Take images='all', "

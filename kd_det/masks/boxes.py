@@ -134,13 +134,17 @@ class PyramidMask(CellMask):
         """The level that each box belongs to, one (n,) per image, and which this is; both counted from the finest.
 
         Raises:
-            LevelError: The cells of the level are not square.
+            LevelError: The cells of the level are not square, or another one has its stride.
         """
         if any(abs(cells - side / level.stride) > 1.5 for cells, side in zip(level.shape, level.context.batch_shape)):
             raise LevelError(f"The level of {level.shape[0]} × {level.shape[1]} cells of a batch of "
                              f"{' × '.join(map(str, level.context.batch_shape))} pixels does not have square cells of "
                              f'{level.stride} pixels, which {type(self).__name__} reads by. Take another mask, such as '
                              'BoxForeground.')
+        if level.strides.count(level.stride) > 1:
+            raise LevelError(f'{level.strides.count(level.stride)} levels of the tap have the stride {level.stride}: '
+                             f'to which of them a box belongs {type(self).__name__} can not tell. Take another mask, '
+                             'such as BoxForeground.')
         strides = sorted(level.strides)  # some taps, as YOLOv3's neck, begin with the coarsest level
         box_levels = assign_levels(level.context.boxes, self.num_levels or len(strides), self.finest_scale)
         return box_levels, strides.index(level.stride)

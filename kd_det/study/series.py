@@ -337,17 +337,19 @@ def run_all(series: Sequence[Series], seeds: Sequence[int], pool: JobPool, log: 
                                      f'takes about {format_duration(plan.before + plan.needed[seeds[0]])}. Give more '
                                      'time, or fewer methods or epochs.')
         trained: list[int] = []
+        planned, took = plan.before, 0.0
         for seed in plan.fitting:
-            spent = time.monotonic() - begin
-            planned = plan.before + sum(plan.needed[each] for each in trained)
-            expected = plan.needed[seed] * max(1.0, spent / planned if trained and planned else 1.0)
-            if trained and expected and spent + expected > SLACK * budget:
+            start = time.monotonic()
+            pace = took / planned if any(plan.needed[each] for each in trained) else 1.0  # of what was there, none
+            expected = plan.needed[seed] * max(1.0, pace)
+            if trained and expected and start - begin + expected > SLACK * budget:
                 log(f'Seed {seed} is left out: the trainings take longer than planned.')
                 continue
             trained.append(seed)
             told = dict(seconds=budget, needed=plan.total, not_run=[each for each in seeds if each not in trained])
             for each in series:
                 _advance(each, [seed], pool, log, told, alone=len(series) == 1)
+            planned, took = planned + plan.needed[seed], took + time.monotonic() - start
         return plan
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Subset
 from kd_det.compat.process import preserved_randomness
 from kd_det.config.arguments import refuse
 from kd_det.config.detectors import TeacherError
-from kd_det.context import LevelSpec
+from kd_det.context import LevelSpec, find_partner
 from kd_det.heads import StudentOutputs, TeacherOutputs
 from kd_det.heads.dense import Stride
 from kd_det.taps import Features
@@ -70,7 +70,9 @@ class FeatureGuide(Guide):
         for path in reading.taps:
             own = self.find_specs(path)
             wanted = [level.stride for level in of_learners.get(path, own)]
-            self._sources[path] = [(_find_nearest(own, stride), stride) for stride in wanted]
+            strides = [level.stride for level in own]
+            places = [find_partner(wanted, index, strides) for index in range(len(wanted))]
+            self._sources[path] = list(zip(places, wanted))
             form[path] = tuple(LevelSpec(own[index].channels, stride) for index, stride in self._sources[path])
         return GuideForm(form)
 
@@ -298,11 +300,6 @@ def iterate_images(runner: Any, most: int) -> Iterator[tuple[Tensor, list[Shape]
         for batch in DataLoader(images, batch_size=loader.get('batch_size') or 1, collate_fn=pseudo_collate):
             data = preprocess(batch, False)
             yield data['inputs'], [tuple(sample.img_shape[:2]) for sample in data['data_samples']]
-
-
-def _find_nearest(own: Sequence[LevelSpec], stride: Stride) -> int:
-    """The map whose stride is nearest by ratio; of two as near the finer."""
-    return min(range(len(own)), key=lambda index: (abs(math.log(own[index].stride / stride)), own[index].stride))
 
 
 def to_stride(pixels: float) -> Stride:

@@ -188,6 +188,7 @@ class Teacher(Guide):
         """Freezes the model, and lets it be read."""
         self.model.eval().requires_grad_(False)
         self.num_classes = count_classes(self.model)
+        self.detects = not hasattr(self.model, 'language_model')  # else it is asked by words, which no batch has
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         for name in heads:
             try:

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from mmdet.datasets.samplers import GroupMultiSourceSampler, MultiSourceSampler
 from mmdet.registry import HOOKS
 from mmengine.dataset import InfiniteSampler
 from mmengine.dist import all_gather_object, all_reduce, get_rank, get_world_size
@@ -15,6 +16,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
 from kd_det.compat import describe_not_finite
 from kd_det.config.arguments import Count, Index, declared
@@ -23,6 +25,8 @@ from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.distillers.monitor import OF_TERM, Read, explain_losses
 from kd_det.distillers.supervision import get_boxes
 from kd_det.teachers.engine import to_local
+
+ENDLESS = (InfiniteSampler, MultiSourceSampler, GroupMultiSourceSampler)  # each rank takes its share of them
 
 LEAST_SCALE = 2.0**-8  # of a GradScaler that starts at 1 or above; float16 gradients above 1e7 would still fit
 
@@ -338,10 +342,15 @@ def _when(runner: Runner, iteration: int | None = None) -> str:
 
 
 def count_batches(runner: Runner) -> float:
-    """The batches of an epoch that this rank sees, of an InfiniteSampler too, which has the length of all data."""
+    """The batches of an epoch that this rank sees, of an endless sampler too, which has the length of all data."""
     loader = runner.train_dataloader
-    shared = get_world_size() if isinstance(loader.sampler, InfiniteSampler) else 1
+    shared = get_world_size() if isinstance(find_sampler(loader), ENDLESS) else 1
     return len(loader) / shared
+
+
+def find_sampler(loader: DataLoader) -> Any:
+    """The sampler of a loader's images, which its sampler of batches has where the config names one of these."""
+    return getattr(loader.batch_sampler, 'sampler', loader.sampler)
 
 
 def find_common_seed(runner: Runner) -> int:

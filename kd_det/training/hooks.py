@@ -172,6 +172,8 @@ class DistillHook(Hook):
             if found:
                 runner.logger.info(f'Pre-flight: {found}')
         if not teacher.checkpoint or not teacher.detects:
+            if teacher.checkpoint:
+                runner.logger.warning(f'Pre-flight: {teacher.described} detects nothing here, so it goes unchecked.')
             return  # a random teacher is the user's explicit wish, and detects nothing
         skill = evaluate_teacher(runner, teacher, self.preflight.images)
         if skill is None:

@@ -22,7 +22,7 @@ from kd_det.distillers.detection_distiller import DetectionDistiller
 from kd_det.distillers.supervision import read_supervision
 from kd_det.teachers import Teacher
 from kd_det.teachers.judging import in_training, make_own_sample, sum_losses
-from kd_det.training.finiteness import find_common_seed
+from kd_det.training.finiteness import find_common_seed, find_sampler
 
 REPORTS = 5  # lines of the log by which is told how far it is
 
@@ -149,8 +149,8 @@ class _Lessons:
                       persistent_workers=False)
         loader, epoch = self.runner.build_dataloader(config, seed=find_common_seed(self.runner)), 0
         while True:
-            if hasattr(loader.sampler, 'set_epoch'):
-                loader.sampler.set_epoch(epoch)
+            if hasattr(find_sampler(loader), 'set_epoch'):
+                find_sampler(loader).set_epoch(epoch)
             yield from loader
             epoch += 1
 
@@ -160,12 +160,11 @@ class _Lessons:
         images, supervision = data['inputs'], read_supervision(data['data_samples'])
         own_images = self.teacher.bridge(images, [tuple(each.img_shape[:2]) for each in supervision.samples])
         labels = self.distiller.class_sets.find_own_labels(supervision.labels, self.term.teacher_index)
-        rows = [row for row, labelled in enumerate(supervision.labelled) if labelled]
+        known = [row for row, labelled in enumerate(supervision.labelled) if labelled]
+        rows = known or list(range(len(own_images)))  # its head asks the other ranks as often as theirs ask it
         samples = [make_own_sample(supervision.samples[row], None if labels is None else labels[row], own_images,
                                    self.teacher.scale) for row in rows]
         nothing = torch.stack([each.sum() for each in prompts]).sum() * 0  # for a level that no head reads
-        if not samples:
-            return nothing, nothing
         model = self.teacher.model
         self.teacher.start_engine()
         try:
@@ -177,7 +176,8 @@ class _Lessons:
         if not loss.requires_grad:
             raise ConfigurationError(f"model.distill.{self.name}.tap: the teacher's loss does not depend on its "
                                      f"'{self.term.teacher_path}', so no prompts can be learnt there. Tap 'neck'.")
-        return loss + nothing, alike[0]
+        weight = float(bool(known))
+        return weight * loss + nothing, weight * alike[0]
 
     @contextmanager
     def _prompted(self, model: nn.Module, prompts: Sequence[Tensor]) -> Iterator[list[Tensor]]:

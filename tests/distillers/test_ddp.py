@@ -5,6 +5,8 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 
+from kd_det.datasets import Unlabelled
+
 RANK = Path(__file__).with_name('ddp_rank.py')
 
 
@@ -152,3 +154,19 @@ def test_a_policy_decides_for_the_images_of_all_ranks(policy, one_stage, retinan
             torch.equal(torch.as_tensor(first['policy'][name]), torch.as_tensor(second['policy'][name])))
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(first['policy'][name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('unlabelled', [[1], [1, 2, 3], [0, 1]])
+def test_ranks_have_unlabelled_images_or_not(unlabelled, one_stage, batch_of_four, on_two_ranks):
+    """A head that averages its divisors over the ranks is asked as often on all of them, whichever their images are."""
+    student = one_stage('gfl')
+    student.backbone.norm_eval = True
+    config = dict(type='DetectionDistiller', student=student, distill=dict(sure=DENSE['sure'], fgd=DENSE['fgd']),
+                  teacher=dict(config=one_stage('gfl', depth=50), random_teacher=True))
+    data = batch_of_four(student)
+    for row in unlabelled:
+        Unlabelled()(dict(data_samples=data['data_samples'][row]))
+    gradients, _ = on_two_ranks(config, data)
+    expected, *_ = _load_rank().distilled_gradients(config, data['inputs'], data['data_samples'])
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=lambda text: f'{name}: {text}')

@@ -165,6 +165,14 @@ def test_nothing_of_the_step_is_kept(pair, distiller, batch):
     assert not model.connections.student_taps._seen and not model.teacher.taps._seen
 
 
+def test_a_part_that_is_called_a_loss_counts_once(pair, distiller, batch):
+    model = distiller(*pair)
+    model.terms['fgd'].forward = lambda context: dict(loss_fg=context.student['neck'][0].mean() * 0 + 1.0)
+    losses = _step(model, batch())
+    assert losses['distill/fgd_part_fg'] == losses['loss_fgd'] == 1 and not [
+        name for name in losses if 'loss' in name and name.startswith('distill/')]
+
+
 def test_a_stopped_term_leaves_the_teacher_alone_and_still_feeds_every_adapter_a_gradient(pair, distiller, batch):
     model = distiller(*pair, distill=dict(fgd=dict(type='FGD', weight=dict(type='Stop', value=1.0, epochs=2))))
     model.set_progress(iteration=20, epoch=2.0)

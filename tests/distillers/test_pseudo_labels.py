@@ -115,6 +115,13 @@ def test_a_sharded_teacher_is_asked_on_all_ranks_or_on_none(retinanet, distiller
     assert not distiller(retinanet(), None, teacher=teacher, distill={}, pseudo_labels={}).pseudo_labels.only_unlabelled
 
 
+def test_a_teacher_that_is_asked_by_words_is_refused(retinanet, distiller):
+    teacher = dict(retinanet(), type='GroundingDINO', language_model=dict(type='BertModel'))
+    with pytest.raises(ConfigurationError, match=r"a GroundingDINO, is asked by words.*dict\(type='Detections'"):
+        distiller(retinanet(), teacher, distill={}, pseudo_labels={})
+    distiller(retinanet(), teacher, distill={})
+
+
 def test_boxes_of_a_file_are_for_pseudo_labels(retinanet, distiller):
     """A term that reads them, and a file that nothing reads, are refused before anything is loaded."""
     file = dict(type='Detections', file='found.json')

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,13 @@ def test_cells_that_are_not_square_are_refused(mask, compared):
     level.teacher = level.teacher[:, :, :, ::2]  # a stride of 8 by 4
     message = '32 × 24 cells of a batch of 128 × 192 pixels does not have square cells of 4'
     with pytest.raises(LevelError, match=message):
+        build_mask(mask).cells(level)
+
+
+@pytest.mark.parametrize('mask', ['LevelForeground', 'NearAnchorForeground'])
+def test_levels_of_one_stride_are_refused(mask, compared):
+    level = replace(compared([torch.tensor([[0., 0., 30., 30.]])])[0], strides=(4, 4, 8, 16))
+    with pytest.raises(LevelError, match='2 levels of the tap have the stride 4: to which of them a box belongs'):
         build_mask(mask).cells(level)
 
 

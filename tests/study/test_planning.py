@@ -147,6 +147,15 @@ def test_trainings_that_take_longer_than_planned_end_it(run, monkeypatch):
     assert results['seeds'] == [0] and results['budget']['not_run'] == [1, 2]
 
 
+def test_what_was_there_tells_nothing_of_the_pace(run, monkeypatch):
+    """By a clock on which a seed that is kept takes a minute."""
+    run(seeds=1)
+    times = iter([0.0, 10.0, *range(60, 10**6, 60)])
+    monkeypatch.setattr('kd_det.study.series.time', SimpleNamespace(monotonic=lambda: next(times)))
+    pool, results, said = run(budget=2000.0, seeds=2)
+    assert pool.trained == ['none, seed 1', 'pkd, seed 1'] and 'left out' not in said
+
+
 def test_the_teacher_counts(run):
     with pytest.raises(ConfigurationError, match='takes about 5 min'):
         run(budget=250.0)  # of which the teacher takes 108, and the first seed 216

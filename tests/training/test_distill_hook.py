@@ -1,5 +1,6 @@
 """Distillation under mmengine's Runner: every saved file is the student's; a resumed run is the uninterrupted one."""
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from mmengine.runner import Runner
 from kd_det.compat import CheckpointError
 from kd_det.distillers import Schedule
 from kd_det.teachers import TeacherError
+from kd_det.training.finiteness import count_batches
 from kd_det.training.hooks import NotebookProgress, is_in_notebook
 
 
@@ -138,6 +140,23 @@ class StopAfter(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         if runner.iter + 1 == self.iterations:
             raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize('batches', [None, dict(type='AspectRatioBatchSampler')])
+@pytest.mark.parametrize('sampler, share', [
+    (dict(type='InfiniteSampler'), 4), (dict(type='MultiSourceSampler', batch_size=2, source_ratio=[1, 1]), 4),
+    (dict(type='DefaultSampler', shuffle=True), 1)])
+def test_ranks_count_the_batches_of_an_epoch_by_their_share(sampler, share, batches, retinanet, run_config,
+                                                            monkeypatch):
+    """MMDetection's data sets have a sampler of batches, by which a loader's own is another."""
+    config = run_config(retinanet())
+    dataset = config.train_dataloader.dataset
+    config.train_dataloader.dataset = ConfigDict(type='ConcatDataset', datasets=[dataset, dataset])
+    config.train_dataloader.update(sampler=ConfigDict(sampler), batch_size=2,
+                                   **({'batch_sampler': ConfigDict(batches)} if batches else {}))
+    loader = Runner.build_dataloader(config.train_dataloader, seed=0)
+    monkeypatch.setattr('kd_det.training.finiteness.get_world_size', lambda: 4)
+    assert count_batches(SimpleNamespace(train_dataloader=loader)) == len(loader) / share
 
 
 @pytest.mark.parametrize('sampler', [dict(type='InfiniteSampler'), dict(type='DefaultSampler', shuffle=True)])
