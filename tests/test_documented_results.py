@@ -9,7 +9,7 @@ import pytest
 from benchmarks.questions import FIDELITY
 from kd_det.config.fitting import _find_cost
 from kd_det.config.methods import MEASURED
-from kd_det.study.results import paired_difference
+from kd_det.study.results import ROUNDING, paired_difference
 
 DOCS = Path(__file__).parents[1] / 'docs'
 INHERIT, PLAIN = 'neck and heads inherited, no term', 'plain student'
@@ -36,7 +36,7 @@ def points(record: str) -> dict[str, dict[int, float]]:
 
 
 def difference(baseline: dict[int, float], other: dict[int, float]) -> str:
-    found = paired_difference(baseline, other)
+    found = paired_difference(baseline, other, ROUNDING)
     text = f'{found.mean:+.1f} ({found.interval[0]:+.1f} to {found.interval[1]:+.1f})'
     return text if found.verdict in ('gain', 'loss') else f'{text}, {found.verdict}'
 
@@ -78,10 +78,12 @@ def test_the_chain_is_its_record():
         for stage, by_seed in rows.items()]
 
 
-def test_another_learning_rate_is_its_record():
-    by_variant = {name.partition('@')[0]: by_seed for name, by_seed in points('bccd_rate').items() if '@' in name}
+@pytest.mark.parametrize('record', ['bccd_rate'])
+def test_another_learning_rate_and_another_start_are_their_records(record):
+    by_variant = {name.partition('@')[0]: by_seed for name, by_seed in points(record).items()
+                  if '@' in name or record != 'bccd_rate'}
     names = {'none': PLAIN, 'inherit': INHERIT}
-    assert documented('bccd_rate') == [
+    assert documented(record) == [
         [names.get(name, f'`{name}`'), *_seeds_and_mean(by_seed),
          '' if name == 'none' else difference(by_variant['none'], by_seed),
          '' if name in names else difference(by_variant['inherit'], by_seed)]
@@ -99,7 +101,8 @@ def test_the_published_weights_are_their_record():
     assert documented('bccd_paper_weights') == expected
 
 
-@pytest.mark.parametrize('record, lengths', [('bccd_long', (12, 48)), ('demo_long', (8, 32))])
+@pytest.mark.parametrize('record, lengths', [('bccd_long', (12, 48)), ('demo_long', (8, 32)),
+                                             ('raccoon_long', (12, 48))])
 def test_what_remains_is_its_record(record, lengths):
     by_variant, expected = points(record), []
     for length, ending in zip(lengths, ('', '@epochs=')):
