@@ -78,7 +78,7 @@ def test_the_chain_is_its_record():
         for stage, by_seed in rows.items()]
 
 
-@pytest.mark.parametrize('record', ['bccd_rate'])
+@pytest.mark.parametrize('record', ['bccd_rate', 'bccd_mobilenet'])
 def test_another_learning_rate_and_another_start_are_their_records(record):
     by_variant = {name.partition('@')[0]: by_seed for name, by_seed in points(record).items()
                   if '@' in name or record != 'bccd_rate'}
