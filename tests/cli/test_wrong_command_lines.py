@@ -160,7 +160,7 @@ WRONG = [
     (['train', 'student.py', '--cfg-options', 'optimizer.lr=1'], "no run reads a key 'optimizer'"),
     (['train', 'student.py', '--cfg-options', 'train_dataloder.batch_size=1'], "Nearest: train_dataloader."),
     ([*BENCHMARK, 'fgd@model.distill.fgd.levels=[0,1'],
-     "--methods fgd@model.distill.fgd.levels=[0: expected one value or one list, whose brackets match"),
+     "--methods fgd@model.distill.fgd.levels=[0,1: expected one value or one list, whose brackets match"),
     ([*BENCHMARK, 'fgd@model.distill.fgd.levels=(0'], "got '(0'"),
     ([*BENCHMARK, 'fgd@'], "there is no setting '@'"),
     ([*BENCHMARK, 'fgd@temperature=1'], "there is no setting '@temperature=1'"),
