@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 Features = tuple[Tensor, ...]
 ENCODER = 'encoder'  # of a DETR; puts out the tokens of several levels in a row
@@ -89,10 +90,11 @@ class Taps:
         self._tapped[path].register_forward_hook(partial(self._read, path))
 
     def _follow(self) -> None:
-        """Taps what has taken a module's place since, as MMEngine exchanges SyncBatchNorm when it wraps a model."""
+        """Taps what has taken a normalisation's place since: MMEngine exchanges SyncBatchNorm when it wraps a model."""
         modules = set(map(id, self._model.modules()))
-        for path in [path for path, module in self._tapped.items() if id(module) not in modules]:
-            self._register(path)
+        for path, module in list(self._tapped.items()):
+            if isinstance(module, _NormBase) and id(module) not in modules:
+                self._register(path)
         self._was_used = True
 
     def _note_token_shapes(self, module: nn.Module, inputs: tuple[Any, ...], output: Features) -> None:
