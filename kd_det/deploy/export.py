@@ -1,7 +1,6 @@
 """A student as a file that leaves kd_det: plain weights, or a graph for onnxruntime, OpenVINO and their like."""
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -237,22 +236,22 @@ def _list_image_sizes(dataset: Any | None) -> list[tuple[int, int]]:
     return [] if any(0 in size for size in sizes) else sorted(sizes)
 
 
-def list_resizes(config: Config) -> tuple[list[dict], list[tuple[float, float]]]:
+def list_resizes(config: Config) -> tuple[list[dict], tuple[float, float]]:
     """What the config's test pipeline does to the size of images.
 
     Returns:
         Steps that bring them to a size, or do to them what is not known; and by what the steps after the last of these
         multiply height and width.
     """
-    steps, factors = [], []
+    steps, factor = [], (1.0, 1.0)
     for step in (each for each in test_pipeline(config) if 'Resize' in get_type_name(each)):
-        factor = step.get('scale_factor')
-        if get_type_name(step) == 'Resize' and step.get('scale') is None and factor is not None:
-            width, height = factor if isinstance(factor, (list, tuple)) else (factor, factor)
-            factors.append((float(height), float(width)))
+        given = step.get('scale_factor')
+        if get_type_name(step) == 'Resize' and step.get('scale') is None and given is not None:
+            width, height = given if isinstance(given, (list, tuple)) else (given, given)
+            factor = factor[0] * height, factor[1] * width
         else:
-            steps, factors = [*steps, step], []
-    return steps, factors
+            steps, factor = [*steps, step], (1.0, 1.0)
+    return steps, factor
 
 
 def find_resize(config: Config) -> tuple[tuple[int, int] | None, bool, tuple[float, float]]:
@@ -263,8 +262,7 @@ def find_resize(config: Config) -> tuple[tuple[int, int] | None, bool, tuple[flo
         side then becomes at most the longer of the two, and the shorter the shorter; by what it multiplies height and
         width then.
     """
-    steps, factors = list_resizes(config)
-    factor = (math.prod([1.0, *(height for height, _ in factors)]), math.prod([1.0, *(width for _, width in factors)]))
+    steps, factor = list_resizes(config)
     step = steps[-1] if steps else {}
     scale: Any = step.get('scale')
     if get_type_name(step) == 'FixShapeResize':

@@ -48,6 +48,11 @@ class Supervision(NamedTuple):
         return [get_boxes(sample) for sample in self.samples]
 
     @property
+    def labelled_rows(self) -> list[int]:
+        """Which of the images are labelled."""
+        return [row for row, is_known in enumerate(self.labelled) if is_known]
+
+    @property
     def labels(self) -> list[Tensor]:
         """(n,) of each image."""
         return [sample.gt_instances.labels for sample in self.samples]
@@ -91,12 +96,11 @@ def compute_labelled_losses(student: nn.Module, inputs: Tensor, features: Featur
     """
     if not any(supervision.labelled) and get_world_size() == 1:
         return scale_losses(losses, 0.0)
-    labelled = [row for row, is_known in enumerate(supervision.labelled) if is_known]
-    rows = labelled or list(range(len(inputs)))
+    rows = supervision.labelled_rows or list(range(len(inputs)))
     selected = tuple(level[rows] for level in features)
     with replaced(student, 'extract_feat', lambda *args, **kwargs: selected):
         losses = dict(student.loss(inputs[rows], [supervision.samples[row] for row in rows]))
-    return scale_losses(losses, float(bool(labelled)))
+    return scale_losses(losses, float(any(supervision.labelled)))
 
 
 def scale_losses(losses: Losses, weight: float) -> Losses:

@@ -118,9 +118,11 @@ def _describe_named(folder: Path, names: bytes) -> list[bytes]:
     listed = set(names.decode(errors='replace').split())
     files = (file for file in folder.rglob('*') if file.stem in listed and file.is_file())
     found = {file.relative_to(folder).as_posix(): file for file in files}
-    contents = (file.read_bytes() if file.suffix == '.xml' else str(file.stat().st_size).encode()
-                for _, file in sorted(found.items()))
-    return [name.encode(errors='surrogateescape') + b' ' + content for name, content in zip(sorted(found), contents)]
+    described = []
+    for name, file in sorted(found.items()):
+        content = file.read_bytes() if file.suffix == '.xml' else str(file.stat().st_size).encode()
+        described.append(name.encode(errors='surrogateescape') + b' ' + content)
+    return described
 
 
 def _list_images(annotations: bytes) -> list[str]:

@@ -160,8 +160,8 @@ class _Lessons:
         images, supervision = data['inputs'], read_supervision(data['data_samples'])
         own_images = self.teacher.bridge(images, [tuple(each.img_shape[:2]) for each in supervision.samples])
         labels = self.distiller.class_sets.find_own_labels(supervision.labels, self.term.teacher_index)
-        known = [row for row, labelled in enumerate(supervision.labelled) if labelled]
-        rows = known or list(range(len(own_images)))  # its head asks the other ranks as often as theirs ask it
+        # Of none all, for its head asks the other ranks as often as theirs ask it.
+        rows = supervision.labelled_rows or list(range(len(own_images)))
         samples = [make_own_sample(supervision.samples[row], None if labels is None else labels[row], own_images,
                                    self.teacher.scale) for row in rows]
         nothing = torch.stack([each.sum() for each in prompts]).sum() * 0  # for a level that no head reads
@@ -176,7 +176,7 @@ class _Lessons:
         if not loss.requires_grad:
             raise ConfigurationError(f"model.distill.{self.name}.tap: the teacher's loss does not depend on its "
                                      f"'{self.term.teacher_path}', so no prompts can be learnt there. Tap 'neck'.")
-        weight = float(bool(known))
+        weight = float(any(supervision.labelled))
         return weight * loss + nothing, weight * alike[0]
 
     @contextmanager
